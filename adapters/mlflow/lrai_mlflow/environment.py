@@ -1,0 +1,105 @@
+"""The environment to serve a saved model in: pins, constraints on what they bring, the wheel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Final
+
+from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from lrai_mlflow.wheel import build_wheel
+
+CONDA: Final = "conda.yaml"
+PYTHON: Final = "python_env.yaml"
+_WHEELS: Final = "wheels"
+_PINNED: Final = "mlflow-skinny pandas numpy msgspec onnx onnxruntime pyzmq"
+
+
+def write_environment(
+    model: Path,
+    pip_requirements: Sequence[str] | str | None,
+    extra_pip_requirements: Sequence[str] | str | None,
+) -> None:
+    """Write the files that MLflow makes an environment from, and the wheel, into `model`.
+
+    Args:
+        model: Folder of the model.
+        pip_requirements: In place of the default ones, which are this process's versions; text is
+            the path of a file of them, as in all of MLflow. Without lrai in it the wheel is added.
+        extra_pip_requirements: In addition to the default ones.
+    """
+    constraints_file = model / "constraints.txt"
+    if pip_requirements is not None:
+        wanted = _lines(pip_requirements)
+    else:
+        _write(constraints_file, default_constraints())
+        wanted = [*default_requirements(), *_lines(extra_pip_requirements or [])]
+        wanted.append(f"-c {constraints_file}")
+    _, requirements, constraints = _process_pip_requirements(None, wanted)
+    if all(_name(requirement) != "lrai" for requirement in requirements):
+        requirements.append(f"{_WHEELS}/{build_wheel(model / _WHEELS).name}")
+    if constraints:
+        _write(constraints_file, constraints)
+    _write(model / "requirements.txt", requirements)
+    _mlflow_conda_env(str(model / CONDA), additional_pip_deps=requirements, install_mlflow=False)
+    _PythonEnv.current().to_yaml(str(model / PYTHON))
+
+
+def default_requirements() -> list[str]:
+    """Return the pinned packages that serving imports; our wheel is not among them."""
+    return [f"{name}=={distribution(name).version}" for name in _PINNED.split() if _installed(name)]
+
+
+def default_constraints() -> list[str]:
+    """Return a pin for every package that lrai and its mlflow extra bring here.
+
+    A version that no index has, such as 2.1.0+cpu, is left out.
+    """
+    found: dict[str, str] = {}
+    wanted = [("lrai", frozenset({"mlflow"}))]
+    seen = set()
+    while wanted:
+        name, extras = wanted.pop()
+        if (name, extras) in seen or not _installed(name):
+            continue
+        seen.add((name, extras))
+        here = distribution(name)
+        found[name] = here.version
+        for line in here.requires or ():
+            requirement = Requirement(line)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": e}) for e in extras or {""}):
+                wanted.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return sorted(
+        f"{name}=={version}"
+        for name, version in found.items()
+        if name != "lrai" and Version(version).local is None
+    )
+
+
+def _installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _name(requirement: str) -> str:
+    try:
+        return canonicalize_name(Requirement(requirement).name)
+    except InvalidRequirement:  # a path or an address
+        return Path(requirement).name.partition("-")[0]
+
+
+def _lines(requirements: Sequence[str] | str) -> list[str]:
+    return [f"-r {requirements}"] if isinstance(requirements, str) else list(requirements)
+
+
+def _write(file: Path, lines: Sequence[str]) -> None:
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")

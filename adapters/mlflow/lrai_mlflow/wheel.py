@@ -1,0 +1,80 @@
+"""The wheel of the lrai that is installed here, rebuilt from its files, to travel inside a model.
+
+A model must be served by the code that it was saved with, also where no index has it. The file's
+name carries a hash of the content: MLflow knows an environment by the text of its requirements, and
+would serve old code under an unchanged name.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zipfile
+from importlib.metadata import Distribution, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+_DISTRIBUTION: Final = "lrai"
+_SUFFIXES: Final = (".py", ".typed")
+_ENTRY_POINTS: Final = "entry_points.txt"
+_TAG: Final = "py3-none-any"
+_EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can say
+_HASH_DIGITS: Final = 12
+
+
+def build_wheel(folder: Path) -> Path:
+    """Write the wheel into `folder` and return its path; the same code gives the same bytes.
+
+    It holds the packages that are needed to serve, and those that the entry points name, so that
+    none of these leads nowhere.
+    """
+    installed = distribution(_DISTRIBUTION)
+    info = f"{_DISTRIBUTION}-{installed.version}.dist-info"
+    files = {**_code(installed), **_metadata(installed, info)}
+    content = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        content.update(f"{name}\0{len(data)}\0".encode() + data)
+    build = "1" + content.hexdigest()[:_HASH_DIGITS]  # a build tag starts with a digit
+    files[f"{info}/WHEEL"] = (
+        f"Wheel-Version: 1.0\nGenerator: lrai {installed.version}\nRoot-Is-Purelib: true\n"
+        f"Tag: {_TAG}\nBuild: {build}\n"
+    ).encode()
+    record = [f"{name},sha256={_digest(data)},{len(data)}" for name, data in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_DISTRIBUTION}-{installed.version}-{build}-{_TAG}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.external_attr = 0o100644 << 16
+            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def _code(installed: Distribution) -> dict[str, bytes]:
+    packages = {"lrai_core", __name__.partition(".")[0]}
+    packages |= {entry.module.partition(".")[0] for entry in installed.entry_points}
+    files = {}
+    for package in sorted(packages):
+        spec = find_spec(package)
+        for location in (spec and spec.submodule_search_locations) or ():
+            root = Path(location)
+            for path in sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES):
+                files[f"{package}/{path.relative_to(root).as_posix()}"] = path.read_bytes()
+    return files
+
+
+def _metadata(installed: Distribution, info: str) -> dict[str, bytes]:
+    """Return the metadata files; of METADATA the fields, without the page that describes lrai."""
+    fields = (installed.read_text("METADATA") or "").partition("\n\n")[0].strip()
+    files = {f"{info}/METADATA": f"{fields}\n".encode()}
+    for path in sorted(installed.files or []):
+        if path.parts[0] == info and (path.parts[1] == "licenses" or path.name == _ENTRY_POINTS):
+            files[path.as_posix()] = path.read_binary()
+    return files
+
+
+def _digest(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()

@@ -1,0 +1,165 @@
+"""Servers as process trees: started on chosen CPUs, measured, and ended without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, Self
+
+HOST: Final = "127.0.0.1"
+_KILL_SECONDS: Final = 5.0
+_PIN: Final = (
+    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); "
+    "os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+class Server:
+    """A server on a free port of this machine, with everything that it starts.
+
+    Use it as a context manager: leaving ends it, and kills what does not end by itself.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        cpus: Sequence[int] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start `command`, in which `{port}` stands for the port.
+
+        Args:
+            command: Program and arguments.
+            log: File for what it prints; its folder is the working directory.
+            cpus: The CPUs that the tree may use; empty for all.
+            variables: Added to the environment.
+        """
+        self.port = _free_port()
+        self.log = log
+        arguments = [part.format(port=self.port) for part in command]
+        if cpus:
+            arguments = [sys.executable, "-c", _PIN, ",".join(map(str, cpus)), *arguments]
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=log.parent,
+                env={**os.environ, "PATH": path, **(variables or {})},
+                start_new_session=True,  # Ctrl-C is for this program, which then ends the server
+            )
+
+    def wait_until_ready(self, path: str, seconds: float = 120.0) -> None:
+        """Return once `path` answers 200.
+
+        Raises:
+            RuntimeError: The server ended, or did not answer in time; with the end of its log.
+        """
+        deadline = time.monotonic() + seconds
+        while self._process.poll() is None and time.monotonic() < deadline:
+            if self._answers(path):
+                return
+            time.sleep(0.1)
+        tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise RuntimeError(f"the server did not get ready:\n{tail}")
+
+    def processes(self) -> list[int]:
+        """Return the process ids of the tree, the server's own first."""
+        children: dict[int, list[int]] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and (parent := _parent(entry)):
+                children.setdefault(parent, []).append(int(entry.name))
+        tree = [self._process.pid]
+        for pid in tree:
+            tree += children.get(pid, [])
+        return tree
+
+    def memory_bytes(self) -> int:
+        """Return the resident memory of the tree; what processes share counts once."""
+        return sum(_proportional_set_size(pid) for pid in self.processes())
+
+    def stop(self, grace_seconds: float = 15.0) -> list[int]:
+        """End the server with SIGTERM; return what of its tree was left and had to be killed."""
+        tree = self.processes()
+        self._process.terminate()
+        left = self._wait_for(tree, grace_seconds)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._wait_for(left, _KILL_SECONDS)
+        return left
+
+    def __enter__(self) -> Self:
+        """Return the server."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        if self._process.poll() is None:
+            self.stop()
+
+    def _answers(self, path: str) -> bool:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
+        try:
+            connection.request("GET", path)
+            with connection.getresponse() as reply:
+                return reply.status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _wait_for(self, pids: Sequence[int], seconds: float) -> list[int]:
+        """Return which of the processes live on after that time, or nothing when all ended."""
+        deadline = time.monotonic() + seconds
+        while (left := [pid for pid in pids if self._alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return left
+
+    def _alive(self, pid: int) -> bool:
+        if pid == self._process.pid:
+            return self._process.poll() is None
+        try:
+            return _state(pid) != "Z"
+        except OSError:
+            return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _parent(entry: Path) -> int:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _proportional_set_size(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass  # it has just ended
+    return 0

@@ -1,0 +1,1 @@
+"""The process that a model runs in, and the pool that keeps it alive."""

@@ -1,0 +1,235 @@
+"""The command line: thin over the Python API; what it prints is for a person.
+
+Exit codes: 0 ok, 1 bug, 2 usage, 3 condition not met, 4 bad input file, 5 environment, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from lrai_core.artifact import Artifact, Variant
+from lrai_core.compiler.compiler import Step
+from lrai_core.compiler.compiler import compile as compile_model
+from lrai_core.config import explain_config
+from lrai_core.errors import ConditionNotMet, LraiError, shorten
+from lrai_core.verifier.certificate import certificates
+from lrai_core.verifier.check import check as check_certificate
+from lrai_core.verifier.verifier import Spec
+from lrai_core.verifier.verifier import verify as verify_artifact
+
+app = typer.Typer(
+    help="Coalesced, compiled and certified inference inside the serving stack you already run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+certificate_app = typer.Typer(help="Work with certificates.", no_args_is_help=True)
+app.add_typer(certificate_app, name="certificate")
+# What comes out of files is shown as it is: never read as markup, and without control characters.
+out = Console(highlight=False, markup=False, emoji=False)
+_CTRL_C = 130
+
+ArtifactPath = Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")]
+
+
+@app.command()
+def compile(
+    model: Annotated[Path, typer.Argument(help="ONNX file, opset 17 or later.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, NAME.lrai.")],
+    evaluation: Annotated[
+        Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Rows kept apart from evaluation.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="With labels: top1 or top5.")] = "top1",
+    output_map: Annotated[
+        str, typer.Option(help="How outputs are compared: raw, softmax or l2_normalised.")
+    ] = "raw",
+    max_accuracy_loss: Annotated[float, typer.Option(help="Largest loss, as a share.")] = 0.01,
+    epsilon: Annotated[float | None, typer.Option(help="Closeness to demand and certify.")] = None,
+    delta: Annotated[float, typer.Option(help="Share of inputs that may exceed epsilon.")] = 0.01,
+    axes: Annotated[
+        Path | None, typer.Option(help="TOML that states batch and length axes.")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="Variants to keep, fp32 among them.")] = 2,
+    threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
+) -> None:
+    """Compile MODEL: fp32, and the fastest forms that pass the gate on the evaluation rows."""
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("load", total=None)
+
+        def show(step: Step) -> None:
+            if step.name == "note":
+                _say(step.detail, style="dim")
+            else:
+                words = shorten(f"{step.name} {step.detail}".strip())
+                bar.update(task, description=words, completed=step.done, total=step.total or None)
+
+        artifact = compile_model(
+            model,
+            out=output,
+            calibration=calibration,
+            evaluation=evaluation,
+            metric=metric,  # type: ignore[arg-type] # checked where it is used
+            output_map=output_map,  # type: ignore[arg-type] # likewise
+            max_accuracy_loss=max_accuracy_loss,
+            epsilon=epsilon,
+            delta=delta,
+            axes=axes,
+            keep=keep,
+            threads=threads,
+            progress=show,
+        )
+    inspect(artifact.path)
+    if evaluation is not None and artifact.manifest.chosen == "fp32" and keep > 1:
+        raise ConditionNotMet(
+            "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
+        )
+
+
+@app.command()
+def inspect(path: ArtifactPath) -> None:
+    """Show an artifact: its variants with what was measured, its certificates; check every file."""
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    target = manifest.target
+    _say(
+        f"version {artifact.version}, for {target.isa}, {target.engine} {target.engine_version}, "
+        f"{target.threads} thread(s)",
+        mark=(shorten(manifest.name), "bold"),
+    )
+    _say(f"made {manifest.created} by lrai {manifest.lrai_version}")
+    for side, specs in (("in", manifest.signature.inputs), ("out", manifest.signature.outputs)):
+        for spec in specs:
+            axes = "" if spec.batch_axis is None else f"  batch axis {spec.batch_axis}"
+            axes += "" if spec.length_axis is None else f"  length axis {spec.length_axis}"
+            _say(f"  {side:>3} {spec.name} {spec.datatype} {list(spec.shape)}{axes}")
+    columns = [
+        _column(variant, chosen=variant.id == manifest.chosen) for variant in manifest.variants
+    ]
+    table = Table("", *(variant.id for variant in manifest.variants))
+    for label in columns[0]:
+        table.add_row(label, *(shorten(column.get(label, ""), 400) for column in columns))
+    out.print(table)
+    for certificate in certificates(artifact):
+        words = f"certificate {certificate.id}, issued {certificate.created}"
+        _say(f"{words}: {certificate.statement()}")
+
+
+@app.command()
+def verify(
+    path: ArtifactPath,
+    epsilon: Annotated[float, typer.Option(help="Largest difference after the output maps.")],
+    variant: Annotated[str, typer.Option(help="Variant; the chosen one by default.")] = "",
+    radius: Annotated[float, typer.Option(help="Box around evaluation rows; 0: the rows.")] = 0.0,
+    samples: Annotated[int, typer.Option(help="Draws from the box.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Certify statistically how far a variant is from the source model; keep the certificate."""
+    spec = Spec(epsilon=epsilon, variant=variant, radius=radius, samples=samples, seed=seed)
+    for certificate in verify_artifact(Artifact.open(path), spec):
+        _say(f"certificate {certificate.id}: {certificate.statement()}")
+
+
+@certificate_app.command("check")
+def certificate_check(
+    file: Annotated[Path, typer.Argument(help="Certificate, a JSON file.")],
+    artifact: Annotated[Path, typer.Option(help="The artifact it speaks of.")],
+    source: Annotated[
+        Path | None, typer.Option(help="The original model; by default the artifact's copy.")
+    ] = None,
+) -> None:
+    """Validate every field of a certificate and run its sample, or part of it, again."""
+    verdict = check_certificate(file, artifact, source=source)
+    for line in verdict.confirmed:
+        _say(line, mark=("ok", "green"))
+    for line in verdict.objections:
+        _say(line, mark=("no", "red"))
+    if not verdict.holds:
+        raise ConditionNotMet(f"certificate {verdict.certificate} does not hold here")
+    _say(f"certificate {verdict.certificate} holds")
+
+
+@app.command()
+def config(
+    file: Annotated[Path | None, typer.Option(help="lrai.toml; the one here by default.")] = None,
+) -> None:
+    """Print every setting and where its value came from."""
+    table = Table("setting", "value", "from")
+    for setting in explain_config(file=file):
+        table.add_row(setting.key, str(setting.value), setting.origin)
+    out.print(table)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, _interrupt)  # cleans up like Ctrl-C
+    error_console = Console(stderr=True, soft_wrap=True)
+    try:
+        for entry in entry_points(group="lrai.commands"):
+            if sys.argv[1:2] == [entry.name]:
+                sys.exit(entry.load()(sys.argv[2:]))
+        app()
+    except LraiError as error:
+        words = shorten(f"lrai: {error}", 2000)
+        error_console.print(words, style="red", markup=False, highlight=False, emoji=False)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == _CTRL_C:
+            error_console.print("lrai: interrupted; nothing was left behind")
+        raise
+    sys.exit(0)
+
+
+def _say(line: str, *, mark: tuple[str, str] | None = None, style: str = "") -> None:
+    """Print a line, behind a mark in its style where one is given."""
+    words = shorten(line, 2000)
+    out.print(Text.assemble(mark, f"  {words}") if mark else words, style=style)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _column(variant: Variant, *, chosen: bool) -> dict[str, str]:
+    """Return what the table says of a variant, by row."""
+    alone = [point for point in variant.latency if point.rows == 1]
+    largest = max(variant.latency, key=lambda p: (p.rows * max(p.length, 1), p.rows), default=None)
+    points = {
+        (p.rows, p.length): p for p in (*alone[:1], *alone[-1:], *([largest] if largest else []))
+    }
+    column = {
+        "": "chosen" if chosen else "",
+        "engine": variant.engine,
+        "precision": variant.precision,
+        "size": f"{variant.size_bytes / 1e6:.1f} MB",
+    }
+    for (rows, length), point in points.items():
+        label = f"{rows} row{'s' * (rows > 1)}" + (f" x {length}" if length else "")
+        column[label] = f"{point.median_ms:.3g} ms ± {point.spread_ms / 2:.2g}"
+    column["speed"] = f"{variant.speedup:.2f} x fp32"
+    if gate := variant.gate:
+        if gate.accuracy_loss is not None:
+            bound = f"at most {gate.accuracy_loss_bound:.2%}"
+            column["accuracy"] = f"loss {gate.accuracy_loss:.2%} ({bound}), {gate.measure}"
+        elif gate.agreement is not None:
+            bound = f"at least {gate.agreement_bound:.2%}"
+            column["accuracy"] = f"{gate.agreement:.2%} ({bound}) {gate.measure}"
+        column["differs by"] = f"p50 {gate.difference['p50']:.2g}, p99 {gate.difference['p99']:.2g}"
+    column["batch effect"] = f"{variant.batch_effect:g}"
+    column["why"] = variant.why
+    return column

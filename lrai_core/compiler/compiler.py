@@ -1,0 +1,431 @@
+"""`compile`: the passes in order, from an ONNX file to an artifact. Read this first.
+
+load → axes → fuse → candidates → profile → gate → choose → certify → write. Each pass needs what
+the one before ensures; the state they share is `_Compilation`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+import numpy as np
+import onnx
+
+from lrai_core import artifact as store
+from lrai_core.artifact import Artifact, Manifest, Source, Target, Variant
+from lrai_core.compiler import fusion, gate, search
+from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
+from lrai_core.compiler.gate import Conditions, Judged, Metric
+from lrai_core.compiler.model import WEIGHTS, SharedWeights, declared, load_model
+from lrai_core.compiler.search import Candidate
+from lrai_core.config import available_cpus
+from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
+from lrai_core.errors import CompileError, EngineError, UsageError, shorten
+from lrai_core.protocol import OutputMap, Signature
+from lrai_core.verifier import statistics, verifier
+from lrai_core.verifier.certificate import Sampler, write_certificate
+from lrai_core.verifier.sample import Rows, digest, disjoint, kept, read_rows, save_rows
+from lrai_core.verifier.spec import FAR
+
+Data = str | Path | Mapping[str, Any]
+_SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
+_log: Final = logging.getLogger("lrai.compiler")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where a compilation is: the pass, what it works on, and how far it is."""
+
+    name: str
+    detail: str = ""
+    done: int = 0
+    total: int = 0
+
+
+Progress = Callable[[Step], None]
+
+
+def compile(
+    model: str | Path,
+    *,
+    out: str | Path,
+    calibration: Data | None = None,
+    evaluation: Data | None = None,
+    metric: Metric = "top1",
+    output_map: OutputMap = "raw",
+    max_accuracy_loss: float = 0.01,
+    epsilon: float | None = None,
+    delta: float = 0.01,
+    axes: str | Path | None = None,
+    keep: int = 2,
+    threads: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile an ONNX model into an artifact: fp32, and the fastest forms that pass the gate.
+
+    Args:
+        model: ONNX file, opset 17 or later (lower is upgraded where possible).
+        out: Directory to write, `NAME.lrai`; must not exist.
+        calibration: Rows for forms that need activation ranges. No form of this version does; the
+            rows are checked, and kept apart from evaluation.
+        evaluation: `.npz` with an array per input and optionally `label`, or the same as a mapping.
+            A fifth serves the search, the rest the gate. Without it only fp32 is kept.
+        metric: Judged where there are labels: `top1` or `top5`, on the first output.
+        output_map: How outputs are compared: `raw`, `softmax` or `l2_normalised`.
+        max_accuracy_loss: Largest loss in the metric, as a share, at 95 % confidence.
+        epsilon: Closeness to certify, and to demand of all but `delta` of inputs. By default the
+            99th percentile on the search rows is certified and nothing is demanded.
+        delta: Share of inputs that may differ by more than epsilon.
+        axes: TOML file that states batch and length axes instead of finding them.
+        keep: Variants to keep, fp32 among them; at least 1.
+        threads: Engine threads to measure with; 0 for the CPUs in the affinity mask.
+        seed: Of the split of the evaluation rows.
+        progress: Told of every step.
+
+    Raises:
+        CompileError: The model, or the data, cannot be used.
+        UsageError: `out` exists, or an argument is out of range.
+        EnvironmentProblem: The disk is full or read-only.
+    """
+    model, out = Path(model), Path(out)
+    conditions = Conditions(
+        metric=metric, max_accuracy_loss=max_accuracy_loss, epsilon=epsilon, delta=delta
+    )
+    if output_map not in ("raw", "softmax", "l2_normalised"):
+        raise UsageError(
+            f"output_map {shorten(str(output_map))!r} is unknown; "
+            "known: raw, softmax, l2_normalised"
+        )
+    if keep < 1:
+        raise UsageError(f"keep is {keep}, at least 1 is needed: fp32 is always kept")
+    if epsilon is not None and evaluation is None:
+        raise UsageError("epsilon needs evaluation rows to be judged on")
+    name = out.name.removesuffix(".lrai")
+    with (
+        store.writing(out) as folder,
+        tempfile.TemporaryDirectory(prefix="lrai-compile-") as scratch,
+    ):
+        work = _Compilation(
+            folder=folder,
+            scratch=Path(scratch),
+            conditions=conditions,
+            threads=threads or available_cpus(),
+            progress=progress or (lambda _: None),
+        )
+        work.load(model)
+        work.find_axes(axes, evaluation, output_map)
+        work.split_rows(calibration, evaluation, seed)
+        work.build()
+        work.measure()
+        work.judge(keep)
+        work.write(name)
+    return Artifact.open(out, verify=False)
+
+
+@dataclass(slots=True)
+class _Compilation:
+    """What the passes share; each documents what it requires and ensures."""
+
+    folder: Path
+    scratch: Path
+    conditions: Conditions
+    threads: int
+    progress: Progress
+    log: list[dict[str, Any]] = field(default_factory=list)
+    shared: SharedWeights = field(init=False)
+    source: Source = field(init=False)
+    reference: Session = field(init=False)
+    signature: Signature = field(init=False)
+    proto: onnx.ModelProto = field(init=False)
+    rows: Rows | None = None
+    search: Rows | None = None
+    gate: Rows | None = None
+    candidates: list[Candidate] = field(default_factory=list)
+    kept: list[tuple[Candidate, Judged | None]] = field(default_factory=list)
+    judged: int = 0
+
+    def load(self, path: Path) -> None:
+        """Ensure: source stored, its graph referring to the weights' file; a session on it."""
+        self.progress(Step("load", path.name))
+        model = load_model(path, self._notify)
+        self.signature = declared(model.proto)
+        source = self.folder / "source"
+        source.mkdir()
+        self.shared = SharedWeights(source / WEIGHTS)
+        operators = len(model.proto.graph.node)
+        self.shared.write_source(model.proto, source / "model.onnx")
+        self.proto = model.proto
+        self.source = Source(
+            file="source/model.onnx", sha256=model.sha256, opset=model.opset, operators=operators
+        )
+        self.reference = find_engine("onnxruntime").load(
+            source / "model.onnx", weights=source, threads=self.threads
+        )
+
+    def find_axes(
+        self, axes: str | Path | None, evaluation: Data | None, output_map: OutputMap
+    ) -> None:
+        """Require: reference. Ensure: signature with axes and maps, distinct rows read with it."""
+        self.progress(Step("axes"))
+        if axes is not None:
+            self.signature = apply_axes(self.signature, Path(axes))
+            self._read(evaluation, self.signature)
+        else:
+            assumed = assume_axes(self.signature)
+            self._read(evaluation, assumed)
+            some = self.rows.inputs[:256] if self.rows else []
+            try:
+                self.signature, found = confirm_axes(self.signature, assumed, self.reference, some)
+            except EngineError as error:
+                if some:
+                    raise
+                found = f"axes unknown, the model does not run on ones: {error}; state --axes"
+            self._notify(found)
+            if self.signature.inputs != assumed.inputs:
+                self._read(evaluation, self.signature)
+        self.signature = with_output_map(self.signature, output_map)
+
+    def split_rows(self, calibration: Data | None, evaluation: Data | None, seed: int) -> None:
+        """Require: rows. Ensure: disjoint search and gate rows, enough to decide anything."""
+        given = None
+        if calibration is not None:
+            given, _ = read_rows(calibration, self.signature, "calibration")
+        if self.rows is None or evaluation is None:
+            self._notify(
+                "no evaluation data: only fp32 is kept, optimised; a file of rows (--evaluation) "
+                "buys int8 forms, judged on them, and a certificate"
+            )
+            return
+        if given is not None:
+            disjoint(given, self.rows, "calibration and evaluation")
+        order = np.random.default_rng(seed).permutation(len(self.rows)).tolist()
+        cut = round(len(order) * _SEARCH_SHARE)
+        self.search, self.gate = self.rows.take(order[:cut]), self.rows.take(order[cut:])
+        disjoint(self.search, self.gate, "search and gate")
+        gate.check_row_count(self.gate, self.conditions, cut)
+
+    def build(self) -> None:
+        """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
+        engine = find_engine("onnxruntime")
+        wanted = search.forms() if self.gate else search.forms()[:1]
+        total = len(wanted) * len(fusion.DISABLEABLE)
+        self.progress(Step("build", "fp32", 0, total))
+        built = search.build(
+            self.proto,
+            wanted,
+            folder=self.scratch,
+            shared=self.shared,
+            weights=self.folder / "source",
+            engine=engine,
+            threads=self.threads,
+        )
+        for found in built:
+            if isinstance(found, Candidate):
+                self.candidates.append(found)
+                self.progress(Step("build", found.name, len(self.candidates), total))
+            else:
+                self._record("candidate", form=found[0], kept=False, why=found[1])
+        if not self.candidates or self.candidates[0].form != "fp32":
+            raise CompileError("onnxruntime cannot run an optimised form of the model")
+
+    def measure(self) -> None:
+        """Require: candidates. Ensure: latency of each, one pass set per form: the fastest."""
+        rows = self.search.inputs if self.search else []
+        total = search.points_count(self.signature, rows)
+        done = iter(range(1, total + 1))
+        self.progress(Step("profile", f"{len(self.candidates)} candidates", 0, total))
+        try:
+            search.profile(
+                self.candidates,
+                self.signature,
+                rows,
+                lambda: self.progress(Step("profile", "", next(done), total)),
+            )
+        except EngineError as error:
+            if rows:
+                raise
+            self._notify(f"not measured, the model does not run on ones: {error}")
+        fastest: dict[str, Candidate] = {}
+        for candidate in sorted(self.candidates, key=lambda c: -c.speedup):
+            fastest.setdefault(candidate.form, candidate)
+        base = fastest["fp32"].speedup
+        for candidate in self.candidates:
+            candidate.speedup /= base
+            if fastest[candidate.form] is not candidate:
+                why = f"{candidate.speedup:.2f} x fp32, slower than {fastest[candidate.form].name}"
+                self._record("candidate", form=candidate.name, kept=False, why=why)
+        self.candidates = sorted(fastest.values(), key=lambda c: -c.speedup)
+
+    def judge(self, keep: int) -> None:
+        """Require: measured candidates, fastest first. Ensure: those to keep, fp32 last."""
+        fp32 = next(c for c in self.candidates if c.form == "fp32")
+        if self.gate is None:
+            self.kept = [(fp32, None)]
+            return
+        quicker = [c for c in self.candidates if c.speedup > 1 and c is not fp32]
+        for slower in self.candidates:
+            if slower.speedup <= 1 and slower is not fp32:
+                why = f"{slower.speedup:.2f} x fp32: slower than fp32"
+                self._record("candidate", form=slower.name, kept=False, why=why)
+        self.judged = len(quicker)
+        total = len(self.gate) * (3 + 2 * len(quicker))
+        count = iter(range(1, total + 1))
+        detail = "source"
+
+        def tick() -> None:
+            self.progress(Step("gate", detail, next(count), total))
+
+        reference = gate.run_alone(self.reference, self.gate, tick)
+        for candidate in [*quicker, fp32]:
+            detail = candidate.name
+            if candidate is not fp32 and len(self.kept) >= keep - 1:
+                why = f"{candidate.speedup:.2f} x fp32: not judged, {keep - 1} faster forms passed"
+                self._record("candidate", form=candidate.name, kept=False, why=why)
+                continue
+            try:
+                found = gate.judge(
+                    candidate.session, reference, self.gate, self.signature, self.conditions, tick
+                )
+            except (EngineError, ValueError) as error:  # it does not run, or not in batches
+                if candidate is fp32:
+                    raise CompileError(f"the model does not run as its axes say: {error}") from None
+                self._record("candidate", form=candidate.name, kept=False, why=str(error))
+                continue
+            if candidate is fp32:
+                self._check_fp32(found)
+            passed = found.result.passed or candidate is fp32
+            self._record(
+                "candidate",
+                form=candidate.name,
+                kept=passed,
+                why=f"{candidate.speedup:.2f} x fp32; {found.result.why}",
+                speedup=round(candidate.speedup, 4),
+                batch_effect=found.batch_effect,
+                difference=found.result.difference,
+            )
+            if passed:
+                self.kept.append((candidate, found))
+
+    def write(self, name: str) -> None:
+        """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
+        self.progress(Step("write", name))
+        variants = [self._variant(candidate, found) for candidate, found in self.kept]
+        chosen = variants[0]
+        self._record("decision", chosen=chosen.id, why=chosen.why)
+        for candidate, _ in self.kept:
+            for operator in candidate.operators:
+                self._record("operator", variant=candidate.form, **_fields(operator))
+        store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
+        if self.gate is not None:
+            # What a certificate speaks of can be run again: rows that are not kept do not count.
+            self.gate = self.gate.take(range(kept(self.gate)))
+            save_rows(self.folder / store.EVALUATION, self.gate, self.signature)
+        engine = find_engine("onnxruntime")
+        store.write_manifest(
+            self.folder,
+            Manifest(
+                schema_version=store.SCHEMA_VERSION,
+                lrai_version=installed_version("lrai"),
+                created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                name=name,
+                source=self.source,
+                signature=self.signature,
+                variants=tuple(variants),
+                chosen=chosen.id,
+                candidates=max(1, self.judged),
+                target=Target(
+                    isa=isa_class(),
+                    engine=engine.name,
+                    engine_version=engine.version,
+                    threads=self.threads,
+                ),
+                files={},
+            ),
+        )
+        self._certify(chosen)
+
+    def _certify(self, chosen: Variant) -> None:
+        candidate, found = self.kept[0]
+        if found is None or self.search is None or not self.gate:
+            return
+        epsilon = self.conditions.epsilon
+        if epsilon is None:
+            gaps = statistics.differences(
+                self.reference, candidate.session, self.search.inputs, self.signature
+            )
+            epsilon = statistics.round_up(
+                max(float(np.quantile(list(gaps), 0.99, method="higher")), 1e-6)
+            )
+            if epsilon >= FAR:
+                return  # there is nothing to state
+        manifest_file = self.folder / store.MANIFEST
+        manifest = msgspec.json.decode(manifest_file.read_bytes(), type=Manifest)
+        certificate = verifier.issue(
+            manifest=manifest,
+            manifest_sha256=store.sha256_file(manifest_file),
+            variant=chosen,
+            epsilon=epsilon,
+            gaps=found.gaps[: len(self.gate)],
+            sampler=Sampler(kind="evaluation", seed=0, rows_sha256=digest(self.gate.hashes)),
+            confidence=statistics.CONFIDENCE,
+            comparisons=manifest.candidates,
+        )
+        write_certificate(self.folder, certificate)
+
+    def _variant(self, candidate: Candidate, found: Judged | None) -> Variant:
+        home = self.folder / "variants" / candidate.form
+        home.mkdir(parents=True)
+        (home / "model.onnx").write_bytes(candidate.graph.read_bytes())
+        first = self.kept[0][0] is candidate
+        why = f"{candidate.speedup:.2f} x fp32" if candidate.form != "fp32" else "always kept"
+        if found is not None:
+            why += f"; {found.result.why}"
+        return Variant(
+            id=candidate.form,
+            engine="onnxruntime",
+            precision=candidate.precision,
+            model=f"variants/{candidate.form}/model.onnx",
+            weights="source",
+            size_bytes=candidate.size_bytes,
+            passes_off=candidate.passes_off,
+            latency=tuple(candidate.latency),
+            speedup=candidate.speedup,
+            gate=found.result if found else None,
+            batch_effect=found.batch_effect if found else gate.EFFECT_FLOOR,
+            why=f"chosen: {why}" if first else why,
+        )
+
+    def _check_fp32(self, found: Judged) -> None:
+        if not found.result.passed:
+            raise CompileError(
+                "the optimised fp32 model does not give the source model's answers: "
+                f"{found.result.why}; if --axes was given, its axes are wrong"
+            )
+
+    def _read(self, evaluation: Data | None, signature: Signature) -> None:
+        if evaluation is not None:
+            self.rows, repeated = read_rows(evaluation, signature, "evaluation")
+            if repeated:
+                self._notify(f"evaluation: {repeated} repeated rows left out")
+
+    def _notify(self, message: str) -> None:
+        _log.info(message)
+        self._record("note", why=message)
+        self.progress(Step("note", message))
+
+    def _record(
+        self, event: Literal["candidate", "decision", "operator", "note"], **fields: Any
+    ) -> None:
+        self.log.append({"event": event, **fields})
+
+
+def _fields(operator: Any) -> dict[str, Any]:
+    return {name: getattr(operator, name) for name in operator.__dataclass_fields__}

@@ -1,0 +1,289 @@
+"""The gate: what a form of the model must show on rows that chose nothing before it may serve.
+
+Every condition is judged twice, for rows run alone and for the same rows shuffled into padded
+batches, and the worse counts. Failing is a normal result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+
+from lrai_core import confidence
+from lrai_core.artifact import GateResult
+from lrai_core.compiler.axes import length_of
+from lrai_core.engine.batching import MEASURED_ELEMENTS, coalesce, split
+from lrai_core.engine.engine import Session
+from lrai_core.errors import CalibrationError, UsageError
+from lrai_core.protocol import Array, Signature
+from lrai_core.verifier.sample import Rows
+from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference
+from lrai_core.verifier.statistics import round_up
+
+Metric = Literal["top1", "top5"]
+AGREEMENT: Final = 0.98
+LEVEL: Final = 0.95
+_BATCH_ROWS: Final = (2, 3, 5, 8, 13, 64)
+EFFECT_FLOOR: Final = (
+    1e-4  # fp32 sums in another order: two GEMM shapes of one engine differ by less
+)
+_EFFECT_MARGIN: Final = 2.0  # over the largest effect seen, for the rows that were not seen
+
+_QUANTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+
+Outputs = list[list[Array]]
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What must hold.
+
+    Attributes:
+        metric: Judged where there are labels.
+        max_accuracy_loss: Share of rows.
+        epsilon: With `delta`, additionally a bound on closeness; None for none.
+        delta: Largest share of inputs that may differ by more than epsilon.
+    """
+
+    metric: Metric = "top1"
+    max_accuracy_loss: float = 0.01
+    epsilon: float | None = None
+    delta: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        if self.metric not in ("top1", "top5"):
+            raise UsageError(f"metric {self.metric!r} is unknown; known: top1, top5")
+        if not 0 < self.max_accuracy_loss < 1:
+            raise UsageError(
+                f"max_accuracy_loss is {self.max_accuracy_loss}, it must lie between 0 and 1"
+            )
+        if self.epsilon is not None and not self.epsilon > 0:
+            raise UsageError(f"epsilon is {self.epsilon}, it must be above 0")
+        if not 0 < self.delta < 1:
+            raise UsageError(f"delta is {self.delta}, it must lie between 0 and 1")
+
+    def rows_needed(self, *, labels: bool) -> int:
+        """Return the fewest gate rows with which a flawless variant passes."""
+        if labels:
+            # Half of the error goes to each side of the pair, see `paired_loss_bound`.
+            needed = confidence.rows_needed(self.max_accuracy_loss, 1 - (1 - LEVEL) / 2)
+        else:
+            needed = confidence.rows_needed(1 - AGREEMENT, LEVEL)
+        if self.epsilon is not None:
+            needed = max(needed, confidence.rows_needed(self.delta, LEVEL))
+        return needed
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The gate's result for one form, with what certificates are made of.
+
+    Attributes:
+        gaps: Per gate row the largest difference to the source model, alone, after the output maps.
+        batch_effect: Twice the largest element difference that batch-mates made, at least 1e-4.
+    """
+
+    result: GateResult
+    gaps: list[float]
+    batch_effect: float
+
+
+def run_alone(session: Session, rows: Rows, tick: Tick) -> Outputs:
+    """Return the outputs of every row, each run by itself without padding."""
+    outputs = []
+    for row in rows.inputs:
+        outputs.append(session.run(row))
+        tick()
+    return outputs
+
+
+def run_batched(
+    session: Session, rows: Rows, signature: Signature, tick: Tick, seed: int = 0
+) -> Outputs:
+    """Return the outputs of every row, run among batch-mates of other lengths in shuffled order."""
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(rows)).tolist()
+    outputs: Outputs = [[] for _ in order]
+    while order:
+        batch = _next_batch(order, rows, signature, int(random.choice(_BATCH_ROWS)))
+        order = order[len(batch) :]
+        mates = [rows.inputs[i] for i in batch]
+        lengths = [length_of(row, signature) for row in mates]
+        joint = session.run(coalesce(mates, signature))
+        for index, own in zip(
+            batch, split(joint, signature.outputs, [1] * len(batch), lengths), strict=True
+        ):
+            outputs[index] = own
+            tick()
+    return outputs
+
+
+def judge(
+    session: Session,
+    reference: Outputs,
+    rows: Rows,
+    signature: Signature,
+    conditions: Conditions,
+    tick: Tick,
+) -> Judged:
+    """Return what the gate says of a form, against the source model's outputs."""
+    alone = run_alone(session, rows, tick)
+    runs = [alone]
+    effect = 0.0
+    if signature.coalescible:
+        batched = run_batched(session, rows, signature, tick)
+        effect = max(_largest(a, b) for a, b in zip(alone, batched, strict=True))
+        runs.append(batched)
+    specs = signature.outputs
+    gaps = [difference(f, g, specs) for f, g in zip(reference, alone, strict=True)]
+    result = _label_result if rows.labels is not None else _agreement_result
+    found = result(reference, runs, rows, signature, conditions)
+    if found.passed and conditions.epsilon is not None:
+        worst = [max(difference(f, run[i], specs) for run in runs) for i, f in enumerate(reference)]
+        found = _close_enough(found, worst, conditions.epsilon, conditions.delta)
+    found = msgspec.structs.replace(
+        found,
+        difference={name: float(np.quantile(gaps, q, method="higher")) for name, q in _QUANTILES},
+    )
+    return Judged(found, gaps, round_up(max(EFFECT_FLOOR, min(_EFFECT_MARGIN * effect, FAR))))
+
+
+def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
+    """Refuse an evaluation set with which nothing could ever pass.
+
+    Raises:
+        CalibrationError: Too few rows; says how many are there and how many are needed.
+    """
+    needed = conditions.rows_needed(labels=rows.labels is not None)
+    if len(rows) < needed:
+        raise CalibrationError(
+            f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search; "
+            f"the gate is left with {len(rows)} and needs {needed} even for a form without a fault"
+        )
+
+
+def _label_result(
+    reference: Outputs,
+    runs: Sequence[Outputs],
+    rows: Rows,
+    signature: Signature,
+    conditions: Conditions,
+) -> GateResult:
+    del signature  # the metric looks at the first output only
+    labels, n, allowed = rows.labels, len(rows), conditions.max_accuracy_loss
+    if labels is None:
+        raise ValueError("rows without labels")
+    hits = _hits(reference, labels, conditions.metric)
+    loss, bound, needed = -1.0, -1.0, 0
+    for run in runs:
+        own = _hits(run, labels, conditions.metric)
+        lost, won = int((hits & ~own).sum()), int((own & ~hits).sum())
+        loss = max(loss, (lost - won) / n)
+        bound = max(bound, confidence.paired_loss_bound(lost, won, n, LEVEL))
+        needed = max(needed, _label_rows_needed(lost / n, won / n, allowed))
+    why = f"{conditions.metric} loss is {loss:.2%}, at most {bound:.2%}; {allowed:.2%} allowed"
+    if bound > allowed and loss < allowed and needed > n:
+        why += f"; at this rate about {needed} rows would show it"
+    return GateResult(
+        passed=bound <= allowed,
+        why=why,
+        rows=n,
+        measure=f"{conditions.metric} on labels",
+        accuracy_loss=loss,
+        accuracy_loss_bound=bound,
+    )
+
+
+def _label_rows_needed(lost: float, won: float, allowed: float) -> int:
+    n = 100
+    while n < 1 << 24:
+        if confidence.paired_loss_bound(round(lost * n), round(won * n), n, LEVEL) <= allowed:
+            return n
+        n = n * 5 // 4
+    return -1
+
+
+def _agreement_result(
+    reference: Outputs,
+    runs: Sequence[Outputs],
+    rows: Rows,
+    signature: Signature,
+    conditions: Conditions,
+) -> GateResult:
+    del conditions  # agreement has one bar for all
+    n, specs = len(rows), signature.outputs
+    counts = [
+        sum(agreement(f, g, specs) for f, g in zip(reference, run, strict=True)) for run in runs
+    ]
+    share, worst = counts[0] / n, min(counts) / n
+    bound = confidence.lower_bound(min(counts), n, LEVEL)
+    measure = ", ".join(dict.fromkeys(MEASURES[spec.output_map] for spec in specs))
+    why = f"{measure} on {share:.2%} of rows"
+    why += "" if worst == share else f" ({worst:.2%} in batches)"
+    why += f", at least {bound:.2%}; {AGREEMENT:.0%} needed"
+    if bound < AGREEMENT:
+        needed = confidence.rows_needed(1 - AGREEMENT, LEVEL, 1 - worst)
+        why += f"; at this rate about {needed} rows would show it" if needed > n else ""
+    return GateResult(
+        passed=bound >= AGREEMENT,
+        why=why,
+        rows=n,
+        measure=measure,
+        agreement=share,
+        agreement_bound=bound,
+    )
+
+
+def _close_enough(found: GateResult, gaps: list[float], epsilon: float, delta: float) -> GateResult:
+    failures = sum(not gap <= epsilon for gap in gaps)
+    bound = confidence.upper_bound(failures, len(gaps), LEVEL)
+    why = (
+        f"{failures} of {len(gaps)} rows differ by more than epsilon {epsilon:g}, "
+        f"at most {bound:.2%}; delta {delta:.2%} allowed"
+    )
+    return msgspec.structs.replace(found, passed=bound <= delta, why=why)
+
+
+def _hits(
+    outputs: Outputs, labels: Array, metric: Metric
+) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    scores = np.stack([row[0].reshape(-1) for row in outputs])
+    if scores.shape[1] < 2:
+        raise CalibrationError(
+            f"metric {metric} needs an output with a score per class, got one value"
+        )
+    if metric == "top1":
+        return np.asarray(scores.argmax(axis=1) == labels)
+    best = np.argsort(scores, axis=1)[:, -5:]
+    return np.asarray((best == labels[:, None]).any(axis=1))
+
+
+def _next_batch(order: list[int], rows: Rows, signature: Signature, most: int) -> list[int]:
+    batch: list[int] = []
+    longest = 0
+    for index in order[:most]:
+        longest = max(longest, length_of(rows.inputs[index], signature))
+        if batch and longest * (len(batch) + 1) > MEASURED_ELEMENTS:
+            break
+        batch.append(index)
+    return batch
+
+
+def _largest(a: list[Array], b: list[Array]) -> float:
+    """Return the largest element difference of two rows' outputs, before any map."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.dtype.kind in "OSU":
+            worst = max(worst, 0.0 if np.array_equal(x, y) else FAR)
+        elif x.size:
+            with np.errstate(invalid="ignore"):
+                gap = np.abs(x.astype(np.float64) - y.astype(np.float64))
+            gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, gap)
+            worst = max(worst, float(np.nan_to_num(gap, nan=FAR, posinf=FAR).max()))
+    return worst

@@ -1,0 +1,373 @@
+"""Quantisation of the weights of MatMul and Gemm, each scheme a pure function from model to model.
+
+Every scheme takes a graph of standard operators (`fusion.optimise(level="basic")`) and returns one
+that `fusion.optimise(level="all")` fuses further. What has no constant float32 matrix as its second
+operand, attention among it, stays in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from lrai_core.errors import CompileError
+
+Float32 = npt.NDArray[np.float32]
+
+_ONNX = ("", "ai.onnx")  # both name the standard's own operators
+_MIXED_BLOCK = 64  # the largest whose bits do not depend on the batch
+_INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
+_TINY = 1e-20  # keeps the scale of an all-zero row finite
+
+
+class NothingToQuantize(CompileError):
+    """The model holds no MatMul or Gemm with a constant float32 matrix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What was done to one MatMul or Gemm.
+
+    Attributes:
+        bits: Of the stored weight; 32 where the operator was left alone.
+        scheme: The function's name, with the block size where there is one; "float32" where the
+            operator was left alone.
+        weight_elements: 0 where the operator was left alone.
+        error: Relative L2 error of the dequantised weight.
+        why: Reason for leaving it alone, empty otherwise.
+    """
+
+    node: str
+    op_type: str
+    bits: int = 32
+    scheme: str = "float32"
+    weight_elements: int = 0
+    error: float = 0.0
+    why: str = ""
+
+
+def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Return `model` with int8 weights, a scale per column, and one scale per activation tensor.
+
+    The operators are those that `onnxruntime.quantization.quantize_dynamic(per_channel=True)`
+    writes, which onnxruntime fuses. A row's answer depends on the rows it is batched with. On CPUs
+    without VNNI or AMX the kernel's int16 sums can saturate.
+
+    Args:
+        model: Weights inline, opset 11 or later. Not modified.
+
+    Raises:
+        NothingToQuantize: No operator qualifies.
+        CompileError: The opset is too old.
+
+    Source: onnxruntime 1.32 `quantization/operators/matmul.py`; ONNX DynamicQuantizeLinear,
+    opset 11.
+    """
+    return _rewrite(model, _dynamic_int8, bits=8, opset=11)
+
+
+def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Return `model` with int8 weights, a scale per column, and one activation scale per row.
+
+    A row is what the last axis spans. Its scale, max |x| / 127, comes from that row alone, so its
+    product has the same bits alone and in any batch. A row whose largest magnitude is below 1e-20
+    counts as zero. On CPUs without VNNI or AMX the kernel's int16 sums can saturate.
+
+    Args:
+        model: Weights inline, opset 13 or later. Not modified.
+
+    Raises:
+        NothingToQuantize: No operator qualifies.
+        CompileError: The opset is too old.
+
+    Source: row-wise scales as in Dettmers et al. 2022, section 2.1 (arXiv:2208.07339), without the
+    outlier path; ONNX QuantizeLinear, opset 13.
+    """
+    return _rewrite(model, _int8_per_row, bits=8, opset=13)
+
+
+def mixed_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Return `model` with a scale per row on its large matrices, and per block on its small ones.
+
+    Blocks of 64 are closer to float32 and slower. They go to the smallest matrices that together
+    hold up to a third of the elements: in a transformer to the projections of attention, which
+    cost little and disturb much.
+
+    Args:
+        model: Weights inline, opset 13 or later. Not modified.
+
+    Raises:
+        NothingToQuantize: No operator qualifies.
+        CompileError: The opset is too old.
+    """
+    _, operators = dynamic_int8_per_row(model)
+    sizes = [operator.weight_elements for operator in operators]
+    third = [size for size in sizes if 0 < 3 * sum(s for s in sizes if s <= size) <= sum(sizes)]
+    if not third:
+        raise NothingToQuantize("no matrices of up to a third of the elements to keep closer")
+
+    def emit(graph: _Graph, layer: _Linear) -> str:
+        if layer.matrix.size <= max(third):
+            return _nbits(graph, layer, _MIXED_BLOCK, 8, _INT8_ACTIVATIONS)
+        return _int8_per_row(graph, layer)
+
+    return _rewrite(model, emit, bits=8, opset=13)
+
+
+def matmul_nbits(
+    model: onnx.ModelProto, *, block_size: int, bits: Literal[4, 8] = 8, accuracy_level: int = 4
+) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Return `model` with weights of `bits` bits and a scale per block of `block_size` along K.
+
+    Args:
+        model: Weights inline. Not modified.
+        block_size: A power of two from 16 on. Up to 64 a row's bits were the same alone and in any
+            batch (onnxruntime 1.32, AVX-512 VNNI); above, the last bits depend on the batch size.
+        bits: 4 or 8, stored symmetric around the middle of the unsigned range.
+        accuracy_level: 4 quantises activations to int8, per row and block, inside the kernel; 1
+            keeps them in float32.
+
+    Raises:
+        NothingToQuantize: No operator qualifies.
+
+    Source: onnxruntime contrib operator MatMulNBits, version 1.
+    """
+
+    def emit(graph: _Graph, layer: _Linear) -> str:
+        return _nbits(graph, layer, block_size, bits, accuracy_level)
+
+    return _rewrite(model, emit, bits=bits, opset=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """An operator that qualifies: activation @ matrix (+ bias)."""
+
+    activation: str
+    weight: str  # prefix of all that derives from the matrix, shared by nodes that share it
+    matrix: Float32  # [K, N]
+    bias: str  # "" for none
+    product: str  # name of the value before the bias
+
+
+@dataclass(slots=True)
+class _Graph:
+    """The graph being written; adding what is there already changes nothing."""
+
+    opset: int
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    values: set[str] = field(default_factory=set)
+    errors: dict[str, float] = field(default_factory=dict)  # by `_Linear.weight`
+
+    def constant(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
+        return name
+
+    def add(
+        self, op_type: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: Any
+    ) -> str:
+        if outputs[0] not in self.values:
+            self.values.update(outputs)
+            self.nodes.append(
+                helper.make_node(op_type, inputs, outputs, outputs[0], domain=domain, **attributes)
+            )
+        return outputs[0]
+
+
+def _rewrite(
+    model: onnx.ModelProto, emit: Callable[[_Graph, _Linear], str], *, bits: int, opset: int
+) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Return a copy of `model` with what qualifies written by `emit`, and a line per operator."""
+    graph = _Graph(next((o.version for o in model.opset_import if o.domain in _ONNX), 0))
+    if graph.opset < opset:
+        raise CompileError(f"this form needs opset {opset} or later, the model has {graph.opset}")
+    overridable = {i.name for i in model.graph.input}
+    constants = {t.name: t for t in model.graph.initializer if t.name not in overridable}
+    constants |= {
+        n.output[0]: n.attribute[0].t
+        for n in model.graph.node
+        if n.op_type == "Constant" and n.attribute[0].name == "value"
+    }
+    report = []
+    for node in model.graph.node:
+        if node.domain not in _ONNX or node.op_type not in ("MatMul", "Gemm"):
+            graph.nodes.append(node)
+            continue
+        layer = _linear(node, constants)
+        if isinstance(layer, str):
+            graph.nodes.append(node)
+            report.append(Quantized(node=node.name, op_type=node.op_type, why=layer))
+            continue
+        scheme = emit(graph, layer)
+        if layer.bias:
+            graph.add("Add", [layer.product, layer.bias], node.output[0])
+        report.append(
+            Quantized(
+                node=node.name,
+                op_type=node.op_type,
+                bits=bits,
+                scheme=scheme,
+                weight_elements=layer.matrix.size,
+                error=graph.errors[layer.weight],
+            )
+        )
+    if not graph.errors:
+        raise NothingToQuantize(f"no MatMul or Gemm of {len(report)} has a constant float32 matrix")
+    return _assemble(model, graph), report
+
+
+def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> _Linear | str:
+    """Return `node` as a linear layer, or why it is none."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    scaled = attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0
+    if scaled or attributes.get("transA", 0):
+        return "transposed activation, or alpha or beta other than 1"
+    weight = constants.get(node.input[1])
+    if weight is None:
+        return "the second operand is not constant"
+    if weight.data_type != onnx.TensorProto.FLOAT or len(weight.dims) != 2:
+        kind = onnx.TensorProto.DataType.Name(weight.data_type).lower()
+        return f"the weight is {kind} of rank {len(weight.dims)}"
+    if weight.data_location == onnx.TensorProto.EXTERNAL:
+        return "the weight is external data"
+    transposed = attributes.get("transB", 0)
+    matrix = numpy_helper.to_array(weight)
+    if not (matrix.size and np.isfinite(matrix).all()):
+        return "the weight is empty or not finite"
+    bias = node.input[2] if len(node.input) > 2 else ""
+    return _Linear(
+        activation=node.input[0],
+        weight=f"{node.input[1]}:transposed" if transposed else node.input[1],
+        matrix=matrix.T if transposed else matrix,
+        bias=bias,
+        product=f"{node.output[0]}:product" if bias else node.output[0],
+    )
+
+
+def _dynamic_int8(graph: _Graph, layer: _Linear) -> str:
+    x, y = layer.activation, layer.product
+    weight, scale = _int8_weight(graph, layer)
+    graph.add("DynamicQuantizeLinear", [x], f"{x}:uint8", f"{x}:scale", f"{x}:zero_point")
+    product = graph.add("MatMulInteger", [f"{x}:uint8", weight, f"{x}:zero_point"], f"{y}:int32")
+    product = graph.add("Cast", [product], f"{y}:float", to=onnx.TensorProto.FLOAT)
+    graph.add("Mul", [product, graph.add("Mul", [f"{x}:scale", scale], f"{y}:scale")], y)
+    return "dynamic_int8"
+
+
+def _int8_per_row(graph: _Graph, layer: _Linear) -> str:
+    x, y = layer.activation, layer.product
+    weight, scale = _int8_weight(graph, layer)
+    step = graph.constant("int8:step", 1 / 127, np.float32)
+    middle = graph.constant("uint8:middle", 128, np.uint8)  # onnxruntime is slow on int8 x int8
+    # opset 18 moved the axes of ReduceMax from an attribute to an input
+    axes = [graph.constant("axes:last", [-1], np.int64)] if graph.opset >= 18 else []
+    attributes: dict[str, Any] = {} if axes else {"axes": [-1]}
+    peak = graph.add("Abs", [x], f"{x}:magnitude")
+    peak = graph.add("ReduceMax", [peak, *axes], f"{x}:largest", keepdims=1, **attributes)
+    peak = graph.add("Max", [peak, graph.constant("tiny", _TINY, np.float32)], f"{x}:peak")
+    unit = graph.add("Mul", [x, graph.add("Reciprocal", [peak], f"{x}:inverse")], f"{x}:unit")
+    integers = graph.add("QuantizeLinear", [unit, step, middle], f"{x}:row_uint8")
+    product = graph.add(
+        "MatMulIntegerToFloat",
+        [integers, weight, step, scale, middle],
+        f"{y}:unscaled",
+        domain="com.microsoft",
+    )
+    graph.add("Mul", [product, peak], y)
+    return "dynamic_int8_per_row"
+
+
+def _int8_weight(graph: _Graph, layer: _Linear) -> tuple[str, str]:
+    """Add the matrix as int8 [K, N] with a scale per column; return the names of both."""
+    name = layer.weight
+    if name not in graph.errors:
+        scale = _scale(np.abs(layer.matrix).max(axis=0), 127)
+        integers = np.rint(layer.matrix / scale)
+        graph.errors[name] = _relative_error(layer.matrix, integers * scale)
+        graph.constant(f"{name}:int8", integers, np.int8)
+        graph.constant(f"{name}:scale", scale, np.float32)
+    return f"{name}:int8", f"{name}:scale"
+
+
+def _nbits(graph: _Graph, layer: _Linear, block_size: int, bits: int, accuracy_level: int) -> str:
+    name, (k, n) = layer.weight, layer.matrix.shape
+    if name not in graph.errors:
+        peak = 2 ** (bits - 1) - 1
+        blocks = np.pad(layer.matrix.T, ((0, 0), (0, -k % block_size)))
+        blocks = blocks.reshape(n, -1, block_size)
+        scale = _scale(np.abs(blocks).max(axis=2, keepdims=True), peak)  # float32 [N, blocks, 1]
+        integers = np.rint(blocks / scale)
+        graph.errors[name] = _relative_error(blocks, integers * scale)
+        # the kernel's zero point, where none is given, is the middle of the unsigned range
+        packed = (integers + (peak + 1)).astype(np.uint8)
+        if bits == 4:
+            packed = packed[..., ::2] | packed[..., 1::2] << 4
+        graph.constant(f"{name}:packed", packed, np.uint8)
+        graph.constant(f"{name}:scale", scale.reshape(n, -1), np.float32)
+    graph.add(
+        "MatMulNBits",
+        [layer.activation, f"{name}:packed", f"{name}:scale"],
+        layer.product,
+        domain="com.microsoft",
+        K=k,
+        N=n,
+        bits=bits,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+    )
+    return f"matmul_nbits_{block_size}"
+
+
+def _scale(peak: Float32, levels: int) -> Float32:
+    """Return peak / levels, and 1 where that is zero or subnormal: it could not divide."""
+    scale = peak / np.float32(levels)
+    return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
+
+
+def _relative_error(weight: Float32, restored: Float32) -> float:
+    norm = float(np.linalg.norm(weight))
+    return float(np.linalg.norm(weight - restored)) / norm if norm else 0.0
+
+
+def _assemble(model: onnx.ModelProto, graph: _Graph) -> onnx.ModelProto:
+    """Return `model` around the nodes of `graph`, without the weights that nothing reads."""
+    read = {o.name for o in model.graph.output}.union(*map(_read, graph.nodes))
+    # built field by field: copying the model first would copy the weights that are dropped here
+    result = onnx.ModelProto(
+        ir_version=model.ir_version,
+        opset_import=[o for o in model.opset_import if o.domain != "com.microsoft"],
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+        functions=model.functions,
+        metadata_props=model.metadata_props,
+    )
+    result.opset_import.add(domain="com.microsoft", version=1)
+    result.graph.name = model.graph.name
+    result.graph.input.extend(model.graph.input)
+    result.graph.output.extend(model.graph.output)
+    result.graph.value_info.extend(model.graph.value_info)
+    result.graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    result.graph.node.extend(
+        n for n in graph.nodes if n.op_type != "Constant" or n.output[0] in read
+    )
+    initializers = {t.name: t for t in model.graph.initializer} | graph.initializers
+    result.graph.initializer.extend(t for name, t in initializers.items() if name in read)
+    return result
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield what `node` reads, the bodies of If, Loop and Scan included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            yield from (o.name for o in body.output)
+            for inner in body.node:
+                yield from _read(inner)

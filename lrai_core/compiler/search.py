@@ -1,0 +1,209 @@
+"""Candidates: every form that is tried, built, and measured against fp32 in interleaved rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+
+from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler import fusion, quantize
+from lrai_core.compiler.axes import length_of, stretch
+from lrai_core.compiler.model import SharedWeights
+from lrai_core.compiler.quantize import Quantized
+from lrai_core.engine.batching import synthetic_row
+from lrai_core.engine.engine import Engine, Session
+from lrai_core.errors import ArtifactError, CompileError
+from lrai_core.protocol import Array, Signature
+
+Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
+
+ROUNDS: Final = 9
+_POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
+_LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
+_LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One form of the model.
+
+    Attributes:
+        form: Id of the form: `fp32`, `int8-row`, …
+        precision: What its weights are stored in.
+        passes_off: Optimizer passes that were left out.
+        graph: File of the graph, its shared weights in the source's folder.
+        size_bytes: What loading it reads.
+        operators: What was done to each operator.
+    """
+
+    form: str
+    precision: str
+    passes_off: tuple[str, ...]
+    graph: Path
+    size_bytes: int
+    operators: list[Quantized]
+    session: Session
+    latency: list[LatencyPoint] = field(default_factory=list)
+    speedup: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Return the form with the passes left out, for logs."""
+        return self.form + "".join(f" without {name}" for name in self.passes_off)
+
+
+def forms() -> tuple[tuple[str, str, Build | None], ...]:
+    """Return id, precision and builder of every form; fp32 is first and needs no builder."""
+    return (
+        ("fp32", "fp32", None),
+        ("int8-dynamic", "int8", quantize.dynamic_int8),
+        ("int8-row", "int8", quantize.dynamic_int8_per_row),
+        ("int8-mixed", "int8", quantize.mixed_int8),
+        *((f"int8-block{size}", "int8", _blocks(size)) for size in (32, 128)),
+    )
+
+
+def _blocks(size: int) -> Build:
+    return lambda model: quantize.matmul_nbits(model, block_size=size)
+
+
+def build(
+    model: onnx.ModelProto,
+    wanted: Sequence[tuple[str, str, Build | None]],
+    *,
+    folder: Path,
+    shared: SharedWeights,
+    weights: Path,
+    engine: Engine,
+    threads: int,
+) -> Iterator[Candidate | tuple[str, str]]:
+    """Yield each form under each pass set as a candidate, or as (name, why it is none).
+
+    Args:
+        model: The source's graph, its large weights external. Not modified.
+        wanted: From `forms`.
+        folder: Where graphs are written.
+        shared: The source's weights, which graphs refer to.
+        weights: Folder of those weights.
+        engine: What loads the candidates.
+        threads: Of the sessions.
+    """
+    basic: onnx.ModelProto | None = None
+    for form, precision, transform in wanted:
+        seen: set[bytes] = set()
+        graph, operators = model, list[Quantized]()
+        try:
+            if transform is not None:
+                basic = basic or _inline(model, weights, threads)
+                graph, operators = transform(basic)
+        except CompileError as error:
+            yield form, str(error)
+            continue
+        for name, passes_off in fusion.DISABLEABLE:
+            file = folder / f"{form}.{name}.onnx"
+            try:
+                optimised = fusion.optimise(
+                    graph, level="all", disabled=passes_off, threads=threads, weights=weights
+                )
+                size = shared.write_variant(optimised, file)
+                digest = hashlib.sha256(file.read_bytes()).digest()
+                if digest in seen:
+                    continue  # the passes had nothing to do
+                seen.add(digest)
+                session = engine.load(file, weights=weights, threads=threads)
+            except (CompileError, ArtifactError) as error:
+                yield f"{form} ({name})", str(error)
+                continue
+            yield Candidate(form, precision, passes_off, file, size, operators, session)
+
+
+def _inline(model: onnx.ModelProto, weights: Path, threads: int) -> onnx.ModelProto:
+    """Return the basic-optimised model with its weights inline, as the quantisers take it."""
+    basic = fusion.optimise(model, level="basic", threads=threads, weights=weights)
+    load_external_data_for_model(basic, str(weights))
+    return basic
+
+
+def profile(
+    candidates: Sequence[Candidate],
+    signature: Signature,
+    rows: list[list[Array]],
+    tick: Callable[[], None],
+) -> None:
+    """Measure all candidates at the same points in interleaved rounds, and set latency and speedup.
+
+    Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
+    The first candidate is the reference of the speed-up.
+    """
+    points = _points(signature, rows)
+    row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
+    timings: dict[tuple[int, int, int], list[float]] = {}
+    for count, length in points:
+        base = row or synthetic_row(signature, max(length, 1))
+        feed = stretch(base, signature, count, length)
+        repeats = [_repeats(candidate.session, feed) for candidate in candidates]
+        for _ in range(ROUNDS):
+            for index, candidate in enumerate(candidates):
+                started = time.perf_counter()
+                for _ in range(repeats[index]):
+                    candidate.session.run(feed)
+                seconds = (time.perf_counter() - started) / repeats[index]
+                timings.setdefault((index, count, length), []).append(seconds)
+        tick()
+    for index, candidate in enumerate(candidates):
+        candidate.latency = [
+            _point(count, length, timings[index, count, length]) for count, length in points
+        ]
+    for candidate in candidates:
+        logs = [
+            math.log(a.median_ms / b.median_ms)
+            for a, b in zip(candidates[0].latency, candidate.latency, strict=True)
+        ]
+        candidate.speedup = math.exp(math.fsum(logs) / len(logs))
+
+
+def points_count(signature: Signature, rows: list[list[Array]]) -> int:
+    """Return how many points `profile` measures, for a progress bar."""
+    return len(_points(signature, rows))
+
+
+def _points(signature: Signature, rows: list[list[Array]]) -> list[tuple[int, int]]:
+    """Return (rows, length) of every point."""
+    if not signature.coalescible:
+        return [(1, 0)]
+    if signature.inputs[0].length_axis is None:
+        return [(count, 0) for count in (1, 2, 4, 8, 16, 32)]
+    longest = max((length_of(row, signature) for row in rows), default=128)
+    lengths = [length for length in _LENGTHS if length < longest] + [longest]
+    return [
+        (count, length)
+        for length in lengths
+        for count in (1, 4, 16)
+        if count == 1 or count * length <= _POINT_ELEMENTS
+    ]
+
+
+def _repeats(session: Session, feed: list[Array]) -> int:
+    session.run(feed)
+    started = time.perf_counter()
+    session.run(feed)
+    return max(1, int(_LEAST_SECONDS / max(time.perf_counter() - started, 1e-7)))
+
+
+def _point(rows: int, length: int, seconds: list[float]) -> LatencyPoint:
+    quarters = statistics.quantiles(seconds, n=4)
+    return LatencyPoint(
+        rows=rows,
+        length=length,
+        median_ms=statistics.median(seconds) * 1e3,
+        spread_ms=(quarters[2] - quarters[0]) * 1e3,
+    )

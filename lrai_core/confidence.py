@@ -1,0 +1,120 @@
+"""Exact binomial bounds: one copy for the gate, the certificates and the monitor.
+
+Source: Clopper and Pearson 1934, Biometrika 26(4). Tails are summed term by term from the largest,
+which is found in the log domain, so a million samples are no harder than ten; no library beyond
+`math` is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
+    """Return the one-sided Clopper-Pearson upper bound of a failure rate.
+
+    With probability `confidence` or more over the sample the true rate is at most the result.
+
+    Args:
+        failures: Failures seen, 0 to n.
+        n: Independent trials, fixed beforehand, at least 1.
+        confidence: Inside (0, 1).
+    """
+    _check(failures, n, confidence)
+    if failures == n:
+        return 1.0
+    return _solve(lambda p: _cdf(failures, n, p), 1 - confidence)
+
+
+def lower_bound(successes: int, n: int, confidence: float = 0.95) -> float:
+    """Return the one-sided Clopper-Pearson lower bound of a success rate."""
+    return 1 - upper_bound(n - successes, n, confidence)
+
+
+def paired_loss_bound(lost: int, won: int, n: int, confidence: float = 0.95) -> float:
+    """Return an upper bound of the loss in a 0/1 metric between two models on the same rows.
+
+    The loss is the rate of rows that only the first model gets right less the rate of rows that
+    only the second does. Both rates are bounded at half the error, so the bound holds for any
+    dependence between them (Bonferroni); it is conservative, never optimistic.
+
+    Args:
+        lost: Rows that the reference gets right and the other does not.
+        won: Rows that the other gets right and the reference does not.
+        n: Rows in all.
+        confidence: Inside (0, 1).
+    """
+    each = 1 - (1 - confidence) / 2
+    return upper_bound(lost, n, each) - lower_bound(won, n, each)
+
+
+def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.0) -> int:
+    """Return the least n at which the bound reaches `delta` when `failure_rate` of rows fail.
+
+    Returns -1 where no n suffices, that is where `failure_rate` is `delta` or more.
+    """
+    if failure_rate >= delta:
+        return -1
+    if delta >= 1:
+        return 1
+    low, high = 1, 2
+    while not _reaches(delta, confidence, failure_rate, high):
+        low, high = high, high * 2
+        if high > 1 << 30:
+            return -1
+    while low < high:
+        middle = (low + high) // 2
+        if _reaches(delta, confidence, failure_rate, middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _reaches(delta: float, confidence: float, failure_rate: float, n: int) -> bool:
+    """Return whether the upper bound is at most `delta`: one tail instead of solving for it."""
+    failures = math.ceil(failure_rate * n)
+    return failures < n and _cdf(failures, n, delta) <= 1 - confidence
+
+
+def _check(failures: int, n: int, confidence: float) -> None:
+    if n < 1 or not 0 <= failures <= n:
+        raise ValueError(f"{failures} failures of {n} trials")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, it must lie between 0 and 1")
+
+
+def _cdf(k: int, n: int, p: float) -> float:
+    """Return P(X <= k) for X ~ Binomial(n, p), 0 < p < 1."""
+    # Sums outwards from the largest term until what follows is below what a double can hold.
+    top = min(k, int((n + 1) * p))
+    odds = p / (1 - p)
+    log_choose = math.lgamma(n + 1) - math.lgamma(top + 1) - math.lgamma(n - top + 1)
+    log_top = log_choose + top * math.log(p) + (n - top) * math.log1p(-p)
+    total = term = 1.0
+    for i in range(top, 0, -1):
+        term *= i / ((n - i + 1) * odds)
+        total += term
+        if term < 1e-20:
+            break
+    term = 1.0
+    for i in range(top + 1, k + 1):
+        term *= (n - i + 1) * odds / i
+        total += term
+        if term < 1e-20:
+            break
+    return min(1.0, math.exp(log_top) * total)
+
+
+def _solve(tail: Callable[[float], float], target: float) -> float:
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if tail(middle) > target:
+            low = middle
+        else:
+            high = middle
+        if high - low <= 1e-15 * high:
+            break
+    return high

@@ -1,0 +1,113 @@
+"""Rows of several requests into one call, and its outputs back to their callers.
+
+Pure; the actor, the gate and the certificates share it, so what was measured is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from lrai_core.protocol import DATATYPES, Array, Signature, TensorSpec
+
+MEASURED_ELEMENTS: Final = 1024
+"""Padded rows x length that the gate measures the batch effect with, and the default of a call."""
+
+
+def coalesce(requests: Sequence[Sequence[Array]], signature: Signature) -> list[Array]:
+    """Return one array per input: the requests' rows in order, padded to the longest.
+
+    Args:
+        requests: Per request one array per input; shapes agree but for batch and length axis.
+        signature: Of the model. A single request is passed through uncopied.
+    """
+    if len(requests) == 1:
+        return list(requests[0])
+    return [
+        _join([request[index] for request in requests], spec)
+        for index, spec in enumerate(signature.inputs)
+    ]
+
+
+def split(
+    outputs: Sequence[Array],
+    specs: Sequence[TensorSpec],
+    rows: Sequence[int],
+    lengths: Sequence[int],
+) -> list[list[Array]]:
+    """Return per request its rows of every output, sliced back to its length; views, not copies.
+
+    Args:
+        outputs: Of the call, one per entry of `specs`.
+        specs: The outputs' declarations.
+        rows: Rows of each request, in the order of `coalesce`.
+        lengths: Length of each request, 0 where the model has no length axis.
+
+    Raises:
+        ValueError: An output has not the rows that went in.
+    """
+    if len(rows) == 1:
+        return [list(outputs)]
+    total = sum(rows)
+    for output, spec in zip(outputs, specs, strict=True):
+        if output.shape[:1] != (total,):
+            raise ValueError(
+                f"output {spec.name!r} has shape {list(output.shape)} for {total} rows"
+            )
+    answers, start = [], 0
+    for count, length in zip(rows, lengths, strict=True):
+        answers.append(
+            [
+                _own(output[start : start + count], spec, length)
+                for output, spec in zip(outputs, specs, strict=True)
+            ]
+        )
+        start += count
+    return answers
+
+
+def synthetic_row(signature: Signature, length: int) -> list[Array]:
+    """Return a row that most models accept: bits for integers, normal noise for floats."""
+    random, row = np.random.default_rng(length), list[Array]()
+    for spec in signature.inputs:
+        shape = [extent if isinstance(extent, int) else 4 for extent in spec.shape]
+        for axis, extent in ((spec.batch_axis, 1), (spec.length_axis, length)):
+            if axis is not None:
+                shape[axis] = extent
+        dtype = DATATYPES[spec.datatype]
+        if dtype.kind == "f":
+            row.append(random.standard_normal(shape).astype(dtype))
+        elif dtype.kind == "O":
+            row.append(np.full(shape, "a", dtype))
+        else:  # nought and one are tokens, segments and masks alike; the first is never masked
+            first = np.arange(shape[-1]) == 0 if shape else True
+            row.append((random.integers(0, 2, shape) | first).astype(dtype))
+    return row
+
+
+def _join(arrays: list[Array], spec: TensorSpec) -> Array:
+    axis = spec.length_axis
+    if axis is None or len({array.shape[axis] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    shape = list(arrays[0].shape)
+    shape[0] = sum(array.shape[0] for array in arrays)
+    shape[axis] = max(array.shape[axis] for array in arrays)
+    joined = np.full(shape, spec.pad_value, dtype=arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        window: list[slice] = [slice(None)] * array.ndim
+        window[0] = slice(start, start + array.shape[0])
+        window[axis] = slice(0, array.shape[axis])
+        joined[tuple(window)] = array
+        start += array.shape[0]
+    return joined
+
+
+def _own(rows: Array, spec: TensorSpec, length: int) -> Array:
+    if spec.length_axis is None:
+        return rows
+    window: list[slice] = [slice(None)] * rows.ndim
+    window[spec.length_axis] = slice(0, length)
+    return rows[tuple(window)]

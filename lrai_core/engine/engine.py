@@ -1,0 +1,97 @@
+"""The Engine protocol, and how an engine is found by its name."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Protocol, cast
+
+from lrai_core.errors import EnvironmentProblem, shorten
+from lrai_core.protocol import Array
+
+
+class Session(Protocol):
+    """A loaded variant. Not shared between threads."""
+
+    def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
+        """Return the outputs at these indices (None: all) for one array per input, in order."""
+        ...
+
+
+class Engine(Protocol):
+    """Loads variants. `version` is part of an artifact's target: another one may differ."""
+
+    name: str
+    version: str
+
+    def load(
+        self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
+    ) -> Session:
+        """Return a session on the graph at `model`.
+
+        Args:
+            model: The graph.
+            weights: Folder of its external data; None for the model's own folder.
+            threads: Threads of one call.
+            optimise: Let the engine optimise the graph now; variants are stored as executed.
+
+        Raises:
+            ArtifactError: The engine cannot open it.
+        """
+        ...
+
+
+def find_engine(name: str) -> Engine:
+    """Return the engine of that name: built in, or from an installed `lrai.engines` entry point.
+
+    Raises:
+        EnvironmentProblem: It is not installed.
+    """
+    if name == "onnxruntime":
+        from lrai_core.engine.onnxruntime import OnnxRuntime
+
+        return OnnxRuntime()
+    for entry in entry_points(group="lrai.engines", name=name):
+        return cast("Engine", entry.load()())
+    raise EnvironmentProblem(
+        f"the engine {shorten(name)!r} is not installed: pip install 'lrai[{shorten(name, 40)}]'"
+    )
+
+
+def installed_version(name: str) -> str:
+    """Return the version of a distribution without importing it, empty if not installed."""
+    for distribution in (name, f"{name}-gpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(distribution)
+    return ""
+
+
+@cache
+def isa_class() -> str:
+    """Return what decides speed and rounding of integer kernels: `amx`, `vnni`, `avx2`, …."""
+    try:
+        for line in (
+            Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        ):
+            if line.startswith(("flags", "Features")):
+                flags = set(line.split())
+                for flag, name in _ISA_FLAGS:
+                    if flag in flags:
+                        return name
+                break
+    except OSError:
+        pass
+    return platform.machine().lower()
+
+
+_ISA_FLAGS = (
+    ("amx_int8", "amx"),
+    ("avx512_vnni", "vnni"),
+    ("avx_vnni", "vnni"),
+    ("avx2", "avx2"),
+    ("asimddp", "neon-dot"),
+)

@@ -1,0 +1,102 @@
+"""The engine of every base install: onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from lrai_core.errors import ArtifactError, EngineError
+from lrai_core.protocol import Array
+
+EXTERNAL_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+REFUSALS: Final = (  # onnxruntime's errors have no base of their own
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
+
+
+class OnnxRuntime:
+    """Loads ONNX graphs. Stored variants run as they are: no graph optimisation at load."""
+
+    name = "onnxruntime"
+    version: str = ort.__version__
+
+    def load(
+        self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
+    ) -> OnnxRuntimeSession:
+        """Return a session; see `Engine.load`."""
+        options = session_options(threads, optimise=optimise)
+        given: str | bytes = str(model)
+        if weights is not None:
+            # Without a path of its own a graph may take its external data from a folder of ours.
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(weights))
+            given = model.read_bytes()
+        try:
+            session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        except REFUSALS as error:
+            raise ArtifactError(f"onnxruntime cannot open {model.name}: {reason(error)}") from None
+        return OnnxRuntimeSession(session)
+
+
+class OnnxRuntimeSession:
+    """One onnxruntime session."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._inputs = [value.name for value in session.get_inputs()]
+        self._outputs = [value.name for value in session.get_outputs()]
+
+    def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
+        """Return the outputs; see `Session.run`."""
+        names = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
+        feeds = dict(zip(self._inputs, arrays, strict=True))
+        try:
+            results: list[Array] = self._session.run(names, feeds)
+        except REFUSALS as error:
+            raise EngineError(
+                f"onnxruntime cannot run the model: {reason(error)}",
+                invalid=isinstance(error, state.InvalidArgument | ValueError),
+            ) from None
+        return results
+
+
+def session_options(threads: int, *, optimise: bool) -> ort.SessionOptions:
+    """Return options for one call at a time, silent but for errors that are raised anyway."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = (
+        ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if optimise
+        else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )
+    options.log_severity_level = 4
+    return options
+
+
+def reason(error: BaseException) -> str:
+    """Return onnxruntime's message without codes, source locations and folders, on one line."""
+    text = " ".join(str(error).split())
+    text = text.rpartition(" : ")[2] or text
+    words: list[Any] = [Path(word).name if "/" in word else word for word in text.split()]
+    return " ".join(words)[:300]
+
+
+def is_about_operator(error: BaseException) -> bool:
+    """Return whether an operator that onnxruntime lacks is the reason: only the message tells."""
+    text = str(error)
+    return any(
+        words in text for words in ("not a registered", "No Op registered", "implementation for")
+    )

@@ -1,0 +1,103 @@
+"""What happened to requests, models and variants, and who is told of it.
+
+Emitting never waits and never fails: counting is done at once, observers are called by a thread of
+their own from a bounded queue, and what an observer raises is counted, not passed on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal[
+    "request_accepted",
+    "request_refused",
+    "request_answered",
+    "request_failed",
+    "batch_dispatched",
+    "batch_completed",
+    "batch_retried",
+    "actor_started",
+    "actor_ready",
+    "actor_lost",
+    "actor_hung",
+    "model_failed",
+    "variant_refused",
+    "planner_failed",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        kind: What.
+        model: Name of the model concerned.
+        attributes: Figures and names, units in the keys.
+        monotonic_s: When, on the monotonic clock.
+    """
+
+    kind: Kind
+    model: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    monotonic_s: float = field(default_factory=time.monotonic)
+
+
+Observer = Callable[[Event], None]
+
+
+class EventBus:
+    """Counts every event and hands it to the observers."""
+
+    def __init__(self, observers: Sequence[Observer] = (), *, capacity: int = 10_000) -> None:
+        self._observers = tuple(observers)
+        self._counts: Counter[str] = Counter()
+        self._queue: deque[Event] = deque(maxlen=capacity)
+        self._wake = threading.Event()
+        self._lock = threading.Lock()  # callers and the scheduler count at the same time
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        if self._observers:
+            self._thread = threading.Thread(target=self._deliver, name="lrai-events", daemon=True)
+            self._thread.start()
+
+    def emit(self, kind: Kind, model: str = "", /, count: int = 1, **attributes: Any) -> None:
+        """Count the event and queue it for the observers; the oldest is dropped when they lag."""
+        with self._lock:
+            self._counts[kind] += count
+        if not self._observers:
+            return
+        if len(self._queue) == self._queue.maxlen:
+            self._counts["events_dropped"] += 1
+        self._queue.append(Event(kind, model, attributes))
+        self._wake.set()
+
+    def counts(self) -> dict[str, int]:
+        """Return how often each kind was emitted, with `events_dropped` and `observer_errors`."""
+        return dict(self._counts)
+
+    def close(self) -> None:
+        """Deliver what is queued, then stop."""
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _deliver(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                event = self._queue.popleft()
+                for observer in self._observers:
+                    try:
+                        observer(event)
+                    except Exception:  # noqa: BLE001 - edge: an observer can never fail a request
+                        self._counts["observer_errors"] += 1
+            if self._closed:
+                return

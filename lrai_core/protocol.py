@@ -1,0 +1,396 @@
+"""Requests and responses of the Open Inference Protocol, and the one place that checks them.
+
+Everything behind `validate` trusts what it returns: arrays of the declared datatype and rank, whose
+element count matches their bytes, with one row count and one length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from lrai_core.errors import InvalidTensor, RequestError, shorten
+
+Array = NDArray[Any]
+OutputMap = Literal["raw", "softmax", "l2_normalised"]
+
+DATATYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype(np.uint16),
+    "UINT32": np.dtype(np.uint32),
+    "UINT64": np.dtype(np.uint64),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype(np.int16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BYTES": np.dtype(np.object_),
+}
+_DATATYPE_OF: Final = {dtype: name for name, dtype in DATATYPES.items()}
+_MAX_DIMENSIONS: Final = 16
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a model declares about one input or output.
+
+    Attributes:
+        name: As in the ONNX graph.
+        datatype: A key of `DATATYPES`.
+        shape: One entry per dimension: an integer, or the symbol of a free dimension.
+        batch_axis: 0 where rows can be coalesced along dimension 0, else None.
+        length_axis: The dimension that may be padded, else None.
+        pad_value: What fills the padded part of an input; outputs are sliced back.
+        output_map: How differences on an output are judged.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int | str, ...]
+    batch_axis: int | None = None
+    length_axis: int | None = None
+    pad_value: float = 0
+    output_map: OutputMap = "raw"
+
+    def __post_init__(self) -> None:
+        """Refuse axes that the shape does not have."""
+        length = self.length_axis
+        if self.batch_axis not in (None, 0) or (self.batch_axis == 0 and not self.shape):
+            raise ValueError(f"batch axis {self.batch_axis} of {self.name!r}: only 0 can be one")
+        if length is not None and not 0 < length < len(self.shape):
+            raise ValueError(f"length axis {length} of {self.name!r} is none of its dimensions")
+
+
+class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Inputs and outputs of a model, in the graph's order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def coalescible(self) -> bool:
+        """Whether rows of different requests may share a call: every tensor has a batch axis."""
+        return all(spec.batch_axis == 0 for spec in (*self.inputs, *self.outputs))
+
+
+class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor as a host received it: not yet checked.
+
+    `data` is the little-endian, row-major content; BYTES elements are each preceded by their length
+    as a 32-bit integer (Open Inference Protocol, binary tensor data extension).
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceRequest:
+    """One caller's tensors for one model.
+
+    Attributes:
+        inputs: Arrays by input name, or unchecked `Tensor`s by input name. Arrays are not copied:
+            do not write to them before the answer is there.
+        outputs: Names of the outputs wanted, in that order; empty for all.
+        timeout_ms: How long the caller will wait, from arrival. None for the configured default.
+    """
+
+    model_name: str
+    inputs: Mapping[str, Array | Tensor]
+    model_version: str = ""
+    id: str = ""
+    outputs: tuple[str, ...] = ()
+    timeout_ms: float | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceResponse:
+    """The answer to one request; `parameters` name the variant and the certificate behind it."""
+
+    model_name: str
+    model_version: str
+    id: str
+    outputs: Mapping[str, Array]
+    parameters: Mapping[str, Any]
+
+
+class Limits(Protocol):
+    """Bounds that `validate` enforces on one request; `config.LimitsConfig` has them."""
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of all tensors together."""
+
+    @property
+    def request_rows(self) -> int:
+        """Rows."""
+
+    @property
+    def nan_policy(self) -> Literal["pass", "reject"]:
+        """What is done with NaN and infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidRequest:
+    """What the scheduler trusts.
+
+    Attributes:
+        arrays: C-contiguous, in the order of the signature's inputs, of the declared dtype.
+        rows: Items along the batch axis, at least 1; 1 where there is none.
+        length: Extent of the length axis, 0 where there is none.
+        outputs: Indices into the signature's outputs, in the caller's order.
+        group: What must be equal for two requests to share a call.
+        nbytes: Bytes of all arrays.
+    """
+
+    arrays: tuple[Array, ...]
+    rows: int
+    length: int
+    outputs: tuple[int, ...]
+    group: tuple[Any, ...]
+    nbytes: int
+
+
+def datatype_of(dtype: np.dtype[Any]) -> str:
+    """Return the Open Inference Protocol name of a numpy dtype, strings as BYTES.
+
+    Raises:
+        RequestError: The protocol has no such datatype.
+    """
+    if dtype.kind in "OSU":
+        return "BYTES"
+    try:
+        return _DATATYPE_OF[dtype.newbyteorder("=")]
+    except KeyError:
+        raise RequestError(f"dtype {dtype} is not a datatype of the protocol") from None
+
+
+def validate(request: InferenceRequest, signature: Signature, limits: Limits) -> ValidRequest:
+    """Check `request` against `signature` once, and return what may be trusted from then on.
+
+    Raises:
+        InvalidTensor: A tensor is unknown, missing, or of the wrong datatype, rank, dimension or
+            size.
+        RequestError: Too many rows or bytes, or an output that the model does not have.
+    """
+    known = {spec.name: spec for spec in signature.inputs}
+    for name in request.inputs:
+        if name not in known:
+            raise InvalidTensor(name, f"the model has no such input; it has {_names(known)}")
+    arrays: list[Array] = []
+    extents: dict[str, tuple[int, str]] = {}  # symbol -> (extent, tensor that fixed it)
+    nbytes = 0
+    for name, spec in known.items():
+        if name not in request.inputs:
+            raise InvalidTensor(name, "missing")
+        array = _array(name, request.inputs[name], spec, limits.request_bytes - nbytes)
+        nbytes += array.nbytes
+        if spec.datatype == "BYTES":
+            nbytes += sum(map(len, array.flat))
+        if nbytes > limits.request_bytes:
+            raise RequestError(
+                f"the request has over {limits.request_bytes} bytes, which is the limit"
+            )
+        _check_shape(array.shape, spec, extents)
+        if (
+            limits.nan_policy == "reject"
+            and array.dtype.kind == "f"
+            and not np.isfinite(array).all()
+        ):
+            raise InvalidTensor(name, "holds NaN or infinity, which are not taken here")
+        arrays.append(array)
+    rows, length = _extents(arrays, signature.inputs)
+    if rows > limits.request_rows:
+        raise RequestError(f"{rows} rows, at most {limits.request_rows} are allowed in one request")
+    outputs = _outputs(request.outputs, signature)
+    return ValidRequest(
+        arrays=tuple(arrays),
+        rows=rows,
+        length=length,
+        outputs=outputs,
+        group=_group(arrays, signature) if signature.coalescible else (object(),),
+        nbytes=nbytes,
+    )
+
+
+def encode_bytes(array: Array) -> bytes:
+    """Return the protocol's wire form of a BYTES tensor: length-prefixed elements, row-major."""
+    parts: list[bytes] = []
+    for element in array.ravel():
+        raw = element.encode() if isinstance(element, str) else bytes(element)
+        parts += (len(raw).to_bytes(4, "little"), raw)
+    return b"".join(parts)
+
+
+def decode_bytes(data: bytes | memoryview, count: int) -> Array:
+    """Return `count` elements of a BYTES tensor as an object array of `str`.
+
+    Raises:
+        ValueError: The data holds more or fewer elements, or an element is cut short or not UTF-8.
+    """
+    view, position = memoryview(data), 0
+    if count * 4 > len(view):
+        raise ValueError(f"{len(view)} bytes cannot hold {count} length-prefixed elements")
+    elements = np.empty(count, dtype=np.object_)
+    for index in range(count):
+        end = position + 4
+        size = int.from_bytes(view[position:end], "little")
+        position = end + size
+        if end > len(view) or position > len(view):
+            raise ValueError(f"element {index} is cut short")
+        elements[index] = _text(bytes(view[end:position]))
+    if position != len(view):
+        raise ValueError(f"{len(view) - position} bytes are left over after {count} elements")
+    return elements
+
+
+def as_text(array: Array) -> Array:
+    """Return an array of strings or UTF-8 bytes as an object array of `str`, as engines take it.
+
+    Raises:
+        ValueError: An element is neither.
+    """
+    elements = np.empty(array.size, dtype=np.object_)
+    elements[:] = [_text(element) for element in array.ravel()]
+    return elements.reshape(array.shape)
+
+
+def _text(element: object) -> str:
+    try:
+        if isinstance(element, bytes):
+            return element.decode()
+        if isinstance(element, str):
+            element.encode()  # half a surrogate pair is no text
+            return str(element)
+    except UnicodeError:
+        raise ValueError("an element is not UTF-8 text") from None
+    raise ValueError(f"an element is a {type(element).__name__}, text is needed")
+
+
+def _array(name: str, given: Array | Tensor, spec: TensorSpec, room_bytes: int) -> Array:
+    if isinstance(given, Tensor):
+        return _decode(name, given, spec, room_bytes)
+    if not isinstance(given, np.ndarray):
+        raise InvalidTensor(name, f"got a {type(given).__name__}, a numpy array is needed")
+    got = datatype_of(given.dtype)
+    if got != spec.datatype:
+        raise InvalidTensor(name, f"datatype {got}, the model takes {spec.datatype}")
+    if got == "BYTES":
+        try:
+            return as_text(given)
+        except ValueError as error:
+            raise InvalidTensor(name, str(error)) from None
+    return np.asarray(given, dtype=DATATYPES[got], order="C")
+
+
+def _decode(name: str, tensor: Tensor, spec: TensorSpec, room_bytes: int) -> Array:
+    if tensor.datatype != spec.datatype:
+        got = shorten(tensor.datatype, 20)
+        raise InvalidTensor(name, f"datatype {got}, the model takes {spec.datatype}")
+    if len(tensor.shape) > _MAX_DIMENSIONS:
+        raise InvalidTensor(
+            name, f"{len(tensor.shape)} dimensions, at most {_MAX_DIMENSIONS} are allowed"
+        )
+    for axis, extent in enumerate(tensor.shape):
+        if not 0 <= extent < 1 << 63:
+            problem = "negative" if extent < 0 else "2^63 or more"
+            raise InvalidTensor(name, f"dimension {axis} is {problem}")
+    count = math.prod(tensor.shape)  # exact: Python integers do not overflow
+    size = memoryview(tensor.data).nbytes
+    if size > room_bytes:
+        raise InvalidTensor(
+            name, f"{size} bytes, at most {max(room_bytes, 0)} are left for this request"
+        )
+    if spec.datatype == "BYTES":
+        try:
+            return decode_bytes(tensor.data, count).reshape(tensor.shape)
+        except ValueError as error:
+            raise InvalidTensor(name, str(error)) from None
+    dtype = DATATYPES[spec.datatype]
+    if count * dtype.itemsize != size:
+        expected = (
+            f"{count} elements of {dtype.itemsize} bytes" if count < 1 << 63 else "more than memory"
+        )
+        raise InvalidTensor(name, f"shape {list(tensor.shape)} needs {expected}, got {size} bytes")
+    try:
+        return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+    except ValueError:  # no elements, but a dimension beyond what an array can have
+        raise InvalidTensor(name, f"shape {list(tensor.shape)} is out of range") from None
+
+
+def _check_shape(
+    shape: tuple[int, ...], spec: TensorSpec, extents: dict[str, tuple[int, str]]
+) -> None:
+    if len(shape) != len(spec.shape):
+        raise InvalidTensor(
+            spec.name, f"shape {list(shape)} has {len(shape)} dimensions, {_shape(spec)} is needed"
+        )
+    for axis, (got, allowed) in enumerate(zip(shape, spec.shape, strict=True)):
+        if isinstance(allowed, int) and got != allowed:
+            raise InvalidTensor(spec.name, f"dimension {axis} is {got}, {_shape(spec)} is needed")
+        if got == 0 and axis in (spec.batch_axis, spec.length_axis):
+            raise InvalidTensor(spec.name, f"dimension {axis} is 0, at least 1 is needed")
+        if isinstance(allowed, str) and allowed:
+            fixed, by = extents.setdefault(allowed, (got, spec.name))
+            if fixed != got:
+                raise InvalidTensor(
+                    spec.name,
+                    f"dimension {axis} ({shorten(allowed, 40)}) is {got}, "
+                    f"but {fixed} in tensor {by!r}",
+                )
+
+
+def _extents(arrays: Iterable[Array], specs: tuple[TensorSpec, ...]) -> tuple[int, int]:
+    rows, length = 0, 0
+    for array, spec in zip(arrays, specs, strict=True):
+        if spec.batch_axis is not None:
+            if rows and array.shape[0] != rows:
+                raise InvalidTensor(
+                    spec.name, f"has {array.shape[0]} rows, other inputs have {rows}"
+                )
+            rows = array.shape[0]
+        if spec.length_axis is not None:
+            extent = array.shape[spec.length_axis]
+            if length and extent != length:
+                raise InvalidTensor(spec.name, f"has length {extent}, other inputs have {length}")
+            length = extent
+    return max(rows, 1), length
+
+
+def _outputs(wanted: tuple[str, ...], signature: Signature) -> tuple[int, ...]:
+    index = {spec.name: i for i, spec in enumerate(signature.outputs)}
+    for name in wanted:
+        if name not in index:
+            raise RequestError(f"the model has no output {shorten(name)!r}; it has {_names(index)}")
+    return tuple(index[name] for name in wanted) or tuple(index.values())
+
+
+def _group(arrays: Iterable[Array], signature: Signature) -> tuple[Any, ...]:
+    """Return the shapes with batch and length axes left open."""
+    key = []
+    for array, spec in zip(arrays, signature.inputs, strict=True):
+        shape = list(array.shape)
+        shape[0] = -1
+        if spec.length_axis is not None:
+            shape[spec.length_axis] = -1
+        key.append(tuple(shape))
+    return tuple(key)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(repr(shorten(name)) for name in names)
+
+
+def _shape(spec: TensorSpec) -> str:
+    return "[" + ", ".join(str(extent) or "any" for extent in spec.shape) + "]"

@@ -1,0 +1,44 @@
+"""The bounded door: how many rows and bytes may be inside at once."""
+
+from __future__ import annotations
+
+import threading
+
+from lrai_core.config import SchedulerConfig
+from lrai_core.errors import QueueFull
+
+
+class Admission:
+    """Counts rows and bytes from acceptance to the answer; thread-safe."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self.rows = 0
+        self.nbytes = 0
+
+    def enter(self, rows: int, nbytes: int, seconds_per_row: float) -> None:
+        """Count a request in.
+
+        Raises:
+            QueueFull: No room; `retry_after_seconds` is when a tenth of the queue will have run.
+        """
+        with self._lock:
+            for inside, more, limit, unit in (
+                (self.rows, rows, self._config.max_queue_rows, "rows"),
+                (self.nbytes, nbytes, self._config.max_queue_bytes, "bytes"),
+            ):
+                if inside + more > limit:
+                    raise QueueFull(
+                        f"the queue holds {inside} {unit}, {more} more exceed its {limit}",
+                        limit=limit,
+                        retry_after_seconds=max(0.1, self.rows * seconds_per_row / 10),
+                    )
+            self.rows += rows
+            self.nbytes += nbytes
+
+    def leave(self, rows: int, nbytes: int) -> None:
+        """Count a request out, however it ended."""
+        with self._lock:
+            self.rows -= rows
+            self.nbytes -= nbytes

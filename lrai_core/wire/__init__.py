@@ -1,0 +1,1 @@
+"""Frames between client, scheduler and actor."""

@@ -1,0 +1,208 @@
+"""Messages between scheduler and actor, as ZeroMQ frames.
+
+The first frame is one msgspec-encoded message, the rest is raw tensor bytes. Small tensors of a
+message share a frame, large ones have their own and are sent without a copy. A peer is not
+trusted: whatever does not decode, or points outside its frames, is a `BadFrames`, which the
+receiver drops and counts. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
+
+PROTOCOL_VERSION: Final = 1
+_OWN_FRAME_BYTES: Final = 64 << 10
+_MAX_HEADER_BYTES: Final = 8 << 20
+
+Buffer = bytes | memoryview
+
+
+class BadFrames(ValueError):
+    """Frames that no peer of this version sends."""
+
+
+class TensorFrame(msgspec.Struct, frozen=True, array_like=True):
+    """Where a tensor lies: frame index after the header, offset and size in bytes."""
+
+    datatype: str
+    shape: tuple[int, ...]
+    frame: int
+    offset: int
+    nbytes: int
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """To an actor: open this variant, and say when it is ready.
+
+    `files` are checked by their hash before the first parse.
+    """
+
+    version: int
+    folder: str
+    model: str
+    weights: str
+    engine: str
+    optimise: bool
+    threads: int
+    files: dict[str, tuple[str, int]]
+    signature: Signature
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True):
+    """One request inside a batch: its input tensors and the outputs it wants."""
+
+    rows: int
+    length: int
+    outputs: tuple[int, ...]
+    tensors: tuple[TensorFrame, ...]
+
+
+class Execute(msgspec.Struct, frozen=True, tag=True):
+    """To an actor: run these requests as one call."""
+
+    batch: int
+    items: tuple[Item, ...]
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """To an actor: finish and exit."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """From an actor, first: it speaks this version and waits for `Load`."""
+
+    version: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """From an actor: the variant is loaded and has run once."""
+
+    load_seconds: float
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """From an actor: the variant cannot be loaded, for its files or for this machine."""
+
+    message: str
+    environment: bool = False
+
+
+class Executed(msgspec.Struct, frozen=True, tag=True):
+    """From an actor: the outputs of a batch, per request, and how long the engine took."""
+
+    batch: int
+    engine_seconds: float
+    items: tuple[tuple[TensorFrame, ...], ...]
+
+
+class ExecuteFailed(msgspec.Struct, frozen=True, tag=True):
+    """From an actor: the engine refused the batch. `invalid`: for its inputs."""
+
+    batch: int
+    message: str
+    invalid: bool = False
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """From an actor, regularly: how many calls it has finished, so that progress shows."""
+
+    finished: int
+
+
+ToActor = Load | Execute | Stop
+FromActor = Hello | Ready | LoadFailed | Executed | ExecuteFailed | Heartbeat
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_to_actor: Final = msgspec.msgpack.Decoder(ToActor)
+_from_actor: Final = msgspec.msgpack.Decoder(FromActor)
+
+
+def encode(message: ToActor | FromActor) -> bytes:
+    """Return the header frame of a message."""
+    return _encoder.encode(message)
+
+
+def decode_to_actor(header: Buffer) -> ToActor:
+    """Return the message to an actor that `header` holds."""
+    message: ToActor = _decode(_to_actor, header)
+    return message
+
+
+def decode_from_actor(header: Buffer) -> FromActor:
+    """Return the message from an actor that `header` holds."""
+    message: FromActor = _decode(_from_actor, header)
+    return message
+
+
+class Packer:
+    """Lays tensors out over frames: small ones joined, large ones on their own."""
+
+    def __init__(self) -> None:
+        self._small: list[Buffer] = []
+        self._small_bytes = 0
+        self._large: list[Buffer] = []
+
+    def add(self, array: Array) -> TensorFrame:
+        """Place a C-contiguous array; it must not change until the frames are sent."""
+        datatype = datatype_of(array.dtype)
+        if datatype == "BYTES":
+            data: Buffer = encode_bytes(array)
+        else:
+            data = array.data.cast("B") if array.size else b""
+        size = len(data)
+        if size >= _OWN_FRAME_BYTES:
+            self._large.append(data)
+            return TensorFrame(datatype, array.shape, len(self._large), 0, size)
+        offset = self._small_bytes
+        padding = -offset % 8  # numpy reads aligned views
+        if padding:
+            self._small.append(b"\0" * padding)
+        self._small.append(data)
+        self._small_bytes += padding + size
+        return TensorFrame(datatype, array.shape, 0, offset + padding, size)
+
+    def frames(self) -> list[Buffer]:
+        """Return the frames that follow the header."""
+        return [b"".join(self._small), *self._large]
+
+
+def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
+    """Return a view of a tensor inside `frames`, read-only.
+
+    Raises:
+        BadFrames: The tensor does not lie inside its frame, or its shape does not match its bytes.
+    """
+    if tensor.datatype not in DATATYPES:
+        raise BadFrames("unknown datatype")
+    if not 0 <= tensor.frame < len(frames) or any(extent < 0 for extent in tensor.shape):
+        raise BadFrames("tensor outside the message")
+    frame = memoryview(frames[tensor.frame])
+    end = tensor.offset + tensor.nbytes
+    if tensor.offset < 0 or tensor.nbytes < 0 or end > len(frame):
+        raise BadFrames("tensor outside its frame")
+    data, count = frame[tensor.offset : end], math.prod(tensor.shape)
+    dtype = DATATYPES[tensor.datatype]
+    text = tensor.datatype == "BYTES"
+    if not text and count * dtype.itemsize != tensor.nbytes:
+        raise BadFrames("shape and bytes of a tensor differ")
+    try:
+        flat = decode_bytes(data, count) if text else np.frombuffer(data, dtype=dtype)
+        return flat.reshape(tensor.shape)
+    except ValueError as error:
+        raise BadFrames(str(error)) from None
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], header: Buffer) -> Any:
+    if len(header) > _MAX_HEADER_BYTES:
+        raise BadFrames("header too large")
+    try:
+        return decoder.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadFrames(str(error)) from None

@@ -1,0 +1,78 @@
+"""What the scheduler and the pool of actors say to one another, inside one process.
+
+The scheduler hands over batches and hears outcomes; it never sees a process or a socket. Every
+batch that was dispatched has exactly one outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+
+from lrai_core.protocol import Array, ValidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The engine ran the batch: per request one array per output that it wanted."""
+
+    batch: int
+    answers: list[list[Array]]
+    engine_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The engine would not run the batch; the actor is well. `invalid`: for its inputs."""
+
+    batch: int
+    message: str
+    invalid: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The actor died or was killed with the batch in it."""
+
+    batch: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """The model cannot be brought back; nothing of it will run any more."""
+
+    model: str
+    message: str
+
+
+Outcome = Answered | Refused | Lost | GaveUp
+
+
+class Workers(Protocol):
+    """The pool, as the scheduler uses it, always from the scheduler's thread."""
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Register whatever wakes `poll`, now and whenever it changes."""
+        ...
+
+    def poll(self, now: float) -> list[Outcome]:
+        """Receive, supervise, restart; never wait. Return what came of dispatched batches."""
+        ...
+
+    def next_check(self, now: float) -> float:
+        """Return when `poll` must run again even if nothing wakes it, on the monotonic clock."""
+        ...
+
+    def idle(self, model: str) -> bool:
+        """Whether the model can take a batch at once."""
+        ...
+
+    def dispatch(
+        self, model: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
+    ) -> None:
+        """Send the requests to the model's actor as one call."""
+        ...

@@ -1,0 +1,483 @@
+"""Models saved, moved, damaged and loaded; answers compared with those of `mlflow.onnx`."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import mlflow.onnx
+import mlflow.pyfunc
+import numpy as np
+import onnx
+import onnxruntime
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature, infer_signature
+from mlflow.pyfunc import PyFuncModel
+
+import lrai_core as lrai
+import lrai_mlflow
+from benchmarks.models import classifier
+from lrai_mlflow.serving import ServedModel, mlflow_errors
+from lrai_mlflow.wheel import build_wheel
+from tests.tiny_models import column_model, token_model
+
+Predict = Callable[[Any], Any]
+Loaded = Callable[[str, str, bool], Predict]
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "classifier": lambda path: classifier(path, seed=0)[0],
+    "tokens": token_model,
+    "columns": column_model,
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("onnx")
+    return {name: make(folder / f"{name}.onnx") for name, make in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, lrai.Artifact]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    return {
+        name: lrai.compile(path, out=folder / f"{name}.lrai", threads=1)
+        for name, path in sources.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def artifact(artifacts: dict[str, lrai.Artifact]) -> lrai.Artifact:
+    return artifacts["classifier"]
+
+
+@pytest.fixture(scope="module")
+def saved(artifact: lrai.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    lrai_mlflow.save_model(artifact, path)
+    return path
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    sources: dict[str, Path],
+    artifacts: dict[str, lrai.Artifact],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Loaded]:
+    """Return a function from flavor, model, and whether it has a signature, to what is served."""
+    folder = tmp_path_factory.mktemp("loaded")
+    cache: dict[Path, PyFuncModel] = {}
+
+    def load(flavor: str, name: str, signature: bool) -> Predict:
+        path = folder / f"{flavor}-{name}-{signature}"
+        if path not in cache:
+            found = lrai_mlflow.signature_of(artifacts[name]) if signature else None
+            if flavor == "lrai":
+                lrai_mlflow.save_model(artifacts[name], path, signature=found or False)
+            else:
+                mlflow.onnx.save_model(
+                    onnx.load(sources[name]),
+                    str(path),
+                    signature=found,
+                    pip_requirements=["onnxruntime"],
+                    onnx_execution_providers=["CPUExecutionProvider"],
+                )
+            cache[path] = mlflow.pyfunc.load_model(str(path))
+        return cache[path].predict
+
+    yield load
+    cache.clear()
+    gc.collect()
+
+
+def rows(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(1).normal(size=(count, 64)).astype(np.float32)
+
+
+def runtime_of(model: PyFuncModel) -> lrai.Runtime:
+    served = model._model_impl
+    assert isinstance(served, ServedModel)
+    return served._runtime
+
+
+TOKENS = {
+    "input_ids": np.array([[3, 14, 15], [9, 2, 0]]),
+    "attention_mask": np.array([[1, 1, 1], [1, 1, 0]]),
+}
+COLUMNS = {
+    "price": np.array([1.5, 2.0, 0.25], dtype=np.float32),
+    "count": np.array([1, 2, 3], dtype=np.int32),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "signature", "data"),
+    [
+        pytest.param("classifier", True, {"features": rows(3)}, id="array by name"),
+        pytest.param("classifier", True, rows(3), id="bare array"),
+        pytest.param(
+            "classifier", True, pd.DataFrame({"features": list(rows(3))}), id="column of arrays"
+        ),
+        pytest.param(
+            "classifier",
+            True,
+            pd.DataFrame({"features": [row.tolist() for row in rows(3)]}),
+            id="column of lists",
+        ),
+        pytest.param(
+            "classifier", False, {"features": rows(3).astype(float)}, id="float64 without signature"
+        ),
+        pytest.param("classifier", False, rows(3).astype(float), id="bare float64"),
+        pytest.param("classifier", False, pd.DataFrame(rows(3)), id="column per feature"),
+        pytest.param(
+            "classifier", False, pd.DataFrame(rows(3)).astype(float), id="float64 per feature"
+        ),
+        pytest.param("tokens", True, TOKENS, id="tokens"),
+        pytest.param("tokens", False, TOKENS, id="tokens without signature"),
+        pytest.param("columns", True, COLUMNS, id="columns as arrays"),
+        pytest.param("columns", True, pd.DataFrame(COLUMNS), id="columns"),
+        pytest.param(
+            "columns", True, pd.DataFrame(COLUMNS).astype("float64"), id="columns as JSON has them"
+        ),
+        pytest.param("columns", False, pd.DataFrame(COLUMNS), id="columns without signature"),
+    ],
+)
+def test_answers_are_those_of_mlflow_onnx(
+    loaded: Loaded, name: str, signature: bool, data: Any
+) -> None:
+    expected = loaded("onnx", name, signature)(data)
+    answer = loaded("lrai", name, signature)(data)
+    assert type(answer) is type(expected)
+    assert list(answer) == list(expected)
+    for output in expected:
+        wanted, got = np.asarray(expected[output]), np.asarray(answer[output])
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_records_of_lists_are_answered_row_by_row(loaded: Loaded) -> None:
+    predict = loaded("lrai", "tokens", False)
+    expected = loaded("onnx", "tokens", False)(TOKENS)
+    records = pd.DataFrame({name: array.tolist() for name, array in TOKENS.items()})
+    answer = predict(records)
+    assert len(answer) == 2
+    np.testing.assert_allclose(np.stack(list(answer["mean"])), expected["mean"], rtol=1e-5)
+    assert answer["tokens"][0].shape == (3, 4)
+    as_dictionaries = predict(records.to_dict(orient="records"))
+    np.testing.assert_array_equal(as_dictionaries["mean"], np.stack(list(answer["mean"])))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64", "int16"])
+def test_numbers_are_cast_where_nothing_is_lost(loaded: Loaded, dtype: str) -> None:
+    data = {"price": np.array([1, 2], dtype=dtype), "count": np.array([3, 4], dtype=dtype)}
+    total = loaded("lrai", "columns", False)(data)["total"]
+    assert total.dtype == np.float32
+    assert total.tolist() == [3, 8]
+
+
+@pytest.mark.parametrize("count", [[1.5], [2**40], [float("nan")], ["many"]])
+def test_numbers_that_do_not_fit_are_refused(loaded: Loaded, count: list[Any]) -> None:
+    data = {"price": np.array([1.0]), "count": np.array(count)}
+    with pytest.raises(MlflowException, match=r"'count'.*the model takes INT32") as refused:
+        loaded("lrai", "columns", False)(data)
+    assert refused.value.get_http_status_code() == 400
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"price": [1.0]}, "'count': missing"),
+        ({"price": [1.0], "count": [1], "size": [1]}, "no such input"),
+        ({"price": [[1.0], [1.0, 2.0]], "count": [1]}, "different shapes"),
+        ({"price": [[1.0]], "count": [1]}, "2 dimensions"),
+        (np.zeros(3), "needed: arrays by name"),
+        ([1.0, 2.0], "needed: arrays by name"),
+        (pd.DataFrame({"price": [1.0]}), "'count': missing"),
+        ("text", "needed: arrays by name"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_a_clear_400(
+    loaded: Loaded, data: Any, message: str
+) -> None:
+    with pytest.raises(MlflowException, match=message) as refused:
+        loaded("lrai", "columns", False)(data)
+    assert refused.value.get_http_status_code() == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (lrai.InvalidTensor("x", "missing"), 400),
+        (lrai.ModelNotFound("no model"), 404),
+        (lrai.QueueFull("full", limit=1, retry_after_seconds=2.5), 429),
+        (lrai.ActorError("lost"), 503),
+        (lrai.DeadlineExceeded("late"), 504),
+        (lrai.LraiError("a bug"), 500),
+    ],
+)
+def test_errors_keep_their_status(error: lrai.LraiError, status: int) -> None:
+    with pytest.raises(MlflowException, match=re.escape(str(error))) as raised, mlflow_errors():
+        raise error
+    assert raised.value.get_http_status_code() == status
+    wait = raised.value.json_kwargs.get("retry_after_seconds")
+    assert wait == getattr(error, "retry_after_seconds", None)
+    assert (wait is not None) == (status in (429, 503, 504))
+
+
+def test_a_deadline_is_a_parameter(saved: Path) -> None:
+    served = ServedModel(saved / "model.lrai", {})
+    with pytest.raises(MlflowException, match="allowed") as late:
+        served.predict(rows(1), params={"timeout_ms": 1e-9})
+    assert late.value.get_http_status_code() == 504
+
+
+def test_a_loaded_model_is_the_artifact_that_was_saved(
+    artifact: lrai.Artifact, saved: Path
+) -> None:
+    assert lrai_mlflow.load_model(str(saved)).sha256 == artifact.sha256
+
+
+def test_a_moved_model_serves(copied: Path, sources: dict[str, Path]) -> None:
+    model = mlflow.pyfunc.load_model(str(copied.rename(copied.with_name("elsewhere"))))
+    session = onnxruntime.InferenceSession(sources["classifier"])
+    expected = session.run(None, {"features": rows(2)})[0]
+    np.testing.assert_allclose(model.predict(rows(2))["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_says_what_is_inside(artifact: lrai.Artifact, saved: Path) -> None:
+    flavors = mlflow.models.Model.load(saved).flavors
+    assert flavors["python_function"]["loader_module"] == "lrai_mlflow"
+    assert flavors["lrai"] == {
+        "data": "model.lrai",
+        "code": None,
+        "lrai_version": version("lrai"),
+        "artifact_version": artifact.version,
+        "manifest_sha256": artifact.sha256,
+        "variant": "fp32",
+        "certificate": None,
+    }
+
+
+def test_the_signature_is_the_artifacts_own(artifacts: dict[str, lrai.Artifact]) -> None:
+    found = lrai_mlflow.signature_of(artifacts["tokens"])
+    assert [(spec.name, str(spec.type), spec.shape) for spec in found.inputs.inputs] == [
+        ("input_ids", "int64", (-1, -1)),
+        ("attention_mask", "int64", (-1, -1)),
+    ]
+    assert [(spec.name, str(spec.type), spec.shape) for spec in found.outputs.inputs] == [
+        ("mean", "float32", (-1, 4)),
+        ("tokens", "float32", (-1, -1, 4)),
+    ]
+
+
+@pytest.mark.parametrize("given", [False, infer_signature({"features": rows(1)})])
+def test_another_signature_or_none_can_be_given(
+    artifact: lrai.Artifact, tmp_path: Path, given: ModelSignature | Literal[False]
+) -> None:
+    lrai_mlflow.save_model(artifact, tmp_path / "model", signature=given)
+    assert mlflow.models.Model.load(tmp_path / "model").signature == (given or None)
+
+
+def test_an_input_example_is_kept(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    lrai_mlflow.save_model(artifact, tmp_path / "model", input_example={"features": rows(1)})
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    np.testing.assert_array_equal(model.input_example["features"], rows(1))
+
+
+def test_requirements_are_this_environment_and_our_wheel(saved: Path) -> None:
+    requirements = (saved / "requirements.txt").read_text().splitlines()
+    wheel = requirements.pop()
+    assert re.fullmatch(r"wheels/lrai-[\d.]+-1[0-9a-f]{12}-py3-none-any\.whl", wheel)
+    assert (saved / wheel).is_file()
+    assert requirements.pop() == "-c constraints.txt"
+    names = ["mlflow-skinny", "pandas", "numpy", "msgspec", "onnx"]
+    names += ["onnxruntime", "pyzmq"]
+    assert requirements == [f"{name}=={version(name)}" for name in names]
+    assert wheel in (saved / "conda.yaml").read_text()
+
+
+def test_constraints_pin_what_the_requirements_bring(saved: Path) -> None:
+    pins = dict(line.split("==") for line in (saved / "constraints.txt").read_text().split())
+    assert {"numpy", "protobuf", "starlette", "rich", "uvicorn"} <= set(pins)
+    assert not {"torch", "lrai", "pytest", "matplotlib"} & set(pins)
+    assert pins == {name: version(name) for name in pins}
+
+
+def test_given_requirements_replace_ours_but_for_the_wheel(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    lrai_mlflow.save_model(artifact, tmp_path / "a", pip_requirements=["numpy"])
+    mlflow_pin, numpy, wheel = (tmp_path / "a" / "requirements.txt").read_text().splitlines()
+    assert (mlflow_pin.partition("==")[0], numpy) == ("mlflow", "numpy")
+    assert (tmp_path / "a" / wheel).is_file()
+    assert not (tmp_path / "a" / "constraints.txt").exists()
+
+    lrai_mlflow.save_model(artifact, tmp_path / "b", pip_requirements=["lrai", "mlflow-skinny"])
+    assert (tmp_path / "b" / "requirements.txt").read_text().split() == ["lrai", "mlflow-skinny"]
+    assert not (tmp_path / "b" / "wheels").exists()
+
+
+def test_more_requirements_join_ours(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    wanted = tmp_path / "wanted.txt"
+    wanted.write_text("idna\n-c limits.txt\n")
+    (tmp_path / "limits.txt").write_text("packaging<100\n")
+    lrai_mlflow.save_model(artifact, tmp_path / "model", extra_pip_requirements=str(wanted))
+    requirements = (tmp_path / "model" / "requirements.txt").read_text().splitlines()
+    assert {"idna", f"numpy=={version('numpy')}", "-c constraints.txt"} <= set(requirements)
+    constraints = (tmp_path / "model" / "constraints.txt").read_text().splitlines()
+    assert {"packaging<100", f"starlette=={version('starlette')}"} <= set(constraints)
+
+
+def test_the_wheel_holds_code_and_nothing_else(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        info = f"lrai-{version('lrai')}.dist-info"
+        assert {name.partition("/")[0] for name in names} == {"lrai_core", "lrai_mlflow", info}
+        code = [name for name in names if not name.startswith(info)]
+        assert all(name.endswith((".py", "py.typed")) for name in code)
+        assert {"lrai_core/actor/actor.py", "lrai_core/py.typed"} <= set(code)
+        assert {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD")} <= set(names)
+        assert b"Requires-Dist: onnxruntime" in archive.read(f"{info}/METADATA")
+        assert b"lrai_core.cli:main" in archive.read(f"{info}/entry_points.txt")
+
+
+def test_the_same_code_gives_the_same_wheel(tmp_path: Path) -> None:
+    first, second = build_wheel(tmp_path / "a"), build_wheel(tmp_path / "b")
+    assert first.name == second.name
+    assert hashlib.sha256(first.read_bytes()).digest() == (
+        hashlib.sha256(second.read_bytes()).digest()
+    )
+
+
+def test_an_installed_wheel_builds_itself_and_other_code_gets_another_name(tmp_path: Path) -> None:
+    wheel, target = build_wheel(tmp_path), tmp_path / "installed"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--target", str(target), str(wheel)], check=True)
+    program = (
+        "import lrai_mlflow.wheel as w, pathlib, sys;"
+        "assert w.__file__.startswith(sys.argv[1]), w.__file__;"
+        "sys.stdout.write(w.build_wheel(pathlib.Path(sys.argv[1], 'wheels')).name)"
+    )
+
+    def build_there() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", program, str(target)],
+            env={**os.environ, "PYTHONPATH": str(target)},
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    assert build_there() == wheel.name
+    with (target / "lrai_core" / "errors.py").open("a") as module:
+        module.write("# changed\n")
+    assert build_there() != wheel.name
+
+
+def test_a_changed_artifact_is_not_saved(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    broken = shutil.copytree(artifact.path, tmp_path / "broken.lrai")
+    damage(broken / "source" / "weights.bin")
+    with pytest.raises(MlflowException, match=r"weights\.bin has changed"):
+        lrai_mlflow.save_model(broken, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_is_no_artifact_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(MlflowException, match=r"not an artifact: there is no manifest\.json"):
+        lrai_mlflow.save_model(tmp_path / "nothing.lrai", tmp_path / "model")
+
+
+def test_a_damaged_model_is_not_loaded(copied: Path) -> None:
+    damage(copied / "model.lrai" / "source" / "weights.bin")
+    with pytest.raises(MlflowException, match=r"weights\.bin has changed"):
+        lrai_mlflow.load_model(str(copied))
+    with pytest.raises(MlflowException, match=r"weights\.bin has changed"):
+        mlflow.pyfunc.load_model(str(copied))
+
+
+def test_a_model_without_its_artifact_is_not_loaded(copied: Path) -> None:
+    shutil.rmtree(copied / "model.lrai")
+    with pytest.raises(MlflowException, match="not an artifact"):
+        lrai_mlflow.load_model(str(copied))
+    with pytest.raises(MlflowException, match="not an artifact"):
+        mlflow.pyfunc.load_model(str(copied))
+
+
+def test_a_folder_in_use_is_not_written_to(artifact: lrai.Artifact, saved: Path) -> None:
+    with pytest.raises(MlflowException, match="exists and is not empty"):
+        lrai_mlflow.save_model(artifact, saved)
+
+
+def test_settings_travel_in_the_model_and_give_way_to_the_caller(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    lrai_mlflow.save_model(
+        artifact,
+        tmp_path / "model",
+        model_config={"scheduler": {"max_batch_rows": 7}, "actor.threads": 1},
+    )
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"actor.threads": 2})
+    config = runtime_of(model).config
+    assert (config.scheduler.max_batch_rows, config.actor.threads) == (7, 2)
+
+
+def test_an_unknown_setting_is_refused_when_it_is_saved(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(MlflowException, match=r"unknown setting 'scheduler\.speed'"):
+        lrai_mlflow.save_model(artifact, tmp_path / "m", model_config={"scheduler": {"speed": 1}})
+
+
+def test_a_model_that_is_let_go_leaves_no_process(saved: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(saved))
+    (served,) = runtime_of(model).models()
+    assert served.actor_pid is not None
+    process = Path("/proc", str(served.actor_pid))
+    assert process.exists()
+    del model
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while process.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not process.exists()
+
+
+def test_a_logged_model_is_tried_with_its_example_and_loaded_by_its_address(
+    artifact: lrai.Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow.set_tracking_uri((tmp_path / "tracking").as_uri())
+    with mlflow.start_run():
+        logged = lrai_mlflow.log_model(
+            artifact, name="classifier", input_example={"features": rows(1)}
+        )
+    assert logged.flavors["lrai"]["artifact_version"] == artifact.version
+    assert lrai_mlflow.load_model(logged.model_uri).sha256 == artifact.sha256
+    assert "Failed to validate serving input" not in caplog.text
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)

@@ -1,0 +1,19 @@
+"""What holds for every test: one thread for numpy, and more time for those that start servers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported, here and in children
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # the only local one that mlflow-skinny has
+
+_SERVER_SECONDS = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("server") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_SERVER_SECONDS))

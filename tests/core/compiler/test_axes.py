@@ -1,0 +1,155 @@
+"""An axis is what behaves like one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lrai_core.compiler.axes import (
+    apply_axes,
+    assume_axes,
+    confirm_axes,
+    length_of,
+    stretch,
+    with_output_map,
+)
+from lrai_core.compiler.model import declared
+from lrai_core.engine.onnxruntime import OnnxRuntime
+from lrai_core.errors import UsageError
+from lrai_core.protocol import Array, Signature
+from tests.core.compiler.onnx_files import linear, model, save, value
+
+TABLE = numpy_helper.from_array(
+    np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32), "table"
+)
+IDS = value("ids", ["batch", "sequence"], TensorProto.INT64)
+MASK = value("mask", ["batch", "sequence"], TensorProto.INT64)
+LOOK_UP = helper.make_node("Gather", ["table", "ids"], ["words"])
+
+
+def masked_sum() -> onnx.ModelProto:
+    """Return token vectors and their masked sum: padding changes neither."""
+    nodes = [
+        LOOK_UP,
+        helper.make_node("Cast", ["mask"], ["weight"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["weight", "last"], ["weights"]),
+        helper.make_node("Mul", ["words", "weights"], ["tokens"]),
+        helper.make_node("ReduceSum", ["tokens", "middle"], ["total"], keepdims=0),
+    ]
+    constants = [
+        TABLE,
+        numpy_helper.from_array(np.array([2]), "last"),
+        numpy_helper.from_array(np.array([1]), "middle"),
+    ]
+    outputs = [value("tokens", ["batch", "sequence", 4]), value("total", ["batch", 4])]
+    return model(nodes, [IDS, MASK], outputs, constants)
+
+
+def plain_mean() -> onnx.ModelProto:
+    """Return the mean over all tokens, padding included."""
+    nodes = [LOOK_UP, helper.make_node("ReduceMean", ["words"], ["y"], axes=[1], keepdims=0)]
+    return model(nodes, [IDS], [value("y", ["batch", 4])], [TABLE])
+
+
+def row_softmax() -> onnx.ModelProto:
+    """Return a softmax over the rows: every row depends on the others."""
+    nodes = [helper.make_node("Softmax", ["x"], ["y"], axis=0)]
+    return model(nodes, [value("x", ["batch", 3])], [value("y", ["batch", 3])])
+
+
+def found(
+    proto: onnx.ModelProto, folder: Path, rows: Sequence[list[Array]] = ()
+) -> tuple[Signature, str]:
+    signature = declared(proto)
+    session = OnnxRuntime().load(save(proto, folder / "m.onnx"))
+    return confirm_axes(signature, assume_axes(signature), session, list(rows))
+
+
+def test_a_masked_model_has_batch_and_length_axes(tmp_path: Path) -> None:
+    signature, _ = found(masked_sum(), tmp_path)
+    assert [(s.batch_axis, s.length_axis) for s in signature.inputs] == [(0, 1), (0, 1)]
+    assert [(s.batch_axis, s.length_axis) for s in signature.outputs] == [(0, 1), (0, None)]
+    assert signature.coalescible
+
+
+def test_padding_that_changes_outputs_is_no_length_axis(tmp_path: Path) -> None:
+    signature, why = found(plain_mean(), tmp_path)
+    assert signature.inputs[0].batch_axis == 0
+    assert signature.inputs[0].length_axis is None
+    assert "padding with 0 changes the outputs" in why
+
+
+def test_real_rows_of_one_length_still_show_that_padding_matters(tmp_path: Path) -> None:
+    rows = [[np.full((1, 6), i, np.int64)] for i in range(1, 20)]
+    signature, _ = found(plain_mean(), tmp_path, rows)
+    assert signature.inputs[0].length_axis is None
+
+
+def test_rows_that_depend_on_one_another_have_no_batch_axis(tmp_path: Path) -> None:
+    signature, why = found(row_softmax(), tmp_path)
+    assert not signature.coalescible
+    assert "depend on the rows beside it" in why
+
+
+def test_a_fixed_first_dimension_is_no_batch_axis(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    signature, why = found(proto, tmp_path)
+    assert not signature.coalescible
+    assert "no free first dimension" in why
+
+
+def test_unnamed_free_dimensions_of_two_inputs_are_not_taken_for_the_same() -> None:
+    proto = masked_sum()
+    for entry in proto.graph.input:
+        for dim in entry.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    assert assume_axes(declared(proto)).inputs[0].batch_axis is None
+
+
+def test_a_file_states_axes_pad_value_and_map(tmp_path: Path) -> None:
+    (tmp_path / "axes.toml").write_text(
+        "[inputs.ids]\nbatch = 0\nlength = 1\npad = 7\n[outputs.total]\nmap = 'softmax'\n"
+    )
+    signature = apply_axes(declared(masked_sum()), tmp_path / "axes.toml")
+    ids, mask = signature.inputs
+    assert (ids.batch_axis, ids.length_axis, ids.pad_value) == (0, 1, 7)
+    assert mask.batch_axis is None
+    assert [spec.output_map for spec in signature.outputs] == ["raw", "softmax"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[input.ids]\nbatch = 0", "unknown table 'input'; known: inputs, outputs"),
+        ("[inputs.id]\nbatch = 0", r"no input 'id'; it has \['ids', 'mask'\]"),
+        ("[inputs.ids]\naxis = 0", "'axis' is unknown; known: batch, length, pad, map"),
+        ("[inputs.ids]\nbatch = 'x'", "axes of 'ids': Expected"),
+        ("[outputs.total]\nmap = 'log'", "axes of 'total': Invalid enum value"),
+        ("not toml", "Expected"),
+    ],
+)
+def test_a_wrong_axes_file_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "axes.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        apply_axes(declared(masked_sum()), tmp_path / "axes.toml")
+
+
+def test_output_maps_apply_to_floats_only() -> None:
+    nodes = [helper.make_node("ArgMax", ["x"], ["y"], axis=1)]
+    proto = model(nodes, [value("x", ["n", 3])], [value("y", ["n", 1], TensorProto.INT64)])
+    assert with_output_map(declared(proto), "softmax").outputs[0].output_map == "raw"
+
+
+def test_stretch_repeats_rows_and_cuts_or_repeats_lengths(tmp_path: Path) -> None:
+    signature, _ = found(masked_sum(), tmp_path)
+    row = [np.array([[1, 2, 3]]), np.array([[1, 1, 0]])]
+    assert length_of(row, signature) == 3
+    ids, mask = stretch(row, signature, 2, 5)
+    assert ids.tolist() == [[1, 2, 3, 1, 2]] * 2
+    assert mask.tolist() == [[1, 1, 0, 1, 1]] * 2

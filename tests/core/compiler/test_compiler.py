@@ -1,0 +1,262 @@
+"""From a file to an artifact: what is kept, what is refused, what is left behind when it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+
+import lrai_core as lrai
+from lrai_core.compiler.compiler import Step
+from lrai_core.errors import CalibrationError, UnsupportedOperator
+from tests.core.compiler.onnx_files import linear, model, save, value
+
+Rows = dict[str, Any]
+Compile = Callable[..., lrai.Artifact]
+
+
+@pytest.fixture
+def rows() -> Rows:
+    return {"x": np.random.default_rng(1).standard_normal((400, 8)).astype(np.float32)}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Compile:
+    """Compile `linear()` into `tmp_path/m.lrai` with one thread."""
+
+    def compile_linear(**arguments: Any) -> lrai.Artifact:
+        path = save(arguments.pop("proto", None) or linear(), tmp_path / "m.onnx")
+        return lrai.compile(path, out=tmp_path / "m.lrai", threads=1, **arguments)
+
+    return compile_linear
+
+
+def log(artifact: lrai.Artifact) -> list[dict[str, Any]]:
+    text = (artifact.path / "quantization.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "m.onnx")
+
+
+def test_without_data_only_fp32_is_kept_and_a_sentence_says_what_data_buys(make: Compile) -> None:
+    artifact = make()
+    assert [variant.id for variant in artifact.variants] == ["fp32"]
+    assert any("--evaluation" in line.get("why", "") for line in log(artifact))
+    assert lrai.certificates(artifact) == []
+
+
+def test_what_is_kept_gives_the_source_models_answers(make: Compile, rows: Rows) -> None:
+    artifact = make(evaluation=rows, keep=9)
+    expected = onnxruntime.InferenceSession(linear().SerializeToString()).run(None, rows)[0]
+    with lrai.Runtime.open(artifact) as runtime:
+        answer = runtime.infer(lrai.InferenceRequest(model_name="m", inputs=rows))
+    close = np.linalg.norm(answer.outputs["y"] - expected, axis=1)
+    assert (close <= 0.01 * np.linalg.norm(expected, axis=1)).mean() >= 0.98
+
+
+def test_every_decision_is_in_the_log(make: Compile, rows: Rows) -> None:
+    artifact = make(evaluation=rows, keep=9)
+    forms = {line["form"].split()[0] for line in log(artifact) if line["event"] == "candidate"}
+    others = {"int8-dynamic", "int8-row", "int8-mixed", "int8-block32", "int8-block128"}
+    assert forms == {"fp32"} | others
+    assert all(line["why"] for line in log(artifact) if line["event"] == "candidate")
+    decision = [line for line in log(artifact) if line["event"] == "decision"]
+    assert decision[0]["chosen"] == artifact.manifest.chosen
+
+
+def test_a_form_that_is_worse_than_the_gate_is_not_kept(make: Compile, rows: Rows) -> None:
+    """An outlier in one column ruins int8: the other weights of a block or column vanish."""
+    proto = linear()
+    weight = numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    weight[0] *= 1e4
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
+    rows["x"][:, 0] = 0  # the outlier decides the scale and says nothing
+    artifact = make(proto=proto, evaluation=rows)
+    assert [variant.id for variant in artifact.variants] == ["fp32"]
+    refused = [line["why"] for line in log(artifact) if line["event"] == "candidate"]
+    assert any("needed" in why or "slower" in why for why in refused)
+
+
+def test_a_slower_form_is_not_kept(make: Compile, rows: Rows) -> None:
+    artifact = make(evaluation=rows, keep=9)
+    assert all(variant.speedup > 1 for variant in artifact.variants if variant.id != "fp32")
+
+
+def test_an_older_opset_is_upgraded_with_a_message(make: Compile) -> None:
+    artifact = make(proto=linear(opset=11))
+    assert artifact.manifest.source.opset == 17
+    assert any(line.get("why") == "opset 11 upgraded to 17" for line in log(artifact))
+
+
+def test_an_opset_that_cannot_be_upgraded_is_refused_naming_the_operator(make: Compile) -> None:
+    proto = model(
+        [helper.make_node("Cast", ["x"], ["y"], to="INT64")],
+        [value("x", ["n"])],
+        [value("y", ["n"], onnx.TensorProto.INT64)],
+        opset=5,
+    )
+    with pytest.raises(UnsupportedOperator, match=r"opset 5.*Cast"):
+        make(proto=proto)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((0, 8), np.float32)}, "no rows"),
+        ({"x": np.zeros((1, 8), np.float32)}, "1 distinct rows"),
+        ({"x": np.full((200, 8), np.nan, np.float32)}, "row 0: tensor 'x': holds NaN or infinity"),
+        ({"z": np.zeros((200, 8), np.float32)}, "got arrays 'z', needed 'x'"),
+        ({"x": np.zeros((200, 7), np.float32)}, r"dimension 1 is 7, \[batch, 8\] is needed"),
+        ({"x": np.zeros((200, 8), np.int64)}, "datatype INT64, the model takes FP32"),
+        ({"x": np.zeros((200, 8, 1), np.float32)}, r"\[batch, 8\] is needed"),
+    ],
+)
+def test_unusable_evaluation_data_is_refused_in_a_sentence(
+    make: Compile, tmp_path: Path, change: Rows, message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        make(evaluation=change)
+    assert left_behind(tmp_path) == []
+
+
+def test_labels_must_match_the_rows(make: Compile, rows: Rows) -> None:
+    with pytest.raises(CalibrationError, match="different numbers of rows"):
+        make(evaluation=rows | {"label": np.zeros(3, np.int64)})
+
+
+def test_rows_in_calibration_and_evaluation_are_refused(make: Compile, rows: Rows) -> None:
+    with pytest.raises(CalibrationError, match="share 1 rows"):
+        make(evaluation=rows, calibration={"x": rows["x"][5:6]})
+
+
+def test_repeated_rows_count_once(make: Compile, rows: Rows) -> None:
+    rows["x"][300:] = rows["x"][:100]
+    artifact = make(evaluation=rows)
+    assert any("100 repeated rows" in line.get("why", "") for line in log(artifact))
+    gate = artifact.manifest.variant("fp32").gate
+    assert gate is not None
+    assert gate.rows == 240
+
+
+def test_an_output_that_exists_is_not_touched(make: Compile, tmp_path: Path) -> None:
+    (tmp_path / "m.lrai").mkdir()
+    (tmp_path / "m.lrai" / "mine").write_text("keep")
+    with pytest.raises(lrai.UsageError, match="exists"):
+        make()
+    assert (tmp_path / "m.lrai" / "mine").read_text() == "keep"
+
+
+@pytest.mark.parametrize("at", ["load", "axes", "build", "profile", "gate", "write"])
+def test_ctrl_c_in_any_pass_leaves_nothing_behind(
+    make: Compile, rows: Rows, tmp_path: Path, at: str
+) -> None:
+    def interrupt(step: Step) -> None:
+        if step.name == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(evaluation=rows, progress=interrupt)
+    assert left_behind(tmp_path) == []
+
+
+def test_epsilon_is_demanded_and_certified(make: Compile, rows: Rows) -> None:
+    artifact = make(evaluation=rows, epsilon=1e-9, delta=0.05)
+    assert artifact.manifest.chosen == "fp32"
+    refused = [line["why"] for line in log(artifact) if line["event"] == "candidate"]
+    assert any("epsilon 1e-09" in why or "slower" in why for why in refused)
+
+
+def test_wrong_arguments_are_refused_with_what_is_allowed(make: Compile, rows: Rows) -> None:
+    for arguments, message in (
+        ({"metric": "f1"}, "known: top1, top5"),
+        ({"output_map": "log"}, "known: raw, softmax, l2_normalised"),
+        ({"keep": 0}, "at least 1"),
+        ({"epsilon": 0.1}, "epsilon needs evaluation rows"),
+        ({"evaluation": rows, "epsilon": -1.0}, "must be above 0"),
+        ({"max_accuracy_loss": 2.0}, "between 0 and 1"),
+        ({"delta": 0.0}, "between 0 and 1"),
+    ):
+        with pytest.raises(lrai.UsageError, match=message):
+            make(**arguments)
+
+
+def test_a_model_that_needs_more_memory_than_there_is_is_refused(make: Compile, rows: Rows) -> None:
+    """Its constant has 64 TB."""
+    shape = numpy_helper.from_array(np.array([1 << 22, 1 << 22]), "shape")
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["total"], keepdims=0),
+        helper.make_node("Add", ["x", "total"], ["y"]),
+    ]
+    proto = model(nodes, [value("x", ["n", 8])], [value("y", ["n", 8])], [shape])
+    with pytest.raises(lrai.LraiError, match="onnxruntime cannot") as refused:
+        make(proto=proto, evaluation=rows)
+    assert refused.value.exit_code == 4
+
+
+def test_a_model_that_runs_on_real_rows_only_still_compiles(make: Compile) -> None:
+    """An embedding of one token refuses the ones that the compiler tries."""
+    table = numpy_helper.from_array(np.zeros((1, 4), np.float32), "table")
+    proto = model(
+        [helper.make_node("Gather", ["table", "ids"], ["y"])],
+        [value("ids", ["n"], onnx.TensorProto.INT64)],
+        [value("y", ["n", 4])],
+        [table],
+    )
+    artifact = make(proto=proto)
+    assert any("does not run on ones" in line.get("why", "") for line in log(artifact))
+    with lrai.Runtime.open(artifact) as runtime:
+        good = lrai.InferenceRequest(model_name="m", inputs={"ids": np.array([0])})
+        assert runtime.infer(good).outputs["y"].shape == (1, 4)
+        bad = lrai.InferenceRequest(model_name="m", inputs={"ids": np.array([7])})
+        with pytest.raises(lrai.RequestError, match="engine refused"):
+            runtime.infer(bad)
+
+
+def test_weights_are_stored_once_however_many_variants_use_them(tmp_path: Path) -> None:
+    path = save(linear(256, 512), tmp_path / "m.onnx")
+    artifact = lrai.compile(path, out=tmp_path / "m.lrai", threads=1)
+    size = sum(f.stat().st_size for f in artifact.path.rglob("*") if f.is_file())
+    assert path.stat().st_size < size < 1.2 * path.stat().st_size
+
+
+@pytest.mark.timeout(120)
+def test_over_2_gb_in_external_data_compiles(tmp_path: Path) -> None:
+    """Nine embedding tables of 256 MB that share one sparse file: 2.25 GB of weights."""
+    rows_each, tables = 1 << 20, 9
+    with (tmp_path / "tables.bin").open("wb") as stream:
+        stream.truncate(rows_each * 64 * 4)
+    weights = []
+    for index in range(tables):
+        tensor = onnx.TensorProto(
+            name=f"t{index}", data_type=onnx.TensorProto.FLOAT, dims=[rows_each, 64],
+            data_location=onnx.TensorProto.EXTERNAL,
+        )  # fmt: skip
+        for key, text in (("location", "tables.bin"), ("offset", "0"), ("length", "268435456")):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, text
+        weights.append(tensor)
+    nodes = [helper.make_node("Gather", [f"t{i}", "ids"], [f"g{i}"]) for i in range(tables)]
+    nodes.append(helper.make_node("Sum", [f"g{i}" for i in range(tables)], ["y"]))
+    proto = model(
+        nodes,
+        [value("ids", ["batch"], onnx.TensorProto.INT64)],
+        [value("y", ["batch", 64])],
+        weights,
+    )
+    artifact = lrai.compile(
+        save(proto, tmp_path / "big.onnx"), out=tmp_path / "big.lrai", threads=1
+    )
+    assert artifact.manifest.variant("fp32").size_bytes > 2 << 30
+    with lrai.Runtime.open(artifact) as runtime:
+        request = lrai.InferenceRequest(model_name="big", inputs={"ids": np.arange(3)})
+        assert runtime.infer(request).outputs["y"].shape == (3, 64)

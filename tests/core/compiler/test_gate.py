@@ -1,0 +1,187 @@
+"""What passes the gate, what does not, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from lrai_core.compiler.gate import Conditions, Judged, check_row_count, judge, run_alone
+from lrai_core.errors import CalibrationError
+from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
+from lrai_core.verifier.sample import Rows
+from lrai_core.verifier.spec import FAR
+
+CLASSES = 5
+
+
+class Fake:
+    """A model whose outputs a function of the batch gives."""
+
+    def __init__(self, function: Callable[[Array], Array]) -> None:
+        self._function = function
+
+    def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
+        return [self._function(arrays[0])]
+
+
+def signature(output_map: OutputMap) -> Signature:
+    x = TensorSpec(name="x", datatype="FP32", shape=("n", CLASSES), batch_axis=0)
+    y = TensorSpec(
+        name="y", datatype="FP32", shape=("n", CLASSES), batch_axis=0, output_map=output_map
+    )
+    return Signature(inputs=(x,), outputs=(y,))
+
+
+def rows(count: int, *, labelled: bool = False) -> Rows:
+    random = np.random.default_rng(0)
+    data = random.standard_normal((count, CLASSES)).astype(np.float32)
+    labels = data.argmax(axis=1) if labelled else None
+    inputs = [[data[i : i + 1]] for i in range(count)]
+    return Rows(inputs, labels, [bytes([i % 256]) * 32 for i in range(count)])
+
+
+def judged(
+    function: Callable[[Array], Array],
+    sample: Rows,
+    output_map: OutputMap = "raw",
+    conditions: Conditions | None = None,
+) -> Judged:
+    reference = run_alone(Fake(lambda x: x), sample, lambda: None)
+    return judge(
+        Fake(function),
+        reference,
+        sample,
+        signature(output_map),
+        conditions or Conditions(),
+        lambda: None,
+    )
+
+
+def ruin(share: float) -> Callable[[Array], Array]:
+    """Return a model that answers wrongly on about this share of rows, told by their content."""
+
+    def function(x: Array) -> Array:
+        bad = (np.abs(x[:, :1] * 1e4) % 1.0) < share
+        return np.where(bad, -x, x).astype(np.float32)
+
+    return function
+
+
+@pytest.mark.parametrize("output_map", ["raw", "softmax", "l2_normalised"])
+def test_a_flawless_form_passes_with_149_rows_and_not_with_148(output_map: OutputMap) -> None:
+    assert judged(lambda x: x, rows(149), output_map).result.passed
+    found = judged(lambda x: x, rows(148), output_map).result
+    assert not found.passed
+    assert "about 149 rows would show it" in found.why
+
+
+@pytest.mark.parametrize("output_map", ["raw", "softmax", "l2_normalised"])
+def test_a_form_that_is_wrong_on_a_tenth_of_rows_fails(output_map: OutputMap) -> None:
+    found = judged(ruin(0.1), rows(600), output_map).result
+    assert not found.passed
+    assert found.agreement is not None
+    assert 0.85 < found.agreement < 0.95
+
+
+def test_each_map_has_its_own_measure() -> None:
+    slightly = 1.02  # 2 % off, same class, same direction
+    assert not judged(lambda x: x * np.float32(slightly), rows(300), "raw").result.passed
+    assert judged(lambda x: x * np.float32(slightly), rows(300), "softmax").result.passed
+    assert judged(lambda x: x * np.float32(slightly), rows(300), "l2_normalised").result.passed
+
+
+def test_nan_never_agrees() -> None:
+    for output_map in ("raw", "softmax", "l2_normalised"):
+        found = judged(lambda x: x * np.nan, rows(200), output_map).result
+        assert found.agreement == 0.0
+        assert found.difference["p50"] == FAR
+
+
+def test_a_form_that_is_right_alone_and_wrong_in_batches_fails() -> None:
+    def disturbed(x: Array) -> Array:
+        return x if len(x) == 1 else np.roll(x, 1, axis=0)
+
+    found = judged(disturbed, rows(400), "softmax")
+    assert found.result.agreement == 1.0
+    assert not found.result.passed
+    assert "in batches" in found.result.why
+    assert found.batch_effect > 1
+
+
+def test_batch_effect_is_twice_the_largest_seen_and_at_least_1e_4() -> None:
+    assert judged(lambda x: x, rows(200)).batch_effect == 1e-4
+    nudge = np.float32(0.01)
+    found = judged(lambda x: x + nudge * (len(x) > 1), rows(200), "softmax")
+    assert found.batch_effect == pytest.approx(0.02, rel=0.06)
+
+
+def test_nan_that_comes_from_batch_mates_is_an_effect() -> None:
+    def spoilt(x: Array) -> Array:
+        return x if len(x) == 1 else np.where(np.arange(len(x))[:, None] == 0, np.nan, x)
+
+    assert judged(spoilt, rows(200), "softmax").batch_effect == FAR
+
+
+def test_labels_bound_the_loss_and_say_how_many_rows_it_would_take() -> None:
+    good = judged(lambda x: x, rows(400, labelled=True)).result
+    assert good.passed
+    assert good.accuracy_loss == 0.0
+    few = judged(lambda x: x, rows(300, labelled=True)).result
+    assert not few.passed
+    assert "368 rows" not in few.why  # 300 flawless rows: the count is an estimate, not a promise
+    assert "rows would show it" in few.why
+    bad = judged(ruin(0.05), rows(1000, labelled=True)).result
+    assert not bad.passed
+    assert bad.accuracy_loss is not None
+    assert 0.03 < bad.accuracy_loss < 0.07
+
+
+def test_top5_forgives_what_top1_does_not() -> None:
+    def second(x: Array) -> Array:
+        result = x.copy()
+        best = x.argmax(axis=1)
+        result[np.arange(len(x)), best] = np.sort(x, axis=1)[:, -2] - np.float32(1e-3)
+        return result
+
+    sample = rows(500, labelled=True)
+    assert not judged(second, sample, conditions=Conditions(metric="top1")).result.passed
+    assert judged(second, sample, conditions=Conditions(metric="top5")).result.passed
+
+
+def test_a_demanded_closeness_is_judged_too() -> None:
+    nudge = np.float32(0.003)
+    close = Conditions(epsilon=0.01, delta=0.02)
+    closer = Conditions(epsilon=0.001, delta=0.02)
+    assert judged(lambda x: x + nudge, rows(300), "softmax", close).result.passed
+    # A constant shift vanishes in softmax: nudge one class only.
+    one = np.eye(1, CLASSES, dtype=np.float32) * np.float32(0.02)
+    found = judged(lambda x: x + one, rows(300), "softmax", closer).result
+    assert not found.passed
+    assert "epsilon 0.001" in found.why
+
+
+def test_a_demanded_closeness_holds_in_batches_too() -> None:
+    def apart(x: Array) -> Array:
+        one = np.eye(1, CLASSES, dtype=np.float32) * np.float32(0.01 * (len(x) > 1))
+        return np.asarray(x + one)
+
+    assert judged(apart, rows(300), "softmax").result.passed
+    demanded = Conditions(epsilon=0.001, delta=0.02)
+    assert not judged(apart, rows(300), "softmax", demanded).result.passed
+
+
+def test_differences_are_recorded_as_quantiles() -> None:
+    found = judged(lambda x: x + np.float32(0.5), rows(200)).result
+    assert set(found.difference) == {"p50", "p90", "p99", "max"}
+    assert found.difference["p50"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_too_few_rows_are_refused_with_how_many_are_needed() -> None:
+    with pytest.raises(CalibrationError, match="left with 10 and needs 149"):
+        check_row_count(rows(10), Conditions(), 2)
+    with pytest.raises(CalibrationError, match="needs 368"):
+        check_row_count(rows(200, labelled=True), Conditions(), 50)
+    with pytest.raises(CalibrationError, match="needs 2995"):
+        check_row_count(rows(600), Conditions(epsilon=0.1, delta=0.001), 150)

@@ -1,0 +1,159 @@
+"""Hostile and broken model files are refused in one sentence; what kills a parser kills a child."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from lrai_core.compiler.probe import probe
+from lrai_core.errors import CompileError, UnsupportedOperator
+from tests.core.compiler.onnx_files import linear, model, save, value, with_external_data
+
+WEIGHT = np.zeros(32, np.float32).tobytes()
+
+
+def test_a_good_model_is_described(tmp_path: Path) -> None:
+    found = probe(save(linear(), tmp_path / "m.onnx"))
+    assert (found.opset, found.external) == (17, ())
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="No such file"):
+        probe(tmp_path / "absent.onnx")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="is not a file"):
+        probe(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an onnx model", b"\x00" * 64])
+def test_what_is_not_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(CompileError, match="not an ONNX model"):
+        probe(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("part", [0.3, 0.9, 0.99])
+def test_a_truncated_file_is_refused(tmp_path: Path, part: float) -> None:
+    whole = linear(64, 64).SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(CompileError, match=r"m\.onnx: not a"):
+        probe(tmp_path / "m.onnx")
+
+
+def test_an_unknown_custom_operator_is_named(tmp_path: Path) -> None:
+    proto = model(
+        [helper.make_node("Magic", ["x"], ["y"], name="wand", domain="com.example")],
+        [value("x", ["n", 4])],
+        [value("y", ["n", 4])],
+        domains=[("com.example", 1)],
+    )
+    with pytest.raises(UnsupportedOperator, match=r"com\.example:Magic \(node 'wand'\)"):
+        probe(save(proto, tmp_path / "m.onnx"))
+
+
+def test_an_unknown_operator_inside_a_branch_is_named(tmp_path: Path) -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Nonsense", ["x"], ["out"], name="deep")],
+        "branch",
+        [],
+        [value("out", [1])],
+    )
+    proto = model(
+        [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)],
+        [value("x", [1]), value("c", [], onnx.TensorProto.BOOL)],
+        [value("y", [1])],
+    )
+    with pytest.raises(UnsupportedOperator, match=r"Nonsense \(node 'deep'\)"):
+        probe(save(proto, tmp_path / "m.onnx"))
+
+
+def test_a_dynamic_rank_is_refused_by_name(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(CompileError, match="input 'x' has a dynamic rank"):
+        probe(save(proto, tmp_path / "m.onnx"))
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "a/../../b", "..\\x", "C:/x"])
+def test_external_data_that_leaves_the_folder_is_refused(tmp_path: Path, location: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(WEIGHT)
+    with pytest.raises(
+        CompileError, match=r"outside the directory|relative path|regular file"
+    ) as refused:
+        probe(with_external_data(folder / "m.onnx", location))
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_external_data_behind_a_symlink_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(WEIGHT)
+    (folder / "w.bin").symlink_to(tmp_path / "secret.bin")
+    with pytest.raises(CompileError, match=r"symbolic link|outside model directory"):
+        probe(with_external_data(folder / "m.onnx", "w.bin"))
+
+
+def test_external_data_through_a_linked_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "w.bin").write_bytes(WEIGHT)
+    (folder / "data").symlink_to(tmp_path / "other")
+    with pytest.raises(CompileError, match=r"symbolic link|outside model directory"):
+        probe(with_external_data(folder / "m.onnx", "data/w.bin"))
+
+
+def test_external_data_that_is_a_hard_link_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(WEIGHT)
+    os.link(tmp_path / "secret.bin", folder / "w.bin")
+    with pytest.raises(CompileError, match="multiple hard links"):
+        probe(with_external_data(folder / "m.onnx", "w.bin"))
+
+
+def test_external_data_beyond_its_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(WEIGHT)
+    with pytest.raises(CompileError, match="exceeds available data"):
+        probe(with_external_data(tmp_path / "m.onnx", "w.bin", length=str(1 << 60)))
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [("basepath", "/etc"), ("__class__", "x"), ("offset", "-1")]
+)
+def test_malformed_external_data_is_refused(tmp_path: Path, key: str, text: str) -> None:
+    (tmp_path / "w.bin").write_bytes(WEIGHT)
+    path = with_external_data(tmp_path / "m.onnx", "w.bin")
+    proto = onnx.load(path, load_external_data=False)
+    entry = proto.graph.initializer[0].external_data.add()
+    entry.key, entry.value = key, text
+    with pytest.raises(CompileError, match=r"^m\.onnx: "):
+        probe(save(proto, path))
+
+
+def test_good_external_data_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "w.bin").write_bytes(WEIGHT)
+    assert probe(with_external_data(tmp_path / "m.onnx", "data/w.bin")).external == ("data/w.bin",)
+
+
+def test_a_child_that_dies_is_a_refused_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(linear(), tmp_path / "m.onnx")
+    killer = tmp_path / "python"
+    killer.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    killer.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killer))
+    with pytest.raises(CompileError, match=r"signal 11.*damaged or hostile"):
+        probe(path)

@@ -1,0 +1,355 @@
+"""Quantisation against onnxruntime in float32, numpy, and onnxruntime's own quantiser."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from lrai_core.compiler.fusion import optimise
+from lrai_core.compiler.quantize import (
+    NothingToQuantize,
+    Quantized,
+    dynamic_int8,
+    dynamic_int8_per_row,
+    matmul_nbits,
+    mixed_int8,
+)
+from lrai_core.errors import CompileError
+
+Array = npt.NDArray[Any]
+Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
+
+PER_ROW: dict[str, Scheme] = {"per_row": dynamic_int8_per_row}
+SCHEMES: dict[str, Scheme] = {
+    "dynamic": dynamic_int8,
+    **PER_ROW,
+    "nbits_32": lambda model: matmul_nbits(model, block_size=32),
+    "nbits_64": lambda model: matmul_nbits(model, block_size=64),
+}
+
+
+def graph(
+    nodes: list[onnx.NodeProto], constants: dict[str, Array], x: tuple[Any, ...], opset: int = 17
+) -> onnx.ModelProto:
+    """Return a model from `x` of that shape to `y` of the same rank, both float32."""
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * len(x))],
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
+
+
+def linear(matrix: Array, opset: int = 17) -> onnx.ModelProto:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "linear")
+    return graph([node], {"w": matrix}, (None, matrix.shape[0]), opset)
+
+
+def mlp(kind: str, opset: int = 17, seed: int = 0) -> onnx.ModelProto:
+    """Return 48 -> 96 -> 10 with a ReLU; its layers are MatMul and Add, or Gemm (`transB` 0, 1)."""
+    random = np.random.default_rng(seed)
+    constants: dict[str, Array] = {}
+    nodes = []
+    value = "x"
+    for index, (k, n) in enumerate([(48, 96), (96, 10)]):
+        output, weight, bias = ("hidden", "y")[index], f"w{index}", f"b{index}"
+        matrix = random.standard_normal((k, n)).astype(np.float32) / np.float32(k**0.5)
+        constants[weight] = np.ascontiguousarray(matrix.T) if kind == "transposed" else matrix
+        constants[bias] = random.standard_normal(n).astype(np.float32)
+        if kind == "matmul":
+            nodes.append(helper.make_node("MatMul", [value, weight], [f"m{index}"], f"fc{index}"))
+            nodes.append(helper.make_node("Add", [f"m{index}", bias], [output]))
+        else:
+            transposed = int(kind == "transposed")
+            nodes.append(
+                helper.make_node(
+                    "Gemm", [value, weight, bias], [output], f"fc{index}", transB=transposed
+                )
+            )
+        if index == 0:
+            nodes.append(helper.make_node("Relu", [output], ["active"]))
+            value = "active"
+    return graph(nodes, constants, (None, 48), opset)
+
+
+def run(model: onnx.ModelProto, x: Array) -> Array:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+def rows(count: int, columns: int, seed: int = 1) -> Array:
+    """Return rows whose magnitudes differ by a factor of up to 1,000, float32."""
+    random = np.random.default_rng(seed)
+    scale = 10.0 ** random.uniform(-2, 1, (count, 1))
+    return (random.standard_normal((count, columns)) * scale).astype(np.float32)
+
+
+def relative_error(got: Array, wanted: Array) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("kind", ["matmul", "gemm", "transposed"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_stays_within_two_percent_of_float32(
+    scheme: str, kind: str, opset: int
+) -> None:
+    model = mlp(kind, opset)
+    x = np.random.default_rng(2).standard_normal((16, 48)).astype(np.float32)
+    quantized, report = SCHEMES[scheme](model)
+    onnx.checker.check_model(quantized)
+    assert relative_error(run(optimise(quantized, level="all"), x), run(model, x)) < 0.02
+    assert [line.node for line in report] == ["fc0", "fc1"]
+    assert [line.weight_elements for line in report] == [48 * 96, 96 * 10]
+    assert all(line.bits == 8 and 0 < line.error < 0.01 and not line.why for line in report)
+
+
+@pytest.mark.parametrize("kind", ["matmul", "gemm"])
+@pytest.mark.parametrize("scheme", [*PER_ROW, "nbits_32", "nbits_64"])
+def test_a_row_gets_the_same_bits_alone_and_among_others(scheme: str, kind: str) -> None:
+    model = optimise(SCHEMES[scheme](mlp(kind))[0], level="all")
+    x = rows(33, 48)
+    batch = run(model, x)
+    for size in (1, 2, 3, 8):
+        assert np.array_equal(run(model, x[:size]), batch[:size])
+
+
+@pytest.mark.parametrize("scheme", PER_ROW)
+def test_activations_of_rank_three_are_quantised_by_their_last_axis(scheme: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32)
+    flat = PER_ROW[scheme](linear(matrix))[0]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "linear")
+    deep = PER_ROW[scheme](graph([node], {"w": matrix}, (None, None, 24)))[0]
+    x = rows(12, 24)
+    assert np.array_equal(run(deep, x.reshape(3, 4, 24)).reshape(12, 8), run(flat, x))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    x=hnp.arrays(np.float32, (3, 8), elements=st.floats(-1e6, 1e6, width=32)),
+    matrix=hnp.arrays(np.float32, (8, 5), elements=st.floats(-1e3, 1e3, width=32)),
+    scheme=st.sampled_from(sorted(PER_ROW)),
+)
+def test_per_row_products_err_by_at_most_half_a_step_of_each_factor(
+    x: Array, matrix: Array, scheme: str
+) -> None:
+    got = run(PER_ROW[scheme](linear(matrix))[0], x).astype(np.float64)
+    exact, wide = x.astype(np.float64), matrix.astype(np.float64)
+    x_step = np.abs(exact).max(axis=1, keepdims=True) / 127
+    w_step = np.abs(wide).max(axis=0, keepdims=True) / 127
+    # |xw - x'w'| <= |x| |w - w'| + |x - x'| |w'|, each difference at most half a step
+    restored = np.abs(wide) + w_step / 2
+    bound = np.abs(exact).sum(axis=1, keepdims=True) * w_step / 2
+    bound = bound + x_step / 2 * restored.sum(axis=0, keepdims=True)
+    assert np.all(np.abs(got - exact @ wide) <= bound * 1.0001 + 1e-18)
+
+
+@pytest.mark.parametrize("scheme", PER_ROW)
+def test_rows_and_columns_of_zeros_give_zeros(scheme: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
+    matrix[:, 1] = 0
+    matrix[:, 2] = 1e-44  # subnormal: its scale would round to zero
+    x = rows(3, 16)
+    x[1] = 0
+    model, _ = PER_ROW[scheme](linear(matrix))
+    got = run(optimise(model, level="all"), x)
+    assert np.isfinite(got).all()
+    assert not got[1].any()
+    assert not got[:, 1:3].any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    matrix=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 40), st.integers(1, 6)),
+        # not so small that the norm of the matrix, where it is not 0, underflows
+        elements=st.sampled_from([0.0, 1e-3, -1.0]) | st.floats(-1e3, -1, width=32),
+    ),
+    block_size=st.sampled_from([16, 32]),
+    bits=st.sampled_from([4, 8]),
+)
+def test_blocks_of_weights_come_back_within_half_a_step(
+    matrix: Array, block_size: int, bits: Any
+) -> None:
+    model, report = matmul_nbits(linear(matrix), block_size=block_size, bits=bits, accuracy_level=1)
+    k = matrix.shape[0]
+    got = run(model, np.eye(k, dtype=np.float32))  # the product with 1 is the dequantised weight
+    for start in range(0, k, block_size):
+        block = matrix[start : start + block_size]
+        step = np.abs(block).max(axis=0) / (2 ** (bits - 1) - 1)
+        assert np.all(np.abs(got[start : start + block_size] - block) <= step * 0.5001 + 1e-37)
+    if matrix.any():
+        assert report[0].error == pytest.approx(relative_error(got, matrix), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["matmul", "gemm", "transposed"])
+def test_dynamic_int8_computes_what_onnxruntimes_quantiser_computes(
+    kind: str, tmp_path: Path
+) -> None:
+    model = mlp(kind)
+    oracle = tmp_path / "oracle.onnx"
+    quantize_dynamic(model, oracle, weight_type=QuantType.QInt8, per_channel=True)
+    x = rows(16, 48)
+    assert relative_error(run(dynamic_int8(model)[0], x), run(onnx.load(oracle), x)) < 1e-6
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_products_of_two_activations_stay_in_float32(scheme: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["q"], "project"),
+        helper.make_node("Transpose", ["q"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "t"], ["y"], "attend"),
+    ]
+    model, report = SCHEMES[scheme](graph(nodes, {"w": matrix}, (None, None, 32)))
+    assert [node.op_type for node in model.graph.node if node.name == "attend"] == ["MatMul"]
+    assert (report[0].bits, report[0].why) == (8, "")
+    assert (report[1].bits, report[1].why) == (32, "the second operand is not constant")
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", *PER_ROW])
+def test_layers_that_share_an_activation_or_a_weight_share_its_integers(scheme: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "first"),
+        helper.make_node("MatMul", ["x", "v"], ["b"], "second"),
+        helper.make_node("Add", ["a", "b"], ["c"]),
+        helper.make_node("MatMul", ["c", "w"], ["y"], "third"),
+    ]
+    model, _ = SCHEMES[scheme](graph(nodes, {"w": matrix, "v": matrix}, (None, 8)))
+    count = Counter(node.op_type for node in model.graph.node)
+    assert count["QuantizeLinear"] + count["DynamicQuantizeLinear"] == 2
+    stored = [t for t in model.graph.initializer if t.data_type == TensorProto.INT8]
+    assert len(stored) == 2
+    assert run(model, rows(4, 8)).shape == (4, 8)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_weight_that_something_else_reads_is_kept(scheme: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    body = helper.make_graph(
+        [helper.make_node("Add", ["p", "w"], ["r"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("r", TensorProto.FLOAT, None)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["p"], ["s"])],
+        "other",
+        [],
+        [helper.make_tensor_value_info("s", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], "linear"),
+        helper.make_node("If", ["yes"], ["y"], then_branch=body, else_branch=other),
+    ]
+    model = graph(nodes, {"w": matrix, "yes": np.array(True)}, (8, 8))
+    x = rows(8, 8)
+    assert relative_error(run(SCHEMES[scheme](model)[0], x), run(model, x)) < 0.02
+
+
+def test_a_weight_in_a_constant_node_is_quantised_and_the_node_dropped() -> None:
+    matrix = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(matrix)),
+        helper.make_node("MatMul", ["x", "w"], ["y"], "linear"),
+    ]
+    model, report = dynamic_int8_per_row(graph(nodes, {}, (None, 8)))
+    assert report[0].bits == 8
+    assert "Constant" not in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_model_given_is_not_modified(scheme: str) -> None:
+    model = mlp("transposed")
+    before = model.SerializeToString(deterministic=True)
+    SCHEMES[scheme](model)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_quantised_twice_has_nothing_left_to_quantise(scheme: str) -> None:
+    with pytest.raises(NothingToQuantize, match="no MatMul or Gemm of 0"):
+        SCHEMES[scheme](SCHEMES[scheme](mlp("matmul"))[0])
+
+
+@pytest.mark.parametrize("attributes", [{"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}])
+def test_a_scaled_or_transposed_gemm_is_left_alone(attributes: dict[str, Any]) -> None:
+    matrix = np.eye(4, dtype=np.float32)
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], "gemm", **attributes)
+    model = graph([node], {"w": matrix, "b": matrix[0]}, (4, 4))
+    with pytest.raises(NothingToQuantize):
+        dynamic_int8_per_row(model)
+
+
+@pytest.mark.parametrize(
+    "matrix", [np.eye(4), np.ones((2, 4, 4), "f"), np.full((4, 4), np.inf, "f")]
+)
+def test_weights_that_are_no_finite_float32_matrix_are_left_alone(matrix: Array) -> None:
+    with pytest.raises(NothingToQuantize):
+        dynamic_int8_per_row(linear(matrix))
+
+
+def test_a_weight_that_a_caller_may_override_is_left_alone() -> None:
+    model = linear(np.eye(4, dtype=np.float32))
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4]))
+    with pytest.raises(NothingToQuantize):
+        dynamic_int8_per_row(model)
+
+
+def test_a_weight_outside_the_model_is_left_alone() -> None:
+    model = linear(np.eye(4, dtype=np.float32))
+    onnx.external_data_helper.set_external_data(model.graph.initializer[0], "weights.bin")
+    with pytest.raises(NothingToQuantize):
+        dynamic_int8_per_row(model)
+
+
+def test_an_opset_without_the_operators_is_refused() -> None:
+    with pytest.raises(CompileError, match="needs opset 13 or later, the model has 12"):
+        dynamic_int8_per_row(mlp("matmul", opset=12))
+
+
+def test_the_mixed_form_keeps_small_matrices_closer() -> None:
+    random = np.random.default_rng(0)
+    weights = {
+        "small": random.standard_normal((32, 32)).astype(np.float32),
+        "large": random.standard_normal((32, 64)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "small"], ["hidden"], "first"),
+        helper.make_node("MatMul", ["hidden", "large"], ["y"], "second"),
+    ]
+    model = graph(nodes, weights, (None, 32))
+    mixed, report = mixed_int8(model)
+    assert [line.scheme for line in report] == ["matmul_nbits_64", "dynamic_int8_per_row"]
+    x = random.standard_normal((3, 32)).astype(np.float32)
+    assert relative_error(run(mixed, x), run(model, x)) < 0.02
+
+
+def test_matrices_of_one_size_have_no_mixed_form() -> None:
+    with pytest.raises(NothingToQuantize, match="third"):
+        mixed_int8(linear(np.eye(4, dtype=np.float32)))

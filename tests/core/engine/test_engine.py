@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrai_core.engine import engine
+from lrai_core.engine.engine import find_engine, installed_version, isa_class
+from lrai_core.errors import EnvironmentProblem
+
+
+@pytest.fixture(autouse=True)
+def _no_memory() -> Iterator[None]:
+    isa_class.cache_clear()
+    yield
+    isa_class.cache_clear()
+
+
+def test_onnxruntime_is_built_in_and_its_version_is_the_installed_one() -> None:
+    found = find_engine("onnxruntime")
+    assert found.name == "onnxruntime"
+    assert found.version == installed_version("onnxruntime") != ""
+
+
+class PluginEngine:
+    name = "plugin"
+    version = "7"
+
+
+def test_another_engine_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry_points(*, group: str, name: str) -> list[EntryPoint]:
+        assert group == "lrai.engines"
+        here = EntryPoint("plugin", f"{__name__}:PluginEngine", group)
+        return [here] if name == "plugin" else []
+
+    monkeypatch.setattr(engine, "entry_points", entry_points)
+    monkeypatch.setattr(EntryPoint, "load", lambda entry: PluginEngine)
+    assert find_engine("plugin").version == "7"
+    with pytest.raises(EnvironmentProblem, match="the engine 'tvm' is not installed: pip install"):
+        find_engine("tvm")
+
+
+def test_the_name_of_a_missing_engine_is_shortened_in_the_message() -> None:
+    with pytest.raises(EnvironmentProblem) as caught:
+        find_engine("\0" + "x" * (1 << 20))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_an_engine_that_is_not_there_has_no_version() -> None:
+    assert installed_version("no-such-engine") == ""
+
+
+def test_the_gpu_build_of_an_engine_counts_as_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name.endswith("-gpu"):
+            return "1.2"
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(engine, "version", version)
+    assert installed_version("onnxruntime") == "1.2"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("model name: x\nflags : fpu avx2 avx512_vnni amx_int8\n", "amx"),
+        ("flags\t\t: fpu avx2 avx512_vnni\n", "vnni"),
+        ("flags : fpu avx2 avx_vnni\n", "vnni"),
+        ("flags : fpu avx2\n", "avx2"),
+        ("Features : fp asimd asimddp\n", "neon-dot"),
+        ("flags : fpu sse2\n", "the machine"),
+        ("", "the machine"),
+    ],
+)
+def test_the_isa_class_is_the_best_that_the_processor_lists(
+    cpuinfo: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path, **_: Any) -> str:
+        assert str(path) == "/proc/cpuinfo"
+        return cpuinfo
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "machine", lambda: "The Machine")
+    assert isa_class() == expected
+
+
+def test_without_a_list_of_flags_the_machine_is_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path, **_: Any) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "machine", lambda: "ppc64le")
+    assert isa_class() == "ppc64le"

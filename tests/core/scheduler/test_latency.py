@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrai_core.artifact import LatencyPoint
+from lrai_core.scheduler.latency import LatencyModel
+
+
+def point(rows: int, length: int, seconds: float) -> LatencyPoint:
+    return LatencyPoint(rows=rows, length=length, median_ms=seconds * 1e3, spread_ms=0.0)
+
+
+POSITIVE = st.floats(1e-6, 10)
+
+
+@given(st.floats(1e-4, 1e-2), st.floats(1e-7, 1e-4), st.floats(1e-9, 1e-6))
+def test_the_coefficients_that_made_a_profile_are_found_again(
+    fixed: float, linear: float, quadratic: float
+) -> None:
+    def cost(rows: int, length: int) -> float:
+        return fixed + linear * rows * length + quadratic * rows * length**2
+
+    measured = [(r, n) for r in (1, 4, 16) for n in (8, 32, 128)]
+    model = LatencyModel([point(r, n, cost(r, n)) for r, n in measured])
+    for rows, length in ((2, 16), (8, 100), (32, 256)):
+        assert model.engine_seconds(rows, length) == pytest.approx(cost(rows, length), rel=1e-5)
+
+
+@given(
+    st.lists(
+        st.builds(point, st.integers(1, 64), st.integers(1, 512), POSITIVE), min_size=1, max_size=9
+    )
+)
+def test_no_profile_makes_more_work_cheaper(profile: list[LatencyPoint]) -> None:
+    model = LatencyModel(profile)
+    costs = [model.engine_seconds(r, n) for r, n in ((1, 1), (1, 100), (2, 100), (64, 512))]
+    assert all(map(math.isfinite, costs))
+    assert costs == sorted(costs)
+    assert costs[0] >= 0
+
+
+@given(st.dictionaries(st.integers(1, 100), POSITIVE, min_size=2, max_size=6), st.floats(0, 1))
+def test_between_measured_row_counts_the_prediction_is_on_the_line(
+    measured: dict[int, float], where: float
+) -> None:
+    model = LatencyModel([point(rows, 0, seconds) for rows, seconds in measured.items()])
+    known = sorted(measured)
+    rows = round(known[0] + where * (known[-1] - known[0]))
+    expected = np.interp(rows, known, [measured[one] for one in known])
+    low = 0.5 * min(measured.values())
+    assert model.engine_seconds(rows, 0) == pytest.approx(max(expected, low), rel=1e-6)
+
+
+def test_beyond_the_profile_the_last_slope_goes_on() -> None:
+    model = LatencyModel([point(1, 0, 0.010), point(4, 0, 0.016), point(8, 0, 0.020)])
+    assert model.engine_seconds(16, 0) == pytest.approx(0.028)
+
+
+def test_a_slope_that_falls_never_predicts_nothing() -> None:
+    model = LatencyModel([point(1, 0, 0.010), point(4, 0, 0.004)])
+    assert model.engine_seconds(1000, 0) > 0
+
+
+def test_one_point_scales_with_the_rows_and_no_point_is_a_guess() -> None:
+    assert LatencyModel([point(4, 0, 0.02)]).engine_seconds(8, 0) == pytest.approx(0.04)
+    assert LatencyModel([]).engine_seconds(3, 0) == pytest.approx(0.003)
+
+
+def test_the_same_row_count_measured_twice_is_no_division_by_zero() -> None:
+    model = LatencyModel([point(1, 0, 0.01), point(1, 0, 0.02)])
+    assert model.engine_seconds(1, 0) == pytest.approx(0.02)
+
+
+def test_what_a_call_costs_around_the_engine_is_learned() -> None:
+    model = LatencyModel([point(1, 0, 0.01)])
+    assert model.call_seconds(1, 0) == pytest.approx(0.01)
+    model.observe(total_seconds=0.013, engine_seconds=0.010)
+    assert model.call_seconds(1, 0) == pytest.approx(0.013)
+    for _ in range(500):
+        model.observe(total_seconds=0.015, engine_seconds=0.010)
+    assert model.overhead_seconds == pytest.approx(0.005, rel=0.05)
+
+
+def test_the_estimate_follows_cheap_calls_faster_than_dear_ones() -> None:
+    model = LatencyModel([])
+    model.observe(0.010, 0.0)
+    for _ in range(20):
+        model.observe(0.002, 0.0)
+    fallen = 0.010 - model.overhead_seconds
+    low = model.overhead_seconds
+    for _ in range(20):
+        model.observe(0.010, 0.0)
+    assert fallen > 2 * (model.overhead_seconds - low) > 0
+
+
+def test_one_pause_of_the_machine_hardly_moves_the_overhead() -> None:
+    model = LatencyModel([])
+    model.observe(0.003, 0.001)
+    model.observe(10.0, 0.001)
+    assert model.overhead_seconds < 0.0022
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), max_size=20))
+def test_the_overhead_is_never_negative_even_when_clocks_disagree(
+    calls: list[tuple[float, float]],
+) -> None:
+    model = LatencyModel([])
+    for total, engine in calls:
+        model.observe(total, engine)
+        assert 0 <= model.overhead_seconds < math.inf

@@ -1,0 +1,834 @@
+"""The scheduler over workers that are no processes, on a clock that only the tests move."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lrai_core.artifact import LatencyPoint
+from lrai_core.config import SchedulerConfig
+from lrai_core.errors import (
+    ActorError,
+    DeadlineExceeded,
+    LraiError,
+    ModelNotFound,
+    NotReady,
+    QueueFull,
+    RequestError,
+)
+from lrai_core.events import EventBus
+from lrai_core.protocol import Array, ValidRequest
+from lrai_core.scheduler import scheduler as module
+from lrai_core.scheduler.planner import plan
+from lrai_core.scheduler.scheduler import Scheduler
+from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Refused
+
+PROFILE = [  # 10 ms a call, hardly more for more rows
+    LatencyPoint(rows=1, length=0, median_ms=10.0, spread_ms=0.0),
+    LatencyPoint(rows=64, length=0, median_ms=12.0, spread_ms=0.0),
+]
+serial = itertools.count(1)
+
+
+class Clock(SimpleNamespace):
+    """Stands in for the module `time`; sleeping passes the time at once."""
+
+    def __init__(self) -> None:
+        super().__init__(now=1000.0)
+
+    def monotonic(self) -> float:
+        return float(self.now)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FakeWorkers:
+    """Actors in name only: the tests say what comes of each batch."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[int, list[ValidRequest]]] = {}
+        self.outcomes: list[Outcome] = []
+        self.dispatched: list[list[int]] = []  # the numbers in the requests of each batch
+        self.down: set[str] = set()
+        self.when_asked: Callable[[], object] = lambda: None
+
+    def register(self, poller: zmq.Poller) -> None:
+        pass
+
+    def poll(self, now: float) -> list[Outcome]:
+        found, self.outcomes = self.outcomes, []
+        return found
+
+    def next_check(self, now: float) -> float:
+        return now + 1
+
+    def idle(self, model: str) -> bool:
+        self.when_asked()
+        return model not in self.calls and model not in self.down
+
+    def dispatch(
+        self, model: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
+    ) -> None:
+        assert model not in self.calls, "one batch at a time"
+        assert requests, "no empty batch"
+        self.calls[model] = batch, list(requests)
+        self.dispatched.append([number(request) for request in requests])
+
+    def answer(self, model: str = "m") -> None:
+        batch, requests = self.calls.pop(model)
+        self.outcomes.append(Answered(batch, [[one.arrays[0] * 2] for one in requests], 0.01))
+
+    def refuse(self, model: str = "m") -> None:
+        self.outcomes.append(Refused(self.calls.pop(model)[0], "bad shape"))
+
+    def lose(self, model: str = "m") -> None:
+        self.outcomes.append(Lost(self.calls.pop(model)[0], "signal SIGKILL"))
+
+    def give_up(self, model: str = "m") -> None:
+        if model in self.calls:
+            self.lose(model)
+        self.down.add(model)
+        self.outcomes.append(GaveUp(model, "crash loop"))
+
+
+def request(rows: int = 1, *, group: str = "g", nbytes: int = 8) -> ValidRequest:
+    """Return a request whose tensor holds a number that no other has."""
+    array = np.full((rows, 1), next(serial), dtype=np.int64)
+    return ValidRequest((array,), rows, 0, (0,), (group,), nbytes)
+
+
+def number(one: ValidRequest) -> int:
+    return int(one.arrays[0][0, 0])
+
+
+class Bench:
+    """A scheduler that runs a step when told to, in the thread of the test."""
+
+    def __init__(self, **config: Any) -> None:
+        self.workers = FakeWorkers()
+        self.events = EventBus()
+        self.scheduler = Scheduler(SchedulerConfig(**config), self.workers, self.events)
+        self.scheduler.add("m", PROFILE)
+
+    def submit(
+        self, one: ValidRequest | None = None, model: str = "m", timeout_ms: float | None = None
+    ) -> Future[list[Array]]:
+        return self.scheduler.submit(model, one or request(), timeout_ms)
+
+    def step(self) -> None:
+        self.scheduler._step()
+
+    def counts(self, *kinds: str) -> tuple[int, ...]:
+        return tuple(self.events.counts().get(kind, 0) for kind in kinds)
+
+    def close(self) -> None:
+        self.scheduler.start()
+        self.scheduler.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def bench(clock: Clock) -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.close()
+    accepted, answered, failed = made.counts(
+        "request_accepted", "request_answered", "request_failed"
+    )
+    assert accepted == answered + failed
+    assert made.scheduler.outstanding() == 0
+
+
+def failure(future: Future[list[Array]]) -> BaseException:
+    error = future.exception(timeout=0)
+    assert error is not None
+    return error
+
+
+# Coalescing
+
+
+def test_what_waits_together_runs_as_one_call_and_each_gets_its_own_rows(bench: Bench) -> None:
+    requests = [request(rows) for rows in (1, 3, 2)]
+    futures = [bench.submit(one) for one in requests]
+    bench.step()
+    assert bench.workers.dispatched == [[number(one) for one in requests]]
+    bench.workers.answer()
+    bench.step()
+    for one, future in zip(requests, futures, strict=True):
+        np.testing.assert_array_equal(future.result(0)[0], one.arrays[0] * 2)
+    assert bench.counts("batch_dispatched", "batch_completed", "request_answered") == (1, 1, 3)
+
+
+def test_while_the_actor_is_busy_requests_wait_and_then_go_together(bench: Bench) -> None:
+    bench.submit()
+    bench.step()
+    for _ in range(5):
+        bench.submit()
+        bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert [len(batch) for batch in bench.workers.dispatched] == [1, 5]
+
+
+def test_two_models_do_not_wait_for_one_another(bench: Bench) -> None:
+    bench.scheduler.add("other", PROFILE)
+    first, second = bench.submit(), bench.submit(model="other")
+    bench.step()
+    bench.workers.answer("other")
+    bench.step()
+    assert (first.done(), second.done()) == (False, True)
+
+
+def test_the_rows_of_a_call_are_bounded_by_the_config(clock: Clock) -> None:
+    bench = Bench(max_batch_rows=4)
+    for _ in range(6):
+        bench.submit()
+    bench.step()
+    bench.close()
+    assert len(bench.workers.dispatched[0]) == 4
+
+
+# Failures of a call
+
+
+def test_after_a_lost_batch_each_runs_once_more_alone(bench: Bench) -> None:
+    futures = [bench.submit() for _ in range(3)]
+    bench.step()
+    bench.workers.lose()
+    for _ in range(3):
+        bench.step()
+        bench.workers.answer()
+    bench.step()
+    first, *again = bench.workers.dispatched
+    assert again == [[one] for one in first]
+    assert all(future.exception(0) is None for future in futures)
+    assert bench.counts("batch_retried", "request_answered") == (1, 3)
+
+
+def test_a_request_whose_actor_dies_twice_ends_and_the_others_are_answered(bench: Bench) -> None:
+    poison, good = bench.submit(), bench.submit()
+    bench.step()
+    bench.workers.lose()
+    bench.step()
+    bench.workers.lose()
+    bench.step()
+    assert isinstance(failure(poison), ActorError)
+    assert "signal SIGKILL" in str(failure(poison))
+    bench.workers.answer()
+    bench.step()
+    assert good.exception(0) is None
+    bench.step()
+    assert len(bench.workers.dispatched) == 3  # nobody tries a third time
+
+
+def test_a_lost_request_runs_before_what_came_later_and_not_with_it(bench: Bench) -> None:
+    lost = request()
+    bench.submit(lost)
+    bench.step()
+    later = request()
+    bench.submit(later)
+    bench.workers.lose()
+    bench.step()
+    assert bench.workers.dispatched == [[number(lost)]] * 2
+
+
+def test_a_refused_batch_is_tried_one_by_one_and_only_the_bad_one_ends(bench: Bench) -> None:
+    bad, good = bench.submit(), bench.submit()
+    bench.step()
+    bench.workers.refuse()
+    bench.step()
+    bench.workers.refuse()
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert isinstance(failure(bad), RequestError)
+    assert (failure(bad).http_status, str(failure(bad))) == (  # type: ignore[attr-defined]
+        400,
+        "the engine refused the request: bad shape",
+    )
+    assert good.exception(0) is None
+    assert [len(batch) for batch in bench.workers.dispatched] == [2, 1, 1]
+
+
+def test_a_request_refused_alone_is_not_tried_again(bench: Bench) -> None:
+    future = bench.submit()
+    bench.step()
+    bench.workers.refuse()
+    bench.step()
+    assert isinstance(failure(future), RequestError)
+    assert len(bench.workers.dispatched) == 1
+
+
+def test_when_the_model_is_given_up_everything_of_it_ends_and_nothing_is_accepted(
+    bench: Bench,
+) -> None:
+    bench.scheduler.add("other", PROFILE)
+    running = bench.submit(request(group="a"))
+    bench.step()
+    waiting, arrived, other = bench.submit(), bench.submit(), bench.submit(model="other")
+    bench.workers.give_up()
+    bench.step()
+    for future in (running, waiting, arrived):
+        assert isinstance(failure(future), ActorError)
+    assert "crash loop" in str(failure(waiting))
+    with pytest.raises(ActorError, match="crash loop"):
+        bench.submit()
+    bench.workers.answer("other")
+    bench.step()
+    assert other.exception(0) is None
+
+
+def test_a_request_that_was_accepted_while_the_model_was_given_up_ends_too(bench: Bench) -> None:
+    bench.workers.give_up()
+    bench.step()
+    bench.scheduler._queues["m"].failed = ""  # as `submit` saw it a moment earlier
+    future = bench.submit()
+    bench.scheduler._queues["m"].failed = "crash loop"
+    bench.step()
+    assert isinstance(failure(future), ActorError)
+
+
+def test_an_outcome_nobody_waits_for_is_ignored(bench: Bench) -> None:
+    bench.workers.outcomes += [Answered(99, [], 0.0), Lost(98, ""), GaveUp("stranger", "")]
+    bench.step()
+
+
+# Deadlines
+
+
+@pytest.mark.parametrize("timeout_ms", [0, -1, 5, 10, math.nan, -math.inf])
+def test_a_deadline_that_is_past_or_unreachable_at_arrival_is_refused_at_once(
+    bench: Bench, timeout_ms: float
+) -> None:
+    with pytest.raises(DeadlineExceeded, match="ms allowed, the model takes 10 ms") as caught:
+        bench.submit(timeout_ms=timeout_ms)
+    assert caught.value.http_status == 504
+    bench.step()
+    assert bench.workers.dispatched == []
+    assert bench.counts("request_refused", "request_accepted") == (1, 0)
+    assert bench.scheduler.outstanding() == 0
+
+
+def test_an_endless_deadline_is_a_deadline(bench: Bench) -> None:
+    future = bench.submit(timeout_ms=math.inf)
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert future.exception(0) is None
+
+
+def test_a_deadline_that_passes_in_the_queue_ends_the_request_unrun(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.submit()
+    bench.step()
+    late = bench.submit(timeout_ms=50)
+    bench.step()
+    assert bench.scheduler._next_check(clock.now) == pytest.approx(clock.now + 0.05)
+    clock.now += 0.05
+    bench.step()
+    assert "passed in the queue" in str(failure(late))
+    bench.workers.answer()
+    bench.step()
+    assert len(bench.workers.dispatched) == 1
+
+
+def test_what_can_no_longer_be_answered_in_time_is_not_run(bench: Bench, clock: Clock) -> None:
+    bench.submit()
+    bench.step()
+    late = bench.submit(timeout_ms=50)
+    clock.now += 0.045
+    bench.workers.answer()
+    bench.step()
+    assert "cannot be met any more" in str(failure(late))
+    assert len(bench.workers.dispatched) == 1
+
+
+def test_a_caller_is_told_at_its_deadline_but_holds_its_place_until_the_engine_is_done(
+    bench: Bench, clock: Clock
+) -> None:
+    late = bench.submit(request(3), timeout_ms=50)
+    bench.step()
+    clock.now += 0.05
+    bench.step()
+    assert "passed while it ran" in str(failure(late))
+    assert bench.scheduler.outstanding() == 3
+    bench.workers.answer()
+    bench.step()
+    assert bench.scheduler.outstanding() == 0
+
+
+def test_a_lost_request_past_its_deadline_is_not_run_again(bench: Bench, clock: Clock) -> None:
+    late = bench.submit(timeout_ms=50)
+    bench.step()
+    clock.now += 0.05
+    bench.workers.lose()
+    bench.step()
+    assert isinstance(failure(late), DeadlineExceeded)
+    assert len(bench.workers.dispatched) == 1
+    assert bench.scheduler.outstanding() == 0
+
+
+def test_without_a_timeout_the_configured_one_holds(clock: Clock) -> None:
+    bench = Bench(default_timeout_ms=100)
+    bench.workers.down.add("m")
+    future = bench.submit()
+    bench.step()
+    clock.now += 0.1
+    bench.step()
+    assert isinstance(failure(future), DeadlineExceeded)
+    bench.close()
+
+
+# The bounded queue
+
+
+def test_a_full_queue_refuses_the_next_request_at_once(clock: Clock) -> None:
+    bench = Bench(max_queue_rows=4)
+    futures = [bench.submit(request(2)) for _ in range(2)]
+    with pytest.raises(QueueFull, match="holds 4 rows, 1 more exceed its 4") as caught:
+        bench.submit()
+    assert caught.value.retry_after_seconds > 0
+    assert bench.counts("request_accepted", "request_refused") == (2, 1)
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert all(future.done() for future in futures)
+    bench.submit()  # there is room again
+    bench.close()
+
+
+def test_bytes_fill_the_queue_like_rows(clock: Clock) -> None:
+    bench = Bench(max_queue_bytes=100)
+    bench.submit(request(nbytes=100))
+    with pytest.raises(QueueFull, match="bytes"):
+        bench.submit(request(nbytes=1))
+    bench.close()
+
+
+def test_a_model_that_is_not_there_is_refused_in_a_short_sentence(bench: Bench) -> None:
+    for name in ("other", "../../m", "\0" * (1 << 20)):
+        with pytest.raises(ModelNotFound) as caught:
+            bench.submit(model=name)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 200
+
+
+# Cancellation
+
+
+def test_cancelled_before_it_started_a_request_is_not_run_and_gives_its_room_back(
+    bench: Bench,
+) -> None:
+    bench.workers.down.add("m")
+    future = bench.submit(request(5))
+    bench.step()
+    assert future.cancel()
+    bench.step()
+    assert bench.scheduler.outstanding() == 0
+    bench.workers.down.clear()
+    bench.step()
+    assert bench.workers.dispatched == []
+    assert bench.counts("request_failed", "request_answered") == (1, 0)
+
+
+def test_cancelled_on_its_way_into_the_queue_a_request_is_not_run(bench: Bench) -> None:
+    assert bench.submit().cancel()
+    bench.step()
+    assert bench.workers.dispatched == []
+    assert bench.scheduler.outstanding() == 0
+
+
+def test_cancelled_between_the_look_and_the_start_a_request_harms_nobody(bench: Bench) -> None:
+    gone, stays = bench.submit(), bench.submit()
+    bench.workers.when_asked = gone.cancel
+    bench.step()
+    assert [len(batch) for batch in bench.workers.dispatched] == [1]
+    bench.workers.answer()
+    bench.step()
+    assert stays.exception(0) is None
+    assert gone.cancelled()
+
+
+def test_a_batch_of_which_everybody_left_is_not_sent(bench: Bench) -> None:
+    bench.workers.when_asked = bench.submit().cancel
+    bench.step()
+    assert bench.workers.dispatched == []
+    assert bench.scheduler.outstanding() == 0
+
+
+def test_what_has_started_cannot_be_cancelled_and_holds_its_place(bench: Bench) -> None:
+    future = bench.submit(request(2))
+    bench.step()
+    assert not future.cancel()
+    assert bench.scheduler.outstanding() == 2
+    bench.workers.answer()
+    bench.step()
+    assert future.exception(0) is None
+
+
+# The planner's own failures
+
+
+def test_a_planner_that_raises_means_one_by_one_and_an_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("policy")
+
+    monkeypatch.setattr(module, "plan", broken)
+    futures = [bench.submit() for _ in range(3)]
+    for _ in futures:
+        bench.step()
+        bench.workers.answer()
+    bench.step()
+    assert all(future.exception(0) is None for future in futures)
+    assert [len(batch) for batch in bench.workers.dispatched] == [1, 1, 1]
+    assert bench.counts("planner_failed") == (3,)
+
+
+# Leaving
+
+
+def test_draining_refuses_what_is_new_and_answers_what_was_accepted(
+    bench: Bench, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = bench.submit()
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        with pytest.raises(NotReady, match="draining"):
+            bench.submit()
+        bench.step()
+        if bench.workers.calls:
+            bench.workers.answer()
+
+    monkeypatch.setattr(clock, "sleep", sleep)
+    assert bench.scheduler.drain(30)
+    assert future.exception(0) is None
+
+
+def test_draining_says_when_it_did_not_end_in_time(bench: Bench, clock: Clock) -> None:
+    bench.submit()
+    started = clock.now
+    assert not bench.scheduler.drain(3)
+    assert clock.now - started == pytest.approx(3, abs=0.1)
+
+
+def test_closing_ends_what_arrived_what_waits_and_what_runs(clock: Clock) -> None:
+    bench = Bench()
+    running = bench.submit(request(group="a"))
+    bench.step()
+    waiting = bench.submit()
+    bench.step()
+    arrived = bench.submit()
+    bench.close()
+    for future in (running, waiting, arrived):
+        assert "the runtime was closed" in str(failure(future))
+        assert isinstance(failure(future), NotReady)
+    assert bench.scheduler.outstanding() == 0
+    assert bench.counts("request_accepted", "request_failed") == (3, 3)
+
+
+def test_after_closing_everything_is_refused_and_closing_again_is_harmless(clock: Clock) -> None:
+    bench = Bench()
+    bench.close()
+    with pytest.raises(NotReady):
+        bench.submit()
+    with pytest.raises(NotReady):
+        bench.scheduler.call(lambda: pytest.fail("nobody is there to run it"))
+    bench.scheduler.close()
+
+
+def test_a_request_accepted_just_before_the_end_ends_too(clock: Clock) -> None:
+    bench = Bench()
+    pending = bench.scheduler._admit("m", bench.scheduler._queues["m"], request(), None)
+    bench.close()
+    bench.scheduler._hand_over(pending)
+    assert isinstance(failure(pending.future), NotReady)
+
+
+def test_removing_a_model_ends_what_waits_and_what_runs_of_it(bench: Bench) -> None:
+    running = bench.submit(request(group="a"))
+    bench.step()
+    waiting = bench.submit()
+    bench.step()
+    bench.scheduler.remove("m")
+    for future in (running, waiting):
+        assert "'m' was unloaded" in str(failure(future))
+    assert bench.scheduler.outstanding() == 0
+    bench.workers.answer()  # too late
+    bench.step()
+    with pytest.raises(ModelNotFound):
+        bench.submit()
+    bench.scheduler.remove("m")
+
+
+def test_a_request_on_its_way_to_a_removed_model_ends_too(bench: Bench) -> None:
+    future = bench.submit()
+    bench.scheduler.remove("m")
+    bench.step()
+    assert "'m' was unloaded" in str(failure(future))
+
+
+# Progress
+
+
+def test_silence_is_counted_from_the_first_who_waits_not_from_the_last_answer(
+    bench: Bench, clock: Clock
+) -> None:
+    assert bench.scheduler.idle_seconds() == 0
+    clock.now += 3600
+    bench.submit()
+    assert bench.scheduler.idle_seconds() == 0
+    bench.step()
+    clock.now += 7
+    assert bench.scheduler.idle_seconds() == 7
+    bench.workers.answer()
+    bench.step()
+    assert bench.scheduler.idle_seconds() == 0
+
+
+# The thread
+
+
+class PromptWorkers(FakeWorkers):
+    """Answers at the next poll, and kills, refuses or loses every so often."""
+
+    def __init__(self, failing: bool = False) -> None:
+        super().__init__()
+        self.failing = failing
+
+    def poll(self, now: float) -> list[Outcome]:
+        for model in list(self.calls):
+            turn = len(self.dispatched)
+            if self.failing and turn % 7 == 3:
+                self.lose(model)
+            elif self.failing and turn % 7 == 5:
+                self.refuse(model)
+            else:
+                self.answer(model)
+        return super().poll(now)
+
+    def next_check(self, now: float) -> float:
+        return now if self.calls else now + 1
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_many_threads_get_their_own_answer_or_one_error_each(failing: bool) -> None:
+    events = EventBus()
+    scheduler = Scheduler(SchedulerConfig(), PromptWorkers(failing), events)
+    scheduler.add("m", PROFILE)
+    scheduler.start()
+    ends: Counter[str] = Counter()
+
+    def caller(_: int) -> None:
+        for _ in range(40):
+            one = request()
+            try:
+                answer = scheduler.submit("m", one, None).result(10)
+            except LraiError as error:
+                ends[type(error).__name__] += 1
+            else:
+                assert answer[0][0, 0] == 2 * number(one)
+                ends["answered"] += 1
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(caller, range(8)))
+    assert scheduler.drain(10)
+    scheduler.close()
+    counts = events.counts()
+    assert sum(ends.values()) == counts["request_accepted"] == 320
+    assert ends["answered"] == counts["request_answered"]
+    assert failing or ends["answered"] == 320
+
+
+def test_an_action_runs_in_the_schedulers_thread() -> None:
+    scheduler = Scheduler(SchedulerConfig(), FakeWorkers(), EventBus())
+    scheduler.start()
+    ran: Future[str] = Future()
+    scheduler.call(lambda: ran.set_result(threading.current_thread().name))
+    assert ran.result(10) == "lrai-scheduler"
+    scheduler.close()
+
+
+def test_a_model_may_be_added_while_the_scheduler_goes_through_the_others(bench: Bench) -> None:
+    bench.workers.when_asked = lambda: bench.scheduler.add("new", PROFILE)
+    bench.submit()
+    bench.step()
+    late = bench.submit(model="new")
+    bench.step()
+    bench.workers.answer("new")
+    bench.step()
+    assert late.exception(0) is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("method", ["dispatch", "poll", "idle"])
+def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = FakeWorkers()
+    scheduler = Scheduler(SchedulerConfig(), workers, EventBus())
+    scheduler.add("m", PROFILE)
+
+    def bug(*_: object) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(workers, method, bug)
+    future = scheduler.submit("m", request(), None)
+    scheduler.start()
+    assert isinstance(future.exception(10), NotReady)
+    scheduler._thread.join(10)
+    with pytest.raises(NotReady):
+        scheduler.submit("m", request(), None)
+    assert scheduler.outstanding() == 0
+    scheduler.close()
+
+
+# Whatever happens, in any order
+
+
+class Anything(RuleBasedStateMachine):
+    """Every accepted request ends exactly once, with its own answer or one error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.clock = Clock()
+        self.patch.setattr(module, "time", self.clock)
+        self.bench = Bench(max_queue_rows=20, max_batch_rows=6)
+        self.bench.scheduler.add("n", PROFILE)
+        self.ends: Counter[int] = Counter()
+        self.accepted: list[tuple[ValidRequest, Future[list[Array]]]] = []
+        self.planner_works = True
+        working = plan
+
+        def plan_or_fail(*args: Any) -> Any:
+            if not self.planner_works:
+                raise RuntimeError("planner")
+            return working(*args)
+
+        self.patch.setattr(module, "plan", plan_or_fail)
+
+    models = st.sampled_from(["m", "n"])
+
+    @rule(
+        model=models,
+        rows=st.integers(1, 8),
+        group=st.sampled_from("ab"),
+        timeout_ms=st.sampled_from([None, 0, 11, 30, 200]),
+    )
+    def submit(self, model: str, rows: int, group: str, timeout_ms: float | None) -> None:
+        one = request(rows, group=group)
+        try:
+            future = self.bench.submit(one, model, timeout_ms)
+        except LraiError:
+            return
+        future.add_done_callback(lambda _: self.ends.update([number(one)]))
+        self.accepted.append((one, future))
+
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from([future for _, future in self.accepted])).cancel()
+
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data())
+    def cancel_while_the_scheduler_looks(self, data: st.DataObject) -> None:
+        future = data.draw(st.sampled_from([future for _, future in self.accepted]))
+        self.bench.workers.when_asked = future.cancel
+
+    @rule(seconds=st.sampled_from([0.001, 0.01, 0.1]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def step(self) -> None:
+        self.bench.step()
+
+    @precondition(lambda self: self.bench.workers.calls)
+    @rule(data=st.data(), outcome=st.sampled_from(["answer", "answer", "refuse", "lose"]))
+    def finish(self, data: st.DataObject, outcome: str) -> None:
+        model = data.draw(st.sampled_from(sorted(self.bench.workers.calls)))
+        getattr(self.bench.workers, outcome)(model)
+
+    @rule(works=st.booleans())
+    def planner(self, works: bool) -> None:
+        self.planner_works = works
+
+    @rule(model=models)
+    def give_up_and_load_again(self, model: str) -> None:
+        self.bench.workers.give_up(model)
+        self.bench.step()
+        self.bench.scheduler.remove(model)
+        self.bench.workers.down.discard(model)
+        self.bench.scheduler.add(model, PROFILE)
+
+    @rule(model=models)
+    def unload_and_load_again(self, model: str) -> None:
+        self.bench.scheduler.remove(model)
+        self.bench.workers.calls.pop(model, None)
+        self.bench.scheduler.add(model, PROFILE)
+
+    @invariant()
+    def nobody_ends_twice_and_answers_are_their_callers(self) -> None:
+        assert not [number for number, times in self.ends.items() if times > 1]
+        for one, future in self.accepted:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                np.testing.assert_array_equal(future.result()[0], one.arrays[0] * 2)
+
+    @invariant()
+    def the_bounds_hold(self) -> None:
+        assert 0 <= self.bench.scheduler.outstanding() <= 20
+
+    @invariant()
+    def nobody_runs_more_than_twice_and_the_second_time_alone(self) -> None:
+        runs: dict[int, list[int]] = {}
+        for batch in self.bench.workers.dispatched:
+            for one in batch:
+                runs.setdefault(one, []).append(len(batch))
+        assert all(len(sizes) <= 2 and sizes[1:] in ([], [1]) for sizes in runs.values())
+
+    def teardown(self) -> None:
+        try:
+            self.bench.close()
+            assert self.ends == Counter(number(one) for one, _ in self.accepted)
+            for _, future in self.accepted:
+                try:
+                    error = future.exception(0)
+                except CancelledError:
+                    continue
+                assert error is None or isinstance(error, LraiError)
+            assert self.bench.scheduler.outstanding() == 0
+            accepted, answered, failed = self.bench.counts(
+                "request_accepted", "request_answered", "request_failed"
+            )
+            assert len(self.accepted) == accepted == answered + failed
+        finally:
+            self.patch.undo()
+
+
+TestAnythingInAnyOrder = Anything.TestCase
+TestAnythingInAnyOrder.settings = settings(max_examples=60, stateful_step_count=40)

@@ -1,0 +1,557 @@
+"""The checker on certificates that the verifier issued, and on those that somebody improved."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from onnx import TensorProto, helper
+
+from lrai_core.artifact import Artifact, FileEntry, sha256_file
+from lrai_core.errors import ArtifactError, ConditionNotMet, UsageError, VerificationError
+from lrai_core.verifier import check as module
+from lrai_core.verifier import statistics, verifier
+from lrai_core.verifier.certificate import Certificate, read_certificate, write_certificate
+from lrai_core.verifier.check import Verdict, check, require_certificate
+from lrai_core.verifier.sample import Rows, kept, save_rows
+from lrai_core.verifier.verifier import Spec, verify
+from tests.core import small_artifact
+
+CANDIDATES = 5
+ROWS = 80
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The variant is off by 0.1 % of the input: 0.001 to 0.002, more than 0.0015 on some rows."""
+    path = tmp_path_factory.mktemp("check") / "small.lrai"
+    rows = small_artifact.rows(ROWS)
+    small_artifact.build(path, factor=2.001, evaluation=rows, candidates=CANDIDATES)
+    return Artifact.open(path)
+
+
+@pytest.fixture(scope="module")
+def clean(artifact: Artifact) -> Certificate:
+    return verify(artifact, Spec(epsilon=0.003))[0]
+
+
+@pytest.fixture(scope="module")
+def failing(artifact: Artifact) -> Certificate:
+    return verify(artifact, Spec(epsilon=0.0015))[0]
+
+
+@pytest.fixture(scope="module")
+def box(artifact: Artifact) -> Certificate:
+    return verify(artifact, Spec(epsilon=0.003, radius=0.1, samples=200, seed=3))[0]
+
+
+def changed(certificate: Certificate, **change: Any) -> Certificate:
+    return msgspec.structs.replace(certificate, **change)
+
+
+def objections(certificate: Certificate, artifact: Artifact) -> str:
+    verdict = check(certificate, artifact)
+    assert not verdict.holds
+    assert verdict.certificate == certificate.id
+    return "; ".join(verdict.objections)
+
+
+def test_what_the_verifier_issues_holds(
+    artifact: Artifact, clean: Certificate, failing: Certificate, box: Certificate
+) -> None:
+    for certificate in (clean, failing, box):
+        verdict = check(certificate, artifact)
+        assert verdict.objections == ()
+        assert verdict.holds
+        all_of_them = f"{certificate.n} of {certificate.n} draws, run again here, came out as it"
+        assert all_of_them in verdict.confirmed[-1]
+        assert "the artifact's own copy; --source checks with the original" in verdict.confirmed[-2]
+
+
+def test_the_figures_are_those_of_the_sample(
+    clean: Certificate, failing: Certificate, box: Certificate
+) -> None:
+    assert (clean.n, clean.failures, clean.comparisons) == (ROWS, (), CANDIDATES)
+    assert clean.upper_bound == pytest.approx(1 - (0.05 / CANDIDATES) ** (1 / ROWS))
+    expected = [
+        index
+        for index, row in enumerate(small_artifact.rows(ROWS).inputs)
+        if float(row[0].max()) * 0.001 > 0.0015
+    ]
+    assert list(failing.failures) == expected
+    assert 0 < len(expected) < ROWS
+    assert (box.n, box.comparisons, box.sampler.kind) == (200, CANDIDATES, "box")
+
+
+def test_a_certificate_is_checked_from_its_file_and_the_path_of_the_artifact(
+    artifact: Artifact, clean: Certificate
+) -> None:
+    file = artifact.path / "certificates" / f"{clean.id}.json"
+    assert read_certificate(file) == clean
+    assert check(file, artifact.path).holds
+    assert check(str(file), str(artifact.path)).holds
+
+
+CHANGES: list[tuple[str, Callable[[Certificate], dict[str, Any]]]] = [
+    ("issued for this artifact's manifest", lambda c: {"manifest_sha256": "0" * 64}),
+    ("variant 'int4' is one of", lambda c: {"variant": "int4"}),
+    ("files it speaks of are the ones here", lambda c: {"variant": "fp32"}),
+    ("files it speaks of are the ones here", lambda c: {"files": {}}),
+    ("files it speaks of are the ones here", lambda c: {"files": {**c.files, "extra": "0" * 64}}),
+    (
+        "files it speaks of are the ones here",
+        lambda c: {"files": {**c.files, "source/weights.bin": "0" * 64}},
+    ),
+    ("files it speaks of are the ones here", lambda c: {"files": dict(list(c.files.items())[1:])}),
+    ("its output maps", lambda c: {"closeness": changed_map(c, "softmax")}),
+    ("are in range", lambda c: {"closeness": changed_epsilon(c, 0.0)}),
+    ("are in range", lambda c: {"closeness": changed_epsilon(c, -1.0)}),
+    ("are in range", lambda c: {"confidence": 1.0}),
+    ("are in range", lambda c: {"confidence": 0.0}),
+    ("are in range", lambda c: {"confidence": 0.9999999999999999}),
+    ("are in range", lambda c: {"comparisons": 10**18}),
+    ("are in range", lambda c: {"n": 0, "failures": ()}),
+    ("are in range", lambda c: {"n": 10**30}),
+    ("are in range", lambda c: {"sampler": msgspec.structs.replace(c.sampler, seed=-1)}),
+    ("bound the rate", lambda c: {"confidence": 0.99}),
+    ("bound the rate", lambda c: {"upper_bound": c.upper_bound * 0.999}),
+    ("bound the rate", lambda c: {"upper_bound": -1.0}),
+    ("bound pays for 1 candidates, 5 were", lambda c: {"comparisons": 1, "upper_bound": 1.0}),
+    ("the failures are draws of the sample", lambda c: {"failures": (5, 4), "upper_bound": 1.0}),
+    ("the failures are draws of the sample", lambda c: {"failures": (4, 4), "upper_bound": 1.0}),
+    ("the failures are draws of the sample", lambda c: {"failures": (-1,), "upper_bound": 1.0}),
+    ("the failures are draws of the sample", lambda c: {"failures": (c.n,), "upper_bound": 1.0}),
+    ("its assumption is that of its sampler", lambda c: {"sampler": seeded(c)}),
+    ("n is 81, of 80 rows", lambda c: {"n": c.n + 1}),
+    ("n is 79, of 80 rows", lambda c: {"n": c.n - 1, "upper_bound": 1.0}),
+    ("its sampler is the artifact's evaluation rows", lambda c: {"sampler": other_rows(c)}),
+    ("its assumption is that of its sampler", lambda c: {"assumption": "every input there is"}),
+    (
+        "its assumption is that of its sampler",
+        lambda c: {"sampler": msgspec.structs.replace(c.sampler, radius=0.5)},
+    ),
+    ("it was made on mill", lambda c: {"environment": {**c.environment, "isa": "mill"}}),
+    ("it was made on", lambda c: {"environment": {}}),
+    ("it was made on", lambda c: {"environment": {**c.environment, "engine_version": "0"}}),
+]
+
+
+def changed_map(certificate: Certificate, output_map: str) -> object:
+    return msgspec.structs.replace(certificate.closeness, output_maps={"y": output_map})
+
+
+def changed_epsilon(certificate: Certificate, epsilon: float) -> object:
+    return msgspec.structs.replace(certificate.closeness, epsilon=epsilon)
+
+
+def seeded(certificate: Certificate) -> object:
+    return msgspec.structs.replace(certificate.sampler, seed=7)
+
+
+def other_rows(certificate: Certificate) -> object:
+    return msgspec.structs.replace(certificate.sampler, rows_sha256="0" * 64)
+
+
+@pytest.mark.parametrize(("objection", "change"), CHANGES)
+def test_a_changed_field_is_objected_to(
+    artifact: Artifact,
+    clean: Certificate,
+    objection: str,
+    change: Callable[[Certificate], dict[str, Any]],
+) -> None:
+    assert objection in objections(changed(clean, **change(clean)), artifact)
+
+
+def test_no_field_of_a_certificate_goes_unchecked() -> None:
+    touched = {name for _, change in CHANGES for name in change(_any_certificate())}
+    said_by_reading = {"schema_version", "tier"}
+    says_nothing_checkable = {"created"}
+    assert touched | said_by_reading | says_nothing_checkable == set(Certificate.__struct_fields__)
+
+
+def _any_certificate() -> Certificate:
+    from tests.core.verifier.test_certificate import certificate
+
+    return certificate()
+
+
+def test_a_wider_bound_than_due_is_still_true(artifact: Artifact, clean: Certificate) -> None:
+    assert check(changed(clean, upper_bound=0.9), artifact).holds
+
+
+def test_a_box_pays_for_the_candidates_too(artifact: Artifact, box: Certificate) -> None:
+    cheap = changed(box, comparisons=1, upper_bound=1.0)
+    assert "bound pays for 1 candidates, 5 were" in objections(cheap, artifact)
+
+
+def test_a_box_is_not_the_evaluation_rows(artifact: Artifact, box: Certificate) -> None:
+    still = msgspec.structs.replace(box.sampler, radius=0.0)
+    assert "its assumption is that of its sampler" in objections(
+        changed(box, sampler=still), artifact
+    )
+
+
+def test_hidden_failures_are_found_by_running_again(
+    artifact: Artifact, failing: Certificate
+) -> None:
+    liar = changed(failing, failures=(), upper_bound=0.99)
+    assert "came out as it says, but for" in objections(liar, artifact)
+
+
+def test_a_tighter_epsilon_than_measured_is_found_by_running_again(
+    artifact: Artifact, clean: Certificate, box: Certificate
+) -> None:
+    for certificate in (clean, box):
+        liar = changed(certificate, closeness=changed_epsilon(certificate, 0.0014))
+        assert "came out as it says, but for" in objections(liar, artifact)
+
+
+def test_invented_failures_are_found_by_running_again(
+    artifact: Artifact, clean: Certificate
+) -> None:
+    assert "[7]" in objections(changed(clean, failures=(7,), upper_bound=0.99), artifact)
+
+
+def test_an_epsilon_below_the_checkers_own_tolerance_is_no_way_round_it(tmp_path: Path) -> None:
+    rows = small_artifact.rows(20)
+    path = small_artifact.build(tmp_path / "a.lrai", factor=2.0000005, evaluation=rows)
+    artifact = Artifact.open(path)
+    honest = verify(artifact, Spec(epsilon=1e-5))[0]
+    liar = changed(honest, closeness=changed_epsilon(honest, 1e-9))
+    assert "came out as it says, but for" in objections(liar, artifact)
+
+
+def test_a_box_with_another_seed_or_radius_is_another_sample(tmp_path: Path) -> None:
+    path = small_artifact.build(
+        tmp_path / "a.lrai", factor=2.001, evaluation=small_artifact.rows(10)
+    )
+    artifact = Artifact.open(path)
+    found = verify(artifact, Spec(epsilon=0.0017, radius=0.2, samples=64))[0]
+    assert 0 < len(found.failures) < 64
+    for change in ({"seed": 1}, {"radius": 0.3}):
+        sampler = msgspec.structs.replace(found.sampler, **change)
+        assert "came out as it says, but for" in objections(
+            changed(found, sampler=sampler), artifact
+        )
+
+
+def test_changed_files_are_refused_even_when_the_artifact_was_opened_before(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    copy = tmp_path / "copy.lrai"
+    shutil.copytree(artifact.path, copy)
+    opened = Artifact.open(copy, verify=False)
+    assert check(clean, opened).holds
+    model = copy / "variants/int8/model.onnx"
+    other = small_artifact.graph(2.5)
+    assert len(other) == model.stat().st_size
+    model.write_bytes(other)
+    with pytest.raises(ArtifactError, match="has changed"):
+        check(clean, opened)
+
+
+def test_another_model_under_a_new_manifest_is_not_what_was_certified(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    copy = tmp_path / "copy.lrai"
+    shutil.copytree(artifact.path, copy)
+    model = copy / "variants/int8/model.onnx"
+    model.write_bytes(small_artifact.graph(2.5))
+    entry = FileEntry(sha256=sha256_file(model), size_bytes=model.stat().st_size)
+    files = {**artifact.manifest.files, "variants/int8/model.onnx": entry}
+    small_artifact.rewrite(copy, {"files": msgspec.to_builtins(files)})
+    found = objections(clean, Artifact.open(copy))
+    assert "issued for this artifact's manifest" in found
+    assert "are the ones here" in found
+
+
+def test_evaluation_rows_that_cannot_be_read_are_an_objection(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    copy = tmp_path / "copy.lrai"
+    shutil.copytree(artifact.path, copy)
+    (copy / "evaluation.npz").write_bytes(b"no archive")
+    entry = FileEntry(sha256=sha256_file(copy / "evaluation.npz"), size_bytes=10)
+    files = {**artifact.manifest.files, "evaluation.npz": entry}
+    small_artifact.rewrite(copy, {"files": msgspec.to_builtins(files)})
+    assert "evaluation.npz cannot be read" in objections(clean, Artifact.open(copy))
+
+
+def test_one_hidden_failure_is_found_however_the_seed_is_chosen(
+    artifact: Artifact, failing: Certificate
+) -> None:
+    for hidden in failing.failures:
+        rest = tuple(index for index in failing.failures if index != hidden)
+        assert f"but for 1: [{hidden}]" in objections(changed(failing, failures=rest), artifact)
+
+
+def test_of_a_large_sample_another_part_is_run_each_time(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = verify(artifact, Spec(epsilon=0.0015, radius=0.1, samples=4000))[0]
+    drawn: list[int] = []
+    draw = statistics.draw
+
+    def recorded(*arguments: Any) -> Any:
+        drawn.append(arguments[2])
+        return draw(*arguments)
+
+    monkeypatch.setattr(statistics, "draw", recorded)
+    runs = []
+    for seed in (None, None, 1, 1):
+        drawn.clear()
+        verdict = check(certificate, artifact, seed=seed)
+        assert verdict.holds
+        assert f"{len(drawn)} of 4000 draws, run again here" in verdict.confirmed[-1]
+        assert set(certificate.failures[:512]) <= set(drawn)
+        runs.append(set(drawn))
+    assert runs[0] != runs[1]
+    assert runs[2] == runs[3]
+    assert all(512 <= len(run) <= 1024 for run in runs)
+
+
+def with_rows(artifact: Artifact, path: Path, rows: Rows) -> Artifact:
+    """Return a copy of the artifact with these evaluation rows."""
+    shutil.copytree(artifact.path, path)
+    save_rows(path / "evaluation.npz", rows, artifact.manifest.signature)
+    file = path / "evaluation.npz"
+    entry = FileEntry(sha256=sha256_file(file), size_bytes=file.stat().st_size)
+    files = {**artifact.manifest.files, "evaluation.npz": entry}
+    small_artifact.rewrite(path, {"files": msgspec.to_builtins(files)})
+    return Artifact.open(path)
+
+
+def test_rows_of_which_some_were_not_kept_cannot_be_an_evaluation_sample(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    rows = small_artifact.rows(ROWS)
+    fewer = Rows(rows.inputs[:50], None, rows.hashes)
+    assert kept(fewer) == 50
+    other = with_rows(artifact, tmp_path / "a.lrai", fewer)
+    moved = changed(clean, manifest_sha256=other.sha256)
+    found = objections(moved, other)
+    assert found == "not so: n is 80, of 80 rows, 50 of them kept"
+    with pytest.raises(VerificationError, match="kept 50 of 80 rows"):
+        verify(other, Spec(epsilon=0.1))
+
+
+def test_a_row_that_is_listed_twice_is_no_second_row(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    rows = small_artifact.rows(ROWS)
+    twice = Rows(rows.inputs, None, [*rows.hashes, rows.hashes[0]])
+    other = with_rows(artifact, tmp_path / "a.lrai", twice)
+    assert "a row is listed twice" in objections(clean, other)
+
+
+def test_the_original_model_can_stand_in_for_the_artifacts_copy(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    (tmp_path / "same.onnx").write_bytes(small_artifact.graph(2.0))
+    (tmp_path / "other.onnx").write_bytes(small_artifact.graph(3.0))
+    verdict = check(clean, artifact, source=tmp_path / "same.onnx")
+    assert verdict.holds
+    assert not any("own copy" in line for line in verdict.confirmed)
+    verdict = check(clean, artifact, source=str(tmp_path / "other.onnx"))
+    assert "came out as it says, but for 80" in verdict.objections[0]
+    with pytest.raises(ArtifactError, match=r"cannot open missing\.onnx"):
+        check(clean, artifact, source=tmp_path / "missing.onnx")
+
+
+def test_a_source_with_other_inputs_is_an_objection(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    shapes: list[list[str | int]] = [["batch", 4], ["batch"]]
+    for number, shape in enumerate(shapes):
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+        node = helper.make_node("Neg", ["x"], ["y"])
+        made = helper.make_graph([node], "g", values[:1], values[1:])
+        proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        (tmp_path / f"{number}.onnx").write_bytes(proto.SerializeToString())
+        verdict = check(clean, artifact, source=tmp_path / f"{number}.onnx")
+        assert "source and variant run on its draws" in verdict.objections[0]
+
+
+def test_what_is_certified_elsewhere_is_refused_and_not_relabelled(
+    artifact: Artifact, clean: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = artifact.manifest.target
+    assert clean.environment["isa"] == target.isa
+    assert clean.environment["engine_version"] == target.engine_version
+    monkeypatch.setattr(verifier, "isa_class", lambda: "mill")
+    with pytest.raises(ConditionNotMet, match=f"made for {target.isa} .* this is mill"):
+        verify(artifact, Spec(epsilon=0.003))
+    assert verifier.environment(artifact.manifest)["isa"] == "mill"
+    monkeypatch.undo()
+    monkeypatch.setattr(verifier, "installed_version", lambda _: "99.0")
+    with pytest.raises(ConditionNotMet, match=r"with 99\.0: compile it here"):
+        verify(artifact, Spec(epsilon=0.003))
+
+
+def test_the_draws_of_a_box_are_not_held_in_memory(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[Any]] = []
+    most = 0
+    draw = statistics.draw
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal most
+        drawn = draw(*arguments)
+        seen.extend(map(weakref.ref, drawn))
+        most = max(most, sum(array() is not None for array in seen))
+        return drawn
+
+    monkeypatch.setattr(statistics, "draw", counted)
+    verify(artifact, Spec(epsilon=0.003, radius=0.1, samples=100))
+    assert most < 5
+
+
+@pytest.fixture(scope="module")
+def issued(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An artifact with an evaluation and a box certificate of int8, and nothing else."""
+    path = tmp_path_factory.mktemp("issued") / "small.lrai"
+    shutil.copytree(artifact.path, path, ignore=shutil.ignore_patterns("certificates"))
+    copy = Artifact.open(path)
+    verify(copy, Spec(epsilon=0.003))
+    verify(copy, Spec(epsilon=0.003, radius=0.1, samples=4000))
+    return copy
+
+
+def test_a_certificate_that_meets_every_demand_is_returned(issued: Artifact) -> None:
+    assert require_certificate(issued, "int8", {}).sampler.kind == "evaluation"
+    everything: dict[str, Any] = {
+        "tier": "STATISTICAL",
+        "sampler": "box",
+        "epsilon": 0.003,
+        "delta": 0.01,
+        "confidence": 0.95,
+    }
+    assert require_certificate(issued, "int8", everything).sampler.kind == "box"
+
+
+@pytest.mark.parametrize(
+    "require",
+    [
+        {"tier": "PROVED_BOX"},
+        {"sampler": "all"},
+        {"epsilon": 0.0029},
+        {"delta": 0.01},  # the box meets it, and was not asked for
+        {"delta": 0.01, "sampler": "evaluation"},
+        {"confidence": 0.96},
+        {"epsilon": math.nan},
+        {"delta": -1},
+    ],
+)
+def test_a_demand_that_is_not_met_is_refused_with_what_there_is(
+    issued: Artifact, require: dict[str, Any]
+) -> None:
+    with pytest.raises(ConditionNotMet, match=r"variant int8 has no certificate .*with 95% confi"):
+        require_certificate(issued, "int8", require)
+
+
+def test_little_confidence_has_to_be_asked_for(tmp_path: Path, artifact: Artifact) -> None:
+    path = tmp_path / "a.lrai"
+    shutil.copytree(artifact.path, path, ignore=shutil.ignore_patterns("certificates"))
+    copy = Artifact.open(path)
+    verify(copy, Spec(epsilon=0.003, confidence=0.5))
+    with pytest.raises(ConditionNotMet, match="with 50% confidence"):
+        require_certificate(copy, "int8", {})
+    assert require_certificate(copy, "int8", {"confidence": 0.5}).confidence == 0.5
+
+
+def test_only_a_certificate_that_follows_from_the_files_meets_a_demand(
+    tmp_path: Path, artifact: Artifact, clean: Certificate
+) -> None:
+    path = tmp_path / "a.lrai"
+    shutil.copytree(artifact.path, path, ignore=shutil.ignore_patterns("certificates"))
+    copy = Artifact.open(path)
+    forged = [
+        changed(clean, upper_bound=1e-9),
+        changed(clean, files={}),
+        changed(clean, environment={**clean.environment, "isa": "mill"}),
+        changed(clean, variant="fp32"),
+        changed(clean, manifest_sha256="f" * 64),
+    ]
+    for certificate in forged:
+        write_certificate(path, certificate)
+    with pytest.raises(ConditionNotMet, match=r"\(any\): it has none"):
+        require_certificate(copy, "int8", {})
+    write_certificate(path, clean)
+    assert require_certificate(copy, "int8", {}) == clean
+
+
+@pytest.mark.parametrize(
+    ("require", "message"),
+    [
+        ({"epsilom": 1}, "key 'epsilom'; known: tier, epsilon, delta, confidence, sampler"),
+        ({"epsilon": "small"}, "epsilon is 'small', a number is needed"),
+        ({"delta": True}, "delta is True"),
+        ({"confidence": None}, "confidence is None"),
+    ],
+)
+def test_a_demand_that_means_nothing_is_a_usage_error(
+    issued: Artifact, require: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        require_certificate(issued, "int8", require)
+
+
+def test_a_certificate_that_cannot_be_read_is_refused(artifact: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"missing\.json cannot be read"):
+        check(tmp_path / "missing.json", artifact)
+
+
+def test_another_machine_or_engine_is_objected_to(
+    artifact: Artifact, clean: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "isa_class", lambda: "mill")
+    assert "this is mill" in objections(clean, artifact)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "installed_version", lambda _: "99.0")
+    assert "with 99.0" in objections(clean, artifact)
+
+
+def test_a_verdict_holds_exactly_without_objections() -> None:
+    assert Verdict("c", True, ("yes",), ()).holds
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epsilon": 0.0}, "epsilon is 0.0, it must be above 0"),
+        ({"epsilon": float("nan")}, "epsilon is nan"),
+        ({"epsilon": float("inf")}, "epsilon is inf"),
+        ({"epsilon": 1.0, "radius": -0.1}, "radius is -0.1"),
+        ({"epsilon": 1.0, "radius": float("inf")}, "radius is inf"),
+        ({"epsilon": 1.0, "samples": 0}, "samples is 0"),
+        ({"epsilon": 1.0, "confidence": 1.0}, "confidence is 1.0"),
+        ({"epsilon": 1.0, "seed": -1}, "seed is -1"),
+    ],
+)
+def test_a_specification_of_nothing_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Spec(**wrong)
+
+
+def test_without_evaluation_rows_nothing_is_certified(tmp_path: Path) -> None:
+    artifact = Artifact.open(small_artifact.build(tmp_path / "a.lrai"))
+    with pytest.raises(VerificationError, match="has no evaluation rows"):
+        verify(artifact, Spec(epsilon=1.0))
+    assert not (artifact.path / "certificates").exists()
+
+
+def test_the_chosen_variant_is_certified_unless_another_is_named(
+    artifact: Artifact, clean: Certificate
+) -> None:
+    assert clean.variant == "int8"
+    exact = verify(artifact, Spec(epsilon=1e-6, variant="fp32"))[0]
+    assert (exact.variant, exact.failures) == ("fp32", ())
+    assert check(exact, artifact).holds
+    assert exact.assumption == statistics.EVALUATION_ASSUMPTION

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lrai_core.errors import CalibrationError, VerificationError
+from lrai_core.protocol import Array, Signature, TensorSpec
+from lrai_core.verifier.sample import Rows, digest, disjoint, kept, load_rows, read_rows, save_rows
+from tests.core import small_artifact
+
+TABLE = small_artifact.SIGNATURE
+TOKENS = Signature(
+    inputs=tuple(
+        TensorSpec(
+            name=name,
+            datatype="INT64",
+            shape=("batch", "sequence"),
+            batch_axis=0,
+            length_axis=1,
+            pad_value=pad,
+        )
+        for name, pad in (("ids", 9), ("mask", 0))
+    ),
+    outputs=(),
+)
+
+
+def x(count: int = 4) -> Array:
+    return np.arange(count * 3, dtype=np.float32).reshape(count, 3)
+
+
+def floats(values: object) -> Array:
+    return np.array(values, dtype=np.float32)
+
+
+def refusal(data: Any, signature: Signature = TABLE) -> str:
+    with pytest.raises(CalibrationError) as caught:
+        read_rows(data, signature, "evaluation")
+    message = str(caught.value)
+    assert message.startswith("evaluation: ")
+    assert message.isprintable()
+    assert len(message) < 400
+    return message
+
+
+def test_rows_come_one_by_one_with_their_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "e.npz", x=x(), label=np.arange(4))
+    rows, repeated = read_rows(tmp_path / "e.npz", TABLE, "evaluation")
+    assert (len(rows), repeated) == (4, 0)
+    assert [row[0].shape for row in rows.inputs] == [(1, 3)] * 4
+    np.testing.assert_array_equal(np.concatenate([row[0] for row in rows.inputs]), x())
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_a_model_with_one_input_reads_npy_and_both_take_a_path_as_text(tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", x())
+    assert len(read_rows(str(tmp_path / "e.npy"), TABLE, "evaluation")[0]) == 4
+
+
+def test_repeated_rows_are_left_out_and_the_first_of_each_stays_in_order() -> None:
+    data = x()[[2, 0, 2, 1, 0]]
+    rows, repeated = read_rows({"x": data, "label": np.arange(5)}, TABLE, "evaluation")
+    assert repeated == 2
+    np.testing.assert_array_equal(np.concatenate([r[0] for r in rows.inputs]), x()[[2, 0, 1]])
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [0, 1, 3]
+
+
+def test_padding_is_cut_off_where_every_input_holds_its_pad_value() -> None:
+    ids = np.array([[1, 2, 9, 9], [1, 9, 9, 9], [9, 9, 9, 9], [1, 2, 3, 4]])
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    rows, _ = read_rows({"ids": ids, "mask": mask}, TOKENS, "evaluation")
+    assert [row[0].tolist() for row in rows.inputs] == [[[1, 2, 9]], [[1]], [[9]], [[1, 2, 3, 4]]]
+    assert [row[1].shape for row in rows.inputs] == [(1, 3), (1, 1), (1, 1), (1, 4)]
+
+
+def test_a_row_is_the_same_row_however_far_it_was_padded() -> None:
+    short, long = np.array([[1, 2, 9]]), np.array([[1, 2, 9, 9, 9]])
+    one = read_rows({"ids": short, "mask": short != 9}, _int_mask(), "evaluation")[0]
+    other = read_rows({"ids": long, "mask": long != 9}, _int_mask(), "evaluation")[0]
+    assert one.hashes == other.hashes
+
+
+def _int_mask() -> Signature:
+    return TOKENS
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "got arrays nothing, needed 'x'"),
+        ({"y": x()}, "got arrays 'y', needed 'x' and optionally 'label'"),
+        ({"x": x(), "z": x()}, "got arrays 'x', 'z', needed 'x'"),
+        ({"x": x(), "\0" * 100_000: x()}, "needed 'x'"),
+        ({str(n): x() for n in range(1000)}, "needed 'x'"),
+        ({"x": x(0)}, "no rows"),
+        ({"x": x()[0]}, "row 0: tensor 'x': shape [] has 0 dimensions, [batch, 3] is needed"),
+        ({"x": x()[:, :2]}, "row 0: tensor 'x': dimension 1 is 2, [batch, 3] is needed"),
+        ({"x": x(), "label": np.arange(3)}, "different numbers of rows: [3, 4]"),
+        ({"x": x(), "label": np.arange(4.0)}, "one integer per row"),
+        ({"x": x(), "label": np.zeros((4, 1), int)}, "one integer per row"),
+        ({"x": x(), "label": np.array(1)}, "different numbers of rows"),
+        ({"x": x().astype(np.int32)}, "datatype INT32, the model takes FP32"),
+        ({"x": x().astype(str)}, "datatype BYTES, the model takes FP32"),
+        ({"x": x().astype(complex)}, "dtype complex128 is not a datatype"),
+        ({"x": floats([[0, 1, 2], [0, np.nan, 2]])}, "row 1: tensor 'x': holds NaN or infinity"),
+        ({"x": floats([[0, 1, np.inf]])}, "row 0: tensor 'x': holds NaN or infinity"),
+        ({"x": np.array([[0, 1, 1e300]])}, "row 0: tensor 'x': holds NaN"),  # no float32
+    ],
+)
+def test_data_that_does_not_fit_is_refused_with_got_and_needed(
+    data: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(data)
+
+
+def test_a_wider_float_is_taken_and_a_wider_integer_if_nothing_is_lost() -> None:
+    assert read_rows({"x": x().astype(np.float64)}, TABLE, "e")[0].inputs[0][0].dtype == np.float32
+    narrow = Signature(
+        inputs=(TensorSpec(name="x", datatype="INT8", shape=("n",), batch_axis=0),), outputs=()
+    )
+    assert read_rows({"x": np.array([1, -2])}, narrow, "e")[0].inputs[1][0].tolist() == [-2]
+    assert "the model takes INT8" in refusal({"x": np.array([1, 200])}, narrow)
+    assert "the model takes INT8" in refusal({"x": np.array([1.0])}, narrow)
+
+
+def test_text_becomes_text_and_anything_else_is_refused() -> None:
+    words = Signature(
+        inputs=(TensorSpec(name="w", datatype="BYTES", shape=("n",), batch_axis=0),), outputs=()
+    )
+    rows, _ = read_rows({"w": np.array([b"a", b"b"])}, words, "evaluation")
+    assert [row[0].tolist() for row in rows.inputs] == [["a"], ["b"]]
+    assert "the model takes BYTES" in refusal({"w": np.arange(2)}, words)
+    assert "not UTF-8" in refusal({"w": np.array([b"\xff"])}, words)
+    assert "text is needed" in refusal({"w": np.array([None])}, words)
+
+
+def test_a_scalar_input_is_one_number_per_row() -> None:
+    scalar = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=()),), outputs=())
+    rows, _ = read_rows({"x": floats([1, 2])}, scalar, "evaluation")
+    assert [row[0].shape for row in rows.inputs] == [(), ()]
+    assert "[] is needed" in refusal({"x": np.ones((2, 2), np.float32)}, scalar)
+
+
+def test_without_a_batch_axis_rows_are_stacked_in_front() -> None:
+    fixed = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(2, 3)),), outputs=())
+    rows, _ = read_rows({"x": np.zeros((1, 2, 3), np.float32)}, fixed, "evaluation")
+    assert rows.inputs[0][0].shape == (2, 3)
+
+
+def test_inputs_of_one_row_that_contradict_each_other_are_refused() -> None:
+    data = {"ids": np.ones((2, 3), int), "mask": np.ones((2, 4), int)}
+    assert "row 0: tensor 'mask': dimension 1 (sequence) is 4, but 3" in refusal(data, TOKENS)
+
+
+def test_an_input_may_be_called_label() -> None:
+    spec = TensorSpec(name="label", datatype="FP32", shape=("n", 3), batch_axis=0)
+    rows, _ = read_rows({"label": x()}, Signature(inputs=(spec,), outputs=()), "evaluation")
+    assert (len(rows), rows.labels) == (4, None)
+
+
+def test_an_array_that_is_not_wanted_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "e.npz", x=x(), bomb=np.zeros(1000))
+    stored: dict[str, Any] = {"input/x": x(), "row_sha256": np.zeros((4, 32), np.uint8)}
+    np.savez(tmp_path / "evaluation.npz", **stored, bomb=np.zeros(1000))
+    unpacked, read = [], np.lib.format.read_array
+
+    def recorded(*arguments: Any, **options: Any) -> Array:
+        unpacked.append(read(*arguments, **options))
+        return unpacked[-1]
+
+    monkeypatch.setattr("numpy.lib._npyio_impl.format.read_array", recorded)
+    assert "array 'bomb' is no input; inputs: 'x'" in refusal(tmp_path / "e.npz")
+    assert unpacked == []
+    with pytest.raises(VerificationError, match="do not match"):
+        load_rows(tmp_path / "evaluation.npz", TABLE)
+    assert {array.size for array in unpacked} == {12, 128}
+
+
+def test_an_evaluation_file_that_unpacks_to_too_much_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("row_sha256.npy", "w") as stream,
+    ):
+        for _ in range(257):
+            stream.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(VerificationError, match="holds 269484032 bytes, over 268435456"):
+        load_rows(path, TABLE)
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "missing.npy"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    assert f"{name} does not exist" in refusal(tmp_path / name)
+
+
+def test_another_kind_of_file_is_refused_by_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("x\n1\n")
+    assert ".npz is needed" in refusal(tmp_path / "e.csv")
+    np.save(tmp_path / "e.npy", np.ones((2, 2), int))
+    assert ".npz is needed" in refusal(tmp_path / "e.npy", TOKENS)
+
+
+def test_a_file_with_pickles_is_refused_unread(tmp_path: Path) -> None:
+    np.savez(tmp_path / "e.npz", x=np.array([{"a": 1}], dtype=object))
+    assert "cannot be read" in refusal(tmp_path / "e.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", b"\0" * 1000])
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_a_file_that_is_something_else_is_refused(
+    tmp_path: Path, content: bytes, suffix: str
+) -> None:
+    (tmp_path / f"e{suffix}").write_bytes(content)
+    refusal(tmp_path / f"e{suffix}")
+
+
+def test_an_array_that_calls_itself_an_archive_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", x())
+    (tmp_path / "e.npy").rename(tmp_path / "e.npz")
+    refusal(tmp_path / "e.npz")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "e.npz"
+    np.savez(path, x=x())
+    save_rows(path.with_name("evaluation.npz"), small_artifact.rows(5), TABLE)
+    return path
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore::UserWarning")  # numpy, of headers it repairs
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(
+    saved: Path, data: st.DataObject
+) -> None:
+    for file in (saved, saved.with_name("evaluation.npz")):
+        content = bytearray(file.read_bytes())
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+        damaged = file.with_name(f"damaged-{file.name}")
+        damaged.write_bytes(content if data.draw(st.booleans()) else content[:at])
+        try:
+            if file is saved:
+                read_rows(damaged, TABLE, "evaluation")
+            else:
+                load_rows(damaged, TABLE)
+        except (CalibrationError, VerificationError) as error:
+            assert len(str(error)) < 400  # noqa: PT017 - it may be raised, and then it is short
+
+
+def test_sets_that_share_a_row_are_refused_with_how_many() -> None:
+    first, second = small_artifact.rows(5, seed=1), small_artifact.rows(5, seed=2)
+    disjoint(first, second, "search and gate")
+    with pytest.raises(CalibrationError, match="search and gate share 2 rows"):
+        disjoint(first, Rows([], None, [*second.hashes, *first.hashes[:2]]), "search and gate")
+
+
+def test_taken_rows_keep_inputs_labels_and_hashes_together() -> None:
+    rows, _ = read_rows({"x": x(), "label": np.arange(4)}, TABLE, "evaluation")
+    taken = rows.take([3, 1])
+    assert taken.hashes == [rows.hashes[3], rows.hashes[1]]
+    assert taken.inputs[0] is rows.inputs[3]
+    assert taken.labels is not None
+    assert taken.labels.tolist() == [3, 1]
+    assert read_rows({"x": x()}, TABLE, "evaluation")[0].take([0]).labels is None
+
+
+def test_saved_rows_come_back_with_their_hashes(tmp_path: Path) -> None:
+    ids = np.array([[1, 2, 9], [3, 9, 9]])
+    scalar = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=()),), outputs=())
+    fixed = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=(2, 3)),), outputs=())
+    for signature, rows in (
+        (scalar, read_rows({"x": floats([1, 2])}, scalar, "e")[0]),
+        (fixed, read_rows({"x": np.arange(12.0).reshape(2, 2, 3)}, fixed, "e")[0]),
+        (TABLE, small_artifact.rows(6)),
+        (TOKENS, read_rows({"ids": ids, "mask": (ids != 9).astype(int)}, TOKENS, "e")[0]),
+    ):
+        save_rows(tmp_path / "evaluation.npz", rows, signature)
+        found, hashes = load_rows(tmp_path / "evaluation.npz", signature)
+        assert hashes == rows.hashes == found.hashes
+        for row, original in zip(found.inputs, rows.inputs, strict=True):
+            for a, b in zip(row, original, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_rows_over_the_room_are_kept_as_hashes_only(tmp_path: Path) -> None:
+    wide = Signature(
+        inputs=(TensorSpec(name="x", datatype="UINT8", shape=("n", "w"), batch_axis=0),), outputs=()
+    )
+    big = np.zeros((3, 7 << 20), np.uint8)
+    big[:, 0] = range(3)
+    rows, _ = read_rows({"x": big}, wide, "evaluation")
+    save_rows(tmp_path / "evaluation.npz", rows, wide)
+    found, hashes = load_rows(tmp_path / "evaluation.npz", wide)
+    assert (len(found), len(hashes), kept(rows)) == (2, 3, 2)
+
+
+def test_padding_counts_for_what_is_kept() -> None:
+    long = [np.ones((1, 1 << 16), np.int64)] * 2
+    short = [np.ones((1, 1), np.int64)] * 2
+    assert kept(Rows([short] * 1000, None, [])) == 1000
+    assert kept(Rows([long, *[short] * 1000], None, [])) == 128  # 1 MiB each as they are stored
+    assert kept(Rows([], None, [])) == 0
+
+
+def test_text_is_kept_as_hashes_only(tmp_path: Path) -> None:
+    words = Signature(
+        inputs=(TensorSpec(name="w", datatype="BYTES", shape=("n",), batch_axis=0),), outputs=()
+    )
+    rows, _ = read_rows({"w": np.array(["a", "b"])}, words, "evaluation")
+    save_rows(tmp_path / "evaluation.npz", rows, words)
+    found, hashes = load_rows(tmp_path / "evaluation.npz", words)
+    assert (len(found), len(hashes), kept(rows)) == (0, 2, 0)
+
+
+def test_rows_that_do_not_match_their_hashes_are_refused(tmp_path: Path) -> None:
+    rows = small_artifact.rows(3)
+    changed = Rows(rows.inputs[::-1], None, rows.hashes)
+    save_rows(tmp_path / "evaluation.npz", changed, TABLE)
+    with pytest.raises(VerificationError, match="do not match their hashes"):
+        load_rows(tmp_path / "evaluation.npz", TABLE)
+
+
+def test_a_row_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+    rows = small_artifact.rows(3)
+    twice = Rows(rows.inputs, None, [*rows.hashes, rows.hashes[1]])
+    save_rows(tmp_path / "evaluation.npz", twice, TABLE)
+    with pytest.raises(VerificationError, match="a row is listed twice"):
+        load_rows(tmp_path / "evaluation.npz", TABLE)
+
+
+def test_the_digest_depends_on_every_hash_and_their_order() -> None:
+    hashes = small_artifact.rows(3).hashes
+    digests = {digest(hashes), digest(hashes[::-1]), digest(hashes[:2]), digest([])}
+    assert len(digests) == 4

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrai_core.protocol import Array, OutputMap, TensorSpec
+from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, mapped
+
+
+def floats(values: object) -> Array:
+    return np.array(values, dtype=np.float32)
+
+
+MAPS: list[OutputMap] = ["raw", "softmax", "l2_normalised"]
+NAN, INF = math.nan, math.inf
+
+
+def gap(f: object, g: object, output_map: OutputMap = "raw") -> float:
+    return difference([np.asarray(f)], [np.asarray(g)], [output(output_map)])
+
+
+def agrees(f: object, g: object, output_map: OutputMap) -> bool:
+    return agreement([np.asarray(f)], [np.asarray(g)], [output(output_map)])
+
+
+def output(output_map: OutputMap) -> TensorSpec:
+    return TensorSpec(name="y", datatype="FP32", shape=("n", "m"), output_map=output_map)
+
+
+ROWS = st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=6)
+
+
+@given(ROWS)
+def test_softmax_is_what_its_definition_says(row: list[float]) -> None:
+    powers = [math.exp(value) for value in row]
+    expected = np.array(powers) / sum(powers)
+    np.testing.assert_allclose(mapped(floats([row]), "softmax")[0], expected, rtol=1e-9)
+
+
+def test_softmax_of_large_scores_does_not_overflow() -> None:
+    scores = floats([[3e38, 3e38], [-3e38, 3e38]])
+    np.testing.assert_array_equal(mapped(scores, "softmax"), [[0.5, 0.5], [0, 1]])
+
+
+@given(ROWS)
+def test_a_normalised_row_has_length_one_and_its_direction(row: list[float]) -> None:
+    unit = mapped(floats([row]), "l2_normalised")[0]
+    norm = math.sqrt(sum(value * value for value in row))
+    np.testing.assert_allclose(unit * norm, row, rtol=1e-6, atol=1e-30)
+    assert np.isfinite(unit).all()
+
+
+def test_the_map_works_along_the_last_axis_in_float64() -> None:
+    values = np.arange(12, dtype=np.float16).reshape(1, 3, 4)
+    for output_map in MAPS:
+        found = mapped(values, output_map)
+        assert found.dtype == np.float64
+        alone = [mapped(values[:, i], output_map) for i in range(3)]
+        np.testing.assert_array_equal(found, np.stack(alone, axis=1))
+
+
+def test_the_difference_is_the_largest_over_all_outputs() -> None:
+    f, g = [np.zeros((1, 2)), np.zeros((1, 3))], [np.full((1, 2), 0.25), np.full((1, 3), -0.5)]
+    assert difference(f, g, [output("raw")] * 2) == 0.5
+
+
+@given(ROWS, st.sampled_from(MAPS))
+def test_a_row_is_no_distance_from_itself(row: list[float], output_map: OutputMap) -> None:
+    assert gap(floats([row]), floats([row]), output_map) == 0
+
+
+@pytest.mark.parametrize("output_map", MAPS)
+@pytest.mark.parametrize(
+    ("f", "g"),
+    [
+        ([[NAN, 1.0]], [[2.0, 1.0]]),
+        ([[2.0, 1.0]], [[NAN, 1.0]]),
+        ([[1.0, 2.0]], [[1.0, 2.0, 3.0]]),
+        ([[1.0]], [1.0]),
+        ([[INF, 0.0]], [[0.0, INF]]),
+    ],
+)
+def test_what_cannot_be_compared_is_infinitely_far(
+    f: object, g: object, output_map: OutputMap
+) -> None:
+    assert gap(f, g, output_map) == FAR
+
+
+@pytest.mark.parametrize("output_map", MAPS)
+@pytest.mark.parametrize("row", [[NAN, 1.0], [INF, 1.0], [-INF, INF], [NAN, NAN]])
+def test_the_same_odd_numbers_on_both_sides_are_the_same(
+    row: list[float], output_map: OutputMap
+) -> None:
+    assert gap([row], [row], output_map) == 0
+
+
+def test_an_undefined_map_hides_no_difference() -> None:
+    assert gap([[NAN, 1.0]], [[NAN, 2.0]], "softmax") == FAR
+    assert gap([[INF, 1.0]], [[INF, 2.0]], "softmax") == FAR
+    assert gap([[1.0, NAN]], [[1.0, 5.0]], "softmax") == FAR
+
+
+def test_a_difference_beyond_what_a_double_holds_is_infinite() -> None:
+    assert gap([[1.7e308]], [[-1.7e308]]) == FAR
+
+
+def test_an_empty_output_is_no_distance_from_another() -> None:
+    assert gap(np.zeros((1, 0)), np.zeros((1, 0))) == 0
+
+
+def test_integers_and_booleans_are_compared_as_numbers() -> None:
+    assert gap(np.array([[3]], np.int8), np.array([[-2]], np.int8)) == 5
+    assert gap(np.array([[True]]), np.array([[False]])) == 1
+
+
+def test_text_is_the_same_or_infinitely_far() -> None:
+    a, b = np.array([["a"]], object), np.array([["b"]], object)
+    assert (gap(a, a), gap(a, b)) == (0, FAR)
+    assert agreement([a], [a], [output("raw")])
+    assert not agreement([a], [b], [output("raw")])
+
+
+@pytest.mark.parametrize(
+    ("output_map", "f", "g", "same"),
+    [
+        ("raw", [[100.0, 0.0]], [[100.99, 0.0]], True),
+        ("raw", [[100.0, 0.0]], [[101.01, 0.0]], False),
+        ("raw", [[0.0, 0.0]], [[0.0, 0.0]], True),
+        ("raw", [[0.0, 0.0]], [[1e-30, 0.0]], False),
+        ("raw", [[NAN, 1.0]], [[NAN, 1.0]], False),
+        ("raw", [[INF, 1.0]], [[INF, 1.0]], True),
+        ("raw", [[1.0, 1.0]], [[INF, 1.0]], False),
+        ("softmax", [[1.0, 2.0]], [[-5.0, 0.1]], True),
+        ("softmax", [[1.0, 2.0]], [[2.0, 1.0]], False),
+        ("softmax", [[1.0, 2.0]], [[1.0, NAN]], False),
+        ("softmax", [[1.0, 2.0, -INF]], [[1.0, 2.0, -INF]], True),
+        ("softmax", [[1.0, 2.0, -INF]], [[1.1, 2.0, -INF]], True),
+        ("softmax", [[1.0, 2.0, 0.0]], [[1.0, 2.0, -INF]], False),
+        ("softmax", [[NAN, 2.0]], [[NAN, 2.0]], False),
+        ("l2_normalised", [[0.0, 0.0]], [[0.0, 0.0]], True),
+        ("l2_normalised", [[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [7.0, 0.9]], True),
+        ("l2_normalised", [[0.0, 0.0]], [[1.0, 0.0]], False),
+        ("l2_normalised", [[1.0, 0.0]], [[7.0, 0.9]], True),
+        ("l2_normalised", [[1.0, 0.0]], [[7.0, 1.1]], False),
+        ("l2_normalised", [[1.0, 0.0]], [[NAN, 0.0]], False),
+        ("l2_normalised", [[1.0, 0.0]], [[-1.0, 0.0]], False),
+    ],
+)
+def test_agreement_means_what_its_measure_says(
+    output_map: OutputMap, f: object, g: object, same: bool
+) -> None:
+    assert agrees(f, g, output_map) is same
+
+
+def test_every_token_has_to_agree_and_not_their_mean() -> None:
+    f, g = np.array([[[2.0, 1], [1, 2]]]), np.array([[[2.0, 1], [2, 1]]])
+    assert not agrees(f, g, "softmax")
+    assert not agrees(f, g, "l2_normalised")
+
+
+def test_outputs_of_another_shape_do_not_agree() -> None:
+    assert not agrees([[1.0, 2.0]], [[1.0, 2.0, 3.0]], "softmax")
+
+
+def test_every_map_has_a_measure() -> None:
+    assert sorted(MEASURES) == sorted(MAPS)

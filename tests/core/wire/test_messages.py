@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from lrai_core.protocol import DATATYPES, Array
+from lrai_core.wire import messages
+from lrai_core.wire.messages import BadFrames, Execute, Item, Packer, TensorFrame, unpack
+from tests.core.small_artifact import SIGNATURE
+
+NUMERIC = [dtype for name, dtype in DATATYPES.items() if name != "BYTES"]
+
+TO_ACTOR: list[messages.ToActor] = [
+    messages.Load(
+        1, "/folder", "model.onnx", "", "onnxruntime", True, 2, {"a": ("0" * 64, 3)}, SIGNATURE
+    ),
+    Execute(7, (Item(2, 0, (0,), (TensorFrame("FP32", (2, 3), 0, 0, 24),)),)),
+    messages.Stop(),
+]
+FROM_ACTOR: list[messages.FromActor] = [
+    messages.Hello(1),
+    messages.Ready(0.5),
+    messages.LoadFailed("no"),
+    messages.Executed(7, 0.25, ((TensorFrame("FP32", (2, 3), 0, 0, 24),),)),
+    messages.ExecuteFailed(7, "no"),
+    messages.Heartbeat(3),
+]
+
+
+@pytest.mark.parametrize("message", TO_ACTOR)
+def test_a_message_to_an_actor_survives_the_wire(message: messages.ToActor) -> None:
+    assert messages.decode_to_actor(messages.encode(message)) == message
+
+
+@pytest.mark.parametrize("message", FROM_ACTOR)
+def test_a_message_from_an_actor_survives_the_wire(message: messages.FromActor) -> None:
+    assert messages.decode_from_actor(memoryview(messages.encode(message))) == message
+
+
+def test_a_message_in_the_wrong_direction_is_refused() -> None:
+    for message in TO_ACTOR:
+        with pytest.raises(BadFrames):
+            messages.decode_from_actor(messages.encode(message))
+    for reply in FROM_ACTOR:
+        with pytest.raises(BadFrames):
+            messages.decode_to_actor(messages.encode(reply))
+
+
+def packed(given_: list[Array]) -> tuple[list[TensorFrame], list[messages.Buffer]]:
+    packer = Packer()
+    return [packer.add(array) for array in given_], packer.frames()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+TENSORS = st.one_of(
+    arrays.arrays(
+        st.sampled_from(NUMERIC),
+        arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+        elements=None,
+    ),
+    st.lists(TEXT, max_size=4).map(lambda words: np.array([*words, None], dtype=object)[:-1]),
+)
+
+
+@given(st.lists(TENSORS, max_size=5))
+def test_tensors_survive_the_frames_bit_for_bit(given_: list[Array]) -> None:
+    places, frames = packed(given_)
+    for array, place in zip(given_, places, strict=True):
+        found = unpack(place, [bytes(frame) for frame in frames])
+        assert (found.dtype, found.shape) == (array.dtype, array.shape)
+        if array.dtype == np.object_:
+            assert found.tolist() == array.tolist()
+        else:
+            assert found.tobytes() == array.tobytes()
+            assert found.flags.aligned
+
+
+def test_small_tensors_share_a_frame_and_a_large_one_is_not_copied() -> None:
+    large = np.zeros(1 << 16, np.float32)
+    places, frames = packed([np.ones(3, np.int8), large, np.ones(2, np.float64)])
+    assert [place.frame for place in places] == [0, 1, 0]
+    assert len(frames) == 2
+    assert np.shares_memory(np.frombuffer(frames[1], np.float32), large)
+    assert unpack(places[2], frames).tolist() == [1.0, 1.0]
+
+
+def test_an_unpacked_tensor_cannot_be_written_to() -> None:
+    places, frames = packed([np.zeros(2, np.float32)])
+    array = unpack(places[0], frames)
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        TensorFrame("FP31", (1,), 0, 0, 4),
+        TensorFrame("FP32", (1,), 1, 0, 4),
+        TensorFrame("FP32", (1,), -1, 0, 4),
+        TensorFrame("FP32", (1,), 0, -4, 4),
+        TensorFrame("FP32", (1,), 0, -16, 4),
+        TensorFrame("FP32", (1,), 0, 16, 4),
+        TensorFrame("FP32", (-1,), 0, 0, 4),
+        TensorFrame("FP32", (-1, -1), 0, 0, 4),
+        TensorFrame("FP32", (0,), 0, 0, -4),
+        TensorFrame("FP32", (2,), 0, 0, 4),
+        TensorFrame("FP32", (1 << 62, 4), 0, 0, 0),
+        TensorFrame("FP32", (0, 1 << 62, 1 << 62), 0, 0, 0),
+        TensorFrame("FP32", (0, 1 << 64), 0, 0, 0),
+        TensorFrame("FP32", (1,) * 65, 0, 0, 4),
+        TensorFrame("BYTES", (1 << 40,), 0, 0, 16),
+        TensorFrame("BYTES", (1,), 0, 0, 3),
+        TensorFrame("BYTES", (0, 1 << 62, 1 << 62), 0, 0, 0),
+    ],
+)
+def test_a_tensor_outside_its_frame_is_refused(tensor: TensorFrame) -> None:
+    with pytest.raises(BadFrames):
+        unpack(tensor, [b"\xff" * 16])
+
+
+PLACES = st.builds(
+    TensorFrame,
+    st.sampled_from([*DATATYPES, "FP31"]),
+    st.lists(st.integers(-2, 4) | st.integers(-(1 << 63), (1 << 64) - 1), max_size=5).map(tuple),
+    st.integers(-1, 2),
+    st.integers(-1, 20) | st.integers(-(1 << 63), (1 << 64) - 1),
+    st.integers(-1, 20) | st.integers(-(1 << 63), (1 << 64) - 1),
+)
+
+
+@given(PLACES, st.lists(st.binary(max_size=32), max_size=2))
+def test_any_tensor_frame_is_unpacked_as_declared_or_refused(
+    tensor: TensorFrame, frames: list[bytes]
+) -> None:
+    try:
+        array = unpack(tensor, frames)
+    except BadFrames:
+        return
+    assert array.shape == tensor.shape
+    if tensor.datatype != "BYTES":
+        part = frames[tensor.frame][tensor.offset : tensor.offset + tensor.nbytes]
+        assert array.tobytes() == part
+        assert array.itemsize * math.prod(tensor.shape) == tensor.nbytes
+
+
+def read_both_ways(header: bytes) -> None:
+    for decode in (messages.decode_to_actor, messages.decode_from_actor):
+        with contextlib.suppress(BadFrames):
+            decode(header)
+
+
+@given(st.binary(max_size=200))
+@example(b"\x91" * 100_000)
+@example(b"\x82\xa4type\xa4Stop\xa1x" + b"\x91" * 100_000)  # nested deeper than any stack
+@example(b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x8c\x06system\x93.")  # a pickle
+@example(b"\xa1\xff")
+@example(b"")
+def test_any_bytes_are_a_message_or_bad_frames_and_nothing_else(header: bytes) -> None:
+    read_both_ways(header)
+
+
+@given(st.sampled_from([*TO_ACTOR, *FROM_ACTOR]), st.data())
+def test_a_damaged_message_is_a_message_or_bad_frames_and_nothing_else(
+    message: messages.ToActor | messages.FromActor, data: st.DataObject
+) -> None:
+    header = bytearray(messages.encode(message))
+    for _ in range(data.draw(st.integers(1, 3))):
+        header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    read_both_ways(bytes(header[: data.draw(st.integers(0, len(header)))]))
+    read_both_ways(bytes(header))
+
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.sampled_from(["Load", "Execute", "Stop", "Hello", "Executed", "Heartbeat", "Fork"]),
+    st.dictionaries(st.sampled_from(["version", "batch", "items", "files", "finished"]), VALUES),
+)
+def test_well_formed_msgpack_of_the_wrong_content_is_bad_frames(
+    tag: str, fields: dict[str, Any]
+) -> None:
+    read_both_ways(msgspec.msgpack.encode({"type": tag, **fields}))
+
+
+def test_a_header_over_its_limit_is_refused_unread() -> None:
+    with pytest.raises(BadFrames, match="too large"):
+        messages.decode_to_actor(bytes((8 << 20) + 1))

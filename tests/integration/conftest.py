@@ -1,0 +1,49 @@
+"""Real models for tests with real processes, compiled once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import lrai_core as lrai
+from benchmarks.models import classifier, minilm_onnx
+
+
+@pytest.fixture(scope="session")
+def classifier_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    return classifier(tmp_path_factory.mktemp("classifier") / "classifier.onnx", seed=0)
+
+
+@pytest.fixture(scope="session")
+def classifier_fp32(
+    classifier_rows: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> lrai.Artifact:
+    out = tmp_path_factory.mktemp("artifacts") / "classifier.lrai"
+    return lrai.compile(classifier_rows[0], out=out, threads=1)
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return minilm_onnx(tmp_path_factory.mktemp("minilm") / "minilm.onnx")
+
+
+@pytest.fixture(scope="session")
+def minilm_fp32(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
+    return lrai.compile(minilm, out=tmp_path_factory.mktemp("artifacts") / "minilm.lrai", threads=1)
+
+
+@pytest.fixture(scope="session")
+def minilm_session(minilm: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(minilm, options)
+
+
+def sentence(random: np.random.Generator, rows: int, length: int) -> dict[str, Any]:
+    """Return token ids and mask of `rows` sentences without padding."""
+    ids = random.integers(1000, 29000, (rows, length))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}

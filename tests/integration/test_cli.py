@@ -1,0 +1,226 @@
+"""The command line as a person meets it: one sentence, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+import lrai_core as lrai
+from tests.core import small_artifact
+from tests.core.compiler.onnx_files import linear, save
+
+pytestmark = pytest.mark.server
+LRAI = Path(sys.executable).with_name("lrai")
+
+
+def run(*arguments: str | Path, code: int, before: tuple[str, ...] = ()) -> str:
+    done = subprocess.run(
+        [*before, str(LRAI), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save(linear(), tmp_path / "m.onnx")
+
+
+@pytest.fixture
+def classifier_artifact(
+    classifier_rows: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> tuple[Path, Path]:
+    model, rows = classifier_rows
+    np.savez(tmp_path / "rows.npz", **rows)
+    out = tmp_path / "c.lrai"
+    arguments = ("--evaluation", tmp_path / "rows.npz", "--output-map", "softmax", "--threads", "1")
+    run("compile", model, "-o", out, *arguments, code=0)
+    return out, tmp_path / "rows.npz"
+
+
+def test_compile_inspect_verify_and_check_work_together(
+    classifier_artifact: tuple[Path, Path],
+) -> None:
+    artifact, _ = classifier_artifact
+    shown = run("inspect", artifact, code=0)
+    for words in ("features FP32", "batch axis 0", "fp32", "x fp32", "certificate", "chosen"):
+        assert words in shown
+    first = next((artifact / "certificates").iterdir())
+    assert "holds" in run("certificate", "check", first, "--artifact", artifact, code=0)
+    said = run("verify", artifact, "--epsilon", "0.2", "--radius", "0.01", code=0)
+    assert "with 95% confidence" in said
+    for certificate in (artifact / "certificates").iterdir():
+        run("certificate", "check", certificate, "--artifact", artifact, code=0)
+
+
+def test_a_forged_certificate_is_refused_with_exit_3(
+    classifier_artifact: tuple[Path, Path],
+) -> None:
+    artifact, _ = classifier_artifact
+    file = next((artifact / "certificates").iterdir())
+    text = file.read_text()
+    epsilon = next(line for line in text.splitlines() if '"epsilon"' in line)
+    file.write_text(text.replace(epsilon, '  "epsilon": 1e-09,'))
+    assert "came out as it says, but for" in run(
+        "certificate", "check", file, "--artifact", artifact, code=3
+    )
+
+
+def test_the_original_model_is_checked_against_when_it_is_named(
+    classifier_artifact: tuple[Path, Path], classifier_rows: tuple[Path, dict[str, Any]]
+) -> None:
+    artifact, _ = classifier_artifact
+    file = next((artifact / "certificates").iterdir())
+    arguments = ("certificate", "check", file, "--artifact", artifact)
+    assert "own copy" in run(*arguments, code=0)
+    assert "own copy" not in run(*arguments, "--source", classifier_rows[0], code=0)
+
+
+def test_what_files_say_is_shown_and_neither_obeyed_nor_read_as_markup(tmp_path: Path) -> None:
+    artifact = small_artifact.build(tmp_path / "a.lrai", evaluation=small_artifact.rows(80))
+    odd = "b[/bold]:smile:\x1b[31m"
+    variants = msgspec.to_builtins(small_artifact.manifest().variants)
+    variants[0]["why"] = variants[0]["engine"] = odd
+    small_artifact.rewrite(artifact, {"name": odd, "created": odd, "variants": variants})
+    said = run("inspect", artifact, code=0)
+    assert said.count("b[/bold]:smile:?[31m") >= 3
+    run("verify", artifact, "--epsilon", "0.1", "--variant", "fp32", code=0)
+    file = next((artifact / "certificates").iterdir())
+    forged = msgspec.json.decode(file.read_bytes()) | {"variant": odd, "created": odd}
+    (artifact / "certificates" / "forged.json").write_bytes(msgspec.json.encode(forged))
+    said += run("inspect", artifact, code=0)
+    arguments = ("--artifact", artifact)
+    said += run("certificate", "check", artifact / "certificates/forged.json", *arguments, code=3)
+    assert "of variant b[/bold]:smile:?[31m differs" in said.replace("\n", " ")
+    assert "\x1b" not in said
+
+
+def test_a_model_that_no_form_makes_faster_ends_with_exit_3(model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", x=np.random.default_rng(0).normal(size=(300, 8)).astype("f4"))
+    out = tmp_path / "m.lrai"
+    arguments = ("--evaluation", tmp_path / "rows.npz", "--epsilon", "1e-12", "--delta", "0.05")
+    said = run("compile", model, "-o", out, *arguments, code=3)
+    assert "no form but fp32" in said
+    assert lrai.Artifact.open(out).manifest.chosen == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.onnx", None, "No such file"),
+        ("text.onnx", b"hello, this is no model", "not an ONNX model"),
+        ("empty.onnx", b"", "not an ONNX model"),
+        ("cut.onnx", linear(64, 64).SerializeToString()[:5000], "not a"),
+    ],
+)
+def test_an_unusable_model_ends_with_exit_4(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in run("compile", tmp_path / name, "-o", tmp_path / "m.lrai", code=4)
+    assert not (tmp_path / "m.lrai").exists()
+
+
+def test_an_output_that_exists_ends_with_exit_2(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.lrai").mkdir()
+    assert "exists" in run("compile", model, "-o", tmp_path / "m.lrai", code=2)
+
+
+def test_a_missing_argument_ends_with_exit_2(model: Path) -> None:
+    assert "output" in run("compile", model, code=2)
+
+
+def test_a_changed_artifact_ends_with_exit_4(classifier_artifact: tuple[Path, Path]) -> None:
+    artifact, _ = classifier_artifact
+    weights = artifact / "source" / "weights.bin"
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    assert "sha256 differs" in run("inspect", artifact, code=4)
+
+
+def in_small_filesystem(tmp_path: Path, options: str) -> tuple[str, ...]:
+    """Return a command prefix under which `tmp_path/disk` is a file system of its own."""
+    (tmp_path / "disk").mkdir()
+    script = f'mount -t tmpfs -o {options} none "{tmp_path}/disk" && exec "$@"'
+    return ("unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh")
+
+
+def test_a_full_disk_ends_with_exit_5_and_one_sentence(tmp_path: Path) -> None:
+    model = save(linear(512, 512), tmp_path / "m.onnx")  # a megabyte
+    full = in_small_filesystem(tmp_path, "size=256k")
+    said = run("compile", model, "-o", tmp_path / "disk" / "m.lrai", code=5, before=full)
+    assert "the disk is full" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_read_only_disk_ends_with_exit_5(model: Path, tmp_path: Path) -> None:
+    read_only = in_small_filesystem(tmp_path, "ro")
+    said = run("compile", model, "-o", tmp_path / "disk" / "m.lrai", code=5, before=read_only)
+    assert "cannot be written: Read-only file system" in said
+
+
+def test_a_folder_that_does_not_exist_ends_with_exit_5(model: Path, tmp_path: Path) -> None:
+    said = run("compile", model, "-o", tmp_path / "absent" / "m.lrai", code=5)
+    assert "cannot be written" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_compilation_leaves_nothing_behind(
+    minilm: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "m.lrai"
+    child = subprocess.Popen(
+        [LRAI, "compile", minilm, "-o", out], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 30
+    while not any(tmp_path.iterdir()):  # it has begun to write
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert said.decode().strip() == "lrai: interrupted; nothing was left behind"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_says_where_every_value_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lrai.toml").write_text("[scheduler]\nmax_batch_rows = 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LRAI_ACTOR_THREADS", "3")
+    shown = run("config", code=0)
+    for setting, value, origin in (
+        ("scheduler.max_batch_rows", "7", "lrai.toml"),
+        ("actor.threads", "3", "LRAI_ACTOR_THREADS"),
+        ("limits.nan_policy", "pass", "default"),
+    ):
+        line = next(line for line in shown.splitlines() if setting in line)
+        assert value in line
+        assert origin in line
+
+
+def test_an_unknown_setting_ends_with_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lrai.toml").write_text("[scheduler]\nmax_batch_size = 7\n")
+    monkeypatch.chdir(tmp_path)
+    assert "unknown setting 'scheduler.max_batch_size'" in run("config", code=2)
+
+
+def test_help_names_every_command() -> None:
+    shown = run("--help", code=0)
+    for command in ("compile", "inspect", "verify", "config", "certificate"):
+        assert command in shown

@@ -1,0 +1,31 @@
+"""Every example runs, from the top, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.server
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_the_example_runs(example: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, example], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_quickstart_is_short_and_ends_with_a_certificate(tmp_path: Path) -> None:
+    (quickstart,) = [path for path in EXAMPLES if path.name == "01_quickstart.py"]
+    assert len(quickstart.read_text().splitlines()) < 60
+    done = subprocess.run(
+        [sys.executable, quickstart], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert "the certificate holds" in done.stdout
+    assert "same class as the original on 100% of 100 rows" in done.stdout

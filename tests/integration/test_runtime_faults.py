@@ -1,0 +1,254 @@
+"""Actors that are killed, stopped and crash for real; a ledger of all requests is read after."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import lrai_core as lrai
+from benchmarks.models import requests
+from tests.integration.conftest import sentence
+
+pytestmark = pytest.mark.server
+
+
+@dataclass
+class Ledger:
+    """What became of every request."""
+
+    answered: list[tuple[int, Any]] = field(default_factory=list)
+    refused: list[tuple[int, Exception]] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    sent: int = 0
+
+
+def config(**values: Any) -> lrai.LraiConfig:
+    return lrai.load_config(call={"actor.threads": 1} | values)
+
+
+def pid_of(runtime: lrai.Runtime, model: str) -> int:
+    pid = next(m.actor_pid for m in runtime.models() if m.name == model)
+    assert pid is not None
+    return pid
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    os.kill(pid, number)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def counted(runtime: lrai.Runtime, kind: str, count: int) -> Callable[[], bool]:
+    """Return whether events of this kind have been counted so often, to be asked again."""
+    return lambda: runtime.stats().get(kind, 0) == count
+
+
+class Load:
+    """Callers in threads that send one request after the other until told to stop."""
+
+    def __init__(
+        self, runtime: lrai.Runtime, model: str, payloads: list[dict[str, Any]], callers: int
+    ) -> None:
+        self.ledger = Ledger()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._runtime, self._model, self._payloads = runtime, model, payloads
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(callers)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> Ledger:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive(), "a caller never got its answer"
+        return self.ledger
+
+    def _run(self, first: int) -> None:
+        index = first
+        while not self._stop.is_set():
+            index = (index + 7) % len(self._payloads)
+            with self._lock:
+                self.ledger.sent += 1
+            started = time.monotonic()
+            try:
+                request = lrai.InferenceRequest(
+                    model_name=self._model, inputs=self._payloads[index]
+                )
+                response = self._runtime.infer(request)
+            except lrai.LraiError as error:
+                with self._lock:
+                    self.ledger.refused.append((index, error))
+            else:
+                with self._lock:
+                    self.ledger.answered.append((index, response.outputs))
+                    self.ledger.latencies.append(time.monotonic() - started)
+
+
+def test_a_killed_actor_costs_no_request_and_no_neighbour(
+    minilm_fp32: lrai.Artifact,
+    classifier_fp32: lrai.Artifact,
+    minilm_session: onnxruntime.InferenceSession,
+) -> None:
+    payloads = requests(60, seed=1)
+    expected = [minilm_session.run(None, payload)[0] for payload in payloads]
+    beside = {"features": np.ones((1, 64), np.float32)}
+    with lrai.Runtime.open(minilm_fp32, name="minilm", config=config()) as runtime:
+        runtime.load(classifier_fp32, name="classifier")
+        neighbour_pid = pid_of(runtime, "classifier")
+        neighbour = Load(runtime, "classifier", [beside], callers=1)
+        load = Load(runtime, "minilm", payloads, callers=8)
+        recoveries = []
+        for _ in range(3):
+            time.sleep(0.5)
+            before = len(load.ledger.answered)
+            kill(pid_of(runtime, "minilm"))
+            started = time.monotonic()
+            while len(load.ledger.answered) <= before + 8:
+                assert time.monotonic() < started + 20
+                time.sleep(0.005)
+            recoveries.append(time.monotonic() - started)
+        ledger, neighbours = load.stop(), neighbour.stop()
+        stats = runtime.stats()
+        assert pid_of(runtime, "classifier") == neighbour_pid
+
+    assert ledger.sent == len(ledger.answered) + len(ledger.refused)
+    assert not ledger.refused  # one death per batch: every request was tried once more
+    for index, outputs in ledger.answered:
+        np.testing.assert_allclose(outputs["sentence_embedding"], expected[index], atol=1e-4)
+    assert max(recoveries) < 2.0, recoveries
+    assert stats["actor_lost"] == 3
+    assert stats["batch_retried"] >= 1
+    assert not neighbours.refused
+    assert max(neighbours.latencies) < min(recoveries) + 0.5
+
+
+def test_a_request_whose_actor_dies_twice_ends_with_one_error(minilm_fp32: lrai.Artifact) -> None:
+    poison = sentence(np.random.default_rng(0), rows=16, length=128)  # a second of work
+    with lrai.Runtime.open(minilm_fp32, config=config()) as runtime:
+        identity = runtime.submit(lrai.InferenceRequest(model_name="minilm", inputs=poison))
+        for attempt in (1, 2):
+            wait_until(counted(runtime, "batch_dispatched", attempt))
+            kill(pid_of(runtime, "minilm"))
+        with pytest.raises(lrai.ActorError, match=r"could not be answered.*SIGKILL"):
+            runtime.result(identity)
+        small = sentence(np.random.default_rng(1), rows=1, length=5)
+        after = runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
+        assert after.outputs["sentence_embedding"].shape == (1, 384)
+        assert runtime.stats()["actor_lost"] == 2
+
+
+def test_mates_of_a_request_that_kills_its_actor_are_answered(minilm_fp32: lrai.Artifact) -> None:
+    with lrai.Runtime.open(minilm_fp32, config=config()) as runtime:
+        payloads = [sentence(np.random.default_rng(i), rows=8, length=12) for i in range(6)]
+        ids = [
+            runtime.submit(lrai.InferenceRequest(model_name="minilm", inputs=p)) for p in payloads
+        ]
+        wait_until(lambda: runtime.stats().get("batch_dispatched", 0) >= 1)
+        kill(pid_of(runtime, "minilm"))
+        shapes = [runtime.result(i).outputs["sentence_embedding"].shape for i in ids]
+        assert shapes == [(8, 384)] * 6
+
+
+def test_a_hung_actor_is_killed_and_replaced(classifier_fp32: lrai.Artifact) -> None:
+    settings = config(**{"actor.hang_seconds": 0.5, "actor.hang_factor": 10})
+    with lrai.Runtime.open(classifier_fp32, config=settings) as runtime:
+        pid = pid_of(runtime, "classifier")
+        kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        answer = runtime.infer(request())
+        assert time.monotonic() - started < 4
+        assert answer.outputs["logits"].shape == (1, 10)
+        assert pid_of(runtime, "classifier") != pid
+        assert runtime.stats()["actor_hung"] == 1
+
+
+def test_an_idle_actor_that_falls_silent_is_replaced(classifier_fp32: lrai.Artifact) -> None:
+    settings = config(**{"actor.hang_seconds": 0.5})
+    with lrai.Runtime.open(classifier_fp32, config=settings) as runtime:
+        kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
+        wait_until(counted(runtime, "actor_ready", 2))
+        assert runtime.ready() == "idle"
+
+
+def test_a_crash_loop_is_stopped_and_reported(classifier_fp32: lrai.Artifact) -> None:
+    settings = config(**{"actor.restart_limit": 2})
+    with lrai.Runtime.open(classifier_fp32, config=settings) as runtime:
+        for life in range(1, 4):
+            wait_until(counted(runtime, "actor_started", life))
+            kill(pid_of(runtime, "classifier"))
+        wait_until(counted(runtime, "model_failed", 1))
+        with pytest.raises(lrai.ActorError, match="crash loop: 3 deaths within 60 s"):
+            runtime.infer(request())
+        assert runtime.ready() == "dead"
+
+
+def test_actors_end_with_their_parent(classifier_fp32: lrai.Artifact) -> None:
+    program = (
+        "import sys, time, lrai_core as l\n"
+        "r = l.Runtime.open(sys.argv[1]); print(r.models()[0].actor_pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(classifier_fp32.path)], stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    actor = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: not alive(actor), 5)
+
+
+def test_drain_answers_what_was_accepted_and_refuses_the_rest(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, config=config()) as runtime:
+        ids = [runtime.submit(request()) for _ in range(50)]
+        assert runtime.drain()
+        with pytest.raises(lrai.NotReady, match="draining"):
+            runtime.infer(request())
+        assert all(runtime.result(i).outputs["logits"].shape == (1, 10) for i in ids)
+
+
+def test_a_late_answer_is_refused_in_time(classifier_fp32: lrai.Artifact) -> None:
+    with lrai.Runtime.open(classifier_fp32, config=config()) as runtime:
+        kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(lrai.DeadlineExceeded):
+            runtime.infer(request(timeout_ms=200))
+        assert time.monotonic() - started < 1
+        kill(pid_of(runtime, "classifier"), signal.SIGCONT)
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+
+
+def request(*, rows: int = 1, timeout_ms: float | None = None) -> lrai.InferenceRequest:
+    features = np.zeros((rows, 64), np.float32)
+    return lrai.InferenceRequest(
+        model_name="classifier", inputs={"features": features}, timeout_ms=timeout_ms
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,0 +1,307 @@
+"""What serving must not do: import what it does not need, use what was made for another machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pytest
+import zmq
+
+import lrai_core as lrai
+from lrai_core.artifact import Manifest
+from tests.integration.conftest import sentence
+
+pytestmark = pytest.mark.server
+
+SERVE = """
+import json, sys
+import numpy as np
+import lrai_core as lrai
+with lrai.Runtime.open(sys.argv[1]) as runtime:
+    x = np.zeros((1, 64), np.float32)
+    runtime.infer(lrai.InferenceRequest(model_name="classifier", inputs={"features": x}))
+    print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+ACT = """
+import json, sys
+from pathlib import Path
+import lrai_core.actor.actor
+from lrai_core.engine.engine import find_engine
+folder = Path(sys.argv[1])
+find_engine("onnxruntime").load(folder / "variants/fp32/model.onnx", weights=folder / "source")
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def modules(program: str, artifact: lrai.Artifact) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, artifact.path],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return set(json.loads(done.stdout))
+
+
+def test_a_served_inference_imports_nothing_heavy(classifier_fp32: lrai.Artifact) -> None:
+    client, actor = modules(SERVE, classifier_fp32), modules(ACT, classifier_fp32)
+    assert "lrai_core" in client
+    assert "onnxruntime" in actor
+    heavy = {"torch", "tvm", "z3", "scipy", "mlflow", "typer", "rich", "pandas", "onnx"}
+    assert not client & (heavy | {"onnxruntime"})
+    assert not actor & heavy
+
+
+def test_an_actor_is_ready_half_a_second_after_a_fresh_python_would_be(
+    minilm_fp32: lrai.Artifact, minilm: Path
+) -> None:
+    program = (
+        "import sys, onnxruntime as ort; o = ort.SessionOptions(); o.intra_op_num_threads = 1;"
+        "ort.InferenceSession(sys.argv[1], o)"
+    )
+
+    def fresh() -> float:
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", program, minilm], check=True)
+        return time.monotonic() - started
+
+    def actor() -> float:
+        started = time.monotonic()
+        with lrai.Runtime.open(minilm_fp32, config=lrai.load_config(call={"actor.threads": 1})):
+            return time.monotonic() - started
+
+    pairs = [(fresh(), actor()) for _ in range(3)]
+    assert min(b for _, b in pairs) <= min(a for a, _ in pairs) + 0.5
+
+
+def changed(artifact: lrai.Artifact, tmp_path: Path, **target: str) -> lrai.Artifact:
+    """Return a copy of the artifact that claims another target."""
+    copy = tmp_path / "copy.lrai"
+    shutil.copytree(artifact.path, copy)
+    manifest = msgspec.json.decode((copy / "manifest.json").read_bytes(), type=Manifest)
+    other = msgspec.structs.replace(manifest.target, **target)
+    manifest = msgspec.structs.replace(manifest, target=other)
+    (copy / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    return lrai.Artifact.open(copy)
+
+
+@pytest.mark.parametrize("target", [{"isa": "other"}, {"engine_version": "1.0.0"}])
+def test_a_variant_of_another_machine_is_refused_and_the_source_serves(
+    minilm_fp32: lrai.Artifact,
+    minilm_session: onnxruntime.InferenceSession,
+    tmp_path: Path,
+    target: dict[str, str],
+) -> None:
+    artifact = changed(minilm_fp32, tmp_path, **target)
+    seen: list[lrai.Event] = []
+    with lrai.Runtime.open(artifact, name="m", observers=[seen.append]) as runtime:
+        payload = sentence(np.random.default_rng(0), 1, 9)
+        answer = runtime.infer(lrai.InferenceRequest(model_name="m", inputs=payload))
+        assert answer.parameters["variant"] == "fp32"
+    (refused,) = [event for event in seen if event.kind == "variant_refused"]
+    assert refused.model == "m"
+    assert next(iter(target.values())) in refused.attributes["made_for"]
+    expected = minilm_session.run(None, payload)[0]
+    np.testing.assert_allclose(answer.outputs["sentence_embedding"], expected, atol=1e-4)
+
+
+def test_a_certificate_of_another_machine_does_not_hold(
+    classifier_rows: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    model, rows = classifier_rows
+    artifact = lrai.compile(
+        model, out=tmp_path / "c.lrai", evaluation=rows, output_map="softmax", threads=1
+    )
+    (certificate,) = lrai.certificates(artifact)
+    foreign = msgspec.structs.replace(
+        certificate, environment=certificate.environment | {"isa": "other"}
+    )
+    verdict = lrai.check(foreign, artifact)
+    assert not verdict.holds
+    assert any("it was made on other" in objection for objection in verdict.objections)
+
+
+def test_a_required_certificate_is_demanded(
+    classifier_rows: tuple[Path, dict[str, Any]], tmp_path: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    model, rows = classifier_rows
+    artifact = lrai.compile(
+        model, out=tmp_path / "c.lrai", evaluation=rows, output_map="softmax", threads=1
+    )
+    with lrai.Runtime.open(artifact, require={"tier": "STATISTICAL", "delta": 0.05}) as runtime:
+        request = lrai.InferenceRequest(model_name="c", inputs={"features": rows["features"][:1]})
+        (certificate,) = lrai.certificates(artifact)
+        assert runtime.infer(request).parameters["certificate"] == certificate.id
+    with pytest.raises(lrai.ConditionNotMet, match="delta=1e-05"):
+        lrai.Runtime.open(artifact, require={"delta": 1e-5})
+    with pytest.raises(lrai.ConditionNotMet, match="it has none"):
+        lrai.Runtime.open(classifier_fp32, require={"tier": "STATISTICAL"})
+    with pytest.raises(lrai.UsageError, match="unknown key 'sigma'"):
+        lrai.Runtime.open(artifact, require={"sigma": 1})
+
+
+def test_an_artifact_that_changed_on_disk_is_refused_by_its_actor(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.lrai"
+    shutil.copytree(classifier_fp32.path, copy)
+    graph = copy / "variants" / "fp32" / "model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(lrai.ArtifactError, match=r"model\.onnx has changed"):
+        lrai.Runtime.open(copy)
+
+
+def test_frames_of_strangers_are_dropped_and_counted(classifier_fp32: lrai.Artifact) -> None:
+    import pickle  # noqa: TID251 - what an attacker would send
+
+    with lrai.Runtime.open(classifier_fp32) as runtime:
+        (address,) = runtime._folder.iterdir()
+        assert runtime._folder.stat().st_mode & 0o777 == 0o700
+        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+            stranger.connect(f"ipc://{address}")
+            for frames in ([b"\x00" * 40], [pickle.dumps(print)], [b"", b"\xff" * 10], [b"x"] * 9):
+                stranger.send_multipart(frames)
+            deadline = time.monotonic() + 10
+            while runtime.stats()["dropped_frames"] < 4:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert runtime.infer(classifier_request()).outputs["logits"].shape == (1, 10)
+
+
+def test_a_python_without_lrai_is_explained(classifier_fp32: lrai.Artifact) -> None:
+    for python, error, message in (
+        ("/nonexistent/python", lrai.EnvironmentProblem, "cannot be started"),
+        ("/bin/false", lrai.ArtifactError, "exit status 1"),
+    ):
+        config = lrai.load_config(call={"actor.python": python})
+        with pytest.raises(error, match=message):
+            lrai.Runtime.open(classifier_fp32, config=config)
+
+
+def test_a_socket_folder_that_cannot_be_used_is_explained(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    for folder, message in ((deep, "shorter"), (tmp_path / "absent", "runtime.socket_dir")):
+        config = lrai.load_config(call={"runtime.socket_dir": str(folder)})
+        with pytest.raises(lrai.EnvironmentProblem, match=message):
+            lrai.Runtime.open(classifier_fp32, config=config)
+    assert list(deep.iterdir()) == []
+
+
+def test_two_names_serve_beside_one_another_and_one_is_unloaded(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, name="a") as runtime:
+        runtime.load(classifier_fp32, name="b")
+        assert sorted(model.name for model in runtime.models()) == ["a", "b"]
+        with pytest.raises(lrai.UsageError, match="loaded already"):
+            runtime.load(classifier_fp32, name="a")
+        runtime.unload("a")
+        payload = {"features": np.zeros((1, 64), np.float32)}
+        with pytest.raises(lrai.ModelNotFound, match="loaded: 'b'"):
+            runtime.infer(lrai.InferenceRequest(model_name="a", inputs=payload))
+        request = lrai.InferenceRequest(model_name="b", inputs=payload, model_version="other")
+        with pytest.raises(lrai.ModelNotFound, match="has version"):
+            runtime.infer(request)
+        with pytest.raises(lrai.InvalidTensor, match="no such input"):
+            runtime.infer(lrai.InferenceRequest(model_name="b", inputs={"x": payload["features"]}))
+
+
+def test_without_process_descriptors_a_death_is_still_noticed(
+    classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> int:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with lrai.Runtime.open(classifier_fp32) as runtime:
+        (model,) = runtime.models()
+        assert model.actor_pid is not None
+        os.kill(model.actor_pid, signal.SIGKILL)
+        assert runtime.infer(classifier_request()).outputs["logits"].shape == (1, 10)
+
+
+def test_one_name_is_loaded_once_however_many_try(classifier_fp32: lrai.Artifact) -> None:
+    with lrai.Runtime() as runtime, ThreadPoolExecutor(4) as threads:
+        tries = [threads.submit(runtime.load, classifier_fp32, name="a") for _ in range(4)]
+        errors = [attempt.exception() for attempt in tries]
+        assert [type(error) for error in errors if error] == [lrai.UsageError] * 3
+        assert runtime.stats()["actor_started"] == 1
+        assert runtime.infer(classifier_request("a")).outputs["logits"].shape == (1, 10)
+
+
+def test_a_closed_runtime_refuses_at_once(classifier_fp32: lrai.Artifact) -> None:
+    runtime = lrai.Runtime.open(classifier_fp32)
+    runtime.close()
+    started = time.monotonic()
+    for action in (
+        lambda: runtime.load(classifier_fp32, name="b"),
+        lambda: runtime.unload("classifier"),
+        lambda: runtime.infer(classifier_request()),
+    ):
+        with pytest.raises(lrai.NotReady):
+            action()
+    assert time.monotonic() - started < 1
+    assert runtime.ready() == "dead"
+
+
+def test_a_fork_of_the_process_neither_uses_nor_harms_the_runtime(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    program = """
+import os, sys, warnings
+import numpy as np
+import lrai_core as lrai
+warnings.simplefilter("ignore")
+runtime = lrai.Runtime.open(sys.argv[1])
+request = lrai.InferenceRequest(
+    model_name="classifier", inputs={"features": np.zeros((1, 64), np.float32)}
+)
+child = os.fork()
+if not child:
+    try:
+        runtime.infer(request)
+    except lrai.NotReady:
+        runtime.close()
+        sys.exit(7)
+    sys.exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+folder = runtime._folder
+assert folder.is_dir()
+assert runtime.infer(request).outputs["logits"].shape == (1, 10)
+print(folder)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, classifier_fp32.path],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not Path(done.stdout.strip()).exists()  # it was never closed, and left nothing behind
+
+
+def test_short_calls_get_one_thread_and_long_ones_their_share(
+    classifier_fp32: lrai.Artifact, minilm_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_core.runtime.runtime.available_cpus", lambda: 8)
+    with lrai.Runtime.open(classifier_fp32) as runtime:
+        assert runtime._threads(classifier_fp32.manifest.variant("fp32")) == 1
+        assert runtime._threads(minilm_fp32.manifest.variant("fp32")) == 4
+
+
+def classifier_request(model: str = "classifier") -> lrai.InferenceRequest:
+    features = np.zeros((1, 64), np.float32)
+    return lrai.InferenceRequest(model_name=model, inputs={"features": features})
