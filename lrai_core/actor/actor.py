@@ -120,12 +120,10 @@ class Actor:
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
             self._send(messages.ExecuteFailed(execute.batch, type(error).__name__))
             return
-        self._send(messages.Executed(execute.batch, seconds, items), packer.frames())
+        packer.send(self._socket, messages.encode(messages.Executed(execute.batch, seconds, items)))
 
-    def _send(
-        self, message: messages.FromActor, frames: list[messages.Buffer] | None = None
-    ) -> None:
-        self._socket.send_multipart([messages.encode(message), *(frames or [])], copy=not frames)
+    def _send(self, message: messages.FromActor) -> None:
+        self._socket.send(messages.encode(message))
 
     def _beat(self, address: str, identity: bytes, seconds: float) -> None:
         socket = _dealer(self._context, address, identity + HEARTBEAT_SUFFIX)

@@ -29,6 +29,7 @@ from lrai_core.wire import messages
 from lrai_core.wire.messages import BadFrames, Item, Load
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Refused
 
+_LOOK_SECONDS: Final = 0.005  # a death is seen as late as this; a system call each step is dear
 _MAX_IPC_PATH: Final = 100  # a Unix socket's path has 108 bytes
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
 _STOP_SECONDS: Final = 2.0
@@ -55,6 +56,7 @@ class _Actor:
     batch_since: float = 0.0
     batch_limit: float = 0.0  # seconds
     finished: int = 0  # calls, as its heartbeats say
+    looked: float = 0.0  # when its process was last asked for
     deaths: deque[float] = field(default_factory=deque)
     unready_deaths: int = 0
     reason: str = ""
@@ -157,7 +159,7 @@ class Pool:
         actor.batch_limit = max(
             self._config.hang_seconds, self._config.hang_factor * predicted_seconds
         )
-        self._send(actor, messages.Execute(batch, items), packer.frames())
+        packer.send(self._socket, actor.identity, messages.encode(messages.Execute(batch, items)))
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
@@ -168,11 +170,8 @@ class Pool:
         return outcomes
 
     def _receive(self, now: float, outcomes: list[Outcome]) -> None:
-        while True:
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+        while self._socket.poll(0):
+            parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             identity = parts[0].bytes
             actor = self._by_identity.get(identity.removesuffix(HEARTBEAT_SUFFIX))
             if actor is None or len(parts) < 2:
@@ -232,8 +231,9 @@ class Pool:
     def _supervise(self, actor: _Actor, now: float, outcomes: list[Outcome]) -> None:
         if actor.state == "waiting" and now >= actor.start_at:
             self._spawn(actor, now, outcomes)
-        if actor.process is None:
+        if actor.process is None or now < actor.looked + _LOOK_SECONDS:
             return
+        actor.looked = now
         status = actor.process.poll()
         if status is None and (problem := self._overdue(actor, now)):
             self._events.emit("actor_hung", actor.model, reason=problem)
@@ -330,11 +330,8 @@ class Pool:
                 self._poller.register(actor.descriptor, zmq.POLLIN)
         self._events.emit("actor_started", actor.model, pid=actor.process.pid)
 
-    def _send(
-        self, actor: _Actor, message: messages.ToActor, frames: Sequence[messages.Buffer] = ()
-    ) -> None:
-        parts = [actor.identity, messages.encode(message), *frames]
-        self._socket.send_multipart(parts, copy=not frames)
+    def _send(self, actor: _Actor, message: messages.ToActor) -> None:
+        self._socket.send_multipart([actor.identity, messages.encode(message)])
 
     def _stop(self, actors: list[_Actor]) -> None:
         """Ask politely, wait for all together, kill what is left."""

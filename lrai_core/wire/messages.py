@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import zmq
 
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
 
@@ -171,6 +172,10 @@ class Packer:
     def frames(self) -> list[Buffer]:
         """Return the frames that follow the header."""
         return [b"".join(self._small), *self._large]
+
+    def send(self, socket: zmq.Socket[bytes], *head: bytes) -> None:
+        """Send the frames in `head` and those of the tensors; only large ones without a copy."""
+        socket.send_multipart([*head, *self.frames()], copy=not self._large)
 
 
 def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
