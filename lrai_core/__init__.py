@@ -6,6 +6,7 @@ only attaches to a runtime loads neither onnxruntime nor the compiler.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from lrai_core.verifier.verifier import verify as verify
 
 __version__ = "0.1.0"
+
+# onnxruntime reports what it runs to its maker; a server tells nobody. It reads the variable when
+# it is imported, here and in actors; who wants the reports sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Artifact": "artifact",

@@ -180,6 +180,37 @@ def test_frames_of_strangers_are_dropped_and_counted(classifier_fp32: lrai.Artif
         assert runtime.infer(classifier_request()).outputs["logits"].shape == (1, 10)
 
 
+BARE = """
+mount -t tmpfs none /mnt
+mkdir -m 1777 /mnt/tmp
+mount -t tmpfs -o ro,size=4k none /dev/shm
+mount -o remount,bind,ro /
+export TMPDIR=/mnt/tmp HOME=/nonexistent
+exec unshare --user --map-user=12345 "$@"
+"""
+
+
+def test_it_serves_on_a_read_only_root_without_network_shared_memory_or_a_known_user(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    bare = ["unshare", "--map-root-user", "--mount", "--net", "sh", "-ec", BARE, "sh"]
+    program = f"""
+import os
+assert os.getuid() == 12345
+try:
+    open("/x", "w")
+except OSError as error:
+    assert error.errno == 30  # read-only file system
+{SERVE}"""
+    done = subprocess.run(
+        [*bare, sys.executable, "-P", "-c", program, classifier_fp32.path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "lrai_core" in json.loads(done.stdout)
+    assert "telemetry" not in done.stderr  # onnxruntime was told not to report, and does not try
+
+
 def test_a_python_without_lrai_is_explained(classifier_fp32: lrai.Artifact) -> None:
     for python, error, message in (
         ("/nonexistent/python", lrai.EnvironmentProblem, "cannot be started"),
