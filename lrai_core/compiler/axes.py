@@ -6,27 +6,33 @@ gives alone, and padding with 0 changes nothing. A file can state the axes inste
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from lrai_core.engine.batching import coalesce, split, synthetic_row
+from lrai_core.engine.batching import length_of, run_together, stretch, synthetic_row
 from lrai_core.engine.engine import Session
 from lrai_core.errors import UsageError, shorten
-from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
+from lrai_core.protocol import Array, OutputMap, Signature
 
 _SAME: Final = 1e-4
-_FILE_KEYS: Final = {
-    "batch": "batch_axis",
-    "length": "length_axis",
-    "pad": "pad_value",
-    "map": "output_map",
-}
 Row = list[Array]
+
+
+class _Stated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an axes file says of one tensor; the field's name is the specification's."""
+
+    batch_axis: int | None = msgspec.field(name="batch", default=None)
+    length_axis: int | None = msgspec.field(name="length", default=None)
+    pad_value: float = msgspec.field(name="pad", default=0)
+    output_map: OutputMap = msgspec.field(name="map", default="raw")
+
+
+class _AxesFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    inputs: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, dict[str, Any]] = {}
 
 
 def assume_axes(signature: Signature) -> Signature:
@@ -86,31 +92,25 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
         UsageError: It cannot be read, or names what the model does not have.
     """
     try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: {error}") from None
-    sides = {"inputs": signature.inputs, "outputs": signature.outputs}
-    if unknown := set(tree) - set(sides):
-        raise UsageError(f"{file}: unknown table {shorten(min(unknown))!r}; known: inputs, outputs")
-    for side, specs in sides.items():
-        stated: Mapping[str, Mapping[str, Any]] = tree.get(side, {})
-        names = [spec.name for spec in specs]
-        if strangers := set(stated) - set(names):
-            name = shorten(min(strangers))
-            raise UsageError(f"{file}: the model has no {side[:-1]} {name!r}; it has {names}")
-        if bad := {key for table in stated.values() for key in table} - set(_FILE_KEYS):
-            known = ", ".join(_FILE_KEYS)
-            raise UsageError(f"{file}: {shorten(min(bad))!r} is unknown; known: {known}")
-        sides[side] = tuple(_stated(spec, stated.get(spec.name, {})) for spec in specs)
-    return Signature(inputs=sides["inputs"], outputs=sides["outputs"])
-
-
-def _stated(spec: TensorSpec, table: Mapping[str, Any]) -> TensorSpec:
-    changed = {_FILE_KEYS[key]: value for key, value in table.items()}
-    try:
-        return msgspec.convert(msgspec.structs.asdict(spec) | changed, TensorSpec)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"axes of {shorten(spec.name)!r}: {error}") from None
+        tree = msgspec.toml.decode(file.read_bytes(), type=_AxesFile)
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
+        problem = shorten(str(error), 200)
+        raise UsageError(f"{file}: {problem}; known: tables in inputs and in outputs") from None
+    sides = []
+    for side in ("inputs", "outputs"):
+        specs = {spec.name: spec for spec in getattr(signature, side)}
+        for name, table in getattr(tree, side).items():
+            if name not in specs:
+                problem = f"the model has no {side[:-1]} {shorten(name)!r}; it has {list(specs)}"
+                raise UsageError(f"{file}: {problem}")
+            try:
+                stated = msgspec.structs.asdict(msgspec.convert(table, _Stated))
+                specs[name] = msgspec.structs.replace(specs[name], **stated)
+            except ValueError as error:
+                problem = f"axes of {shorten(name)!r}: {shorten(str(error), 200)}"
+                raise UsageError(f"{file}: {problem}; known: batch, length, pad, map") from None
+        sides.append(tuple(specs.values()))
+    return Signature(inputs=sides[0], outputs=sides[1])
 
 
 def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
@@ -124,27 +124,6 @@ def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
             for spec in signature.outputs
         ),
     )
-
-
-def stretch(row: Row, signature: Signature, rows: int, length: int) -> Row:
-    """Return `row` repeated to `rows`, and along its length axis repeated or cut to `length`."""
-    stretched = []
-    for array, spec in zip(row, signature.inputs, strict=True):
-        result = array
-        if (axis := spec.length_axis) is not None:
-            result = np.take(result, np.arange(length) % result.shape[axis], axis=axis)
-        if spec.batch_axis is not None and rows != 1:
-            result = np.repeat(result, rows, axis=0)
-        stretched.append(np.ascontiguousarray(result))
-    return stretched
-
-
-def length_of(row: Row, signature: Signature) -> int:
-    """Return the extent of the length axis, 0 where there is none."""
-    for array, spec in zip(row, signature.inputs, strict=True):
-        if spec.length_axis is not None:
-            return int(array.shape[spec.length_axis])
-    return 0
 
 
 def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
@@ -173,10 +152,8 @@ def _pairs(signature: Signature, rows: list[Row]) -> list[tuple[Row, Row]]:
 
 
 def _together_as_alone(signature: Signature, session: Session, pair: tuple[Row, Row]) -> bool:
-    lengths = [length_of(row, signature) for row in pair]
-    together = session.run(coalesce(pair, signature))
     try:
-        parts = split(together, signature.outputs, [1, 1], lengths)
+        parts = run_together(session, pair, signature)
     except ValueError:
         return False
     return all(_same(session.run(row), part) for row, part in zip(pair, parts, strict=True))
@@ -194,12 +171,12 @@ def _output_lengths(signature: Signature, session: Session, pair: tuple[Row, Row
 
 
 def _same(first: Row, second: Row) -> bool:
-    for a, b in zip(first, second, strict=True):
-        if a.shape != b.shape:
-            return False
-        if a.dtype.kind not in "fiub":
-            if not np.array_equal(a, b):
-                return False
-        elif not np.allclose(a, b, rtol=_SAME, atol=_SAME, equal_nan=True):
-            return False
-    return True
+    return all(
+        a.shape == b.shape
+        and (
+            np.allclose(a, b, rtol=_SAME, atol=_SAME, equal_nan=True)
+            if a.dtype.kind in "fiub"
+            else np.array_equal(a, b)
+        )
+        for a, b in zip(first, second, strict=True)
+    )

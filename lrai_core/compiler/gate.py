@@ -12,14 +12,14 @@ from typing import Final, Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from lrai_core import confidence
 from lrai_core.artifact import GateResult
-from lrai_core.compiler.axes import length_of
-from lrai_core.engine.batching import MEASURED_ELEMENTS, coalesce, split
+from lrai_core.engine.batching import MEASURED_ELEMENTS, length_of, run_together
 from lrai_core.engine.engine import Session
 from lrai_core.errors import CalibrationError, UsageError
-from lrai_core.protocol import Array, Signature
+from lrai_core.protocol import Array, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference
 from lrai_core.verifier.statistics import round_up
@@ -27,6 +27,8 @@ from lrai_core.verifier.statistics import round_up
 Metric = Literal["top1", "top5"]
 AGREEMENT: Final = 0.98
 LEVEL: Final = 0.95
+_PAIR_LEVEL: Final = 1 - (1 - LEVEL) / 2  # half of the error to each side of the pair
+_BEST: Final[dict[Metric, int]] = {"top1": 1, "top5": 5}
 _BATCH_ROWS: Final = (2, 3, 5, 8, 13, 64)
 EFFECT_FLOOR: Final = (
     1e-4  # fp32 sums in another order: two GEMM shapes of one engine differ by less
@@ -57,27 +59,13 @@ class Conditions:
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
-        if self.metric not in ("top1", "top5"):
-            raise UsageError(f"metric {self.metric!r} is unknown; known: top1, top5")
-        if not 0 < self.max_accuracy_loss < 1:
-            raise UsageError(
-                f"max_accuracy_loss is {self.max_accuracy_loss}, it must lie between 0 and 1"
-            )
+        if self.metric not in _BEST:
+            raise UsageError(f"metric {self.metric!r} is unknown; known: {', '.join(_BEST)}")
+        for name, share in (("max_accuracy_loss", self.max_accuracy_loss), ("delta", self.delta)):
+            if not 0 < share < 1:
+                raise UsageError(f"{name} is {share}, it must lie between 0 and 1")
         if self.epsilon is not None and not self.epsilon > 0:
             raise UsageError(f"epsilon is {self.epsilon}, it must be above 0")
-        if not 0 < self.delta < 1:
-            raise UsageError(f"delta is {self.delta}, it must lie between 0 and 1")
-
-    def rows_needed(self, *, labels: bool) -> int:
-        """Return the fewest gate rows with which a flawless variant passes."""
-        if labels:
-            # Half of the error goes to each side of the pair, see `paired_loss_bound`.
-            needed = confidence.rows_needed(self.max_accuracy_loss, 1 - (1 - LEVEL) / 2)
-        else:
-            needed = confidence.rows_needed(1 - AGREEMENT, LEVEL)
-        if self.epsilon is not None:
-            needed = max(needed, confidence.rows_needed(self.delta, LEVEL))
-        return needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +102,7 @@ def run_batched(
         batch = _next_batch(order, rows, signature, int(random.choice(_BATCH_ROWS)))
         order = order[len(batch) :]
         mates = [rows.inputs[i] for i in batch]
-        lengths = [length_of(row, signature) for row in mates]
-        joint = session.run(coalesce(mates, signature))
-        for index, own in zip(
-            batch, split(joint, signature.outputs, [1] * len(batch), lengths), strict=True
-        ):
+        for index, own in zip(batch, run_together(session, mates, signature), strict=True):
             outputs[index] = own
             tick()
     return outputs
@@ -133,19 +117,20 @@ def judge(
     tick: Tick,
 ) -> Judged:
     """Return what the gate says of a form, against the source model's outputs."""
-    alone = run_alone(session, rows, tick)
-    runs = [alone]
-    effect = 0.0
+    specs, labels = signature.outputs, rows.labels
+    runs, effect = [run_alone(session, rows, tick)], 0.0
     if signature.coalescible:
-        batched = run_batched(session, rows, signature, tick)
-        effect = max(_largest(a, b) for a, b in zip(alone, batched, strict=True))
-        runs.append(batched)
-    specs = signature.outputs
-    gaps = [difference(f, g, specs) for f, g in zip(reference, alone, strict=True)]
-    result = _label_result if rows.labels is not None else _agreement_result
-    found = result(reference, runs, rows, signature, conditions)
+        runs.append(run_batched(session, rows, signature, tick))
+        unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
+        effect = max(difference(a, b, unmapped) for a, b in zip(*runs, strict=True))
+    if labels is None:
+        found = _agreement_result(reference, runs, specs)
+    else:
+        found = _label_result(reference, runs, labels, conditions)
+    gaps = _gaps(reference, runs[0], specs)
     if found.passed and conditions.epsilon is not None:
-        worst = [max(difference(f, run[i], specs) for run in runs) for i, f in enumerate(reference)]
+        each = (_gaps(reference, run, specs) for run in runs)
+        worst = [max(row) for row in zip(*each, strict=True)]
         found = _close_enough(found, worst, conditions.epsilon, conditions.delta)
     found = msgspec.structs.replace(
         found,
@@ -160,7 +145,12 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
     Raises:
         CalibrationError: Too few rows; says how many are there and how many are needed.
     """
-    needed = conditions.rows_needed(labels=rows.labels is not None)
+    if rows.labels is None:
+        needed = confidence.rows_needed(1 - AGREEMENT, LEVEL)
+    else:
+        needed = confidence.rows_needed(conditions.max_accuracy_loss, _PAIR_LEVEL)
+    if conditions.epsilon is not None:
+        needed = max(needed, confidence.rows_needed(conditions.delta, LEVEL))
     if len(rows) < needed:
         raise CalibrationError(
             f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search; "
@@ -168,17 +158,14 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
         )
 
 
+def _gaps(reference: Outputs, run: Outputs, specs: Sequence[TensorSpec]) -> list[float]:
+    return [difference(f, g, specs) for f, g in zip(reference, run, strict=True)]
+
+
 def _label_result(
-    reference: Outputs,
-    runs: Sequence[Outputs],
-    rows: Rows,
-    signature: Signature,
-    conditions: Conditions,
+    reference: Outputs, runs: Sequence[Outputs], labels: Array, conditions: Conditions
 ) -> GateResult:
-    del signature  # the metric looks at the first output only
-    labels, n, allowed = rows.labels, len(rows), conditions.max_accuracy_loss
-    if labels is None:
-        raise ValueError("rows without labels")
+    n, allowed = len(labels), conditions.max_accuracy_loss
     hits = _hits(reference, labels, conditions.metric)
     loss, bound, needed = -1.0, -1.0, 0
     for run in runs:
@@ -210,14 +197,9 @@ def _label_rows_needed(lost: float, won: float, allowed: float) -> int:
 
 
 def _agreement_result(
-    reference: Outputs,
-    runs: Sequence[Outputs],
-    rows: Rows,
-    signature: Signature,
-    conditions: Conditions,
+    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec]
 ) -> GateResult:
-    del conditions  # agreement has one bar for all
-    n, specs = len(rows), signature.outputs
+    n = len(reference)
     counts = [
         sum(agreement(f, g, specs) for f, g in zip(reference, run, strict=True)) for run in runs
     ]
@@ -250,17 +232,13 @@ def _close_enough(found: GateResult, gaps: list[float], epsilon: float, delta: f
     return msgspec.structs.replace(found, passed=bound <= delta, why=why)
 
 
-def _hits(
-    outputs: Outputs, labels: Array, metric: Metric
-) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    scores = np.stack([row[0].reshape(-1) for row in outputs])
+def _hits(outputs: Outputs, labels: Array, metric: Metric) -> NDArray[np.bool_]:
+    scores = np.stack([row[0].reshape(-1) for row in outputs]).astype(np.float64)
     if scores.shape[1] < 2:
         raise CalibrationError(
             f"metric {metric} needs an output with a score per class, got one value"
         )
-    if metric == "top1":
-        return np.asarray(scores.argmax(axis=1) == labels)
-    best = np.argsort(scores, axis=1)[:, -5:]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : _BEST[metric]]
     return np.asarray((best == labels[:, None]).any(axis=1))
 
 
@@ -273,17 +251,3 @@ def _next_batch(order: list[int], rows: Rows, signature: Signature, most: int) -
             break
         batch.append(index)
     return batch
-
-
-def _largest(a: list[Array], b: list[Array]) -> float:
-    """Return the largest element difference of two rows' outputs, before any map."""
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.dtype.kind in "OSU":
-            worst = max(worst, 0.0 if np.array_equal(x, y) else FAR)
-        elif x.size:
-            with np.errstate(invalid="ignore"):
-                gap = np.abs(x.astype(np.float64) - y.astype(np.float64))
-            gap = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, gap)
-            worst = max(worst, float(np.nan_to_num(gap, nan=FAR, posinf=FAR).max()))
-    return worst

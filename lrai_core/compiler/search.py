@@ -16,10 +16,9 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import fusion, quantize
-from lrai_core.compiler.axes import length_of, stretch
 from lrai_core.compiler.model import SharedWeights
 from lrai_core.compiler.quantize import Quantized
-from lrai_core.engine.batching import synthetic_row
+from lrai_core.engine.batching import length_of, stretch, synthetic_row
 from lrai_core.engine.engine import Engine, Session
 from lrai_core.errors import ArtifactError, CompileError
 from lrai_core.protocol import Array, Signature

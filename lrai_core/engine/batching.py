@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from lrai_core.engine.engine import Session
 from lrai_core.protocol import DATATYPES, Array, Signature, TensorSpec
 
 MEASURED_ELEMENTS: Final = 1024
@@ -68,6 +69,19 @@ def split(
     return answers
 
 
+def run_together(
+    session: Session, rows: Sequence[Sequence[Array]], signature: Signature
+) -> list[list[Array]]:
+    """Return the outputs of each of these single rows, run in one call and padded.
+
+    Raises:
+        ValueError: An output has not the rows that went in.
+    """
+    lengths = [length_of(row, signature) for row in rows]
+    joint = session.run(coalesce(rows, signature))
+    return split(joint, signature.outputs, [1] * len(rows), lengths)
+
+
 def synthetic_row(signature: Signature, length: int) -> list[Array]:
     """Return a row that most models accept: bits for integers, normal noise for floats."""
     random, row = np.random.default_rng(length), list[Array]()
@@ -85,6 +99,27 @@ def synthetic_row(signature: Signature, length: int) -> list[Array]:
             first = np.arange(shape[-1]) == 0 if shape else True
             row.append((random.integers(0, 2, shape) | first).astype(dtype))
     return row
+
+
+def stretch(row: Sequence[Array], signature: Signature, rows: int, length: int) -> list[Array]:
+    """Return `row` repeated to `rows`, and along its length axis repeated or cut to `length`."""
+    stretched = []
+    for array, spec in zip(row, signature.inputs, strict=True):
+        result = array
+        if (axis := spec.length_axis) is not None:
+            result = np.take(result, np.arange(length) % result.shape[axis], axis=axis)
+        if spec.batch_axis is not None and rows != 1:
+            result = np.repeat(result, rows, axis=0)
+        stretched.append(np.ascontiguousarray(result))
+    return stretched
+
+
+def length_of(row: Sequence[Array], signature: Signature) -> int:
+    """Return the extent of the length axis, 0 where there is none."""
+    for array, spec in zip(row, signature.inputs, strict=True):
+        if spec.length_axis is not None:
+            return int(array.shape[spec.length_axis])
+    return 0
 
 
 def _join(arrays: list[Array], spec: TensorSpec) -> Array:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrai_core.engine.batching import coalesce, split
+from lrai_core.engine.batching import coalesce, length_of, split, stretch
 from lrai_core.protocol import Array, Signature, TensorSpec
 
 FREE = ("batch", "sequence")
@@ -185,3 +185,12 @@ def test_an_output_without_the_rows_that_went_in_is_refused(shape: tuple[int, ..
 def test_too_few_outputs_are_refused() -> None:
     with pytest.raises(ValueError, match="argument 2 is longer"):
         split([np.zeros((3, 2))], TOKENS.outputs, [1, 2], [0, 0])
+
+
+def test_stretch_repeats_rows_and_cuts_or_repeats_lengths() -> None:
+    row = [np.array([[1, 2, 3]]), np.array([[1, 1, 0]]), np.array([[0.5, 1.5]])]
+    assert length_of(row, TOKENS) == 3
+    ids, mask, bias = stretch(row, TOKENS, 2, 5)
+    assert ids.tolist() == [[1, 2, 3, 1, 2]] * 2
+    assert mask.tolist() == [[1, 1, 0, 1, 1]] * 2
+    assert bias.tolist() == [[0.5, 1.5]] * 2
