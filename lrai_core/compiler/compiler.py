@@ -10,7 +10,9 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,17 +24,18 @@ from lrai_core import artifact as store
 from lrai_core.artifact import Artifact, Manifest, Source, Target, Variant
 from lrai_core.compiler import fusion, gate, search
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
-from lrai_core.compiler.gate import Conditions, Judged, Metric
-from lrai_core.compiler.model import WEIGHTS, SharedWeights, declared, load_model
+from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
+from lrai_core.compiler.model import SharedWeights, load_model
+from lrai_core.compiler.probe import declared
 from lrai_core.compiler.search import Candidate
 from lrai_core.config import available_cpus
-from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
+from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import CompileError, EngineError, UsageError, shorten
 from lrai_core.protocol import OutputMap, Signature
 from lrai_core.verifier import statistics, verifier
 from lrai_core.verifier.certificate import Sampler, write_certificate
 from lrai_core.verifier.sample import Rows, digest, disjoint, kept, read_rows, save_rows
-from lrai_core.verifier.spec import FAR
+from lrai_core.verifier.spec import FAR, MEASURES
 
 Data = str | Path | Mapping[str, Any]
 _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
@@ -99,16 +102,13 @@ def compile(
     conditions = Conditions(
         metric=metric, max_accuracy_loss=max_accuracy_loss, epsilon=epsilon, delta=delta
     )
-    if output_map not in ("raw", "softmax", "l2_normalised"):
-        raise UsageError(
-            f"output_map {shorten(str(output_map))!r} is unknown; "
-            "known: raw, softmax, l2_normalised"
-        )
+    if output_map not in MEASURES:
+        got, known = shorten(str(output_map)), ", ".join(MEASURES)
+        raise UsageError(f"output_map {got!r} is unknown; known: {known}")
     if keep < 1:
         raise UsageError(f"keep is {keep}, at least 1 is needed: fp32 is always kept")
     if epsilon is not None and evaluation is None:
         raise UsageError("epsilon needs evaluation rows to be judged on")
-    name = out.name.removesuffix(".lrai")
     with (
         store.writing(out) as folder,
         tempfile.TemporaryDirectory(prefix="lrai-compile-") as scratch,
@@ -126,7 +126,7 @@ def compile(
         work.build()
         work.measure()
         work.judge(keep)
-        work.write(name)
+        work.write(out.name.removesuffix(".lrai"))
     return Artifact.open(out, verify=False)
 
 
@@ -139,6 +139,7 @@ class _Compilation:
     conditions: Conditions
     threads: int
     progress: Progress
+    engine: Engine = field(default_factory=lambda: find_engine("onnxruntime"))
     log: list[dict[str, Any]] = field(default_factory=list)
     shared: SharedWeights = field(init=False)
     source: Source = field(init=False)
@@ -150,25 +151,17 @@ class _Compilation:
     gate: Rows | None = None
     candidates: list[Candidate] = field(default_factory=list)
     kept: list[tuple[Candidate, Judged | None]] = field(default_factory=list)
-    judged: int = 0
 
     def load(self, path: Path) -> None:
         """Ensure: source stored, its graph referring to the weights' file; a session on it."""
         self.progress(Step("load", path.name))
-        model = load_model(path, self._notify)
-        self.signature = declared(model.proto)
-        source = self.folder / "source"
-        source.mkdir()
-        self.shared = SharedWeights(source / WEIGHTS)
-        operators = len(model.proto.graph.node)
-        self.shared.write_source(model.proto, source / "model.onnx")
-        self.proto = model.proto
-        self.source = Source(
-            file="source/model.onnx", sha256=model.sha256, opset=model.opset, operators=operators
-        )
-        self.reference = find_engine("onnxruntime").load(
-            source / "model.onnx", weights=source, threads=self.threads
-        )
+        self.proto, self.source = load_model(path, self._notify)
+        self.signature = declared(self.proto)
+        graph = self.folder / self.source.file
+        graph.parent.mkdir()
+        self.shared = SharedWeights(graph.parent)
+        self.shared.write_source(self.proto, graph)
+        self.reference = self.engine.load(graph, weights=graph.parent, threads=self.threads)
 
     def find_axes(
         self, axes: str | Path | None, evaluation: Data | None, output_map: OutputMap
@@ -214,55 +207,41 @@ class _Compilation:
 
     def build(self) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
-        engine = find_engine("onnxruntime")
-        wanted = search.forms() if self.gate else search.forms()[:1]
-        total = len(wanted) * len(fusion.DISABLEABLE)
-        self.progress(Step("build", "fp32", 0, total))
-        built = search.build(
+        wanted = search.FORMS if self.gate else search.FORMS[:1]
+        tick = self._begin("build", len(wanted) * len(fusion.DISABLEABLE), "fp32")
+        for found in search.build(
             self.proto,
             wanted,
             folder=self.scratch,
             shared=self.shared,
-            weights=self.folder / "source",
-            engine=engine,
+            engine=self.engine,
             threads=self.threads,
-        )
-        for found in built:
+        ):
             if isinstance(found, Candidate):
                 self.candidates.append(found)
-                self.progress(Step("build", found.name, len(self.candidates), total))
+                tick(found.name)
             else:
-                self._record("candidate", form=found[0], kept=False, why=found[1])
+                self._reject(*found)
         if not self.candidates or self.candidates[0].form != "fp32":
             raise CompileError("onnxruntime cannot run an optimised form of the model")
 
     def measure(self) -> None:
         """Require: candidates. Ensure: latency of each, one pass set per form: the fastest."""
         rows = self.search.inputs if self.search else []
-        total = search.points_count(self.signature, rows)
-        done = iter(range(1, total + 1))
-        self.progress(Step("profile", f"{len(self.candidates)} candidates", 0, total))
+        points = search.points(self.signature, rows)
+        tick = self._begin("profile", len(points), f"{len(self.candidates)} candidates")
         try:
-            search.profile(
-                self.candidates,
-                self.signature,
-                rows,
-                lambda: self.progress(Step("profile", "", next(done), total)),
-            )
+            search.profile(self.candidates, self.signature, rows, points, tick)
         except EngineError as error:
             if rows:
                 raise
             self._notify(f"not measured, the model does not run on ones: {error}")
         fastest: dict[str, Candidate] = {}
         for candidate in sorted(self.candidates, key=lambda c: -c.speedup):
-            fastest.setdefault(candidate.form, candidate)
-        base = fastest["fp32"].speedup
-        for candidate in self.candidates:
-            candidate.speedup /= base
-            if fastest[candidate.form] is not candidate:
-                why = f"{candidate.speedup:.2f} x fp32, slower than {fastest[candidate.form].name}"
-                self._record("candidate", form=candidate.name, kept=False, why=why)
-        self.candidates = sorted(fastest.values(), key=lambda c: -c.speedup)
+            best = fastest.setdefault(candidate.form, candidate)
+            if best is not candidate:
+                self._reject(candidate.name, f"{candidate.pace}, slower than {best.name}")
+        self.candidates = list(fastest.values())
 
     def judge(self, keep: int) -> None:
         """Require: measured candidates, fastest first. Ensure: those to keep, fp32 last."""
@@ -270,49 +249,46 @@ class _Compilation:
         if self.gate is None:
             self.kept = [(fp32, None)]
             return
-        quicker = [c for c in self.candidates if c.speedup > 1 and c is not fp32]
-        for slower in self.candidates:
-            if slower.speedup <= 1 and slower is not fp32:
-                why = f"{slower.speedup:.2f} x fp32: slower than fp32"
-                self._record("candidate", form=slower.name, kept=False, why=why)
-        self.judged = len(quicker)
-        total = len(self.gate) * (3 + 2 * len(quicker))
-        count = iter(range(1, total + 1))
-        detail = "source"
-
-        def tick() -> None:
-            self.progress(Step("gate", detail, next(count), total))
-
+        others = [c for c in self.candidates if c is not fp32]
+        runs = 3 + 2 * sum(candidate.speedup > 1 for candidate in others)
+        tick = self._begin("gate", len(self.gate) * runs, "source")
         reference = gate.run_alone(self.reference, self.gate, tick)
-        for candidate in [*quicker, fp32]:
-            detail = candidate.name
-            if candidate is not fp32 and len(self.kept) >= keep - 1:
-                why = f"{candidate.speedup:.2f} x fp32: not judged, {keep - 1} faster forms passed"
-                self._record("candidate", form=candidate.name, kept=False, why=why)
-                continue
-            try:
-                found = gate.judge(
-                    candidate.session, reference, self.gate, self.signature, self.conditions, tick
-                )
-            except (EngineError, ValueError) as error:  # it does not run, or not in batches
-                if candidate is fp32:
-                    raise CompileError(f"the model does not run as its axes say: {error}") from None
-                self._record("candidate", form=candidate.name, kept=False, why=str(error))
-                continue
-            if candidate is fp32:
-                self._check_fp32(found)
-            passed = found.result.passed or candidate is fp32
-            self._record(
-                "candidate",
-                form=candidate.name,
-                kept=passed,
-                why=f"{candidate.speedup:.2f} x fp32; {found.result.why}",
-                speedup=round(candidate.speedup, 4),
-                batch_effect=found.batch_effect,
-                difference=found.result.difference,
+        for candidate in [*others, fp32]:
+            if candidate is not fp32 and candidate.speedup <= 1:
+                self._reject(candidate.name, f"{candidate.pace}: slower than fp32")
+            elif candidate is not fp32 and len(self.kept) >= keep - 1:
+                why = f"{candidate.pace}: not judged, {keep - 1} faster forms passed"
+                self._reject(candidate.name, why)
+            else:
+                self._judge(candidate, self.gate, reference, partial(tick, candidate.name))
+
+    def _judge(self, candidate: Candidate, rows: Rows, reference: Outputs, tick: Tick) -> None:
+        fp32 = candidate.form == "fp32"
+        try:
+            found = gate.judge(
+                candidate.session, reference, rows, self.signature, self.conditions, tick
             )
-            if passed:
-                self.kept.append((candidate, found))
+        except (EngineError, ValueError) as error:  # it does not run, or not in batches
+            if fp32:
+                raise CompileError(f"the model does not run as its axes say: {error}") from None
+            self._reject(candidate.name, str(error))
+            return
+        if fp32 and not found.result.passed:
+            raise CompileError(
+                "the optimised fp32 model does not give the source model's answers: "
+                f"{found.result.why}; if --axes was given, its axes are wrong"
+            )
+        self._record(
+            "candidate",
+            form=candidate.name,
+            kept=found.result.passed,
+            why=f"{candidate.pace}; {found.result.why}",
+            speedup=round(candidate.speedup, 4),
+            batch_effect=found.batch_effect,
+            difference=found.result.difference,
+        )
+        if found.result.passed:
+            self.kept.append((candidate, found))
 
     def write(self, name: str) -> None:
         """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
@@ -322,13 +298,18 @@ class _Compilation:
         self._record("decision", chosen=chosen.id, why=chosen.why)
         for candidate, _ in self.kept:
             for operator in candidate.operators:
-                self._record("operator", variant=candidate.form, **_fields(operator))
+                self._record("operator", variant=candidate.form, **asdict(operator))
         store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
         if self.gate is not None:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
             self.gate = self.gate.take(range(kept(self.gate)))
             save_rows(self.folder / store.EVALUATION, self.gate, self.signature)
-        engine = find_engine("onnxruntime")
+        target = Target(
+            isa=isa_class(),
+            engine=self.engine.name,
+            engine_version=self.engine.version,
+            threads=self.threads,
+        )
         store.write_manifest(
             self.folder,
             Manifest(
@@ -340,13 +321,8 @@ class _Compilation:
                 signature=self.signature,
                 variants=tuple(variants),
                 chosen=chosen.id,
-                candidates=max(1, self.judged),
-                target=Target(
-                    isa=isa_class(),
-                    engine=engine.name,
-                    engine_version=engine.version,
-                    threads=self.threads,
-                ),
+                candidates=max(1, sum(c.speedup > 1 for c in self.candidates)),
+                target=target,
                 files={},
             ),
         )
@@ -385,7 +361,7 @@ class _Compilation:
         home.mkdir(parents=True)
         (home / "model.onnx").write_bytes(candidate.graph.read_bytes())
         first = self.kept[0][0] is candidate
-        why = f"{candidate.speedup:.2f} x fp32" if candidate.form != "fp32" else "always kept"
+        why = candidate.pace if candidate.form != "fp32" else "always kept"
         if found is not None:
             why += f"; {found.result.why}"
         return Variant(
@@ -403,29 +379,27 @@ class _Compilation:
             why=f"chosen: {why}" if first else why,
         )
 
-    def _check_fp32(self, found: Judged) -> None:
-        if not found.result.passed:
-            raise CompileError(
-                "the optimised fp32 model does not give the source model's answers: "
-                f"{found.result.why}; if --axes was given, its axes are wrong"
-            )
-
     def _read(self, evaluation: Data | None, signature: Signature) -> None:
         if evaluation is not None:
             self.rows, repeated = read_rows(evaluation, signature, "evaluation")
             if repeated:
                 self._notify(f"evaluation: {repeated} repeated rows left out")
 
+    def _begin(self, name: str, total: int, detail: str) -> Callable[..., None]:
+        """Report a pass of `total` steps begun; return what reports each step."""
+        done = count(1)
+        self.progress(Step(name, detail, 0, total))
+        return lambda detail="": self.progress(Step(name, detail, next(done), total))
+
     def _notify(self, message: str) -> None:
         _log.info(message)
         self._record("note", why=message)
         self.progress(Step("note", message))
 
+    def _reject(self, form: str, why: str) -> None:
+        self._record("candidate", form=form, kept=False, why=why)
+
     def _record(
         self, event: Literal["candidate", "decision", "operator", "note"], **fields: Any
     ) -> None:
         self.log.append({"event": event, **fields})
-
-
-def _fields(operator: Any) -> dict[str, Any]:
-    return {name: getattr(operator, name) for name in operator.__dataclass_fields__}

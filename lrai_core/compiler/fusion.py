@@ -15,7 +15,13 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError, EncodeError
 
-from lrai_core.engine.onnxruntime import EXTERNAL_FOLDER, REFUSALS, is_about_operator, reason
+from lrai_core.engine.onnxruntime import (
+    EXTERNAL_FOLDER,
+    REFUSALS,
+    is_about_operator,
+    reason,
+    session_options,
+)
 from lrai_core.errors import CompileError, UnsupportedOperator
 
 DISABLEABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -27,11 +33,6 @@ DISABLEABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
 SkipLayerNormFusion makes MiniLM-L6 slower (float32 3 to 8 %, int8 10 to 20 %; onnxruntime 1.32,
 Zen 4). Leaving out the fusions of GELU, scales and transposes as well changed 1 to 2 %, either way.
 """
-
-_LEVELS = {
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
 
 
 def optimise(
@@ -62,10 +63,7 @@ def optimise(
 
     Source: onnxruntime "Graph optimizations", offline mode.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # the warning that "all" is bound to this CPU is what we want
-    options.graph_optimization_level = _LEVELS[level]
-    options.intra_op_num_threads = threads
+    options = session_options(threads, level)
     # No inference happens here, so packing the weights would only cost a second copy of them.
     options.add_session_config_entry("session.disable_prepacking", "1")
     if weights is not None:

@@ -1,29 +1,34 @@
 """First look at a model file, in a process that may die.
 
-Started as `python -P -m lrai_core.compiler.probe FILE`, it parses, checks external data, loads the
-graph into onnxruntime, and prints one JSON object. Parsers have crashed on hostile files; here that
-costs a child.
+A child parses it, checks external data and loads the graph into onnxruntime. Parsers have crashed
+on hostile files; here that costs a child.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import resource
 import stat
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
+import onnx
+import onnx.version_converter
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
-from lrai_core.errors import CompileError, EnvironmentProblem, UnsupportedOperator
-
-if TYPE_CHECKING:
-    import onnx  # imported in the child only
+from lrai_core.engine.onnxruntime import OnnxRuntime, is_about_operator
+from lrai_core.errors import (
+    ArtifactError,
+    CompileError,
+    RequestError,
+    UnsupportedOperator,
+    UnusableFile,
+    shorten,
+)
+from lrai_core.executor import TaskError, limit_memory, run_task
+from lrai_core.protocol import Signature, TensorSpec, datatype_of
 
 MIN_OPSET: Final = 17
 _TIMEOUT_SECONDS: Final = 600
@@ -37,16 +42,12 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """What the child found.
 
     Attributes:
-        problem: Why the model cannot be compiled, empty where it can.
-        unsupported: Whether the problem is an operator.
         opset: Of the default domain.
         external: Files of external data, relative to the model's folder.
     """
 
-    problem: str = ""
-    unsupported: bool = False
-    opset: int = 0
-    external: tuple[str, ...] = ()
+    opset: int
+    external: tuple[str, ...]
 
 
 def probe(model: Path) -> Probe:
@@ -62,82 +63,96 @@ def probe(model: Path) -> Probe:
         raise CompileError(f"{model}: {error.strerror}") from None
     if not stat.S_ISREG(info.st_mode):
         raise CompileError(f"{model} is not a file")
-    command = [sys.executable, "-P", "-m", "lrai_core.compiler.probe", str(model)]
     try:
-        child = subprocess.run(
-            command,
-            capture_output=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
+        return run_task(
+            inspect,
+            str(model),
+            memory_bytes=_memory_bytes(info.st_size),
+            timeout_seconds=_TIMEOUT_SECONDS,
         )
-    except subprocess.TimeoutExpired:
-        raise CompileError(f"{model.name}: reading it took over {_TIMEOUT_SECONDS} s") from None
-    except OSError as error:
-        raise EnvironmentProblem(f"{sys.executable} cannot be started: {error.strerror}") from None
-    if child.returncode < 0:
-        raise CompileError(
-            f"{model.name} killed the process that read it (signal {-child.returncode}); "
-            "the file is damaged or hostile"
-        )
-    try:
-        found = msgspec.json.decode(child.stdout, type=Probe)
-    except msgspec.MsgspecError:
-        last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise CompileError(f"{model.name} cannot be read: {' '.join(last)[:300]}") from None
-    if found.problem:
-        kind = UnsupportedOperator if found.unsupported else CompileError
-        raise kind(f"{model.name}: {found.problem}")
-    return found
+    except TaskError as error:
+        problem = f"{model.name} cannot be read: {error}; the file may be damaged or hostile"
+        raise CompileError(problem) from None
+    except UnusableFile as error:
+        raise type(error)(f"{model.name}: {error}") from None
 
 
-def inspect(path: Path) -> Probe:
+def inspect(model: str) -> Probe:
     """Look at the file in this process; see `probe`.
 
     External data is onnx's to guard: since 1.21 its loader refuses what leaves the model's folder,
     links of both kinds, and places beyond the end of a file.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
+    path = Path(model)
     if path.stat().st_size >= _MAX_PROTOBUF_BYTES:
-        return Probe(problem="over 2 GB in one file: store its weights as external data")
+        raise CompileError("over 2 GB in one file: store its weights as external data")
     try:
-        model = onnx.load(path, load_external_data=False)
-        opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-        if not (model.graph.node and model.graph.output and opset):
-            return Probe(problem="not an ONNX model: no operators, outputs or opset")
-        if unknown := _unknown_operator(model):
-            return Probe(problem=unknown, unsupported=True)
-        if problem := _unusable_interface(model):
-            return Probe(problem=problem)
-        external = sorted(set(_external(model)))
-        files = [path.parent / name for name in external]
-        _limit_memory(sum(file.stat().st_size for file in (path, *files) if file.is_file()))
-        onnx.checker.check_model(str(path))
-        whole = onnx.load(path) if external else model
-        problem, unsupported = _engine_refuses(path, whole, opset)
+        proto = onnx.load(path, load_external_data=False)
+        opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+        if not (proto.graph.node and proto.graph.output and opset):
+            raise CompileError("not an ONNX model: no operators, outputs or opset")
+        _check_operators(proto)
+        declared(proto)
+        # those of attributes and subgraphs, too
+        outside = (t for t in _get_all_tensors(proto) if t.data_location == t.EXTERNAL)
+        external = sorted({ExternalDataInfo(tensor).location for tensor in outside})
+        files = [path, *(path.parent / name for name in external)]
+        limit_memory(_memory_bytes(sum(file.stat().st_size for file in files if file.is_file())))
+        onnx.checker.check_model(path)
+        whole = onnx.load(path) if external else proto
+        _open(path, whole, opset)
     except DecodeError as error:
-        return Probe(problem=f"not an ONNX model, or cut short: {error}")
+        raise CompileError(f"not an ONNX model, or cut short: {error}") from None
+    except ArtifactError as error:
+        kind = UnsupportedOperator if is_about_operator(error) else CompileError
+        raise kind(str(error)) from None
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
         text = " ".join(str(error).split()).replace(f"{path.parent}/", "")
-        return Probe(problem=f"not a valid ONNX model: {text[:300]}")
-    return Probe(problem=problem, unsupported=unsupported, opset=opset, external=tuple(external))
+        raise CompileError(f"not a valid ONNX model: {text[:300]}") from None
+    return Probe(opset=opset, external=tuple(external))
 
 
-def _external(model: onnx.ModelProto) -> Iterator[str]:
-    """Yield the location of every tensor that is stored outside the file."""
-    from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
+def declared(model: onnx.ModelProto) -> Signature:
+    """Return inputs and outputs as the graph declares them, no axis assigned yet.
 
-    for tensor in _get_all_tensors(model):  # those of attributes and subgraphs, too
-        if tensor.data_location == tensor.EXTERNAL:
-            yield ExternalDataInfo(tensor).location
+    Raises:
+        CompileError: There are no inputs, one is no tensor or of no rank, or a datatype that the
+            protocol does not have.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if not inputs:
+        raise CompileError("the model has no inputs")
+    for value in inputs:
+        if value.type.WhichOneof("value") != "tensor_type":
+            raise CompileError(f"input {shorten(value.name)!r} is not a tensor")
+        if not value.type.tensor_type.HasField("shape"):
+            problem = "has a dynamic rank; give it a shape"
+            raise CompileError(f"input {shorten(value.name)!r} {problem}")
+    return Signature(
+        inputs=tuple(_spec(value) for value in inputs),
+        outputs=tuple(_spec(value) for value in model.graph.output),
+    )
 
 
-def _unknown_operator(model: onnx.ModelProto) -> str:
-    """Name the first operator that neither ONNX nor onnxruntime defines, empty if none."""
-    import onnx
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    try:
+        datatype = datatype_of(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except (KeyError, RequestError):
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        raise CompileError(
+            f"tensor {shorten(value.name)!r} has datatype {kind}, which is not supported"
+        ) from None
+    shape: list[int | str] = []
+    for index, dim in enumerate(tensor.shape.dim):
+        fixed = dim.dim_value if dim.HasField("dim_value") else 0
+        shape.append(fixed or dim.dim_param or f"{value.name}.{index}")
+    return TensorSpec(name=value.name, datatype=datatype, shape=tuple(shape))
 
+
+def _check_operators(model: onnx.ModelProto) -> None:
+    """Refuse the first operator that neither ONNX nor onnxruntime defines, by its name."""
     versions = {o.domain: o.version for o in model.opset_import}
     local = {(f.domain, f.name) for f in model.functions}
     for node in _nodes(model.graph):
@@ -147,32 +162,18 @@ def _unknown_operator(model: onnx.ModelProto) -> str:
         version = versions.get(node.domain, versions.get("", 0))
         if not onnx.defs.has(node.op_type, version, domain):
             name = f"{domain}:{node.op_type}" if domain else node.op_type
-            return (
+            raise UnsupportedOperator(
                 f"operator {name} (node {node.name[:80]!r}) is unknown in opset {version}; "
                 "custom operators are not supported"
             )
-    return ""
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
-
-
-def _unusable_interface(model: onnx.ModelProto) -> str:
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if not inputs:
-        return "the model has no inputs"
-    for value in inputs:
-        if value.type.WhichOneof("value") != "tensor_type":
-            return f"input {value.name[:80]!r} is not a tensor"
-        if not value.type.tensor_type.HasField("shape"):
-            return f"input {value.name[:80]!r} has a dynamic rank; give it a shape"
-    return ""
+            for body in (attribute.g, *attribute.graphs):
+                yield from _nodes(body)
 
 
 def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
@@ -181,9 +182,6 @@ def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     Raises:
         UnsupportedOperator: An operator of an older opset cannot be brought forward.
     """
-    import onnx
-    import onnx.version_converter
-
     try:
         upgraded = onnx.version_converter.convert_version(model, MIN_OPSET)
         onnx.checker.check_model(upgraded)
@@ -195,41 +193,15 @@ def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     return upgraded
 
 
-def _engine_refuses(path: Path, model: onnx.ModelProto, opset: int) -> tuple[str, bool]:
-    """Return why the engine does not open the model, and whether an operator is the reason."""
-    from lrai_core.engine.onnxruntime import OnnxRuntime, is_about_operator
-    from lrai_core.errors import ArtifactError
-
+def _open(path: Path, model: onnx.ModelProto, opset: int) -> None:
+    """Load the model, upgraded where it has to be, as it is and optimised."""
     with tempfile.TemporaryDirectory(prefix="lrai-probe-") as folder:
-        try:
-            if opset < MIN_OPSET:
-                path = Path(folder, path.name)
-                path.write_bytes(upgrade(model, opset).SerializeToString())
-            for optimise in (False, True):
-                OnnxRuntime().load(path, optimise=optimise)
-        except UnsupportedOperator as error:
-            return str(error), True
-        except ArtifactError as error:
-            return str(error), is_about_operator(error)
-    return "", False
+        if opset < MIN_OPSET:
+            path = Path(folder, path.name)
+            path.write_bytes(upgrade(model, opset).SerializeToString())
+        for optimise in (False, True):
+            OnnxRuntime().load(path, optimise=optimise)
 
 
-def _limit_memory(model_bytes: int) -> None:
-    """Keep a constant that claims more memory than there is from taking the machine's."""
-    memory = _BASE_MEMORY_BYTES + _MEMORY_FACTOR * model_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
-
-
-def main(argv: list[str]) -> None:
-    """Print what `inspect` finds."""
-    path = Path(argv[0])
-    _limit_memory(path.stat().st_size)
-    with Path(os.devnull).open("wb") as nowhere:
-        answer = os.dup(1)
-        os.dup2(nowhere.fileno(), 1)  # libraries may print; the answer is one JSON object
-        found = inspect(path)
-        os.write(answer, json.dumps(msgspec.structs.asdict(found)).encode())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _memory_bytes(model_bytes: int) -> int:
+    return _BASE_MEMORY_BYTES + _MEMORY_FACTOR * model_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from lrai_core.errors import CompileError
 Float32 = npt.NDArray[np.float32]
 
 _ONNX = ("", "ai.onnx")  # both name the standard's own operators
+_OPSET: Final = 13  # the first whose QuantizeLinear is the one written here
 _MIXED_BLOCK = 64  # the largest whose bits do not depend on the batch
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 _TINY = 1e-20  # keeps the scale of an all-zero row finite
@@ -60,7 +61,7 @@ def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
     without VNNI or AMX the kernel's int16 sums can saturate.
 
     Args:
-        model: Weights inline, opset 11 or later. Not modified.
+        model: Weights inline, opset 13 or later. Not modified.
 
     Raises:
         NothingToQuantize: No operator qualifies.
@@ -69,7 +70,7 @@ def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
     Source: onnxruntime 1.32 `quantization/operators/matmul.py`; ONNX DynamicQuantizeLinear,
     opset 11.
     """
-    return _rewrite(model, _dynamic_int8, bits=8, opset=11)
+    return _rewrite(model, _dynamic_int8)
 
 
 def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
@@ -89,7 +90,7 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
     Source: row-wise scales as in Dettmers et al. 2022, section 2.1 (arXiv:2208.07339), without the
     outlier path; ONNX QuantizeLinear, opset 13.
     """
-    return _rewrite(model, _int8_per_row, bits=8, opset=13)
+    return _rewrite(model, _int8_per_row)
 
 
 def mixed_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
@@ -114,35 +115,35 @@ def mixed_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]
 
     def emit(graph: _Graph, layer: _Linear) -> str:
         if layer.matrix.size <= max(third):
-            return _nbits(graph, layer, _MIXED_BLOCK, 8, _INT8_ACTIVATIONS)
+            return _nbits(graph, layer, _MIXED_BLOCK, _INT8_ACTIVATIONS)
         return _int8_per_row(graph, layer)
 
-    return _rewrite(model, emit, bits=8, opset=13)
+    return _rewrite(model, emit)
 
 
 def matmul_nbits(
-    model: onnx.ModelProto, *, block_size: int, bits: Literal[4, 8] = 8, accuracy_level: int = 4
+    model: onnx.ModelProto, *, block_size: int, accuracy_level: int = _INT8_ACTIVATIONS
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
-    """Return `model` with weights of `bits` bits and a scale per block of `block_size` along K.
+    """Return `model` with int8 weights and a scale per block of `block_size` along K.
 
     Args:
-        model: Weights inline. Not modified.
+        model: Weights inline, opset 13 or later. Not modified.
         block_size: A power of two from 16 on. Up to 64 a row's bits were the same alone and in any
             batch (onnxruntime 1.32, AVX-512 VNNI); above, the last bits depend on the batch size.
-        bits: 4 or 8, stored symmetric around the middle of the unsigned range.
         accuracy_level: 4 quantises activations to int8, per row and block, inside the kernel; 1
             keeps them in float32.
 
     Raises:
         NothingToQuantize: No operator qualifies.
+        CompileError: The opset is too old.
 
     Source: onnxruntime contrib operator MatMulNBits, version 1.
     """
 
     def emit(graph: _Graph, layer: _Linear) -> str:
-        return _nbits(graph, layer, block_size, bits, accuracy_level)
+        return _nbits(graph, layer, block_size, accuracy_level)
 
-    return _rewrite(model, emit, bits=bits, opset=1)
+    return _rewrite(model, emit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +184,12 @@ class _Graph:
 
 
 def _rewrite(
-    model: onnx.ModelProto, emit: Callable[[_Graph, _Linear], str], *, bits: int, opset: int
+    model: onnx.ModelProto, emit: Callable[[_Graph, _Linear], str]
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return a copy of `model` with what qualifies written by `emit`, and a line per operator."""
     graph = _Graph(next((o.version for o in model.opset_import if o.domain in _ONNX), 0))
-    if graph.opset < opset:
-        raise CompileError(f"this form needs opset {opset} or later, the model has {graph.opset}")
+    if graph.opset < _OPSET:
+        raise CompileError(f"this form needs opset {_OPSET} or later, the model has {graph.opset}")
     overridable = {i.name for i in model.graph.input}
     constants = {t.name: t for t in model.graph.initializer if t.name not in overridable}
     constants |= {
@@ -213,7 +214,7 @@ def _rewrite(
             Quantized(
                 node=node.name,
                 op_type=node.op_type,
-                bits=bits,
+                bits=8,
                 scheme=scheme,
                 weight_elements=layer.matrix.size,
                 error=graph.errors[layer.weight],
@@ -297,20 +298,16 @@ def _int8_weight(graph: _Graph, layer: _Linear) -> tuple[str, str]:
     return f"{name}:int8", f"{name}:scale"
 
 
-def _nbits(graph: _Graph, layer: _Linear, block_size: int, bits: int, accuracy_level: int) -> str:
+def _nbits(graph: _Graph, layer: _Linear, block_size: int, accuracy_level: int) -> str:
     name, (k, n) = layer.weight, layer.matrix.shape
     if name not in graph.errors:
-        peak = 2 ** (bits - 1) - 1
         blocks = np.pad(layer.matrix.T, ((0, 0), (0, -k % block_size)))
         blocks = blocks.reshape(n, -1, block_size)
-        scale = _scale(np.abs(blocks).max(axis=2, keepdims=True), peak)  # float32 [N, blocks, 1]
+        scale = _scale(np.abs(blocks).max(axis=2, keepdims=True), 127)  # float32 [N, blocks, 1]
         integers = np.rint(blocks / scale)
         graph.errors[name] = _relative_error(blocks, integers * scale)
         # the kernel's zero point, where none is given, is the middle of the unsigned range
-        packed = (integers + (peak + 1)).astype(np.uint8)
-        if bits == 4:
-            packed = packed[..., ::2] | packed[..., 1::2] << 4
-        graph.constant(f"{name}:packed", packed, np.uint8)
+        graph.constant(f"{name}:packed", integers + 128, np.uint8)
         graph.constant(f"{name}:scale", scale.reshape(n, -1), np.float32)
     graph.add(
         "MatMulNBits",
@@ -319,7 +316,7 @@ def _nbits(graph: _Graph, layer: _Linear, block_size: int, bits: int, accuracy_l
         domain="com.microsoft",
         K=k,
         N=n,
-        bits=bits,
+        bits=8,
         block_size=block_size,
         accuracy_level=accuracy_level,
     )

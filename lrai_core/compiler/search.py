@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Final
 
@@ -59,20 +61,21 @@ class Candidate:
         """Return the form with the passes left out, for logs."""
         return self.form + "".join(f" without {name}" for name in self.passes_off)
 
-
-def forms() -> tuple[tuple[str, str, Build | None], ...]:
-    """Return id, precision and builder of every form; fp32 is first and needs no builder."""
-    return (
-        ("fp32", "fp32", None),
-        ("int8-dynamic", "int8", quantize.dynamic_int8),
-        ("int8-row", "int8", quantize.dynamic_int8_per_row),
-        ("int8-mixed", "int8", quantize.mixed_int8),
-        *((f"int8-block{size}", "int8", _blocks(size)) for size in (32, 128)),
-    )
+    @property
+    def pace(self) -> str:
+        """Return how fast it is, for logs."""
+        return f"{self.speedup:.2f} x fp32"
 
 
-def _blocks(size: int) -> Build:
-    return lambda model: quantize.matmul_nbits(model, block_size=size)
+FORMS: Final[tuple[tuple[str, str, Build | None], ...]] = (
+    ("fp32", "fp32", None),
+    ("int8-dynamic", "int8", quantize.dynamic_int8),
+    ("int8-row", "int8", quantize.dynamic_int8_per_row),
+    ("int8-mixed", "int8", quantize.mixed_int8),
+    ("int8-block32", "int8", partial(quantize.matmul_nbits, block_size=32)),
+    ("int8-block128", "int8", partial(quantize.matmul_nbits, block_size=128)),
+)
+"""Id, precision and builder of every form; fp32 is first and needs no builder."""
 
 
 def build(
@@ -81,7 +84,6 @@ def build(
     *,
     folder: Path,
     shared: SharedWeights,
-    weights: Path,
     engine: Engine,
     threads: int,
 ) -> Iterator[Candidate | tuple[str, str]]:
@@ -92,10 +94,10 @@ def build(
         wanted: From `forms`.
         folder: Where graphs are written.
         shared: The source's weights, which graphs refer to.
-        weights: Folder of those weights.
         engine: What loads the candidates.
         threads: Of the sessions.
     """
+    weights = shared.folder
     basic: onnx.ModelProto | None = None
     for form, precision, transform in wanted:
         seen: set[bytes] = set()
@@ -135,48 +137,35 @@ def _inline(model: onnx.ModelProto, weights: Path, threads: int) -> onnx.ModelPr
 def profile(
     candidates: Sequence[Candidate],
     signature: Signature,
-    rows: list[list[Array]],
+    rows: Sequence[list[Array]],
+    points: Sequence[tuple[int, int]],
     tick: Callable[[], None],
 ) -> None:
-    """Measure all candidates at the same points in interleaved rounds, and set latency and speedup.
+    """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
-    The first candidate is the reference of the speed-up.
+    The reference of the speed-up is the fastest candidate of the form fp32.
     """
-    points = _points(signature, rows)
     row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
-    timings: dict[tuple[int, int, int], list[float]] = {}
+    measured: list[list[LatencyPoint]] = [[] for _ in candidates]
     for count, length in points:
         base = row or synthetic_row(signature, max(length, 1))
         feed = stretch(base, signature, count, length)
-        repeats = [_repeats(candidate.session, feed) for candidate in candidates]
-        for _ in range(ROUNDS):
-            for index, candidate in enumerate(candidates):
-                started = time.perf_counter()
-                for _ in range(repeats[index]):
-                    candidate.session.run(feed)
-                seconds = (time.perf_counter() - started) / repeats[index]
-                timings.setdefault((index, count, length), []).append(seconds)
+        sessions = [candidate.session for candidate in candidates]
+        repeats = [_repeats(session, feed) for session in sessions]
+        rounds = [list(map(_seconds, sessions, repeat(feed), repeats)) for _ in range(ROUNDS)]
+        for own, seconds in zip(measured, zip(*rounds, strict=True), strict=True):
+            own.append(_point(count, length, seconds))
         tick()
-    for index, candidate in enumerate(candidates):
-        candidate.latency = [
-            _point(count, length, timings[index, count, length]) for count, length in points
-        ]
-    for candidate in candidates:
-        logs = [
-            math.log(a.median_ms / b.median_ms)
-            for a, b in zip(candidates[0].latency, candidate.latency, strict=True)
-        ]
-        candidate.speedup = math.exp(math.fsum(logs) / len(logs))
+    paces = [statistics.fmean(math.log(point.median_ms) for point in own) for own in measured]
+    forms = [candidate.form for candidate in candidates]
+    best = min(pace for pace, form in zip(paces, forms, strict=True) if form == "fp32")
+    for candidate, pace, own in zip(candidates, paces, measured, strict=True):
+        candidate.latency, candidate.speedup = own, math.exp(best - pace)
 
 
-def points_count(signature: Signature, rows: list[list[Array]]) -> int:
-    """Return how many points `profile` measures, for a progress bar."""
-    return len(_points(signature, rows))
-
-
-def _points(signature: Signature, rows: list[list[Array]]) -> list[tuple[int, int]]:
-    """Return (rows, length) of every point."""
+def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int, int]]:
+    """Return (rows, length) of every point worth measuring, given rows as long as those served."""
     if not signature.coalescible:
         return [(1, 0)]
     if signature.inputs[0].length_axis is None:
@@ -193,12 +182,17 @@ def _points(signature: Signature, rows: list[list[Array]]) -> list[tuple[int, in
 
 def _repeats(session: Session, feed: list[Array]) -> int:
     session.run(feed)
+    return max(1, int(_LEAST_SECONDS / max(_seconds(session, feed, 1), 1e-7)))
+
+
+def _seconds(session: Session, feed: list[Array], repeats: int) -> float:
     started = time.perf_counter()
-    session.run(feed)
-    return max(1, int(_LEAST_SECONDS / max(time.perf_counter() - started, 1e-7)))
+    for _ in range(repeats):
+        session.run(feed)
+    return (time.perf_counter() - started) / repeats
 
 
-def _point(rows: int, length: int, seconds: list[float]) -> LatencyPoint:
+def _point(rows: int, length: int, seconds: Sequence[float]) -> LatencyPoint:
     quarters = statistics.quantiles(seconds, n=4)
     return LatencyPoint(
         rows=rows,

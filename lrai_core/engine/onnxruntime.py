@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -24,6 +24,11 @@ REFUSALS: Final = (  # onnxruntime's errors have no base of their own
     RuntimeError,
     ValueError,
 )
+_LEVELS: Final = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 
 
 class OnnxRuntime:
@@ -36,7 +41,7 @@ class OnnxRuntime:
         self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
     ) -> OnnxRuntimeSession:
         """Return a session; see `Engine.load`."""
-        options = session_options(threads, optimise=optimise)
+        options = session_options(threads, "all" if optimise else "none")
         given: str | bytes = str(model)
         if weights is not None:
             # Without a path of its own a graph may take its external data from a folder of ours.
@@ -71,17 +76,18 @@ class OnnxRuntimeSession:
         return results
 
 
-def session_options(threads: int, *, optimise: bool) -> ort.SessionOptions:
-    """Return options for one call at a time, silent but for errors that are raised anyway."""
+def session_options(threads: int, level: Literal["none", "basic", "all"]) -> ort.SessionOptions:
+    """Return options for one call at a time, silent but for errors that are raised anyway.
+
+    Args:
+        threads: Of one call.
+        level: Of graph optimisation: "basic" keeps to standard operators, "all" fuses for this CPU.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = (
-        ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        if optimise
-        else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )
+    options.graph_optimization_level = _LEVELS[level]
     options.log_severity_level = 4
     return options
 
