@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+from msgspec.structs import asdict, replace
 
 from lrai_core.engine.batching import length_of, run_together, stretch, synthetic_row
 from lrai_core.engine.engine import Session
@@ -104,8 +105,8 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
                 problem = f"the model has no {side[:-1]} {shorten(name)!r}; it has {list(specs)}"
                 raise UsageError(f"{file}: {problem}")
             try:
-                stated = msgspec.structs.asdict(msgspec.convert(table, _Stated))
-                specs[name] = msgspec.structs.replace(specs[name], **stated)
+                stated = asdict(msgspec.convert(table, _Stated))
+                specs[name] = replace(specs[name], **stated)
             except ValueError as error:
                 problem = f"axes of {shorten(name)!r}: {shorten(str(error), 200)}"
                 raise UsageError(f"{file}: {problem}; known: batch, length, pad, map") from None
@@ -115,27 +116,21 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
 
 def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
     """Return the signature with this map on every floating-point output."""
-    return Signature(
-        inputs=signature.inputs,
-        outputs=tuple(
-            msgspec.structs.replace(spec, output_map=output_map)
-            if spec.datatype.startswith("FP")
-            else spec
-            for spec in signature.outputs
-        ),
-    )
+    outputs = [
+        replace(spec, output_map=output_map) if spec.datatype.startswith("FP") else spec
+        for spec in signature.outputs
+    ]
+    return Signature(inputs=signature.inputs, outputs=tuple(outputs))
 
 
 def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
     """Return the signature with batch axis 0 throughout, and these length axes on the inputs."""
-    replace = msgspec.structs.replace
-    return Signature(
-        inputs=tuple(
-            replace(spec, batch_axis=0, length_axis=axis)
-            for spec, axis in zip(signature.inputs, lengths, strict=True)
-        ),
-        outputs=tuple(replace(spec, batch_axis=0) for spec in signature.outputs),
-    )
+    inputs = [
+        replace(spec, batch_axis=0, length_axis=axis)
+        for spec, axis in zip(signature.inputs, lengths, strict=True)
+    ]
+    outputs = [replace(spec, batch_axis=0) for spec in signature.outputs]
+    return Signature(inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _pairs(signature: Signature, rows: list[Row]) -> list[tuple[Row, Row]]:
@@ -166,7 +161,7 @@ def _output_lengths(signature: Signature, session: Session, pair: tuple[Row, Row
     for a, b, spec in zip(*map(session.run, pair), signature.outputs, strict=True):
         moved = [axis for axis in range(1, a.ndim) if (a.shape[axis], b.shape[axis]) == lengths]
         axis = moved[0] if len(moved) == 1 else None
-        outputs.append(msgspec.structs.replace(spec, length_axis=axis))
+        outputs.append(replace(spec, length_axis=axis))
     return Signature(inputs=signature.inputs, outputs=tuple(outputs))
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -209,19 +209,16 @@ class _Compilation:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
         wanted = search.FORMS if self.gate else search.FORMS[:1]
         tick = self._begin("build", len(wanted) * len(fusion.DISABLEABLE), "fp32")
-        for found in search.build(
+        self.candidates = search.build(
             self.proto,
             wanted,
             folder=self.scratch,
             shared=self.shared,
             engine=self.engine,
             threads=self.threads,
-        ):
-            if isinstance(found, Candidate):
-                self.candidates.append(found)
-                tick(found.name)
-            else:
-                self._reject(*found)
+            tick=tick,
+            reject=self._reject,
+        )
         if not self.candidates or self.candidates[0].form != "fp32":
             raise CompileError("onnxruntime cannot run an optimised form of the model")
 
@@ -399,7 +396,5 @@ class _Compilation:
     def _reject(self, form: str, why: str) -> None:
         self._record("candidate", form=form, kept=False, why=why)
 
-    def _record(
-        self, event: Literal["candidate", "decision", "operator", "note"], **fields: Any
-    ) -> None:
+    def _record(self, event: str, **fields: Any) -> None:
         self.log.append({"event": event, **fields})

@@ -15,13 +15,7 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError, EncodeError
 
-from lrai_core.engine.onnxruntime import (
-    EXTERNAL_FOLDER,
-    REFUSALS,
-    is_about_operator,
-    reason,
-    session_options,
-)
+from lrai_core.engine.onnxruntime import REFUSALS, is_about_operator, reason, session_options
 from lrai_core.errors import CompileError, UnsupportedOperator
 
 DISABLEABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -63,11 +57,9 @@ def optimise(
 
     Source: onnxruntime "Graph optimizations", offline mode.
     """
-    options = session_options(threads, level)
+    options = session_options(threads, level, weights)
     # No inference happens here, so packing the weights would only cost a second copy of them.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    if weights is not None:
-        options.add_session_config_entry(EXTERNAL_FOLDER, str(weights))
     with tempfile.TemporaryDirectory(prefix="lrai-fusion-") as folder:
         target = Path(folder, "optimised.onnx")
         options.optimized_model_filepath = str(target)

@@ -16,21 +16,18 @@ import msgspec
 import onnx
 import onnx.version_converter
 from google.protobuf.message import DecodeError
+from onnx import helper
 from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
 from lrai_core.engine.onnxruntime import OnnxRuntime, is_about_operator
-from lrai_core.errors import (
-    ArtifactError,
-    CompileError,
-    RequestError,
-    UnsupportedOperator,
-    UnusableFile,
-    shorten,
-)
+from lrai_core.errors import ArtifactError, CompileError, UnsupportedOperator, UnusableFile, shorten
 from lrai_core.executor import TaskError, limit_memory, run_task
-from lrai_core.protocol import Signature, TensorSpec, datatype_of
+from lrai_core.protocol import DATATYPES, Signature, TensorSpec
 
 MIN_OPSET: Final = 17
+_DATATYPES: Final[dict[int, str]] = {
+    helper.np_dtype_to_tensor_dtype(dtype): name for name, dtype in DATATYPES.items()
+}
 _TIMEOUT_SECONDS: Final = 600
 _BASE_MEMORY_BYTES: Final = 8 << 30  # address space, of which libraries reserve much and use little
 _MEMORY_FACTOR: Final = 4  # the file, its parsed form, and the engine's packed copy
@@ -137,18 +134,16 @@ def declared(model: onnx.ModelProto) -> Signature:
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
-    try:
-        datatype = datatype_of(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    except (KeyError, RequestError):
+    if tensor.elem_type not in _DATATYPES:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
         raise CompileError(
             f"tensor {shorten(value.name)!r} has datatype {kind}, which is not supported"
-        ) from None
+        )
     shape: list[int | str] = []
     for index, dim in enumerate(tensor.shape.dim):
         fixed = dim.dim_value if dim.HasField("dim_value") else 0
         shape.append(fixed or dim.dim_param or f"{value.name}.{index}")
-    return TensorSpec(name=value.name, datatype=datatype, shape=tuple(shape))
+    return TensorSpec(name=value.name, datatype=_DATATYPES[tensor.elem_type], shape=tuple(shape))
 
 
 def _check_operators(model: onnx.ModelProto) -> None:

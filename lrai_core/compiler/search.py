@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -86,8 +86,10 @@ def build(
     shared: SharedWeights,
     engine: Engine,
     threads: int,
-) -> Iterator[Candidate | tuple[str, str]]:
-    """Yield each form under each pass set as a candidate, or as (name, why it is none).
+    tick: Callable[[str], None],
+    reject: Callable[[str, str], None],
+) -> list[Candidate]:
+    """Return each form under each pass set as a candidate, if it can be made and loaded.
 
     Args:
         model: The source's graph, its large weights external. Not modified.
@@ -96,8 +98,10 @@ def build(
         shared: The source's weights, which graphs refer to.
         engine: What loads the candidates.
         threads: Of the sessions.
+        tick: Told the name of each candidate.
+        reject: Told the name of what is no candidate, and why.
     """
-    weights = shared.folder
+    weights, candidates = shared.folder, list[Candidate]()
     basic: onnx.ModelProto | None = None
     for form, precision, transform in wanted:
         seen: set[bytes] = set()
@@ -107,7 +111,7 @@ def build(
                 basic = basic or _inline(model, weights, threads)
                 graph, operators = transform(basic)
         except CompileError as error:
-            yield form, str(error)
+            reject(form, str(error))
             continue
         for name, passes_off in fusion.DISABLEABLE:
             file = folder / f"{form}.{name}.onnx"
@@ -122,9 +126,13 @@ def build(
                 seen.add(digest)
                 session = engine.load(file, weights=weights, threads=threads)
             except (CompileError, ArtifactError) as error:
-                yield f"{form} ({name})", str(error)
+                reject(f"{form} ({name})", str(error))
                 continue
-            yield Candidate(form, precision, passes_off, file, size, operators, session)
+            candidates.append(
+                Candidate(form, precision, passes_off, file, size, operators, session)
+            )
+            tick(candidates[-1].name)
+    return candidates
 
 
 def _inline(model: onnx.ModelProto, weights: Path, threads: int) -> onnx.ModelProto:

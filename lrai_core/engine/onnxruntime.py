@@ -12,7 +12,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from lrai_core.errors import ArtifactError, EngineError
 from lrai_core.protocol import Array
 
-EXTERNAL_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 REFUSALS: Final = (  # onnxruntime's errors have no base of their own
     state.Fail,
     state.InvalidArgument,
@@ -41,12 +40,9 @@ class OnnxRuntime:
         self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
     ) -> OnnxRuntimeSession:
         """Return a session; see `Engine.load`."""
-        options = session_options(threads, "all" if optimise else "none")
-        given: str | bytes = str(model)
-        if weights is not None:
-            # Without a path of its own a graph may take its external data from a folder of ours.
-            options.add_session_config_entry(EXTERNAL_FOLDER, str(weights))
-            given = model.read_bytes()
+        options = session_options(threads, "all" if optimise else "none", weights)
+        # Without a path of its own a graph may take its external data from a folder of ours.
+        given = str(model) if weights is None else model.read_bytes()
         try:
             session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except REFUSALS as error:
@@ -76,12 +72,15 @@ class OnnxRuntimeSession:
         return results
 
 
-def session_options(threads: int, level: Literal["none", "basic", "all"]) -> ort.SessionOptions:
+def session_options(
+    threads: int, level: Literal["none", "basic", "all"], weights: Path | None
+) -> ort.SessionOptions:
     """Return options for one call at a time, silent but for errors that are raised anyway.
 
     Args:
         threads: Of one call.
         level: Of graph optimisation: "basic" keeps to standard operators, "all" fuses for this CPU.
+        weights: Folder of the external data of a graph that is given as bytes.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -89,6 +88,9 @@ def session_options(threads: int, level: Literal["none", "basic", "all"]) -> ort
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = _LEVELS[level]
     options.log_severity_level = 4
+    if weights is not None:
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(weights))
     return options
 
 
