@@ -109,17 +109,9 @@ def compile(
         raise UsageError(f"keep is {keep}, at least 1 is needed: fp32 is always kept")
     if epsilon is not None and evaluation is None:
         raise UsageError("epsilon needs evaluation rows to be judged on")
-    with (
-        store.writing(out) as folder,
-        tempfile.TemporaryDirectory(prefix="lrai-compile-") as scratch,
-    ):
-        work = _Compilation(
-            folder=folder,
-            scratch=Path(scratch),
-            conditions=conditions,
-            threads=threads or available_cpus(),
-            progress=progress or (lambda _: None),
-        )
+    report = progress or (lambda _: None)
+    with store.writing(out) as folder, tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
+        work = _Compilation(folder, Path(scratch), conditions, threads or available_cpus(), report)
         work.load(model)
         work.find_axes(axes, evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
@@ -207,7 +199,7 @@ class _Compilation:
 
     def build(self) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
-        wanted = search.FORMS if self.gate else search.FORMS[:1]
+        wanted = list(search.FORMS) if self.gate else ["fp32"]
         tick = self._begin("build", len(wanted) * len(fusion.DISABLEABLE), "fp32")
         self.candidates = search.build(
             self.proto,
@@ -246,18 +238,20 @@ class _Compilation:
         if self.gate is None:
             self.kept = [(fp32, None)]
             return
-        others = [c for c in self.candidates if c is not fp32]
-        runs = 3 + 2 * sum(candidate.speedup > 1 for candidate in others)
+        runs = 3 + 2 * sum(candidate.speedup > 1 for candidate in self.candidates)
         tick = self._begin("gate", len(self.gate) * runs, "source")
         reference = gate.run_alone(self.reference, self.gate, tick)
-        for candidate in [*others, fp32]:
-            if candidate is not fp32 and candidate.speedup <= 1:
+        for candidate in self.candidates:
+            if candidate is fp32:
+                continue
+            if candidate.speedup <= 1:
                 self._reject(candidate.name, f"{candidate.pace}: slower than fp32")
-            elif candidate is not fp32 and len(self.kept) >= keep - 1:
+            elif len(self.kept) >= keep - 1:
                 why = f"{candidate.pace}: not judged, {keep - 1} faster forms passed"
                 self._reject(candidate.name, why)
             else:
                 self._judge(candidate, self.gate, reference, partial(tick, candidate.name))
+        self._judge(fp32, self.gate, reference, partial(tick, fp32.name))
 
     def _judge(self, candidate: Candidate, rows: Rows, reference: Outputs, tick: Tick) -> None:
         fp32 = candidate.form == "fp32"
@@ -364,7 +358,7 @@ class _Compilation:
         return Variant(
             id=candidate.form,
             engine="onnxruntime",
-            precision=candidate.precision,
+            precision="fp32" if candidate.form == "fp32" else "int8",
             model=f"variants/{candidate.form}/model.onnx",
             weights="source",
             size_bytes=candidate.size_bytes,

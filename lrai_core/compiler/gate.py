@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lrai_core import confidence
 from lrai_core.artifact import GateResult
-from lrai_core.engine.batching import MEASURED_ELEMENTS, length_of, run_together
+from lrai_core.engine.batching import run_together, shuffled_batches
 from lrai_core.engine.engine import Session
 from lrai_core.errors import CalibrationError, UsageError
 from lrai_core.protocol import Array, Signature, TensorSpec
@@ -29,7 +29,6 @@ AGREEMENT: Final = 0.98
 LEVEL: Final = 0.95
 _PAIR_LEVEL: Final = 1 - (1 - LEVEL) / 2  # half of the error to each side of the pair
 _BEST: Final[dict[Metric, int]] = {"top1": 1, "top5": 5}
-_BATCH_ROWS: Final = (2, 3, 5, 8, 13, 64)
 EFFECT_FLOOR: Final = (
     1e-4  # fp32 sums in another order: two GEMM shapes of one engine differ by less
 )
@@ -91,16 +90,10 @@ def run_alone(session: Session, rows: Rows, tick: Tick) -> Outputs:
     return outputs
 
 
-def run_batched(
-    session: Session, rows: Rows, signature: Signature, tick: Tick, seed: int = 0
-) -> Outputs:
+def run_batched(session: Session, rows: Rows, signature: Signature, tick: Tick) -> Outputs:
     """Return the outputs of every row, run among batch-mates of other lengths in shuffled order."""
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(rows)).tolist()
-    outputs: Outputs = [[] for _ in order]
-    while order:
-        batch = _next_batch(order, rows, signature, int(random.choice(_BATCH_ROWS)))
-        order = order[len(batch) :]
+    outputs: Outputs = [[] for _ in rows.inputs]
+    for batch in shuffled_batches(rows.inputs, signature):
         mates = [rows.inputs[i] for i in batch]
         for index, own in zip(batch, run_together(session, mates, signature), strict=True):
             outputs[index] = own
@@ -240,14 +233,3 @@ def _hits(outputs: Outputs, labels: Array, metric: Metric) -> NDArray[np.bool_]:
         )
     best = np.argsort(-scores, axis=1, kind="stable")[:, : _BEST[metric]]
     return np.asarray((best == labels[:, None]).any(axis=1))
-
-
-def _next_batch(order: list[int], rows: Rows, signature: Signature, most: int) -> list[int]:
-    batch: list[int] = []
-    longest = 0
-    for index in order[:most]:
-        longest = max(longest, length_of(rows.inputs[index], signature))
-        if batch and longest * (len(batch) + 1) > MEASURED_ELEMENTS:
-            break
-        batch.append(index)
-    return batch

@@ -6,6 +6,7 @@ on hostile files; here that costs a child.
 
 from __future__ import annotations
 
+import os
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def probe(model: Path) -> Probe:
     try:
         return run_task(
             inspect,
-            str(model),
+            os.fsencode(model),
             memory_bytes=_memory_bytes(info.st_size),
             timeout_seconds=_TIMEOUT_SECONDS,
         )
@@ -74,13 +75,13 @@ def probe(model: Path) -> Probe:
         raise type(error)(f"{model.name}: {error}") from None
 
 
-def inspect(model: str) -> Probe:
+def inspect(model: bytes) -> Probe:
     """Look at the file in this process; see `probe`.
 
     External data is onnx's to guard: since 1.21 its loader refuses what leaves the model's folder,
     links of both kinds, and places beyond the end of a file.
     """
-    path = Path(model)
+    path = Path(os.fsdecode(model))  # a name need not be text
     if path.stat().st_size >= _MAX_PROTOBUF_BYTES:
         raise CompileError("over 2 GB in one file: store its weights as external data")
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -139,10 +140,7 @@ def matmul_nbits(
 
     Source: onnxruntime contrib operator MatMulNBits, version 1.
     """
-
-    def emit(graph: _Graph, layer: _Linear) -> str:
-        return _nbits(graph, layer, block_size, accuracy_level)
-
+    emit = partial(_nbits, block_size=block_size, accuracy_level=accuracy_level)
     return _rewrite(model, emit)
 
 

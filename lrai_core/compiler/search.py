@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -39,7 +39,6 @@ class Candidate:
 
     Attributes:
         form: Id of the form: `fp32`, `int8-row`, …
-        precision: What its weights are stored in.
         passes_off: Optimizer passes that were left out.
         graph: File of the graph, its shared weights in the source's folder.
         size_bytes: What loading it reads.
@@ -47,7 +46,6 @@ class Candidate:
     """
 
     form: str
-    precision: str
     passes_off: tuple[str, ...]
     graph: Path
     size_bytes: int
@@ -67,20 +65,20 @@ class Candidate:
         return f"{self.speedup:.2f} x fp32"
 
 
-FORMS: Final[tuple[tuple[str, str, Build | None], ...]] = (
-    ("fp32", "fp32", None),
-    ("int8-dynamic", "int8", quantize.dynamic_int8),
-    ("int8-row", "int8", quantize.dynamic_int8_per_row),
-    ("int8-mixed", "int8", quantize.mixed_int8),
-    ("int8-block32", "int8", partial(quantize.matmul_nbits, block_size=32)),
-    ("int8-block128", "int8", partial(quantize.matmul_nbits, block_size=128)),
-)
-"""Id, precision and builder of every form; fp32 is first and needs no builder."""
+FORMS: Final[Mapping[str, Build | None]] = {
+    "fp32": None,
+    "int8-dynamic": quantize.dynamic_int8,
+    "int8-row": quantize.dynamic_int8_per_row,
+    "int8-mixed": quantize.mixed_int8,
+    "int8-block32": partial(quantize.matmul_nbits, block_size=32),
+    "int8-block128": partial(quantize.matmul_nbits, block_size=128),
+}
+"""Every form and what builds it; fp32 is first and needs no builder."""
 
 
 def build(
     model: onnx.ModelProto,
-    wanted: Sequence[tuple[str, str, Build | None]],
+    wanted: Sequence[str],
     *,
     folder: Path,
     shared: SharedWeights,
@@ -93,7 +91,7 @@ def build(
 
     Args:
         model: The source's graph, its large weights external. Not modified.
-        wanted: From `forms`.
+        wanted: Keys of `FORMS`.
         folder: Where graphs are written.
         shared: The source's weights, which graphs refer to.
         engine: What loads the candidates.
@@ -103,12 +101,14 @@ def build(
     """
     weights, candidates = shared.folder, list[Candidate]()
     basic: onnx.ModelProto | None = None
-    for form, precision, transform in wanted:
+    for form in wanted:
         seen: set[bytes] = set()
         graph, operators = model, list[Quantized]()
         try:
-            if transform is not None:
-                basic = basic or _inline(model, weights, threads)
+            if transform := FORMS[form]:
+                if basic is None:
+                    basic = fusion.optimise(model, level="basic", threads=threads, weights=weights)
+                    load_external_data_for_model(basic, str(weights))
                 graph, operators = transform(basic)
         except CompileError as error:
             reject(form, str(error))
@@ -128,18 +128,9 @@ def build(
             except (CompileError, ArtifactError) as error:
                 reject(f"{form} ({name})", str(error))
                 continue
-            candidates.append(
-                Candidate(form, precision, passes_off, file, size, operators, session)
-            )
+            candidates.append(Candidate(form, passes_off, file, size, operators, session))
             tick(candidates[-1].name)
     return candidates
-
-
-def _inline(model: onnx.ModelProto, weights: Path, threads: int) -> onnx.ModelProto:
-    """Return the basic-optimised model with its weights inline, as the quantisers take it."""
-    basic = fusion.optimise(model, level="basic", threads=threads, weights=weights)
-    load_external_data_for_model(basic, str(weights))
-    return basic
 
 
 def profile(

@@ -5,7 +5,7 @@ Pure; the actor, the gate and the certificates share it, so what was measured is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -15,6 +15,7 @@ from lrai_core.protocol import DATATYPES, Array, Signature, TensorSpec
 
 MEASURED_ELEMENTS: Final = 1024
 """Padded rows x length that the gate measures the batch effect with, and the default of a call."""
+_BATCH_ROWS: Final = (2, 3, 5, 8, 13, 64)
 
 
 def coalesce(requests: Sequence[Sequence[Array]], signature: Signature) -> list[Array]:
@@ -80,6 +81,26 @@ def run_together(
     lengths = [length_of(row, signature) for row in rows]
     joint = session.run(coalesce(rows, signature))
     return split(joint, signature.outputs, [1] * len(rows), lengths)
+
+
+def shuffled_batches(
+    rows: Sequence[Sequence[Array]], signature: Signature, seed: int = 0
+) -> Iterator[list[int]]:
+    """Yield the rows' indices, shuffled, in batches of uneven sizes.
+
+    None but a single row has more than `MEASURED_ELEMENTS`.
+    """
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(rows)).tolist()
+    while order:
+        longest, batch = 0, list[int]()
+        for index in order[: int(random.choice(_BATCH_ROWS))]:
+            longest = max(longest, length_of(rows[index], signature))
+            if batch and longest * (len(batch) + 1) > MEASURED_ELEMENTS:
+                break
+            batch.append(index)
+        order = order[len(batch) :]
+        yield batch
 
 
 def synthetic_row(signature: Signature, length: int) -> list[Array]:

@@ -23,6 +23,11 @@ def test_a_good_model_is_described(tmp_path: Path) -> None:
     assert (found.opset, found.external) == (17, ())
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="cannot be read"):  # onnx takes text only
+        probe(save(linear(), tmp_path / os.fsdecode(b"m\xff.onnx")))
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match="No such file"):
         probe(tmp_path / "absent.onnx")
