@@ -1,24 +1,25 @@
 """The worker process of one model.
 
 Started as `python -P -m lrai_core.actor.actor ADDRESS IDENTITY HEARTBEAT_MS`, it opens what `Load`
-names, answers `Execute` until `Stop`, and ends by itself when its parent does.
-The main thread owns one socket and runs the engine; a second thread with a socket of its own sends
-heartbeats that carry the number of finished calls, so that a live process that makes no progress
-shows. Model files are parsed here first: if that kills the process, nothing else is lost.
+names and answers `Execute` until it is killed, or ends by itself when its parent does.
+The main thread owns one socket and runs the engine. Standard input is one end of a line to the
+parent, on which a second thread beats: a process that is stopped shows by its silence, and either
+side's death by the line's end. Model files are parsed here first: if that kills the process,
+nothing else is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
+import select
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import NoReturn
 
-import numpy as np
 import zmq
 
 from lrai_core.artifact import FileEntry, check_files
@@ -27,149 +28,109 @@ from lrai_core.engine.engine import Session, find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
 from lrai_core.protocol import Signature
 from lrai_core.wire import messages
-from lrai_core.wire.messages import BadFrames, Execute, Load, Stop
-
-HEARTBEAT_SUFFIX: Final = b"/heartbeat"
+from lrai_core.wire.messages import Execute, Load, Packer, unpack
 
 
 class Actor:
     """One model in one process."""
 
-    def __init__(self, address: str, identity: bytes, heartbeat_seconds: float) -> None:
-        self._context = zmq.Context()
-        self._socket = _dealer(self._context, address, identity)
-        self._finished = 0
-        threading.Thread(
-            target=self._beat, args=(address, identity, heartbeat_seconds), daemon=True
-        ).start()
+    _session: Session  # both since `Load`, which comes first
+    _signature: Signature
+
+    def __init__(self, address: str, identity: bytes) -> None:
+        self._socket = zmq.Context().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.ROUTING_ID, identity)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+
+    def run(self) -> NoReturn:
+        """Serve until killed. What does not decode is not from a parent of this version: raise."""
         self._send(messages.Hello(messages.PROTOCOL_VERSION))
-
-    def run(self) -> None:
-        """Serve until told to stop."""
-        session: Session | None = None
-        signature: Signature | None = None
         while True:
-            frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
-            try:
-                message = messages.decode_to_actor(frames[0])
-            except BadFrames:
-                continue
-            if isinstance(message, Stop):
-                return
+            header, *frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+            message = messages.decode_to_actor(header)
             if isinstance(message, Load):
-                session, signature = self._load(message), message.signature
-            elif session is None or signature is None:
-                self._send(messages.ExecuteFailed(message.batch, "nothing is loaded"))
+                self._load(message)
             else:
-                self._execute(session, signature, message, frames[1:])
-                self._finished += 1
+                self._execute(message, frames)
 
-    def _load(self, load: Load) -> Session | None:
+    def _load(self, load: Load) -> None:
         started = time.monotonic()
-        folder = Path(load.folder)
+        folder, self._signature = Path(load.folder), load.signature
+        weights = folder / load.weights if load.weights else None
         try:
             check_files(
                 folder, {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
             )
-            session = find_engine(load.engine).load(
-                folder / load.model,
-                weights=folder / load.weights if load.weights else None,
-                threads=load.threads,
-                optimise=load.optimise,
+            self._session = find_engine(load.engine).load(
+                folder / load.model, weights=weights, threads=load.threads, optimise=load.optimise
             )
         except LraiError as error:
             here = isinstance(error, EnvironmentProblem)
             self._send(messages.LoadFailed(str(error), environment=here))
-            return None
+            return
         # Once, so that the first caller does not pay for what engines put off until then. A made-up
         # row may be no valid input.
         with contextlib.suppress(EngineError):
-            session.run(synthetic_row(load.signature, length=8))
+            self._session.run(synthetic_row(load.signature, length=8))
         self._send(messages.Ready(time.monotonic() - started))
-        return session
 
-    def _execute(
-        self, session: Session, signature: Signature, execute: Execute, frames: list[memoryview]
-    ) -> None:
+    def _execute(self, execute: Execute, frames: list[memoryview]) -> None:
         try:
             wanted = sorted({index for item in execute.items for index in item.outputs})
-            requests = [
-                [messages.unpack(t, frames) for t in item.tensors] for item in execute.items
-            ]
-            arrays = coalesce(requests, signature)
+            requests = [[unpack(t, frames) for t in item.tensors] for item in execute.items]
+            arrays = coalesce(requests, self._signature)
             started = time.perf_counter()
-            outputs = session.run(arrays, wanted)
+            outputs = self._session.run(arrays, wanted)
             seconds = time.perf_counter() - started
             answers = split(
                 outputs,
-                [signature.outputs[index] for index in wanted],
+                [self._signature.outputs[index] for index in wanted],
                 [item.rows for item in execute.items],
                 [item.length for item in execute.items],
             )
-            packer = messages.Packer()
+            packer = Packer()
             items = tuple(
-                tuple(
-                    packer.add(np.asarray(answer[wanted.index(index)], order="C"))
-                    for index in item.outputs
-                )
+                packer.pack([answer[wanted.index(index)] for index in item.outputs])
                 for item, answer in zip(execute.items, answers, strict=True)
             )
         except EngineError as error:
             self._send(messages.ExecuteFailed(execute.batch, str(error), invalid=error.invalid))
-            return
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
             self._send(messages.ExecuteFailed(execute.batch, type(error).__name__))
-            return
-        packer.send(self._socket, messages.encode(messages.Executed(execute.batch, seconds, items)))
+        else:
+            reply = messages.Executed(execute.batch, seconds, items)
+            packer.send(self._socket, messages.encode(reply))
 
     def _send(self, message: messages.FromActor) -> None:
         self._socket.send(messages.encode(message))
 
-    def _beat(self, address: str, identity: bytes, seconds: float) -> None:
-        socket = _dealer(self._context, address, identity + HEARTBEAT_SUFFIX)
-        parent = os.getppid()
-        # A fork of the parent may hold the pipe open that `_end_with_parent` waits on.
-        while os.getppid() == parent:
-            socket.send(messages.encode(messages.Heartbeat(self._finished)))
-            time.sleep(seconds)
-        _end(address)
 
-
-def main(argv: list[str]) -> None:
-    """Run an actor until it is told to stop."""
+def main(argv: list[str]) -> NoReturn:
+    """Run an actor until its parent kills it or ends."""
     address, identity, heartbeat_ms = argv
-    # Ctrl-C goes to the whole foreground group; when an actor ends is its parent's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(address,), daemon=True).start()
-    Actor(address, bytes.fromhex(identity), int(heartbeat_ms) / 1000).run()
-    # Skips the engine's destructors: the parent waits for this exit, and the kernel frees faster.
-    os._exit(0)
+    # A private copy: what the engine starts must not keep the line open after this process.
+    line = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    arguments = (line, address, int(heartbeat_ms))
+    threading.Thread(target=_beat, args=arguments, daemon=True).start()
+    Actor(address, bytes.fromhex(identity)).run()
 
 
-def _end_with_parent(address: str) -> None:
-    """End this process at once when its parent is gone: the pipe on standard input closes."""
-    while os.read(0, 1):
-        pass
-    _end(address)
-
-
-def _end(address: str) -> None:
-    """End, and take along the socket that a parent which was killed has left."""
-    socket = Path(address.removeprefix("ipc://"))
+def _beat(line: socket.socket, address: str, heartbeat_ms: int) -> NoReturn:
+    """Show the parent that this process runs, and end it at once when the parent is gone."""
+    parent = os.getppid()
+    ended = select.poll()
+    ended.register(line, select.POLLIN)  # the parent never writes
+    # A fork of the parent may hold its end of the line open, hence the second condition.
+    while not ended.poll(heartbeat_ms) and os.getppid() == parent:
+        with contextlib.suppress(OSError):  # full: the parent is busy, and hears enough later
+            line.send(b".", socket.MSG_DONTWAIT)
+    endpoint = Path(address.removeprefix("ipc://"))  # which a parent that was killed has left
     with contextlib.suppress(OSError):
-        socket.unlink()
-        socket.parent.rmdir()
+        endpoint.unlink()
+        endpoint.parent.rmdir()
     os._exit(0)
-
-
-def _dealer(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, identity: bytes
-) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.ROUTING_ID, identity)
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(address)
-    return socket
 
 
 if __name__ == "__main__":

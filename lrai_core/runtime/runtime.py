@@ -26,7 +26,6 @@ from lrai_core.errors import (
     ActorError,
     ConditionNotMet,
     EnvironmentProblem,
-    LraiError,
     ModelNotFound,
     NotReady,
     QueueFull,
@@ -39,7 +38,7 @@ from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signa
 from lrai_core.scheduler.scheduler import Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
-from lrai_core.wire.messages import PROTOCOL_VERSION, Load
+from lrai_core.wire.messages import Load
 
 State = Literal["ok", "idle", "stalled", "dead"]
 _ONE_THREAD_BELOW_MS: Final = 2.0
@@ -246,7 +245,7 @@ class Runtime:
                 certificate=model.certificate,
                 signature=model.signature,
                 state=self._state(model.name),
-                actor_pid=self._pool.pid(model.name),
+                actor_pid=self._pool.state(model.name)[1],
             )
             for model in list(self._models.values())
         ]
@@ -357,7 +356,6 @@ class Runtime:
         files = artifact.files_of(chosen)
         files[model] = manifest.files[model]
         return chosen, Load(
-            version=PROTOCOL_VERSION,
             folder=str(artifact.path.absolute()),
             model=model,
             weights=weights,
@@ -378,23 +376,15 @@ class Runtime:
         return max(1, available_cpus() // (len(self._models) + 1))
 
     def _start_actor(self, name: str, load: Load) -> None:
-        loaded = threading.Event()
-        problems: list[LraiError] = []
-
-        def told(error: LraiError | None) -> None:
-            problems.extend([error] if error else [])
-            loaded.set()
-
-        self._scheduler.call(lambda: self._pool.add(name, load, told))
+        loaded: Future[None] = Future()
+        self._scheduler.call(lambda: self._pool.add(name, load, loaded))
         try:
-            if not loaded.wait(self.config.actor.start_timeout_seconds + 5):
-                problems.append(EnvironmentProblem("the actor did not answer"))
-        except BaseException:
+            loaded.result(self.config.actor.start_timeout_seconds + 5)
+        except BaseException as error:
             self._remove(name)
+            if isinstance(error, TimeoutError):
+                raise EnvironmentProblem("the actor did not answer") from None
             raise
-        if problems:
-            self._remove(name)
-            raise problems[0]
 
     def _remove(self, name: str) -> None:
         done = threading.Event()

@@ -347,7 +347,7 @@ class Scheduler:
 
     def _settle(self, outcome: Outcome) -> None:
         if isinstance(outcome, GaveUp):
-            queue = self._queues.get(outcome.model)
+            queue = self._queues.get(outcome.actor)  # named like its model
             if queue is not None:
                 queue.failed = outcome.message
                 self._fail_all(queue, outcome.message)

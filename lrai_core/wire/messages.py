@@ -9,7 +9,7 @@ receiver drops and counts. There is no pickle anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -45,7 +45,6 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     `files` are checked by their hash before the first parse.
     """
 
-    version: int
     folder: str
     model: str
     weights: str
@@ -70,10 +69,6 @@ class Execute(msgspec.Struct, frozen=True, tag=True):
 
     batch: int
     items: tuple[Item, ...]
-
-
-class Stop(msgspec.Struct, frozen=True, tag=True):
-    """To an actor: finish and exit."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -111,14 +106,8 @@ class ExecuteFailed(msgspec.Struct, frozen=True, tag=True):
     invalid: bool = False
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """From an actor, regularly: how many calls it has finished, so that progress shows."""
-
-    finished: int
-
-
-ToActor = Load | Execute | Stop
-FromActor = Hello | Ready | LoadFailed | Executed | ExecuteFailed | Heartbeat
+ToActor = Load | Execute
+FromActor = Hello | Ready | LoadFailed | Executed | ExecuteFailed
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _to_actor: Final = msgspec.msgpack.Decoder(ToActor)
@@ -150,8 +139,11 @@ class Packer:
         self._small_bytes = 0
         self._large: list[Buffer] = []
 
-    def add(self, array: Array) -> TensorFrame:
-        """Place a C-contiguous array; it must not change until the frames are sent."""
+    def pack(self, arrays: Iterable[Array]) -> tuple[TensorFrame, ...]:
+        """Place arrays; they must not change until the frames are sent."""
+        return tuple(self._place(np.asarray(array, order="C")) for array in arrays)
+
+    def _place(self, array: Array) -> TensorFrame:
         datatype = datatype_of(array.dtype)
         if datatype == "BYTES":
             data: Buffer = encode_bytes(array)

@@ -43,9 +43,9 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """The model cannot be brought back; nothing of it will run any more."""
+    """The actor of that name cannot be brought back; nothing will run there any more."""
 
-    model: str
+    actor: str
     message: str
 
 
@@ -53,7 +53,10 @@ Outcome = Answered | Refused | Lost | GaveUp
 
 
 class Workers(Protocol):
-    """The pool, as the scheduler uses it, always from the scheduler's thread."""
+    """The pool, as the scheduler uses it, always from the scheduler's thread.
+
+    Actors go by the names under which they were added; several may run one model.
+    """
 
     def register(self, poller: zmq.Poller) -> None:
         """Register whatever wakes `poll`, now and whenever it changes."""
@@ -67,12 +70,12 @@ class Workers(Protocol):
         """Return when `poll` must run again even if nothing wakes it, on the monotonic clock."""
         ...
 
-    def idle(self, model: str) -> bool:
-        """Whether the model can take a batch at once."""
+    def idle(self, actor: str) -> bool:
+        """Whether the actor can take a batch at once."""
         ...
 
     def dispatch(
-        self, model: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
+        self, actor: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
     ) -> None:
-        """Send the requests to the model's actor as one call."""
+        """Send the requests to the actor as one call."""
         ...

@@ -20,10 +20,9 @@ NUMERIC = [dtype for name, dtype in DATATYPES.items() if name != "BYTES"]
 
 TO_ACTOR: list[messages.ToActor] = [
     messages.Load(
-        1, "/folder", "model.onnx", "", "onnxruntime", True, 2, {"a": ("0" * 64, 3)}, SIGNATURE
+        "/folder", "model.onnx", "", "onnxruntime", True, 2, {"a": ("0" * 64, 3)}, SIGNATURE
     ),
     Execute(7, (Item(2, 0, (0,), (TensorFrame("FP32", (2, 3), 0, 0, 24),)),)),
-    messages.Stop(),
 ]
 FROM_ACTOR: list[messages.FromActor] = [
     messages.Hello(1),
@@ -31,7 +30,6 @@ FROM_ACTOR: list[messages.FromActor] = [
     messages.LoadFailed("no"),
     messages.Executed(7, 0.25, ((TensorFrame("FP32", (2, 3), 0, 0, 24),),)),
     messages.ExecuteFailed(7, "no"),
-    messages.Heartbeat(3),
 ]
 
 
@@ -56,7 +54,7 @@ def test_a_message_in_the_wrong_direction_is_refused() -> None:
 
 def packed(given_: list[Array]) -> tuple[list[TensorFrame], list[messages.Buffer]]:
     packer = Packer()
-    return [packer.add(array) for array in given_], packer.frames()
+    return list(packer.pack(given_)), packer.frames()
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
@@ -159,7 +157,7 @@ def read_both_ways(header: bytes) -> None:
 
 @given(st.binary(max_size=200))
 @example(b"\x91" * 100_000)
-@example(b"\x82\xa4type\xa4Stop\xa1x" + b"\x91" * 100_000)  # nested deeper than any stack
+@example(b"\x82\xa4type\xa5Hello\xa1x" + b"\x91" * 100_000)  # nested deeper than any stack
 @example(b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x8c\x06system\x93.")  # a pickle
 @example(b"\xa1\xff")
 @example(b"")
@@ -186,7 +184,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(
-    st.sampled_from(["Load", "Execute", "Stop", "Hello", "Executed", "Heartbeat", "Fork"]),
+    st.sampled_from(["Load", "Execute", "Hello", "Ready", "Executed", "Fork"]),
     st.dictionaries(st.sampled_from(["version", "batch", "items", "files", "finished"]), VALUES),
 )
 def test_well_formed_msgpack_of_the_wrong_content_is_bad_frames(
