@@ -11,50 +11,61 @@ import dataclasses
 import os
 import sys
 import tomllib
-import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+import msgspec
 
 from lrai_core.errors import EnvironmentProblem, UsageError, shorten
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Bounds of the queue and of one call. Rows and bytes count over all models of a runtime."""
-
-    max_queue_rows: int = 4096
-    max_queue_bytes: int = 256 << 20
-    max_batch_rows: int = 64
-    max_batch_elements: int = 0  # padded rows x length in one call; 0: what the gate measured with
-    default_timeout_ms: float = 60_000
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """Checks the bounds that the fields of a section declare."""
 
     def __post_init__(self) -> None:
-        _at_least("scheduler", self, 1, "max_queue_rows", "max_queue_bytes", "max_batch_rows")
-        _at_least("scheduler", self, 0, "max_batch_elements")
-        _at_least("scheduler", self, 1, "default_timeout_ms")
+        section = type(self).__name__.removesuffix("Config").lower()
+        for item in dataclasses.fields(self):
+            value, least = getattr(self, item.name), item.metadata.get("least")
+            if least is not None and not value >= least:
+                raise ValueError(f"{section}.{item.name} is {value}, at least {least} is needed")
+
+
+def _least(least: float, default: Any) -> Any:
+    return field(default=default, metadata={"least": least})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ActorConfig:
+class SchedulerConfig(_Section):
+    """Bounds of the queue and of one call. Rows and bytes count over all models of a runtime."""
+
+    max_queue_rows: int = _least(1, 4096)
+    max_queue_bytes: int = _least(1, 256 << 20)
+    max_batch_rows: int = _least(1, 64)
+    max_batch_elements: int = _least(0, 0)  # padded rows x length; 0: what the gate measured with
+    default_timeout_ms: float = _least(1, 60_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorConfig(_Section):
     """How the process of a model is started and watched."""
 
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
-    threads: int = 0  # engine threads; 0: the CPUs in the affinity mask
-    heartbeat_ms: int = 200
-    hang_seconds: float = 5.0  # no progress for max(this, hang_factor x predicted): killed
-    hang_factor: float = 10.0
-    start_timeout_seconds: float = 120.0
-    restart_limit: int = 5  # more restarts than this within the window: stopped and reported
-    restart_window_seconds: float = 60.0
+    threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask
+    heartbeat_ms: int = _least(1, 200)
+    hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)
+    hang_factor: float = _least(1, 10.0)
+    start_timeout_seconds: float = _least(0.1, 120.0)
+    restart_limit: int = _least(1, 5)  # more restarts than this within the window: stopped
+    restart_window_seconds: float = _least(0.1, 60.0)
 
     def __post_init__(self) -> None:
-        _at_least("actor", self, 0, "threads")
-        _at_least("actor", self, 1, "heartbeat_ms", "restart_limit", "hang_factor")
-        _at_least("actor", self, 0.1, "hang_seconds", "start_timeout_seconds")
-        _at_least("actor", self, 0.1, "restart_window_seconds")
+        """Check the bounds, and that an actor is heard of often enough."""
+        _Section.__post_init__(self)
         if self.heartbeat_ms >= self.hang_seconds * 500:
             raise ValueError(
                 f"actor.heartbeat_ms is {self.heartbeat_ms}, at most half of actor.hang_seconds "
@@ -63,26 +74,24 @@ class ActorConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeConfig:
+class RuntimeConfig(_Section):
     """Where a runtime keeps what changes, and how long it drains."""
 
     socket_dir: str = ""  # parent of the 0700 folder of sockets; empty: the temporary folder
-    drain_seconds: float = 30.0
-
-    def __post_init__(self) -> None:
-        _at_least("runtime", self, 0, "drain_seconds")
+    drain_seconds: float = _least(0, 30.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LimitsConfig:
+class LimitsConfig(_Section):
     """What one request may hold."""
 
-    request_bytes: int = 64 << 20
-    request_rows: int = 4096
+    request_bytes: int = _least(1, 64 << 20)
+    request_rows: int = _least(1, 4096)
     nan_policy: Literal["pass", "reject"] = "pass"
 
     def __post_init__(self) -> None:
-        _at_least("limits", self, 1, "request_bytes", "request_rows")
+        """Check the bounds and the policy."""
+        _Section.__post_init__(self)
         if self.nan_policy not in ("pass", "reject"):
             raise ValueError(f"limits.nan_policy is {self.nan_policy!r}, allowed: pass, reject")
 
@@ -95,6 +104,14 @@ class LraiConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+_SECTIONS: Final = typing.get_type_hints(LraiConfig)
+_KINDS: Final = {  # dotted key to type, in the order of the tree
+    f"{section}.{name}": kind
+    for section, node in _SECTIONS.items()
+    for name, kind in typing.get_type_hints(node).items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,27 +155,18 @@ def explain_config(
     Raises:
         UsageError: An unknown key, or a value of the wrong type or out of range.
     """
-    known = dict(_leaves(LraiConfig(), ""))
-    values = {key: Setting(key, value, "default") for key, value in known.items()}
-    environ = os.environ if environ is None else environ
-    implicit = file is None
-    file = Path("lrai.toml") if file is None else file
-    layers: list[tuple[str, Mapping[str, Any]]] = []
-    if not implicit or file.is_file():
-        layers.append((file.name, _read_toml(file)))
-        if implicit and "actor.python" in layers[0][1]:
-            raise UsageError(
-                f"{file.name} sets actor.python, which would run a program that the working folder "
-                "names; set it where you name the file, in LRAI_ACTOR_PYTHON or in code"
-            )
-    variables = {_variable(key): key for key in known}
-    layers.append(("environment", _from_environ(environ, variables)))
-    layers += [("host", host or {}), ("flag", flags or {}), ("call", call or {})]
+    defaults = LraiConfig()
+    values = {key: Setting(key, attrgetter(key)(defaults), "default") for key in _KINDS}
+    layers = [
+        *_from_file(file),
+        ("environment", _from_environ(os.environ if environ is None else environ)),
+        *(("host", host or {}), ("flag", flags or {}), ("call", call or {})),
+    ]
     for origin, layer in layers:
         for key, raw in layer.items():
-            if key not in known:
-                close = ", ".join(sorted(k for k in known if k.split(".")[0] == key.split(".")[0]))
-                allowed = close or ", ".join(sorted({k.split(".")[0] for k in known}))
+            if key not in _KINDS:
+                near = [known for known in _KINDS if known.split(".")[0] == key.split(".")[0]]
+                allowed = ", ".join(sorted(near or _SECTIONS))
                 raise UsageError(f"{origin}: unknown setting {shorten(key)!r}; known: {allowed}")
             shown = _variable(key) if origin == "environment" else origin
             values[key] = Setting(key, _convert(key, raw, origin), shown)
@@ -180,95 +188,62 @@ def actor_python(config: ActorConfig) -> str:
 
 
 def _build(settings: list[Setting]) -> LraiConfig:
-    sections: dict[str, dict[str, Any]] = {}
+    tree: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
     for setting in settings:
         section, _, name = setting.key.partition(".")
-        sections.setdefault(section, {})[name] = setting.value
+        tree[section][name] = setting.value
     try:
-        return LraiConfig(
-            limits=LimitsConfig(**sections["limits"]),
-            scheduler=SchedulerConfig(**sections["scheduler"]),
-            actor=ActorConfig(**sections["actor"]),
-            runtime=RuntimeConfig(**sections["runtime"]),
-        )
+        return LraiConfig(**{section: kind(**tree[section]) for section, kind in _SECTIONS.items()})
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for item in dataclasses.fields(node):
-        value = getattr(node, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", value
+def _from_file(file: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the layer of the file, none where no file was named and none lies here."""
+    found = Path("lrai.toml") if file is None else file
+    if file is None and not found.is_file():
+        return []
+    try:
+        tree = tomllib.loads(found.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EnvironmentProblem(f"{found}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{found} is not TOML: {error}") from None
+    flat: dict[str, Any] = {}
+    for section, content in tree.items():
+        if not isinstance(content, dict):
+            raise UsageError(f"{found}: {shorten(section)!r} stands outside a section")
+        flat |= {f"{section}.{name}": value for name, value in content.items()}
+    if file is None and "actor.python" in flat:
+        raise UsageError(
+            f"{found} sets actor.python, which would run a program that the working folder "
+            "names; set it where you name the file, in LRAI_ACTOR_PYTHON or in code"
+        )
+    return [(found.name, flat)]
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    variables = {_variable(key): key for key in _KINDS}
+    sections = tuple(f"{_variable(section)}_" for section in _SECTIONS)
+    found = {}
+    for name, value in environ.items():
+        if name in variables:
+            found[variables[name]] = value
+        elif name.startswith(sections):
+            raise UsageError(f"environment: {shorten(name)} is no setting of LRAI")
+    return found
 
 
 def _variable(key: str) -> str:
     return "LRAI_" + key.replace(".", "_").upper()
 
 
-def _from_environ(environ: Mapping[str, str], variables: Mapping[str, str]) -> dict[str, str]:
-    sections = {f"LRAI_{name.upper()}_" for name in LraiConfig.__dataclass_fields__}
-    found = {}
-    for name, value in environ.items():
-        if name in variables:
-            found[variables[name]] = value
-        elif any(name.startswith(section) for section in sections):
-            raise UsageError(f"environment: {shorten(name)} is no setting of LRAI")
-    return found
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EnvironmentProblem(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not TOML: {error}") from None
-    flat: dict[str, Any] = {}
-    for section, content in tree.items():
-        if not isinstance(content, dict):
-            raise UsageError(f"{file}: {shorten(section)!r} stands outside a section")
-        flat |= {f"{section}.{name}": value for name, value in content.items()}
-    return flat
-
-
 def _convert(key: str, raw: Any, origin: str) -> Any:
     """Return `raw`, which may be text, in the type of the setting."""
-    section, _, name = key.partition(".")
-    kind = typing.get_type_hints(_SECTIONS[section])[name]
-    if typing.get_origin(kind) is Literal:
-        allowed = typing.get_args(kind)
-        if raw in allowed:
-            return raw
-        raise UsageError(f"{origin}: {key} is {shorten(str(raw))!r}, allowed: {', '.join(allowed)}")
+    kind = _KINDS[key]
     try:
-        if kind is str and isinstance(raw, str):
-            return raw
-        if kind in (int, float) and not isinstance(raw, bool):
-            value = kind(raw)
-            if kind is float or not isinstance(raw, float):
-                return value
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise UsageError(
-        f"{origin}: {key} is {shorten(repr(raw))}, a value of type {kind.__name__} is needed"
-    )
-
-
-def _at_least(section: str, node: Any, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(node, name)
-        if not value >= least:
-            raise ValueError(f"{section}.{name} is {value}, at least {least} is needed")
-
-
-_SECTIONS: typing.Final = types.MappingProxyType(
-    {
-        "limits": LimitsConfig,
-        "scheduler": SchedulerConfig,
-        "actor": ActorConfig,
-        "runtime": RuntimeConfig,
-    }
-)
+        return msgspec.convert(raw, kind, strict=False)
+    except (msgspec.ValidationError, ValueError):
+        choices = ", ".join(typing.get_args(kind))  # of a Literal
+        needed = f"allowed: {choices}" if choices else f"a value of type {kind.__name__} is needed"
+    raise UsageError(f"{origin}: {key} is {shorten(repr(raw))}, {needed}")

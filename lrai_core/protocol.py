@@ -190,35 +190,31 @@ def validate(request: InferenceRequest, signature: Signature, limits: Limits) ->
             raise InvalidTensor(name, f"the model has no such input; it has {_names(known)}")
     arrays: list[Array] = []
     extents: dict[str, tuple[int, str]] = {}  # symbol -> (extent, tensor that fixed it)
-    nbytes = 0
+    nbytes, finite = 0, limits.nan_policy == "reject"
     for name, spec in known.items():
         if name not in request.inputs:
             raise InvalidTensor(name, "missing")
-        array = _array(name, request.inputs[name], spec, limits.request_bytes - nbytes)
+        try:
+            array = _array(request.inputs[name], spec, limits.request_bytes - nbytes)
+            _check_shape(array.shape, spec, extents)
+        except ValueError as error:
+            raise InvalidTensor(name, str(error)) from None
         nbytes += array.nbytes
         if spec.datatype == "BYTES":
             nbytes += sum(map(len, array.flat))
         if nbytes > limits.request_bytes:
-            raise RequestError(
-                f"the request has over {limits.request_bytes} bytes, which is the limit"
-            )
-        _check_shape(array.shape, spec, extents)
-        if (
-            limits.nan_policy == "reject"
-            and array.dtype.kind == "f"
-            and not np.isfinite(array).all()
-        ):
+            raise RequestError(f"over {limits.request_bytes} bytes, the limit of one request")
+        if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InvalidTensor(name, "holds NaN or infinity, which are not taken here")
         arrays.append(array)
     rows, length = _extents(arrays, signature.inputs)
     if rows > limits.request_rows:
         raise RequestError(f"{rows} rows, at most {limits.request_rows} are allowed in one request")
-    outputs = _outputs(request.outputs, signature)
     return ValidRequest(
         arrays=tuple(arrays),
         rows=rows,
         length=length,
-        outputs=outputs,
+        outputs=_outputs(request.outputs, signature),
         group=_group(arrays, signature) if signature.coalescible else (object(),),
         nbytes=nbytes,
     )
@@ -278,76 +274,65 @@ def _text(element: object) -> str:
     raise ValueError(f"an element is a {type(element).__name__}, text is needed")
 
 
-def _array(name: str, given: Array | Tensor, spec: TensorSpec, room_bytes: int) -> Array:
+def _array(given: Array | Tensor, spec: TensorSpec, room_bytes: int) -> Array:
+    """Return what was given as an array; a `ValueError` says why it cannot be one."""
     if isinstance(given, Tensor):
-        return _decode(name, given, spec, room_bytes)
+        return _decode(given, spec, room_bytes)
     if not isinstance(given, np.ndarray):
-        raise InvalidTensor(name, f"got a {type(given).__name__}, a numpy array is needed")
+        raise InvalidTensor(spec.name, f"got a {type(given).__name__}, a numpy array is needed")
     got = datatype_of(given.dtype)
     if got != spec.datatype:
-        raise InvalidTensor(name, f"datatype {got}, the model takes {spec.datatype}")
-    if got == "BYTES":
-        try:
-            return as_text(given)
-        except ValueError as error:
-            raise InvalidTensor(name, str(error)) from None
-    return np.asarray(given, dtype=DATATYPES[got], order="C")
+        raise ValueError(f"datatype {got}, the model takes {spec.datatype}")
+    return as_text(given) if got == "BYTES" else np.asarray(given, dtype=DATATYPES[got], order="C")
 
 
-def _decode(name: str, tensor: Tensor, spec: TensorSpec, room_bytes: int) -> Array:
+def _decode(tensor: Tensor, spec: TensorSpec, room_bytes: int) -> Array:
+    shape, dtype = tensor.shape, DATATYPES[spec.datatype]
     if tensor.datatype != spec.datatype:
-        got = shorten(tensor.datatype, 20)
-        raise InvalidTensor(name, f"datatype {got}, the model takes {spec.datatype}")
-    if len(tensor.shape) > _MAX_DIMENSIONS:
-        raise InvalidTensor(
-            name, f"{len(tensor.shape)} dimensions, at most {_MAX_DIMENSIONS} are allowed"
+        raise ValueError(
+            f"datatype {shorten(tensor.datatype, 20)}, the model takes {spec.datatype}"
         )
-    for axis, extent in enumerate(tensor.shape):
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions, at most {_MAX_DIMENSIONS} are allowed")
+    for axis, extent in enumerate(shape):
         if not 0 <= extent < 1 << 63:
             problem = "negative" if extent < 0 else "2^63 or more"
-            raise InvalidTensor(name, f"dimension {axis} is {problem}")
-    count = math.prod(tensor.shape)  # exact: Python integers do not overflow
+            raise ValueError(f"dimension {axis} is {problem}")
+    count = math.prod(shape)  # exact: Python integers do not overflow
     size = memoryview(tensor.data).nbytes
     if size > room_bytes:
-        raise InvalidTensor(
-            name, f"{size} bytes, at most {max(room_bytes, 0)} are left for this request"
-        )
+        raise ValueError(f"{size} bytes, at most {max(room_bytes, 0)} are left for this request")
     if spec.datatype == "BYTES":
-        try:
-            return decode_bytes(tensor.data, count).reshape(tensor.shape)
-        except ValueError as error:
-            raise InvalidTensor(name, str(error)) from None
-    dtype = DATATYPES[spec.datatype]
+        return decode_bytes(tensor.data, count).reshape(shape)
     if count * dtype.itemsize != size:
-        expected = (
+        need = (
             f"{count} elements of {dtype.itemsize} bytes" if count < 1 << 63 else "more than memory"
         )
-        raise InvalidTensor(name, f"shape {list(tensor.shape)} needs {expected}, got {size} bytes")
+        raise ValueError(f"shape {list(shape)} needs {need}, got {size} bytes")
     try:
-        return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+        return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
     except ValueError:  # no elements, but a dimension beyond what an array can have
-        raise InvalidTensor(name, f"shape {list(tensor.shape)} is out of range") from None
+        raise ValueError(f"shape {list(shape)} is out of range") from None
 
 
 def _check_shape(
     shape: tuple[int, ...], spec: TensorSpec, extents: dict[str, tuple[int, str]]
 ) -> None:
     if len(shape) != len(spec.shape):
-        raise InvalidTensor(
-            spec.name, f"shape {list(shape)} has {len(shape)} dimensions, {_shape(spec)} is needed"
+        raise ValueError(
+            f"shape {list(shape)} has {len(shape)} dimensions, {_shape(spec)} is needed"
         )
     for axis, (got, allowed) in enumerate(zip(shape, spec.shape, strict=True)):
         if isinstance(allowed, int) and got != allowed:
-            raise InvalidTensor(spec.name, f"dimension {axis} is {got}, {_shape(spec)} is needed")
+            raise ValueError(f"dimension {axis} is {got}, {_shape(spec)} is needed")
         if got == 0 and axis in (spec.batch_axis, spec.length_axis):
-            raise InvalidTensor(spec.name, f"dimension {axis} is 0, at least 1 is needed")
+            raise ValueError(f"dimension {axis} is 0, at least 1 is needed")
         if isinstance(allowed, str) and allowed:
             fixed, by = extents.setdefault(allowed, (got, spec.name))
             if fixed != got:
-                raise InvalidTensor(
-                    spec.name,
-                    f"dimension {axis} ({shorten(allowed, 40)}) is {got}, "
-                    f"but {fixed} in tensor {by!r}",
+                symbol = shorten(allowed, 40)
+                raise ValueError(
+                    f"dimension {axis} ({symbol}) is {got}, but {fixed} in tensor {by!r}"
                 )
 
 
@@ -355,11 +340,10 @@ def _extents(arrays: Iterable[Array], specs: tuple[TensorSpec, ...]) -> tuple[in
     rows, length = 0, 0
     for array, spec in zip(arrays, specs, strict=True):
         if spec.batch_axis is not None:
-            if rows and array.shape[0] != rows:
-                raise InvalidTensor(
-                    spec.name, f"has {array.shape[0]} rows, other inputs have {rows}"
-                )
-            rows = array.shape[0]
+            count = array.shape[0]
+            if rows and count != rows:
+                raise InvalidTensor(spec.name, f"has {count} rows, other inputs have {rows}")
+            rows = count
         if spec.length_axis is not None:
             extent = array.shape[spec.length_axis]
             if length and extent != length:
