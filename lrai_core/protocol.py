@@ -305,9 +305,7 @@ def _decode(tensor: Tensor, spec: TensorSpec, room_bytes: int) -> Array:
     if spec.datatype == "BYTES":
         return decode_bytes(tensor.data, count).reshape(shape)
     if count * dtype.itemsize != size:
-        need = (
-            f"{count} elements of {dtype.itemsize} bytes" if count < 1 << 63 else "more than memory"
-        )
+        need = "more than memory" if count >> 63 else f"{count} elements of {dtype.itemsize} bytes"
         raise ValueError(f"shape {list(shape)} needs {need}, got {size} bytes")
     try:
         return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
@@ -364,11 +362,8 @@ def _group(arrays: Iterable[Array], signature: Signature) -> tuple[Any, ...]:
     """Return the shapes with batch and length axes left open."""
     key = []
     for array, spec in zip(arrays, signature.inputs, strict=True):
-        shape = list(array.shape)
-        shape[0] = -1
-        if spec.length_axis is not None:
-            shape[spec.length_axis] = -1
-        key.append(tuple(shape))
+        free = (0, spec.length_axis)
+        key.append(tuple([-1 if axis in free else n for axis, n in enumerate(array.shape)]))
     return tuple(key)
 
 

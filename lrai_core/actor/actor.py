@@ -28,7 +28,7 @@ from lrai_core.engine.engine import Session, find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
 from lrai_core.protocol import Signature
 from lrai_core.wire import messages
-from lrai_core.wire.messages import Execute, Load, Packer, unpack
+from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, unpack
 
 
 class Actor:
@@ -66,8 +66,7 @@ class Actor:
                 folder / load.model, weights=weights, threads=load.threads, optimise=load.optimise
             )
         except LraiError as error:
-            here = isinstance(error, EnvironmentProblem)
-            self._send(messages.LoadFailed(str(error), environment=here))
+            self._send(messages.LoadFailed(str(error), isinstance(error, EnvironmentProblem)))
             return
         # Once, so that the first caller does not pay for what engines put off until then. A made-up
         # row may be no valid input.
@@ -95,12 +94,11 @@ class Actor:
                 for item, answer in zip(execute.items, answers, strict=True)
             )
         except EngineError as error:
-            self._send(messages.ExecuteFailed(execute.batch, str(error), invalid=error.invalid))
+            self._send(Refused(execute.batch, str(error), error.invalid))
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
-            self._send(messages.ExecuteFailed(execute.batch, type(error).__name__))
+            self._send(Refused(execute.batch, type(error).__name__, invalid=False))
         else:
-            reply = messages.Executed(execute.batch, seconds, items)
-            packer.send(self._socket, messages.encode(reply))
+            packer.send(self._socket, messages.encode(Executed(execute.batch, seconds, items)))
 
     def _send(self, message: messages.FromActor) -> None:
         self._socket.send(messages.encode(message))
@@ -112,8 +110,7 @@ def main(argv: list[str]) -> NoReturn:
     # A private copy: what the engine starts must not keep the line open after this process.
     line = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    arguments = (line, address, int(heartbeat_ms))
-    threading.Thread(target=_beat, args=arguments, daemon=True).start()
+    threading.Thread(target=_beat, args=(line, address, int(heartbeat_ms)), daemon=True).start()
     Actor(address, bytes.fromhex(identity)).run()
 
 

@@ -27,7 +27,7 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
 from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, FromActor, Item, Load, Packer
-from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Refused
+from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome
 
 _REAP_SECONDS: Final = 0.005  # between looks whether a killed process has ended
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
@@ -51,9 +51,9 @@ class _Actor:
     batch_outputs: tuple[int, ...] = ()  # how many each of its requests wants
     why: str = ""  # it was killed, or will be when nothing is heard of it before `due`
 
-    def expect(self, seconds: float, else_why: str) -> None:
+    def expect(self, seconds: float, complaint: str) -> None:
         """Give it so long until it has to be heard of."""
-        self.due, self.why = time.monotonic() + seconds, else_why
+        self.due, self.why = time.monotonic() + seconds, f"{complaint} in {seconds:g} s"
 
 
 class Pool:
@@ -129,7 +129,7 @@ class Pool:
         items = tuple(Item(r.rows, r.length, r.outputs, packer.pack(r.arrays)) for r in requests)
         actor.batch, actor.batch_outputs = batch, tuple(len(r.outputs) for r in requests)
         limit = max(self._config.hang_seconds, self._config.hang_factor * predicted_seconds)
-        actor.expect(limit, f"the model made no progress for {limit:.1f} s")
+        actor.expect(limit, "the model made no progress")
         packer.send(self._socket, actor.identity, messages.encode(messages.Execute(batch, items)))
 
     def poll(self, now: float) -> list[Outcome]:
@@ -184,16 +184,15 @@ class Pool:
                 answers = [[messages.unpack(t, frames).copy() for t in item] for item in items]
                 self._outcomes.append(Answered(batch, answers, seconds))
                 self._rest(actor)
-            case messages.ExecuteFailed(batch=batch, message=text, invalid=invalid):
+            case messages.Refused(batch=batch):
                 if batch != actor.batch:
                     raise BadFrames("it refuses a batch that it does not have")
-                self._outcomes.append(Refused(batch, text, invalid))
+                self._outcomes.append(message)
                 self._rest(actor)
 
     def _rest(self, actor: _Actor) -> None:
         actor.batch = None
-        seconds = self._config.hang_seconds
-        actor.expect(seconds, f"the model's process was silent for {seconds:g} s")
+        actor.expect(self._config.hang_seconds, "the model's process gave no sign of life")
 
     def _supervise(self, actor: _Actor, now: float) -> None:
         """Do what is due."""
@@ -259,8 +258,7 @@ class Pool:
         finally:
             theirs.close()
         self._poller.register(actor.line, zmq.POLLIN)
-        limit = self._config.start_timeout_seconds
-        actor.expect(limit, f"the model was not loaded within {limit:g} s")
+        actor.expect(self._config.start_timeout_seconds, "the model was not loaded")
         actor.state = "starting"
         self._events.emit("actor_started", actor.name, pid=actor.process.pid)
 

@@ -37,7 +37,8 @@ from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Bounds, Decision, Waiting, plan
-from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Refused, Workers
+from lrai_core.wire.messages import Refused
+from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Workers
 
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 

@@ -98,16 +98,16 @@ class Executed(msgspec.Struct, frozen=True, tag=True):
     items: tuple[tuple[TensorFrame, ...], ...]
 
 
-class ExecuteFailed(msgspec.Struct, frozen=True, tag=True):
-    """From an actor: the engine refused the batch. `invalid`: for its inputs."""
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """From an actor that is well: the engine would not run the batch. `invalid`: for its inputs."""
 
     batch: int
     message: str
-    invalid: bool = False
+    invalid: bool = True
 
 
 ToActor = Load | Execute
-FromActor = Hello | Ready | LoadFailed | Executed | ExecuteFailed
+FromActor = Hello | Ready | LoadFailed | Executed | Refused
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _to_actor: Final = msgspec.msgpack.Decoder(ToActor)

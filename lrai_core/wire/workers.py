@@ -13,6 +13,7 @@ from typing import Protocol
 import zmq
 
 from lrai_core.protocol import Array, ValidRequest
+from lrai_core.wire.messages import Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +23,6 @@ class Answered:
     batch: int
     answers: list[list[Array]]
     engine_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The engine would not run the batch; the actor is well. `invalid`: for its inputs."""
-
-    batch: int
-    message: str
-    invalid: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler import scheduler as module
 from lrai_core.scheduler.planner import plan
 from lrai_core.scheduler.scheduler import Scheduler
-from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Refused
+from lrai_core.wire.messages import Refused
+from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome
 
 PROFILE = [  # 10 ms a call, hardly more for more rows
     LatencyPoint(rows=1, length=0, median_ms=10.0, spread_ms=0.0),

@@ -29,7 +29,7 @@ FROM_ACTOR: list[messages.FromActor] = [
     messages.Ready(0.5),
     messages.LoadFailed("no"),
     messages.Executed(7, 0.25, ((TensorFrame("FP32", (2, 3), 0, 0, 24),),)),
-    messages.ExecuteFailed(7, "no"),
+    messages.Refused(7, "no"),
 ]
 
 
