@@ -26,7 +26,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "core: compiler": (1250, ["lrai_core/compiler"]),
     "core: verifier": (680, ["lrai_core/verifier"]),
     "core: scheduler": (750, ["lrai_core/scheduler"]),
-    "core: actor": (460, ["lrai_core/actor"]),
+    "core: actor": (300, ["lrai_core/actor"]),
     "core: runtime": (600, ["lrai_core/runtime"]),
     "core: cli": (200, ["lrai_core/cli"]),
     "engines": (1200, ["lrai_engines"]),

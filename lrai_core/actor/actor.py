@@ -20,15 +20,13 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import zmq
-
 from lrai_core.artifact import FileEntry, check_files
 from lrai_core.engine.batching import coalesce, split, synthetic_row
 from lrai_core.engine.engine import Session, find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
 from lrai_core.protocol import Signature
 from lrai_core.wire import messages
-from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, unpack
+from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, connect, unpack
 
 
 class Actor:
@@ -38,10 +36,7 @@ class Actor:
     _signature: Signature
 
     def __init__(self, address: str, identity: bytes) -> None:
-        self._socket = zmq.Context().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.ROUTING_ID, identity)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(address)
+        self._socket = connect(address, identity)
 
     def run(self) -> NoReturn:
         """Serve until killed. What does not decode is not from a parent of this version: raise."""
@@ -58,10 +53,9 @@ class Actor:
         started = time.monotonic()
         folder, self._signature = Path(load.folder), load.signature
         weights = folder / load.weights if load.weights else None
+        files = {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
         try:
-            check_files(
-                folder, {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
-            )
+            check_files(folder, files)
             self._session = find_engine(load.engine).load(
                 folder / load.model, weights=weights, threads=load.threads, optimise=load.optimise
             )
@@ -117,10 +111,9 @@ def main(argv: list[str]) -> NoReturn:
 def _beat(line: socket.socket, address: str, heartbeat_ms: int) -> NoReturn:
     """Show the parent that this process runs, and end it at once when the parent is gone."""
     parent = os.getppid()
-    ended = select.poll()
-    ended.register(line, select.POLLIN)  # the parent never writes
-    # A fork of the parent may hold its end of the line open, hence the second condition.
-    while not ended.poll(heartbeat_ms) and os.getppid() == parent:
+    # The parent never writes, so readable means ended. A fork of the parent may hold its end of the
+    # line open, hence the second condition.
+    while not select.select([line], [], [], heartbeat_ms / 1000)[0] and os.getppid() == parent:
         with contextlib.suppress(OSError):  # full: the parent is busy, and hears enough later
             line.send(b".", socket.MSG_DONTWAIT)
     endpoint = Path(address.removeprefix("ipc://"))  # which a parent that was killed has left

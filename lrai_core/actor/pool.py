@@ -53,7 +53,7 @@ class _Actor:
 
     def expect(self, seconds: float, complaint: str) -> None:
         """Give it so long until it has to be heard of."""
-        self.due, self.why = time.monotonic() + seconds, f"{complaint} in {seconds:g} s"
+        self.due, self.why = time.monotonic() + seconds, f"{complaint} in {round(seconds, 1):g} s"
 
 
 class Pool:
@@ -68,18 +68,7 @@ class Pool:
         self._outcomes: list[Outcome] = []
         self._poller = zmq.Poller()
         self._address = f"ipc://{folder}/actors"
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by admission: one batch per actor
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
-        try:
-            self._socket.bind(self._address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise EnvironmentProblem(
-                f"no socket in {folder}, set a shorter runtime.socket_dir: {error.strerror}"
-            ) from None
+        self._socket = messages.listen(self._address)
         self.dropped_frames = 0
 
     def add(self, name: str, load: Load, loaded: Future[None]) -> None:
@@ -98,7 +87,7 @@ class Pool:
         for actor in list(self._lives.values()):
             if actor.process is not None:
                 self._ended(actor, actor.process.wait(), time.monotonic())
-        self._context.destroy(linger=0)
+        self._socket.context.destroy(linger=0)
 
     def register(self, poller: zmq.Poller) -> None:
         """See `Workers.register`."""
@@ -150,14 +139,13 @@ class Pool:
 
     def _receive(self) -> None:
         while self._socket.poll(0):
-            identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            actor = self._lives.get(identity.bytes)
-            if actor is None or actor.state == "ending" or not parts:
+            identity, *frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+            actor = self._lives.get(bytes(identity))
+            if actor is None or actor.state == "ending" or not frames:
                 self.dropped_frames += 1  # a stranger, or an actor already given up
                 continue
             try:
-                message = messages.decode_from_actor(parts[0].buffer)
-                self._take(actor, message, [part.buffer for part in parts[1:]])
+                self._take(actor, messages.decode_from_actor(frames[0]), frames[1:])
             except BadFrames as error:
                 self.dropped_frames += 1
                 self._kill(actor, f"the model's process broke the protocol ({error})")

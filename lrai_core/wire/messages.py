@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
 import zmq
 
+from lrai_core.errors import EnvironmentProblem
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
 
 PROTOCOL_VERSION: Final = 1
@@ -23,6 +24,7 @@ _OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
 
 Buffer = bytes | memoryview
+_Message = TypeVar("_Message")
 
 
 class BadFrames(ValueError):
@@ -110,8 +112,8 @@ ToActor = Load | Execute
 FromActor = Hello | Ready | LoadFailed | Executed | Refused
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_to_actor: Final = msgspec.msgpack.Decoder(ToActor)
-_from_actor: Final = msgspec.msgpack.Decoder(FromActor)
+_to_actor: Final[msgspec.msgpack.Decoder[ToActor]] = msgspec.msgpack.Decoder(ToActor)
+_from_actor: Final[msgspec.msgpack.Decoder[FromActor]] = msgspec.msgpack.Decoder(FromActor)
 
 
 def encode(message: ToActor | FromActor) -> bytes:
@@ -121,22 +123,48 @@ def encode(message: ToActor | FromActor) -> bytes:
 
 def decode_to_actor(header: Buffer) -> ToActor:
     """Return the message to an actor that `header` holds."""
-    message: ToActor = _decode(_to_actor, header)
-    return message
+    return _decode(_to_actor, header)
 
 
 def decode_from_actor(header: Buffer) -> FromActor:
     """Return the message from an actor that `header` holds."""
-    message: FromActor = _decode(_from_actor, header)
-    return message
+    return _decode(_from_actor, header)
+
+
+def listen(address: str) -> zmq.Socket[bytes]:
+    """Return a ROUTER that peers `connect` to, alone in its context.
+
+    Raises:
+        EnvironmentProblem: There can be no socket at `address`.
+    """
+    socket = zmq.Context().socket(zmq.ROUTER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)  # bounded by admission: one batch per actor
+    socket.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        socket.context.destroy(linger=0)
+        raise EnvironmentProblem(
+            f"no socket at {address}, set runtime.socket_dir to a shorter path: {error.strerror}"
+        ) from None
+    return socket
+
+
+def connect(address: str, identity: bytes) -> zmq.Socket[bytes]:
+    """Return a DEALER that the peer at `address` knows by `identity`."""
+    socket = zmq.Context().socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.ROUTING_ID, identity)
+    socket.connect(address)
+    return socket
 
 
 class Packer:
     """Lays tensors out over frames: small ones joined, large ones on their own."""
 
     def __init__(self) -> None:
-        self._small: list[Buffer] = []
-        self._small_bytes = 0
+        self._small = bytearray()
         self._large: list[Buffer] = []
 
     def pack(self, arrays: Iterable[Array]) -> tuple[TensorFrame, ...]:
@@ -153,17 +181,14 @@ class Packer:
         if size >= _OWN_FRAME_BYTES:
             self._large.append(data)
             return TensorFrame(datatype, array.shape, len(self._large), 0, size)
-        offset = self._small_bytes
-        padding = -offset % 8  # numpy reads aligned views
-        if padding:
-            self._small.append(b"\0" * padding)
-        self._small.append(data)
-        self._small_bytes += padding + size
-        return TensorFrame(datatype, array.shape, 0, offset + padding, size)
+        self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
+        offset = len(self._small)
+        self._small += data
+        return TensorFrame(datatype, array.shape, 0, offset, size)
 
     def frames(self) -> list[Buffer]:
         """Return the frames that follow the header."""
-        return [b"".join(self._small), *self._large]
+        return [memoryview(self._small).toreadonly(), *self._large]
 
     def send(self, socket: zmq.Socket[bytes], *head: bytes) -> None:
         """Send the frames in `head` and those of the tensors; only large ones without a copy."""
@@ -196,7 +221,7 @@ def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
         raise BadFrames(str(error)) from None
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Any], header: Buffer) -> Any:
+def _decode(decoder: msgspec.msgpack.Decoder[_Message], header: Buffer) -> _Message:
     if len(header) > _MAX_HEADER_BYTES:
         raise BadFrames("header too large")
     try:

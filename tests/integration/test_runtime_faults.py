@@ -217,6 +217,126 @@ def test_actors_end_with_their_parent(classifier_fp32: lrai.Artifact) -> None:
     wait_until(lambda: not alive(actor), 5)
 
 
+def test_actors_end_with_their_parent_though_a_fork_of_it_lives_on(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    program = (
+        "import os, sys, time, warnings, lrai_core as l\n"
+        "warnings.simplefilter('ignore')\n"
+        "r = l.Runtime.open(sys.argv[1])\n"
+        "child = os.fork()\n"
+        "if child: print(r.models()[0].actor_pid, child, r._folder, flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(classifier_fp32.path)], stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    actor, fork, folder = parent.stdout.readline().split()
+    try:
+        parent.kill()
+        parent.wait()
+        wait_until(lambda: not alive(int(actor)), 5)
+        assert alive(int(fork))
+        assert not Path(folder.decode()).exists()  # the last one turns off the light
+    finally:
+        kill(int(fork))
+        parent.stdout.close()
+
+
+def python(tmp_path: Path, program: str) -> str:
+    """Return an interpreter that runs `program` in place of the actor, with its arguments."""
+    script = tmp_path / "actor.py"
+    script.write_text(program)
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} {script} "$@"\n')
+    wrapper.chmod(0o700)
+    return str(wrapper)
+
+
+def test_an_actor_of_another_version_is_refused_with_the_setting_to_look_at(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    other = python(
+        tmp_path,
+        "import sys\n"
+        "from lrai_core.wire import messages\n"
+        "messages.PROTOCOL_VERSION = 99\n"
+        "from lrai_core.actor.actor import main\n"
+        "main(sys.argv[1:])\n",
+    )
+    with pytest.raises(lrai.ArtifactError, match=r"version 99, not 1: actor\.python"):
+        lrai.Runtime.open(classifier_fp32, config=config(**{"actor.python": other}))
+
+
+@pytest.mark.parametrize(
+    "answer", ['b"\\xff" * 40', "messages.encode(messages.Executed(0, 0.1, ()))"]
+)
+def test_an_actor_that_breaks_the_protocol_is_replaced_and_its_request_answered(
+    classifier_fp32: lrai.Artifact, tmp_path: Path, answer: str
+) -> None:
+    broken = python(
+        tmp_path,
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lrai_core.wire import messages\n"
+        "from lrai_core.actor.actor import Actor, main\n"
+        f"once = Path({str(tmp_path / 'once')!r})\n"
+        "if not once.exists():\n"
+        "    once.touch()\n"
+        f"    Actor._execute = lambda self, *_: self._socket.send({answer})\n"
+        "main(sys.argv[1:])\n",
+    )
+    seen: list[lrai.Event] = []
+    with lrai.Runtime.open(
+        classifier_fp32, config=config(**{"actor.python": broken}), observers=[seen.append]
+    ) as runtime:
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        stats = runtime.stats()
+    assert (stats["dropped_frames"], stats["actor_lost"]) == (1, 1)
+    (lost,) = [event for event in seen if event.kind == "actor_lost"]
+    assert "broke the protocol" in lost.attributes["reason"]
+
+
+def test_an_actor_that_prints_and_starts_programs_disturbs_nothing(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    noisy = python(
+        tmp_path,
+        "import os, subprocess, sys\n"
+        "from lrai_core.actor import actor\n"
+        "beat = actor._beat\n"
+        "def after(*arguments):\n"
+        "    os.write(1, b'noise'), sys.stdin.read()\n"
+        "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(5)'])\n"
+        "    beat(*arguments)\n"
+        "actor._beat = after\n"
+        "actor.main(sys.argv[1:])\n",
+    )
+    with lrai.Runtime.open(classifier_fp32, config=config(**{"actor.python": noisy})) as runtime:
+        time.sleep(0.3)
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        kill(pid_of(runtime, "classifier"))
+        wait_until(counted(runtime, "actor_lost", 1), 1)  # its child does not hold the line
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        assert "actor_hung" not in runtime.stats()
+
+
+def test_unloading_a_stopped_actor_keeps_no_other_model_waiting(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, name="a", config=config()) as runtime:
+        runtime.load(classifier_fp32, name="classifier")
+        pid = pid_of(runtime, "a")
+        kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        runtime.unload("a")
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        assert time.monotonic() - started < 0.5
+        wait_until(lambda: not alive(pid), 5)
+        assert runtime.stats().get("actor_lost", 0) == 0
+
+
 def test_drain_answers_what_was_accepted_and_refuses_the_rest(
     classifier_fp32: lrai.Artifact,
 ) -> None:

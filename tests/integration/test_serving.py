@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -252,18 +253,26 @@ def test_two_names_serve_beside_one_another_and_one_is_unloaded(
             runtime.infer(lrai.InferenceRequest(model_name="b", inputs={"x": payload["features"]}))
 
 
-def test_without_process_descriptors_a_death_is_still_noticed(
+def test_a_death_that_no_line_shows_is_noticed_by_its_silence(
     classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: int) -> int:
-        raise OSError("too many open files")
+    pair, held = socket.socketpair, []
 
-    monkeypatch.setattr(os, "pidfd_open", refuse)
-    with lrai.Runtime.open(classifier_fp32) as runtime:
+    def leaking() -> tuple[socket.socket, socket.socket]:
+        ours, theirs = pair()
+        held.append(theirs.dup())  # as a fork of this process would at the wrong moment
+        return ours, theirs
+
+    monkeypatch.setattr(socket, "socketpair", leaking)
+    config = lrai.load_config(call={"actor.hang_seconds": 0.5})
+    with lrai.Runtime.open(classifier_fp32, config=config) as runtime:
         (model,) = runtime.models()
         assert model.actor_pid is not None
         os.kill(model.actor_pid, signal.SIGKILL)
         assert runtime.infer(classifier_request()).outputs["logits"].shape == (1, 10)
+        assert runtime.stats()["actor_hung"] == 1
+    for end in held:
+        end.close()
 
 
 def test_one_name_is_loaded_once_however_many_try(classifier_fp32: lrai.Artifact) -> None:
