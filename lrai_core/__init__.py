@@ -1,7 +1,8 @@
 """LRAI: coalesced requests, gated compiled models and certificates for an existing serving stack.
 
-The names below are the public API; each is imported when it is first used, so that a process that
-only attaches to a runtime loads neither onnxruntime nor the compiler.
+The names below are the public API. The words are here at once; what needs more libraries is
+imported when it is first used, so that a process that only attaches to a runtime loads neither
+onnxruntime nor the compiler.
 """
 
 from __future__ import annotations
@@ -10,30 +11,31 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+from lrai_core.config import LraiConfig as LraiConfig
+from lrai_core.config import load_config as load_config
+from lrai_core.errors import ActorError as ActorError
+from lrai_core.errors import ArtifactError as ArtifactError
+from lrai_core.errors import CompileError as CompileError
+from lrai_core.errors import ConditionNotMet as ConditionNotMet
+from lrai_core.errors import DeadlineExceeded as DeadlineExceeded
+from lrai_core.errors import EnvironmentProblem as EnvironmentProblem
+from lrai_core.errors import InvalidTensor as InvalidTensor
+from lrai_core.errors import LraiError as LraiError
+from lrai_core.errors import ModelNotFound as ModelNotFound
+from lrai_core.errors import NotReady as NotReady
+from lrai_core.errors import QueueFull as QueueFull
+from lrai_core.errors import RequestError as RequestError
+from lrai_core.errors import UsageError as UsageError
+from lrai_core.events import Event as Event
+from lrai_core.protocol import InferenceRequest as InferenceRequest
+from lrai_core.protocol import InferenceResponse as InferenceResponse
+from lrai_core.protocol import Signature as Signature
+from lrai_core.protocol import Tensor as Tensor
+from lrai_core.protocol import TensorSpec as TensorSpec
+
+if TYPE_CHECKING:  # and in `_HOMES`
     from lrai_core.artifact import Artifact as Artifact
     from lrai_core.compiler.compiler import compile as compile
-    from lrai_core.config import LraiConfig as LraiConfig
-    from lrai_core.config import load_config as load_config
-    from lrai_core.errors import ActorError as ActorError
-    from lrai_core.errors import ArtifactError as ArtifactError
-    from lrai_core.errors import CompileError as CompileError
-    from lrai_core.errors import ConditionNotMet as ConditionNotMet
-    from lrai_core.errors import DeadlineExceeded as DeadlineExceeded
-    from lrai_core.errors import EnvironmentProblem as EnvironmentProblem
-    from lrai_core.errors import InvalidTensor as InvalidTensor
-    from lrai_core.errors import LraiError as LraiError
-    from lrai_core.errors import ModelNotFound as ModelNotFound
-    from lrai_core.errors import NotReady as NotReady
-    from lrai_core.errors import QueueFull as QueueFull
-    from lrai_core.errors import RequestError as RequestError
-    from lrai_core.errors import UsageError as UsageError
-    from lrai_core.events import Event as Event
-    from lrai_core.protocol import InferenceRequest as InferenceRequest
-    from lrai_core.protocol import InferenceResponse as InferenceResponse
-    from lrai_core.protocol import Signature as Signature
-    from lrai_core.protocol import Tensor as Tensor
-    from lrai_core.protocol import TensorSpec as TensorSpec
     from lrai_core.runtime.runtime import Runtime as Runtime
     from lrai_core.verifier.certificate import Certificate as Certificate
     from lrai_core.verifier.certificate import certificates as certificates
@@ -49,35 +51,15 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "Artifact": "artifact",
     "compile": "compiler.compiler",
-    "LraiConfig": "config",
-    "load_config": "config",
-    "ActorError": "errors",
-    "ArtifactError": "errors",
-    "CompileError": "errors",
-    "ConditionNotMet": "errors",
-    "DeadlineExceeded": "errors",
-    "EnvironmentProblem": "errors",
-    "InvalidTensor": "errors",
-    "LraiError": "errors",
-    "ModelNotFound": "errors",
-    "NotReady": "errors",
-    "QueueFull": "errors",
-    "RequestError": "errors",
-    "UsageError": "errors",
-    "Event": "events",
-    "InferenceRequest": "protocol",
-    "InferenceResponse": "protocol",
-    "Signature": "protocol",
-    "Tensor": "protocol",
-    "TensorSpec": "protocol",
     "Runtime": "runtime.runtime",
     "Certificate": "verifier.certificate",
     "certificates": "verifier.certificate",
     "check": "verifier.check",
     "verify": "verifier.verifier",
 }
+_WORDS = [n for n, v in globals().items() if getattr(v, "__module__", "").startswith("lrai_core.")]
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - one list, kept with the homes
+__all__ = sorted([*_WORDS, *_HOMES])  # noqa: PLE0605 - one list, kept with the imports
 
 
 def __getattr__(name: str) -> Any:
