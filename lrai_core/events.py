@@ -28,6 +28,7 @@ Kind = Literal[
     "model_failed",
     "variant_refused",
     "planner_failed",
+    "speed_changed",
 ]
 
 

@@ -35,7 +35,7 @@ from lrai_core.errors import (
 )
 from lrai_core.events import EventBus, Observer
 from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signature, validate
-from lrai_core.scheduler.scheduler import Scheduler
+from lrai_core.scheduler.scheduler import Replica, Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
 from lrai_core.wire.messages import Load
@@ -179,7 +179,8 @@ class Runtime:
             own = [require_certificate(artifact, chosen.id, require)]
         certificate = own[0].id if own else None
         # What was measured elsewhere says nothing of the source model's speed here.
-        self._scheduler.add(name, () if load.optimise else chosen.latency)
+        profile = () if load.optimise else chosen.latency
+        self._scheduler.add(name, [Replica(name, profile, load.threads)])
         self._start_actor(name, load)
         return _Model(name, artifact.version, chosen.id, certificate, artifact.manifest.signature)
 

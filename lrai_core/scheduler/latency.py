@@ -1,13 +1,16 @@
-"""What a call costs: predicted seconds for rows and length, from the measured profile.
+"""What a call costs: predicted seconds for rows and length, from the measured profile and online.
 
-With a length axis the model is `a + b rows x length + c rows x length^2` (calls, elements,
-attention); without one it is linear between the measured row counts. What a call costs outside the
-engine is learned from the answers, because coalescing saves that too.
+With a length axis the profile is fitted by `a + b rows x length + c rows x length^2` (calls,
+elements, attention); without one it is linear between the measured row counts. From the answers two
+corrections are learned, `scale x profile + fixed`, because a machine is seldom as fast as when it
+was measured, and apart from them what a call costs outside the engine, because coalescing saves
+that too.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,6 +20,13 @@ from lrai_core.artifact import LatencyPoint
 
 _UNKNOWN_SECONDS: Final = 1e-3
 _DOWN, _UP = 0.2, 0.005
+_MEMORY: Final = 0.98  # weight of a call after the next one: about fifty count
+_PRIOR_CALLS: Final = 2.0  # weight of the profile at first, which fades like that of a call,
+_RIDGE: Final = 0.1  # and what stays of it, so that calls of one size only still have a solution
+_SHIFT: Final = 0.1  # mean relative error of late that means another speed
+_SHIFT_CALLS: Final = 6.0  # that many calls decide what is "of late"
+_MOST_WRONG: Final = 1.0  # of one call's relative error: a pause of the machine is no speed
+_CAUTION: Final = 0.5  # standard deviations between prediction and what a deadline is held against
 
 
 class LatencyModel:
@@ -30,6 +40,13 @@ class LatencyModel:
         else:
             self._by_rows = sorted({point.rows: point.median_ms / 1e3 for point in profile}.items())
         self.overhead_seconds = 0.0
+        self.scale, self.fixed_seconds = 1.0, 0.0
+        self.margin = 1.0
+        self._unit = self._profile_seconds(1, 0 if self._terms is None else 32)
+        # Sums of 1, x, x^2, y, xy over calls, with x = unit / profile and y = seconds / profile.
+        self._normal = [_PRIOR_CALLS, 0.0, _PRIOR_CALLS, _PRIOR_CALLS, 0.0]
+        self._variance = 0.0
+        self._drift = 0.0
 
     def call_seconds(self, rows: int, length: int) -> float:
         """Return the predicted seconds of a call, engine and everything around it."""
@@ -37,15 +54,37 @@ class LatencyModel:
 
     def engine_seconds(self, rows: int, length: int) -> float:
         """Return the predicted seconds inside the engine for `rows` padded to `length`."""
-        if self._terms is not None:
-            fixed, linear, quadratic = self._terms
-            elements = rows * length
-            return fixed + linear * elements + quadratic * elements * length
-        return self._interpolate(rows)
+        return self.scale * self._profile_seconds(rows, length) + self.fixed_seconds
 
-    def observe(self, total_seconds: float, engine_seconds: float) -> None:
-        """Learn what a call costs outside the engine from one that was answered."""
-        around = max(0.0, total_seconds - engine_seconds)
+    def observe(self, rows: int, length: int, total_seconds: float, engine_seconds: float) -> bool:
+        """Learn from a call that was answered; return whether the speed has just changed."""
+        self._learn_overhead(max(0.0, total_seconds - engine_seconds))
+        profile = self._profile_seconds(rows, length)
+        predicted = self.scale * profile + self.fixed_seconds
+        error = engine_seconds / predicted - 1
+        clipped = max(-_MOST_WRONG, min(_MOST_WRONG, error))
+        self._drift += (clipped - self._drift) / _SHIFT_CALLS
+        self._variance += (clipped * clipped - self._variance) / (4 * _SHIFT_CALLS)
+        shifted = abs(self._drift) > max(_SHIFT, 3 * math.sqrt(self._variance / _SHIFT_CALLS))
+        keep = 0.2 if shifted else _MEMORY
+        self._drift = 0.0 if shifted else self._drift
+        x, y = self._unit / profile, predicted * (1 + clipped) / profile
+        seen = (1.0, x, x * x, y, x * y)
+        self._normal = [keep * old + new for old, new in zip(self._normal, seen, strict=True)]
+        self._solve()
+        self.margin = 1 + _CAUTION * min(0.5, math.sqrt(self._variance))
+        return shifted
+
+    def _solve(self) -> None:
+        """Set `scale` and `fixed_seconds` by least squares of the relative errors, held to 1, 0."""
+        n, sx, sxx, sy, sxy = self._normal
+        n, sxx, sy = n + _RIDGE, sxx + _RIDGE, sy + _RIDGE
+        determinant = n * sxx - sx * sx
+        fixed = max(0.0, (n * sxy - sx * sy) / determinant)
+        self.scale = max(0.01, (sy - fixed * sx) / n)
+        self.fixed_seconds = fixed * self._unit
+
+    def _learn_overhead(self, around: float) -> None:
         if self.overhead_seconds == 0.0:
             self.overhead_seconds = around
         # What else the machine did meanwhile is not the cost of a call, so the estimate follows the
@@ -53,6 +92,13 @@ class LatencyModel:
         weight = _DOWN if around < self.overhead_seconds else _UP
         around = min(around, 2 * self.overhead_seconds)
         self.overhead_seconds += weight * (around - self.overhead_seconds)
+
+    def _profile_seconds(self, rows: int, length: int) -> float:
+        if self._terms is not None:
+            fixed, linear, quadratic = self._terms
+            elements = rows * length
+            return fixed + linear * elements + quadratic * elements * length
+        return self._interpolate(rows)
 
     def _interpolate(self, rows: int) -> float:
         points = self._by_rows

@@ -1,28 +1,39 @@
-"""From what waits to what runs next: a pure function, without clock, locks or sockets.
+"""From what waits to what runs next: pure decisions, without clock, locks or sockets.
 
-The oldest request is always in the next call, so nobody starves. Others join it only where the
-profile says that running together takes less time than running one after the other: the next
-neighbours by length, since padding is work. Where coalescing does not pay, the plan is one by one.
+The most urgent request leads the next call. Others join it, nearest in length first, where the
+latency model says that running together takes less time than running one after the other. Where
+its deadline leaves room for a small call only, leading costs more than it is worth: then the most
+urgent are given up for a call that serves more per second (the early drop of Nexus, with the number
+dropped chosen by what it buys). Where coalescing does not pay, the plan is one by one.
+
+Source: Shen et al. 2019, "Nexus", section 4.3 (early drop).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Sequence
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from lrai_core.scheduler.latency import LatencyModel
 
+_DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
+_SPARE: Final = 3.0  # durations of the call after the next that its deadline has to leave for it
+_MOST_SKIPPED: Final = 8  # neighbours too large for a call, before a side is left alone
+
 
 class Waiting(NamedTuple):
-    """One queued request as the planner sees it."""
+    """One queued request as the planner sees it; compares by urgency."""
 
+    priority: int  # lower is served first
+    urgency: float  # of two the lower is served first: the deadline, or when nobody waits longer
+    sequence: int  # unique, in order of arrival
+    deadline: float  # on the clock of `now`
     group: Hashable  # requests of one group may share a call
     rows: int
     length: int  # 0 where there is no length axis
-    deadline: float  # on the clock of `now`
-    alone: bool = False  # after a failed call: what ruined it must not ruin others again
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,100 +43,261 @@ class Bounds:
     rows: int
     elements: int = 0  # padded rows x length; 0 for none
 
+    def allow(self, rows: int, length: int) -> bool:
+        """Return whether a call may have so many rows, padded to `length`."""
+        return rows <= self.rows and (not self.elements or rows * length <= self.elements)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Indices into the queue: what runs now as one call, and what cannot be answered in time."""
+    """Sequences of what runs now as one call, and of what is not worth running any more."""
 
     dispatch: tuple[int, ...]
     drop: tuple[int, ...]
     predicted_seconds: float
+    due: float = 0.0  # the earliest deadline among what runs
 
 
-def plan(queue: Sequence[Waiting], latency: LatencyModel, now: float, bounds: Bounds) -> Decision:
+class Queue:
+    """Requests of one model, by urgency and, per group, by length; every change is O(log n)."""
+
+    def __init__(self) -> None:
+        self.urgent: list[Waiting] = []
+        self._lanes: dict[Hashable, list[tuple[int, Waiting]]] = {}
+        self._known: dict[int, Waiting] = {}
+        self._deadlines: list[tuple[float, int]] = []  # a heap, with what has left meanwhile
+
+    def __len__(self) -> int:
+        """Return how many requests wait."""
+        return len(self.urgent)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the sequences, the most urgent first."""
+        return (waiting.sequence for waiting in self.urgent)
+
+    def add(self, waiting: Waiting) -> None:
+        """Let a request wait."""
+        self._known[waiting.sequence] = waiting
+        insort(self.urgent, waiting)
+        insort(self._lanes.setdefault(waiting.group, []), (waiting.length, waiting))
+        heapq.heappush(self._deadlines, (waiting.deadline, waiting.sequence))
+
+    def remove(self, sequence: int) -> bool:
+        """Take a request out; return whether it waited."""
+        waiting = self._known.pop(sequence, None)
+        if waiting is None:
+            return False
+        del self.urgent[bisect_left(self.urgent, waiting)]
+        lane = self._lanes[waiting.group]
+        del lane[bisect_left(lane, (waiting.length, waiting))]
+        if not lane:
+            del self._lanes[waiting.group]
+        return True
+
+    def next_deadline(self) -> float:
+        """Return the earliest deadline, infinity where nothing waits."""
+        heap = self._deadlines
+        while heap and heap[0][1] not in self._known:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else float("inf")
+
+    def expire(self, now: float) -> list[int]:
+        """Take out and return what is past its deadline."""
+        late = []
+        while self.next_deadline() <= now:
+            late.append(self._deadlines[0][1])
+            self.remove(late[-1])
+        return late
+
+    def lane(self, group: Hashable) -> list[tuple[int, Waiting]]:
+        """Return the group's requests as (length, request), by length and then urgency."""
+        return self._lanes[group]
+
+
+def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Decision:
     """Return the next call of a model whose actor is idle.
 
     Args:
-        queue: In order of arrival.
+        queue: Not modified.
         latency: Predicts what a call costs.
         now: The clock of the deadlines, in seconds.
         bounds: Limits of a call; a single request that exceeds them runs alone.
     """
-    drop: list[int] = []
-    head = -1
-    for index, waiting in enumerate(queue):
-        if now + latency.engine_seconds(waiting.rows, waiting.length) > waiting.deadline:
-            drop.append(index)
-        else:
-            head = index
-            break
-    if head < 0:
-        return Decision((), tuple(drop), 0.0)
-    first = queue[head]
-    if first.alone:
-        cost = latency.call_seconds(first.rows, first.length)
-        return Decision((head,), tuple(drop), cost)
-    mates = [
-        index
-        for index in range(head + 1, len(queue))
-        if queue[index].group == first.group
-        and not queue[index].alone
-        and queue[index].deadline > now
-    ]
-    batch, cost = _extend(queue, head, mates, latency, now, bounds)
-    return Decision(tuple(sorted(batch)), tuple(drop), cost)
+    urgent, late = queue.urgent, 0
+    while late < len(urgent) and _is_late(urgent[late], latency, now):
+        late += 1
+    call, given_up = None, 0
+    if late < len(urgent):
+        situation = _Situation(queue, latency, now, bounds, urgent[late:])
+        call = situation.lead(urgent[late])
+        if call.short_of_time and not situation.rest_fits(call):
+            call, given_up = situation.give_up(call)
+    drop = tuple(waiting.sequence for waiting in urgent[: late + given_up])
+    if call is None:
+        return Decision((), drop, 0.0)
+    return Decision(tuple(one.sequence for one in call.members), drop, call.seconds, call.due)
 
 
-class _Call(NamedTuple):
+def _is_late(waiting: Waiting, latency: LatencyModel, now: float) -> bool:
+    return now + latency.engine_seconds(waiting.rows, waiting.length) > waiting.deadline
+
+
+class Offer(NamedTuple):
+    """The call that a model would run next, as one among several that want the same processor."""
+
+    due: float  # the earliest deadline in it
+    seconds: float  # predicted
+    requests: int
+    over_share: bool  # its model has lately used more of the processor than its weight
+
+
+def choose(offers: Sequence[Offer], now: float) -> int:
+    """Return the index of the call that runs first on a processor for which several models wait.
+
+    In order of deadlines, without those that have to be late: while the calls do not all end in
+    time, the one that serves the fewest requests per second is left out, of models over their share
+    first.
+
+    Source: Moore 1968, "An n job, one machine sequencing algorithm", with weights.
+    """
+    order = sorted(range(len(offers)), key=lambda index: offers[index].due)
+    kept: list[int] = []
+    end = now
+    for index in order:
+        kept.append(index)
+        end += offers[index].seconds
+        if end > offers[index].due:
+            rich = [one for one in kept if offers[one].over_share] or kept
+            least = min(rich, key=lambda one: offers[one].requests / offers[one].seconds)
+            kept.remove(least)
+            end -= offers[least].seconds
+    return kept[0] if kept else order[0]
+
+
+@dataclass(slots=True)
+class _Call:
     """A call while it grows."""
 
+    members: list[Waiting]
     rows: int
     length: int
     due: float  # the earliest deadline
-    cost: float  # predicted seconds
-
-    def joined_by(self, other: Waiting, latency: LatencyModel) -> _Call:
-        rows, length = self.rows + other.rows, max(self.length, other.length)
-        due = min(self.due, other.deadline)
-        return _Call(rows, length, due, latency.call_seconds(rows, length))
-
-    def is_allowed(self, now: float, bounds: Bounds) -> bool:
-        within = not bounds.elements or self.rows * self.length <= bounds.elements
-        return within and self.rows <= bounds.rows and now + self.cost <= self.due
+    seconds: float  # predicted
+    short_of_time: bool = False  # it would have grown further, but for `due`
 
 
-def _extend(
-    queue: Sequence[Waiting],
-    head: int,
-    mates: list[int],
-    latency: LatencyModel,
-    now: float,
-    bounds: Bounds,
-) -> tuple[list[int], float]:
-    """Grow the call from the head to both sides in order of length while it saves time.
+@dataclass(frozen=True, slots=True)
+class _Situation:
+    """What a decision is made from; `urgent`: who can still be answered, by urgency."""
 
-    Nobody is let in who would make another, or be made, miss a deadline.
-    """
-    first = queue[head]
-    cost = latency.call_seconds(first.rows, first.length)
-    call, batch = _Call(first.rows, first.length, first.deadline, cost), [head]
-    order = sorted([head, *mates], key=lambda index: (queue[index].length, index))
-    at = order.index(head)
-    sides = deque(reversed(order[:at])), deque(order[at + 1 :])
-    while True:
-        best, best_call, best_saving = None, call, 0.0
-        for side in sides:
-            # A call only grows: who may not join now never may, and must not stand in the way.
-            while side and not call.joined_by(queue[side[0]], latency).is_allowed(now, bounds):
-                side.popleft()
-            if not side:
-                continue
-            other = queue[side[0]]
-            joint = call.joined_by(other, latency)
-            saving = call.cost + latency.call_seconds(other.rows, other.length) - joint.cost
-            if saving > best_saving:
-                best, best_call, best_saving = side, joint, saving
-        if best is None:
-            return batch, call.cost
-        batch.append(best.popleft())
-        call = best_call
+    queue: Queue
+    latency: LatencyModel
+    now: float
+    bounds: Bounds
+    urgent: list[Waiting]
+
+    def lead(self, head: Waiting, gone: Set[int] = frozenset(), wait_seconds: float = 0) -> _Call:
+        """Grow a call from `head` to both sides in order of length while it saves time.
+
+        Nobody is let in who would make another, or be made, miss a deadline, who is more urgent
+        than the head and so was given up, or who is `gone`.
+        """
+        predict, start = self.latency.call_seconds, self.now + wait_seconds
+        seconds = predict(head.rows, head.length)
+        call = _Call([head], head.rows, head.length, head.deadline, seconds)
+        lane = self.queue.lane(head.group)
+        at = bisect_left(lane, (head.length, head))
+        sides = [_Side(lane, at, step, head, gone) for step in (-1, 1)]
+        while self.bounds.allow(call.rows + 1, call.length):
+            best: _Side | None = None
+            best_saving = best_seconds = 0.0
+            for side in sides:
+                while (other := side.next) is not None:
+                    rows, length = call.rows + other.rows, max(call.length, other.length)
+                    if self.bounds.allow(rows, length):
+                        seconds = predict(rows, length)
+                        saving = call.seconds + predict(other.rows, other.length) - seconds
+                        if saving <= 0:
+                            side.next = None  # those behind are longer, or padded more
+                            break
+                        due = min(call.due, other.deadline)
+                        if start + seconds * self.latency.margin <= due:
+                            if saving > best_saving:
+                                best, best_saving, best_seconds = side, saving, seconds
+                            break
+                        call.short_of_time = True
+                    side.skip()  # a call only grows: who may not join now never may
+            if best is None or (other := best.next) is None:
+                break
+            best.advance()
+            call.members.append(other)
+            call.rows, call.length = call.rows + other.rows, max(call.length, other.length)
+            call.due, call.seconds = min(call.due, other.deadline), best_seconds
+        return call
+
+    def rest_fits(self, call: _Call) -> bool:
+        """Return whether what `call` leaves behind can follow whole, with time to spare.
+
+        Time to spare, since what arrives meanwhile will want the same.
+        """
+        gone = {one.sequence for one in call.members}
+        for waiting in self.urgent:
+            if waiting.sequence not in gone:
+                follows = self.lead(waiting, gone, call.seconds)
+                end = self.now + call.seconds + _SPARE * follows.seconds
+                return end <= follows.due and not follows.short_of_time
+        return True
+
+    def give_up(self, call: _Call) -> tuple[_Call, int]:
+        """Return the call that serves the most per second, and how many are given up for it."""
+
+        def worth(call: _Call, given_up: int) -> tuple[float, int, _Call]:
+            return (len(call.members) - _DROP_COST * given_up) / call.seconds, -given_up, call
+
+        best, low, high, short = worth(call, 0), 0, 1, True
+        level = self.urgent[0].priority  # nobody is given up for those of a lower one
+        while short or high - low > 1:  # gallop to where time is no longer short, then bisect
+            at = high if short else (low + high) // 2
+            if at >= len(self.urgent) or self.urgent[at].priority != level:
+                break
+            found = worth(self.lead(self.urgent[at]), at)
+            best = max(best, found, key=lambda one: one[:2])
+            if found[2].short_of_time:
+                low, high = (high, 2 * high) if short else (at, high)
+            else:
+                short, high = False, at
+        return best[2], -best[1]
+
+
+class _Side:
+    """The neighbours of a request in one direction of its lane."""
+
+    __slots__ = ("_at", "_gone", "_head", "_lane", "_skipped", "_step", "next")
+
+    def __init__(
+        self, lane: list[tuple[int, Waiting]], at: int, step: int, head: Waiting, gone: Set[int]
+    ) -> None:
+        self._lane, self._at, self._step, self._head, self._gone = lane, at, step, head, gone
+        self._skipped = 0
+        self.next: Waiting | None = None
+        self.advance()
+
+    def skip(self) -> None:
+        """Go on without the next neighbour; after some the side is closed."""
+        self._skipped += 1
+        if self._skipped > _MOST_SKIPPED:
+            self.next = None
+        else:
+            self.advance()
+
+    def advance(self) -> None:
+        """Go on to the neighbour behind the next."""
+        lane, head, gone = self._lane, self._head, self._gone
+        self._at += self._step
+        self.next = None
+        while self.next is None and 0 <= self._at < len(lane):
+            other = lane[self._at][1]
+            if other > head and other.sequence not in gone:
+                self.next = other
+            else:
+                self._at += self._step

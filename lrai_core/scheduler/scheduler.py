@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,7 +21,7 @@ from typing import Final
 import zmq
 
 from lrai_core.artifact import LatencyPoint
-from lrai_core.config import SchedulerConfig
+from lrai_core.config import SchedulerConfig, available_cpus
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.errors import (
     ActorError,
@@ -36,35 +36,42 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import Bounds, Decision, Waiting, plan
+from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting, choose, plan
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Workers
 
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
+_OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs count as free,
+_OVERDUE_SECONDS: Final = 0.05  # and this on top: who hangs must not stop the others
+_SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
 
 
 @dataclass(slots=True, eq=False)
 class _Pending:
     """One accepted request until it ends."""
 
-    model: str
-    queue: _Queue
+    sequence: int
+    model: _Model
     request: ValidRequest
     future: Future[list[Array]]
     arrival: float
     deadline: float
+    priority: int
+    group: Hashable
     attempts: int = 0
-    alone: bool = False
     running: bool = False
     told: bool = False  # its future is settled, though the engine may still be at it
 
 
-@dataclass(slots=True)
-class _Queue:
-    """One model's waiting requests, in order of arrival."""
+@dataclass(slots=True, eq=False)
+class _Model:
+    """One model: what waits for it, and the actors that run it."""
 
-    latency: LatencyModel
-    waiting: list[_Pending] = field(default_factory=list)
+    name: str
+    replicas: dict[str, Replica]
+    queue: Queue = field(default_factory=Queue)
+    waiting: dict[int, _Pending] = field(default_factory=dict)
+    used_seconds: float = 0.0  # of the processor, lately
     failed: str = ""
 
 
@@ -72,9 +79,22 @@ class _Queue:
 class _Call:
     """A batch at an actor."""
 
-    queue: _Queue
+    model: _Model
+    replica: Replica
     pending: list[_Pending]
+    rows: int
+    length: int
     dispatched: float
+    overdue: float  # from then on its CPUs count as free
+
+
+class Replica:
+    """One actor of a model: what it costs there, and how many CPUs a call takes."""
+
+    def __init__(self, actor: str, profile: Sequence[LatencyPoint], threads: int = 1) -> None:
+        self.actor = actor
+        self.latency = LatencyModel(profile)
+        self.threads = threads
 
 
 class Scheduler:
@@ -86,9 +106,12 @@ class Scheduler:
         self._events = events
         self._admission = Admission(config)
         self._bounds = Bounds(config.max_batch_rows, config.max_batch_elements or MEASURED_ELEMENTS)
-        self._queues: dict[str, _Queue] = {}
+        self._models: dict[str, _Model] = {}
+        self._owners: dict[str, _Model] = {}  # by actor
         self._calls: dict[int, _Call] = {}
-        self._batches = itertools.count(1)
+        self._cpus = available_cpus()
+        self._used_at = 0.0  # when what models used was last brought up to date
+        self._batches, self._sequences = itertools.count(1), itertools.count(1)
         self._arrived: deque[_Pending | Callable[[], None]] = deque()
         self._state_lock = threading.Lock()
         self._accepting = True
@@ -107,12 +130,14 @@ class Scheduler:
         self._workers.register(self._poller)
         self._thread.start()
 
-    def add(self, model: str, profile: Sequence[LatencyPoint]) -> None:
-        """Open a queue for `model`; its actor is the workers' business."""
-        self._queues[model] = _Queue(LatencyModel(profile))
+    def add(self, model: str, replicas: Sequence[Replica]) -> None:
+        """Open a queue for `model`; its actors are the workers' business."""
+        made = _Model(model, {replica.actor: replica for replica in replicas})
+        self._owners |= dict.fromkeys(made.replicas, made)
+        self._models[model] = made
 
     def submit(
-        self, model: str, request: ValidRequest, timeout_ms: float | None
+        self, model: str, request: ValidRequest, timeout_ms: float | None, priority: int = 0
     ) -> Future[list[Array]]:
         """Accept a request, or refuse it at once.
 
@@ -120,6 +145,7 @@ class Scheduler:
             model: A model that was added.
             request: As `protocol.validate` returned it.
             timeout_ms: How long the caller waits; None for the configured default.
+            priority: The lower are served first.
 
         Returns:
             A future of one array per wanted output. Cancelling it takes the request out of the
@@ -132,16 +158,17 @@ class Scheduler:
             ModelNotFound: No such model.
         """
         try:
-            queue = self._queues[model]
+            owner = self._models[model]
         except KeyError:
             raise ModelNotFound(f"no model {shorten(model)!r} is loaded") from None
         try:
-            pending = self._admit(model, queue, request, timeout_ms)
+            pending = self._admit(owner, request, timeout_ms, priority)
         except LraiError as error:
             self._events.emit("request_refused", model, reason=type(error).__name__)
             raise
         self._events.emit("request_accepted", model, rows=request.rows)
         self._hand_over(pending)
+        pending.future.add_done_callback(lambda future: self._left(pending, future))
         return pending.future
 
     def call(self, action: Callable[[], None]) -> None:
@@ -160,12 +187,11 @@ class Scheduler:
 
     def remove(self, model: str) -> None:
         """Forget a model; what waits for it or runs is refused. Runs in the scheduler's thread."""
-        queue = self._queues.pop(model, None)
-        if queue is not None:
-            queue.failed = f"model {model!r} was unloaded"
-            self._fail_all(queue, queue.failed)
-            for batch in [b for b, call in self._calls.items() if call.queue is queue]:
-                self._settle_with(self._calls.pop(batch).pending, ActorError(queue.failed))
+        gone = self._models.pop(model, None)
+        if gone is not None:
+            self._fail(gone, f"model {model!r} was unloaded")
+            for batch in [b for b, call in self._calls.items() if call.model is gone]:
+                self._settle_with(self._calls.pop(batch).pending, ActorError(gone.failed))
 
     def outstanding(self) -> int:
         """Return the rows accepted and not yet ended."""
@@ -196,12 +222,15 @@ class Scheduler:
         os.close(self._wake_write)
 
     def _admit(
-        self, model: str, queue: _Queue, request: ValidRequest, timeout_ms: float | None
+        self, model: _Model, request: ValidRequest, timeout_ms: float | None, priority: int
     ) -> _Pending:
-        if queue.failed:
-            raise ActorError(queue.failed)
+        if model.failed:
+            raise ActorError(model.failed)
         timeout = self._config.default_timeout_ms if timeout_ms is None else timeout_ms
-        needed_ms = queue.latency.engine_seconds(request.rows, request.length) * 1e3
+        needed_ms = 1e3 * min(
+            replica.latency.engine_seconds(request.rows, request.length)
+            for replica in list(model.replicas.values())
+        )
         if not timeout > needed_ms:
             raise DeadlineExceeded(f"{timeout:g} ms allowed, the model takes {needed_ms:.3g} ms")
         now = time.monotonic()
@@ -211,7 +240,26 @@ class Scheduler:
             if not self._admission.rows:
                 self._last_answer = now  # nobody waited until now
             self._admission.enter(request.rows, request.nbytes, needed_ms / 1e3 / request.rows)
-        return _Pending(model, queue, request, Future(), now, now + timeout / 1e3)
+        return _Pending(
+            sequence=next(self._sequences),
+            model=model,
+            request=request,
+            future=Future(),
+            arrival=now,
+            deadline=now + timeout / 1e3,
+            priority=priority,
+            group=request.group,
+        )
+
+    def _left(self, pending: _Pending, future: Future[list[Array]]) -> None:
+        """Take a request out of the queue whose caller has cancelled it."""
+        if future.cancelled():
+            self._hand_over(lambda: self._cancel(pending))
+
+    def _cancel(self, pending: _Pending) -> None:
+        if pending.model.waiting.pop(pending.sequence, None) is not None:
+            pending.model.queue.remove(pending.sequence)
+            self._settle_with([pending], DeadlineExceeded("cancelled"))
 
     def _hand_over(self, item: _Pending | Callable[[], None]) -> bool:
         with self._state_lock:
@@ -249,9 +297,9 @@ class Scheduler:
         inside = [item for item in self._arrived if isinstance(item, _Pending)]
         for call in self._calls.values():
             inside += call.pending
-        for queue in list(self._queues.values()):
-            inside += queue.waiting
-            queue.waiting = []
+        for model in list(self._models.values()):
+            inside += model.waiting.values()
+            model.waiting.clear()
         self._arrived.clear()
         self._calls.clear()
         self._settle_with(inside, error)
@@ -267,31 +315,47 @@ class Scheduler:
         for outcome in self._workers.poll(now):
             self._settle(outcome)
         self._expire_running(now)
-        for model, queue in list(self._queues.items()):  # `add` runs in other threads
-            self._expire(queue, now)
-            if queue.waiting and self._workers.idle(model):
-                self._dispatch(model, queue, now)
+        for model in list(self._models.values()):  # `add` runs in other threads
+            late = self._take(model, model.queue.expire(now))
+            self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
+        while self._dispatch_one(now):
+            pass
 
     def _next_check(self, now: float) -> float:
         checks = [self._workers.next_check(now)]
-        for queue in list(self._queues.values()):
-            checks += [p.deadline for p in queue.waiting]
+        checks += [model.queue.next_deadline() for model in list(self._models.values())]
         for call in self._calls.values():
             checks += [p.deadline for p in call.pending if not p.told]
+            checks += [call.overdue] if call.overdue > now else []
         return min(checks)
 
     def _enqueue(self, pending: _Pending) -> None:
-        queue = pending.queue  # of the model that it was checked against, whatever has its name now
-        if queue.failed:
-            self._settle_with([pending], ActorError(queue.failed))
+        model = pending.model  # that it was checked against, whatever has its name now
+        if model.failed:
+            self._settle_with([pending], ActorError(model.failed))
+        elif pending.future.cancelled():
+            self._settle_with([pending], DeadlineExceeded("cancelled"))
         else:
-            queue.waiting.append(pending)
+            # Whoever waits long enough becomes urgent, whatever its deadline.
+            urgency = min(pending.deadline, pending.arrival + self._config.default_timeout_ms / 1e3)
+            request = pending.request
+            model.waiting[pending.sequence] = pending
+            model.queue.add(
+                Waiting(
+                    pending.priority,
+                    urgency,
+                    pending.sequence,
+                    pending.deadline,
+                    pending.group,
+                    request.rows,
+                    request.length,
+                )
+            )
 
-    def _expire(self, queue: _Queue, now: float) -> None:
-        late = [p for p in queue.waiting if p.deadline <= now or p.future.cancelled()]
-        if late:
-            self._take_out(queue, late)
-            self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
+    def _take(self, model: _Model, sequences: Sequence[int]) -> list[_Pending]:
+        for sequence in sequences:
+            model.queue.remove(sequence)
+        return [model.waiting.pop(sequence) for sequence in sequences]
 
     def _expire_running(self, now: float) -> None:
         """Tell callers in time; the request keeps its place until the engine is done with it."""
@@ -300,69 +364,105 @@ class Scheduler:
                 if pending.deadline <= now:
                     self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
 
-    def _dispatch(self, model: str, queue: _Queue, now: float) -> None:
-        decision = self._decide(model, queue, now)
-        dropped = [queue.waiting[index] for index in decision.drop]
-        chosen = [queue.waiting[index] for index in decision.dispatch]
-        self._take_out(queue, [*dropped, *chosen])
-        self._settle_with(
-            dropped,
-            DeadlineExceeded("the deadline cannot be met any more, the request was not run"),
+    def _dispatch_one(self, now: float) -> bool:
+        """Start the call that is due first among those there are CPUs for; return whether one was.
+
+        More calls than CPUs would only make one another late.
+        """
+        calls = self._calls.values()
+        busy = sum(call.replica.threads for call in calls if now < call.overdue)
+        offers: list[tuple[_Model, Replica, Decision]] = []
+        for model in list(self._models.values()):
+            if not len(model.queue):
+                continue
+            idle = [r for r in model.replicas.values() if self._workers.idle(r.actor)]
+            idle = [r for r in idle if not busy or busy + r.threads <= self._cpus]
+            if idle:
+                replica = min(idle, key=lambda r: r.latency.engine_seconds(1, 1))
+                decision = self._decide(model, replica, now)
+                dropped = self._take(model, decision.drop)
+                self._settle_with(
+                    dropped, DeadlineExceeded("the deadline cannot be met any more; it was not run")
+                )
+                if decision.dispatch:
+                    offers.append((model, replica, decision))
+        if not offers:
+            return False
+        at = self._choose(offers, now) if len(offers) > 1 else 0
+        self._start(*offers[at], now)
+        return True
+
+    def _choose(self, offers: Sequence[tuple[_Model, Replica, Decision]], now: float) -> int:
+        fade = math.exp((self._used_at - now) / _SHARE_SECONDS)
+        self._used_at = now
+        for model in self._models.values():
+            model.used_seconds *= fade
+        share = sum(model.used_seconds for model, _, _ in offers) / len(offers)
+        return choose(
+            [
+                Offer(d.due, d.predicted_seconds, len(d.dispatch), model.used_seconds > share)
+                for model, _, d in offers
+            ],
+            now,
         )
+
+    def _start(self, model: _Model, replica: Replica, decision: Decision, now: float) -> None:
         # From here on a request holds its place until the engine is done with it, cancelled or not.
         started = []
-        for pending in chosen:
+        for pending in self._take(model, decision.dispatch):
             if pending.running or pending.future.set_running_or_notify_cancel():
                 pending.running = True
                 started.append(pending)
             else:  # cancelled since the queue was looked through; its future knows
                 pending.told = True
-                self._events.emit("request_failed", model, reason="cancelled")
+                self._events.emit("request_failed", model.name, reason="cancelled")
                 self._settle_with([pending], DeadlineExceeded("cancelled"))
         if not started:
             return
-        batch = next(self._batches)
-        self._calls[batch] = _Call(queue, started, now)
-        self._workers.dispatch(
-            model, batch, [p.request for p in started], decision.predicted_seconds
-        )
+        batch, seconds = next(self._batches), decision.predicted_seconds
+        rows = sum(p.request.rows for p in started)
+        length = max(p.request.length for p in started)
+        overdue = now + _OVERDUE * seconds + _OVERDUE_SECONDS
+        self._calls[batch] = _Call(model, replica, started, rows, length, now, overdue)
+        self._workers.dispatch(replica.actor, batch, [p.request for p in started], seconds)
         self._events.emit(
             "batch_dispatched",
-            model,
+            model.name,
             requests=len(started),
-            rows=sum(p.request.rows for p in started),
-            length=max(p.request.length for p in started),
-            predicted_seconds=decision.predicted_seconds,
+            rows=rows,
+            length=length,
+            predicted_seconds=seconds,
         )
 
-    def _decide(self, model: str, queue: _Queue, now: float) -> Decision:
+    def _decide(self, model: _Model, replica: Replica, now: float) -> Decision:
         try:
-            waiting = [
-                Waiting(p.request.group, p.request.rows, p.request.length, p.deadline, p.alone)
-                for p in queue.waiting
-            ]
-            return plan(waiting, queue.latency, now, self._bounds)
+            decision = plan(model.queue, replica.latency, now, self._bounds)
+            if not math.isfinite(decision.predicted_seconds):
+                raise ValueError(f"predicted {decision.predicted_seconds} seconds")
         except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
-            self._events.emit("planner_failed", model, reason=repr(error))
-            return Decision((0,), (), 0.0)
+            self._events.emit("planner_failed", model.name, reason=repr(error))
+            return Decision((next(iter(model.queue)),), (), 0.0)
+        return decision
 
     def _settle(self, outcome: Outcome) -> None:
         if isinstance(outcome, GaveUp):
-            queue = self._queues.get(outcome.actor)  # named like its model
-            if queue is not None:
-                queue.failed = outcome.message
-                self._fail_all(queue, outcome.message)
+            model = self._owners.pop(outcome.actor, None)
+            if model is not None and len(model.replicas) > 1:
+                del model.replicas[outcome.actor]  # the others go on
+            elif model is not None:
+                self._fail(model, outcome.message)
             return
         call = self._calls.pop(outcome.batch, None)
         if call is None:
             return
+        now = time.monotonic()
+        call.model.used_seconds += now - call.dispatched
         match outcome:
             case Answered(answers=answers, engine_seconds=engine_seconds):
-                now = time.monotonic()
-                call.queue.latency.observe(now - call.dispatched, engine_seconds)
-                self._events.emit(
-                    "batch_completed", call.pending[0].model, engine_seconds=engine_seconds
-                )
+                total, name = now - call.dispatched, call.model.name
+                if call.replica.latency.observe(call.rows, call.length, total, engine_seconds):
+                    self._events.emit("speed_changed", name, scale=call.replica.latency.scale)
+                self._events.emit("batch_completed", name, engine_seconds=engine_seconds)
                 self._last_answer = now
                 for pending, answer in zip(call.pending, answers, strict=True):
                     self._end(pending, answer, None)
@@ -383,21 +483,25 @@ class Scheduler:
             once: Whether having run alone is enough to end: an engine's refusal is the request's
                 own, a death may have been chance.
         """
-        ended, retried = list[_Pending](), list[_Pending]()
+        retried = 0
         for pending in call.pending:
             pending.attempts += 1
             own = len(call.pending) == 1
             over = own if once else pending.attempts >= _ATTEMPTS
-            (ended if over or call.queue.failed else retried).append(pending)
-            pending.alone = True
-        self._settle_with(ended, error)
+            if over or call.model.failed:
+                self._settle_with([pending], error)
+            else:
+                pending.group = pending  # its own: what ruined a call must not ruin others again
+                retried += 1
+                self._enqueue(pending)
         if retried:
-            self._events.emit("batch_retried", retried[0].model, requests=len(retried))
-            call.queue.waiting[:0] = retried
+            self._events.emit("batch_retried", call.model.name, requests=retried)
 
-    def _fail_all(self, queue: _Queue, message: str) -> None:
-        waiting, queue.waiting = queue.waiting, []
-        self._settle_with(waiting, ActorError(message))
+    def _fail(self, model: _Model, message: str) -> None:
+        model.failed = message
+        for actor in model.replicas:
+            self._owners.pop(actor, None)
+        self._settle_with(self._take(model, list(model.queue)), ActorError(message))
 
     def _settle_with(self, pending: Sequence[_Pending], error: LraiError) -> None:
         for one in pending:
@@ -412,20 +516,15 @@ class Scheduler:
             return
         pending.told = True
         if not pending.running and not pending.future.set_running_or_notify_cancel():
-            self._events.emit("request_failed", pending.model, reason="cancelled")
+            self._events.emit("request_failed", pending.model.name, reason="cancelled")
         elif answer is not None:
             self._events.emit(
                 "request_answered",
-                pending.model,
+                pending.model.name,
                 seconds=time.monotonic() - pending.arrival,
                 rows=pending.request.rows,
             )
             pending.future.set_result(answer)
         else:
-            self._events.emit("request_failed", pending.model, reason=type(error).__name__)
+            self._events.emit("request_failed", pending.model.name, reason=type(error).__name__)
             pending.future.set_exception(error)
-
-    def _take_out(self, queue: _Queue, gone: Sequence[_Pending]) -> None:
-        if gone:
-            leaving = set(map(id, gone))
-            queue.waiting = [p for p in queue.waiting if id(p) not in leaving]

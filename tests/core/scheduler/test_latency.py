@@ -79,29 +79,29 @@ def test_the_same_row_count_measured_twice_is_no_division_by_zero() -> None:
 def test_what_a_call_costs_around_the_engine_is_learned() -> None:
     model = LatencyModel([point(1, 0, 0.01)])
     assert model.call_seconds(1, 0) == pytest.approx(0.01)
-    model.observe(total_seconds=0.013, engine_seconds=0.010)
+    model.observe(1, 8, total_seconds=0.013, engine_seconds=0.010)
     assert model.call_seconds(1, 0) == pytest.approx(0.013)
     for _ in range(500):
-        model.observe(total_seconds=0.015, engine_seconds=0.010)
+        model.observe(1, 8, total_seconds=0.015, engine_seconds=0.010)
     assert model.overhead_seconds == pytest.approx(0.005, rel=0.05)
 
 
 def test_the_estimate_follows_cheap_calls_faster_than_dear_ones() -> None:
     model = LatencyModel([])
-    model.observe(0.010, 0.0)
+    model.observe(1, 8, 0.010, 0.0)
     for _ in range(20):
-        model.observe(0.002, 0.0)
+        model.observe(1, 8, 0.002, 0.0)
     fallen = 0.010 - model.overhead_seconds
     low = model.overhead_seconds
     for _ in range(20):
-        model.observe(0.010, 0.0)
+        model.observe(1, 8, 0.010, 0.0)
     assert fallen > 2 * (model.overhead_seconds - low) > 0
 
 
 def test_one_pause_of_the_machine_hardly_moves_the_overhead() -> None:
     model = LatencyModel([])
-    model.observe(0.003, 0.001)
-    model.observe(10.0, 0.001)
+    model.observe(1, 8, 0.003, 0.001)
+    model.observe(1, 8, 10.0, 0.001)
     assert model.overhead_seconds < 0.0022
 
 
@@ -111,5 +111,5 @@ def test_the_overhead_is_never_negative_even_when_clocks_disagree(
 ) -> None:
     model = LatencyModel([])
     for total, engine in calls:
-        model.observe(total, engine)
+        model.observe(1, 8, total, engine)
         assert 0 <= model.overhead_seconds < math.inf

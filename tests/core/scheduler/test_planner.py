@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import Bounds, Decision, Waiting, plan
+from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting, choose, plan
 
 NOW = 100.0
 WIDE = Bounds(rows=1000)
@@ -36,15 +37,32 @@ NO_GAIN = LatencyModel([LatencyPoint(rows=1, length=0, median_ms=5.0, spread_ms=
 
 
 def waiting(
-    length: int = 8, *, rows: int = 1, group: str = "g", left: float = 60, alone: bool = False
+    length: int = 8, *, rows: int = 1, group: str = "g", left: float = 60, priority: int = 0
 ) -> Waiting:
-    return Waiting(group, rows, length, NOW + left, alone)
+    return Waiting(priority, NOW + left, -1, NOW + left, group, rows, length)
+
+
+def numbered(requests: Iterable[Waiting]) -> list[Waiting]:
+    return [one._replace(sequence=index) for index, one in enumerate(requests)]
+
+
+def queue_of(requests: Iterable[Waiting]) -> Queue:
+    queue = Queue()
+    for one in requests:
+        queue.add(one)
+    return queue
 
 
 def decide(
-    queue: list[Waiting], latency: LatencyModel = CHEAP_TOGETHER, bounds: Bounds = WIDE
+    requests: list[Waiting], latency: LatencyModel = CHEAP_TOGETHER, bounds: Bounds = WIDE
 ) -> Decision:
-    return plan(queue, latency, NOW, bounds)
+    return plan(queue_of(numbered(requests)), latency, NOW, bounds)
+
+
+def dispatched(
+    requests: list[Waiting], latency: LatencyModel = CHEAP_TOGETHER, bounds: Bounds = WIDE
+) -> list[int]:
+    return sorted(decide(requests, latency, bounds).dispatch)
 
 
 def test_an_empty_queue_needs_nothing() -> None:
@@ -52,80 +70,137 @@ def test_an_empty_queue_needs_nothing() -> None:
 
 
 def test_requests_run_together_where_that_is_faster() -> None:
-    assert decide([waiting(), waiting(), waiting()]).dispatch == (0, 1, 2)
+    assert dispatched([waiting(), waiting(), waiting()]) == [0, 1, 2]
 
 
 def test_requests_run_one_by_one_where_coalescing_does_not_pay() -> None:
-    assert decide([waiting(0)] * 5, NO_GAIN).dispatch == (0,)
+    assert dispatched([waiting(0)] * 5, NO_GAIN) == [0]
 
 
 def test_a_learned_cost_around_the_call_makes_coalescing_pay() -> None:
     latency = LatencyModel([LatencyPoint(rows=1, length=0, median_ms=5.0, spread_ms=0.0)])
-    latency.observe(total_seconds=0.006, engine_seconds=0.005)
-    assert decide([waiting(0)] * 5, latency).dispatch == (0, 1, 2, 3, 4)
+    latency.observe(1, 0, total_seconds=0.006, engine_seconds=0.005)
+    assert dispatched([waiting(0)] * 5, latency) == [0, 1, 2, 3, 4]
 
 
 def test_padding_that_costs_more_than_it_saves_is_left_out() -> None:
     latency = model(1e-3, 1e-5)
     queue = [waiting(10), waiting(500), waiting(12)]
-    assert decide(queue, latency).dispatch == (0, 2)
+    assert dispatched(queue, latency) == [0, 2]
 
 
 def test_the_nearest_lengths_join_first() -> None:
     queue = [waiting(30), waiting(8), waiting(31), waiting(60), waiting(29)]
-    assert decide(queue, bounds=Bounds(rows=3)).dispatch == (0, 2, 4)
+    assert dispatched(queue, bounds=Bounds(rows=3)) == [0, 2, 4]
 
 
 def test_other_groups_wait_for_their_own_call() -> None:
     queue = [waiting(group="a"), waiting(group="b"), waiting(group="a")]
-    assert decide(queue).dispatch == (0, 2)
+    assert dispatched(queue) == [0, 2]
 
 
 def test_rows_and_padded_elements_are_bounded() -> None:
-    assert decide([waiting(rows=3)] * 5, bounds=Bounds(rows=7)).dispatch == (0, 1)
-    assert decide([waiting(10)] * 5, bounds=Bounds(rows=99, elements=30)).dispatch == (0, 1, 2)
-    assert decide([waiting(5), waiting(20)], bounds=Bounds(99, elements=39)).dispatch == (0,)
+    assert dispatched([waiting(rows=3)] * 5, bounds=Bounds(rows=7)) == [0, 1]
+    assert dispatched([waiting(10)] * 5, bounds=Bounds(rows=99, elements=30)) == [0, 1, 2]
+    assert dispatched([waiting(5), waiting(20)], bounds=Bounds(99, elements=39)) == [0]
 
 
 def test_a_large_request_does_not_keep_those_behind_it_out() -> None:
     queue = [waiting(rows=3), waiting(rows=6), waiting(rows=2), waiting(rows=3)]
-    assert decide(queue, bounds=Bounds(rows=8)).dispatch == (0, 2, 3)
+    assert dispatched(queue, bounds=Bounds(rows=8)) == [0, 2, 3]
 
 
 def test_a_request_over_the_bounds_runs_alone_rather_than_never() -> None:
     queue = [waiting(100, rows=50), waiting()]
-    assert decide(queue, bounds=Bounds(rows=8, elements=10)).dispatch == (0,)
-
-
-def test_what_failed_before_runs_alone_and_joins_nobody() -> None:
-    assert decide([waiting(alone=True), waiting()]).dispatch == (0,)
-    assert decide([waiting(), waiting(alone=True), waiting()]).dispatch == (0, 2)
+    assert dispatched(queue, bounds=Bounds(rows=8, elements=10)) == [0]
 
 
 def test_what_cannot_be_answered_in_time_is_dropped_before_it_costs_anything() -> None:
     queue = [waiting(left=0.001), waiting(left=-1), waiting()]
     decision = decide(queue)
-    assert (decision.dispatch, decision.drop) == ((2,), (0, 1))
+    assert (decision.dispatch, sorted(decision.drop)) == ((2,), [0, 1])
 
 
 def test_nobody_joins_who_would_make_another_late() -> None:
     latency = model(10e-3, 1e-4)
     tight = latency.call_seconds(1, 8) + 1e-4
-    assert decide([waiting(left=tight), waiting()], latency).dispatch == (0,)
-    assert decide([waiting(), waiting(left=tight), waiting()], latency).dispatch == (0, 2)
+    assert dispatched([waiting(left=tight), waiting()], latency) == [0]
+    assert dispatched([waiting(), waiting(left=tight), waiting()], latency) == [1]
+
+
+def test_who_is_due_first_leads_whenever_it_came() -> None:
+    queue = [waiting(8), waiting(64, left=1), waiting(9)]
+    assert dispatched(queue, model(1e-6, 1e-4)) == [1]
+
+
+def test_a_lower_number_is_served_first_and_never_given_up_for_others() -> None:
+    steep = model(10e-3, 1e-4)
+    tight = steep.call_seconds(1, 8) + 1e-4
+    queue = [waiting(priority=1) for _ in range(50)] + [waiting(left=tight, priority=0)]
+    assert decide(queue, steep) == Decision((50,), (), steep.call_seconds(1, 8), NOW + tight)
+
+
+def test_who_leaves_room_for_a_small_call_only_is_given_up_for_a_large_one() -> None:
+    steep = model(10e-3, 1e-4)
+    tight = steep.call_seconds(1, 8) + 1e-4
+    queue = [waiting(left=tight)] + [waiting(left=tight * 5) for _ in range(30)]
+    decision = decide(queue, steep)
+    assert decision.drop == (0,)
+    assert len(decision.dispatch) == 30
+
+
+def test_nobody_is_given_up_while_the_others_have_time() -> None:
+    steep = model(10e-3, 1e-4)
+    tight = steep.call_seconds(1, 8) + 1e-4
+    queue = [waiting(left=tight)] + [waiting(left=tight * 20) for _ in range(30)]
+    assert decide(queue, steep) == Decision((0,), (), steep.call_seconds(1, 8), NOW + tight)
+
+
+def test_nobody_is_given_up_where_a_larger_call_serves_no_more_per_second() -> None:
+    queue = [waiting(0, left=0.006)] + [waiting(0, left=1) for _ in range(30)]
+    decision = decide(queue, NO_GAIN)
+    assert (decision.dispatch, decision.drop) == ((0,), ())
+
+
+def test_the_queue_knows_its_deadlines_and_forgets_who_left() -> None:
+    queue = queue_of(numbered([waiting(left=3), waiting(left=1), waiting(left=2)]))
+    assert (list(queue), queue.next_deadline()) == ([1, 2, 0], NOW + 1)
+    assert (queue.remove(1), queue.remove(1)) == (True, False)
+    assert (queue.expire(NOW + 1.5), queue.next_deadline()) == ([], NOW + 2)
+    assert (queue.expire(NOW + 2), list(queue), len(queue)) == ([2], [0], 1)
+    assert queue.remove(0)
+    assert queue.next_deadline() == math.inf
+
+
+def test_models_take_turns_by_deadline_and_in_need_the_least_serving_waits() -> None:
+    slow, quick = Offer(NOW + 1.0, 0.9, 1, False), Offer(NOW + 1.1, 0.2, 8, False)
+    assert choose([quick, slow], NOW) == 0  # both cannot end in time: 1 request against 8
+    assert choose([quick, slow._replace(seconds=0.7)], NOW) == 1  # both can: who is due first
+    assert choose([quick._replace(over_share=True), slow], NOW) == 1  # it has had its share
+    assert choose([slow._replace(due=NOW)], NOW) == 0  # better late than never
+
+
+@given(st.lists(st.builds(
+    Offer, st.floats(NOW, NOW + 1), st.floats(1e-4, 1), st.integers(1, 64), st.booleans()
+), min_size=1, max_size=8))  # fmt: skip
+def test_some_model_is_always_chosen(offers: list[Offer]) -> None:
+    assert choose(offers, NOW) in range(len(offers))
 
 
 @st.composite
 def queues(draw: st.DrawFn) -> list[Waiting]:
+    left = st.sampled_from([-1, 0, 0.005, 0.05, 60, math.inf])
     one = st.builds(
-        Waiting,
-        st.sampled_from(["a", "b"]),
-        st.integers(1, 20),
+        lambda length, rows, group, left, priority: waiting(
+            length, rows=rows, group=group, left=left, priority=priority
+        ),
         st.integers(1, 64),
-        st.sampled_from([NOW - 1, NOW, NOW + 0.005, NOW + 0.05, NOW + 60, math.inf]),
-        st.booleans() if draw(st.booleans()) else st.just(value=False),
+        st.integers(1, 20),
+        st.sampled_from(["a", "b"]),
+        left,
+        st.integers(0, 2) if draw(st.booleans()) else st.just(0),
     )
-    return draw(st.lists(one, max_size=12))
+    return numbered(draw(st.lists(one, max_size=12)))
 
 
 MODELS = st.builds(model, st.floats(1e-5, 0.02), st.floats(0, 1e-4), st.floats(0, 1e-6))
@@ -140,29 +215,35 @@ def violations(
     rows, length = sum(one.rows for one in chosen), max((one.length for one in chosen), default=0)
     together = latency.call_seconds(rows, length)
     apart = sum(latency.call_seconds(one.rows, one.length) for one in chosen)
-    rest = [index for index in range(len(queue)) if index not in decision.drop]
+    order = [one.sequence for one in sorted(queue)]
     several = len(chosen) > 1
+    needless = [
+        index
+        for index in decision.drop
+        if NOW + latency.engine_seconds(queue[index].rows, queue[index].length)
+        <= queue[index].deadline
+    ]
     promises = {
         "nothing is decided twice": len({*decision.dispatch, *decision.drop})
         == len(decision.dispatch) + len(decision.drop),
-        "in order of arrival": list(decision.dispatch) == sorted(decision.dispatch),
         "something happens": bool(decision.dispatch or decision.drop) == bool(queue),
-        "the oldest is served": decision.dispatch[:1] == tuple(rest[:1]),
+        "the most urgent are dropped": list(decision.drop) == order[: len(decision.drop)],
+        "the most urgent of the rest leads": not chosen
+        or decision.dispatch[0] == order[len(decision.drop)],
         "one group": len({one.group for one in chosen}) <= 1,
         "within the rows": not several or rows <= bounds.rows,
         "within the elements": not several
         or not bounds.elements
         or rows * length <= bounds.elements,
-        "alone means alone": not several or not any(one.alone for one in chosen),
         "never slower than one by one": together <= apart + SLACK or not several,
         "no deadline is crossed": not several
         or all(NOW + together <= one.deadline + SLACK for one in chosen),
-        "only the hopeless are dropped": all(
-            NOW + latency.engine_seconds(queue[i].rows, queue[i].length) > queue[i].deadline
-            for i in decision.drop
-        ),
+        "who is given up makes room for more": not needless or len(chosen) > 1,
+        "nobody is given up for a lower priority": not needless
+        or {queue[index].priority for index in needless} == {chosen[0].priority},
         "the prediction is the model's": not chosen
         or decision.predicted_seconds == pytest.approx(together),
+        "due with the first": not chosen or decision.due == min(one.deadline for one in chosen),
     }
     return [promise for promise, kept in promises.items() if not kept]
 
@@ -171,22 +252,22 @@ def violations(
 def test_every_decision_keeps_every_promise(
     queue: list[Waiting], latency: LatencyModel, bounds: Bounds
 ) -> None:
-    before = list(queue)
-    decision = plan(queue, latency, NOW, bounds)
+    waits = queue_of(queue)
+    decision = plan(waits, latency, NOW, bounds)
     assert violations(queue, decision, latency, bounds) == []
-    assert queue == before
-    assert plan(queue, latency, NOW, bounds) == decision
+    assert list(waits) == [one.sequence for one in sorted(queue)]
+    assert plan(waits, latency, NOW, bounds) == decision
 
 
 @given(queues(), MODELS, BOUNDS)
 def test_a_queue_is_emptied_with_every_request_decided_once(
     queue: list[Waiting], latency: LatencyModel, bounds: Bounds
 ) -> None:
-    left, decided = list(enumerate(queue)), list[int]()
-    while left:
-        decision = plan([one for _, one in left], latency, NOW, bounds)
-        gone = {*decision.dispatch, *decision.drop}
+    waits, decided = queue_of(queue), list[int]()
+    while len(waits):
+        decision = plan(waits, latency, NOW, bounds)
+        gone = [*decision.dispatch, *decision.drop]
         assert gone
-        decided += [left[index][0] for index in gone]
-        left = [entry for index, entry in enumerate(left) if index not in gone]
+        assert all(waits.remove(sequence) for sequence in gone)
+        decided += gone
     assert sorted(decided) == list(range(len(queue)))

@@ -33,7 +33,7 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler import scheduler as module
 from lrai_core.scheduler.planner import plan
-from lrai_core.scheduler.scheduler import Scheduler
+from lrai_core.scheduler.scheduler import Replica, Scheduler
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome
 
@@ -123,7 +123,10 @@ class Bench:
         self.workers = FakeWorkers()
         self.events = EventBus()
         self.scheduler = Scheduler(SchedulerConfig(**config), self.workers, self.events)
-        self.scheduler.add("m", PROFILE)
+        self.add("m")
+
+    def add(self, model: str) -> None:
+        self.scheduler.add(model, [Replica(model, PROFILE)])
 
     def submit(
         self, one: ValidRequest | None = None, model: str = "m", timeout_ms: float | None = None
@@ -193,7 +196,7 @@ def test_while_the_actor_is_busy_requests_wait_and_then_go_together(bench: Bench
 
 
 def test_two_models_do_not_wait_for_one_another(bench: Bench) -> None:
-    bench.scheduler.add("other", PROFILE)
+    bench.add("other")
     first, second = bench.submit(), bench.submit(model="other")
     bench.step()
     bench.workers.answer("other")
@@ -284,7 +287,7 @@ def test_a_request_refused_alone_is_not_tried_again(bench: Bench) -> None:
 def test_when_the_model_is_given_up_everything_of_it_ends_and_nothing_is_accepted(
     bench: Bench,
 ) -> None:
-    bench.scheduler.add("other", PROFILE)
+    bench.add("other")
     running = bench.submit(request(group="a"))
     bench.step()
     waiting, arrived, other = bench.submit(), bench.submit(), bench.submit(model="other")
@@ -303,9 +306,9 @@ def test_when_the_model_is_given_up_everything_of_it_ends_and_nothing_is_accepte
 def test_a_request_that_was_accepted_while_the_model_was_given_up_ends_too(bench: Bench) -> None:
     bench.workers.give_up()
     bench.step()
-    bench.scheduler._queues["m"].failed = ""  # as `submit` saw it a moment earlier
+    bench.scheduler._models["m"].failed = ""  # as `submit` saw it a moment earlier
     future = bench.submit()
-    bench.scheduler._queues["m"].failed = "crash loop"
+    bench.scheduler._models["m"].failed = "crash loop"
     bench.step()
     assert isinstance(failure(future), ActorError)
 
@@ -564,7 +567,7 @@ def test_after_closing_everything_is_refused_and_closing_again_is_harmless(clock
 
 def test_a_request_accepted_just_before_the_end_ends_too(clock: Clock) -> None:
     bench = Bench()
-    pending = bench.scheduler._admit("m", bench.scheduler._queues["m"], request(), None)
+    pending = bench.scheduler._admit(bench.scheduler._models["m"], request(), None, 0)
     bench.close()
     bench.scheduler._hand_over(pending)
     assert isinstance(failure(pending.future), NotReady)
@@ -640,7 +643,7 @@ class PromptWorkers(FakeWorkers):
 def test_many_threads_get_their_own_answer_or_one_error_each(failing: bool) -> None:
     events = EventBus()
     scheduler = Scheduler(SchedulerConfig(), PromptWorkers(failing), events)
-    scheduler.add("m", PROFILE)
+    scheduler.add("m", [Replica("m", PROFILE)])
     scheduler.start()
     ends: Counter[str] = Counter()
 
@@ -675,7 +678,7 @@ def test_an_action_runs_in_the_schedulers_thread() -> None:
 
 
 def test_a_model_may_be_added_while_the_scheduler_goes_through_the_others(bench: Bench) -> None:
-    bench.workers.when_asked = lambda: bench.scheduler.add("new", PROFILE)
+    bench.workers.when_asked = lambda: bench.add("new")
     bench.submit()
     bench.step()
     late = bench.submit(model="new")
@@ -692,7 +695,7 @@ def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
 ) -> None:
     workers = FakeWorkers()
     scheduler = Scheduler(SchedulerConfig(), workers, EventBus())
-    scheduler.add("m", PROFILE)
+    scheduler.add("m", [Replica("m", PROFILE)])
 
     def bug(*_: object) -> None:
         raise RuntimeError("bug")
@@ -720,7 +723,7 @@ class Anything(RuleBasedStateMachine):
         self.clock = Clock()
         self.patch.setattr(module, "time", self.clock)
         self.bench = Bench(max_queue_rows=20, max_batch_rows=6)
-        self.bench.scheduler.add("n", PROFILE)
+        self.bench.add("n")
         self.ends: Counter[int] = Counter()
         self.accepted: list[tuple[ValidRequest, Future[list[Array]]]] = []
         self.planner_works = True
@@ -785,13 +788,13 @@ class Anything(RuleBasedStateMachine):
         self.bench.step()
         self.bench.scheduler.remove(model)
         self.bench.workers.down.discard(model)
-        self.bench.scheduler.add(model, PROFILE)
+        self.bench.add(model)
 
     @rule(model=models)
     def unload_and_load_again(self, model: str) -> None:
         self.bench.scheduler.remove(model)
         self.bench.workers.calls.pop(model, None)
-        self.bench.scheduler.add(model, PROFILE)
+        self.bench.add(model)
 
     @invariant()
     def nobody_ends_twice_and_answers_are_their_callers(self) -> None:
