@@ -19,6 +19,7 @@ import numpy as np
 from lrai_core.artifact import LatencyPoint
 
 _UNKNOWN_SECONDS: Final = 1e-3
+_MOST_KNOWN: Final = 1 << 14
 _DOWN, _UP = 0.2, 0.005
 _MEMORY: Final = 0.98  # weight of a call after the next one: about fifty count
 _PRIOR_CALLS: Final = 2.0  # weight of the profile at first, which fades like that of a call,
@@ -42,6 +43,7 @@ class LatencyModel:
         self.overhead_seconds = 0.0
         self.scale, self.fixed_seconds = 1.0, 0.0
         self.margin = 1.0
+        self._known: dict[tuple[int, int], float] = {}  # a plan asks for the same ones often
         self._unit = self._profile_seconds(1, 0 if self._terms is None else 32)
         # Sums of 1, x, x^2, y, xy over calls, with x = unit / profile and y = seconds / profile.
         self._normal = [_PRIOR_CALLS, 0.0, _PRIOR_CALLS, _PRIOR_CALLS, 0.0]
@@ -54,7 +56,12 @@ class LatencyModel:
 
     def engine_seconds(self, rows: int, length: int) -> float:
         """Return the predicted seconds inside the engine for `rows` padded to `length`."""
-        return self.scale * self._profile_seconds(rows, length) + self.fixed_seconds
+        known = self._known.get((rows, length))
+        if known is None:
+            known = self._profile_seconds(rows, length)
+            if len(self._known) < _MOST_KNOWN:
+                self._known[rows, length] = known
+        return self.scale * known + self.fixed_seconds
 
     def observe(self, rows: int, length: int, total_seconds: float, engine_seconds: float) -> bool:
         """Learn from a call that was answered; return whether the speed has just changed."""

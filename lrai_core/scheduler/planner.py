@@ -21,6 +21,7 @@ from lrai_core.scheduler.latency import LatencyModel
 
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
 _SPARE: Final = 3.0  # durations of the call after the next that its deadline has to leave for it
+_MOST_GIVEN_UP: Final = 4096  # by one decision
 _MOST_SKIPPED: Final = 8  # neighbours too large for a call, before a side is left alone
 
 
@@ -128,7 +129,7 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
         late += 1
     call, given_up = None, 0
     if late < len(urgent):
-        situation = _Situation(queue, latency, now, bounds, urgent[late:])
+        situation = _Situation(queue, latency, now, bounds, late)
         call = situation.lead(urgent[late])
         if call.short_of_time and not situation.rest_fits(call):
             call, given_up = situation.give_up(call)
@@ -188,13 +189,13 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Situation:
-    """What a decision is made from; `urgent`: who can still be answered, by urgency."""
+    """What a decision is made from; `first`: index of the most urgent who can be answered."""
 
     queue: Queue
     latency: LatencyModel
     now: float
     bounds: Bounds
-    urgent: list[Waiting]
+    first: int
 
     def lead(self, head: Waiting, gone: Set[int] = frozenset(), wait_seconds: float = 0) -> _Call:
         """Grow a call from `head` to both sides in order of length while it saves time.
@@ -206,9 +207,11 @@ class _Situation:
         seconds = predict(head.rows, head.length)
         call = _Call([head], head.rows, head.length, head.deadline, seconds)
         lane = self.queue.lane(head.group)
-        at = bisect_left(lane, (head.length, head))
-        sides = [_Side(lane, at, step, head, gone) for step in (-1, 1)]
-        while self.bounds.allow(call.rows + 1, call.length):
+        # Left of the head only shorter ones: those of its length that are more urgent are given up.
+        shorter, at = bisect_left(lane, (head.length,)), bisect_left(lane, (head.length, head))
+        both = _Side(lane, shorter, -1, head, gone), _Side(lane, at, 1, head, gone)
+        sides = [side for side in both if side.next is not None]
+        while call.rows < self.bounds.rows:
             best: _Side | None = None
             best_saving = best_seconds = 0.0
             for side in sides:
@@ -241,8 +244,8 @@ class _Situation:
         Time to spare, since what arrives meanwhile will want the same.
         """
         gone = {one.sequence for one in call.members}
-        for waiting in self.urgent:
-            if waiting.sequence not in gone:
+        for index in range(self.first, len(self.queue)):
+            if (waiting := self.queue.urgent[index]).sequence not in gone:
                 follows = self.lead(waiting, gone, call.seconds)
                 end = self.now + call.seconds + _SPARE * follows.seconds
                 return end <= follows.due and not follows.short_of_time
@@ -255,12 +258,12 @@ class _Situation:
             return (len(call.members) - _DROP_COST * given_up) / call.seconds, -given_up, call
 
         best, low, high, short = worth(call, 0), 0, 1, True
-        level = self.urgent[0].priority  # nobody is given up for those of a lower one
+        urgent = self.queue.urgent[self.first : self.first + _MOST_GIVEN_UP]
         while short or high - low > 1:  # gallop to where time is no longer short, then bisect
             at = high if short else (low + high) // 2
-            if at >= len(self.urgent) or self.urgent[at].priority != level:
-                break
-            found = worth(self.lead(self.urgent[at]), at)
+            if at >= len(urgent) or urgent[at].priority != urgent[0].priority:
+                break  # nobody is given up for those of a lower priority
+            found = worth(self.lead(urgent[at]), at)
             best = max(best, found, key=lambda one: one[:2])
             if found[2].short_of_time:
                 low, high = (high, 2 * high) if short else (at, high)
