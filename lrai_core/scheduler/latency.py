@@ -19,6 +19,7 @@ import numpy as np
 from lrai_core.artifact import LatencyPoint
 
 _UNKNOWN_SECONDS: Final = 1e-3
+_LEAST_SECONDS: Final = 1e-7
 _MOST_KNOWN: Final = 1 << 14
 _DOWN, _UP = 0.2, 0.005
 _MEMORY: Final = 0.98  # weight of a call after the next one: about fifty count
@@ -44,7 +45,7 @@ class LatencyModel:
         self.scale, self.fixed_seconds = 1.0, 0.0
         self.margin = 1.0
         self._known: dict[tuple[int, int], float] = {}  # a plan asks for the same ones often
-        self._unit = self._profile_seconds(1, 0 if self._terms is None else 32)
+        self._unit = max(self._profile_seconds(1, 32), _LEAST_SECONDS)
         # Sums of 1, x, x^2, y, xy over calls, with x = unit / profile and y = seconds / profile.
         self._normal = [_PRIOR_CALLS, 0.0, _PRIOR_CALLS, _PRIOR_CALLS, 0.0]
         self._variance = 0.0
@@ -58,7 +59,7 @@ class LatencyModel:
         """Return the predicted seconds inside the engine for `rows` padded to `length`."""
         known = self._known.get((rows, length))
         if known is None:
-            known = self._profile_seconds(rows, length)
+            known = max(self._profile_seconds(rows, length), _LEAST_SECONDS)
             if len(self._known) < _MOST_KNOWN:
                 self._known[rows, length] = known
         return self.scale * known + self.fixed_seconds
@@ -66,7 +67,7 @@ class LatencyModel:
     def observe(self, rows: int, length: int, total_seconds: float, engine_seconds: float) -> bool:
         """Learn from a call that was answered; return whether the speed has just changed."""
         self._learn_overhead(max(0.0, total_seconds - engine_seconds))
-        profile = self._profile_seconds(rows, length)
+        profile = max(self._profile_seconds(rows, length), _LEAST_SECONDS)
         predicted = self.scale * profile + self.fixed_seconds
         error = engine_seconds / predicted - 1
         clipped = max(-_MOST_WRONG, min(_MOST_WRONG, error))

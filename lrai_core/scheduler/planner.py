@@ -169,7 +169,7 @@ def choose(offers: Sequence[Offer], now: float) -> int:
         end += offers[index].seconds
         if end > offers[index].due:
             rich = [one for one in kept if offers[one].over_share] or kept
-            least = min(rich, key=lambda one: offers[one].requests / offers[one].seconds)
+            least = min(rich, key=lambda one: offers[one].requests / (offers[one].seconds or 1e-9))
             kept.remove(least)
             end -= offers[least].seconds
     return kept[0] if kept else order[0]

@@ -340,17 +340,8 @@ class Scheduler:
             urgency = min(pending.deadline, pending.arrival + self._config.default_timeout_ms / 1e3)
             request = pending.request
             model.waiting[pending.sequence] = pending
-            model.queue.add(
-                Waiting(
-                    pending.priority,
-                    urgency,
-                    pending.sequence,
-                    pending.deadline,
-                    pending.group,
-                    request.rows,
-                    request.length,
-                )
-            )
+            key = (pending.priority, urgency, pending.sequence, pending.deadline, pending.group)
+            model.queue.add(Waiting(*key, request.rows, request.length))
 
     def _take(self, model: _Model, sequences: Sequence[int]) -> list[_Pending]:
         for sequence in sequences:
