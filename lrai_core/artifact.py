@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
@@ -27,12 +27,13 @@ SCHEMA_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 QUANTIZATION_LOG: Final = "quantization.jsonl"
 CERTIFICATES: Final = "certificates"
-EVALUATION: Final = "evaluation.npz"
+EVALUATION: Final = "evaluation.msgpack.gz"
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 _REFUSALS: Final = frozenset(
     {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EIO}
     | {errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
 )
+Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -150,7 +151,8 @@ class Manifest(_Record, frozen=True, kw_only=True):
     signature: Signature
     variants: tuple[Variant, ...]
     chosen: str
-    candidates: int = 1  # forms judged on the gate rows; certificates on the same rows pay for them
+    # Forms judged on the gate rows: certificates on the same rows pay for them.
+    candidates: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 1
     target: Target
     files: dict[str, FileEntry]
 
@@ -212,8 +214,7 @@ class Artifact:
                 it that the manifest does not name.
         """
         folder = Path(path)
-        raw = _read_manifest(folder)
-        manifest = _decode_manifest(raw)
+        manifest, sha256 = _read_manifest(folder)
         wanted = [manifest.source.file, *(v.model for v in manifest.variants)]
         for name in wanted:
             if name not in manifest.files:
@@ -230,7 +231,7 @@ class Artifact:
         _check_strangers(folder, manifest.files)
         if verify:
             check_files(folder, manifest.files)
-        return cls(folder, manifest, hashlib.sha256(raw).hexdigest())
+        return cls(folder, manifest, sha256)
 
     def files_of(self, variant: Variant) -> dict[str, FileEntry]:
         """Return the files that serving `variant` reads, with their hashes."""
@@ -326,40 +327,48 @@ def write_lines(path: Path, records: Sequence[Any]) -> None:
     path.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
 
 
-def _read_manifest(folder: Path) -> bytes:
+def read_record(path: Path, kind: type[Record], most: int) -> tuple[Record, str]:
+    """Return what a plain JSON file of at most `most` bytes holds, and its sha256.
+
+    Raises:
+        ArtifactError: It is something else, or of a newer schema.
+        OSError: It cannot be opened.
+    """
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise ArtifactError(f"{path} is not a plain file")
+    if info.st_size > most:
+        raise ArtifactError(f"{path} is over {most} bytes")
+    raw = path.read_bytes()
+    try:
+        schema = msgspec.json.decode(raw, type=_Head).schema_version
+        if schema > SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{path} has schema {schema}, this version of lrai reads up to {SCHEMA_VERSION}; "
+                "install a newer lrai"
+            )
+        return msgspec.json.decode(raw, type=kind), hashlib.sha256(raw).hexdigest()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path.name} cannot be read: {shorten(str(error), 200)}") from None
+
+
+class _Head(msgspec.Struct):
+    schema_version: int
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         if stat.S_ISLNK(folder.lstat().st_mode):
             raise ArtifactError(f"{folder} is a link; name the directory itself")
-        manifest = folder / MANIFEST
-        info = manifest.lstat()
-        if not stat.S_ISREG(info.st_mode):
+        if stat.S_ISLNK((folder / MANIFEST).lstat().st_mode):
             raise ArtifactError(f"{folder}: {MANIFEST} is not a plain file")
-        if info.st_size > _MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{folder}: {MANIFEST} is over {_MAX_MANIFEST_BYTES} bytes")
-        return manifest.read_bytes()
+        return read_record(folder / MANIFEST, Manifest, _MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} is not an artifact: there is no {MANIFEST}") from None
     except NotADirectoryError:
         raise ArtifactError(f"{folder} is not an artifact: it is a file") from None
     except PermissionError:
         raise EnvironmentProblem(f"{folder}: no permission to read it") from None
-
-
-def _decode_manifest(raw: bytes) -> Manifest:
-    try:
-        head = msgspec.json.decode(raw, type=_Head)
-        if head.schema_version > SCHEMA_VERSION:
-            raise ArtifactError(
-                f"the artifact has schema {head.schema_version}, this version of lrai reads up to "
-                f"{SCHEMA_VERSION}; install a newer lrai"
-            )
-        return msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{MANIFEST} cannot be read: {shorten(str(error), 200)}") from None
-
-
-class _Head(msgspec.Struct):
-    schema_version: int
 
 
 def _check_kinds(folder: Path, files: dict[str, FileEntry]) -> None:

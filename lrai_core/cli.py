@@ -22,9 +22,8 @@ from lrai_core.compiler.compiler import Step
 from lrai_core.compiler.compiler import compile as compile_model
 from lrai_core.config import explain_config
 from lrai_core.errors import ConditionNotMet, LraiError, shorten
-from lrai_core.verifier.certificate import certificates
+from lrai_core.verifier.certificate import Spec, certificates
 from lrai_core.verifier.check import check as check_certificate
-from lrai_core.verifier.verifier import Spec
 from lrai_core.verifier.verifier import verify as verify_artifact
 
 app = typer.Typer(
@@ -126,7 +125,9 @@ def inspect(path: ArtifactPath) -> None:
         table.add_row(label, *(shorten(column.get(label, ""), 400) for column in columns))
     out.print(table)
     for certificate in certificates(artifact):
-        words = f"certificate {certificate.id}, issued {certificate.created}"
+        words = (
+            f"certificate {certificate.id}, issued {certificate.created} by {certificate.issuer}"
+        )
         _say(f"{words}: {certificate.statement()}")
 
 

@@ -16,7 +16,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 import onnx
 
@@ -32,10 +31,10 @@ from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import CompileError, EngineError, UsageError, shorten
 from lrai_core.protocol import OutputMap, Signature
-from lrai_core.verifier import statistics, verifier
-from lrai_core.verifier.certificate import Sampler, write_certificate
-from lrai_core.verifier.sample import Rows, digest, disjoint, kept, read_rows, save_rows
-from lrai_core.verifier.spec import FAR, MEASURES
+from lrai_core.verifier.certificate import Spec, write_certificate
+from lrai_core.verifier.sample import Rows, disjoint, read_rows, save_rows
+from lrai_core.verifier.spec import FAR, MEASURES, difference, round_up
+from lrai_core.verifier.verifier import failing, issue
 
 Data = str | Path | Mapping[str, Any]
 _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
@@ -293,8 +292,7 @@ class _Compilation:
         store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
         if self.gate is not None:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
-            self.gate = self.gate.take(range(kept(self.gate)))
-            save_rows(self.folder / store.EVALUATION, self.gate, self.signature)
+            self.gate = save_rows(self.folder / store.EVALUATION, self.gate)
         target = Target(
             isa=isa_class(),
             engine=self.engine.name,
@@ -325,27 +323,19 @@ class _Compilation:
             return
         epsilon = self.conditions.epsilon
         if epsilon is None:
-            gaps = statistics.differences(
-                self.reference, candidate.session, self.search.inputs, self.signature
-            )
-            epsilon = statistics.round_up(
-                max(float(np.quantile(list(gaps), 0.99, method="higher")), 1e-6)
-            )
+            gaps = [
+                difference(
+                    self.reference.run(row), candidate.session.run(row), self.signature.outputs
+                )
+                for row in self.search.inputs
+            ]
+            epsilon = round_up(max(float(np.quantile(gaps, 0.99, method="higher")), 1e-6))
             if epsilon >= FAR:
                 return  # there is nothing to state
-        manifest_file = self.folder / store.MANIFEST
-        manifest = msgspec.json.decode(manifest_file.read_bytes(), type=Manifest)
-        certificate = verifier.issue(
-            manifest=manifest,
-            manifest_sha256=store.sha256_file(manifest_file),
-            variant=chosen,
-            epsilon=epsilon,
-            gaps=found.gaps[: len(self.gate)],
-            sampler=Sampler(kind="evaluation", seed=0, rows_sha256=digest(self.gate.hashes)),
-            confidence=statistics.CONFIDENCE,
-            comparisons=manifest.candidates,
-        )
-        write_certificate(self.folder, certificate)
+        failures = failing(found.gaps[: len(self.gate)], epsilon)
+        artifact = Artifact.open(self.folder, verify=False)
+        spec = Spec(epsilon=epsilon, variant=chosen.id)
+        write_certificate(self.folder, issue(artifact, spec, self.gate, failures))
 
     def _variant(self, candidate: Candidate, found: Judged | None) -> Variant:
         home = self.folder / "variants" / candidate.form

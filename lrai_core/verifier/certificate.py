@@ -4,83 +4,93 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import stat
+import math
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 
-from lrai_core.artifact import CERTIFICATES, Artifact, disk_errors
-from lrai_core.errors import VerificationError, shorten
+from lrai_core.artifact import CERTIFICATES, SCHEMA_VERSION, Artifact, disk_errors, read_record
+from lrai_core.errors import ArtifactError, UsageError, VerificationError
 from lrai_core.protocol import OutputMap
 
-SCHEMA_VERSION: Final = 1
+CONFIDENCE: Final = 0.95
 _MAX_BYTES: Final = 4 << 20
-_MAX_FAILURES: Final = 100_000  # all of them fit into the bytes
 _VACUOUS: Final = 0.1  # a bound above says too little to be preferred for its epsilon
 
-Tier = Literal["STATISTICAL"]
 
+class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to certify, and on which sample.
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what a certificate is made of: strict, immutable."""
-
-
-class Closeness(_Record, frozen=True, kw_only=True):
-    """`|f(x) - g(x)| <= epsilon` for every element, after each output's map.
-
-    f is the source model, g the variant, both run alone on one row.
+    Attributes:
+        epsilon: Largest difference allowed after the output maps.
+        variant: Its id; the chosen variant by default.
+        radius: Half the width of the box around evaluation rows, in the inputs' unit; 0 takes the
+            rows themselves.
+        samples: Draws from the box; for radius 0 every row that was kept is one.
+        seed: Of the box sampler; ignored for radius 0.
+        confidence: Of the bound, one-sided.
     """
 
     epsilon: float
-    output_maps: dict[str, OutputMap]
-
-
-class Sampler(_Record, frozen=True, kw_only=True):
-    """Where the n inputs came from, so that they can be drawn again.
-
-    Attributes:
-        kind: `evaluation`: the gate rows themselves; `box`: a gate row drawn by the seed, plus
-            uniform noise of at most `radius` on each element of its floating-point inputs.
-        seed: Of the box sampler; 0 for `evaluation`.
-        radius: Half the width of the box, in the inputs' unit; 0 for `evaluation`.
-        rows_sha256: Hash over the hashes of the gate rows, in order.
-    """
-
-    kind: Literal["evaluation", "box"]
-    seed: int
+    variant: str = ""
     radius: float = 0.0
-    rows_sha256: str
+    samples: int = 1000
+    seed: int = 0
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be certified, and what no certificate can say."""
+        for name, holds, allowed in (
+            ("epsilon", 0 < self.epsilon < math.inf, "above 0 and finite"),
+            ("radius", 0 <= self.radius < math.inf, "0 or more and finite"),
+            ("samples", 1 <= self.samples < 1 << 32, "1 or more and below 2^32"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("confidence", 0 < self.confidence < 1 - 1e-9, "above 0 and below 1 - 1e-9"),
+        ):
+            if not holds:
+                raise UsageError(f"{name} is {getattr(self, name)}, it must be {allowed}")
+
+    @property
+    def sampler(self) -> Literal["evaluation", "box"]:
+        """Return what the draws are.
+
+        `evaluation`: the gate rows themselves; `box`: a gate row drawn by the seed, plus uniform
+        noise of at most `radius` on each element of its floating-point inputs.
+        """
+        return "box" if self.radius else "evaluation"
 
 
-class Certificate(_Record, frozen=True, kw_only=True):
-    """A statement with everything needed to check it.
+class Certificate(Spec, frozen=True, kw_only=True):
+    """A specification, and what was found: `|f(x) - g(x)| <= epsilon` for all but few inputs.
+
+    f is the source model, g the variant, both run alone on one row; the difference is the largest
+    over all elements, after each output's map. `variant`, `samples` and `seed` are filled in.
 
     Attributes:
         tier: What kind of truth this is: here, an exact binomial bound on a sample.
-        n: Inputs drawn, fixed before the first was run.
-        failures: Indices of those where the property did not hold.
+        failures: Indices of the draws where the property did not hold.
         upper_bound: With `confidence`, at most this share of inputs of the same kind violates it.
         comparisons: Candidates among which the variant was chosen on the same rows; the bound pays
             for them all (Bonferroni).
+        output_maps: By output.
         assumption: What must be true of future inputs for the bound to speak about them.
-        files: sha256 of the files of source and variant, by name inside the artifact.
+        environment: Processor class and engine; on others the variant computes something else.
+        manifest_sha256: Of the artifact, whose manifest names the files of source, variant and rows
+            by their hashes.
+        issuer: The version of lrai.
     """
 
     schema_version: int = SCHEMA_VERSION
-    tier: Tier
-    closeness: Closeness
-    variant: str
-    sampler: Sampler
-    n: int
+    tier: Literal["STATISTICAL"] = "STATISTICAL"
     failures: tuple[int, ...]
-    confidence: float
-    comparisons: int
     upper_bound: float
+    comparisons: int
+    output_maps: dict[str, OutputMap]
     assumption: str
+    environment: str
     manifest_sha256: str
-    files: dict[str, str]
-    environment: dict[str, str]
+    issuer: str
     created: str
 
     @property
@@ -90,14 +100,13 @@ class Certificate(_Record, frozen=True, kw_only=True):
 
     def statement(self) -> str:
         """Return what is certified, in a sentence."""
-        maps = ", ".join(f"{name} ({kind})" for name, kind in self.closeness.output_maps.items())
-        near = f"within {self.sampler.radius:g} of an evaluation row"
-        inputs = near if self.sampler.kind == "box" else "like the evaluation rows"
+        maps = ", ".join(f"{name} ({kind})" for name, kind in self.output_maps.items())
+        box = f"within {self.radius:g} of an evaluation row"
+        inputs = box if self.radius else "like the evaluation rows"
         return (
             f"with {self.confidence:.0%} confidence, for all but {self.upper_bound:.2%} of inputs "
             f"{inputs} no element of {maps} of variant {self.variant} differs from the source "
-            f"model by more than {self.closeness.epsilon:g} "
-            f"({len(self.failures)} failures in {self.n})"
+            f"model by more than {self.epsilon:g} ({len(self.failures)} failures in {self.samples})"
         )
 
 
@@ -108,22 +117,21 @@ def write_certificate(folder: Path, certificate: Certificate) -> Path:
         EnvironmentProblem: The disk is full, read-only or not permitted.
         VerificationError: It has more failures than a certificate can list.
     """
-    if (failures := len(certificate.failures)) > _MAX_FAILURES:
+    content = msgspec.json.format(msgspec.json.encode(certificate)) + b"\n"
+    if len(content) > _MAX_BYTES:
         raise VerificationError(
-            f"{failures} inputs differ by more than {certificate.closeness.epsilon:g}, "
-            f"a certificate lists at most {_MAX_FAILURES}: choose a larger epsilon"
+            f"{len(certificate.failures)} inputs differ by more than {certificate.epsilon:g}, "
+            f"more than fit into {_MAX_BYTES} bytes: choose a larger epsilon"
         )
     target = folder / CERTIFICATES / f"{certificate.id}.json"
-    content = msgspec.json.format(msgspec.json.encode(certificate), indent=1)
     temporary = target.with_suffix(".partial")
     with disk_errors(target):
         target.parent.mkdir(exist_ok=True)
         try:
-            temporary.write_bytes(content + b"\n")
+            temporary.write_bytes(content)
             temporary.replace(target)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
     return target
 
 
@@ -134,23 +142,11 @@ def read_certificate(path: Path) -> Certificate:
         VerificationError: It cannot be read, or says what no certificate can say.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise VerificationError(f"{path.name} is not a plain file")
-        if path.stat().st_size > _MAX_BYTES:
-            raise VerificationError(f"{path.name} has over {_MAX_BYTES} bytes")
-        raw = path.read_bytes()
+        return read_record(path, Certificate, _MAX_BYTES)[0]
     except OSError as error:
         raise VerificationError(f"{path.name} cannot be read: {error.strerror}") from None
-    try:
-        certificate = msgspec.json.decode(raw, type=Certificate)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        why = shorten(str(error), 200)
-        raise VerificationError(f"{path.name} is not a certificate: {why}") from None
-    if certificate.schema_version != SCHEMA_VERSION:
-        raise VerificationError(
-            f"{path.name} has schema {certificate.schema_version}, this lrai reads {SCHEMA_VERSION}"
-        )
-    return certificate
+    except (ArtifactError, UsageError) as error:
+        raise VerificationError(f"{path.name} is not a certificate: {error}") from None
 
 
 def certificates(artifact: Artifact, variant: str = "") -> list[Certificate]:
@@ -163,17 +159,10 @@ def certificates(artifact: Artifact, variant: str = "") -> list[Certificate]:
         artifact: Beside which they lie. Files that this version cannot read are passed over.
         variant: Only those of this variant.
     """
-    folder = artifact.path / CERTIFICATES
-    if not folder.is_dir():
-        return []
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted((artifact.path / CERTIFICATES).glob("*.json")):
         with contextlib.suppress(VerificationError):  # a tier or schema of another version
             found.append(read_certificate(path))
     mine = [c for c in found if c.manifest_sha256 == artifact.sha256 and variant in ("", c.variant)]
-    return sorted(mine, key=_rank)
-
-
-def _rank(c: Certificate) -> tuple[bool, bool, float, float]:
-    box, vacuous = c.sampler.kind == "box", not c.upper_bound <= _VACUOUS
-    return box, vacuous, c.closeness.epsilon, c.upper_bound
+    mine.sort(key=lambda c: (c.radius > 0, c.upper_bound > _VACUOUS, c.epsilon, c.upper_bound))
+    return mine

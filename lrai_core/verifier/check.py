@@ -6,7 +6,7 @@ Trusted part: it imports nothing of a prover and recomputes every figure from wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from lrai_core.artifact import Artifact
-from lrai_core.engine.engine import installed_version, isa_class
 from lrai_core.errors import ConditionNotMet, EngineError, UsageError, VerificationError, shorten
-from lrai_core.verifier import statistics
-from lrai_core.verifier.certificate import Certificate, certificates, read_certificate
-from lrai_core.verifier.sample import Rows, digest
+from lrai_core.verifier import verifier
+from lrai_core.verifier.certificate import CONFIDENCE, Certificate, certificates, read_certificate
+from lrai_core.verifier.sample import Rows
 
 _ALL = 2048  # up to so many draws are all run again;
 _PART = 512  # of more a random part, and the recorded failures up to as many
@@ -67,9 +66,10 @@ def check(
         certificate = read_certificate(Path(certificate))
     artifact = Artifact.open(artifact.path if isinstance(artifact, Artifact) else artifact)
     try:
-        rows, hashes = statistics.evaluation(artifact)
-        claims = list(_claims(certificate, artifact, rows, hashes))
-        if all(holds for holds, _ in claims):
+        rows = verifier.evaluation(artifact)
+        claims = [(False, false) for false in _false(certificate, artifact, rows)]
+        if not claims:
+            claims = [(True, "what it says follows from the artifact's files")]
             copy = "the source model is the artifact's own copy; --source checks with the original"
             claims += [(True, copy)] if source is None else []
             claims.append(_rerun(certificate, artifact, rows, source, seed))
@@ -101,122 +101,66 @@ def require_certificate(
         UsageError: An unknown key, or a value that is no number.
         VerificationError: The evaluation rows cannot be read.
     """
-    known = ("tier", "epsilon", "delta", "confidence", "sampler")
-    if unknown := set(require) - set(known):
-        raise UsageError(
-            f"require: unknown key {shorten(str(min(unknown)))!r}; known: {', '.join(known)}"
-        )
-    epsilon = _number(require, "epsilon", math.inf)
-    delta = _number(require, "delta", 1.0)
-    confidence = _number(require, "confidence", statistics.CONFIDENCE)
-    rows, hashes = statistics.evaluation(artifact)
-    own = [
-        certificate
-        for certificate in certificates(artifact, variant)
-        if all(holds for holds, _ in _claims(certificate, artifact, rows, hashes))
-    ]
-    for certificate in own:
+    wanted: dict[str, Any] = {"tier": "STATISTICAL", "epsilon": math.inf, "delta": 1.0}
+    wanted |= {"confidence": CONFIDENCE, "sampler": "evaluation"}
+    for key, value in require.items():
+        if key not in wanted:
+            known = ", ".join(wanted)
+            raise UsageError(f"require: unknown key {shorten(str(key))!r}; known: {known}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(wanted[key], float) and not number:
+            raise UsageError(f"require: {key} is {shorten(repr(value))}, a number is needed")
+        wanted[key] = value
+    rows = verifier.evaluation(artifact)
+    own = [c for c in certificates(artifact, variant) if not _false(c, artifact, rows)]
+    for c in own:
         if (
-            require.get("tier", certificate.tier) == certificate.tier
-            and require.get("sampler", "evaluation") == certificate.sampler.kind
-            and certificate.closeness.epsilon <= epsilon
-            and certificate.upper_bound <= delta
-            and certificate.confidence >= confidence
+            (c.tier, c.sampler) == (wanted["tier"], wanted["sampler"])
+            and c.epsilon <= wanted["epsilon"]
+            and c.upper_bound <= wanted["delta"]
+            and c.confidence >= wanted["confidence"]
         ):
-            return certificate
+            return c
     there = "; ".join(c.statement() for c in own) or "it has none that follows from the files"
-    wanted = ", ".join(f"{key}={value}" for key, value in require.items()) or "any"
+    asked = ", ".join(f"{key}={value}" for key, value in require.items()) or "any"
     raise ConditionNotMet(
-        f"variant {variant} has no certificate that meets the requirement ({wanted}): {there}"
+        f"variant {variant} has no certificate that meets the requirement ({asked}): {there}"
     )
 
 
-def _number(require: Mapping[str, Any], key: str, default: float) -> float:
-    value = require.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UsageError(f"require: {key} is {shorten(repr(value))}, a number is needed")
-    return float(value)
-
-
-def _claims(
-    c: Certificate, artifact: Artifact, rows: Rows, hashes: list[bytes]
-) -> Iterator[tuple[bool, str]]:
-    """Yield whatever must be so for the certificate to follow from the files, and whether it is."""
-    manifest, box = artifact.manifest, c.sampler.kind == "box"
-    yield c.manifest_sha256 == artifact.sha256, "it was issued for this artifact's manifest"
-    variants = {variant.id: variant for variant in manifest.variants}
-    known = c.variant in variants
-    yield known, f"variant {c.variant!r} is one of {', '.join(variants)}"
-    needed = {manifest.source.file} | set(artifact.files_of(variants[c.variant]) if known else ())
-    recorded = {name: entry.sha256 for name, entry in manifest.files.items()}
-    yield (
-        needed <= set(c.files) and c.files.items() <= recorded.items(),
-        f"the {len(c.files)} files it speaks of are the ones here",
-    )
-    due = manifest.candidates
-    yield (
-        c.comparisons >= due,
-        f"its bound pays for {c.comparisons} candidates, {due} were judged on its rows",
-    )
-    maps = {spec.name: spec.output_map for spec in manifest.signature.outputs}
-    stated_maps = c.closeness.output_maps
-    yield stated_maps == maps, f"its output maps {stated_maps} are the manifest's {maps}"
-    sane = (
-        c.closeness.epsilon > 0
-        and 0 < c.confidence < 1
-        and 1 <= c.comparisons < 1 << 20
-        and 1 <= c.n < 1 << 32
-        and 1 - (1 - c.confidence) / c.comparisons < 1
-        and c.sampler.seed >= 0
-    )
-    yield sane, "epsilon, confidence, n and seed are in range"
-    ordered = list(c.failures) == sorted(set(c.failures))
-    drawn = ordered and all(0 <= index < c.n for index in c.failures)
-    yield drawn, "the failures are draws of the sample"
-    if sane and drawn:
-        rate = statistics.bound(len(c.failures), c.n, c.confidence, c.comparisons)
-        claim = f"{len(c.failures)} failures of {c.n} bound the rate at {rate:.3%}"
-        yield c.upper_bound >= rate * (1 - 1e-9), f"{claim}, it claims {c.upper_bound:.3%}"
-    same_rows = len(rows) > 0 and c.sampler.rows_sha256 == digest(hashes)
-    yield same_rows, "its sampler is the artifact's evaluation rows"
-    whole = box or c.n == len(rows) == len(hashes)
-    yield whole, f"n is {c.n}, of {len(hashes)} rows, {len(rows)} of them kept"
-    assumption = statistics.BOX_ASSUMPTION if box else statistics.EVALUATION_ASSUMPTION
-    fits = c.assumption == assumption and (c.sampler.radius > 0) == box
-    yield fits and (box or c.sampler.seed == 0), "its assumption is that of its sampler"
-    target = manifest.target
-    here = (isa_class(), installed_version(target.engine))
-    stated = (c.environment.get("isa"), c.environment.get("engine_version"))
-    made = f"it was made on {stated[0]} with {target.engine} {stated[1]}"
-    same_kind = stated == here == (target.isa, target.engine_version)
-    yield same_kind, f"{made}, this is {here[0]} with {here[1]}"
+def _false(c: Certificate, artifact: Artifact, rows: Rows) -> list[str]:
+    """Return what the certificate says and would not, were it issued again from the files."""
+    try:
+        again = verifier.issue(artifact, c, rows, c.failures)
+    except (ConditionNotMet, UsageError, VerificationError) as error:
+        return [f"it can be issued again: {error}"]
+    wider = c.upper_bound >= again.upper_bound * (1 - 1e-9)  # is still true
+    free = ("issuer", "created", "upper_bound") if wider else ("issuer", "created")
+    return [
+        f"{name} is {shorten(str(getattr(c, name)))}, {getattr(again, name)} follows from the files"
+        for name in Certificate.__struct_fields__
+        if getattr(c, name) != getattr(again, name) and name not in free
+    ]
 
 
 def _rerun(
     c: Certificate, artifact: Artifact, rows: Rows, source: str | Path | None, seed: int | None
 ) -> tuple[bool, str]:
     """Run all or part of the sample on the real engines and compare each draw's outcome."""
-    draws = list(range(c.n)) if c.n <= _ALL else _part(c, np.random.default_rng(seed))
-    sampler, epsilon, failures = c.sampler, c.closeness.epsilon, set(c.failures)
-    gaps = statistics.differences(
-        statistics.source_session(artifact, source),
-        statistics.variant_session(artifact, artifact.manifest.variant(c.variant)),
-        (statistics.draw(sampler.kind, rows, i, sampler.seed, sampler.radius) for i in draws),
-        artifact.manifest.signature,
-    )
-    rounding = min(_ROUNDING, _ROUNDING_SHARE * epsilon)
+    draws: Sequence[int] = range(c.samples)
+    if c.samples > _ALL:
+        part = np.random.default_rng(seed).choice(c.samples, _PART, replace=False)
+        draws = sorted({*part.tolist(), *c.failures[:_PART]})
+    gaps = verifier.gaps(artifact, c, rows, draws, None if source is None else Path(source))
+    rounding, failures = min(_ROUNDING, _ROUNDING_SHARE * c.epsilon), set(c.failures)
     try:
         wrong = [
             index
             for index, gap in zip(draws, gaps, strict=True)
-            if (not gap <= epsilon) != (index in failures) and not abs(gap - epsilon) <= rounding
+            if (not gap <= c.epsilon) != (index in failures)
+            and not abs(gap - c.epsilon) <= rounding
         ]
     except (EngineError, ValueError) as error:  # a source with other inputs or outputs
         return False, f"source and variant run on its draws: {error}"
     but = f", but for {len(wrong)}: {wrong[:5]}" if wrong else ""
-    return not wrong, f"{len(draws)} of {c.n} draws, run again here, came out as it says{but}"
-
-
-def _part(c: Certificate, random: np.random.Generator) -> list[int]:
-    chosen = random.choice(c.n, _PART, replace=False).tolist()
-    return sorted({*chosen, *c.failures[:_PART]})
+    return not wrong, f"{len(draws)} of {c.samples} draws, run again here, came out as it says{but}"

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
+from lrai_core import protocol
 from lrai_core.config import LimitsConfig
 from lrai_core.errors import CalibrationError, RequestError, VerificationError, shorten
-from lrai_core.protocol import DATATYPES, Array, InferenceRequest, Signature, TensorSpec, validate
+from lrai_core.protocol import Array, Signature, Tensor, TensorSpec, encode_bytes, validate
 
 LABEL: Final = "label"
-_ROW_HASHES: Final = "row_sha256"
-_INPUT: Final = "input/"
 _KEPT_BYTES: Final = 16 << 20
-_PADDED_BYTES: Final = 128 << 20  # of the same rows as they are stored
-_LOADED_BYTES: Final = 256 << 20  # with the hashes
-_ONE_ROW: Final = LimitsConfig(request_bytes=sys.maxsize, request_rows=1, nan_policy="reject")
-_UNREADABLE: Final = (  # what numpy and zipfile raise on bytes that are not theirs
+_ONE_ROW: Final = LimitsConfig(request_bytes=1 << 62, request_rows=1, nan_policy="reject")
+_UNREADABLE: Final = (  # what numpy and the archives raise on bytes that are not theirs
     OSError, ValueError, EOFError, LookupError, TypeError, RuntimeError, SyntaxError, MemoryError,
-    OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, msgspec.MsgspecError,
 )  # fmt: skip
+_Stored = tuple[tuple[int, ...], bytes]  # tuples: an empty one takes no memory when it is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,6 @@ class Rows:
         )
 
 
-def digest(hashes: Sequence[bytes]) -> str:
-    """Return the sha256 over all row hashes, in order."""
-    return hashlib.sha256(b"".join(hashes)).hexdigest()
-
-
 def read_rows(
     data: str | Path | Mapping[str, Any], signature: Signature, what: str
 ) -> tuple[Rows, int]:
@@ -77,38 +72,17 @@ def read_rows(
     Raises:
         CalibrationError: Missing, unreadable, empty, wrong names, datatypes or shapes, or NaN.
     """
-    names = {spec.name for spec in signature.inputs}
-    loaded = data if isinstance(data, Mapping) else _load(Path(data), signature, what)
-    arrays = {name: np.atleast_1d(array) for name, array in loaded.items()}
+    names = [spec.name for spec in signature.inputs]
+    arrays = {name: np.atleast_1d(array) for name, array in _load(data, names, what).items()}
     counts = sorted({len(array) for array in arrays.values()})
+    if len(counts) != 1 or counts == [0]:
+        raise CalibrationError(f"{what}: no rows, or different numbers of rows: {counts}")
     labels = None if LABEL in names else arrays.pop(LABEL, None)
-    if arrays.keys() != names:
-        raise CalibrationError(
-            f"{what}: got arrays {_list(arrays)}, needed {_list(names)} and optionally {LABEL!r}"
-        )
-    if len(counts) != 1:
-        raise CalibrationError(f"{what}: arrays have different numbers of rows: {counts}")
-    if counts == [0]:
-        raise CalibrationError(f"{what}: no rows")
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iub"):
         raise CalibrationError(f"{what}: {LABEL!r} must be one integer per row")
-    columns = {spec.name: _cast(arrays[spec.name], spec) for spec in signature.inputs}
-    ranks = {spec.name: len(spec.shape) for spec in signature.inputs}
-    inputs = []
-    for i in range(counts[0]):
-        row = {
-            name: column[i : i + 1] if column.ndim == ranks[name] else np.asarray(column[i])
-            for name, column in columns.items()
-        }
-        try:
-            valid = validate(InferenceRequest(model_name="", inputs=row), signature, _ONE_ROW)
-        except RequestError as error:
-            raise CalibrationError(f"{what}: row {i}: {_brief(error)}") from None
-        inputs.append(_trim(valid.arrays, signature))
-    hashes = [_hash(row) for row in inputs]
-    first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
-    rows = Rows(inputs, labels, hashes).take(sorted(first.values()))
-    return rows, len(inputs) - len(rows)
+    columns = {spec.name: _column(arrays[spec.name], spec) for spec in signature.inputs}
+    given = ({name: column[i, ...] for name, column in columns.items()} for i in range(*counts))
+    return _distinct(given, labels, signature, what)
 
 
 def disjoint(first: Rows, second: Rows, what: str) -> None:
@@ -118,92 +92,96 @@ def disjoint(first: Rows, second: Rows, what: str) -> None:
         CalibrationError: One is.
     """
     if shared := set(first.hashes) & set(second.hashes):
-        raise CalibrationError(
-            f"{what} share {len(shared)} rows; a row may judge only what never saw it"
-        )
+        raise CalibrationError(f"{what} share {len(shared)} rows; none may judge what saw it")
 
 
-def kept(rows: Rows) -> int:
-    """Return how many of the first rows `save_rows` keeps: those that fit 16 MiB, and no text."""
-    size, largest = 0, [0] * len(rows.inputs[0]) if len(rows) else []
-    for count, row in enumerate(rows.inputs):
-        size += sum(array.nbytes for array in row)
-        largest = [max(most, array.nbytes) for most, array in zip(largest, row, strict=True)]
-        padded = sum(largest) * (count + 1)
-        text = any(array.dtype == np.object_ for array in row)
-        if size > _KEPT_BYTES or padded > _PADDED_BYTES or text:
-            return count
-    return len(rows)
+def save_rows(path: Path, rows: Rows) -> Rows:
+    """Write the first rows, as many as fit 16 MiB, so that they can be run again; return those.
+
+    The file is gzipped msgpack: per row and input the shape, and the content as on the wire.
+    """
+    sizes = accumulate(len(_encode(row)) for row in rows.inputs)
+    kept = rows.take(range(sum(size <= _KEPT_BYTES for size in sizes)))
+    stored = msgspec.msgpack.encode([msgspec.Raw(_encode(row)) for row in kept.inputs])
+    path.write_bytes(gzip.compress(stored, compresslevel=6, mtime=0))
+    return kept
 
 
-def save_rows(path: Path, rows: Rows, signature: Signature) -> None:
-    """Write all hashes, and the first rows (see `kept`), so that a sample can be run again."""
-    columns: dict[str, Array] = {
-        _ROW_HASHES: np.frombuffer(b"".join(rows.hashes), np.uint8).reshape(-1, 32)
-    }
-    if count := kept(rows):
-        for index, spec in enumerate(signature.inputs):
-            columns[_INPUT + spec.name] = _stack([r[index] for r in rows.inputs[:count]], spec)
-    np.savez_compressed(path, allow_pickle=False, **columns)
-
-
-def load_rows(path: Path, signature: Signature) -> tuple[Rows, list[bytes]]:
-    """Return what `save_rows` kept, and the hashes of all rows.
+def load_rows(path: Path, signature: Signature) -> Rows:
+    """Return what `save_rows` kept.
 
     Raises:
-        VerificationError: The file cannot be read, a row does not match its hash, or two have one.
+        VerificationError: The file cannot be read, holds more than is ever kept, a row twice, or
+            one that the model does not take.
     """
-    names = {_INPUT + spec.name: spec.name for spec in signature.inputs}
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            size = sum(info.file_size for info in archive.zip.infolist())
-            if size > _LOADED_BYTES:
-                raise VerificationError(f"{path.name} holds {size} bytes, over {_LOADED_BYTES}")
-            hashes = [bytes(row) for row in archive[_ROW_HASHES]]
-            arrays = {name: archive[key] for key, name in names.items() if key in archive.files}
-    except _UNREADABLE as error:
+        with gzip.open(path) as stream:
+            content = stream.read(_KEPT_BYTES + 64)  # what is longer is cut, and refused
+        stored = msgspec.msgpack.decode(content, type=tuple[tuple[_Stored, ...], ...])
+        tensors = (_tensors(row, signature) for row in stored)
+        rows, repeated = _distinct(tensors, None, signature, path.name)
+    except (*_UNREADABLE, CalibrationError) as error:
         raise VerificationError(f"{path.name} cannot be read: {_brief(error)}") from None
-    try:
-        rows = read_rows(arrays, signature, path.name)[0] if arrays else Rows([], None, [])
-    except CalibrationError as error:
-        raise VerificationError(str(error)) from None
-    if rows.hashes != hashes[: len(rows)]:
-        raise VerificationError(f"{path.name}: rows do not match their hashes")
-    if len(set(hashes)) != len(hashes):
+    if repeated:
         raise VerificationError(f"{path.name}: a row is listed twice")
-    return rows, hashes
+    return rows
 
 
-def _load(path: Path, signature: Signature, what: str) -> Mapping[str, Array]:
-    names = [spec.name for spec in signature.inputs]
+def _load(data: str | Path | Mapping[str, Any], names: list[str], what: str) -> dict[str, Array]:
+    if isinstance(data, Mapping):
+        return _named(data, names, what)
+    path = Path(data)
     try:
         if path.suffix == ".npy" and len(names) == 1:
             return {names[0]: np.lib.format.open_memmap(path, mode="r")}
-        if path.suffix != ".npz":
-            raise CalibrationError(
-                f"{what}: {path.name}: .npz is needed (.npy for a model with one input)"
-            )
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            if unknown := set(archive.files) - {*names, LABEL}:  # and is not unpacked
-                raise CalibrationError(
-                    f"{what}: array {shorten(min(unknown))!r} is no input; inputs: {_list(names)}"
-                )
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise CalibrationError(f"{what}: {path} does not exist") from None
+        if path.suffix == ".npz":
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                return _named(archive, names, what)
     except _UNREADABLE as error:
         raise CalibrationError(f"{what}: {path.name} cannot be read: {_brief(error)}") from None
+    raise CalibrationError(f"{what}: {path.name}: .npz is needed (.npy for a model with one input)")
 
 
-def _cast(column: Array, spec: TensorSpec) -> Array:
-    """Return the column in the declared datatype, or as it is if more than rounding were lost."""
-    wanted = DATATYPES[spec.datatype]
-    floats = column.dtype.kind == wanted.kind == "f"
-    if not floats and not (column.dtype.kind in "biu" and wanted.kind in "biu"):
-        return column
+def _named(arrays: Mapping[str, Array], names: list[str], what: str) -> dict[str, Array]:
+    """Return all arrays if they have the right names; of an archive, none is unpacked before."""
+    if not set(arrays) ^ set(names) <= {LABEL}.difference(names):
+        raise CalibrationError(
+            f"{what}: got arrays {_list(arrays)}, needed {_list(names)} and optionally {LABEL!r}"
+        )
+    return dict(arrays)
+
+
+def _column(array: Array, spec: TensorSpec) -> Array:
+    """Return rows along a new first axis, in the declared datatype if only rounding is lost."""
+    rows = array[:, np.newaxis] if array.ndim == len(spec.shape) else array
+    wanted = protocol.DATATYPES[spec.datatype]
+    floats = rows.dtype.kind == wanted.kind == "f"
+    if not floats and not (rows.dtype.kind in "biu" and wanted.kind in "biu"):
+        return rows
     with np.errstate(over="ignore"):  # what does not fit becomes infinity, and is refused
-        converted = column.astype(wanted, copy=False)
-    return converted if floats or (converted == column).all() else column
+        converted = rows.astype(wanted, copy=False)
+    return converted if floats or (converted == rows).all() else rows
+
+
+def _distinct(
+    given: Iterable[Mapping[str, Any]], labels: Array | None, signature: Signature, what: str
+) -> tuple[Rows, int]:
+    """Return the rows, each checked, trimmed, and once; and how many were there again.
+
+    Raises:
+        CalibrationError: The model does not take a row.
+    """
+    inputs = []
+    for i, row in enumerate(given):
+        request = protocol.InferenceRequest(model_name="", inputs=row)
+        try:
+            inputs.append(_trim(validate(request, signature, _ONE_ROW).arrays, signature))
+        except RequestError as error:
+            raise CalibrationError(f"{what}: row {i}: {_brief(error)}") from None
+    hashes = [hashlib.sha256(_encode(row)).digest() for row in inputs]
+    first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
+    rows = Rows(inputs, labels, hashes).take(sorted(first.values()))
+    return rows, len(inputs) - len(rows)
 
 
 def _trim(row: Sequence[Array], signature: Signature) -> list[Array]:
@@ -219,29 +197,23 @@ def _trim(row: Sequence[Array], signature: Signature) -> list[Array]:
     return trimmed
 
 
-def _stack(arrays: list[Array], spec: TensorSpec) -> Array:
-    """Return the arrays along a new first axis, padded to the largest."""
-    shape = np.max([array.shape for array in arrays], axis=0).astype(int)
-    stacked = np.full((len(arrays), *shape), spec.pad_value, arrays[0].dtype)
-    for index, array in enumerate(arrays):
-        window: Any = (index, *map(slice, array.shape))
-        stacked[window] = array
-    return stacked
+def _encode(row: list[Array]) -> bytes:
+    """Return a row as it is stored and hashed; the signature knows names and datatypes."""
+    return msgspec.msgpack.encode(
+        [(a.shape, encode_bytes(a) if a.dtype == np.object_ else a.tobytes()) for a in row]
+    )
 
 
-def _hash(row: list[Array]) -> bytes:
-    digest = hashlib.sha256()
-    for array in row:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(
-            repr(array.tolist()).encode() if array.dtype == np.object_ else array.tobytes()
-        )
-    return digest.digest()
+def _tensors(row: Sequence[_Stored], signature: Signature) -> dict[str, Tensor]:
+    return {
+        spec.name: Tensor(name=spec.name, datatype=spec.datatype, shape=shape, data=data)
+        for spec, (shape, data) in zip(signature.inputs, row, strict=True)
+    }
 
 
 def _brief(error: BaseException) -> str:
     return shorten(str(error), 200)
 
 
-def _list(names: Any) -> str:
+def _list(names: Iterable[str]) -> str:
     return shorten(", ".join(repr(shorten(str(name), 60)) for name in names), 150) or "nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -18,11 +19,10 @@ def mapped(output: Array, output_map: OutputMap) -> Array:
     values = output.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         if output_map == "softmax":
-            powers = np.exp(values - values.max(axis=-1, keepdims=True))
-            return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
-        if output_map == "l2_normalised":
-            norms = np.linalg.norm(values, axis=-1, keepdims=True)
-            return np.asarray(values / np.maximum(norms, 1e-30))
+            values = np.exp(values - values.max(axis=-1, keepdims=True))
+            values /= values.sum(axis=-1, keepdims=True)
+        elif output_map == "l2_normalised":
+            values /= np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-30)
     return values
 
 
@@ -34,29 +34,20 @@ def difference(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpe
     """
     worst = 0.0
     for a, b, spec in zip(f, g, specs, strict=True):
-        if a.dtype.kind in "OSU" or b.dtype.kind in "OSU":
-            if not np.array_equal(a, b):
-                return FAR
+        if a.shape != b.shape or a.dtype.kind in "OSU" or b.dtype.kind in "OSU":
+            worst = max(worst, 0.0 if np.array_equal(a, b) else FAR)
             continue
-        if a.shape != b.shape:
-            return FAR
         x, y = mapped(a, spec.output_map), mapped(b, spec.output_map)
+        same = (a == b) | ((a != a) & (b != b))  # NaN alone differs from itself
         with np.errstate(invalid="ignore", over="ignore"):
-            gap = np.where((x == y) | (np.isnan(x) & np.isnan(y) & _same(a, b)), 0.0, np.abs(x - y))
+            gap = np.where((x == y) | (np.isnan(x) & np.isnan(y) & same), 0.0, np.abs(x - y))
         worst = max(worst, float(np.nan_to_num(gap, nan=FAR, posinf=FAR).max(initial=0.0)))
     return worst
 
 
-def _same(a: Array, b: Array) -> Array:
-    return np.asarray((a == b) | ((a != a) & (b != b)))  # NaN alone differs from itself
-
-
 def agreement(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpec]) -> bool:
     """Return whether one row of g says the same as f, in the sense of each output's map."""
-    return all(
-        a.shape == b.shape and _agrees(a, b, spec.output_map)
-        for a, b, spec in zip(f, g, specs, strict=True)
-    )
+    return all(_agrees(a, b, spec.output_map) for a, b, spec in zip(f, g, specs, strict=True))
 
 
 MEASURES: dict[OutputMap, str] = {
@@ -67,7 +58,7 @@ MEASURES: dict[OutputMap, str] = {
 
 
 def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
-    if (same := np.array_equal(a, b)) or a.dtype.kind in "OSU":
+    if (same := np.array_equal(a, b)) or a.shape != b.shape or a.dtype.kind in "OSU":
         return same
     x, y = a.astype(np.float64), b.astype(np.float64)
     if output_map == "softmax":
@@ -78,3 +69,11 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
         return bool(((cosine >= 0.99) | (x == y).all(axis=-1)).all())  # a zero vector has none
     with np.errstate(invalid="ignore", over="ignore"):
         return bool(np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(x))
+
+
+def round_up(value: float, digits: int = 2) -> float:
+    """Return `value` rounded up to `digits` significant digits."""
+    if not 0 < value < 1e300:
+        return value
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(max(value, 1e-290))))
+    return max(value, math.ceil(value * scale) / scale)

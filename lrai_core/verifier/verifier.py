@@ -1,54 +1,34 @@
-"""Issue a certificate for a variant. Read this first; `check.py` is its counterpart."""
+"""Issue a certificate for a variant. Read this first; `check.py` is its counterpart.
+
+Statistical closeness: run both models on a sample fixed beforehand, count, bound. The bound is
+exact (Clopper-Pearson) under one assumption, which the certificate states: future inputs are
+exchangeable with the sample. Nothing here is proved about any other input.
+"""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Final
 
-from lrai_core.artifact import Artifact, Manifest, Variant
-from lrai_core.engine.engine import installed_version, isa_class
-from lrai_core.errors import ConditionNotMet, UsageError, VerificationError
-from lrai_core.verifier import statistics
-from lrai_core.verifier.certificate import Certificate, Closeness, Sampler, write_certificate
-from lrai_core.verifier.sample import digest
+import msgspec
+import numpy as np
 
+from lrai_core.artifact import EVALUATION, Artifact, check_files
+from lrai_core.confidence import upper_bound
+from lrai_core.engine.engine import find_engine, installed_version, isa_class
+from lrai_core.errors import ConditionNotMet, VerificationError
+from lrai_core.protocol import Array
+from lrai_core.verifier.certificate import Certificate, Spec, write_certificate
+from lrai_core.verifier.sample import Rows, load_rows
+from lrai_core.verifier.spec import difference
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
-    """What to certify, and on which sample.
-
-    Attributes:
-        epsilon: Largest difference allowed after the output maps.
-        variant: Its id; the chosen variant by default.
-        radius: Half the width of the box around evaluation rows; 0 takes the rows themselves.
-        samples: Draws from the box; ignored for radius 0, where every kept row is one.
-        seed: Of the box sampler.
-        confidence: Of the bound, one-sided.
-    """
-
-    epsilon: float
-    variant: str = ""
-    radius: float = 0.0
-    samples: int = 1000
-    seed: int = 0
-    confidence: float = statistics.CONFIDENCE
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be certified."""
-        if not 0 < self.epsilon < math.inf:
-            raise UsageError(f"epsilon is {self.epsilon}, it must be above 0 and finite")
-        if not 0 <= self.radius < math.inf:
-            raise UsageError(f"radius is {self.radius}, it must be 0 or more and finite")
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, it must be 0 or more")
-        if self.samples < 1:
-            raise UsageError(f"samples is {self.samples}, at least 1 is needed")
-        if not 0 < self.confidence < 1:
-            raise UsageError(f"confidence is {self.confidence}, it must lie between 0 and 1")
+ASSUMPTIONS: Final = {
+    "evaluation": "future inputs are exchangeable with the evaluation rows",
+    "box": "future inputs are an evaluation row with uniform noise of at most the radius on each "
+    "floating-point element; this says nothing about other inputs",
+}
 
 
 def verify(artifact: Artifact, spec: Spec) -> list[Certificate]:
@@ -59,99 +39,94 @@ def verify(artifact: Artifact, spec: Spec) -> list[Certificate]:
             there are too many failures to list.
         ConditionNotMet: The artifact was made for another processor class or engine version.
     """
-    manifest = artifact.manifest
-    variant = manifest.variant(spec.variant or manifest.chosen)
-    target, here = manifest.target, environment(manifest)
-    if (here["isa"], here["engine_version"]) != (target.isa, target.engine_version):
-        raise ConditionNotMet(
-            f"the artifact was made for {target.isa} with {target.engine} {target.engine_version}, "
-            f"this is {here['isa']} with {here['engine_version'] or 'none'}: compile it here"
-        )
-    rows, hashes = statistics.evaluation(artifact)
-    if not len(rows):
-        raise VerificationError(
-            "the artifact has no evaluation rows to run: compile it with --evaluation; "
-            "strings, and rows over 16 MiB, are not kept"
-        )
-    kind: Literal["evaluation", "box"] = "box" if spec.radius else "evaluation"
-    if kind == "box" and not any(s.datatype.startswith("FP") for s in manifest.signature.inputs):
-        raise VerificationError(
-            "the model has no floating-point input to put noise on; use radius 0"
-        )
-    if kind == "evaluation" and len(rows) != len(hashes):
-        raise VerificationError(
-            f"the artifact kept {len(rows)} of {len(hashes)} rows; "
-            "only a box around them can be certified"
-        )
-    n = spec.samples if kind == "box" else len(rows)
-    seed = spec.seed if kind == "box" else 0
-    gaps = statistics.differences(
-        statistics.source_session(artifact),
-        statistics.variant_session(artifact, variant),
-        (statistics.draw(kind, rows, index, seed, spec.radius) for index in range(n)),
-        manifest.signature,
-    )
-    rows_sha256 = digest(hashes)
-    certificate = issue(
-        manifest=manifest,
-        manifest_sha256=artifact.sha256,
-        variant=variant,
-        epsilon=spec.epsilon,
-        gaps=list(gaps),
-        sampler=Sampler(kind=kind, seed=seed, radius=spec.radius, rows_sha256=rows_sha256),
-        confidence=spec.confidence,
-        comparisons=manifest.candidates,  # among which the rows chose
-    )
+    certificate = issue(artifact, spec, evaluation(artifact))
     write_certificate(artifact.path, certificate)
     return [certificate]
 
 
 def issue(
-    *,
-    manifest: Manifest,
-    manifest_sha256: str,
-    variant: Variant,
-    epsilon: float,
-    gaps: Sequence[float],
-    sampler: Sampler,
-    confidence: float,
-    comparisons: int,
+    artifact: Artifact, spec: Spec, rows: Rows, failures: tuple[int, ...] | None = None
 ) -> Certificate:
-    """Return the certificate that differences on a sample amount to."""
-    failures = statistics.failing(gaps, epsilon)
-    folders = (str(Path(variant.model).parent), "source")
+    """Return the certificate for these failures, by default those that a run of the sample finds.
+
+    All else follows from artifact and specification: the checker issues every certificate again.
+    """
+    manifest, target = artifact.manifest, artifact.manifest.target
+    made = f"{target.isa} with {target.engine} {target.engine_version}"
+    here = f"{isa_class()} with {target.engine} {installed_version(target.engine) or 'none'}"
+    if made != here:
+        raise ConditionNotMet(f"the artifact was made for {made}, this is {here}: compile it here")
+    if not len(rows):
+        raise VerificationError(
+            "the artifact has no evaluation rows to run: compile it with --evaluation; "
+            "rows over 16 MiB are not kept"
+        )
+    if spec.radius and not any(t.datatype.startswith("FP") for t in manifest.signature.inputs):
+        raise VerificationError("the model has no floating-point input for noise; use radius 0")
+    n, seed = (spec.samples, spec.seed) if spec.radius else (len(rows), 0)
+    variant = manifest.variant(spec.variant or manifest.chosen).id
+    spec = msgspec.structs.replace(spec, variant=variant, samples=n, seed=seed)
+    if failures is None:
+        failures = failing(gaps(artifact, spec, rows, range(n)), spec.epsilon)
+    if list(failures) != sorted({index for index in failures if 0 <= index < n}):
+        raise VerificationError("the failures are not draws of the sample, each once and in order")
     return Certificate(
-        tier="STATISTICAL",
-        closeness=Closeness(
-            epsilon=epsilon,
-            output_maps={spec.name: spec.output_map for spec in manifest.signature.outputs},
-        ),
-        variant=variant.id,
-        sampler=sampler,
-        n=len(gaps),
+        **{name: getattr(spec, name) for name in Spec.__struct_fields__},
         failures=failures,
-        confidence=confidence,
-        comparisons=comparisons,
-        upper_bound=statistics.bound(len(failures), len(gaps), confidence, comparisons),
-        assumption=(
-            statistics.BOX_ASSUMPTION if sampler.kind == "box" else statistics.EVALUATION_ASSUMPTION
-        ),
-        manifest_sha256=manifest_sha256,
-        files={
-            name: entry.sha256
-            for name, entry in manifest.files.items()
-            if str(Path(name).parent) in folders
-        },
-        environment=environment(manifest),
+        upper_bound=upper_bound(len(failures), n, 1 - (1 - spec.confidence) / manifest.candidates),
+        comparisons=manifest.candidates,
+        output_maps={output.name: output.output_map for output in manifest.signature.outputs},
+        assumption=ASSUMPTIONS[spec.sampler],
+        environment=here,
+        manifest_sha256=artifact.sha256,
+        issuer=f"lrai {installed_version('lrai')}",
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
 
-def environment(manifest: Manifest) -> dict[str, str]:
-    """Return what the statement depends on: this processor's class, the engine, its version."""
-    return {
-        "isa": isa_class(),
-        "engine": manifest.target.engine,
-        "engine_version": installed_version(manifest.target.engine),
-        "lrai": installed_version("lrai"),
-    }
+def evaluation(artifact: Artifact) -> Rows:
+    """Return the rows that the artifact kept; none where it has no file of them.
+
+    Raises:
+        VerificationError: They cannot be read.
+        ArtifactError: They are not those of the manifest.
+    """
+    if (entry := artifact.manifest.files.get(EVALUATION)) is None:
+        return Rows([], None, [])
+    check_files(artifact.path, {EVALUATION: entry})
+    return load_rows(artifact.path / EVALUATION, artifact.manifest.signature)
+
+
+def gaps(
+    artifact: Artifact, spec: Spec, rows: Rows, draws: Iterable[int], source: Path | None = None
+) -> Iterator[float]:
+    """Yield, draw by draw, the largest difference after the output maps, each run alone.
+
+    The source is by default the artifact's copy, run as it is: without optimisation. The variant
+    runs as the actors run it.
+    """
+    variant = artifact.manifest.variant(spec.variant)
+    weights = artifact.path / variant.weights if variant.weights else None
+    f = find_engine("onnxruntime").load(source or artifact.file(artifact.manifest.source.file))
+    g = find_engine(variant.engine).load(artifact.file(variant.model), weights=weights)
+    for index in draws:
+        row = draw(spec, rows, index)
+        yield difference(f.run(row), g.run(row), artifact.manifest.signature.outputs)
+
+
+def draw(spec: Spec, rows: Rows, index: int) -> list[Array]:
+    """Return draw `index` of the sampler; the same arguments give the same bits."""
+    if spec.sampler == "evaluation":
+        return rows.inputs[index]
+    random = np.random.default_rng([spec.seed, index])
+    row = list(rows.inputs[int(random.integers(len(rows)))])
+    for i, array in enumerate(row):
+        if array.dtype.kind == "f":
+            noise = random.uniform(-spec.radius, spec.radius, array.shape)
+            row[i] = (array + noise).astype(array.dtype)
+    return row
+
+
+def failing(gaps: Iterable[float], epsilon: float) -> tuple[int, ...]:
+    """Return the indices of the draws whose difference exceeds epsilon."""
+    return tuple(index for index, gap in enumerate(gaps) if not gap <= epsilon)

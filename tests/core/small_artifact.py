@@ -91,7 +91,7 @@ def build(
             (folder / name / "model.onnx").write_bytes(graph(times))
         (folder / "source" / "weights.bin").write_bytes(bytes(range(256)))
         if evaluation is not None:
-            save_rows(folder / store.EVALUATION, evaluation, SIGNATURE)
+            save_rows(folder / store.EVALUATION, evaluation)
         store.write_manifest(folder, manifest(output_map=output_map, candidates=candidates))
     return out
 

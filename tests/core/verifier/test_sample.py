@@ -1,9 +1,11 @@
 from __future__ import annotations
 
-import zipfile
+import gzip
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from lrai_core.errors import CalibrationError, VerificationError
 from lrai_core.protocol import Array, Signature, TensorSpec
-from lrai_core.verifier.sample import Rows, digest, disjoint, kept, load_rows, read_rows, save_rows
+from lrai_core.verifier import sample
+from lrai_core.verifier.sample import Rows, disjoint, load_rows, read_rows, save_rows
 from tests.core import small_artifact
 
 TABLE = small_artifact.SIGNATURE
@@ -170,8 +173,6 @@ def test_an_array_that_is_not_wanted_is_not_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez(tmp_path / "e.npz", x=x(), bomb=np.zeros(1000))
-    stored: dict[str, Any] = {"input/x": x(), "row_sha256": np.zeros((4, 32), np.uint8)}
-    np.savez(tmp_path / "evaluation.npz", **stored, bomb=np.zeros(1000))
     unpacked, read = [], np.lib.format.read_array
 
     def recorded(*arguments: Any, **options: Any) -> Array:
@@ -179,29 +180,68 @@ def test_an_array_that_is_not_wanted_is_not_unpacked(
         return unpacked[-1]
 
     monkeypatch.setattr("numpy.lib._npyio_impl.format.read_array", recorded)
-    assert "array 'bomb' is no input; inputs: 'x'" in refusal(tmp_path / "e.npz")
+    message = "got arrays 'x', 'bomb', needed 'x' and optionally 'label'"
+    assert message in refusal(tmp_path / "e.npz")
     assert unpacked == []
-    with pytest.raises(VerificationError, match="do not match"):
-        load_rows(tmp_path / "evaluation.npz", TABLE)
-    assert {array.size for array in unpacked} == {12, 128}
 
 
-def test_an_evaluation_file_that_unpacks_to_too_much_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "evaluation.npz"
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("row_sha256.npy", "w") as stream,
-    ):
-        for _ in range(257):
-            stream.write(bytes(1 << 20))
+def store(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content))
+    return path
+
+
+def test_an_evaluation_file_that_unpacks_to_too_much_is_refused_before_it_is(
+    tmp_path: Path,
+) -> None:
+    nothing = bytes([0xDD]) + (1 << 28).to_bytes(4, "big") + b"\x90" * (1 << 28)
+    path = store(tmp_path / "evaluation.msgpack.gz", nothing)
     assert path.stat().st_size < 1 << 20
-    with pytest.raises(VerificationError, match="holds 269484032 bytes, over 268435456"):
+    tracemalloc.start()
+    with pytest.raises(VerificationError, match="cannot be read: Input data was truncated"):
         load_rows(path, TABLE)
+    assert tracemalloc.get_traced_memory()[1] < 400 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([], "cannot be read"),
+        ([[[1, 3], bytes(12)]] * 2, "cannot be read"),
+        ([[[1, 4], bytes(16)]], "dimension 1 is 4"),
+        ([[[3], bytes(12)]], "has 1 dimensions"),
+        ([[[1, 3], bytes(11)]], "got 11 bytes"),
+        ([[[1, -3], bytes(12)]], "negative"),
+        ([[[1 << 62, 3], b""]], "needs more than memory"),
+        ([[[2, 3], bytes(24)]], "2 rows, at most 1"),
+        ([[[1, 3], np.array([1, 2, np.nan], np.float32).tobytes()]], "holds NaN"),
+        ([[[1, 3], "text"]], "Expected `bytes`"),
+        ([[[1, 3]]], "Expected `array` of length 2"),
+        ({}, "Expected `array`"),
+    ],
+)
+def test_a_stored_row_that_the_model_does_not_take_is_refused(
+    tmp_path: Path, row: Any, message: str
+) -> None:
+    path = store(tmp_path / "evaluation.msgpack.gz", msgspec.msgpack.encode([row]))
+    with pytest.raises(VerificationError, match="cannot be read") as caught:
+        load_rows(path, TABLE)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_row_is_no_second_row_for_being_padded_further(tmp_path: Path) -> None:
+    two = Signature(inputs=TOKENS.inputs[:1], outputs=())
+    short, long = np.array([[1, 2]]), np.array([[1, 2, 9]])
+    rows = [[[array.shape, array.tobytes()]] for array in (short, long)]
+    path = store(tmp_path / "evaluation.msgpack.gz", msgspec.msgpack.encode(rows))
+    with pytest.raises(VerificationError, match="a row is listed twice"):
+        load_rows(path, two)
 
 
 @pytest.mark.parametrize("name", ["missing.npz", "missing.npy"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    assert f"{name} does not exist" in refusal(tmp_path / name)
+    assert f"{name} cannot be read: [Errno 2] No such file" in refusal(tmp_path / name)
 
 
 def test_another_kind_of_file_is_refused_by_what_is_needed(tmp_path: Path) -> None:
@@ -235,7 +275,7 @@ def test_an_array_that_calls_itself_an_archive_is_refused(tmp_path: Path) -> Non
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "e.npz"
     np.savez(path, x=x())
-    save_rows(path.with_name("evaluation.npz"), small_artifact.rows(5), TABLE)
+    save_rows(path.with_name("evaluation.msgpack.gz"), small_artifact.rows(5))
     return path
 
 
@@ -245,7 +285,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(
     saved: Path, data: st.DataObject
 ) -> None:
-    for file in (saved, saved.with_name("evaluation.npz")):
+    evaluation = saved.with_name("evaluation.msgpack.gz")
+    inside = saved.with_name("inside")
+    inside.write_bytes(gzip.decompress(evaluation.read_bytes()))
+    for file in (saved, evaluation, inside):
         content = bytearray(file.read_bytes())
         at = data.draw(st.integers(0, len(content) - 1))
         content[at] = data.draw(st.integers(0, 255))
@@ -254,8 +297,10 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(
         try:
             if file is saved:
                 read_rows(damaged, TABLE, "evaluation")
-            else:
+            elif file is evaluation:
                 load_rows(damaged, TABLE)
+            else:
+                load_rows(store(damaged, damaged.read_bytes()), TABLE)
         except (CalibrationError, VerificationError) as error:
             assert len(str(error)) < 400  # noqa: PT017 - it may be raised, and then it is short
 
@@ -287,61 +332,57 @@ def test_saved_rows_come_back_with_their_hashes(tmp_path: Path) -> None:
         (TABLE, small_artifact.rows(6)),
         (TOKENS, read_rows({"ids": ids, "mask": (ids != 9).astype(int)}, TOKENS, "e")[0]),
     ):
-        save_rows(tmp_path / "evaluation.npz", rows, signature)
-        found, hashes = load_rows(tmp_path / "evaluation.npz", signature)
-        assert hashes == rows.hashes == found.hashes
+        kept = save_rows(tmp_path / "evaluation.msgpack.gz", rows)
+        found = load_rows(tmp_path / "evaluation.msgpack.gz", signature)
+        assert found.hashes == rows.hashes == kept.hashes
         for row, original in zip(found.inputs, rows.inputs, strict=True):
             for a, b in zip(row, original, strict=True):
                 np.testing.assert_array_equal(a, b)
 
 
-def test_rows_over_the_room_are_kept_as_hashes_only(tmp_path: Path) -> None:
+def test_only_the_first_rows_that_fit_the_room_are_kept(tmp_path: Path) -> None:
     wide = Signature(
         inputs=(TensorSpec(name="x", datatype="UINT8", shape=("n", "w"), batch_axis=0),), outputs=()
     )
     big = np.zeros((3, 7 << 20), np.uint8)
     big[:, 0] = range(3)
     rows, _ = read_rows({"x": big}, wide, "evaluation")
-    save_rows(tmp_path / "evaluation.npz", rows, wide)
-    found, hashes = load_rows(tmp_path / "evaluation.npz", wide)
-    assert (len(found), len(hashes), kept(rows)) == (2, 3, 2)
+    kept = save_rows(tmp_path / "evaluation.msgpack.gz", rows)
+    found = load_rows(tmp_path / "evaluation.msgpack.gz", wide)
+    assert found.hashes == kept.hashes == rows.hashes[:2]
 
 
-def test_padding_counts_for_what_is_kept() -> None:
-    long = [np.ones((1, 1 << 16), np.int64)] * 2
-    short = [np.ones((1, 1), np.int64)] * 2
-    assert kept(Rows([short] * 1000, None, [])) == 1000
-    assert kept(Rows([long, *[short] * 1000], None, [])) == 128  # 1 MiB each as they are stored
-    assert kept(Rows([], None, [])) == 0
+def test_one_long_row_costs_only_its_own_length(tmp_path: Path) -> None:
+    long, short = np.ones((1, 1 << 16), np.int64), np.ones((1, 1), np.int64)
+    rows = Rows([[long, long], *[[short, short]] * 1000], None, [b""] * 1001)
+    assert len(save_rows(tmp_path / "evaluation.msgpack.gz", rows)) == 1001
+    assert len(save_rows(tmp_path / "evaluation.msgpack.gz", Rows([], None, []))) == 0
 
 
-def test_text_is_kept_as_hashes_only(tmp_path: Path) -> None:
+def test_as_much_as_is_ever_kept_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, path = small_artifact.rows(200), tmp_path / "evaluation.msgpack.gz"
+    for room in range(1000, 1030):
+        monkeypatch.setattr(sample, "_KEPT_BYTES", room)
+        kept = save_rows(path, rows)
+        assert 0 < len(kept) < 200
+        assert load_rows(path, TABLE).hashes == kept.hashes
+
+
+def test_text_is_kept_as_text(tmp_path: Path) -> None:
     words = Signature(
         inputs=(TensorSpec(name="w", datatype="BYTES", shape=("n",), batch_axis=0),), outputs=()
     )
     rows, _ = read_rows({"w": np.array(["a", "b"])}, words, "evaluation")
-    save_rows(tmp_path / "evaluation.npz", rows, words)
-    found, hashes = load_rows(tmp_path / "evaluation.npz", words)
-    assert (len(found), len(hashes), kept(rows)) == (0, 2, 0)
-
-
-def test_rows_that_do_not_match_their_hashes_are_refused(tmp_path: Path) -> None:
-    rows = small_artifact.rows(3)
-    changed = Rows(rows.inputs[::-1], None, rows.hashes)
-    save_rows(tmp_path / "evaluation.npz", changed, TABLE)
-    with pytest.raises(VerificationError, match="do not match their hashes"):
-        load_rows(tmp_path / "evaluation.npz", TABLE)
+    save_rows(tmp_path / "evaluation.msgpack.gz", rows)
+    found = load_rows(tmp_path / "evaluation.msgpack.gz", words)
+    assert [row[0].tolist() for row in found.inputs] == [["a"], ["b"]]
+    assert found.hashes == rows.hashes
 
 
 def test_a_row_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
     rows = small_artifact.rows(3)
-    twice = Rows(rows.inputs, None, [*rows.hashes, rows.hashes[1]])
-    save_rows(tmp_path / "evaluation.npz", twice, TABLE)
+    save_rows(tmp_path / "evaluation.msgpack.gz", rows.take([0, 1, 2, 1]))
     with pytest.raises(VerificationError, match="a row is listed twice"):
-        load_rows(tmp_path / "evaluation.npz", TABLE)
-
-
-def test_the_digest_depends_on_every_hash_and_their_order() -> None:
-    hashes = small_artifact.rows(3).hashes
-    digests = {digest(hashes), digest(hashes[::-1]), digest(hashes[:2]), digest([])}
-    assert len(digests) == 4
+        load_rows(tmp_path / "evaluation.msgpack.gz", TABLE)

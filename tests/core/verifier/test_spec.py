@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lrai_core.protocol import Array, OutputMap, TensorSpec
-from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, mapped
+from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, mapped, round_up
 
 
 def floats(values: object) -> Array:
@@ -168,3 +168,29 @@ def test_outputs_of_another_shape_do_not_agree() -> None:
 
 def test_every_map_has_a_measure() -> None:
     assert sorted(MEASURES) == sorted(MAPS)
+
+
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False), st.integers(1, 6))
+@example(5e-324, 2)
+@example(1.7e308, 2)
+@example(0.29, 2)
+def test_rounding_up_never_rounds_down_and_adds_less_than_a_last_digit(
+    value: float, digits: int
+) -> None:
+    rounded = round_up(value, digits)
+    assert rounded >= value
+    if 1e-290 < value < 1e300:
+        assert rounded <= value * (1 + 10.0 ** (1 - digits)) * (1 + 1e-12)
+        assert float(f"{rounded:.{digits - 1}e}") == pytest.approx(rounded, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.0123, 0.013), (1e-4, 1e-4), (0.0991, 0.1), (11.1, 12)]
+)
+def test_rounding_up_to_two_digits(value: float, expected: float) -> None:
+    assert round_up(value) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf])
+def test_what_has_no_digits_is_not_rounded(value: float) -> None:
+    assert round_up(value) == value
