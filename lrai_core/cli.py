@@ -124,11 +124,8 @@ def inspect(path: ArtifactPath) -> None:
     for label in columns[0]:
         table.add_row(label, *(shorten(column.get(label, ""), 400) for column in columns))
     out.print(table)
-    for certificate in certificates(artifact):
-        words = (
-            f"certificate {certificate.id}, issued {certificate.created} by {certificate.issuer}"
-        )
-        _say(f"{words}: {certificate.statement()}")
+    for c in certificates(artifact):
+        _say(f"certificate {c.id}, issued {c.created} by {c.issuer}: {c.statement()}")
 
 
 @app.command()

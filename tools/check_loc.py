@@ -24,7 +24,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "core: wire": (300, ["lrai_core/wire"]),
     "core: engine": (250, ["lrai_core/engine"]),
     "core: compiler": (1250, ["lrai_core/compiler"]),
-    "core: verifier": (680, ["lrai_core/verifier"]),
+    "core: verifier": (450, ["lrai_core/verifier"]),
     "core: scheduler": (750, ["lrai_core/scheduler"]),
     "core: actor": (300, ["lrai_core/actor"]),
     "core: runtime": (600, ["lrai_core/runtime"]),

@@ -11,7 +11,7 @@ from typing import Final, Literal
 import msgspec
 
 from lrai_core.artifact import CERTIFICATES, SCHEMA_VERSION, Artifact, disk_errors, read_record
-from lrai_core.errors import ArtifactError, UsageError, VerificationError
+from lrai_core.errors import ArtifactError, UsageError, VerificationError, shorten
 from lrai_core.protocol import OutputMap
 
 CONFIDENCE: Final = 0.95
@@ -119,10 +119,8 @@ def write_certificate(folder: Path, certificate: Certificate) -> Path:
     """
     content = msgspec.json.format(msgspec.json.encode(certificate)) + b"\n"
     if len(content) > _MAX_BYTES:
-        raise VerificationError(
-            f"{len(certificate.failures)} inputs differ by more than {certificate.epsilon:g}, "
-            f"more than fit into {_MAX_BYTES} bytes: choose a larger epsilon"
-        )
+        count = len(certificate.failures)
+        raise VerificationError(f"{count} inputs differ, too many to list: choose a larger epsilon")
     target = folder / CERTIFICATES / f"{certificate.id}.json"
     temporary = target.with_suffix(".partial")
     with disk_errors(target):
@@ -143,10 +141,8 @@ def read_certificate(path: Path) -> Certificate:
     """
     try:
         return read_record(path, Certificate, _MAX_BYTES)[0]
-    except OSError as error:
-        raise VerificationError(f"{path.name} cannot be read: {error.strerror}") from None
-    except (ArtifactError, UsageError) as error:
-        raise VerificationError(f"{path.name} is not a certificate: {error}") from None
+    except (OSError, ArtifactError, UsageError) as error:
+        raise VerificationError(f"{path.name} cannot be read: {shorten(str(error), 200)}") from None
 
 
 def certificates(artifact: Artifact, variant: str = "") -> list[Certificate]:

@@ -21,8 +21,6 @@ from lrai_core.verifier.sample import Rows
 
 _ALL = 2048  # up to so many draws are all run again;
 _PART = 512  # of more a random part, and the recorded failures up to as many
-_ROUNDING = 1e-6  # how near epsilon a difference may lie and still fall on the other side,
-_ROUNDING_SHARE = 0.01  # and at most this share of epsilon
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +63,18 @@ def check(
     if not isinstance(certificate, Certificate):
         certificate = read_certificate(Path(certificate))
     artifact = Artifact.open(artifact.path if isinstance(artifact, Artifact) else artifact)
+    confirmed: list[str] = []
     try:
         rows = verifier.evaluation(artifact)
-        claims = [(False, false) for false in _false(certificate, artifact, rows)]
-        if not claims:
-            claims = [(True, "what it says follows from the artifact's files")]
+        objections = _objections(certificate, artifact, rows)
+        if not objections:
+            confirmed.append("what it says follows from the artifact's files")
             copy = "the source model is the artifact's own copy; --source checks with the original"
-            claims += [(True, copy)] if source is None else []
-            claims.append(_rerun(certificate, artifact, rows, source, seed))
+            confirmed += [copy] if source is None else []
+            confirmed.append(_rerun(certificate, artifact, rows, source, seed))
     except VerificationError as error:
-        claims = [(False, f"its rows can be read: {error}")]
-    return Verdict(
-        certificate.id,
-        all(holds for holds, _ in claims),
-        tuple(sentence for holds, sentence in claims if holds),
-        tuple(f"not so: {sentence}" for holds, sentence in claims if not holds),
-    )
+        objections = [str(error)]
+    return Verdict(certificate.id, not objections, tuple(confirmed), tuple(objections))
 
 
 def require_certificate(
@@ -104,22 +98,17 @@ def require_certificate(
     wanted: dict[str, Any] = {"tier": "STATISTICAL", "epsilon": math.inf, "delta": 1.0}
     wanted |= {"confidence": CONFIDENCE, "sampler": "evaluation"}
     for key, value in require.items():
-        if key not in wanted:
-            known = ", ".join(wanted)
-            raise UsageError(f"require: unknown key {shorten(str(key))!r}; known: {known}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(wanted[key], float) and not number:
-            raise UsageError(f"require: {key} is {shorten(repr(value))}, a number is needed")
+        if key not in wanted or (isinstance(wanted[key], float) and not number):
+            known = "tier, sampler, and the numbers epsilon, delta and confidence"
+            raise UsageError(f"require: {shorten(f'{key} is {value!r}')}; known: {known}")
         wanted[key] = value
     rows = verifier.evaluation(artifact)
-    own = [c for c in certificates(artifact, variant) if not _false(c, artifact, rows)]
+    own = [c for c in certificates(artifact, variant) if not _objections(c, artifact, rows)]
     for c in own:
-        if (
-            (c.tier, c.sampler) == (wanted["tier"], wanted["sampler"])
-            and c.epsilon <= wanted["epsilon"]
-            and c.upper_bound <= wanted["delta"]
-            and c.confidence >= wanted["confidence"]
-        ):
+        same = (c.tier, c.sampler) == (wanted["tier"], wanted["sampler"])
+        close = c.epsilon <= wanted["epsilon"] and c.upper_bound <= wanted["delta"]
+        if same and close and c.confidence >= wanted["confidence"]:
             return c
     there = "; ".join(c.statement() for c in own) or "it has none that follows from the files"
     asked = ", ".join(f"{key}={value}" for key, value in require.items()) or "any"
@@ -128,12 +117,12 @@ def require_certificate(
     )
 
 
-def _false(c: Certificate, artifact: Artifact, rows: Rows) -> list[str]:
+def _objections(c: Certificate, artifact: Artifact, rows: Rows) -> list[str]:
     """Return what the certificate says and would not, were it issued again from the files."""
     try:
         again = verifier.issue(artifact, c, rows, c.failures)
     except (ConditionNotMet, UsageError, VerificationError) as error:
-        return [f"it can be issued again: {error}"]
+        return [f"it cannot be issued again: {error}"]
     wider = c.upper_bound >= again.upper_bound * (1 - 1e-9)  # is still true
     free = ("issuer", "created", "upper_bound") if wider else ("issuer", "created")
     return [
@@ -145,22 +134,28 @@ def _false(c: Certificate, artifact: Artifact, rows: Rows) -> list[str]:
 
 def _rerun(
     c: Certificate, artifact: Artifact, rows: Rows, source: str | Path | None, seed: int | None
-) -> tuple[bool, str]:
-    """Run all or part of the sample on the real engines and compare each draw's outcome."""
+) -> str:
+    """Run all or part of the sample on the real engines and say that each draw came out as stated.
+
+    Raises:
+        VerificationError: One did not.
+    """
     draws: Sequence[int] = range(c.samples)
     if c.samples > _ALL:
         part = np.random.default_rng(seed).choice(c.samples, _PART, replace=False)
         draws = sorted({*part.tolist(), *c.failures[:_PART]})
     gaps = verifier.gaps(artifact, c, rows, draws, None if source is None else Path(source))
-    rounding, failures = min(_ROUNDING, _ROUNDING_SHARE * c.epsilon), set(c.failures)
+    # How near epsilon a difference may lie and, rounded otherwise, fall on the other side.
+    rounding, epsilon, failures = min(1e-6, 0.01 * c.epsilon), c.epsilon, set(c.failures)
     try:
         wrong = [
-            index
-            for index, gap in zip(draws, gaps, strict=True)
-            if (not gap <= c.epsilon) != (index in failures)
-            and not abs(gap - c.epsilon) <= rounding
+            i
+            for i, gap in zip(draws, gaps, strict=True)
+            if (not gap <= epsilon) != (i in failures) and not abs(gap - epsilon) <= rounding
         ]
     except (EngineError, ValueError) as error:  # a source with other inputs or outputs
-        return False, f"source and variant run on its draws: {error}"
-    but = f", but for {len(wrong)}: {wrong[:5]}" if wrong else ""
-    return not wrong, f"{len(draws)} of {c.samples} draws, run again here, came out as it says{but}"
+        raise VerificationError(f"source and variant do not run on its draws: {error}") from None
+    ran = f"{len(draws)} of {c.samples} draws, run again here, came out as it says"
+    if wrong:
+        raise VerificationError(f"{ran}, but for {len(wrong)}: {wrong[:5]}")
+    return ran

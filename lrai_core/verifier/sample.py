@@ -24,11 +24,11 @@ from lrai_core.protocol import Array, Signature, Tensor, TensorSpec, encode_byte
 LABEL: Final = "label"
 _KEPT_BYTES: Final = 16 << 20
 _ONE_ROW: Final = LimitsConfig(request_bytes=1 << 62, request_rows=1, nan_policy="reject")
-_UNREADABLE: Final = (  # what numpy and the archives raise on bytes that are not theirs
+_UNREADABLE: Final = (  # what numpy and zipfile raise on bytes that are not theirs
     OSError, ValueError, EOFError, LookupError, TypeError, RuntimeError, SyntaxError, MemoryError,
-    OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, msgspec.MsgspecError,
+    OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-_Stored = tuple[tuple[int, ...], bytes]  # tuples: an empty one takes no memory when it is read
+_Stored = tuple[tuple[tuple[int, ...], bytes], ...]  # an empty tuple takes no memory when read
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,8 @@ class Rows:
 
     def take(self, indices: Sequence[int]) -> Rows:
         """Return the rows at these indices."""
-        return Rows(
-            [self.inputs[i] for i in indices],
-            None if self.labels is None else self.labels[list(indices)],
-            [self.hashes[i] for i in indices],
-        )
+        labels = None if self.labels is None else self.labels[list(indices)]
+        return Rows([self.inputs[i] for i in indices], labels, [self.hashes[i] for i in indices])
 
 
 def read_rows(
@@ -116,12 +113,12 @@ def load_rows(path: Path, signature: Signature) -> Rows:
     """
     try:
         with gzip.open(path) as stream:
-            content = stream.read(_KEPT_BYTES + 64)  # what is longer is cut, and refused
-        stored = msgspec.msgpack.decode(content, type=tuple[tuple[_Stored, ...], ...])
+            content = stream.read(_KEPT_BYTES + 64)  # what is longer is cut, and so refused
+        stored = msgspec.msgpack.decode(content, type=tuple[_Stored, ...])
         tensors = (_tensors(row, signature) for row in stored)
         rows, repeated = _distinct(tensors, None, signature, path.name)
-    except (*_UNREADABLE, CalibrationError) as error:
-        raise VerificationError(f"{path.name} cannot be read: {_brief(error)}") from None
+    except (OSError, EOFError, ValueError, zlib.error, msgspec.MsgspecError, CalibrationError) as e:
+        raise VerificationError(f"{path.name} cannot be read: {shorten(str(e), 200)}") from None
     if repeated:
         raise VerificationError(f"{path.name}: a row is listed twice")
     return rows
@@ -138,16 +135,17 @@ def _load(data: str | Path | Mapping[str, Any], names: list[str], what: str) -> 
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 return _named(archive, names, what)
     except _UNREADABLE as error:
-        raise CalibrationError(f"{what}: {path.name} cannot be read: {_brief(error)}") from None
+        why = shorten(str(error), 200)
+        raise CalibrationError(f"{what}: {path.name} cannot be read: {why}") from None
     raise CalibrationError(f"{what}: {path.name}: .npz is needed (.npy for a model with one input)")
 
 
 def _named(arrays: Mapping[str, Array], names: list[str], what: str) -> dict[str, Array]:
     """Return all arrays if they have the right names; of an archive, none is unpacked before."""
     if not set(arrays) ^ set(names) <= {LABEL}.difference(names):
-        raise CalibrationError(
-            f"{what}: got arrays {_list(arrays)}, needed {_list(names)} and optionally {LABEL!r}"
-        )
+        got = shorten(", ".join(map(repr, arrays)), 150) or "nothing"
+        need = shorten(", ".join(map(repr, names)), 150)
+        raise CalibrationError(f"{what}: got arrays {got}, needed {need} and optionally {LABEL!r}")
     return dict(arrays)
 
 
@@ -177,7 +175,7 @@ def _distinct(
         try:
             inputs.append(_trim(validate(request, signature, _ONE_ROW).arrays, signature))
         except RequestError as error:
-            raise CalibrationError(f"{what}: row {i}: {_brief(error)}") from None
+            raise CalibrationError(f"{what}: row {i}: {shorten(str(error), 200)}") from None
     hashes = [hashlib.sha256(_encode(row)).digest() for row in inputs]
     first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
     rows = Rows(inputs, labels, hashes).take(sorted(first.values()))
@@ -186,15 +184,12 @@ def _distinct(
 
 def _trim(row: Sequence[Array], signature: Signature) -> list[Array]:
     """Cut off the end of the length axis where every input holds its pad value."""
-    used, trimmed = 1, list(row)
-    for array, spec in zip(row, signature.inputs, strict=True):
-        if spec.length_axis is not None:
-            filled = np.nonzero(array != spec.pad_value)[spec.length_axis]
-            used = max(used, int(filled.max(initial=0)) + 1)
-    for index, spec in enumerate(signature.inputs):
-        if spec.length_axis is not None:
-            trimmed[index] = row[index].take(range(used), spec.length_axis)
-    return trimmed
+    used = 1
+    axes = {i: s.length_axis for i, s in enumerate(signature.inputs) if s.length_axis is not None}
+    for i, axis in axes.items():
+        filled = np.nonzero(row[i] != signature.inputs[i].pad_value)[axis]
+        used = max(used, int(filled.max(initial=0)) + 1)
+    return [a.take(range(used), axes[i]) if i in axes else a for i, a in enumerate(row)]
 
 
 def _encode(row: list[Array]) -> bytes:
@@ -204,16 +199,8 @@ def _encode(row: list[Array]) -> bytes:
     )
 
 
-def _tensors(row: Sequence[_Stored], signature: Signature) -> dict[str, Tensor]:
+def _tensors(row: _Stored, signature: Signature) -> dict[str, Tensor]:
     return {
         spec.name: Tensor(name=spec.name, datatype=spec.datatype, shape=shape, data=data)
         for spec, (shape, data) in zip(signature.inputs, row, strict=True)
     }
-
-
-def _brief(error: BaseException) -> str:
-    return shorten(str(error), 200)
-
-
-def _list(names: Iterable[str]) -> str:
-    return shorten(", ".join(repr(shorten(str(name), 60)) for name in names), 150) or "nothing"

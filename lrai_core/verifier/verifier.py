@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import numpy as np
@@ -24,7 +23,7 @@ from lrai_core.verifier.certificate import Certificate, Spec, write_certificate
 from lrai_core.verifier.sample import Rows, load_rows
 from lrai_core.verifier.spec import difference
 
-ASSUMPTIONS: Final = {
+ASSUMPTIONS = {
     "evaluation": "future inputs are exchangeable with the evaluation rows",
     "box": "future inputs are an evaluation row with uniform noise of at most the radius on each "
     "floating-point element; this says nothing about other inputs",

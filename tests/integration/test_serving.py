@@ -145,7 +145,7 @@ def test_a_required_certificate_is_demanded(
         lrai.Runtime.open(artifact, require={"delta": 1e-5})
     with pytest.raises(lrai.ConditionNotMet, match="it has none"):
         lrai.Runtime.open(classifier_fp32, require={"tier": "STATISTICAL"})
-    with pytest.raises(lrai.UsageError, match="unknown key 'sigma'"):
+    with pytest.raises(lrai.UsageError, match="sigma is 1; known: tier"):
         lrai.Runtime.open(artifact, require={"sigma": 1})
 
 

@@ -99,7 +99,7 @@ def test_the_statement_says_which_inputs_it_speaks_about() -> None:
 )
 def test_a_file_that_is_no_certificate_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.json").write_bytes(content)
-    assert "c.json is not a certificate" in refusal(tmp_path / "c.json")
+    assert "c.json cannot be read" in refusal(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_certificate_with_a_wrong_field_is_refused(
 
 
 def test_what_is_no_plain_file_of_a_fitting_size_is_refused_unread(tmp_path: Path) -> None:
-    assert "cannot be read: No such file" in refusal(tmp_path / "missing.json")
+    assert "cannot be read: [Errno 2] No such file" in refusal(tmp_path / "missing.json")
     (tmp_path / "folder.json").mkdir()
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "endless.json").symlink_to("/dev/zero")
@@ -181,6 +181,6 @@ def test_more_failures_than_a_reader_takes_are_not_written(artifact: Artifact) -
     most = certificate(samples=1 << 30, failures=tuple(range(10**9, 10**9 + 100_000)))
     assert read_certificate(write_certificate(artifact.path, most)) == most
     over = certificate(samples=1 << 30, failures=tuple(range(10**9, 10**9 + 400_000)))
-    with pytest.raises(VerificationError, match=r"400000 inputs differ .* choose a larger epsilon"):
+    with pytest.raises(VerificationError, match="400000 inputs differ, too many to list"):
         write_certificate(artifact.path, over)
     assert len(list((artifact.path / "certificates").iterdir())) == 1
