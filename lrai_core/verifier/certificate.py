@@ -142,7 +142,7 @@ def read_certificate(path: Path) -> Certificate:
     try:
         return read_record(path, Certificate, _MAX_BYTES)[0]
     except (OSError, ArtifactError, UsageError) as error:
-        raise VerificationError(f"{path.name} cannot be read: {shorten(str(error), 200)}") from None
+        raise VerificationError(f"{path.name} cannot be read: {shorten(str(error), 300)}") from None
 
 
 def certificates(artifact: Artifact, variant: str = "") -> list[Certificate]:
