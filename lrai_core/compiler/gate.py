@@ -21,8 +21,7 @@ from lrai_core.engine.engine import Session
 from lrai_core.errors import CalibrationError, UsageError
 from lrai_core.protocol import Array, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
-from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference
-from lrai_core.verifier.statistics import round_up
+from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, round_up
 
 Metric = Literal["top1", "top5"]
 AGREEMENT: Final = 0.98
