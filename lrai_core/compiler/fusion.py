@@ -15,8 +15,7 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError, EncodeError
 
-from lrai_core.engine.onnxruntime import REFUSALS, is_about_operator, reason, session_options
-from lrai_core.errors import CompileError, UnsupportedOperator
+from lrai_core.engine.onnxruntime import REFUSALS, reason, refusal, session_options
 
 DISABLEABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("default", ()),
@@ -72,5 +71,5 @@ def optimise(
             )
             return onnx.load(target, load_external_data=False)
         except (*REFUSALS, EncodeError, DecodeError) as error:
-            kind = UnsupportedOperator if is_about_operator(error) else CompileError
-            raise kind(f"onnxruntime cannot optimise the model: {reason(error)}") from error
+            problem = f"onnxruntime cannot optimise the model: {reason(error)}"
+            raise refusal(error, problem) from error

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from onnx import helper
 from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
-from lrai_core.engine.onnxruntime import OnnxRuntime, is_about_operator
+from lrai_core.engine.onnxruntime import OnnxRuntime, refusal
 from lrai_core.errors import ArtifactError, CompileError, UnsupportedOperator, UnusableFile, shorten
 from lrai_core.executor import TaskError, limit_memory, run_task
 from lrai_core.protocol import DATATYPES, Signature, TensorSpec
@@ -102,8 +102,7 @@ def inspect(model: bytes) -> Probe:
     except DecodeError as error:
         raise CompileError(f"not an ONNX model, or cut short: {error}") from None
     except ArtifactError as error:
-        kind = UnsupportedOperator if is_about_operator(error) else CompileError
-        raise kind(str(error)) from None
+        raise refusal(error, str(error)) from None
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
         text = " ".join(str(error).split()).replace(f"{path.parent}/", "")
         raise CompileError(f"not a valid ONNX model: {text[:300]}") from None

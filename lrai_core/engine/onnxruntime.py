@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from lrai_core.errors import ArtifactError, EngineError
+from lrai_core.errors import ArtifactError, CompileError, EngineError, UnsupportedOperator
 from lrai_core.protocol import Array
 
 REFUSALS: Final = (  # onnxruntime's errors have no base of their own
@@ -23,6 +23,7 @@ REFUSALS: Final = (  # onnxruntime's errors have no base of their own
     RuntimeError,
     ValueError,
 )
+_LACKING: Final = ("not a registered", "No Op registered", "implementation for")
 _LEVELS: Final = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -102,9 +103,11 @@ def reason(error: BaseException) -> str:
     return " ".join(words)[:300]
 
 
-def is_about_operator(error: BaseException) -> bool:
-    """Return whether an operator that onnxruntime lacks is the reason: only the message tells."""
+def refusal(error: BaseException, message: str) -> CompileError:
+    """Return `message` as the error that fits onnxruntime's.
+
+    Only the text of its error tells whether an operator that it lacks is the reason.
+    """
     text = str(error)
-    return any(
-        words in text for words in ("not a registered", "No Op registered", "implementation for")
-    )
+    lacking = any(words in text for words in _LACKING)
+    return UnsupportedOperator(message) if lacking else CompileError(message)
