@@ -25,6 +25,7 @@ from lrai_core.errors import ModelNotFound as ModelNotFound
 from lrai_core.errors import NotReady as NotReady
 from lrai_core.errors import QueueFull as QueueFull
 from lrai_core.errors import RequestError as RequestError
+from lrai_core.errors import UnsupportedOperator as UnsupportedOperator
 from lrai_core.errors import UsageError as UsageError
 from lrai_core.events import Event as Event
 from lrai_core.protocol import InferenceRequest as InferenceRequest
@@ -36,6 +37,12 @@ from lrai_core.protocol import TensorSpec as TensorSpec
 if TYPE_CHECKING:  # and in `_HOMES`
     from lrai_core.artifact import Artifact as Artifact
     from lrai_core.compiler.compiler import compile as compile
+    from lrai_core.compiler.model import Imported as Imported
+    from lrai_core.compiler.model import check_loads as check_loads
+    from lrai_core.compiler.model import declared as declared
+    from lrai_core.executor import TaskError as TaskError
+    from lrai_core.executor import limit_memory as limit_memory
+    from lrai_core.executor import run_task as run_task
     from lrai_core.runtime.runtime import Runtime as Runtime
     from lrai_core.verifier.certificate import Certificate as Certificate
     from lrai_core.verifier.certificate import certificates as certificates
@@ -51,6 +58,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "Artifact": "artifact",
     "compile": "compiler.compiler",
+    "Imported": "compiler.model",
+    "check_loads": "compiler.model",
+    "declared": "compiler.model",
+    "TaskError": "executor",
+    "limit_memory": "executor",
+    "run_task": "executor",
     "Runtime": "runtime.runtime",
     "Certificate": "verifier.certificate",
     "certificates": "verifier.certificate",

@@ -1,1 +1,1 @@
-"""From an ONNX file to an artifact with the fastest form that passes the gate."""
+"""From a model to an artifact with the fastest form that passes the gate."""

@@ -1,4 +1,4 @@
-"""`compile`: the passes in order, from an ONNX file to an artifact. Read this first.
+"""`compile`: the passes in order, from a model file to an artifact. Read this first.
 
 load → axes → fuse → candidates → profile → gate → choose → certify → write. Each pass needs what
 the one before ensures; the state they share is `_Compilation`.
@@ -24,8 +24,7 @@ from lrai_core.artifact import Artifact, Manifest, Source, Target, Variant
 from lrai_core.compiler import fusion, gate, search
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
-from lrai_core.compiler.model import SharedWeights, load_model
-from lrai_core.compiler.probe import declared
+from lrai_core.compiler.model import SharedWeights, declared, load_model
 from lrai_core.compiler.search import Candidate
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
@@ -74,7 +73,8 @@ def compile(
     """Compile an ONNX model into an artifact: fp32, and the fastest forms that pass the gate.
 
     Args:
-        model: ONNX file, opset 17 or later (lower is upgraded where possible).
+        model: ONNX file, opset 17 or later (lower is upgraded where possible), or one of a kind
+            that an installed importer reads.
         out: Directory to write, `NAME.lrai`; must not exist.
         calibration: Rows for forms that need activation ranges. No form of this version does; the
             rows are checked, and kept apart from evaluation.

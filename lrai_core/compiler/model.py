@@ -1,52 +1,131 @@
-"""The model as given: loaded, brought to opset 17, its weights stored once."""
+"""The model as given: imported, what it declares, its weights stored once."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
 import onnx
-import onnx.inliner
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 from lrai_core.artifact import Source
-from lrai_core.compiler.probe import MIN_OPSET, probe, upgrade
+from lrai_core.engine.onnxruntime import OnnxRuntime, refusal
+from lrai_core.errors import ArtifactError, CompileError, EnvironmentProblem, shorten
+from lrai_core.protocol import DATATYPES, Signature, TensorSpec
 
 _SOURCE: Final = "source/model.onnx"
 _WEIGHTS: Final = "weights.bin"
 _SHARED_BYTES: Final = 1024  # smaller tensors stay in the graph
 _ALIGNMENT: Final = 4096  # so that the engine can map a tensor instead of copying it
+_DATATYPES: Final[dict[int, str]] = {
+    helper.np_dtype_to_tensor_dtype(dtype): name for name, dtype in DATATYPES.items()
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What an importer, an entry point of the group `lrai.importers`, makes of a file.
+
+    Attributes:
+        model: Opset 17 or later, without local functions, its weights inline.
+        sha256: Of all that was given, external data too.
+        opset: Of the default domain.
+    """
+
+    model: onnx.ModelProto
+    sha256: str
+    opset: int
+
+
+Importer = Callable[[Path, Callable[[str], None]], Imported]  # told what it changes in the model
 
 
 def load_model(path: Path, notify: Callable[[str], None]) -> tuple[onnx.ModelProto, Source]:
-    """Return the model in the file, weights inline, after a child process has survived reading it.
+    """Return the model in the file, weights inline, read by the importer of its kind.
 
-    Its opset is 17 or later; `notify` is told of an upgrade.
+    An importer is an entry point of the group `lrai.importers`, named like the suffix that it
+    reads. What is of no such suffix is read as ONNX.
 
     Raises:
-        CompileError: Missing, not ONNX, cut short, or it cannot be brought to opset 17.
-        UnsupportedOperator: It holds an operator that cannot be run or upgraded.
+        CompileError: The importer cannot use the file.
+        EnvironmentProblem: The importer is not installed, or not whole.
     """
-    found = probe(path)
-    digest = hashlib.sha256()
-    for file in (path, *(path.parent / name for name in found.external)):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    proto = onnx.load(path)
-    if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
-    if found.opset < MIN_OPSET:
-        proto = upgrade(proto, found.opset)
-        notify(f"opset {found.opset} upgraded to {MIN_OPSET}")
-    return proto, Source(
-        file=_SOURCE,
-        sha256=digest.hexdigest(),
-        opset=max(found.opset, MIN_OPSET),
-        operators=len(proto.graph.node),
+    importers = entry_points(group="lrai.importers")
+    suffix = path.suffix.removeprefix(".").lower()
+    kind = suffix if suffix in importers.names else "onnx"
+    try:
+        importer: Importer = importers[kind].load()
+    except (KeyError, ImportError, AttributeError) as error:
+        problem = f"the importer of {kind} files is not installed, or not whole: {error!r}"
+        raise EnvironmentProblem(f"{problem}; install lrai again") from None
+    try:
+        found = importer(path, notify)
+    except CompileError as error:
+        if kind == suffix:
+            raise
+        known = ", ".join(f".{name}" for name in sorted(importers.names))
+        problem = f"read as ONNX: no importer is for {shorten(path.suffix)!r}, there are {known}"
+        raise type(error)(f"{error} ({problem})") from None
+    operators = len(found.model.graph.node)
+    source = Source(file=_SOURCE, sha256=found.sha256, opset=found.opset, operators=operators)
+    return found.model, source
+
+
+def declared(model: onnx.ModelProto) -> Signature:
+    """Return inputs and outputs as the graph declares them, no axis assigned yet.
+
+    Raises:
+        CompileError: There are no inputs, one is no tensor or of no rank, or a datatype that the
+            protocol does not have.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if not inputs:
+        raise CompileError("the model has no inputs")
+    for value in inputs:
+        if value.type.WhichOneof("value") != "tensor_type":
+            raise CompileError(f"input {shorten(value.name)!r} is not a tensor")
+        if not value.type.tensor_type.HasField("shape"):
+            raise CompileError(f"input {shorten(value.name)!r} has a dynamic rank; give it a shape")
+    return Signature(
+        inputs=tuple(_spec(value) for value in inputs),
+        outputs=tuple(_spec(value) for value in model.graph.output),
     )
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if tensor.elem_type not in _DATATYPES:
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        problem = f"has datatype {kind}, which is not supported"
+        raise CompileError(f"tensor {shorten(value.name)!r} {problem}")
+    shape: list[int | str] = []
+    for index, dim in enumerate(tensor.shape.dim):
+        fixed = dim.dim_value if dim.HasField("dim_value") else 0
+        shape.append(fixed or dim.dim_param or f"{value.name}.{index}")
+    return TensorSpec(name=value.name, datatype=_DATATYPES[tensor.elem_type], shape=tuple(shape))
+
+
+def check_loads(path: Path) -> None:
+    """Load an ONNX file into onnxruntime, as it is and optimised.
+
+    A hostile file may kill the process: see `run_task`.
+
+    Raises:
+        UnsupportedOperator: It holds an operator that onnxruntime does not have.
+        CompileError: onnxruntime refuses it.
+    """
+    for optimise in (False, True):
+        try:
+            OnnxRuntime().load(path, optimise=optimise)
+        except ArtifactError as error:
+            raise refusal(error, str(error)) from None
 
 
 class SharedWeights:
@@ -90,9 +169,7 @@ def _large_tensors(proto: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, b
         if tensor.data_location == tensor.EXTERNAL or tensor.data_type == tensor.STRING:
             continue
         if not tensor.HasField("raw_data"):
-            tensor.CopyFrom(
-                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name)
-            )
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
         if len(tensor.raw_data) >= _SHARED_BYTES:
             content = hashlib.sha256(f"{tensor.data_type}:{list(tensor.dims)}:".encode())
             content.update(tensor.raw_data)

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
-from lrai_core.compiler.probe import declared
+from lrai_core.compiler.model import declared
 from lrai_core.engine.onnxruntime import OnnxRuntime
 from lrai_core.errors import UsageError
 from lrai_core.protocol import Array, Signature

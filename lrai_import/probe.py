@@ -17,18 +17,19 @@ import msgspec
 import onnx
 import onnx.version_converter
 from google.protobuf.message import DecodeError
-from onnx import helper
 from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
-from lrai_core.engine.onnxruntime import OnnxRuntime, refusal
-from lrai_core.errors import ArtifactError, CompileError, UnsupportedOperator, UnusableFile, shorten
-from lrai_core.executor import TaskError, limit_memory, run_task
-from lrai_core.protocol import DATATYPES, Signature, TensorSpec
+from lrai_core import (
+    CompileError,
+    TaskError,
+    UnsupportedOperator,
+    check_loads,
+    declared,
+    limit_memory,
+    run_task,
+)
 
 MIN_OPSET: Final = 17
-_DATATYPES: Final[dict[int, str]] = {
-    helper.np_dtype_to_tensor_dtype(dtype): name for name, dtype in DATATYPES.items()
-}
 _TIMEOUT_SECONDS: Final = 600
 _BASE_MEMORY_BYTES: Final = 8 << 30  # address space, of which libraries reserve much and use little
 _MEMORY_FACTOR: Final = 4  # the file, its parsed form, and the engine's packed copy
@@ -71,7 +72,7 @@ def probe(model: Path) -> Probe:
     except TaskError as error:
         problem = f"{model.name} cannot be read: {error}; the file may be damaged or hostile"
         raise CompileError(problem) from None
-    except UnusableFile as error:
+    except CompileError as error:
         raise type(error)(f"{model.name}: {error}") from None
 
 
@@ -101,49 +102,10 @@ def inspect(model: bytes) -> Probe:
         _open(path, whole, opset)
     except DecodeError as error:
         raise CompileError(f"not an ONNX model, or cut short: {error}") from None
-    except ArtifactError as error:
-        raise refusal(error, str(error)) from None
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
         text = " ".join(str(error).split()).replace(f"{path.parent}/", "")
         raise CompileError(f"not a valid ONNX model: {text[:300]}") from None
     return Probe(opset=opset, external=tuple(external))
-
-
-def declared(model: onnx.ModelProto) -> Signature:
-    """Return inputs and outputs as the graph declares them, no axis assigned yet.
-
-    Raises:
-        CompileError: There are no inputs, one is no tensor or of no rank, or a datatype that the
-            protocol does not have.
-    """
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if not inputs:
-        raise CompileError("the model has no inputs")
-    for value in inputs:
-        if value.type.WhichOneof("value") != "tensor_type":
-            raise CompileError(f"input {shorten(value.name)!r} is not a tensor")
-        if not value.type.tensor_type.HasField("shape"):
-            problem = "has a dynamic rank; give it a shape"
-            raise CompileError(f"input {shorten(value.name)!r} {problem}")
-    return Signature(
-        inputs=tuple(_spec(value) for value in inputs),
-        outputs=tuple(_spec(value) for value in model.graph.output),
-    )
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    if tensor.elem_type not in _DATATYPES:
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
-        raise CompileError(
-            f"tensor {shorten(value.name)!r} has datatype {kind}, which is not supported"
-        )
-    shape: list[int | str] = []
-    for index, dim in enumerate(tensor.shape.dim):
-        fixed = dim.dim_value if dim.HasField("dim_value") else 0
-        shape.append(fixed or dim.dim_param or f"{value.name}.{index}")
-    return TensorSpec(name=value.name, datatype=_DATATYPES[tensor.elem_type], shape=tuple(shape))
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
@@ -194,8 +156,7 @@ def _open(path: Path, model: onnx.ModelProto, opset: int) -> None:
         if opset < MIN_OPSET:
             path = Path(folder, path.name)
             path.write_bytes(upgrade(model, opset).SerializeToString())
-        for optimise in (False, True):
-            OnnxRuntime().load(path, optimise=optimise)
+        check_loads(path)
 
 
 def _memory_bytes(model_bytes: int) -> int:

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from lrai_core.compiler.probe import probe
 from lrai_core.errors import CompileError, UnsupportedOperator
+from lrai_import.probe import probe
 from tests.core.compiler.onnx_files import linear, model, save, value, with_external_data
 
 WEIGHT = np.zeros(32, np.float32).tobytes()

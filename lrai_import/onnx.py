@@ -1,0 +1,37 @@
+"""The importer of ONNX files: probed in a child, then read, inlined and brought to opset 17."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+
+from lrai_core import Imported
+from lrai_import.probe import MIN_OPSET, probe, upgrade
+
+
+def load(path: Path, notify: Callable[[str], None]) -> Imported:
+    """Return the model in the file, after a child process has survived reading it.
+
+    Its local functions are inlined, and its opset is 17 or later; `notify` is told of an upgrade.
+    The hash is of the file, and of its external data in order of name.
+
+    Raises:
+        CompileError: Missing, not ONNX, cut short, or it cannot be brought to opset 17.
+        UnsupportedOperator: It holds an operator that cannot be run or upgraded.
+    """
+    found = probe(path)
+    digest = hashlib.sha256()
+    for file in (path, *(path.parent / name for name in found.external)):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    model = onnx.load(path)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    if found.opset < MIN_OPSET:
+        model = upgrade(model, found.opset)
+        notify(f"opset {found.opset} upgraded to {MIN_OPSET}")
+    return Imported(model=model, sha256=digest.hexdigest(), opset=max(found.opset, MIN_OPSET))

@@ -1,0 +1,80 @@
+"""What the compiler is given for an ONNX file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from lrai_core import CompileError, UnsupportedOperator
+from lrai_import.onnx import load
+from tests.core.compiler.onnx_files import linear, model, save, value, with_external_data
+
+WEIGHT = np.arange(32, dtype=np.float32)
+
+
+def test_a_model_is_given_as_it_is_and_nothing_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = save(linear(), tmp_path / "m.onnx")
+    found = load(path, notes.append)
+    assert (found.model, found.opset, notes) == (linear(), 17, [])
+    given = hashlib.sha256(path.read_bytes()).digest()
+    assert found.sha256 == hashlib.sha256(given).hexdigest()
+
+
+def test_external_data_is_inline_and_in_the_hash(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    path = with_external_data(tmp_path / "m.onnx", "w.bin")
+    first = load(path, print)
+    weight = numpy_helper.to_array(first.model.graph.initializer[0])
+    assert np.array_equal(weight.ravel(), WEIGHT)
+    (tmp_path / "w.bin").write_bytes(np.flip(WEIGHT).tobytes())
+    assert load(path, print).sha256 != first.sha256
+
+
+def test_local_functions_are_inlined(tmp_path: Path) -> None:
+    twice = helper.make_function(
+        "local",
+        "Twice",
+        ["a"],
+        ["b"],
+        [helper.make_node("Add", ["a", "a"], ["b"])],
+        [helper.make_opsetid("", 17)],
+    )
+    nodes = [helper.make_node("Twice", ["x"], ["y"], domain="local")]
+    proto = model(nodes, [value("x", ["n"])], [value("y", ["n"])], domains=[("local", 1)])
+    proto.functions.append(twice)
+    found = load(save(proto, tmp_path / "m.onnx"), print).model
+    assert not found.functions
+    assert [node.op_type for node in found.graph.node] == ["Add"]
+
+
+def test_an_older_opset_is_upgraded_and_told(tmp_path: Path) -> None:
+    notes: list[str] = []
+    found = load(save(linear(opset=11), tmp_path / "m.onnx"), notes.append)
+    assert (found.opset, notes) == (17, ["opset 11 upgraded to 17"])
+    assert [(o.domain, o.version) for o in found.model.opset_import] == [("", 17)]
+
+
+def test_an_opset_that_cannot_be_upgraded_is_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["y"], to="INT64")]
+    outputs = [value("y", ["n"], onnx.TensorProto.INT64)]
+    proto = model(nodes, [value("x", ["n"])], outputs, opset=5)
+    with pytest.raises(UnsupportedOperator, match=r"opset 5 and cannot be upgraded to 17: .*Cast"):
+        load(save(proto, tmp_path / "m.onnx"), print)
+
+
+def test_what_the_child_refuses_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: object) -> onnx.ModelProto:
+        raise AssertionError("read in this process")
+
+    (tmp_path / "m.onnx").write_bytes(b"not an onnx model")
+    monkeypatch.setattr(onnx, "load", read)
+    with pytest.raises(CompileError, match="not an ONNX model"):
+        load(tmp_path / "m.onnx", print)
