@@ -1,17 +1,18 @@
 """Event simulation of one batching server, the exact clairvoyant optimum, and peers' policies.
 
 One server runs calls of equal inputs one after the other; a call of b requests takes `tau(b)`.
-Every request has the same SLO. All times are seconds.
+Every request has the same SLO. All times are seconds. A policy is asked whenever the server is idle
+and something waits, which costs it no time: what peers lose by polling is not held against them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,12 @@ from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Bounds, Queue, Waiting, plan
 
 Times = npt.NDArray[np.float64]
-_MOST_DROPS_AHEAD: Final = 400  # see `clairvoyant`
-_TICK: Final = 1e-9
+Flags = npt.NDArray[np.bool_]
+Actual = Callable[[int, float], float]  # rows and start of a call to the seconds that it takes
+
+PROFILED_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+TICK: Final = 1e-9  # what rounding may add to a time
+_DRAWN_RATE: Final = 2000.0  # requests per second at which bursts last what `arrivals_of` says
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,21 @@ class Server:
         """Return what a call takes by the profile."""
         return self.call_seconds + self.row_seconds * rows
 
+    def profile(self, wrong: float = 1.0, more_seconds: float = 0.0) -> LatencyModel:
+        """Return what the scheduler knows of it at first: `wrong` x tau(b) + `more_seconds`."""
+        return LatencyModel(
+            [
+                LatencyPoint(
+                    rows=rows,
+                    length=0,
+                    median_ms=(wrong * self.tau(rows) + more_seconds) * 1e3,
+                    spread_ms=0,
+                )
+                for rows in PROFILED_ROWS
+                if rows <= self.most_rows
+            ]
+        )
+
 
 class Policy(Protocol):
     """Decides for an idle server; knows the profile, and of the past what it was told."""
@@ -62,25 +82,24 @@ class Policy(Protocol):
         ...
 
 
-def simulate(
-    policy: Policy, arrivals: Times, server: Server, actual: Callable[[int, float], float]
-) -> npt.NDArray[np.bool_]:
+def simulate(policy: Policy, arrivals: Times, server: Server, actual: Actual) -> Flags:
     """Return for each arrival whether it was answered in time.
 
     Args:
         policy: Asked whenever the server is idle and something waits.
         arrivals: Ascending.
         server: Its SLO counts; what calls take is `actual`'s to say.
-        actual: Seconds that a call of so many rows, started at this time, takes.
+        actual: Asked once for each call, in order.
     """
-    on_time = np.zeros(len(arrivals), dtype=np.bool_)
+    times: list[float] = arrivals.tolist()
+    on_time = np.zeros(len(times), dtype=np.bool_)
     waiting: deque[float] = deque()
     now, arrived, head = 0.0, 0, 0  # `head`: index of the oldest that waits
-    while arrived < len(arrivals) or waiting:
+    while arrived < len(times) or waiting:
         if not waiting:
-            now = max(now, float(arrivals[arrived]))
-        while arrived < len(arrivals) and arrivals[arrived] <= now:
-            waiting.append(float(arrivals[arrived]))
+            now = max(now, times[arrived])
+        while arrived < len(times) and times[arrived] <= now:
+            waiting.append(times[arrived])
             arrived += 1
         drop, run, again = policy.decide(waiting, now)
         for _ in range(drop):
@@ -91,12 +110,24 @@ def simulate(
             policy.observe(run, seconds)
             now += seconds
             for index in range(head, head + run):
-                on_time[index] = now <= waiting.popleft() + server.slo_seconds + _TICK
+                on_time[index] = now <= waiting.popleft() + server.slo_seconds + TICK
             head += run
         elif not drop:
-            upcoming = float(arrivals[arrived]) if arrived < len(arrivals) else math.inf
-            now = max(now + _TICK, min(again, upcoming))
+            upcoming = times[arrived] if arrived < len(times) else math.inf
+            now = max(now + TICK, min(again, upcoming))
     return on_time
+
+
+def actual_of(server: Server, noise: float = 0.0, seed: int = 0) -> Actual:
+    """Return calls that take tau(b), times a draw of mean 1 and standard deviation `noise`."""
+    random = np.random.default_rng(seed)
+
+    def actual(rows: int, start: float) -> float:
+        del start
+        factor = 1 + noise * random.standard_normal() if noise else 1.0
+        return server.tau(rows) * max(0.3, factor)
+
+    return actual
 
 
 def clairvoyant(arrivals: Times, server: Server) -> float:
@@ -104,38 +135,43 @@ def clairvoyant(arrivals: Times, server: Server) -> float:
 
     Dynamic program over (next request, drops) to the earliest finish. With one SLO for all, some
     optimal schedule serves in order of arrival and drops only between calls: instead of one from
-    the middle of a call, its oldest can be given up, which starts no later and is due later. Of two
-    states at one request, the one with more drops can only gain what runs within an SLO, so states
-    further than that from the fewest drops are left out.
+    the middle of a call, its oldest can be given up, which starts no later and is due later.
+
+    At one request, a state with more drops is ahead of the one with the fewest by what it starts
+    before that one is done, which is within an SLO of the last arrival. In that time calls end with
+    `slo / tau(most) * most` requests at most, and one more starts. A state that has cost more drops
+    than that is left out; the table holds the others, by request and drops modulo its size.
     """
     most, slo = server.most_rows, server.slo_seconds
     tau = np.array([server.tau(rows) for rows in range(1, most + 1)])
-    width = _MOST_DROPS_AHEAD
-    ring = np.full((most + 1, width), np.inf)  # row j: state at request i + j
-    ring[0, 0] = 0.0
-    base = 0  # drops of column 0
+    rate = float(np.max(np.arange(1, most + 1) / tau))
+    rows, width = most + 1, math.ceil(slo * rate) + most + 2
+    table = np.full((rows, width), np.inf)
+    table[0, 0] = 0.0
+    columns = np.arange(width)
+    fewest = 0  # drops of any state at the request
     for index in range(len(arrivals)):
-        finish = ring[0]
-        lowest = np.minimum.accumulate(finish)
-        useful = np.flatnonzero((finish < np.inf) & (np.r_[np.inf, lowest[:-1]] > finish))
+        by_drops = (fewest + columns) % width
+        here, behind = table[index % rows], table[(index + 1) % rows]
+        finish = here[by_drops]
+        ahead = np.empty(width, dtype=np.bool_)  # earlier than all with fewer drops
+        ahead[0] = True
+        np.less(finish[1:], np.minimum.accumulate(finish)[:-1], out=ahead[1:])
+        useful = np.flatnonzero(ahead)
         due = arrivals[index] + slo
         ends = arrivals[index : index + most]
-        count = int(np.searchsorted(ends + tau[: len(ends)], due + _TICK, side="right"))
+        count = int(np.searchsorted(ends + tau[: len(ends)], due + TICK, side="right"))
         if count:
-            start = np.maximum(finish[useful][None, :], ends[:count, None])
-            done = start + tau[:count, None]
-            done[done > due + _TICK] = np.inf
-            block = ring[1 : count + 1, useful]
-            ring[1 : count + 1, useful] = np.minimum(block, done)
-        np.minimum(ring[1, 1:], finish[:-1], out=ring[1, 1:])
-        ring[:-1] = ring[1:]
-        ring[-1] = np.inf
-        ahead = int(np.argmax(ring[0] < np.inf))
-        if ahead:
-            ring[:, :-ahead] = ring[:, ahead:]
-            ring[:, -ahead:] = np.inf
-            base += ahead
-    return 1 - base / len(arrivals)
+            done = np.maximum(finish[useful], ends[:count, None]) + tau[:count, None]
+            done[done > due + TICK] = np.inf
+            to = np.ix_((index + 1 + np.arange(count)) % rows, by_drops[useful])
+            table[to] = np.minimum(table[to], done)
+        after = by_drops[1:]
+        behind[after] = np.minimum(behind[after], finish[:-1])
+        here[:] = np.inf
+        while behind[fewest % width] == np.inf:
+            fewest += 1
+    return 1 - fewest / len(arrivals)
 
 
 class Greedy:
@@ -162,7 +198,7 @@ class Static:
     def decide(self, waiting: deque[float], now: float) -> tuple[int, int, float]:
         """See `Policy.decide`."""
         until = waiting[0] + self._delay
-        if len(waiting) >= self._rows or now >= until - _TICK:
+        if len(waiting) >= self._rows or now >= until - TICK:
             return 0, min(len(waiting), self._rows), math.inf
         return 0, 0, until
 
@@ -173,7 +209,9 @@ class Static:
 class Nexus:
     """Early drop: the first window of the planned size whose head can still be answered.
 
-    Source: Shen et al. 2019, section 4.3.
+    The size is the largest of which a call and the one before it end within the SLO.
+
+    Source: Shen et al. 2019, "Nexus", sections 4.1 (size) and 4.3 (early drop).
     """
 
     def __init__(self, server: Server) -> None:
@@ -186,7 +224,7 @@ class Nexus:
         drop = 0
         for drop, arrival in enumerate(waiting):
             size = min(self._window, len(waiting) - drop)
-            if now + self._server.tau(size) <= arrival + self._server.slo_seconds:
+            if now + self._server.tau(size) <= arrival + self._server.slo_seconds + TICK:
                 return drop, size, math.inf
         return drop + 1, 0, now
 
@@ -197,48 +235,69 @@ class Nexus:
 class Bento:
     """BentoML's rule: drop what would end after the SLO, wait while that pays by its averages.
 
-    Source: BentoML 1.4, `marshal/dispatcher.py`: controller and optimizer, with its decay of .95
-    and tick of a millisecond; the coefficients are fitted from the last 50 calls.
+    What a call takes, and how long the oldest in it waited, is estimated from the last 50 calls
+    every 5 seconds. It starts with the right coefficients, as if its warm-up had met no noise.
+
+    Source: BentoML 1.4.40, `_internal/marshal/dispatcher.py`, `CorkDispatcher.controller` and
+    `Optimizer`, with max_latency_ms set to the SLO.
     """
+
+    _KEPT: Final = 50
+    _REFRESH_SECONDS: Final = 5.0
+    _TICKET_SECONDS: Final = 0.001
+    _DECAY: Final = 0.95
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._seen: deque[tuple[int, float, float]] = deque(maxlen=50)
+        self._seen: deque[tuple[int, float, float]] = deque(maxlen=self._KEPT)
         self._per_row, self._fixed, self._wait = server.row_seconds, server.call_seconds, 0.0
-        self._last_wait = 0.0
+        self._asleep_until, self._started, self._waited = 0.0, 0.0, 0.0
+        self._refreshed = -math.inf
 
     def decide(self, waiting: deque[float], now: float) -> tuple[int, int, float]:
         """See `Policy.decide`."""
-        count, slo, tick = len(waiting), self._server.slo_seconds, 0.001
+        if now < self._asleep_until:
+            return 0, 0, self._asleep_until
+        count, slo, ticket = len(waiting), self._server.slo_seconds, self._TICKET_SECONDS
         oldest, newest = now - waiting[0], now - waiting[-1]
-        if count > 1 and oldest + self._per_row * count + self._fixed >= slo:
+        if oldest + (self._per_row * count + self._fixed if count > 1 else 0) >= slo:
             return 1, 0, now
-        if count * (newest + tick + self._per_row) <= self._wait * 0.95:
-            return 0, 0, now + tick
-        self._last_wait = newest
+        worth = count * (newest + ticket + self._per_row) <= self._wait * self._DECAY
+        if count < self._server.most_rows and worth:
+            self._asleep_until = now + ticket
+            return 0, 0, self._asleep_until
+        self._started, self._waited = now, oldest
         return 0, min(count, self._server.most_rows), math.inf
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Fit its two coefficients, as it does every few calls."""
-        self._seen.append((rows, seconds, self._last_wait))
+        """Keep the call; estimate anew where that is due."""
+        self._seen.append((rows, seconds, self._waited))
+        now = self._started + seconds
+        if len(self._seen) < self._KEPT or now < self._refreshed + self._REFRESH_SECONDS:
+            return
+        self._refreshed = now
         sizes = np.array([[float(size), 1.0] for size, _, _ in self._seen])
         taken = np.array([duration for _, duration, _ in self._seen])
-        if len({size for size, _, _ in self._seen}) > 1:
-            self._per_row, self._fixed = np.linalg.lstsq(sizes, taken, rcond=None)[0]
-            self._per_row, self._fixed = max(self._per_row, 1e-6), max(self._fixed, 0.0)
+        per_row, fixed = np.linalg.lstsq(sizes, taken, rcond=None)[0]
+        self._per_row, self._fixed = max(float(per_row), 1e-6), max(float(fixed), 0.0)
         self._wait = sum(wait for _, _, wait in self._seen) / len(self._seen)
 
 
 class Ours:
-    """The planner and the latency model that the scheduler runs, unchanged."""
+    """The planner and the latency model that the scheduler runs, unchanged.
 
-    def __init__(self, server: Server, prior: Callable[[int], float] | None = None) -> None:
-        self._server = server
-        prior = prior or server.tau
-        points = [1, 2, 4, 8, 16, 32, 64, 128]
-        self.latency = LatencyModel(
-            [LatencyPoint(rows=b, length=0, median_ms=prior(b) * 1e3, spread_ms=0) for b in points]
-        )
+    Args:
+        server: Its SLO is every request's deadline.
+        prior: What is known of it at first; the right profile where nothing is said.
+        learns: Whether calls correct the latency model.
+    """
+
+    def __init__(
+        self, server: Server, prior: LatencyModel | None = None, *, learns: bool = True
+    ) -> None:
+        self._server, self._learns = server, learns
+        self._latency = prior or server.profile()
+        self._bounds = Bounds(server.most_rows)
         self._queue = Queue()
         self._next, self._oldest = 0, 0  # sequences of the next arrival and of the head
 
@@ -248,64 +307,81 @@ class Ours:
             due = waiting[self._next - self._oldest] + self._server.slo_seconds
             self._queue.add(Waiting(0, due, self._next, due, 0, 1, 0))
             self._next += 1
-        decision = plan(self._queue, self.latency, now, Bounds(self._server.most_rows))
-        for sequence in (*decision.drop, *decision.dispatch):
+        decision = plan(self._queue, self._latency, now, self._bounds)
+        gone = (*decision.drop, *decision.dispatch)
+        if gone != tuple(range(self._oldest, self._oldest + len(gone))):
+            raise RuntimeError(f"equal inputs are served in order, not {gone[:10]} ...")
+        for sequence in gone:
             self._queue.remove(sequence)
-        gone = len(decision.drop) + len(decision.dispatch)
-        if max((*decision.drop, *decision.dispatch)) != self._oldest + gone - 1:
-            raise RuntimeError("equal inputs are served in order of arrival")
-        self._oldest += gone
+        self._oldest += len(gone)
         return len(decision.drop), len(decision.dispatch), now
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn as the scheduler does."""
-        self.latency.observe(rows, 0, seconds, seconds)
+        if self._learns:
+            self._latency.observe(rows, 0, seconds, seconds)
 
 
-def arrivals_of(name: str, rate: float, count: int, data: Path, seed: int = 0) -> Times:
+def arrivals_of(name: str, rate: float, count: int, data: Path | None, seed: int = 0) -> Times:
     """Return arrival times of a process at a mean rate.
 
+    At every rate it is the same realisation, faster or slower, its bursts too.
+
     Args:
-        name: `poisson`, `mmpp`, `azure` or `twitter`; the last two read traces below `data`.
+        name: `poisson`, `mmpp`, `azure` or `twitter`. `mmpp` has half and twice the mean rate in
+            turns, at 2,000 requests per second for .5 s and .25 s in the mean; at that rate a
+            second of `twitter` lasts a tenth.
         rate: Requests per second in the mean.
-        count: How many.
-        data: Folder with `traces/`.
+        count: How many; of `azure` there are 19,366 at most.
+        data: Folder with `traces/`, for `azure` and `twitter`.
         seed: Of what is drawn.
     """
-    random = np.random.default_rng(seed)
-    if name == "poisson":
-        return np.cumsum(random.exponential(1 / rate, count))
-    if name == "mmpp":  # two states of half and twice the rate, for .5 s and .25 s in the mean
-        times: list[Any] = []
-        now, total, busy = 0.0, 0, False
-        while total < count:
-            seconds = random.exponential(0.25 if busy else 0.5)
-            drawn = random.poisson(seconds * rate * (2.0 if busy else 0.5))
-            times.append(now + np.sort(random.uniform(0, seconds, drawn)))
-            now, total, busy = now + seconds, total + drawn, not busy
-        return np.concatenate(times)[:count]
-    if name == "azure":
-        text = (data / "traces" / "azure_llm_conv.csv").read_text().splitlines()[1 : count + 1]
-        stamps = np.array([line.split(",")[0][:26] for line in text], dtype="datetime64[us]")
-        offsets = np.sort((stamps - stamps[0]).astype(np.float64))
-        return np.asarray(offsets * ((len(offsets) - 1) / offsets[-1] / rate))
-    text = (data / "traces" / "twitter_requests_per_second.csv").read_text().splitlines()[1:]
-    counts = np.array(text, dtype=np.float64)
-    counts = counts[: max(1, round(count / rate * 10))]  # a second of the trace lasts a tenth
-    drawn = random.poisson(counts / counts.mean() * rate / 10)
-    return np.concatenate(
-        [np.sort(random.uniform(i / 10, (i + 1) / 10, n)) for i, n in enumerate(drawn)]
-    )
+    if name in ("poisson", "mmpp"):
+        random = np.random.default_rng(seed)
+        times = _poisson(count, random) if name == "poisson" else _mmpp(count, random)
+    elif data is None:
+        raise ValueError(f"{name} is a trace, and no folder of data was given")
+    elif name == "azure":
+        times = _azure(count, data)
+    else:
+        times = _twitter(count, data, np.random.default_rng(seed))
+    return np.asarray(times * (len(times) / times[-1] / rate))
 
 
-def fastest_rate(find: Callable[[float], float], low: float, high: float, steps: int = 7) -> float:
-    """Return the highest rate at which `find` gives .99 or more, by bisection."""
+def fastest_rate(share: Callable[[float], float], low: float, high: float, steps: int) -> float:
+    """Return the highest rate at which `share` is .99 or more, by bisection."""
     for _ in range(steps):
         middle = (low + high) / 2
-        low, high = (middle, high) if find(middle) >= 0.99 else (low, middle)
+        low, high = (middle, high) if share(middle) >= 0.99 else (low, middle)
     return low
 
 
-def share(on_time: Sequence[bool] | npt.NDArray[np.bool_]) -> float:
-    """Return the share of true."""
-    return float(np.mean(on_time))
+def _poisson(count: int, random: np.random.Generator) -> Times:
+    return np.cumsum(random.exponential(1.0, count))
+
+
+def _mmpp(count: int, random: np.random.Generator) -> Times:
+    times: list[Times] = []
+    now, total, busy = 0.0, 0, False
+    while total < count:
+        seconds = random.exponential(0.25 if busy else 0.5)
+        drawn = random.poisson(seconds * _DRAWN_RATE * (2.0 if busy else 0.5))
+        times.append(now + np.sort(random.uniform(0, seconds, drawn)))
+        now, total, busy = now + seconds, total + drawn, not busy
+    return np.concatenate(times)[:count]
+
+
+def _azure(count: int, data: Path) -> Times:
+    text = (data / "traces" / "azure_llm_conv.csv").read_text().splitlines()[1 : count + 1]
+    stamps = np.array([line.split(",")[0][:26] for line in text], dtype="datetime64[us]")
+    return np.sort((stamps - stamps[0]).astype(np.float64))
+
+
+def _twitter(count: int, data: Path, random: np.random.Generator) -> Times:
+    text = (data / "traces" / "twitter_requests_per_second.csv").read_text().splitlines()[1:]
+    slot = 0.1
+    counts = np.array(text[: math.ceil(count / _DRAWN_RATE / slot)], dtype=np.float64)
+    drawn = random.poisson(counts / counts.mean() * _DRAWN_RATE * slot)
+    return np.concatenate(
+        [slot * (index + np.sort(random.uniform(0, 1, n))) for index, n in enumerate(drawn)]
+    )
