@@ -37,7 +37,7 @@ POLICIES: tuple[Callable[[Server], Policy], ...] = (
     Nexus,
     Bento,
     Ours,
-    lambda server: Static(4, 0.003),
+    lambda server: Static(2, 0.003),
 )
 
 small_servers = st.builds(
