@@ -82,18 +82,15 @@ def mix(kind: str, skew: float, load: float, seconds: float, seed: int, count: i
         weight * model.tau(_RATED_ROWS) / _RATED_ROWS
         for weight, model in zip(weights, models, strict=True)
     )
-    arrivals = [
-        Arrival(time, index)
-        for index, weight in enumerate(weights.tolist())
-        for time in random.uniform(
-            0, seconds, random.poisson(load / per_request * weight * seconds)
-        )
-    ]
+    arrivals: list[Arrival] = []
+    for index, weight in enumerate(weights.tolist()):
+        drawn = random.poisson(load / per_request * weight * seconds)
+        arrivals += [Arrival(time, index) for time in random.uniform(0, seconds, drawn).tolist()]
     return Mix(models, sorted(arrivals))
 
 
 def share_on_time(rule: Rule, mix: Mix) -> list[float]:
-    """Return for every model the share of its requests that are answered in time."""
+    """Return for every model the share of its requests that are answered in time, 1 of none."""
     arrivals, total = mix.arrivals, len(mix.arrivals)
     answered, asked = [0] * len(mix.models), [0] * len(mix.models)
     now, arrived = 0.0, 0
@@ -111,7 +108,8 @@ def share_on_time(rule: Rule, mix: Mix) -> list[float]:
             rule.ran(model, len(sequences), seconds)
             first = now - mix.models[model].slo_seconds - TICK
             answered[model] += sum(arrivals[sequence].time >= first for sequence in sequences)
-    return [good / max(1, all_) for good, all_ in zip(answered, asked, strict=True)]
+    pairs = zip(answered, asked, strict=True)
+    return [good / wanted if wanted else 1.0 for good, wanted in pairs]
 
 
 class InOrder:
