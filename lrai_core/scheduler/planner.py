@@ -218,8 +218,8 @@ class _Situation:
                 while (other := side.next) is not None:
                     rows, length = call.rows + other.rows, max(call.length, other.length)
                     if self.bounds.allow(rows, length):
-                        seconds = predict(rows, length)
-                        saving = call.seconds + predict(other.rows, other.length) - seconds
+                        seconds, alone = predict(rows, length), predict(other.rows, other.length)
+                        saving = call.seconds + alone - seconds
                         if saving <= 0:
                             side.next = None  # those behind are longer, or padded more
                             break
@@ -228,7 +228,8 @@ class _Situation:
                             if saving > best_saving:
                                 best, best_saving, best_seconds = side, saving, seconds
                             break
-                        call.short_of_time = True
+                        if start + alone <= other.deadline:  # else it is late whatever is done
+                            call.short_of_time = True
                     side.skip()  # a call only grows: who may not join now never may
             if best is None or (other := best.next) is None:
                 break
@@ -264,7 +265,8 @@ class _Situation:
             if at >= len(urgent) or urgent[at].priority != urgent[0].priority:
                 break  # nobody is given up for those of a lower priority
             found = worth(self.lead(urgent[at]), at)
-            best = max(best, found, key=lambda one: one[:2])
+            if len(found[2].members) > len(call.members):
+                best = max(best, found, key=lambda one: one[:2])
             if found[2].short_of_time:
                 low, high = (high, 2 * high) if short else (at, high)
             else:

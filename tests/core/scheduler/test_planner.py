@@ -156,6 +156,14 @@ def test_nobody_is_given_up_while_the_others_have_time() -> None:
     assert decide(queue, steep) == Decision((0,), (), steep.call_seconds(1, 8), NOW + tight)
 
 
+def test_nobody_is_given_up_for_one_who_is_late_whatever_is_done() -> None:
+    costly = model(15e-3, 1e-5)
+    late = waiting(group="b", left=-1, priority=1)
+    queue = [waiting(19, group="b", left=0.05), waiting(1, group="a", left=0.05), late]
+    decision = decide(queue, costly)
+    assert (decision.dispatch, decision.drop) == ((0,), ())
+
+
 def test_nobody_is_given_up_where_a_larger_call_serves_no_more_per_second() -> None:
     queue = [waiting(0, left=0.006)] + [waiting(0, left=1) for _ in range(30)]
     decision = decide(queue, NO_GAIN)
