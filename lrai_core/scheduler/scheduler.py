@@ -6,7 +6,6 @@ request ends exactly once: with its outputs, or with one error.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
@@ -14,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,6 +38,8 @@ from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting,
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Workers
 
+Done = Callable[[list[Array] | None, LraiError | None], None]
+
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 _OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs count as free,
 _OVERDUE_SECONDS: Final = 0.05  # and this on top: who hangs must not stop the others
@@ -47,20 +47,19 @@ _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is reme
 
 
 @dataclass(slots=True, eq=False)
-class _Pending:
+class Pending:
     """One accepted request until it ends."""
 
     sequence: int
     model: _Model
     request: ValidRequest
-    future: Future[list[Array]]
+    done: Done
     arrival: float
     deadline: float
     priority: int
     group: Hashable
     attempts: int = 0
-    running: bool = False
-    told: bool = False  # its future is settled, though the engine may still be at it
+    told: bool = False  # `done` was called, though the engine may still be at it
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +69,7 @@ class _Model:
     name: str
     replicas: dict[str, Replica]
     queue: Queue = field(default_factory=Queue)
-    waiting: dict[int, _Pending] = field(default_factory=dict)
+    waiting: dict[int, Pending] = field(default_factory=dict)
     used_seconds: float = 0.0  # of the processor, lately
     failed: str = ""
 
@@ -81,7 +80,7 @@ class _Call:
 
     model: _Model
     replica: Replica
-    pending: list[_Pending]
+    pending: list[Pending]
     rows: int
     length: int
     dispatched: float
@@ -112,14 +111,13 @@ class Scheduler:
         self._cpus = available_cpus()
         self._used_at = 0.0  # when what models used was last brought up to date
         self._batches, self._sequences = itertools.count(1), itertools.count(1)
-        self._arrived: deque[_Pending | Callable[[], None]] = deque()
+        self._arrived: deque[Pending | Callable[[], None]] = deque()
         self._state_lock = threading.Lock()
         self._accepting = True
         self._closed = False
         self._stopped = False  # nothing that arrives now would be seen
         self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
-        os.set_blocking(self._wake_read, False)
+        self._awake = False  # a byte is in the pipe, or about to be
         self._poller = zmq.Poller()
         self._poller.register(self._wake_read, zmq.POLLIN)
         self._last_answer = time.monotonic()
@@ -136,20 +134,23 @@ class Scheduler:
         self._owners |= dict.fromkeys(made.replicas, made)
         self._models[model] = made
 
-    def submit(
-        self, model: str, request: ValidRequest, timeout_ms: float | None, priority: int = 0
-    ) -> Future[list[Array]]:
+    def accept(
+        self,
+        model: str,
+        request: ValidRequest,
+        done: Done,
+        timeout_ms: float | None = None,
+        priority: int = 0,
+    ) -> Pending:
         """Accept a request, or refuse it at once.
 
         Args:
             model: A model that was added.
             request: As `protocol.validate` returned it.
+            done: Called once, in the scheduler's thread, with one array per wanted output or with
+                the error that the request ended with. Quick, and does not fail.
             timeout_ms: How long the caller waits; None for the configured default.
             priority: The lower are served first.
-
-        Returns:
-            A future of one array per wanted output. Cancelling it takes the request out of the
-            queue if it has not started.
 
         Raises:
             QueueFull: The queue has no room.
@@ -162,14 +163,20 @@ class Scheduler:
         except KeyError:
             raise ModelNotFound(f"no model {shorten(model)!r} is loaded") from None
         try:
-            pending = self._admit(owner, request, timeout_ms, priority)
+            pending = self._admit(owner, request, done, timeout_ms, priority)
         except LraiError as error:
             self._events.emit("request_refused", model, reason=type(error).__name__)
             raise
         self._events.emit("request_accepted", model, rows=request.rows)
         self._hand_over(pending)
-        pending.future.add_done_callback(lambda future: self._left(pending, future))
-        return pending.future
+        return pending
+
+    def cancel(self, pending: Pending) -> None:
+        """Take a request out of the queue whose caller is gone; what has started runs to its end.
+
+        It holds its place until then, and nobody is told of its answer.
+        """
+        self._hand_over(lambda: self._cancel(pending))
 
     def call(self, action: Callable[[], None]) -> None:
         """Run `action` in the scheduler's thread, soon.
@@ -222,8 +229,13 @@ class Scheduler:
         os.close(self._wake_write)
 
     def _admit(
-        self, model: _Model, request: ValidRequest, timeout_ms: float | None, priority: int
-    ) -> _Pending:
+        self,
+        model: _Model,
+        request: ValidRequest,
+        done: Done,
+        timeout_ms: float | None,
+        priority: int,
+    ) -> Pending:
         if model.failed:
             raise ActorError(model.failed)
         timeout = self._config.default_timeout_ms if timeout_ms is None else timeout_ms
@@ -240,39 +252,37 @@ class Scheduler:
             if not self._admission.rows:
                 self._last_answer = now  # nobody waited until now
             self._admission.enter(request.rows, request.nbytes, needed_ms / 1e3 / request.rows)
-        return _Pending(
+        return Pending(
             sequence=next(self._sequences),
             model=model,
             request=request,
-            future=Future(),
+            done=done,
             arrival=now,
             deadline=now + timeout / 1e3,
             priority=priority,
             group=request.group,
         )
 
-    def _left(self, pending: _Pending, future: Future[list[Array]]) -> None:
-        """Take a request out of the queue whose caller has cancelled it."""
-        if future.cancelled():
-            self._hand_over(lambda: self._cancel(pending))
-
-    def _cancel(self, pending: _Pending) -> None:
+    def _cancel(self, pending: Pending) -> None:
+        if not pending.told:
+            self._tell(pending, None, DeadlineExceeded("cancelled"))
         if pending.model.waiting.pop(pending.sequence, None) is not None:
             pending.model.queue.remove(pending.sequence)
             self._settle_with([pending], DeadlineExceeded("cancelled"))
 
-    def _hand_over(self, item: _Pending | Callable[[], None]) -> bool:
+    def _hand_over(self, item: Pending | Callable[[], None]) -> bool:
         with self._state_lock:
             if not self._stopped:
                 self._arrived.append(item)
                 self._wake()
                 return True
-        if isinstance(item, _Pending):
+        if isinstance(item, Pending):
             self._settle_with([item], NotReady("the runtime was closed"))
         return False
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
+        if not self._awake:
+            self._awake = True
             os.write(self._wake_write, b"\0")
 
     def _run(self) -> None:
@@ -282,8 +292,9 @@ class Scheduler:
                 now = time.monotonic()
                 pause = max(0.0, self._next_check(now) - now)
                 self._poller.poll(math.ceil(pause * 1e3))
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake_read, 4096)
+                if self._awake:
+                    os.read(self._wake_read, 1)  # first: who comes from here on writes again
+                    self._awake = False
                 self._step()
         except BaseException as bug:
             end = NotReady(f"the scheduler failed: {type(bug).__name__}")
@@ -294,7 +305,7 @@ class Scheduler:
     def _end_all(self, error: LraiError) -> None:
         with self._state_lock:
             self._accepting, self._stopped = False, True
-        inside = [item for item in self._arrived if isinstance(item, _Pending)]
+        inside = [item for item in self._arrived if isinstance(item, Pending)]
         for call in self._calls.values():
             inside += call.pending
         for model in list(self._models.values()):
@@ -307,7 +318,7 @@ class Scheduler:
     def _step(self) -> None:
         while self._arrived:
             item = self._arrived.popleft()
-            if isinstance(item, _Pending):
+            if isinstance(item, Pending):
                 self._enqueue(item)
             else:
                 item()
@@ -329,12 +340,10 @@ class Scheduler:
             checks += [call.overdue] if call.overdue > now else []
         return min(checks)
 
-    def _enqueue(self, pending: _Pending) -> None:
+    def _enqueue(self, pending: Pending) -> None:
         model = pending.model  # that it was checked against, whatever has its name now
         if model.failed:
             self._settle_with([pending], ActorError(model.failed))
-        elif pending.future.cancelled():
-            self._settle_with([pending], DeadlineExceeded("cancelled"))
         else:
             # Whoever waits long enough becomes urgent, whatever its deadline.
             urgency = min(pending.deadline, pending.arrival + self._config.default_timeout_ms / 1e3)
@@ -343,7 +352,7 @@ class Scheduler:
             key = (pending.priority, urgency, pending.sequence, pending.deadline, pending.group)
             model.queue.add(Waiting(*key, request.rows, request.length))
 
-    def _take(self, model: _Model, sequences: Sequence[int]) -> list[_Pending]:
+    def _take(self, model: _Model, sequences: Sequence[int]) -> list[Pending]:
         for sequence in sequences:
             model.queue.remove(sequence)
         return [model.waiting.pop(sequence) for sequence in sequences]
@@ -399,17 +408,7 @@ class Scheduler:
 
     def _start(self, model: _Model, replica: Replica, decision: Decision, now: float) -> None:
         # From here on a request holds its place until the engine is done with it, cancelled or not.
-        started = []
-        for pending in self._take(model, decision.dispatch):
-            if pending.running or pending.future.set_running_or_notify_cancel():
-                pending.running = True
-                started.append(pending)
-            else:  # cancelled since the queue was looked through; its future knows
-                pending.told = True
-                self._events.emit("request_failed", model.name, reason="cancelled")
-                self._settle_with([pending], DeadlineExceeded("cancelled"))
-        if not started:
-            return
+        started = self._take(model, decision.dispatch)
         batch, seconds = next(self._batches), decision.predicted_seconds
         rows = sum(p.request.rows for p in started)
         length = max(p.request.length for p in started)
@@ -494,28 +493,22 @@ class Scheduler:
             self._owners.pop(actor, None)
         self._settle_with(self._take(model, list(model.queue)), ActorError(message))
 
-    def _settle_with(self, pending: Sequence[_Pending], error: LraiError) -> None:
+    def _settle_with(self, pending: Sequence[Pending], error: LraiError) -> None:
         for one in pending:
             self._end(one, None, error)
 
-    def _end(self, pending: _Pending, answer: list[Array] | None, error: LraiError | None) -> None:
+    def _end(self, pending: Pending, answer: list[Array] | None, error: LraiError | None) -> None:
         self._admission.leave(pending.request.rows, pending.request.nbytes)
         self._tell(pending, answer, error)
 
-    def _tell(self, pending: _Pending, answer: list[Array] | None, error: LraiError | None) -> None:
+    def _tell(self, pending: Pending, answer: list[Array] | None, error: LraiError | None) -> None:
         if pending.told:
             return
         pending.told = True
-        if not pending.running and not pending.future.set_running_or_notify_cancel():
-            self._events.emit("request_failed", pending.model.name, reason="cancelled")
-        elif answer is not None:
-            self._events.emit(
-                "request_answered",
-                pending.model.name,
-                seconds=time.monotonic() - pending.arrival,
-                rows=pending.request.rows,
-            )
-            pending.future.set_result(answer)
+        name = pending.model.name
+        if error is None:
+            seconds = time.monotonic() - pending.arrival
+            self._events.emit("request_answered", name, seconds=seconds, rows=pending.request.rows)
         else:
-            self._events.emit("request_failed", pending.model.name, reason=type(error).__name__)
-            pending.future.set_exception(error)
+            self._events.emit("request_failed", name, reason=type(error).__name__)
+        pending.done(answer, error)

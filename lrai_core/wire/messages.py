@@ -1,4 +1,4 @@
-"""Messages between scheduler and actor, as ZeroMQ frames.
+"""Messages between client, scheduler and actor, as ZeroMQ frames.
 
 The first frame is one msgspec-encoded message, the rest is raw tensor bytes. Small tensors of a
 message share a frame, large ones have their own and are sent without a copy. A peer is not
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
 import zmq
 
-from lrai_core.errors import EnvironmentProblem
+from lrai_core import errors
+from lrai_core.errors import EnvironmentProblem, LraiError
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
 
 PROTOCOL_VERSION: Final = 1
@@ -108,15 +109,116 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     invalid: bool = True
 
 
+class Attach(msgspec.Struct, frozen=True, tag=True):
+    """From a client, first and then as a sign of life. Its first field never moves."""
+
+    version: int
+    lrai: str
+
+
+class Attached(msgspec.Struct, frozen=True, tag=True):
+    """To a client, in answer: whom it speaks to, and how many requests may be on their way.
+
+    Where `daemon` is another than before, what was not answered has to be sent again.
+    """
+
+    version: int
+    lrai: str
+    daemon: str
+    credit: int
+
+
+class Infer(msgspec.Struct, frozen=True, array_like=True):
+    """One request. `key` is the client's, under which it is answered once."""
+
+    key: int
+    model_name: str
+    model_version: str
+    outputs: tuple[str, ...]
+    timeout_ms: float | None
+    parameters: dict[str, Any]
+    names: tuple[str, ...]
+    tensors: tuple[TensorFrame, ...]
+
+
+class Requests(msgspec.Struct, frozen=True, tag=True):
+    """From a client: what it asks since the last message, and what it no longer waits for."""
+
+    items: tuple[Infer, ...]
+    cancelled: tuple[int, ...] = ()
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to one request."""
+
+    key: int
+    model_name: str
+    model_version: str
+    parameters: dict[str, Any]
+    names: tuple[str, ...]
+    tensors: tuple[TensorFrame, ...]
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """The error that one request or call ended with: its class, message and attributes."""
+
+    key: int
+    kind: str
+    message: str
+    attributes: dict[str, Any]
+
+
+class Replies(msgspec.Struct, frozen=True, tag=True):
+    """To a client: what ended since the last message."""
+
+    answers: tuple[Answer, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """From a client: an operation on the runtime, by name."""
+
+    key: int
+    operation: str
+    arguments: dict[str, Any]
+
+
+class Returned(msgspec.Struct, frozen=True, tag=True):
+    """To a client: what an operation gave."""
+
+    key: int
+    value: Any
+
+
 ToActor = Load | Execute
 FromActor = Hello | Ready | LoadFailed | Executed | Refused
+FromClient = Attach | Requests | Call
+ToClient = Attached | Replies | Returned
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _to_actor: Final[msgspec.msgpack.Decoder[ToActor]] = msgspec.msgpack.Decoder(ToActor)
 _from_actor: Final[msgspec.msgpack.Decoder[FromActor]] = msgspec.msgpack.Decoder(FromActor)
+_from_client: Final[msgspec.msgpack.Decoder[FromClient]] = msgspec.msgpack.Decoder(FromClient)
+_to_client: Final[msgspec.msgpack.Decoder[ToClient]] = msgspec.msgpack.Decoder(ToClient)
 
 
-def encode(message: ToActor | FromActor) -> bytes:
+def failure(key: int, error: BaseException) -> Failure:
+    """Return an error as it goes over the wire."""
+    return Failure(key, type(error).__name__, str(error), vars(error))
+
+
+def error_of(failed: Failure) -> LraiError:
+    """Return the error that `failure` was made of."""
+    kind = getattr(errors, failed.kind, None)
+    known = isinstance(kind, type) and issubclass(kind, LraiError)
+    chosen: type[LraiError] = kind if known else LraiError  # type: ignore[assignment] # as known
+    error = chosen.__new__(chosen)
+    error.args = (failed.message,)
+    error.__dict__.update(failed.attributes)
+    return error
+
+
+def encode(message: ToActor | FromActor | FromClient | ToClient) -> bytes:
     """Return the header frame of a message."""
     return _encoder.encode(message)
 
@@ -129,6 +231,16 @@ def decode_to_actor(header: Buffer) -> ToActor:
 def decode_from_actor(header: Buffer) -> FromActor:
     """Return the message from an actor that `header` holds."""
     return _decode(_from_actor, header)
+
+
+def decode_from_client(header: Buffer) -> FromClient:
+    """Return the message from a client that `header` holds."""
+    return _decode(_from_client, header)
+
+
+def decode_to_client(header: Buffer) -> ToClient:
+    """Return the message to a client that `header` holds."""
+    return _decode(_to_client, header)
 
 
 def listen(address: str) -> zmq.Socket[bytes]:
@@ -169,22 +281,18 @@ class Packer:
 
     def pack(self, arrays: Iterable[Array]) -> tuple[TensorFrame, ...]:
         """Place arrays; they must not change until the frames are sent."""
-        return tuple(self._place(np.asarray(array, order="C")) for array in arrays)
+        return tuple(self.place(*contents(array)) for array in arrays)
 
-    def _place(self, array: Array) -> TensorFrame:
-        datatype = datatype_of(array.dtype)
-        if datatype == "BYTES":
-            data: Buffer = encode_bytes(array)
-        else:
-            data = array.data.cast("B") if array.size else b""
+    def place(self, datatype: str, shape: tuple[int, ...], data: Buffer) -> TensorFrame:
+        """Place the bytes of a tensor, which must not change until the frames are sent."""
         size = len(data)
         if size >= _OWN_FRAME_BYTES:
             self._large.append(data)
-            return TensorFrame(datatype, array.shape, len(self._large), 0, size)
+            return TensorFrame(datatype, shape, len(self._large), 0, size)
         self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
         offset = len(self._small)
         self._small += data
-        return TensorFrame(datatype, array.shape, 0, offset, size)
+        return TensorFrame(datatype, shape, 0, offset, size)
 
     def frames(self) -> list[Buffer]:
         """Return the frames that follow the header."""
@@ -195,6 +303,29 @@ class Packer:
         socket.send_multipart([*head, *self.frames()], copy=not self._large)
 
 
+def contents(array: Array) -> tuple[str, tuple[int, ...], Buffer]:
+    """Return datatype, shape and little-endian, row-major bytes of an array."""
+    datatype = datatype_of(array.dtype)
+    if datatype == "BYTES":
+        return datatype, array.shape, encode_bytes(array)
+    plain = np.asarray(array, DATATYPES[datatype], order="C")
+    return datatype, plain.shape, plain.data.cast("B") if plain.size else b""
+
+
+def view(tensor: TensorFrame, frames: Sequence[Buffer]) -> memoryview:
+    """Return the bytes of a tensor inside `frames`.
+
+    Raises:
+        BadFrames: It does not lie inside its frame.
+    """
+    if not 0 <= tensor.frame < len(frames):
+        raise BadFrames("tensor outside the message")
+    frame, end = memoryview(frames[tensor.frame]), tensor.offset + tensor.nbytes
+    if tensor.offset < 0 or tensor.nbytes < 0 or end > len(frame):
+        raise BadFrames("tensor outside its frame")
+    return frame[tensor.offset : end]
+
+
 def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
     """Return a view of a tensor inside `frames`, read-only.
 
@@ -203,13 +334,9 @@ def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
     """
     if tensor.datatype not in DATATYPES:
         raise BadFrames("unknown datatype")
-    if not 0 <= tensor.frame < len(frames) or any(extent < 0 for extent in tensor.shape):
-        raise BadFrames("tensor outside the message")
-    frame = memoryview(frames[tensor.frame])
-    end = tensor.offset + tensor.nbytes
-    if tensor.offset < 0 or tensor.nbytes < 0 or end > len(frame):
-        raise BadFrames("tensor outside its frame")
-    data, count = frame[tensor.offset : end], math.prod(tensor.shape)
+    if any(extent < 0 for extent in tensor.shape):
+        raise BadFrames("negative extent")
+    data, count = view(tensor, frames), math.prod(tensor.shape)
     dtype = DATATYPES[tensor.datatype]
     text = tensor.datatype == "BYTES"
     if not text and count * dtype.itemsize != tensor.nbytes:

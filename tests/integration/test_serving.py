@@ -167,8 +167,8 @@ def test_frames_of_strangers_are_dropped_and_counted(classifier_fp32: lrai.Artif
     import pickle  # noqa: TID251 - what an attacker would send
 
     with lrai.Runtime.open(classifier_fp32) as runtime:
-        (address,) = runtime._folder.iterdir()
-        assert runtime._folder.stat().st_mode & 0o777 == 0o700
+        (address,) = runtime._backend.folder.iterdir()
+        assert runtime._backend.folder.stat().st_mode & 0o777 == 0o700
         with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
             stranger.connect(f"ipc://{address}")
             for frames in ([b"\x00" * 40], [pickle.dumps(print)], [b"", b"\xff" * 10], [b"x"] * 9):
@@ -319,7 +319,7 @@ if not child:
         sys.exit(7)
     sys.exit(1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-folder = runtime._folder
+folder = runtime._backend.folder
 assert folder.is_dir()
 assert runtime.infer(request).outputs["logits"].shape == (1, 10)
 print(folder)
@@ -335,10 +335,10 @@ print(folder)
 def test_short_calls_get_one_thread_and_long_ones_their_share(
     classifier_fp32: lrai.Artifact, minilm_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrai_core.runtime.runtime.available_cpus", lambda: 8)
+    monkeypatch.setattr("lrai_core.runtime.embedded.available_cpus", lambda: 8)
     with lrai.Runtime.open(classifier_fp32) as runtime:
-        assert runtime._threads(classifier_fp32.manifest.variant("fp32")) == 1
-        assert runtime._threads(minilm_fp32.manifest.variant("fp32")) == 4
+        assert runtime._backend._threads(classifier_fp32.manifest.variant("fp32")) == 1
+        assert runtime._backend._threads(minilm_fp32.manifest.variant("fp32")) == 4
 
 
 def classifier_request(model: str = "classifier") -> lrai.InferenceRequest:
