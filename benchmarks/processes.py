@@ -137,6 +137,12 @@ class Server:
             return False
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used so far, all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))

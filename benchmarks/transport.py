@@ -1,0 +1,297 @@
+"""What the way through the shared runtime costs: client, scheduler, actor, and back.
+
+Models that compute next to nothing, so that what is measured is the transport: requests of 1 KB and
+of an image, sent open loop (each at its time, whatever became of the others; latencies count from
+that time), from one process through the daemon's scheduler to the actor. All of it shares the CPUs
+of this machine. An MLP of the size of those for the Adult data set runs beside it.
+
+    python benchmarks/transport.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [
+    str(_ROOT),
+    *(p for p in sys.path if p and Path(p).resolve() != _ROOT / "benchmarks"),
+]
+
+import numpy as np  # noqa: E402 - after the lines above
+import numpy.typing as npt  # noqa: E402
+import onnx  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+import lrai_core as lrai  # noqa: E402
+from benchmarks import harness  # noqa: E402
+from benchmarks.harness import Check  # noqa: E402
+from benchmarks.processes import cpu_seconds  # noqa: E402
+
+Array = npt.NDArray[Any]
+
+GOAL_RATE: Final = 10_000
+GOAL_P95_MS: Final = 20.0
+IMAGE_RATE: Final = 2_000
+_IMAGE: Final = (3, 224, 224)
+_TICK_SECONDS: Final = 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One load on one model."""
+
+    model: str
+    payload: str
+    asked_per_s: float
+    answered_per_s: float
+    p50_ms: float
+    p95_ms: float
+    refused: int
+    rows_per_batch: float
+    client_us: float  # of CPU per request, likewise:
+    daemon_us: float
+    actor_us: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write; return 1 where a check does not hold."""
+    arguments = _arguments(argv)
+    seconds = 4.0 if arguments.quick else 15.0
+    rounds = 1 if arguments.quick else 3
+    small = np.zeros((1, 256), np.float32)
+    adult = np.zeros((1, 108), np.float32)
+    image8, image32 = np.zeros((1, *_IMAGE), np.uint8), np.zeros((1, *_IMAGE), np.float32)
+    runs: list[Run] = []
+    with tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
+        folder = Path(scratch)
+        with serve(folder, _first_element(folder / "noop.onnx", np.float32, [256])) as runtime:
+            rates = (5_000, 8_000, GOAL_RATE) * rounds
+            runs += [open_loop(runtime, "no-op", "1 KB", small, rate, seconds) for rate in rates]
+        with serve(folder, _mlp(folder / "adult.onnx")) as runtime:
+            load = ("Adult MLP", "432 B", adult)
+            runs += [open_loop(runtime, *load, rate, seconds) for rate in (5_000, 8_000) * rounds]
+        with serve(folder, _first_element(folder / "image8.onnx", np.uint8, _IMAGE)) as runtime:
+            load = ("no-op", "150 KB uint8", image8)
+            runs += [open_loop(runtime, *load, IMAGE_RATE, seconds) for _ in range(rounds)]
+        with serve(folder, _first_element(folder / "image32.onnx", np.float32, _IMAGE)) as runtime:
+            load = ("no-op", "602 KB fp32", image32)
+            runs += [closed_loop(runtime, *load, 16, seconds) for _ in range(rounds)]
+    rows = _medians(runs)
+    figures = ("load", "asked/s", "answered/s", "p50 ms", "p95 ms", "rows/call")
+    harness.show(
+        "Through the shared runtime, open loop (fp32 images: 16 at a time)",
+        [*figures, "client us", "daemon us", "actor us"],
+        [
+            [
+                f"{r.model}, {r.payload}",
+                *(f"{value:,.0f}" for value in (r.asked_per_s, r.answered_per_s)),
+                *(f"{value:.1f}" for value in (r.p50_ms, r.p95_ms, r.rows_per_batch)),
+                *(f"{value:.0f}" for value in (r.client_us, r.daemon_us, r.actor_us)),
+            ]
+            for r in rows
+        ],
+        "us: CPU time per request of the process, all its threads",
+    )
+    goal = next(r for r in rows if r.asked_per_s == GOAL_RATE)
+    image = next(r for r in rows if r.payload == "150 KB uint8")
+    checks = [
+        _at_least("answered per second, 1 KB", goal.answered_per_s, 0.99 * GOAL_RATE),
+        Check("refused, 1 KB", goal.refused, "0", goal.refused == 0),
+        Check(
+            f"p95 ms at {GOAL_RATE:,}/s, 1 KB",
+            goal.p95_ms,
+            f"<= {GOAL_P95_MS:g}",
+            goal.p95_ms <= GOAL_P95_MS,
+        ),
+        _at_least("answered per second, 150 KB", image.answered_per_s, 0.99 * IMAGE_RATE),
+    ]
+    environment = harness.environment(1, ["numpy", "onnxruntime", "pyzmq", "msgspec"])
+    content = [{name: getattr(r, name) for name in Run.__dataclass_fields__} for r in rows]
+    return harness.conclude("transport", arguments.out, environment, content, checks)
+
+
+@contextmanager
+def serve(folder: Path, model: Path) -> Iterator[lrai.Runtime]:
+    """Yield an attached runtime that serves the model from a daemon of its own."""
+    artifact = lrai.compile(model, out=model.with_suffix(".lrai"), threads=1)
+    sockets = folder / f"{model.stem}.d"
+    config = lrai.load_config(call={"actor.threads": 1})
+    with lrai.Runtime.open(artifact, address=str(sockets), config=config) as runtime:
+        yield runtime
+        runtime._backend.call("stop", {}, type(None))  # noqa: SLF001 - what `lrai runtime stop` does
+
+
+def open_loop(
+    runtime: lrai.Runtime, model: str, payload: str, row: Array, rate: float, seconds: float
+) -> Run:
+    """Send requests at their times, and say what became of them."""
+    count = int(rate * seconds)
+    latencies, refused, left = np.zeros(count), 0, threading.Semaphore(0)
+    request = _request(runtime, row)
+    before, start = _used(runtime), time.perf_counter() + 0.05
+
+    def ended(index: int, future: Future[Any]) -> None:
+        nonlocal refused
+        refused += future.exception() is not None
+        latencies[index] = time.perf_counter() - start - index / rate
+        left.release()
+
+    for index in range(count):
+        if (early := start + index / rate - time.perf_counter()) > _TICK_SECONDS:
+            time.sleep(early)
+        sent = runtime._backend.start(request)  # noqa: SLF001 - what `infer` waits for
+        sent.add_done_callback(partial(ended, index))
+    for _ in range(count):
+        left.acquire(timeout=30)
+    elapsed = time.perf_counter() - start
+    return _run(runtime, model, payload, rate, latencies, refused, elapsed, before)
+
+
+def closed_loop(
+    runtime: lrai.Runtime, model: str, payload: str, row: Array, window: int, seconds: float
+) -> Run:
+    """Keep so many requests on their way, and say how many were answered."""
+    request, latencies, waiting = _request(runtime, row), list[float](), deque[Any]()
+    before, start = _used(runtime), time.perf_counter()
+    while (now := time.perf_counter()) < start + seconds or waiting:
+        if now < start + seconds:
+            waiting.append((now, runtime._backend.start(request)))  # noqa: SLF001 - likewise
+        if len(waiting) >= window or now >= start + seconds:
+            sent, future = waiting.popleft()
+            future.result()
+            latencies.append(time.perf_counter() - sent)
+    elapsed = time.perf_counter() - start
+    return _run(runtime, model, payload, 0, np.array(latencies), 0, elapsed, before)
+
+
+def _at_least(name: str, value: float, goal: float) -> Check:
+    return Check(name, value, f">= {goal:,.0f}", value >= goal)
+
+
+def _run(
+    runtime: lrai.Runtime,
+    model: str,
+    payload: str,
+    rate: float,
+    latencies: npt.NDArray[np.float64],
+    refused: int,
+    elapsed: float,
+    before: dict[str, float],
+) -> Run:
+    after, count = _used(runtime), len(latencies)
+    used = {name: (after[name] - before[name]) / count * 1e6 for name in after}
+    batches = after["batches"] - before["batches"]
+    return Run(
+        model=model,
+        payload=payload,
+        asked_per_s=rate,
+        answered_per_s=(count - refused) / elapsed,
+        p50_ms=float(np.quantile(latencies, 0.5)) * 1e3,
+        p95_ms=float(np.quantile(latencies, 0.95)) * 1e3,
+        refused=refused,
+        rows_per_batch=count / max(1.0, batches),
+        client_us=used["client"],
+        daemon_us=used["daemon"],
+        actor_us=used["actor"],
+    )
+
+
+def _used(runtime: lrai.Runtime) -> dict[str, float]:
+    """Return the CPU seconds of every process so far, and the calls of the engine."""
+    (model,) = runtime.models()
+    if model.actor_pid is None:
+        raise RuntimeError("the actor is gone")
+    return {
+        "client": time.process_time(),
+        "daemon": cpu_seconds(_parent(model.actor_pid)),
+        "actor": cpu_seconds(model.actor_pid),
+        "batches": float(runtime.stats().get("batch_completed", 0)),
+    }
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _request(runtime: lrai.Runtime, row: Array) -> lrai.InferenceRequest:
+    (model,) = runtime.models()
+    return lrai.InferenceRequest(
+        model_name=model.name, inputs={model.signature.inputs[0].name: row}
+    )
+
+
+def _medians(runs: Sequence[Run]) -> list[Run]:
+    """Return the round with the median p95 of every load."""
+    loads: dict[tuple[str, str, float], list[Run]] = {}
+    for run in runs:
+        loads.setdefault((run.model, run.payload, run.asked_per_s), []).append(run)
+    return [sorted(group, key=lambda run: run.p95_ms)[len(group) // 2] for group in loads.values()]
+
+
+def _first_element(path: Path, dtype: npt.DTypeLike, shape: Sequence[int]) -> Path:
+    """Write a graph that returns the first element of every row, and return its path."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    axes = list(range(1, len(shape) + 1))
+    constants = {"starts": [0] * len(axes), "ends": [1] * len(axes), "axes": axes}
+    node = helper.make_node("Slice", ["x", *constants], ["y"])
+    weights = [numpy_helper.from_array(np.array(v), name) for name, v in constants.items()]
+    return _save(path, [node], kind, ["n", *shape], ["n", *([1] * len(shape))], weights)
+
+
+def _mlp(path: Path) -> Path:
+    """Write an MLP of 108 inputs, 64 and 32 hidden units and 2 classes; return its path."""
+    random, nodes, weights, value = np.random.default_rng(0), [], [], "x"
+    for index, (rows, columns) in enumerate([(108, 64), (64, 32), (32, 2)]):
+        matrix = random.standard_normal((rows, columns)).astype(np.float32)
+        weights += [
+            numpy_helper.from_array(matrix, f"w{index}"),
+            numpy_helper.from_array(np.zeros(columns, np.float32), f"b{index}"),
+        ]
+        result = "y" if index == 2 else f"h{index}"
+        nodes.append(helper.make_node("Gemm", [value, f"w{index}", f"b{index}"], [result]))
+        if index < 2:
+            nodes.append(helper.make_node("Relu", [result], [f"r{index}"]))
+            value = f"r{index}"
+    return _save(path, nodes, TensorProto.FLOAT, ["n", 108], ["n", 2], weights)
+
+
+def _save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    kind: int,
+    inputs: list[Any],
+    outputs: list[Any],
+    weights: list[onnx.TensorProto],
+) -> Path:
+    x = helper.make_tensor_value_info("x", kind, inputs)
+    y = helper.make_tensor_value_info("y", kind, outputs)
+    graph = helper.make_graph(nodes, path.stem, [x], [y], weights)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path
+    )
+    return path
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one round of 4 s each")
+    parser.add_argument("--data", type=Path, help="not needed here")
+    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
