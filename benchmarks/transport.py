@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rates = (5_000, 8_000, GOAL_RATE) * rounds
             runs += [open_loop(runtime, "no-op", "1 KB", small, rate, seconds) for rate in rates]
         with serve(folder, _mlp(folder / "adult.onnx")) as runtime:
-            load = ("Adult MLP", "432 B", adult)
+            load: tuple[str, str, Array] = ("Adult MLP", "432 B", adult)
             runs += [open_loop(runtime, *load, rate, seconds) for rate in (5_000, 8_000) * rounds]
         with serve(folder, _first_element(folder / "image8.onnx", np.uint8, _IMAGE)) as runtime:
             load = ("no-op", "150 KB uint8", image8)
