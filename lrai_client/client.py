@@ -1,15 +1,15 @@
 """The runtime of a daemon, reached over a socket; the daemon is started if there is none.
 
 One thread owns the socket; what callers ask while it is busy goes out as one message. The daemon
-can die at any time: whoever gets its lock starts the next one, and every client attaches to it,
-loads again what it had loaded, and sends again what was not answered.
+can die at any time: the client that needs it and gets its lock starts the next one, which loads
+what was loaded; every client attaches to it, and sends again what was not answered.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
-import math
 import os
 import secrets
 import stat
@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -41,11 +41,13 @@ from lrai_core import (
     Tensor,
 )
 from lrai_core.wire import messages
-from lrai_core.wire.messages import Attach, Buffer, Call, Infer, Packer, Requests
+from lrai_core.wire.messages import Attach, Buffer, Call, Infer, Packer, Requests, TensorFrame
 
 _LIFE_SECONDS: Final = 1.0  # between signs of life
 _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
-_START_SECONDS: Final = 20.0
+_ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
+_GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
+_MOST_ITEMS: Final = 100  # of one message
 
 T = TypeVar("T")
 Contents = tuple[str, tuple[int, ...], Buffer]
@@ -55,8 +57,9 @@ Contents = tuple[str, tuple[int, ...], Buffer]
 class _Asked:
     """A request that was not answered yet."""
 
-    request: InferenceRequest
+    item: Infer  # but for key, time and places of tensors
     tensors: list[Contents]
+    id: str
     future: Future[InferenceResponse]
     deadline: float
 
@@ -64,129 +67,191 @@ class _Asked:
 class Attached:
     """This process's share of the daemon; thread-safe."""
 
-    def __init__(self, config: LraiConfig, address: str = "") -> None:
+    def __init__(self, config: LraiConfig, address: str = "", *, stay: bool = False) -> None:
         """Attach to the daemon in the folder `address`, by default this user's, or start it.
+
+        Args:
+            config: Settings, the daemon's too if it is started.
+            address: See `shared_folder`.
+            stay: Whether a daemon that is started goes on without clients.
 
         Raises:
             EnvironmentProblem: It does not answer, is of another version, or the folder is unsafe.
         """
-        self.config = config
         self._folder = shared_folder(config, address)
-        self._socket = messages.connect(f"ipc://{self._folder}/clients", secrets.token_bytes(16))
+        self._config, self._stay = config, stay
+        self._patience = config.actor.start_timeout_seconds + _ANSWER_SECONDS
+        address, identity = f"ipc://{self._folder}/clients", secrets.token_bytes(16)
+        self._socket = messages.connect(address, identity, hold=False)
         self._lost = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._wake_read, self._wake_write = os.pipe()
-        self._awake = False
-        self._lock = threading.Lock()
+        self._awake = self._refusing = self._closed = False
+        self._lock = threading.Lock()  # of what callers and the thread both change
         self._keys = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
         self._calls: dict[int, tuple[Call, Future[Any]]] = {}
-        self._outbox: deque[int] = deque()  # keys of what is to be sent, or was cancelled
-        self._daemon, self._credit, self._on_wire = "", 0, 0
+        # Keys of requests to be sent, of calls, and of requests that nobody waits for any more.
+        self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
+        self._session, self._credit, self._on_wire = "", 0, set[int]()
         self._process: subprocess.Popen[bytes] | None = None
-        self._refusing = self._closed = False
         self._owner = os.getpid()
         self._attached: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="lrai-client", daemon=True)
         self._thread.start()
         try:
-            self._attached.result(_START_SECONDS)
+            self._attached.result(self._patience)
         except (LraiError, TimeoutError) as error:
             self.close()
-            why = str(error) or f"it did not answer within {_START_SECONDS:g} s"
+            why = str(error) or f"it did not answer within {self._patience:g} s"
             raise EnvironmentProblem(f"no runtime in {self._folder}: {why}") from None
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Send a request; cancelling the future takes it out of the queue if it has not begun."""
-        deadline = math.inf
-        if request.timeout_ms is not None:
-            deadline = time.monotonic() + request.timeout_ms / 1e3
+        milliseconds = request.timeout_ms
+        if milliseconds is None:
+            milliseconds = self._config.scheduler.default_timeout_ms
         tensors = [_contents(name, given) for name, given in request.inputs.items()]
-        asked = _Asked(request, tensors, Future(), deadline)
-        key = self._post(self._asked, asked)
-        asked.future.add_done_callback(
-            lambda f: self._outbox.append(key) if f.cancelled() else None
+        item = messages.checked(
+            Infer(
+                0,
+                request.model_name,
+                request.model_version,
+                tuple(request.outputs),
+                milliseconds,
+                dict(request.parameters),
+                tuple(request.inputs),
+                tuple(TensorFrame(kind, shape, 0, 0, 0) for kind, shape, _ in tensors),
+            )
         )
+        deadline = time.monotonic() + milliseconds / 1e3
+        asked = _Asked(item, tensors, request.id, Future(), deadline)
+        key = self._post(self._asked, self._outbox, asked)
+        asked.future.add_done_callback(lambda f: self._cancel(key) if f.cancelled() else None)
         return asked.future
 
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
-        """Return what an operation on the daemon's runtime gives."""
+        """Return what an operation on the daemon's runtime gives.
+
+        Raises:
+            NotReady: The daemon does not answer.
+        """
+        if operation == "ready" and self._refusing:
+            return msgspec.convert("dead", kind)  # to whoever asks this process
         future: Future[Any] = Future()
-        self._post(self._calls, (Call(0, operation, arguments), future))
-        seconds = self.config.actor.start_timeout_seconds + _START_SECONDS
-        return msgspec.convert(future.result(seconds), kind)
+        made = Call(0, operation, arguments)
+        key = self._post(self._calls, self._outcalls, (made, future))
+        try:
+            return msgspec.convert(future.result(self._patience), kind)
+        except TimeoutError:
+            raise NotReady(f"the runtime did not answer within {self._patience:g} s") from None
+        finally:
+            self._calls.pop(key, None)
 
     def drain(self) -> bool:
         """See `Runtime.drain`."""
-        self._refusing = True
-        deadline = time.monotonic() + self.config.runtime.drain_seconds
+        with self._lock:
+            self._refusing = True
+        deadline = time.monotonic() + self._config.runtime.drain_seconds
         while self._asked and time.monotonic() < deadline:
             time.sleep(0.005)
         return not self._asked
 
     def close(self) -> None:
         """See `Runtime.close`."""
+        if os.getpid() != self._owner:  # a fork's copy is not the runtime
+            return
         with self._lock:
-            if self._closed or os.getpid() != self._owner:
-                return
             self._refusing = self._closed = True
             self._wake()
         self._thread.join()
-        ends = [asked.future for asked in self._asked.values()]
-        for future in [*ends, *(future for _, future in self._calls.values())]:
-            _settle(future, NotReady("the runtime was closed"))
-        self._lost.close()
-        self._socket.context.destroy(linger=0)
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
-    def _post(self, box: dict[int, Any], item: Any) -> int:
+    def _post(self, box: dict[int, Any], outbox: deque[int], item: Any) -> int:
         if os.getpid() != self._owner:
             raise NotReady("this process was forked from the runtime's; open one of its own")
         with self._lock:
-            if self._refusing:
+            if self._closed:
+                raise NotReady("the runtime was closed")
+            if self._refusing and box is self._asked:
                 raise NotReady("the runtime is draining")
             key = next(self._keys)
             box[key] = item
-            self._outbox.append(key)
+            outbox.append(key)
             self._wake()
         return key
 
+    def _cancel(self, key: int) -> None:
+        self._cancelled.append(key)
+        with self._lock:
+            self._wake()
+
     def _wake(self) -> None:
+        """Have the thread look; the lock is held."""
         if not self._awake:
             self._awake = True
             os.write(self._wake_write, b"\0")
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:  # closed, or a bug: either way nobody waits for a thread that is gone
+            with self._lock:
+                self._refusing = self._closed = self._awake = True  # nobody writes any more
+            ends: list[Future[Any]] = [asked.future for asked in self._asked.values()]
+            ends += [future for _, future in list(self._calls.values())]
+            for future in [self._attached, *ends]:
+                _settle(future, NotReady("the runtime was closed"))
+            self._asked.clear()
+            self._lost.close()
+            self._socket.context.destroy(linger=0)
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            if self._process is not None:
+                self._process.returncode = 0  # it lives on, as it should; Popen would warn of that
+
+    def _serve(self) -> None:
         poller, next_sign = zmq.Poller(), 0.0
         for source in (self._socket, self._lost, self._wake_read):
             poller.register(source, zmq.POLLIN)
         while not self._closed:
             now = time.monotonic()
             if now >= next_sign:
-                next_sign = now + (_LIFE_SECONDS if self._daemon else _SEARCH_SECONDS)
+                self._expire(now)
                 self._show_life()
+                next_sign = now + (_LIFE_SECONDS if self._session else _SEARCH_SECONDS)
             ready = dict(poller.poll(round(max(0.0, next_sign - now) * 1e3)))
             if self._wake_read in ready:
                 os.read(self._wake_read, 1)  # first: who comes from here on writes again
                 self._awake = False
             if self._lost in ready:
                 self._lost.recv_multipart()
-                self._daemon, next_sign = "", 0.0
+                self._session, next_sign = "", 0.0
+                self._on_wire.clear()
             while self._socket.poll(0):
-                self._hear([part.buffer for part in self._socket.recv_multipart(copy=False)])
-            if self._daemon:
-                self._send()
+                frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+                with contextlib.suppress(messages.BadFrames):  # from no daemon of this version
+                    self._hear(frames)
+            while self._session and self._send():
+                pass
+
+    def _expire(self, now: float) -> None:
+        """End what is long past its deadline; the daemon may be stopped, or not come back."""
+        for key, asked in list(self._asked.items()):
+            if now > asked.deadline + (_GRACE_SECONDS if key in self._on_wire else 0.0):
+                del self._asked[key]
+                _settle(asked.future, DeadlineExceeded("the runtime did not answer in time"))
 
     def _show_life(self) -> None:
-        """Tell the daemon that this client is there; start the daemon if its lock is free."""
-        try:
-            # A daemon that has ended is a child like any other, and wants to be waited for.
-            if self._process is None or self._process.poll() is not None:
-                self._process = start_daemon(self._folder, self.config)
-        except OSError as error:
-            _settle(self._attached, EnvironmentProblem(f"it cannot be started: {error.strerror}"))
-        life = Attach(messages.PROTOCOL_VERSION, version("lrai"))
-        self._socket.send(messages.encode(life))
+        """Tell the daemon that this client is there; start it where it is not and is needed."""
+        status = self._process.poll() if self._process else 0
+        if status:
+            self._fail(f"it ended with exit status {status}: {_last_line(self._folder / 'log')}")
+        wanted = self._asked or self._calls or not self._attached.done()
+        if status is not None and wanted and not self._session:
+            try:
+                self._process = start_daemon(self._folder, self._config, stay=self._stay)
+            except OSError as error:
+                self._fail(f"it cannot be started: {error.strerror}")
+        self._push(Attach(messages.PROTOCOL_VERSION, version("lrai")))
 
     def _hear(self, frames: list[memoryview]) -> None:
         message = messages.decode_to_client(frames[0])
@@ -194,67 +259,73 @@ class Attached:
             if message.version != messages.PROTOCOL_VERSION:
                 versions = f"protocol {message.version} of lrai {message.lrai}"
                 mine = f"this process {messages.PROTOCOL_VERSION}: stop it first"
-                _settle(self._attached, EnvironmentProblem(f"it speaks {versions}, {mine}"))
-            elif message.daemon != self._daemon:  # it has never heard of this client
-                self._daemon, self._credit, self._on_wire = message.daemon, message.credit, 0
+                self._fail(f"it speaks {versions}, {mine}")
+            elif message.session != self._session:  # it knows of nothing that was asked
+                self._session, self._credit = message.session, message.credit
+                self._on_wire.clear()
                 with self._lock:
-                    self._outbox = deque(sorted([*self._asked, *self._calls]))
+                    self._outbox.clear()
+                    self._outbox.extend(sorted(self._asked))
+                    self._outcalls.clear()
+                    self._outcalls.extend(sorted(self._calls))
                 _settle(self._attached)
         elif isinstance(message, messages.Returned):
-            if (call := self._calls.pop(message.key, None)) is not None:
-                _settle(call[1], message.value)
+            self._end(message.key, message.value)
         elif isinstance(message, messages.Replies):
             for answer in message.answers:
-                if (asked := self._asked.pop(answer.key, None)) is not None:
-                    arrays = [messages.unpack(t, frames[1:]).copy() for t in answer.tensors]
-                    response = InferenceResponse(
-                        model_name=answer.model_name,
-                        model_version=answer.model_version,
-                        id=asked.request.id,
-                        outputs=dict(zip(answer.names, arrays, strict=True)),
-                        parameters=answer.parameters,
-                    )
-                    _settle(asked.future, response)
+                asked = self._asked.get(answer.key)
+                response = messages.response_of(answer, asked.id if asked else "", frames[1:])
+                self._end(answer.key, response)
             for failed in message.failures:
-                if (call := self._calls.pop(failed.key, None)) is not None:
-                    _settle(call[1], messages.error_of(failed))
-                elif (asked := self._asked.pop(failed.key, None)) is not None:
-                    _settle(asked.future, messages.error_of(failed))
-            self._on_wire -= len(message.answers) + len(message.failures)
+                self._end(failed.key, messages.error_of(failed))
 
-    def _send(self) -> None:
-        """Send what waits, as far as the daemon has given credit."""
+    def _fail(self, why: str) -> None:
+        _settle(self._attached, EnvironmentProblem(why))  # once attached, it goes on trying
+
+    def _end(self, key: int, outcome: Any) -> None:
+        """Tell whoever waits for this key; an answer that comes too late counts no more."""
+        self._on_wire.discard(key)
+        if call := self._calls.get(key):
+            _settle(call[1], outcome)
+        elif asked := self._asked.pop(key, None):
+            _settle(asked.future, outcome)
+
+    def _send(self) -> bool:
+        """Send what waits, as far as the daemon has given credit; return whether to go on."""
         packer, items, cancelled, now = Packer(), list[Infer](), list[int](), time.monotonic()
-        while self._outbox and self._on_wire < self._credit:
-            key = self._outbox.popleft()
+        while self._outcalls:  # without credit: they are few, and tell how things are
+            key = self._outcalls.popleft()
             if (call := self._calls.get(key)) is not None:
-                self._socket.send(messages.encode(msgspec.structs.replace(call[0], key=key)))
-                self._on_wire += 1
-            elif (asked := self._asked.get(key)) is None:
-                continue
-            elif asked.future.cancelled():
-                cancelled.append(key)
-            elif asked.deadline <= now:
-                del self._asked[key]
-                _settle(asked.future, DeadlineExceeded("the deadline passed on the way"))
+                self._push(msgspec.structs.replace(call[0], key=key))
+        while self._cancelled:
+            key = self._cancelled.popleft()
+            if key in self._on_wire:
+                cancelled.append(key)  # and is answered like any other
             else:
-                self._on_wire += 1
-                left_ms = (asked.deadline - now) * 1e3
+                self._asked.pop(key, None)
+        while self._outbox and len(self._on_wire) < self._credit and len(items) < _MOST_ITEMS:
+            key = self._outbox.popleft()
+            if (asked := self._asked.get(key)) is None:
+                continue
+            if asked.future.cancelled():
+                del self._asked[key]
+            else:
+                self._on_wire.add(key)
+                left_ms = max(0.0, (asked.deadline - now) * 1e3)
+                tensors = tuple(packer.place(*contents) for contents in asked.tensors)
                 items.append(
-                    Infer(
-                        key,
-                        asked.request.model_name,
-                        asked.request.model_version,
-                        asked.request.outputs,
-                        left_ms if left_ms < math.inf else None,
-                        dict(asked.request.parameters),
-                        tuple(asked.request.inputs),
-                        tuple(packer.place(*contents) for contents in asked.tensors),
+                    msgspec.structs.replace(
+                        asked.item, key=key, timeout_ms=left_ms, tensors=tensors
                     )
                 )
         if items or cancelled:
-            message = Requests(tuple(items), tuple(cancelled))
-            packer.send(self._socket, messages.encode(message))
+            self._push(Requests(tuple(items), tuple(cancelled)), packer)
+        return len(items) == _MOST_ITEMS
+
+    def _push(self, message: messages.FromClient, packer: Packer | None = None) -> None:
+        """Send a message to the daemon; if it is gone, its successor gets what was asked again."""
+        with contextlib.suppress(zmq.Again):
+            (packer or Packer()).send(self._socket, messages.encode(message), flags=zmq.NOBLOCK)
 
 
 def shared_folder(config: LraiConfig, address: str = "") -> Path:
@@ -262,13 +333,13 @@ def shared_folder(config: LraiConfig, address: str = "") -> Path:
 
     Args:
         config: Its `runtime.socket_dir` holds the folder of each user.
-        address: Another folder, for a daemon beside this user's first one.
+        address: Another folder, for a daemon beside this user's first one; empty for that.
 
     Raises:
         EnvironmentProblem: It is not this user's alone: what lies there could be anybody's.
     """
     parent = config.runtime.socket_dir or tempfile.gettempdir()
-    folder = Path(address or Path(parent, f"lrai-{os.geteuid()}"))
+    folder = Path(address or Path(parent, f"lrai-{os.geteuid()}")).absolute()
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         info = folder.lstat()
@@ -291,9 +362,7 @@ def start_daemon(
         stay: Whether it goes on when its last client has been gone for long.
     """
     with (folder / "lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(lock):
             return None
         with (folder / "log").open("wb") as log:
             # The lock belongs to the open file, which the daemon inherits and keeps for life.
@@ -307,26 +376,39 @@ def start_daemon(
                 pass_fds=(lock.fileno(),),
             )
     with daemon.stdin as stream:  # type: ignore[union-attr] # a pipe
-        stream.write(msgspec.json.encode(config))
+        stream.write(msgspec.msgpack.encode(config))
     return daemon
 
 
 def is_running(folder: Path) -> bool:
     """Return whether a daemon holds the lock of the folder."""
     with (folder / "lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+        return not _take(lock)
+
+
+def _take(lock: BinaryIO) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     return False
 
 
 def _contents(name: str, given: Any) -> Contents:
     if isinstance(given, Tensor):
-        return given.datatype, given.shape, memoryview(given.data)
+        data = given.data if isinstance(given.data, bytes) else given.data.tobytes()
+        return given.datatype, tuple(given.shape), data
     if not isinstance(given, np.ndarray):
         raise InvalidTensor(name, f"got a {type(given).__name__}, a numpy array is needed")
-    return messages.contents(given)
+    try:
+        return messages.contents(given)
+    except ValueError as error:
+        raise InvalidTensor(name, str(error)) from None
+
+
+def _last_line(log: Path) -> str:
+    with contextlib.suppress(OSError, IndexError):
+        return log.read_text(errors="replace").splitlines()[-1][:300]
+    return "it said nothing"
 
 
 def _settle(future: Future[Any], outcome: Any = None) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lrai_client.client import Attached, is_running, shared_folder, start_daemon
+from lrai_client.client import Attached, is_running, shared_folder
 from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, load_config
 
 T = TypeVar("T")
+_END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 
-app = typer.Typer(help="The runtime that processes share.", no_args_is_help=True)
+app = typer.Typer(
+    help="The runtime that processes share.", no_args_is_help=True, add_completion=False
+)
 out = Console(highlight=False, markup=False, emoji=False)
 Address = Annotated[str, typer.Option(help="Folder of its socket; auto: this user's.")]
 Name = Annotated[str, typer.Option(help="Model name; by default the artifact's.")]
@@ -26,9 +30,9 @@ Name = Annotated[str, typer.Option(help="Model name; by default the artifact's."
 def start(address: Address = "auto") -> None:
     """Start the runtime, to stay until it is stopped; do nothing where one runs."""
     config, folder = _place(address)
-    started = start_daemon(folder, config, stay=True)
-    Attached(config, str(folder)).close()  # it answers
-    out.print(f"the runtime {'was started' if started else 'runs already'} in {folder}")
+    there = is_running(folder)
+    Attached(config, str(folder), stay=True).close()  # it answers
+    out.print(f"the runtime {'runs already' if there else 'was started'} in {folder}")
 
 
 @app.command()
@@ -69,6 +73,12 @@ def drain(address: Address = "auto") -> None:
 def stop(address: Address = "auto") -> None:
     """Refuse new requests, wait for the accepted ones, and end."""
     _call(address, "stop", type(None))
+    config, folder = _place(address)
+    deadline = time.monotonic() + config.runtime.drain_seconds + _END_SECONDS
+    while is_running(folder):
+        if time.monotonic() > deadline:
+            raise ConditionNotMet(f"the runtime in {folder} was told to end, and has not ended yet")
+        time.sleep(0.01)
 
 
 def _place(address: str) -> tuple[LraiConfig, Path]:
@@ -76,17 +86,21 @@ def _place(address: str) -> tuple[LraiConfig, Path]:
     return config, shared_folder(config, "" if address == "auto" else address)
 
 
-def _running(address: str) -> Runtime:
-    """Return the runtime that runs; none is started to be asked."""
+def _find(address: str) -> tuple[LraiConfig, Path]:
+    """Return where a runtime runs; none is started to be asked."""
     config, folder = _place(address)
     if not is_running(folder):
         raise EnvironmentProblem(f"no runtime runs in {folder}; lrai runtime start starts one")
+    return config, folder
+
+
+def _running(address: str) -> Runtime:
+    config, folder = _find(address)
     return Runtime(config, address=str(folder))
 
 
 def _call(address: str, operation: str, kind: type[T]) -> T:
-    _running(address).close()
-    config, folder = _place(address)
+    config, folder = _find(address)
     with closing(Attached(config, str(folder))) as client:
         return client.call(operation, {}, kind)
 

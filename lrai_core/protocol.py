@@ -221,10 +221,14 @@ def validate(request: InferenceRequest, signature: Signature, limits: Limits) ->
 
 
 def encode_bytes(array: Array) -> bytes:
-    """Return the protocol's wire form of a BYTES tensor: length-prefixed elements, row-major."""
+    """Return the protocol's wire form of a BYTES tensor: length-prefixed elements, row-major.
+
+    Raises:
+        ValueError: An element is no text.
+    """
     parts: list[bytes] = []
     for element in array.ravel():
-        raw = element.encode() if isinstance(element, str) else bytes(element)
+        raw = _text(element).encode()
         parts += (len(raw).to_bytes(4, "little"), raw)
     return b"".join(parts)
 

@@ -12,8 +12,8 @@ import contextlib
 import secrets
 import signal
 import sys
-import threading
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,32 +28,33 @@ from lrai_core.config import ActorConfig, LraiConfig
 from lrai_core.engine.engine import installed_version
 from lrai_core.errors import LraiError, NotReady, UsageError, shorten
 from lrai_core.events import EventBus
-from lrai_core.protocol import Array, InferenceRequest, Tensor
-from lrai_core.runtime.embedded import Embedded, Served
+from lrai_core.protocol import InferenceResponse
+from lrai_core.runtime.embedded import Embedded
 from lrai_core.scheduler.scheduler import Pending
 from lrai_core.wire import messages
-from lrai_core.wire.messages import Answer, Attach, Attached, BadFrames, Call, Infer, Requests
+from lrai_core.wire.messages import Attach, Attached, BadFrames, Call, Requests
 from lrai_core.wire.workers import Outcome
 
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone
 _IDLE_SECONDS: Final = 30.0
-_OPERATIONS: Final = frozenset({"load", "unload", "models", "ready", "stats", "drain", "stop"})
+_LAST_WORDS_MS: Final = 1000  # for answers on their way when it ends
+_QUICK: Final = frozenset({"models", "ready", "stats", "stop"})
+_SLOW: Final = frozenset({"load", "unload", "drain"})  # one after the other
 
 
 @dataclass(slots=True)
 class _Client:
-    """One attached process."""
+    """One attached process, until it falls silent."""
 
     heard: float
+    session: str = field(default_factory=lambda: secrets.token_hex(8))
     running: dict[int, Pending] = field(default_factory=dict)
-    answered: list[tuple[int, Served, list[Array]]] = field(default_factory=list)
+    answered: list[tuple[int, InferenceResponse]] = field(default_factory=list)
     failed: list[messages.Failure] = field(default_factory=list)
 
 
 class Door(Pool):
     """The pool of a daemon, which hears its clients too: all in the scheduler's thread."""
-
-    opened = False  # until then nobody is heard
 
     def __init__(
         self, daemon: Daemon, address: Path, folder: Path, config: ActorConfig, events: EventBus
@@ -61,19 +62,23 @@ class Door(Pool):
         """Bind the socket that clients connect to, and that of the actors."""
         super().__init__(folder, config, events)
         address.unlink(missing_ok=True)
+        self._address_of_clients = address
         self._daemon, self._clients, self._flushing = daemon, dict[bytes, _Client](), False
+        self._said: deque[tuple[bytes, messages.ToClient]] = deque()
         self._door = messages.listen(f"ipc://{address}")
-        self.idle_since = time.monotonic()
+        self.opened, self.idle_since = False, time.monotonic()
 
-    def register(self, poller: zmq.Poller) -> None:
-        """See `Workers.register`."""
-        super().register(poller)
-        poller.register(self._door, zmq.POLLIN)
+    def open(self) -> None:
+        """Hear clients from now on. Runs in the scheduler's thread."""
+        self._poller.register(self._door, zmq.POLLIN)
+        self.opened, self.idle_since = True, time.monotonic()
 
     def close(self) -> None:
-        """Close both sockets, and end every actor."""
+        """Send what is left to send, end every actor, and close both sockets."""
+        self._flush()
         super().close()
-        self._door.context.destroy(linger=0)
+        self._door.context.destroy(linger=_LAST_WORDS_MS)
+        self._address_of_clients.unlink(missing_ok=True)
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
@@ -95,9 +100,12 @@ class Door(Pool):
     ) -> None:
         client = self._clients.get(sender)
         if isinstance(message, Attach):
-            if client is None and message.version == messages.PROTOCOL_VERSION:
+            if message.version != messages.PROTOCOL_VERSION:
+                self.say(sender, self._daemon.welcome)
+                raise BadFrames("another version")
+            if client is None:
                 client = self._clients[sender] = _Client(now)
-            self.send(sender, self._daemon.attached)
+            self.say(sender, msgspec.structs.replace(self._daemon.welcome, session=client.session))
         if client is None:
             return  # it attaches again, and sends again what it asked
         client.heard = now
@@ -109,66 +117,44 @@ class Door(Pool):
                 if key in client.running:
                     self._daemon.runtime.scheduler.cancel(client.running[key])
         elif isinstance(message, Call):
-            self._daemon.operate(message, partial(self.send, sender))
+            self._daemon.operate(message, partial(self.say, sender))
 
-    def send(self, receiver: bytes, message: messages.ToClient) -> None:
-        """Send a message without tensors. Runs in the scheduler's thread."""
-        self._door.send_multipart([receiver, messages.encode(message)])
+    def say(self, receiver: bytes, message: messages.ToClient) -> None:
+        """Send a message without tensors, soon. Any thread may call it."""
+        self._said.append((receiver, message))
+        self._flush_soon()
 
-    def _start(self, client: _Client, item: Infer, frames: list[memoryview]) -> None:
-        inputs = {
-            name: Tensor(
-                name=name, datatype=t.datatype, shape=t.shape, data=messages.view(t, frames)
-            )
-            for name, t in zip(item.names, item.tensors, strict=False)
-        }
-        request = InferenceRequest(
-            model_name=item.model_name,
-            model_version=item.model_version,
-            inputs=inputs,
-            outputs=item.outputs,
-            timeout_ms=item.timeout_ms,
-            parameters=item.parameters,
-        )
+    def _start(self, client: _Client, item: messages.Infer, frames: list[memoryview]) -> None:
         ended = partial(self._settle, client, item.key)
         try:
+            request = messages.request_of(item, frames)
             client.running[item.key] = self._daemon.runtime.accept(request, ended)
         except LraiError as error:
-            ended(None, None, error)
+            ended(error)
 
-    def _settle(
-        self,
-        client: _Client,
-        key: int,
-        served: Served | None,
-        arrays: list[Array] | None,
-        error: LraiError | None,
-    ) -> None:
+    def _settle(self, client: _Client, key: int, outcome: InferenceResponse | LraiError) -> None:
         client.running.pop(key, None)
-        if served is not None and arrays is not None:
-            client.answered.append((key, served, arrays))
-        elif error is not None:
-            client.failed.append(messages.failure(key, error))
+        if isinstance(outcome, LraiError):
+            client.failed.append(messages.failure(key, outcome))
+        else:
+            client.answered.append((key, outcome))
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
         if not self._flushing:  # once for all that end in this step
             self._flushing = True
-            self._daemon.runtime.scheduler.call(self._flush)
+            with contextlib.suppress(NotReady):  # it is closing, which flushes
+                self._daemon.runtime.scheduler.call(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
+        while self._said:
+            receiver, message = self._said.popleft()
+            self._door.send_multipart([receiver, messages.encode(message)])
         for identity, client in self._clients.items():
             if client.answered or client.failed:
                 packer = messages.Packer()
-                answers = tuple(
-                    Answer(
-                        key,
-                        served.model.name,
-                        served.model.version,
-                        served.parameters,
-                        served.outputs,
-                        packer.pack(arrays),
-                    )
-                    for key, served, arrays in client.answered
-                )
+                answers = tuple(messages.answer(k, r, packer) for k, r in client.answered)
                 replies = messages.Replies(answers, tuple(client.failed))
                 client.answered, client.failed = [], []
                 packer.send(self._door, identity, messages.encode(replies))
@@ -179,21 +165,25 @@ class Daemon:
 
     def __init__(self, folder: Path, config: LraiConfig, *, stay: bool) -> None:
         """Load what the last daemon had loaded when it was killed, then open the door."""
-        version = installed_version("lrai")
-        credit = config.scheduler.max_queue_rows
-        self.attached = Attached(messages.PROTOCOL_VERSION, version, secrets.token_hex(8), credit)
-        self._stay = stay
-        self._ended = threading.Event()
-        self._work = ThreadPoolExecutor(1, "lrai-operations")  # one load after the other
+        version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
+        self.welcome = Attached(messages.PROTOCOL_VERSION, version, "", credit)
+        self._stay, self._ended = stay, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._end())
+        self._quick, self._slow = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._record = folder / "loaded.json"
         self._loaded: dict[str, dict[str, Any]] = {}
         self.runtime = Embedded(config, pool=partial(self._make_door, folder / "clients"))
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            content = msgspec.json.decode(self._record.read_bytes(), type=dict[str, dict[str, Any]])
-            for arguments in content.values():
-                with contextlib.suppress(LraiError):  # whoever needs it loads it, and is told why
-                    self._operate("load", arguments)
-        self._door.opened = True
+            content = self._record.read_bytes()
+            self._loaded = msgspec.json.decode(content, type=dict[str, dict[str, Any]])
+        for name, arguments in list(self._loaded.items()):
+            try:
+                self._operate("load", arguments)
+            except (LraiError, TypeError):  # whoever needs it loads it, and is told why
+                del self._loaded[name]
+        self._keep_record()
+        self.runtime.scheduler.call(self._door.open)
 
     def _make_door(self, *arguments: Any) -> Door:
         self._door = Door(self, *arguments)
@@ -201,55 +191,64 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to stop, or until nobody needs it any more."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._ended.set())
-        while not self._ended.wait(1.0):
+        while self.runtime.scheduler.alive and not self._ended:
+            time.sleep(0.1)
             idle = time.monotonic() - self._door.idle_since
             if idle > _IDLE_SECONDS and not self._stay:
+                self._door.opened = False  # who comes now is not refused: it starts the next one
                 break
-        self._record.unlink(missing_ok=True)
         self.runtime.drain()
-        self._work.shutdown()
+        self._quick.shutdown()
+        self._slow.shutdown()
+        if self.runtime.scheduler.alive:  # else the next one loads it again
+            self._record.unlink(missing_ok=True)
         self.runtime.close()
 
     def operate(self, call: Call, reply: Any) -> None:
-        """Run an operation beside the scheduler's thread, and reply in it."""
-        work = self._work.submit(self._operate, call.operation, call.arguments)
-        work.add_done_callback(partial(self._reply, call.key, reply))
+        """Run an operation beside the scheduler's thread, and reply."""
+        executor = self._slow if call.operation in _SLOW else self._quick
+        with contextlib.suppress(RuntimeError):  # it is closing, and its clients find out
+            work = executor.submit(self._operate, call.operation, call.arguments)
+            work.add_done_callback(partial(self._reply, call.key, reply))
 
     def _operate(self, operation: str, arguments: dict[str, Any]) -> Any:
-        if operation not in _OPERATIONS:
-            known = ", ".join(sorted(_OPERATIONS))
+        if operation not in _QUICK | _SLOW:
+            known = ", ".join(sorted(_QUICK | _SLOW))
             raise UsageError(f"operation {shorten(operation)!r} is unknown; known: {known}")
         if operation == "stop":
-            return self._ended.set()
+            return self._end()
         if operation == "load":
             result: Any = self.runtime.load(**arguments, shared=True)
-            self._loaded[result] = arguments
+            if arguments.get("require") or result not in self._loaded:
+                self._loaded[result] = arguments
         else:
             result = getattr(self.runtime, operation)(**arguments)
         if operation == "unload":
-            self._loaded.pop(arguments["name"], None)
+            names = {model.name for model in self.runtime.models()}
+            self._loaded = {name: a for name, a in self._loaded.items() if name in names}
         if operation in ("load", "unload"):
-            self._record.write_bytes(msgspec.json.encode(self._loaded))
+            self._keep_record()
         return result
 
+    def _keep_record(self) -> None:
+        written = self._record.with_suffix(".new")  # whole, or not at all
+        written.write_bytes(msgspec.json.encode(self._loaded))
+        written.replace(self._record)
+
+    def _end(self) -> None:
+        self._ended = True  # no more: signals interrupt anything
+
     def _reply(self, key: int, reply: Any, work: Future[Any]) -> None:
-        error = work.exception()
-        message: messages.ToClient
-        if error is None:
-            message = messages.Returned(key, work.result())
+        if error := work.exception():
+            reply(messages.Replies(failures=(messages.failure(key, error),)))
         else:
-            known = error if isinstance(error, LraiError) else UsageError(f"{error}")
-            message = messages.Replies(failures=(messages.failure(key, known),))
-        with contextlib.suppress(NotReady):  # it is closing, and its clients find out
-            self.runtime.scheduler.call(partial(reply, message))
+            reply(messages.Returned(key, work.result()))
 
 
 def main(argv: list[str]) -> None:
     """Run the daemon."""
     folder, stay = argv
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=LraiConfig)
+    config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=LraiConfig)
     Daemon(Path(folder), config, stay=stay == "stay").run()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from lrai_core.actor.pool import Pool
 from lrai_core.artifact import Artifact, Variant
@@ -57,19 +57,7 @@ class LoadedModel:
     actor_pid: int | None
 
 
-class Served(NamedTuple):
-    """By whom a request is answered, and with which outputs."""
-
-    model: LoadedModel
-    outputs: tuple[str, ...]
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Return what the reply says of where it comes from."""
-        return {"variant": self.model.variant, "certificate": self.model.certificate}
-
-
-Ended = Callable[[Served, list[Array] | None, LraiError | None], None]
+Ended = Callable[[InferenceResponse | LraiError], None]
 
 
 class Embedded:
@@ -119,6 +107,8 @@ class Embedded:
             same = known and known.version == opened.version and variant in ("", known.variant)
             if known and shared and same:
                 if require is not None:
+                    if known.certificate is None:  # the source model may serve in its place
+                        raise ConditionNotMet(f"no certificate speaks of what serves {name!r}")
                     require_certificate(opened, known.variant, require)
                 return name
             if known or name in self._loading:
@@ -165,19 +155,13 @@ class Embedded:
         """Accept a request; cancelling the future takes it out of the queue if it has not begun."""
         future: Future[InferenceResponse] = Future()
 
-        def done(served: Served, arrays: list[Array] | None, error: LraiError | None) -> None:
-            if future.set_running_or_notify_cancel() and arrays is None:
-                future.set_exception(error)
-            elif arrays is not None and future.running():
-                future.set_result(
-                    InferenceResponse(
-                        model_name=served.model.name,
-                        model_version=served.model.version,
-                        id=request.id,
-                        outputs=dict(zip(served.outputs, arrays, strict=True)),
-                        parameters=served.parameters,
-                    )
-                )
+        def done(outcome: InferenceResponse | LraiError) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if isinstance(outcome, LraiError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
         pending = self.accept(request, done)
         future.add_done_callback(
@@ -199,11 +183,21 @@ class Embedded:
         if not isinstance(priority, int):
             raise RequestError(f"priority is {shorten(repr(priority))}, an integer is needed")
         valid = validate(request, model.signature, self.config.limits)
-        names = tuple(model.signature.outputs[index].name for index in valid.outputs)
-        served = Served(model, names)
-        return self.scheduler.accept(
-            model.name, valid, lambda a, e: done(served, a, e), request.timeout_ms, priority
-        )
+        names = [model.signature.outputs[index].name for index in valid.outputs]
+
+        def ended(arrays: list[Array] | None, error: LraiError | None) -> None:
+            done(
+                error
+                or InferenceResponse(
+                    model_name=model.name,
+                    model_version=model.version,
+                    id=request.id,
+                    outputs=dict(zip(names, arrays or [], strict=True)),
+                    parameters={"variant": model.variant, "certificate": model.certificate},
+                )
+            )
+
+        return self.scheduler.accept(model.name, valid, ended, request.timeout_ms, priority)
 
     def models(self) -> list[LoadedModel]:
         """See `Runtime.models`."""
@@ -217,7 +211,8 @@ class Embedded:
         order: list[State] = ["dead", "stalled", "ok", "idle"]
         states: set[State] = {self._state(name) for name in list(self._models)}
         states |= {"stalled"} if self._loading else set()
-        return next((state for state in order if state in states), "idle")
+        nothing: State = "idle" if self.scheduler.accepting else "dead"
+        return next((state for state in order if state in states), nothing)
 
     def stats(self) -> dict[str, int]:
         """See `Runtime.stats`."""
@@ -313,7 +308,7 @@ class Embedded:
 
     def _state(self, name: str) -> State:
         state, _ = self._pool.state(name)
-        if state == "failed" or self._closed or not self.scheduler.alive:
+        if state == "failed" or not self.scheduler.accepting:
             return "dead"
         waited = self.scheduler.idle_seconds()
         if state != "ready" or waited > self.config.actor.hang_seconds:

@@ -192,6 +192,11 @@ class Scheduler:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken: not draining, not closed, not failed."""
+        return self._accepting
+
     def remove(self, model: str) -> None:
         """Forget a model; what waits for it or runs is refused. Runs in the scheduler's thread."""
         gone = self._models.pop(model, None)

@@ -9,7 +9,7 @@ receiver drops and counts. There is no pickle anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -17,12 +17,23 @@ import numpy as np
 import zmq
 
 from lrai_core import errors
-from lrai_core.errors import EnvironmentProblem, LraiError
-from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
+from lrai_core.errors import EnvironmentProblem, LraiError, RequestError
+from lrai_core.protocol import (
+    DATATYPES,
+    Array,
+    InferenceRequest,
+    InferenceResponse,
+    Signature,
+    Tensor,
+    datatype_of,
+    decode_bytes,
+    encode_bytes,
+)
 
 PROTOCOL_VERSION: Final = 1
 _OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
+_MAX_INFER_BYTES: Final = 64 << 10  # of the header, so that it holds a hundred
 
 Buffer = bytes | memoryview
 _Message = TypeVar("_Message")
@@ -119,12 +130,13 @@ class Attach(msgspec.Struct, frozen=True, tag=True):
 class Attached(msgspec.Struct, frozen=True, tag=True):
     """To a client, in answer: whom it speaks to, and how many requests may be on their way.
 
-    Where `daemon` is another than before, what was not answered has to be sent again.
+    A session begins when the daemon first hears of a client, or hears of it again after having
+    given it up: where it is another than before, what was not answered has to be sent again.
     """
 
     version: int
     lrai: str
-    daemon: str
+    session: str
     credit: int
 
 
@@ -180,7 +192,7 @@ class Call(msgspec.Struct, frozen=True, tag=True):
 
     key: int
     operation: str
-    arguments: dict[str, Any]
+    arguments: dict[str, str | dict[str, Any] | None]
 
 
 class Returned(msgspec.Struct, frozen=True, tag=True):
@@ -199,11 +211,14 @@ _encoder: Final = msgspec.msgpack.Encoder()
 _to_actor: Final[msgspec.msgpack.Decoder[ToActor]] = msgspec.msgpack.Decoder(ToActor)
 _from_actor: Final[msgspec.msgpack.Decoder[FromActor]] = msgspec.msgpack.Decoder(FromActor)
 _from_client: Final[msgspec.msgpack.Decoder[FromClient]] = msgspec.msgpack.Decoder(FromClient)
+_infer: Final = msgspec.msgpack.Decoder(Infer)
 _to_client: Final[msgspec.msgpack.Decoder[ToClient]] = msgspec.msgpack.Decoder(ToClient)
 
 
 def failure(key: int, error: BaseException) -> Failure:
-    """Return an error as it goes over the wire."""
+    """Return an error as it goes over the wire; of one that is a bug, only its class is told."""
+    if not isinstance(error, LraiError):
+        error = LraiError(f"the runtime failed: {type(error).__name__}")
     return Failure(key, type(error).__name__, str(error), vars(error))
 
 
@@ -216,6 +231,43 @@ def error_of(failed: Failure) -> LraiError:
     error.args = (failed.message,)
     error.__dict__.update(failed.attributes)
     return error
+
+
+def checked(item: Infer) -> Infer:
+    """Return a request as the other end will read it; one bad request must not spoil a message.
+
+    Raises:
+        RequestError: It cannot be sent.
+    """
+    try:
+        header = _encoder.encode(item)
+        if len(header) > _MAX_INFER_BYTES:
+            raise RequestError(
+                f"{len(header)} bytes beside tensors, {_MAX_INFER_BYTES} are allowed"
+            )
+        return _infer.decode(header)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise RequestError(f"the request cannot be sent: {error}") from None
+
+
+def request_of(item: Infer, frames: Sequence[Buffer]) -> InferenceRequest:
+    """Return the request that a client sent, its tensors unchecked views of `frames`.
+
+    Raises:
+        BadFrames: A tensor does not lie inside its frame.
+    """
+    inputs = {
+        name: Tensor(name=name, datatype=t.datatype, shape=t.shape, data=view(t, frames))
+        for name, t in zip(item.names, item.tensors, strict=False)
+    }
+    return InferenceRequest(
+        model_name=item.model_name,
+        model_version=item.model_version,
+        inputs=inputs,
+        outputs=item.outputs,
+        timeout_ms=item.timeout_ms,
+        parameters=item.parameters,
+    )
 
 
 def encode(message: ToActor | FromActor | FromClient | ToClient) -> bytes:
@@ -253,22 +305,27 @@ def listen(address: str) -> zmq.Socket[bytes]:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)  # bounded by admission: one batch per actor
     socket.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as error:
-        socket.context.destroy(linger=0)
-        raise EnvironmentProblem(
-            f"no socket at {address}, set runtime.socket_dir to a shorter path: {error.strerror}"
-        ) from None
+    _open(socket, socket.bind, address)
     return socket
 
 
-def connect(address: str, identity: bytes) -> zmq.Socket[bytes]:
-    """Return a DEALER that the peer at `address` knows by `identity`."""
+def connect(address: str, identity: bytes, *, hold: bool = True) -> zmq.Socket[bytes]:
+    """Return a DEALER that the peer at `address` knows by `identity`.
+
+    Args:
+        address: Where a peer listens, or will.
+        identity: Its own for each socket.
+        hold: Whether what is sent while no peer is there is kept for the next one.
+
+    Raises:
+        EnvironmentProblem: There can be no socket at `address`.
+    """
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)  # bounded by credit, or by the one batch that is answered
+    socket.setsockopt(zmq.IMMEDIATE, 0 if hold else 1)
     socket.setsockopt(zmq.ROUTING_ID, identity)
-    socket.connect(address)
+    _open(socket, socket.connect, address)
     return socket
 
 
@@ -298,9 +355,39 @@ class Packer:
         """Return the frames that follow the header."""
         return [memoryview(self._small).toreadonly(), *self._large]
 
-    def send(self, socket: zmq.Socket[bytes], *head: bytes) -> None:
+    def send(self, socket: zmq.Socket[bytes], *head: bytes, flags: int = 0) -> None:
         """Send the frames in `head` and those of the tensors; only large ones without a copy."""
-        socket.send_multipart([*head, *self.frames()], copy=not self._large)
+        socket.send_multipart([*head, *self.frames()], flags, copy=not self._large)
+
+
+def answer(key: int, response: InferenceResponse, packer: Packer) -> Answer:
+    """Return a response as it goes over the wire; `packer` takes its tensors."""
+    return Answer(
+        key,
+        response.model_name,
+        response.model_version,
+        dict(response.parameters),
+        tuple(response.outputs),
+        packer.pack(response.outputs.values()),
+    )
+
+
+def response_of(answered: Answer, identity: str, frames: Sequence[Buffer]) -> InferenceResponse:
+    """Return the response that `answer` was made of, to the request with this id.
+
+    Raises:
+        BadFrames: A tensor does not lie inside its frame, or one has no name.
+    """
+    arrays = [unpack(tensor, frames).copy() for tensor in answered.tensors]
+    if len(arrays) != len(answered.names):
+        raise BadFrames("names and tensors differ")
+    return InferenceResponse(
+        model_name=answered.model_name,
+        model_version=answered.model_version,
+        id=identity,
+        outputs=dict(zip(answered.names, arrays, strict=True)),
+        parameters=answered.parameters,
+    )
 
 
 def contents(array: Array) -> tuple[str, tuple[int, ...], Buffer]:
@@ -346,6 +433,16 @@ def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
         return flat.reshape(tensor.shape)
     except ValueError as error:
         raise BadFrames(str(error)) from None
+
+
+def _open(socket: zmq.Socket[bytes], bind_or_connect: Callable[[str], Any], address: str) -> None:
+    try:
+        bind_or_connect(address)
+    except zmq.ZMQError as error:
+        socket.context.destroy(linger=0)
+        raise EnvironmentProblem(
+            f"no socket at {address}, set runtime.socket_dir to a shorter path: {error.strerror}"
+        ) from None
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_Message], header: Buffer) -> _Message:

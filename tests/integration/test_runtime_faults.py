@@ -225,7 +225,7 @@ def test_actors_end_with_their_parent_though_a_fork_of_it_lives_on(
         "warnings.simplefilter('ignore')\n"
         "r = l.Runtime.open(sys.argv[1])\n"
         "child = os.fork()\n"
-        "if child: print(r.models()[0].actor_pid, child, r._folder, flush=True)\n"
+        "if child: print(r.models()[0].actor_pid, child, r._backend.folder, flush=True)\n"
         "time.sleep(60)"
     )
     parent = subprocess.Popen(

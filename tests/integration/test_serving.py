@@ -22,6 +22,7 @@ import zmq
 
 import lrai_core as lrai
 from lrai_core.artifact import Manifest
+from lrai_core.runtime.embedded import Embedded
 from tests.integration.conftest import sentence
 
 pytestmark = pytest.mark.server
@@ -59,7 +60,7 @@ def test_a_served_inference_imports_nothing_heavy(classifier_fp32: lrai.Artifact
     assert "lrai_core" in client
     assert "onnxruntime" in actor
     heavy = {"torch", "tvm", "z3", "scipy", "mlflow", "typer", "rich", "pandas", "onnx"}
-    heavy |= {"lrai_import"}
+    heavy |= {"lrai_client", "lrai_import"}
     assert not client & (heavy | {"onnxruntime"})
     assert not actor & heavy
 
@@ -167,8 +168,8 @@ def test_frames_of_strangers_are_dropped_and_counted(classifier_fp32: lrai.Artif
     import pickle  # noqa: TID251 - what an attacker would send
 
     with lrai.Runtime.open(classifier_fp32) as runtime:
-        (address,) = runtime._backend.folder.iterdir()
-        assert runtime._backend.folder.stat().st_mode & 0o777 == 0o700
+        (address,) = embedded(runtime).folder.iterdir()
+        assert embedded(runtime).folder.stat().st_mode & 0o777 == 0o700
         with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
             stranger.connect(f"ipc://{address}")
             for frames in ([b"\x00" * 40], [pickle.dumps(print)], [b"", b"\xff" * 10], [b"x"] * 9):
@@ -337,8 +338,13 @@ def test_short_calls_get_one_thread_and_long_ones_their_share(
 ) -> None:
     monkeypatch.setattr("lrai_core.runtime.embedded.available_cpus", lambda: 8)
     with lrai.Runtime.open(classifier_fp32) as runtime:
-        assert runtime._backend._threads(classifier_fp32.manifest.variant("fp32")) == 1
-        assert runtime._backend._threads(minilm_fp32.manifest.variant("fp32")) == 4
+        assert embedded(runtime)._threads(classifier_fp32.manifest.variant("fp32")) == 1
+        assert embedded(runtime)._threads(minilm_fp32.manifest.variant("fp32")) == 4
+
+
+def embedded(runtime: lrai.Runtime) -> Embedded:
+    assert isinstance(runtime._backend, Embedded)
+    return runtime._backend
 
 
 def classifier_request(model: str = "classifier") -> lrai.InferenceRequest:

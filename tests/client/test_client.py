@@ -1,0 +1,551 @@
+"""The client against a daemon that the test plays itself, frame by frame."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+import lrai_core as lrai
+from lrai_client import client
+from lrai_client.client import Attached, is_running, shared_folder, start_daemon
+from lrai_core.wire import messages
+from lrai_core.wire.messages import Answer, Call, Failure, Packer, Replies, Requests, Returned
+
+
+class Daemon:
+    """A daemon's end of the socket, and its lock, so that no real one is started."""
+
+    def __init__(self, folder: Path, credit: int = 100) -> None:
+        self.credit, self.session, self.version = credit, "first", messages.PROTOCOL_VERSION
+        self.taken: list[messages.Infer] = []
+        self._lock = (folder / "lock").open("ab")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._socket = messages.listen(f"ipc://{folder}/clients")
+        self._peer = b""
+
+    def close(self) -> None:
+        self._lock.close()
+        self._socket.context.destroy(linger=0)
+
+    def welcome(self) -> None:
+        """Answer every sign of life that has come."""
+        self._hear(lambda: bool(self._peer))
+        self.send(messages.Attached(self.version, "0.0", self.session, self.credit))
+
+    def take(self, count: int) -> list[messages.Infer]:
+        """Return so many requests, the oldest first."""
+        self._hear(lambda: len(self.taken) >= count)
+        taken, self.taken = self.taken[:count], self.taken[count:]
+        return taken
+
+    def call(self) -> Call:
+        """Return the next call."""
+        return self._hear(lambda: False, want=Call)
+
+    def cancelled(self) -> tuple[int, ...]:
+        """Return the keys that the next message with some cancels."""
+        while True:
+            message = self._hear(lambda: False, want=Requests)
+            if message.cancelled:
+                return tuple(message.cancelled)
+
+    def quiet(self, seconds: float = 0.3) -> bool:
+        """Return whether no request comes for so long."""
+        deadline = time.monotonic() + seconds
+        self._hear(lambda: bool(self.taken) or time.monotonic() > deadline)
+        return not self.taken
+
+    def send(self, message: messages.ToClient, frames: list[Any] | None = None) -> None:
+        self._socket.send_multipart([self._peer, messages.encode(message), *(frames or [b""])])
+
+    def answer(self, *items: messages.Infer) -> None:
+        """Answer with the key, in the wire's form."""
+        packer = Packer()
+        answers = tuple(
+            Answer(i.key, "m", "1", {}, ("y",), packer.pack([np.array([i.key])])) for i in items
+        )
+        self.send(Replies(answers), list(packer.frames()))
+
+    def garbage(self, *frames: bytes) -> None:
+        self._socket.send_multipart([self._peer, *frames])
+
+    def _hear(self, enough: Callable[[], bool], want: Any = None) -> Any:
+        deadline = time.monotonic() + 10
+        while not enough():
+            assert time.monotonic() < deadline, "the client did not send what was expected"
+            if not self._socket.poll(10):
+                continue
+            self._peer, header, *_ = self._socket.recv_multipart()
+            message = messages.decode_from_client(header)
+            if isinstance(message, Requests):
+                self.taken += message.items
+            if want is not None and isinstance(message, want):
+                return message
+        return None
+
+
+def config(folder: Path, **values: Any) -> lrai.LraiConfig:
+    return lrai.load_config(call={"runtime.socket_dir": str(folder)} | values)
+
+
+@pytest.fixture
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s")  # short: the path of a socket has 107 characters
+
+
+@pytest.fixture
+def daemon(parent: Path) -> Iterator[Daemon]:
+    made = Daemon(shared_folder(config(parent)))
+    yield made
+    made.close()
+
+
+def attach(daemon: Daemon, parent: Path, **values: Any) -> Attached:
+    """Return a client that `daemon` has welcomed."""
+    thread = threading.Thread(target=daemon.welcome)
+    thread.start()
+    made = Attached(config(parent, **values))
+    thread.join()
+    return made
+
+
+@pytest.fixture
+def attached(daemon: Daemon, parent: Path) -> Iterator[Attached]:
+    made = attach(daemon, parent)
+    yield made
+    made.close()
+
+
+def request(**changes: Any) -> lrai.InferenceRequest:
+    given: dict[str, Any] = {"model_name": "m", "inputs": {"x": np.zeros(2, np.float32)}}
+    return lrai.InferenceRequest(**(given | changes))
+
+
+def value(future: Future[lrai.InferenceResponse]) -> int:
+    return int(future.result(5).outputs["y"][0])
+
+
+def call(attached: Attached, operation: str, results: list[Any]) -> threading.Thread:
+    thread = threading.Thread(target=lambda: results.append(attached.call(operation, {}, str)))
+    thread.start()
+    return thread
+
+
+def test_every_caller_gets_its_own_answer_in_whatever_order_they_come(
+    daemon: Daemon, attached: Attached
+) -> None:
+    futures = [attached.start(request(id=str(i))) for i in range(5)]
+    items = daemon.take(5)
+    daemon.answer(*items[3:])
+    daemon.answer(*reversed(items[:3]))
+    assert [value(f) for f in futures] == [item.key for item in items]
+    assert [f.result().id for f in futures] == ["0", "1", "2", "3", "4"]
+
+
+def test_what_waits_together_is_sent_together_but_never_too_much(
+    daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_MOST_ITEMS", 3)
+    futures = [attached.start(request()) for _ in range(20)]
+    sizes = []
+    while sum(sizes) < 20:
+        message = daemon._hear(lambda: False, want=Requests)
+        sizes.append(len(message.items))
+    assert max(sizes) <= 3
+    daemon.answer(*daemon.taken)
+    assert len({value(f) for f in futures}) == 20
+
+
+def test_no_more_requests_are_on_their_way_than_there_is_credit(
+    daemon: Daemon, parent: Path
+) -> None:
+    daemon.credit = 2
+    attached = attach(daemon, parent)
+    futures = [attached.start(request()) for _ in range(4)]
+    first, second = daemon.take(2)
+    assert daemon.quiet()
+    daemon.answer(second)
+    (third,) = daemon.take(1)
+    assert daemon.quiet()
+    daemon.answer(first, third)
+    daemon.answer(*daemon.take(1))
+    assert len({value(f) for f in futures}) == 4
+    attached.close()
+
+
+def test_operations_use_up_no_credit_and_need_none(daemon: Daemon, parent: Path) -> None:
+    daemon.credit = 1
+    attached = attach(daemon, parent)
+    future, results = attached.start(request()), list[Any]()
+    (item,) = daemon.take(1)
+    for _ in range(3):
+        thread = call(attached, "ready", results)
+        daemon.send(Returned(daemon.call().key, "ok"))
+        thread.join(5)
+    assert results == ["ok"] * 3
+    daemon.answer(item)
+    assert value(future) == item.key
+    future = attached.start(request())
+    daemon.answer(*daemon.take(1))
+    value(future)
+    attached.close()
+
+
+def test_a_new_session_gets_what_was_not_answered_once_more(
+    daemon: Daemon, attached: Attached
+) -> None:
+    futures = [attached.start(request(model_name=name)) for name in "abc"]
+    items = daemon.take(3)
+    daemon.answer(items[0])
+    assert value(futures[0]) == items[0].key
+    daemon.session = "second"
+    daemon.welcome()
+    again = daemon.take(2)
+    assert [(i.key, i.model_name) for i in again] == [(i.key, i.model_name) for i in items[1:]]
+    daemon.answer(items[1])  # of the first session, on its way when the second began
+    daemon.answer(*again)
+    assert [value(f) for f in futures[1:]] == [i.key for i in again]
+
+
+def test_an_operation_is_asked_again_of_the_next_daemon(daemon: Daemon, attached: Attached) -> None:
+    results: list[Any] = []
+    thread = call(attached, "load", results)
+    key = daemon.call().key
+    daemon.session = "second"
+    daemon.welcome()
+    assert daemon.call().key == key
+    daemon.send(Returned(key, "m"))
+    thread.join(5)
+    assert results == ["m"]
+
+
+def test_the_same_session_is_sent_nothing_twice(daemon: Daemon, attached: Attached) -> None:
+    future = attached.start(request())
+    (item,) = daemon.take(1)
+    daemon.welcome()
+    assert daemon.quiet()
+    daemon.answer(item)
+    value(future)
+
+
+def test_a_cancelled_request_is_cancelled_at_the_daemon_at_once(
+    daemon: Daemon, attached: Attached
+) -> None:
+    future = attached.start(request())
+    (item,) = daemon.take(1)
+    started = time.monotonic()
+    assert future.cancel()
+    assert daemon.cancelled() == (item.key,)
+    assert time.monotonic() - started < 0.5
+    daemon.send(Replies(failures=(Failure(item.key, "DeadlineExceeded", "cancelled", {}),)))
+    assert attached.drain()
+
+
+def test_what_is_cancelled_before_it_is_sent_is_never_sent_and_not_waited_for(
+    daemon: Daemon, parent: Path
+) -> None:
+    daemon.credit = 1
+    attached = attach(daemon, parent)
+    first, second = attached.start(request()), attached.start(request())
+    assert second.cancel()
+    daemon.answer(*daemon.take(1))
+    value(first)
+    assert attached.drain()
+    assert daemon.quiet()
+    attached.close()
+
+
+def test_a_daemon_that_does_not_answer_is_waited_for_until_the_deadline(
+    daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_GRACE_SECONDS", 0.1)
+    future = attached.start(request(timeout_ms=50))
+    (item,) = daemon.take(1)
+    assert item.timeout_ms is not None
+    assert 0 < item.timeout_ms <= 50
+    with pytest.raises(lrai.DeadlineExceeded, match="did not answer in time"):
+        future.result(3)
+    daemon.answer(item)  # too late, and harmless
+    later = attached.start(request())
+    daemon.answer(*daemon.take(1))
+    value(later)
+
+
+def test_without_a_timeout_the_default_one_holds(daemon: Daemon, parent: Path) -> None:
+    attached = attach(daemon, parent, **{"scheduler.default_timeout_ms": 1234})
+    attached.start(request())
+    (item,) = daemon.take(1)
+    assert item.timeout_ms is not None
+    assert 1000 < item.timeout_ms <= 1234
+    attached.close()
+
+
+def test_an_operation_without_an_answer_ends_in_one_sentence(
+    daemon: Daemon, attached: Attached
+) -> None:
+    attached._patience = 0.1
+    with pytest.raises(lrai.NotReady, match=r"did not answer within 0\.1 s"):
+        attached.call("stats", {}, dict[str, int])
+    assert not attached._calls
+
+
+def test_a_daemon_of_another_version_is_refused_with_both_versions(
+    daemon: Daemon, parent: Path
+) -> None:
+    daemon.version = 99
+    with pytest.raises(lrai.EnvironmentProblem, match=r"protocol 99 of lrai 0\.0, this process 1"):
+        attach(daemon, parent)
+
+
+def test_what_does_not_decode_is_dropped(daemon: Daemon, attached: Attached) -> None:
+    future = attached.start(request())
+    (item,) = daemon.take(1)
+    tensor = messages.TensorFrame("FP32", (1,), 5, 0, 4)
+    for frames in (
+        [b"\xff" * 9],
+        [b""],
+        [messages.encode(Requests(()))],
+        [messages.encode(Replies((Answer(item.key, "m", "1", {}, ("y",), (tensor,)),)))],
+        [messages.encode(Replies((Answer(item.key, "m", "1", {}, ("y",), ()),)))],
+    ):
+        daemon.garbage(*frames)
+    daemon.answer(item)
+    assert value(future) == item.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"parameters": {"x": object()}}, lrai.RequestError),
+        ({"parameters": {"x": 1 << 70}}, lrai.RequestError),
+        ({"parameters": {"x": "y" * (1 << 20)}}, lrai.RequestError),
+        ({"parameters": {"x": "\ud800"}}, lrai.RequestError),
+        ({"outputs": (1,)}, lrai.RequestError),
+        ({"model_name": None}, lrai.RequestError),
+        ({"timeout_ms": "soon"}, lrai.RequestError),
+        ({"inputs": {1: np.zeros(1)}}, lrai.RequestError),
+        ({"inputs": {"x": [1, 2]}}, lrai.InvalidTensor),
+        ({"inputs": {"x": np.zeros(1, "c16")}}, lrai.RequestError),
+        ({"inputs": {"x": np.array([3], object)}}, lrai.InvalidTensor),
+        ({"inputs": {"x": np.array(["\ud800"], object)}}, lrai.InvalidTensor),
+        (
+            {"inputs": {"x": lrai.Tensor(name="x", datatype="FP32", shape=(1 << 70,), data=b"")}},
+            lrai.RequestError,
+        ),
+    ],
+)
+def test_what_cannot_be_sent_is_its_callers_error_and_nobody_elses(
+    daemon: Daemon, attached: Attached, changes: dict[str, Any], error: type[lrai.LraiError]
+) -> None:
+    good = attached.start(request())
+    with pytest.raises(error):
+        attached.start(request(**changes))
+    later = attached.start(request())
+    daemon.answer(*daemon.take(2))
+    assert value(good) < value(later)
+
+
+def test_tensors_arrive_as_they_were_given(daemon: Daemon, attached: Attached) -> None:
+    words = np.array([["ä", ""]], object)
+    wide = memoryview(np.arange(6, dtype=np.float32).reshape(2, 3))
+    raw = lrai.Tensor(name="r", datatype="FP32", shape=(2, 3), data=wide)
+    large = np.arange(1 << 15, dtype=np.float64)[::-1]
+    inputs = {"w": words, "r": raw, "l": large}
+    attached.start(request(inputs=inputs))
+    message: list[bytes] = []
+    while not message:
+        _, header, *frames = daemon._socket.recv_multipart()
+        decoded = messages.decode_from_client(header)
+        message = frames if isinstance(decoded, Requests) else []
+    assert isinstance(decoded, Requests)
+    (item,) = decoded.items
+    w, r, big = (messages.unpack(tensor, message) for tensor in item.tensors)
+    assert w.tolist() == words.tolist()
+    assert r.tolist() == [[0, 1, 2], [3, 4, 5]]
+    np.testing.assert_array_equal(big, large)
+
+
+def test_draining_refuses_requests_waits_for_the_accepted_and_answers_questions(
+    daemon: Daemon, attached: Attached
+) -> None:
+    future = attached.start(request())
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(attached.drain()))
+    thread.start()
+    time.sleep(0.1)
+    with pytest.raises(lrai.NotReady, match="draining"):
+        attached.start(request())
+    assert attached.call("ready", {}, str) == "dead"
+    assert not ended
+    daemon.answer(*daemon.take(1))
+    thread.join(5)
+    assert ended == [True]
+    value(future)
+    results: list[Any] = []
+    asking = call(attached, "name", results)
+    daemon.send(Returned(daemon.call().key, "told"))
+    asking.join(5)
+    assert results == ["told"]
+
+
+def test_closing_ends_what_is_open_and_refuses_the_rest(daemon: Daemon, parent: Path) -> None:
+    attached = attach(daemon, parent)
+    future = attached.start(request())
+    attached.close()
+    attached.close()
+    with pytest.raises(lrai.NotReady, match="closed"):
+        future.result(0)
+    with pytest.raises(lrai.NotReady, match="closed"):
+        attached.start(request())
+    assert attached.call("ready", {}, str) == "dead"
+
+
+def test_nobody_waits_for_a_thread_that_a_bug_has_ended(
+    daemon: Daemon, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached = attach(daemon, parent)
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setattr(attached, "_hear", lambda frames: 1 / 0)
+    future = attached.start(request())
+    daemon.answer(*daemon.take(1))
+    with pytest.raises(lrai.NotReady):
+        future.result(5)
+    attached.close()
+    assert failed
+
+
+@pytest.mark.parametrize("kind", ["open to others", "a link", "a file", "another user's"])
+def test_a_folder_that_is_not_ours_alone_is_refused(parent: Path, kind: str) -> None:
+    folder = parent / f"lrai-{os.geteuid()}"
+    if kind == "a link":
+        (parent / "real").mkdir(mode=0o700)
+        folder.symlink_to(parent / "real")
+    elif kind == "a file":
+        folder.touch(0o600)
+    else:
+        folder.mkdir(mode=0o700)
+    if kind == "open to others":
+        folder.chmod(0o710)
+    if kind == "another user's":
+        if os.geteuid():
+            pytest.skip("only root can give a folder away")
+        os.chown(folder, 12345, -1)
+    with pytest.raises(lrai.EnvironmentProblem, match=r"only its owner|File exists"):
+        Attached(config(parent))
+
+
+def test_the_folder_is_where_the_setting_says_and_closed_to_others(parent: Path) -> None:
+    folder = shared_folder(config(parent))
+    assert folder == parent / f"lrai-{os.geteuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert shared_folder(config(parent), str(parent / "other")) == parent / "other"
+
+
+def test_a_place_for_no_socket_is_explained(parent: Path) -> None:
+    deep = parent / ("d" * 100)
+    deep.mkdir()
+    with pytest.raises(lrai.EnvironmentProblem, match="shorter path"):
+        Attached(config(deep))
+    with pytest.raises(lrai.EnvironmentProblem, match="no folder"):
+        Attached(config(parent / "absent"))
+
+
+def test_a_daemon_that_cannot_be_started_is_explained(
+    parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(parent / "absent"))
+    with pytest.raises(lrai.EnvironmentProblem, match="cannot be started: No such file"):
+        Attached(config(parent))
+    broken = parent / "python"
+    broken.write_text("#!/bin/sh\ncat > /dev/null\necho 'it is broken' >&2\nexit 3\n")
+    broken.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(lrai.EnvironmentProblem, match="exit status 3: it is broken"):
+        Attached(config(parent))
+
+
+def test_a_lock_that_is_held_means_that_a_daemon_runs(parent: Path) -> None:
+    folder = shared_folder(config(parent))
+    assert not is_running(folder)
+    daemon = Daemon(folder)
+    assert is_running(folder)
+    assert start_daemon(folder, config(parent)) is None
+    daemon.close()
+    assert not is_running(folder)
+
+
+def test_a_client_without_a_wish_starts_no_daemon_when_it_loses_one(
+    parent: Path, daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path] = []
+
+    def start(folder: Path, *_: Any, **__: Any) -> subprocess.Popen[bytes] | None:
+        started.append(folder)
+        return None
+
+    monkeypatch.setattr(client, "start_daemon", start)
+    daemon.close()
+    time.sleep(0.5)
+    assert not started
+    attached.start(request())
+    deadline = time.monotonic() + 5
+    while not started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_client_that_waits_for_long_piles_up_nothing(
+    daemon: Daemon, attached: Attached, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_SEARCH_SECONDS", 0.001)
+    monkeypatch.setattr(client, "start_daemon", lambda *_, **__: None)
+    daemon.close()
+    future = attached.start(request(timeout_ms=60_000))
+    time.sleep(1)
+    successor = Daemon(shared_folder(config(parent)))
+    successor.session = "second"
+    assert successor._socket.poll(5000)
+    signs, deadline = 0, time.monotonic() + 0.1
+    while time.monotonic() < deadline and successor._socket.poll(1):
+        successor._peer, *_ = successor._socket.recv_multipart()
+        signs += 1
+    assert signs <= 300  # a thousand a second were made
+    successor.welcome()
+    successor.answer(*successor.take(1))
+    value(future)
+    successor.close()
+
+
+def test_a_stopped_daemon_blocks_no_client(daemon: Daemon, parent: Path) -> None:
+    daemon.credit = 5000
+    attached = attach(daemon, parent, **{"scheduler.max_queue_rows": 5000})
+    large = np.zeros(1 << 14, np.float32)  # nobody reads: sockets and queues fill up
+    for _ in range(2000):
+        attached.start(request(inputs={"x": large}))
+    started = time.monotonic()
+    attached.close()
+    assert time.monotonic() - started < 2
+
+
+def test_the_socket_is_not_polled_by_a_client_at_rest(attached: Attached) -> None:
+    before = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - before < 0.2
+
+
+def test_zmq_has_the_options_that_the_client_relies_on(attached: Attached) -> None:
+    assert attached._socket.getsockopt(zmq.IMMEDIATE) == 1
+    assert attached._socket.getsockopt(zmq.SNDHWM) == 0

@@ -1,0 +1,584 @@
+"""The runtime that processes share: real daemons, real clients, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pytest
+import zmq
+
+import lrai_core as lrai
+from lrai_client.client import is_running, start_daemon
+from lrai_core.wire import messages
+from tests.integration.test_cli import run
+from tests.integration.test_runtime_faults import Load, kill, pid_of, wait_until
+
+pytestmark = pytest.mark.server
+
+PYTHON = sys.executable  # also where tests have another one start daemons
+START = """
+import json, sys, time
+import numpy as np
+import lrai_core as lrai
+def request(value=0.0):
+    features = np.full((1, 64), value, np.float32)
+    return lrai.InferenceRequest(model_name="classifier", inputs={"features": features})
+runtime = lrai.Runtime.open(sys.argv[1], address="auto")
+"""
+ASK = f"""{START}
+answer = runtime.infer(request(float(sys.argv[2])))
+pid = runtime.models()[0].actor_pid
+logits = answer.outputs["logits"].tolist()
+print(json.dumps({{"logits": logits, "actor": pid, "modules": sorted(sys.modules)}}))
+"""
+SUBMIT = f"""{START}
+ids = [runtime.submit(request(i)) for i in range(int(sys.argv[2]))]
+print("sent", flush=True)
+print(json.dumps([runtime.result(i).outputs["logits"].tolist() for i in ids]))
+"""
+FORK = f"""{START}
+import os, warnings
+warnings.simplefilter("ignore")
+child = os.fork()
+if not child:
+    for action in (lambda: runtime.infer(request()), runtime.models):
+        try:
+            action()
+            os._exit(1)
+        except lrai.NotReady as error:
+            print(error, flush=True)
+    runtime.close()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+"""
+
+
+@pytest.fixture
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Return the folder of the daemon; whatever runs there afterwards is killed."""
+    parent = tmp_path_factory.mktemp("s")  # short: the path of a socket has 107 characters
+    monkeypatch.setenv("LRAI_RUNTIME_SOCKET_DIR", str(parent))
+    monkeypatch.setenv("LRAI_ACTOR_THREADS", "1")
+    monkeypatch.setenv("LRAI_ACTOR_HANG_SECONDS", "60")  # actors are stopped here to fill queues
+    folder = parent / f"lrai-{os.geteuid()}"
+    yield folder
+    for pid in daemons(folder):
+        kill(pid)
+    wait_until(lambda: not daemons(folder))
+
+
+def daemons(folder: Path) -> list[int]:
+    """Return the processes whose command line names the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in arguments:
+            found.append(int(process.name))
+    return found
+
+
+def daemon_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *changes: str, before: str = ""
+) -> None:
+    """Have this process start daemons that run `changes` first."""
+    script, python = tmp_path / "daemon.py", tmp_path / "python"
+    imports = "import sys\nfrom lrai_core.runtime import daemon, embedded\n"
+    script.write_text("\n".join([imports, *changes, "daemon.main(sys.argv[1:])\n"]))
+    python.write_text(f'#!/bin/sh\nshift 3\n{before}\nexec {sys.executable} -P {script} "$@"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
+def program(source: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [PYTHON, "-P", "-c", source, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def output(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out
+
+
+def request(value: float = 0.0, rows: int = 1, **more: Any) -> lrai.InferenceRequest:
+    features = np.full((rows, 64), value, np.float32)
+    given: dict[str, Any] = {"model_name": "classifier", "inputs": {"features": features}}
+    return lrai.InferenceRequest(**(given | more))
+
+
+def stop_at_work(runtime: lrai.Runtime) -> tuple[int, str]:
+    """Return the actor, stopped, and the request that it has begun: what comes now has to wait."""
+    actor, before = pid_of(runtime, "classifier"), runtime.stats().get("batch_dispatched", 0)
+    kill(actor, signal.SIGSTOP)
+    identity = runtime.submit(request())
+    wait_until(lambda: runtime.stats().get("batch_dispatched", 0) > before)
+    return actor, identity
+
+
+def outstanding(runtime: lrai.Runtime) -> int:
+    return runtime.stats()["outstanding_rows"]
+
+
+@pytest.fixture(scope="module")
+def certified(
+    classifier_rows: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> lrai.Artifact:
+    out = tmp_path_factory.mktemp("artifacts") / "certified.lrai"
+    model, rows = classifier_rows
+    return lrai.compile(model, out=out, evaluation=rows, output_map="softmax", keep=1, threads=1)
+
+
+@pytest.fixture(scope="module")
+def session(classifier_rows: tuple[Path, dict[str, Any]]) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(classifier_rows[0])
+
+
+def expected(session: onnxruntime.InferenceSession, value: float) -> Any:
+    return session.run(["logits"], {"features": np.full((1, 64), value, np.float32)})[0]
+
+
+def test_eight_processes_that_race_share_one_daemon_and_one_actor(
+    folder: Path, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
+) -> None:
+    clients = [program(ASK, classifier_fp32.path, i) for i in range(8)]
+    answers = [json.loads(output(client)) for client in clients]
+    assert len(daemons(folder)) == 1
+    assert len({answer["actor"] for answer in answers}) == 1
+    for i, answer in enumerate(answers):
+        np.testing.assert_allclose(answer["logits"], expected(session, i), atol=1e-4)
+        heavy = {"onnxruntime", "onnx", "typer", "lrai_core.compiler", "lrai_import"}
+        assert not heavy & set(answer["modules"])
+    with lrai.Runtime(address="auto") as runtime:
+        stats = runtime.stats()
+    assert (stats["actor_started"], stats["request_answered"]) == (1, 8)
+
+
+def test_requests_of_different_processes_share_a_call(
+    folder: Path, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor = pid_of(runtime, "classifier")
+        kill(actor, signal.SIGSTOP)
+        ids = [runtime.submit(request(i)) for i in range(3)]
+        other = program(SUBMIT, classifier_fp32.path, 3)
+        wait_until(lambda: outstanding(runtime) == 6)
+        kill(actor, signal.SIGCONT)
+        theirs = json.loads(output(other).splitlines()[-1])
+        mine = [runtime.result(i).outputs["logits"] for i in ids]
+        assert runtime.stats()["batch_dispatched"] <= 3
+    for i in range(3):
+        np.testing.assert_allclose(mine[i], expected(session, i), atol=1e-4)
+        np.testing.assert_allclose(theirs[i], expected(session, i), atol=1e-4)
+
+
+def test_killed_daemons_cost_no_request(
+    folder: Path, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
+) -> None:
+    payloads = [{"features": np.full((1, 64), i, np.float32)} for i in range(20)]
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        load = Load(runtime, "classifier", payloads, callers=8)
+        for _ in range(2):
+            time.sleep(0.5)
+            (daemon,) = daemons(folder)
+            actor = pid_of(runtime, "classifier")
+            kill(daemon)
+            before = len(load.ledger.answered)
+            wait_until(lambda before=before: len(load.ledger.answered) > before + 50)  # type: ignore[misc]
+            assert pid_of(runtime, "classifier") != actor
+        ledger = load.stop()
+        assert len(daemons(folder)) == 1
+    assert not ledger.refused
+    assert ledger.sent == len(ledger.answered)
+    for index, outputs in ledger.answered[::7]:
+        np.testing.assert_allclose(outputs["logits"], expected(session, index), atol=1e-4)
+    assert [path.name for path in folder.parent.glob("lrai-*/actors")] == ["actors"]  # of the last
+
+
+def test_what_a_killed_client_had_queued_is_dropped(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 1.5")
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor, _ = stop_at_work(runtime)
+        client = program(SUBMIT, classifier_fp32.path, 10)
+        wait_until(lambda: outstanding(runtime) == 11)
+        client.kill()
+        client.communicate()
+        wait_until(lambda: outstanding(runtime) == 1, 5)
+        kill(actor, signal.SIGCONT)
+        wait_until(lambda: outstanding(runtime) == 0, 5)
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+
+
+def test_a_client_that_was_given_up_asks_again_when_it_is_back(
+    folder: Path,
+    classifier_fp32: lrai.Artifact,
+    session: onnxruntime.InferenceSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 1.5")
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor, _ = stop_at_work(runtime)
+        client = program(SUBMIT, classifier_fp32.path, 4)
+        wait_until(lambda: outstanding(runtime) == 5)
+        client.send_signal(signal.SIGSTOP)
+        wait_until(lambda: outstanding(runtime) == 1, 5)
+        client.send_signal(signal.SIGCONT)
+        wait_until(lambda: outstanding(runtime) == 5, 5)
+        kill(actor, signal.SIGCONT)
+        answers = json.loads(output(client).splitlines()[-1])
+    for i, logits in enumerate(answers):
+        np.testing.assert_allclose(logits, expected(session, i), atol=1e-4)
+
+
+def test_a_daemon_ends_by_itself_after_its_last_client(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("daemon._SILENT_SECONDS = 1.2", "daemon._IDLE_SECONDS = 0.5")
+    daemon_with(tmp_path, monkeypatch, *changes)
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor = pid_of(runtime, "classifier")
+        time.sleep(2)  # at rest, and yet there
+        assert pid_of(runtime, "classifier") == actor
+        assert (folder / "loaded.json").is_file()
+    wait_until(lambda: not daemons(folder), 5)
+    assert_gone(folder, actor)
+
+
+def assert_gone(folder: Path, actor: int) -> None:
+    """Nothing is left but a lock that nobody holds, and a log without complaints."""
+    wait_until(lambda: not is_running(folder), 5)
+    assert {path.name for path in folder.iterdir()} == {"lock", "log"}
+    assert (folder / "log").read_text() == ""
+    assert list(folder.parent.iterdir()) == [folder]
+    assert not Path(f"/proc/{actor}").exists()
+
+
+def test_a_daemon_that_is_told_to_end_answers_what_it_accepted(
+    folder: Path, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
+) -> None:
+    folder.mkdir(mode=0o700)
+    daemon = start_daemon(folder, lrai.load_config())
+    assert daemon is not None
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor = pid_of(runtime, "classifier")
+        kill(actor, signal.SIGSTOP)
+        ids = [runtime.submit(request(i)) for i in range(20)]
+        wait_until(lambda: outstanding(runtime) == 20)
+        daemon.terminate()
+        wait_until(lambda: runtime.ready() == "dead", 5)
+        with pytest.raises(lrai.NotReady, match="draining"):
+            runtime.infer(request())
+        assert daemon.poll() is None
+        kill(actor, signal.SIGCONT)
+        for i, identity in enumerate(ids):
+            answer = runtime.result(identity).outputs["logits"]
+            np.testing.assert_allclose(answer, expected(session, i), atol=1e-4)
+        assert daemon.wait(10) == 0
+        time.sleep(0.3)
+        assert not daemons(folder)  # its client has nothing to ask, and starts none
+        assert_gone(folder, actor)
+
+
+def test_what_does_not_end_in_time_is_told_so(
+    folder: Path, classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_DRAIN_SECONDS", "0.3")
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (daemon,) = daemons(folder)
+        actor = pid_of(runtime, "classifier")
+        kill(actor, signal.SIGSTOP)
+        ids = [runtime.submit(request()) for _ in range(5)]
+        wait_until(lambda: outstanding(runtime) == 5)
+        kill(daemon, signal.SIGTERM)
+        for identity in ids:
+            with pytest.raises(lrai.NotReady, match="the runtime was closed"):
+                runtime.result(identity, 10)
+        wait_until(lambda: not daemons(folder))
+        assert_gone(folder, actor)
+
+
+def test_a_deadline_and_a_cancellation_reach_the_queue_of_the_daemon(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor, identity = stop_at_work(runtime)
+        started = time.monotonic()
+        with pytest.raises(lrai.DeadlineExceeded, match=r"in the queue|cannot be met"):
+            runtime.infer(request(timeout_ms=200))
+        assert time.monotonic() - started < 0.9  # the daemon said so, not the client's patience
+
+        async def cancel() -> None:
+            waiting = asyncio.create_task(runtime.infer_async(request()))
+            while outstanding(runtime) < 2:  # noqa: ASYNC110 - it is another process
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+
+        asyncio.run(cancel())
+        wait_until(lambda: outstanding(runtime) == 1, 0.5)
+        kill(actor, signal.SIGCONT)
+        assert runtime.result(identity).outputs["logits"].shape == (1, 10)
+        assert runtime.drain()
+
+
+def test_errors_are_the_same_as_in_one_process(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_SCHEDULER_MAX_QUEUE_ROWS", "4")
+    raw = lrai.Tensor(name="features", datatype="FP32", shape=(1, 64), data=b"short")
+
+    def errors(runtime: lrai.Runtime) -> Iterator[tuple[Any, ...]]:
+        for bad in (
+            request(rows=5),
+            request(inputs={"featurez": np.zeros((1, 64), np.float32)}),
+            request(inputs={"features": np.zeros((1, 64))}),
+            request(inputs={"features": raw}),
+            request(inputs={}),
+            request(outputs=("loggits",)),
+            request(model_name="other"),
+            request(model_version="other"),
+            request(timeout_ms=0.0),
+            request(timeout_ms=float("nan")),
+            request(parameters={"priority": "high"}),
+        ):
+            with pytest.raises(lrai.LraiError) as caught:
+                runtime.infer(bad)
+            yield type(caught.value), vars(caught.value), str(caught.value).split(" ms ")[-1]
+        for attempt in (
+            lambda: runtime.load(tmp_path / "absent.lrai"),
+            lambda: runtime.load(classifier_fp32, variant="int3", name="x"),
+            lambda: runtime.load(classifier_fp32, require={"sigma": 1}, name="x"),
+            lambda: runtime.unload("other"),
+        ):
+            with pytest.raises(lrai.LraiError) as caught:
+                attempt()
+            yield type(caught.value), vars(caught.value), str(caught.value)
+
+    with lrai.Runtime.open(classifier_fp32) as embedded:
+        there = list(errors(embedded))
+    with lrai.Runtime.open(classifier_fp32, address="auto") as attached:
+        here = list(errors(attached))
+    assert here == there
+    full = here[0]
+    assert full[0] is lrai.QueueFull
+    assert full[1] == {"limit": 4, "retry_after_seconds": 0.1}
+    assert here[1][:2] == (lrai.InvalidTensor, {"tensor": "featurez"})
+
+
+def test_hostile_frames_are_dropped_counted_and_harm_nobody(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    import pickle  # noqa: TID251 - what an attacker would send
+
+    place = messages.TensorFrame("FP32", (1, 64), 0, 0, 256)
+    infer = messages.Infer(1, "classifier", "", (), None, {}, ("features",), (place,))
+    wrong = msgspec.structs.replace(infer, tensors=(messages.TensorFrame("FP32", (1,), 9, 0, 4),))
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (daemon,) = daemons(folder)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+            stranger.connect(f"ipc://{folder}/clients")
+
+            def send(message: messages.FromClient, *frames: bytes) -> None:
+                stranger.send_multipart([messages.encode(message), *frames])
+
+            send(messages.Requests((infer,)), bytes(256))  # before it attached: not heard
+            for frames in ([b""], [b"\x00" * 40], [pickle.dumps(print)], [b"x"] * 9):
+                stranger.send_multipart(frames)
+            send(messages.Attach(99, "9.9"))
+            refused = messages.decode_to_client(stranger.recv_multipart()[0])
+            assert isinstance(refused, messages.Attached)
+            assert (refused.version, refused.session) == (1, "")
+            wait_until(lambda: runtime.stats()["dropped_frames"] == 5)
+            send(messages.Attach(1, "0"))
+            assert messages.decode_to_client(stranger.recv_multipart()[0]).session  # type: ignore[union-attr]
+            send(messages.Requests((wrong,)), bytes(256))
+            wait_until(lambda: runtime.stats()["dropped_frames"] == 6)
+            for call in (
+                messages.Call(1, "close", {}),
+                messages.Call(2, "__init__", {}),
+                messages.Call(3, "load", {"shared": "no"}),
+                messages.Call(4, "load", {"artifact": str(classifier_fp32.path), "name": {"a": 1}}),
+                messages.Call(5, "ready", {"now": None}),
+                messages.Call(6, "load", {"artifact": "\0"}),
+            ):
+                send(call)
+                reply = messages.decode_to_client(stranger.recv_multipart()[0])
+                assert isinstance(reply, messages.Replies)
+                (failed,) = reply.failures
+                assert failed.key == call.key
+                assert str(folder.parent) not in failed.message
+            chance = random.Random(0)
+            whole = messages.encode(messages.Requests((infer,), (3,)))
+            for _ in range(2000):
+                header = bytearray(whole)
+                for _ in range(chance.randint(1, 3)):
+                    header[chance.randrange(len(header))] = chance.randrange(256)
+                stranger.send_multipart([bytes(header), bytes(256)])
+            send(messages.Call(1 << 40, "ready", {}))
+            while True:  # until all of them have been heard
+                reply = messages.decode_to_client(stranger.recv_multipart()[0])
+                if isinstance(reply, messages.Returned) and reply.key == 1 << 40:
+                    break
+        assert runtime.stats()["dropped_frames"] > 500
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        assert daemons(folder) == [daemon]
+
+
+def test_a_fork_of_an_attached_process_is_refused_and_does_no_harm(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    said = output(program(FORK, classifier_fp32.path))
+    assert (
+        said.splitlines() == ["this process was forked from the runtime's; open one of its own"] * 2
+    )
+
+
+def test_one_artifact_is_loaded_once_and_another_refused(
+    folder: Path, classifier_fp32: lrai.Artifact, certified: lrai.Artifact
+) -> None:
+    with (
+        lrai.Runtime.open(classifier_fp32, address="auto", name="m") as first,
+        lrai.Runtime.open(classifier_fp32, address="auto", name="m") as second,
+    ):
+        assert pid_of(first, "m") == pid_of(second, "m")
+        with pytest.raises(lrai.UsageError, match="'m' is loaded already"):
+            second.load(certified, name="m")
+        second.unload("m")
+        assert first.models() == []
+        second.load(certified, name="m")
+        assert first.models()[0].version == certified.version
+
+
+def test_a_required_certificate_is_demanded_of_what_another_process_loaded(
+    folder: Path, classifier_fp32: lrai.Artifact, certified: lrai.Artifact
+) -> None:
+    with lrai.Runtime.open(certified, address="auto", name="m") as first:
+        first.load(classifier_fp32, name="bare")
+        with pytest.raises(lrai.ConditionNotMet, match="delta=1e-05"):
+            lrai.Runtime.open(certified, address="auto", name="m", require={"delta": 1e-5})
+        with pytest.raises(lrai.ConditionNotMet, match="no certificate"):
+            lrai.Runtime.open(classifier_fp32, address="auto", name="bare", require={"delta": 1})
+        strict = {"tier": "STATISTICAL", "delta": 0.5}
+        with lrai.Runtime.open(certified, address="auto", name="m", require=strict) as second:
+            assert pid_of(second, "m") == pid_of(first, "m")
+
+
+def test_a_certificate_does_not_speak_of_the_source_that_another_process_was_given(
+    folder: Path, certified: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon_with(tmp_path, monkeypatch, "embedded.isa_class = lambda: 'other'")
+    with lrai.Runtime.open(certified, address="auto", name="m") as runtime:
+        assert runtime.models()[0].variant == "fp32"
+        with pytest.raises(lrai.ConditionNotMet, match="no certificate speaks of what serves"):
+            runtime.load(certified, name="m", require={"delta": 1.0})
+
+
+def test_what_a_killed_daemon_had_loaded_the_next_one_loads_and_no_more(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone.lrai"
+    shutil.copytree(classifier_fp32.path, gone)
+    with lrai.Runtime.open(classifier_fp32, address="auto", name="a") as runtime:
+        for name in "bc":
+            runtime.load(classifier_fp32, name=name)
+        runtime.load(gone, name="gone")
+        runtime.unload("b")
+        shutil.rmtree(gone)
+        (daemon,) = daemons(folder)
+        kill(daemon)
+        assert runtime.infer(request(model_name="a")).model_name == "a"
+        assert {model.name for model in runtime.models()} == {"a", "c"}
+        content = json.loads((folder / "loaded.json").read_text())
+        assert set(content) == {"a", "c"}
+
+
+def test_a_record_that_cannot_be_read_keeps_no_daemon_from_starting(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    folder.mkdir(mode=0o700)
+    for content in ("{", '{"a": 1}', '{"a": {"artefact": "x"}}', '{"a": {"artifact": "/absent"}}'):
+        (folder / "loaded.json").write_text(content)
+        with lrai.Runtime(address="auto") as runtime:
+            assert runtime.models() == []
+            (daemon,) = daemons(folder)
+            kill(daemon)
+        wait_until(lambda: not is_running(folder))
+
+
+def test_questions_are_answered_while_a_model_is_loaded(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o700)
+    monkeypatch.setenv("LRAI_ACTOR_PYTHON", str(slow))
+    with lrai.Runtime(address="auto") as runtime:
+        thread = threading.Thread(target=runtime.load, args=(classifier_fp32,))
+        thread.start()
+        wait_until(lambda: runtime.ready() == "stalled", 1.5)
+        assert thread.is_alive()
+        thread.join()
+        assert runtime.ready() == "idle"
+
+
+def test_a_process_beside_another_finds_the_daemon_at_its_address(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    other = folder.parent / "other"
+    with (
+        lrai.Runtime.open(classifier_fp32, address="auto"),
+        lrai.Runtime(address=str(other)) as beside,
+    ):
+        assert beside.models() == []
+        assert len(daemons(other)) == 1
+        kill(daemons(other)[0])
+
+
+def test_the_command_line_starts_shows_and_stops_the_runtime(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    for command in (("status",), ("stop",), ("drain",), ("unload", "m")):
+        assert "lrai runtime start starts one" in run("runtime", *command, code=5)
+    assert "was started" in run("runtime", "start", code=0)
+    assert "runs already" in run("runtime", "start", code=0)
+    assert "m is loaded" in run("runtime", "load", classifier_fp32.path, "--name", "m", code=0)
+    shown = run("runtime", "status", code=0)
+    for words in ("idle", "m", "fp32", "actor_ready", "outstanding_rows"):
+        assert words in shown
+    run("runtime", "load", folder / "absent", code=4)
+    assert "loaded: 'm'" in run("runtime", "unload", "x", code=2)
+    with lrai.Runtime(address="auto") as runtime:
+        actor = pid_of(runtime, "m")
+        run("runtime", "drain", code=0)
+        with pytest.raises(lrai.NotReady, match="draining"):
+            runtime.infer(request(model_name="m"))
+        assert runtime.ready() == "dead"
+        run("runtime", "stop", code=0)
+        assert_gone(folder, actor)  # at once, though a client is still there
+        with pytest.raises(lrai.ModelNotFound, match="loaded: none"):
+            runtime.infer(request(model_name="m"))  # which starts the next one, with nothing in it
+    assert len(daemons(folder)) == 1
