@@ -81,11 +81,11 @@ class Attached:
         self._folder = shared_folder(config, address)
         self._config, self._stay = config, stay
         self._patience = config.actor.start_timeout_seconds + _ANSWER_SECONDS
-        address, identity = f"ipc://{self._folder}/clients", secrets.token_bytes(16)
-        self._socket = messages.connect(address, identity, hold=False)
+        self._socket = messages.connect(f"ipc://{self._folder}/clients", secrets.token_bytes(16))
         self._lost = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._wake_read, self._wake_write = os.pipe()
         self._awake = self._refusing = self._closed = False
+        self._greeted = False  # a sign of life was not answered yet
         self._lock = threading.Lock()  # of what callers and the thread both change
         self._keys = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
@@ -224,7 +224,7 @@ class Attached:
                 self._awake = False
             if self._lost in ready:
                 self._lost.recv_multipart()
-                self._session, next_sign = "", 0.0
+                self._session, self._greeted, next_sign = "", False, 0.0
                 self._on_wire.clear()
             while self._socket.poll(0):
                 frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
@@ -251,11 +251,15 @@ class Attached:
                 self._process = start_daemon(self._folder, self._config, stay=self._stay)
             except OSError as error:
                 self._fail(f"it cannot be started: {error.strerror}")
-        self._push(Attach(messages.PROTOCOL_VERSION, version("lrai")))
+        if not self._greeted:  # else they would pile up where nobody hears them
+            self._greeted = True
+            life = Attach(messages.PROTOCOL_VERSION, version("lrai"))
+            self._socket.send(messages.encode(life))
 
     def _hear(self, frames: list[memoryview]) -> None:
         message = messages.decode_to_client(frames[0])
         if isinstance(message, messages.Attached):
+            self._greeted = False
             if message.version != messages.PROTOCOL_VERSION:
                 versions = f"protocol {message.version} of lrai {message.lrai}"
                 mine = f"this process {messages.PROTOCOL_VERSION}: stop it first"
@@ -296,13 +300,11 @@ class Attached:
         while self._outcalls:  # without credit: they are few, and tell how things are
             key = self._outcalls.popleft()
             if (call := self._calls.get(key)) is not None:
-                self._push(msgspec.structs.replace(call[0], key=key))
+                self._socket.send(messages.encode(msgspec.structs.replace(call[0], key=key)))
         while self._cancelled:
             key = self._cancelled.popleft()
             if key in self._on_wire:
                 cancelled.append(key)  # and is answered like any other
-            else:
-                self._asked.pop(key, None)
         while self._outbox and len(self._on_wire) < self._credit and len(items) < _MOST_ITEMS:
             key = self._outbox.popleft()
             if (asked := self._asked.get(key)) is None:
@@ -319,13 +321,9 @@ class Attached:
                     )
                 )
         if items or cancelled:
-            self._push(Requests(tuple(items), tuple(cancelled)), packer)
+            message = Requests(tuple(items), tuple(cancelled))
+            packer.send(self._socket, messages.encode(message))
         return len(items) == _MOST_ITEMS
-
-    def _push(self, message: messages.FromClient, packer: Packer | None = None) -> None:
-        """Send a message to the daemon; if it is gone, its successor gets what was asked again."""
-        with contextlib.suppress(zmq.Again):
-            (packer or Packer()).send(self._socket, messages.encode(message), flags=zmq.NOBLOCK)
 
 
 def shared_folder(config: LraiConfig, address: str = "") -> Path:

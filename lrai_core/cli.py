@@ -178,7 +178,9 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)  # cleans up like Ctrl-C
     error_console = Console(stderr=True, soft_wrap=True)
     try:
-        for entry in entry_points(group="lrai.commands"):
+        entries = entry_points(group="lrai.commands")
+        app.info.epilog = f"More commands: {', '.join(entry.name for entry in entries)}"
+        for entry in entries:
             if sys.argv[1:2] == [entry.name]:
                 sys.exit(entry.load()(sys.argv[2:]))
         app()

@@ -37,7 +37,7 @@ from lrai_core.wire.workers import Outcome
 
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone
 _IDLE_SECONDS: Final = 30.0
-_LAST_WORDS_MS: Final = 1000  # for answers on their way when it ends
+_LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _QUICK: Final = frozenset({"models", "ready", "stats", "stop"})
 _SLOW: Final = frozenset({"load", "unload", "drain"})  # one after the other
 

@@ -309,13 +309,8 @@ def listen(address: str) -> zmq.Socket[bytes]:
     return socket
 
 
-def connect(address: str, identity: bytes, *, hold: bool = True) -> zmq.Socket[bytes]:
+def connect(address: str, identity: bytes) -> zmq.Socket[bytes]:
     """Return a DEALER that the peer at `address` knows by `identity`.
-
-    Args:
-        address: Where a peer listens, or will.
-        identity: Its own for each socket.
-        hold: Whether what is sent while no peer is there is kept for the next one.
 
     Raises:
         EnvironmentProblem: There can be no socket at `address`.
@@ -323,7 +318,6 @@ def connect(address: str, identity: bytes, *, hold: bool = True) -> zmq.Socket[b
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)  # bounded by credit, or by the one batch that is answered
-    socket.setsockopt(zmq.IMMEDIATE, 0 if hold else 1)
     socket.setsockopt(zmq.ROUTING_ID, identity)
     _open(socket, socket.connect, address)
     return socket
@@ -355,9 +349,9 @@ class Packer:
         """Return the frames that follow the header."""
         return [memoryview(self._small).toreadonly(), *self._large]
 
-    def send(self, socket: zmq.Socket[bytes], *head: bytes, flags: int = 0) -> None:
+    def send(self, socket: zmq.Socket[bytes], *head: bytes) -> None:
         """Send the frames in `head` and those of the tensors; only large ones without a copy."""
-        socket.send_multipart([*head, *self.frames()], flags, copy=not self._large)
+        socket.send_multipart([*head, *self.frames()], copy=not self._large)
 
 
 def answer(key: int, response: InferenceResponse, packer: Packer) -> Answer:

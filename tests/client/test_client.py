@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zmq
 
 import lrai_core as lrai
 from lrai_client import client
@@ -52,7 +51,8 @@ class Daemon:
 
     def call(self) -> Call:
         """Return the next call."""
-        return self._hear(lambda: False, want=Call)
+        call: Call = self._hear(lambda: False, want=Call)
+        return call
 
     def cancelled(self) -> tuple[int, ...]:
         """Return the keys that the next message with some cancels."""
@@ -159,7 +159,7 @@ def test_what_waits_together_is_sent_together_but_never_too_much(
 ) -> None:
     monkeypatch.setattr(client, "_MOST_ITEMS", 3)
     futures = [attached.start(request()) for _ in range(20)]
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < 20:
         message = daemon._hear(lambda: False, want=Requests)
         sizes.append(len(message.items))
@@ -245,6 +245,7 @@ def test_a_cancelled_request_is_cancelled_at_the_daemon_at_once(
 ) -> None:
     future = attached.start(request())
     (item,) = daemon.take(1)
+    time.sleep(0.3)  # nothing else is to be sent now
     started = time.monotonic()
     assert future.cancel()
     assert daemon.cancelled() == (item.key,)
@@ -359,19 +360,18 @@ def test_what_cannot_be_sent_is_its_callers_error_and_nobody_elses(
 
 def test_tensors_arrive_as_they_were_given(daemon: Daemon, attached: Attached) -> None:
     words = np.array([["ä", ""]], object)
-    wide = memoryview(np.arange(6, dtype=np.float32).reshape(2, 3))
+    wide = np.arange(6, dtype=np.float32).reshape(2, 3).data
     raw = lrai.Tensor(name="r", datatype="FP32", shape=(2, 3), data=wide)
     large = np.arange(1 << 15, dtype=np.float64)[::-1]
     inputs = {"w": words, "r": raw, "l": large}
     attached.start(request(inputs=inputs))
-    message: list[bytes] = []
-    while not message:
+    while True:
         _, header, *frames = daemon._socket.recv_multipart()
-        decoded = messages.decode_from_client(header)
-        message = frames if isinstance(decoded, Requests) else []
-    assert isinstance(decoded, Requests)
-    (item,) = decoded.items
-    w, r, big = (messages.unpack(tensor, message) for tensor in item.tensors)
+        message = messages.decode_from_client(header)
+        if isinstance(message, Requests):
+            break
+    (item,) = message.items
+    w, r, big = (messages.unpack(tensor, frames) for tensor in item.tensors)
     assert w.tolist() == words.tolist()
     assert r.tolist() == [[0, 1, 2], [3, 4, 5]]
     np.testing.assert_array_equal(big, large)
@@ -529,11 +529,14 @@ def test_a_client_that_waits_for_long_piles_up_nothing(
     successor.close()
 
 
-def test_a_stopped_daemon_blocks_no_client(daemon: Daemon, parent: Path) -> None:
+def test_a_stopped_daemon_blocks_no_client(
+    daemon: Daemon, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_MOST_ITEMS", 1)
     daemon.credit = 5000
     attached = attach(daemon, parent, **{"scheduler.max_queue_rows": 5000})
     large = np.zeros(1 << 14, np.float32)  # nobody reads: sockets and queues fill up
-    for _ in range(2000):
+    for _ in range(3000):
         attached.start(request(inputs={"x": large}))
     started = time.monotonic()
     attached.close()
@@ -544,8 +547,3 @@ def test_the_socket_is_not_polled_by_a_client_at_rest(attached: Attached) -> Non
     before = time.process_time()
     time.sleep(1)
     assert time.process_time() - before < 0.2
-
-
-def test_zmq_has_the_options_that_the_client_relies_on(attached: Attached) -> None:
-    assert attached._socket.getsockopt(zmq.IMMEDIATE) == 1
-    assert attached._socket.getsockopt(zmq.SNDHWM) == 0

@@ -331,6 +331,12 @@ def test_text_survives_the_wire_form(words: list[str]) -> None:
     assert decode_bytes(encode_bytes(array), len(words)).tolist() == words
 
 
+@pytest.mark.parametrize("element", [3, 1.5, None, b"\xff", "\ud800"])
+def test_what_is_no_text_is_not_encoded(element: object) -> None:
+    with pytest.raises(ValueError, match="an element is"):
+        encode_bytes(np.array([element, "x"], dtype=object))
+
+
 @given(st.binary(max_size=40), st.integers(0, 6))
 def test_any_bytes_decode_to_text_or_a_value_error(data: bytes, count: int) -> None:
     try:

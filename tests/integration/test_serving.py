@@ -299,6 +299,13 @@ def test_a_closed_runtime_refuses_at_once(classifier_fp32: lrai.Artifact) -> Non
     assert runtime.ready() == "dead"
 
 
+def test_a_runtime_that_drains_is_not_ready_though_it_is_empty() -> None:
+    with lrai.Runtime() as runtime:
+        assert runtime.ready() == "idle"
+        assert runtime.drain()
+        assert runtime.ready() == "dead"
+
+
 def test_a_fork_of_the_process_neither_uses_nor_harms_the_runtime(
     classifier_fp32: lrai.Artifact,
 ) -> None:

@@ -26,7 +26,7 @@ import lrai_core as lrai
 from lrai_client.client import is_running, start_daemon
 from lrai_core.wire import messages
 from tests.integration.test_cli import run
-from tests.integration.test_runtime_faults import Load, kill, pid_of, wait_until
+from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -35,8 +35,8 @@ START = """
 import json, sys, time
 import numpy as np
 import lrai_core as lrai
-def request(value=0.0):
-    features = np.full((1, 64), value, np.float32)
+def request(value=0.0, rows=1):
+    features = np.full((rows, 64), value, np.float32)
     return lrai.InferenceRequest(model_name="classifier", inputs={"features": features})
 runtime = lrai.Runtime.open(sys.argv[1], address="auto")
 """
@@ -47,9 +47,9 @@ logits = answer.outputs["logits"].tolist()
 print(json.dumps({{"logits": logits, "actor": pid, "modules": sorted(sys.modules)}}))
 """
 SUBMIT = f"""{START}
-ids = [runtime.submit(request(i)) for i in range(int(sys.argv[2]))]
-print("sent", flush=True)
-print(json.dumps([runtime.result(i).outputs["logits"].tolist() for i in ids]))
+count, rows = map(int, sys.argv[2:])
+ids = [runtime.submit(request(i, rows)) for i in range(count)]
+print(json.dumps([runtime.result(i).outputs["logits"][-1:].tolist() for i in ids]))
 """
 FORK = f"""{START}
 import os, warnings
@@ -80,20 +80,25 @@ def folder(
     monkeypatch.setenv("LRAI_ACTOR_HANG_SECONDS", "60")  # actors are stopped here to fill queues
     folder = parent / f"lrai-{os.geteuid()}"
     yield folder
-    for pid in daemons(folder):
+    for pid in processes(f"{parent}/"):
         kill(pid)
-    wait_until(lambda: not daemons(folder))
+    wait_until(lambda: not processes(f"{parent}/"))
 
 
 def daemons(folder: Path) -> list[int]:
-    """Return the processes whose command line names the folder."""
+    """Return the daemons of the folder."""
+    return processes(f"\0{folder}\0")
+
+
+def processes(words: str) -> list[int]:
+    """Return the processes whose command line holds these words."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if str(folder).encode() in arguments:
+        if words.encode() in command:
             found.append(int(process.name))
     return found
 
@@ -183,10 +188,10 @@ def test_requests_of_different_processes_share_a_call(
         actor = pid_of(runtime, "classifier")
         kill(actor, signal.SIGSTOP)
         ids = [runtime.submit(request(i)) for i in range(3)]
-        other = program(SUBMIT, classifier_fp32.path, 3)
+        other = program(SUBMIT, classifier_fp32.path, 3, 1)
         wait_until(lambda: outstanding(runtime) == 6)
         kill(actor, signal.SIGCONT)
-        theirs = json.loads(output(other).splitlines()[-1])
+        theirs = json.loads(output(other))
         mine = [runtime.result(i).outputs["logits"] for i in ids]
         assert runtime.stats()["batch_dispatched"] <= 3
     for i in range(3):
@@ -220,14 +225,14 @@ def test_killed_daemons_cost_no_request(
 def test_what_a_killed_client_had_queued_is_dropped(
     folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 1.5")
+    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 3")
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor, _ = stop_at_work(runtime)
-        client = program(SUBMIT, classifier_fp32.path, 10)
+        client = program(SUBMIT, classifier_fp32.path, 10, 1)
         wait_until(lambda: outstanding(runtime) == 11)
         client.kill()
         client.communicate()
-        wait_until(lambda: outstanding(runtime) == 1, 5)
+        wait_until(lambda: outstanding(runtime) == 1, 10)
         kill(actor, signal.SIGCONT)
         wait_until(lambda: outstanding(runtime) == 0, 5)
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
@@ -240,17 +245,17 @@ def test_a_client_that_was_given_up_asks_again_when_it_is_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 1.5")
+    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 3")
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor, _ = stop_at_work(runtime)
-        client = program(SUBMIT, classifier_fp32.path, 4)
+        client = program(SUBMIT, classifier_fp32.path, 4, 1)
         wait_until(lambda: outstanding(runtime) == 5)
         client.send_signal(signal.SIGSTOP)
-        wait_until(lambda: outstanding(runtime) == 1, 5)
+        wait_until(lambda: outstanding(runtime) == 1, 10)
         client.send_signal(signal.SIGCONT)
         wait_until(lambda: outstanding(runtime) == 5, 5)
         kill(actor, signal.SIGCONT)
-        answers = json.loads(output(client).splitlines()[-1])
+        answers = json.loads(output(client))
     for i, logits in enumerate(answers):
         np.testing.assert_allclose(logits, expected(session, i), atol=1e-4)
 
@@ -302,6 +307,30 @@ def test_a_daemon_that_is_told_to_end_answers_what_it_accepted(
         time.sleep(0.3)
         assert not daemons(folder)  # its client has nothing to ask, and starts none
         assert_gone(folder, actor)
+
+
+def test_a_slow_client_gets_its_answers_though_the_daemon_ends(
+    folder: Path,
+    classifier_fp32: lrai.Artifact,
+    session: onnxruntime.InferenceSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LRAI_SCHEDULER_MAX_QUEUE_ROWS", str(10 * 4096))
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (daemon,) = daemons(folder)
+        actor = pid_of(runtime, "classifier")
+        kill(actor, signal.SIGSTOP)
+        client = program(SUBMIT, classifier_fp32.path, 9, 4096)  # more than a socket buffers
+        wait_until(lambda: outstanding(runtime) == 9 * 4096)
+        client.send_signal(signal.SIGSTOP)
+        kill(daemon, signal.SIGTERM)
+        kill(actor, signal.SIGCONT)
+        wait_until(lambda: not alive(actor))  # all was answered
+        time.sleep(0.3)
+        client.send_signal(signal.SIGCONT)
+        answers = json.loads(output(client))
+    for i, logits in enumerate(answers):
+        np.testing.assert_allclose(logits, expected(session, i), atol=1e-4)
 
 
 def test_what_does_not_end_in_time_is_told_so(
@@ -561,6 +590,7 @@ def test_a_process_beside_another_finds_the_daemon_at_its_address(
 def test_the_command_line_starts_shows_and_stops_the_runtime(
     folder: Path, classifier_fp32: lrai.Artifact
 ) -> None:
+    assert "More commands: runtime" in run("--help", code=0)
     for command in (("status",), ("stop",), ("drain",), ("unload", "m")):
         assert "lrai runtime start starts one" in run("runtime", *command, code=5)
     assert "was started" in run("runtime", "start", code=0)

@@ -557,8 +557,9 @@ def test_draining_refuses_what_is_new_and_answers_what_was_accepted(
 
 def test_draining_says_when_it_did_not_end_in_time(bench: Bench, clock: Clock) -> None:
     bench.submit()
-    started = clock.now
+    started, accepting = clock.now, [bench.scheduler.accepting]
     assert not bench.scheduler.drain(3)
+    assert [*accepting, bench.scheduler.accepting] == [True, False]
     assert clock.now - started == pytest.approx(3, abs=0.1)
 
 
