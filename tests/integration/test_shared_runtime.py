@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import zmq
 
 import lrai_core as lrai
 from lrai_client.client import is_running, start_daemon
+from lrai_core.runtime.daemon import Daemon
 from lrai_core.wire import messages
-from tests.integration.test_cli import run
+from tests.integration.test_cli import LRAI, run
 from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
 
 pytestmark = pytest.mark.server
@@ -272,6 +274,28 @@ def test_a_daemon_ends_by_itself_after_its_last_client(
         assert (folder / "loaded.json").is_file()
     wait_until(lambda: not daemons(folder), 5)
     assert_gone(folder, actor)
+
+
+def test_who_comes_while_an_idle_daemon_ends_is_served_by_the_next_one(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = tmp_path / "ending"
+    daemon_with(
+        tmp_path,
+        monkeypatch,
+        "daemon._SILENT_SECONDS, daemon._IDLE_SECONDS = 1.2, 0.3",
+        "import pathlib, time",
+        "drain = embedded.Embedded.drain",
+        "def slowly(self):",
+        f"    drain(self), pathlib.Path({str(ending)!r}).touch(), time.sleep(1)",
+        "embedded.Embedded.drain = slowly",
+    )
+    lrai.Runtime.open(classifier_fp32, address="auto").close()
+    (first,) = daemons(folder)
+    wait_until(ending.exists)
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        assert first not in daemons(folder)
 
 
 def assert_gone(folder: Path, actor: int) -> None:
@@ -585,6 +609,29 @@ def test_a_process_beside_another_finds_the_daemon_at_its_address(
         assert beside.models() == []
         assert len(daemons(other)) == 1
         kill(daemons(other)[0])
+
+
+def test_the_command_to_stop_returns_when_the_daemon_has_ended(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor, identity = stop_at_work(runtime)
+        stop = subprocess.Popen([LRAI, "runtime", "stop"])
+        wait_until(lambda: runtime.ready() == "dead")
+        with pytest.raises(subprocess.TimeoutExpired):
+            stop.wait(1)
+        kill(actor, signal.SIGCONT)
+        assert runtime.result(identity).outputs["logits"].shape == (1, 10)
+        assert stop.wait(10) == 0
+        assert not is_running(folder)
+
+
+def test_an_operation_that_comes_while_the_daemon_ends_harms_nobody() -> None:
+    daemon, replies = object.__new__(Daemon), list[Any]()
+    daemon._quick = ThreadPoolExecutor(1)
+    daemon._quick.shutdown()
+    daemon.operate(messages.Call(1, "ready", {}), replies.append)
+    assert not replies
 
 
 def test_the_command_line_starts_shows_and_stops_the_runtime(
