@@ -9,6 +9,7 @@ What was loaded when a daemon is killed, the next one loads again before it hear
 from __future__ import annotations
 
 import contextlib
+import gc
 import secrets
 import signal
 import sys
@@ -249,7 +250,11 @@ def main(argv: list[str]) -> None:
     """Run the daemon."""
     folder, stay = argv
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=LraiConfig)
-    Daemon(Path(folder), config, stay=stay == "stay").run()
+    daemon = Daemon(Path(folder), config, stay=stay == "stay")
+    # Requests are many small objects without cycles: looking for these took a twelfth of the time.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+    daemon.run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """From what waits to what runs next: pure decisions, without clock, locks or sockets.
 
 The most urgent request leads the next call. Others join it, nearest in length first, where the
-latency model says that running together takes less time than running one after the other. Where
+latency model says that they take less time there than alone, and less than in a call with those of
+their own length that may wait too: padding is work. Where
 its deadline leaves room for a small call only, leading costs more than it is worth: then the most
 urgent are given up for a call that serves more per second (the early drop of Nexus, with the number
 dropped chosen by what it buys). Where coalescing does not pay, the plan is one by one.
@@ -22,6 +23,7 @@ from lrai_core.scheduler.latency import LatencyModel
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
 _SPARE: Final = 3.0  # durations of the call after the next that its deadline has to leave for it
 _MOST_GIVEN_UP: Final = 4096  # by one decision
+_PEERS: Final = 8  # of its own length a neighbour is thought to find, at most
 _MOST_SKIPPED: Final = 8  # neighbours too large for a call, before a side is left alone
 
 
@@ -211,6 +213,8 @@ class _Situation:
         shorter, at = bisect_left(lane, (head.length,)), bisect_left(lane, (head.length, head))
         both = _Side(lane, shorter, -1, head, gone), _Side(lane, at, 1, head, gone)
         sides = [side for side in both if side.next is not None]
+        # The more wait, the likelier each finds others of its own length to share a call with.
+        others = min(_PEERS, len(lane))
         while call.rows < self.bounds.rows:
             best: _Side | None = None
             best_saving = best_seconds = 0.0
@@ -219,7 +223,8 @@ class _Situation:
                     rows, length = call.rows + other.rows, max(call.length, other.length)
                     if self.bounds.allow(rows, length):
                         seconds, alone = predict(rows, length), predict(other.rows, other.length)
-                        saving = call.seconds + alone - seconds
+                        peers = predict(others * other.rows, other.length) / others
+                        saving = call.seconds + min(alone, peers) - seconds
                         if saving <= 0:
                             side.next = None  # those behind are longer, or padded more
                             break
