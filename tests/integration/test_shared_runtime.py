@@ -24,9 +24,10 @@ import pytest
 import zmq
 
 import lrai_core as lrai
-from lrai_client.client import is_running, start_daemon
-from lrai_core.runtime.daemon import Daemon
-from lrai_core.wire import messages
+from lrai_core.wire.messages import TensorFrame, encode
+from lrai_shared import messages
+from lrai_shared.client import is_running, start_daemon
+from lrai_shared.daemon import Daemon
 from tests.integration.test_cli import LRAI, run
 from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
 
@@ -447,16 +448,16 @@ def test_hostile_frames_are_dropped_counted_and_harm_nobody(
 ) -> None:
     import pickle  # noqa: TID251 - what an attacker would send
 
-    place = messages.TensorFrame("FP32", (1, 64), 0, 0, 256)
+    place = TensorFrame("FP32", (1, 64), 0, 0, 256)
     infer = messages.Infer(1, "classifier", "", (), None, {}, ("features",), (place,))
-    wrong = msgspec.structs.replace(infer, tensors=(messages.TensorFrame("FP32", (1,), 9, 0, 4),))
+    wrong = msgspec.structs.replace(infer, tensors=(TensorFrame("FP32", (1,), 9, 0, 4),))
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         (daemon,) = daemons(folder)
         with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
             stranger.connect(f"ipc://{folder}/clients")
 
             def send(message: messages.FromClient, *frames: bytes) -> None:
-                stranger.send_multipart([messages.encode(message), *frames])
+                stranger.send_multipart([encode(message), *frames])
 
             send(messages.Requests((infer,)), bytes(256))  # before it attached: not heard
             for frames in ([b""], [b"\x00" * 40], [pickle.dumps(print)], [b"x"] * 9):
@@ -485,7 +486,7 @@ def test_hostile_frames_are_dropped_counted_and_harm_nobody(
                 assert failed.key == call.key
                 assert str(folder.parent) not in failed.message
             chance = random.Random(0)
-            whole = messages.encode(messages.Requests((infer,), (3,)))
+            whole = encode(messages.Requests((infer,), (3,)))
             for _ in range(2000):
                 header = bytearray(whole)
                 for _ in range(chance.randint(1, 3)):

@@ -11,11 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import lrai_core as lrai
-from lrai_core.errors import EngineError
 from lrai_core.protocol import DATATYPES, Array
 from lrai_core.wire import messages
 from lrai_core.wire.messages import BadFrames, Execute, Item, Packer, TensorFrame, unpack
+from lrai_shared import messages as session
 from tests.core.small_artifact import SIGNATURE
 
 NUMERIC = [dtype for name, dtype in DATATYPES.items() if name != "BYTES"]
@@ -34,26 +33,26 @@ FROM_ACTOR: list[messages.FromActor] = [
     messages.Refused(7, "no"),
 ]
 PLACE = TensorFrame("FP32", (2, 3), 0, 0, 24)
-FROM_CLIENT: list[messages.FromClient] = [
-    messages.Attach(1, "0.1"),
-    messages.Requests(
-        (messages.Infer(3, "m", "1", ("y",), 20.5, {"priority": 1}, ("x",), (PLACE,)),), (1, 2)
+FROM_CLIENT: list[session.FromClient] = [
+    session.Attach(1, "0.1"),
+    session.Requests(
+        (session.Infer(3, "m", "1", ("y",), 20.5, {"priority": 1}, ("x",), (PLACE,)),), (1, 2)
     ),
-    messages.Call(4, "load", {"artifact": "/a.lrai", "name": "", "require": {"delta": 0.1}}),
+    session.Call(4, "load", {"artifact": "/a.lrai", "name": "", "require": {"delta": 0.1}}),
 ]
-TO_CLIENT: list[messages.ToClient] = [
-    messages.Attached(1, "0.1", "abc", 16),
-    messages.Replies(
-        (messages.Answer(3, "m", "1", {"variant": "int8"}, ("y",), (PLACE,)),),
-        (messages.Failure(5, "QueueFull", "full", {"limit": 4}),),
+TO_CLIENT: list[session.ToClient] = [
+    session.Attached(1, "0.1", "abc", 16),
+    session.Replies(
+        (session.Answer(3, "m", "1", {"variant": "int8"}, ("y",), (PLACE,)),),
+        (session.Failure(5, "QueueFull", "full", {"limit": 4}),),
     ),
-    messages.Returned(4, ["m"]),
+    session.Returned(4, ["m"]),
 ]
 DECODERS: list[tuple[Any, list[Any]]] = [
     (messages.decode_to_actor, TO_ACTOR),
     (messages.decode_from_actor, FROM_ACTOR),
-    (messages.decode_from_client, FROM_CLIENT),
-    (messages.decode_to_client, TO_CLIENT),
+    (session.decode_from_client, FROM_CLIENT),
+    (session.decode_to_client, TO_CLIENT),
 ]
 
 
@@ -220,60 +219,3 @@ def test_well_formed_msgpack_of_the_wrong_content_is_bad_frames(
 def test_a_header_over_its_limit_is_refused_unread() -> None:
     with pytest.raises(BadFrames, match="too large"):
         messages.decode_to_actor(bytes((8 << 20) + 1))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        lrai.QueueFull("full", limit=4, retry_after_seconds=0.5),
-        lrai.InvalidTensor("x\n", "has 2 rows"),
-        EngineError("no", invalid=True),
-        *(kind("why") for kind in (lrai.LraiError, lrai.NotReady, lrai.ActorError)),
-        *(kind("why") for kind in (lrai.ConditionNotMet, lrai.DeadlineExceeded, lrai.UsageError)),
-    ],
-)
-def test_an_error_arrives_as_what_it_was(error: lrai.LraiError) -> None:
-    replies = messages.Replies(failures=(messages.failure(3, error),))
-    again = messages.decode_to_client(messages.encode(replies))
-    assert isinstance(again, messages.Replies)
-    arrived = messages.error_of(again.failures[0])
-    assert (type(arrived), str(arrived), vars(arrived)) == (type(error), str(error), vars(error))
-    assert arrived.http_status == error.http_status
-
-
-def test_of_a_bug_only_its_class_is_told() -> None:
-    error = messages.error_of(messages.failure(3, FileNotFoundError(2, "no", "/home/of/others")))
-    assert (type(error), str(error)) == (lrai.LraiError, "the runtime failed: FileNotFoundError")
-
-
-@pytest.mark.parametrize("kind", ["shorten", "annotations", "__builtins__", "int", "", "Exception"])
-def test_an_error_of_an_unknown_class_is_the_root_of_all(kind: str) -> None:
-    assert type(messages.error_of(messages.Failure(1, kind, "why", {}))) is lrai.LraiError
-
-
-def test_a_request_and_its_answer_survive_the_wire() -> None:
-    packer, x = Packer(), np.arange(6, dtype=np.float32).reshape(2, 3)
-    item = messages.Infer(3, "m", "1", ("y",), 20.5, {"priority": 1}, ("x",), packer.pack([x]))
-    asked = messages.request_of(messages.checked(item), packer.frames())
-    tensor = asked.inputs["x"]
-    assert isinstance(tensor, lrai.Tensor)
-    assert (tensor.datatype, tensor.shape, bytes(tensor.data)) == ("FP32", (2, 3), x.tobytes())
-    assert (asked.model_name, asked.model_version, asked.outputs) == ("m", "1", ("y",))
-    assert (asked.timeout_ms, asked.parameters) == (20.5, {"priority": 1})
-
-    given_ = lrai.InferenceResponse(
-        model_name="m", model_version="1", id="7", outputs={"y": x}, parameters={"variant": "int8"}
-    )
-    packer = Packer()
-    arrived = messages.response_of(messages.answer(3, given_, packer), "7", packer.frames())
-    np.testing.assert_array_equal(arrived.outputs["y"], x)
-    arrived.outputs["y"][0] = 0  # the caller's own
-    assert (arrived.id, arrived.model_name, arrived.parameters) == ("7", "m", {"variant": "int8"})
-
-
-def test_a_hundred_of_the_largest_requests_fit_a_header() -> None:
-    with pytest.raises(lrai.RequestError, match="65536 are allowed"):
-        messages.checked(messages.Infer(1, "m" * 65536, "", (), None, {}, (), ()))
-    item = messages.checked(messages.Infer(1, "m" * 65000, "", (), None, {}, (), ()))
-    header = messages.encode(messages.Requests((item,) * 100))
-    assert isinstance(messages.decode_from_client(header), messages.Requests)

@@ -40,8 +40,18 @@ from lrai_core import (
     NotReady,
     Tensor,
 )
-from lrai_core.wire import messages
-from lrai_core.wire.messages import Attach, Buffer, Call, Infer, Packer, Requests, TensorFrame
+from lrai_core.wire.messages import (
+    PROTOCOL_VERSION,
+    BadFrames,
+    Buffer,
+    Packer,
+    TensorFrame,
+    connect,
+    contents,
+    encode,
+)
+from lrai_shared import messages
+from lrai_shared.messages import Attach, Call, Infer, Requests
 
 _LIFE_SECONDS: Final = 1.0  # between signs of life
 _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
@@ -81,7 +91,7 @@ class Attached:
         self._folder = shared_folder(config, address)
         self._config, self._stay = config, stay
         self._patience = config.actor.start_timeout_seconds + _ANSWER_SECONDS
-        self._socket = messages.connect(f"ipc://{self._folder}/clients", secrets.token_bytes(16))
+        self._socket = connect(f"ipc://{self._folder}/clients", secrets.token_bytes(16))
         self._lost = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._wake_read, self._wake_write = os.pipe()
         self._awake = self._refusing = self._closed = False
@@ -228,7 +238,7 @@ class Attached:
                 self._on_wire.clear()
             while self._socket.poll(0):
                 frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
-                with contextlib.suppress(messages.BadFrames):  # from no daemon of this version
+                with contextlib.suppress(BadFrames):  # from no daemon of this version
                     self._hear(frames)
             while self._session and self._send():
                 pass
@@ -253,16 +263,16 @@ class Attached:
                 self._fail(f"it cannot be started: {error.strerror}")
         if not self._greeted:  # else they would pile up where nobody hears them
             self._greeted = True
-            life = Attach(messages.PROTOCOL_VERSION, version("lrai"))
-            self._socket.send(messages.encode(life))
+            life = Attach(PROTOCOL_VERSION, version("lrai"))
+            self._socket.send(encode(life))
 
     def _hear(self, frames: list[memoryview]) -> None:
         message = messages.decode_to_client(frames[0])
         if isinstance(message, messages.Attached):
             self._greeted = False
-            if message.version != messages.PROTOCOL_VERSION:
+            if message.version != PROTOCOL_VERSION:
                 versions = f"protocol {message.version} of lrai {message.lrai}"
-                mine = f"this process {messages.PROTOCOL_VERSION}: stop it first"
+                mine = f"this process {PROTOCOL_VERSION}: stop it first"
                 self._fail(f"it speaks {versions}, {mine}")
             elif message.session != self._session:  # it knows of nothing that was asked
                 self._session, self._credit = message.session, message.credit
@@ -300,7 +310,7 @@ class Attached:
         while self._outcalls:  # without credit: they are few, and tell how things are
             key = self._outcalls.popleft()
             if (call := self._calls.get(key)) is not None:
-                self._socket.send(messages.encode(msgspec.structs.replace(call[0], key=key)))
+                self._socket.send(encode(msgspec.structs.replace(call[0], key=key)))
         while self._cancelled:
             key = self._cancelled.popleft()
             if key in self._on_wire:
@@ -314,7 +324,7 @@ class Attached:
             else:
                 self._on_wire.add(key)
                 left_ms = max(0.0, (asked.deadline - now) * 1e3)
-                tensors = tuple(packer.place(*contents) for contents in asked.tensors)
+                tensors = tuple(packer.place(*place) for place in asked.tensors)
                 items.append(
                     msgspec.structs.replace(
                         asked.item, key=key, timeout_ms=left_ms, tensors=tensors
@@ -322,7 +332,7 @@ class Attached:
                 )
         if items or cancelled:
             message = Requests(tuple(items), tuple(cancelled))
-            packer.send(self._socket, messages.encode(message))
+            packer.send(self._socket, encode(message))
         return len(items) == _MOST_ITEMS
 
 
@@ -364,7 +374,7 @@ def start_daemon(
             return None
         with (folder / "log").open("wb") as log:
             # The lock belongs to the open file, which the daemon inherits and keeps for life.
-            command = [sys.executable, "-P", "-m", "lrai_core.runtime.daemon", str(folder)]
+            command = [sys.executable, "-P", "-m", "lrai_shared.daemon", str(folder)]
             daemon = subprocess.Popen(
                 [*command, "stay" if stay else "end"],
                 stdin=subprocess.PIPE,
@@ -398,7 +408,7 @@ def _contents(name: str, given: Any) -> Contents:
     if not isinstance(given, np.ndarray):
         raise InvalidTensor(name, f"got a {type(given).__name__}, a numpy array is needed")
     try:
-        return messages.contents(given)
+        return contents(given)
     except ValueError as error:
         raise InvalidTensor(name, str(error)) from None
 

@@ -17,21 +17,21 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
-from lrai_client import client
-from lrai_client.client import Attached, is_running, shared_folder, start_daemon
-from lrai_core.wire import messages
-from lrai_core.wire.messages import Answer, Call, Failure, Packer, Replies, Requests, Returned
+from lrai_core.wire.messages import PROTOCOL_VERSION, Packer, TensorFrame, encode, listen, unpack
+from lrai_shared import client, messages
+from lrai_shared.client import Attached, is_running, shared_folder, start_daemon
+from lrai_shared.messages import Answer, Call, Failure, Replies, Requests, Returned
 
 
 class Daemon:
     """A daemon's end of the socket, and its lock, so that no real one is started."""
 
     def __init__(self, folder: Path, credit: int = 100) -> None:
-        self.credit, self.session, self.version = credit, "first", messages.PROTOCOL_VERSION
+        self.credit, self.session, self.version = credit, "first", PROTOCOL_VERSION
         self.taken: list[messages.Infer] = []
         self._lock = (folder / "lock").open("ab")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._socket = messages.listen(f"ipc://{folder}/clients")
+        self._socket = listen(f"ipc://{folder}/clients")
         self._peer = b""
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class Daemon:
         return not self.taken
 
     def send(self, message: messages.ToClient, frames: list[Any] | None = None) -> None:
-        self._socket.send_multipart([self._peer, messages.encode(message), *(frames or [b""])])
+        self._socket.send_multipart([self._peer, encode(message), *(frames or [b""])])
 
     def answer(self, *items: messages.Infer) -> None:
         """Answer with the key, in the wire's form."""
@@ -313,13 +313,13 @@ def test_a_daemon_of_another_version_is_refused_with_both_versions(
 def test_what_does_not_decode_is_dropped(daemon: Daemon, attached: Attached) -> None:
     future = attached.start(request())
     (item,) = daemon.take(1)
-    tensor = messages.TensorFrame("FP32", (1,), 5, 0, 4)
+    tensor = TensorFrame("FP32", (1,), 5, 0, 4)
     for frames in (
         [b"\xff" * 9],
         [b""],
-        [messages.encode(Requests(()))],
-        [messages.encode(Replies((Answer(item.key, "m", "1", {}, ("y",), (tensor,)),)))],
-        [messages.encode(Replies((Answer(item.key, "m", "1", {}, ("y",), ()),)))],
+        [encode(Requests(()))],
+        [encode(Replies((Answer(item.key, "m", "1", {}, ("y",), (tensor,)),)))],
+        [encode(Replies((Answer(item.key, "m", "1", {}, ("y",), ()),)))],
     ):
         daemon.garbage(*frames)
     daemon.answer(item)
@@ -371,7 +371,7 @@ def test_tensors_arrive_as_they_were_given(daemon: Daemon, attached: Attached) -
         if isinstance(message, Requests):
             break
     (item,) = message.items
-    w, r, big = (messages.unpack(tensor, frames) for tensor in item.tensors)
+    w, r, big = (unpack(tensor, frames) for tensor in item.tensors)
     assert w.tolist() == words.tolist()
     assert r.tolist() == [[0, 1, 2], [3, 4, 5]]
     np.testing.assert_array_equal(big, large)

@@ -1,6 +1,6 @@
 """The daemon: one scheduler and one set of actors for every process that attaches.
 
-Started by the first client as `python -m lrai_core.runtime.daemon FOLDER STAY`, with its settings
+Started by the first client as `python -m lrai_shared.daemon FOLDER STAY`, with its settings
 on standard input and the lock on the folder already held, which it keeps for life: whoever gets the
 lock knows that no daemon is there. It ends when told to, or half a minute after the last client.
 What was loaded when a daemon is killed, the next one loads again before it hears anybody.
@@ -32,9 +32,10 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
 from lrai_core.runtime.embedded import Embedded
 from lrai_core.scheduler.scheduler import Pending
-from lrai_core.wire import messages
-from lrai_core.wire.messages import Attach, Attached, BadFrames, Call, Requests
+from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, Packer, encode, listen
 from lrai_core.wire.workers import Outcome
+from lrai_shared import messages
+from lrai_shared.messages import Attach, Attached, Call, Requests
 
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone
 _IDLE_SECONDS: Final = 30.0
@@ -66,7 +67,7 @@ class Door(Pool):
         self._address_of_clients = address
         self._daemon, self._clients, self._flushing = daemon, dict[bytes, _Client](), False
         self._said: deque[tuple[bytes, messages.ToClient]] = deque()
-        self._door = messages.listen(f"ipc://{address}")
+        self._door = listen(f"ipc://{address}")
         self.opened, self.idle_since = False, time.monotonic()
 
     def open(self) -> None:
@@ -101,7 +102,7 @@ class Door(Pool):
     ) -> None:
         client = self._clients.get(sender)
         if isinstance(message, Attach):
-            if message.version != messages.PROTOCOL_VERSION:
+            if message.version != PROTOCOL_VERSION:
                 self.say(sender, self._daemon.welcome)
                 raise BadFrames("another version")
             if client is None:
@@ -151,14 +152,14 @@ class Door(Pool):
         self._flushing = False
         while self._said:
             receiver, message = self._said.popleft()
-            self._door.send_multipart([receiver, messages.encode(message)])
+            self._door.send_multipart([receiver, encode(message)])
         for identity, client in self._clients.items():
             if client.answered or client.failed:
-                packer = messages.Packer()
+                packer = Packer()
                 answers = tuple(messages.answer(k, r, packer) for k, r in client.answered)
                 replies = messages.Replies(answers, tuple(client.failed))
                 client.answered, client.failed = [], []
-                packer.send(self._door, identity, messages.encode(replies))
+                packer.send(self._door, identity, encode(replies))
 
 
 class Daemon:
@@ -167,7 +168,7 @@ class Daemon:
     def __init__(self, folder: Path, config: LraiConfig, *, stay: bool) -> None:
         """Load what the last daemon had loaded when it was killed, then open the door."""
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
-        self.welcome = Attached(messages.PROTOCOL_VERSION, version, "", credit)
+        self.welcome = Attached(PROTOCOL_VERSION, version, "", credit)
         self._stay, self._ended = stay, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end())

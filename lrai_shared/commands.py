@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lrai_client.client import Attached, is_running, shared_folder
 from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, load_config
+from lrai_shared.client import Attached, is_running, shared_folder
 
 T = TypeVar("T")
 _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
