@@ -284,8 +284,9 @@ def test_who_comes_while_an_idle_daemon_ends_is_served_by_the_next_one(
     daemon_with(
         tmp_path,
         monkeypatch,
-        "daemon._SILENT_SECONDS, daemon._IDLE_SECONDS = 1.2, 0.3",
         "import pathlib, time",
+        f"if not pathlib.Path({str(ending)!r}).exists():",  # the next one is to stay
+        "    daemon._SILENT_SECONDS, daemon._IDLE_SECONDS = 1.2, 0.3",
         "drain = embedded.Embedded.drain",
         "def slowly(self):",
         f"    drain(self), pathlib.Path({str(ending)!r}).touch(), time.sleep(1)",
