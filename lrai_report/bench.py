@@ -61,7 +61,8 @@ The policies take turns at the same requests, round by round:
 \b
 {policies}
 
-A request without an answer at its deadline is late, whatever the reason.
+A request without an answer at its deadline is late, whatever the reason. A difference between two
+policies counts if every round shows it.
 
 \b
 Example: would it help this log, at 50 requests a second, with 100 ms for each?
@@ -160,7 +161,7 @@ def bench(
         name: [figures(outcome, plan.deadline_ms / 1e3) for outcome in outcomes]
         for name, outcomes in results.items()
     }
-    said = verdict(found, plan.rate)
+    said = verdict(found, plan.rate, plan.deadline_ms)
     _show(results, found, plan)
     if elsewhere:
         _say("note", "made for another processor or engine version: the source model served")

@@ -13,7 +13,8 @@ from lrai_report.replay import Outcome
 from lrai_report.trace import Arrivals
 
 _POINTS: Final = 0.005  # of the share in time: less is no difference
-_FASTER: Final = 0.9  # of the other's p95: the same
+_FASTER: Final = 0.9  # of the other's p95: more is no difference,
+_OF_DEADLINE: Final = 0.05  # nor is it if the two are as close as that
 _AS_RATIO: Final = 1.1  # smaller ratios are told in points
 
 
@@ -78,15 +79,16 @@ def load_over_time(rounds: Sequence[Arrivals], seconds: float, columns: int) -> 
     return np.asarray(counts * (columns / (seconds * len(rounds))), np.float64)
 
 
-def verdict(results: Mapping[str, Sequence[Figures]], rate: float) -> str:
+def verdict(results: Mapping[str, Sequence[Figures]], rate: float, deadline_ms: float) -> str:
     """Return in a sentence whether the first policy serves this traffic better than the others.
 
-    A difference counts if every round shows it, and its median is not too small to matter.
+    A difference counts if every round shows it, and if it is not too small to matter: first that in
+    the share on time, and where there is none, that in the p95 latency.
     """
     (subject, own), *others = results.items()
     worse, more, equal = list[str](), list[str](), list[str]()
     for name, rounds in others:
-        sign, words = _compare((subject, own), (name, rounds))
+        sign, words = _compare((subject, own), (name, rounds), _OF_DEADLINE * deadline_ms)
         (equal if sign == 0 else more if sign > 0 else worse).append(words)
     share = f"{median(own).on_time:.1%} on time"
     alike = " and ".join(equal)
@@ -102,7 +104,7 @@ def verdict(results: Mapping[str, Sequence[Figures]], rate: float) -> str:
 
 
 def _compare(
-    one: tuple[str, Sequence[Figures]], other: tuple[str, Sequence[Figures]]
+    one: tuple[str, Sequence[Figures]], other: tuple[str, Sequence[Figures]], least_ms: float
 ) -> tuple[int, str]:
     """Return 1, 0 or -1 where the one is better, equal or worse than the other, and in what."""
     (name, own), (rival, theirs) = one, other
@@ -117,9 +119,9 @@ def _compare(
         return 1, f"of which {rival} answers none"
     if max(gains) < 0 and np.median(gains) <= -_POINTS:
         return -1, f"{rival} is better here: {its.on_time:.1%} on time"
-    if all(a.p95_ms < _FASTER * b.p95_ms for a, b in pairs):
+    if all(a.p95_ms < min(_FASTER * b.p95_ms, b.p95_ms - least_ms) for a, b in pairs):
         return 1, f"p95 {mine.p95_ms:.3g} ms where {rival} has {_ms(its.p95_ms)}"
-    if all(b.p95_ms < _FASTER * a.p95_ms for a, b in pairs):
+    if all(b.p95_ms < min(_FASTER * a.p95_ms, a.p95_ms - least_ms) for a, b in pairs):
         said = f"as many in time, p95 {its.p95_ms:.3g} ms where {name} has {_ms(mine.p95_ms)}"
         return -1, f"{rival} is better here: {said}"
     return 0, rival

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,15 +11,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from rich.progress import Progress
 
-from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiError, UsageError
+from lrai_core import (
+    ActorError,
+    Artifact,
+    ArtifactError,
+    EnvironmentProblem,
+    InferenceRequest,
+    LraiError,
+    RequestError,
+    UsageError,
+)
 from lrai_report import bench
 from lrai_report.figures import Figures
 from lrai_report.plan import Plan
+from lrai_report.replay import Outcome
 from lrai_report.trace import Arrivals
 from tests.core import small_artifact
+from tests.report.played import Played, server
 
 LRAI = Path(sys.executable).with_name("lrai")
 
@@ -47,7 +61,7 @@ def test_a_trace_is_replayed_and_what_came_of_it_is_shown_and_written(
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "90"},
+        env={**os.environ, "COLUMNS": "160"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -55,6 +69,7 @@ def test_a_trace_is_replayed_and_what_came_of_it_is_shown_and_written(
         "trace.csv: 150 requests in 1 s",
         "100 requests/s",
         "500 ms: as asked",
+        "under 100 requests in a round say little",
         "on time",
         "fifo-8      █",
         "p95 latency over the 1 s",
@@ -73,8 +88,11 @@ def test_a_trace_is_replayed_and_what_came_of_it_is_shown_and_written(
 
 @pytest.mark.server
 def test_the_rate_is_a_share_of_what_one_by_one_answers_where_none_is_given(
-    artifact: Path, trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    artifact = small_artifact.build(tmp_path / "small.lrai")
+    target = Artifact.open(artifact).manifest.target
+    small_artifact.rewrite(artifact, {"target": msgspec.structs.replace(target, isa="other")})
     monkeypatch.setattr(bench, "_CAPACITY_SECONDS", 0.3)
     monkeypatch.setattr(bench, "_WARM_UP_SECONDS", 0.1)
     options = "--seconds 0.5 --rounds 1 --policies planner"
@@ -87,7 +105,51 @@ def test_the_rate_is_a_share_of_what_one_by_one_answers_where_none_is_given(
     rate, capacity = float(line.split()[1]), float(line.split("0.7 of the ")[1].split()[0])
     assert rate == pytest.approx(0.7 * capacity, rel=0.01)
     assert "deadline  30 ms: 10 x a large request (p95) alone, 3 ms by the profile" in shown
+    assert "note      made for another processor or engine version" in shown
     assert "planner: " in shown.splitlines()[-1]
+
+
+def test_the_policies_take_turns_and_do_so_in_going_first(artifact: Path) -> None:
+    log: list[str] = []
+
+    class Logged(Played):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self._name = name
+
+        async def infer_async(self, request: InferenceRequest) -> None:
+            log.append(self._name)
+
+    one = Arrivals(np.array([0.0]), np.array([0]), np.array([1]))
+    plan = Plan(Artifact.open(artifact), 1.0, 0.0, 10.0, "as asked", 0.5, [one] * 4)
+    servers = {name: server("planner", Logged(name)) for name in "abc"}
+    with Progress(disable=True) as bar:
+        results = asyncio.run(bench._play(servers, plan, bar, bar.add_task("")))
+    assert "".join(log) == "abc" + "bca" + "cab" + "abc"
+    assert [len(outcomes) for outcomes in results.values()] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("error", [RequestError("no token 1"), ActorError("it died")])
+def test_a_model_that_takes_no_made_up_inputs_is_said_to_be_one(
+    artifact: Path, error: Exception
+) -> None:
+    one = Arrivals(np.array([0.0]), np.array([4]), np.array([1]))
+    servers = {"planner": server("planner", Played(error=error))}
+    measured = bench._measure(servers, one, Artifact.open(artifact), wanted=False)
+    with pytest.raises(ArtifactError, match=f"does not answer made-up inputs: {error}"):
+        asyncio.run(measured)
+
+
+def test_requests_that_were_sent_late_are_told(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = Arrivals(np.array([0.0]), np.array([4]), np.array([1]))
+    plan = Plan(Artifact.open(artifact), 1.0, 0.0, 10.0, "as asked", 0.5, [one])
+    found = {"planner": [Figures(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0)]}
+    for lag_seconds, told in ((0.0009, False), (0.0011, True)):
+        outcome = Outcome(np.array([0.001]), 0, 1.0, rows=1, calls=1, lag_seconds=lag_seconds)
+        bench._show({"planner": [outcome]}, found, plan)
+        assert ("1.1 ms late" in capsys.readouterr().out) is told
 
 
 @pytest.mark.server

@@ -100,6 +100,11 @@ def test_latency_and_load_over_time_follow_one_round_after_the_other() -> None:
             [of(0.94, math.inf)] * 3,
             "planner: 94.0% on time, p95 30 ms where alone has none",
         ),
+        (  # of 100 ms, these few do not matter
+            [of(1.0, 4)] * 3,
+            [of(1.0, 8)] * 3,
+            "no gain here at 12 requests/s: alone is as good as planner, 100.0% on time",
+        ),
         (
             [of(0.0, math.inf)] * 3,
             [of(0.0, math.inf)] * 3,
@@ -110,17 +115,17 @@ def test_latency_and_load_over_time_follow_one_round_after_the_other() -> None:
 def test_the_verdict_says_what_every_round_shows(
     planner: list[Figures], alone: list[Figures], said: str
 ) -> None:
-    assert verdict({"planner": planner, "alone": alone}, rate=12.0) == said
+    assert verdict({"planner": planner, "alone": alone}, rate=12.0, deadline_ms=100) == said
 
 
 def test_the_verdict_tells_each_of_several_others() -> None:
     rounds = {"planner": [of(0.9)], "alone": [of(0.5)], "fifo-8": [of(0.95)], "other": [of(0.9)]}
-    assert verdict(rounds, 12) == (
+    assert verdict(rounds, 12, 100) == (
         "fifo-8 is better here: 95.0% on time; "
         "planner: 90.0% on time, 1.8 times as many as alone, no more than other"
     )
     equal = {"planner": [of(0.9)], "alone": [of(0.9)], "fifo-8": [of(0.9)]}
-    assert verdict(equal, 12) == (
+    assert verdict(equal, 12, 100) == (
         "no gain here at 12 requests/s: alone and fifo-8 are as good as planner, 90.0% on time"
     )
-    assert verdict({"planner": [of(0.9)]}, 12) == "planner: 90.0% on time"
+    assert verdict({"planner": [of(0.9)]}, 12, 100) == "planner: 90.0% on time"

@@ -26,12 +26,10 @@ from lrai_core import (
 from lrai_core.protocol import validate
 from lrai_report.replay import MadeUp, Outcome, Server, capacity, join, precise_loop, replay
 from lrai_report.trace import Arrivals
+from tests.report.played import IDS, Played, server
 
 T = TypeVar("T")
 
-IDS = TensorSpec(
-    name="ids", datatype="INT64", shape=("n", "l"), batch_axis=0, length_axis=1, pad_value=9
-)
 NOISE = TensorSpec(name="noise", datatype="FP16", shape=("n", 2, "free"), batch_axis=0)
 FLAG = TensorSpec(name="flag", datatype="BOOL", shape=("n",), batch_axis=0)
 WORD = TensorSpec(name="word", datatype="BYTES", shape=("n", 1), batch_axis=0)
@@ -43,33 +41,6 @@ def arrivals(seconds: list[float], lengths: int = 4, rows: list[int] | None = No
     return Arrivals(
         np.array(seconds, np.float64), np.full(count, lengths), np.array(rows or [1] * count)
     )
-
-
-class Played:
-    """A runtime whose calls take so long; remembers what it was sent."""
-
-    def __init__(self, call_seconds: float = 0.0, error: Exception | None = None) -> None:
-        self.config = LraiConfig()
-        self.sent: list[InferenceRequest] = []
-        self.inside = 0
-        self._seconds, self._error = call_seconds, error
-
-    async def infer_async(self, request: InferenceRequest) -> None:
-        self.sent.append(request)
-        self.inside += 1
-        try:
-            if self._error:
-                raise self._error
-            await asyncio.sleep(self._seconds)
-        finally:
-            self.inside -= 1
-
-    def stats(self) -> dict[str, int]:
-        return {"outstanding_rows": self.inside, "batch_completed": len(self.sent)}
-
-
-def server(policy: str, runtime: Any) -> Server:
-    return Server(policy, cast("Runtime", runtime), (IDS,))
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -180,6 +180,12 @@ def test_a_part_keeps_the_proportions_of_the_gaps() -> None:
     assert np.allclose(found.seconds, [0, 0.25, 0.75, 1.0])  # 8 s, where the next came, are 2 s
 
 
+def test_what_comes_at_the_very_end_is_still_within_the_part() -> None:
+    (first, last) = part(at(0, 1, 1, 2), rate=2, seconds=1).seconds
+    assert first == 0
+    assert 1 - 1e-9 < last < 1
+
+
 def test_a_trace_that_is_too_short_is_repeated_a_mean_gap_after_its_end() -> None:
     found = part(at(0, 1, 4), rate=6, seconds=1)
     assert np.allclose(found.seconds * 12, [0, 1, 4, 6, 7, 10])
