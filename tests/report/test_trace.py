@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,17 @@ def at(*seconds: float) -> Arrivals:
     return Arrivals(when, np.arange(1, len(when) + 1), np.ones(len(when), np.int64))
 
 
-def test_columns_are_found_by_name_whatever_case_and_place(tmp_path: Path) -> None:
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "XXX-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
+def test_columns_are_found_by_name_and_moments_without_zone_are_utc(tmp_path: Path) -> None:
     found = arrivals(
         tmp_path,
         "GeneratedTokens, TIMESTAMP ,ContextTokens\n"
