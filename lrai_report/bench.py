@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import math
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ _SHARE_OF_CAPACITY: Final = 0.7
 _CAPACITY_SECONDS: Final = 2.1
 _WARM_UP_SECONDS: Final = 0.6
 _SAMPLE: Final = 500  # requests whose sizes these two use
+_BUSY: Final = 0.5  # of the CPUs
 _FEW: Final = 100  # requests a round: a single one moves the share in time by a point
 _LAG_SHARE: Final = 0.1  # of the deadline; what is sent later than that tells of the sender
 
@@ -127,6 +129,9 @@ def bench(
     opened = Artifact.open(artifact)
     traffic, drawn, words = sized(read_trace(trace), opened, parse_range(lengths))
     _say("trace", f"{trace.name}: {words}")
+    cpus, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if busy > _BUSY * cpus:
+        _say("note", f"other work is going on (load {busy:.1f} on {cpus} CPUs), and will tell")
     with ExitStack() as stack:
         bar = stack.enter_context(_progress())
         task = bar.add_task("load", total=None)
@@ -136,11 +141,13 @@ def bench(
             stack.callback(servers[name].close)
         runner = stack.enter_context(asyncio.Runner(loop_factory=precise_loop))
         bar.update(task, description="warm up")
-        sample = part(traffic, _SAMPLE, 1, lengths=drawn)
+        whole = seconds * rounds
+        sample = part(traffic, _SAMPLE / whole, whole, lengths=drawn)  # seconds may be silent
         measured = runner.run(_measure(servers, sample, opened, wanted=rate is None))
         rate = rate or _SHARE_OF_CAPACITY * measured
         check_size(rate, seconds, rounds)
-        arrivals = part(traffic, rate, seconds * rounds, lengths=drawn)
+        arrivals = part(traffic, rate, whole, lengths=drawn)
+        parts = slices(arrivals, seconds, rounds)
         deadline_is = "as asked"
         if deadline_ms is None:
             deadline_ms, deadline_is = suggest_deadline(opened, arrivals)
@@ -151,7 +158,7 @@ def bench(
             deadline_ms=deadline_ms,
             deadline_is=deadline_is,
             seconds=seconds,
-            rounds=slices(arrivals, seconds, rounds),
+            rounds=parts,
         )
         _say_plan(plan)
         chosen = {name: servers[name] for name in names}
@@ -294,7 +301,7 @@ def _show(
     if lag * 1e3 > _LAG_SHARE * plan.deadline_ms:
         _say(
             "note",
-            f"requests were sent up to {lag * 1e3:.3g} ms late (p99): the machine is too busy",
+            f"requests were sent up to {lag * 1e3:.3g} ms late (p99): the machine was too busy",
         )
 
 

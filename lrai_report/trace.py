@@ -152,8 +152,8 @@ def _scale(trace: Arrivals, rate: float, seconds: float) -> Arrivals:
     span = float(trace.seconds[-1])
     lap, index = np.divmod(np.arange(count + 1), there)
     when = trace.seconds[index] + lap * (span + span / (there - 1))
-    if when[-1] <= 0:
-        raise TraceError(f"its first {count + 1} requests all come at one moment")
+    if count and when[-1] <= 0:
+        raise TraceError(f"the trace's first {count + 1} requests all come at one moment")
     index = index[:-1]
     scaled = np.minimum(when[:-1] / when[-1] * seconds, np.nextafter(seconds, 0))
     return Arrivals(scaled, trace.lengths[index], trace.rows[index])
@@ -167,8 +167,8 @@ def _expand(
     extent[-1] = seconds - (len(extent) - 1)
     expected = expected * extent
     if expected.sum() <= 0:
-        raise TraceError(f"its first {seconds:g} s are without requests")
-    counts = random.poisson(expected * (rate * seconds / expected.sum()))
+        raise TraceError(f"the trace's first {seconds:g} s are without requests")
+    counts = random.poisson(expected / expected.sum() * (rate * seconds))
     second = np.repeat(np.arange(len(counts)), counts)
     when = np.sort(second + random.random(len(second)) * extent[second])
     when = np.minimum(when, np.nextafter(seconds, 0))

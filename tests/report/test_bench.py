@@ -95,7 +95,9 @@ def test_the_rate_is_a_share_of_what_one_by_one_answers_where_none_is_given(
     small_artifact.rewrite(artifact, {"target": msgspec.structs.replace(target, isa="other")})
     monkeypatch.setattr(bench, "_CAPACITY_SECONDS", 0.3)
     monkeypatch.setattr(bench, "_WARM_UP_SECONDS", 0.1)
-    options = "--seconds 0.5 --rounds 1 --policies planner"
+    monkeypatch.setattr(os, "getloadavg", lambda: (77.7, 1.0, 1.0))
+    trace.write_text("rate\n0\n50\n", encoding="utf-8")  # the first second is silent
+    options = "--seconds 1.5 --rounds 1 --policies planner"
     with pytest.raises(SystemExit) as ended:
         bench.main([str(trace), str(artifact), *options.split()])
     assert ended.value.code == 0
@@ -104,7 +106,8 @@ def test_the_rate_is_a_share_of_what_one_by_one_answers_where_none_is_given(
     assert "0.7 of the" in line
     rate, capacity = float(line.split()[1]), float(line.split("0.7 of the ")[1].split()[0])
     assert rate == pytest.approx(0.7 * capacity, rel=0.01)
-    assert "deadline  30 ms: 10 x a large request (p95) alone, 3 ms by the profile" in shown
+    assert "deadline  10 ms: 10 x a large request (p95) alone, 1 ms by the profile" in shown
+    assert "note      other work is going on (load 77.7 on " in shown
     assert "note      made for another processor or engine version" in shown
     assert "planner: " in shown.splitlines()[-1]
 

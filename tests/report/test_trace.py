@@ -217,6 +217,11 @@ def test_counts_become_as_many_arrivals_within_their_seconds() -> None:
     assert not np.array_equal(part(counts, 500, 3, seed=1).seconds[:9], found.seconds[:9])
 
 
+def test_counts_may_be_very_small_or_large() -> None:
+    for count in (2.2e-313, 1e9):
+        assert abs(len(part(Counts(np.array([count])), 100, 9).seconds) - 900) < 6 * 30
+
+
 def test_the_last_second_of_counts_may_be_cut() -> None:
     found = part(Counts(np.array([100.0])), rate=1000, seconds=2.5)
     assert found.seconds.max() < 2.5
@@ -225,9 +230,11 @@ def test_the_last_second_of_counts_may_be_cut() -> None:
 
 
 def test_a_part_without_requests_is_refused() -> None:
-    with pytest.raises(TraceError, match="its first 2 s are without requests"):
+    with pytest.raises(TraceError, match="the trace's first 2 s are without requests"):
         part(Counts(np.array([0.0, 0.0, 5.0])), 10, 2)
-    with pytest.raises(TraceError, match="its first 3 requests all come at one moment"):
+    with pytest.raises(TraceError, match="nothing comes from second 0 to 2"):
+        slices(part(at(0, 1), 0.1, 2), 2, 1)
+    with pytest.raises(TraceError, match="the trace's first 3 requests all come at one moment"):
         part(at(0, 0, 0, 5), 1, 2)
 
 
