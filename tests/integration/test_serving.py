@@ -60,7 +60,7 @@ def test_a_served_inference_imports_nothing_heavy(classifier_fp32: lrai.Artifact
     assert "lrai_core" in client
     assert "onnxruntime" in actor
     heavy = {"torch", "tvm", "z3", "scipy", "mlflow", "typer", "rich", "pandas", "onnx"}
-    heavy |= {"lrai_shared", "lrai_import"}
+    heavy |= {"lrai_shared", "lrai_import", "lrai_report"}
     assert not client & (heavy | {"onnxruntime"})
     assert not actor & heavy
 
