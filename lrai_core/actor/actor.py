@@ -76,12 +76,8 @@ class Actor:
             started = time.perf_counter()
             outputs = self._session.run(arrays, wanted)
             seconds = time.perf_counter() - started
-            answers = split(
-                outputs,
-                [self._signature.outputs[index] for index in wanted],
-                [item.rows for item in execute.items],
-                [item.length for item in execute.items],
-            )
+            rows, lengths = zip(*((item.rows, item.length) for item in execute.items), strict=True)
+            answers = split(outputs, [self._signature.outputs[i] for i in wanted], rows, lengths)
             packer = Packer()
             items = tuple(
                 packer.pack([answer[wanted.index(index)] for index in item.outputs])
