@@ -111,7 +111,7 @@ def daemon_with(
 ) -> None:
     """Have this process start daemons that run `changes` first."""
     script, python = tmp_path / "daemon.py", tmp_path / "python"
-    imports = "import sys\nfrom lrai_core.runtime import daemon, embedded\n"
+    imports = "import sys\nfrom lrai_core.runtime import embedded\nfrom lrai_shared import daemon\n"
     script.write_text("\n".join([imports, *changes, "daemon.main(sys.argv[1:])\n"]))
     python.write_text(f'#!/bin/sh\nshift 3\n{before}\nexec {sys.executable} -P {script} "$@"\n')
     python.chmod(0o700)
