@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, Literal, Protocol
 
 import msgspec
@@ -69,11 +69,16 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"length axis {length} of {self.name!r} is none of its dimensions")
 
 
-class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """Inputs and outputs of a model, in the graph's order."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @cached_property
+    def passed(self) -> dict[tuple[Any, ...], ValidRequest]:
+        """What was valid so far, without arrays, by form; see `runtime.forms`."""
+        return {}
 
     @property
     def coalescible(self) -> bool:
@@ -94,8 +99,7 @@ class Tensor(msgspec.Struct, frozen=True, kw_only=True):
     data: bytes | memoryview
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferenceRequest:
+class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One caller's tensors for one model.
 
     Attributes:
@@ -111,11 +115,10 @@ class InferenceRequest:
     id: str = ""
     outputs: tuple[str, ...] = ()
     timeout_ms: float | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferenceResponse:
+class InferenceResponse(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one request; `parameters` name the variant and the certificate behind it."""
 
     model_name: str
@@ -141,8 +144,7 @@ class Limits(Protocol):
         """What is done with NaN and infinity."""
 
 
-@dataclass(frozen=True, slots=True)
-class ValidRequest:
+class ValidRequest(msgspec.Struct, frozen=True):
     """What the scheduler trusts.
 
     Attributes:
@@ -188,9 +190,8 @@ def validate(request: InferenceRequest, signature: Signature, limits: Limits) ->
     for name in request.inputs:
         if name not in known:
             raise InvalidTensor(name, f"the model has no such input; it has {_names(known)}")
-    arrays: list[Array] = []
+    arrays, nbytes = list[Array](), 0
     extents: dict[str, tuple[int, str]] = {}  # symbol -> (extent, tensor that fixed it)
-    nbytes, finite = 0, limits.nan_policy == "reject"
     for name, spec in known.items():
         if name not in request.inputs:
             raise InvalidTensor(name, "missing")
@@ -204,8 +205,7 @@ def validate(request: InferenceRequest, signature: Signature, limits: Limits) ->
             nbytes += sum(map(len, array.flat))
         if nbytes > limits.request_bytes:
             raise RequestError(f"over {limits.request_bytes} bytes, the limit of one request")
-        if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise InvalidTensor(name, "holds NaN or infinity, which are not taken here")
+        check_values(array, spec, limits)
         arrays.append(array)
     rows, length = _extents(arrays, signature.inputs)
     if rows > limits.request_rows:
@@ -336,6 +336,16 @@ def _check_shape(
                 raise ValueError(
                     f"dimension {axis} ({symbol}) is {got}, but {fixed} in tensor {by!r}"
                 )
+
+
+def check_values(array: Array, spec: TensorSpec, limits: Limits) -> None:
+    """Refuse what the limits do not allow in an array.
+
+    Raises:
+        InvalidTensor: It holds NaN or infinity, and they are rejected.
+    """
+    if limits.nan_policy == "reject" and array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidTensor(spec.name, "holds NaN or infinity, which are not taken here")
 
 
 def _extents(arrays: Iterable[Array], specs: tuple[TensorSpec, ...]) -> tuple[int, int]:

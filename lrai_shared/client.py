@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
@@ -38,17 +37,19 @@ from lrai_core import (
     LraiConfig,
     LraiError,
     NotReady,
+    RequestError,
     Tensor,
 )
+from lrai_core.errors import shorten
 from lrai_core.wire.messages import (
     PROTOCOL_VERSION,
     BadFrames,
     Buffer,
     Packer,
-    TensorFrame,
     connect,
     contents,
     encode,
+    receive,
 )
 from lrai_shared import messages
 from lrai_shared.messages import Attach, Call, Infer, Requests
@@ -63,15 +64,24 @@ T = TypeVar("T")
 Contents = tuple[str, tuple[int, ...], Buffer]
 
 
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """A request that was not answered yet."""
+class _Asked(Future[InferenceResponse]):
+    """A request until it is answered."""
 
-    item: Infer  # but for key, time and places of tensors
-    tensors: list[Contents]
-    id: str
-    future: Future[InferenceResponse]
-    deadline: float
+    key = 0
+
+    def __init__(
+        self, client: Attached, form: bytes, tensors: list[Buffer], identity: str, timeout_ms: float
+    ) -> None:
+        super().__init__()
+        self._client, self.form, self.tensors, self.id = client, form, tensors, identity
+        self.deadline = time.monotonic() + timeout_ms / 1e3
+
+    def cancel(self) -> bool:
+        """Cancel the request at the daemon, too."""
+        cancelled = super().cancel()
+        if cancelled:
+            self._client.cancel(self.key)
+        return cancelled
 
 
 class Attached:
@@ -117,27 +127,31 @@ class Attached:
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Send a request; cancelling the future takes it out of the queue if it has not begun."""
-        milliseconds = request.timeout_ms
-        if milliseconds is None:
-            milliseconds = self._config.scheduler.default_timeout_ms
+        timeout_ms = request.timeout_ms
+        if timeout_ms is None:
+            timeout_ms = self._config.scheduler.default_timeout_ms
+        if not isinstance(timeout_ms, int | float):
+            raise RequestError(f"timeout_ms is {shorten(repr(timeout_ms))}, a number is needed")
         tensors = [_contents(name, given) for name, given in request.inputs.items()]
-        item = messages.checked(
-            Infer(
-                0,
-                request.model_name,
-                request.model_version,
-                tuple(request.outputs),
-                milliseconds,
-                dict(request.parameters),
-                tuple(request.inputs),
-                tuple(TensorFrame(kind, shape, 0, 0, 0) for kind, shape, _ in tensors),
-            )
+        form = messages.Form(
+            request.model_name,
+            request.model_version,
+            tuple(request.outputs),
+            dict(request.parameters),
+            tuple(request.inputs),
+            tuple([datatype for datatype, _, _ in tensors]),
+            tuple([shape for _, shape, _ in tensors]),
         )
-        deadline = time.monotonic() + milliseconds / 1e3
-        asked = _Asked(item, tensors, request.id, Future(), deadline)
-        key = self._post(self._asked, self._outbox, asked)
-        asked.future.add_done_callback(lambda f: self._cancel(key) if f.cancelled() else None)
-        return asked.future
+        contents = [data for _, _, data in tensors]
+        asked = _Asked(self, messages.encode_form(form), contents, request.id, timeout_ms)
+        asked.key = self._post(self._asked, self._outbox, asked)
+        return asked
+
+    def cancel(self, key: int) -> None:
+        """Take a request out of the queue, here or at the daemon."""
+        self._cancelled.append(key)
+        with self._lock:
+            self._wake()
 
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
         """Return what an operation on the daemon's runtime gives.
@@ -189,11 +203,6 @@ class Attached:
             self._wake()
         return key
 
-    def _cancel(self, key: int) -> None:
-        self._cancelled.append(key)
-        with self._lock:
-            self._wake()
-
     def _wake(self) -> None:
         """Have the thread look; the lock is held."""
         if not self._awake:
@@ -206,7 +215,7 @@ class Attached:
         finally:  # closed, or a bug: either way nobody waits for a thread that is gone
             with self._lock:
                 self._refusing = self._closed = self._awake = True  # nobody writes any more
-            ends: list[Future[Any]] = [asked.future for asked in self._asked.values()]
+            ends: list[Future[Any]] = list(self._asked.values())
             ends += [future for _, future in list(self._calls.values())]
             for future in [self._attached, *ends]:
                 _settle(future, NotReady("the runtime was closed"))
@@ -236,8 +245,7 @@ class Attached:
                 self._lost.recv_multipart()
                 self._session, self._greeted, next_sign = "", False, 0.0
                 self._on_wire.clear()
-            while self._socket.poll(0):
-                frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+            for frames in receive(self._socket):
                 with contextlib.suppress(BadFrames):  # from no daemon of this version
                     self._hear(frames)
             while self._session and self._send():
@@ -248,7 +256,7 @@ class Attached:
         for key, asked in list(self._asked.items()):
             if now > asked.deadline + (_GRACE_SECONDS if key in self._on_wire else 0.0):
                 del self._asked[key]
-                _settle(asked.future, DeadlineExceeded("the runtime did not answer in time"))
+                _settle(asked, DeadlineExceeded("the runtime did not answer in time"))
 
     def _show_life(self) -> None:
         """Tell the daemon that this client is there; start it where it is not and is needed."""
@@ -302,7 +310,7 @@ class Attached:
         if call := self._calls.get(key):
             _settle(call[1], outcome)
         elif asked := self._asked.pop(key, None):
-            _settle(asked.future, outcome)
+            _settle(asked, outcome)
 
     def _send(self) -> bool:
         """Send what waits, as far as the daemon has given credit; return whether to go on."""
@@ -315,21 +323,15 @@ class Attached:
             key = self._cancelled.popleft()
             if key in self._on_wire:
                 cancelled.append(key)  # and is answered like any other
+            else:
+                self._asked.pop(key, None)
         while self._outbox and len(self._on_wire) < self._credit and len(items) < _MOST_ITEMS:
             key = self._outbox.popleft()
-            if (asked := self._asked.get(key)) is None:
-                continue
-            if asked.future.cancelled():
-                del self._asked[key]
-            else:
+            if (asked := self._asked.get(key)) is not None:
                 self._on_wire.add(key)
                 left_ms = max(0.0, (asked.deadline - now) * 1e3)
-                tensors = tuple(packer.place(*place) for place in asked.tensors)
-                items.append(
-                    msgspec.structs.replace(
-                        asked.item, key=key, timeout_ms=left_ms, tensors=tensors
-                    )
-                )
+                places = tuple([packer.place(data) for data in asked.tensors])
+                items.append(Infer(key, asked.form, left_ms, places))
         if items or cancelled:
             message = Requests(tuple(items), tuple(cancelled))
             packer.send(self._socket, encode(message))

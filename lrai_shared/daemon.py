@@ -32,7 +32,7 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
 from lrai_core.runtime.embedded import Embedded
 from lrai_core.scheduler.scheduler import Pending
-from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, Packer, encode, listen
+from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, Packer, encode, listen, receive
 from lrai_core.wire.workers import Outcome
 from lrai_shared import messages
 from lrai_shared.messages import Attach, Attached, Call, Requests
@@ -84,8 +84,7 @@ class Door(Pool):
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
-        while self.opened and self._door.poll(0):
-            sender, *frames = [part.buffer for part in self._door.recv_multipart(copy=False)]
+        for sender, *frames in receive(self._door) if self.opened else ():
             try:
                 self._hear(bytes(sender), messages.decode_from_client(frames[0]), frames[1:], now)
             except (BadFrames, IndexError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -12,6 +13,7 @@ from lrai_core.wire.messages import (
     BadFrames,
     Buffer,
     Packer,
+    Place,
     TensorFrame,
     decode,
     encode,
@@ -19,7 +21,8 @@ from lrai_core.wire.messages import (
     view,
 )
 
-_MAX_INFER_BYTES: Final = 64 << 10  # of the header, so that it holds a hundred
+_MAX_FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
+_KEPT_FORM_BYTES: Final = 1 << 10  # of the forms that are remembered
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
@@ -42,17 +45,28 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
     credit: int
 
 
+class Form(msgspec.Struct, frozen=True, array_like=True):
+    """What requests of one kind have in common.
+
+    It is sent as bytes: of most forms many requests come, and each end reads it once.
+    """
+
+    model_name: str
+    model_version: str
+    outputs: tuple[str, ...]
+    parameters: dict[str, Any]
+    names: tuple[str, ...]
+    datatypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
 class Infer(msgspec.Struct, frozen=True, array_like=True):
     """One request. `key` is the client's, under which it is answered once."""
 
     key: int
-    model_name: str
-    model_version: str
-    outputs: tuple[str, ...]
+    form: bytes
     timeout_ms: float | None
-    parameters: dict[str, Any]
-    names: tuple[str, ...]
-    tensors: tuple[TensorFrame, ...]
+    places: tuple[Place, ...]
 
 
 class Requests(msgspec.Struct, frozen=True, tag=True):
@@ -108,7 +122,7 @@ FromClient = Attach | Requests | Call
 ToClient = Attached | Replies | Returned
 
 _from_client: Final[msgspec.msgpack.Decoder[FromClient]] = msgspec.msgpack.Decoder(FromClient)
-_infer: Final = msgspec.msgpack.Decoder(Infer)
+_form: Final = msgspec.msgpack.Decoder(Form)
 _to_client: Final[msgspec.msgpack.Decoder[ToClient]] = msgspec.msgpack.Decoder(ToClient)
 
 
@@ -140,40 +154,62 @@ def error_of(failed: Failure) -> LraiError:
     return error
 
 
-def checked(item: Infer) -> Infer:
-    """Return a request as the other end will read it; one bad request must not spoil a message.
+def encode_form(form: Form) -> bytes:
+    """Return a form as it is sent; one bad request must not spoil a message.
 
     Raises:
-        RequestError: It cannot be sent.
+        RequestError: The other end could not read it.
     """
     try:
-        header = encode(item)
-        if len(header) > _MAX_INFER_BYTES:
+        encoded = encode(form)
+        if len(encoded) > _MAX_FORM_BYTES:
             raise RequestError(
-                f"{len(header)} bytes beside tensors, {_MAX_INFER_BYTES} are allowed"
+                f"{len(encoded)} bytes beside tensors, {_MAX_FORM_BYTES} are allowed"
             )
-        return _infer.decode(header)
+        decode_form(encoded)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise RequestError(f"the request cannot be sent: {error}") from None
+    return encoded
+
+
+def decode_form(encoded: bytes) -> Form:
+    """Return the form of a request.
+
+    Raises:
+        BadFrames: It is none.
+    """
+    read = _read_form if len(encoded) <= _KEPT_FORM_BYTES else _read_form.__wrapped__
+    return read(encoded)
+
+
+@lru_cache(4096)
+def _read_form(encoded: bytes) -> Form:
+    form = decode(_form, encoded)
+    if not len(form.names) == len(form.datatypes) == len(form.shapes):
+        raise BadFrames("names and tensors differ")
+    return form
 
 
 def request_of(item: Infer, frames: Sequence[Buffer]) -> InferenceRequest:
     """Return the request that a client sent, its tensors unchecked views of `frames`.
 
     Raises:
-        BadFrames: A tensor does not lie inside its frame.
+        BadFrames: It has no form, or a tensor does not lie inside its frame.
     """
-    inputs = {
-        name: Tensor(name=name, datatype=t.datatype, shape=t.shape, data=view(t, frames))
-        for name, t in zip(item.names, item.tensors, strict=False)
-    }
+    form = decode_form(item.form)
+    if len(item.places) != len(form.names):
+        raise BadFrames("names and tensors differ")
+    tensors = zip(form.names, form.datatypes, form.shapes, item.places, strict=True)
     return InferenceRequest(
-        model_name=item.model_name,
-        model_version=item.model_version,
-        inputs=inputs,
-        outputs=item.outputs,
+        model_name=form.model_name,
+        model_version=form.model_version,
+        inputs={
+            name: Tensor(name=name, datatype=datatype, shape=shape, data=view(place, frames))
+            for name, datatype, shape, place in tensors
+        },
+        outputs=form.outputs,
         timeout_ms=item.timeout_ms,
-        parameters=item.parameters,
+        parameters=form.parameters,
     )
 
 

@@ -144,8 +144,7 @@ class Pool:
         return outcomes
 
     def _receive(self) -> None:
-        while self._socket.poll(0):
-            identity, *frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+        for identity, *frames in messages.receive(self._socket):
             actor = self._lives.get(bytes(identity))
             if actor is None or actor.state == "ending" or not frames:
                 self.dropped_frames += 1  # a stranger, or an actor already given up

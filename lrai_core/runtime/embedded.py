@@ -28,7 +28,8 @@ from lrai_core.errors import (
     shorten,
 )
 from lrai_core.events import EventBus, Observer
-from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signature, validate
+from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signature
+from lrai_core.runtime.forms import validate_by_form
 from lrai_core.scheduler.scheduler import Pending, Replica, Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
@@ -182,7 +183,7 @@ class Embedded:
         priority = request.parameters.get("priority", 0)
         if not isinstance(priority, int):
             raise RequestError(f"priority is {shorten(repr(priority))}, an integer is needed")
-        valid = validate(request, model.signature, self.config.limits)
+        valid = validate_by_form(request, model.signature, self.config.limits)
         names = [model.signature.outputs[index].name for index in valid.outputs]
 
         def ended(arrays: list[Array] | None, error: LraiError | None) -> None:

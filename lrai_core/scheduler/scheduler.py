@@ -266,10 +266,9 @@ class Scheduler:
         if model.failed:
             raise ActorError(model.failed)
         timeout = self._config.default_timeout_ms if timeout_ms is None else timeout_ms
-        needed_ms = 1e3 * min(
-            replica.latency.engine_seconds(request.rows, request.length)
-            for replica in list(model.replicas.values())
-        )
+        replicas = list(model.replicas.values())
+        rows, length = request.rows, request.length
+        needed_ms = 1e3 * min([r.latency.engine_seconds(rows, length) for r in replicas])
         if not timeout > needed_ms:
             raise DeadlineExceeded(f"{timeout:g} ms allowed, the model takes {needed_ms:.3g} ms")
         now = time.monotonic()
@@ -299,7 +298,7 @@ class Scheduler:
         return False
 
     def _wake(self) -> None:
-        if not self._awake:
+        if not self._awake and threading.get_ident() != self._thread.ident:  # it looks anyway
             self._awake = True
             os.write(self._wake_write, b"\0")
 
@@ -308,7 +307,7 @@ class Scheduler:
         try:
             while not self._closed:
                 now = time.monotonic()
-                pause = max(0.0, self._next_check(now) - now)
+                pause = 0.0 if self._arrived else max(0.0, self._next_check(now) - now)
                 self._poller.poll(math.ceil(pause * 1e3))
                 if self._awake:
                     os.read(self._wake_read, 1)  # first: who comes from here on writes again
@@ -334,14 +333,15 @@ class Scheduler:
         self._settle_with(inside, error)
 
     def _step(self) -> None:
+        now = time.monotonic()
+        outcomes = self._workers.poll(now)  # a daemon's hear of requests, too
         while self._arrived:
             item = self._arrived.popleft()
             if isinstance(item, Pending):
                 self._enqueue(item)
             else:
                 item()
-        now = time.monotonic()
-        for outcome in self._workers.poll(now):
+        for outcome in outcomes:
             self._settle(outcome)
         self._expire_running(now)
         for model in list(self._models.values()):  # `add` runs in other threads

@@ -9,7 +9,8 @@ receiver drops and counts. There is no pickle anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -22,8 +23,10 @@ from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_
 PROTOCOL_VERSION: Final = 1
 _OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
+_datatype_of: Final = lru_cache(256)(datatype_of)
 
 Buffer = bytes | memoryview
+Place = tuple[int, int, int]  # frame index after the header, offset and size in bytes
 _Message = TypeVar("_Message")
 
 
@@ -173,6 +176,12 @@ def connect(address: str, identity: bytes) -> zmq.Socket[bytes]:
     return socket
 
 
+def receive(socket: zmq.Socket[bytes]) -> Iterator[list[memoryview]]:
+    """Yield the messages that are there, as frames; never wait."""
+    while socket.get(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator] # an integer
+        yield [part.buffer for part in socket.recv_multipart(copy=False)]
+
+
 class Packer:
     """Lays tensors out over frames: small ones joined, large ones on their own."""
 
@@ -182,18 +191,24 @@ class Packer:
 
     def pack(self, arrays: Iterable[Array]) -> tuple[TensorFrame, ...]:
         """Place arrays; they must not change until the frames are sent."""
-        return tuple(self.place(*contents(array)) for array in arrays)
+        packed = []
+        for array in arrays:
+            datatype, shape, data = contents(array)
+            packed.append(TensorFrame(datatype, shape, *self.place(data)))
+        return tuple(packed)
 
-    def place(self, datatype: str, shape: tuple[int, ...], data: Buffer) -> TensorFrame:
+    def place(self, data: Buffer) -> Place:
         """Place the bytes of a tensor, which must not change until the frames are sent."""
         size = len(data)
         if size >= _OWN_FRAME_BYTES:
             self._large.append(data)
-            return TensorFrame(datatype, shape, len(self._large), 0, size)
-        self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
-        offset = len(self._small)
-        self._small += data
-        return TensorFrame(datatype, shape, 0, offset, size)
+            return len(self._large), 0, size
+        small = self._small
+        if len(small) % 8:
+            small += bytes(-len(small) % 8)  # numpy reads aligned views
+        offset = len(small)
+        small += data
+        return 0, offset, size
 
     def frames(self) -> list[Buffer]:
         """Return the frames that follow the header."""
@@ -206,25 +221,26 @@ class Packer:
 
 def contents(array: Array) -> tuple[str, tuple[int, ...], Buffer]:
     """Return datatype, shape and little-endian, row-major bytes of an array."""
-    datatype = datatype_of(array.dtype)
+    datatype = _datatype_of(array.dtype)
     if datatype == "BYTES":
         return datatype, array.shape, encode_bytes(array)
     plain = np.asarray(array, DATATYPES[datatype], order="C")
     return datatype, plain.shape, plain.data.cast("B") if plain.size else b""
 
 
-def view(tensor: TensorFrame, frames: Sequence[Buffer]) -> memoryview:
+def view(place: Place, frames: Sequence[Buffer]) -> memoryview:
     """Return the bytes of a tensor inside `frames`.
 
     Raises:
         BadFrames: It does not lie inside its frame.
     """
-    if not 0 <= tensor.frame < len(frames):
+    index, offset, size = place
+    if not 0 <= index < len(frames):
         raise BadFrames("tensor outside the message")
-    frame, end = memoryview(frames[tensor.frame]), tensor.offset + tensor.nbytes
-    if tensor.offset < 0 or tensor.nbytes < 0 or end > len(frame):
+    frame = memoryview(frames[index])
+    if offset < 0 or size < 0 or offset + size > len(frame):
         raise BadFrames("tensor outside its frame")
-    return frame[tensor.offset : end]
+    return frame[offset : offset + size]
 
 
 def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
@@ -233,20 +249,26 @@ def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
     Raises:
         BadFrames: The tensor does not lie inside its frame, or its shape does not match its bytes.
     """
-    if tensor.datatype not in DATATYPES:
-        raise BadFrames("unknown datatype")
-    if any(extent < 0 for extent in tensor.shape):
-        raise BadFrames("negative extent")
-    data, count = view(tensor, frames), math.prod(tensor.shape)
-    dtype = DATATYPES[tensor.datatype]
-    text = tensor.datatype == "BYTES"
-    if not text and count * dtype.itemsize != tensor.nbytes:
-        raise BadFrames("shape and bytes of a tensor differ")
+    dtype, count = _layout(tensor.datatype, tensor.shape)
+    data = view((tensor.frame, tensor.offset, tensor.nbytes), frames)
     try:
-        flat = decode_bytes(data, count) if text else np.frombuffer(data, dtype=dtype)
-        return flat.reshape(tensor.shape)
+        if tensor.datatype == "BYTES":
+            return decode_bytes(data, count).reshape(tensor.shape)
+        if count * dtype.itemsize != tensor.nbytes:
+            raise BadFrames("shape and bytes of a tensor differ")
+        return np.frombuffer(data, dtype).reshape(tensor.shape)
     except ValueError as error:
         raise BadFrames(str(error)) from None
+
+
+@lru_cache(maxsize=4096)
+def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
+    """Return dtype and number of elements; few pairs are in use at a time."""
+    if datatype not in DATATYPES:
+        raise BadFrames("unknown datatype")
+    if any(extent < 0 for extent in shape):
+        raise BadFrames("negative extent")
+    return DATATYPES[datatype], math.prod(shape)
 
 
 def _open(socket: zmq.Socket[bytes], bind_or_connect: Callable[[str], Any], address: str) -> None:

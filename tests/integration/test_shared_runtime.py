@@ -24,7 +24,7 @@ import pytest
 import zmq
 
 import lrai_core as lrai
-from lrai_core.wire.messages import TensorFrame, encode
+from lrai_core.wire.messages import encode
 from lrai_shared import messages
 from lrai_shared.client import is_running, start_daemon
 from lrai_shared.daemon import Daemon
@@ -449,9 +449,9 @@ def test_hostile_frames_are_dropped_counted_and_harm_nobody(
 ) -> None:
     import pickle  # noqa: TID251 - what an attacker would send
 
-    place = TensorFrame("FP32", (1, 64), 0, 0, 256)
-    infer = messages.Infer(1, "classifier", "", (), None, {}, ("features",), (place,))
-    wrong = msgspec.structs.replace(infer, tensors=(TensorFrame("FP32", (1,), 9, 0, 4),))
+    form = messages.Form("classifier", "", (), {}, ("features",), ("FP32",), ((1, 64),))
+    infer = messages.Infer(1, messages.encode_form(form), None, ((0, 0, 256),))
+    wrong = msgspec.structs.replace(infer, places=((9, 0, 256),))
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         (daemon,) = daemons(folder)
         with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:

@@ -20,7 +20,7 @@ import lrai_core as lrai
 from lrai_core.wire.messages import PROTOCOL_VERSION, Packer, TensorFrame, encode, listen, unpack
 from lrai_shared import client, messages
 from lrai_shared.client import Attached, is_running, shared_folder, start_daemon
-from lrai_shared.messages import Answer, Call, Failure, Replies, Requests, Returned
+from lrai_shared.messages import Answer, Call, Failure, Replies, Requests, Returned, decode_form
 
 
 class Daemon:
@@ -213,7 +213,8 @@ def test_a_new_session_gets_what_was_not_answered_once_more(
     daemon.session = "second"
     daemon.welcome()
     again = daemon.take(2)
-    assert [(i.key, i.model_name) for i in again] == [(i.key, i.model_name) for i in items[1:]]
+    assert [(i.key, i.form) for i in again] == [(i.key, i.form) for i in items[1:]]
+    assert [decode_form(i.form).model_name for i in again] == ["b", "c"]
     daemon.answer(items[1])  # of the first session, on its way when the second began
     daemon.answer(*again)
     assert [value(f) for f in futures[1:]] == [i.key for i in again]
@@ -371,7 +372,11 @@ def test_tensors_arrive_as_they_were_given(daemon: Daemon, attached: Attached) -
         if isinstance(message, Requests):
             break
     (item,) = message.items
-    w, r, big = (unpack(tensor, frames) for tensor in item.tensors)
+    form = decode_form(item.form)
+    w, r, big = (
+        unpack(TensorFrame(datatype, shape, *place), frames)
+        for datatype, shape, place in zip(form.datatypes, form.shapes, item.places, strict=True)
+    )
     assert w.tolist() == words.tolist()
     assert r.tolist() == [[0, 1, 2], [3, 4, 5]]
     np.testing.assert_array_equal(big, large)

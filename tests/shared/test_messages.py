@@ -40,8 +40,9 @@ def test_an_error_of_an_unknown_class_is_the_root_of_all(kind: str) -> None:
 
 def test_a_request_and_its_answer_survive_the_wire() -> None:
     packer, x = Packer(), np.arange(6, dtype=np.float32).reshape(2, 3)
-    item = messages.Infer(3, "m", "1", ("y",), 20.5, {"priority": 1}, ("x",), packer.pack([x]))
-    asked = messages.request_of(messages.checked(item), packer.frames())
+    form = messages.Form("m", "1", ("y",), {"priority": 1}, ("x",), ("FP32",), ((2, 3),))
+    item = messages.Infer(3, messages.encode_form(form), 20.5, (packer.place(x.tobytes()),))
+    asked = messages.request_of(item, packer.frames())
     tensor = asked.inputs["x"]
     assert isinstance(tensor, lrai.Tensor)
     assert (tensor.datatype, tensor.shape, bytes(tensor.data)) == ("FP32", (2, 3), x.tobytes())
@@ -60,7 +61,8 @@ def test_a_request_and_its_answer_survive_the_wire() -> None:
 
 def test_a_hundred_of_the_largest_requests_fit_a_header() -> None:
     with pytest.raises(lrai.RequestError, match="65536 are allowed"):
-        messages.checked(messages.Infer(1, "m" * 65536, "", (), None, {}, (), ()))
-    item = messages.checked(messages.Infer(1, "m" * 65000, "", (), None, {}, (), ()))
+        messages.encode_form(messages.Form("m" * 65536, "", (), {}, (), (), ()))
+    form = messages.encode_form(messages.Form("m" * 65000, "", (), {}, (), (), ()))
+    item = messages.Infer(1, form, None, ())
     header = encode(messages.Requests((item,) * 100))
     assert isinstance(messages.decode_from_client(header), messages.Requests)

@@ -1,0 +1,62 @@
+"""Validation with a memory: what requests of one form have in common is checked once.
+
+A form is all that decides whether a request fits a model but the values in its tensors: names,
+datatypes, shapes, sizes and wanted outputs. A service sees few of them and many requests of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from msgspec.structs import replace
+
+from lrai_core.protocol import (
+    DATATYPES,
+    InferenceRequest,
+    Limits,
+    Signature,
+    Tensor,
+    ValidRequest,
+    check_values,
+    validate,
+)
+
+_MOST_FORMS: Final = 4096
+
+
+def validate_by_form(
+    request: InferenceRequest, signature: Signature, limits: Limits
+) -> ValidRequest:
+    """Return what `protocol.validate` returns, or raise what it raises, sooner."""
+    form, passed = _form(request), signature.passed
+    known = passed.get(form)
+    if known is None or known.nbytes > limits.request_bytes or known.rows > limits.request_rows:
+        valid = validate(request, signature, limits)
+        if form and len(passed) < _MOST_FORMS:
+            passed[form] = replace(valid, arrays=())
+        return valid
+    arrays = []
+    for spec in signature.inputs:
+        given, dtype = request.inputs[spec.name], DATATYPES[spec.datatype]
+        if isinstance(given, Tensor):
+            arrays.append(np.frombuffer(given.data, dtype).reshape(given.shape))
+        else:
+            arrays.append(np.asarray(given, dtype, order="C"))
+        check_values(arrays[-1], spec, limits)
+    group = known.group if signature.coalescible else (object(),)
+    return ValidRequest(tuple(arrays), known.rows, known.length, known.outputs, group, known.nbytes)
+
+
+def _form(request: InferenceRequest) -> tuple[Any, ...]:
+    """Return the form of a request; empty where its values decide too."""
+    form: list[Any] = [tuple(request.outputs)]
+    for name, given in request.inputs.items():
+        if isinstance(given, Tensor) and given.datatype != "BYTES":
+            size = memoryview(given.data).nbytes
+            form.append((name, given.datatype, tuple(given.shape), size))
+        elif isinstance(given, np.ndarray) and given.dtype.kind not in "OSU":
+            form.append((name, given.dtype, given.shape))
+        else:
+            return ()
+    return tuple(form)
