@@ -6,12 +6,12 @@ as it was or as it will be. Whatever fails on the way leaves it as it was.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pwd
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Final
@@ -20,9 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 import lrai_core as lrai
-from lrai_core.actor.pool import Pool
-from lrai_core.config import ActorConfig, with_settings
-from lrai_core.events import EventBus, Observer
+from lrai_core.config import with_settings
 from lrai_core.runtime.embedded import Deployment, Embedded, Ended, Freeze, Version
 from lrai_core.scheduler.scheduler import Pending
 from lrai_deployments.routing import Route
@@ -30,28 +28,21 @@ from lrai_deployments.state import How, Record, Store, now
 from lrai_deployments.warmup import warm_up
 
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
-_ROUNDING: Final = 1e-6
 
 
 class Deployments(Embedded):
     """An embedded runtime whose names have versions; thread-safe."""
 
-    def __init__(
-        self,
-        config: lrai.LraiConfig,
-        observers: Sequence[Observer] = (),
-        *,
-        pool: Callable[[Path, ActorConfig, EventBus], Pool] = Pool,
-    ) -> None:
-        """Start as `Embedded` does; of what was kept, take over what is frozen."""
-        self._store = Store(config.runtime.state_dir)
+    def begin(self) -> None:
+        """See `Embedded.begin`. Of what was kept, take over what is frozen."""
+        self._store = Store(self.config.runtime.state_dir)
         self._kept, self._stopped = self._store.read()
         self._records = {name: record for name, record in self._kept.items() if record.frozen}
         self._routes: dict[str, Route] = {}
         self.random = Random()
-        self._room = threading.Lock()  # one version starts at a time, so that room can be counted
+        # With a budget one version starts at a time, so that what it takes can be counted.
+        self._room = threading.Lock() if self.config.runtime.memory_mib else nullcontext()
         self._worker = ThreadPoolExecutor(1, "lrai-deployments")
-        super().__init__(config, observers, pool=pool)
 
     def restore(self) -> None:
         """Serve again what was served when the runtime before this one was killed."""
@@ -59,11 +50,15 @@ class Deployments(Embedded):
             record = kept
             for label, how in kept.versions.items():
                 try:
-                    with self._started(name, self.open(how.artifact), how, label):
+                    with self._started(name, self._reopen(how), how, label):
                         pass
                 except (lrai.LraiError, TypeError) as error:  # whoever needs it is told, too
                     self.events.emit("deployment_changed", name, change="lost", reason=str(error))
                     record = record.without(label)
+            if not record.serves:  # what had no share is not switched to
+                record = record.without(*record.versions)
+                for version in self._served(name):
+                    self.remove(version)
             if record.versions or not record.frozen:
                 self._commit(name, record, "restore")
 
@@ -83,25 +78,18 @@ class Deployments(Embedded):
         name = name or opened.manifest.name
         with self.changing(name, wait=shared):
             served = self._served(name)
-            for known in served if shared else ():
-                if self.is_served(known, opened, variant, require):
-                    if require:  # whoever serves it next has to keep to it too
-                        record = self._records[name].requiring(known.version, require)
-                        self._commit(name, record, "require")
-                    return name
+            if shared and any(self.is_served(v, opened, variant, require) for v in served):
+                return name
             record = self._records.get(name, Record())
             if record.frozen and not served and opened.version in record.versions:
                 record = Record(frozen=record.frozen)  # it serves again what it served
             else:
                 record = self._free(name)
             if served and share is None:
-                raise lrai.UsageError(
-                    f"a model {name[:120]!r} is loaded already: swap replaces it, "
-                    "and with a share another version serves beside it"
-                )
+                many = "swap replaces it, a share has both serve"
+                raise lrai.UsageError(f"a model {name[:120]!r} is loaded already: {many}")
             part = _shares({"share": share})["share"] if served else 1.0
-            how = How(variant, require, settings)
-            with self._started(name, opened, how) as (new, loaded):
+            with self._started(name, opened, How(variant, require, settings)) as (new, loaded):
                 if served:
                     warm_up(self, new)
                 self._commit(name, record.beside(loaded, part), "load")
@@ -118,17 +106,19 @@ class Deployments(Embedded):
     ) -> str:
         """See `Runtime.swap`."""
         with self._changed(name) as (name, record):
-            return self._swap(name, record, artifact, How(variant, require, settings), "swap")
+            how = How(variant, require, settings)
+            return self._swap(name, record, self.open(artifact), how, "swap")
 
     def rollback(self, name: str) -> str:
         """See `Runtime.rollback`."""
         with self._changed(name) as (name, record):
-            if (how := record.previous) is None:
+            how = record.previous
+            if not how.version:
                 raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
             if how in record.versions.values():  # it is still loaded
                 self._commit(name, record.shared_out({how.version: 1.0}, {}), "rollback")
                 return how.version
-            return self._swap(name, record, how.artifact, how, "rollback")
+            return self._swap(name, record, self._reopen(how), how, "rollback")
 
     def route(
         self, name: str, shares: Mapping[str, float], shadow: Mapping[str, float] | None = None
@@ -139,7 +129,7 @@ class Deployments(Embedded):
             for label in (given | copies).keys() - record.versions.keys():
                 known = ", ".join(record.versions)
                 raise lrai.ModelNotFound(f"{name!r} has versions {known}, not {label[:40]!r}")
-            if abs(sum(given.values()) - 1) > _ROUNDING or len(copies) > 1:
+            if round(sum(given.values()), 6) != 1 or len(copies) > 1:
                 raise lrai.UsageError("shares that add up to 1, and at most one shadow, are needed")
             self._commit(name, record.shared_out(given, copies), "route")
 
@@ -160,9 +150,10 @@ class Deployments(Embedded):
 
     def deployments(self) -> list[Deployment]:
         """See `Runtime.deployments`."""
+        records = self._records.items()
         return [
-            Deployment(name, r.shares, r.shadow, r.previous.version if r.previous else "", r.frozen)
-            for name, r in self._records.items()
+            Deployment(name, r.shares, r.shadow, r.previous.version, r.frozen)
+            for name, r in records
         ]
 
     def unload(self, name: str, version: str = "") -> None:
@@ -171,9 +162,7 @@ class Deployments(Embedded):
             gone = [self.find(name, version)] if version else self._served(name)
             left = record.without(*(one.version for one in gone))
             if not left.serves:
-                raise lrai.UsageError(
-                    f"version {version} answers for {name!r}; route requests to another one first"
-                )
+                raise lrai.UsageError(f"{version} answers for {name!r}: route requests elsewhere")
             self._commit(name, left, "unload")
             for one in gone:
                 self.remove(one, drain=False)
@@ -194,7 +183,7 @@ class Deployments(Embedded):
             return
         if self.scheduler.alive:  # else whoever comes next serves on
             frozen = {name: record for name, record in self._records.items() if record.frozen}
-            with contextlib.suppress(lrai.LraiError):
+            with suppress(lrai.LraiError):
                 self._store.write(frozen, stopped=True)
         super().close()
         self._worker.shutdown(cancel_futures=True)
@@ -202,7 +191,7 @@ class Deployments(Embedded):
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run a function soon, in a thread that no request waits for."""
-        with contextlib.suppress(RuntimeError):  # it is closing
+        with suppress(RuntimeError):  # it is closing
             self._worker.submit(function, *arguments)
 
     def give_up(self, route: Route, version: Version, why: str) -> None:
@@ -210,29 +199,34 @@ class Deployments(Embedded):
         name = version.name
         if self._routes.get(name) is route:
             del self._routes[name]  # at once; the rest may have to wait
-        with contextlib.suppress(lrai.LraiError), self._changed(name, wait=True) as (_, record):
+        with suppress(lrai.LraiError), self._changed(name, wait=True) as (_, record):
             if record.shares.get(version.version):
                 by, back = "canary guard", record.shared_out({record.stable: 1.0}, {})
                 self._commit(name, replace(back, frozen=_freeze(by, why)), "canary_failed", by, why)
 
-    def _swap(self, name: str, record: Record, artifact: str, how: How, change: str) -> str:
-        old = self._served(name)
-        with self._started(name, self.open(artifact), how) as (new, loaded):
-            warm_up(self, new)
-            previous = record.versions[record.stable]
-            self._commit(name, replace(Record().beside(loaded, 1.0), previous=previous), change)
-        for version in old:
-            self.remove(version)
-        return new.version
+    def _swap(self, name: str, record: Record, new: lrai.Artifact, how: How, what: str) -> str:
+        old, previous = self._served(name), record.versions[record.stable]
+        with self._started(name, new, how) as (version, loaded):
+            warm_up(self, version)
+            self._commit(name, Record(previous=previous).beside(loaded, 1.0), what)
+        for gone in old:
+            self.remove(gone)
+        return version.version
 
-    @contextlib.contextmanager
+    def _reopen(self, how: How) -> lrai.Artifact:
+        artifact = self.open(how.artifact)
+        if artifact.version != how.version.partition("-")[0]:
+            raise lrai.ConditionNotMet(f"{how.artifact} no longer holds {how.version}")
+        return artifact
+
+    @contextmanager
     def _changed(self, name: str, *, wait: bool = False) -> Iterator[tuple[str, Record]]:
         """Hold a name that is loaded and may be changed; yield it and its record."""
         name = self.find(name).name
         with self.changing(name, wait=wait):
             yield name, self._free(name)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _started(
         self, name: str, artifact: lrai.Artifact, how: How, label: str = ""
     ) -> Iterator[tuple[Version, How]]:
@@ -261,18 +255,17 @@ class Deployments(Embedded):
                 return
             others = [version for version in self.versions.values() if version.name != name]
             if not any(map(self._evict, sorted(others, key=lambda version: version.used_at))):
-                raise lrai.MemoryBudgetExceeded(
-                    f"{name!r} needs {needed >> 20} MiB beside {used >> 20} MiB of models that are "
-                    f"at work, frozen or needed; runtime.memory_mib is {budget >> 20}"
-                )
+                have = f"{used >> 20} of {budget >> 20} MiB are in use, by it and by models at work"
+                needs = f"{name!r} needs {needed >> 20} MiB more"
+                raise lrai.MemoryBudgetExceeded(f"{needs}; {have}, frozen or needed")
 
     def _evict(self, version: Version) -> bool:
         """Unload a version if nobody needs it now; return whether it is gone."""
         name = version.name
-        with contextlib.suppress(lrai.LraiError), self._changed(name) as (_, record):
+        with suppress(lrai.LraiError), self._changed(name) as (_, record):
             left = record.without(version.version)
             if left.serves and version.retire(idle=True):
-                self._commit(name, left, "unload", reason="runtime.memory_mib")
+                self._commit(name, left, "unload", why="runtime.memory_mib")
                 self.remove(version)
                 return True
         return False  # it is at work, being changed, or frozen
@@ -288,25 +281,22 @@ class Deployments(Embedded):
         """
         record = self._records.get(name, Record())
         if frozen := record.frozen:
-            raise lrai.ConditionNotMet(
-                f"model {name!r} was frozen by {frozen.by} at {frozen.since}: {frozen.reason}"
-            )
+            said = f"by {frozen.by} at {frozen.since}: {frozen.reason}"
+            raise lrai.ConditionNotMet(f"model {name!r} was frozen {said}")
         return record
 
-    def _commit(
-        self, name: str, record: Record, change: str, by: str = "", reason: str = ""
-    ) -> None:
+    def _commit(self, name: str, record: Record, what: str, by: str = "", why: str = "") -> None:
         """Write a change down, make it, and tell of it."""
         by = by or pwd.getpwuid(os.geteuid()).pw_name
         with self._store.lock:
             records = {**self._records, name: record}
             if not record.versions:
                 del records[name]
-            self._store.note(change=change, model=name, by=by, reason=reason, shares=record.shares)
+            self._store.note(change=what, model=name, by=by, reason=why, shares=record.shares)
             self._store.write(records)
             self._records = records
             self._apply(name, record)
-        self.events.emit("deployment_changed", name, change=change, by=by, reason=reason)
+        self.events.emit("deployment_changed", name, change=what, by=by, reason=why)
 
     def _apply(self, name: str, record: Record) -> None:
         """Have requests go where the record says."""
@@ -325,7 +315,7 @@ def memory_bytes(pids: Sequence[int]) -> int:
     """Return the memory of processes, what they share with others in proportion."""
     total = 0
     for pid in pids:
-        with contextlib.suppress(OSError):  # it has just ended
+        with suppress(OSError):  # it has just ended
             text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
             total += int(text.partition("\nPss:")[2].split()[0]) << 10
     return total

@@ -7,9 +7,10 @@ probability that is spent over all looks, so that looking often does not make a 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
@@ -31,15 +32,6 @@ _LAST: Final = 1 << 30  # a copy's priority
 Outcome = InferenceResponse | LraiError
 
 
-@dataclass(slots=True)
-class _Count:
-    """What a version has answered."""
-
-    answers: int = 0
-    failures: int = 0  # that are the server's, not the caller's
-    next_look: int = 1  # at so many failures
-
-
 class Route:
     """How requests that name no version are shared out; thread-safe."""
 
@@ -59,15 +51,14 @@ class Route:
         self._canaries = {v for v, share in shares.items() if share < shares[self._stable]}
         self._shadow, self._sampled = next(iter(shadow), None), sum(shadow.values())
         self._lock = threading.Lock()
-        self._counts = {version: _Count() for version in shares}
-        self._looks = self._copied_rows = 0
+        self._answers, self._failures = Counter[Version](), Counter[Version]()
+        self._copied_rows = 0
 
     def accept(self, request: InferenceRequest, done: Ended) -> Pending:
         """See `Embedded.accept`."""
-        random = self._core.random
+        random, original = self._core.random, Future[InferenceResponse]()
         (version,) = random.choices(self._versions, cum_weights=self._cumulative)
         shadow = self._shadow if random.random() < self._sampled else None
-        original: Future[Outcome] = Future()
 
         def ended(outcome: Outcome) -> None:
             if shadow is not None and isinstance(outcome, InferenceResponse):
@@ -85,12 +76,10 @@ class Route:
             names = [spec.name for spec in version.signature.inputs]
             inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}
             copy = replace(request, inputs=inputs, parameters={"priority": _LAST})
-            self._send(copy, pending.request.rows, original, shadow)
+            self._send(copy, pending.request.rows, original)
         return pending
 
-    def _send(
-        self, copy: InferenceRequest, rows: int, original: Future[Outcome], to: Version
-    ) -> None:
+    def _send(self, copy: InferenceRequest, rows: int, original: Future[InferenceResponse]) -> None:
         """Send a copy, unless too many are on their way: callers must find room in the queue."""
         with self._lock:
             if self._copied_rows + rows > self._core.config.scheduler.max_queue_rows // _COPIES:
@@ -101,50 +90,40 @@ class Route:
             with self._lock:
                 self._copied_rows -= rows
             original.add_done_callback(
-                lambda first: self._core.submit(self._compare, first.result(), outcome, to)
+                lambda first: self._core.submit(self._compare, first.result(), outcome)
             )
 
         try:
-            self._core.accept(copy, ended, to)
+            self._core.accept(copy, ended, self._shadow)
         except LraiError as error:
             ended(error)
 
-    def _compare(self, original: InferenceResponse, copy: Outcome, to: Version) -> None:
-        if isinstance(copy, LraiError):
-            why = type(copy).__name__
-            self._core.events.emit("shadow_failed", to.name, version=to.version, reason=why)
+    def _compare(self, original: InferenceResponse, copy: Outcome) -> None:
+        emit, name = self._core.events.emit, original.model_name
+        if isinstance(copy, LraiError) or copy.outputs.keys() != original.outputs.keys():
+            emit("shadow_failed", name, reason=type(copy).__name__)
             return
-        specs = [spec for spec in to.signature.outputs if spec.name in original.outputs]
-        pairs = [(original.outputs[spec.name], copy.outputs[spec.name]) for spec in specs]
-        each = to.signature.coalescible  # the map of an output works on rows
-        rows = [slice(i, i + 1) for i in range(len(pairs[0][0]))] if each else [...]
-        worst = max(
-            difference([a[row] for a, _ in pairs], [b[row] for _, b in pairs], specs)
-            for row in rows
-        )
-        self._core.events.emit("shadow_compared", to.name, version=to.version, difference=worst)
+        specs = [s for s in self._stable.signature.outputs if s.name in original.outputs]
+        first, second = ([r.outputs[spec.name] for spec in specs] for r in (original, copy))
+        gap = difference(first, second, specs)
+        emit("shadow_compared", name, version=copy.model_version, difference=gap)
 
     def _count(self, version: Version, outcome: Outcome) -> None:
+        """Count an answer or a failure of the server, not of the caller; look into the latter."""
         failed = isinstance(outcome, LraiError) and outcome.http_status >= 500
         with self._lock:
-            count = self._counts[version]
-            count.answers += 1
-            count.failures += failed
-            enough = count.answers >= _FEWEST_ANSWERS and count.failures >= count.next_look
-            look = failed and enough and version in self._canaries
-            if look:
-                self._looks += 1
-                count.next_look = count.failures + 1 + count.failures // 10
-        if look:
-            self._core.submit(self._judge, version, self._looks)
+            self._answers[version] += 1
+            self._failures[version] += failed
+        if failed and version in self._canaries and self._answers[version] >= _FEWEST_ANSWERS:
+            self._core.submit(self._judge, version)
 
-    def _judge(self, version: Version, looks: int) -> None:
-        bad, good = replace(self._counts[version]), replace(self._counts[self._stable])
-        confidence = 1 - max(_FALSE_ALARM / (2 * looks * (looks + 1)), _LEAST_ERROR)
-        if not good.answers:
-            return
-        worst = upper_bound(good.failures, good.answers, confidence)
-        if lower_bound(bad.failures, bad.answers, confidence) > worst:
-            why = f"{version.version} failed {bad.failures} of {bad.answers} requests"
-            beside = f"{self._stable.version} {good.failures} of {good.answers}"
-            self._core.give_up(self, version, f"{why}, {beside}")
+    def _judge(self, version: Version) -> None:
+        stable = self._stable
+        with self._lock:
+            bad, n = self._failures[version], self._answers[version]
+            also_bad, m = self._failures[stable], self._answers[stable]
+        confidence = 1 - max(_FALSE_ALARM / (2 * bad * (bad + 1)), _LEAST_ERROR)
+        if m and lower_bound(bad, n, confidence) > upper_bound(also_bad, m, confidence):
+            beside = f"{stable.version} {also_bad} of {m}"
+            why = f"{version.version} failed {bad} of {n} requests, {beside}"
+            self._core.give_up(self, version, why)

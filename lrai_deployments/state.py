@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from msgspec.structs import replace
@@ -23,9 +23,9 @@ from lrai_deployments.traffic import replaced
 class How(msgspec.Struct, frozen=True):
     """How a version was loaded, so that it can be loaded again."""
 
-    variant: str
-    require: Mapping[str, Any] | None
-    settings: Mapping[str, Any] | None
+    variant: str = ""
+    require: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] | None = None
     version: str = ""  # once it is loaded, and where from
     artifact: str = ""
 
@@ -36,7 +36,7 @@ class Record(msgspec.Struct, frozen=True):
     versions: dict[str, How] = {}
     shares: dict[str, float] = {}
     shadow: dict[str, float] = {}
-    previous: How | None = None
+    previous: How = How()
     frozen: Freeze | None = None
 
     @property
@@ -73,10 +73,8 @@ class Record(msgspec.Struct, frozen=True):
             return new
         return replace(new, previous=self.versions[self.stable])
 
-    def requiring(self, label: str, require: Mapping[str, Any]) -> Record:
-        """Return the record with a version that has to meet this when it is loaded again."""
-        how = replace(self.versions[label], require=require)
-        return replace(self, versions=self.versions | {label: how})
+
+_FILE: Final = "deployments.json"
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -105,36 +103,26 @@ class Store:
             fcntl.flock(self._audit, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._audit)
-            why = "another runtime keeps its state there; set runtime.state_dir to another folder"
-            raise EnvironmentProblem(f"{folder}: {why}") from None
+            why = "holds the state of another runtime; set runtime.state_dir"
+            raise EnvironmentProblem(f"{folder} {why}") from None
 
     def read(self) -> tuple[dict[str, Record], bool]:
         """Return what was kept, and whether the runtime that kept it came to its end."""
-        if self._folder is None:
+        if self._folder is None or not (path := self._folder / _FILE).exists():
             return {}, True
-        path = self._folder / "deployments.json"
         try:
             kept = msgspec.json.decode(path.read_bytes(), type=_File)
-        except FileNotFoundError:
-            return {}, True
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             aside = path.replace(path.with_suffix(".corrupt"))
-            logging.getLogger(__name__).warning(
-                "%s cannot be read (%s): starting without it, it is kept as %s", path, error, aside
-            )
+            problem = f"{path} cannot be read ({error}): starting without it; it is now {aside}"
+            logging.getLogger(__name__).warning(problem)
             return {}, True
         return kept.deployments, kept.stopped
 
     def write(self, deployments: dict[str, Record], *, stopped: bool = False) -> None:
         """Keep this in place of what was kept, whole or not at all."""
-        if self._folder is None:
-            return
-        path = self._folder / "deployments.json"
-        with disk_errors(path):
-            if not deployments:
-                path.unlink(missing_ok=True)
-                return
-            with replaced(path) as stream:
+        if self._folder is not None:
+            with disk_errors(self._folder), replaced(self._folder / _FILE) as stream:
                 stream.write(msgspec.json.encode(_File(stopped, deployments)))
 
     def note(self, **line: Any) -> None:

@@ -6,14 +6,7 @@ import time
 from concurrent.futures import Future
 from typing import Final
 
-from lrai_core import (
-    ConditionNotMet,
-    DeadlineExceeded,
-    InferenceRequest,
-    InferenceResponse,
-    LraiError,
-    QueueFull,
-)
+import lrai_core as lrai
 from lrai_core.artifact import EVALUATION
 from lrai_core.engine.batching import MEASURED_ELEMENTS, stretch, synthetic_row
 from lrai_core.runtime.embedded import Embedded, Version
@@ -37,33 +30,30 @@ def warm_up(core: Embedded, version: Version) -> None:
     real = []
     if EVALUATION in artifact.manifest.files:
         real = load_rows(artifact.file(EVALUATION), signature).inputs
+    names = [spec.name for spec in signature.inputs]
+    limit_ms = core.config.actor.start_timeout_seconds * 1e3
     for i, (rows, length) in enumerate(sorted(sizes) or [(1, 0)]):
         row = real[i % len(real)] if real else synthetic_row(signature, length or _LENGTH)
-        arrays = stretch(row, signature, rows, length or _LENGTH)
-        names = [spec.name for spec in signature.inputs]
-        request = InferenceRequest(
-            model_name=version.name,
-            inputs=dict(zip(names, arrays, strict=True)),
-            timeout_ms=core.config.actor.start_timeout_seconds * 1e3,
-        )
+        inputs = dict(zip(names, stretch(row, signature, rows, length or _LENGTH), strict=True))
+        request = lrai.InferenceRequest(model_name="", inputs=inputs, timeout_ms=limit_ms)
         size = f"with {rows} row(s)" + f" of length {length}" * bool(length)
         try:
             _ask(core, request, version)
-        except LraiError as error:  # a made-up row may be no valid input
-            if real or isinstance(error, DeadlineExceeded):
-                raise ConditionNotMet(f"warming up {version.key} {size}: {error}") from None
+        except lrai.LraiError as error:  # a made-up row may be no valid input
+            if real or isinstance(error, lrai.DeadlineExceeded):
+                raise lrai.ConditionNotMet(f"warming up {version.key} {size}: {error}") from None
         if core.pids(version) != pids:
-            raise ConditionNotMet(f"warming up {version.key} {size}: it lost an actor")
+            raise lrai.ConditionNotMet(f"warming up {version.key} {size}: it lost an actor")
 
 
-def _ask(core: Embedded, request: InferenceRequest, version: Version) -> None:
+def _ask(core: Embedded, request: lrai.InferenceRequest, version: Version) -> None:
     """Have every actor of the version run the request, as far as that can be had."""
     deadline = time.monotonic() + core.config.actor.start_timeout_seconds
-    asked = list[Future[InferenceResponse]]()
+    asked = list[Future[lrai.InferenceResponse]]()
     while len(asked) < len(version.actors):
         try:
             asked.append(core.start(request, version))
-        except QueueFull:  # of what others ask: that says nothing of this version
+        except lrai.QueueFull:  # of what others ask: that says nothing of this version
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)

@@ -166,6 +166,7 @@ class Embedded:
     ) -> None:
         """Start scheduler and sockets; `load` brings models."""
         self.config = config
+        self.begin()
         self.events = EventBus(observers)
         self.folder = _socket_folder(config.runtime.socket_dir)
         self._finalizer = weakref.finalize(self, _forget, self.folder, os.getpid())
@@ -178,6 +179,9 @@ class Embedded:
         self._pool = pool(self.folder, config.actor, self.events)
         self.scheduler = Scheduler(config.scheduler, self._pool, self.events)
         self.scheduler.start()
+
+    def begin(self) -> None:
+        """Called once, before anything is started: for what builds on this class."""
 
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
         """Return what an operation gives, by its name, as over the wire."""

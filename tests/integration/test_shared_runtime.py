@@ -301,9 +301,14 @@ def test_who_comes_while_an_idle_daemon_ends_is_served_by_the_next_one(
 
 
 def assert_gone(folder: Path, actor: int) -> None:
-    """Nothing is left but a lock that nobody holds, a log without complaints, and the audit."""
+    """Nothing is left but a lock that nobody holds, a log without complaints, and no deployment."""
     wait_until(lambda: not is_running(folder), 5)
-    assert {path.name for path in folder.iterdir()} == {"lock", "log", "audit.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {
+        "lock",
+        "log",
+        "audit.jsonl",
+        "deployments.json",
+    }
     assert (folder / "log").read_text() == ""
     assert list(folder.parent.iterdir()) == [folder]
     assert not Path(f"/proc/{actor}").exists()
