@@ -47,7 +47,8 @@ class TensorFrame(msgspec.Struct, frozen=True, array_like=True):
 class Load(msgspec.Struct, frozen=True, tag=True):
     """To an actor: open this variant, and say when it is ready.
 
-    `files` are checked by their hash before the first parse.
+    `files` are checked by their hash before the first parse. `cpus`: the ones to run on, all that
+    the process may use if empty.
     """
 
     folder: str
@@ -58,6 +59,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     threads: int
     files: dict[str, tuple[str, int]]
     signature: Signature
+    cpus: tuple[int, ...] = ()
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
@@ -178,7 +180,7 @@ def connect(address: str, identity: bytes) -> zmq.Socket[bytes]:
 
 def receive(socket: zmq.Socket[bytes]) -> Iterator[list[memoryview]]:
     """Yield the messages that are there, as frames; never wait."""
-    while socket.get(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator] # an integer
+    while int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
         yield [part.buffer for part in socket.recv_multipart(copy=False)]
 
 
