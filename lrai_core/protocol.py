@@ -78,7 +78,7 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @cached_property
     def passed(self) -> dict[tuple[Any, ...], ValidRequest]:
-        """What was valid so far, without arrays, by form; see `runtime.forms`."""
+        """What was valid so far, without arrays, by form; see `wire.forms`."""
         return {}
 
     @property

@@ -185,10 +185,12 @@ class Scheduler:
         except KeyError:
             raise ModelNotFound(f"no model {shorten(model)!r} is loaded") from None
         try:
-            pending = self._admit(owner, request, done, timeout_ms, priority)
+            now, deadline = self._admit(owner, request, timeout_ms)
         except LraiError as error:
             self._events.emit("request_refused", model, reason=type(error).__name__)
             raise
+        sequence, group = next(self._sequences), request.group
+        pending = Pending(sequence, owner, request, done, now, deadline, priority, group)
         self._events.emit("request_accepted", model, rows=request.rows)
         self._hand_over(pending)
         return pending
@@ -256,13 +258,9 @@ class Scheduler:
         os.close(self._wake_write)
 
     def _admit(
-        self,
-        model: _Model,
-        request: ValidRequest,
-        done: Done,
-        timeout_ms: float | None,
-        priority: int,
-    ) -> Pending:
+        self, model: _Model, request: ValidRequest, timeout_ms: float | None
+    ) -> tuple[float, float]:
+        """Count a request in, and return when that was and its deadline, or refuse it."""
         if model.failed:
             raise ActorError(model.failed)
         timeout = self._config.default_timeout_ms if timeout_ms is None else timeout_ms
@@ -278,8 +276,7 @@ class Scheduler:
             if not self._admission.rows:
                 self._last_answer = now  # nobody waited until now
             self._admission.enter(request.rows, request.nbytes, needed_ms / 1e3 / request.rows)
-        sequence, deadline, group = next(self._sequences), now + timeout / 1e3, request.group
-        return Pending(sequence, model, request, done, now, deadline, priority, group)
+        return now, now + timeout / 1e3
 
     def _cancel(self, pending: Pending) -> None:
         error = DeadlineExceeded("cancelled")

@@ -763,13 +763,18 @@ def test_after_closing_everything_is_refused_and_closing_again_is_harmless(clock
     bench.scheduler.close()
 
 
-def test_a_request_accepted_just_before_the_end_ends_too(clock: Clock) -> None:
+def test_a_request_accepted_just_before_the_end_ends_too(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench, ends = Bench(), list[LraiError | None]()
-    pending = bench.scheduler._admit(
-        bench.scheduler._models["m"], request(), lambda _, error: ends.append(error), None, 0
-    )
-    bench.close()
-    bench.scheduler._hand_over(pending)
+    hand_over = bench.scheduler._hand_over
+
+    def closed_meanwhile(item: Any) -> bool:
+        bench.close()
+        return hand_over(item)
+
+    monkeypatch.setattr(bench.scheduler, "_hand_over", closed_meanwhile)
+    bench.scheduler.accept("m", request(), lambda _, error: ends.append(error))
     assert isinstance(ends[0], NotReady)
 
 
