@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def strange(tmp_path: Path) -> tuple[str, Callable[[str], None]]:
     return str(python), become
 
 
+@contextmanager
+def under_load(runtime: lrai.Runtime, callers: int) -> Iterator[Load]:
+    load = Load(runtime, "m", [ONES], callers)
+    try:
+        yield load
+    finally:
+        load.stop()
+
+
 def version(path: Path) -> str:
     return lrai.Artifact.open(path).version
 
@@ -80,15 +90,15 @@ def test_requests_under_way_while_versions_change_are_all_answered(
     small: dict[float, Path],
 ) -> None:
     with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
-        load = Load(runtime, "m", [ONES], callers=8)
-        for times in (3.0, 2.0):
+        with under_load(runtime, callers=8) as load:
+            for times in (3.0, 2.0):
+                time.sleep(0.3)
+                swapped = runtime.swap("m", small[times])
+                (model,) = runtime.models()
+                assert model.version == swapped == version(small[times])
+                assert runtime.ready() in ("ok", "idle")
             time.sleep(0.3)
-            swapped = runtime.swap("m", small[times])
-            (model,) = runtime.models()
-            assert model.version == swapped == version(small[times])
-            assert runtime.ready() in ("ok", "idle")
-        time.sleep(0.3)
-        ledger = load.stop()
+        ledger = load.ledger
     assert not ledger.refused
     assert ledger.sent == len(ledger.answered)
     assert {float(outputs["y"][0, 0]) for _, outputs in ledger.answered} == {2.0, 3.0}
@@ -119,17 +129,16 @@ def test_a_version_that_fails_its_warm_up_is_not_switched_to(
     with lrai.Runtime.open(
         small[2.0], name="m", config=config(**{"actor.python": python})
     ) as runtime:
-        load = Load(runtime, "m", [ONES], callers=2)
         before = runtime.models()[0].actor_pids
         become(how)
         words = {"die": r"(lost an actor|could not be answered)", "refuse": "out of memory"}
-        with pytest.raises(lrai.ConditionNotMet, match=f"warming up m@.*{words[how]}"):
-            runtime.swap("m", new)
-        (model,) = runtime.models()
-        assert (model.version, model.actor_pids) == (version(small[2.0]), before)
-        ledger = load.stop()
-        assert not ledger.refused
-        assert {float(outputs["y"][0, 0]) for _, outputs in ledger.answered} == {2.0}
+        with under_load(runtime, callers=2) as load:
+            with pytest.raises(lrai.ConditionNotMet, match=f"warming up m@.*{words[how]}"):
+                runtime.swap("m", new)
+            (model,) = runtime.models()
+            assert (model.version, model.actor_pids) == (version(small[2.0]), before)
+        assert not load.ledger.refused
+        assert {float(o["y"][0, 0]) for _, o in load.ledger.answered} == {2.0}
 
 
 def test_a_version_that_does_not_meet_its_requirements_is_not_switched_to(
