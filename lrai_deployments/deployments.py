@@ -73,7 +73,7 @@ class Deployments(Embedded):
         shared: bool = False,
         share: float | None = None,
     ) -> str:
-        """See `Runtime.load` and `Embedded.load`."""
+        """See `Runtime.load`. `shared`: to find the same version and variant loaded is no error."""
         opened = self.open(artifact)
         name = name or opened.manifest.name
         with self.changing(name, wait=shared):
@@ -237,7 +237,7 @@ class Deployments(Embedded):
         with self._room:
             self._make_room(name, actors * size)
             new = self.add(artifact, name, how.variant, how.require, how.settings, label)
-            self.show(new, current=False)
+            self.show(new)
         try:
             with self._room:
                 self._make_room(name, 0)  # now that it is known what it takes

@@ -149,7 +149,11 @@ class Version:
 
 
 class Embedded:
-    """Scheduler and actors of this process; thread-safe."""
+    """Scheduler and actors of this process; thread-safe.
+
+    It runs versions. Which there are, and who answers for a name, is decided by what builds on it:
+    `lrai_deployments`, found by the entry point `lrai.backends`.
+    """
 
     def __init__(
         self,
@@ -158,7 +162,7 @@ class Embedded:
         *,
         pool: Callable[[Path, ActorConfig, EventBus], Pool] = Pool,
     ) -> None:
-        """Start scheduler and sockets; `load` brings models."""
+        """Start scheduler and sockets; `add` brings models."""
         self.config = config
         self.begin()
         self.events = EventBus(observers)
@@ -180,31 +184,8 @@ class Embedded:
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
         """Return what an operation gives, by its name, as over the wire."""
         del kind
-        if not hasattr(self, operation):
-            raise EnvironmentProblem(f"{operation} needs lrai_deployments: install lrai again")
         result: T = getattr(self, operation)(**arguments)
         return result
-
-    def load(
-        self,
-        artifact: str,
-        *,
-        name: str = "",
-        variant: str = "",
-        require: Mapping[str, Any] | None = None,
-        settings: Mapping[str, Any] | None = None,
-        shared: bool = False,
-    ) -> str:
-        """See `Runtime.load`. `shared`: to find the same version and variant loaded is no error."""
-        opened = self.open(artifact)
-        name = name or opened.manifest.name
-        with self.changing(name, wait=shared):
-            known = self.current.get(name)
-            if not (known and shared and self.is_served(known, opened, variant, require)):
-                if known:
-                    raise UsageError(f"a model {shorten(name)!r} is loaded already")
-                self.show(self.add(opened, name, variant, require, settings))
-        return name
 
     def open(self, artifact: str) -> Artifact:
         """Return an artifact from a folder that may be loaded from."""
@@ -304,11 +285,9 @@ class Embedded:
             raise
         return version
 
-    def show(self, version: Version, *, current: bool = True) -> None:
-        """Have requests find a version: who asks for it, and if `current` who asks for none."""
+    def show(self, version: Version) -> None:
+        """Have requests find a version that ask for it; who asks for none gets the current one."""
         self.versions[version.name, version.version] = version
-        if current:
-            self.current[version.name] = version
 
     def remove(self, version: Version, *, drain: bool = True) -> None:
         """Let what a version has accepted end, within the time for draining; end its actors."""
@@ -324,11 +303,6 @@ class Embedded:
     def pids(self, version: Version) -> list[int]:
         """Return the processes of its actors, without those that are being replaced."""
         return [pid for actor in version.actors if (pid := self._pool.state(actor)[1])]
-
-    def unload(self, name: str, version: str = "") -> None:
-        """See `Runtime.unload`."""
-        with self.changing(self.find(name, version).name):
-            self.remove(self.find(name, version), drain=False)
 
     def start(
         self, request: InferenceRequest, version: Version | None = None
@@ -548,10 +522,10 @@ class Embedded:
 
 
 def find_embedded() -> type[Embedded]:
-    """Return what serves in one process: with deployments where `lrai_deployments` is there."""
+    """Return what serves in a process: `Embedded` with names, as `lrai_deployments` has it."""
     for entry in entry_points(group="lrai.backends", name="deployments"):
         return cast("type[Embedded]", entry.load())
-    return Embedded
+    raise EnvironmentProblem("nothing to deploy models with is here: install lrai again")
 
 
 def _forget(folder: Path, owner: int) -> None:

@@ -247,7 +247,8 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
         runtime.load(small[3.0], name="m", share=0)
         runtime.route("m", {version(small[2.0]): 1}, shadow={three: 1})
         assert {ask(runtime) for _ in range(count)} == {2.0}
-        wait_until(lambda: runtime.stats().get("shadow_compared") == count)
+        wait_until(lambda: [e.kind for e in heard].count("shadow_compared") == count)
+        assert runtime.stats()["shadow_compared"] == count
         told = [e.attributes for e in heard if e.kind == "shadow_compared"]
         assert told == [{"version": three, "difference": 1.0}] * count
         shadow = next(m.actor_pid for m in runtime.models() if m.version == three)
@@ -304,15 +305,6 @@ def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
     lines = [json.loads(x) for x in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
     assert [line["change"] for line in lines] == ["load", "load", "canary_failed", "unfreeze"]
     assert (lines[-1]["by"], lines[-1]["reason"]) == ("ann", "it was the disk")
-
-
-def test_callers_faults_do_not_speak_against_a_canary(small: dict[float, Path]) -> None:
-    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
-        runtime.load(small[3.0], name="m", share=0.4)
-        for _ in range(100):
-            with pytest.raises(lrai.InvalidTensor):
-                ask(runtime, inputs={"z": ONES["x"]})
-        assert {ask(runtime) for _ in range(50)} == {2.0, 3.0}
 
 
 def test_a_frozen_deployment_serves_on_and_does_not_change(small: dict[float, Path]) -> None:
