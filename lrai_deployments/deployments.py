@@ -21,7 +21,8 @@ from msgspec.structs import replace
 
 import lrai_core as lrai
 from lrai_core.config import with_settings
-from lrai_core.runtime.embedded import Deployment, Embedded, Ended, Freeze, Version
+from lrai_core.runtime.embedded import Embedded
+from lrai_core.runtime.version import Deployment, Ended, Freeze, Version
 from lrai_core.scheduler.scheduler import Pending
 from lrai_deployments.routing import Route
 from lrai_deployments.state import How, Record, Store, now
@@ -261,8 +262,7 @@ class Deployments(Embedded):
 
     def _evict(self, version: Version) -> bool:
         """Unload a version if nobody needs it now; return whether it is gone."""
-        name = version.name
-        with suppress(lrai.LraiError), self._changed(name) as (_, record):
+        with suppress(lrai.LraiError), self._changed(version.name) as (name, record):
             left = record.without(version.version)
             if left.serves and version.retire(idle=True):
                 self._commit(name, left, "unload", why="runtime.memory_mib")
