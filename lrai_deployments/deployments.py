@@ -21,7 +21,8 @@ from msgspec.structs import replace
 
 import lrai_core as lrai
 from lrai_core.config import with_settings
-from lrai_core.runtime.embedded import Deployment, Embedded, Ended, Freeze, Version
+from lrai_core.runtime.embedded import Embedded
+from lrai_core.runtime.version import Deployment, Ended, Freeze, Version
 from lrai_core.scheduler.scheduler import Pending
 from lrai_deployments.routing import Route
 from lrai_deployments.state import How, Record, Store, now
@@ -73,7 +74,7 @@ class Deployments(Embedded):
         shared: bool = False,
         share: float | None = None,
     ) -> str:
-        """See `Runtime.load` and `Embedded.load`."""
+        """See `Runtime.load`. `shared`: to find the same version and variant loaded is no error."""
         opened = self.open(artifact)
         name = name or opened.manifest.name
         with self.changing(name, wait=shared):
@@ -237,7 +238,7 @@ class Deployments(Embedded):
         with self._room:
             self._make_room(name, actors * size)
             new = self.add(artifact, name, how.variant, how.require, how.settings, label)
-            self.show(new, current=False)
+            self.show(new)
         try:
             with self._room:
                 self._make_room(name, 0)  # now that it is known what it takes
@@ -261,8 +262,7 @@ class Deployments(Embedded):
 
     def _evict(self, version: Version) -> bool:
         """Unload a version if nobody needs it now; return whether it is gone."""
-        name = version.name
-        with suppress(lrai.LraiError), self._changed(name) as (_, record):
+        with suppress(lrai.LraiError), self._changed(version.name) as (name, record):
             left = record.without(version.version)
             if left.serves and version.retire(idle=True):
                 self._commit(name, left, "unload", why="runtime.memory_mib")

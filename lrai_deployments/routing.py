@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from lrai_core import InferenceRequest, InferenceResponse, LraiError
 from lrai_core.confidence import lower_bound, upper_bound
-from lrai_core.runtime.embedded import Ended, Version
+from lrai_core.runtime.version import Ended, Version
 from lrai_core.scheduler.scheduler import Pending
 from lrai_core.verifier.spec import difference
 

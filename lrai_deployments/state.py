@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from lrai_core import EnvironmentProblem
 from lrai_core.artifact import disk_errors
-from lrai_core.runtime.embedded import Freeze
+from lrai_core.runtime.version import Freeze
 from lrai_deployments.traffic import replaced
 
 

@@ -9,7 +9,8 @@ from typing import Final
 import lrai_core as lrai
 from lrai_core.artifact import EVALUATION
 from lrai_core.engine.batching import MEASURED_ELEMENTS, stretch, synthetic_row
-from lrai_core.runtime.embedded import Embedded, Version
+from lrai_core.runtime.embedded import Embedded
+from lrai_core.runtime.version import Version
 from lrai_core.verifier.sample import load_rows
 
 _LENGTH: Final = 8  # where none was measured
@@ -27,9 +28,8 @@ def warm_up(core: Embedded, version: Version) -> None:
     most_elements = bounds.max_batch_elements or MEASURED_ELEMENTS
     measured = {(point.rows, point.length) for point in version.variant.latency}
     sizes = [(n, m) for n, m in measured if n <= most_rows and n * m <= most_elements]
-    real = []
-    if EVALUATION in artifact.manifest.files:
-        real = load_rows(artifact.file(EVALUATION), signature).inputs
+    stored = EVALUATION in artifact.manifest.files
+    real = load_rows(artifact.file(EVALUATION), signature).inputs if stored else []
     names = [spec.name for spec in signature.inputs]
     limit_ms = core.config.actor.start_timeout_seconds * 1e3
     for i, (rows, length) in enumerate(sorted(sizes) or [(1, 0)]):

@@ -179,8 +179,7 @@ class Daemon:
         runtime = replace(config.runtime, state_dir=config.runtime.state_dir or str(folder))
         config = replace(config, runtime=runtime)
         self.runtime = find_embedded()(config, pool=partial(self._make_door, folder / "clients"))
-        if hasattr(self.runtime, "restore"):
-            self.runtime.restore()
+        self.runtime.call("restore", {}, object)
         self.runtime.scheduler.call(self._door.open)
 
     def _make_door(self, *arguments: Any) -> Door:

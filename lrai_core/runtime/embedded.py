@@ -11,11 +11,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -34,7 +33,8 @@ from lrai_core.errors import (
     shorten,
 )
 from lrai_core.events import EventBus, Observer
-from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signature, ValidRequest
+from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
+from lrai_core.runtime.version import Ended, LoadedModel, State, Version
 from lrai_core.scheduler.scheduler import Pending, Replica, Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
@@ -42,114 +42,15 @@ from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load
 
 T = TypeVar("T")
-State = Literal["ok", "idle", "stalled", "dead"]
 _ONE_THREAD_BELOW_MS: Final = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """One version of a model that is loaded.
-
-    Attributes:
-        certificate: Id of the strongest certificate of the variant, None where it has none.
-        actor_pids: Processes of the actors; one that is being replaced has none.
-    """
-
-    name: str
-    version: str
-    variant: str
-    certificate: str | None
-    signature: Signature
-    state: State
-    actor_pids: list[int]
-
-    @property
-    def actor_pid(self) -> int | None:
-        """Return the process of the first actor that has one."""
-        return next(iter(self.actor_pids), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Freeze:
-    """Who has said that a deployment stays as it is, why, and since when (ISO 8601, UTC)."""
-
-    by: str
-    reason: str
-    since: str
-
-
-@dataclass(frozen=True, slots=True)
-class Deployment:
-    """A name, and who answers for it.
-
-    Attributes:
-        shares: Of the requests that name no version, by version; together 1.
-        shadow: Share of the requests of which a copy goes to a version, by that version.
-        previous: The version that `rollback` goes back to, empty where there is none.
-    """
-
-    name: str
-    shares: dict[str, float]
-    shadow: dict[str, float]
-    previous: str
-    frozen: Freeze | None
-
-
-Ended = Callable[[InferenceResponse | LraiError], None]
-
-
-@dataclass(slots=True, eq=False)
-class Version:
-    """One version of a model, with its actors running.
-
-    Attributes:
-        version: The artifact's, made unique among those of the name.
-        actors: Their names.
-        inside: Requests accepted and not yet ended.
-        used_at: When the last one was accepted, on the monotonic clock.
-    """
-
-    name: str
-    version: str
-    artifact: Artifact
-    variant: Variant
-    certificate: str | None
-    actors: tuple[str, ...]
-    inside: int = 0
-    used_at: float = 0.0
-    _retired: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def key(self) -> str:
-        """Return its name in scheduler, pool and events."""
-        return self.actors[0]
-
-    @property
-    def signature(self) -> Signature:
-        """Return what it takes and gives."""
-        return self.artifact.manifest.signature
-
-    def enter(self) -> bool:
-        """Count a request in; return False where none are taken any more."""
-        with self._lock:
-            self.inside += not self._retired
-            return not self._retired
-
-    def leave(self) -> None:
-        """Count a request out, however it ended."""
-        with self._lock:
-            self.inside -= 1
-
-    def retire(self, *, idle: bool = False) -> bool:
-        """Take no more requests, with `idle` only if none is inside; return whether it is so."""
-        with self._lock:
-            self._retired = self._retired or not (idle and self.inside)
-            return self._retired
-
-
 class Embedded:
-    """Scheduler and actors of this process; thread-safe."""
+    """Scheduler and actors of this process; thread-safe.
+
+    It runs versions. Which there are, and who answers for a name, is decided by what builds on it:
+    `lrai_deployments`, found by the entry point `lrai.backends`.
+    """
 
     def __init__(
         self,
@@ -158,7 +59,7 @@ class Embedded:
         *,
         pool: Callable[[Path, ActorConfig, EventBus], Pool] = Pool,
     ) -> None:
-        """Start scheduler and sockets; `load` brings models."""
+        """Start scheduler and sockets; `add` brings models."""
         self.config = config
         self.begin()
         self.events = EventBus(observers)
@@ -180,31 +81,8 @@ class Embedded:
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
         """Return what an operation gives, by its name, as over the wire."""
         del kind
-        if not hasattr(self, operation):
-            raise EnvironmentProblem(f"{operation} needs lrai_deployments: install lrai again")
         result: T = getattr(self, operation)(**arguments)
         return result
-
-    def load(
-        self,
-        artifact: str,
-        *,
-        name: str = "",
-        variant: str = "",
-        require: Mapping[str, Any] | None = None,
-        settings: Mapping[str, Any] | None = None,
-        shared: bool = False,
-    ) -> str:
-        """See `Runtime.load`. `shared`: to find the same version and variant loaded is no error."""
-        opened = self.open(artifact)
-        name = name or opened.manifest.name
-        with self.changing(name, wait=shared):
-            known = self.current.get(name)
-            if not (known and shared and self.is_served(known, opened, variant, require)):
-                if known:
-                    raise UsageError(f"a model {shorten(name)!r} is loaded already")
-                self.show(self.add(opened, name, variant, require, settings))
-        return name
 
     def open(self, artifact: str) -> Artifact:
         """Return an artifact from a folder that may be loaded from."""
@@ -304,11 +182,9 @@ class Embedded:
             raise
         return version
 
-    def show(self, version: Version, *, current: bool = True) -> None:
-        """Have requests find a version: who asks for it, and if `current` who asks for none."""
+    def show(self, version: Version) -> None:
+        """Have requests find a version that ask for it; who asks for none gets the current one."""
         self.versions[version.name, version.version] = version
-        if current:
-            self.current[version.name] = version
 
     def remove(self, version: Version, *, drain: bool = True) -> None:
         """Let what a version has accepted end, within the time for draining; end its actors."""
@@ -324,11 +200,6 @@ class Embedded:
     def pids(self, version: Version) -> list[int]:
         """Return the processes of its actors, without those that are being replaced."""
         return [pid for actor in version.actors if (pid := self._pool.state(actor)[1])]
-
-    def unload(self, name: str, version: str = "") -> None:
-        """See `Runtime.unload`."""
-        with self.changing(self.find(name, version).name):
-            self.remove(self.find(name, version), drain=False)
 
     def start(
         self, request: InferenceRequest, version: Version | None = None
@@ -548,10 +419,10 @@ class Embedded:
 
 
 def find_embedded() -> type[Embedded]:
-    """Return what serves in one process: with deployments where `lrai_deployments` is there."""
+    """Return what serves in a process: `Embedded` with names, as `lrai_deployments` has it."""
     for entry in entry_points(group="lrai.backends", name="deployments"):
         return cast("type[Embedded]", entry.load())
-    return Embedded
+    raise EnvironmentProblem("nothing to deploy models with is here: install lrai again")
 
 
 def _forget(folder: Path, owner: int) -> None:

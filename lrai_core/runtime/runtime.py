@@ -22,7 +22,8 @@ from lrai_core.config import LraiConfig, load_config
 from lrai_core.errors import EnvironmentProblem, QueueFull, RequestError, UsageError, shorten
 from lrai_core.events import Observer
 from lrai_core.protocol import InferenceRequest, InferenceResponse
-from lrai_core.runtime.embedded import Deployment, LoadedModel, State, find_embedded
+from lrai_core.runtime.embedded import find_embedded
+from lrai_core.runtime.version import Deployment, LoadedModel, State
 
 T = TypeVar("T")
 

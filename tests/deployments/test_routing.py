@@ -10,7 +10,7 @@ import pytest
 
 from lrai_core import ActorError, DeadlineExceeded, InferenceResponse, InvalidTensor, LraiError
 from lrai_core.artifact import Artifact
-from lrai_core.runtime.embedded import Version
+from lrai_core.runtime.version import Version
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
 

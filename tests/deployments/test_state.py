@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrai_core import EnvironmentProblem
-from lrai_core.runtime.embedded import Freeze
+from lrai_core.runtime.version import Freeze
 from lrai_deployments.state import How, Record, Store
 
 LABELS = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5, unique=True)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ def strange(tmp_path: Path) -> tuple[str, Callable[[str], None]]:
     return str(python), become
 
 
+@contextmanager
+def under_load(runtime: lrai.Runtime, callers: int) -> Iterator[Load]:
+    load = Load(runtime, "m", [ONES], callers)
+    try:
+        yield load
+    finally:
+        load.stop()
+
+
 def version(path: Path) -> str:
     return lrai.Artifact.open(path).version
 
@@ -80,15 +90,15 @@ def test_requests_under_way_while_versions_change_are_all_answered(
     small: dict[float, Path],
 ) -> None:
     with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
-        load = Load(runtime, "m", [ONES], callers=8)
-        for times in (3.0, 2.0):
+        with under_load(runtime, callers=8) as load:
+            for times in (3.0, 2.0):
+                time.sleep(0.3)
+                swapped = runtime.swap("m", small[times])
+                (model,) = runtime.models()
+                assert model.version == swapped == version(small[times])
+                assert runtime.ready() in ("ok", "idle")
             time.sleep(0.3)
-            swapped = runtime.swap("m", small[times])
-            (model,) = runtime.models()
-            assert model.version == swapped == version(small[times])
-            assert runtime.ready() in ("ok", "idle")
-        time.sleep(0.3)
-        ledger = load.stop()
+        ledger = load.ledger
     assert not ledger.refused
     assert ledger.sent == len(ledger.answered)
     assert {float(outputs["y"][0, 0]) for _, outputs in ledger.answered} == {2.0, 3.0}
@@ -119,17 +129,16 @@ def test_a_version_that_fails_its_warm_up_is_not_switched_to(
     with lrai.Runtime.open(
         small[2.0], name="m", config=config(**{"actor.python": python})
     ) as runtime:
-        load = Load(runtime, "m", [ONES], callers=2)
         before = runtime.models()[0].actor_pids
         become(how)
         words = {"die": r"(lost an actor|could not be answered)", "refuse": "out of memory"}
-        with pytest.raises(lrai.ConditionNotMet, match=f"warming up m@.*{words[how]}"):
-            runtime.swap("m", new)
-        (model,) = runtime.models()
-        assert (model.version, model.actor_pids) == (version(small[2.0]), before)
-        ledger = load.stop()
-        assert not ledger.refused
-        assert {float(outputs["y"][0, 0]) for _, outputs in ledger.answered} == {2.0}
+        with under_load(runtime, callers=2) as load:
+            with pytest.raises(lrai.ConditionNotMet, match=f"warming up m@.*{words[how]}"):
+                runtime.swap("m", new)
+            (model,) = runtime.models()
+            assert (model.version, model.actor_pids) == (version(small[2.0]), before)
+        assert not load.ledger.refused
+        assert {float(o["y"][0, 0]) for _, o in load.ledger.answered} == {2.0}
 
 
 def test_a_version_that_does_not_meet_its_requirements_is_not_switched_to(
@@ -238,7 +247,8 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
         runtime.load(small[3.0], name="m", share=0)
         runtime.route("m", {version(small[2.0]): 1}, shadow={three: 1})
         assert {ask(runtime) for _ in range(count)} == {2.0}
-        wait_until(lambda: runtime.stats().get("shadow_compared") == count)
+        wait_until(lambda: [e.kind for e in heard].count("shadow_compared") == count)
+        assert runtime.stats()["shadow_compared"] == count
         told = [e.attributes for e in heard if e.kind == "shadow_compared"]
         assert told == [{"version": three, "difference": 1.0}] * count
         shadow = next(m.actor_pid for m in runtime.models() if m.version == three)
@@ -295,15 +305,6 @@ def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
     lines = [json.loads(x) for x in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
     assert [line["change"] for line in lines] == ["load", "load", "canary_failed", "unfreeze"]
     assert (lines[-1]["by"], lines[-1]["reason"]) == ("ann", "it was the disk")
-
-
-def test_callers_faults_do_not_speak_against_a_canary(small: dict[float, Path]) -> None:
-    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
-        runtime.load(small[3.0], name="m", share=0.4)
-        for _ in range(100):
-            with pytest.raises(lrai.InvalidTensor):
-                ask(runtime, inputs={"z": ONES["x"]})
-        assert {ask(runtime) for _ in range(50)} == {2.0, 3.0}
 
 
 def test_a_frozen_deployment_serves_on_and_does_not_change(small: dict[float, Path]) -> None:
