@@ -486,7 +486,7 @@ class Scheduler:
             if over or call.model.failed:
                 self._settle_with([pending], error)
             else:
-                pending.group = pending  # its own: what ruined a call must not ruin others again
+                pending.group = object()  # its own: what ruined a call must not ruin others again
                 retried += 1
                 self._enqueue(pending)
         if retried:

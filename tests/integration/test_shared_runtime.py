@@ -24,7 +24,7 @@ import pytest
 import zmq
 
 import lrai_core as lrai
-from lrai_core.wire.messages import encode
+from lrai_core.wire.messages import PROTOCOL_VERSION, encode
 from lrai_shared import messages
 from lrai_shared.client import is_running, start_daemon
 from lrai_shared.daemon import Daemon
@@ -465,9 +465,9 @@ def test_hostile_frames_are_dropped_counted_and_harm_nobody(
             send(messages.Attach(99, "9.9"))
             refused = messages.decode_to_client(stranger.recv_multipart()[0])
             assert isinstance(refused, messages.Attached)
-            assert (refused.version, refused.session) == (1, "")
+            assert (refused.version, refused.session) == (PROTOCOL_VERSION, "")
             wait_until(lambda: runtime.stats()["dropped_frames"] == 5)
-            send(messages.Attach(1, "0"))
+            send(messages.Attach(PROTOCOL_VERSION, "0"))
             assert messages.decode_to_client(stranger.recv_multipart()[0]).session  # type: ignore[union-attr]
             send(messages.Requests((wrong,)), bytes(256))
             wait_until(lambda: runtime.stats()["dropped_frames"] == 6)

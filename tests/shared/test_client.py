@@ -307,7 +307,9 @@ def test_a_daemon_of_another_version_is_refused_with_both_versions(
     daemon: Daemon, parent: Path
 ) -> None:
     daemon.version = 99
-    with pytest.raises(lrai.EnvironmentProblem, match=r"protocol 99 of lrai 0\.0, this process 1"):
+    with pytest.raises(
+        lrai.EnvironmentProblem, match=rf"protocol 99 of lrai 0\.0, this process {PROTOCOL_VERSION}"
+    ):
         attach(daemon, parent)
 
 

@@ -36,9 +36,7 @@ PLACE = TensorFrame("FP32", (2, 3), 0, 0, 24)
 FORM = session.Form("m", "1", ("y",), {"priority": 1}, ("x",), ("FP32",), ((2, 3),))
 FROM_CLIENT: list[session.FromClient] = [
     session.Attach(1, "0.1"),
-    session.Requests(
-        (session.Infer(3, session.encode_form(FORM), 20.5, ((0, 0, 24),)),), (1, 2)
-    ),
+    session.Requests((session.Infer(3, session.encode_form(FORM), 20.5, ((0, 0, 24),)),), (1, 2)),
     session.Call(4, "load", {"artifact": "/a.lrai", "name": "", "require": {"delta": 0.1}}),
 ]
 TO_CLIENT: list[session.ToClient] = [
