@@ -13,7 +13,6 @@ from lrai_core.protocol import Array
 from lrai_core.wire import messages as wire
 
 _MAX_FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
-_KEPT_FORM_BYTES: Final = 1 << 10  # of the forms that are remembered
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
@@ -174,18 +173,13 @@ def encode_form(form: Form) -> bytes:
     return encoded
 
 
+@lru_cache(1024)
 def decode_form(encoded: bytes) -> Form:
     """Return the form of a request.
 
     Raises:
         BadFrames: It is none.
     """
-    read = _read_form if len(encoded) <= _KEPT_FORM_BYTES else _read_form.__wrapped__
-    return read(encoded)
-
-
-@lru_cache(4096)
-def _read_form(encoded: bytes) -> Form:
     form = wire.decode(_form, encoded)
     if not len(form.names) == len(form.datatypes) == len(form.shapes):
         raise wire.BadFrames("names and tensors differ")

@@ -21,7 +21,6 @@ from lrai_core.wire.messages import BadFrames, Buffer, Segment
 _ARENA_BYTES: Final = 256 << 20  # of addresses; of memory it takes what was in use at one time
 _ID_BYTES: Final = 16
 _ALIGNMENT: Final = 64
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Arena:
@@ -42,7 +41,7 @@ class Arena:
             self._fd = os.memfd_create("lrai", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self._fd, size)
             os.posix_fallocate(self._fd, 0, _ALIGNMENT)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self._memory = mmap.mmap(self._fd, size)
         except OSError:
             self.close()

@@ -187,7 +187,7 @@ def listen(address: str) -> Line:
     Raises:
         EnvironmentProblem: There can be no socket at `address`.
     """
-    return _open(zmq.ROUTER, Line.bind, address)
+    return _open(zmq.ROUTER, "bind", address)
 
 
 def connect(address: str, identity: bytes) -> Line:
@@ -196,7 +196,7 @@ def connect(address: str, identity: bytes) -> Line:
     Raises:
         EnvironmentProblem: There can be no socket at `address`.
     """
-    return _open(zmq.DEALER, Line.connect, address, identity)
+    return _open(zmq.DEALER, "connect", address, identity)
 
 
 def receive(socket: Line) -> Iterator[list[memoryview]]:
@@ -239,11 +239,10 @@ class Packer:
                 return -1 - self.segments.index(segment), offset, size
             self._large.append(data)
             return len(self._large), 0, size
-        small = self._small
-        if len(small) % 8:
-            small += bytes(-len(small) % 8)  # numpy reads aligned views
-        offset = len(small)
-        small += data
+        if len(self._small) % 8:
+            self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
+        offset = len(self._small)
+        self._small += data
         return 0, offset, size
 
     def frames(self) -> list[Buffer]:
@@ -310,9 +309,7 @@ def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
     return DATATYPES[datatype], math.prod(shape)
 
 
-def _open(
-    kind: int, bind_or_connect: Callable[[Line, str], Any], address: str, identity: bytes = b""
-) -> Line:
+def _open(kind: int, bind_or_connect: str, address: str, identity: bytes = b"") -> Line:
     socket = cast("Line", zmq.Context().socket(kind, socket_class=Line))
     socket.setsockopt(zmq.LINGER, 0)
     # Bounded by credit, by admission (one batch per actor), and by the one batch that is answered.
@@ -321,7 +318,7 @@ def _open(
     if identity:
         socket.setsockopt(zmq.ROUTING_ID, identity)
     try:
-        bind_or_connect(socket, address)
+        getattr(socket, bind_or_connect)(address)
     except zmq.ZMQError as error:
         socket.context.destroy(linger=0)
         raise EnvironmentProblem(

@@ -52,22 +52,17 @@ class Workers(Protocol):
 
     def register(self, poller: zmq.Poller) -> None:
         """Register whatever wakes `poll`, now and whenever it changes."""
-        ...
 
     def poll(self, now: float) -> list[Outcome]:
         """Receive, supervise, restart; never wait. Return what came of dispatched batches."""
-        ...
 
     def next_check(self, now: float) -> float:
         """Return when `poll` must run again even if nothing wakes it, on the monotonic clock."""
-        ...
 
     def idle(self, actor: str) -> bool:
         """Whether the actor can take a batch at once."""
-        ...
 
     def dispatch(
         self, actor: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
     ) -> None:
         """Send the requests to the actor as one call."""
-        ...
