@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from lrai_core.config import LimitsConfig
 from lrai_core.errors import InvalidTensor, RequestError, shorten
 
 Array = NDArray[Any]
@@ -77,7 +78,7 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @cached_property
     def passed(self) -> dict[tuple[Any, ...], ValidRequest]:
-        """What was valid so far, without arrays, by form; see `runtime.forms`."""
+        """What was valid so far, without arrays, by form; see `wire.forms`."""
         return {}
 
     @property
@@ -128,22 +129,6 @@ class InferenceResponse(msgspec.Struct, frozen=True, kw_only=True):
     parameters: Mapping[str, Any]
 
 
-class Limits(Protocol):
-    """Bounds that `validate` enforces on one request; `config.LimitsConfig` has them."""
-
-    @property
-    def request_bytes(self) -> int:
-        """Bytes of all tensors together."""
-
-    @property
-    def request_rows(self) -> int:
-        """Rows."""
-
-    @property
-    def nan_policy(self) -> Literal["pass", "reject"]:
-        """What is done with NaN and infinity."""
-
-
 class ValidRequest(msgspec.Struct, frozen=True):
     """What the scheduler trusts.
 
@@ -178,7 +163,7 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
         raise RequestError(f"dtype {dtype} is not a datatype of the protocol") from None
 
 
-def validate(request: InferenceRequest, signature: Signature, limits: Limits) -> ValidRequest:
+def validate(request: InferenceRequest, signature: Signature, limits: LimitsConfig) -> ValidRequest:
     """Check `request` against `signature` once, and return what may be trusted from then on.
 
     Raises:
@@ -226,11 +211,8 @@ def encode_bytes(array: Array) -> bytes:
     Raises:
         ValueError: An element is no text.
     """
-    parts: list[bytes] = []
-    for element in array.ravel():
-        raw = _text(element).encode()
-        parts += (len(raw).to_bytes(4, "little"), raw)
-    return b"".join(parts)
+    texts = [_text(element).encode() for element in array.ravel()]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
 
 
 def decode_bytes(data: bytes | memoryview, count: int) -> Array:
@@ -338,7 +320,7 @@ def _check_shape(
                 )
 
 
-def check_values(array: Array, spec: TensorSpec, limits: Limits) -> None:
+def check_values(array: Array, spec: TensorSpec, limits: LimitsConfig) -> None:
     """Refuse what the limits do not allow in an array.
 
     Raises:

@@ -22,9 +22,8 @@ from typing import NoReturn
 
 from lrai_core.artifact import FileEntry, check_files
 from lrai_core.engine.batching import coalesce, split, synthetic_row
-from lrai_core.engine.engine import Session, find_engine
+from lrai_core.engine.engine import find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
-from lrai_core.protocol import Signature
 from lrai_core.wire import messages
 from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, connect, unpack
@@ -32,9 +31,6 @@ from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, co
 
 class Actor:
     """One model in one process."""
-
-    _session: Session  # both since `Load`, which comes first
-    _signature: Signature
 
     def __init__(self, address: str, identity: bytes) -> None:
         self._socket, self._arenas = connect(address, identity), Arenas()
@@ -55,6 +51,8 @@ class Actor:
     def _load(self, load: Load) -> None:
         started = time.monotonic()
         folder, self._signature = Path(load.folder), load.signature
+        if load.cpus:  # before the engine starts its threads, which inherit it
+            os.sched_setaffinity(0, load.cpus)
         weights = folder / load.weights if load.weights else None
         files = {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
         try:
@@ -80,12 +78,8 @@ class Actor:
             started = time.perf_counter()
             outputs = self._session.run(arrays, wanted)
             seconds = time.perf_counter() - started
-            answers = split(
-                outputs,
-                [self._signature.outputs[index] for index in wanted],
-                [item.rows for item in execute.items],
-                [item.length for item in execute.items],
-            )
+            rows, lengths = zip(*((item.rows, item.length) for item in execute.items), strict=True)
+            answers = split(outputs, [self._signature.outputs[i] for i in wanted], rows, lengths)
             packer = Packer()
             items = tuple(
                 packer.pack([answer[wanted.index(index)] for index in item.outputs])

@@ -11,13 +11,14 @@ from __future__ import annotations
 import secrets
 import signal
 import socket
-import subprocess
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from subprocess import DEVNULL, Popen
+from typing import Final, Literal, NamedTuple
 
 import zmq
 
@@ -27,11 +28,19 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
 from lrai_core.wire.arena import Arenas
-from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, FromActor, Item, Load, Packer
+from lrai_core.wire.messages import BadFrames, Executed, FromActor, Item, Load, Packer, Refused
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome
 
 _REAP_SECONDS: Final = 0.005  # between looks whether a killed process has ended
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
+
+
+class _Batch(NamedTuple):
+    """A call that an actor has been sent."""
+
+    number: int
+    outputs: tuple[int, ...]  # how many each of its requests wants
+    limit_seconds: float  # from when it is the first
 
 
 @dataclass(slots=True, eq=False)
@@ -46,10 +55,9 @@ class _Actor:
     identity: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     state: Literal["waiting", "starting", "ready", "ending"] = "waiting"
     was_ready: bool = False
-    process: subprocess.Popen[bytes] | None = None
+    process: Popen[bytes] | None = None
     line: socket.socket | None = None  # until it is killed
-    batch: int | None = None
-    batch_outputs: tuple[int, ...] = ()  # how many each of its requests wants
+    batches: deque[_Batch] = field(default_factory=deque)  # the first one runs
     why: str = ""  # it was killed, or will be when nothing is heard of it before `due`
 
     def expect(self, seconds: float, complaint: str) -> None:
@@ -62,12 +70,10 @@ class Pool:
 
     def __init__(self, folder: Path, config: ActorConfig, events: EventBus) -> None:
         """Bind the socket that actors connect to, in `folder`, which only this user may enter."""
-        self._config = config
-        self._events = events
+        self._config, self._events = config, events
         self._actors: dict[str, _Actor] = {}
         self._lives: dict[bytes, _Actor] = {}  # by identity, also those that nobody wants any more
         self._outcomes: list[Outcome] = []
-        self._poller = zmq.Poller()
         self._address = f"ipc://{folder}/actors"
         self._socket = messages.listen(self._address)
         self.lines = {"actor": self._socket}  # by whom they lead to
@@ -96,10 +102,9 @@ class Pool:
         self._poller = poller
         poller.register(self._socket, zmq.POLLIN)
 
-    def idle(self, name: str) -> bool:
-        """See `Workers.idle`."""
-        actor = self._actors.get(name)
-        return actor is not None and actor.state == "ready" and actor.batch is None
+    def ready(self, name: str) -> bool:
+        """See `Workers.ready`."""
+        return self.state(name)[0] == "ready"
 
     def state(self, name: str) -> tuple[str, int | None]:
         """Return what the actor is at, `failed` if it was given up, and its process id if any."""
@@ -118,9 +123,10 @@ class Pool:
         actor = self._actors[name]
         packer = Packer(self.arenas.find)
         items = tuple(Item(r.rows, r.length, r.outputs, packer.pack(r.arrays)) for r in requests)
-        actor.batch, actor.batch_outputs = batch, tuple(len(r.outputs) for r in requests)
         limit = max(self._config.hang_seconds, self._config.hang_factor * predicted_seconds)
-        actor.expect(limit, "the model made no progress")
+        actor.batches.append(_Batch(batch, tuple(len(r.outputs) for r in requests), limit))
+        if len(actor.batches) == 1:
+            self._watch(actor)
         packer.send(self._socket, messages.Execute(batch, items, packer.segments), actor.identity)
 
     def poll(self, now: float) -> list[Outcome]:
@@ -131,8 +137,8 @@ class Pool:
             if actor.line is not None and actor.line.fileno() in readable:
                 if not actor.line.recv(4096):
                     self._kill(actor, "")  # the line ended, so it is dead or as good as that
-                elif self.idle(actor.name):  # at a batch, only the answer is progress
-                    self._rest(actor)
+                elif actor.state == "ready" and not actor.batches:
+                    self._watch(actor)  # at a batch, only the answer is progress
             if now >= actor.due:
                 self._supervise(actor, now)
         outcomes, self._outcomes = self._outcomes, []
@@ -153,34 +159,39 @@ class Pool:
     def _take(self, actor: _Actor, message: FromActor, frames: list[memoryview]) -> None:
         match message:
             case messages.Hello(version=version):
-                if version != PROTOCOL_VERSION:
-                    raise BadFrames(
-                        f"version {version}, not {PROTOCOL_VERSION}: actor.python has another lrai"
-                    )
+                if version != (own := messages.PROTOCOL_VERSION):
+                    raise BadFrames(f"version {version}, not {own}: actor.python has another lrai")
                 self._socket.say(actor.load, actor.identity)
             case messages.Ready(load_seconds=seconds):
                 actor.state, actor.was_ready = "ready", True
-                self._rest(actor)
+                self._watch(actor)
                 self._events.emit("actor_ready", actor.name, load_seconds=seconds)
                 if not actor.loaded.done():
                     actor.loaded.set_result(None)
             case messages.LoadFailed(message=text, environment=here):
                 self._give_up(actor, EnvironmentProblem(text) if here else ArtifactError(text))
-            case messages.Executed(batch=batch, engine_seconds=seconds, items=items):
-                if (batch, tuple(map(len, items))) != (actor.batch, actor.batch_outputs):
-                    raise BadFrames("other outputs than the requests want")
+            case Executed(batch=batch, engine_seconds=seconds, items=items):
                 answers = [[messages.unpack(t, frames).copy() for t in item] for item in items]
-                self._outcomes.append(Answered(batch, answers, seconds))
-                self._rest(actor)
-            case messages.Refused(batch=batch):
-                if batch != actor.batch:
-                    raise BadFrames("it refuses a batch that it does not have")
-                self._outcomes.append(message)
-                self._rest(actor)
+                self._done(actor, Answered(batch, answers, seconds))
+            case Refused():
+                self._done(actor, message)
 
-    def _rest(self, actor: _Actor) -> None:
-        actor.batch = None
-        actor.expect(self._config.hang_seconds, "the model's process gave no sign of life")
+    def _done(self, actor: _Actor, outcome: Answered | Refused) -> None:
+        if not actor.batches or outcome.batch != actor.batches[0].number:
+            raise BadFrames("it speaks of a batch at which it is not")
+        batch = actor.batches[0]
+        if isinstance(outcome, Answered) and tuple(map(len, outcome.answers)) != batch.outputs:
+            raise BadFrames("other outputs than the requests want")
+        self._outcomes.append(outcome)
+        actor.batches.popleft()
+        self._watch(actor)
+
+    def _watch(self, actor: _Actor) -> None:
+        """Expect the end of the batch that runs now, or a sign of life where none does."""
+        if actor.batches:
+            actor.expect(actor.batches[0].limit_seconds, "the model made no progress")
+        else:
+            actor.expect(self._config.hang_seconds, "the model's process gave no sign of life")
 
     def _supervise(self, actor: _Actor, now: float) -> None:
         """Do what is due."""
@@ -199,8 +210,8 @@ class Pool:
         del self._lives[actor.identity]
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         why = actor.why or f"the model's process ended with {how}"
-        if actor.batch is not None:
-            self._outcomes.append(Lost(actor.batch, why))
+        lost = enumerate(actor.batches)
+        self._outcomes += [Lost(one.number, why, begun=place == 0) for place, one in lost]
         if self._actors.get(actor.name) is not actor:  # removed or given up: nobody misses it
             return
         self._events.emit("actor_lost", actor.name, reason=why)
@@ -235,17 +246,15 @@ class Pool:
         command = [actor_python(self._config), "-P", "-m", "lrai_core.actor.actor"]
         command += [self._address, actor.identity.hex(), str(self._config.heartbeat_ms)]
         try:
-            # In a session of its own, out of reach of a terminal's signals: the runtime decides.
-            actor.process = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True
-            )
+            with theirs:  # in a session of its own, out of reach of a terminal's signals
+                actor.process = Popen(
+                    command, stdin=theirs.fileno(), stdout=DEVNULL, start_new_session=True
+                )
         except OSError as error:
             actor.line.close()
             why = f"the interpreter of actor.python cannot be started: {error.strerror}"
             self._give_up(actor, EnvironmentProblem(why))
             return
-        finally:
-            theirs.close()
         self._poller.register(actor.line, zmq.POLLIN)
         actor.expect(self._config.start_timeout_seconds, "the model was not loaded")
         actor.state = "starting"

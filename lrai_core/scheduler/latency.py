@@ -64,9 +64,19 @@ class LatencyModel:
                 self._known[rows, length] = known
         return self.scale * known + self.fixed_seconds
 
-    def observe(self, rows: int, length: int, total_seconds: float, engine_seconds: float) -> bool:
-        """Learn from a call that was answered; return whether the speed has just changed."""
-        self._learn_overhead(max(0.0, total_seconds - engine_seconds))
+    def observe(
+        self, rows: int, length: int, total_seconds: float | None, engine_seconds: float
+    ) -> bool:
+        """Learn from a call that was answered; return whether the speed has just changed.
+
+        Args:
+            rows: Of the call.
+            length: To which they were padded.
+            total_seconds: From the dispatch; None where the actor was not idle then.
+            engine_seconds: Inside the engine.
+        """
+        if total_seconds is not None:
+            self._learn_overhead(max(0.0, total_seconds - engine_seconds))
         profile = max(self._profile_seconds(rows, length), _LEAST_SECONDS)
         predicted = self.scale * profile + self.fixed_seconds
         error = engine_seconds / predicted - 1

@@ -211,8 +211,8 @@ class _Situation:
         lane = self.queue.lane(head.group)
         # Left of the head only shorter ones: those of its length that are more urgent are given up.
         shorter, at = bisect_left(lane, (head.length,)), bisect_left(lane, (head.length, head))
-        both = _Side(lane, shorter, -1, head, gone), _Side(lane, at, 1, head, gone)
-        sides = [side for side in both if side.next is not None]
+        places = range(shorter - 1, -1, -1), range(at + 1, len(lane))
+        sides = [_Side(lane, side, head, gone) for side in places]
         # The more wait, the likelier each finds others of its own length to share a call with.
         others = min(_PEERS, len(lane))
         while call.rows < self.bounds.rows:
@@ -282,32 +282,21 @@ class _Situation:
 class _Side:
     """The neighbours of a request in one direction of its lane."""
 
-    __slots__ = ("_at", "_gone", "_head", "_lane", "_skipped", "_step", "next")
+    __slots__ = ("_others", "_skipped", "next")
 
     def __init__(
-        self, lane: list[tuple[int, Waiting]], at: int, step: int, head: Waiting, gone: Set[int]
+        self, lane: list[tuple[int, Waiting]], places: range, head: Waiting, gone: Set[int]
     ) -> None:
-        self._lane, self._at, self._step, self._head, self._gone = lane, at, step, head, gone
+        others = (lane[place][1] for place in places)
+        self._others = (one for one in others if one > head and one.sequence not in gone)
         self._skipped = 0
-        self.next: Waiting | None = None
-        self.advance()
+        self.next = next(self._others, None)
 
     def skip(self) -> None:
         """Go on without the next neighbour; after some the side is closed."""
         self._skipped += 1
-        if self._skipped > _MOST_SKIPPED:
-            self.next = None
-        else:
-            self.advance()
+        self.next = None if self._skipped > _MOST_SKIPPED else next(self._others, None)
 
     def advance(self) -> None:
         """Go on to the neighbour behind the next."""
-        lane, head, gone = self._lane, self._head, self._gone
-        self._at += self._step
-        self.next = None
-        while self.next is None and 0 <= self._at < len(lane):
-            other = lane[self._at][1]
-            if other > head and other.sequence not in gone:
-                self.next = other
-            else:
-                self._at += self._step
+        self.next = next(self._others, None)

@@ -44,6 +44,7 @@ _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 _OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs count as free,
 _OVERDUE_SECONDS: Final = 0.05  # and this on top: who hangs must not stop the others
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
+_TICK_SECONDS: Final = 1e-3  # how exactly the loop can wait
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +62,11 @@ class Pending:
     attempts: int = 0
     told: bool = False  # `done` was called, though the engine may still be at it
 
+    @property
+    def alone(self) -> bool:
+        """Whether it shares neither a call nor the actor, after a call of it that failed."""
+        return self.group == self.sequence
+
 
 @dataclass(slots=True, eq=False)
 class _Model:
@@ -74,17 +80,32 @@ class _Model:
     failed: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Call:
-    """A batch at an actor."""
+    """A batch at an actor, which runs it or has it next."""
 
     model: _Model
     replica: Replica
     pending: list[Pending]
     rows: int
     length: int
-    dispatched: float
-    overdue: float  # from then on its CPUs count as free
+    seconds: float  # predicted
+    queued: bool  # it was handed over while another one ran
+    begun: float = 0.0  # when it was the first of its actor; the others follow from that
+    overdue: float = 0.0  # from then on its CPUs count as free
+    next_from: float = 0.0  # from then on its actor may have the next one
+
+    def begin(self, now: float) -> None:
+        """Take note that it runs from now on."""
+        self.begun, self.overdue = now, now + _OVERDUE * self.seconds + _OVERDUE_SECONDS
+        overhead = self.replica.latency.overhead_seconds
+        early = min(2 * overhead + _TICK_SECONDS, self.seconds / 2)
+        # Where the engine takes less than the way to it, waiting for more requests saves more.
+        self.next_from = now + self.seconds - early if self.seconds > 2 * overhead else math.inf
+
+    def almost_done(self, now: float) -> bool:
+        """Whether its actor may have the next call; one that hangs may not."""
+        return self.next_from <= now < self.overdue and not self.pending[0].alone
 
 
 class Replica:
@@ -94,6 +115,7 @@ class Replica:
         self.actor = actor
         self.latency = LatencyModel(profile)
         self.threads = threads
+        self.calls: deque[_Call] = deque()  # the first one runs
 
 
 class Scheduler:
@@ -163,10 +185,12 @@ class Scheduler:
         except KeyError:
             raise ModelNotFound(f"no model {shorten(model)!r} is loaded") from None
         try:
-            pending = self._admit(owner, request, done, timeout_ms, priority)
+            now, deadline = self._admit(owner, request, timeout_ms)
         except LraiError as error:
             self._events.emit("request_refused", model, reason=type(error).__name__)
             raise
+        sequence, group = next(self._sequences), request.group
+        pending = Pending(sequence, owner, request, done, now, deadline, priority, group)
         self._events.emit("request_accepted", model, rows=request.rows)
         self._hand_over(pending)
         return pending
@@ -234,13 +258,9 @@ class Scheduler:
         os.close(self._wake_write)
 
     def _admit(
-        self,
-        model: _Model,
-        request: ValidRequest,
-        done: Done,
-        timeout_ms: float | None,
-        priority: int,
-    ) -> Pending:
+        self, model: _Model, request: ValidRequest, timeout_ms: float | None
+    ) -> tuple[float, float]:
+        """Count a request in, and return when that was and its deadline, or refuse it."""
         if model.failed:
             raise ActorError(model.failed)
         timeout = self._config.default_timeout_ms if timeout_ms is None else timeout_ms
@@ -256,23 +276,13 @@ class Scheduler:
             if not self._admission.rows:
                 self._last_answer = now  # nobody waited until now
             self._admission.enter(request.rows, request.nbytes, needed_ms / 1e3 / request.rows)
-        return Pending(
-            sequence=next(self._sequences),
-            model=model,
-            request=request,
-            done=done,
-            arrival=now,
-            deadline=now + timeout / 1e3,
-            priority=priority,
-            group=request.group,
-        )
+        return now, now + timeout / 1e3
 
     def _cancel(self, pending: Pending) -> None:
-        if not pending.told:
-            self._tell(pending, None, DeadlineExceeded("cancelled"))
-        if pending.model.waiting.pop(pending.sequence, None) is not None:
-            pending.model.queue.remove(pending.sequence)
-            self._settle_with([pending], DeadlineExceeded("cancelled"))
+        error = DeadlineExceeded("cancelled")
+        self._tell(pending, None, error)
+        if pending.sequence in pending.model.waiting:
+            self._settle_with(self._take(pending.model, [pending.sequence]), error)
 
     def _hand_over(self, item: Pending | Callable[[], None]) -> bool:
         with self._state_lock:
@@ -334,7 +344,7 @@ class Scheduler:
         for model in list(self._models.values()):  # `add` runs in other threads
             late = self._take(model, model.queue.expire(now))
             self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
-        while self._dispatch_one(now):
+        while self._dispatch_one(now) or self._dispatch_next(now):
             pass
 
     def _next_check(self, now: float) -> float:
@@ -342,7 +352,7 @@ class Scheduler:
         checks += [model.queue.next_deadline() for model in list(self._models.values())]
         for call in self._calls.values():
             checks += [p.deadline for p in call.pending if not p.told]
-            checks += [call.overdue] if call.overdue > now else []
+            checks += [at for at in (call.next_from, call.overdue) if at > now]
         return min(checks)
 
     def _enqueue(self, pending: Pending) -> None:
@@ -378,17 +388,11 @@ class Scheduler:
         busy = sum(call.replica.threads for call in calls if now < call.overdue)
         offers: list[tuple[_Model, Replica, Decision]] = []
         for model in list(self._models.values()):
-            if not len(model.queue):
-                continue
-            idle = [r for r in model.replicas.values() if self._workers.idle(r.actor)]
+            idle = [r for r in self._wanted(model) if not r.calls]
             idle = [r for r in idle if not busy or busy + r.threads <= self._cpus]
             if idle:
                 replica = min(idle, key=lambda r: r.latency.engine_seconds(1, 1))
                 decision = self._decide(model, replica, now)
-                dropped = self._take(model, decision.drop)
-                self._settle_with(
-                    dropped, DeadlineExceeded("the deadline cannot be met any more; it was not run")
-                )
                 if decision.dispatch:
                     offers.append((model, replica, decision))
         if not offers:
@@ -397,19 +401,40 @@ class Scheduler:
         self._start(*offers[at], now)
         return True
 
+    def _dispatch_next(self, now: float) -> bool:
+        """Hand an actor that is almost done its next call, lest it wait for one; say whether.
+
+        Not while an idle one waits for a CPU: whose turn is next is decided when one is free. What
+        may be to blame for a death has the actor for itself, so that nobody else is blamed.
+        """
+        busy = [(m, r) for m in list(self._models.values()) for r in self._wanted(m)]
+        if not all(replica.calls for _, replica in busy):
+            return False
+        for model, replica in busy:
+            call = replica.calls[0]
+            if len(replica.calls) == 1 and call.almost_done(now):
+                decision = self._decide(model, replica, max(now, call.begun + call.seconds))
+                if decision.dispatch and not model.waiting[decision.dispatch[0]].alone:
+                    self._start(model, replica, decision, now)
+                    return True
+        return False
+
+    def _wanted(self, model: _Model) -> list[Replica]:
+        """Return the actors that are up, none where nothing waits for them."""
+        replicas = model.replicas.values() if len(model.queue) else ()
+        return [replica for replica in replicas if self._workers.ready(replica.actor)]
+
     def _choose(self, offers: Sequence[tuple[_Model, Replica, Decision]], now: float) -> int:
         fade = math.exp((self._used_at - now) / _SHARE_SECONDS)
         self._used_at = now
         for model in self._models.values():
             model.used_seconds *= fade
         share = sum(model.used_seconds for model, _, _ in offers) / len(offers)
-        return choose(
-            [
-                Offer(d.due, d.predicted_seconds, len(d.dispatch), model.used_seconds > share)
-                for model, _, d in offers
-            ],
-            now,
-        )
+        calls = [
+            Offer(d.due, d.predicted_seconds, len(d.dispatch), model.used_seconds > share)
+            for model, _, d in offers
+        ]
+        return choose(calls, now)
 
     def _start(self, model: _Model, replica: Replica, decision: Decision, now: float) -> None:
         # From here on a request holds its place until the engine is done with it, cancelled or not.
@@ -417,26 +442,26 @@ class Scheduler:
         batch, seconds = next(self._batches), decision.predicted_seconds
         rows = sum(p.request.rows for p in started)
         length = max(p.request.length for p in started)
-        overdue = now + _OVERDUE * seconds + _OVERDUE_SECONDS
-        self._calls[batch] = _Call(model, replica, started, rows, length, now, overdue)
+        call = _Call(model, replica, started, rows, length, seconds, bool(replica.calls))
+        self._calls[batch] = call
+        replica.calls.append(call)
+        if not call.queued:
+            call.begin(now)
         self._workers.dispatch(replica.actor, batch, [p.request for p in started], seconds)
-        self._events.emit(
-            "batch_dispatched",
-            model.name,
-            requests=len(started),
-            rows=rows,
-            length=length,
-            predicted_seconds=seconds,
-        )
+        size = {"requests": len(started), "rows": rows, "length": length}
+        self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
 
-    def _decide(self, model: _Model, replica: Replica, now: float) -> Decision:
+    def _decide(self, model: _Model, replica: Replica, start: float) -> Decision:
+        """Return what the actor runs next, after those were told whom nobody will run."""
         try:
-            decision = plan(model.queue, replica.latency, now, self._bounds)
+            decision = plan(model.queue, replica.latency, start, self._bounds)
             if not math.isfinite(decision.predicted_seconds):
                 raise ValueError(f"predicted {decision.predicted_seconds} seconds")
         except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
             self._events.emit("planner_failed", model.name, reason=repr(error))
             return Decision((next(iter(model.queue)),), (), 0.0)
+        late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
+        self._settle_with(self._take(model, decision.drop), late)
         return decision
 
     def _settle(self, outcome: Outcome) -> None:
@@ -450,11 +475,14 @@ class Scheduler:
         call = self._calls.pop(outcome.batch, None)
         if call is None:
             return
-        now = time.monotonic()
-        call.model.used_seconds += now - call.dispatched
+        now, calls = time.monotonic(), call.replica.calls
+        call.model.used_seconds += now - call.begun
+        calls.popleft()  # an actor runs them in order
+        if calls:
+            calls[0].begin(now)
         match outcome:
             case Answered(answers=answers, engine_seconds=engine_seconds):
-                total, name = now - call.dispatched, call.model.name
+                total, name = None if call.queued else now - call.begun, call.model.name
                 if call.replica.latency.observe(call.rows, call.length, total, engine_seconds):
                     self._events.emit("speed_changed", name, scale=call.replica.latency.scale)
                 self._events.emit("batch_completed", name, engine_seconds=engine_seconds)
@@ -463,30 +491,28 @@ class Scheduler:
                     self._end(pending, answer, None)
             case Refused(message=message, invalid=invalid):
                 kind = RequestError if invalid else ActorError
-                self._again(call, kind(f"the engine refused the request: {message}"), once=True)
-            case Lost(message=message):
-                self._again(
-                    call, ActorError(f"the request could not be answered: {message}"), once=False
-                )
+                error = kind(f"the engine refused the request: {message}")
+                # One that was refused alone is refused for good: it is the request's own fault.
+                self._again(call, error, _ATTEMPTS if len(call.pending) == 1 else 1)
+            case Lost(message=message, begun=begun):
+                error = ActorError(f"the request could not be answered: {message}")
+                self._again(call, error, int(begun))
 
-    def _again(self, call: _Call, error: LraiError, *, once: bool) -> None:
-        """Run the requests of a failed call once more, each alone; what failed alone ends.
+    def _again(self, call: _Call, error: LraiError, attempts: int) -> None:
+        """Run the requests of a failed call once more, each alone.
 
         Args:
             call: What failed.
             error: What a request ends with that may not run again.
-            once: Whether having run alone is enough to end: an engine's refusal is the request's
-                own, a death may have been chance.
+            attempts: That this one counts for.
         """
         retried = 0
         for pending in call.pending:
-            pending.attempts += 1
-            own = len(call.pending) == 1
-            over = own if once else pending.attempts >= _ATTEMPTS
-            if over or call.model.failed:
+            pending.attempts += attempts
+            if pending.attempts >= _ATTEMPTS or call.model.failed:
                 self._settle_with([pending], error)
             else:
-                pending.group = object()  # its own: what ruined a call must not ruin others again
+                pending.group = pending.sequence  # its own: what ruined a call must not ruin others again
                 retried += 1
                 self._enqueue(pending)
         if retried:

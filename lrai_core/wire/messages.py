@@ -57,7 +57,8 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 class Load(msgspec.Struct, frozen=True, tag=True):
     """To an actor: open this variant, and say when it is ready.
 
-    `files` are checked by their hash before the first parse.
+    `files` are checked by their hash before the first parse. `cpus`: the ones to run on, all that
+    the process may use if empty.
     """
 
     folder: str
@@ -68,6 +69,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     threads: int
     files: dict[str, tuple[str, int]]
     signature: Signature
+    cpus: tuple[int, ...] = ()
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
@@ -201,7 +203,7 @@ def connect(address: str, identity: bytes) -> Line:
 
 def receive(socket: Line) -> Iterator[list[memoryview]]:
     """Yield the messages that are there, as frames; never wait."""
-    while cast("int", socket.get(zmq.EVENTS)) & zmq.POLLIN:
+    while int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
         socket.messages_received += 1
         yield [part.buffer for part in socket.recv_multipart(copy=False)]
 

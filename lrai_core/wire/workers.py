@@ -27,10 +27,11 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The actor died or was killed with the batch in it."""
+    """The actor died or was killed with the batch in it, which it may not have begun."""
 
     batch: int
     message: str
+    begun: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,10 @@ class Workers(Protocol):
     def next_check(self, now: float) -> float:
         """Return when `poll` must run again even if nothing wakes it, on the monotonic clock."""
 
-    def idle(self, actor: str) -> bool:
-        """Whether the actor can take a batch at once."""
+    def ready(self, actor: str) -> bool:
+        """Whether the actor takes batches; it runs them one after the other."""
 
     def dispatch(
         self, actor: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
     ) -> None:
-        """Send the requests to the actor as one call."""
+        """Send the requests to the actor as one call, behind those that it has."""

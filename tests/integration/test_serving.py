@@ -60,7 +60,7 @@ def test_a_served_inference_imports_nothing_heavy(classifier_fp32: lrai.Artifact
     assert "lrai_core" in client
     assert "onnxruntime" in actor
     heavy = {"torch", "tvm", "z3", "scipy", "mlflow", "typer", "rich", "pandas", "onnx"}
-    heavy |= {"lrai_shared", "lrai_import"}
+    heavy |= {"lrai_shared", "lrai_import", "lrai_report"}
     assert not client & (heavy | {"onnxruntime"})
     assert not actor & heavy
 
@@ -345,8 +345,8 @@ def test_short_calls_get_one_thread_and_long_ones_their_share(
 ) -> None:
     monkeypatch.setattr("lrai_core.runtime.embedded.available_cpus", lambda: 8)
     with lrai.Runtime.open(classifier_fp32) as runtime:
-        assert embedded(runtime)._threads(classifier_fp32.manifest.variant("fp32")) == 1
-        assert embedded(runtime)._threads(minilm_fp32.manifest.variant("fp32")) == 4
+        assert embedded(runtime)._threads(classifier_fp32.manifest.variant("fp32"), "m", 1) == 1
+        assert embedded(runtime)._threads(minilm_fp32.manifest.variant("fp32"), "m", 1) == 4
 
 
 def embedded(runtime: lrai.Runtime) -> Embedded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from lrai_core.errors import (
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler import scheduler as module
+from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import plan
 from lrai_core.scheduler.scheduler import Replica, Scheduler
 from lrai_core.wire.messages import Refused
@@ -61,9 +62,10 @@ class FakeWorkers:
     """Actors in name only: the tests say what comes of each batch."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, tuple[int, list[ValidRequest]]] = {}
+        self.calls: dict[str, deque[tuple[int, list[ValidRequest]]]] = {}  # none is empty
         self.outcomes: list[Outcome] = []
         self.dispatched: list[list[int]] = []  # the numbers in the requests of each batch
+        self.begun: list[list[int]] = []  # of those that were the first of their actor
         self.down: set[str] = set()
         self.when_asked: Callable[[], object] = lambda: None
 
@@ -77,27 +79,38 @@ class FakeWorkers:
     def next_check(self, now: float) -> float:
         return now + 1
 
-    def idle(self, model: str) -> bool:
+    def ready(self, model: str) -> bool:
         self.when_asked()
-        return model not in self.calls and model not in self.down
+        return model not in self.down
 
     def dispatch(
         self, model: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
     ) -> None:
-        assert model not in self.calls, "one batch at a time"
+        assert len(self.calls.get(model, ())) < 2, "one runs and one is next"
         assert requests, "no empty batch"
-        self.calls[model] = batch, list(requests)
+        self.calls.setdefault(model, deque()).append((batch, list(requests)))
         self.dispatched.append([number(request) for request in requests])
+        if len(self.calls[model]) == 1:
+            self.begun.append(self.dispatched[-1])
+
+    def end(self, model: str) -> tuple[int, list[ValidRequest]]:
+        ended = self.calls[model].popleft()
+        if self.calls[model]:
+            self.begun.append([number(request) for request in self.calls[model][0][1]])
+        else:
+            del self.calls[model]
+        return ended
 
     def answer(self, model: str = "m") -> None:
-        batch, requests = self.calls.pop(model)
+        batch, requests = self.end(model)
         self.outcomes.append(Answered(batch, [[one.arrays[0] * 2] for one in requests], 0.01))
 
     def refuse(self, model: str = "m") -> None:
-        self.outcomes.append(Refused(self.calls.pop(model)[0], "bad shape"))
+        self.outcomes.append(Refused(self.end(model)[0], "bad shape"))
 
     def lose(self, model: str = "m") -> None:
-        self.outcomes.append(Lost(self.calls.pop(model)[0], "signal SIGKILL"))
+        for place, (batch, _) in enumerate(self.calls.pop(model)):
+            self.outcomes.append(Lost(batch, "signal SIGKILL", begun=place == 0))
 
     def give_up(self, model: str = "m") -> None:
         if model in self.calls:
@@ -153,6 +166,19 @@ class Bench:
 
     def step(self) -> None:
         self.scheduler._step()
+
+    def latency(self) -> LatencyModel:
+        return self.scheduler._models["m"].replicas["m"].latency
+
+    def hand_over_two(self, clock: Clock) -> tuple[Future[list[Array]], Future[list[Array]]]:
+        """Return what the actor runs, and what it has next."""
+        first = self.submit()
+        self.step()
+        clock.now += 0.0095
+        second = self.submit()
+        self.step()
+        assert len(self.workers.calls["m"]) == 2
+        return first, second
 
     def counts(self, *kinds: str) -> tuple[int, ...]:
         return tuple(self.events.counts().get(kind, 0) for kind in kinds)
@@ -229,6 +255,156 @@ def test_the_rows_of_a_call_are_bounded_by_the_config(clock: Clock) -> None:
     bench.step()
     bench.close()
     assert len(bench.workers.dispatched[0]) == 4
+
+
+# The next call, before the running one ends
+
+
+def test_an_actor_that_is_almost_done_is_handed_its_next_call(bench: Bench, clock: Clock) -> None:
+    first = bench.submit()
+    bench.step()
+    clock.now += 0.008
+    second = bench.submit()
+    bench.step()
+    assert len(bench.workers.dispatched) == 1
+    assert bench.scheduler._next_check(clock.now) == pytest.approx(clock.now + 0.001)
+    clock.now += 0.001
+    bench.step()
+    assert len(bench.workers.dispatched) == 2
+    bench.submit()
+    bench.step()
+    assert len(bench.workers.dispatched) == 2  # one is next, not two
+    bench.workers.answer()
+    bench.step()
+    assert (first.done(), second.done()) == (True, False)
+
+
+def test_where_the_way_to_the_engine_takes_longer_than_the_engine_the_next_call_waits(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.latency().overhead_seconds = 0.015
+    bench.submit()
+    bench.step()
+    clock.now += 0.024
+    bench.submit()
+    bench.step()
+    assert len(bench.workers.dispatched) == 1
+
+
+def test_an_actor_that_is_overdue_is_not_handed_another_call(bench: Bench, clock: Clock) -> None:
+    bench.submit()
+    bench.step()
+    clock.now += 0.2
+    bench.submit()
+    bench.step()
+    assert len(bench.workers.dispatched) == 1
+
+
+def test_what_would_be_late_behind_the_running_call_is_not_handed_over(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.submit()
+    bench.step()
+    clock.now += 0.0092
+    late = bench.submit(timeout_ms=10.5)  # alone it takes 10 ms, the other one .8 ms more
+    bench.step()
+    assert "cannot be met any more" in str(failure(late))
+
+
+def test_the_call_that_an_actor_has_next_takes_no_cpu(bench: Bench, clock: Clock) -> None:
+    bench.scheduler._cpus = 2
+    bench.add("other")
+    bench.hand_over_two(clock)
+    bench.submit(model="other")
+    bench.step()
+    assert "other" in bench.workers.calls
+
+
+def test_while_another_model_waits_for_the_cpu_its_turn_is_not_given_away(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.scheduler._cpus = 1
+    bench.add("other")
+    bench.submit()
+    bench.step()
+    bench.submit(model="other", timeout_ms=1000)
+    bench.submit()
+    clock.now += 0.0095
+    bench.step()
+    assert len(bench.workers.dispatched) == 1
+    bench.workers.answer()
+    bench.step()
+    assert list(bench.workers.calls) == ["other"]
+
+
+def test_a_call_uses_the_processor_and_is_timed_from_when_it_was_its_turn(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.hand_over_two(clock)
+    clock.now += 0.003
+    bench.workers.answer()
+    bench.step()
+    assert bench.latency().overhead_seconds == pytest.approx(0.0025)  # the engine took 10 ms
+    (second,) = bench.scheduler._calls.values()
+    assert second.overdue == pytest.approx(clock.now + 3 * 0.01 + 0.05)
+    clock.now += 0.011
+    bench.workers.answer()
+    bench.step()
+    # The way of the second was hidden behind the first: it says nothing of what a way takes.
+    assert bench.latency().overhead_seconds == pytest.approx(0.0025)
+    assert bench.scheduler._models["m"].used_seconds == pytest.approx(0.0125 + 0.011)
+
+
+def test_the_call_behind_a_refused_one_runs(bench: Bench, clock: Clock) -> None:
+    bad, good = bench.hand_over_two(clock)
+    bench.workers.refuse()
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert isinstance(failure(bad), RequestError)
+    assert good.exception(0) is None
+
+
+def test_a_death_does_not_count_for_the_call_that_was_next(bench: Bench, clock: Clock) -> None:
+    poison, good = bench.hand_over_two(clock)
+    bench.workers.lose()
+    bench.step()
+    bench.workers.lose()
+    bench.step()
+    assert isinstance(failure(poison), ActorError)
+    bench.workers.lose()  # the first death in which it ran
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert good.exception(0) is None
+
+
+def test_what_was_in_an_actor_that_died_has_the_next_one_for_itself(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.hand_over_two(clock)
+    bench.workers.lose()
+    for calls in (3, 4, 5):
+        bench.submit()
+        bench.step()
+        clock.now += 0.0095
+        bench.step()
+        assert len(bench.workers.dispatched) == calls
+        bench.workers.answer()
+    assert [len(batch) for batch in bench.workers.dispatched[2:]] == [1, 1, 3]
+
+
+def test_what_failed_is_not_handed_over_behind_others(bench: Bench, clock: Clock) -> None:
+    bench.submit()  # with the next one in one call, that is refused
+    bench.hand_over_two(clock)
+    bench.workers.refuse()
+    bench.step()
+    clock.now += 0.0095
+    bench.step()
+    assert len(bench.workers.dispatched) == 2
+    bench.workers.answer()
+    bench.step()
+    assert len(bench.workers.dispatched) == 3
 
 
 # Failures of a call
@@ -363,8 +539,7 @@ def test_an_endless_deadline_is_a_deadline(bench: Bench) -> None:
 def test_a_deadline_that_passes_in_the_queue_ends_the_request_unrun(
     bench: Bench, clock: Clock
 ) -> None:
-    bench.submit()
-    bench.step()
+    bench.hand_over_two(clock)
     late = bench.submit(timeout_ms=50)
     bench.step()
     assert bench.scheduler._next_check(clock.now) == pytest.approx(clock.now + 0.05)
@@ -373,7 +548,7 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_request_unrun(
     assert "passed in the queue" in str(failure(late))
     bench.workers.answer()
     bench.step()
-    assert len(bench.workers.dispatched) == 1
+    assert len(bench.workers.dispatched) == 2
 
 
 def test_what_can_no_longer_be_answered_in_time_is_not_run(bench: Bench, clock: Clock) -> None:
@@ -588,13 +763,18 @@ def test_after_closing_everything_is_refused_and_closing_again_is_harmless(clock
     bench.scheduler.close()
 
 
-def test_a_request_accepted_just_before_the_end_ends_too(clock: Clock) -> None:
+def test_a_request_accepted_just_before_the_end_ends_too(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench, ends = Bench(), list[LraiError | None]()
-    pending = bench.scheduler._admit(
-        bench.scheduler._models["m"], request(), lambda _, error: ends.append(error), None, 0
-    )
-    bench.close()
-    bench.scheduler._hand_over(pending)
+    hand_over = bench.scheduler._hand_over
+
+    def closed_meanwhile(item: Any) -> bool:
+        bench.close()
+        return hand_over(item)
+
+    monkeypatch.setattr(bench.scheduler, "_hand_over", closed_meanwhile)
+    bench.scheduler.accept("m", request(), lambda _, error: ends.append(error))
     assert isinstance(ends[0], NotReady)
 
 
@@ -714,7 +894,7 @@ def test_a_model_may_be_added_while_the_scheduler_goes_through_the_others(bench:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("method", ["dispatch", "poll", "idle"])
+@pytest.mark.parametrize("method", ["dispatch", "poll", "ready"])
 def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -835,7 +1015,7 @@ class Anything(RuleBasedStateMachine):
     @invariant()
     def nobody_runs_more_than_twice_and_the_second_time_alone(self) -> None:
         runs: dict[int, list[int]] = {}
-        for batch in self.bench.workers.dispatched:
+        for batch in self.bench.workers.begun:
             for one in batch:
                 runs.setdefault(one, []).append(len(batch))
         assert all(len(sizes) <= 2 and sizes[1:] in ([], [1]) for sizes in runs.values())

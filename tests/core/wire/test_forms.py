@@ -16,8 +16,8 @@ from lrai_core.protocol import (
     ValidRequest,
     validate,
 )
-from lrai_core.runtime import forms
-from lrai_core.runtime.forms import validate_by_form
+from lrai_core.wire import forms
+from lrai_core.wire.forms import validate_by_form
 
 LIMITS = LimitsConfig()
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 from msgspec.structs import replace
 
+from lrai_core.config import LimitsConfig
 from lrai_core.protocol import (
     DATATYPES,
     InferenceRequest,
-    Limits,
     Signature,
     Tensor,
     ValidRequest,
@@ -26,7 +26,7 @@ _MOST_FORMS: Final = 4096
 
 
 def validate_by_form(
-    request: InferenceRequest, signature: Signature, limits: Limits
+    request: InferenceRequest, signature: Signature, limits: LimitsConfig
 ) -> ValidRequest:
     """Return what `protocol.validate` returns, or raise what it raises, sooner."""
     form, passed = _form(request), signature.passed

@@ -1,0 +1,129 @@
+"""Which version answers a request, and what is done where a version does not do well.
+
+A canary is judged by its error rate beside the stable version's: exact binomial bounds, at an error
+probability that is spent over all looks, so that looking often does not make a false alarm likely.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final
+
+from lrai_core import InferenceRequest, InferenceResponse, LraiError
+from lrai_core.confidence import lower_bound, upper_bound
+from lrai_core.runtime.embedded import Ended, Version
+from lrai_core.scheduler.scheduler import Pending
+from lrai_core.verifier.spec import difference
+
+if TYPE_CHECKING:
+    from lrai_deployments.deployments import Deployments
+
+_FEWEST_ANSWERS: Final = 20  # of a canary that is judged
+_FALSE_ALARM: Final = 0.01  # probability that a canary as good as the stable version ever fails
+_LEAST_ERROR: Final = 1e-12
+_COPIES: Final = 8  # of the places in the queue, copies take at most one in so many
+_LAST: Final = 1 << 30  # a copy's priority
+
+Outcome = InferenceResponse | LraiError
+
+
+class Route:
+    """How requests that name no version are shared out; thread-safe."""
+
+    def __init__(
+        self, core: Deployments, shares: Mapping[Version, float], shadow: Mapping[Version, float]
+    ) -> None:
+        """Serve nothing yet.
+
+        Args:
+            core: Runs the versions, and is told of a canary that has failed.
+            shares: Of the requests, positive.
+            shadow: At most one version, and the share of the requests of which a copy goes to it.
+        """
+        self._core, self._versions = core, list(shares)
+        self._cumulative = list(accumulate(shares.values()))
+        self._stable = max(shares, key=shares.__getitem__)
+        self._canaries = {v for v, share in shares.items() if share < shares[self._stable]}
+        self._shadow, self._sampled = next(iter(shadow), None), sum(shadow.values())
+        self._lock = threading.Lock()
+        self._answers, self._failures = Counter[Version](), Counter[Version]()
+        self._copied_rows = 0
+
+    def accept(self, request: InferenceRequest, done: Ended) -> Pending:
+        """See `Embedded.accept`."""
+        random, original = self._core.random, Future[InferenceResponse]()
+        (version,) = random.choices(self._versions, cum_weights=self._cumulative)
+        shadow = self._shadow if random.random() < self._sampled else None
+
+        def ended(outcome: Outcome) -> None:
+            if shadow is not None and isinstance(outcome, InferenceResponse):
+                kept = {name: array.copy() for name, array in outcome.outputs.items()}
+                original.set_result(replace(outcome, outputs=kept))  # the caller may write to his
+            done(outcome)
+            self._count(version, outcome)
+
+        try:
+            pending = self._core.accept(request, ended, version)
+        except LraiError as error:
+            self._count(version, error)
+            raise
+        if shadow is not None:
+            names = [spec.name for spec in version.signature.inputs]
+            inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}
+            copy = replace(request, inputs=inputs, parameters={"priority": _LAST})
+            self._send(copy, pending.request.rows, original)
+        return pending
+
+    def _send(self, copy: InferenceRequest, rows: int, original: Future[InferenceResponse]) -> None:
+        """Send a copy, unless too many are on their way: callers must find room in the queue."""
+        with self._lock:
+            if self._copied_rows + rows > self._core.config.scheduler.max_queue_rows // _COPIES:
+                return
+            self._copied_rows += rows
+
+        def ended(outcome: Outcome) -> None:
+            with self._lock:
+                self._copied_rows -= rows
+            original.add_done_callback(
+                lambda first: self._core.submit(self._compare, first.result(), outcome)
+            )
+
+        try:
+            self._core.accept(copy, ended, self._shadow)
+        except LraiError as error:
+            ended(error)
+
+    def _compare(self, original: InferenceResponse, copy: Outcome) -> None:
+        emit, name = self._core.events.emit, original.model_name
+        if isinstance(copy, LraiError) or copy.outputs.keys() != original.outputs.keys():
+            emit("shadow_failed", name, reason=type(copy).__name__)
+            return
+        specs = [s for s in self._stable.signature.outputs if s.name in original.outputs]
+        first, second = ([r.outputs[spec.name] for spec in specs] for r in (original, copy))
+        gap = difference(first, second, specs)
+        emit("shadow_compared", name, version=copy.model_version, difference=gap)
+
+    def _count(self, version: Version, outcome: Outcome) -> None:
+        """Count an answer or a failure of the server, not of the caller; look into the latter."""
+        failed = isinstance(outcome, LraiError) and outcome.http_status >= 500
+        with self._lock:
+            self._answers[version] += 1
+            self._failures[version] += failed
+        if failed and version in self._canaries and self._answers[version] >= _FEWEST_ANSWERS:
+            self._core.submit(self._judge, version)
+
+    def _judge(self, version: Version) -> None:
+        stable = self._stable
+        with self._lock:
+            bad, n = self._failures[version], self._answers[version]
+            also_bad, m = self._failures[stable], self._answers[stable]
+        confidence = 1 - max(_FALSE_ALARM / (2 * bad * (bad + 1)), _LEAST_ERROR)
+        if m and lower_bound(bad, n, confidence) > upper_bound(also_bad, m, confidence):
+            beside = f"{stable.version} {also_bad} of {m}"
+            why = f"{version.version} failed {bad} of {n} requests, {beside}"
+            self._core.give_up(self, version, why)

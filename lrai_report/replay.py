@@ -1,0 +1,333 @@
+"""One artifact under several policies: real calls on this machine, and what their callers saw.
+
+The policies differ in nothing but who shares a call with whom: each has an actor of its own, with
+the same variant, engine and threads, and one batch at a time goes to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import selectors
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrai_core import (
+    Artifact,
+    DeadlineExceeded,
+    InferenceRequest,
+    LraiError,
+    QueueFull,
+    Runtime,
+    Signature,
+    TensorSpec,
+    UsageError,
+    load_config,
+)
+from lrai_report.trace import Arrivals
+
+POLICIES: Final = {
+    "planner": "lrai as it is set here: calls are shared where that saves time, and the most "
+    "urgent request leads",
+    "one-by-one": "lrai with scheduler.max_batch_rows = 1: each request in a call of its own",
+    "fifo-8": "the classic dynamic batcher: what waits, in order of arrival, at most 8 rows a "
+    "call, padded to the longest; it knows no deadlines",
+}
+_FIFO_ROWS: Final = 8
+_CALLERS: Final = 4  # enough that a request waits whenever the actor is free
+_WINDOWS: Final = 3
+_OTHER_EXTENT: Final = 4  # of a free dimension that is neither batch nor length
+_PATIENCE: Final = 5.0  # deadlines after which a caller is gone whom nobody has answered
+_TICK_SECONDS: Final = 0.25
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one policy made of one part of a trace.
+
+    Attributes:
+        latencies: Seconds from the arrival, in the trace, to the answer; infinite without one.
+        refused: Requests that were refused or given up with an error; the others without an answer
+            had none when their caller left.
+        seconds: From the first arrival to the last answer.
+        rows: Of the requests that were answered.
+        calls: Calls of the engine.
+        lag_seconds: How late requests were sent, 99th percentile: this machine's own part.
+    """
+
+    latencies: NDArray[np.float64]
+    refused: int
+    seconds: float
+    rows: int
+    calls: int
+    lag_seconds: float
+
+
+class MadeUp:
+    """Inputs that most models accept, of any size up to a largest: cut from one set of arrays."""
+
+    def __init__(self, signature: Signature, arrivals: Arrivals, most_bytes: int) -> None:
+        """Make the largest that these need.
+
+        Raises:
+            UsageError: It has over `most_bytes`.
+        """
+        rows, length = int(arrivals.rows.max()), int(arrivals.lengths.max())
+        self._specs = signature.inputs
+        shapes = [_shape(spec, rows, length) for spec in self._specs]
+        kinds = [_dtype(spec) for spec in self._specs]
+        size = sum(
+            math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)
+        )
+        if size > most_bytes:
+            raise UsageError(
+                f"a request of {rows} rows of length {length} has {size:,} bytes; "
+                f"limits.request_bytes allows {most_bytes:,}"
+            )
+        random = np.random.default_rng(0)
+        self._arrays = [
+            _values(shape, kind, random) for shape, kind in zip(shapes, kinds, strict=True)
+        ]
+
+    def cut(self, rows: int, length: int) -> Inputs:
+        """Return inputs of that size; views."""
+        cuts = {}
+        for array, spec in zip(self._arrays, self._specs, strict=True):
+            window = [slice(None)] * array.ndim
+            if spec.batch_axis is not None:
+                window[spec.batch_axis] = slice(rows)
+            if spec.length_axis is not None:
+                window[spec.length_axis] = slice(length)
+            cuts[spec.name] = array[tuple(window)]
+        return cuts
+
+
+class Server:
+    """A runtime that answers under one policy."""
+
+    def __init__(self, policy: str, runtime: Runtime, inputs: Sequence[TensorSpec]) -> None:
+        self.runtime = runtime
+        self._inputs = inputs
+        self._room = runtime.config.scheduler.max_queue_rows
+        self._fifo = policy.startswith("fifo")
+        self._waiting: deque[tuple[Inputs, int, asyncio.Future[None]]] = deque()
+        self._waiting_rows = 0
+        self._batcher: asyncio.Task[None] | None = None
+
+    @classmethod
+    def open(cls, policy: str, artifact: Artifact) -> Server:
+        """Start a runtime for the policy and load the artifact; `close` ends it."""
+        # What fifo puts together is one request, and one call, for the runtime.
+        settings = {} if policy == "planner" else {"scheduler.max_batch_rows": 1}
+        runtime = Runtime.open(artifact, config=load_config(call=settings))
+        return cls(policy, runtime, artifact.manifest.signature.inputs)
+
+    def close(self) -> None:
+        """End the runtime and its actor."""
+        self.runtime.close()
+
+    async def infer(self, inputs: Inputs, rows: int, seconds: float | None = None) -> None:
+        """Return when the answer is there; `seconds` is for how long the caller waits, at most.
+
+        Raises:
+            DeadlineExceeded: Given up; not by fifo, which does not look.
+            QueueFull: No room.
+        """
+        if not self._fifo:
+            await self._call(inputs, None if seconds is None else seconds * 1e3)
+            return
+        if self._waiting_rows + rows > self._room:
+            raise QueueFull("no room", limit=self._room, retry_after_seconds=1.0)
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((inputs, rows, answered))
+        self._waiting_rows += rows
+        if self._batcher is None or self._batcher.done():
+            self._batcher = asyncio.create_task(self._batches())
+        await answered
+
+    async def settle(self) -> None:
+        """Return when nothing is inside any more; the runtime has no event for that."""
+        while self._waiting or self.runtime.stats()["outstanding_rows"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    async def _call(self, inputs: Inputs, timeout_ms: float | None = None) -> None:
+        await self.runtime.infer_async(
+            InferenceRequest(model_name="", inputs=inputs, timeout_ms=timeout_ms)
+        )
+
+    async def _batches(self) -> None:
+        while taken := self._take():
+            try:
+                await self._call(join([inputs for inputs, _ in taken], self._inputs))
+            except LraiError as error:
+                for _, answered in taken:
+                    if not answered.done():
+                        answered.set_exception(error)
+            else:
+                for _, answered in taken:
+                    if not answered.done():
+                        answered.set_result(None)
+
+    def _take(self) -> list[tuple[Inputs, asyncio.Future[None]]]:
+        taken: list[tuple[Inputs, asyncio.Future[None]]] = []
+        total = 0
+        while self._waiting:
+            inputs, rows, answered = self._waiting[0]
+            if taken and total + rows > _FIFO_ROWS:
+                break
+            self._waiting.popleft()
+            self._waiting_rows -= rows
+            if not answered.done():  # its caller has not left
+                taken.append((inputs, answered))
+                total += rows
+        return taken
+
+
+def join(requests: Sequence[Inputs], specs: Sequence[TensorSpec]) -> Inputs:
+    """Return the rows of several requests as those of one, padded to the longest."""
+    if len(requests) == 1:
+        return requests[0]
+    joined = {}
+    for spec in specs:
+        arrays, axis = [request[spec.name] for request in requests], spec.length_axis
+        if axis is not None:
+            longest = max(array.shape[axis] for array in arrays)
+            arrays = [_pad(array, axis, longest, spec.pad_value) for array in arrays]
+        joined[spec.name] = np.concatenate(arrays)
+    return joined
+
+
+def precise_loop() -> asyncio.AbstractEventLoop:
+    """Return an event loop that sleeps as long as it is told to; epoll knows milliseconds only."""
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
+
+
+async def capacity(server: Server, arrivals: Arrivals, made_up: MadeUp, seconds: float) -> float:
+    """Return how many of these requests are answered per second while there are always some."""
+    sizes = itertools.cycle(list(zip(arrivals.rows, arrivals.lengths, strict=True)))
+    loop = asyncio.get_running_loop()
+
+    async def caller(end: float) -> int:
+        answered = 0
+        while not answered or loop.time() < end:
+            rows, length = map(int, next(sizes))
+            await server.infer(made_up.cut(rows, length), rows)
+            answered += 1
+        return answered
+
+    rates = []
+    for _ in range(_WINDOWS):
+        start = loop.time()
+        callers = [caller(start + seconds / _WINDOWS) for _ in range(_CALLERS)]
+        rates.append(sum(await asyncio.gather(*callers)) / (loop.time() - start))
+    return float(np.median(rates))
+
+
+async def replay(
+    server: Server,
+    arrivals: Arrivals,
+    made_up: MadeUp,
+    deadline_seconds: float,
+    tick: Callable[[float], None],
+) -> Outcome:
+    """Send every request at its moment, and return what became of them.
+
+    Args:
+        server: Nothing else asks it meanwhile.
+        arrivals: From the first moment on.
+        made_up: Inputs of their sizes.
+        deadline_seconds: After the arrival; what passes it is late, and ends where the policy
+            looks at deadlines.
+        tick: Told now and then how many seconds of the trace are over.
+    """
+    loop = asyncio.get_running_loop()
+    count = len(arrivals.seconds)
+    latencies, lags = np.full(count, np.inf), np.zeros(count)
+    refused: list[int] = []
+    failures: list[BaseException] = []
+    asking: set[asyncio.Task[None]] = set()
+
+    async def ask(index: int, due: float, inputs: Inputs, rows: int) -> None:
+        try:
+            await server.infer(inputs, rows, due + deadline_seconds - loop.time())
+        except (DeadlineExceeded, QueueFull):
+            refused.append(index)
+        else:
+            latencies[index] = loop.time() - due
+
+    def ended(task: asyncio.Task[None]) -> None:
+        asking.discard(task)
+        if not task.cancelled() and (failure := task.exception()):
+            failures.append(failure)
+
+    calls_before = server.runtime.stats().get("batch_completed", 0)
+    start, ticked = loop.time(), 0.0
+    sizes = zip(arrivals.seconds.tolist(), arrivals.rows, arrivals.lengths, strict=True)
+    for index, (at, rows, length) in enumerate(sizes):
+        await asyncio.sleep(max(0.0, start + at - loop.time()))  # also where it is late: to hear
+        now = loop.time() - start
+        if now - ticked > _TICK_SECONDS:
+            ticked = now
+            tick(now)
+        lags[index] = now - at
+        inputs = made_up.cut(int(rows), int(length))
+        task = asyncio.create_task(ask(index, start + at, inputs, int(rows)))
+        asking.add(task)
+        task.add_done_callback(ended)
+        if failures:
+            break
+    if asking and not failures:
+        await asyncio.wait(asking, timeout=_PATIENCE * deadline_seconds)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    await server.settle()
+    if failures:
+        raise failures[0]
+    answered = np.isfinite(latencies)
+    last = float(np.max(arrivals.seconds[answered] + latencies[answered], initial=0))
+    return Outcome(
+        latencies=latencies,
+        refused=len(refused),
+        seconds=max(last, float(arrivals.seconds[-1])),
+        rows=int(arrivals.rows[answered].sum()),
+        calls=server.runtime.stats().get("batch_completed", 0) - calls_before,
+        lag_seconds=float(np.percentile(lags, 99)),
+    )
+
+
+def _pad(array: NDArray[Any], axis: int, length: int, value: float) -> NDArray[Any]:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return np.pad(array, widths, constant_values=value)
+
+
+def _shape(spec: TensorSpec, rows: int, length: int) -> list[int]:
+    shape = [extent if isinstance(extent, int) else _OTHER_EXTENT for extent in spec.shape]
+    for axis, extent in ((spec.batch_axis, rows), (spec.length_axis, length)):
+        if axis is not None:
+            shape[axis] = extent
+    return shape
+
+
+def _dtype(spec: TensorSpec) -> np.dtype[Any]:
+    name = spec.datatype.lower().replace("fp", "float")
+    return np.dtype(np.object_ if name == "bytes" else name)
+
+
+def _values(shape: list[int], dtype: np.dtype[Any], random: np.random.Generator) -> NDArray[Any]:
+    """Return noise for floats, and bits for integers: they are tokens, segments and masks alike."""
+    if dtype.kind == "f":
+        return random.standard_normal(shape).astype(dtype)
+    if dtype.kind == "O":
+        return np.full(shape, "a", dtype)
+    first = np.arange(shape[-1]) == 0 if shape else True  # is never masked
+    return (random.integers(0, 2, shape) | first).astype(dtype)

@@ -1,0 +1,181 @@
+"""The pool over processes in name only: the tests speak for the actors, and move the clock."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from lrai_core.actor import pool as module
+from lrai_core.actor.pool import Pool
+from lrai_core.config import ActorConfig
+from lrai_core.events import EventBus
+from lrai_core.protocol import ValidRequest
+from lrai_core.wire import messages
+from lrai_core.wire.messages import PROTOCOL_VERSION, Executed, Hello, Load, Ready, Refused
+from lrai_core.wire.workers import Answered, Lost, Outcome
+from tests.core.small_artifact import SIGNATURE
+
+LOAD = Load("/folder", "model.onnx", "", "onnxruntime", False, 1, {}, SIGNATURE)
+HANG_SECONDS = 1.0
+
+
+class Process:
+    """Stands in for `Popen`; holds the other ends of what the pool gives an actor."""
+
+    def __init__(
+        self, command: Sequence[str], *, stdin: int, stdout: int, start_new_session: bool
+    ) -> None:
+        del stdout, start_new_session
+        self.pid = 1
+        self.line = socket.socket(fileno=os.dup(stdin))
+        address, identity, _ = command[-3:]
+        self.socket = messages.connect(address, bytes.fromhex(identity))
+        self.status: int | None = None
+
+    def say(self, message: messages.FromActor) -> None:
+        self.socket.send(messages.encode(message))
+
+    def kill(self) -> None:
+        self.status = -9
+        self.line.close()
+        self.socket.context.destroy(linger=0)
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def wait(self) -> int:
+        return self.status or 0
+
+
+class Bench:
+    """A pool with one actor, which is ready."""
+
+    def __init__(self, folder: Path, clock: SimpleNamespace) -> None:
+        self.clock = clock
+        self.events = EventBus()
+        config = ActorConfig(hang_seconds=HANG_SECONDS, hang_factor=10, heartbeat_ms=100)
+        self.pool = Pool(folder, config, self.events)
+        self.pool.register(zmq.Poller())
+        self.pool.add("m", LOAD, Future())
+        self.pool.poll(clock.monotonic())  # starts it
+        self.hear(Hello(PROTOCOL_VERSION))
+        self.hear(Ready(0.1))
+        assert self.pool.ready("m")
+
+    @property
+    def process(self) -> Process:
+        process: Any = self.pool._actors["m"].process
+        assert isinstance(process, Process)
+        return process
+
+    def hear(self, message: messages.FromActor) -> list[Outcome]:
+        self.process.say(message)
+        assert self.pool._socket.poll(5_000)
+        return self.poll()
+
+    def poll(self, seconds: float = 0.0) -> list[Outcome]:
+        """Return what came of batches, that much later."""
+        self.clock.now += seconds
+        outcomes = self.pool.poll(self.clock.now)
+        return outcomes + self.pool.poll(self.clock.now)  # what was killed is gone by now
+
+    def dispatch(self, *batches: int) -> None:
+        one = ValidRequest((np.zeros((1, 1), np.float32),), 1, 0, (), ("g",), 4)
+        for batch in batches:
+            self.pool.dispatch("m", batch, [one], 0.01)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "Popen", Process)
+    made = Bench(tmp_path, clock)
+    yield made
+    made.pool.close()
+
+
+def done(batch: int) -> Executed:
+    """Return the answer to a batch of one request that wants nothing."""
+    return Executed(batch, 0.01, ((),))
+
+
+def test_two_batches_are_answered_in_order(bench: Bench) -> None:
+    bench.dispatch(1, 2)
+    assert bench.hear(done(1)) == [Answered(1, [[]], 0.01)]
+    assert bench.hear(done(2)) == [Answered(2, [[]], 0.01)]
+    assert "actor_lost" not in bench.events.counts()
+
+
+def test_of_two_batches_in_an_actor_that_dies_the_second_was_not_begun(bench: Bench) -> None:
+    bench.dispatch(1, 2)
+    bench.process.kill()
+    why = "the model's process ended with signal SIGKILL"
+    assert bench.poll() == [Lost(1, why, begun=True), Lost(2, why, begun=False)]
+
+
+def test_after_the_first_was_answered_the_second_was_begun(bench: Bench) -> None:
+    bench.dispatch(1, 2)
+    bench.hear(done(1))
+    bench.process.kill()
+    (lost,) = bench.poll()
+    assert isinstance(lost, Lost)
+    assert (lost.batch, lost.begun) == (2, True)
+
+
+def test_behind_a_refused_batch_the_next_one_runs(bench: Bench) -> None:
+    bench.dispatch(1, 2)
+    assert bench.hear(Refused(1, "bad shape")) == [Refused(1, "bad shape")]
+    assert bench.hear(done(2)) == [Answered(2, [[]], 0.01)]
+
+
+@pytest.mark.parametrize(
+    "message", [done(2), Refused(2, ""), Executed(1, 0.01, ()), Executed(1, 0.01, ((), ()))]
+)
+def test_an_actor_that_answers_what_it_is_not_at_is_replaced(
+    bench: Bench, message: messages.FromActor
+) -> None:
+    bench.dispatch(1, 2)
+    why = "the model's process broke the protocol"
+    first, second = bench.hear(message)
+    assert isinstance(first, Lost)
+    assert isinstance(second, Lost)
+    assert first.message.startswith(why)
+    assert (first.begun, second.begun) == (True, False)
+
+
+def test_a_batch_is_given_its_time_from_when_the_one_before_it_ended(bench: Bench) -> None:
+    bench.dispatch(1, 2)
+    bench.poll(0.8 * HANG_SECONDS)
+    bench.hear(done(1))
+    assert bench.poll(0.8 * HANG_SECONDS) == []
+    assert len(bench.poll(0.3 * HANG_SECONDS)) == 1
+    assert bench.events.counts()["actor_hung"] == 1
+
+
+def test_neither_another_batch_nor_a_sign_of_life_gives_the_first_more_time(bench: Bench) -> None:
+    bench.dispatch(1)
+    bench.poll(0.8 * HANG_SECONDS)
+    bench.dispatch(2)
+    bench.process.line.send(b".")
+    assert len(bench.poll(0.3 * HANG_SECONDS)) == 2
+    assert bench.events.counts()["actor_hung"] == 1
+
+
+def test_an_idle_actor_shows_that_it_is_alive(bench: Bench) -> None:
+    for _ in range(3):
+        bench.process.line.send(b".")
+        bench.poll(0.8 * HANG_SECONDS)
+    assert "actor_hung" not in bench.events.counts()
+    bench.poll(1.1 * HANG_SECONDS)
+    assert bench.events.counts()["actor_hung"] == 1

@@ -1,0 +1,117 @@
+"""A canary's error rate beside the stable version's, without processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import pytest
+
+from lrai_core import ActorError, DeadlineExceeded, InferenceResponse, InvalidTensor, LraiError
+from lrai_core.artifact import Artifact
+from lrai_core.runtime.embedded import Version
+from lrai_deployments.routing import Route
+from tests.core import small_artifact
+
+
+class Core:
+    """Stands for the runtime: judges at once, and keeps what it is told."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.given_up = Random(seed), list[tuple[str, str]]()
+
+    def submit(self, function: Any, *arguments: Any) -> None:
+        function(*arguments)
+
+    def give_up(self, route: Route, version: Version, why: str) -> None:
+        self.given_up.append((version.version, why))
+
+
+def version(label: str) -> Version:
+    manifest = small_artifact.manifest()
+    return Version(
+        "m", label, Artifact(Path(), manifest, "0" * 64), manifest.variants[0], None, (label,)
+    )
+
+
+STABLE, CANARY = version("stable"), version("canary")
+ANSWER = cast("InferenceResponse", object())
+
+
+def route(seed: int = 0) -> tuple[Core, Route]:
+    core = Core(seed)
+    return core, Route(cast("Any", core), {STABLE: 0.9, CANARY: 0.1}, {})
+
+
+def outcome(random: Random, rate: float) -> InferenceResponse | LraiError:
+    return ActorError("no") if random.random() < rate else ANSWER
+
+
+def test_a_canary_is_not_judged_by_fewer_than_twenty_answers() -> None:
+    core, made = route()
+    for _ in range(300):
+        made._count(STABLE, ANSWER)
+    for _ in range(19):
+        made._count(CANARY, ActorError("no"))
+    assert not core.given_up
+    made._count(CANARY, ActorError("no"))
+    assert core.given_up == [("canary", "canary failed 20 of 20 requests, stable 0 of 300")]
+
+
+def test_a_canary_is_not_judged_without_anything_beside_it() -> None:
+    core, made = route()
+    for _ in range(100):
+        made._count(CANARY, ActorError("no"))
+    assert not core.given_up
+
+
+def test_the_stable_version_is_never_given_up() -> None:
+    core, made = route()
+    for _ in range(100):
+        made._count(CANARY, ANSWER)
+        made._count(STABLE, ActorError("no"))
+    assert not core.given_up
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [(ActorError("x"), True), (DeadlineExceeded("x"), True), (InvalidTensor("x", "y"), False)],
+)
+def test_only_faults_of_the_server_count(error: LraiError, counts: bool) -> None:
+    core, made = route()
+    for _ in range(100):
+        made._count(STABLE, ANSWER)
+    for _ in range(50):
+        made._count(CANARY, error)
+    assert bool(core.given_up) is counts
+
+
+def test_a_canary_as_good_as_the_stable_version_is_seldom_given_up() -> None:
+    alarms = 0
+    for seed in range(60):
+        core, made = route(seed)
+        for _ in range(1500):
+            label = STABLE if core.random.random() < 0.7 else CANARY
+            made._count(label, outcome(core.random, 0.05))
+        alarms += bool(core.given_up)
+    assert alarms <= 2  # of 60 at 1 %: more than that once in four hundred
+
+
+def test_a_canary_that_fails_more_often_is_given_up_soon() -> None:
+    core, made = route()
+    for count in range(5000):  # noqa: B007 - read below
+        label = STABLE if core.random.random() < 0.9 else CANARY
+        made._count(label, outcome(core.random, 0.01 if label is STABLE else 0.3))
+        if core.given_up:
+            break
+    assert core.given_up
+    assert count < 1500
+
+
+def test_the_guard_still_decides_after_very_many_failures() -> None:
+    core, made = route()
+    made._answers.update({STABLE: 10_000_000, CANARY: 10_000_000})
+    made._failures.update({STABLE: 1, CANARY: 4_999_999})
+    made._count(CANARY, ActorError("no"))
+    assert core.given_up

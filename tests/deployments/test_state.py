@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrai_core import EnvironmentProblem
+from lrai_core.runtime.embedded import Freeze
+from lrai_deployments.state import How, Record, Store
+
+LABELS = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5, unique=True)
+SHARE = st.floats(0, 1)
+
+
+def record(*labels: str) -> Record:
+    """Return a record in which the first version has every share."""
+    made = Record()
+    for label in reversed(labels):
+        made = made.beside(How(version=label), 1.0)
+    return made
+
+
+@given(LABELS, st.lists(SHARE, min_size=5, max_size=5))
+def test_shares_add_up_to_one_whoever_comes_and_goes(
+    labels: list[str], shares: list[float]
+) -> None:
+    made = record("first")
+    for label, share in zip(labels, shares, strict=False):
+        made = made.beside(How(version=label), share)
+        assert made.shares[label] == share
+        assert sum(made.shares.values()) == pytest.approx(1)
+    for label in labels:
+        made = made.without(label)
+        assert made.shares.keys() == made.versions.keys()
+        assert sum(made.shares.values()) == pytest.approx(1) or not made.serves
+    assert list(made.versions) == ["first"]
+
+
+def test_another_stable_version_is_remembered_as_the_one_to_go_back_from() -> None:
+    made = record("a", "b")
+    assert made.stable == "a"
+    assert made.shared_out({"a": 0.6, "b": 0.4}, {}).previous.version == ""
+    assert made.shared_out({"a": 0.4, "b": 0.6}, {}).previous.version == "a"
+    assert made.shared_out({"b": 1.0}, {"a": 0.5}).without("a").shadow == {}
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    how = How("int8", {"delta": 0.5}, {"actor.replicas": 2}, "a", "/m.lrai")
+    made = Record({"a": how}, {"a": 1.0}, {}, how, Freeze("ann", "why", "2026-01-01"))
+    store = Store(str(tmp_path / "state"))
+    assert store.read() == ({}, True)
+    store.write({"m": made})
+    store.note(change="load", model="m\n")
+    store.close()
+    store = Store(str(tmp_path / "state"))
+    assert store.read() == ({"m": made}, False)
+    store.write({}, stopped=True)
+    assert store.read() == ({}, True)
+    store.note(change="unload", model="m")
+    files = list((tmp_path / "state").iterdir())
+    assert {file.name for file in files} == {"deployments.json", "audit.jsonl"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    lines = (tmp_path / "state" / "audit.jsonl").read_text().splitlines()
+    assert [json.loads(line)["model"] for line in lines] == ["m\n", "m"]
+    assert all(json.loads(line)["when"].endswith("+00:00") for line in lines)
+
+
+def test_one_runtime_at_a_time_keeps_its_state_in_a_folder(tmp_path: Path) -> None:
+    first = Store(str(tmp_path))
+    with pytest.raises(EnvironmentProblem, match="holds the state of another runtime"):
+        Store(str(tmp_path))
+    first.close()
+    Store(str(tmp_path)).close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"a": 1}', b"\xff", b"[" * 100_000, b'{"stopped": 1}']
+)
+def test_a_file_that_cannot_be_read_is_told_of_and_kept_aside(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "deployments.json").write_bytes(content)
+    store = Store(str(tmp_path))
+    assert store.read() == ({}, True)
+    store.close()
+    (message,) = caplog.messages
+    assert "cannot be read" in message
+    assert (tmp_path / "deployments.corrupt").read_bytes() == content
+    assert not (tmp_path / "deployments.json").exists()
+
+
+def test_a_change_that_cannot_be_written_down_is_one_clear_error(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write({"m": record("a")})
+    (tmp_path / "deployments.new").mkdir()
+    with pytest.raises((EnvironmentProblem, OSError)):
+        store.write({})
+    assert store.read()[0] == {"m": record("a")}
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    store = Store("")
+    store.write({"m": record("a")})
+    store.note(change="load")
+    assert store.read() == ({}, True)
+    store.close()
