@@ -41,16 +41,9 @@ from lrai_core import (
     Tensor,
 )
 from lrai_core.errors import shorten
-from lrai_core.wire.messages import (
-    PROTOCOL_VERSION,
-    BadFrames,
-    Buffer,
-    Packer,
-    connect,
-    contents,
-    encode,
-    receive,
-)
+from lrai_core.wire import messages as wire
+from lrai_core.wire.arena import Arena
+from lrai_core.wire.messages import contents
 from lrai_shared import messages
 from lrai_shared.messages import Attach, Call, Infer, Requests
 
@@ -61,7 +54,7 @@ _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has 
 _MOST_ITEMS: Final = 100  # of one message
 
 T = TypeVar("T")
-Contents = tuple[str, tuple[int, ...], Buffer]
+Contents = tuple[str, tuple[int, ...], wire.Buffer]
 
 
 class _Asked(Future[InferenceResponse]):
@@ -70,7 +63,12 @@ class _Asked(Future[InferenceResponse]):
     key = 0
 
     def __init__(
-        self, client: Attached, form: bytes, tensors: list[Buffer], identity: str, timeout_ms: float
+        self,
+        client: Attached,
+        form: bytes,
+        tensors: list[wire.Buffer],
+        identity: str,
+        timeout_ms: float,
     ) -> None:
         super().__init__()
         self._client, self.form, self.tensors, self.id = client, form, tensors, identity
@@ -101,7 +99,8 @@ class Attached:
         self._folder = shared_folder(config, address)
         self._config, self._stay = config, stay
         self._patience = config.actor.start_timeout_seconds + _ANSWER_SECONDS
-        self._socket = connect(f"ipc://{self._folder}/clients", secrets.token_bytes(16))
+        self._socket = wire.connect(f"ipc://{self._folder}/clients", secrets.token_bytes(16))
+        self._arena, self._sharing = Arena(), False  # whether the daemon reads there
         self._lost = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._wake_read, self._wake_write = os.pipe()
         self._awake = self._refusing = self._closed = False
@@ -165,11 +164,18 @@ class Attached:
         made = Call(0, operation, arguments)
         key = self._post(self._calls, self._outcalls, (made, future))
         try:
-            return msgspec.convert(future.result(self._patience), kind)
+            value = future.result(self._patience)
+            if operation == "stats" and isinstance(value, dict):
+                value |= self._counts()
+            return msgspec.convert(value, kind)
         except TimeoutError:
             raise NotReady(f"the runtime did not answer within {self._patience:g} s") from None
         finally:
             self._calls.pop(key, None)
+
+    def _counts(self) -> dict[str, int]:
+        arena = {"blocks": len(self._arena.blocks), "copied_bytes": self._arena.copied_bytes}
+        return self._socket.counts("daemon") | {f"arena_{name}": n for name, n in arena.items()}
 
     def drain(self) -> bool:
         """See `Runtime.drain`."""
@@ -220,6 +226,7 @@ class Attached:
             for future in [self._attached, *ends]:
                 _settle(future, NotReady("the runtime was closed"))
             self._asked.clear()
+            self._arena.close()
             self._lost.close()
             self._socket.context.destroy(linger=0)
             os.close(self._wake_read)
@@ -244,9 +251,10 @@ class Attached:
             if self._lost in ready:
                 self._lost.recv_multipart()
                 self._session, self._greeted, next_sign = "", False, 0.0
+                self._sharing = False
                 self._on_wire.clear()
-            for frames in receive(self._socket):
-                with contextlib.suppress(BadFrames):  # from no daemon of this version
+            for frames in wire.receive(self._socket):
+                with contextlib.suppress(wire.BadFrames):  # from no daemon of this version
                     self._hear(frames)
             while self._session and self._send():
                 pass
@@ -270,17 +278,19 @@ class Attached:
             except OSError as error:
                 self._fail(f"it cannot be started: {error.strerror}")
         if not self._greeted:  # else they would pile up where nobody hears them
-            self._greeted = True
-            life = Attach(PROTOCOL_VERSION, version("lrai"))
-            self._socket.send(encode(life))
+            self._greet()
+
+    def _greet(self) -> None:
+        self._greeted = True
+        self._socket.say(Attach(wire.PROTOCOL_VERSION, version("lrai"), self._arena.segment))
 
     def _hear(self, frames: list[memoryview]) -> None:
         message = messages.decode_to_client(frames[0])
         if isinstance(message, messages.Attached):
             self._greeted = False
-            if message.version != PROTOCOL_VERSION:
+            if message.version != wire.PROTOCOL_VERSION:
                 versions = f"protocol {message.version} of lrai {message.lrai}"
-                mine = f"this process {PROTOCOL_VERSION}: stop it first"
+                mine = f"this process {wire.PROTOCOL_VERSION}: stop it first"
                 self._fail(f"it speaks {versions}, {mine}")
             elif message.session != self._session:  # it knows of nothing that was asked
                 self._session, self._credit = message.session, message.credit
@@ -291,6 +301,12 @@ class Attached:
                     self._outcalls.clear()
                     self._outcalls.extend(sorted(self._calls))
                 _settle(self._attached)
+                if self._asked or self._arena.blocks:  # which the last session may still read
+                    self._arena.close()
+                    self._arena = Arena()
+                    self._greet()
+            segment = self._arena.segment
+            self._sharing = segment is not None and segment.id == message.arena
         elif isinstance(message, messages.Returned):
             self._end(message.key, message.value)
         elif isinstance(message, messages.Replies):
@@ -298,6 +314,8 @@ class Attached:
                 asked = self._asked.get(answer.key)
                 response = messages.response_of(answer, asked.id if asked else "", frames[1:])
                 self._end(answer.key, response)
+            for offset in message.read if self._sharing else ():  # else of the arena before
+                self._arena.give_back(offset)
             for failed in message.failures:
                 self._end(failed.key, messages.error_of(failed))
 
@@ -314,11 +332,12 @@ class Attached:
 
     def _send(self) -> bool:
         """Send what waits, as far as the daemon has given credit; return whether to go on."""
-        packer, items, cancelled, now = Packer(), list[Infer](), list[int](), time.monotonic()
+        packer = wire.Packer(self._arena.put if self._sharing else None)
+        items, cancelled, now = list[Infer](), list[int](), time.monotonic()
         while self._outcalls:  # without credit: they are few, and tell how things are
             key = self._outcalls.popleft()
             if (call := self._calls.get(key)) is not None:
-                self._socket.send(encode(msgspec.structs.replace(call[0], key=key)))
+                self._socket.say(msgspec.structs.replace(call[0], key=key))
         while self._cancelled:
             key = self._cancelled.popleft()
             if key in self._on_wire:
@@ -333,8 +352,7 @@ class Attached:
                 places = tuple([packer.place(data) for data in asked.tensors])
                 items.append(Infer(key, asked.form, left_ms, places))
         if items or cancelled:
-            message = Requests(tuple(items), tuple(cancelled))
-            packer.send(self._socket, encode(message))
+            packer.send(self._socket, Requests(tuple(items), tuple(cancelled)))
         return len(items) == _MOST_ITEMS
 
 

@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import time
+import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import zmq
 
 from lrai_core.actor.pool import Pool
@@ -32,7 +34,7 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
 from lrai_core.runtime.embedded import find_embedded
 from lrai_core.scheduler.scheduler import Pending
-from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, Packer, encode, listen, receive
+from lrai_core.wire import messages as wire
 from lrai_core.wire.workers import Outcome
 from lrai_shared import messages
 from lrai_shared.messages import Attach, Attached, Call, Requests
@@ -56,6 +58,19 @@ class _Client:
     running: dict[int, Pending] = field(default_factory=dict)
     answered: list[tuple[int, InferenceResponse]] = field(default_factory=list)
     failed: list[messages.Failure] = field(default_factory=list)
+    arena: wire.Segment | None = None
+    memory: list[memoryview] = field(default_factory=list)  # of the arena, if it is one
+    read: list[int] = field(default_factory=list)  # offsets there, to be told
+
+    def waits(self) -> bool:
+        """Whether there is something to tell it."""
+        return bool(self.answered or self.failed or self.read)
+
+    def lend(self, place: wire.Place) -> memoryview:
+        """Return bytes of its arena; when the last view of them is gone, it is told."""
+        lent = np.frombuffer(wire.view(place, (), self.memory), np.uint8)
+        weakref.finalize(lent, self.read.append, place[1]).atexit = False
+        return lent.data
 
 
 class Door(Pool):
@@ -68,9 +83,9 @@ class Door(Pool):
         super().__init__(folder, config, events)
         address.unlink(missing_ok=True)
         self._address_of_clients = address
-        self._daemon, self._clients, self._flushing = daemon, dict[bytes, _Client](), False
+        self._daemon, self._clients = daemon, dict[bytes, _Client]()
         self._said: deque[tuple[bytes, messages.ToClient]] = deque()
-        self._door = listen(f"ipc://{address}")
+        self._door = self.lines["client"] = wire.listen(f"ipc://{address}")
         self.opened, self.idle_since = False, time.monotonic()
 
     def open(self) -> None:
@@ -87,29 +102,42 @@ class Door(Pool):
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
-        for sender, *frames in receive(self._door) if self.opened else ():
+        for sender, *frames in wire.receive(self._door) if self.opened else ():
             try:
                 self._hear(bytes(sender), messages.decode_from_client(frames[0]), frames[1:], now)
-            except (BadFrames, IndexError):
+            except (wire.BadFrames, IndexError):
                 self.dropped_frames += 1
         for identity, client in list(self._clients.items()):
             if now - client.heard > _SILENT_SECONDS:  # what it asked for and was not begun goes
-                for pending in list(self._clients.pop(identity).running.values()):
+                del self._clients[identity]
+                self._adopt(client, None)
+                for pending in list(client.running.values()):
                     self._daemon.runtime.scheduler.cancel(pending)
         self.idle_since = now if self._clients else self.idle_since
+        self._flush()
         return super().poll(now)
+
+    def next_check(self, now: float) -> float:
+        """See `Workers.next_check`."""
+        waits = any(client.waits() for client in self._clients.values())
+        return now if waits else super().next_check(now)
 
     def _hear(
         self, sender: bytes, message: messages.FromClient, frames: list[memoryview], now: float
     ) -> None:
         client = self._clients.get(sender)
         if isinstance(message, Attach):
-            if message.version != PROTOCOL_VERSION:
+            if message.version != wire.PROTOCOL_VERSION:
                 self.say(sender, self._daemon.welcome)
-                raise BadFrames("another version")
+                raise wire.BadFrames("another version")
             if client is None:
                 client = self._clients[sender] = _Client(now)
-            self.say(sender, msgspec.structs.replace(self._daemon.welcome, session=client.session))
+            self._adopt(client, message.arena)
+            arena = client.arena.id if client.arena and client.memory else b""
+            welcome = msgspec.structs.replace(
+                self._daemon.welcome, session=client.session, arena=arena
+            )
+            self.say(sender, welcome)
         if client is None:
             return  # it attaches again, and sends again what it asked
         client.heard = now
@@ -126,12 +154,29 @@ class Door(Pool):
     def say(self, receiver: bytes, message: messages.ToClient) -> None:
         """Send a message without tensors, soon. Any thread may call it."""
         self._said.append((receiver, message))
-        self._flush_soon()
+        with contextlib.suppress(NotReady):  # it is closing, which flushes
+            self._daemon.runtime.scheduler.call(self._flush)
+
+    def _adopt(self, client: _Client, arena: wire.Segment | None) -> None:
+        """Read what a client sends in `arena` from now on; of an earlier one no more is said."""
+        if arena == client.arena:
+            return
+        if client.arena is not None:
+            self.arenas.forget(client.arena)
+            for actor in self._lives.values():
+                if actor.state == "ready":
+                    self._socket.say(wire.Forget(client.arena), actor.identity)
+        client.arena, client.memory, client.read = arena, [], []
+        if arena is not None:
+            try:
+                client.memory = [self.arenas.open(arena)]
+            except wire.BadFrames:  # it is told, and sends everything inline
+                self.dropped_frames += 1
 
     def _start(self, client: _Client, item: messages.Infer, frames: list[memoryview]) -> None:
         ended = partial(self._settle, client, item.key)
         try:
-            request = messages.request_of(item, frames)
+            request = messages.request_of(item, frames, client.lend)
             client.running[item.key] = self._daemon.runtime.accept(request, ended)
         except LraiError as error:
             ended(error)
@@ -142,26 +187,20 @@ class Door(Pool):
             client.failed.append(messages.failure(key, outcome))
         else:
             client.answered.append((key, outcome))
-        self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        if not self._flushing:  # once for all that end in this step
-            self._flushing = True
-            with contextlib.suppress(NotReady):  # it is closing, which flushes
-                self._daemon.runtime.scheduler.call(self._flush)
 
     def _flush(self) -> None:
-        self._flushing = False
         while self._said:
             receiver, message = self._said.popleft()
-            self._door.send_multipart([receiver, encode(message)])
+            self._door.say(message, receiver)
         for identity, client in self._clients.items():
-            if client.answered or client.failed:
-                packer = Packer()
-                answers = tuple(messages.answer(k, r, packer) for k, r in client.answered)
-                replies = messages.Replies(answers, tuple(client.failed))
+            if client.waits():
+                packer, count = wire.Packer(), len(client.read)  # more may come at any time
+                answers = tuple([messages.answer(k, r, packer) for k, r in client.answered])
+                read = tuple(client.read[:count])
+                replies = messages.Replies(answers, tuple(client.failed), read)
                 client.answered, client.failed = [], []
-                packer.send(self._door, identity, encode(replies))
+                del client.read[:count]
+                packer.send(self._door, replies, identity)
 
 
 class Daemon:
@@ -170,7 +209,7 @@ class Daemon:
     def __init__(self, folder: Path, config: LraiConfig, *, stay: bool) -> None:
         """Serve what the last daemon served when it was killed, then open the door."""
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
-        self.welcome = Attached(PROTOCOL_VERSION, version, "", credit)
+        self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit)
         self._stay, self._ended = stay, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end())

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
 
 from lrai_core import InferenceRequest, InferenceResponse, LraiError, RequestError, Tensor, errors
-from lrai_core.wire.messages import (
-    BadFrames,
-    Buffer,
-    Packer,
-    Place,
-    TensorFrame,
-    decode,
-    encode,
-    unpack,
-    view,
-)
+from lrai_core.protocol import Array
+from lrai_core.wire import messages as wire
 
 _MAX_FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
-_KEPT_FORM_BYTES: Final = 1 << 10  # of the forms that are remembered
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
-    """From a client, first and then as a sign of life. Its first field never moves."""
+    """From a client, first and then as a sign of life. Its first field never moves.
+
+    `arena`: where the tensors of its requests may lie.
+    """
 
     version: int
     lrai: str
+    arena: wire.Segment | None = None
 
 
 class Attached(msgspec.Struct, frozen=True, tag=True):
@@ -37,12 +31,14 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
 
     A session begins when the daemon first hears of a client, or hears of it again after having
     given it up: where it is another than before, what was not answered has to be sent again.
+    `arena`: the id of the arena that it reads from now on, empty for none.
     """
 
     version: int
     lrai: str
     session: str
     credit: int
+    arena: bytes = b""
 
 
 class Form(msgspec.Struct, frozen=True, array_like=True):
@@ -66,7 +62,7 @@ class Infer(msgspec.Struct, frozen=True, array_like=True):
     key: int
     form: bytes
     timeout_ms: float | None
-    places: tuple[Place, ...]
+    places: tuple[wire.Place, ...]
 
 
 class Requests(msgspec.Struct, frozen=True, tag=True):
@@ -84,7 +80,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     model_version: str
     parameters: dict[str, Any]
     names: tuple[str, ...]
-    tensors: tuple[TensorFrame, ...]
+    tensors: tuple[wire.TensorFrame, ...]
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
@@ -97,10 +93,15 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Replies(msgspec.Struct, frozen=True, tag=True):
-    """To a client: what ended since the last message."""
+    """To a client: what ended since the last message.
+
+    `read`: offsets of the blocks in its arena that nobody reads any more, some of them long after
+    the request has ended.
+    """
 
     answers: tuple[Answer, ...] = ()
     failures: tuple[Failure, ...] = ()
+    read: tuple[int, ...] = ()
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
@@ -126,14 +127,14 @@ _form: Final = msgspec.msgpack.Decoder(Form)
 _to_client: Final[msgspec.msgpack.Decoder[ToClient]] = msgspec.msgpack.Decoder(ToClient)
 
 
-def decode_from_client(header: Buffer) -> FromClient:
+def decode_from_client(header: wire.Buffer) -> FromClient:
     """Return the message from a client that `header` holds."""
-    return decode(_from_client, header)
+    return wire.decode(_from_client, header)
 
 
-def decode_to_client(header: Buffer) -> ToClient:
+def decode_to_client(header: wire.Buffer) -> ToClient:
     """Return the message to a client that `header` holds."""
-    return decode(_to_client, header)
+    return wire.decode(_to_client, header)
 
 
 def failure(key: int, error: BaseException) -> Failure:
@@ -161,7 +162,7 @@ def encode_form(form: Form) -> bytes:
         RequestError: The other end could not read it.
     """
     try:
-        encoded = encode(form)
+        encoded = wire.encode(form)
         if len(encoded) > _MAX_FORM_BYTES:
             raise RequestError(
                 f"{len(encoded)} bytes beside tensors, {_MAX_FORM_BYTES} are allowed"
@@ -172,48 +173,52 @@ def encode_form(form: Form) -> bytes:
     return encoded
 
 
+@lru_cache(1024)
 def decode_form(encoded: bytes) -> Form:
     """Return the form of a request.
 
     Raises:
         BadFrames: It is none.
     """
-    read = _read_form if len(encoded) <= _KEPT_FORM_BYTES else _read_form.__wrapped__
-    return read(encoded)
-
-
-@lru_cache(4096)
-def _read_form(encoded: bytes) -> Form:
-    form = decode(_form, encoded)
+    form = wire.decode(_form, encoded)
     if not len(form.names) == len(form.datatypes) == len(form.shapes):
-        raise BadFrames("names and tensors differ")
+        raise wire.BadFrames("names and tensors differ")
     return form
 
 
-def request_of(item: Infer, frames: Sequence[Buffer]) -> InferenceRequest:
-    """Return the request that a client sent, its tensors unchecked views of `frames`.
+def request_of(
+    item: Infer, frames: Sequence[wire.Buffer], lend: Callable[[wire.Place], memoryview]
+) -> InferenceRequest:
+    """Return the request that a client sent, its tensors unchecked views.
+
+    Args:
+        item: The request.
+        frames: Of its message.
+        lend: Returns the bytes of a place in shared memory.
 
     Raises:
-        BadFrames: It has no form, or a tensor does not lie inside its frame.
+        BadFrames: It has no form, or a tensor does not lie inside its frame or segment.
     """
     form = decode_form(item.form)
     if len(item.places) != len(form.names):
-        raise BadFrames("names and tensors differ")
-    tensors = zip(form.names, form.datatypes, form.shapes, item.places, strict=True)
+        raise wire.BadFrames("names and tensors differ")
+    inputs: dict[str, Array | Tensor] = {}
+    for name, datatype, shape, place in zip(
+        form.names, form.datatypes, form.shapes, item.places, strict=True
+    ):
+        data = lend(place) if place[0] < 0 else wire.view(place, frames)
+        inputs[name] = Tensor(name=name, datatype=datatype, shape=shape, data=data)
     return InferenceRequest(
         model_name=form.model_name,
         model_version=form.model_version,
-        inputs={
-            name: Tensor(name=name, datatype=datatype, shape=shape, data=view(place, frames))
-            for name, datatype, shape, place in tensors
-        },
+        inputs=inputs,
         outputs=form.outputs,
         timeout_ms=item.timeout_ms,
         parameters=form.parameters,
     )
 
 
-def answer(key: int, response: InferenceResponse, packer: Packer) -> Answer:
+def answer(key: int, response: InferenceResponse, packer: wire.Packer) -> Answer:
     """Return a response as it goes over the wire; `packer` takes its tensors."""
     return Answer(
         key,
@@ -225,15 +230,17 @@ def answer(key: int, response: InferenceResponse, packer: Packer) -> Answer:
     )
 
 
-def response_of(answered: Answer, identity: str, frames: Sequence[Buffer]) -> InferenceResponse:
+def response_of(
+    answered: Answer, identity: str, frames: Sequence[wire.Buffer]
+) -> InferenceResponse:
     """Return the response that `answer` was made of, to the request with this id.
 
     Raises:
         BadFrames: A tensor does not lie inside its frame, or one has no name.
     """
-    arrays = [unpack(tensor, frames).copy() for tensor in answered.tensors]
+    arrays = [wire.unpack(tensor, frames).copy() for tensor in answered.tensors]
     if len(arrays) != len(answered.names):
-        raise BadFrames("names and tensors differ")
+        raise wire.BadFrames("names and tensors differ")
     return InferenceResponse(
         model_name=answered.model_name,
         model_version=answered.model_version,

@@ -25,6 +25,7 @@ from lrai_core.engine.batching import coalesce, split, synthetic_row
 from lrai_core.engine.engine import find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
 from lrai_core.wire import messages
+from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, connect, unpack
 
 
@@ -32,18 +33,20 @@ class Actor:
     """One model in one process."""
 
     def __init__(self, address: str, identity: bytes) -> None:
-        self._socket = connect(address, identity)
+        self._socket, self._arenas = connect(address, identity), Arenas()
 
     def run(self) -> NoReturn:
         """Serve until killed. What does not decode is not from a parent of this version: raise."""
-        self._send(messages.Hello(messages.PROTOCOL_VERSION))
+        self._socket.say(messages.Hello(messages.PROTOCOL_VERSION))
         while True:
             header, *frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
             message = messages.decode_to_actor(header)
             if isinstance(message, Load):
                 self._load(message)
-            else:
+            elif isinstance(message, Execute):
                 self._execute(message, frames)
+            else:
+                self._arenas.forget(message.segment)
 
     def _load(self, load: Load) -> None:
         started = time.monotonic()
@@ -58,18 +61,19 @@ class Actor:
                 folder / load.model, weights=weights, threads=load.threads, optimise=load.optimise
             )
         except LraiError as error:
-            self._send(messages.LoadFailed(str(error), isinstance(error, EnvironmentProblem)))
+            self._socket.say(messages.LoadFailed(str(error), isinstance(error, EnvironmentProblem)))
             return
         # Once, so that the first caller does not pay for what engines put off until then. A made-up
         # row may be no valid input.
         with contextlib.suppress(EngineError):
             self._session.run(synthetic_row(load.signature, length=8))
-        self._send(messages.Ready(time.monotonic() - started))
+        self._socket.say(messages.Ready(time.monotonic() - started))
 
     def _execute(self, execute: Execute, frames: list[memoryview]) -> None:
         try:
             wanted = sorted({index for item in execute.items for index in item.outputs})
-            requests = [[unpack(t, frames) for t in item.tensors] for item in execute.items]
+            shared = [self._arenas.open(segment) for segment in execute.segments]
+            requests = [[unpack(t, frames, shared) for t in i.tensors] for i in execute.items]
             arrays = coalesce(requests, self._signature)
             started = time.perf_counter()
             outputs = self._session.run(arrays, wanted)
@@ -81,15 +85,11 @@ class Actor:
                 packer.pack([answer[wanted.index(index)] for index in item.outputs])
                 for item, answer in zip(execute.items, answers, strict=True)
             )
+            packer.send(self._socket, Executed(execute.batch, seconds, items))
         except EngineError as error:
-            self._send(Refused(execute.batch, str(error), error.invalid))
+            self._socket.say(Refused(execute.batch, str(error), error.invalid))
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
-            self._send(Refused(execute.batch, type(error).__name__, invalid=False))
-        else:
-            packer.send(self._socket, messages.encode(Executed(execute.batch, seconds, items)))
-
-    def _send(self, message: messages.FromActor) -> None:
-        self._socket.send(messages.encode(message))
+            self._socket.say(Refused(execute.batch, type(error).__name__, invalid=False))
 
 
 def main(argv: list[str]) -> NoReturn:

@@ -27,6 +27,7 @@ from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
+from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import BadFrames, Executed, FromActor, Item, Load, Packer, Refused
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome
 
@@ -75,7 +76,8 @@ class Pool:
         self._outcomes: list[Outcome] = []
         self._address = f"ipc://{folder}/actors"
         self._socket = messages.listen(self._address)
-        self.dropped_frames = 0
+        self.lines = {"actor": self._socket}  # by whom they lead to
+        self.arenas, self.dropped_frames = Arenas(), 0
 
     def add(self, name: str, load: Load, loaded: Future[None]) -> None:
         """Start an actor that opens `load`; `loaded` is settled when it has, or cannot."""
@@ -119,19 +121,18 @@ class Pool:
     ) -> None:
         """See `Workers.dispatch`."""
         actor = self._actors[name]
-        packer = Packer()
+        packer = Packer(self.arenas.find)
         items = tuple(Item(r.rows, r.length, r.outputs, packer.pack(r.arrays)) for r in requests)
         limit = max(self._config.hang_seconds, self._config.hang_factor * predicted_seconds)
         actor.batches.append(_Batch(batch, tuple(len(r.outputs) for r in requests), limit))
         if len(actor.batches) == 1:
             self._watch(actor)
-        packer.send(self._socket, actor.identity, messages.encode(messages.Execute(batch, items)))
+        packer.send(self._socket, messages.Execute(batch, items, packer.segments), actor.identity)
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
         readable = dict(self._poller.poll(0))
-        if self._socket in readable:
-            self._receive()  # before the lines: an answer counts though its actor died after it
+        self._receive()  # before the lines: an answer counts though its actor died after it
         for actor in list(self._lives.values()):
             if actor.line is not None and actor.line.fileno() in readable:
                 if not actor.line.recv(4096):
@@ -160,7 +161,7 @@ class Pool:
             case messages.Hello(version=version):
                 if version != (own := messages.PROTOCOL_VERSION):
                     raise BadFrames(f"version {version}, not {own}: actor.python has another lrai")
-                self._socket.send_multipart([actor.identity, messages.encode(actor.load)])
+                self._socket.say(actor.load, actor.identity)
             case messages.Ready(load_seconds=seconds):
                 actor.state, actor.was_ready = "ready", True
                 self._watch(actor)
@@ -207,7 +208,8 @@ class Pool:
     def _ended(self, actor: _Actor, status: int, now: float) -> None:
         """Take note of a death, and plan the next life if one is wanted."""
         del self._lives[actor.identity]
-        why = actor.why or f"the model's process ended with {_status(status)}"
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        why = actor.why or f"the model's process ended with {how}"
         lost = enumerate(actor.batches)
         self._outcomes += [Lost(one.number, why, begun=place == 0) for place, one in lost]
         if self._actors.get(actor.name) is not actor:  # removed or given up: nobody misses it
@@ -267,7 +269,3 @@ class Pool:
             self._poller.unregister(actor.line)
             actor.line.close()
             actor.state, actor.line, actor.due, actor.why = "ending", None, 0.0, why
-
-
-def _status(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

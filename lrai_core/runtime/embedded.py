@@ -282,11 +282,14 @@ class Embedded:
 
     def stats(self) -> dict[str, int]:
         """See `Runtime.stats`."""
-        return {
+        stats = {
             **self.events.counts(),
             "outstanding_rows": self.scheduler.outstanding(),
             "dropped_frames": self._pool.dropped_frames,
         }
+        for peer, line in self._pool.lines.items():
+            stats |= line.counts(peer)
+        return stats
 
     def drain(self) -> bool:
         """See `Runtime.drain`."""

@@ -65,7 +65,7 @@ class Pending:
     @property
     def alone(self) -> bool:
         """Whether it shares neither a call nor the actor, after a call of it that failed."""
-        return self.group is self
+        return self.group == self.sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -512,7 +512,7 @@ class Scheduler:
             if pending.attempts >= _ATTEMPTS or call.model.failed:
                 self._settle_with([pending], error)
             else:
-                pending.group = pending  # its own: what ruined a call must not ruin others again
+                pending.group = pending.sequence  # its own: what ruined a call must not ruin others again
                 retried += 1
                 self._enqueue(pending)
         if retried:

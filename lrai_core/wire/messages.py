@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -20,13 +20,14 @@ import zmq
 from lrai_core.errors import EnvironmentProblem
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 _OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
 _datatype_of: Final = lru_cache(256)(datatype_of)
 
 Buffer = bytes | memoryview
-Place = tuple[int, int, int]  # frame index after the header, offset and size in bytes
+# Frame index after the header, offset and size in bytes; -1 is the first shared segment, and so on.
+Place = tuple[int, int, int]
 _Message = TypeVar("_Message")
 
 
@@ -35,13 +36,22 @@ class BadFrames(ValueError):
 
 
 class TensorFrame(msgspec.Struct, frozen=True, array_like=True):
-    """Where a tensor lies: frame index after the header, offset and size in bytes."""
+    """Where a tensor lies; see `Place`."""
 
     datatype: str
     shape: tuple[int, ...]
     frame: int
     offset: int
     nbytes: int
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """Shared memory, as `arena` makes it: the numbers of its owner and of the file there."""
+
+    pid: int
+    fd: int
+    size: int
+    id: bytes
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -76,6 +86,13 @@ class Execute(msgspec.Struct, frozen=True, tag=True):
 
     batch: int
     items: tuple[Item, ...]
+    segments: tuple[Segment, ...] = ()
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """To an actor: nothing will lie in this segment any more."""
+
+    segment: Segment
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -113,7 +130,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     invalid: bool = True
 
 
-ToActor = Load | Execute
+ToActor = Load | Execute | Forget
 FromActor = Hello | Ready | LoadFailed | Executed | Refused
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -150,75 +167,96 @@ def decode_from_actor(header: Buffer) -> FromActor:
     return decode(_from_actor, header)
 
 
-def listen(address: str) -> zmq.Socket[bytes]:
+class Line(zmq.Socket[bytes]):
+    """A socket that counts what goes over it."""
+
+    messages_sent = messages_received = copied_bytes = inline_large = 0
+
+    def counts(self, peer: str) -> dict[str, int]:
+        """Return the messages to and from `peer`, and how tensors went: copied, or inline."""
+        names = ("messages_sent", "messages_received", "copied_bytes", "inline_large")
+        return {f"{peer}_{name}": getattr(self, name) for name in names}
+
+    def say(self, message: msgspec.Struct, *head: bytes) -> None:
+        """Send a message without tensors, behind the frames in `head`."""
+        self.messages_sent += 1
+        self.send_multipart([*head, encode(message)])
+
+
+def listen(address: str) -> Line:
     """Return a ROUTER that peers `connect` to, alone in its context.
 
     Raises:
         EnvironmentProblem: There can be no socket at `address`.
     """
-    socket = zmq.Context().socket(zmq.ROUTER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 0)  # bounded by admission: one batch per actor
-    socket.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
-    _open(socket, socket.bind, address)
-    return socket
+    return _open(zmq.ROUTER, "bind", address)
 
 
-def connect(address: str, identity: bytes) -> zmq.Socket[bytes]:
+def connect(address: str, identity: bytes) -> Line:
     """Return a DEALER that the peer at `address` knows by `identity`.
 
     Raises:
         EnvironmentProblem: There can be no socket at `address`.
     """
-    socket = zmq.Context().socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 0)  # bounded by credit, or by the one batch that is answered
-    socket.setsockopt(zmq.ROUTING_ID, identity)
-    _open(socket, socket.connect, address)
-    return socket
+    return _open(zmq.DEALER, "connect", address, identity)
 
 
-def receive(socket: zmq.Socket[bytes]) -> Iterator[list[memoryview]]:
+def receive(socket: Line) -> Iterator[list[memoryview]]:
     """Yield the messages that are there, as frames; never wait."""
     while int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        socket.messages_received += 1
         yield [part.buffer for part in socket.recv_multipart(copy=False)]
 
 
 class Packer:
-    """Lays tensors out over frames: small ones joined, large ones on their own."""
+    """Lays tensors out over frames: small ones joined, large ones on their own or in no frame.
 
-    def __init__(self) -> None:
+    `segments` are those that tensors lie in which are not sent at all.
+    """
+
+    def __init__(self, share: Callable[[Buffer], tuple[Segment, int] | None] | None = None) -> None:
+        """Start with nothing.
+
+        Args:
+            share: Returns the shared memory in which the bytes of a large tensor lie, and where;
+                None where they do not.
+        """
+        self._share = share
         self._small = bytearray()
         self._large: list[Buffer] = []
+        self.segments: tuple[Segment, ...] = ()
 
     def pack(self, arrays: Iterable[Array]) -> tuple[TensorFrame, ...]:
         """Place arrays; they must not change until the frames are sent."""
-        packed = []
-        for array in arrays:
-            datatype, shape, data = contents(array)
-            packed.append(TensorFrame(datatype, shape, *self.place(data)))
-        return tuple(packed)
+        tensors = map(contents, arrays)
+        return tuple([TensorFrame(kind, shape, *self.place(data)) for kind, shape, data in tensors])
 
     def place(self, data: Buffer) -> Place:
         """Place the bytes of a tensor, which must not change until the frames are sent."""
         size = len(data)
         if size >= _OWN_FRAME_BYTES:
+            if self._share is not None and (found := self._share(data)) is not None:
+                segment, offset = found
+                self.segments += (segment,) if segment not in self.segments else ()
+                return -1 - self.segments.index(segment), offset, size
             self._large.append(data)
             return len(self._large), 0, size
-        small = self._small
-        if len(small) % 8:
-            small += bytes(-len(small) % 8)  # numpy reads aligned views
-        offset = len(small)
-        small += data
+        if len(self._small) % 8:
+            self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
+        offset = len(self._small)
+        self._small += data
         return 0, offset, size
 
     def frames(self) -> list[Buffer]:
         """Return the frames that follow the header."""
         return [memoryview(self._small).toreadonly(), *self._large]
 
-    def send(self, socket: zmq.Socket[bytes], *head: bytes) -> None:
-        """Send the frames in `head` and those of the tensors; only large ones without a copy."""
-        socket.send_multipart([*head, *self.frames()], copy=not self._large)
+    def send(self, socket: Line, message: msgspec.Struct, *head: bytes) -> None:
+        """Send a message and its tensors, behind the frames in `head`; only large ones uncopied."""
+        socket.messages_sent += 1
+        socket.copied_bytes += len(self._small)
+        socket.inline_large += len(self._large)
+        socket.send_multipart([*head, encode(message), *self.frames()], copy=not self._large)
 
 
 def contents(array: Array) -> tuple[str, tuple[int, ...], Buffer]:
@@ -230,29 +268,29 @@ def contents(array: Array) -> tuple[str, tuple[int, ...], Buffer]:
     return datatype, plain.shape, plain.data.cast("B") if plain.size else b""
 
 
-def view(place: Place, frames: Sequence[Buffer]) -> memoryview:
-    """Return the bytes of a tensor inside `frames`.
+def view(place: Place, frames: Sequence[Buffer], shared: Sequence[Buffer] = ()) -> memoryview:
+    """Return the bytes of a tensor inside `frames` or shared memory.
 
     Raises:
-        BadFrames: It does not lie inside its frame.
+        BadFrames: It does not lie inside its frame or segment.
     """
     index, offset, size = place
-    if not 0 <= index < len(frames):
+    if not -len(shared) <= index < len(frames):
         raise BadFrames("tensor outside the message")
-    frame = memoryview(frames[index])
+    frame = memoryview(frames[index] if index >= 0 else shared[-1 - index])
     if offset < 0 or size < 0 or offset + size > len(frame):
         raise BadFrames("tensor outside its frame")
     return frame[offset : offset + size]
 
 
-def unpack(tensor: TensorFrame, frames: Sequence[Buffer]) -> Array:
-    """Return a view of a tensor inside `frames`, read-only.
+def unpack(tensor: TensorFrame, frames: Sequence[Buffer], shared: Sequence[Buffer] = ()) -> Array:
+    """Return a view of a tensor inside `frames` or shared memory, read-only.
 
     Raises:
         BadFrames: The tensor does not lie inside its frame, or its shape does not match its bytes.
     """
     dtype, count = _layout(tensor.datatype, tensor.shape)
-    data = view((tensor.frame, tensor.offset, tensor.nbytes), frames)
+    data = view((tensor.frame, tensor.offset, tensor.nbytes), frames, shared)
     try:
         if tensor.datatype == "BYTES":
             return decode_bytes(data, count).reshape(tensor.shape)
@@ -273,11 +311,19 @@ def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
     return DATATYPES[datatype], math.prod(shape)
 
 
-def _open(socket: zmq.Socket[bytes], bind_or_connect: Callable[[str], Any], address: str) -> None:
+def _open(kind: int, bind_or_connect: str, address: str, identity: bytes = b"") -> Line:
+    socket = cast("Line", zmq.Context().socket(kind, socket_class=Line))
+    socket.setsockopt(zmq.LINGER, 0)
+    # Bounded by credit, by admission (one batch per actor), and by the one batch that is answered.
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
+    if identity:
+        socket.setsockopt(zmq.ROUTING_ID, identity)
     try:
-        bind_or_connect(address)
+        getattr(socket, bind_or_connect)(address)
     except zmq.ZMQError as error:
         socket.context.destroy(linger=0)
         raise EnvironmentProblem(
             f"no socket at {address}, set runtime.socket_dir to a shorter path: {error.strerror}"
         ) from None
+    return socket

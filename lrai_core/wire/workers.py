@@ -53,22 +53,17 @@ class Workers(Protocol):
 
     def register(self, poller: zmq.Poller) -> None:
         """Register whatever wakes `poll`, now and whenever it changes."""
-        ...
 
     def poll(self, now: float) -> list[Outcome]:
         """Receive, supervise, restart; never wait. Return what came of dispatched batches."""
-        ...
 
     def next_check(self, now: float) -> float:
         """Return when `poll` must run again even if nothing wakes it, on the monotonic clock."""
-        ...
 
     def ready(self, actor: str) -> bool:
         """Whether the actor takes batches; it runs them one after the other."""
-        ...
 
     def dispatch(
         self, actor: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
     ) -> None:
         """Send the requests to the actor as one call, behind those that it has."""
-        ...

@@ -24,7 +24,8 @@ import pytest
 import zmq
 
 import lrai_core as lrai
-from lrai_core.wire.messages import encode
+from lrai_core.wire.arena import Arena
+from lrai_core.wire.messages import PROTOCOL_VERSION, Segment, encode
 from lrai_shared import messages
 from lrai_shared.client import is_running, start_daemon
 from lrai_shared.daemon import Daemon
@@ -471,9 +472,9 @@ def test_hostile_frames_are_dropped_counted_and_harm_nobody(
             send(messages.Attach(99, "9.9"))
             refused = messages.decode_to_client(stranger.recv_multipart()[0])
             assert isinstance(refused, messages.Attached)
-            assert (refused.version, refused.session) == (1, "")
+            assert (refused.version, refused.session) == (PROTOCOL_VERSION, "")
             wait_until(lambda: runtime.stats()["dropped_frames"] == 5)
-            send(messages.Attach(1, "0"))
+            send(messages.Attach(PROTOCOL_VERSION, "0"))
             assert messages.decode_to_client(stranger.recv_multipart()[0]).session  # type: ignore[union-attr]
             send(messages.Requests((wrong,)), bytes(256))
             wait_until(lambda: runtime.stats()["dropped_frames"] == 6)
@@ -506,6 +507,199 @@ def test_hostile_frames_are_dropped_counted_and_harm_nobody(
         assert runtime.stats()["dropped_frames"] > 500
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
         assert daemons(folder) == [daemon]
+
+
+def mapped(pid: int) -> int:
+    """Return how many arenas a process has mapped."""
+    return (Path(f"/proc/{pid}/maps").read_text()).count("/memfd:lrai")
+
+
+def quiet(runtime: lrai.Runtime) -> dict[str, int]:
+    """Return the counters once nobody reads the arena any more."""
+    wait_until(lambda: runtime.stats()["arena_blocks"] == 0, 5)
+    return runtime.stats()
+
+
+LARGE = 512  # rows, of a tensor that has a block of its own
+
+
+def test_a_large_request_is_copied_once_and_not_on_the_way_to_the_engine(
+    folder: Path, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor = pid_of(runtime, "classifier")
+        (daemon,) = daemons(folder)
+        before = runtime.stats()
+        for value in range(3):
+            answer = runtime.infer(request(value, LARGE)).outputs["logits"]
+            np.testing.assert_allclose(answer[-1:], expected(session, value), atol=1e-4)
+        stats = quiet(runtime)
+        changed = {name: stats[name] - before.get(name, 0) for name in stats}
+        assert changed["arena_copied_bytes"] == 3 * LARGE * 64 * 4
+        for hop in ("daemon", "actor"):  # from here to it
+            assert (changed[f"{hop}_copied_bytes"], changed[f"{hop}_inline_large"]) == (0, 0)
+        assert mapped(daemon) == mapped(actor) == 1
+
+
+def test_a_small_request_costs_one_message_on_each_hop_and_less_where_many_wait(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        names = [
+            f"{peer}_messages_{way}" for peer in ("actor", "client") for way in ("sent", "received")
+        ]
+        actor, identity = stop_at_work(runtime)
+        before = runtime.stats()
+        ids = [runtime.submit(request()) for _ in range(200)]
+        wait_until(lambda: outstanding(runtime) == 201)
+        kill(actor, signal.SIGCONT)
+        for one in (identity, *ids):
+            runtime.result(one)
+        stats = runtime.stats()
+        asked = stats["daemon_messages_sent"] - before["daemon_messages_sent"]
+        assert asked < 200 + stats["client_messages_sent"] - before["client_messages_sent"]
+        # Signs of life, and a dozen questions for how many wait, are messages too.
+        for name in names:
+            assert stats[name] - before[name] < 100, name
+
+
+def test_a_block_that_the_engine_may_read_is_kept_though_its_caller_is_gone(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        actor = pid_of(runtime, "classifier")
+        runtime.infer(request(rows=LARGE))
+        quiet(runtime)
+        kill(actor, signal.SIGSTOP)
+        with pytest.raises(lrai.DeadlineExceeded, match="while it ran"):
+            runtime.infer(request(rows=LARGE, timeout_ms=300))
+        time.sleep(0.3)
+        assert runtime.stats()["arena_blocks"] == 1
+        with pytest.raises(lrai.DeadlineExceeded):  # which never began
+            runtime.infer(request(rows=LARGE, timeout_ms=300))
+        wait_until(lambda: runtime.stats()["arena_blocks"] == 1, 2)
+        kill(actor, signal.SIGCONT)
+        quiet(runtime)
+
+
+def test_a_block_is_given_back_though_its_request_was_refused_or_its_actor_died(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        wrong = {"features": np.zeros((LARGE, 65), np.float32)}
+        with pytest.raises(lrai.InvalidTensor):
+            runtime.infer(request(inputs=wrong))
+        quiet(runtime)
+        actor = pid_of(runtime, "classifier")
+        kill(actor, signal.SIGSTOP)
+        identity = runtime.submit(request(rows=LARGE))
+        wait_until(lambda: outstanding(runtime) == LARGE)
+        kill(actor)
+        assert runtime.result(identity).outputs["logits"].shape == (LARGE, 10)
+        quiet(runtime)
+
+
+def test_large_requests_survive_the_death_of_the_daemon(
+    folder: Path, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (daemon,) = daemons(folder)
+        kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
+        ids = [runtime.submit(request(value, LARGE)) for value in range(4)]
+        wait_until(lambda: outstanding(runtime) == 4 * LARGE)
+        kill(daemon)
+        for value, identity in enumerate(ids):
+            answer = runtime.result(identity).outputs["logits"]
+            np.testing.assert_allclose(answer[-1:], expected(session, value), atol=1e-4)
+        assert runtime.infer(request(rows=LARGE)).outputs["logits"].shape == (LARGE, 10)
+        assert quiet(runtime)["arena_copied_bytes"] > 0
+
+
+def test_the_memory_of_a_client_that_is_gone_is_unmapped_everywhere(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 3")
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        runtime.infer(request(rows=LARGE))
+        actor, (daemon,) = pid_of(runtime, "classifier"), daemons(folder)
+        client = program(SUBMIT + "time.sleep(60)", classifier_fp32.path, 1, LARGE)
+        wait_until(lambda: mapped(actor) == mapped(daemon) == 2, 20)
+        client.kill()
+        client.communicate()
+        wait_until(lambda: mapped(actor) == mapped(daemon) == 1, 10)
+        assert runtime.infer(request(rows=LARGE)).outputs["logits"].shape == (LARGE, 10)
+
+
+def test_hostile_numbers_of_shared_memory_are_counted_and_harm_nobody(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    form = messages.Form("classifier", "", (), {}, ("features",), ("FP32",), ((1, 64),))
+    encoded, chance, key = messages.encode_form(form), random.Random(0), 0
+    with (
+        lrai.Runtime.open(classifier_fp32, address="auto") as runtime,
+        Stranger(folder) as stranger,
+    ):
+        (daemon,) = daemons(folder)
+        arena = Arena(1 << 20)
+        good = arena.segment
+        assert good is not None
+        fifo = os.pipe()
+        for changes in ({"fd": fifo[0]}, {"fd": -1}, {"pid": 1}, {"size": 1 << 62}, {"id": b""}):
+            before = runtime.stats()["dropped_frames"]
+            assert stranger.attach(msgspec.structs.replace(good, **changes)) == b""
+            assert runtime.stats()["dropped_frames"] == before + 1
+        assert stranger.attach(good) == good.id
+        before = runtime.stats()["dropped_frames"]
+        numbers = [-(1 << 63), -(1 << 20), -1, 0, 1, 256, (1 << 20) - 255, 1 << 20, 1 << 62]
+        for _ in range(500):
+            key += 1
+            place = (
+                chance.choice([-3, -2, -1, -1, -1]),
+                chance.choice(numbers),
+                chance.choice(numbers),
+            )
+            stranger.send(messages.Requests((messages.Infer(key, encoded, None, (place,)),)))
+        place = (-1, 256, 256)
+        stranger.send(messages.Requests((messages.Infer(1 << 40, encoded, None, (place,)),)))
+        while 1 << 40 not in {answer.key for answer in stranger.hear().answers}:
+            pass
+        assert runtime.stats()["dropped_frames"] > before + 300
+        arena.close()
+        for fd in fifo:
+            os.close(fd)
+        assert runtime.infer(request(rows=LARGE)).outputs["logits"].shape == (LARGE, 10)
+        assert daemons(folder) == [daemon]
+
+
+class Stranger:
+    """A client that says what it likes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.connect(f"ipc://{folder}/clients")
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(linger=0)
+
+    def send(self, message: messages.FromClient) -> None:
+        self._socket.send_multipart([encode(message), b""])
+
+    def attach(self, segment: Segment) -> bytes:
+        self.send(messages.Attach(PROTOCOL_VERSION, "0", segment))
+        reply = messages.decode_to_client(self._socket.recv_multipart()[0])
+        assert isinstance(reply, messages.Attached)
+        return reply.arena
+
+    def hear(self) -> messages.Replies:
+        while True:
+            assert self._socket.poll(10_000)
+            reply = messages.decode_to_client(self._socket.recv_multipart()[0])
+            if isinstance(reply, messages.Replies):
+                return reply
 
 
 def test_a_fork_of_an_attached_process_is_refused_and_does_no_harm(

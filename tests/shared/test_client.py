@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
-from lrai_core.wire.messages import PROTOCOL_VERSION, Packer, TensorFrame, encode, listen, unpack
+from lrai_core.wire.arena import Arena, Arenas
+from lrai_core.wire.messages import (
+    PROTOCOL_VERSION,
+    Packer,
+    Segment,
+    TensorFrame,
+    encode,
+    listen,
+    unpack,
+)
 from lrai_shared import client, messages
 from lrai_shared.client import Attached, is_running, shared_folder, start_daemon
 from lrai_shared.messages import Answer, Call, Failure, Replies, Requests, Returned, decode_form
@@ -28,6 +37,8 @@ class Daemon:
 
     def __init__(self, folder: Path, credit: int = 100) -> None:
         self.credit, self.session, self.version = credit, "first", PROTOCOL_VERSION
+        self.arenas, self.shares = Arenas(), False
+        self.segment: Segment | None = None  # that the client last named
         self.taken: list[messages.Infer] = []
         self._lock = (folder / "lock").open("ab")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -41,7 +52,8 @@ class Daemon:
     def welcome(self) -> None:
         """Answer every sign of life that has come."""
         self._hear(lambda: bool(self._peer))
-        self.send(messages.Attached(self.version, "0.0", self.session, self.credit))
+        arena = self.segment.id if self.segment and self.shares else b""
+        self.send(messages.Attached(self.version, "0.0", self.session, self.credit, arena))
 
     def take(self, count: int) -> list[messages.Infer]:
         """Return so many requests, the oldest first."""
@@ -91,6 +103,8 @@ class Daemon:
             message = messages.decode_from_client(header)
             if isinstance(message, Requests):
                 self.taken += message.items
+            if isinstance(message, messages.Attach):
+                self.segment = message.arena
             if want is not None and isinstance(message, want):
                 return message
         return None
@@ -307,7 +321,9 @@ def test_a_daemon_of_another_version_is_refused_with_both_versions(
     daemon: Daemon, parent: Path
 ) -> None:
     daemon.version = 99
-    with pytest.raises(lrai.EnvironmentProblem, match=r"protocol 99 of lrai 0\.0, this process 1"):
+    with pytest.raises(
+        lrai.EnvironmentProblem, match=rf"protocol 99 of lrai 0\.0, this process {PROTOCOL_VERSION}"
+    ):
         attach(daemon, parent)
 
 
@@ -380,6 +396,112 @@ def test_tensors_arrive_as_they_were_given(daemon: Daemon, attached: Attached) -
     assert w.tolist() == words.tolist()
     assert r.tolist() == [[0, 1, 2], [3, 4, 5]]
     np.testing.assert_array_equal(big, large)
+
+
+LARGE = np.arange(1 << 15, dtype=np.float32)
+
+
+def stats(daemon: Daemon, attached: Attached) -> dict[str, int]:
+    results: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: results.append(attached.call("stats", {}, dict[str, int]))
+    )
+    thread.start()
+    daemon.send(Returned(daemon.call().key, {"events": 1}))
+    thread.join(5)
+    found: dict[str, int] = results[0]
+    return found
+
+
+@pytest.fixture
+def sharing(daemon: Daemon, parent: Path) -> Iterator[Attached]:
+    """Return a client whose arena the daemon reads."""
+    daemon.shares = True
+    made = attach(daemon, parent)
+    yield made
+    made.close()
+
+
+def test_a_large_tensor_is_copied_once_and_sent_by_its_place(
+    daemon: Daemon, sharing: Attached
+) -> None:
+    future = sharing.start(request(inputs={"x": LARGE}))
+    (item,) = daemon.take(1)
+    ((index, offset, size),) = item.places
+    assert index == -1
+    assert daemon.segment is not None
+    memory = daemon.arenas.open(daemon.segment)
+    np.testing.assert_array_equal(np.frombuffer(memory[offset : offset + size], "f4"), LARGE)
+    found = stats(daemon, sharing)
+    assert (found["arena_blocks"], found["arena_copied_bytes"]) == (1, LARGE.nbytes)
+    assert (found["daemon_copied_bytes"], found["daemon_inline_large"]) == (0, 0)
+    daemon.answer(item)
+    value(future)
+    assert stats(daemon, sharing)["arena_blocks"] == 1  # somebody may still be reading
+    daemon.send(Replies(read=(offset,)))
+    assert stats(daemon, sharing)["arena_blocks"] == 0
+    sharing.start(request(inputs={"x": LARGE}))
+    assert daemon.take(1)[0].places == item.places
+
+
+def test_what_is_cancelled_or_late_keeps_its_block_until_the_daemon_has_read_it(
+    daemon: Daemon, sharing: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_GRACE_SECONDS", 0.1)
+    cancelled = sharing.start(request(inputs={"x": LARGE}))
+    late = sharing.start(request(inputs={"x": LARGE}, timeout_ms=50))
+    items = daemon.take(2)
+    assert cancelled.cancel()
+    with pytest.raises(lrai.DeadlineExceeded):
+        late.result(5)
+    third = sharing.start(request(inputs={"x": LARGE}))
+    items += daemon.take(1)
+    assert len({item.places for item in items}) == 3
+    daemon.send(Replies(read=tuple(offset for i in items for _, offset, _ in i.places)))
+    assert stats(daemon, sharing)["arena_blocks"] == 0
+    daemon.answer(items[2])
+    value(third)
+
+
+def test_a_daemon_that_reads_no_arena_gets_everything_inline(
+    daemon: Daemon, attached: Attached
+) -> None:
+    attached.start(request(inputs={"x": LARGE}))
+    assert daemon.take(1)[0].places == ((1, 0, LARGE.nbytes),)
+    found = stats(daemon, attached)
+    assert (found["arena_copied_bytes"], found["daemon_inline_large"]) == (0, 1)
+
+
+def test_what_finds_no_room_in_the_arena_goes_inline_and_is_counted(
+    daemon: Daemon, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "Arena", lambda: Arena(3 * LARGE.nbytes))
+    daemon.shares = True
+    attached = attach(daemon, parent)
+    for _ in range(4):
+        attached.start(request(inputs={"x": LARGE}))
+    assert [item.places[0][0] for item in daemon.take(4)].count(-1) == 2
+    assert stats(daemon, attached)["daemon_inline_large"] == 2
+    attached.close()
+
+
+def test_a_new_session_has_an_arena_of_its_own(daemon: Daemon, sharing: Attached) -> None:
+    futures = [sharing.start(request(inputs={"x": LARGE})) for _ in range(2)]
+    (first, _), old = daemon.take(2), daemon.segment
+    daemon.answer(first)
+    value(futures[0])
+    daemon.session = "second"
+    daemon.welcome()
+    (again,) = daemon.take(1)
+    assert again.places == ((1, 0, LARGE.nbytes),)  # inline until the daemon reads the new one
+    daemon.send(Replies(read=(first.places[0][1],)))  # of the first session
+    daemon._hear(lambda: daemon.segment != old)
+    daemon.welcome()
+    daemon.answer(again)
+    value(futures[1])
+    assert stats(daemon, sharing)["arena_blocks"] == 0
+    sharing.start(request(inputs={"x": LARGE}))
+    assert daemon.take(1)[0].places[0][0] == -1
 
 
 def test_draining_refuses_requests_waits_for_the_accepted_and_answers_questions(

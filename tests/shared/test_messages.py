@@ -5,7 +5,7 @@ import pytest
 
 import lrai_core as lrai
 from lrai_core.errors import EngineError
-from lrai_core.wire.messages import Packer, encode
+from lrai_core.wire.messages import Packer, Place, encode
 from lrai_shared import messages
 
 
@@ -38,11 +38,15 @@ def test_an_error_of_an_unknown_class_is_the_root_of_all(kind: str) -> None:
     assert type(messages.error_of(messages.Failure(1, kind, "why", {}))) is lrai.LraiError
 
 
+def no_memory(place: Place) -> memoryview:
+    raise AssertionError(place)
+
+
 def test_a_request_and_its_answer_survive_the_wire() -> None:
     packer, x = Packer(), np.arange(6, dtype=np.float32).reshape(2, 3)
     form = messages.Form("m", "1", ("y",), {"priority": 1}, ("x",), ("FP32",), ((2, 3),))
     item = messages.Infer(3, messages.encode_form(form), 20.5, (packer.place(x.tobytes()),))
-    asked = messages.request_of(item, packer.frames())
+    asked = messages.request_of(item, packer.frames(), no_memory)
     tensor = asked.inputs["x"]
     assert isinstance(tensor, lrai.Tensor)
     assert (tensor.datatype, tensor.shape, bytes(tensor.data)) == ("FP32", (2, 3), x.tobytes())
