@@ -41,7 +41,7 @@ _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _QUICK: Final = frozenset({"models", "ready", "stats", "stop"})
-_SLOW: Final = frozenset({"load", "unload", "drain"})  # one after the other
+_SLOW: Final = frozenset({"load", "unload", "swap", "drain"})  # one after the other
 
 
 @dataclass(slots=True)
@@ -225,10 +225,12 @@ class Daemon:
                 self._loaded[result] = arguments
         else:
             result = getattr(self.runtime, operation)(**arguments)
+        if operation == "swap":
+            self._loaded[arguments["name"]] = arguments
         if operation == "unload":
             names = {model.name for model in self.runtime.models()}
             self._loaded = {name: a for name, a in self._loaded.items() if name in names}
-        if operation in ("load", "unload"):
+        if operation in ("load", "swap", "unload"):
             self._keep_record()
         return result
 

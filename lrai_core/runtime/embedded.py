@@ -6,10 +6,12 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -28,7 +30,14 @@ from lrai_core.errors import (
     shorten,
 )
 from lrai_core.events import EventBus, Observer
-from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signature, validate
+from lrai_core.protocol import (
+    Array,
+    InferenceRequest,
+    InferenceResponse,
+    Signature,
+    ValidRequest,
+    validate,
+)
 from lrai_core.scheduler.scheduler import Pending, Replica, Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
@@ -41,7 +50,7 @@ _ONE_THREAD_BELOW_MS: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What serves under a name.
+    """One version of a model that is loaded.
 
     Attributes:
         certificate: Id of the strongest certificate of the variant, None where it has none.
@@ -60,6 +69,51 @@ class LoadedModel:
 Ended = Callable[[InferenceResponse | LraiError], None]
 
 
+@dataclass(slots=True, eq=False)
+class Version:
+    """One version of a model, with its actors running.
+
+    Attributes:
+        version: The artifact's, made unique among those of the name.
+        inside: Requests accepted and not yet ended.
+    """
+
+    name: str
+    version: str
+    artifact: Artifact
+    variant: Variant
+    certificate: str | None
+    inside: int = 0
+    _retired: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def key(self) -> str:
+        """Return its name in scheduler, pool and events."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def signature(self) -> Signature:
+        """Return what it takes and gives."""
+        return self.artifact.manifest.signature
+
+    def enter(self) -> bool:
+        """Count a request in; return False where none are taken any more."""
+        with self._lock:
+            self.inside += not self._retired
+            return not self._retired
+
+    def leave(self) -> None:
+        """Count a request out, however it ended."""
+        with self._lock:
+            self.inside -= 1
+
+    def retire(self) -> None:
+        """Take no more requests."""
+        with self._lock:
+            self._retired = True
+
+
 class Embedded:
     """Scheduler and actors of this process; thread-safe."""
 
@@ -75,9 +129,10 @@ class Embedded:
         self._events = EventBus(observers)
         self.folder = _socket_folder(config.runtime.socket_dir)
         self._finalizer = weakref.finalize(self, _forget, self.folder, os.getpid())
-        self._lock = threading.Lock()  # of the names below
-        self._models: dict[str, LoadedModel] = {}
-        self._loading: set[str] = set()
+        self._condition = threading.Condition()  # of what is being changed
+        self._changing: set[str] = set()
+        self._current: dict[str, Version] = {}  # what serves who asks for no version
+        self._versions: dict[tuple[str, str], Version] = {}  # what may be asked for
         self._owner = os.getpid()
         self._closed = False
         self._pool = pool(self.folder, config.actor, self._events)
@@ -102,27 +157,62 @@ class Embedded:
         """See `Runtime.load`. `shared`: to find the same version and variant loaded is no error."""
         opened = Artifact.open(artifact, verify=False)  # the actor hashes what it opens
         name = name or opened.manifest.name
-        with self._lock:
-            known = self._models.get(name)
-            same = known and known.version == opened.version and variant in ("", known.variant)
-            if known and shared and same:
+        with self.changing(name, wait=shared):
+            known = self._current.get(name)
+            if known and shared and is_same(known, opened, variant):
                 if require is not None:
                     if known.certificate is None:  # the source model may serve in its place
                         raise ConditionNotMet(f"no certificate speaks of what serves {name!r}")
-                    require_certificate(opened, known.variant, require)
-                return name
-            if known or name in self._loading:
+                    require_certificate(opened, known.variant.id, require)
+            elif known:
                 raise UsageError(f"a model {shorten(name)!r} is loaded already")
-            self._loading.add(name)
-        try:
-            self._models[name] = self._load(opened, name, variant, require)
-        finally:
-            self._loading.discard(name)
+            else:
+                self.show(self.add(opened, name, variant, require))
         return name
 
-    def _load(
+    def swap(
+        self,
+        name: str,
+        artifact: str,
+        *,
+        variant: str = "",
+        require: Mapping[str, Any] | None = None,
+    ) -> str:
+        """See `Runtime.swap`."""
+        opened = Artifact.open(artifact, verify=False)
+        with self.changing(name):
+            old = self._model(name)
+            new = self.add(opened, name, variant, require)
+            self.show(new)
+            self.remove(old)
+        return new.version
+
+    @contextmanager
+    def changing(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """Hold a name while it is being changed.
+
+        Raises:
+            UsageError: Another thread is at it, and `wait` is not set.
+        """
+        if self._closed:
+            raise NotReady("the runtime is closed")
+        with self._condition:
+            while wait and name in self._changing:
+                self._condition.wait()
+            if name in self._changing:
+                raise UsageError(f"another change of {shorten(name)!r} is under way")
+            self._changing.add(name)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._changing.discard(name)
+                self._condition.notify_all()
+
+    def add(
         self, artifact: Artifact, name: str, variant: str, require: Mapping[str, Any] | None
-    ) -> LoadedModel:
+    ) -> Version:
+        """Return a version whose actors run, and that nobody can ask for until it is shown."""
         chosen, load = self._choose(artifact, name, variant)
         # A certificate speaks of the graph as it was compiled, not of one optimised at load.
         own = [] if load.optimise else certificates(artifact, chosen.id)
@@ -136,20 +226,31 @@ class Embedded:
         certificate = own[0].id if own else None
         # What was measured elsewhere says nothing of the source model's speed here.
         profile = () if load.optimise else chosen.latency
-        self.scheduler.add(name, [Replica(name, profile, load.threads)])
-        self._start_actor(name, load)
-        signature = artifact.manifest.signature
-        return LoadedModel(
-            name, artifact.version, chosen.id, certificate, signature, state="idle", actor_pid=None
-        )
+        version = Version(name, self._unique(name, artifact), artifact, chosen, certificate)
+        self.scheduler.add(version.key, [Replica(version.key, profile, load.threads)])
+        self._start_actor(version.key, load)
+        return version
+
+    def show(self, version: Version) -> None:
+        """Have a version serve who asks for its name, in place of the one that does."""
+        self._versions[version.name, version.version] = version
+        self._current[version.name] = version
+
+    def remove(self, version: Version, *, drain: bool = True) -> None:
+        """Let what a version has accepted end, within the time for draining; end its actors."""
+        self._versions.pop((version.name, version.version), None)
+        if self._current.get(version.name) is version:
+            del self._current[version.name]
+        version.retire()
+        deadline = time.monotonic() + self.config.runtime.drain_seconds * drain
+        while version.inside and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self._remove(version.key)
 
     def unload(self, name: str) -> None:
         """See `Runtime.unload`."""
-        if self._closed:
-            raise NotReady("the runtime is closed")
-        name = self._model(name).name
-        if self._models.pop(name, None) is not None:
-            self._remove(name)
+        with self.changing(self._model(name).name):
+            self.remove(self._model(name), drain=False)
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Accept a request; cancelling the future takes it out of the queue if it has not begun."""
@@ -173,19 +274,14 @@ class Embedded:
         """Accept a request; `done` is called once, in the scheduler's thread."""
         if os.getpid() != self._owner:
             raise NotReady("this process was forked from the runtime's; open one of its own")
-        model = self._model(request.model_name)
-        if request.model_version and request.model_version != model.version:
-            raise ModelNotFound(
-                f"model {model.name!r} has version {model.version}, "
-                f"not {shorten(request.model_version, 40)!r}"
-            )
         priority = request.parameters.get("priority", 0)
         if not isinstance(priority, int):
             raise RequestError(f"priority is {shorten(repr(priority))}, an integer is needed")
-        valid = validate(request, model.signature, self.config.limits)
+        model, valid = self._enter(request)
         names = [model.signature.outputs[index].name for index in valid.outputs]
 
         def ended(arrays: list[Array] | None, error: LraiError | None) -> None:
+            model.leave()
             done(
                 error
                 or InferenceResponse(
@@ -193,24 +289,36 @@ class Embedded:
                     model_version=model.version,
                     id=request.id,
                     outputs=dict(zip(names, arrays or [], strict=True)),
-                    parameters={"variant": model.variant, "certificate": model.certificate},
+                    parameters={"variant": model.variant.id, "certificate": model.certificate},
                 )
             )
 
-        return self.scheduler.accept(model.name, valid, ended, request.timeout_ms, priority)
+        try:
+            return self.scheduler.accept(model.key, valid, ended, request.timeout_ms, priority)
+        except LraiError:
+            model.leave()
+            raise
 
     def models(self) -> list[LoadedModel]:
         """See `Runtime.models`."""
         return [
-            replace(model, state=self._state(name), actor_pid=self._pool.state(name)[1])
-            for name, model in list(self._models.items())
+            LoadedModel(
+                name,
+                version,
+                model.variant.id,
+                model.certificate,
+                model.signature,
+                state=self._state(model.key),
+                actor_pid=self._pool.state(model.key)[1],
+            )
+            for (name, version), model in list(self._versions.items())
         ]
 
     def ready(self) -> State:
         """See `Runtime.ready`."""
         order: list[State] = ["dead", "stalled", "ok", "idle"]
-        states: set[State] = {self._state(name) for name in list(self._models)}
-        states |= {"stalled"} if self._loading else set()
+        states: set[State] = {self._state(model.key) for model in list(self._current.values())}
+        states |= {"stalled"} if self._changing - self._current.keys() else set()
         nothing: State = "idle" if self.scheduler.accepting else "dead"
         return next((state for state in order if state in states), nothing)
 
@@ -236,14 +344,38 @@ class Embedded:
         self._events.close()
         self._finalizer()
 
-    def _model(self, name: str) -> LoadedModel:
-        if not name and len(self._models) == 1:
-            return next(iter(self._models.values()))
+    def _enter(self, request: InferenceRequest) -> tuple[Version, ValidRequest]:
+        """Return the version that takes the request, which it counts, and the request checked."""
+        while True:
+            model = self._model(request.model_name, request.model_version)
+            valid = validate(request, model.signature, self.config.limits)
+            if model.enter():  # else another one has just taken its place
+                return model, valid
+
+    def _model(self, name: str, version: str = "") -> Version:
+        if not name and len(self._current) == 1:
+            name = next(iter(self._current))
         try:
-            return self._models[name]
+            model = self._current[name]
         except KeyError:
-            known = ", ".join(map(repr, self._models)) or "none"
+            known = ", ".join(map(repr, self._current)) or "none"
             raise ModelNotFound(f"no model {shorten(name)!r} is loaded; loaded: {known}") from None
+        if version in ("", model.version):
+            return model
+        try:
+            return self._versions[name, version]
+        except KeyError:
+            raise ModelNotFound(
+                f"model {name!r} has version {model.version}, not {shorten(version, 40)!r}"
+            ) from None
+
+    def _unique(self, name: str, artifact: Artifact) -> str:
+        """Return the artifact's version, with a number where it is loaded under this name."""
+        version, number = artifact.version, 1
+        while (name, version) in self._versions:
+            number += 1
+            version = f"{artifact.version}-{number}"
+        return version
 
     def _choose(self, artifact: Artifact, name: str, variant: str) -> tuple[Variant, Load]:
         manifest = artifact.manifest
@@ -270,19 +402,19 @@ class Embedded:
             weights=weights,
             engine=chosen.engine,
             optimise=not fits,
-            threads=self._threads(chosen),
+            threads=self._threads(chosen, name),
             files={file: (entry.sha256, entry.size_bytes) for file, entry in files.items()},
             signature=manifest.signature,
         )
 
-    def _threads(self, variant: Variant) -> int:
+    def _threads(self, variant: Variant, name: str) -> int:
         """Return the engine threads of an actor: a share of the CPUs, one where calls are short."""
         if self.config.actor.threads:
             return self.config.actor.threads
         alone = sorted(point.median_ms for point in variant.latency if point.rows == 1)
         if alone and alone[len(alone) // 2] < _ONE_THREAD_BELOW_MS:
             return 1
-        return max(1, available_cpus() // (len(self._models) + 1))
+        return max(1, available_cpus() // len(self._current.keys() | {name}))
 
     def _start_actor(self, name: str, load: Load) -> None:
         loaded: Future[None] = Future()
@@ -314,6 +446,12 @@ class Embedded:
         if state != "ready" or waited > self.config.actor.hang_seconds:
             return "stalled"
         return "ok" if self.scheduler.outstanding() else "idle"
+
+
+def is_same(model: Version, artifact: Artifact, variant: str) -> bool:
+    """Return whether a version is the artifact's, and of this variant if one is named."""
+    same = model.artifact.version == artifact.version
+    return same and variant in ("", model.variant.id)
 
 
 def _forget(folder: Path, owner: int) -> None:

@@ -142,6 +142,29 @@ class Runtime:
         arguments = {"name": name, "variant": variant, "require": require}
         return self._backend.call("load", {"artifact": str(path.absolute()), **arguments}, str)
 
+    def swap(
+        self,
+        name: str,
+        artifact: str | Path | Artifact,
+        *,
+        variant: str = "",
+        require: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Have another version serve in a model's place; return the version.
+
+        It is loaded beside the one that serves, which goes on until the new one is ready, and ends
+        when all that it has accepted is answered. Where anything fails, the old one serves on.
+
+        Args:
+            name: Model name.
+            artifact: An artifact or the path of one.
+            variant: Serve this variant instead of the chosen one.
+            require: See `open`.
+        """
+        path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
+        arguments = {"name": name, "variant": variant, "require": require}
+        return self._backend.call("swap", {"artifact": str(path.absolute()), **arguments}, str)
+
     def unload(self, name: str) -> None:
         """Stop serving a model; its unanswered requests end with an error."""
         self._backend.call("unload", {"name": name}, type(None))

@@ -111,7 +111,7 @@ def daemon_with(
 ) -> None:
     """Have this process start daemons that run `changes` first."""
     script, python = tmp_path / "daemon.py", tmp_path / "python"
-    imports = "import sys\nfrom lrai_core.runtime import daemon, embedded\n"
+    imports = "import sys\nfrom lrai_core.runtime import embedded\nfrom lrai_shared import daemon\n"
     script.write_text("\n".join([imports, *changes, "daemon.main(sys.argv[1:])\n"]))
     python.write_text(f'#!/bin/sh\nshift 3\n{before}\nexec {sys.executable} -P {script} "$@"\n')
     python.chmod(0o700)
@@ -284,8 +284,9 @@ def test_who_comes_while_an_idle_daemon_ends_is_served_by_the_next_one(
     daemon_with(
         tmp_path,
         monkeypatch,
-        "daemon._SILENT_SECONDS, daemon._IDLE_SECONDS = 1.2, 0.3",
         "import pathlib, time",
+        f"if not pathlib.Path({str(ending)!r}).exists():",  # the next one is to stay
+        "    daemon._SILENT_SECONDS, daemon._IDLE_SECONDS = 1.2, 0.3",
         "drain = embedded.Embedded.drain",
         "def slowly(self):",
         f"    drain(self), pathlib.Path({str(ending)!r}).touch(), time.sleep(1)",

@@ -1,0 +1,1 @@
+"""Versions of a model, how traffic is shared among them, and what that traffic is like."""

@@ -1,0 +1,210 @@
+"""What a model is asked: a sketch of the requests, always kept, and a sample of them, on request.
+
+The sketch has no content in it: how many rows, how long, how often, between which values. The
+sample holds real rows, so it is off until somebody asks for it, is bounded, drawn at random, ages,
+and is written for its owner's eyes only. `lrai compile --evaluation` reads what it writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from lrai_core import Signature, TensorSpec
+from lrai_core.protocol import Array, ValidRequest
+
+_LOOKS: Final = 64  # one request of so many is looked at for its values, from the first one on
+_MOST_BYTES: Final = 64 << 20  # of one sample
+_HOUR: Final = 3600.0
+
+
+class _Range:
+    """Between which values the elements of an input lie."""
+
+    def __init__(self) -> None:
+        self.low, self.high = np.inf, -np.inf
+        self.looked_at = self.not_finite = 0
+
+    def widen(self, array: Array) -> None:
+        finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+        self.looked_at += array.size
+        self.not_finite += array.size - finite.size
+        if finite.size:
+            self.low = min(self.low, float(finite.min()))
+            self.high = max(self.high, float(finite.max()))
+
+
+class _Row(NamedTuple):
+    seen: float
+    arrays: tuple[Array, ...]  # copies, in the order of the signature
+
+
+class Traffic:
+    """Sketch and sample of one model; thread-safe."""
+
+    def __init__(
+        self,
+        signature: Signature,
+        *,
+        capture_rows: int = 0,
+        ttl_hours: float = 24.0,
+        seed: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Keep nothing yet.
+
+        Args:
+            signature: Of the model.
+            capture_rows: At most so many rows are kept for the sample; 0 for none.
+            ttl_hours: Age at which a kept row is forgotten.
+            seed: Of the choice of rows.
+            clock: In seconds.
+        """
+        self._signature = signature
+        self._capture_rows, self._ttl_seconds = capture_rows, ttl_hours * _HOUR
+        self._random, self._clock = random.Random(seed), clock
+        self._lock = threading.Lock()
+        self._requests = self._candidates = self._kept_bytes = 0
+        self._began = self._last = clock()
+        # By number of binary digits: 1, 2..3, 4..7, and so on; of gaps in microseconds.
+        self._rows, self._lengths, self._gaps = Counter[int](), Counter[int](), Counter[int]()
+        self._ranges = [_Range() for _ in signature.inputs]
+        self._sample: list[_Row] = []
+        self._first_aged = 0.0  # no row is too old before
+
+    def see(self, request: ValidRequest) -> None:
+        """Take note of a request; a few microseconds, unless it is looked into."""
+        with self._lock:
+            now = self._clock()
+            self._rows[request.rows.bit_length()] += 1
+            self._lengths[request.length.bit_length()] += 1
+            self._gaps[int((now - self._last) * 1e6).bit_length()] += 1
+            if self._requests % _LOOKS == 0:
+                for seen, array in zip(self._ranges, request.arrays, strict=True):
+                    if array.dtype.kind in "fiub":
+                        seen.widen(array)
+            self._requests += 1
+            self._last = now
+            if self._capture_rows:
+                for row in range(request.rows):
+                    self._consider(request, row, now)
+
+    def sketch(self) -> dict[str, Any]:
+        """Return what is known of the requests; figures only.
+
+        Histograms are lists of counts, where the count at index i is of 2^(i-1) up to 2^i - 1, and
+        the first one of 0.
+        """
+        with self._lock:
+            lasted = max(self._last - self._began, 1e-9)
+            return {
+                "requests": self._requests,
+                "requests_per_second": self._requests / lasted,
+                "rows": _histogram(self._rows),
+                "lengths": _histogram(self._lengths),
+                "gaps_us": _histogram(self._gaps),
+                "values": {
+                    spec.name: {
+                        "low": seen.low,
+                        "high": seen.high,
+                        "looked_at": seen.looked_at,
+                        "not_finite": seen.not_finite,
+                    }
+                    for spec, seen in zip(self._signature.inputs, self._ranges, strict=True)
+                    if seen.looked_at > seen.not_finite
+                },
+            }
+
+    def sample(self) -> dict[str, Array]:
+        """Return the kept rows, one array per input, rows along its first axis, padded; or none."""
+        with self._lock:
+            self._forget(self._clock())
+            rows = list(self._sample)
+        if not rows:
+            return {}
+        return {
+            spec.name: _stacked([row.arrays[index] for row in rows], spec)
+            for index, spec in enumerate(self._signature.inputs)
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `sketch.json` and, where rows are kept, `captured.npz` into `folder`, mode 0600."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _replaced(folder / "sketch.json") as stream:
+            stream.write(msgspec.json.format(msgspec.json.encode(self.sketch())))
+        captured, sample = folder / "captured.npz", self.sample()
+        if sample:
+            with _replaced(captured) as stream:
+                np.savez_compressed(stream, **sample)  # type: ignore[arg-type] # by names of inputs
+        else:  # what was kept has aged
+            captured.unlink(missing_ok=True)
+
+    def _consider(self, request: ValidRequest, row: int, now: float) -> None:
+        """Keep the row with the chance that every row so far has (Vitter 1985, algorithm R)."""
+        self._forget(now)
+        self._candidates += 1
+        place = len(self._sample)
+        if place >= self._capture_rows or self._kept_bytes >= _MOST_BYTES:
+            place = self._random.randrange(self._candidates)
+            if place >= len(self._sample):
+                return
+        arrays = tuple(
+            array[None].copy() if spec.batch_axis is None else array[row : row + 1].copy()
+            for spec, array in zip(self._signature.inputs, request.arrays, strict=True)
+        )
+        self._kept_bytes += _size(arrays)
+        if place == len(self._sample):
+            self._sample.append(_Row(now, arrays))
+        else:
+            self._kept_bytes -= _size(self._sample[place].arrays)
+            self._sample[place] = _Row(now, arrays)
+
+    def _forget(self, now: float) -> None:
+        """Let go of what is too old; those that stay stand for as many as there are."""
+        if now < self._first_aged:
+            return
+        kept = [row for row in self._sample if now - row.seen < self._ttl_seconds]
+        if len(kept) < len(self._sample):
+            self._sample, self._candidates = kept, len(kept)
+            self._kept_bytes = sum(_size(row.arrays) for row in kept)
+        self._first_aged = min((row.seen for row in kept), default=now) + self._ttl_seconds
+
+
+def _size(arrays: tuple[Array, ...]) -> int:
+    texts = [array for array in arrays if array.dtype == object]
+    return sum(array.nbytes for array in arrays) + sum(len(t) for a in texts for t in a.flat)
+
+
+def _histogram(counts: Counter[int]) -> list[int]:
+    return [counts[digits] for digits in range(max(counts, default=-1) + 1)]
+
+
+def _stacked(rows: list[Array], spec: TensorSpec) -> Array:
+    """Return rows of different lengths as one array, padded at their ends."""
+    if (axis := spec.length_axis) is not None:
+        longest = max(row.shape[axis] for row in rows)
+        for index, row in enumerate(rows):
+            widths = [(0, longest - row.shape[axis] if at == axis else 0) for at in range(row.ndim)]
+            rows[index] = np.pad(row, widths, constant_values=spec.pad_value)
+    stacked = np.concatenate(rows)
+    return stacked.astype(np.str_) if stacked.dtype == object else stacked
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[IO[bytes]]:
+    """Open what will take the place of `path`, whole or not at all; only its owner may read it."""
+    written = path.with_suffix(".new")
+    written.unlink(missing_ok=True)
+    with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        yield stream
+    written.replace(path)

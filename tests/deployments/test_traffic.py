@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lrai_core as lrai
+from lrai_core.config import LimitsConfig
+from lrai_core.protocol import Array, ValidRequest, validate
+from lrai_core.verifier.sample import read_rows
+from lrai_deployments.traffic import Traffic
+
+SIGNATURE = lrai.Signature(
+    inputs=(
+        lrai.TensorSpec(
+            name="ids",
+            datatype="INT64",
+            shape=("batch", "length"),
+            batch_axis=0,
+            length_axis=1,
+            pad_value=7,
+        ),
+        lrai.TensorSpec(name="x", datatype="FP32", shape=("batch", 2), batch_axis=0),
+    ),
+    outputs=(lrai.TensorSpec(name="y", datatype="FP32", shape=("batch",), batch_axis=0),),
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def request(first: int, rows: int = 1, length: int = 3, x: float = 0.5) -> ValidRequest:
+    """Rows whose ids are `first`, `first` + 1, and so on."""
+    ids = np.repeat(np.arange(first, first + rows)[:, None], length, axis=1)
+    inputs: dict[str, Array] = {"ids": ids, "x": np.full((rows, 2), x, np.float32)}
+    asked = lrai.InferenceRequest(model_name="m", inputs=inputs)
+    return validate(asked, SIGNATURE, LimitsConfig())
+
+
+def kept(traffic: Traffic) -> list[int]:
+    return sorted(int(row[0]) for row in traffic.sample().get("ids", []))
+
+
+def test_the_sketch_counts_rows_lengths_and_gaps_by_their_size() -> None:
+    clock = Clock()
+    traffic = Traffic(SIGNATURE, clock=clock)
+    for rows, length, gap_us in [(1, 3, 1), (1, 4, 3), (2, 7, 3), (5, 100, 3)]:
+        clock.now += gap_us * 1e-6 + 1e-9
+        traffic.see(request(10, rows, length))
+    sketch = traffic.sketch()
+    assert sketch["requests"] == 4
+    assert sketch["rows"] == [0, 2, 1, 1]  # 1, 2..3, 4..7
+    assert sketch["lengths"] == [0, 0, 1, 2, 0, 0, 0, 1]
+    assert sketch["gaps_us"] == [0, 1, 3]
+    assert sketch["requests_per_second"] == pytest.approx(4 / 10e-6, rel=0.01)
+
+
+def test_the_sketch_knows_between_which_values_inputs_lie_and_what_is_not_finite() -> None:
+    traffic = Traffic(SIGNATURE)
+    traffic.see(request(3, x=np.nan))
+    assert "x" not in traffic.sketch()["values"]
+    for value in [0.25, -2.0, np.inf] * 64:  # one of 64 is looked at, whichever it is
+        traffic.see(request(5, x=value))
+    values = traffic.sketch()["values"]
+    assert values["ids"] == {"low": 3.0, "high": 5.0, "looked_at": 12, "not_finite": 0}
+    assert {values["x"]["low"], values["x"]["high"]} <= {0.25, -2.0}
+    assert values["x"]["not_finite"] == 4
+
+
+def test_nothing_of_the_content_is_kept_unless_asked_for(tmp_path: Path) -> None:
+    traffic = Traffic(SIGNATURE)
+    traffic.see(request(1))
+    assert traffic.sample() == {}
+    traffic.save(tmp_path / "m")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["sketch.json"]
+
+
+def test_every_row_has_the_same_chance_to_be_kept_whenever_it_came() -> None:
+    early = 0
+    for seed in range(60):
+        traffic = Traffic(SIGNATURE, capture_rows=10, seed=seed)
+        for first in range(0, 100, 4):
+            traffic.see(request(first, rows=4))
+        sample = kept(traffic)
+        assert len(sample) == len(set(sample)) == 10
+        early += sum(row < 50 for row in sample)
+    assert 240 <= early <= 360  # of 600: six standard deviations of a fair choice
+
+
+@given(st.integers(1, 8), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), max_size=12))
+def test_what_is_kept_is_bounded_and_was_asked(
+    capture_rows: int, asked: list[tuple[int, int]]
+) -> None:
+    traffic, first = Traffic(SIGNATURE, capture_rows=capture_rows, seed=1), 10
+    lengths: dict[int, int] = {}
+    for rows, length in asked:
+        traffic.see(request(first, rows, length))
+        lengths |= dict.fromkeys(range(first, first + rows), length)
+        first += rows
+    sample = traffic.sample()
+    assert len(kept(traffic)) == min(capture_rows, first - 10)
+    for row in sample.get("ids", []):
+        length = lengths[int(row[0])]
+        assert (row[:length] == row[0]).all()
+        assert (row[length:] == 7).all()
+
+
+def test_rows_are_copies_and_age(tmp_path: Path) -> None:
+    clock = Clock()
+    traffic = Traffic(SIGNATURE, capture_rows=3, ttl_hours=1, clock=clock)
+    ids = np.full((1, 2), 11)
+    inputs = {"ids": ids, "x": np.zeros((1, 2), np.float32)}
+    asked = lrai.InferenceRequest(model_name="m", inputs=inputs)
+    traffic.see(validate(asked, SIGNATURE, LimitsConfig()))
+    ids[:] = 99
+    assert kept(traffic) == [11]
+    clock.now += 1800
+    traffic.see(request(20, rows=2))
+    traffic.save(tmp_path)
+    assert kept(traffic) == [11, 20, 21]
+    clock.now += 1801
+    assert kept(traffic) == [20, 21]
+    traffic.see(request(30))
+    assert kept(traffic) == [20, 21, 30]
+    clock.now += 3600
+    traffic.save(tmp_path)
+    assert not (tmp_path / "captured.npz").exists()
+
+
+def test_large_rows_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 1000)
+    traffic = Traffic(SIGNATURE, capture_rows=100)
+    for first in range(50):
+        traffic.see(request(first, length=30))
+    assert 3 <= len(kept(traffic)) <= 5
+
+
+def test_what_is_written_is_the_owners_alone_and_judges_a_model(tmp_path: Path) -> None:
+    traffic = Traffic(SIGNATURE, capture_rows=100)
+    for first, length in [(10, 2), (20, 5), (30, 3)]:
+        traffic.see(request(first, rows=2, length=length))
+    for _ in range(2):  # the second time over the first
+        traffic.save(tmp_path)
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert files == {"sketch.json": 0o600, "captured.npz": 0o600}
+    rows, repeated = read_rows(tmp_path / "captured.npz", SIGNATURE, "evaluation")
+    assert (len(rows), repeated) == (6, 0)
+    assert sorted(row[0].shape[1] for row in rows.inputs) == [2, 2, 3, 3, 5, 5]
+    sketch = msgspec.json.decode((tmp_path / "sketch.json").read_bytes(), type=dict[str, Any])
+    assert sketch["rows"] == [0, 0, 3]
+
+
+def test_strings_are_kept_as_text(tmp_path: Path) -> None:
+    spec = lrai.TensorSpec(name="s", datatype="BYTES", shape=("batch",), batch_axis=0)
+    signature = lrai.Signature(inputs=(spec,), outputs=SIGNATURE.outputs)
+    traffic = Traffic(signature, capture_rows=4)
+    inputs = {"s": np.array(["süß", "b"], np.object_)}
+    asked = lrai.InferenceRequest(model_name="m", inputs=inputs)
+    traffic.see(validate(asked, signature, LimitsConfig()))
+    traffic.save(tmp_path)
+    with np.load(tmp_path / "captured.npz", allow_pickle=False) as saved:
+        assert sorted(saved["s"].tolist()) == ["b", "süß"]
