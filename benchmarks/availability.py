@@ -54,6 +54,7 @@ DEADLINE_MS: Final = 5_000.0
 ANSWERED: Final = 0.9999  # of the admitted
 ADMITTED: Final = 0.99  # within capacity
 EXCEPTED_SECONDS: Final = 2.0  # after each kill
+REFUSED_SECONDS: Final = 0.5
 TOLERANCE: Final = 1e-4  # of unit vectors' elements, as for fp32 in the other benchmarks
 SEED: Final = 0
 NAME: Final = "encoder"
@@ -351,7 +352,7 @@ class Sender:
         self._end(ledger, start, index, End.ANSWERED if off <= TOLERANCE else End.WRONG)
 
     def _failed(self, ledger: Ledger, start: float, index: int, error: BaseException) -> None:
-        refused = was_refused(error)
+        refused = was_refused(error, time.monotonic() - start - ledger.sent[index])
         ledger.errors[f"{type(error).__name__}: {error}"[:70]] += 1
         self._end(ledger, start, index, End.REFUSED if refused else End.FAILED)
 
@@ -361,9 +362,15 @@ class Sender:
         ledger.how[index] = how
 
 
-def was_refused(error: BaseException) -> bool:
-    """Return whether a request was refused at once; otherwise it was admitted, and failed."""
-    if isinstance(error, lrai.ActorError):
+def was_refused(error: BaseException, seconds: float) -> bool:
+    """Return whether a request was refused at the door; otherwise it was admitted, and failed.
+
+    Args:
+        error: What it ended with.
+        seconds: How long that took: what a daemon had admitted that was killed, and the next one
+            refuses, is no refusal any more.
+    """
+    if isinstance(error, lrai.ActorError) or seconds > REFUSED_SECONDS:
         return False
     if isinstance(error, lrai.QueueFull | lrai.NotReady):
         return True
