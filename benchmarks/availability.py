@@ -145,7 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for one in clients:
             one.hear()
         capacity = measured_capacity(clients)
-        console.print(f"capacity: {capacity:,.0f} requests/s, {_WINDOW} on their way per client")
         runtime = stack.enter_context(lrai.Runtime(host.config, address=host.address))
         start = time.monotonic() + 1.0
         for index, one in enumerate(clients):
@@ -154,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.status(f"{seconds:g} s of load"):
             done, problems = strike(host, runtime, plan, artifacts, start)
             parts = [one.hear(seconds + DEADLINE_MS / 1e3 + 2 * _LEFT_SECONDS) for one in clients]
+        after = measured_capacity(clients)
+        console.print(f"capacity: {capacity:,.0f} requests/s before, {after:,.0f} after")
     return report(arguments, seconds, capacity, Ledger.joined(parts), done, problems)
 
 
