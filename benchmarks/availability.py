@@ -458,6 +458,7 @@ def report(
             ["refused", f"{refused:,}"],
             ["failed", f"{failed:,}"],
             ["wrong", f"{wrong:,}"],
+            ["not ended", f"{int(ledger.are(End.NOT_YET).sum()):,}"],
             ["ms, median and 99th percentile", _pair(latencies, 0.5, 0.99, 0)],
             [
                 "ms late that a request was sent, worst",

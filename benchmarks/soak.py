@@ -290,6 +290,7 @@ def report(
         memory = trend(ended, [one.own_bytes / 1e6 for one in seen])
         shared = trend(ended, [one.shared_bytes / 1e6 for one in seen])
         files = trend(ended, [float(one.descriptors) for one in seen])
+        memory_files = trend(ended, [float(one.memory_files) for one in seen])
         rows.append(
             [
                 part,
@@ -302,6 +303,12 @@ def report(
             flat(f"{part}: memory, MB grown", memory, MOST_MB),
             flat(f"{part}: of it shared, MB grown", shared, MOST_MB),
             Check(f"{part}: descriptors, slope", files.slope, "0", abs(files.slope) < 1e-9),
+            Check(
+                f"{part}: memory files, slope",
+                memory_files.slope,
+                "0",
+                abs(memory_files.slope) < 1e-9,
+            ),
         ]
         content.append(
             {
