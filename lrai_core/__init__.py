@@ -21,6 +21,7 @@ from lrai_core.errors import DeadlineExceeded as DeadlineExceeded
 from lrai_core.errors import EnvironmentProblem as EnvironmentProblem
 from lrai_core.errors import InvalidTensor as InvalidTensor
 from lrai_core.errors import LraiError as LraiError
+from lrai_core.errors import MemoryBudgetExceeded as MemoryBudgetExceeded
 from lrai_core.errors import ModelNotFound as ModelNotFound
 from lrai_core.errors import NotReady as NotReady
 from lrai_core.errors import QueueFull as QueueFull

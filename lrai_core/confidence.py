@@ -8,6 +8,7 @@ which is found in the log domain, so a million samples are no harder than ten; n
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 
 
@@ -58,18 +59,16 @@ def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.
         return -1
     if delta >= 1:
         return 1
-    low, high = 1, 2
+    high = 2
     while not _reaches(delta, confidence, failure_rate, high):
-        low, high = high, high * 2
+        high *= 2
         if high > 1 << 30:
             return -1
-    while low < high:
-        middle = (low + high) // 2
-        if _reaches(delta, confidence, failure_rate, middle):
-            high = middle
-        else:
-            low = middle + 1
-    return high
+
+    def reached(n: int) -> bool:
+        return _reaches(delta, confidence, failure_rate, n)
+
+    return bisect_left(range(high), 1, lo=high // 2, key=reached)
 
 
 def _reaches(delta: float, confidence: float, failure_rate: float, n: int) -> bool:

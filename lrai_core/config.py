@@ -56,6 +56,7 @@ class ActorConfig(_Section):
 
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
     threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask
+    replicas: int = _least(1, 1)  # actors of a model; weights are shared inside each only
     heartbeat_ms: int = _least(1, 200)
     hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)
     hang_factor: float = _least(1, 10.0)
@@ -75,10 +76,13 @@ class ActorConfig(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig(_Section):
-    """Where a runtime keeps what changes, and how long it drains."""
+    """Where a runtime keeps what changes, how long it drains, and what it may load."""
 
     socket_dir: str = ""  # parent of the 0700 folder of sockets; empty: the temporary folder
+    state_dir: str = ""  # of freezes and audit; empty: a daemon's own folder, nowhere if embedded
     drain_seconds: float = _least(0, 30.0)
+    memory_mib: int = _least(0, 0)  # of all actors; 0: no limit
+    model_roots: str = ""  # folders that artifacts may lie in, with : between; empty: anywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,24 +159,25 @@ def explain_config(
     Raises:
         UsageError: An unknown key, or a value of the wrong type or out of range.
     """
-    defaults = LraiConfig()
-    values = {key: Setting(key, attrgetter(key)(defaults), "default") for key in _KINDS}
     layers = [
         *_from_file(file),
         ("environment", _from_environ(os.environ if environ is None else environ)),
         *(("host", host or {}), ("flag", flags or {}), ("call", call or {})),
     ]
-    for origin, layer in layers:
-        for key, raw in layer.items():
-            if key not in _KINDS:
-                near = [known for known in _KINDS if known.split(".")[0] == key.split(".")[0]]
-                allowed = ", ".join(sorted(near or _SECTIONS))
-                raise UsageError(f"{origin}: unknown setting {shorten(key)!r}; known: {allowed}")
-            shown = _variable(key) if origin == "environment" else origin
-            values[key] = Setting(key, _convert(key, raw, origin), shown)
-    settings = list(values.values())
-    _build(settings)
-    return settings
+    return _settings(LraiConfig(), layers)
+
+
+def with_settings(config: LraiConfig, settings: Mapping[str, Any]) -> LraiConfig:
+    """Return `config` but for these settings of one model, by dotted key, checked as any are.
+
+    Raises:
+        UsageError: As `explain_config`, or one that is not a model's own.
+    """
+    own = {"actor.replicas", "actor.threads"}  # the others are of all models together
+    if others := settings.keys() - own:
+        known = " and ".join(sorted(own))
+        raise UsageError(f"{shorten(min(others))!r} is no setting of one model: {known} are")
+    return _build(_settings(config, [("settings", settings)]))
 
 
 def available_cpus() -> int:
@@ -185,6 +190,22 @@ def available_cpus() -> int:
 def actor_python(config: ActorConfig) -> str:
     """Return the interpreter that runs actors."""
     return config.python or sys.executable
+
+
+def _settings(base: LraiConfig, layers: list[tuple[str, Mapping[str, Any]]]) -> list[Setting]:
+    """Return every setting of `base`, but for what the layers say, the last one first."""
+    values = {key: Setting(key, attrgetter(key)(base), "default") for key in _KINDS}
+    for origin, layer in layers:
+        for key, raw in layer.items():
+            if key not in _KINDS:
+                near = [known for known in _KINDS if known.split(".")[0] == key.split(".")[0]]
+                allowed = ", ".join(sorted(near or _SECTIONS))
+                raise UsageError(f"{origin}: unknown setting {shorten(key)!r}; known: {allowed}")
+            shown = _variable(key) if origin == "environment" else origin
+            values[key] = Setting(key, _convert(key, raw, origin), shown)
+    settings = list(values.values())
+    _build(settings)
+    return settings
 
 
 def _build(settings: list[Setting]) -> LraiConfig:
@@ -225,13 +246,10 @@ def _from_file(file: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
 def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
     variables = {_variable(key): key for key in _KINDS}
     sections = tuple(f"{_variable(section)}_" for section in _SECTIONS)
-    found = {}
-    for name, value in environ.items():
-        if name in variables:
-            found[variables[name]] = value
-        elif name.startswith(sections):
-            raise UsageError(f"environment: {shorten(name)} is no setting of LRAI")
-    return found
+    named = {name for name in environ if name.startswith(sections)}
+    if unknown := named - variables.keys():
+        raise UsageError(f"environment: {shorten(min(unknown))} is no setting of LRAI")
+    return {variables[name]: environ[name] for name in named}
 
 
 def _variable(key: str) -> str:

@@ -18,6 +18,7 @@
       . CalibrationError         exit 4
     - VerificationError          exit 4
   + EnvironmentProblem           exit 5, disk, permission, missing extra
+    - MemoryBudgetExceeded       507, exit 5
 
 Messages state what was got and what was allowed; attributes carry the data. Nothing here names a
 path below the artifact or a memory name to a remote caller.
@@ -149,6 +150,12 @@ class EnvironmentProblem(LraiError):
     """The machine stands in the way: disk, permission, a missing extra."""
 
     exit_code = 5
+
+
+class MemoryBudgetExceeded(EnvironmentProblem):
+    """A model does not fit `runtime.memory_mib` beside those that cannot be unloaded for it."""
+
+    http_status = 507
 
 
 def shorten(text: str, limit: int = 120) -> str:

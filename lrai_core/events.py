@@ -29,6 +29,9 @@ Kind = Literal[
     "variant_refused",
     "planner_failed",
     "speed_changed",
+    "deployment_changed",
+    "shadow_compared",
+    "shadow_failed",
 ]
 
 
@@ -62,9 +65,8 @@ class EventBus:
         self._wake = threading.Event()
         self._lock = threading.Lock()  # callers and the scheduler count at the same time
         self._closed = False
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._deliver, name="lrai-events", daemon=True)
         if self._observers:
-            self._thread = threading.Thread(target=self._deliver, name="lrai-events", daemon=True)
             self._thread.start()
 
     def emit(self, kind: Kind, model: str = "", /, count: int = 1, **attributes: Any) -> None:
@@ -86,7 +88,7 @@ class EventBus:
         """Deliver what is queued, then stop."""
         self._closed = True
         self._wake.set()
-        if self._thread is not None:
+        if self._observers:
             self._thread.join(timeout=5)
 
     def _deliver(self) -> None:

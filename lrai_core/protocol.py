@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from lrai_core.config import LimitsConfig
 from lrai_core.errors import InvalidTensor, RequestError, shorten
 
 Array = NDArray[Any]
@@ -125,22 +126,6 @@ class InferenceResponse:
     parameters: Mapping[str, Any]
 
 
-class Limits(Protocol):
-    """Bounds that `validate` enforces on one request; `config.LimitsConfig` has them."""
-
-    @property
-    def request_bytes(self) -> int:
-        """Bytes of all tensors together."""
-
-    @property
-    def request_rows(self) -> int:
-        """Rows."""
-
-    @property
-    def nan_policy(self) -> Literal["pass", "reject"]:
-        """What is done with NaN and infinity."""
-
-
 @dataclass(frozen=True, slots=True)
 class ValidRequest:
     """What the scheduler trusts.
@@ -176,7 +161,7 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
         raise RequestError(f"dtype {dtype} is not a datatype of the protocol") from None
 
 
-def validate(request: InferenceRequest, signature: Signature, limits: Limits) -> ValidRequest:
+def validate(request: InferenceRequest, signature: Signature, limits: LimitsConfig) -> ValidRequest:
     """Check `request` against `signature` once, and return what may be trusted from then on.
 
     Raises:
@@ -226,11 +211,8 @@ def encode_bytes(array: Array) -> bytes:
     Raises:
         ValueError: An element is no text.
     """
-    parts: list[bytes] = []
-    for element in array.ravel():
-        raw = _text(element).encode()
-        parts += (len(raw).to_bytes(4, "little"), raw)
-    return b"".join(parts)
+    texts = [_text(element).encode() for element in array.ravel()]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
 
 
 def decode_bytes(data: bytes | memoryview, count: int) -> Array:

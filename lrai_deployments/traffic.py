@@ -140,11 +140,11 @@ class Traffic:
     def save(self, folder: Path) -> None:
         """Write `sketch.json` and, where rows are kept, `captured.npz` into `folder`, mode 0600."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _replaced(folder / "sketch.json") as stream:
+        with replaced(folder / "sketch.json") as stream:
             stream.write(msgspec.json.format(msgspec.json.encode(self.sketch())))
         captured, sample = folder / "captured.npz", self.sample()
         if sample:
-            with _replaced(captured) as stream:
+            with replaced(captured) as stream:
                 np.savez_compressed(stream, **sample)  # type: ignore[arg-type] # by names of inputs
         else:  # what was kept has aged
             captured.unlink(missing_ok=True)
@@ -201,10 +201,12 @@ def _stacked(rows: list[Array], spec: TensorSpec) -> Array:
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
+def replaced(path: Path) -> Iterator[IO[bytes]]:
     """Open what will take the place of `path`, whole or not at all; only its owner may read it."""
     written = path.with_suffix(".new")
     written.unlink(missing_ok=True)
     with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
     written.replace(path)

@@ -12,7 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, load_config
+from lrai_core import (
+    ConditionNotMet,
+    EnvironmentProblem,
+    LraiConfig,
+    Runtime,
+    UsageError,
+    load_config,
+)
 from lrai_shared.client import Attached, is_running, shared_folder
 
 T = TypeVar("T")
@@ -24,6 +31,11 @@ app = typer.Typer(
 out = Console(highlight=False, markup=False, emoji=False)
 Address = Annotated[str, typer.Option(help="Folder of its socket; auto: this user's.")]
 Name = Annotated[str, typer.Option(help="Model name; by default the artifact's.")]
+Share = Annotated[float | None, typer.Option(help="Of a name that serves already.")]
+By = Annotated[str, typer.Option(help="Who says so.")]
+Reason = Annotated[str, typer.Option(help="And why.")]
+Shares = Annotated[list[str], typer.Argument(help="VERSION=SHARE …, together 1.")]
+Shadow = Annotated[str, typer.Option(help="VERSION=SHARE of the requests that are copied to it.")]
 
 
 @app.command()
@@ -49,17 +61,65 @@ def status(address: Address = "auto") -> None:
 
 
 @app.command()
-def load(artifact: Path, name: Name = "", address: Address = "auto") -> None:
+def load(artifact: Path, name: Name = "", share: Share = None, address: Address = "auto") -> None:
     """Load ARTIFACT, a directory NAME.lrai, into the runtime that runs."""
     with _running(address) as runtime:
-        out.print(f"{runtime.load(artifact, name=name)} is loaded")
+        out.print(f"{runtime.load(artifact, name=name, share=share)} is loaded")
 
 
 @app.command()
-def unload(model: str, address: Address = "auto") -> None:
-    """Stop serving MODEL; its unanswered requests end with an error."""
+def unload(model: str, version: str = "", address: Address = "auto") -> None:
+    """Stop serving MODEL, or one version of it; its unanswered requests end with an error."""
     with _running(address) as runtime:
-        runtime.unload(model)
+        runtime.unload(model, version)
+
+
+@app.command()
+def swap(model: str, artifact: Path, address: Address = "auto") -> None:
+    """Have ARTIFACT serve in place of what serves as MODEL, without losing a request."""
+    with _running(address) as runtime:
+        out.print(f"{model} is served by {runtime.swap(model, artifact)}")
+
+
+@app.command()
+def route(model: str, shares: Shares, shadow: Shadow = "", address: Address = "auto") -> None:
+    """Share out the requests for MODEL among versions that are loaded."""
+    with _running(address) as runtime:
+        runtime.route(model, dict(map(_share, shares)), dict([_share(shadow)] if shadow else []))
+
+
+@app.command()
+def rollback(model: str, address: Address = "auto") -> None:
+    """Go back to the version that served as MODEL before."""
+    with _running(address) as runtime:
+        out.print(f"{model} is served by {runtime.rollback(model)}")
+
+
+@app.command()
+def freeze(model: str, by: By, reason: Reason, address: Address = "auto") -> None:
+    """Have MODEL stay as it is deployed until it is unfrozen."""
+    with _running(address) as runtime:
+        runtime.freeze(model, by, reason)
+
+
+@app.command()
+def unfreeze(model: str, by: By, reason: Reason, address: Address = "auto") -> None:
+    """Let the deployment of MODEL be changed again."""
+    with _running(address) as runtime:
+        runtime.unfreeze(model, by, reason)
+
+
+@app.command()
+def deployments(address: Address = "auto") -> None:
+    """Show every name with its versions, and what is frozen."""
+    table = Table("model", "version", "share", "copies", "goes back to", "frozen")
+    with _running(address) as runtime:
+        for found in runtime.deployments():
+            frozen = f"by {found.frozen.by}: {found.frozen.reason}" if found.frozen else ""
+            for version, share in found.shares.items():
+                copies = f"{found.shadow.get(version, 0):.2%}"
+                table.add_row(found.name, version, f"{share:.2%}", copies, found.previous, frozen)
+    out.print(table)
 
 
 @app.command()
@@ -79,6 +139,14 @@ def stop(address: Address = "auto") -> None:
         if time.monotonic() > deadline:
             raise ConditionNotMet(f"the runtime in {folder} was told to end, and has not ended yet")
         time.sleep(0.01)
+
+
+def _share(text: str) -> tuple[str, float]:
+    version, _, share = text.partition("=")
+    try:
+        return version, float(share)
+    except ValueError:
+        raise UsageError(f"{text[:80]!r}: VERSION=SHARE is needed") from None
 
 
 def _place(address: str) -> tuple[LraiConfig, Path]:
@@ -108,3 +176,13 @@ def _call(address: str, operation: str, kind: type[T]) -> T:
 def main(arguments: Sequence[str]) -> None:
     """Run a command; what `lrai` says of errors is its own business."""
     app(args=list(arguments), prog_name="lrai runtime")
+
+
+def main_freeze(arguments: Sequence[str]) -> None:
+    """Run `lrai freeze`, short for `lrai runtime freeze`."""
+    main(["freeze", *arguments])
+
+
+def main_unfreeze(arguments: Sequence[str]) -> None:
+    """Run `lrai unfreeze`, likewise."""
+    main(["unfreeze", *arguments])

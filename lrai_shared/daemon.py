@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +30,7 @@ from lrai_core.engine.engine import installed_version
 from lrai_core.errors import LraiError, NotReady, UsageError, shorten
 from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
-from lrai_core.runtime.embedded import Embedded
+from lrai_core.runtime.embedded import find_embedded
 from lrai_core.scheduler.scheduler import Pending
 from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, Packer, encode, listen
 from lrai_core.wire.workers import Outcome
@@ -40,8 +40,11 @@ from lrai_shared.messages import Attach, Attached, Call, Requests
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
-_QUICK: Final = frozenset({"models", "ready", "stats", "stop"})
-_SLOW: Final = frozenset({"load", "unload", "swap", "drain"})  # one after the other
+_CHANGES: Final = 8  # that may be under way at the same time
+_QUICK: Final = frozenset({"models", "deployments", "ready", "stats", "stop"})
+_SLOW: Final = frozenset(
+    {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain"}
+)
 
 
 @dataclass(slots=True)
@@ -166,25 +169,19 @@ class Daemon:
     """A runtime behind a door, from its start to its end."""
 
     def __init__(self, folder: Path, config: LraiConfig, *, stay: bool) -> None:
-        """Load what the last daemon had loaded when it was killed, then open the door."""
+        """Serve what the last daemon served when it was killed, then open the door."""
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
         self.welcome = Attached(PROTOCOL_VERSION, version, "", credit)
         self._stay, self._ended = stay, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end())
-        self._quick, self._slow = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._record = folder / "loaded.json"
-        self._loaded: dict[str, dict[str, Any]] = {}
-        self.runtime = Embedded(config, pool=partial(self._make_door, folder / "clients"))
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            content = self._record.read_bytes()
-            self._loaded = msgspec.json.decode(content, type=dict[str, dict[str, Any]])
-        for name, arguments in list(self._loaded.items()):
-            try:
-                self._operate("load", arguments)
-            except (LraiError, TypeError):  # whoever needs it loads it, and is told why
-                del self._loaded[name]
-        self._keep_record()
+        # Of many threads: a model that is being loaded must not keep another from being frozen.
+        self._quick, self._slow = ThreadPoolExecutor(1), ThreadPoolExecutor(_CHANGES)
+        runtime = replace(config.runtime, state_dir=config.runtime.state_dir or str(folder))
+        config = replace(config, runtime=runtime)
+        self.runtime = find_embedded()(config, pool=partial(self._make_door, folder / "clients"))
+        if hasattr(self.runtime, "restore"):
+            self.runtime.restore()
         self.runtime.scheduler.call(self._door.open)
 
     def _make_door(self, *arguments: Any) -> Door:
@@ -202,8 +199,6 @@ class Daemon:
         self.runtime.drain()
         self._quick.shutdown()
         self._slow.shutdown()
-        if self.runtime.scheduler.alive:  # else the next one loads it again
-            self._record.unlink(missing_ok=True)
         self.runtime.close()
 
     def operate(self, call: Call, reply: Any) -> None:
@@ -219,25 +214,8 @@ class Daemon:
             raise UsageError(f"operation {shorten(operation)!r} is unknown; known: {known}")
         if operation == "stop":
             return self._end()
-        if operation == "load":
-            result: Any = self.runtime.load(**arguments, shared=True)
-            if arguments.get("require") or result not in self._loaded:
-                self._loaded[result] = arguments
-        else:
-            result = getattr(self.runtime, operation)(**arguments)
-        if operation == "swap":
-            self._loaded[arguments["name"]] = arguments
-        if operation == "unload":
-            names = {model.name for model in self.runtime.models()}
-            self._loaded = {name: a for name, a in self._loaded.items() if name in names}
-        if operation in ("load", "swap", "unload"):
-            self._keep_record()
-        return result
-
-    def _keep_record(self) -> None:
-        written = self._record.with_suffix(".new")  # whole, or not at all
-        written.write_bytes(msgspec.json.encode(self._loaded))
-        written.replace(self._record)
+        arguments |= {"shared": True} if operation == "load" else {}
+        return self.runtime.call(operation, arguments, object)
 
     def _end(self) -> None:
         self._ended = True  # no more: signals interrupt anything

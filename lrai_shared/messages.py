@@ -94,7 +94,7 @@ class Call(msgspec.Struct, frozen=True, tag=True):
 
     key: int
     operation: str
-    arguments: dict[str, str | dict[str, Any] | None]
+    arguments: dict[str, Any]
 
 
 class Returned(msgspec.Struct, frozen=True, tag=True):

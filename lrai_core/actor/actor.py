@@ -22,18 +22,14 @@ from typing import NoReturn
 
 from lrai_core.artifact import FileEntry, check_files
 from lrai_core.engine.batching import coalesce, split, synthetic_row
-from lrai_core.engine.engine import Session, find_engine
+from lrai_core.engine.engine import find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
-from lrai_core.protocol import Signature
 from lrai_core.wire import messages
 from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, connect, unpack
 
 
 class Actor:
     """One model in one process."""
-
-    _session: Session  # both since `Load`, which comes first
-    _signature: Signature
 
     def __init__(self, address: str, identity: bytes) -> None:
         self._socket = connect(address, identity)
@@ -52,6 +48,8 @@ class Actor:
     def _load(self, load: Load) -> None:
         started = time.monotonic()
         folder, self._signature = Path(load.folder), load.signature
+        if load.cpus:  # before the engine starts its threads, which inherit it
+            os.sched_setaffinity(0, load.cpus)
         weights = folder / load.weights if load.weights else None
         files = {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
         try:

@@ -22,13 +22,13 @@ from lrai_core.config import LraiConfig, load_config
 from lrai_core.errors import EnvironmentProblem, QueueFull, RequestError, UsageError, shorten
 from lrai_core.events import Observer
 from lrai_core.protocol import InferenceRequest, InferenceResponse
-from lrai_core.runtime.embedded import Embedded, LoadedModel, State
+from lrai_core.runtime.embedded import Deployment, LoadedModel, State, find_embedded
 
 T = TypeVar("T")
 
 
 class Backend(Protocol):
-    """Where requests go: `Embedded`, or the client of a daemon (entry point `lrai.clients`)."""
+    """Where requests go: `Embedded`, or the client of a daemon (entry point `lrai.backends`)."""
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Accept a request; cancelling the future takes it out of the queue if it has not begun."""
@@ -80,7 +80,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._backend: Backend
         if address == "embedded":
-            self._backend = Embedded(self.config, observers)
+            self._backend = find_embedded()(self.config, observers)
         else:
             self._backend = _client()(self.config, "" if address == "auto" else address)
 
@@ -125,8 +125,10 @@ class Runtime:
         name: str = "",
         variant: str = "",
         require: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        share: float | None = None,
     ) -> str:
-        """Start an actor for the chosen variant, wait until it is ready, return the model's name.
+        """Start actors for the chosen variant, wait until they are ready, return the model's name.
 
         A variant made for another processor class or engine version is not used: the source model
         serves in its place, with an event. Where several processes share a daemon, the first loads
@@ -137,10 +139,19 @@ class Runtime:
             name: Model name; the artifact's by default.
             variant: Serve this variant instead of the chosen one.
             require: See `open`.
+            settings: Of this model alone, by dotted key: `actor.replicas`, `actor.threads`.
+            share: Load a further version of a name that serves already, for this share of its
+                requests, 0 to 1.
+
+        Raises:
+            ConditionNotMet: `require` is not met, the name is frozen, or the artifact lies outside
+                `runtime.model_roots`.
+            MemoryBudgetExceeded: It does not fit `runtime.memory_mib`.
         """
-        path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
-        arguments = {"name": name, "variant": variant, "require": require}
-        return self._backend.call("load", {"artifact": str(path.absolute()), **arguments}, str)
+        arguments: dict[str, Any] = {"name": name, "variant": variant, "require": require}
+        arguments |= {"artifact": _folder(artifact), "settings": settings}
+        arguments |= {} if share is None else {"share": share}
+        return self._backend.call("load", arguments, str)
 
     def swap(
         self,
@@ -149,25 +160,64 @@ class Runtime:
         *,
         variant: str = "",
         require: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> str:
-        """Have another version serve in a model's place; return the version.
+        """Have another version serve in place of all that a name has; return the version.
 
-        It is loaded beside the one that serves, which goes on until the new one is ready, and ends
-        when all that it has accepted is answered. Where anything fails, the old one serves on.
+        It is loaded beside them and warmed up with rows of its own evaluation sample. Then it
+        serves, and the others end when what they have accepted is answered. Where anything fails
+        before, they serve on.
 
         Args:
             name: Model name.
             artifact: An artifact or the path of one.
             variant: Serve this variant instead of the chosen one.
             require: See `open`.
-        """
-        path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
-        arguments = {"name": name, "variant": variant, "require": require}
-        return self._backend.call("swap", {"artifact": str(path.absolute()), **arguments}, str)
+            settings: See `load`.
 
-    def unload(self, name: str) -> None:
-        """Stop serving a model; its unanswered requests end with an error."""
-        self._backend.call("unload", {"name": name}, type(None))
+        Raises:
+            ConditionNotMet: `require` is not met, the name is frozen, or the version refused real
+                rows or lost an actor while it was warmed up.
+        """
+        arguments = {"name": name, "variant": variant, "require": require, "settings": settings}
+        return self._backend.call("swap", {"artifact": _folder(artifact), **arguments}, str)
+
+    def route(
+        self, name: str, shares: Mapping[str, float], shadow: Mapping[str, float] | None = None
+    ) -> None:
+        """Share out the requests for a name that name no version.
+
+        While a version with less than the largest share fails significantly more often than that
+        one, it is a canary that has died: everything goes back, and the deployment is frozen.
+
+        Args:
+            name: Model name.
+            shares: By version, together 1; a version that is not named gets none, and stays loaded.
+            shadow: A version, and of how many of the requests a copy goes to it: 0 to 1. Its
+                answers are compared, and never returned.
+        """
+        arguments = {"name": name, "shares": dict(shares), "shadow": dict(shadow or {})}
+        self._backend.call("route", arguments, type(None))
+
+    def rollback(self, name: str) -> str:
+        """Go back to the version before the last `swap` or `route`; return it."""
+        return self._backend.call("rollback", {"name": name}, str)
+
+    def freeze(self, name: str, by: str, reason: str) -> None:
+        """Have a deployment stay as it is until somebody unfreezes it, restarts included."""
+        self._backend.call("freeze", {"name": name, "by": by, "reason": reason}, type(None))
+
+    def unfreeze(self, name: str, by: str, reason: str) -> None:
+        """Let a deployment be changed again."""
+        self._backend.call("unfreeze", {"name": name, "by": by, "reason": reason}, type(None))
+
+    def deployments(self) -> list[Deployment]:
+        """Return every name with its versions and their shares."""
+        return self._backend.call("deployments", {}, list[Deployment])
+
+    def unload(self, name: str, version: str = "") -> None:
+        """Stop serving a model, or one version of it; its unanswered requests end with an error."""
+        self._backend.call("unload", {"name": name, "version": version}, type(None))
 
     def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer; blocks the calling thread, not the others.
@@ -250,10 +300,14 @@ class Runtime:
 
 
 def _client() -> Callable[[LraiConfig, str], Backend]:
-    try:
-        (entry,) = entry_points(group="lrai.clients", name="ipc")
-    except ValueError:
-        raise EnvironmentProblem(
-            "no client of a shared runtime is here: install lrai again"
-        ) from None
-    return cast("Callable[[LraiConfig, str], Backend]", entry.load())
+    for entry in entry_points(group="lrai.backends", name="ipc"):
+        return cast("Callable[[LraiConfig, str], Backend]", entry.load())
+    raise EnvironmentProblem("no client of a shared runtime is here: install lrai again")
+
+
+def _folder(artifact: str | Path | Artifact) -> str:
+    if isinstance(artifact, Artifact):
+        return str(artifact.path.absolute())
+    if "://" in str(artifact):
+        raise UsageError(f"{shorten(str(artifact))!r}: a folder is needed; nothing is fetched")
+    return str(Path(artifact).absolute())

@@ -44,7 +44,8 @@ class TensorFrame(msgspec.Struct, frozen=True, array_like=True):
 class Load(msgspec.Struct, frozen=True, tag=True):
     """To an actor: open this variant, and say when it is ready.
 
-    `files` are checked by their hash before the first parse.
+    `files` are checked by their hash before the first parse. `cpus`: the ones to run on, all that
+    the process may use if empty.
     """
 
     folder: str
@@ -55,6 +56,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     threads: int
     files: dict[str, tuple[str, int]]
     signature: Signature
+    cpus: tuple[int, ...] = ()
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from lrai_core.config import (
     available_cpus,
     explain_config,
     load_config,
+    with_settings,
 )
 from lrai_core.errors import EnvironmentProblem, UsageError
 
@@ -203,3 +205,24 @@ def test_the_working_folder_cannot_choose_a_program_to_run() -> None:
 def test_a_heartbeat_slower_than_the_hang_limit_is_refused() -> None:
     with pytest.raises(UsageError, match=r"heartbeat_ms is 3000, at most half"):
         load_config(call={"actor.heartbeat_ms": 3000}, environ={})
+
+
+def test_settings_of_one_model_change_a_copy() -> None:
+    config = load_config(call={"actor.threads": 3}, environ={})
+    changed = with_settings(config, {"actor.replicas": "2"})
+    assert (changed.actor.replicas, changed.actor.threads, config.actor.replicas) == (2, 3, 1)
+    assert with_settings(config, {}) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"actor.replicas": 0}, r"actor\.replicas is 0, at least 1"),
+        ({"actor.replicas": "two"}, r"settings: actor\.replicas is 'two', a value of type int"),
+        ({"scheduler.max_queue_rows": 1}, r"max_queue_rows' is no setting of one model: actor\.re"),
+        ({"actor.replica": 1}, r"'actor\.replica' is no setting of one model"),
+    ],
+)
+def test_settings_of_one_model_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        with_settings(load_config(environ={}), settings)

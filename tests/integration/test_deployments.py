@@ -1,20 +1,46 @@
-"""Versions that are exchanged while requests run: real actors, real signals, a ledger of requests."""
+"""Versions that change while requests run: real actors, real signals, a ledger of requests."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import stat
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import lrai_core as lrai
 from tests.core import small_artifact
-from tests.integration.test_runtime_faults import Load, config
+from tests.integration.test_cli import run
+from tests.integration.test_runtime_faults import Load, config, kill, pid_of, wait_until
 
 pytestmark = pytest.mark.server
 
 ONES = {"x": np.ones((1, 3), np.float32)}
+STRANGE_ACTOR = """
+import os, sys
+from pathlib import Path
+from lrai_core.actor import actor
+from lrai_core.wire.messages import Refused
+
+def die(self, execute, frames):
+    os.kill(os.getpid(), 9)
+
+def refuse(self, execute, frames):
+    self._send(Refused(execute.batch, "out of memory", invalid=False))
+
+how = Path(__file__).with_name("how")
+if how.exists():
+    actor.Actor._execute = {"die": die, "refuse": refuse}[how.read_text()]
+actor.main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +49,31 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
     folder = tmp_path_factory.mktemp("small")
     return {
         times: small_artifact.build(folder / f"times-{times:g}.lrai", factor=times)
-        for times in (2.0, 3.0, 4.0)
+        for times in (2.0, 3.0, 4.0, 5.0)
     }
+
+
+@pytest.fixture
+def strange(tmp_path: Path) -> tuple[str, Callable[[str], None]]:
+    """Return an interpreter, and what makes actors that it starts `die` or `refuse` at work."""
+    (tmp_path / "actor.py").write_text(STRANGE_ACTOR)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} -P {tmp_path}/actor.py "$@"\n')
+    python.chmod(0o700)
+
+    def become(how: str) -> None:
+        (tmp_path / "how").write_text(how)
+
+    return str(python), become
+
+
+def version(path: Path) -> str:
+    return lrai.Artifact.open(path).version
+
+
+def ask(runtime: lrai.Runtime, **more: Any) -> float:
+    given: dict[str, Any] = {"model_name": "m", "inputs": ONES}
+    return float(runtime.infer(lrai.InferenceRequest(**(given | more))).outputs["y"][0, 0])
 
 
 def test_requests_under_way_while_versions_change_are_all_answered(
@@ -34,12 +83,389 @@ def test_requests_under_way_while_versions_change_are_all_answered(
         load = Load(runtime, "m", [ONES], callers=8)
         for times in (3.0, 2.0):
             time.sleep(0.3)
-            version = runtime.swap("m", small[times])
+            swapped = runtime.swap("m", small[times])
             (model,) = runtime.models()
-            assert model.version == version == lrai.Artifact.open(small[times]).version
+            assert model.version == swapped == version(small[times])
             assert runtime.ready() in ("ok", "idle")
         time.sleep(0.3)
         ledger = load.stop()
     assert not ledger.refused
     assert ledger.sent == len(ledger.answered)
     assert {float(outputs["y"][0, 0]) for _, outputs in ledger.answered} == {2.0, 3.0}
+
+
+def test_what_the_old_version_has_accepted_is_answered_by_it(small: dict[float, Path]) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        actor = pid_of(runtime, "m")
+        kill(actor, signal.SIGSTOP)
+        ids = [runtime.submit(lrai.InferenceRequest(model_name="m", inputs=ONES)) for _ in range(9)]
+        swap = threading.Thread(target=runtime.swap, args=("m", small[3.0]))
+        swap.start()
+        wait_until(lambda: len(runtime.models()) == 1 and pid_of(runtime, "m") != actor)
+        assert ask(runtime) == 3.0
+        assert swap.is_alive()
+        kill(actor, signal.SIGCONT)
+        assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {2.0}
+        swap.join(10)
+        wait_until(lambda: not Path(f"/proc/{actor}").exists())
+
+
+@pytest.mark.parametrize("how", ["die", "refuse"])
+def test_a_version_that_fails_its_warm_up_is_not_switched_to(
+    how: str, small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    new = small_artifact.build(tmp_path / "n.lrai", factor=3.0, evaluation=small_artifact.rows(5))
+    python, become = strange
+    with lrai.Runtime.open(
+        small[2.0], name="m", config=config(**{"actor.python": python})
+    ) as runtime:
+        load = Load(runtime, "m", [ONES], callers=2)
+        before = runtime.models()[0].actor_pids
+        become(how)
+        words = {"die": r"(lost an actor|could not be answered)", "refuse": "out of memory"}
+        with pytest.raises(lrai.ConditionNotMet, match=f"warming up m@.*{words[how]}"):
+            runtime.swap("m", new)
+        (model,) = runtime.models()
+        assert (model.version, model.actor_pids) == (version(small[2.0]), before)
+        ledger = load.stop()
+        assert not ledger.refused
+        assert {float(outputs["y"][0, 0]) for _, outputs in ledger.answered} == {2.0}
+
+
+def test_a_version_that_does_not_meet_its_requirements_is_not_switched_to(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    broken = small_artifact.build(tmp_path / "broken.lrai", factor=3.0)
+    model = broken / "variants/int8/model.onnx"
+    model.write_bytes(bytes(model.stat().st_size))
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        with pytest.raises(lrai.ConditionNotMet, match="no certificate"):
+            runtime.swap("m", small[3.0], require={"delta": 0.5})
+        with pytest.raises(lrai.ArtifactError):
+            runtime.swap("m", broken)
+        with pytest.raises(lrai.ModelNotFound):
+            runtime.swap("n", small[3.0])
+        assert [model.version for model in runtime.models()] == [version(small[2.0])]
+        assert ask(runtime) == 2.0
+
+
+def test_of_two_changes_of_a_name_at_once_one_is_refused(small: dict[float, Path]) -> None:
+    refused = list[str]()
+
+    def swap(times: float) -> None:
+        try:
+            runtime.swap("m", small[times])
+        except lrai.UsageError as error:
+            refused.append(str(error))
+
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        threads = [threading.Thread(target=swap, args=(times,)) for times in (3.0, 4.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert refused == ["another change of 'm' is under way"]
+        assert len(runtime.models()) == 1
+        assert ask(runtime) in (3.0, 4.0)
+
+
+def test_a_version_goes_back_to_the_one_before(small: dict[float, Path]) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        with pytest.raises(lrai.ConditionNotMet, match="no version to go back to"):
+            runtime.rollback("m")
+        runtime.swap("m", small[3.0])
+        assert ask(runtime) == 3.0
+        assert runtime.rollback("m") == version(small[2.0])
+        assert ask(runtime) == 2.0
+        (deployment,) = runtime.deployments()
+        assert deployment.shares == {version(small[2.0]): 1.0}
+        assert deployment.previous == version(small[3.0])
+
+
+def test_requests_are_shared_out_as_the_shares_say(small: dict[float, Path]) -> None:
+    two, three = version(small[2.0]), version(small[3.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        with pytest.raises(lrai.UsageError, match=r"loaded already: swap replaces it"):
+            runtime.load(small[3.0], name="m")
+        runtime.load(small[3.0], name="m", share=0.25)
+        assert runtime.deployments()[0].shares == {two: 0.75, three: 0.25}
+        count = 400
+        threes = sum(ask(runtime) == 3.0 for _ in range(count))
+        assert abs(threes - count / 4) < 4 * (count * 0.25 * 0.75) ** 0.5
+        assert ask(runtime, model_version=two) == 2.0
+        assert ask(runtime, model_version=three) == 3.0
+        runtime.route("m", {three: 1})
+        assert {ask(runtime) for _ in range(20)} == {3.0}
+        assert ask(runtime, model_name="", model_version=two) == 2.0
+        assert runtime.rollback("m") == two
+        assert {ask(runtime) for _ in range(20)} == {2.0}
+        with pytest.raises(lrai.UsageError, match="answers for 'm'; route requests to another"):
+            runtime.unload("m", two)
+        runtime.unload("m", three)
+        with pytest.raises(lrai.ModelNotFound, match=f"has version {two}"):
+            ask(runtime, model_version=three)
+
+
+@pytest.mark.parametrize(
+    ("shares", "shadow", "error"),
+    [
+        ({"two": 0.5}, {}, "add up to 1"),
+        ({"two": 1.5}, {}, "from 0 to 1"),
+        ({"two": "all"}, {}, "from 0 to 1"),
+        ({"two": 1.0, "other": 0.0}, {}, "has versions .*, not 'other'"),
+        ({"two": 1.0}, {"other": 0.5}, "not 'other'"),
+    ],
+)
+def test_shares_are_checked(
+    small: dict[float, Path], shares: dict[str, Any], shadow: dict[str, float], error: str
+) -> None:
+    two = version(small[2.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        given = {two if label == "two" else label: share for label, share in shares.items()}
+        with pytest.raises(lrai.LraiError, match=error):
+            runtime.route("m", given, shadow)
+        assert runtime.deployments()[0].shares == {two: 1.0}
+
+
+def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]]
+) -> None:
+    heard, python = list[lrai.Event](), strange[0]
+    three, count = version(small[3.0]), 40
+    runtime = lrai.Runtime(config(**{"actor.python": python}), observers=[heard.append])
+    with runtime:
+        runtime.load(small[2.0], name="m")
+        runtime.load(small[3.0], name="m", share=0)
+        runtime.route("m", {version(small[2.0]): 1}, shadow={three: 1})
+        assert {ask(runtime) for _ in range(count)} == {2.0}
+        wait_until(lambda: runtime.stats().get("shadow_compared") == count)
+        told = [e.attributes for e in heard if e.kind == "shadow_compared"]
+        assert told == [{"version": three, "difference": 1.0}] * count
+        shadow = next(m.actor_pid for m in runtime.models() if m.version == three)
+        assert shadow is not None
+        kill(shadow, signal.SIGSTOP)  # nobody waits for a shadow
+        started = time.monotonic()
+        assert {ask(runtime) for _ in range(600)} == {2.0}  # more than copies may wait
+        assert time.monotonic() - started < 4
+        assert runtime.stats()["outstanding_rows"] <= 512
+        kill(shadow, signal.SIGCONT)
+
+
+def test_a_shadow_that_fails_is_counted_and_harms_nobody(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]]
+) -> None:
+    python, become = strange
+    with lrai.Runtime.open(
+        small[2.0], name="m", config=config(**{"actor.python": python})
+    ) as runtime:
+        become("refuse")
+        runtime.load(small[3.0], name="m", share=0)
+        runtime.route("m", {version(small[2.0]): 1}, shadow={version(small[3.0]): 1})
+        assert {ask(runtime) for _ in range(20)} == {2.0}
+        wait_until(lambda: runtime.stats().get("shadow_failed") == 20)
+        assert runtime.deployments()[0].frozen is None
+
+
+def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    python, become = strange
+    settings = {"actor.python": python, "runtime.state_dir": str(tmp_path / "state")}
+    failed = 0
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
+        become("refuse")
+        runtime.load(small[3.0], name="m", share=0.25)
+        for _ in range(600):
+            try:
+                assert ask(runtime) == 2.0
+            except lrai.ActorError:
+                failed += 1
+        assert 20 <= failed < 40
+        (deployment,) = runtime.deployments()
+        assert deployment.shares == {version(small[2.0]): 1.0, version(small[3.0]): 0.0}
+        assert deployment.frozen is not None
+        assert deployment.frozen.by == "canary guard"
+        assert f"{version(small[3.0])} failed 2" in deployment.frozen.reason
+        with pytest.raises(lrai.ConditionNotMet, match="frozen by canary guard"):
+            runtime.swap("m", small[4.0])
+    with lrai.Runtime(config(**settings)) as runtime:
+        with pytest.raises(lrai.ConditionNotMet, match="frozen by canary guard"):
+            runtime.load(small[4.0], name="m")
+        runtime.unfreeze("m", "ann", "it was the disk")
+    lines = [json.loads(x) for x in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
+    assert [line["change"] for line in lines] == ["load", "load", "canary_failed", "unfreeze"]
+    assert (lines[-1]["by"], lines[-1]["reason"]) == ("ann", "it was the disk")
+
+
+def test_callers_faults_do_not_speak_against_a_canary(small: dict[float, Path]) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.load(small[3.0], name="m", share=0.4)
+        for _ in range(100):
+            with pytest.raises(lrai.InvalidTensor):
+                ask(runtime, inputs={"z": ONES["x"]})
+        assert {ask(runtime) for _ in range(50)} == {2.0, 3.0}
+
+
+def test_a_frozen_deployment_serves_on_and_does_not_change(small: dict[float, Path]) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        with pytest.raises(lrai.UsageError, match="a name and a reason are needed"):
+            runtime.freeze("m", "ann", " ")
+        runtime.freeze("m", "ann", "audit week")
+        changes: list[Callable[[], object]] = [
+            lambda: runtime.swap("m", small[3.0]),
+            lambda: runtime.load(small[3.0], name="m", share=0.5),
+            lambda: runtime.route("m", {version(small[2.0]): 1}),
+            lambda: runtime.rollback("m"),
+            lambda: runtime.unload("m"),
+            lambda: runtime.freeze("m", "bob", "me too"),
+        ]
+        for change in changes:
+            with pytest.raises(lrai.ConditionNotMet, match=r"frozen by ann at 20.*: audit week"):
+                change()
+        assert ask(runtime) == 2.0
+        runtime.unfreeze("m", "ann", "it is over")
+        with pytest.raises(lrai.UsageError, match="no model 'm' is frozen"):
+            runtime.unfreeze("m", "ann", "it is over")
+        runtime.swap("m", small[3.0])
+        assert ask(runtime) == 3.0
+
+
+@pytest.fixture
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Return the folder of a daemon, which is stopped in the end."""
+    parent = tmp_path_factory.mktemp("s")
+    monkeypatch.setenv("LRAI_RUNTIME_SOCKET_DIR", str(parent))
+    monkeypatch.setenv("LRAI_ACTOR_THREADS", "1")
+    folder = parent / f"lrai-{os.geteuid()}"
+    yield folder
+    run("runtime", "stop", code=0)
+
+
+def daemon_of(runtime: lrai.Runtime) -> int:
+    status = Path(f"/proc/{runtime.models()[0].actor_pid}/stat").read_text()
+    return int(status.rpartition(")")[2].split()[1])
+
+
+def test_what_a_killed_daemon_served_the_next_one_serves_and_keeps_frozen(
+    folder: Path, small: dict[float, Path]
+) -> None:
+    two, three = version(small[2.0]), version(small[3.0])
+    with lrai.Runtime.open(small[4.0], address="auto", name="m") as runtime:
+        runtime.swap("m", small[2.0])
+        runtime.load(small[3.0], name="m", share=0.5)
+        runtime.route("m", {two: 0.75, three: 0.25}, shadow={three: 0.5})
+        runtime.freeze("m", "ann", "audit week")
+        before = runtime.deployments()
+        pids = {model.actor_pid for model in runtime.models()}
+        kill(daemon_of(runtime))
+        assert {ask(runtime) for _ in range(60)} == {2.0, 3.0}
+        assert runtime.deployments() == before
+        assert before[0].previous == version(small[4.0])
+        assert not pids & {model.actor_pid for model in runtime.models()}
+        assert stat.S_IMODE((folder / "deployments.json").stat().st_mode) == 0o600
+        assert stat.S_IMODE((folder / "audit.jsonl").stat().st_mode) == 0o600
+    run("runtime", "stop", code=0)
+    run("runtime", "start", code=0)
+    with lrai.Runtime(address="auto") as runtime:
+        assert runtime.models() == []
+        assert "frozen by ann" in run("runtime", "load", small[4.0], "--name", "m", code=3)
+        assert runtime.load(small[2.0], name="m") == "m"  # as it was when it was frozen
+        assert "by ann: audit week" in run("runtime", "deployments", code=0)
+        run("unfreeze", "m", "--by", "bob", "--reason", "it is over", code=0)
+        run("freeze", "m", "--by", "bob", "--reason", "it is not", code=0)
+        run("runtime", "swap", "m", small[3.0], code=3)
+        run("runtime", "unfreeze", "m", "--by", "bob", "--reason", "it is now", code=0)
+        assert three in run("runtime", "swap", "m", small[3.0], code=0)
+        assert two in run("runtime", "rollback", "m", code=0)
+        run("runtime", "load", small[3.0], "--name", "m", "--share", "0", code=0)
+        run("runtime", "route", "m", f"{two}=0.5", f"{three}=.5", "--shadow", f"{two}=1", code=0)
+        run("runtime", "route", "m", two, code=2)
+        assert runtime.deployments()[0].shares == {two: 0.5, three: 0.5}
+        run("runtime", "unload", "m", "--version", two, code=0)
+        assert runtime.deployments()[0].shares == {three: 1.0}
+    lines = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+    changes = [line["change"] for line in lines]
+    assert changes[:6] == ["load", "swap", "load", "route", "freeze", "restore"]
+    assert changes[6:12] == ["load", "unfreeze", "freeze", "unfreeze", "swap", "rollback"]
+    assert all(line["when"].endswith("+00:00") and line["by"] for line in lines)
+
+
+def test_what_was_used_longest_ago_makes_room(small: dict[float, Path]) -> None:
+    with lrai.Runtime.open(small[2.0], config=config()) as runtime:
+        one = pss_mib(pid_of(runtime, "small"))
+    budget = round(one * 2.6)
+    with lrai.Runtime(config(**{"runtime.memory_mib": budget})) as runtime:
+        for name, times in (("a", 2.0), ("b", 3.0)):
+            runtime.load(small[times], name=name)
+        ask(runtime, model_name="a")
+        runtime.load(small[4.0], name="c")
+        assert {model.name for model in runtime.models()} == {"a", "c"}
+        actor = pid_of(runtime, "a")
+        kill(actor, signal.SIGSTOP)
+        identity = runtime.submit(lrai.InferenceRequest(model_name="a", inputs=ONES))
+        runtime.freeze("c", "ann", "it is needed")
+        with pytest.raises(lrai.MemoryBudgetExceeded, match=rf"needs .* MiB.* is {budget}") as full:
+            runtime.load(small[5.0], name="d")
+        assert full.value.http_status == 507
+        runtime.unfreeze("c", "ann", "not any more")
+        runtime.load(small[5.0], name="d")  # in place of c: a was used before, but is at work
+        kill(actor, signal.SIGCONT)
+        assert runtime.result(identity).outputs["y"][0, 0] == 2.0
+        assert {model.name for model in runtime.models()} == {"a", "d"}
+        assert [deployment.name for deployment in runtime.deployments()] == ["a", "d"]
+
+
+def pss_mib(pid: int) -> float:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(text.partition("\nPss:")[2].split()[0]) / 1024
+
+
+def test_artifacts_come_from_the_folders_that_are_allowed(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    there = small_artifact.build(inside / "m.lrai")
+    (inside / "link.lrai").symlink_to(small[3.0])
+    (inside / "folder").symlink_to(small[3.0].parent)
+    roots = {"runtime.model_roots": f"/nowhere:{inside}"}
+    with lrai.Runtime.open(there, name="m", config=config(**roots)) as runtime:
+        for path in (
+            small[3.0],
+            inside / "link.lrai",
+            inside / "folder" / small[3.0].name,
+            inside / ".." / ".." / small[3.0].parent.name / small[3.0].name,
+            Path(f"{inside}-beside"),
+        ):
+            with pytest.raises(lrai.ConditionNotMet, match=r"runtime\.model_roots"):
+                runtime.load(path, name="n")
+            with pytest.raises(lrai.ConditionNotMet, match=r"runtime\.model_roots"):
+                runtime.swap("m", path)
+        for url in ("http://127.0.0.1:1/m.lrai", "file:///etc", "s3://bucket/m.lrai"):
+            with pytest.raises(lrai.UsageError, match="nothing is fetched"):
+                runtime.load(url)
+        assert ask(runtime) == 2.0
+
+
+def test_replicas_share_the_requests_and_the_cpus(small: dict[float, Path]) -> None:
+    settings = {"actor.restart_limit": 1, "actor.restart_window_seconds": 60}
+    with lrai.Runtime(config(**settings)) as runtime:
+        runtime.load(small[2.0], name="m", settings={"actor.replicas": 2})
+        (model,) = runtime.models()
+        assert len(set(model.actor_pids)) == 2
+        if len(os.sched_getaffinity(0)) > 1:
+            first, second = (os.sched_getaffinity(pid) for pid in model.actor_pids)
+            assert first
+            assert second
+            assert not first & second
+        for lost in (1, 2):  # the second time it is given up
+            kill(runtime.models()[0].actor_pids[0])
+            wait_until(lambda lost=lost: runtime.stats().get("actor_lost", 0) == lost)  # type: ignore[misc]
+            assert ask(runtime) == 2.0
+            wait_until(lambda lost=lost: len(runtime.models()[0].actor_pids) == 2 or lost == 2)  # type: ignore[misc]
+        wait_until(lambda: runtime.stats().get("model_failed") == 1)
+        assert len(runtime.models()[0].actor_pids) == 1
+        assert {ask(runtime) for _ in range(20)} == {2.0}
+        assert runtime.ready() in ("ok", "idle")

@@ -345,8 +345,8 @@ def test_short_calls_get_one_thread_and_long_ones_their_share(
 ) -> None:
     monkeypatch.setattr("lrai_core.runtime.embedded.available_cpus", lambda: 8)
     with lrai.Runtime.open(classifier_fp32) as runtime:
-        assert embedded(runtime)._threads(classifier_fp32.manifest.variant("fp32"), "m") == 1
-        assert embedded(runtime)._threads(minilm_fp32.manifest.variant("fp32"), "m") == 4
+        assert embedded(runtime)._threads(classifier_fp32.manifest.variant("fp32"), "m", 1) == 1
+        assert embedded(runtime)._threads(minilm_fp32.manifest.variant("fp32"), "m", 1) == 4
 
 
 def embedded(runtime: lrai.Runtime) -> Embedded:

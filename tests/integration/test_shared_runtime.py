@@ -272,7 +272,7 @@ def test_a_daemon_ends_by_itself_after_its_last_client(
         actor = pid_of(runtime, "classifier")
         time.sleep(2)  # at rest, and yet there
         assert pid_of(runtime, "classifier") == actor
-        assert (folder / "loaded.json").is_file()
+        assert (folder / "deployments.json").is_file()
     wait_until(lambda: not daemons(folder), 5)
     assert_gone(folder, actor)
 
@@ -301,9 +301,9 @@ def test_who_comes_while_an_idle_daemon_ends_is_served_by_the_next_one(
 
 
 def assert_gone(folder: Path, actor: int) -> None:
-    """Nothing is left but a lock that nobody holds, and a log without complaints."""
+    """Nothing is left but a lock that nobody holds, a log without complaints, and the audit."""
     wait_until(lambda: not is_running(folder), 5)
-    assert {path.name for path in folder.iterdir()} == {"lock", "log"}
+    assert {path.name for path in folder.iterdir()} == {"lock", "log", "audit.jsonl"}
     assert (folder / "log").read_text() == ""
     assert list(folder.parent.iterdir()) == [folder]
     assert not Path(f"/proc/{actor}").exists()
@@ -567,16 +567,19 @@ def test_what_a_killed_daemon_had_loaded_the_next_one_loads_and_no_more(
         kill(daemon)
         assert runtime.infer(request(model_name="a")).model_name == "a"
         assert {model.name for model in runtime.models()} == {"a", "c"}
-        content = json.loads((folder / "loaded.json").read_text())
-        assert set(content) == {"a", "c"}
+        content = json.loads((folder / "deployments.json").read_text())
+        assert set(content["deployments"]) == {"a", "c"}
 
 
 def test_a_record_that_cannot_be_read_keeps_no_daemon_from_starting(
     folder: Path, classifier_fp32: lrai.Artifact
 ) -> None:
     folder.mkdir(mode=0o700)
-    for content in ("{", '{"a": 1}', '{"a": {"artefact": "x"}}', '{"a": {"artifact": "/absent"}}'):
-        (folder / "loaded.json").write_text(content)
+    how = '{"variant": "", "require": null, "settings": null, "artifact": "/absent"}'
+    absent = f'{{"a": {{"versions": {{"1": {how}}}, "shares": {{"1": 1}}}}}}'
+    kept = [f'{{"stopped": false, "deployments": {a}}}' for a in ('{"a": 1}', absent)]
+    for content in ("{", '{"a": 1}', *kept):
+        (folder / "deployments.json").write_text(content)
         with lrai.Runtime(address="auto") as runtime:
             assert runtime.models() == []
             (daemon,) = daemons(folder)
@@ -639,7 +642,7 @@ def test_an_operation_that_comes_while_the_daemon_ends_harms_nobody() -> None:
 def test_the_command_line_starts_shows_and_stops_the_runtime(
     folder: Path, classifier_fp32: lrai.Artifact
 ) -> None:
-    assert "More commands: runtime" in run("--help", code=0)
+    assert "More commands: freeze, runtime, unfreeze" in run("--help", code=0)
     for command in (("status",), ("stop",), ("drain",), ("unload", "m")):
         assert "lrai runtime start starts one" in run("runtime", *command, code=5)
     assert "was started" in run("runtime", "start", code=0)

@@ -1,0 +1,344 @@
+"""Names, their versions and the share of each: what may change about who serves, and how.
+
+Every change is written to disk before it is made, and made at once: a request sees the deployment
+as it was or as it will be. Whatever fails on the way leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+import lrai_core as lrai
+from lrai_core.actor.pool import Pool
+from lrai_core.config import ActorConfig, with_settings
+from lrai_core.events import EventBus, Observer
+from lrai_core.runtime.embedded import Deployment, Embedded, Ended, Freeze, Version
+from lrai_core.scheduler.scheduler import Pending
+from lrai_deployments.routing import Route
+from lrai_deployments.state import How, Record, Store, now
+from lrai_deployments.warmup import warm_up
+
+_SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
+_ROUNDING: Final = 1e-6
+
+
+class Deployments(Embedded):
+    """An embedded runtime whose names have versions; thread-safe."""
+
+    def __init__(
+        self,
+        config: lrai.LraiConfig,
+        observers: Sequence[Observer] = (),
+        *,
+        pool: Callable[[Path, ActorConfig, EventBus], Pool] = Pool,
+    ) -> None:
+        """Start as `Embedded` does; of what was kept, take over what is frozen."""
+        self._store = Store(config.runtime.state_dir)
+        self._kept, self._stopped = self._store.read()
+        self._records = {name: record for name, record in self._kept.items() if record.frozen}
+        self._routes: dict[str, Route] = {}
+        self.random = Random()
+        self._room = threading.Lock()  # one version starts at a time, so that room can be counted
+        self._worker = ThreadPoolExecutor(1, "lrai-deployments")
+        super().__init__(config, observers, pool=pool)
+
+    def restore(self) -> None:
+        """Serve again what was served when the runtime before this one was killed."""
+        for name, kept in {} if self._stopped else self._kept.items():
+            record = kept
+            for label, how in kept.versions.items():
+                try:
+                    with self._started(name, self.open(how.artifact), how, label):
+                        pass
+                except (lrai.LraiError, TypeError) as error:  # whoever needs it is told, too
+                    self.events.emit("deployment_changed", name, change="lost", reason=str(error))
+                    record = record.without(label)
+            if record.versions or not record.frozen:
+                self._commit(name, record, "restore")
+
+    def load(
+        self,
+        artifact: str,
+        *,
+        name: str = "",
+        variant: str = "",
+        require: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        shared: bool = False,
+        share: float | None = None,
+    ) -> str:
+        """See `Runtime.load` and `Embedded.load`."""
+        opened = self.open(artifact)
+        name = name or opened.manifest.name
+        with self.changing(name, wait=shared):
+            served = self._served(name)
+            for known in served if shared else ():
+                if self.is_served(known, opened, variant, require):
+                    if require:  # whoever serves it next has to keep to it too
+                        record = self._records[name].requiring(known.version, require)
+                        self._commit(name, record, "require")
+                    return name
+            record = self._records.get(name, Record())
+            if record.frozen and not served and opened.version in record.versions:
+                record = Record(frozen=record.frozen)  # it serves again what it served
+            else:
+                record = self._free(name)
+            if served and share is None:
+                raise lrai.UsageError(
+                    f"a model {name[:120]!r} is loaded already: swap replaces it, "
+                    "and with a share another version serves beside it"
+                )
+            part = _shares({"share": share})["share"] if served else 1.0
+            how = How(variant, require, settings)
+            with self._started(name, opened, how) as (new, loaded):
+                if served:
+                    warm_up(self, new)
+                self._commit(name, record.beside(loaded, part), "load")
+        return name
+
+    def swap(
+        self,
+        name: str,
+        artifact: str,
+        *,
+        variant: str = "",
+        require: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> str:
+        """See `Runtime.swap`."""
+        with self._changed(name) as (name, record):
+            return self._swap(name, record, artifact, How(variant, require, settings), "swap")
+
+    def rollback(self, name: str) -> str:
+        """See `Runtime.rollback`."""
+        with self._changed(name) as (name, record):
+            if (how := record.previous) is None:
+                raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
+            if how in record.versions.values():  # it is still loaded
+                self._commit(name, record.shared_out({how.version: 1.0}, {}), "rollback")
+                return how.version
+            return self._swap(name, record, how.artifact, how, "rollback")
+
+    def route(
+        self, name: str, shares: Mapping[str, float], shadow: Mapping[str, float] | None = None
+    ) -> None:
+        """See `Runtime.route`."""
+        given, copies = _shares(shares), _shares(shadow or {})
+        with self._changed(name) as (name, record):
+            for label in (given | copies).keys() - record.versions.keys():
+                known = ", ".join(record.versions)
+                raise lrai.ModelNotFound(f"{name!r} has versions {known}, not {label[:40]!r}")
+            if abs(sum(given.values()) - 1) > _ROUNDING or len(copies) > 1:
+                raise lrai.UsageError("shares that add up to 1, and at most one shadow, are needed")
+            self._commit(name, record.shared_out(given, copies), "route")
+
+    def freeze(self, name: str, by: str, reason: str) -> None:
+        """See `Runtime.freeze`."""
+        with self._changed(name, wait=True) as (name, record):
+            self._commit(name, replace(record, frozen=_freeze(by, reason)), "freeze", by, reason)
+
+    def unfreeze(self, name: str, by: str, reason: str) -> None:
+        """See `Runtime.unfreeze`."""
+        _freeze(by, reason)
+        with self.changing(name, wait=True):
+            record = self._records.get(name, Record())
+            if record.frozen is None:
+                raise lrai.UsageError(f"no model {name[:120]!r} is frozen")
+            there = replace(record, frozen=None) if self._served(name) else Record()
+            self._commit(name, there, "unfreeze", by, reason)
+
+    def deployments(self) -> list[Deployment]:
+        """See `Runtime.deployments`."""
+        return [
+            Deployment(name, r.shares, r.shadow, r.previous.version if r.previous else "", r.frozen)
+            for name, r in self._records.items()
+        ]
+
+    def unload(self, name: str, version: str = "") -> None:
+        """See `Runtime.unload`."""
+        with self._changed(name) as (name, record):
+            gone = [self.find(name, version)] if version else self._served(name)
+            left = record.without(*(one.version for one in gone))
+            if not left.serves:
+                raise lrai.UsageError(
+                    f"version {version} answers for {name!r}; route requests to another one first"
+                )
+            self._commit(name, left, "unload")
+            for one in gone:
+                self.remove(one, drain=False)
+
+    def accept(
+        self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
+    ) -> Pending:
+        """See `Embedded.accept`."""
+        if version is None and self._routes and not request.model_version:
+            route = self._routes.get(request.model_name or self.find("").name)
+            if route is not None:
+                return route.accept(request, done)
+        return super().accept(request, done, version)
+
+    def close(self) -> None:
+        """See `Runtime.close`. What is loaded is forgotten, what is frozen is not."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        if self.scheduler.alive:  # else whoever comes next serves on
+            frozen = {name: record for name, record in self._records.items() if record.frozen}
+            with contextlib.suppress(lrai.LraiError):
+                self._store.write(frozen, stopped=True)
+        super().close()
+        self._worker.shutdown(cancel_futures=True)
+        self._store.close()
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run a function soon, in a thread that no request waits for."""
+        with contextlib.suppress(RuntimeError):  # it is closing
+            self._worker.submit(function, *arguments)
+
+    def give_up(self, route: Route, version: Version, why: str) -> None:
+        """Take all requests from a canary, and have it stay so."""
+        name = version.name
+        if self._routes.get(name) is route:
+            del self._routes[name]  # at once; the rest may have to wait
+        with contextlib.suppress(lrai.LraiError), self._changed(name, wait=True) as (_, record):
+            if record.shares.get(version.version):
+                by, back = "canary guard", record.shared_out({record.stable: 1.0}, {})
+                self._commit(name, replace(back, frozen=_freeze(by, why)), "canary_failed", by, why)
+
+    def _swap(self, name: str, record: Record, artifact: str, how: How, change: str) -> str:
+        old = self._served(name)
+        with self._started(name, self.open(artifact), how) as (new, loaded):
+            warm_up(self, new)
+            previous = record.versions[record.stable]
+            self._commit(name, replace(Record().beside(loaded, 1.0), previous=previous), change)
+        for version in old:
+            self.remove(version)
+        return new.version
+
+    @contextlib.contextmanager
+    def _changed(self, name: str, *, wait: bool = False) -> Iterator[tuple[str, Record]]:
+        """Hold a name that is loaded and may be changed; yield it and its record."""
+        name = self.find(name).name
+        with self.changing(name, wait=wait):
+            yield name, self._free(name)
+
+    @contextlib.contextmanager
+    def _started(
+        self, name: str, artifact: lrai.Artifact, how: How, label: str = ""
+    ) -> Iterator[tuple[Version, How]]:
+        """Yield a version that runs, and how it was loaded; end it if the block fails."""
+        variant = artifact.manifest.variant(how.variant or artifact.manifest.chosen)
+        actors = with_settings(self.config, how.settings or {}).actor.replicas
+        size = sum(entry.size_bytes for entry in artifact.files_of(variant).values())
+        with self._room:
+            self._make_room(name, actors * size)
+            new = self.add(artifact, name, how.variant, how.require, how.settings, label)
+            self.show(new, current=False)
+        try:
+            with self._room:
+                self._make_room(name, 0)  # now that it is known what it takes
+            yield new, replace(how, version=new.version, artifact=str(artifact.path.absolute()))
+        except BaseException:
+            self.remove(new, drain=False)
+            raise
+
+    def _make_room(self, name: str, needed: int) -> None:
+        """Unload what was not used for longest, as far as a new version of a name needs it."""
+        budget = self.config.runtime.memory_mib << 20
+        while budget:
+            used = sum(memory_bytes(self.pids(v)) for v in list(self.versions.values()))
+            if used + needed <= budget:
+                return
+            others = [version for version in self.versions.values() if version.name != name]
+            if not any(map(self._evict, sorted(others, key=lambda version: version.used_at))):
+                raise lrai.MemoryBudgetExceeded(
+                    f"{name!r} needs {needed >> 20} MiB beside {used >> 20} MiB of models that are "
+                    f"at work, frozen or needed; runtime.memory_mib is {budget >> 20}"
+                )
+
+    def _evict(self, version: Version) -> bool:
+        """Unload a version if nobody needs it now; return whether it is gone."""
+        name = version.name
+        with contextlib.suppress(lrai.LraiError), self._changed(name) as (_, record):
+            left = record.without(version.version)
+            if left.serves and version.retire(idle=True):
+                self._commit(name, left, "unload", reason="runtime.memory_mib")
+                self.remove(version)
+                return True
+        return False  # it is at work, being changed, or frozen
+
+    def _served(self, name: str) -> list[Version]:
+        return [version for (known, _), version in list(self.versions.items()) if known == name]
+
+    def _free(self, name: str) -> Record:
+        """Return the record of a name, empty where there is none.
+
+        Raises:
+            ConditionNotMet: It is frozen.
+        """
+        record = self._records.get(name, Record())
+        if frozen := record.frozen:
+            raise lrai.ConditionNotMet(
+                f"model {name!r} was frozen by {frozen.by} at {frozen.since}: {frozen.reason}"
+            )
+        return record
+
+    def _commit(
+        self, name: str, record: Record, change: str, by: str = "", reason: str = ""
+    ) -> None:
+        """Write a change down, make it, and tell of it."""
+        by = by or pwd.getpwuid(os.geteuid()).pw_name
+        with self._store.lock:
+            records = {**self._records, name: record}
+            if not record.versions:
+                del records[name]
+            self._store.note(change=change, model=name, by=by, reason=reason, shares=record.shares)
+            self._store.write(records)
+            self._records = records
+            self._apply(name, record)
+        self.events.emit("deployment_changed", name, change=change, by=by, reason=reason)
+
+    def _apply(self, name: str, record: Record) -> None:
+        """Have requests go where the record says."""
+        there = self._served(name)
+        shares = {v: share for v in there if (share := record.shares.get(v.version))}
+        shadow = {v: share for v in there if (share := record.shadow.get(v.version))}
+        if shares:
+            self.current[name] = max(shares, key=shares.__getitem__)
+        if shares and (len(shares) > 1 or shadow):
+            self._routes[name] = Route(self, shares, shadow)
+        else:
+            self._routes.pop(name, None)
+
+
+def memory_bytes(pids: Sequence[int]) -> int:
+    """Return the memory of processes, what they share with others in proportion."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has just ended
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+            total += int(text.partition("\nPss:")[2].split()[0]) << 10
+    return total
+
+
+def _shares(given: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return msgspec.convert(dict(given), _SHARES)
+    except msgspec.ValidationError as error:
+        raise lrai.UsageError(f"a share is a number from 0 to 1: {error}") from None
+
+
+def _freeze(by: str, reason: str) -> Freeze:
+    if not by.strip() or not reason.strip():
+        raise lrai.UsageError("a name and a reason are needed")
+    return Freeze(by, reason, now())

@@ -1,0 +1,154 @@
+"""What outlives a runtime: who serves under which name, what is frozen, and who changed what."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from lrai_core import EnvironmentProblem
+from lrai_core.artifact import disk_errors
+from lrai_core.runtime.embedded import Freeze
+from lrai_deployments.traffic import replaced
+
+
+class How(msgspec.Struct, frozen=True):
+    """How a version was loaded, so that it can be loaded again."""
+
+    variant: str
+    require: Mapping[str, Any] | None
+    settings: Mapping[str, Any] | None
+    version: str = ""  # once it is loaded, and where from
+    artifact: str = ""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What is kept of a name. `shares` has every version, those without a share too."""
+
+    versions: dict[str, How] = {}
+    shares: dict[str, float] = {}
+    shadow: dict[str, float] = {}
+    previous: How | None = None
+    frozen: Freeze | None = None
+
+    @property
+    def stable(self) -> str:
+        """Return the version with the largest share."""
+        return max(self.shares, key=self.shares.__getitem__)
+
+    @property
+    def serves(self) -> bool:
+        """Return whether somebody answers, unless nobody is there at all."""
+        return any(self.shares.values()) or not self.versions
+
+    def beside(self, how: How, share: float) -> Record:
+        """Return the record with another version, whose share the others give up in proportion."""
+        shares = {label: own * (1 - share) for label, own in self.shares.items()}
+        versions = self.versions | {how.version: how}
+        return replace(self, versions=versions, shares=shares | {how.version: share})
+
+    def without(self, *labels: str) -> Record:
+        """Return the record without versions, whose shares the others take in proportion."""
+        left = {known: share for known, share in self.shares.items() if known not in labels}
+        total = sum(left.values()) or 1.0
+        return replace(
+            self,
+            versions={known: self.versions[known] for known in left},
+            shares={known: share / total for known, share in left.items()},
+            shadow={known: share for known, share in self.shadow.items() if known in left},
+        )
+
+    def shared_out(self, shares: dict[str, float], shadow: dict[str, float]) -> Record:
+        """Return the record with these shares; another stable version is one to go back from."""
+        new = replace(self, shares=dict.fromkeys(self.versions, 0.0) | shares, shadow=shadow)
+        if new.stable == self.stable:
+            return new
+        return replace(new, previous=self.versions[self.stable])
+
+    def requiring(self, label: str, require: Mapping[str, Any]) -> Record:
+        """Return the record with a version that has to meet this when it is loaded again."""
+        how = replace(self.versions[label], require=require)
+        return replace(self, versions=self.versions | {label: how})
+
+
+class _File(msgspec.Struct, frozen=True):
+    stopped: bool  # nothing was left loaded
+    deployments: dict[str, Record]
+
+
+class Store:
+    """`deployments.json` and `audit.jsonl` in a folder; without a folder nothing is kept."""
+
+    def __init__(self, folder: str) -> None:
+        """Take the folder, which serves one runtime at a time.
+
+        Raises:
+            EnvironmentProblem: Another one has it, or it cannot be written.
+        """
+        self.lock = threading.Lock()  # held while what is written changes
+        self._folder = Path(folder) if folder else None
+        if self._folder is None:
+            return
+        with disk_errors(self._folder):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+            self._audit = os.open(self._folder / "audit.jsonl", flags, 0o600)
+        try:
+            fcntl.flock(self._audit, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._audit)
+            why = "another runtime keeps its state there; set runtime.state_dir to another folder"
+            raise EnvironmentProblem(f"{folder}: {why}") from None
+
+    def read(self) -> tuple[dict[str, Record], bool]:
+        """Return what was kept, and whether the runtime that kept it came to its end."""
+        if self._folder is None:
+            return {}, True
+        path = self._folder / "deployments.json"
+        try:
+            kept = msgspec.json.decode(path.read_bytes(), type=_File)
+        except FileNotFoundError:
+            return {}, True
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            aside = path.replace(path.with_suffix(".corrupt"))
+            logging.getLogger(__name__).warning(
+                "%s cannot be read (%s): starting without it, it is kept as %s", path, error, aside
+            )
+            return {}, True
+        return kept.deployments, kept.stopped
+
+    def write(self, deployments: dict[str, Record], *, stopped: bool = False) -> None:
+        """Keep this in place of what was kept, whole or not at all."""
+        if self._folder is None:
+            return
+        path = self._folder / "deployments.json"
+        with disk_errors(path):
+            if not deployments:
+                path.unlink(missing_ok=True)
+                return
+            with replaced(path) as stream:
+                stream.write(msgspec.json.encode(_File(stopped, deployments)))
+
+    def note(self, **line: Any) -> None:
+        """Append a line about a change."""
+        if self._folder is not None:
+            with disk_errors(self._folder):
+                os.write(self._audit, msgspec.json.encode({"when": now()} | line) + b"\n")
+
+    def close(self) -> None:
+        """Leave the folder to the next one."""
+        if self._folder is not None:
+            os.close(self._audit)
+
+
+def now() -> str:
+    """Return the time, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
