@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -33,6 +32,11 @@ class _Section:
             value, least = getattr(self, item.name), item.metadata.get("least")
             if least is not None and not value >= least:
                 raise ValueError(f"{section}.{item.name} is {value}, at least {least} is needed")
+            allowed = typing.get_args(typing.get_type_hints(type(self))[item.name])
+            if allowed and value not in allowed:
+                raise ValueError(
+                    f"{section}.{item.name} is {value!r}, allowed: {', '.join(allowed)}"
+                )
 
 
 def _least(least: float, default: Any) -> Any:
@@ -48,6 +52,8 @@ class SchedulerConfig(_Section):
     max_batch_rows: int = _least(1, 64)
     max_batch_elements: int = _least(0, 0)  # padded rows x length; 0: what the gate measured with
     default_timeout_ms: float = _least(1, 60_000)
+    latency_slo_ms: float = _least(0, 0)  # for who names no time; 0: as soon as can be, for all
+    deterministic: bool = False  # each answer is bit for bit what the request alone gives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +62,7 @@ class ActorConfig(_Section):
 
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
     threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask
+    isolation: Literal["process", "inline"] = "process"  # inline: a crash of it is the runtime's
     replicas: int = _least(1, 1)  # actors of a model; weights are shared inside each only
     heartbeat_ms: int = _least(1, 200)
     hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)
@@ -76,13 +83,16 @@ class ActorConfig(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig(_Section):
-    """Where a runtime keeps what changes, how long it drains, and what it may load."""
+    """Where a runtime is, where it keeps what changes, how long it drains, what it may load."""
 
+    address: str = "embedded"  # or auto, or the folder of a daemon; its variable is LRAI_RUNTIME
     socket_dir: str = ""  # parent of the 0700 folder of sockets; empty: the temporary folder
     state_dir: str = ""  # of freezes and audit; empty: a daemon's own folder, nowhere if embedded
     drain_seconds: float = _least(0, 30.0)
     memory_mib: int = _least(0, 0)  # of all actors; 0: no limit
     model_roots: str = ""  # folders that artifacts may lie in, with : between; empty: anywhere
+    capture_rows: int = _least(0, 0)  # of real requests, kept in state_dir to tune on; 0: none
+    capture_ttl_hours: float = _least(0.01, 24.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +102,6 @@ class LimitsConfig(_Section):
     request_bytes: int = _least(1, 64 << 20)
     request_rows: int = _least(1, 4096)
     nan_policy: Literal["pass", "reject"] = "pass"
-
-    def __post_init__(self) -> None:
-        """Check the bounds and the policy."""
-        _Section.__post_init__(self)
-        if self.nan_policy not in ("pass", "reject"):
-            raise ValueError(f"limits.nan_policy is {self.nan_policy!r}, allowed: pass, reject")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +122,15 @@ _KINDS: Final = {  # dotted key to type, in the order of the tree
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+_OWN: Final = {
+    "actor": ("isolation", "replicas", "threads"),
+    "runtime": ("capture_rows", "capture_ttl_hours"),
+    "scheduler": ("deterministic", "latency_slo_ms", "max_batch_elements", "max_batch_rows"),
+}
+OWN_SETTINGS: Final = {f"{section}.{name}" for section, names in _OWN.items() for name in names}
+
+
+class Setting(NamedTuple):
     """One value with where it came from."""
 
     key: str
@@ -173,23 +184,15 @@ def with_settings(config: LraiConfig, settings: Mapping[str, Any]) -> LraiConfig
     Raises:
         UsageError: As `explain_config`, or one that is not a model's own.
     """
-    own = {"actor.replicas", "actor.threads"}  # the others are of all models together
-    if others := settings.keys() - own:
-        known = " and ".join(sorted(own))
+    if others := settings.keys() - OWN_SETTINGS:
+        known = ", ".join(sorted(OWN_SETTINGS))
         raise UsageError(f"{shorten(min(others))!r} is no setting of one model: {known} are")
     return _build(_settings(config, [("settings", settings)]))
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use: its affinity mask where the system has one."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def actor_python(config: ActorConfig) -> str:
-    """Return the interpreter that runs actors."""
-    return config.python or sys.executable
+    """Return how many CPUs this process may use, by its affinity mask."""
+    return len(os.sched_getaffinity(0))
 
 
 def _settings(base: LraiConfig, layers: list[tuple[str, Mapping[str, Any]]]) -> list[Setting]:
@@ -246,14 +249,14 @@ def _from_file(file: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
 def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
     variables = {_variable(key): key for key in _KINDS}
     sections = tuple(f"{_variable(section)}_" for section in _SECTIONS)
-    named = {name for name in environ if name.startswith(sections)}
+    named = {name for name in environ if name.startswith(sections) or name in variables}
     if unknown := named - variables.keys():
         raise UsageError(f"environment: {shorten(min(unknown))} is no setting of LRAI")
     return {variables[name]: environ[name] for name in named}
 
 
 def _variable(key: str) -> str:
-    return "LRAI_" + key.replace(".", "_").upper()
+    return "LRAI_" + key.removesuffix(".address").replace(".", "_").upper()
 
 
 def _convert(key: str, raw: Any, origin: str) -> Any:

@@ -29,6 +29,7 @@ Kind = Literal[
     "variant_refused",
     "planner_failed",
     "speed_changed",
+    "limit_unreachable",
     "deployment_changed",
     "shadow_compared",
     "shadow_failed",

@@ -195,14 +195,9 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
     rows, length = _extents(arrays, signature.inputs)
     if rows > limits.request_rows:
         raise RequestError(f"{rows} rows, at most {limits.request_rows} are allowed in one request")
-    return ValidRequest(
-        arrays=tuple(arrays),
-        rows=rows,
-        length=length,
-        outputs=_outputs(request.outputs, signature),
-        group=_group(arrays, signature) if signature.coalescible else (object(),),
-        nbytes=nbytes,
-    )
+    outputs = _outputs(request.outputs, signature)
+    group = _group(arrays, signature) if signature.coalescible else (object(),)
+    return ValidRequest(tuple(arrays), rows, length, outputs, group, nbytes)
 
 
 def encode_bytes(array: Array) -> bytes:
@@ -275,9 +270,8 @@ def _array(given: Array | Tensor, spec: TensorSpec, room_bytes: int) -> Array:
 def _decode(tensor: Tensor, spec: TensorSpec, room_bytes: int) -> Array:
     shape, dtype = tensor.shape, DATATYPES[spec.datatype]
     if tensor.datatype != spec.datatype:
-        raise ValueError(
-            f"datatype {shorten(tensor.datatype, 20)}, the model takes {spec.datatype}"
-        )
+        got = shorten(tensor.datatype, 20)
+        raise ValueError(f"datatype {got}, the model takes {spec.datatype}")
     if len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"{len(shape)} dimensions, at most {_MAX_DIMENSIONS} are allowed")
     for axis, extent in enumerate(shape):
@@ -303,9 +297,8 @@ def _check_shape(
     shape: tuple[int, ...], spec: TensorSpec, extents: dict[str, tuple[int, str]]
 ) -> None:
     if len(shape) != len(spec.shape):
-        raise ValueError(
-            f"shape {list(shape)} has {len(shape)} dimensions, {_shape(spec)} is needed"
-        )
+        need = f"{len(shape)} dimensions, {_shape(spec)} is needed"
+        raise ValueError(f"shape {list(shape)} has {need}")
     for axis, (got, allowed) in enumerate(zip(shape, spec.shape, strict=True)):
         if isinstance(allowed, int) and got != allowed:
             raise ValueError(f"dimension {axis} is {got}, {_shape(spec)} is needed")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from typing import Final, Literal, NamedTuple
 
 import zmq
 
-from lrai_core.config import ActorConfig, actor_python
+from lrai_core.config import ActorConfig
 from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
@@ -243,7 +244,7 @@ class Pool:
 
     def _spawn(self, actor: _Actor) -> None:
         actor.line, theirs = socket.socketpair()
-        command = [actor_python(self._config), "-P", "-m", "lrai_core.actor.actor"]
+        command = [self._config.python or sys.executable, "-P", "-m", "lrai_core.actor.actor"]
         command += [self._address, actor.identity.hex(), str(self._config.heartbeat_ms)]
         try:
             with theirs:  # in a session of its own, out of reach of a terminal's signals

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -148,7 +149,8 @@ class Embedded:
 
         `label`: what it is called, by default what its artifact is.
         """
-        config = with_settings(self.config, settings or {}).actor
+        settled = with_settings(self.config, settings or {})
+        config, limits = settled.actor, settled.scheduler
         chosen, load = self._choose(artifact, name, variant)
         # A certificate speaks of the graph as it was compiled, not of one optimised at load.
         own = [] if load.optimise else certificates(artifact, chosen.id)
@@ -173,7 +175,14 @@ class Embedded:
             used_at=time.monotonic(),
         )
         threads = config.threads or self._threads(chosen, name, config.replicas)
-        self.scheduler.add(version.key, [Replica(actor, profile, threads) for actor in actors])
+        if limits.deterministic and chosen.batch_effect:
+            limits = replace(limits, max_batch_rows=1)
+        alone_ms = min((point.median_ms for point in profile), default=0.0)
+        if 0 < limits.latency_slo_ms <= alone_ms:
+            reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
+            self.events.emit("limit_unreachable", name, setting="latency_slo_ms", reason=reason)
+        replicas = [Replica(actor, profile, threads) for actor in actors]
+        self.scheduler.add(version.key, replicas, limits)
         load = msgspec.structs.replace(load, threads=threads)
         try:
             self._start_actors(actors, load)

@@ -59,22 +59,23 @@ class Runtime:
         self,
         config: LraiConfig | None = None,
         *,
-        address: str = "embedded",
+        address: str = "",
         observers: Sequence[Observer] = (),
     ) -> None:
         """Start or attach; `load` brings models.
 
         Args:
             config: Settings; by default from `LRAI_*` and `lrai.toml`.
-            address: `embedded`: scheduler in this process, actors as its children. `auto`: those of
-                the daemon that all processes of this user share, which is started if there is none.
-                A path: of the folder of another daemon.
+            address: By default `runtime.address`. `embedded`: scheduler in this process, actors as
+                its children. `auto`: those of the daemon that all processes of this user share,
+                which is started if there is none. A path: of the folder of another daemon.
             observers: Told of every event, embedded only.
 
         Raises:
             EnvironmentProblem: The daemon cannot be started or reached.
         """
         self.config = config or load_config()
+        address = address or self.config.runtime.address
         if address != "embedded" and observers:
             raise UsageError("observers hear the process that runs the scheduler: embedded only")
         self._results: dict[str, Future[InferenceResponse]] = {}
@@ -90,7 +91,7 @@ class Runtime:
         cls,
         artifact: str | Path | Artifact,
         *,
-        address: str = "embedded",
+        address: str = "",
         require: Mapping[str, Any] | None = None,
         name: str = "",
         config: LraiConfig | None = None,

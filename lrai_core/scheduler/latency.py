@@ -40,7 +40,8 @@ class LatencyModel:
         if any(point.length for point in profile):
             self._terms = _fit(profile)
         else:
-            self._by_rows = sorted({point.rows: point.median_ms / 1e3 for point in profile}.items())
+            known = {0: 0.0} | {point.rows: point.median_ms / 1e3 for point in profile}
+            self._by_rows = sorted((known if profile else known | {1: _UNKNOWN_SECONDS}).items())
         self.overhead_seconds = 0.0
         self.scale, self.fixed_seconds = 1.0, 0.0
         self.margin = 1.0
@@ -120,10 +121,6 @@ class LatencyModel:
 
     def _interpolate(self, rows: int) -> float:
         points = self._by_rows
-        if not points:
-            return _UNKNOWN_SECONDS * rows
-        if len(points) == 1:
-            return points[0][1] * rows / points[0][0]
         at = min(max(bisect.bisect_left(points, (rows, 0.0)), 1), len(points) - 1)
         (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
         slope = (seconds_1 - seconds_0) / (rows_1 - rows_0)

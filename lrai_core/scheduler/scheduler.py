@@ -12,8 +12,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import zmq
@@ -44,6 +44,7 @@ _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 _OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs count as free,
 _OVERDUE_SECONDS: Final = 0.05  # and this on top: who hangs must not stop the others
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
+_SLO_MS, _SLO_CALLS = 100.0, 20.0  # who names no time becomes urgent after the larger of both
 _TICK_SECONDS: Final = 1e-3  # how exactly the loop can wait
 
 
@@ -51,21 +52,18 @@ _TICK_SECONDS: Final = 1e-3  # how exactly the loop can wait
 class Pending:
     """One accepted request until it ends."""
 
-    sequence: int
+    place: Waiting  # in the queue, now or at another time
     model: _Model
     request: ValidRequest
     done: Done
     arrival: float
-    deadline: float
-    priority: int
-    group: Hashable
     attempts: int = 0
     told: bool = False  # `done` was called, though the engine may still be at it
 
     @property
     def alone(self) -> bool:
         """Whether it shares neither a call nor the actor, after a call of it that failed."""
-        return self.group == self.sequence
+        return self.place.group == self.place.sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +72,9 @@ class _Model:
 
     name: str
     replicas: dict[str, Replica]
+    bounds: Bounds
+    slo_ms: float  # after which who names no time is as urgent as can be,
+    timeout_ms: float  # and after which it is given up
     queue: Queue = field(default_factory=Queue)
     waiting: dict[int, Pending] = field(default_factory=dict)
     used_seconds: float = 0.0  # of the processor, lately
@@ -126,16 +127,14 @@ class Scheduler:
         self._workers = workers
         self._events = events
         self._admission = Admission(config)
-        self._bounds = Bounds(config.max_batch_rows, config.max_batch_elements or MEASURED_ELEMENTS)
         self._models: dict[str, _Model] = {}
-        self._owners: dict[str, _Model] = {}  # by actor
         self._calls: dict[int, _Call] = {}
         self._cpus = available_cpus()
         self._used_at = 0.0  # when what models used was last brought up to date
         self._batches, self._sequences = itertools.count(1), itertools.count(1)
         self._arrived: deque[Pending | Callable[[], None]] = deque()
         self._state_lock = threading.Lock()
-        self._accepting = True
+        self.accepting = True  # not draining, not closed, not failed
         self._closed = False
         self._stopped = False  # nothing that arrives now would be seen
         self._wake_read, self._wake_write = os.pipe()
@@ -150,11 +149,22 @@ class Scheduler:
         self._workers.register(self._poller)
         self._thread.start()
 
-    def add(self, model: str, replicas: Sequence[Replica]) -> None:
-        """Open a queue for `model`; its actors are the workers' business."""
-        made = _Model(model, {replica.actor: replica for replica in replicas})
-        self._owners |= dict.fromkeys(made.replicas, made)
-        self._models[model] = made
+    def add(
+        self, model: str, replicas: Sequence[Replica], config: SchedulerConfig | None = None
+    ) -> None:
+        """Open a queue for `model`; its actors are the workers' business.
+
+        Args:
+            model: Its name.
+            replicas: Its actors.
+            config: Settings of this model, where they are not those of all.
+        """
+        own, by_actor = config or self._config, {replica.actor: replica for replica in replicas}
+        bounds = Bounds(own.max_batch_rows, own.max_batch_elements or MEASURED_ELEMENTS)
+        alone_ms = 1e3 * min(replica.latency.engine_seconds(1, 1) for replica in replicas)
+        slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
+        timeout_ms = own.latency_slo_ms or own.default_timeout_ms
+        self._models[model] = _Model(model, by_actor, bounds, slo_ms, timeout_ms)
 
     def accept(
         self,
@@ -171,7 +181,7 @@ class Scheduler:
             request: As `protocol.validate` returned it.
             done: Called once, in the scheduler's thread, with one array per wanted output or with
                 the error that the request ended with. Quick, and does not fail.
-            timeout_ms: How long the caller waits; None for the configured default.
+            timeout_ms: How long the caller waits; None for what the model promises everybody.
             priority: The lower are served first.
 
         Raises:
@@ -189,8 +199,11 @@ class Scheduler:
         except LraiError as error:
             self._events.emit("request_refused", model, reason=type(error).__name__)
             raise
-        sequence, group = next(self._sequences), request.group
-        pending = Pending(sequence, owner, request, done, now, deadline, priority, group)
+        # Whoever waits long enough becomes urgent, whatever its deadline.
+        patience_ms = owner.slo_ms if timeout_ms is None else self._config.default_timeout_ms
+        key = (priority, min(deadline, now + patience_ms / 1e3), next(self._sequences), deadline)
+        place = Waiting(*key, request.group, request.rows, request.length)
+        pending = Pending(place, owner, request, done, now)
         self._events.emit("request_accepted", model, rows=request.rows)
         self._hand_over(pending)
         return pending
@@ -216,11 +229,6 @@ class Scheduler:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    @property
-    def accepting(self) -> bool:
-        """Whether requests are taken: not draining, not closed, not failed."""
-        return self._accepting
-
     def remove(self, model: str) -> None:
         """Forget a model; what waits for it or runs is refused. Runs in the scheduler's thread."""
         gone = self._models.pop(model, None)
@@ -240,7 +248,7 @@ class Scheduler:
     def drain(self, timeout_seconds: float) -> bool:
         """Refuse new requests and wait for the accepted ones; return whether all ended."""
         with self._state_lock:
-            self._accepting = False
+            self.accepting = False
         deadline = time.monotonic() + timeout_seconds
         while self._admission.rows and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -251,7 +259,7 @@ class Scheduler:
         with self._state_lock:
             if self._closed:
                 return
-            self._accepting, self._closed = False, True
+            self.accepting, self._closed = False, True
         self._wake()
         self._thread.join()
         os.close(self._wake_read)
@@ -263,7 +271,7 @@ class Scheduler:
         """Count a request in, and return when that was and its deadline, or refuse it."""
         if model.failed:
             raise ActorError(model.failed)
-        timeout = self._config.default_timeout_ms if timeout_ms is None else timeout_ms
+        timeout = model.timeout_ms if timeout_ms is None else timeout_ms
         replicas = list(model.replicas.values())
         rows, length = request.rows, request.length
         needed_ms = 1e3 * min([r.latency.engine_seconds(rows, length) for r in replicas])
@@ -271,7 +279,7 @@ class Scheduler:
             raise DeadlineExceeded(f"{timeout:g} ms allowed, the model takes {needed_ms:.3g} ms")
         now = time.monotonic()
         with self._state_lock:  # `drain` sees a request either refused or counted
-            if not self._accepting:
+            if not self.accepting:
                 raise NotReady("the runtime is draining")
             if not self._admission.rows:
                 self._last_answer = now  # nobody waited until now
@@ -281,8 +289,8 @@ class Scheduler:
     def _cancel(self, pending: Pending) -> None:
         error = DeadlineExceeded("cancelled")
         self._tell(pending, None, error)
-        if pending.sequence in pending.model.waiting:
-            self._settle_with(self._take(pending.model, [pending.sequence]), error)
+        if pending.place.sequence in pending.model.waiting:
+            self._settle_with(self._take(pending.model, [pending.place.sequence]), error)
 
     def _hand_over(self, item: Pending | Callable[[], None]) -> bool:
         with self._state_lock:
@@ -318,7 +326,7 @@ class Scheduler:
 
     def _end_all(self, error: LraiError) -> None:
         with self._state_lock:
-            self._accepting, self._stopped = False, True
+            self.accepting, self._stopped = False, True
         inside = [item for item in self._arrived if isinstance(item, Pending)]
         for call in self._calls.values():
             inside += call.pending
@@ -351,7 +359,7 @@ class Scheduler:
         checks = [self._workers.next_check(now)]
         checks += [model.queue.next_deadline() for model in list(self._models.values())]
         for call in self._calls.values():
-            checks += [p.deadline for p in call.pending if not p.told]
+            checks += [p.place.deadline for p in call.pending if not p.told]
             checks += [at for at in (call.next_from, call.overdue) if at > now]
         return min(checks)
 
@@ -360,12 +368,8 @@ class Scheduler:
         if model.failed:
             self._settle_with([pending], ActorError(model.failed))
         else:
-            # Whoever waits long enough becomes urgent, whatever its deadline.
-            urgency = min(pending.deadline, pending.arrival + self._config.default_timeout_ms / 1e3)
-            request = pending.request
-            model.waiting[pending.sequence] = pending
-            key = (pending.priority, urgency, pending.sequence, pending.deadline, pending.group)
-            model.queue.add(Waiting(*key, request.rows, request.length))
+            model.waiting[pending.place.sequence] = pending
+            model.queue.add(pending.place)
 
     def _take(self, model: _Model, sequences: Sequence[int]) -> list[Pending]:
         for sequence in sequences:
@@ -376,7 +380,7 @@ class Scheduler:
         """Tell callers in time; the request keeps its place until the engine is done with it."""
         for call in self._calls.values():
             for pending in call.pending:
-                if pending.deadline <= now:
+                if pending.place.deadline <= now:
                     self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
 
     def _dispatch_one(self, now: float) -> bool:
@@ -454,7 +458,7 @@ class Scheduler:
     def _decide(self, model: _Model, replica: Replica, start: float) -> Decision:
         """Return what the actor runs next, after those were told whom nobody will run."""
         try:
-            decision = plan(model.queue, replica.latency, start, self._bounds)
+            decision = plan(model.queue, replica.latency, start, model.bounds)
             if not math.isfinite(decision.predicted_seconds):
                 raise ValueError(f"predicted {decision.predicted_seconds} seconds")
         except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
@@ -464,17 +468,20 @@ class Scheduler:
         self._settle_with(self._take(model, decision.drop), late)
         return decision
 
+    def _lose(self, gone: GaveUp) -> None:
+        for model in list(self._models.values()):
+            if len(model.replicas) > 1:
+                model.replicas.pop(gone.actor, None)  # the others go on
+            elif gone.actor in model.replicas:
+                self._fail(model, gone.message)
+
     def _settle(self, outcome: Outcome) -> None:
         if isinstance(outcome, GaveUp):
-            model = self._owners.pop(outcome.actor, None)
-            if model is not None and len(model.replicas) > 1:
-                del model.replicas[outcome.actor]  # the others go on
-            elif model is not None:
-                self._fail(model, outcome.message)
-            return
-        call = self._calls.pop(outcome.batch, None)
-        if call is None:
-            return
+            self._lose(outcome)
+        elif call := self._calls.pop(outcome.batch, None):
+            self._end_call(call, outcome)
+
+    def _end_call(self, call: _Call, outcome: Answered | Refused | Lost) -> None:
         now, calls = time.monotonic(), call.replica.calls
         call.model.used_seconds += now - call.begun
         calls.popleft()  # an actor runs them in order
@@ -494,6 +501,8 @@ class Scheduler:
                 error = kind(f"the engine refused the request: {message}")
                 # One that was refused alone is refused for good: it is the request's own fault.
                 self._again(call, error, _ATTEMPTS if len(call.pending) == 1 else 1)
+                if not invalid and call.rows > 1:  # it had not the memory for so many
+                    call.model.bounds = replace(call.model.bounds, rows=call.rows // 2)
             case Lost(message=message, begun=begun):
                 error = ActorError(f"the request could not be answered: {message}")
                 self._again(call, error, int(begun))
@@ -512,7 +521,8 @@ class Scheduler:
             if pending.attempts >= _ATTEMPTS or call.model.failed:
                 self._settle_with([pending], error)
             else:
-                pending.group = pending.sequence  # its own: what ruined a call must not ruin others again
+                # Its own group: what ruined a call must not ruin others again.
+                pending.place = pending.place._replace(group=pending.place.sequence)
                 retried += 1
                 self._enqueue(pending)
         if retried:
@@ -520,8 +530,6 @@ class Scheduler:
 
     def _fail(self, model: _Model, message: str) -> None:
         model.failed = message
-        for actor in model.replicas:
-            self._owners.pop(actor, None)
         self._settle_with(self._take(model, list(model.queue)), ActorError(message))
 
     def _settle_with(self, pending: Sequence[Pending], error: LraiError) -> None:

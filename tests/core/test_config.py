@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from lrai_core.config import (
     ActorConfig,
     LraiConfig,
     Setting,
-    actor_python,
     available_cpus,
     explain_config,
     load_config,
@@ -183,16 +181,8 @@ def test_whatever_is_given_makes_a_config_or_a_usage_error(layer: dict[str, obje
 
 
 def test_cpus_are_those_of_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
     assert available_cpus() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert available_cpus() == 1
-
-
-def test_actors_run_on_this_interpreter_unless_another_is_named() -> None:
-    assert actor_python(ActorConfig()) == sys.executable
-    assert actor_python(ActorConfig(python="/opt/python")) == "/opt/python"
 
 
 def test_the_working_folder_cannot_choose_a_program_to_run() -> None:
@@ -219,10 +209,18 @@ def test_settings_of_one_model_change_a_copy() -> None:
     [
         ({"actor.replicas": 0}, r"actor\.replicas is 0, at least 1"),
         ({"actor.replicas": "two"}, r"settings: actor\.replicas is 'two', a value of type int"),
-        ({"scheduler.max_queue_rows": 1}, r"max_queue_rows' is no setting of one model: actor\.re"),
+        ({"scheduler.max_queue_rows": 1}, r"max_queue_rows' is no setting of one model: actor\.i"),
         ({"actor.replica": 1}, r"'actor\.replica' is no setting of one model"),
     ],
 )
 def test_settings_of_one_model_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         with_settings(load_config(environ={}), settings)
+
+
+def test_one_variable_says_which_runtime_a_process_uses() -> None:
+    assert load_config(environ={"LRAI_RUNTIME": "auto"}).runtime.address == "auto"
+    seen = {entry.key: entry.origin for entry in explain_config(environ={"LRAI_RUNTIME": "/d"})}
+    assert seen["runtime.address"] == "LRAI_RUNTIME"
+    with pytest.raises(UsageError, match="LRAI_RUNTIME_ADDRESS is no setting"):
+        load_config(environ={"LRAI_RUNTIME_ADDRESS": "auto"})

@@ -21,6 +21,7 @@ import pytest
 import zmq
 
 import lrai_core as lrai
+from benchmarks.models import requests
 from lrai_core.artifact import Manifest
 from lrai_core.runtime.embedded import Embedded
 from tests.integration.conftest import sentence
@@ -347,6 +348,30 @@ def test_short_calls_get_one_thread_and_long_ones_their_share(
     with lrai.Runtime.open(classifier_fp32) as runtime:
         assert embedded(runtime)._threads(classifier_fp32.manifest.variant("fp32"), "m", 1) == 1
         assert embedded(runtime)._threads(minilm_fp32.manifest.variant("fp32"), "m", 1) == 4
+
+
+def test_a_deterministic_model_answers_as_if_each_request_were_alone(
+    minilm_fp32: lrai.Artifact, minilm_session: onnxruntime.InferenceSession
+) -> None:
+    assert minilm_fp32.manifest.variant("fp32").batch_effect > 0
+    payloads = requests(24, seed=3)
+    settings = {"scheduler.deterministic": True}
+    with lrai.Runtime() as runtime:
+        name = runtime.load(minilm_fp32, settings=settings)
+        wanted = [lrai.InferenceRequest(model_name=name, inputs=p) for p in payloads]
+        answers = [runtime.result(i) for i in [runtime.submit(one) for one in wanted]]
+        assert runtime.stats()["batch_completed"] == len(payloads)
+    for payload, answer in zip(payloads, answers, strict=True):
+        expected = minilm_session.run(None, payload)[0]
+        np.testing.assert_array_equal(answer.outputs["sentence_embedding"], expected)
+
+
+def test_a_promise_that_no_call_can_keep_is_told(minilm_fp32: lrai.Artifact) -> None:
+    with lrai.Runtime() as runtime:
+        runtime.load(minilm_fp32, name="a", settings={"scheduler.latency_slo_ms": 500})
+        assert "limit_unreachable" not in runtime.stats()
+        runtime.load(minilm_fp32, name="b", settings={"scheduler.latency_slo_ms": 0.01})
+        assert runtime.stats()["limit_unreachable"] == 1
 
 
 def embedded(runtime: lrai.Runtime) -> Embedded:

@@ -105,8 +105,8 @@ class FakeWorkers:
         batch, requests = self.end(model)
         self.outcomes.append(Answered(batch, [[one.arrays[0] * 2] for one in requests], 0.01))
 
-    def refuse(self, model: str = "m") -> None:
-        self.outcomes.append(Refused(self.end(model)[0], "bad shape"))
+    def refuse(self, model: str = "m", *, invalid: bool = True) -> None:
+        self.outcomes.append(Refused(self.end(model)[0], "bad shape", invalid))
 
     def lose(self, model: str = "m") -> None:
         for place, (batch, _) in enumerate(self.calls.pop(model)):
@@ -469,6 +469,24 @@ def test_a_refused_batch_is_tried_one_by_one_and_only_the_bad_one_ends(bench: Be
     assert [len(batch) for batch in bench.workers.dispatched] == [2, 1, 1]
 
 
+def test_after_a_call_without_the_memory_for_it_later_ones_are_half_as_large(bench: Bench) -> None:
+    futures = [bench.submit() for _ in range(6)]
+    bench.step()
+    bench.workers.refuse(invalid=False)
+    bench.step()
+    for _ in range(6):
+        bench.workers.answer()
+        bench.step()
+    futures += [bench.submit() for _ in range(4)]
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert [len(batch) for batch in bench.workers.dispatched] == [6, 1, 1, 1, 1, 1, 1, 3, 1]
+    assert all(future.exception(0) is None for future in futures)
+
+
 def test_a_request_refused_alone_is_not_tried_again(bench: Bench) -> None:
     future = bench.submit()
     bench.step()
@@ -596,6 +614,50 @@ def test_without_a_timeout_the_configured_one_holds(clock: Clock) -> None:
     bench.step()
     assert isinstance(failure(future), DeadlineExceeded)
     bench.close()
+
+
+def test_who_names_no_time_is_promised_that_of_the_model(bench: Bench, clock: Clock) -> None:
+    bench.scheduler.add("m", [Replica("m", PROFILE)], SchedulerConfig(latency_slo_ms=50))
+    bench.workers.down.add("m")
+    promised, patient = bench.submit(), bench.submit(timeout_ms=200)
+    bench.step()
+    clock.now += 0.05
+    bench.step()
+    assert isinstance(failure(promised), DeadlineExceeded)
+    assert not patient.done()
+    clock.now += 0.16
+    bench.step()
+    assert patient.done()
+
+
+def test_who_names_no_time_is_not_kept_waiting_by_who_named_a_long_one(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.workers.down.add("m")
+    one = {name: request(group=name) for name in ("none", "long", "short")}
+    bench.submit(one["none"])
+    bench.submit(one["long"], timeout_ms=30_000)
+    bench.submit(one["short"], timeout_ms=90)
+    bench.step()
+    bench.workers.down.clear()
+    for _ in range(3):
+        bench.step()
+        bench.workers.answer()
+    bench.step()
+    order = [number(one[name]) for name in ("short", "none", "long")]
+    assert bench.workers.dispatched == [[at] for at in order]
+
+
+def test_a_model_may_have_bounds_of_its_own(bench: Bench) -> None:
+    bench.scheduler.add("one", [Replica("one", PROFILE)], SchedulerConfig(max_batch_rows=1))
+    for model in ("one", "m"):
+        for _ in range(2):
+            bench.submit(model=model)
+    while bench.scheduler.outstanding():
+        bench.step()
+        for model in list(bench.workers.calls):
+            bench.workers.answer(model)
+    assert sorted(len(batch) for batch in bench.workers.dispatched) == [1, 1, 2]
 
 
 # The bounded queue
