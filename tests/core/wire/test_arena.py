@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from lrai_core.wire.arena import Arena, Arenas
+from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import BadFrames, Packer, Segment, unpack, view
+from lrai_shared.arena import Arena
 
 LARGE = 64 << 10
 SIZE = 8 << 20
