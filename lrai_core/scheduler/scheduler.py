@@ -512,9 +512,7 @@ class Scheduler:
             if pending.attempts >= _ATTEMPTS or call.model.failed:
                 self._settle_with([pending], error)
             else:
-                pending.group = (
-                    pending.sequence
-                )  # its own: what ruined a call must not ruin others again
+                pending.group = pending.sequence  # its own, so that it ruins no call of others
                 retried += 1
                 self._enqueue(pending)
         if retried:
