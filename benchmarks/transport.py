@@ -44,9 +44,13 @@ Array = npt.NDArray[Any]
 
 GOAL_RATE: Final = 10_000
 GOAL_P95_MS: Final = 20.0
+TARGET_P95_MS: Final = {8_000: 105.0}  # of the design
 IMAGE_RATE: Final = 2_000
 _IMAGE: Final = (3, 224, 224)
 _TICK_SECONDS: Final = 0.001
+_MESSAGES: Final = tuple(
+    f"{peer}_messages_{way}" for peer in ("actor", "client") for way in ("sent", "received")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,8 @@ class Run:
     client_us: float  # of CPU per request, likewise:
     daemon_us: float
     actor_us: float
+    messages: float  # per request, over all hops and both ways
+    copies: float  # of the request's bytes, on the way to the actor, in memory that we manage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,19 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = ("load", "asked/s", "answered/s", "p50 ms", "p95 ms", "rows/call")
     harness.show(
         "Through the shared runtime, open loop (fp32 images: 16 at a time)",
-        [*figures, "client us", "daemon us", "actor us"],
+        [*figures, "client us", "daemon us", "actor us", "messages", "copies"],
         [
             [
                 f"{r.model}, {r.payload}",
                 *(f"{value:,.0f}" for value in (r.asked_per_s, r.answered_per_s)),
                 *(f"{value:.1f}" for value in (r.p50_ms, r.p95_ms, r.rows_per_batch)),
                 *(f"{value:.0f}" for value in (r.client_us, r.daemon_us, r.actor_us)),
+                *(f"{value:.2f}" for value in (r.messages, r.copies)),
             ]
             for r in rows
         ],
-        "us: CPU time per request of the process, all its threads",
+        "per request: us of CPU time in all threads of a process, messages, copies on the way in",
     )
     goal = next(r for r in rows if r.asked_per_s == GOAL_RATE)
+    small_rows = [r for r in rows if r.payload == "1 KB"]
     image = next(r for r in rows if r.payload == "150 KB uint8")
     checks = [
         _at_least("answered per second, 1 KB", goal.answered_per_s, 0.99 * GOAL_RATE),
@@ -116,7 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"<= {GOAL_P95_MS:g}",
             goal.p95_ms <= GOAL_P95_MS,
         ),
+        *(
+            Check(
+                f"p95 ms at {rate:,}/s, 1 KB",
+                next(r.p95_ms for r in small_rows if r.asked_per_s == rate),
+                f"<= {most:g}",
+                next(r.p95_ms for r in small_rows if r.asked_per_s == rate) <= most,
+            )
+            for rate, most in TARGET_P95_MS.items()
+        ),
+        Check("messages per request, 1 KB", goal.messages, "< 1", goal.messages < 1),
         _at_least("answered per second, 150 KB", image.answered_per_s, 0.99 * IMAGE_RATE),
+        Check("copies of an image", image.copies, "<= 1.01", image.copies <= 1.01),
     ]
     environment = harness.environment(1, ["numpy", "onnxruntime", "pyzmq", "msgspec"])
     content = [{name: getattr(r, name) for name in Run.__dataclass_fields__} for r in rows]
@@ -157,7 +176,7 @@ def open_loop(
     for _ in range(count):
         left.acquire(timeout=30)
     elapsed = time.perf_counter() - start
-    return _run(runtime, model, payload, rate, latencies, refused, elapsed, before)
+    return _run(runtime, model, payload, rate, row, latencies, refused, elapsed, before)
 
 
 def closed_loop(
@@ -174,7 +193,7 @@ def closed_loop(
             future.result()
             latencies.append(time.perf_counter() - sent)
     elapsed = time.perf_counter() - start
-    return _run(runtime, model, payload, 0, np.array(latencies), 0, elapsed, before)
+    return _run(runtime, model, payload, 0, row, np.array(latencies), 0, elapsed, before)
 
 
 def _at_least(name: str, value: float, goal: float) -> Check:
@@ -186,6 +205,7 @@ def _run(
     model: str,
     payload: str,
     rate: float,
+    row: Array,
     latencies: npt.NDArray[np.float64],
     refused: int,
     elapsed: float,
@@ -206,6 +226,8 @@ def _run(
         client_us=used["client"],
         daemon_us=used["daemon"],
         actor_us=used["actor"],
+        messages=used["messages"] / 1e6,
+        copies=used["copied"] / 1e6 / row.nbytes,
     )
 
 
@@ -214,11 +236,15 @@ def _used(runtime: lrai.Runtime) -> dict[str, float]:
     (model,) = runtime.models()
     if model.actor_pid is None:
         raise RuntimeError("the actor is gone")
+    stats = runtime.stats()
     return {
         "client": time.process_time(),
         "daemon": cpu_seconds(_parent(model.actor_pid)),
         "actor": cpu_seconds(model.actor_pid),
-        "batches": float(runtime.stats().get("batch_completed", 0)),
+        "batches": float(stats.get("batch_completed", 0)),
+        "messages": float(sum(n for name, n in stats.items() if name.endswith(_MESSAGES))),
+        # What leaves the daemon for its clients are answers.
+        "copied": float(sum(stats[f"{hop}_copied_bytes"] for hop in ("arena", "daemon", "actor"))),
     }
 
 

@@ -42,9 +42,9 @@ from lrai_core import (
 )
 from lrai_core.errors import shorten
 from lrai_core.wire import messages as wire
-from lrai_core.wire.arena import Arena
 from lrai_core.wire.messages import contents
 from lrai_shared import messages
+from lrai_shared.arena import Arena
 from lrai_shared.messages import Attach, Call, Infer, Requests
 
 _LIFE_SECONDS: Final = 1.0  # between signs of life

@@ -69,7 +69,7 @@ class _Client:
     def lend(self, place: wire.Place) -> memoryview:
         """Return bytes of its arena; when the last view of them is gone, it is told."""
         lent = np.frombuffer(wire.view(place, (), self.memory), np.uint8)
-        weakref.finalize(lent, self.read.append, place[1]).atexit = False
+        weakref.finalize(lent, self.read.append, place[1])
         return lent.data
 
 

@@ -9,7 +9,6 @@ from typing import Any, Final
 import msgspec
 
 from lrai_core import InferenceRequest, InferenceResponse, LraiError, RequestError, Tensor, errors
-from lrai_core.protocol import Array
 from lrai_core.wire import messages as wire
 
 _MAX_FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
@@ -202,7 +201,7 @@ def request_of(
     form = decode_form(item.form)
     if len(item.places) != len(form.names):
         raise wire.BadFrames("names and tensors differ")
-    inputs: dict[str, Array | Tensor] = {}
+    inputs: dict[str, Any] = {}
     for name, datatype, shape, place in zip(
         form.names, form.datatypes, form.shapes, item.places, strict=True
     ):

@@ -11,16 +11,9 @@ from typing import Any, Final
 import numpy as np
 from msgspec.structs import replace
 
+from lrai_core import protocol
 from lrai_core.config import LimitsConfig
-from lrai_core.protocol import (
-    DATATYPES,
-    InferenceRequest,
-    Signature,
-    Tensor,
-    ValidRequest,
-    check_values,
-    validate,
-)
+from lrai_core.protocol import InferenceRequest, Signature, Tensor, ValidRequest
 
 _MOST_FORMS: Final = 4096
 
@@ -32,18 +25,18 @@ def validate_by_form(
     form, passed = _form(request), signature.passed
     known = passed.get(form)
     if known is None or known.nbytes > limits.request_bytes or known.rows > limits.request_rows:
-        valid = validate(request, signature, limits)
+        valid = protocol.validate(request, signature, limits)
         if form and len(passed) < _MOST_FORMS:
             passed[form] = replace(valid, arrays=())
         return valid
     arrays = []
     for spec in signature.inputs:
-        given, dtype = request.inputs[spec.name], DATATYPES[spec.datatype]
+        given, dtype = request.inputs[spec.name], protocol.DATATYPES[spec.datatype]
         if isinstance(given, Tensor):
             arrays.append(np.frombuffer(given.data, dtype).reshape(given.shape))
         else:
             arrays.append(np.asarray(given, dtype, order="C"))
-        check_values(arrays[-1], spec, limits)
+        protocol.check_values(arrays[-1], spec, limits)
     group = known.group if signature.coalescible else (object(),)
     return ValidRequest(tuple(arrays), known.rows, known.length, known.outputs, group, known.nbytes)
 

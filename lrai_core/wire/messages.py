@@ -174,8 +174,12 @@ class Line(zmq.Socket[bytes]):
 
     def counts(self, peer: str) -> dict[str, int]:
         """Return the messages to and from `peer`, and how tensors went: copied, or inline."""
-        names = ("messages_sent", "messages_received", "copied_bytes", "inline_large")
-        return {f"{peer}_{name}": getattr(self, name) for name in names}
+        return {
+            f"{peer}_messages_sent": self.messages_sent,
+            f"{peer}_messages_received": self.messages_received,
+            f"{peer}_copied_bytes": self.copied_bytes,
+            f"{peer}_inline_large": self.inline_large,
+        }
 
     def say(self, message: msgspec.Struct, *head: bytes) -> None:
         """Send a message without tensors, behind the frames in `head`."""

@@ -24,9 +24,9 @@ import pytest
 import zmq
 
 import lrai_core as lrai
-from lrai_core.wire.arena import Arena
 from lrai_core.wire.messages import PROTOCOL_VERSION, Segment, encode
 from lrai_shared import messages
+from lrai_shared.arena import Arena
 from lrai_shared.client import is_running, start_daemon
 from lrai_shared.daemon import Daemon
 from tests.integration.test_cli import LRAI, run

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
-from lrai_core.wire.arena import Arena, Arenas
+from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import (
     PROTOCOL_VERSION,
     Packer,
@@ -28,6 +28,7 @@ from lrai_core.wire.messages import (
     unpack,
 )
 from lrai_shared import client, messages
+from lrai_shared.arena import Arena
 from lrai_shared.client import Attached, is_running, shared_folder, start_daemon
 from lrai_shared.messages import Answer, Call, Failure, Replies, Requests, Returned, decode_form
 

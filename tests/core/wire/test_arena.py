@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import socket
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from lrai_core.wire.arena import Arena, Arenas
+from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import BadFrames, Packer, Segment, unpack, view
+from lrai_shared.arena import Arena
 
 LARGE = 64 << 10
 SIZE = 8 << 20
@@ -165,14 +167,24 @@ def test_nobody_can_pull_the_memory_away(arena: Arena) -> None:
 
 def test_numbers_that_are_no_arena_are_refused(arena: Arena, tmp_path: Path) -> None:
     good, before = segment_of(arena), descriptors()
-    plain = (tmp_path / "plain").open("w+b")
-    plain.truncate(SIZE)
-    unsealed = os.memfd_create("other")
-    os.ftruncate(unsealed, SIZE)
+    # Each is an arena but for one thing.
+    plain = (tmp_path / "plain").open("w+b", buffering=0)
+    unsealed = os.memfd_create("other", os.MFD_ALLOW_SEALING)
+    given_away = os.memfd_create("others", os.MFD_ALLOW_SEALING)
+    for fd in (plain.fileno(), unsealed, given_away):
+        os.write(fd, good.id)
+        os.ftruncate(fd, SIZE)
+    fcntl.fcntl(unsealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    fcntl.fcntl(given_away, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    if not os.geteuid():  # only root can
+        os.fchown(given_away, 12345, -1)
+    else:
+        os.pwrite(given_away, bytes(16), 0)
     empty = os.memfd_create("empty", os.MFD_ALLOW_SEALING)
     readable, writable = os.pipe()
     end, other = socket.socketpair()
-    others = [plain.fileno(), unsealed, empty, readable, writable, end.fileno(), os.open("/", 0)]
+    others = [plain.fileno(), unsealed, given_away, empty, readable, writable, end.fileno()]
+    others.append(os.open("/", 0))
     readers, opened = Arenas(), descriptors()
     for wrong in (
         *(replace(good, fd=fd) for fd in others),
@@ -185,7 +197,7 @@ def test_numbers_that_are_no_arena_are_refused(arena: Arena, tmp_path: Path) -> 
         with pytest.raises(BadFrames):
             readers.open(wrong)
     assert descriptors() == opened
-    for fd in (unsealed, empty, readable, writable, others[-1]):
+    for fd in (unsealed, given_away, empty, readable, writable, others[-1]):
         os.close(fd)
     for opened_file in (plain, end, other):
         opened_file.close()

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lrai_core import protocol
 from lrai_core.config import LimitsConfig
 from lrai_core.errors import InvalidTensor, RequestError
 from lrai_core.protocol import (
@@ -74,7 +75,7 @@ def test_a_form_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(asked)
         return validate(asked, *arguments)
 
-    monkeypatch.setattr(forms, "validate", count)
+    monkeypatch.setattr(protocol, "validate", count)
     for value in range(5):
         found = validate_by_form(request(np.full((1, 2), value, np.float32)), model, LIMITS)
         assert found.arrays[0].tolist() == [[value, value]]
