@@ -7,7 +7,6 @@ as it was or as it will be. Whatever fails on the way leaves it as it was.
 from __future__ import annotations
 
 import os
-import pwd
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -287,7 +286,7 @@ class Deployments(Embedded):
 
     def _commit(self, name: str, record: Record, what: str, by: str = "", why: str = "") -> None:
         """Write a change down, make it, and tell of it."""
-        by = by or pwd.getpwuid(os.geteuid()).pw_name
+        by = by or f"uid {os.geteuid()}"  # who may have no name
         with self._store.lock:
             records = {**self._records, name: record}
             if not record.versions:

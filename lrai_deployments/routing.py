@@ -10,9 +10,10 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from lrai_core import InferenceRequest, InferenceResponse, LraiError
 from lrai_core.confidence import lower_bound, upper_bound
