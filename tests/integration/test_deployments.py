@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -35,7 +36,7 @@ def die(self, execute, frames):
     os.kill(os.getpid(), 9)
 
 def refuse(self, execute, frames):
-    self._send(Refused(execute.batch, "out of memory", invalid=False))
+    self._socket.say(Refused(execute.batch, "out of memory", invalid=False))
 
 how = Path(__file__).with_name("how")
 if how.exists():
@@ -470,3 +471,27 @@ def test_replicas_share_the_requests_and_the_cpus(small: dict[float, Path]) -> N
         assert len(runtime.models()[0].actor_pids) == 1
         assert {ask(runtime) for _ in range(20)} == {2.0}
         assert runtime.ready() in ("ok", "idle")
+
+
+def test_traffic_is_sketched_always_and_captured_where_that_was_asked_for(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    settings = {"runtime.capture_rows": 20}
+    kept = tmp_path / "traffic"
+    with (
+        lrai.Runtime(config()) as runtime,
+        pytest.raises(lrai.UsageError, match=r"capture_rows needs runtime\.state_dir"),
+    ):
+        runtime.load(small[3.0], name="n", settings=settings)
+    state = config(**{"runtime.state_dir": str(tmp_path)})
+    with lrai.Runtime.open(small[2.0], name="m", config=state) as runtime:
+        runtime.load(small[3.0], name="a/b", settings=settings)
+        for name in ("m", "a/b"):
+            for _ in range(30):
+                ask(runtime, model_name=name)
+        runtime.unload("a/b")
+        assert (kept / "a%2Fb" / "captured.npz").is_file()
+    assert msgspec.json.decode((kept / "m" / "sketch.json").read_bytes())["requests"] == 30
+    assert not (kept / "m" / "captured.npz").exists()
+    with np.load(kept / "a%2Fb" / "captured.npz", allow_pickle=False) as captured:
+        assert captured["x"].shape == (20, 3)
