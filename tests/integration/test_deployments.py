@@ -29,17 +29,21 @@ STRANGE_ACTOR = """
 import os, sys
 from pathlib import Path
 from lrai_core.actor import actor
-from lrai_core.wire.messages import Refused
+from lrai_core.errors import EngineError
 
-def die(self, execute, frames):
-    os.kill(os.getpid(), 9)
+class Strange:
+    def run(self, arrays, outputs):
+        if how.read_text() == "die":
+            os.kill(os.getpid(), 9)
+        raise EngineError("out of memory")
 
-def refuse(self, execute, frames):
-    self._send(Refused(execute.batch, "out of memory", invalid=False))
+def load(self, message):
+    ordinary(self, message)
+    if how.exists():
+        self._session = Strange()
 
-how = Path(__file__).with_name("how")
-if how.exists():
-    actor.Actor._execute = {"die": die, "refuse": refuse}[how.read_text()]
+how, ordinary = Path(__file__).with_name("how"), actor.Actor._load
+actor.Actor._load = load
 actor.main(sys.argv[1:])
 """
 
