@@ -19,7 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 import lrai_core as lrai
-from lrai_core.config import with_settings
+from lrai_core.config import SchedulerConfig, with_settings
 from lrai_core.runtime.embedded import Embedded
 from lrai_core.runtime.version import Deployment, Ended, Freeze, Version
 from lrai_core.scheduler.scheduler import Pending
@@ -118,22 +118,32 @@ class Deployments(Embedded):
             if not how.version:
                 raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
             if how in record.versions.values():  # it is still loaded
-                self._commit(name, record.shared_out({how.version: 1.0}, {}), "rollback")
+                self._commit(name, record.shared_out({how.version: 1.0}), "rollback")
                 return how.version
             return self._swap(name, record, self._reopen(how), how, "rollback")
 
     def route(
-        self, name: str, shares: Mapping[str, float], shadow: Mapping[str, float] | None = None
+        self,
+        name: str,
+        shares: Mapping[str, float],
+        shadow: Mapping[str, float] | None = None,
+        relief: str = "",
     ) -> None:
         """See `Runtime.route`."""
         given, copies = _shares(shares), _shares(shadow or {})
         with self._changed(name) as (name, record):
-            for label in (given | copies).keys() - record.versions.keys():
+            named = given.keys() | copies.keys() | ({relief} if relief else set())
+            for label in named - record.versions.keys():
                 known = ", ".join(record.versions)
                 raise lrai.ModelNotFound(f"{name!r} has versions {known}, not {label[:40]!r}")
             if round(sum(given.values()), 6) != 1 or len(copies) > 1:
                 raise lrai.UsageError("shares that add up to 1, and at most one shadow, are needed")
-            self._commit(name, record.shared_out(given, copies), "route")
+            if relief and any(map(self._is_deterministic, record.versions.values())):
+                raise lrai.UsageError(
+                    "relief steps to another version under pressure, which a model with "
+                    "scheduler.deterministic never does"
+                )
+            self._commit(name, record.shared_out(given, copies, relief), "route")
 
     def freeze(self, name: str, by: str, reason: str) -> None:
         """See `Runtime.freeze`."""
@@ -154,7 +164,7 @@ class Deployments(Embedded):
         """See `Runtime.deployments`."""
         records = self._records.items()
         return [
-            Deployment(name, r.shares, r.shadow, r.previous.version, r.frozen)
+            Deployment(name, r.shares, r.shadow, r.relief, r.previous.version, r.frozen)
             for name, r in records
         ]
 
@@ -211,7 +221,7 @@ class Deployments(Embedded):
             del self._routes[name]  # at once; the rest may have to wait
         with suppress(lrai.LraiError), self._changed(name, wait=True) as (_, record):
             if record.shares.get(version.version):
-                by, back = "canary guard", record.shared_out({record.stable: 1.0}, {})
+                by, back = "canary guard", record.shared_out({record.stable: 1.0})
                 self._commit(name, replace(back, frozen=_freeze(by, why)), "canary_failed", by, why)
 
     def _swap(self, name: str, record: Record, new: lrai.Artifact, how: How, what: str) -> str:
@@ -282,6 +292,12 @@ class Deployments(Embedded):
                 return True
         return False  # it is at work, being changed, or frozen
 
+    def _is_deterministic(self, how: How) -> bool:
+        return self._limits(how).deterministic
+
+    def _limits(self, how: How) -> SchedulerConfig:
+        return with_settings(self.config, how.settings or {}).scheduler
+
     def _served(self, name: str) -> list[Version]:
         return [version for (known, _), version in list(self.versions.items()) if known == name]
 
@@ -317,8 +333,10 @@ class Deployments(Embedded):
         shadow = {v: share for v in there if (share := record.shadow.get(v.version))}
         if shares:
             self.current[name] = max(shares, key=shares.__getitem__)
-        if shares and (len(shares) > 1 or shadow):
-            self._routes[name] = Route(self, shares, shadow)
+        relief = next((v for v in there if v.version == record.relief), None)
+        if shares and (len(shares) > 1 or shadow or relief):
+            slo_ms = self._limits(record.versions[record.stable]).latency_slo_ms
+            self._routes[name] = Route(self, shares, shadow, relief, slo_ms)
         else:
             self._routes.pop(name, None)
 

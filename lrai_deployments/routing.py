@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from itertools import accumulate
+from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -37,7 +38,12 @@ class Route:
     """How requests that name no version are shared out; thread-safe."""
 
     def __init__(
-        self, core: Deployments, shares: Mapping[Version, float], shadow: Mapping[Version, float]
+        self,
+        core: Deployments,
+        shares: Mapping[Version, float],
+        shadow: Mapping[Version, float],
+        relief: Version | None = None,
+        slo_ms: float = 0.0,
     ) -> None:
         """Serve nothing yet.
 
@@ -45,7 +51,11 @@ class Route:
             core: Runs the versions, and is told of a canary that has failed.
             shares: Of the requests, positive.
             shadow: At most one version, and the share of the requests of which a copy goes to it.
+            relief: Takes what the others could not answer in time.
+            slo_ms: The time of a request that names none; 0 for as long as it takes.
         """
+        self._relief, self._slo_ms = relief, slo_ms
+        self._alone_ms = {version: _alone_ms(version) for version in shares}
         self._core, self._versions = core, list(shares)
         self._cumulative = list(accumulate(shares.values()))
         self._stable = max(shares, key=shares.__getitem__)
@@ -59,6 +69,8 @@ class Route:
         """See `Embedded.accept`."""
         random, original = self._core.random, Future[InferenceResponse]()
         (version,) = random.choices(self._versions, cum_weights=self._cumulative)
+        if self._relief is not None and self._too_late(version, request):
+            version = self._relief
         shadow = self._shadow if random.random() < self._sampled else None
 
         def ended(outcome: Outcome) -> None:
@@ -79,6 +91,11 @@ class Route:
             copy = replace(request, inputs=inputs, parameters={"priority": _LAST})
             self._send(copy, pending.request.rows, original)
         return pending
+
+    def _too_late(self, version: Version, request: InferenceRequest) -> bool:
+        """Whether what is inside takes longer than the request has, if each were run alone."""
+        allowed_ms = self._slo_ms if request.timeout_ms is None else request.timeout_ms
+        return 0 < allowed_ms < (version.inside + 1) * self._alone_ms[version]
 
     def _send(self, copy: InferenceRequest, rows: int, original: Future[InferenceResponse]) -> None:
         """Send a copy, unless too many are on their way: callers must find room in the queue."""
@@ -128,3 +145,9 @@ class Route:
             beside = f"{stable.version} {also_bad} of {m}"
             why = f"{version.version} failed {bad} of {n} requests, {beside}"
             self._core.give_up(self, version, why)
+
+
+def _alone_ms(version: Version) -> float:
+    """Return what a request takes by the profile; 0 where there is none."""
+    alone = [point.median_ms for point in version.variant.latency if point.rows == 1]
+    return median(alone) / len(version.actors) if alone else 0.0

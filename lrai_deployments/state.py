@@ -36,6 +36,7 @@ class Record(msgspec.Struct, frozen=True):
     versions: dict[str, How] = {}
     shares: dict[str, float] = {}
     shadow: dict[str, float] = {}
+    relief: str = ""
     previous: How = How()
     frozen: Freeze | None = None
 
@@ -64,11 +65,15 @@ class Record(msgspec.Struct, frozen=True):
             versions={known: self.versions[known] for known in left},
             shares={known: share / total for known, share in left.items()},
             shadow={known: share for known, share in self.shadow.items() if known in left},
+            relief=self.relief if self.relief in left else "",
         )
 
-    def shared_out(self, shares: dict[str, float], shadow: dict[str, float]) -> Record:
+    def shared_out(
+        self, shares: dict[str, float], shadow: dict[str, float] | None = None, relief: str = ""
+    ) -> Record:
         """Return the record with these shares; another stable version is one to go back from."""
-        new = replace(self, shares=dict.fromkeys(self.versions, 0.0) | shares, shadow=shadow)
+        shares = dict.fromkeys(self.versions, 0.0) | shares
+        new = replace(self, shares=shares, shadow=shadow or {}, relief=relief)
         if new.stable == self.stable:
             return new
         return replace(new, previous=self.versions[self.stable])

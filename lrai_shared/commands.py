@@ -29,6 +29,7 @@ By = Annotated[str, typer.Option(help="Who says so.")]
 Reason = Annotated[str, typer.Option(help="And why.")]
 Shares = Annotated[list[str], typer.Argument(help="VERSION=SHARE …, together 1.")]
 Shadow = Annotated[str, typer.Option(help="VERSION=SHARE of the requests that are copied to it.")]
+Relief = Annotated[str, typer.Option(help="VERSION that takes what would be late elsewhere.")]
 
 
 @app.command()
@@ -75,10 +76,13 @@ def swap(model: str, artifact: Path, address: Address = "auto") -> None:
 
 
 @app.command()
-def route(model: str, shares: Shares, shadow: Shadow = "", address: Address = "auto") -> None:
+def route(
+    model: str, shares: Shares, shadow: Shadow = "", relief: Relief = "", address: Address = "auto"
+) -> None:
     """Share out the requests for MODEL among versions that are loaded."""
     with _running(address) as runtime:
-        runtime.route(model, dict(map(_share, shares)), dict([_share(shadow)] if shadow else []))
+        copies = dict([_share(shadow)] if shadow else [])
+        runtime.route(model, dict(map(_share, shares)), copies, relief)
 
 
 @app.command()

@@ -185,7 +185,11 @@ class Runtime:
         return self._backend.call("swap", {"artifact": _folder(artifact), **arguments}, str)
 
     def route(
-        self, name: str, shares: Mapping[str, float], shadow: Mapping[str, float] | None = None
+        self,
+        name: str,
+        shares: Mapping[str, float],
+        shadow: Mapping[str, float] | None = None,
+        relief: str = "",
     ) -> None:
         """Share out the requests for a name that name no version.
 
@@ -197,9 +201,12 @@ class Runtime:
             shares: By version, together 1; a version that is not named gets none, and stays loaded.
             shadow: A version, and of how many of the requests a copy goes to it: 0 to 1. Its
                 answers are compared, and never returned.
+            relief: A version, such as a cheaper variant, that under pressure takes the requests
+                which the others could not answer in the time that the request or
+                `scheduler.latency_slo_ms` allows. As ever, the reply names who answered.
         """
         arguments = {"name": name, "shares": dict(shares), "shadow": dict(shadow or {})}
-        self._backend.call("route", arguments, type(None))
+        self._backend.call("route", arguments | {"relief": relief}, type(None))
 
     def rollback(self, name: str) -> str:
         """Go back to the version before the last `swap` or `route`; return it."""

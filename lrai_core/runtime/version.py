@@ -54,12 +54,14 @@ class Deployment:
     Attributes:
         shares: Of the requests that name no version, by version; together 1.
         shadow: Share of the requests of which a copy goes to a version, by that version.
+        relief: The version that takes what the others could not answer in time, empty for none.
         previous: The version that `rollback` goes back to, empty where there is none.
     """
 
     name: str
     shares: dict[str, float]
     shadow: dict[str, float]
+    relief: str
     previous: str
     frozen: Freeze | None
 

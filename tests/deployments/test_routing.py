@@ -8,7 +8,14 @@ from typing import Any, cast
 
 import pytest
 
-from lrai_core import ActorError, DeadlineExceeded, InferenceResponse, InvalidTensor, LraiError
+from lrai_core import (
+    ActorError,
+    DeadlineExceeded,
+    InferenceRequest,
+    InferenceResponse,
+    InvalidTensor,
+    LraiError,
+)
 from lrai_core.artifact import Artifact
 from lrai_core.runtime.version import Version
 from lrai_deployments.routing import Route
@@ -115,3 +122,23 @@ def test_the_guard_still_decides_after_very_many_failures() -> None:
     made._failures.update({STABLE: 1, CANARY: 4_999_999})
     made._count(CANARY, ActorError("no"))
     assert core.given_up
+
+
+def test_relief_takes_what_would_be_late_and_nothing_else() -> None:
+    stable, relief = version("stable"), version("relief")  # a request takes 1 ms by the profile
+    made = Route(cast("Any", Core(0)), {stable: 1.0}, {}, relief, slo_ms=2.5)
+
+    def too_late(timeout_ms: float | None) -> bool:
+        return made._too_late(stable, request(timeout_ms))
+
+    assert (too_late(None), too_late(0.5), too_late(1.5)) == (False, True, False)
+    stable.inside = 2
+    assert (too_late(None), too_late(2.5), too_late(3.5)) == (True, True, False)
+    relief.inside = 1000
+    assert not too_late(3.5)
+    without = Route(cast("Any", Core(0)), {stable: 1.0}, {}, relief)
+    assert not without._too_late(stable, request(None))
+
+
+def request(timeout_ms: float | None) -> InferenceRequest:
+    return InferenceRequest(model_name="m", inputs={}, timeout_ms=timeout_ms)

@@ -50,7 +50,7 @@ def test_another_stable_version_is_remembered_as_the_one_to_go_back_from() -> No
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     how = How("int8", {"delta": 0.5}, {"actor.replicas": 2}, "a", "/m.lrai")
-    made = Record({"a": how}, {"a": 1.0}, {}, how, Freeze("ann", "why", "2026-01-01"))
+    made = Record({"a": how}, {"a": 1.0}, {}, "a", how, Freeze("ann", "why", "2026-01-01"))
     store = Store(str(tmp_path / "state"))
     assert store.read() == ({}, True)
     store.write({"m": made})

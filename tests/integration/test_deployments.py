@@ -533,3 +533,37 @@ def test_traffic_is_sketched_always_and_captured_where_that_was_asked_for(
     assert not (kept / "m" / "captured.npz").exists()
     with np.load(kept / "a%2Fb" / "captured.npz", allow_pickle=False) as captured:
         assert captured["x"].shape == (20, 3)
+
+
+def test_under_pressure_a_cheaper_version_takes_what_would_be_late(
+    small: dict[float, Path],
+) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.load(small[3.0], name="m", share=0.0)
+        shares = {version(small[2.0]): 1.0}
+        with pytest.raises(lrai.ModelNotFound):
+            runtime.route("m", shares, relief="none")
+        runtime.route("m", shares, relief=version(small[3.0]))
+        assert {ask(runtime, timeout_ms=500) for _ in range(9)} == {2.0}
+        (stopped,) = (m.actor_pid for m in runtime.models() if m.version == version(small[2.0]))
+        assert stopped is not None
+        kill(stopped, signal.SIGSTOP)
+        asked = lrai.InferenceRequest(model_name="m", inputs=ONES)
+        waiting = [runtime.submit(asked) for _ in range(600)]  # of 1 ms each by the profile
+        relieved = runtime.infer(lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=500))
+        assert float(relieved.outputs["y"][0, 0]) == 3.0
+        assert relieved.model_version == version(small[3.0])
+        kill(stopped, signal.SIGCONT)
+        assert {float(runtime.result(i).outputs["y"][0, 0]) for i in waiting} == {2.0}
+        (found,) = runtime.deployments()
+        assert found.relief == version(small[3.0])
+        runtime.unload("m", version(small[3.0]))
+        assert runtime.deployments()[0].relief == ""
+
+
+def test_a_deterministic_model_steps_to_no_other_version(small: dict[float, Path]) -> None:
+    with lrai.Runtime(config()) as runtime:
+        runtime.load(small[2.0], name="m", settings={"scheduler.deterministic": True})
+        runtime.load(small[3.0], name="m", share=0.0)
+        with pytest.raises(lrai.UsageError, match=r"scheduler\.deterministic never does"):
+            runtime.route("m", {version(small[2.0]): 1.0}, relief=version(small[3.0]))
