@@ -40,8 +40,9 @@ class Strange:
         raise EngineError("out of memory")
 
 def load(self, message):
+    strange = how.exists()  # before it says that it is ready
     ordinary(self, message)
-    if how.exists():
+    if strange:
         self._session = Strange()
 
 how, ordinary = Path(__file__).with_name("how"), actor.Actor._load
