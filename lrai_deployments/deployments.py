@@ -25,6 +25,7 @@ from lrai_core.runtime.version import Deployment, Ended, Freeze, Version
 from lrai_core.scheduler.scheduler import Pending
 from lrai_deployments.routing import Route
 from lrai_deployments.state import How, Record, Store, now
+from lrai_deployments.traffic import Watch, watch
 from lrai_deployments.warmup import warm_up
 
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
@@ -39,6 +40,7 @@ class Deployments(Embedded):
         self._kept, self._stopped = self._store.read()
         self._records = {name: record for name, record in self._kept.items() if record.frozen}
         self._routes: dict[str, Route] = {}
+        self._watches: dict[str, Watch] = {}  # by key of the version
         self.random = Random()
         # With a budget one version starts at a time, so that what it takes can be counted.
         self._room = threading.Lock() if self.config.runtime.memory_mib else nullcontext()
@@ -181,6 +183,8 @@ class Deployments(Embedded):
         """See `Runtime.close`. What is loaded is forgotten, what is frozen is not."""
         if self._closed or os.getpid() != self._owner:
             return
+        for watching in self._watches.values():
+            watching.save()
         if self.scheduler.alive:  # else whoever comes next serves on
             frozen = {name: record for name, record in self._records.items() if record.frozen}
             with suppress(lrai.LraiError):
@@ -188,6 +192,12 @@ class Deployments(Embedded):
         super().close()
         self._worker.shutdown(cancel_futures=True)
         self._store.close()
+
+    def remove(self, version: Version, *, drain: bool = True) -> None:
+        """See `Embedded.remove`. What was seen of its traffic is written down."""
+        super().remove(version, drain=drain)
+        if watching := self._watches.pop(version.key, None):
+            watching.save()
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run a function soon, in a thread that no request waits for."""
@@ -232,11 +242,14 @@ class Deployments(Embedded):
     ) -> Iterator[tuple[Version, How]]:
         """Yield a version that runs, and how it was loaded; end it if the block fails."""
         variant = artifact.manifest.variant(how.variant or artifact.manifest.chosen)
-        actors = with_settings(self.config, how.settings or {}).actor.replicas
+        config = with_settings(self.config, how.settings or {})
+        watching = watch(name, artifact.manifest.signature, config.runtime, self.submit)
         size = sum(entry.size_bytes for entry in artifact.files_of(variant).values())
         with self._room:
-            self._make_room(name, actors * size)
+            self._make_room(name, config.actor.replicas * size)
             new = self.add(artifact, name, how.variant, how.require, how.settings, label)
+            if watching is not None:
+                new.watch, self._watches[new.key] = watching.see, watching
             self.show(new)
         try:
             with self._room:

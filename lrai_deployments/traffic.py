@@ -8,6 +8,7 @@ and is written for its owner's eyes only. `lrai compile --evaluation` reads what
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import threading
@@ -16,16 +17,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 import numpy as np
 
-from lrai_core import Signature, TensorSpec
+from lrai_core import Signature, TensorSpec, UsageError
+from lrai_core.config import RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest
 
 _LOOKS: Final = 64  # one request of so many is looked at for its values, from the first one on
 _MOST_BYTES: Final = 64 << 20  # of one sample
 _HOUR: Final = 3600.0
+_SAVE_SECONDS: Final = 60.0
 
 
 class _Range:
@@ -82,8 +86,8 @@ class Traffic:
         self._sample: list[_Row] = []
         self._first_aged = 0.0  # no row is too old before
 
-    def see(self, request: ValidRequest) -> None:
-        """Take note of a request; a few microseconds, unless it is looked into."""
+    def see(self, request: ValidRequest) -> float:
+        """Take note of a request, and return when; a few microseconds, unless it is looked into."""
         with self._lock:
             now = self._clock()
             self._rows[request.rows.bit_length()] += 1
@@ -98,6 +102,7 @@ class Traffic:
             if self._capture_rows:
                 for row in range(request.rows):
                     self._consider(request, row, now)
+        return now
 
     def sketch(self) -> dict[str, Any]:
         """Return what is known of the requests; figures only.
@@ -178,6 +183,51 @@ class Traffic:
             self._sample, self._candidates = kept, len(kept)
             self._kept_bytes = sum(_size(row.arrays) for row in kept)
         self._first_aged = min((row.seen for row in kept), default=now) + self._ttl_seconds
+
+
+class Watch:
+    """The traffic of a name, written down now and then."""
+
+    def __init__(
+        self, traffic: Traffic, folder: Path, later: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Keep `traffic` in `folder`; `later` runs what may wait for the disk."""
+        self._traffic, self._folder, self._later = traffic, folder, later
+        self._next_save = 0.0
+
+    def see(self, request: ValidRequest) -> None:
+        """Take note of a request."""
+        now = self._traffic.see(request)
+        if now >= self._next_save:
+            self._next_save = now + _SAVE_SECONDS
+            self._later(self.save)
+
+    def save(self) -> None:
+        """Write down what is known; a disk that is full costs no more than that."""
+        try:
+            self._traffic.save(self._folder)
+        except OSError as error:
+            logging.getLogger(__name__).warning("traffic is not kept: %s", error.strerror)
+
+
+def watch(
+    name: str,
+    signature: Signature,
+    config: RuntimeConfig,
+    later: Callable[[Callable[[], None]], None],
+) -> Watch | None:
+    """Return what is to see the requests to a name, None where there is no place to keep it.
+
+    Raises:
+        UsageError: Requests are to be captured, and there is no place to keep them.
+    """
+    if not config.state_dir:
+        if config.capture_rows:
+            raise UsageError("runtime.capture_rows needs runtime.state_dir, to keep them in")
+        return None
+    hours = config.capture_ttl_hours
+    traffic = Traffic(signature, capture_rows=config.capture_rows, ttl_hours=hours)
+    return Watch(traffic, Path(config.state_dir, "traffic", quote(name, safe="")), later)
 
 
 def _size(arrays: tuple[Array, ...]) -> int:

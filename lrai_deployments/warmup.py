@@ -17,7 +17,7 @@ _LENGTH: Final = 8  # where none was measured
 
 
 def warm_up(core: Embedded, version: Version) -> None:
-    """Run a version that nobody can ask for yet, on the way that requests take.
+    """Run a version that serves nobody yet who does not name it, on the way that requests take.
 
     Raises:
         ConditionNotMet: It lost an actor, did not answer in time, or refused real rows.

@@ -12,14 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lrai_core import (
-    ConditionNotMet,
-    EnvironmentProblem,
-    LraiConfig,
-    Runtime,
-    UsageError,
-    load_config,
-)
+from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, load_config
 from lrai_shared.client import Attached, is_running, shared_folder
 
 T = TypeVar("T")
@@ -146,7 +139,7 @@ def _share(text: str) -> tuple[str, float]:
     try:
         return version, float(share)
     except ValueError:
-        raise UsageError(f"{text[:80]!r}: VERSION=SHARE is needed") from None
+        raise typer.BadParameter(f"{text[:80]!r}: VERSION=SHARE is needed") from None
 
 
 def _place(address: str) -> tuple[LraiConfig, Path]:

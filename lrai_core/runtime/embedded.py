@@ -322,6 +322,8 @@ class Embedded:
             model = version or self.find(request.model_name, request.model_version)
             valid = validate_by_form(request, model.signature, self.config.limits)
             if model.enter():
+                if model.watch is not None:
+                    model.watch(valid)
                 return model, valid
             version = None  # another one has just taken its place
 

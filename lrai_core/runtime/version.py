@@ -9,7 +9,7 @@ from typing import Literal
 
 from lrai_core.artifact import Artifact, Variant
 from lrai_core.errors import LraiError
-from lrai_core.protocol import InferenceResponse, Signature
+from lrai_core.protocol import InferenceResponse, Signature, ValidRequest
 
 State = Literal["ok", "idle", "stalled", "dead"]
 Ended = Callable[[InferenceResponse | LraiError], None]
@@ -73,6 +73,7 @@ class Version:
         actors: Their names.
         inside: Requests accepted and not yet ended.
         used_at: When the last one was accepted, on the monotonic clock.
+        watch: Sees every request that it takes.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Version:
     actors: tuple[str, ...]
     inside: int = 0
     used_at: float = 0.0
+    watch: Callable[[ValidRequest], None] | None = None
     _retired: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

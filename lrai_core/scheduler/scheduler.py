@@ -99,10 +99,11 @@ class _Call:
     def begin(self, now: float) -> None:
         """Take note that it runs from now on."""
         self.begun, self.overdue = now, now + _OVERDUE * self.seconds + _OVERDUE_SECONDS
-        overhead = self.replica.latency.overhead_seconds
-        early = min(2 * overhead + _TICK_SECONDS, self.seconds / 2)
-        # Where the engine takes less than the way to it, waiting for more requests saves more.
-        self.next_from = now + self.seconds - early if self.seconds > 2 * overhead else math.inf
+        way = 2 * self.replica.latency.overhead_seconds
+        early = min(way + _TICK_SECONDS, self.seconds / 2)
+        # Where the engine takes less than the way to it, waiting for more requests saves more; of a
+        # model that has not answered yet, nobody knows.
+        self.next_from = now + self.seconds - early if 0 < way < self.seconds else math.inf
 
     def almost_done(self, now: float) -> bool:
         """Whether its actor may have the next call; one that hangs may not."""

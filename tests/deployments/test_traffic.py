@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import lrai_core as lrai
 from lrai_core.config import LimitsConfig
 from lrai_core.protocol import Array, ValidRequest, validate
 from lrai_core.verifier.sample import read_rows
-from lrai_deployments.traffic import Traffic
+from lrai_deployments.traffic import Traffic, Watch
 
 SIGNATURE = lrai.Signature(
     inputs=(
@@ -171,3 +172,24 @@ def test_strings_are_kept_as_text(tmp_path: Path) -> None:
     traffic.save(tmp_path)
     with np.load(tmp_path / "captured.npz", allow_pickle=False) as saved:
         assert sorted(saved["s"].tolist()) == ["b", "süß"]
+
+
+def test_what_is_seen_is_written_down_now_and_then(tmp_path: Path) -> None:
+    clock, later = Clock(), list[Callable[[], None]]()
+    watch = Watch(Traffic(SIGNATURE, clock=clock), tmp_path / "m", later.append)
+    for seconds, saves in [(0.0, 1), (59.0, 1), (2.0, 2)]:
+        clock.now += seconds
+        watch.see(request(1))
+        assert len(later) == saves
+    later[-1]()
+    sketch = msgspec.json.decode((tmp_path / "m" / "sketch.json").read_bytes())
+    assert sketch["requests"] == 3
+
+
+def test_a_place_that_cannot_be_written_harms_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    watch = Watch(Traffic(SIGNATURE), tmp_path / "file" / "m", lambda save: save())
+    watch.see(request(1))
+    assert "traffic is not kept" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -29,17 +31,21 @@ STRANGE_ACTOR = """
 import os, sys
 from pathlib import Path
 from lrai_core.actor import actor
-from lrai_core.wire.messages import Refused
+from lrai_core.errors import EngineError
 
-def die(self, execute, frames):
-    os.kill(os.getpid(), 9)
+class Strange:
+    def run(self, arrays, outputs):
+        if how.read_text() == "die":
+            os.kill(os.getpid(), 9)
+        raise EngineError("out of memory")
 
-def refuse(self, execute, frames):
-    self._send(Refused(execute.batch, "out of memory", invalid=False))
+def load(self, message):
+    ordinary(self, message)
+    if how.exists():
+        self._session = Strange()
 
-how = Path(__file__).with_name("how")
-if how.exists():
-    actor.Actor._execute = {"die": die, "refuse": refuse}[how.read_text()]
+how, ordinary = Path(__file__).with_name("how"), actor.Actor._load
+actor.Actor._load = load
 actor.main(sys.argv[1:])
 """
 
@@ -139,6 +145,39 @@ def test_a_version_that_fails_its_warm_up_is_not_switched_to(
             assert (model.version, model.actor_pids) == (version(small[2.0]), before)
         assert not load.ledger.refused
         assert {float(o["y"][0, 0]) for _, o in load.ledger.answered} == {2.0}
+
+
+def test_a_warm_up_runs_every_size_that_was_measured_and_may_be_called(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    new, heard = small_artifact.build(tmp_path / "n.lrai", factor=3.0), list[lrai.Event]()
+    manifest = json.loads((new / "manifest.json").read_text())
+    for variant in manifest["variants"]:
+        (point,) = variant["latency"]
+        variant["latency"] = [point | {"rows": rows} for rows in (1, 3, 16, 17, 64)]
+    small_artifact.rewrite(new, {"variants": manifest["variants"]})
+    settings = config(**{"scheduler.max_batch_rows": 16})
+    with lrai.Runtime(settings, observers=[heard.append]) as runtime:
+        runtime.load(small[2.0], name="m")
+        swapped = runtime.swap("m", new)
+        wait_until(lambda: any(e.attributes.get("change") == "swap" for e in heard))
+    calls = [e for e in heard if e.kind == "batch_dispatched"]
+    assert [(e.model, e.attributes["rows"]) for e in calls] == [
+        (f"m@{swapped}", rows) for rows in (1, 3, 16)
+    ]
+
+
+def test_a_version_whose_artifact_was_replaced_is_not_gone_back_to(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    path = small_artifact.build(tmp_path / "m.lrai", factor=4.0)
+    with lrai.Runtime.open(path, name="m", config=config()) as runtime:
+        runtime.swap("m", small[3.0])
+        shutil.rmtree(path)
+        small_artifact.build(path, factor=5.0)
+        with pytest.raises(lrai.ConditionNotMet, match="no longer holds"):
+            runtime.rollback("m")
+        assert ask(runtime) == 3.0
 
 
 def test_a_version_that_does_not_meet_its_requirements_is_not_switched_to(
@@ -470,3 +509,27 @@ def test_replicas_share_the_requests_and_the_cpus(small: dict[float, Path]) -> N
         assert len(runtime.models()[0].actor_pids) == 1
         assert {ask(runtime) for _ in range(20)} == {2.0}
         assert runtime.ready() in ("ok", "idle")
+
+
+def test_traffic_is_sketched_always_and_captured_where_that_was_asked_for(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    settings = {"runtime.capture_rows": 20}
+    kept = tmp_path / "traffic"
+    with (
+        lrai.Runtime(config()) as runtime,
+        pytest.raises(lrai.UsageError, match=r"capture_rows needs runtime\.state_dir"),
+    ):
+        runtime.load(small[3.0], name="n", settings=settings)
+    state = config(**{"runtime.state_dir": str(tmp_path)})
+    with lrai.Runtime.open(small[2.0], name="m", config=state) as runtime:
+        runtime.load(small[3.0], name="a/b", settings=settings)
+        for name in ("m", "a/b"):
+            for _ in range(30):
+                ask(runtime, model_name=name)
+        runtime.unload("a/b")
+        assert (kept / "a%2Fb" / "captured.npz").is_file()
+    assert msgspec.json.decode((kept / "m" / "sketch.json").read_bytes())["requests"] == 30
+    assert not (kept / "m" / "captured.npz").exists()
+    with np.load(kept / "a%2Fb" / "captured.npz", allow_pickle=False) as captured:
+        assert captured["x"].shape == (20, 3)

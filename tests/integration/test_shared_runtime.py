@@ -309,6 +309,7 @@ def assert_gone(folder: Path, actor: int) -> None:
         "log",
         "audit.jsonl",
         "deployments.json",
+        *(["traffic"] if (folder / "traffic").exists() else []),
     }
     assert (folder / "log").read_text() == ""
     assert list(folder.parent.iterdir()) == [folder]
