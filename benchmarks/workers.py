@@ -63,7 +63,7 @@ class Plan:
 
 
 QUICK: Final = Plan(rounds=5, seconds=2.0, variants=("fp32",))
-FULL: Final = Plan(rounds=14, seconds=5.0, variants=("fp32", "int8"))
+FULL: Final = Plan(rounds=10, seconds=3.0, variants=("fp32", "int8"))
 
 
 class Round(NamedTuple):
