@@ -62,7 +62,6 @@ class ActorConfig(_Section):
 
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
     threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask
-    isolation: Literal["process", "inline"] = "process"  # inline: a crash of it is the runtime's
     replicas: int = _least(1, 1)  # actors of a model; weights are shared inside each only
     heartbeat_ms: int = _least(1, 200)
     hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)
@@ -123,7 +122,7 @@ _KINDS: Final = {  # dotted key to type, in the order of the tree
 
 
 _OWN: Final = {
-    "actor": ("isolation", "replicas", "threads"),
+    "actor": ("replicas", "threads"),
     "runtime": ("capture_rows", "capture_ttl_hours"),
     "scheduler": ("deterministic", "latency_slo_ms", "max_batch_elements", "max_batch_rows"),
 }
