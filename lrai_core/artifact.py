@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,9 @@ import msgspec
 
 from lrai_core.errors import ArtifactError, EnvironmentProblem, UsageError, shorten
 from lrai_core.protocol import Signature
+
+# msgspec 0.22 learns a type when it first reads one, and dies of two threads that do so at once.
+_reading: Final = threading.Lock()
 
 SCHEMA_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -341,13 +345,15 @@ def read_record(path: Path, kind: type[Record], most: int) -> tuple[Record, str]
         raise ArtifactError(f"{path} is over {most} bytes")
     raw = path.read_bytes()
     try:
-        schema = msgspec.json.decode(raw, type=_Head).schema_version
+        with _reading:
+            schema = msgspec.json.decode(raw, type=_Head).schema_version
         if schema > SCHEMA_VERSION:
             raise ArtifactError(
                 f"{path} has schema {schema}, this version of lrai reads up to {SCHEMA_VERSION}; "
                 "install a newer lrai"
             )
-        return msgspec.json.decode(raw, type=kind), hashlib.sha256(raw).hexdigest()
+        with _reading:
+            return msgspec.json.decode(raw, type=kind), hashlib.sha256(raw).hexdigest()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path.name} cannot be read: {shorten(str(error), 200)}") from None
 

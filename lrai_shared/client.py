@@ -167,7 +167,8 @@ class Attached:
             value = future.result(self._patience)
             if operation == "stats" and isinstance(value, dict):
                 value |= self._counts()
-            return msgspec.convert(value, kind)
+            with self._lock:  # see `artifact`: one at a time learns a type
+                return msgspec.convert(value, kind)
         except TimeoutError:
             raise NotReady(f"the runtime did not answer within {self._patience:g} s") from None
         finally:

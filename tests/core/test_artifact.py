@@ -541,3 +541,18 @@ def test_lines_are_json_one_a_line(tmp_path: Path) -> None:
     write_lines(tmp_path / "log.jsonl", [{"a": 1}, {"b": "line\nbreak"}])
     lines = (tmp_path / "log.jsonl").read_bytes().splitlines()
     assert [msgspec.json.decode(line) for line in lines] == [{"a": 1}, {"b": "line\nbreak"}]
+
+
+def test_threads_that_open_artifacts_at_once_do_not_meet_where_types_are_learned(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without, a daemon that was asked to load by eight clients at once died in some of the races.
+    decode, held = msgspec.json.decode, list[bool]()
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        held.append(store._reading.locked())
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(msgspec.json, "decode", spy)
+    Artifact.open(shared, verify=False)
+    assert held == [True, True]
