@@ -195,7 +195,7 @@ class Deployments(Embedded):
             return
         for watching in self._watches.values():
             watching.save()
-        if self.scheduler.alive:  # else whoever comes next serves on
+        if self.scheduler.thread.is_alive():  # else whoever comes next serves on
             frozen = {name: record for name, record in self._records.items() if record.frozen}
             with suppress(lrai.LraiError):
                 self._store.write(frozen, stopped=True)

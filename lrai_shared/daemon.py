@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import secrets
 import signal
 import sys
@@ -113,7 +114,7 @@ class Door(Pool):
                 self._adopt(client, None)
                 for pending in list(client.running.values()):
                     self._daemon.runtime.scheduler.cancel(pending)
-        self.idle_since = now if self._clients else self.idle_since
+        self.idle_since = math.inf if self._clients else min(self.idle_since, now)
         self._flush()
         return super().poll(now)
 
@@ -227,7 +228,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to stop, or until nobody needs it any more."""
-        while self.runtime.scheduler.alive and not self._ended:
+        while self.runtime.scheduler.thread.is_alive() and not self._ended:
             time.sleep(0.1)
             idle = time.monotonic() - self._door.idle_since
             if idle > _IDLE_SECONDS and not self._stay:

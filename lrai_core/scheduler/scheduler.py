@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ _OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs co
 _OVERDUE_SECONDS: Final = 0.05  # and this on top: who hangs must not stop the others
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
 _SLO_MS, _SLO_CALLS = 100.0, 20.0  # who names no time becomes urgent after the larger of both
+_HOPE: Final = 0.9  # of its time a request may have to wait for those before it
 _TICK_SECONDS: Final = 1e-3  # how exactly the loop can wait
 
 
@@ -143,12 +145,12 @@ class Scheduler:
         self._poller = zmq.Poller()
         self._poller.register(self._wake_read, zmq.POLLIN)
         self._last_answer = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="lrai-scheduler", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="lrai-scheduler", daemon=True)
 
     def start(self) -> None:
         """Start the thread; from now on `workers` belong to it."""
         self._workers.register(self._poller)
-        self._thread.start()
+        self.thread.start()
 
     def add(
         self, model: str, replicas: Sequence[Replica], config: SchedulerConfig | None = None
@@ -191,20 +193,19 @@ class Scheduler:
             NotReady: Draining or closed, or the model failed for good.
             ModelNotFound: No such model.
         """
+        owner = self._models.get(model)
+        if owner is None:
+            raise ModelNotFound(f"no model {shorten(model)!r} is loaded")
+        now, timeout = time.monotonic(), owner.timeout_ms if timeout_ms is None else timeout_ms
+        patience = owner.slo_ms if timeout_ms is None else self._config.default_timeout_ms
+        key = (priority, now + min(timeout, patience) / 1e3, next(self._sequences))
+        size = (request.group, request.rows, request.length)
+        pending = Pending(Waiting(*key, now + timeout / 1e3, *size), owner, request, done, now)
         try:
-            owner = self._models[model]
-        except KeyError:
-            raise ModelNotFound(f"no model {shorten(model)!r} is loaded") from None
-        try:
-            now, deadline = self._admit(owner, request, timeout_ms)
+            self._admit(pending, timeout / 1e3)
         except LraiError as error:
             self._events.emit("request_refused", model, reason=type(error).__name__)
             raise
-        # Whoever waits long enough becomes urgent, whatever its deadline.
-        patience_ms = owner.slo_ms if timeout_ms is None else self._config.default_timeout_ms
-        key = (priority, min(deadline, now + patience_ms / 1e3), next(self._sequences), deadline)
-        place = Waiting(*key, request.group, request.rows, request.length)
-        pending = Pending(place, owner, request, done, now)
         self._events.emit("request_accepted", model, rows=request.rows)
         self._hand_over(pending)
         return pending
@@ -224,11 +225,6 @@ class Scheduler:
         """
         if not self._hand_over(action):
             raise NotReady("the runtime was closed")
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
 
     def remove(self, model: str) -> None:
         """Forget a model; what waits for it or runs is refused. Runs in the scheduler's thread."""
@@ -262,30 +258,33 @@ class Scheduler:
                 return
             self.accepting, self._closed = False, True
         self._wake()
-        self._thread.join()
+        self.thread.join()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
-    def _admit(
-        self, model: _Model, request: ValidRequest, timeout_ms: float | None
-    ) -> tuple[float, float]:
-        """Count a request in, and return when that was and its deadline, or refuse it."""
+    def _admit(self, pending: Pending, allowed: float) -> None:
+        """Count a request in that has so many seconds, or refuse it."""
+        model, request, rows = pending.model, pending.request, pending.request.rows
         if model.failed:
             raise ActorError(model.failed)
-        timeout = model.timeout_ms if timeout_ms is None else timeout_ms
-        replicas = list(model.replicas.values())
-        rows, length = request.rows, request.length
-        needed_ms = 1e3 * min([r.latency.engine_seconds(rows, length) for r in replicas])
-        if not timeout > needed_ms:
-            raise DeadlineExceeded(f"{timeout:g} ms allowed, the model takes {needed_ms:.3g} ms")
-        now = time.monotonic()
+        models = [replica.latency for replica in list(model.replicas.values())]
+        needed = min([latency.engine_seconds(rows, request.length) for latency in models])
+        if not allowed > needed:
+            given = f"{allowed * 1e3:g} ms allowed"
+            raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
+        before, room = bisect_left(model.queue.urgent, pending.place), allowed * len(models) * _HOPE
+        if before * needed > room:  # one by one; if they run together it may be otherwise
+            most = max(1, model.bounds.rows // rows)
+            sizes = (1, min(8, most), most)
+            each = [m.call_seconds(n * rows, request.length) / n for m in models for n in sizes]
+            if before * min(each) > room:
+                raise DeadlineExceeded(f"{before} requests have to be answered before it")
         with self._state_lock:  # `drain` sees a request either refused or counted
             if not self.accepting:
                 raise NotReady("the runtime is draining")
             if not self._admission.rows:
-                self._last_answer = now  # nobody waited until now
-            self._admission.enter(request.rows, request.nbytes, needed_ms / 1e3 / request.rows)
-        return now, now + timeout / 1e3
+                self._last_answer = pending.arrival  # nobody waited until now
+            self._admission.enter(rows, request.nbytes, needed / rows)
 
     def _cancel(self, pending: Pending) -> None:
         error = DeadlineExceeded("cancelled")
@@ -304,7 +303,7 @@ class Scheduler:
         return False
 
     def _wake(self) -> None:
-        if not self._awake and threading.get_ident() != self._thread.ident:  # it looks anyway
+        if not self._awake and threading.get_ident() != self.thread.ident:  # it looks anyway
             self._awake = True
             os.write(self._wake_write, b"\0")
 

@@ -390,7 +390,7 @@ def test_a_deadline_and_a_cancellation_reach_the_queue_of_the_daemon(
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor, identity = stop_at_work(runtime)
         started = time.monotonic()
-        with pytest.raises(lrai.DeadlineExceeded, match=r"in the queue|cannot be met"):
+        with pytest.raises(lrai.DeadlineExceeded, match=r"in the queue|cannot be met|while it ran"):
             runtime.infer(request(timeout_ms=200))
         assert time.monotonic() - started < 0.9  # the daemon said so, not the client's patience
 

@@ -577,6 +577,25 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_request_unrun(
     assert len(bench.workers.dispatched) == 2
 
 
+def test_who_cannot_be_answered_in_time_for_those_before_it_is_refused_at_once(
+    bench: Bench,
+) -> None:
+    bench.scheduler.add("m", [Replica("m", PROFILE)], SchedulerConfig(max_batch_rows=2))
+    bench.workers.down.add("m")  # two in 10 ms, when it is up
+    for _ in range(20):
+        bench.submit(timeout_ms=110)
+    bench.step()
+    with pytest.raises(DeadlineExceeded, match="20 requests have to be answered before it"):
+        bench.submit(timeout_ms=111)
+    hopeful, urgent = bench.submit(timeout_ms=130), bench.submit(timeout_ms=50)
+    bench.workers.down.clear()
+    while bench.scheduler.outstanding():
+        bench.step()
+        if bench.workers.calls:
+            bench.workers.answer()
+    assert hopeful.exception(0) is urgent.exception(0) is None
+
+
 def test_what_can_no_longer_be_answered_in_time_is_not_run(bench: Bench, clock: Clock) -> None:
     bench.submit()
     bench.step()
@@ -979,7 +998,7 @@ def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
     future = submit(scheduler, "m", request())
     scheduler.start()
     assert isinstance(future.exception(10), NotReady)
-    scheduler._thread.join(10)
+    scheduler.thread.join(10)
     with pytest.raises(NotReady):
         submit(scheduler, "m", request())
     assert scheduler.outstanding() == 0
