@@ -83,6 +83,9 @@ class Deployments(Embedded):
             if shared and any(self.is_served(v, opened, variant, require) for v in served):
                 return name
             record = self._records.get(name, Record())
+            plain = share is None and require is None
+            if shared and served and plain and record.was(opened.version):
+                return name  # whoever starts anew with what was replaced gets what replaced it
             if record.frozen and not served and opened.version in record.versions:
                 record = Record(frozen=record.frozen)  # it serves again what it served
             else:

@@ -50,6 +50,10 @@ class Record(msgspec.Struct, frozen=True):
         """Return whether somebody answers, unless nobody is there at all."""
         return any(self.shares.values()) or not self.versions
 
+    def was(self, version: str) -> bool:
+        """Return whether an artifact's version is the one that served before."""
+        return self.previous.version.partition("-")[0] == version
+
     def beside(self, how: How, share: float) -> Record:
         """Return the record with another version, whose share the others give up in proportion."""
         shares = {label: own * (1 - share) for label, own in self.shares.items()}

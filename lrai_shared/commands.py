@@ -37,7 +37,8 @@ def start(address: Address = "auto") -> None:
     """Start the runtime, to stay until it is stopped; do nothing where one runs."""
     config, folder = _place(address)
     there = is_running(folder)
-    Attached(config, str(folder), stay=True).close()  # it answers
+    with closing(Attached(config, str(folder), stay=True)) as client:
+        client.call("stay", {}, type(None))  # also one that a client has started
     out.print(f"the runtime {'runs already' if there else 'was started'} in {folder}")
 
 

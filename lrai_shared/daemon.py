@@ -44,7 +44,7 @@ _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _CHANGES: Final = 8  # that may be under way at the same time
-_QUICK: Final = frozenset({"models", "deployments", "ready", "stats", "stop"})
+_QUICK: Final = frozenset({"models", "deployments", "ready", "stats", "stay", "stop"})
 _SLOW: Final = frozenset(
     {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain"}
 )
@@ -252,6 +252,9 @@ class Daemon:
             raise UsageError(f"operation {shorten(operation)!r} is unknown; known: {known}")
         if operation == "stop":
             return self._end()
+        if operation == "stay":
+            self._stay = True
+            return None
         arguments |= {"shared": True} if operation == "load" else {}
         return self.runtime.call(operation, arguments, object)
 

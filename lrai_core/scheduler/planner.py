@@ -141,8 +141,8 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
     return Decision(tuple(one.sequence for one in call.members), drop, call.seconds, call.due)
 
 
-def _is_late(waiting: Waiting, latency: LatencyModel, now: float) -> bool:
-    return now + latency.engine_seconds(waiting.rows, waiting.length) > waiting.deadline
+def _is_late(one: Waiting, latency: LatencyModel, now: float) -> bool:
+    return now + latency.call_seconds(one.rows, one.length) * latency.margin > one.deadline
 
 
 class Offer(NamedTuple):

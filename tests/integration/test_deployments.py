@@ -218,6 +218,19 @@ def test_of_two_changes_of_a_name_at_once_one_is_refused(small: dict[float, Path
         assert ask(runtime) in (3.0, 4.0)
 
 
+def test_who_starts_anew_with_what_was_replaced_is_served_by_what_replaced_it(
+    folder: Path, small: dict[float, Path]
+) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", address="auto") as runtime:
+        runtime.swap("m", small[3.0])
+        with lrai.Runtime.open(small[2.0], name="m", address="auto") as worker:
+            assert ask(worker) == 3.0
+        with pytest.raises(lrai.UsageError, match="loaded already"):
+            runtime.load(small[4.0], name="m")
+        with pytest.raises(lrai.UsageError, match="loaded already"):  # of it more was known
+            runtime.load(small[2.0], name="m", require={"tier": "STATISTICAL", "epsilon": 1e-9})
+
+
 def test_a_version_goes_back_to_the_one_before(small: dict[float, Path]) -> None:
     with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
         with pytest.raises(lrai.ConditionNotMet, match="no version to go back to"):
@@ -434,9 +447,12 @@ def test_what_a_killed_daemon_served_the_next_one_serves_and_keeps_frozen(
 
 
 def test_what_was_used_longest_ago_makes_room(small: dict[float, Path]) -> None:
-    with lrai.Runtime.open(small[2.0], config=config()) as runtime:
-        one = pss_mib(pid_of(runtime, "small"))
-    budget = round(one * 2.6)
+    needed = []  # by one, two and three of them, which share libraries
+    with lrai.Runtime(config()) as runtime:
+        for name in "xyz":
+            runtime.load(small[2.0], name=name)
+            needed.append(sum(pss_mib(pid_of(runtime, model.name)) for model in runtime.models()))
+    budget = round((needed[1] + needed[2]) / 2)
     with lrai.Runtime(config(**{"runtime.memory_mib": budget})) as runtime:
         for name, times in (("a", 2.0), ("b", 3.0)):
             runtime.load(small[times], name=name)

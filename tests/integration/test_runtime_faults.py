@@ -19,6 +19,7 @@ import pytest
 
 import lrai_core as lrai
 from benchmarks.models import requests
+from lrai_core.wire.messages import PROTOCOL_VERSION
 from tests.integration.conftest import sentence
 
 pytestmark = pytest.mark.server
@@ -265,7 +266,9 @@ def test_an_actor_of_another_version_is_refused_with_the_setting_to_look_at(
         "from lrai_core.actor.actor import main\n"
         "main(sys.argv[1:])\n",
     )
-    with pytest.raises(lrai.ArtifactError, match=r"version 99, not 1: actor\.python"):
+    with pytest.raises(
+        lrai.ArtifactError, match=rf"version 99, not {PROTOCOL_VERSION}: actor\.python"
+    ):
         lrai.Runtime.open(classifier_fp32, config=config(**{"actor.python": other}))
 
 

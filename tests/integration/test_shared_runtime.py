@@ -278,6 +278,17 @@ def test_a_daemon_ends_by_itself_after_its_last_client(
     assert_gone(folder, actor)
 
 
+def test_a_daemon_that_a_client_has_started_stays_when_it_is_told_to(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("daemon._SILENT_SECONDS = 1.2", "daemon._IDLE_SECONDS = 0.3")
+    daemon_with(tmp_path, monkeypatch, *changes)
+    with lrai.Runtime.open(classifier_fp32, address="auto"):
+        assert "runs already" in run("runtime", "start", code=0)
+    time.sleep(2.5)
+    assert len(daemons(folder)) == 1
+
+
 def test_who_comes_while_an_idle_daemon_ends_is_served_by_the_next_one(
     folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
