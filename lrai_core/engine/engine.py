@@ -6,7 +6,6 @@ import contextlib
 import platform
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -55,15 +54,18 @@ def find_engine(name: str) -> Engine:
         from lrai_core.engine.onnxruntime import OnnxRuntime
 
         return OnnxRuntime()
+    from importlib.metadata import entry_points  # 3 MB that an actor can do without
+
     for entry in entry_points(group="lrai.engines", name=name):
         return cast("Engine", entry.load()())
-    raise EnvironmentProblem(
-        f"the engine {shorten(name)!r} is not installed: pip install 'lrai[{shorten(name, 40)}]'"
-    )
+    remedy = f"pip install 'lrai[{shorten(name, 40)}]'"
+    raise EnvironmentProblem(f"the engine {shorten(name)!r} is not installed: {remedy}")
 
 
 def installed_version(name: str) -> str:
     """Return the version of a distribution without importing it, empty if not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     for distribution in (name, f"{name}-gpu"):
         with contextlib.suppress(PackageNotFoundError):
             return version(distribution)

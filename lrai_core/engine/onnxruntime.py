@@ -108,6 +108,5 @@ def refusal(error: BaseException, message: str) -> CompileError:
 
     Only the text of its error tells whether an operator that it lacks is the reason.
     """
-    text = str(error)
-    lacking = any(words in text for words in _LACKING)
+    lacking = any(words in str(error) for words in _LACKING)
     return UnsupportedOperator(message) if lacking else CompileError(message)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from lrai_core.engine import engine
 from lrai_core.engine.engine import find_engine, installed_version, isa_class
 from lrai_core.errors import EnvironmentProblem
 
@@ -37,7 +36,7 @@ def test_another_engine_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPa
         here = EntryPoint("plugin", f"{__name__}:PluginEngine", group)
         return [here] if name == "plugin" else []
 
-    monkeypatch.setattr(engine, "entry_points", entry_points)
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
     monkeypatch.setattr(EntryPoint, "load", lambda entry: PluginEngine)
     assert find_engine("plugin").version == "7"
     with pytest.raises(EnvironmentProblem, match="the engine 'tvm' is not installed: pip install"):
@@ -61,7 +60,7 @@ def test_the_gpu_build_of_an_engine_counts_as_it(monkeypatch: pytest.MonkeyPatch
             return "1.2"
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(engine, "version", version)
+    monkeypatch.setattr("importlib.metadata.version", version)
     assert installed_version("onnxruntime") == "1.2"
 
 
