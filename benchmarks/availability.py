@@ -375,7 +375,8 @@ def was_refused(error: BaseException, seconds: float) -> bool:
         return False
     if isinstance(error, lrai.QueueFull | lrai.NotReady):
         return True
-    return isinstance(error, lrai.DeadlineExceeded) and "the model takes" in str(error)
+    at_the_door = ("the model takes" in str(error), "answered before it" in str(error))
+    return isinstance(error, lrai.DeadlineExceeded) and any(at_the_door)
 
 
 def recoveries(ledger: Ledger, kills: Sequence[Event]) -> list[float]:

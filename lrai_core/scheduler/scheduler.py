@@ -46,6 +46,7 @@ _OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs co
 _OVERDUE_SECONDS: Final = 0.05  # and this on top: who hangs must not stop the others
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
 _SLO_MS, _SLO_CALLS = 100.0, 20.0  # who names no time becomes urgent after the larger of both
+_RECENT: Final = 20  # calls that count as of late
 _HOPE: Final = 0.9  # of its time a request may have to wait for those before it
 _TICK_SECONDS: Final = 1e-3  # how exactly the loop can wait
 
@@ -77,6 +78,7 @@ class _Model:
     bounds: Bounds
     slo_ms: float  # after which who names no time is as urgent as can be,
     timeout_ms: float  # and after which it is given up
+    pace: float  # seconds of its actors for a request, lately
     queue: Queue = field(default_factory=Queue)
     waiting: dict[int, Pending] = field(default_factory=dict)
     used_seconds: float = 0.0  # of the processor, lately
@@ -167,7 +169,7 @@ class Scheduler:
         alone_ms = 1e3 * min(replica.latency.engine_seconds(1, 1) for replica in replicas)
         slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = own.latency_slo_ms or own.default_timeout_ms
-        self._models[model] = _Model(model, by_actor, bounds, slo_ms, timeout_ms)
+        self._models[model] = _Model(model, by_actor, bounds, slo_ms, timeout_ms, alone_ms / 1e3)
 
     def accept(
         self,
@@ -272,13 +274,12 @@ class Scheduler:
         if not allowed > needed:
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
-        before, room = bisect_left(model.queue.urgent, pending.place), allowed * len(models) * _HOPE
-        if before * needed > room:  # one by one; if they run together it may be otherwise
-            most = max(1, model.bounds.rows // rows)
-            sizes = (1, min(8, most), most)
-            each = [m.call_seconds(n * rows, request.length) / n for m in models for n in sizes]
-            if before * min(each) > room:
-                raise DeadlineExceeded(f"{before} requests have to be answered before it")
+        # Those before it are like it in calls of the best size, or as they have been of late.
+        most = max(1, model.bounds.rows // rows)
+        each = [m.call_seconds(n * rows, request.length) / n for m in models for n in (1, most)]
+        before = bisect_left(model.queue.urgent, pending.place)
+        if before * min(model.pace, *each) > allowed * len(models) * _HOPE:
+            raise DeadlineExceeded(f"{before} requests have to be answered before it")
         with self._state_lock:  # `drain` sees a request either refused or counted
             if not self.accepting:
                 raise NotReady("the runtime is draining")
@@ -333,8 +334,6 @@ class Scheduler:
         for model in list(self._models.values()):
             inside += model.waiting.values()
             model.waiting.clear()
-        self._arrived.clear()
-        self._calls.clear()
         self._settle_with(inside, error)
 
     def _step(self) -> None:
@@ -492,6 +491,8 @@ class Scheduler:
                 total, name = None if call.queued else now - call.begun, call.model.name
                 if call.replica.latency.observe(call.rows, call.length, total, engine_seconds):
                     self._events.emit("speed_changed", name, scale=call.replica.latency.scale)
+                pace = (now - call.begun) / len(call.pending) - call.model.pace
+                call.model.pace += pace / _RECENT
                 self._events.emit("batch_completed", name, engine_seconds=engine_seconds)
                 self._last_answer = now
                 for pending, answer in zip(call.pending, answers, strict=True):

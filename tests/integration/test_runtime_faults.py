@@ -201,6 +201,26 @@ def test_a_crash_loop_is_stopped_and_reported(classifier_fp32: lrai.Artifact) ->
         assert runtime.ready() == "dead"
 
 
+def test_a_call_that_memory_does_not_suffice_for_says_so_and_harms_no_other(
+    minilm_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    with lrai.Runtime.open(minilm_fp32, config=config()) as runtime:
+        status = Path(f"/proc/{pid_of(runtime, 'minilm')}/status").read_text()
+    used_kib = int(status.partition("VmSize:")[2].split()[0])
+    limited = tmp_path / "python"
+    limited.write_text(f'#!/bin/sh\nulimit -v {used_kib + 200_000}\nexec {sys.executable} "$@"\n')
+    limited.chmod(0o700)
+    with lrai.Runtime.open(minilm_fp32, config=config(**{"actor.python": str(limited)})) as runtime:
+        actor = pid_of(runtime, "minilm")
+        large, small = (sentence(random, rows, length=128) for rows in (400, 2))
+        with pytest.raises(lrai.ActorError, match=r"refused the request.*(alloc|memory)"):
+            runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=large))
+        answer = runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
+        assert answer.outputs["sentence_embedding"].shape == (2, 384)
+        assert pid_of(runtime, "minilm") == actor
+
+
 def test_actors_end_with_their_parent(classifier_fp32: lrai.Artifact) -> None:
     program = (
         "import sys, time, lrai_core as l\n"
