@@ -80,7 +80,7 @@ class Extent:
     fp32: bool
 
 
-QUICK: Final = Extent(3, {"search": 300, "azure": 120}, 1, 6.0, fp32=False)
+QUICK: Final = Extent(3, {"search": 300, "azure": 120}, 1, 4.0, fp32=False)
 FULL: Final = Extent(9, {"search": 800, "azure": 300}, 3, 10.0, fp32=True)
 
 
