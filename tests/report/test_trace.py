@@ -45,7 +45,7 @@ def at(*seconds: float) -> Arrivals:
 @pytest.fixture
 def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setenv("TZ", "XXX-9")
+        patch.setenv("TZ", "FAR-9")
         time.tzset()
         yield
     time.tzset()
