@@ -230,8 +230,7 @@ class Scheduler:
 
     def remove(self, model: str) -> None:
         """Forget a model; what waits for it or runs is refused. Runs in the scheduler's thread."""
-        gone = self._models.pop(model, None)
-        if gone is not None:
+        if gone := self._models.pop(model, None):
             self._fail(gone, f"model {model!r} was unloaded")
             for batch in [b for b, call in self._calls.items() if call.model is gone]:
                 self._settle_with(self._calls.pop(batch).pending, ActorError(gone.failed))
@@ -329,8 +328,7 @@ class Scheduler:
         with self._state_lock:
             self.accepting, self._stopped = False, True
         inside = [item for item in self._arrived if isinstance(item, Pending)]
-        for call in self._calls.values():
-            inside += call.pending
+        inside += [pending for call in self._calls.values() for pending in call.pending]
         for model in list(self._models.values()):
             inside += model.waiting.values()
             model.waiting.clear()
@@ -377,10 +375,9 @@ class Scheduler:
 
     def _expire_running(self, now: float) -> None:
         """Tell callers in time; the request keeps its place until the engine is done with it."""
-        for call in self._calls.values():
-            for pending in call.pending:
-                if pending.place.deadline <= now:
-                    self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
+        for pending in [pending for call in self._calls.values() for pending in call.pending]:
+            if pending.place.deadline <= now:
+                self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
 
     def _dispatch_one(self, now: float) -> bool:
         """Start the call that is due first among those there are CPUs for; return whether one was.
@@ -437,7 +434,11 @@ class Scheduler:
             Offer(d.due, d.predicted_seconds, len(d.dispatch), model.used_seconds > share)
             for model, _, d in offers
         ]
-        return choose(calls, now)
+        try:
+            return choose(calls, now)
+        except Exception as error:  # noqa: BLE001 - edge: without a choice it is the first one's turn
+            self._events.emit("planner_failed", offers[0][0].name, reason=repr(error))
+            return 0
 
     def _start(self, model: _Model, replica: Replica, decision: Decision, now: float) -> None:
         # From here on a request holds its place until the engine is done with it, cancelled or not.

@@ -184,7 +184,11 @@ def test_models_take_turns_by_deadline_and_in_need_the_least_serving_waits() -> 
     slow, quick = Offer(NOW + 1.0, 0.9, 1, False), Offer(NOW + 1.1, 0.2, 8, False)
     assert choose([quick, slow], NOW) == 0  # both cannot end in time: 1 request against 8
     assert choose([quick, slow._replace(seconds=0.7)], NOW) == 1  # both can: who is due first
-    assert choose([quick._replace(over_share=True), slow], NOW) == 1  # it has had its share
+    # Who has had its share counts half: that decides between these, and not for eight to one.
+    rival = Offer(NOW + 1.1, 0.6, 1, False)
+    assert choose([rival, slow], NOW) == 0
+    assert choose([rival._replace(over_share=True), slow], NOW) == 1
+    assert choose([quick._replace(over_share=True), slow], NOW) == 0
     assert choose([slow._replace(due=NOW)], NOW) == 0  # better late than never
 
 

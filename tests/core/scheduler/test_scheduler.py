@@ -798,6 +798,24 @@ def test_a_planner_that_raises_means_one_by_one_and_an_event(
     assert bench.counts("planner_failed") == (3,)
 
 
+def test_a_choice_among_models_that_raises_means_one_after_the_other_and_an_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("policy")
+
+    monkeypatch.setattr(module, "choose", broken)
+    bench.scheduler._cpus = 1
+    bench.add("other")
+    futures = [bench.submit(), bench.submit(model="other")]
+    for name in ("m", "other"):
+        bench.step()
+        bench.workers.answer(name)
+    bench.step()
+    assert all(future.exception(0) is None for future in futures)
+    assert bench.counts("planner_failed") == (1,)
+
+
 # Leaving
 
 
