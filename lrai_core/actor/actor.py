@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from lrai_core.artifact import FileEntry, check_files
-from lrai_core.engine.batching import coalesce, split, synthetic_row
-from lrai_core.engine.engine import find_engine
+from lrai_core.engine.batching import coalesce, synthetic_row
+from lrai_core.engine.engine import Session, find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
 from lrai_core.wire import messages
 from lrai_core.wire.arena import Arenas
@@ -49,47 +49,49 @@ class Actor:
                 self._arenas.forget(message.segment)
 
     def _load(self, load: Load) -> None:
-        started = time.monotonic()
-        folder, self._signature = Path(load.folder), load.signature
+        started, self._signature = time.monotonic(), load.signature
         if load.cpus:  # before the engine starts its threads, which inherit it
             os.sched_setaffinity(0, load.cpus)
-        weights = folder / load.weights if load.weights else None
-        files = {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
         try:
-            check_files(folder, files)
-            self._session = find_engine(load.engine).load(
-                folder / load.model, weights=weights, threads=load.threads, optimise=load.optimise
-            )
+            self._session = open_session(load)
+            self._socket.say(messages.Ready(time.monotonic() - started))
         except LraiError as error:
             self._socket.say(messages.LoadFailed(str(error), isinstance(error, EnvironmentProblem)))
-            return
-        # Once, so that the first caller does not pay for what engines put off until then. A made-up
-        # row may be no valid input.
-        with contextlib.suppress(EngineError):
-            self._session.run(synthetic_row(load.signature, length=8))
-        self._socket.say(messages.Ready(time.monotonic() - started))
 
     def _execute(self, execute: Execute, frames: list[memoryview]) -> None:
         try:
-            wanted = sorted({index for item in execute.items for index in item.outputs})
             shared = [self._arenas.open(segment) for segment in execute.segments]
-            requests = [[unpack(t, frames, shared) for t in i.tensors] for i in execute.items]
-            arrays = coalesce(requests, self._signature)
+            parts = [[unpack(t, frames, shared) for t in part] for part in execute.parts]
+            arrays = coalesce(parts, self._signature)
             started = time.perf_counter()
-            outputs = self._session.run(arrays, wanted)
+            outputs = self._session.run(arrays, execute.outputs)
             seconds = time.perf_counter() - started
-            rows, lengths = zip(*((item.rows, item.length) for item in execute.items), strict=True)
-            answers = split(outputs, [self._signature.outputs[i] for i in wanted], rows, lengths)
             packer = Packer()
-            items = tuple(
-                packer.pack([answer[wanted.index(index)] for index in item.outputs])
-                for item, answer in zip(execute.items, answers, strict=True)
-            )
-            packer.send(self._socket, Executed(execute.batch, seconds, items))
-        except EngineError as error:
-            self._socket.say(Refused(execute.batch, str(error), error.invalid))
+            tensors = packer.pack(outputs)
+            packer.send(self._socket, Executed(execute.batch, seconds, tensors))
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
-            self._socket.say(Refused(execute.batch, type(error).__name__, invalid=False))
+            known = (str(error), error.invalid) if isinstance(error, EngineError) else None
+            self._socket.say(Refused(execute.batch, *known or (type(error).__name__, False)))
+
+
+def open_session(load: Load) -> Session:
+    """Return what `load` names once its files are checked and it has run.
+
+    Raises:
+        ArtifactError, EnvironmentProblem: See `check_files` and `Engine.load`.
+    """
+    folder = Path(load.folder)
+    files = {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
+    check_files(folder, files)
+    engine, weights = find_engine(load.engine), folder / load.weights if load.weights else None
+    session = engine.load(
+        folder / load.model, weights=weights, threads=load.threads, optimise=load.optimise
+    )
+    # Once, so that the first caller does not pay for what engines put off until then. A made-up row
+    # may be no valid input.
+    with contextlib.suppress(EngineError):
+        session.run(synthetic_row(load.signature, length=8))
+    return session
 
 
 def main(argv: list[str]) -> NoReturn:

@@ -19,29 +19,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import zmq
 
 from lrai_core.config import ActorConfig
+from lrai_core.engine.batching import coalesce, split
 from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError
 from lrai_core.events import EventBus
-from lrai_core.protocol import ValidRequest
+from lrai_core.protocol import Array, ValidRequest
 from lrai_core.wire import messages
 from lrai_core.wire.arena import Arenas
-from lrai_core.wire.messages import BadFrames, Executed, FromActor, Item, Load, Packer, Refused
-from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome
+from lrai_core.wire.messages import BadFrames, Executed, FromActor, Load, Packer, Refused
+from lrai_core.wire.workers import Batch, GaveUp, Lost, Outcome
 
 _REAP_SECONDS: Final = 0.005  # between looks whether a killed process has ended
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
-
-
-class _Batch(NamedTuple):
-    """A call that an actor has been sent."""
-
-    number: int
-    outputs: tuple[int, ...]  # how many each of its requests wants
-    limit_seconds: float  # from when it is the first
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +51,7 @@ class _Actor:
     was_ready: bool = False
     process: Popen[bytes] | None = None
     line: socket.socket | None = None  # until it is killed
-    batches: deque[_Batch] = field(default_factory=deque)  # the first one runs
+    batches: deque[Batch] = field(default_factory=deque)  # the first one runs
     why: str = ""  # it was killed, or will be when nothing is heard of it before `due`
 
     def expect(self, seconds: float, complaint: str) -> None:
@@ -103,12 +96,8 @@ class Pool:
         self._poller = poller
         poller.register(self._socket, zmq.POLLIN)
 
-    def ready(self, name: str) -> bool:
-        """See `Workers.ready`."""
-        return self.state(name)[0] == "ready"
-
     def state(self, name: str) -> tuple[str, int | None]:
-        """Return what the actor is at, `failed` if it was given up, and its process id if any."""
+        """See `Workers.state`."""
         if actor := self._actors.get(name):
             return actor.state, actor.process.pid if actor.process else None
         return "failed", None
@@ -122,13 +111,18 @@ class Pool:
     ) -> None:
         """See `Workers.dispatch`."""
         actor = self._actors[name]
-        packer = Packer(self.arenas.find)
-        items = tuple(Item(r.rows, r.length, r.outputs, packer.pack(r.arrays)) for r in requests)
+        parts: list[Sequence[Array]] = [request.arrays for request in requests]
+        if all(request.nbytes < messages.OWN_FRAME_BYTES for request in requests):
+            # Copied either way, and what is done here is not done on the engine's CPU.
+            parts = [coalesce(parts, actor.load.signature)]
+        packer, outputs = Packer(self.arenas.find), tuple({i for r in requests for i in r.outputs})
+        tensors = tuple([packer.pack(part) for part in parts])
         limit = max(self._config.hang_seconds, self._config.hang_factor * predicted_seconds)
-        actor.batches.append(_Batch(batch, tuple(len(r.outputs) for r in requests), limit))
+        actor.batches.append(Batch(batch, requests, outputs, limit))
         if len(actor.batches) == 1:
             self._watch(actor)
-        packer.send(self._socket, messages.Execute(batch, items, packer.segments), actor.identity)
+        execute = messages.Execute(batch, outputs, tensors, packer.segments)
+        packer.send(self._socket, execute, actor.identity)
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
@@ -171,21 +165,10 @@ class Pool:
                     actor.loaded.set_result(None)
             case messages.LoadFailed(message=text, environment=here):
                 self._give_up(actor, EnvironmentProblem(text) if here else ArtifactError(text))
-            case Executed(batch=batch, engine_seconds=seconds, items=items):
-                answers = [[messages.unpack(t, frames).copy() for t in item] for item in items]
-                self._done(actor, Answered(batch, answers, seconds))
-            case Refused():
-                self._done(actor, message)
-
-    def _done(self, actor: _Actor, outcome: Answered | Refused) -> None:
-        if not actor.batches or outcome.batch != actor.batches[0].number:
-            raise BadFrames("it speaks of a batch at which it is not")
-        batch = actor.batches[0]
-        if isinstance(outcome, Answered) and tuple(map(len, outcome.answers)) != batch.outputs:
-            raise BadFrames("other outputs than the requests want")
-        self._outcomes.append(outcome)
-        actor.batches.popleft()
-        self._watch(actor)
+            case Executed() | Refused():
+                self._outcomes.append(_outcome(actor, message, frames))
+                actor.batches.popleft()
+                self._watch(actor)
 
     def _watch(self, actor: _Actor) -> None:
         """Expect the end of the batch that runs now, or a sign of life where none does."""
@@ -211,8 +194,7 @@ class Pool:
         del self._lives[actor.identity]
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         why = actor.why or f"the model's process ended with {how}"
-        lost = enumerate(actor.batches)
-        self._outcomes += [Lost(one.number, why, begun=place == 0) for place, one in lost]
+        self._outcomes += [Lost(b.number, why, begun=i == 0) for i, b in enumerate(actor.batches)]
         if self._actors.get(actor.name) is not actor:  # removed or given up: nobody misses it
             return
         self._events.emit("actor_lost", actor.name, reason=why)
@@ -270,3 +252,25 @@ class Pool:
             self._poller.unregister(actor.line)
             actor.line.close()
             actor.state, actor.line, actor.due, actor.why = "ending", None, 0.0, why
+
+
+def _outcome(actor: _Actor, message: Executed | Refused, frames: Sequence[memoryview]) -> Outcome:
+    if not actor.batches or message.batch != actor.batches[0].number:
+        raise BadFrames("it speaks of a batch at which it is not")
+    if isinstance(message, Refused):
+        return message
+    batch = actor.batches[0]
+    if len(message.outputs) != len(batch.outputs):
+        raise BadFrames("other outputs than the requests want")
+    outputs = [messages.unpack(tensor, frames) for tensor in message.outputs]
+    return answered(batch, outputs, message.engine_seconds, actor.load)
+
+
+def answered(batch: Batch, outputs: Sequence[Array], seconds: float, load: Load) -> Outcome:
+    """Return every request's own rows of the outputs that it wants, after `seconds` of engine."""
+    specs = [load.signature.outputs[index] for index in batch.outputs]
+    rows, lengths = [r.rows for r in batch.requests], [r.length for r in batch.requests]
+    try:
+        return batch.answered(split(outputs, specs, rows, lengths), seconds)
+    except (ValueError, IndexError) as error:  # not what the model declares
+        return Refused(batch.number, str(error), invalid=False)

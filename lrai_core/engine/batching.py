@@ -153,10 +153,10 @@ def _join(arrays: list[Array], spec: TensorSpec) -> Array:
     axis = spec.length_axis
     if axis is None or len({array.shape[axis] for array in arrays}) == 1:
         return np.concatenate(arrays)
-    shape = list(arrays[0].shape)
+    shape, dtype = list(arrays[0].shape), arrays[0].dtype
     shape[0] = sum(array.shape[0] for array in arrays)
     shape[axis] = max(array.shape[axis] for array in arrays)
-    joined = np.full(shape, spec.pad_value, dtype=arrays[0].dtype)
+    joined = np.full(shape, "" if dtype.kind == "O" else spec.pad_value, dtype)
     start = 0
     for array in arrays:
         window: list[slice] = [slice(None)] * array.ndim

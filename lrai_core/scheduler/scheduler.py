@@ -422,7 +422,7 @@ class Scheduler:
     def _wanted(self, model: _Model) -> list[Replica]:
         """Return the actors that are up, none where nothing waits for them."""
         replicas = model.replicas.values() if len(model.queue) else ()
-        return [replica for replica in replicas if self._workers.ready(replica.actor)]
+        return [replica for replica in replicas if self._workers.state(replica.actor)[0] == "ready"]
 
     def _choose(self, offers: Sequence[tuple[_Model, Replica, Decision]], now: float) -> int:
         fade = math.exp((self._used_at - now) / _SHARE_SECONDS)

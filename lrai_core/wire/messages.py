@@ -20,8 +20,8 @@ import zmq
 from lrai_core.errors import EnvironmentProblem
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
 
-PROTOCOL_VERSION: Final = 2
-_OWN_FRAME_BYTES: Final = 64 << 10
+PROTOCOL_VERSION: Final = 3
+OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
 _datatype_of: Final = lru_cache(256)(datatype_of)
 
@@ -72,20 +72,12 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     cpus: tuple[int, ...] = ()
 
 
-class Item(msgspec.Struct, frozen=True, array_like=True):
-    """One request inside a batch: its input tensors and the outputs it wants."""
-
-    rows: int
-    length: int
-    outputs: tuple[int, ...]
-    tensors: tuple[TensorFrame, ...]
-
-
 class Execute(msgspec.Struct, frozen=True, tag=True):
-    """To an actor: run these requests as one call."""
+    """To an actor: join these parts, one tensor per input each, run them and return `outputs`."""
 
     batch: int
-    items: tuple[Item, ...]
+    outputs: tuple[int, ...]
+    parts: tuple[tuple[TensorFrame, ...], ...]
     segments: tuple[Segment, ...] = ()
 
 
@@ -115,11 +107,11 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Executed(msgspec.Struct, frozen=True, tag=True):
-    """From an actor: the outputs of a batch, per request, and how long the engine took."""
+    """From an actor: the outputs of a call, and how long the engine took."""
 
     batch: int
     engine_seconds: float
-    items: tuple[tuple[TensorFrame, ...], ...]
+    outputs: tuple[TensorFrame, ...]
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -238,7 +230,7 @@ class Packer:
     def place(self, data: Buffer) -> Place:
         """Place the bytes of a tensor, which must not change until the frames are sent."""
         size = len(data)
-        if size >= _OWN_FRAME_BYTES:
+        if size >= OWN_FRAME_BYTES:
             if self._share is not None and (found := self._share(data)) is not None:
                 segment, offset = found
                 self.segments += (segment,) if segment not in self.segments else ()

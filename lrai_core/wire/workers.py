@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import zmq
 
@@ -23,6 +23,21 @@ class Answered:
     batch: int
     answers: list[list[Array]]
     engine_seconds: float
+
+
+class Batch(NamedTuple):
+    """A call that an actor has been sent."""
+
+    number: int
+    requests: Sequence[ValidRequest]
+    outputs: tuple[int, ...]  # that any of them wants
+    limit_seconds: float  # from when it is the first
+
+    def answered(self, parts: Sequence[Sequence[Array]], engine_seconds: float) -> Answered:
+        """Return a copy of every request's own outputs of these, its rows of all outputs."""
+        pairs = zip(self.requests, parts, strict=True)
+        answers = [[part[self.outputs.index(i)].copy() for i in one.outputs] for one, part in pairs]
+        return Answered(self.number, answers, engine_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +75,11 @@ class Workers(Protocol):
     def next_check(self, now: float) -> float:
         """Return when `poll` must run again even if nothing wakes it, on the monotonic clock."""
 
-    def ready(self, actor: str) -> bool:
-        """Whether the actor takes batches; it runs them one after the other."""
+    def state(self, name: str) -> tuple[str, int | None]:
+        """Return what the actor is at, and its process id if any.
+
+        If `ready` it takes batches, which it runs in order; if `failed` it was given up.
+        """
 
     def dispatch(
         self, actor: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float

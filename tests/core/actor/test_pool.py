@@ -20,7 +20,15 @@ from lrai_core.config import ActorConfig
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
-from lrai_core.wire.messages import PROTOCOL_VERSION, Executed, Hello, Load, Ready, Refused
+from lrai_core.wire.messages import (
+    PROTOCOL_VERSION,
+    Executed,
+    Hello,
+    Load,
+    Ready,
+    Refused,
+    TensorFrame,
+)
 from lrai_core.wire.workers import Answered, Lost, Outcome
 from tests.core.small_artifact import SIGNATURE
 
@@ -41,8 +49,15 @@ class Process:
         self.socket = messages.connect(address, bytes.fromhex(identity))
         self.status: int | None = None
 
-    def say(self, message: messages.FromActor) -> None:
-        self.socket.send(messages.encode(message))
+    def say(self, message: messages.FromActor, *frames: bytes) -> None:
+        self.socket.send_multipart([messages.encode(message), *frames])
+
+    def heard(self) -> tuple[messages.ToActor, bytes]:
+        """Return the last message that it was sent, and its first frame of tensors."""
+        found: list[bytes] = []
+        while self.socket.poll(100 if not found else 10):
+            found = self.socket.recv_multipart()
+        return messages.decode_to_actor(found[0]), [*found, b""][1]
 
     def kill(self) -> None:
         self.status = -9
@@ -69,7 +84,7 @@ class Bench:
         self.pool.poll(clock.monotonic())  # starts it
         self.hear(Hello(PROTOCOL_VERSION))
         self.hear(Ready(0.1))
-        assert self.pool.ready("m")
+        assert self.pool.state("m")[0] == "ready"
 
     @property
     def process(self) -> Process:
@@ -77,8 +92,8 @@ class Bench:
         assert isinstance(process, Process)
         return process
 
-    def hear(self, message: messages.FromActor) -> list[Outcome]:
-        self.process.say(message)
+    def hear(self, message: messages.FromActor, *frames: bytes) -> list[Outcome]:
+        self.process.say(message, *frames)
         assert self.pool._socket.poll(5_000)
         return self.poll()
 
@@ -107,7 +122,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 def done(batch: int) -> Executed:
     """Return the answer to a batch of one request that wants nothing."""
-    return Executed(batch, 0.01, ((),))
+    return Executed(batch, 0.01, ())
 
 
 def test_two_batches_are_answered_in_order(bench: Bench) -> None:
@@ -140,7 +155,7 @@ def test_behind_a_refused_batch_the_next_one_runs(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [done(2), Refused(2, ""), Executed(1, 0.01, ()), Executed(1, 0.01, ((), ()))]
+    "message", [done(2), Refused(2, ""), Executed(1, 0.01, (TensorFrame("FP32", (0,), 0, 0, 0),))]
 )
 def test_an_actor_that_answers_what_it_is_not_at_is_replaced(
     bench: Bench, message: messages.FromActor
@@ -179,3 +194,37 @@ def test_an_idle_actor_shows_that_it_is_alive(bench: Bench) -> None:
     assert "actor_hung" not in bench.events.counts()
     bench.poll(1.1 * HANG_SECONDS)
     assert bench.events.counts()["actor_hung"] == 1
+
+
+def asked(value: float, rows: int = 1, columns: int = 3) -> ValidRequest:
+    array = np.full((rows, columns), value, np.float32)
+    return ValidRequest((array,), rows, 0, (0,), ("g",), array.nbytes)
+
+
+def test_small_requests_are_joined_before_they_are_sent_and_get_their_own_rows(
+    bench: Bench,
+) -> None:
+    bench.pool.dispatch("m", 1, [asked(1.0), asked(2.0, rows=2)], 0.01)
+    execute, joined = bench.process.heard()
+    assert isinstance(execute, messages.Execute)
+    ((tensor,),) = execute.parts
+    assert (execute.outputs, tensor.shape) == ((0,), (3, 3))
+    (answered,) = bench.hear(Executed(1, 0.01, (tensor,)), joined)
+    assert isinstance(answered, Answered)
+    assert [answer[0][:, 0].tolist() for answer in answered.answers] == [[1.0], [2.0, 2.0]]
+    assert all(answer[0].base is None for answer in answered.answers), "everybody has a copy"
+
+
+def test_large_requests_are_sent_as_they_are(bench: Bench) -> None:
+    large = messages.OWN_FRAME_BYTES // 4
+    bench.pool.dispatch("m", 1, [asked(1.0, columns=large), asked(2.0, columns=large)], 0.01)
+    execute, *_ = bench.process.heard()
+    assert isinstance(execute, messages.Execute)
+    assert [part[0].shape for part in execute.parts] == [(1, large), (1, large)]
+
+
+def test_a_model_that_does_not_keep_rows_apart_answers_nobody(bench: Bench) -> None:
+    bench.pool.dispatch("m", 1, [asked(1.0), asked(2.0)], 0.01)
+    whole = TensorFrame("FP32", (1, 3), 0, 0, 12)
+    why = "output 'y' has shape [1, 3] for 2 rows"
+    assert bench.hear(Executed(1, 0.01, (whole,)), bytes(12)) == [Refused(1, why, invalid=False)]

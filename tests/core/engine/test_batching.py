@@ -164,6 +164,13 @@ def test_text_is_joined_as_text() -> None:
     assert joined.tolist() == ["a", "b", "c"]
 
 
+def test_text_of_different_lengths_is_padded_with_empty_text() -> None:
+    words = Signature(inputs=(spec("words", "BYTES", FREE, length_axis=1),), outputs=())
+    long, short = np.array([["a", "b"]], object), np.array([["c"]], object)
+    (joined,) = coalesce([[long], [short]], words)
+    assert joined.tolist() == [["a", "b"], ["c", ""]]
+
+
 def test_a_single_request_passes_through_uncopied_both_ways() -> None:
     ids = np.ones((1, 3), dtype=np.int64)
     assert coalesce([[ids, ids, ids]], TOKENS)[0] is ids

@@ -79,9 +79,9 @@ class FakeWorkers:
     def next_check(self, now: float) -> float:
         return now + 1
 
-    def ready(self, model: str) -> bool:
+    def state(self, model: str) -> tuple[str, int | None]:
         self.when_asked()
-        return model not in self.down
+        return "starting" if model in self.down else "ready", None
 
     def dispatch(
         self, model: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
@@ -1001,7 +1001,7 @@ def test_a_model_may_be_added_while_the_scheduler_goes_through_the_others(bench:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("method", ["dispatch", "poll", "ready"])
+@pytest.mark.parametrize("method", ["dispatch", "poll", "state"])
 def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

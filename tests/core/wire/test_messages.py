@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from lrai_core.protocol import DATATYPES, Array
 from lrai_core.wire import messages
-from lrai_core.wire.messages import BadFrames, Execute, Item, Packer, TensorFrame, unpack
+from lrai_core.wire.messages import BadFrames, Execute, Packer, TensorFrame, unpack
 from lrai_shared import messages as session
 from tests.core.small_artifact import SIGNATURE
 
@@ -23,13 +23,13 @@ TO_ACTOR: list[messages.ToActor] = [
     messages.Load(
         "/folder", "model.onnx", "", "onnxruntime", True, 2, {"a": ("0" * 64, 3)}, SIGNATURE
     ),
-    Execute(7, (Item(2, 0, (0,), (TensorFrame("FP32", (2, 3), 0, 0, 24),)),)),
+    Execute(7, (0,), ((TensorFrame("FP32", (2, 3), 0, 0, 24),),)),
 ]
 FROM_ACTOR: list[messages.FromActor] = [
     messages.Hello(1),
     messages.Ready(0.5),
     messages.LoadFailed("no"),
-    messages.Executed(7, 0.25, ((TensorFrame("FP32", (2, 3), 0, 0, 24),),)),
+    messages.Executed(7, 0.25, (TensorFrame("FP32", (2, 3), 0, 0, 24),)),
     messages.Refused(7, "no"),
 ]
 PLACE = TensorFrame("FP32", (2, 3), 0, 0, 24)
