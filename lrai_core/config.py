@@ -60,6 +60,7 @@ class SchedulerConfig(_Section):
 class ActorConfig(_Section):
     """How the process of a model is started and watched."""
 
+    isolation: Literal["process", "inline"] = "process"  # inline: none, where a process costs more
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
     threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask
     replicas: int = _least(1, 1)  # actors of a model; weights are shared inside each only
@@ -122,7 +123,7 @@ _KINDS: Final = {  # dotted key to type, in the order of the tree
 
 
 _OWN: Final = {
-    "actor": ("replicas", "threads"),
+    "actor": ("isolation", "replicas", "threads"),
     "runtime": ("capture_rows", "capture_ttl_hours"),
     "scheduler": ("deterministic", "latency_slo_ms", "max_batch_elements", "max_batch_rows"),
 }

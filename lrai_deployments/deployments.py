@@ -23,6 +23,7 @@ from lrai_core.config import SchedulerConfig, with_settings
 from lrai_core.runtime.embedded import Embedded
 from lrai_core.runtime.version import Deployment, Ended, Freeze, Version
 from lrai_core.scheduler.scheduler import Pending
+from lrai_deployments.inline import InlinePool
 from lrai_deployments.routing import Route
 from lrai_deployments.state import How, Record, Store, now
 from lrai_deployments.traffic import Watch, watch
@@ -33,6 +34,8 @@ _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 
 class Deployments(Embedded):
     """An embedded runtime whose names have versions; thread-safe."""
+
+    pool = InlinePool
 
     def begin(self) -> None:
         """See `Embedded.begin`. Of what was kept, take over what is frozen."""

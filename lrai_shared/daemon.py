@@ -94,6 +94,14 @@ class Door(Pool):
         self._poller.register(self._door, zmq.POLLIN)
         self.opened, self.idle_since = True, time.monotonic()
 
+    def add(self, name: str, load: wire.Load, loaded: Future[None]) -> None:
+        """See `Pool.add`. A crash in this process would be everybody's, so no model runs in it."""
+        if load.inline:
+            own = "actor.isolation inline is for a runtime of its own: this one is shared"
+            loaded.set_exception(UsageError(own))
+        else:
+            super().add(name, load, loaded)
+
     def close(self) -> None:
         """Send what is left to send, end every actor, and close both sockets."""
         self._flush()

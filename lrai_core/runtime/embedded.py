@@ -53,12 +53,14 @@ class Embedded:
     `lrai_deployments`, found by the entry point `lrai.backends`.
     """
 
+    pool: type[Pool] = Pool  # of who names none
+
     def __init__(
         self,
         config: LraiConfig,
         observers: Sequence[Observer] = (),
         *,
-        pool: Callable[[Path, ActorConfig, EventBus], Pool] = Pool,
+        pool: Callable[[Path, ActorConfig, EventBus], Pool] | None = None,
     ) -> None:
         """Start scheduler and sockets; `add` brings models."""
         self.config = config
@@ -72,7 +74,7 @@ class Embedded:
         self.versions: dict[tuple[str, str], Version] = {}  # what may be asked for
         self._owner = os.getpid()
         self._closed = False
-        self._pool = pool(self.folder, config.actor, self.events)
+        self._pool = (pool or self.pool)(self.folder, config.actor, self.events)
         self.scheduler = Scheduler(config.scheduler, self._pool, self.events)
         self.scheduler.start()
 
@@ -183,7 +185,8 @@ class Embedded:
             self.events.emit("limit_unreachable", name, setting="latency_slo_ms", reason=reason)
         replicas = [Replica(actor, profile, threads) for actor in actors]
         self.scheduler.add(version.key, replicas, limits)
-        load = msgspec.structs.replace(load, threads=threads)
+        inline = config.isolation == "inline"
+        load = msgspec.structs.replace(load, threads=threads, inline=inline)
         try:
             self._start_actors(actors, load)
         except BaseException:

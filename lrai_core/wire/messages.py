@@ -58,7 +58,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     """To an actor: open this variant, and say when it is ready.
 
     `files` are checked by their hash before the first parse. `cpus`: the ones to run on, all that
-    the process may use if empty.
+    the process may use if empty. `inline`: it was to run in the runtime's process.
     """
 
     folder: str
@@ -70,6 +70,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     files: dict[str, tuple[str, int]]
     signature: Signature
     cpus: tuple[int, ...] = ()
+    inline: bool = False
 
 
 class Execute(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,133 @@
+"""Models that run in the runtime's own process: the same answers, and no process of theirs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lrai_core as lrai
+
+pytestmark = pytest.mark.server
+
+INLINE = {"actor.isolation": "inline"}
+
+
+def config(**values: Any) -> lrai.LraiConfig:
+    return lrai.load_config(call={"actor.threads": 1} | values)
+
+
+def request(value: float, rows: int = 1, columns: int = 64) -> lrai.InferenceRequest:
+    features = np.full((rows, columns), value, np.float32)
+    return lrai.InferenceRequest(model_name="classifier", inputs={"features": features})
+
+
+def children() -> int:
+    """Return how many processes this one has started that still run."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return len(listed.split())
+
+
+@pytest.fixture
+def inline(classifier_fp32: lrai.Artifact) -> Iterator[lrai.Runtime]:
+    with lrai.Runtime(config()) as runtime:
+        runtime.load(classifier_fp32, settings=INLINE)
+        yield runtime
+
+
+def test_many_callers_get_the_answers_that_a_process_gives(
+    inline: lrai.Runtime, classifier_fp32: lrai.Artifact
+) -> None:
+    requests = [request(0.01 * i, rows=1 + i % 3) for i in range(300)]
+    with ThreadPoolExecutor(32) as callers:
+        here = list(callers.map(inline.infer, requests))
+    stats = inline.stats()
+    assert stats["request_answered"] == len(requests)
+    assert stats["batch_completed"] < len(requests), "requests share calls"
+    with lrai.Runtime.open(classifier_fp32, config=config()) as runtime:
+        for one, answer in zip(requests[:40], here, strict=False):
+            expected = runtime.infer(one).outputs["logits"]
+            np.testing.assert_allclose(answer.outputs["logits"], expected, atol=1e-4)
+
+
+def test_it_starts_no_process_and_sends_nothing(classifier_fp32: lrai.Artifact) -> None:
+    before = children()
+    with lrai.Runtime.open(classifier_fp32, config=config(**INLINE)) as runtime:
+        runtime.infer(request(1.0))
+        (model,) = runtime.models()
+        assert (children(), model.actor_pid) == (before, None)
+        assert runtime.stats()["actor_messages_sent"] == 0
+        assert runtime.ready() == "idle"
+
+
+def test_what_the_engine_refuses_ends_alone(inline: lrai.Runtime, minilm_fp32: lrai.Artifact) -> None:
+    inline.load(minilm_fp32, settings=INLINE)
+
+    def ask(token: int) -> Any:
+        ids = np.full((1, 5), token, np.int64)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        try:
+            return inline.infer(lrai.InferenceRequest(model_name="minilm", inputs=inputs))
+        except lrai.LraiError as error:
+            return error
+
+    with ThreadPoolExecutor(16) as callers:
+        outcomes = list(callers.map(ask, [2_000_000 if i == 7 else 2_000 + i for i in range(16)]))
+    bad = outcomes.pop(7)
+    assert isinstance(bad, lrai.RequestError | lrai.ActorError), bad
+    assert all(isinstance(outcome, lrai.InferenceResponse) for outcome in outcomes)
+
+
+def test_a_model_moves_in_and_out_of_the_process_while_it_serves(
+    inline: lrai.Runtime, classifier_fp32: lrai.Artifact
+) -> None:
+    expected = inline.infer(request(0.5)).outputs["logits"]
+    inline.swap("classifier", classifier_fp32, settings={"actor.isolation": "process"})
+    (model,) = inline.models()
+    assert model.actor_pid is not None
+    np.testing.assert_allclose(inline.infer(request(0.5)).outputs["logits"], expected, atol=1e-4)
+    inline.rollback("classifier")
+    (model,) = inline.models()
+    assert model.actor_pid is None
+    np.testing.assert_allclose(inline.infer(request(0.5)).outputs["logits"], expected, atol=1e-4)
+    inline.unload("classifier")
+    with pytest.raises(lrai.ModelNotFound):
+        inline.infer(request(0.5))
+
+
+def test_a_model_that_cannot_be_opened_says_why_and_leaves_nothing(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    broken = tmp_path / "classifier.lrai"
+    shutil.copytree(classifier_fp32.path, broken)
+    for model in broken.glob("variants/*/model.onnx"):
+        model.write_bytes(model.read_bytes()[:-1] + b"\0")
+    with lrai.Runtime(config()) as runtime:
+        with pytest.raises(lrai.ArtifactError, match=r"model\.onnx"):
+            runtime.load(broken, settings=INLINE)
+        assert runtime.models() == []
+        runtime.load(classifier_fp32, settings=INLINE)
+        assert runtime.infer(request(1.0)).outputs["logits"].shape == (1, 10)
+
+
+def test_a_runtime_that_processes_share_has_no_model_in_its_own(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    shared = config(**{"runtime.socket_dir": str(tmp_path)})
+    with lrai.Runtime(shared, address="auto") as runtime:
+        with pytest.raises(lrai.UsageError, match=r"actor\.isolation inline .* this one is shared"):
+            runtime.load(classifier_fp32, settings=INLINE)
+        runtime.load(classifier_fp32)
+        assert runtime.infer(request(1.0)).outputs["logits"].shape == (1, 10)
+        runtime.unload("classifier")
+
+
+def test_isolation_is_one_of_two_words() -> None:
+    with pytest.raises(lrai.UsageError, match=r"isolation .*'thread'"):
+        config(**{"actor.isolation": "thread"})
