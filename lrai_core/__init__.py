@@ -11,6 +11,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lrai_core.config import OWN_SETTINGS as OWN_SETTINGS
 from lrai_core.config import LraiConfig as LraiConfig
 from lrai_core.config import load_config as load_config
 from lrai_core.errors import ActorError as ActorError
@@ -73,7 +74,7 @@ _HOMES = {
 }
 _WORDS = [n for n, v in globals().items() if getattr(v, "__module__", "").startswith("lrai_core.")]
 
-__all__ = sorted([*_WORDS, *_HOMES])  # noqa: PLE0605 - one list, kept with the imports
+__all__ = sorted(["OWN_SETTINGS", *_WORDS, *_HOMES])  # noqa: PLE0605 - one list, kept with the imports
 
 
 def __getattr__(name: str) -> Any:

@@ -228,6 +228,17 @@ class Runtime:
         """Stop serving a model, or one version of it; its unanswered requests end with an error."""
         self._backend.call("unload", {"name": name, "version": version}, type(None))
 
+    def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
+        """Accept a request and return the future of its answer.
+
+        Cancelling it takes the request out of the queue if it has not begun. What is to be called
+        when it is done runs in the thread that all answers come through, so it has to be quick.
+
+        Raises:
+            RequestError, NotReady: See `infer`; it is refused at once.
+        """
+        return self._backend.start(request)
+
     def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer; blocks the calling thread, not the others.
 
@@ -235,11 +246,11 @@ class Runtime:
             RequestError: The request does not fit the model, came too late or found the queue full.
             NotReady: Draining, closed, or the model's process failed beyond repair.
         """
-        return self._backend.start(request).result()
+        return self.start(request).result()
 
     async def infer_async(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer without blocking the event loop; cancelling it cancels the request."""
-        return await asyncio.wrap_future(self._backend.start(request))
+        return await asyncio.wrap_future(self.start(request))
 
     def submit(self, request: InferenceRequest) -> str:
         """Accept a request and return the id under which `result` gives its answer, once."""
@@ -252,7 +263,7 @@ class Runtime:
                 raise QueueFull(
                     f"{limit} results wait to be fetched", limit=limit, retry_after_seconds=1.0
                 )
-            self._results[identity] = self._backend.start(request)
+            self._results[identity] = self.start(request)
         return identity
 
     def result(self, identity: str, timeout_seconds: float | None = None) -> InferenceResponse:

@@ -162,7 +162,7 @@ def test_settings_are_frozen_and_take_keywords_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LraiConfig().actor.threads = 2  # type: ignore[misc]
     with pytest.raises(TypeError):
-        ActorConfig("python3")  # type: ignore[call-arg]
+        ActorConfig("process")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("number", [-1, 0])

@@ -1,0 +1,1 @@
+"""LRAI as a backend of Triton: `backend: "lrai"` in a model repository."""

@@ -1,0 +1,113 @@
+"""The model of a version directory, as an artifact; what an ONNX file needs is built once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiConfig
+
+_BUILD_SECONDS: Final = 900
+
+
+def source_of(folder: Path) -> Path:
+    """Return the `model.onnx` or the `model.lrai/` of a version directory.
+
+    Raises:
+        ArtifactError: There is neither, or both.
+    """
+    found = [path for path in (folder / "model.onnx", folder / "model.lrai") if path.exists()]
+    if len(found) != 1:
+        what = "both model.onnx and model.lrai" if found else "neither model.onnx nor model.lrai"
+        raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")
+    return found[0]
+
+
+def artifact_of(source: Path, config: LraiConfig) -> Artifact:
+    """Return the artifact that `source` is, or that is built from it: fp32, kept by its content.
+
+    Raises:
+        ArtifactError: It cannot be used, or not be built.
+        EnvironmentProblem: There is no place for what is built.
+    """
+    if source.is_dir():
+        return Artifact.open(source, verify=False)  # the actor hashes what it opens
+    built = state_folder(config) / f"{_key(source)}.lrai"
+    with locked(built.with_suffix(".lock"), fcntl.LOCK_EX):  # of several instances one builds
+        if not built.exists():
+            _build(source, built)
+    return Artifact.open(built, verify=False)
+
+
+def state_folder(config: LraiConfig) -> Path:
+    """Return the folder of what outlives a stub, made if it is not there.
+
+    Raises:
+        EnvironmentProblem: It cannot be made, or is not this user's alone.
+    """
+    parent = config.runtime.socket_dir or tempfile.gettempdir()
+    state = Path(config.runtime.state_dir or Path(parent, f"lrai-{os.geteuid()}"))
+    folder = state / "triton"
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"no folder for state, runtime.state_dir: {error.strerror}"
+        ) from None
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise EnvironmentProblem(
+            "the folder triton in runtime.state_dir has to be this user's alone"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int) -> Iterator[BinaryIO]:
+    """Hold a lock on a file, which is made; a process that dies lets go of it."""
+    with path.open("ab") as file:
+        fcntl.flock(file, how)
+        yield file
+
+
+def _key(source: Path) -> str:
+    """Return a name for what is built from a model file: its bytes, and what lies beside it."""
+    digest = hashlib.sha256(version("lrai").encode())
+    with source.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    for path in sorted(source.parent.rglob("*")):  # weights of their own
+        info = path.stat()
+        digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _build(source: Path, built: Path) -> None:
+    program = "import sys; from lrai_core.cli import main; sys.exit(main())"
+    command = [sys.executable, "-P", "-c", program, "compile", str(source)]
+    try:
+        done = subprocess.run(
+            [*command, "--output", str(built)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_BUILD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ArtifactError(f"{source.name} was not built in {_BUILD_SECONDS} s") from None
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise ArtifactError(f"{source.name} cannot be used: {said[:300]}")

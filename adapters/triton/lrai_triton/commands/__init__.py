@@ -1,0 +1,12 @@
+"""`lrai triton …`: everything around the backend that a person does, or a container."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lrai_triton.commands.app import app
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `lrai triton ARGUMENTS`."""
+    app(args=list(arguments), prog_name="lrai triton")

@@ -1,0 +1,98 @@
+"""What Triton has to know of a model, from its signature; and what a config.pbtxt says against it.
+
+Errors name the field of the model configuration that they are about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from lrai_core import Signature, TensorSpec, UsageError
+
+MAX_BATCH_SIZE: Final = 64  # where the configuration names none
+_TYPES: Final = {"BYTES": "TYPE_STRING"}
+_UNSET: Final = ("", "TYPE_INVALID")
+_OTHER_SCHEDULERS: Final = ("sequence_batching", "ensemble_scheduling")
+
+
+class ModelConfig(Protocol):
+    """The part of `triton_python_backend_utils.ModelConfig` that is used."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the configuration; what is changed in it arrives."""
+        ...
+
+
+def complete(config: ModelConfig, signature: Signature) -> None:
+    """Fill in what is not written by hand: inputs, outputs, `max_batch_size`, `dynamic_batching`.
+
+    Without inputs of its own and with rows that may share a call, a model gets the batch dimension
+    that Triton keeps apart. Who writes `max_batch_size: 0` beside inputs gets whole shapes.
+
+    Args:
+        config: Changed in place.
+        signature: Of the model.
+
+    Raises:
+        UsageError: Something written by hand contradicts the model.
+    """
+    given = config.as_dict()
+    size, written = given.get("max_batch_size", 0), bool(given["input"] or given["output"])
+    if size > 0 and not signature.coalescible:
+        raise UsageError(f"max_batch_size is {size}, but rows of this model cannot share a call: 0")
+    batched = size > 0 or (signature.coalescible and not written)
+    if batched:
+        given["max_batch_size"] = size or MAX_BATCH_SIZE
+        if not any(given.get(scheduler) for scheduler in _OTHER_SCHEDULERS):
+            given.setdefault("dynamic_batching", {})
+    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        _complete_tensors(kind, given[kind], specs, batched=batched)
+        if kind == "input" and batched:
+            lengths = {spec.name for spec in specs if spec.length_axis is not None}
+            for tensor in given[kind]:
+                # Requests of different lengths come in one list: it is padded where it is planned.
+                tensor["allow_ragged_batch"] = tensor["name"] in lengths
+    if missing := {s.name for s in signature.inputs} - {t["name"] for t in given["input"]}:
+        raise UsageError(f"input {min(missing)!r} of the model is not in the configuration")
+
+
+def _complete_tensors(
+    kind: str, given: list[dict[str, Any]], specs: Sequence[TensorSpec], *, batched: bool
+) -> None:
+    known = {spec.name: spec for spec in specs}
+    if not given:
+        given += [{"name": name} for name in known]
+    for tensor in given:
+        name = tensor["name"]
+        if name not in known:
+            have = ", ".join(map(repr, known))
+            raise UsageError(f"{kind} {name!r} is none of the model's: it has {have}")
+        spec = known[name]
+        datatype = _TYPES.get(spec.datatype, f"TYPE_{spec.datatype}")
+        if tensor.get("data_type", "") in _UNSET:
+            tensor["data_type"] = datatype
+        elif tensor["data_type"] != datatype:
+            raise UsageError(f"{kind} {name!r}: data_type is {tensor['data_type']}, not {datatype}")
+        shape = [extent if isinstance(extent, int) else -1 for extent in spec.shape]
+        _complete_shape(kind, tensor, shape[1:] if batched else shape)
+
+
+def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int]) -> None:
+    reshape: Mapping[str, Any] | None = tensor.get("reshape")
+    dims = [int(extent) for extent in (reshape["shape"] if reshape else tensor.get("dims", []))]
+    if not dims and reshape is None:
+        tensor["dims"] = shape
+        if not shape:  # Triton has no tensor without dimensions
+            tensor["dims"], tensor["reshape"] = [1], {"shape": []}
+        return
+    # Narrower than the model is a promise of the caller; wider or of another rank is an error.
+    fits = len(dims) == len(shape) and all(
+        model in (-1, extent) for extent, model in zip(dims, shape, strict=True)
+    )
+    if not fits:
+        what = "reshape" if reshape else "dims"
+        raise UsageError(
+            f"{kind} {tensor['name']!r}: {what} are {dims}, the model has {shape}"
+            + (" beside the batch dimension, which max_batch_size stands for" if shape else "")
+        )

@@ -1,0 +1,63 @@
+"""What Triton shows of LRAI beside its own figures, on its metrics port."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any, Final
+
+from lrai_core import InferenceResponse, LraiError
+
+_WRITE_SECONDS: Final = 1.0
+
+
+class Metrics:
+    """Counters of one instance, handed to Triton once a second: each addition is a message.
+
+    `lrai_answered_total` by variant and `lrai_refused_total` by reason, both by model and version.
+    """
+
+    def __init__(self, pb_utils: Any, model: str, version: str) -> None:
+        """Register the families, as every instance does, and begin to write."""
+        self._families = {
+            label: pb_utils.MetricFamily(
+                name=f"lrai_{what}_total",
+                description=f"Requests {what}, by {label}",
+                kind=pb_utils.MetricFamily.COUNTER,
+            )
+            for what, label in (("answered", "variant"), ("refused", "reason"))
+        }
+        self._labels = {"model": model, "version": version}
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def count(self, outcome: InferenceResponse | LraiError) -> None:
+        """Count a request that ended."""
+        if isinstance(outcome, LraiError):
+            key = ("reason", type(outcome).__name__)
+        else:
+            key = ("variant", str(outcome.parameters.get("variant", "")))
+        with self._lock:
+            self._counts[key] += 1
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_WRITE_SECONDS):
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        for (label, value), number in counts.items():
+            if (label, value) not in self._metrics:
+                labels = self._labels | {label: value}
+                self._metrics[label, value] = self._families[label].Metric(labels=labels)
+            self._metrics[label, value].increment(number)

@@ -1,0 +1,166 @@
+"""`backend: "lrai"`: what Triton's Python stub runs for every instance of such a model.
+
+Triton hands lists of requests over; they go to the runtime, which shares calls among all instances
+and models, and come back as they were asked. The model itself runs outside this process, unless it
+is so quick that the way there would cost more.
+
+Source of the interface: Triton's python backend, from 23.10 on (`triton_python_backend_utils`).
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, LraiError
+from lrai_triton.artifacts import artifact_of, source_of
+from lrai_triton.config import complete
+from lrai_triton.metrics import Metrics
+from lrai_triton.served import Served
+from lrai_triton.settings import settings_of
+
+_LOOK_SECONDS: Final = 0.05  # between looks whether a caller has left
+_CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
+    (429, 503, 504, 507), "UNAVAILABLE"
+)
+Answer = Future[InferenceResponse]
+
+
+class Cancelled(LraiError):
+    """The caller has left."""
+
+    http_status = 499
+
+
+class TritonPythonModel:
+    """What the stub looks for."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """Fill in what config.pbtxt leaves open, from the model."""
+        with _refusal():
+            settings = settings_of(auto_complete_model_config.as_dict())
+            artifact = artifact_of(source_of(_version_folder()), settings.config)
+            complete(auto_complete_model_config, artifact.manifest.signature)
+        return auto_complete_model_config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the model, or find it loaded by another instance."""
+        with _refusal():
+            model_config = json.loads(args["model_config"])
+            settings = settings_of(model_config)
+            folder = Path(args["model_repository"], args["model_version"])
+            artifact = artifact_of(source_of(folder), settings.config)
+            signature = artifact.manifest.signature
+            complete(pb_utils.ModelConfig(args["model_config"]), signature)  # for its errors
+            name = f"{args['model_name']}:{args['model_version']}"
+            self._served = Served(name, artifact, settings)
+        self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
+        self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
+        self.execute = self._send_later if self._served.execution == "sender" else self._lists
+
+    def finalize(self) -> None:
+        """Let go of the model."""
+        self._served.close()
+        self._metrics.close()
+
+    def _lists(self, requests: Sequence[Any]) -> list[Any]:
+        """Return the responses to a list of requests, in its order."""
+        answers = [self._start(request) for request in requests]
+        pairs = zip(requests, answers, strict=True)
+        return [self._response(_outcome(answer, request)) for request, answer in pairs]
+
+    def _send_later(self, requests: Sequence[Any]) -> None:
+        """Have each request answered when its answer is there, and take the next list at once."""
+        for request in requests:
+            send = partial(self._send, request, request.get_response_sender())
+            answer = self._start(request)
+            if isinstance(answer, LraiError):
+                send(answer)
+            else:
+                answer.add_done_callback(send)
+
+    def _send(self, request: Any, sender: Any, answer: Answer | LraiError) -> None:
+        del request  # held until now: its tensors are read where they lie
+        done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        sender.send(self._response(_outcome(answer, None)), flags=done)
+
+    def _start(self, request: Any) -> Answer | LraiError:
+        try:
+            if request.is_cancelled():
+                return Cancelled("cancelled")
+            inputs = {tensor.name(): self._array(tensor) for tensor in request.inputs()}
+            timeout_us = request.timeout()
+            return self._served.runtime.start(
+                InferenceRequest(
+                    model_name=self._served.name,
+                    inputs=inputs,
+                    outputs=tuple(request.requested_output_names()),
+                    timeout_ms=timeout_us / 1e3 if timeout_us else None,
+                )
+            )
+        except LraiError as error:
+            return error
+
+    def _array(self, tensor: Any) -> Any:
+        array = tensor.as_numpy()
+        if tensor.name() in self._texts and array.dtype.kind == "O":
+            try:
+                texts = [text.decode() for text in array.flat]
+            except UnicodeDecodeError:
+                raise InvalidTensor(tensor.name(), "an element is not UTF-8") from None
+            array = np.array([*texts, None], object)[:-1].reshape(array.shape)
+        return array
+
+    def _response(self, outcome: InferenceResponse | LraiError) -> Any:
+        self._metrics.count(outcome)
+        if isinstance(outcome, LraiError):
+            code = getattr(pb_utils.TritonError, _CODES.get(outcome.http_status, "INTERNAL"))
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), code))
+        outputs = outcome.outputs.items()
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in outputs]
+        )
+
+
+def _outcome(answer: Answer | LraiError, request: Any) -> InferenceResponse | LraiError:
+    """Wait for an answer; who leaves meanwhile is taken out of the queue."""
+    while not isinstance(answer, LraiError):
+        try:
+            return answer.result(None if request is None else _LOOK_SECONDS)
+        except NotYet:
+            if request.is_cancelled() and answer.cancel():
+                return Cancelled("cancelled")
+        except LraiError as error:
+            return error
+    return answer
+
+
+def _version_folder() -> Path:
+    """Return the folder of the version that is being configured.
+
+    Triton tells it only in the stub's command line: the path of a `model.py` in it, which a shared
+    backend does not need.
+    """
+    return Path(Path("/proc/self/cmdline").read_text().split("\0")[1]).parent
+
+
+@contextmanager
+def _refusal() -> Iterator[None]:
+    try:
+        yield
+    except LraiError as error:
+        raise pb_utils.TritonModelException(str(error)) from None
+    except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths
+        pb_utils.Logger.log_error(traceback.format_exc())
+        raise pb_utils.TritonModelException(f"the log tells more: {type(error).__name__}") from None

@@ -1,0 +1,75 @@
+"""A model of this stub, loaded in a runtime, for as long as Triton wants it.
+
+Every instance and every reload of one artifact under one name and version finds it loaded; the last
+one that lets go unloads it. A lock on a file says who holds it, so that a stub that was killed does
+not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+from typing import Final
+
+from lrai_core import Artifact, LraiError, Runtime
+from lrai_triton.artifacts import state_folder
+from lrai_triton.settings import Settings
+
+_INLINE_BELOW_MS: Final = 1.0
+
+
+class Served:
+    """One model in a runtime.
+
+    Attributes:
+        name: Under which the runtime knows it.
+        runtime: That serves it.
+        execution: How requests are answered: `lists`, `sender` or `inline`.
+    """
+
+    def __init__(self, name: str, artifact: Artifact, settings: Settings) -> None:
+        """Load it, or find it loaded.
+
+        Raises:
+            LraiError: It cannot be served as the settings demand.
+        """
+        self.execution = execution_of(artifact, settings)
+        own, config = dict(settings.own), settings.config
+        if self.execution == "inline":
+            own["actor.isolation"] = "inline"
+        self.name = f"{name}:{artifact.version[:12]}"
+        held = hashlib.sha256(self.name.encode()).hexdigest()[:32]
+        self._lock = (state_folder(config) / f"{held}.held").open("ab")
+        self.runtime = Runtime(config, address="embedded" if self.execution == "inline" else "")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits while another one unloads it
+            self.runtime.load(
+                artifact,
+                name=self.name,
+                variant=settings.variant,
+                require=settings.require,
+                settings=own,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the model; where nobody else holds it, it is unloaded."""
+        with contextlib.suppress(BlockingIOError, LraiError):  # others do, or it is gone
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.runtime.unload(self.name)
+        self.runtime.close()
+        self._lock.close()
+
+
+def execution_of(artifact: Artifact, settings: Settings) -> str:
+    """Return how requests are answered where nothing is said: by what the model takes alone."""
+    if settings.execution != "auto":
+        return settings.execution
+    manifest = artifact.manifest
+    variant = manifest.variant(settings.variant or manifest.chosen)
+    alone = sorted(point.median_ms for point in variant.latency if point.rows == 1)
+    quick = bool(alone) and alone[len(alone) // 2] < _INLINE_BELOW_MS
+    return "inline" if quick else "lists"

@@ -1,0 +1,208 @@
+"""What a model tells Triton, and what its configuration may say: pure, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lrai_core as lrai
+from lrai_core import Signature, TensorSpec
+from lrai_triton.artifacts import source_of, state_folder
+from lrai_triton.config import MAX_BATCH_SIZE, complete
+from lrai_triton.settings import settings_of
+
+
+def spec(name: str, datatype: str, shape: tuple[int | str, ...], **more: Any) -> TensorSpec:
+    return TensorSpec(name=name, datatype=datatype, shape=shape, **({"batch_axis": 0} | more))
+
+
+ENCODER = Signature(
+    inputs=(
+        spec("ids", "INT64", ("batch", "tokens"), length_axis=1),
+        spec("flag", "BOOL", ("batch",)),
+        spec("text", "BYTES", ("batch", 2)),
+    ),
+    outputs=(spec("vector", "FP32", ("batch", 384)),),
+)
+WHOLE = Signature(
+    inputs=(spec("image", "UINT8", ("height", 3), batch_axis=None),),
+    outputs=(spec("label", "INT32", ("n",), batch_axis=None),),
+)
+
+
+class Config:
+    """As the stub hands it over: the fields that Triton fills are always there."""
+
+    def __init__(self, **given: Any) -> None:
+        self._given = {"name": "m", "max_batch_size": 0, "input": [], "output": []} | given
+
+    def as_dict(self) -> dict[str, Any]:
+        return self._given
+
+
+def completed(signature: Signature, **given: Any) -> dict[str, Any]:
+    config = Config(**given)
+    complete(config, signature)
+    return config.as_dict()
+
+
+def test_an_empty_configuration_is_filled_from_the_model() -> None:
+    config = completed(ENCODER)
+    assert config["max_batch_size"] == MAX_BATCH_SIZE
+    assert config["dynamic_batching"] == {}
+    assert config["input"] == [
+        {"name": "ids", "data_type": "TYPE_INT64", "dims": [-1], "allow_ragged_batch": True},
+        {
+            "name": "flag",
+            "data_type": "TYPE_BOOL",
+            "dims": [1],
+            "reshape": {"shape": []},
+            "allow_ragged_batch": False,
+        },
+        {"name": "text", "data_type": "TYPE_STRING", "dims": [2], "allow_ragged_batch": False},
+    ]
+    assert config["output"] == [{"name": "vector", "data_type": "TYPE_FP32", "dims": [384]}]
+
+
+def test_a_model_without_rows_is_not_batched() -> None:
+    config = completed(WHOLE)
+    assert config["max_batch_size"] == 0
+    assert "dynamic_batching" not in config
+    assert config["input"] == [{"name": "image", "data_type": "TYPE_UINT8", "dims": [-1, 3]}]
+
+
+def test_what_is_written_by_hand_stays() -> None:
+    batching = {"max_queue_delay_microseconds": 100}
+    tensor = {"name": "ids", "data_type": "TYPE_INT64", "dims": [128]}  # narrower: a promise
+    unset: dict[str, Any] = {"data_type": "TYPE_INVALID", "dims": []}
+    others = [{"name": name} | unset for name in ("flag", "text")]
+    config = completed(
+        ENCODER, max_batch_size=8, dynamic_batching=batching, input=[tensor, *others]
+    )
+    assert (config["max_batch_size"], config["dynamic_batching"]) == (8, batching)
+    assert config["input"][0]["dims"] == [128]
+    assert config["input"][1]["data_type"] == "TYPE_BOOL"
+
+
+def test_whole_shapes_beside_max_batch_size_0_mean_no_batch_dimension() -> None:
+    tensor = {"name": "vector", "data_type": "TYPE_FP32", "dims": [-1, 384]}
+    config = completed(ENCODER, output=[tensor])
+    assert config["max_batch_size"] == 0
+    assert "dynamic_batching" not in config
+    assert config["input"][0]["dims"] == [-1, -1]
+
+
+def test_another_scheduler_is_left_alone() -> None:
+    assert "dynamic_batching" not in completed(ENCODER, sequence_batching={"oldest": {}})
+
+
+@pytest.mark.parametrize(
+    ("signature", "given", "message"),
+    [
+        (WHOLE, {"max_batch_size": 4}, "max_batch_size is 4, but rows of this model"),
+        (ENCODER, {"output": [{"name": "y"}]}, "output 'y' is none of .*: it has 'vector'"),
+        (
+            ENCODER,
+            {"output": [{"name": "vector", "data_type": "TYPE_FP64"}]},
+            "output 'vector': data_type is TYPE_FP64, not TYPE_FP32",
+        ),
+        (
+            ENCODER,
+            {"max_batch_size": 8, "output": [{"name": "vector", "dims": ["383"]}]},
+            r"output 'vector': dims are \[383\], the model has \[384\] beside the batch dimension",
+        ),
+        (
+            ENCODER,
+            {"max_batch_size": 8, "output": [{"name": "vector", "dims": [-1, 384]}]},
+            r"dims are \[-1, 384\], the model has \[384\]",
+        ),
+        (
+            ENCODER,
+            {
+                "max_batch_size": 8,
+                "output": [{"name": "vector", "dims": [1], "reshape": {"shape": [5]}}],
+            },
+            r"reshape are \[5\]",
+        ),
+        (ENCODER, {"input": [{"name": "ids", "dims": [-1, -1]}]}, "input 'flag' of the model"),
+    ],
+)  # fmt: skip
+def test_a_contradiction_names_the_field(
+    signature: Signature, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(lrai.UsageError, match=message):
+        completed(signature, **given)
+
+
+def parameters(**given: str) -> dict[str, Any]:
+    keys = {key.replace("__", "."): value for key, value in given.items()}
+    return {"parameters": {key: {"string_value": value} for key, value in keys.items()}}
+
+
+def test_parameters_are_settings_of_the_model_the_runtime_and_the_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LRAI_RUNTIME", raising=False)
+    settings = settings_of(
+        parameters(
+            scheduler__latency_slo_ms="50",
+            runtime__socket_dir="/run/lrai",
+            require__delta="0.01",
+            require__tier="STATISTICAL",
+            variant="fp32",
+            execution="sender",
+            FORCE_CPU_ONLY_INPUT_TENSORS="no",  # another's
+        )
+    )
+    assert settings.own == {"scheduler.latency_slo_ms": "50"}
+    assert settings.config.runtime.socket_dir == "/run/lrai"
+    assert settings.config.runtime.address == "auto"
+    assert settings.require == {"delta": 0.01, "tier": "STATISTICAL"}
+    assert (settings.variant, settings.execution) == ("fp32", "sender")
+
+
+def test_a_variable_says_which_runtime_unless_a_parameter_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME", "embedded")
+    assert settings_of({}).config.runtime.address == "embedded"
+    assert settings_of(parameters(runtime__address="/d")).config.runtime.address == "/d"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"execution": "threads"}, "execution is 'threads', allowed: auto, lists, sender, inline"),
+        ({"require__delta": "small"}, r"require\.delta is 'small', a number is needed"),
+        ({"scheduler__slo": "5"}, r"unknown setting 'scheduler\.slo'"),
+        ({"runtime__drain_seconds": "long"}, r"runtime\.drain_seconds is 'long'"),
+    ],
+)
+def test_a_parameter_that_is_not_allowed_is_named(given: dict[str, str], message: str) -> None:
+    with pytest.raises(lrai.UsageError, match=message):
+        settings_of(parameters(**given))
+
+
+def test_a_version_directory_holds_one_model(tmp_path: Path) -> None:
+    folder = tmp_path / "3"
+    folder.mkdir()
+    with pytest.raises(lrai.ArtifactError, match=r"version directory 3 holds neither model\.onnx"):
+        source_of(folder)
+    (folder / "model.onnx").touch()
+    assert source_of(folder).name == "model.onnx"
+    (folder / "model.lrai").mkdir()
+    with pytest.raises(lrai.ArtifactError, match=r"holds both model\.onnx and model\.lrai"):
+        source_of(folder)
+
+
+def test_what_is_kept_lies_where_nobody_else_comes(tmp_path: Path) -> None:
+    config = lrai.load_config(call={"runtime.state_dir": str(tmp_path / "state")})
+    folder = state_folder(config)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(lrai.EnvironmentProblem, match="this user's alone"):
+        state_folder(config)
+    folder.chmod(0o700)
+    assert state_folder(config) == folder
