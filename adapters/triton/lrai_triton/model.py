@@ -69,6 +69,10 @@ class TritonPythonModel:
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
         self.execute = self._send_later if self._served.execution == "sender" else self._lists
 
+    def is_ready(self) -> bool:
+        """Return whether the model makes progress; servers that know this hook ask it."""
+        return self._served.ready()
+
     def finalize(self) -> None:
         """Let go of the model."""
         self._served.close()

@@ -55,6 +55,13 @@ class Served:
             self.close()
             raise
 
+    def ready(self) -> bool:
+        """Return whether the runtime answers, and the model makes progress or has nothing to do."""
+        with contextlib.suppress(LraiError):
+            mine = [model for model in self.runtime.models() if model.name == self.name]
+            return any(model.state in ("ok", "idle") for model in mine)
+        return False
+
     def close(self) -> None:
         """Let go of the model; where nobody else holds it, it is unloaded."""
         with contextlib.suppress(BlockingIOError, LraiError):  # others do, or it is gone

@@ -1,0 +1,538 @@
+"""A real Triton with models of `backend: "lrai"`, asked over HTTP and gRPC as its users ask."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from onnx import TensorProto, helper
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import shared_memory as shm
+
+import lrai_core as lrai
+from tests.integration.conftest import sentence
+from tests.integration.triton.conftest import Triton
+
+pytestmark = pytest.mark.server
+
+LRAI = 'backend: "lrai"\n'
+PROTOCOLS = ("http", "grpc")
+GATE = 1e-4
+
+
+def execution(way: str) -> str:
+    """Return the parameter that says how requests are answered."""
+    return f'parameters {{ key: "execution" value {{ string_value: "{way}" }} }}\n'
+
+
+def identity(folder: Path, datatype: int, shape: list[Any]) -> Path:
+    """Write a model that returns its input."""
+    values = [helper.make_tensor_value_info(name, datatype, shape) for name in ("x", "y")]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(triton: Triton, minilm: Path) -> Iterator[str]:
+    """Serve the sentence encoder by the one line."""
+    with triton.serving("encoder", {1: minilm}, LRAI) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def doubler(triton: Triton, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve a model of three numbers to three numbers."""
+    folder = tmp_path_factory.mktemp("identity")
+    with triton.serving("three", {1: identity(folder, TensorProto.FLOAT, ["n", 3])}, LRAI) as name:
+        yield name
+
+
+# One line
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_one_line_serves_the_model_as_onnxruntime_does(
+    triton: Triton, encoder: str, minilm_session: onnxruntime.InferenceSession, protocol: str
+) -> None:
+    random = np.random.default_rng(0)
+    for rows, length in ((1, 3), (2, 17), (5, 40)):
+        inputs = sentence(random, rows, length)
+        (expected,) = minilm_session.run(["sentence_embedding"], inputs)
+        answer = triton.ask(encoder, inputs, protocol=protocol)
+        np.testing.assert_allclose(answer["sentence_embedding"], expected, atol=GATE)
+
+
+def test_the_configuration_is_filled_in_from_the_model(triton: Triton, encoder: str) -> None:
+    config = triton.http.get_model_config(encoder)
+    assert config["max_batch_size"] == 64
+    assert {t["name"]: (t["data_type"], t["dims"]) for t in config["input"]} == {
+        "input_ids": ("TYPE_INT64", [-1]),
+        "attention_mask": ("TYPE_INT64", [-1]),
+    }
+    assert all(tensor["allow_ragged_batch"] for tensor in config["input"])
+    assert "dynamic_batching" in config
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_many_callers_of_many_lengths_get_their_own_answers(
+    triton: Triton, encoder: str, minilm_session: onnxruntime.InferenceSession, protocol: str
+) -> None:
+    random = np.random.default_rng(1)
+    asked = [sentence(random, 1, int(length)) for length in random.integers(2, 60, 96)]
+    with ThreadPoolExecutor(24) as callers:
+        answers = list(callers.map(lambda one: triton.ask(encoder, one, protocol=protocol), asked))
+    for one, answer in zip(asked, answers, strict=True):
+        (expected,) = minilm_session.run(["sentence_embedding"], one)
+        np.testing.assert_allclose(answer["sentence_embedding"], expected, atol=GATE)
+
+
+def test_an_artifact_serves_what_was_compiled(
+    triton: Triton, minilm_fp32: lrai.Artifact, minilm_session: onnxruntime.InferenceSession
+) -> None:
+    with triton.serving("compiled", {1: minilm_fp32.path}, LRAI) as name:
+        inputs = sentence(np.random.default_rng(2), 3, 9)
+        (expected,) = minilm_session.run(["sentence_embedding"], inputs)
+        np.testing.assert_allclose(
+            triton.ask(name, inputs)["sentence_embedding"], expected, atol=GATE
+        )
+
+
+@pytest.mark.parametrize("way", ["lists", "sender", "inline"])
+def test_every_way_to_answer_gives_the_same(
+    triton: Triton, minilm: Path, minilm_session: onnxruntime.InferenceSession, way: str
+) -> None:
+    text = LRAI + execution(way)
+    random = np.random.default_rng(3)
+    asked = [sentence(random, 1, int(length)) for length in random.integers(2, 30, 24)]
+    with triton.serving(f"by_{way}", {1: minilm}, text) as name:
+        with ThreadPoolExecutor(12) as callers:
+            answers = list(callers.map(lambda one: triton.ask(name, one), asked))
+        with pytest.raises(InferenceServerException, match="input_ids"):
+            triton.ask(name, {"input_ids": np.zeros((1, 2), np.int64)})
+    for one, answer in zip(asked, answers, strict=True):
+        (expected,) = minilm_session.run(["sentence_embedding"], one)
+        np.testing.assert_allclose(answer["sentence_embedding"], expected, atol=GATE)
+
+
+# Datatypes
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "dtype",
+    ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16",
+     "float32", "float64", "object"],
+)  # fmt: skip
+def test_every_datatype_comes_back_as_it_went(
+    triton: Triton, tmp_path: Path, protocol: str, dtype: str
+) -> None:
+    kind = (
+        TensorProto.STRING
+        if dtype == "object"
+        else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    )
+    if dtype == "object":
+        values = np.array([["a", "b\0c"], ["", "é" * 300]], object)
+    elif dtype == "bool":
+        values = np.array([[True, False], [False, True]])
+    else:
+        info: Any = np.finfo(dtype) if dtype.startswith("float") else np.iinfo(dtype)
+        values = np.array([[info.min, info.max], [0, 1]], dtype)
+    with triton.serving(f"as_{dtype}", {1: identity(tmp_path, kind, ["n", 2])}, LRAI) as name:
+        answer = triton.ask(name, {"x": values}, protocol=protocol)["y"]
+    if dtype == "object":
+        answer = np.array([text.decode() for text in answer.flat], object).reshape(answer.shape)
+    assert answer.dtype == values.dtype
+    assert answer.tolist() == values.tolist()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"x": np.zeros((1, 4), np.float32)}, "unexpected shape|'x'"),
+        ({"x": np.zeros((1, 3), np.float64)}, "datatype|data-type"),
+        ({"z": np.zeros((1, 3), np.float32)}, "'?z'?"),
+        ({"x": np.zeros((0, 3), np.float32)}, "row|batch|shape|byte size"),
+        ({"x": np.zeros((100, 3), np.float32)}, "64"),
+        ({"x": np.zeros(3, np.float32)}, "shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_a_sentence_without_paths(
+    triton: Triton, doubler: str, protocol: str, inputs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=message) as caught:
+        triton.ask(doubler, inputs, protocol=protocol)
+    assert not re.search(r"/\w+/|shm_region|psm_|Traceback", str(caught.value))
+    assert triton.ask(doubler, {"x": np.ones((1, 3), np.float32)})["y"].tolist() == [[1, 1, 1]]
+
+
+def test_text_that_is_not_utf_8_is_refused_alone(triton: Triton, tmp_path: Path) -> None:
+    with triton.serving(
+        "texts", {1: identity(tmp_path, TensorProto.STRING, ["n", 1])}, LRAI
+    ) as name:
+        with pytest.raises(InferenceServerException, match="'x': an element is not UTF-8"):
+            triton.ask(name, {"x": np.array([[b"\xff\xfe"]], object)})
+        assert triton.ask(name, {"x": np.array([[b"ok"]], object)})["y"].tolist() == [[b"ok"]]
+
+
+def test_nan_is_the_models_business_unless_it_is_to_be_refused(
+    triton: Triton, doubler: str, tmp_path: Path
+) -> None:
+    nan = {"x": np.full((1, 3), np.nan, np.float32)}
+    assert np.isnan(triton.ask(doubler, nan)["y"]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LRAI + 'max_batch_size: 8\noutput { name: "y" data_type: TYPE_FP64 dims: [3] }',
+         "output 'y': data_type is TYPE_FP64, not TYPE_FP32"),
+        (LRAI + 'max_batch_size: 8\ninput { name: "x" data_type: TYPE_FP32 dims: [4] }',
+         r"input 'x': dims are \[4\], the model has \[3\]"),
+        (LRAI + 'parameters { key: "execution" value { string_value: "fast" } }',
+         "execution is 'fast', allowed: auto, lists, sender, inline"),
+        (LRAI + 'parameters { key: "scheduler.slo" value { string_value: "5" } }',
+         r"unknown setting 'scheduler\.slo'"),
+        (LRAI + 'parameters { key: "require.delta" value { string_value: "0.001" } }',
+         "certificate"),
+        (LRAI + 'parameters { key: "variant" value { string_value: "int3" } }', "int3"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_cannot_be_met_is_refused_by_its_field(
+    triton: Triton, tmp_path: Path, text: str, message: str
+) -> None:
+    model = identity(tmp_path, TensorProto.FLOAT, ["n", 3])
+    with (
+        pytest.raises(InferenceServerException, match=message) as caught,
+        triton.serving("refused", {1: model}, text),
+    ):
+        pass
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_version_without_a_model_or_with_a_damaged_one_is_refused(
+    triton: Triton, tmp_path: Path, minilm_fp32: lrai.Artifact
+) -> None:
+    empty, garbage = tmp_path / "notes.txt", tmp_path / "model.onnx"
+    empty.write_text("nothing")
+    garbage.write_bytes(b"\x08\x07garbage" * 100)
+    damaged = tmp_path / "damaged.lrai"
+    shutil.copytree(minilm_fp32.path, damaged)
+    (damaged / "manifest.json").write_bytes(b"{}")
+    for model, message in (
+        (empty, r"holds neither model\.onnx nor model\.lrai"),
+        (garbage, r"model\.onnx cannot be used"),
+        (damaged, "manifest"),
+    ):
+        with (
+            pytest.raises(InferenceServerException, match=message),
+            triton.serving("refused", {1: model}, LRAI),
+        ):
+            pass
+
+
+def test_an_artifact_that_was_changed_after_it_was_compiled_is_refused(
+    triton: Triton, tmp_path: Path, minilm_fp32: lrai.Artifact
+) -> None:
+    changed = tmp_path / "changed.lrai"
+    shutil.copytree(minilm_fp32.path, changed)
+    (weights,) = changed.glob("source/weights.bin")
+    content = bytearray(weights.read_bytes())
+    content[1000] ^= 1
+    weights.write_bytes(content)
+    with (
+        pytest.raises(InferenceServerException, match=r"weights\.bin"),
+        triton.serving("changed", {1: changed}, LRAI),
+    ):
+        pass
+
+
+def test_a_runtime_that_cannot_be_reached_is_said(triton: Triton, tmp_path: Path) -> None:
+    nowhere = 'parameters { key: "runtime.address" value { string_value: "/proc/nowhere" } }\n'
+    model = identity(tmp_path, TensorProto.FLOAT, ["n", 3])
+    with (
+        pytest.raises(InferenceServerException, match="for sockets"),
+        triton.serving("unreachable", {1: model}, LRAI + nowhere + execution("lists")),
+    ):
+        pass
+
+
+def test_a_caller_that_hangs_up_in_the_middle_harms_nobody(triton: Triton, doubler: str) -> None:
+    host, port = triton.server.http.split(":")
+    head = f"POST /v2/models/{doubler}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n"
+    for cut in (len(head) // 2, len(head), len(head) + 20):
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall((head + '{"inputs": [{"name": "x", "sha').encode()[:cut])
+    assert triton.ask(doubler, {"x": np.ones((1, 3), np.float32)})["y"].tolist() == [[1, 1, 1]]
+
+
+def test_large_texts_are_bounded_like_any_request(triton: Triton, tmp_path: Path) -> None:
+    small = 'parameters { key: "limits.request_bytes" value { string_value: "100000" } }\n'
+    model = identity(tmp_path, TensorProto.STRING, ["n", 1])
+    with triton.serving("large", {1: model}, LRAI + small + execution("inline")) as name:
+        for size in (1, 90_000):
+            x = np.array([[b"a" * size]], object)
+            assert triton.ask(name, {"x": x})["y"].tolist() == x.tolist()
+        with pytest.raises(InferenceServerException, match="over 100000 bytes"):
+            triton.ask(name, {"x": np.array([[b"a" * 200_000]], object)})
+
+
+# What Triton's users expect
+
+
+def test_requested_outputs_alone_come_back(triton: Triton, encoder: str) -> None:
+    inputs = sentence(np.random.default_rng(4), 1, 5)
+    answer = triton.ask(encoder, inputs, outputs=["sentence_embedding"])
+    assert list(answer) == ["sentence_embedding"]
+
+
+def test_two_versions_serve_side_by_side(triton: Triton, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    models = {
+        n: identity(folder, TensorProto.FLOAT, ["n", n])
+        for n, folder in zip((1, 2), folders, strict=True)
+    }
+    text = LRAI + "version_policy: { all {} }\n"
+    with triton.serving("versions", models, text) as name:
+        for version in (1, 2):
+            x = np.ones((1, version), np.float32)
+            assert triton.ask(name, {"x": x}, version=str(version))["y"].shape == (1, version)
+
+
+def test_clients_may_hand_tensors_over_in_shared_memory(triton: Triton, doubler: str) -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    region = shm.create_shared_memory_region("in", "/lrai_test_in", x.nbytes)
+    try:
+        shm.set_shared_memory_region(region, [x])
+        triton.http.register_system_shared_memory("in", "/lrai_test_in", x.nbytes)
+        given = triton_http.InferInput("x", list(x.shape), "FP32")
+        given.set_shared_memory("in", x.nbytes)
+        answer = triton.http.infer(doubler, [given]).as_numpy("y")
+        np.testing.assert_array_equal(answer, x)
+    finally:
+        triton.http.unregister_system_shared_memory("in")
+        shm.destroy_shared_memory_region(region)
+
+
+def test_instances_and_models_share_one_runtime_and_the_last_one_unloads(
+    triton: Triton, minilm_fp32: lrai.Artifact
+) -> None:
+    text = LRAI + "instance_group { count: 2 kind: KIND_CPU }\n"
+    with triton.serving("twice", {1: minilm_fp32.path}, text) as name:
+        triton.ask(name, sentence(np.random.default_rng(5), 1, 4))
+        loaded = [model for model in triton.runtime_models() if model.startswith("twice:1:")]
+        assert len(loaded) == 1, "two instances, one model"
+    deadline = time.monotonic() + 10
+    while any(model.startswith("twice:") for model in triton.runtime_models()):
+        assert time.monotonic() < deadline, "nobody holds it any more"
+        time.sleep(0.1)
+
+
+def test_what_lrai_counts_stands_beside_tritons_own_figures(triton: Triton, doubler: str) -> None:
+    for _ in range(3):
+        triton.ask(doubler, {"x": np.ones((1, 3), np.float32)})
+    time.sleep(1.5)
+    with urllib.request.urlopen(f"http://{triton.metrics}/metrics") as reply:
+        text = reply.read().decode()
+    found = re.search(rf'lrai_answered_total{{[^}}]*model="{doubler}"[^}}]*}} ([\d.e+]+)', text)
+    assert found, "the family is there"
+    assert float(found[1]) >= 3
+    assert "nv_inference_request_success" in text
+
+
+def test_a_caller_that_leaves_is_not_answered_and_nobody_else_is_harmed(
+    triton: Triton, encoder: str
+) -> None:
+    inputs = []
+    for name, array in sentence(np.random.default_rng(6), 8, 200).items():
+        kind = np_to_triton_dtype(array.dtype)
+        inputs.append(triton_grpc.InferInput(name, list(array.shape), kind))
+        inputs[-1].set_data_from_numpy(array)
+    seen: list[Any] = []
+    calls = [
+        triton.grpc.async_infer(encoder, inputs, lambda result, error: seen.append((result, error)))
+        for _ in range(6)
+    ]
+    for call in calls[1::2]:
+        call.cancel()
+    deadline = time.monotonic() + 60
+    while len(seen) < len(calls) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sum(error is None for _, error in seen) >= 3
+    assert sum(error is not None and "CANCELLED" in str(error) for _, error in seen) >= 1
+
+
+def test_a_model_of_ours_is_a_step_of_an_ensemble(triton: Triton, doubler: str) -> None:
+    text = f"""
+platform: "ensemble"
+max_batch_size: 64
+input {{ name: "a" data_type: TYPE_FP32 dims: [3] }}
+output {{ name: "b" data_type: TYPE_FP32 dims: [3] }}
+ensemble_scheduling {{
+  step {{
+    model_name: "{doubler}" model_version: -1
+    input_map {{ key: "x" value: "a" }} output_map {{ key: "y" value: "b" }}
+  }}
+}}
+"""
+    with triton.serving("steps", {1: None}, text) as name:
+        a = np.full((2, 3), 7, np.float32)
+        np.testing.assert_array_equal(triton.ask(name, {"a": a})["b"], a)
+
+
+CALLER = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        x = pb_utils.Tensor("x", pb_utils.get_input_tensor_by_name(request, "a").as_numpy())
+        ask = pb_utils.InferenceRequest(
+            model_name="MODEL", requested_output_names=["y"], inputs=[x]
+        )
+        answer = ask.exec()
+        if answer.has_error():
+            raise pb_utils.TritonModelException(answer.error().message())
+        y = pb_utils.get_output_tensor_by_name(answer, "y").as_numpy()
+        return pb_utils.InferenceResponse([pb_utils.Tensor("b", y)])
+"""
+
+
+def test_a_model_of_ours_answers_a_call_of_another_model(
+    triton: Triton, doubler: str, tmp_path: Path
+) -> None:
+    caller = tmp_path / "model.py"
+    caller.write_text(CALLER.replace("MODEL", doubler))
+    text = (
+        'backend: "python"\nmax_batch_size: 8\n'
+        'input { name: "a" data_type: TYPE_FP32 dims: [3] }\n'
+        'output { name: "b" data_type: TYPE_FP32 dims: [3] }\n'
+    )
+    with triton.serving("bls", {1: caller}, text) as name:
+        a = np.full((1, 3), 5, np.float32)
+        np.testing.assert_array_equal(triton.ask(name, {"a": a})["b"], a)
+
+
+def test_warm_up_of_the_configuration_runs_before_the_first_caller(
+    triton: Triton, tmp_path: Path
+) -> None:
+    text = (
+        LRAI
+        + """
+max_batch_size: 4
+input { name: "x" data_type: TYPE_FP32 dims: [3] }
+output { name: "y" data_type: TYPE_FP32 dims: [3] }
+model_warmup {
+  name: "zeros" batch_size: 2
+  inputs { key: "x" value { data_type: TYPE_FP32 dims: [3] zero_data: true } }
+}
+"""
+    )
+    with triton.serving("warm", {1: identity(tmp_path, TensorProto.FLOAT, ["n", 3])}, text) as name:
+        assert triton.ask(name, {"x": np.ones((4, 3), np.float32)})["y"].shape == (4, 3)
+
+
+# Faults
+
+
+class Load:
+    """Callers in threads, until told to stop; every answer is checked."""
+
+    def __init__(self, ask: Callable[[], None], callers: int = 4) -> None:
+        self.failures: list[str] = []
+        self.answered = 0
+        self.longest_seconds = 0.0
+        self._ask, self._stop, self._lock = ask, threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._run) for _ in range(callers)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            begun = time.monotonic()
+            try:
+                self._ask()
+            except (InferenceServerException, AssertionError) as error:
+                with self._lock:
+                    self.failures.append(str(error))
+            else:
+                with self._lock:
+                    self.answered += 1
+                    self.longest_seconds = max(self.longest_seconds, time.monotonic() - begun)
+
+
+def test_an_actor_that_is_killed_costs_time_and_no_answer(triton: Triton, encoder: str) -> None:
+    inputs = sentence(np.random.default_rng(7), 1, 12)
+    expected = triton.ask(encoder, inputs)["sentence_embedding"]
+
+    def ask() -> None:
+        answer = triton.ask(encoder, inputs)["sentence_embedding"]
+        np.testing.assert_allclose(answer, expected, atol=GATE)
+
+    with Load(ask) as load:
+        for _ in range(2):
+            time.sleep(1.0)
+            os.kill(triton.actor_pid(encoder), signal.SIGKILL)
+        time.sleep(3.0)
+    assert load.failures == []
+    assert load.answered > 20
+    assert load.longest_seconds < 2.0, "back within two seconds"
+
+
+def test_reloads_and_another_version_under_load_fail_nobody(
+    triton: Triton, minilm: Path, minilm_fp32: lrai.Artifact
+) -> None:
+    inputs = sentence(np.random.default_rng(8), 1, 8)
+    with triton.serving("moving", {1: minilm}, LRAI) as name:
+        expected = triton.ask(name, inputs)["sentence_embedding"]
+
+        def ask() -> None:
+            answer = triton.ask(name, inputs)["sentence_embedding"]
+            np.testing.assert_allclose(answer, expected, atol=GATE)
+
+        with Load(ask) as load:
+            time.sleep(0.5)
+            triton.load(name)
+            time.sleep(0.5)
+            triton.put(name, 2, minilm_fp32.path)
+            triton.load(name)
+            time.sleep(0.5)
+    assert load.failures == []
+    assert load.answered > 20
