@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lrai_triton.commands import install as install
+from lrai_triton.commands import repository as repository
 from lrai_triton.commands.app import app
 
 

@@ -1,0 +1,162 @@
+"""`lrai triton install` and `doctor`: the backend in its place, and what stands in its way."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Final
+
+import typer
+
+import lrai_core as lrai
+from lrai_core.artifact import disk_errors
+from lrai_core.engine.engine import installed_version, isa_class
+from lrai_triton.artifacts import source_of, state_folder
+from lrai_triton.commands.app import app, out
+from lrai_triton.commands.pbtxt import backend_of, config_of
+from lrai_triton.commands.repository import CONFIG, text_of, versions_of
+from lrai_triton.config import complete
+from lrai_triton.settings import settings_of
+
+_MODEL: Final = '''"""LRAI as a backend of Triton; put here by `lrai triton install`."""
+
+from lrai_triton.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+_PROBE: Final = (
+    "import sys; print('%d.%d' % sys.version_info[:2]); "
+    "import lrai_triton, numpy; print(numpy.__version__)"
+)
+_LIBRARY: Final = Path("python", "libtriton_python.so")
+_STUB: Final = Path("python", "triton_python_backend_stub")
+
+Backends = Annotated[Path, typer.Option(help="What tritonserver is told; it holds python/.")]
+Python = Annotated[str, typer.Option(help="What will be python3 on the PATH of the server.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is not lrai's.")]
+
+
+@app.command()
+def install(backend_directory: Backends, python: Python = "", *, force: Force = False) -> None:
+    """Put the backend into Triton's backend directory: B/lrai/model.py, of two lines.
+
+    It runs in the stub of Triton's own python backend, which takes its packages from the first
+    python3 on the PATH of the server. That one is looked at, and has to have lrai.
+    """
+    _check_backend(backend_directory)
+    path = _check_python(backend_directory, python)
+    model = backend_directory / "lrai" / "model.py"
+    if text_of(model) not in ("", _MODEL) and not force:
+        raise lrai.UsageError(f"{model} is not lrai's; --force replaces it")
+    with disk_errors(model):
+        model.parent.mkdir(exist_ok=True)
+        model.write_text(_MODEL)
+    out.print(f"{model} is in place; the stub takes the packages of {path},", soft_wrap=True)
+    out.print(f"where tritonserver is started with PATH={path.parent}:$PATH", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    backend_directory: Annotated[Path | None, typer.Option(help="As of install.")] = None,
+    model_repository: Annotated[Path | None, typer.Option(help="As of add.")] = None,
+    python: Python = "",
+) -> None:
+    """Say what is wrong with an installation and with the models of a repository.
+
+    Run it as the user, and with the PATH, that the server has. Exit code 3: something is wrong.
+    """
+    checks: list[tuple[Any, ...]] = [(_check_memory,), (state_folder, lrai.load_config())]
+    if backend_directory:
+        checks += [(_check_backend, backend_directory), (_check_file, backend_directory)]
+        checks += [(_check_python, backend_directory, python)]
+    for entry in sorted(model_repository.iterdir()) if model_repository else []:
+        found = (versions_of(entry) or [1]) if entry.is_dir() else []
+        checks += [(_check_version, entry / str(version)) for version in found]
+    wrong = 0
+    for check, *arguments in checks:
+        try:
+            check(*arguments)
+        except lrai.LraiError as problem:
+            wrong += 1
+            where = f"{arguments[0]}: " if check is _check_version else ""
+            out.print(f"- {where}{problem}", soft_wrap=True)
+    if wrong:
+        raise lrai.ConditionNotMet(f"{wrong} to put right, as said above")
+    out.print("nothing is wrong")
+
+
+def _demand(holds: object, problem: str) -> None:
+    if not holds:
+        raise lrai.EnvironmentProblem(problem)
+
+
+def _check_backend(backends: Path) -> None:
+    """Refuse a folder without Triton's own python backend, whose stub runs ours."""
+    found = ", ".join(sorted(path.name for path in backends.glob("*"))) or "nothing"
+    without = f"{backends} has no {_LIBRARY}, which runs shared backends; it has {found}"
+    _demand((backends / _LIBRARY).is_file(), without)
+    without = f"{backends} has no {_STUB}; link the one of your Python from python_backend_stubs"
+    _demand((backends / _STUB).is_file(), without)
+    done = subprocess.run([backends / _STUB], capture_output=True, text=True, check=False)
+    _demand(done.returncode != 127, f"the stub cannot start: {_last_line(done.stderr)}")
+
+
+def _check_file(backends: Path) -> None:
+    ours = text_of(model := backends / "lrai" / "model.py") == _MODEL
+    _demand(ours, f"{model} is not lrai's: lrai triton install puts it there")
+
+
+def _check_python(backends: Path, python: str) -> Path:
+    """Return the interpreter whose packages the stub takes, once it has what that needs."""
+    found = shutil.which(python or "python3")
+    _demand(found, f"there is no {python or 'python3'} on PATH, whose packages the stub would take")
+    path = Path(found or "").absolute()
+    # As the stub does: from no folder of ours, and without PYTHONPATH.
+    command = [str(path), "-E", "-c", _PROBE]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    version, numpy, *_ = [*done.stdout.split(), "", ""]
+    stub = (backends / _STUB).read_bytes() if (backends / _STUB).is_file() else b""
+    of = re.search(rb"libpython(3\.\d+)", stub)
+    wanted = of[1].decode() if of else version
+    other = f"the stub is of Python {wanted}, but {path}, whose packages it takes, of {version};"
+    _demand(version in ("", wanted), f"{other} name another by --python, or link another stub")
+    # By this name pybind11 looks for numpy 2, ever since it knows it; before, values are wrong.
+    less = "" if b"NumpyVersion" in stub else " 'numpy<2'"
+    lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: "
+    lacks += f"{_last_line(done.stderr)}; {path} -m pip install 'lrai[triton]'{less}"
+    _demand(done.returncode == 0, lacks)
+    newer = f"numpy {numpy} is newer than the stub, which gives wrong values with it;"
+    _demand(not less or numpy.startswith("1."), f"{newer} {path} -m pip install{less}")
+    return path
+
+
+def _check_memory() -> None:
+    memory = os.statvfs("/dev/shm")  # noqa: S108 - where Triton itself puts tensors
+    size = memory.f_frsize * memory.f_blocks
+    short = f"the shared memory, shm, has {size >> 20} MiB, at least 64 are needed"
+    _demand(size >= 64 << 20, f"{short}; docker run --shm-size=256m gives more")
+
+
+def _check_version(folder: Path) -> None:
+    """Refuse a version of ours that Triton could not load, or that is not served as compiled."""
+    text = text_of(folder.parent / CONFIG)
+    if backend_of(text) != "lrai":
+        return
+    config = config_of(text)
+    settings_of(config)
+    source = source_of(folder)
+    if source.name == "model.lrai":
+        manifest = lrai.Artifact.open(source).manifest
+        complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
+        target = manifest.target
+        made = f"{target.isa} and {target.engine} {target.engine_version}"
+        here = f"{isa_class()} and {target.engine} {installed_version(target.engine)}"
+        _demand(made == here, f"it was compiled for {made}, here are {here}: fp32 will serve")
+
+
+def _last_line(said: str) -> str:
+    return (said.strip() or "it said nothing").splitlines()[-1][:200]

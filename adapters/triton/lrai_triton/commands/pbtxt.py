@@ -1,0 +1,94 @@
+"""`config.pbtxt` as text: its backend is found and changed without touching anything else.
+
+Its form is protobuf's text format. Comments, layout and the order of fields are the user's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from google.protobuf import json_format, text_format
+
+from lrai_core import ArtifactError, EnvironmentProblem
+
+LRAI: Final = 'backend: "lrai"'
+_ONNX: Final = 'backend: "onnxruntime"'  # what Triton takes where there is a model.onnx and no word
+_TOKEN: Final = re.compile(
+    r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[^#\"'{}<>\[\]]+|."
+)
+_FIELD: Final = re.compile(r'(\w+)\s*:\s*"(_*)"', re.ASCII)
+
+
+def config_of(text: str) -> dict[str, Any]:
+    """Return what the text says, in the form that Triton hands to backends.
+
+    Raises:
+        ArtifactError: It is no model configuration of Triton's; says in which line.
+        EnvironmentProblem: The definition of those is not installed.
+    """
+    try:
+        from tritonclient.grpc.model_config_pb2 import ModelConfig
+    except ImportError:
+        problem = "without tritonclient config.pbtxt cannot be read; pip install 'lrai[triton]'"
+        raise EnvironmentProblem(problem) from None
+    try:
+        config = text_format.Parse(text, ModelConfig(), allow_unknown_field=True)
+    except text_format.ParseError as error:
+        raise ArtifactError(f"config.pbtxt is not as Triton's: {error}") from None
+    options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
+    return dict(json_format.MessageToDict(config, **options))
+
+
+def backend_of(text: str) -> str:
+    """Return the backend that the text names, or the platform in its place, or nothing.
+
+    Raises:
+        ArtifactError: A string or a brace does not end.
+    """
+    fields = {name: text[place] for name, place in _places(text).items()}
+    named = fields.get("backend") or fields.get("platform") or ""
+    return named.partition(":")[2].strip()[1:-1]
+
+
+def switched(text: str) -> str:
+    """Return the text with our backend in place of the one that it names; the rest is as it was."""
+    places = _places(text)
+    if "backend" in places:
+        return _replaced(text, {"backend": LRAI, "platform": 'platform: ""'})
+    if "platform" in places:
+        return _replaced(text, {"platform": LRAI})
+    return text + ("\n" if text and not text.endswith("\n") else "") + LRAI + "\n"
+
+
+def switched_back(text: str, original: str) -> str:
+    """Return the text with the backend, or platform, that the original names in place of ours."""
+    was = {name: original[place] for name, place in _places(original).items()}
+    back = {"backend": was.get("backend") or was.get("platform") or _ONNX}
+    if {"backend", "platform"} <= was.keys():
+        back["platform"] = was["platform"]
+    return _replaced(text, back)
+
+
+def _replaced(text: str, new: dict[str, str]) -> str:
+    for name, place in reversed(_places(text).items()):
+        if name in new:
+            text = text[: place.start] + new[name] + text[place.stop :]
+    return text
+
+
+def _places(text: str) -> dict[str, slice]:
+    """Return where the fields of the outermost message that hold a string lie, in their order."""
+    masked, depth = "", 0  # the same text without comments, what is nested and what strings hold
+    for token in _TOKEN.findall(text):
+        if token in ("'", '"'):
+            raise ArtifactError("a string in config.pbtxt does not end")
+        depth -= token in ("}", ">", "]")
+        if depth or token[0] == "#":
+            masked += " " * len(token)
+        else:
+            masked += f'"{"_" * (len(token) - 2)}"' if token[0] in "\"'" else token
+        depth += token in ("{", "<", "[")
+    if depth or re.search(r'"_*"\s*"', masked):
+        raise ArtifactError("a brace in config.pbtxt does not end, or strings stand side by side")
+    return {found[1]: slice(*found.span()) for found in _FIELD.finditer(masked)}

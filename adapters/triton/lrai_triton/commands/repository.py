@@ -1,0 +1,192 @@
+"""`lrai triton add`, `compile` and `remove`: entries of a model repository, and one line of theirs.
+
+Triton takes every folder of an entry whose name begins with a number for a version, so what is
+being written, or was moved aside, is named otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from lrai_core import Artifact, UsageError
+from lrai_core.artifact import disk_errors, writing
+from lrai_triton.commands.app import app, out
+from lrai_triton.commands.pbtxt import LRAI, backend_of, switched, switched_back
+from lrai_triton.settings import settings_of
+
+CONFIG: Final = "config.pbtxt"
+_ORIGINAL: Final = "config.pbtxt.lrai-original"
+_WRITTEN: Final = "# Written by `lrai triton`; what is not here comes from the model.\n"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SETTING: Final = re.compile(r"([a-z_]+\.[a-z_]+|variant|execution)=([^\"\\\n]*)")
+_COMPILE: Final = "from lrai_core.cli import main; main()"
+
+Model = Annotated[Path, typer.Argument(exists=True, help="Artifact, NAME.lrai, or ONNX file.")]
+Repository = Annotated[Path, typer.Option(exists=True, help="Folder that tritonserver serves.")]
+Name = Annotated[str, typer.Option(help="Of the model.")]
+Number = Annotated[int, typer.Option(min=0, help="Version; needed where the model has some.")]
+Settings = Annotated[list[str], typer.Option(help="KEY=VALUE, see `lrai config`; repeat for more.")]
+Entry = Annotated[Path, typer.Argument(help="Folder of the model in the repository.")]
+Switch = Annotated[bool, typer.Option("--switch", help="From onnxruntime, if that serves it.")]
+
+
+@app.command()
+def add(
+    model: Model,
+    model_repository: Repository,
+    name: Name,
+    version: Number = 0,
+    setting: Settings = [],  # noqa: B006 - typer's form of a list; it is not changed
+    *,
+    switch: Switch = False,
+) -> None:
+    """Add MODEL to a repository, as a new entry or as one more version of an entry.
+
+    A new entry gets a config.pbtxt of a few lines; Triton learns the rest from the model. Weights
+    beside an ONNX file are not copied: compile such a model, and add the artifact.
+    """
+    entry, settings = model_repository / name, dict[str, str]()
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name[:80]!r} is no name for a model: letters, digits and . _ - are")
+    for text in setting:
+        if not (pair := _SETTING.fullmatch(text)):
+            raise UsageError(f"--setting is {text[:80]!r}, KEY=VALUE is needed, see `lrai config`")
+        settings[pair[1]] = pair[2]
+    settings_of({"parameters": {key: {"string_value": settings[key]} for key in settings}})
+    if entry.exists() and (settings or not version):
+        free = max(versions_of(entry), default=0) + 1
+        raise UsageError(f"{entry} exists; --version {free}, without --setting, adds to it")
+    if entry.exists():
+        _check_backend(entry, switch=switch)
+    _publish(entry, version or 1, model, _new_config(name, settings))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compile(context: typer.Context, entry: Entry, *, switch: Switch = False) -> None:
+    """Compile an entry's newest model.onnx, and add the artifact as its next version.
+
+    Every option of `lrai compile` can be given: --evaluation FILE, --calibration, --metric,
+    --output-map, --epsilon, --delta, --threads, --keep and so on. Where no form passes the gate,
+    the exit code is 3 and the repository is as it was.
+    """
+    versions = versions_of(entry)
+    sources = [v for v in versions if (entry / str(v) / "model.onnx").is_file()]
+    if not sources:
+        raise UsageError(f"no version of {entry} holds a model.onnx to compile")
+    _check_backend(entry, switch=switch)
+    source, name = entry / str(max(sources)) / "model.onnx", entry.absolute().name
+    # Elsewhere, since a server that polls the repository reloads an entry that changes.
+    with tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
+        made = Path(scratch, f"{name}.lrai")
+        command = [sys.executable, "-P", "-c", _COMPILE, "compile", str(source), *context.args]
+        done = subprocess.run([*command, "--output", str(made)], check=False)
+        if done.returncode:
+            raise typer.Exit(done.returncode)
+        _publish(entry, max(versions) + 1, made, _new_config(name, {}))
+
+
+@app.command()
+def remove(entry: Entry) -> None:
+    """Undo what was added to an entry: onnxruntime serves it again.
+
+    Its config.pbtxt is again what it was, byte for byte; one that was edited since only has its
+    backend changed back; one that lrai wrote is renamed. Versions that are artifacts, which
+    onnxruntime cannot read, are moved aside within the entry, from where `add` takes them again.
+    Nothing is deleted; who wants to be rid of a model deletes its folder.
+    """
+    versions = versions_of(entry)
+    ours = [v for v in versions if (entry / str(v) / "model.lrai").exists()]
+    if ours == versions:
+        raise UsageError(f"{entry} has nothing that onnxruntime can serve; delete the folder")
+    with disk_errors(entry):
+        for version in ours:
+            aside = tempfile.mkdtemp(prefix=f"lrai-{version}-", dir=entry)
+            (entry / str(version)).rename(aside)  # takes the place of an empty folder
+            out.print(f"version {version} was moved to {aside}", soft_wrap=True)
+        out.print(f"its config.pbtxt {_switch_back(entry)}")
+
+
+def text_of(file: Path) -> str:
+    """Return every byte of a file as text; nothing where there is none."""
+    return file.read_bytes().decode(errors="surrogateescape") if file.exists() else ""
+
+
+def versions_of(entry: Path) -> list[int]:
+    """Return the versions of an entry, lowest first."""
+    if not entry.is_dir():
+        raise UsageError(f"{entry} is not a folder")
+    folders = [path.name for path in entry.iterdir() if path.is_dir()]
+    return sorted(int(name) for name in folders if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+
+def _new_config(name: str, settings: dict[str, str]) -> str:
+    text = f'{_WRITTEN}name: "{name}"\n{LRAI}\n'
+    for key, value in settings.items():
+        text += f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
+    return text
+
+
+def _check_backend(entry: Path, *, switch: bool) -> None:
+    """Refuse an entry that could not serve an artifact, before anything is done to it."""
+    backend = backend_of(text_of(entry / CONFIG)) or "onnxruntime"
+    if backend != "lrai" and not (switch and backend.startswith("onnxruntime")):
+        raise UsageError(f"{backend} serves {entry}; --switch takes it over from onnxruntime only")
+    if backend != "lrai" and (entry / _ORIGINAL).exists():
+        raise UsageError(f"{entry / _ORIGINAL} exists; `lrai triton remove {entry}` first")
+
+
+def _publish(entry: Path, version: int, model: Path, config: str) -> None:
+    """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
+    new = not entry.exists()
+    with writing(entry if new else entry / str(version)) as folder:
+        target = folder / str(version) if new else folder
+        target.mkdir(exist_ok=True)
+        if model.is_dir():
+            shutil.copytree(Artifact.open(model).path, target / "model.lrai")
+        else:
+            shutil.copy2(model, target / "model.onnx")
+        _switch(folder if new else entry, config)
+    url = f"localhost:8000/v2/repository/models/{entry.absolute().name}/load"
+    out.print(f"version {version} is there; Triton serves the highest one, unless its config.pbtxt")
+    out.print(f"has a version_policy, after: curl -X POST {url}", soft_wrap=True)
+
+
+def _switch(entry: Path, config: str) -> None:
+    """Have the entry name our backend; keep what it had; write `config` where it had nothing."""
+    text = text_of(entry / CONFIG)
+    if (entry / CONFIG).exists() and backend_of(text) != "lrai":
+        shutil.copy2(entry / CONFIG, entry / _ORIGINAL)
+        config = switched(text)
+    if backend_of(text) != "lrai":
+        _replace(entry / CONFIG, config)
+
+
+def _switch_back(entry: Path) -> str:
+    """Undo `_switch`, and return what became of config.pbtxt."""
+    config, original = entry / CONFIG, entry / _ORIGINAL
+    text, was = text_of(config), text_of(original)
+    if original.exists() and text in ("", switched(was)):
+        original.replace(config)
+        return "is what it was before"
+    if text.startswith(_WRITTEN):
+        config.replace(entry / f"{CONFIG}.lrai")
+        return f"was written by lrai, and is {CONFIG}.lrai now"
+    if backend_of(text) == "lrai":
+        _replace(config, switched_back(text, was))
+    original.unlink(missing_ok=True)
+    return "was edited, so only its backend was changed back"
+
+
+def _replace(config: Path, text: str) -> None:
+    """Replace the content at once: a server may be reading."""
+    temporary = config.with_name(f".{CONFIG}")
+    temporary.write_bytes(text.encode(errors="surrogateescape"))
+    temporary.replace(config)
