@@ -1,0 +1,600 @@
+"""Backends installed, repositories changed and changed back, every planted fault found."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lrai_core as lrai
+from benchmarks.models import classifier
+from lrai_triton.commands import install, main, pbtxt
+from tests.core import small_artifact
+from tests.tiny_models import token_model
+
+Run = Callable[..., str]
+VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
+ONNX = 'name: "m"\nbackend: "onnxruntime"  # as it came\n'
+
+
+@pytest.fixture(autouse=True)
+def own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the first python3 be the one that runs the tests, and state in a folder of its own."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LRAI_RUNTIME_SOCKET_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs `lrai triton`, demands an exit code, and returns what it said."""
+
+    def run(*arguments: str | Path, code: int = 0) -> str:
+        capfd.readouterr()
+        with pytest.raises((SystemExit, lrai.LraiError)) as caught:
+            main([str(argument) for argument in arguments])
+        end = caught.value
+        said = "".join(capfd.readouterr())
+        if isinstance(end, lrai.LraiError):
+            got, said = end.exit_code, f"{said}{end}"
+        else:
+            assert isinstance(end, SystemExit)
+            got = int(end.code or 0)
+        assert got == code, f"{got}: {said}"
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a classifier and a file of rows that it is judged on."""
+    folder = tmp_path_factory.mktemp("classifier")
+    model, held_out = classifier(folder / "classifier.onnx", seed=0)
+    np.savez(folder / "rows.npz", **held_out)
+    return model, folder / "rows.npz"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Return a repository with one model, as onnxruntime serves it."""
+    version = tmp_path / "models" / "m" / "1"
+    version.mkdir(parents=True)
+    token_model(version / "model.onnx")
+    (version.parent / "config.pbtxt").write_text(ONNX)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return small_artifact.build(tmp_path / "small.lrai")
+
+
+@pytest.fixture
+def backends(tmp_path: Path) -> Path:
+    """Return a backend directory like Triton's, as far as it is looked at."""
+    python = tmp_path / "backends" / "python"
+    python.mkdir(parents=True)
+    (python / "libtriton_python.so").write_bytes(b"\x7fELF")
+    stub(python.parent)
+    return python.parent
+
+
+def stub(
+    backends: Path, version: str = VERSION, *, numpy: str = "NumpyVersion", end: str = "exit 1"
+) -> None:
+    script = f"#!/bin/sh\n# libpython{version}.so.1.0 {numpy}\n{end}\n"
+    program(backends / "python" / "triton_python_backend_stub", script)
+
+
+def program(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- install
+
+
+def test_the_backend_is_installed_once_and_stays_the_same(backends: Path, run: Run) -> None:
+    said = run("install", "--backend-directory", backends)
+    model = backends / "lrai" / "model.py"
+    assert str(model) in said
+    assert f"PATH={Path(sys.executable).parent}:$PATH" in said
+    before = model.read_text()
+    assert "from lrai_triton.model import TritonPythonModel" in before
+    run("install", "--backend-directory", backends)
+    assert model.read_text() == before
+
+
+def test_a_file_of_somebody_else_is_replaced_by_force_only(backends: Path, run: Run) -> None:
+    model = program(backends / "lrai" / "model.py", "class TritonPythonModel: pass\n")
+    assert "--force" in run("install", "--backend-directory", backends, code=2)
+    assert "pass" in model.read_text()
+    run("install", "--backend-directory", backends, "--force")
+    assert "lrai_triton" in model.read_text()
+
+
+def test_a_folder_that_is_no_backend_directory_is_refused_by_what_it_has(
+    tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "wrong" / "onnxruntime").mkdir(parents=True)
+    said = run("install", "--backend-directory", tmp_path / "wrong", code=5)
+    assert "has no python/libtriton_python.so" in said
+    assert "it has onnxruntime" in said
+    assert "nothing" in run("install", "--backend-directory", tmp_path / "absent", code=5)
+
+
+def test_the_first_python3_on_the_path_is_the_one_that_counts(
+    backends: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    lacks = f"#!/bin/sh\necho {VERSION}\necho \"No module named 'lrai_triton'\" >&2; exit 1\n"
+    other = program(tmp_path / "other" / "python3", lacks)
+    monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
+    said = run("install", "--backend-directory", backends, code=5)
+    assert "No module named 'lrai_triton'" in said
+    assert f"{other} -m pip install 'lrai[triton]'" in said
+    assert not (backends / "lrai").exists()
+    run("install", "--backend-directory", backends, "--python", sys.executable)
+
+
+def test_a_python_without_lrai_is_refused_for_real(
+    backends: Path, tmp_path: Path, run: Run
+) -> None:
+    script = f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n'
+    bare = program(tmp_path / "bare" / "python3", script)
+    said = run("install", "--backend-directory", backends, "--python", bare, code=5)
+    assert "cannot import lrai_triton: ModuleNotFoundError" in said
+
+
+def test_a_python_that_is_not_there_is_named(backends: Path, run: Run) -> None:
+    said = run("install", "--backend-directory", backends, "--python", "python3.0", code=5)
+    assert "there is no python3.0 on PATH" in said
+
+
+def test_numpy_that_the_stub_reads_wrongly_is_refused(
+    backends: Path, tmp_path: Path, run: Run
+) -> None:
+    python = program(tmp_path / "new" / "python3", f"#!/bin/sh\necho {VERSION}\necho 2.4.6\n")
+    run("install", "--backend-directory", backends, "--python", python)
+    shutil.rmtree(backends / "lrai")
+    stub(backends, numpy="")
+    said = run("install", "--backend-directory", backends, "--python", python, code=5)
+    assert f"{python} -m pip install 'numpy<2'" in said
+    assert not (backends / "lrai").exists()
+
+
+# --- doctor
+
+
+def test_nothing_is_wrong_with_what_lrai_made(
+    backends: Path, repository: Path, artifact: Path, run: Run
+) -> None:
+    run("install", "--backend-directory", backends)
+    run("add", artifact, "--model-repository", repository, "--name", "small")
+    (repository / "README").write_text("no model")
+    where = ("--backend-directory", backends, "--model-repository", repository)
+    assert "nothing is wrong" in run("doctor", *where)
+    assert "nothing is wrong" in run("doctor")
+
+
+def config(text: str) -> Callable[[Path], Any]:
+    return lambda entry: (entry / "config.pbtxt").write_text(f'backend: "lrai"\n{text}')
+
+
+def target(entry: Path) -> None:
+    other = {"isa": "z80", "engine": "onnxruntime", "engine_version": "0.1", "threads": 1}
+    small_artifact.rewrite(entry / "1" / "model.lrai", {"target": other})
+
+
+def in_artifact(name: str, replacement: bytes) -> Callable[[Path], Any]:
+    return lambda entry: (entry / "1" / "model.lrai" / name).write_bytes(replacement)
+
+
+MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no version": (lambda entry: shutil.rmtree(entry / "1"), "holds neither model.onnx nor"),
+    "neither": (lambda entry: shutil.rmtree(entry / "1" / "model.lrai"), "holds neither"),
+    "both": (lambda entry: token_model(entry / "1" / "model.onnx"), "holds both"),
+    "target": (target, "compiled for z80 and onnxruntime 0.1, here are .*: fp32 will serve"),
+    "changed": (in_artifact("source/weights.bin", bytes(256)), "weights.bin has changed since"),
+    "truncated": (in_artifact("manifest.json", b"{"), "manifest.json cannot be read"),
+    "datatype": (
+        config('max_batch_size: 8 input [ { name: "x" data_type: TYPE_INT8 dims: [ 3 ] } ]'),
+        "input 'x': data_type is TYPE_INT8, not TYPE_FP32",
+    ),
+    "dims": (
+        config('max_batch_size: 8\ninput { name: "x" data_type: TYPE_FP32 dims: 4 }'),
+        r"input 'x': dims are \[4\], the model has \[3\]",
+    ),
+    "output": (
+        config('max_batch_size: 8 output [ { name: "z", data_type: TYPE_FP32, dims: [ 3 ] } ]'),
+        "output 'z' is none of the model's",
+    ),
+    "parameter": (
+        config('parameters { key: "scheduler.speed" value { string_value: "9" } }'),
+        "unknown setting 'scheduler.speed'",
+    ),
+    "string": (config("parameters {\n key: 'x"), "a string in config.pbtxt does not end"),
+    "brace": (config("parameters {\n key: 'x'"), "a brace in config.pbtxt does not end"),
+    "number": (config("max_batch_size: many"), "config.pbtxt is not as Triton's: 2:"),
+    "kind": (config("input: 3"), "config.pbtxt is not as Triton's: 2:"),
+}
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_the_doctor_finds_what_is_wrong_with_a_model(
+    fault: str, repository: Path, artifact: Path, run: Run
+) -> None:
+    plant, words = MODEL_FAULTS[fault]
+    run("add", artifact, "--model-repository", repository, "--name", "small")
+    plant(repository / "small")
+    said = run("doctor", "--model-repository", repository, code=3)
+    assert re.search(words, said), said
+    assert said.startswith(f"- {repository / 'small' / '1'}: ")
+    assert "1 to put right" in said
+
+
+HOST_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "library": (lambda b: (b / "python" / "libtriton_python.so").unlink(), "it has lrai, python"),
+    "no stub": (
+        lambda b: (b / "python" / "triton_python_backend_stub").unlink(),
+        "has no python/triton_python_backend_stub; link the one",
+    ),
+    "libpython": (
+        lambda b: stub(b, end="echo 'loading shared libraries: libpython3.so.1' >&2; exit 127"),
+        "the stub cannot start: loading shared libraries: libpython3.so.1",
+    ),
+    "version": (lambda b: stub(b, "3.1"), f"the stub is of Python 3.1, but .* of {VERSION}"),
+    "file": (lambda b: shutil.rmtree(b / "lrai"), "model.py is not lrai's"),
+}
+
+
+@pytest.mark.parametrize("fault", HOST_FAULTS)
+def test_the_doctor_finds_what_is_wrong_with_an_installation(
+    fault: str, backends: Path, run: Run
+) -> None:
+    plant, words = HOST_FAULTS[fault]
+    run("install", "--backend-directory", backends)
+    plant(backends)
+    said = run("doctor", "--backend-directory", backends, code=3)
+    assert re.search(words, said), said
+
+
+def test_the_doctor_finds_numpy_that_the_stub_reads_wrongly(
+    backends: Path, tmp_path: Path, run: Run
+) -> None:
+    run("install", "--backend-directory", backends)
+    python = program(tmp_path / "new" / "python3", f"#!/bin/sh\necho {VERSION}\necho 2.4.6\n")
+    stub(backends, numpy="")
+    said = run("doctor", "--backend-directory", backends, "--python", python, code=3)
+    assert "numpy 2.4.6 is newer than the stub" in said
+
+
+def test_the_doctor_finds_too_little_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    small = SimpleNamespace(f_frsize=4096, f_blocks=8192)
+    monkeypatch.setattr(install.os, "statvfs", lambda _: small)
+    assert "has 32 MiB, at least 64" in run("doctor", code=3)
+
+
+def test_the_doctor_finds_a_folder_of_sockets_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LRAI_RUNTIME_SOCKET_DIR", str(tmp_path / "file"))
+    assert "no folder for state" in run("doctor", code=3)
+
+
+# --- add
+
+
+def test_an_artifact_becomes_an_entry(repository: Path, artifact: Path, run: Run) -> None:
+    said = run("add", artifact, "--model-repository", repository, "--name", "small")
+    assert "curl -X POST localhost:8000/v2/repository/models/small/load" in said
+    assert lrai.Artifact.open(repository / "small" / "1" / "model.lrai").manifest.name == "small"
+    text = (repository / "small" / "config.pbtxt").read_text()
+    assert 'name: "small"\nbackend: "lrai"\n' in text
+
+
+def test_an_onnx_file_becomes_an_entry_with_settings(
+    repository: Path, tmp_path: Path, run: Run
+) -> None:
+    model = token_model(tmp_path / "t.onnx")
+    where = ("--model-repository", repository, "--name", "tokens", "--version", "7")
+    settings = ("--setting", "scheduler.latency_slo_ms=50", "--setting", "variant=fp32")
+    run("add", model, *where, *settings)
+    assert (repository / "tokens" / "7" / "model.onnx").read_bytes() == model.read_bytes()
+    found = pbtxt.config_of((repository / "tokens" / "config.pbtxt").read_text())
+    assert found["parameters"] == {
+        "scheduler.latency_slo_ms": {"string_value": "50"},
+        "variant": {"string_value": "fp32"},
+    }
+    assert found["backend"] == "lrai"
+
+
+BAD_ADDS = {
+    "entry exists": ("--name m", "--version 2"),
+    "version exists": ("--name m --version 1 --switch", "1 exists"),
+    "settings of an entry": ("--name m --version 2 --setting variant=a", "--setting"),
+    "served by another": ("--name m --version 2", "onnxruntime serves"),
+    "leaves the repository": ("--name ../x", "no name for a model"),
+    "no pair": ("--name n --setting variant", "KEY=VALUE"),
+    "ends the string": ('--name n --setting variant="}#', "KEY=VALUE"),
+    "unknown setting": ("--name n --setting scheduler.speed=9", "unknown setting"),
+    "wrong value": ("--name n --setting runtime.memory_mib=many", "type int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADDS)
+def test_what_cannot_be_added_leaves_nothing(
+    case: str, repository: Path, artifact: Path, run: Run
+) -> None:
+    arguments, words = BAD_ADDS[case]
+    before = content(repository)
+    said = run("add", artifact, "--model-repository", repository, *arguments.split(), code=2)
+    assert words in said
+    assert content(repository) == before
+    assert not list(repository.glob("**/.*"))
+
+
+def test_a_damaged_artifact_is_not_added(repository: Path, artifact: Path, run: Run) -> None:
+    (artifact / "source" / "weights.bin").write_bytes(bytes(256))
+    where = ("--model-repository", repository, "--name", "small")
+    assert "has changed since" in run("add", artifact, *where, code=4)
+    assert [path.name for path in repository.iterdir()] == ["m"]
+
+
+def test_what_is_not_there_is_named(repository: Path, tmp_path: Path, run: Run) -> None:
+    where = ("--model-repository", repository, "--name", "small")
+    assert "does not exist" in run("add", tmp_path / "absent.onnx", *where, code=2)
+    assert not (repository / "small").exists()
+    nowhere = ("--model-repository", tmp_path / "nowhere", "--name", "small")
+    assert "does not exist" in run("add", token_model(tmp_path / "t.onnx"), *nowhere, code=2)
+
+
+# --- switching one line, compile, and back
+
+
+def test_compile_adds_a_version_that_answers_as_the_model_does(
+    repository: Path, judged: tuple[Path, Path], run: Run
+) -> None:
+    model, evaluation = judged
+    entry = repository / "m"
+    shutil.copy(model, entry / "1" / "model.onnx")
+    options = ("--evaluation", evaluation, "--output-map", "softmax", "--threads", "1")
+    said = run("compile", entry, "--switch", *options)
+    assert "chosen" in said
+    assert re.search(r"[\d.]+ x fp32", said)
+    assert "version 2 is there" in said
+    artifact = lrai.Artifact.open(entry / "2" / "model.lrai")
+    assert artifact.manifest.name == "m"
+    assert artifact.manifest.chosen != "fp32"
+    assert not (entry / "2" / "model.onnx").exists()
+    x = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
+    (wanted,) = onnxruntime.InferenceSession(model).run(None, {"features": x})
+    source = artifact.file(artifact.manifest.source.file)
+    (got,) = onnxruntime.InferenceSession(source).run(None, {"features": x})
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_a_failing_gate_leaves_the_repository_as_it_was(
+    repository: Path, judged: tuple[Path, Path], run: Run
+) -> None:
+    model, evaluation = judged
+    entry = repository / "m"
+    shutil.copy(model, entry / "1" / "model.onnx")
+    before = content(repository)
+    options = ("--evaluation", evaluation, "--epsilon", "1e-9", "--threads", "1")
+    assert "passed the gate" in run("compile", entry, "--switch", *options, code=3)
+    assert content(repository) == before
+
+
+def test_switching_there_and_back_leaves_every_byte(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    text = b'# \xff not UTF-8\r\nname: "m"\r\n  platform :"onnxruntime_onnx" , # a line\r\n'
+    (entry / "config.pbtxt").write_bytes(text)
+    (entry / "config.pbtxt").chmod(0o640)
+    before = content(entry)
+    assert "--switch" in run("compile", entry, "--threads", "1", code=2)
+    assert content(entry) == before
+    run("compile", entry, "--switch", "--threads", "1")
+    assert (entry / "config.pbtxt.lrai-original").read_bytes() == text
+    changed = text.replace(b'platform :"onnxruntime_onnx"', b'backend: "lrai"')
+    assert (entry / "config.pbtxt").read_bytes() == changed
+    said = run("remove", entry)
+    assert "is what it was before" in said
+    aside = re.search(r"version 2 was moved to (\S+)", said)
+    assert aside is not None
+    assert Path(aside[1], "model.lrai", "manifest.json").is_file()
+    assert (entry / "config.pbtxt").stat().st_mode & 0o777 == 0o640
+    shutil.rmtree(aside[1])
+    assert content(entry) == before
+
+
+def test_what_was_moved_aside_can_be_added_again(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    run("compile", entry, "--switch", "--threads", "1")
+    run("remove", entry)
+    (aside,) = entry.glob("lrai-2-*")
+    assert not aside.name[0].isdigit()  # Triton would take it for a version
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    run("add", aside / "model.lrai", *where)
+    assert (entry / "2" / "model.lrai" / "manifest.json").is_file()
+
+
+def test_after_a_hand_edit_only_the_backend_is_changed_back(repository: Path, run: Run) -> None:
+    config = repository / "m" / "config.pbtxt"
+    run("compile", config.parent, "--switch", "--threads", "1")
+    edited = config.read_text() + "max_batch_size: 4  # by hand\n"
+    config.write_text(edited)
+    assert "was edited" in run("remove", config.parent)
+    assert config.read_text() == edited.replace('"lrai"', '"onnxruntime"')
+    assert not (config.parent / "config.pbtxt.lrai-original").exists()
+
+
+def test_a_line_that_was_switched_by_hand_is_switched_back(repository: Path, run: Run) -> None:
+    config = repository / "m" / "config.pbtxt"
+    config.write_text(ONNX.replace("onnxruntime", "lrai"))
+    run("compile", config.parent, "--threads", "1")
+    assert not (config.parent / "config.pbtxt.lrai-original").exists()
+    run("remove", config.parent)
+    assert config.read_text() == ONNX
+
+
+def test_an_entry_without_a_config_has_none_again(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    (entry / "config.pbtxt").unlink()
+    assert "onnxruntime serves" in run("compile", entry, "--threads", "1", code=2)
+    run("compile", entry, "--switch", "--threads", "1")
+    assert 'backend: "lrai"' in (entry / "config.pbtxt").read_text()
+    assert "config.pbtxt.lrai now" in run("remove", entry)
+    assert not (entry / "config.pbtxt").exists()
+
+
+def test_what_onnxruntime_could_not_serve_is_not_given_back(
+    repository: Path, artifact: Path, run: Run
+) -> None:
+    run("add", artifact, "--model-repository", repository, "--name", "small")
+    before = content(repository)
+    assert "delete the folder" in run("remove", repository / "small", code=2)
+    assert "is not a folder" in run("remove", repository / "absent", code=2)
+    assert content(repository) == before
+
+
+def test_the_newest_model_is_compiled_into_the_next_version(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    shutil.copytree(entry / "1", entry / "3")
+    for ignored in ("lrai-9-x", "010", "latest", ".11"):
+        (entry / ignored).mkdir()
+    assert "version 4 is there" in run("compile", entry, "--switch", "--threads", "1")
+    (entry / "3" / "model.onnx").unlink()
+    (entry / "1" / "model.onnx").unlink()
+    assert "no version" in run("compile", entry, code=2)
+
+
+def test_a_backend_that_is_not_onnxruntime_is_not_taken_over(repository: Path, run: Run) -> None:
+    config = repository / "m" / "config.pbtxt"
+    config.write_text('backend: "tensorrt"')
+    assert "tensorrt serves" in run("compile", config.parent, "--switch", code=2)
+    config.write_text('backend: "open')
+    assert "does not end" in run("compile", config.parent, "--switch", code=4)
+
+
+def test_an_original_that_is_there_is_never_overwritten(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    (entry / "config.pbtxt.lrai-original").write_text("of old")
+    assert "lrai triton remove" in run("compile", entry, "--switch", "--threads", "1", code=2)
+    assert (entry / "config.pbtxt.lrai-original").read_text() == "of old"
+
+
+# --- the text of a configuration
+
+
+def message_type() -> Any:
+    """Return a message like a model configuration, as far as its text is generated below."""
+    file = descriptor_pb2.FileDescriptorProto(name="like_triton.proto", syntax="proto3")
+    made = file.message_type.add(name="Config")
+    for number, name in enumerate(("name", "platform", "backend"), 1):
+        made.field.add(name=name, number=number, type=9, label=1)  # an optional string
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("Config"))
+
+
+Message = message_type()
+COMMENTS = [' # backend: "no"\n', "#'\n", '# "{[<\n']
+STRINGS = ['"m"', "'m'", r'"backend: \"no\""', "'backend: \"no\" {'", '"# no"', r'"\\"', '"é }"']
+blanks = st.sampled_from(["", " ", "\n", "\t", "\r\n", *COMMENTS])
+strings = st.sampled_from([*STRINGS, "''"])
+numbers = st.sampled_from(["1", "-1", "TYPE_FP32", "true", "1.5e3"])
+ends = st.sampled_from(["\n", " ", ",", ";", " # end\n"])
+
+
+@st.composite
+def nested(draw: st.DrawFn) -> str:
+    """Return a field that is a message, with fields in it that are named like ours."""
+    names = st.sampled_from(["backend", "platform", "key", "dims"])
+    values = strings | numbers | st.builds("[{}, {}]".format, numbers, numbers)
+    inner = st.builds("{}{}:{}{}{}".format, names, blanks, blanks, values, ends)
+    body = draw(st.lists(inner | nested(), max_size=3))
+    opener, closer = draw(st.sampled_from(["{}", "<>"]))
+    name = draw(st.sampled_from(["input", "parameters", "backend_config", "x"]))
+    colon = draw(st.sampled_from(["", ":", " : "]))
+    between = [draw(blanks) for _ in range(3)]
+    return f"{name}{colon}{between[0]}{opener}{between[1]}{' '.join(body)}{between[2]}{closer}\n"
+
+
+others = st.builds(
+    "{}{}:{}{}{}".format,
+    st.sampled_from(["default_model_filename", "my_backend", "backend2", "max_batch_size"]),
+    blanks,
+    blanks,
+    strings | numbers,
+    ends,
+)
+texts = st.lists(others | nested() | blanks, max_size=5).map(" ".join)
+
+
+@given(texts, st.sampled_from(["backend", "platform"]), blanks, ends, texts)
+@settings(max_examples=400, deadline=None)
+def test_everything_but_the_one_field_stays(
+    before: str, name: str, blank: str, end: str, after: str
+) -> None:
+    before += "\n"  # which ends a comment
+    text = before + f'{name}{blank}:{blank}"onnxruntime"' + end + after
+    text_format.Parse(text, Message(), allow_unknown_field=True)  # it is in the form at all
+    switched = pbtxt.switched(text)
+    assert switched == before + 'backend: "lrai"' + end + after
+    assert text_format.Parse(switched, Message(), allow_unknown_field=True).backend == "lrai"
+    assert pbtxt.backend_of(switched) == "lrai"
+    assert pbtxt.switched_back(switched, text) == text
+    if not blank.strip():
+        assert pbtxt.backend_of(text) == "onnxruntime"
+
+
+@given(texts)
+@settings(deadline=None)
+def test_without_a_backend_a_line_is_added(text: str) -> None:
+    parsed = text_format.Parse(text, Message(), allow_unknown_field=True)
+    assert (pbtxt.backend_of(text), parsed.backend) == ("", "")
+    switched = pbtxt.switched(text)
+    assert switched.startswith(text)
+    assert text_format.Parse(switched, Message(), allow_unknown_field=True).backend == "lrai"
+
+
+def test_of_backend_and_platform_only_the_backend_is_left() -> None:
+    text = 'platform: "onnxruntime_onnx", backend: "onnxruntime"\ninput { name: "x" }'
+    switched = pbtxt.switched(text)
+    assert switched == 'platform: "", backend: "lrai"\ninput { name: "x" }'
+    assert pbtxt.switched_back(switched, text) == text
+
+
+@given(st.text(alphabet="backend:\"' \n{}[]<>#\\,;x", max_size=30))
+@settings(max_examples=500, deadline=None)
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        switched = pbtxt.switched(text)
+    except lrai.ArtifactError:
+        return
+    assert pbtxt.backend_of(switched) == "lrai"
