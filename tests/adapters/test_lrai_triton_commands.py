@@ -62,7 +62,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return a classifier and a file of rows that it is judged on."""
     folder = tmp_path_factory.mktemp("classifier")
     model, held_out = classifier(folder / "classifier.onnx", seed=0)
-    np.savez(folder / "rows.npz", **held_out)
+    np.savez(folder / "rows.npz", features=held_out["features"], label=held_out["label"])
     return model, folder / "rows.npz"
 
 
@@ -538,7 +538,7 @@ def nested(draw: st.DrawFn) -> str:
     values = strings | numbers | st.builds("[{}, {}]".format, numbers, numbers)
     inner = st.builds("{}{}:{}{}{}".format, names, blanks, blanks, values, ends)
     body = draw(st.lists(inner | nested(), max_size=3))
-    opener, closer = draw(st.sampled_from(["{}", "<>"]))
+    opener, closer = draw(st.sampled_from([("{", "}"), ("<", ">")]))
     name = draw(st.sampled_from(["input", "parameters", "backend_config", "x"]))
     colon = draw(st.sampled_from(["", ":", " : "]))
     between = [draw(blanks) for _ in range(3)]

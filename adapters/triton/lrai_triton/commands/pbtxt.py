@@ -14,9 +14,7 @@ from lrai_core import ArtifactError, EnvironmentProblem
 
 LRAI: Final = 'backend: "lrai"'
 _ONNX: Final = 'backend: "onnxruntime"'  # what Triton takes where there is a model.onnx and no word
-_TOKEN: Final = re.compile(
-    r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[^#\"'{}<>\[\]]+|."
-)
+_TOKEN: Final = re.compile(r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[^#\"'{}<>\[\]]+|.")
 _FIELD: Final = re.compile(r'(\w+)\s*:\s*"(_*)"', re.ASCII)
 
 
