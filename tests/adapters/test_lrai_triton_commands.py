@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import lrai_core as lrai
 from benchmarks.models import classifier
-from lrai_triton.commands import install, main, pbtxt
+from lrai_triton.commands import main, pbtxt
 from tests.core import small_artifact
 from tests.tiny_models import token_model
 
@@ -294,7 +294,7 @@ def test_the_doctor_finds_too_little_shared_memory(
     monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     small = SimpleNamespace(f_frsize=4096, f_blocks=8192)
-    monkeypatch.setattr(install.os, "statvfs", lambda _: small)
+    monkeypatch.setattr(os, "statvfs", lambda _: small)
     assert "has 32 MiB, at least 64" in run("doctor", code=3)
 
 
