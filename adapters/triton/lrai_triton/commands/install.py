@@ -122,7 +122,7 @@ def _check_python(backends: Path, python: str) -> Path:
     stub = (backends / _STUB).read_bytes() if (backends / _STUB).is_file() else b""
     of = re.search(rb"libpython(3\.\d+)", stub)
     wanted = of[1].decode() if of else version
-    other = f"the stub is of Python {wanted}, but {path}, whose packages it takes, of {version};"
+    other = f"the stub is of Python {wanted}, but {path}, whose packages it takes, is of {version};"
     _demand(version in ("", wanted), f"{other} name another by --python, or link another stub")
     # By this name pybind11 looks for numpy 2, ever since it knows it; before, values are wrong.
     less = "" if b"NumpyVersion" in stub else " 'numpy<2'"

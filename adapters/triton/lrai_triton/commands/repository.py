@@ -35,7 +35,7 @@ Name = Annotated[str, typer.Option(help="Of the model.")]
 Number = Annotated[int, typer.Option(min=0, help="Version; needed where the model has some.")]
 Settings = Annotated[list[str], typer.Option(help="KEY=VALUE, see `lrai config`; repeat for more.")]
 Entry = Annotated[Path, typer.Argument(help="Folder of the model in the repository.")]
-Switch = Annotated[bool, typer.Option("--switch", help="From onnxruntime, if that serves it.")]
+Switch = Annotated[bool, typer.Option("--switch", help="Take the entry over from onnxruntime.")]
 
 
 @app.command()
