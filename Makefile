@@ -28,9 +28,10 @@ format: $(READY)  ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## ruff, and hadolint for Dockerfiles
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/hadolint $(shell find deploy -name Dockerfile)
 
 types: $(READY)  ## mypy, strict
 	$(BIN)/mypy $(SOURCES)
