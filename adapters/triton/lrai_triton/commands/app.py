@@ -11,5 +11,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# What comes out of files is shown as it is: never read as markup.
-out = Console(highlight=False, markup=False, emoji=False)
+# What comes out of files is shown as it is: never read as markup. Lines hold paths and commands to
+# copy, so they are not broken.
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,10 +26,7 @@ from lrai_triton.model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-_PROBE: Final = (
-    "import sys; print('%d.%d' % sys.version_info[:2]); "
-    "import lrai_triton, numpy; print(numpy.__version__)"
-)
+_ASK = "import sys; print(sys.version[:4]); import lrai_triton, numpy; print(numpy.__version__)"
 _LIBRARY: Final = Path("python", "libtriton_python.so")
 _STUB: Final = Path("python", "triton_python_backend_stub")
 
@@ -55,14 +50,13 @@ def install(backend_directory: Backends, python: Python = "", *, force: Force = 
     with disk_errors(model):
         model.parent.mkdir(exist_ok=True)
         model.write_text(_MODEL)
-    out.print(f"{model} is in place; the stub takes the packages of {path},", soft_wrap=True)
-    out.print(f"where tritonserver is started with PATH={path.parent}:$PATH", soft_wrap=True)
+    out.print(f"{model} is in place, for a tritonserver with PATH={path.parent}:$PATH")
 
 
 @app.command()
 def doctor(
     backend_directory: Annotated[Path | None, typer.Option(help="As of install.")] = None,
-    model_repository: Annotated[Path | None, typer.Option(help="As of add.")] = None,
+    model_repository: Annotated[Path | None, typer.Option(exists=True, help="As of add.")] = None,
     python: Python = "",
 ) -> None:
     """Say what is wrong with an installation and with the models of a repository.
@@ -73,17 +67,16 @@ def doctor(
     if backend_directory:
         checks += [(_check_backend, backend_directory), (_check_file, backend_directory)]
         checks += [(_check_python, backend_directory, python)]
-    for entry in sorted(model_repository.iterdir()) if model_repository else []:
-        found = (versions_of(entry) or [1]) if entry.is_dir() else []
-        checks += [(_check_version, entry / str(version)) for version in found]
+    entries = sorted(model_repository.glob("*/")) if model_repository else []  # folders only
+    checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
     wrong = 0
     for check, *arguments in checks:
         try:
             check(*arguments)
-        except lrai.LraiError as problem:
+        except (lrai.LraiError, OSError) as problem:
             wrong += 1
             where = f"{arguments[0]}: " if check is _check_version else ""
-            out.print(f"- {where}{problem}", soft_wrap=True)
+            out.print(f"- {where}{problem}")
     if wrong:
         raise lrai.ConditionNotMet(f"{wrong} to put right, as said above")
     out.print("nothing is wrong")
@@ -100,9 +93,9 @@ def _check_backend(backends: Path) -> None:
     without = f"{backends} has no {_LIBRARY}, which runs shared backends; it has {found}"
     _demand((backends / _LIBRARY).is_file(), without)
     without = f"{backends} has no {_STUB}; link the one of your Python from python_backend_stubs"
-    _demand((backends / _STUB).is_file(), without)
+    _demand(shutil.which(backends / _STUB), without)
     done = subprocess.run([backends / _STUB], capture_output=True, text=True, check=False)
-    _demand(done.returncode != 127, f"the stub cannot start: {_last_line(done.stderr)}")
+    _demand(done.returncode != 127, f"the stub cannot start: {done.stderr.strip()[:500]}")
 
 
 def _check_file(backends: Path) -> None:
@@ -112,33 +105,29 @@ def _check_file(backends: Path) -> None:
 
 def _check_python(backends: Path, python: str) -> Path:
     """Return the interpreter whose packages the stub takes, once it has what that needs."""
-    found = shutil.which(python or "python3")
-    _demand(found, f"there is no {python or 'python3'} on PATH, whose packages the stub would take")
-    path = Path(found or "").absolute()
+    path = Path(shutil.which(python or "python3") or "").absolute()
+    _demand(path.is_file(), f"there is no {python or 'python3'} on PATH to take packages from")
     # As the stub does: from no folder of ours, and without PYTHONPATH.
-    command = [str(path), "-E", "-c", _PROBE]
+    command = [str(path), "-E", "-c", _ASK]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     version, numpy, *_ = [*done.stdout.split(), "", ""]
     stub = (backends / _STUB).read_bytes() if (backends / _STUB).is_file() else b""
-    of = re.search(rb"libpython(3\.\d+)", stub)
-    wanted = of[1].decode() if of else version
+    wanted = stub.partition(b"libpython")[2][:4].decode(errors="replace") or version
     other = f"the stub is of Python {wanted}, but {path}, whose packages it takes, is of {version};"
     _demand(version in ("", wanted), f"{other} name another by --python, or link another stub")
     # By this name pybind11 looks for numpy 2, ever since it knows it; before, values are wrong.
     less = "" if b"NumpyVersion" in stub else " 'numpy<2'"
-    lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: "
-    lacks += f"{_last_line(done.stderr)}; {path} -m pip install 'lrai[triton]'{less}"
-    _demand(done.returncode == 0, lacks)
+    why = done.stderr.strip().rpartition("\n")[2][:200]
+    lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: {why};"
+    _demand(done.returncode == 0, f"{lacks} {path} -m pip install 'lrai[triton]'{less}")
     newer = f"numpy {numpy} is newer than the stub, which gives wrong values with it;"
     _demand(not less or numpy.startswith("1."), f"{newer} {path} -m pip install{less}")
     return path
 
 
 def _check_memory() -> None:
-    memory = os.statvfs("/dev/shm")  # noqa: S108 - where Triton itself puts tensors
-    size = memory.f_frsize * memory.f_blocks
-    short = f"the shared memory, shm, has {size >> 20} MiB, at least 64 are needed"
-    _demand(size >= 64 << 20, f"{short}; docker run --shm-size=256m gives more")
+    size = shutil.disk_usage("/dev/shm").total >> 20  # noqa: S108 - where Triton puts tensors
+    _demand(size >= 64, f"shared memory has {size} MiB, 64 are needed; docker has --shm-size")
 
 
 def _check_version(folder: Path) -> None:
@@ -156,7 +145,3 @@ def _check_version(folder: Path) -> None:
         made = f"{target.isa} and {target.engine} {target.engine_version}"
         here = f"{isa_class()} and {target.engine} {installed_version(target.engine)}"
         _demand(made == here, f"it was compiled for {made}, here are {here}: fp32 will serve")
-
-
-def _last_line(said: str) -> str:
-    return (said.strip() or "it said nothing").splitlines()[-1][:200]

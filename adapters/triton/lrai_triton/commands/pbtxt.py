@@ -13,8 +13,9 @@ from google.protobuf import json_format, text_format
 from lrai_core import ArtifactError, EnvironmentProblem
 
 LRAI: Final = 'backend: "lrai"'
-_ONNX: Final = 'backend: "onnxruntime"'  # what Triton takes where there is a model.onnx and no word
-_TOKEN: Final = re.compile(r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[^#\"'{}<>\[\]]+|.")
+_TOKEN: Final = re.compile(
+    r"#[^\n]*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[^#\"'{}<>\[\]]+|[^\"']"
+)
 _FIELD: Final = re.compile(r'(\w+)\s*:\s*"(_*)"', re.ASCII)
 
 
@@ -28,8 +29,7 @@ def config_of(text: str) -> dict[str, Any]:
     try:
         from tritonclient.grpc.model_config_pb2 import ModelConfig
     except ImportError:
-        problem = "without tritonclient config.pbtxt cannot be read; pip install 'lrai[triton]'"
-        raise EnvironmentProblem(problem) from None
+        raise EnvironmentProblem("it takes tritonclient: pip install 'lrai[triton]'") from None
     try:
         config = text_format.Parse(text, ModelConfig(), allow_unknown_field=True)
     except text_format.ParseError as error:
@@ -52,17 +52,17 @@ def backend_of(text: str) -> str:
 def switched(text: str) -> str:
     """Return the text with our backend in place of the one that it names; the rest is as it was."""
     places = _places(text)
-    if "backend" in places:
-        return _replaced(text, {"backend": LRAI, "platform": 'platform: ""'})
-    if "platform" in places:
-        return _replaced(text, {"platform": LRAI})
-    return text + ("\n" if text and not text.endswith("\n") else "") + LRAI + "\n"
+    if not {"backend", "platform"} & places.keys():
+        return text + ("\n" if text and not text.endswith("\n") else "") + LRAI + "\n"
+    platform = 'platform: ""' if "backend" in places else LRAI
+    return _replaced(text, {"backend": LRAI, "platform": platform})
 
 
 def switched_back(text: str, original: str) -> str:
     """Return the text with the backend, or platform, that the original names in place of ours."""
     was = {name: original[place] for name, place in _places(original).items()}
-    back = {"backend": was.get("backend") or was.get("platform") or _ONNX}
+    # Where nothing is named, onnxruntime is what Triton finds for a model.onnx.
+    back = {"backend": was.get("backend") or was.get("platform") or 'backend: "onnxruntime"'}
     if {"backend", "platform"} <= was.keys():
         back["platform"] = was["platform"]
     return _replaced(text, back)
@@ -79,14 +79,11 @@ def _places(text: str) -> dict[str, slice]:
     """Return where the fields of the outermost message that hold a string lie, in their order."""
     masked, depth = "", 0  # the same text without comments, what is nested and what strings hold
     for token in _TOKEN.findall(text):
-        if token in ("'", '"'):
-            raise ArtifactError("a string in config.pbtxt does not end")
         depth -= token in ("}", ">", "]")
-        if depth or token[0] == "#":
-            masked += " " * len(token)
-        else:
-            masked += f'"{"_" * (len(token) - 2)}"' if token[0] in "\"'" else token
+        shown = f'"{"_" * (len(token) - 2)}"' if token[0] in "\"'" else token
+        masked += " " * len(token) if depth or token[0] == "#" else shown
         depth += token in ("{", "<", "[")
-    if depth or re.search(r'"_*"\s*"', masked):
-        raise ArtifactError("a brace in config.pbtxt does not end, or strings stand side by side")
+    # A lone quote is no token: the lengths differ.
+    if depth or len(masked) != len(text) or re.search(r'"_*"\s*"', masked):
+        raise ArtifactError("a string or a brace in config.pbtxt does not end, or begin")
     return {found[1]: slice(*found.span()) for found in _FIELD.finditer(masked)}

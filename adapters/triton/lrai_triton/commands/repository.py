@@ -29,21 +29,18 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SETTING: Final = re.compile(r"([a-z_]+\.[a-z_]+|variant|execution)=([^\"\\\n]*)")
 _COMPILE: Final = "from lrai_core.cli import main; main()"
 
-Model = Annotated[Path, typer.Argument(exists=True, help="Artifact, NAME.lrai, or ONNX file.")]
 Repository = Annotated[Path, typer.Option(exists=True, help="Folder that tritonserver serves.")]
-Name = Annotated[str, typer.Option(help="Of the model.")]
-Number = Annotated[int, typer.Option(min=0, help="Version; needed where the model has some.")]
 Settings = Annotated[list[str], typer.Option(help="KEY=VALUE, see `lrai config`; repeat for more.")]
-Entry = Annotated[Path, typer.Argument(help="Folder of the model in the repository.")]
+Entry = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a model.")]
 Switch = Annotated[bool, typer.Option("--switch", help="Take the entry over from onnxruntime.")]
 
 
 @app.command()
 def add(
-    model: Model,
+    model: Annotated[Path, typer.Argument(exists=True, help="Artifact, NAME.lrai, or ONNX.")],
     model_repository: Repository,
-    name: Name,
-    version: Number = 0,
+    name: Annotated[str, typer.Option(help="Of the model.")],
+    version: Annotated[int, typer.Option(min=0, help="Needed where the model has some.")] = 0,
     setting: Settings = [],  # noqa: B006 - typer's form of a list; it is not changed
     *,
     switch: Switch = False,
@@ -61,10 +58,9 @@ def add(
             raise UsageError(f"--setting is {text[:80]!r}, KEY=VALUE is needed, see `lrai config`")
         settings[pair[1]] = pair[2]
     settings_of({"parameters": {key: {"string_value": settings[key]} for key in settings}})
-    if entry.exists() and (settings or not version):
-        free = max(versions_of(entry), default=0) + 1
-        raise UsageError(f"{entry} exists; --version {free}, without --setting, adds to it")
-    if entry.exists():
+    if entry.is_dir() and (settings or not version):
+        raise UsageError(f"{entry} exists; --version, without --setting, adds to it")
+    if entry.is_dir():
         _check_backend(entry, switch=switch)
     _publish(entry, version or 1, model, _new_config(name, settings))
 
@@ -106,11 +102,13 @@ def remove(entry: Entry) -> None:
     ours = [v for v in versions if (entry / str(v) / "model.lrai").exists()]
     if ours == versions:
         raise UsageError(f"{entry} has nothing that onnxruntime can serve; delete the folder")
+    if not ours and backend_of(text_of(entry / CONFIG)) != "lrai":
+        raise UsageError(f"{entry} has nothing of lrai's")
     with disk_errors(entry):
         for version in ours:
             aside = tempfile.mkdtemp(prefix=f"lrai-{version}-", dir=entry)
             (entry / str(version)).rename(aside)  # takes the place of an empty folder
-            out.print(f"version {version} was moved to {aside}", soft_wrap=True)
+            out.print(f"version {version} was moved to {aside}")
         out.print(f"its config.pbtxt {_switch_back(entry)}")
 
 
@@ -121,9 +119,7 @@ def text_of(file: Path) -> str:
 
 def versions_of(entry: Path) -> list[int]:
     """Return the versions of an entry, lowest first."""
-    if not entry.is_dir():
-        raise UsageError(f"{entry} is not a folder")
-    folders = [path.name for path in entry.iterdir() if path.is_dir()]
+    folders = [path.name for path in entry.glob("*/")]
     return sorted(int(name) for name in folders if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
@@ -145,7 +141,7 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
 
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
-    new = not entry.exists()
+    new = not entry.is_dir()
     with writing(entry if new else entry / str(version)) as folder:
         target = folder / str(version) if new else folder
         target.mkdir(exist_ok=True)
@@ -154,19 +150,19 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
         else:
             shutil.copy2(model, target / "model.onnx")
         _switch(folder if new else entry, config)
-    url = f"localhost:8000/v2/repository/models/{entry.absolute().name}/load"
-    out.print(f"version {version} is there; Triton serves the highest one, unless its config.pbtxt")
-    out.print(f"has a version_policy, after: curl -X POST {url}", soft_wrap=True)
+    out.print(f"version {version} is there; by default Triton serves the highest one, after")
+    out.print(f"curl -X POST localhost:8000/v2/repository/models/{entry.absolute().name}/load")
 
 
 def _switch(entry: Path, config: str) -> None:
     """Have the entry name our backend; keep what it had; write `config` where it had nothing."""
-    text = text_of(entry / CONFIG)
-    if (entry / CONFIG).exists() and backend_of(text) != "lrai":
+    if (entry / CONFIG).exists():
+        text = text_of(entry / CONFIG)
+        if backend_of(text) == "lrai":
+            return
         shutil.copy2(entry / CONFIG, entry / _ORIGINAL)
         config = switched(text)
-    if backend_of(text) != "lrai":
-        _replace(entry / CONFIG, config)
+    _replace(entry / CONFIG, config)
 
 
 def _switch_back(entry: Path) -> str:
