@@ -178,6 +178,7 @@ def test_a_variable_says_which_runtime_unless_a_parameter_does(
         ({"require__delta": "small"}, r"require\.delta is 'small', a number is needed"),
         ({"scheduler__slo": "5"}, r"unknown setting 'scheduler\.slo'"),
         ({"runtime__drain_seconds": "long"}, r"runtime\.drain_seconds is 'long'"),
+        ({"scheduler__max_batch_rows": "many"}, r"scheduler\.max_batch_rows is 'many'"),
     ],
 )
 def test_a_parameter_that_is_not_allowed_is_named(given: dict[str, str], message: str) -> None:

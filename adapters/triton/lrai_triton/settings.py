@@ -54,6 +54,7 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
         except ValueError:
             raise UsageError(f"{key} is {value!r}, a number is needed") from None
     own = {key: given.pop(key) for key in list(given) if key in OWN_SETTINGS}
+    load_config(environ={}, host=own)  # for its errors: a runtime that serves others keeps its own
     # Unless a variable says otherwise, all instances and models of a host share one runtime.
     config = load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=given)
     return Settings(config, own, require or None, variant, cast("Execution", execution))
