@@ -9,7 +9,8 @@ receiver drops and counts. There is no pickle anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from errno import ENAMETOOLONG
 from functools import lru_cache
 from typing import Any, Final, TypeVar, cast
 
@@ -26,6 +27,7 @@ _MAX_HEADER_BYTES: Final = 8 << 20
 _datatype_of: Final = lru_cache(256)(datatype_of)
 
 Buffer = bytes | memoryview
+Options = Mapping[int, int | bytes]  # of a socket, by ZeroMQ's numbers
 # Frame index after the header, offset and size in bytes; -1 is the first shared segment, and so on.
 Place = tuple[int, int, int]
 _Message = TypeVar("_Message")
@@ -180,22 +182,22 @@ class Line(zmq.Socket[bytes]):
         self.send_multipart([*head, encode(message)])
 
 
-def listen(address: str) -> Line:
+def listen(address: str, options: Options | None = None) -> Line:
     """Return a ROUTER that peers `connect` to, alone in its context.
 
     Raises:
         EnvironmentProblem: There can be no socket at `address`.
     """
-    return _open(zmq.ROUTER, "bind", address)
+    return _open(zmq.ROUTER, "bind", address, options or {})
 
 
-def connect(address: str, identity: bytes) -> Line:
+def connect(address: str, identity: bytes, options: Options | None = None) -> Line:
     """Return a DEALER that the peer at `address` knows by `identity`.
 
     Raises:
         EnvironmentProblem: There can be no socket at `address`.
     """
-    return _open(zmq.DEALER, "connect", address, identity)
+    return _open(zmq.DEALER, "connect", address, {zmq.ROUTING_ID: identity, **(options or {})})
 
 
 def receive(socket: Line) -> Iterator[list[memoryview]]:
@@ -308,19 +310,18 @@ def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
     return DATATYPES[datatype], math.prod(shape)
 
 
-def _open(kind: int, bind_or_connect: str, address: str, identity: bytes = b"") -> Line:
+def _open(kind: int, bind_or_connect: str, address: str, options: Options) -> Line:
     socket = cast("Line", zmq.Context().socket(kind, socket_class=Line))
     socket.setsockopt(zmq.LINGER, 0)
     # Bounded by credit, by admission (one batch per actor), and by the one batch that is answered.
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
-    if identity:
-        socket.setsockopt(zmq.ROUTING_ID, identity)
     try:
+        for option, value in options.items():
+            socket.setsockopt(option, value)
         getattr(socket, bind_or_connect)(address)
     except zmq.ZMQError as error:
         socket.context.destroy(linger=0)
-        raise EnvironmentProblem(
-            f"no socket at {address}, set runtime.socket_dir to a shorter path: {error.strerror}"
-        ) from None
+        shorter = ", set runtime.socket_dir to a shorter path" * (error.errno == ENAMETOOLONG)
+        raise EnvironmentProblem(f"no socket at {address}: {error.strerror}{shorter}") from None
     return socket
