@@ -2,7 +2,8 @@
 
 One thread owns the socket; what callers ask while it is busy goes out as one message. The daemon
 can die at any time: the client that needs it and gets its lock starts the next one, which loads
-what was loaded; every client attaches to it, and sends again what was not answered.
+what was loaded; every client attaches to it, and sends again what was not answered. On another
+machine nobody can start one: there a client goes on looking.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import fcntl
 import itertools
 import os
 import secrets
-import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,29 +21,21 @@ from collections import deque
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any, BinaryIO, Final, TypeVar
 
 import msgspec
 import numpy as np
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from lrai_core import (
-    DeadlineExceeded,
-    EnvironmentProblem,
-    InferenceRequest,
-    InferenceResponse,
-    InvalidTensor,
-    LraiConfig,
-    LraiError,
-    NotReady,
-    RequestError,
-    Tensor,
-)
+import lrai_core as lrai
 from lrai_core.errors import shorten
 from lrai_core.wire import messages as wire
 from lrai_core.wire.messages import contents
 from lrai_shared import messages
 from lrai_shared.arena import Arena
+from lrai_shared.keys import client_end, private_folder
 from lrai_shared.messages import Attach, Call, Infer, Requests
 
 _LIFE_SECONDS: Final = 1.0  # between signs of life
@@ -52,12 +43,12 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
+_MOST_CUTS: Final = 3  # before it answers once; a daemon that starts or ends may cut a line
 
 T = TypeVar("T")
-Contents = tuple[str, tuple[int, ...], wire.Buffer]
 
 
-class _Asked(Future[InferenceResponse]):
+class _Asked(Future[lrai.InferenceResponse]):
     """A request until it is answered."""
 
     key = 0
@@ -67,11 +58,11 @@ class _Asked(Future[InferenceResponse]):
         client: Attached,
         form: bytes,
         tensors: list[wire.Buffer],
-        identity: str,
+        name: str,
         timeout_ms: float,
     ) -> None:
         super().__init__()
-        self._client, self.form, self.tensors, self.id = client, form, tensors, identity
+        self._client, self.form, self.tensors, self.id = client, form, tensors, name
         self.deadline = time.monotonic() + timeout_ms / 1e3
 
     def cancel(self) -> bool:
@@ -85,23 +76,33 @@ class _Asked(Future[InferenceResponse]):
 class Attached:
     """This process's share of the daemon; thread-safe."""
 
-    def __init__(self, config: LraiConfig, address: str = "", *, stay: bool = False) -> None:
-        """Attach to the daemon in the folder `address`, by default this user's, or start it.
+    def __init__(self, config: lrai.LraiConfig, address: str = "", *, stay: str = "end") -> None:
+        """Attach to a daemon: of this machine, which is started if need be, or of another one.
 
         Args:
             config: Settings, the daemon's too if it is started.
-            address: See `shared_folder`.
-            stay: Whether a daemon that is started goes on without clients.
+            address: `tcp://HOST:PORT?keys=FOLDER`, or of this machine: see `shared_folder`.
+            stay: Of a daemon that is started: see `start_daemon`.
 
         Raises:
-            EnvironmentProblem: It does not answer, is of another version, or the folder is unsafe.
+            UsageError: The address is none, or its folder does not have the keys.
+            EnvironmentProblem: It does not answer, is of another version, knows other keys, or the
+                folder is unsafe.
         """
-        self._folder = shared_folder(config, address)
         self._config, self._stay = config, stay
         self._patience = config.actor.start_timeout_seconds + _ANSWER_SECONDS
-        self._socket = wire.connect(f"ipc://{self._folder}/clients", secrets.token_bytes(16))
+        self._far = "://" in address
+        if self._far:
+            self._folder, (self._endpoint, options) = Path(), client_end(address)
+        else:
+            self._folder = shared_folder(config, address)
+            self._endpoint, options = f"ipc://{self._folder}/clients", {}
+        self._socket = wire.connect(self._endpoint, secrets.token_bytes(16), options)
+        ends = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        self._lost, self._cuts = self._socket.get_monitor_socket(ends), 0
         self._arena, self._sharing = Arena(), False  # whether the daemon reads there
-        self._lost = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if self._far:
+            self._arena.close()
         self._wake_read, self._wake_write = os.pipe()
         self._awake = self._refusing = self._closed = False
         self._greeted = False  # a sign of life was not answered yet
@@ -112,25 +113,27 @@ class Attached:
         # Keys of requests to be sent, of calls, and of requests that nobody waits for any more.
         self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
         self._session, self._credit, self._on_wire = "", 0, set[int]()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
         self._owner = os.getpid()
         self._attached: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="lrai-client", daemon=True)
         self._thread.start()
+        patience = _ANSWER_SECONDS if self._far else self._patience  # where none is started
         try:
-            self._attached.result(self._patience)
-        except (LraiError, TimeoutError) as error:
+            self._attached.result(patience)
+        except (lrai.LraiError, TimeoutError) as error:
             self.close()
-            why = str(error) or f"it did not answer within {self._patience:g} s"
-            raise EnvironmentProblem(f"no runtime in {self._folder}: {why}") from None
+            why = str(error) or f"it did not answer within {patience:g} s"
+            raise lrai.EnvironmentProblem(f"no runtime at {self._endpoint}: {why}") from None
 
-    def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
+    def start(self, request: lrai.InferenceRequest) -> Future[lrai.InferenceResponse]:
         """Send a request; cancelling the future takes it out of the queue if it has not begun."""
-        timeout_ms = request.timeout_ms
-        if timeout_ms is None:
-            timeout_ms = self._config.scheduler.default_timeout_ms
+        given, usual_ms = request.timeout_ms, self._config.scheduler.default_timeout_ms
+        timeout_ms = usual_ms if given is None else given
         if not isinstance(timeout_ms, int | float):
-            raise RequestError(f"timeout_ms is {shorten(repr(timeout_ms))}, a number is needed")
+            raise lrai.RequestError(
+                f"timeout_ms is {shorten(repr(timeout_ms))}, a number is needed"
+            )
         tensors = [_contents(name, given) for name, given in request.inputs.items()]
         form = messages.Form(
             request.model_name,
@@ -161,8 +164,7 @@ class Attached:
         if operation == "ready" and self._refusing:
             return msgspec.convert("dead", kind)  # to whoever asks this process
         future: Future[Any] = Future()
-        made = Call(0, operation, arguments)
-        key = self._post(self._calls, self._outcalls, (made, future))
+        key = self._post(self._calls, self._outcalls, (Call(0, operation, arguments), future))
         try:
             value = future.result(self._patience)
             if operation == "stats" and isinstance(value, dict):
@@ -170,7 +172,7 @@ class Attached:
             with self._lock:  # see `artifact`: one at a time learns a type
                 return msgspec.convert(value, kind)
         except TimeoutError:
-            raise NotReady(f"the runtime did not answer within {self._patience:g} s") from None
+            raise lrai.NotReady(f"the runtime did not answer within {self._patience:g} s") from None
         finally:
             self._calls.pop(key, None)
 
@@ -198,12 +200,12 @@ class Attached:
 
     def _post(self, box: dict[int, Any], outbox: deque[int], item: Any) -> int:
         if os.getpid() != self._owner:
-            raise NotReady("this process was forked from the runtime's; open one of its own")
+            raise lrai.NotReady("this process was forked from the runtime's; open one of its own")
         with self._lock:
             if self._closed:
-                raise NotReady("the runtime was closed")
+                raise lrai.NotReady("the runtime was closed")
             if self._refusing and box is self._asked:
-                raise NotReady("the runtime is draining")
+                raise lrai.NotReady("the runtime is draining")
             key = next(self._keys)
             box[key] = item
             outbox.append(key)
@@ -222,10 +224,9 @@ class Attached:
         finally:  # closed, or a bug: either way nobody waits for a thread that is gone
             with self._lock:
                 self._refusing = self._closed = self._awake = True  # nobody writes any more
-            ends: list[Future[Any]] = list(self._asked.values())
-            ends += [future for _, future in list(self._calls.values())]
-            for future in [self._attached, *ends]:
-                _settle(future, NotReady("the runtime was closed"))
+            calls = [future for _, future in list(self._calls.values())]
+            for future in [self._attached, *calls, *self._asked.values()]:
+                _settle(future, lrai.NotReady("the runtime was closed"))
             self._asked.clear()
             self._arena.close()
             self._lost.close()
@@ -249,23 +250,36 @@ class Attached:
             if self._wake_read in ready:
                 os.read(self._wake_read, 1)  # first: who comes from here on writes again
                 self._awake = False
-            if self._lost in ready:
-                self._lost.recv_multipart()
-                self._session, self._greeted, next_sign = "", False, 0.0
-                self._sharing = False
-                self._on_wire.clear()
             for frames in wire.receive(self._socket):
                 with contextlib.suppress(wire.BadFrames):  # from no daemon of this version
                     self._hear(frames)
-            while self._session and self._send():
-                pass
+            if self._lost in ready:
+                self._lose(recv_monitor_message(self._lost)["event"])
+                next_sign = 0.0
+            with contextlib.suppress(zmq.Again):  # as below
+                while self._session and self._send():
+                    pass
 
     def _expire(self, now: float) -> None:
         """End what is long past its deadline; the daemon may be stopped, or not come back."""
         for key, asked in list(self._asked.items()):
             if now > asked.deadline + (_GRACE_SECONDS if key in self._on_wire else 0.0):
                 del self._asked[key]
-                _settle(asked, DeadlineExceeded("the runtime did not answer in time"))
+                _settle(asked, lrai.DeadlineExceeded("the runtime did not answer in time"))
+
+    def _lose(self, event: int) -> None:
+        """Begin anew: the line has ended, or was refused."""
+        self._session, self._greeted, self._sharing = "", False, False
+        self._on_wire.clear()
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # and then the line ends
+            self._fail("it does not know this client, whose NAME.key has to lie in its clients")
+        elif self._far:  # ZeroMQ does not always try again; and what waits there would pile up
+            self._socket.disconnect(self._endpoint)
+            time.sleep(_SEARCH_SECONDS)
+            self._socket.connect(self._endpoint)
+            self._cuts += 1
+            if self._cuts == _MOST_CUTS:
+                self._fail("it has another key than server.key says, or no runtime is there")
 
     def _show_life(self) -> None:
         """Tell the daemon that this client is there; start it where it is not and is needed."""
@@ -273,7 +287,7 @@ class Attached:
         if status:
             self._fail(f"it ended with exit status {status}: {_last_line(self._folder / 'log')}")
         wanted = self._asked or self._calls or not self._attached.done()
-        if status is not None and wanted and not self._session:
+        if status is not None and wanted and not self._session and not self._far:
             try:
                 self._process = start_daemon(self._folder, self._config, stay=self._stay)
             except OSError as error:
@@ -282,17 +296,17 @@ class Attached:
             self._greet()
 
     def _greet(self) -> None:
-        self._greeted = True
-        self._socket.say(Attach(wire.PROTOCOL_VERSION, version("lrai"), self._arena.segment))
+        with contextlib.suppress(zmq.Again):  # the line has just ended, and will be lost
+            self._socket.say(Attach(wire.PROTOCOL_VERSION, version("lrai"), self._arena.segment))
+            self._greeted = True
 
     def _hear(self, frames: list[memoryview]) -> None:
         message = messages.decode_to_client(frames[0])
         if isinstance(message, messages.Attached):
             self._greeted = False
             if message.version != wire.PROTOCOL_VERSION:
-                versions = f"protocol {message.version} of lrai {message.lrai}"
-                mine = f"this process {wire.PROTOCOL_VERSION}: stop it first"
-                self._fail(f"it speaks {versions}, {mine}")
+                its = f"it speaks protocol {message.version} of lrai {message.lrai}"
+                self._fail(f"{its}, this process {wire.PROTOCOL_VERSION}: stop it first")
             elif message.session != self._session:  # it knows of nothing that was asked
                 self._session, self._credit = message.session, message.credit
                 self._on_wire.clear()
@@ -302,7 +316,8 @@ class Attached:
                     self._outcalls.clear()
                     self._outcalls.extend(sorted(self._calls))
                 _settle(self._attached)
-                if self._asked or self._arena.blocks:  # which the last session may still read
+                # One that the last session may still read is given up.
+                if self._arena.segment and (self._asked or self._arena.blocks):
                     self._arena.close()
                     self._arena = Arena()
                     self._greet()
@@ -321,7 +336,7 @@ class Attached:
                 self._end(failed.key, messages.error_of(failed))
 
     def _fail(self, why: str) -> None:
-        _settle(self._attached, EnvironmentProblem(why))  # once attached, it goes on trying
+        _settle(self._attached, lrai.EnvironmentProblem(why))  # once attached, it goes on trying
 
     def _end(self, key: int, outcome: Any) -> None:
         """Tell whoever waits for this key; an answer that comes too late counts no more."""
@@ -357,7 +372,7 @@ class Attached:
         return len(items) == _MOST_ITEMS
 
 
-def shared_folder(config: LraiConfig, address: str = "") -> Path:
+def shared_folder(config: lrai.LraiConfig, address: str = "") -> Path:
     """Return the folder of the daemon's socket and lock, made if it is not there.
 
     Args:
@@ -368,41 +383,28 @@ def shared_folder(config: LraiConfig, address: str = "") -> Path:
         EnvironmentProblem: It is not this user's alone: what lies there could be anybody's.
     """
     parent = config.runtime.socket_dir or tempfile.gettempdir()
-    folder = Path(address or Path(parent, f"lrai-{os.geteuid()}")).absolute()
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        info = folder.lstat()
-    except OSError as error:
-        raise EnvironmentProblem(f"no folder {folder} for sockets: {error.strerror}") from None
-    mine = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
-    if not mine or info.st_mode & 0o077:
-        raise EnvironmentProblem(f"{folder} has to be a folder that only its owner, you, may enter")
-    return folder
+    return private_folder(Path(address or Path(parent, f"lrai-{os.geteuid()}")).absolute())
 
 
 def start_daemon(
-    folder: Path, config: LraiConfig, *, stay: bool = False
-) -> subprocess.Popen[bytes] | None:
+    folder: Path, config: lrai.LraiConfig, *, stay: str = "end"
+) -> Popen[bytes] | None:
     """Start the daemon if its lock is free; return its process, None where another one runs.
 
     Args:
         folder: From `shared_folder`.
         config: Its settings.
-        stay: Whether it goes on when its last client has been gone for long.
+        stay: Until when: `end` with its last client; or `stay`; or stay and listen for other
+            machines, at `tcp://HOST:PORT?keys=FOLDER`.
     """
     with (folder / "lock").open("ab") as lock:
         if not _take(lock):
             return None
         with (folder / "log").open("wb") as log:
-            # The lock belongs to the open file, which the daemon inherits and keeps for life.
-            command = [sys.executable, "-P", "-m", "lrai_shared.daemon", str(folder)]
-            daemon = subprocess.Popen(
-                [*command, "stay" if stay else "end"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=(lock.fileno(),),
+            argv = [sys.executable, "-P", "-m", "lrai_shared.daemon", str(folder), stay]
+            held = (lock.fileno(),)  # it belongs to the open file, which the daemon keeps for life
+            daemon = Popen(
+                argv, stdin=PIPE, stdout=DEVNULL, stderr=log, start_new_session=True, pass_fds=held
             )
     with daemon.stdin as stream:  # type: ignore[union-attr] # a pipe
         stream.write(msgspec.msgpack.encode(config))
@@ -422,16 +424,16 @@ def _take(lock: BinaryIO) -> bool:
     return False
 
 
-def _contents(name: str, given: Any) -> Contents:
-    if isinstance(given, Tensor):
+def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], wire.Buffer]:
+    if isinstance(given, lrai.Tensor):
         data = given.data if isinstance(given.data, bytes) else given.data.tobytes()
         return given.datatype, tuple(given.shape), data
     if not isinstance(given, np.ndarray):
-        raise InvalidTensor(name, f"got a {type(given).__name__}, a numpy array is needed")
+        raise lrai.InvalidTensor(name, f"got a {type(given).__name__}, a numpy array is needed")
     try:
         return contents(given)
     except ValueError as error:
-        raise InvalidTensor(name, str(error)) from None
+        raise lrai.InvalidTensor(name, str(error)) from None
 
 
 def _last_line(log: Path) -> str:
@@ -443,7 +445,7 @@ def _last_line(log: Path) -> str:
 def _settle(future: Future[Any], outcome: Any = None) -> None:
     if future.done() or not future.set_running_or_notify_cancel():
         return
-    if isinstance(outcome, LraiError):
+    if isinstance(outcome, lrai.LraiError):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)

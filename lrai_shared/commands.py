@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -14,15 +14,16 @@ from rich.table import Table
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, load_config
 from lrai_shared.client import Attached, is_running, shared_folder
+from lrai_shared.keys import make_keys, server_end
 
-T = TypeVar("T")
 _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 
-app = typer.Typer(
-    help="The runtime that processes share.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(help="The shared runtime.", no_args_is_help=True, add_completion=False)
 out = Console(highlight=False, markup=False, emoji=False)
-Address = Annotated[str, typer.Option(help="Folder of its socket; auto: this user's.")]
+Address = Annotated[str, typer.Option(help="Its folder or tcp://HOST:PORT?keys=FOLDER.")]
+Listen = Annotated[str, typer.Option(help="tcp://HOST:PORT for other machines, with --keys.")]
+Keys = Annotated[Path | None, typer.Option(help="Folder that lrai runtime keys has made.")]
+Client = Annotated[str, typer.Option(help="Name of a client to make keys for.")]
 Name = Annotated[str, typer.Option(help="Model name; by default the artifact's.")]
 Share = Annotated[float | None, typer.Option(help="Of a name that serves already.")]
 By = Annotated[str, typer.Option(help="Who says so.")]
@@ -33,13 +34,25 @@ Relief = Annotated[str, typer.Option(help="VERSION that takes what would be late
 
 
 @app.command()
-def start(address: Address = "auto") -> None:
+def start(address: Address = "auto", listen: Listen = "", keys: Keys = None) -> None:
     """Start the runtime, to stay until it is stopped; do nothing where one runs."""
     config, folder = _place(address)
+    how = listen + (f"?keys={keys.absolute()}" if keys else "") or "stay"
+    if how != "stay":
+        server_end(how, config)  # what is wrong is told at once
     there = is_running(folder)
-    with closing(Attached(config, str(folder), stay=True)) as client:
-        client.call("stay", {}, type(None))  # also one that a client has started
+    with closing(Attached(config, str(folder), stay=how)) as client:
+        client.call("stay", {"how": how}, type(None))  # also one that a client has started
     out.print(f"the runtime {'runs already' if there else 'was started'} in {folder}")
+
+
+@app.command()
+def keys(folder: Path, client: Client = "") -> None:
+    """Make in FOLDER the keys of a runtime that other machines reach, and those of a client."""
+    files = make_keys(folder.absolute(), client)
+    out.print(f"{folder} holds the keys, for lrai runtime start --listen tcp://… --keys")
+    if files:
+        out.print("the client needs these, the second is secret:", *files, sep="\n", soft_wrap=True)
 
 
 @app.command()
@@ -123,15 +136,15 @@ def deployments(address: Address = "auto") -> None:
 @app.command()
 def drain(address: Address = "auto") -> None:
     """Refuse new requests for good, and wait for the accepted ones."""
-    if not _call(address, "drain", bool):
+    if not _call(address, "drain"):
         raise ConditionNotMet("not all requests have ended in time")
 
 
 @app.command()
 def stop(address: Address = "auto") -> None:
     """Refuse new requests, wait for the accepted ones, and end."""
-    _call(address, "stop", type(None))
     config, folder = _place(address)
+    _call(address, "stop")
     deadline = time.monotonic() + config.runtime.drain_seconds + _END_SECONDS
     while is_running(folder):
         if time.monotonic() > deadline:
@@ -148,27 +161,31 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _place(address: str) -> tuple[LraiConfig, Path]:
+    if "://" in address:
+        raise typer.BadParameter("a runtime is started and stopped on its own machine")
     config = load_config()
     return config, shared_folder(config, "" if address == "auto" else address)
 
 
-def _find(address: str) -> tuple[LraiConfig, Path]:
+def _find(address: str) -> tuple[LraiConfig, str]:
     """Return where a runtime runs; none is started to be asked."""
+    if "://" in address:
+        return load_config(), address
     config, folder = _place(address)
     if not is_running(folder):
         raise EnvironmentProblem(f"no runtime runs in {folder}; lrai runtime start starts one")
-    return config, folder
+    return config, str(folder)
 
 
 def _running(address: str) -> Runtime:
-    config, folder = _find(address)
-    return Runtime(config, address=str(folder))
+    config, where = _find(address)
+    return Runtime(config, address=where)
 
 
-def _call(address: str, operation: str, kind: type[T]) -> T:
-    config, folder = _find(address)
-    with closing(Attached(config, str(folder))) as client:
-        return client.call(operation, {}, kind)
+def _call(address: str, operation: str) -> object:
+    config, where = _find(address)
+    with closing(Attached(config, where)) as client:
+        return client.call(operation, {}, object)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 Started by the first client as `python -m lrai_shared.daemon FOLDER STAY`, with its settings
 on standard input and the lock on the folder already held, which it keeps for life: whoever gets the
-lock knows that no daemon is there. It ends when told to, or half a minute after the last client.
+lock knows that no daemon is there. It ends when told to, or half a minute after the last client,
+unless it listens for other machines, which could not start the next one.
 What was loaded when a daemon is killed, the next one loads again before it hears anybody.
 """
 
@@ -38,9 +39,11 @@ from lrai_core.scheduler.scheduler import Pending
 from lrai_core.wire import messages as wire
 from lrai_core.wire.workers import Outcome
 from lrai_shared import messages
+from lrai_shared.keys import Gate
 from lrai_shared.messages import Attach, Attached, Call, Requests
 
-_SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone
+_SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone;
+_FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors on a slow line
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _CHANGES: Final = 8  # that may be under way at the same time
@@ -48,6 +51,8 @@ _QUICK: Final = frozenset({"models", "deployments", "ready", "stats", "stay", "s
 _SLOW: Final = frozenset(
     {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain"}
 )
+
+Peer = tuple[wire.Line, bytes]  # by which socket, and who there
 
 
 @dataclass(slots=True)
@@ -84,14 +89,17 @@ class Door(Pool):
         super().__init__(folder, config, events)
         address.unlink(missing_ok=True)
         self._address_of_clients = address
-        self._daemon, self._clients = daemon, dict[bytes, _Client]()
-        self._said: deque[tuple[bytes, messages.ToClient]] = deque()
+        self._daemon, self._clients = daemon, dict[Peer, _Client]()
+        self._said: deque[tuple[Peer, messages.ToClient]] = deque()
         self._door = self.lines["client"] = wire.listen(f"ipc://{address}")
+        self.lines |= {name: gate.line for name, gate in daemon.gates.items()}
+        self._doors = [line for peer, line in self.lines.items() if peer != "actor"]
         self.opened, self.idle_since = False, time.monotonic()
 
     def open(self) -> None:
         """Hear clients from now on. Runs in the scheduler's thread."""
-        self._poller.register(self._door, zmq.POLLIN)
+        for door in self._doors:
+            self._poller.register(door, zmq.POLLIN)
         self.opened, self.idle_since = True, time.monotonic()
 
     def add(self, name: str, load: wire.Load, loaded: Future[None]) -> None:
@@ -103,22 +111,26 @@ class Door(Pool):
             super().add(name, load, loaded)
 
     def close(self) -> None:
-        """Send what is left to send, end every actor, and close both sockets."""
+        """Send what is left to send, end every actor, and close all sockets."""
         self._flush()
         super().close()
+        for gate in self._daemon.gates.values():
+            gate.close(_LAST_WORDS_MS)
         self._door.context.destroy(linger=_LAST_WORDS_MS)
         self._address_of_clients.unlink(missing_ok=True)
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
-        for sender, *frames in wire.receive(self._door) if self.opened else ():
-            try:
-                self._hear(bytes(sender), messages.decode_from_client(frames[0]), frames[1:], now)
-            except (wire.BadFrames, IndexError):
-                self.dropped_frames += 1
-        for identity, client in list(self._clients.items()):
-            if now - client.heard > _SILENT_SECONDS:  # what it asked for and was not begun goes
-                del self._clients[identity]
+        for door in self._doors if self.opened else ():
+            for sender, *frames in wire.receive(door):
+                try:
+                    self._hear((door, bytes(sender)), frames, now)
+                except (wire.BadFrames, IndexError):
+                    self.dropped_frames += 1
+        for peer, client in list(self._clients.items()):
+            limit = _SILENT_SECONDS if peer[0] is self._door else _FAR_SILENT_SECONDS
+            if now - client.heard > limit:  # what it asked for and was not begun goes
+                del self._clients[peer]
                 self._adopt(client, None)
                 for pending in list(client.running.values()):
                     self._daemon.runtime.scheduler.cancel(pending)
@@ -131,9 +143,8 @@ class Door(Pool):
         waits = any(client.waits() for client in self._clients.values())
         return now if waits else super().next_check(now)
 
-    def _hear(
-        self, sender: bytes, message: messages.FromClient, frames: list[memoryview], now: float
-    ) -> None:
+    def _hear(self, sender: Peer, frames: list[memoryview], now: float) -> None:
+        message = messages.decode_from_client(frames[0])
         client = self._clients.get(sender)
         if isinstance(message, Attach):
             if message.version != wire.PROTOCOL_VERSION:
@@ -141,26 +152,25 @@ class Door(Pool):
                 raise wire.BadFrames("another version")
             if client is None:
                 client = self._clients[sender] = _Client(now)
-            self._adopt(client, message.arena)
+            if sender[0] is self._door:  # else its numbers are of another machine
+                self._adopt(client, message.arena)
             arena = client.arena.id if client.arena and client.memory else b""
-            welcome = msgspec.structs.replace(
-                self._daemon.welcome, session=client.session, arena=arena
-            )
-            self.say(sender, welcome)
+            own = msgspec.structs.replace(self._daemon.welcome, session=client.session, arena=arena)
+            self.say(sender, own)
         if client is None:
             return  # it attaches again, and sends again what it asked
         client.heard = now
         if isinstance(message, Requests):
             for item in message.items:
                 if item.key not in client.running:
-                    self._start(client, item, frames)
+                    self._start(client, item, frames[1:])
             for key in message.cancelled:
                 if key in client.running:
                     self._daemon.runtime.scheduler.cancel(client.running[key])
         elif isinstance(message, Call):
             self._daemon.operate(message, partial(self.say, sender))
 
-    def say(self, receiver: bytes, message: messages.ToClient) -> None:
+    def say(self, receiver: Peer, message: messages.ToClient) -> None:
         """Send a message without tensors, soon. Any thread may call it."""
         self._said.append((receiver, message))
         with contextlib.suppress(NotReady):  # it is closing, which flushes
@@ -199,9 +209,9 @@ class Door(Pool):
 
     def _flush(self) -> None:
         while self._said:
-            receiver, message = self._said.popleft()
-            self._door.say(message, receiver)
-        for identity, client in self._clients.items():
+            (door, identity), message = self._said.popleft()
+            door.say(message, identity)
+        for (door, identity), client in self._clients.items():
             if client.waits():
                 packer, count = wire.Packer(), len(client.read)  # more may come at any time
                 answers = tuple([messages.answer(k, r, packer) for k, r in client.answered])
@@ -209,17 +219,18 @@ class Door(Pool):
                 replies = messages.Replies(answers, tuple(client.failed), read)
                 client.answered, client.failed = [], []
                 del client.read[:count]
-                packer.send(self._door, replies, identity)
+                packer.send(door, replies, identity)
 
 
 class Daemon:
     """A runtime behind a door, from its start to its end."""
 
-    def __init__(self, folder: Path, config: LraiConfig, *, stay: bool) -> None:
-        """Serve what the last daemon served when it was killed, then open the door."""
+    def __init__(self, folder: Path, config: LraiConfig, *, stay: str) -> None:
+        """Serve what the last daemon served when it was killed, then open the doors."""
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
         self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit)
         self._stay, self._ended = stay, False
+        self.gates = {"remote": Gate(stay, config)} if "://" in stay else {}
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end())
         # Of many threads: a model that is being loaded must not keep another from being frozen.
@@ -239,7 +250,7 @@ class Daemon:
         while self.runtime.scheduler.thread.is_alive() and not self._ended:
             time.sleep(0.1)
             idle = time.monotonic() - self._door.idle_since
-            if idle > _IDLE_SECONDS and not self._stay:
+            if idle > _IDLE_SECONDS and self._stay == "end":
                 self._door.opened = False  # who comes now is not refused: it starts the next one
                 break
         self.runtime.drain()
@@ -261,7 +272,9 @@ class Daemon:
         if operation == "stop":
             return self._end()
         if operation == "stay":
-            self._stay = True
+            if arguments["how"] not in ("stay", self._stay):
+                raise UsageError("a runtime runs that does not listen there: stop it first")
+            self._stay = "stay" if self._stay == "end" else self._stay
             return None
         arguments |= {"shared": True} if operation == "load" else {}
         return self.runtime.call(operation, arguments, object)
@@ -280,7 +293,7 @@ def main(argv: list[str]) -> None:
     """Run the daemon."""
     folder, stay = argv
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=LraiConfig)
-    daemon = Daemon(Path(folder), config, stay=stay == "stay")
+    daemon = Daemon(Path(folder), config, stay=stay)
     # Requests are many small objects without cycles: looking for these took a twelfth of the time.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)

@@ -11,7 +11,7 @@ import msgspec
 from lrai_core import InferenceRequest, InferenceResponse, LraiError, RequestError, Tensor, errors
 from lrai_core.wire import messages as wire
 
-_MAX_FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
+_FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
@@ -162,10 +162,8 @@ def encode_form(form: Form) -> bytes:
     """
     try:
         encoded = wire.encode(form)
-        if len(encoded) > _MAX_FORM_BYTES:
-            raise RequestError(
-                f"{len(encoded)} bytes beside tensors, {_MAX_FORM_BYTES} are allowed"
-            )
+        if len(encoded) > _FORM_BYTES:
+            raise RequestError(f"{len(encoded)} bytes beside tensors, {_FORM_BYTES} are allowed")
         decode_form(encoded)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise RequestError(f"the request cannot be sent: {error}") from None
@@ -202,9 +200,8 @@ def request_of(
     if len(item.places) != len(form.names):
         raise wire.BadFrames("names and tensors differ")
     inputs: dict[str, Any] = {}
-    for name, datatype, shape, place in zip(
-        form.names, form.datatypes, form.shapes, item.places, strict=True
-    ):
+    tensors = zip(form.names, form.datatypes, form.shapes, item.places, strict=True)
+    for name, datatype, shape, place in tensors:
         data = lend(place) if place[0] < 0 else wire.view(place, frames)
         inputs[name] = Tensor(name=name, datatype=datatype, shape=shape, data=data)
     return InferenceRequest(

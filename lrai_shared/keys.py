@@ -1,0 +1,158 @@
+"""Keys, and what goes by them: the way to a daemon from other machines.
+
+It is CURVE, as ZeroMQ has it: each end proves that it has the secret key to a public one that the
+other end knows, and what they say is encrypted. Keys are files as `zmq.auth` writes them. Nothing
+goes over TCP without them, and nobody is heard who has not proved one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import zmq
+from zmq.auth import create_certificates, load_certificate
+
+from lrai_core import EnvironmentProblem, LraiConfig, UsageError
+from lrai_core.errors import shorten
+from lrai_core.wire import messages as wire
+
+_ADDRESS: Final = re.compile(r"tcp://([\w.*-]*):([1-9]\d{0,4})\?keys=(.+)", re.ASCII)
+_DOMAIN: Final = "lrai"
+# The kernel tells of a machine that is gone, which may say no word. Not ZeroMQ's own heartbeats:
+# they queue behind large tensors, and would cut a slow line in the middle of one.
+_TCP: Final[wire.Options] = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 5, zmq.TCP_MAXRT: 9000}
+
+
+class Gate:
+    """A daemon's socket for other machines, and the thread that asks who may come in."""
+
+    def __init__(self, address: str, config: LraiConfig) -> None:
+        """Let in whose public key lies in `clients` of the folder of keys when they come.
+
+        Args:
+            address: As `tcp://HOST:PORT?keys=FOLDER`, without a host on the loopback alone.
+            config: Of the runtime.
+
+        Raises:
+            UsageError: See `server_end`.
+            EnvironmentProblem: Likewise, or the endpoint is not to be had.
+        """
+        from zmq.auth.thread import ThreadAuthenticator
+
+        endpoint, folder, options = server_end(address, config)
+        self.line, self._clients = wire.listen(endpoint, options), folder / "clients"
+        self._guard = ThreadAuthenticator(self.line.context)
+        self._guard.configure_curve_callback(_DOMAIN, self)
+        self._guard.start()
+
+    def close(self, linger_ms: int) -> None:
+        """Let nobody in any more, and close the socket when what is left has been sent."""
+        self._guard.stop()
+        self.line.context.destroy(linger=linger_ms)
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        """Return whether to let in who has proved this key; for `zmq.auth`, in its thread."""
+        return any(_load(file)[0] == key for file in self._clients.glob("*.key"))
+
+
+def server_end(address: str, config: LraiConfig) -> tuple[str, Path, wire.Options]:
+    """Return where a daemon listens, the folder of keys, and the options of its socket.
+
+    Raises:
+        UsageError: It is no address with keys, or whoever comes could have anything loaded.
+        EnvironmentProblem: The server's keys are not there, or others may read them.
+    """
+    endpoint, folder = _parse(address)
+    if not config.runtime.model_roots:
+        raise UsageError("to listen, set runtime.model_roots to the folders artifacts may lie in")
+    options: wire.Options = {
+        **_load_pair(folder / "server.key_secret"),
+        zmq.HANDSHAKE_IVL: 5000,  # who has not proved a key by then is cut off
+        zmq.CURVE_SERVER: 1,
+        zmq.ZAP_DOMAIN: _DOMAIN.encode(),
+        zmq.ZAP_ENFORCE_DOMAIN: 1,  # where nobody asks for keys, nobody gets in
+        zmq.ROUTER_HANDOVER: 1,  # to who comes again while its last line seems to be there
+    }
+    return endpoint, folder, options
+
+
+def client_end(address: str) -> tuple[str, wire.Options]:
+    """Return where a client connects to, and the options of its socket.
+
+    Raises:
+        UsageError: It is no address with keys, or the folder does not have the two files.
+        EnvironmentProblem: They hold no keys, or others may read the secret one.
+    """
+    endpoint, folder = _parse(address)
+    secrets, (server, _) = list(folder.glob("*.key_secret")), _load(folder / "server.key")
+    if len(secrets) != 1 or not server:
+        raise UsageError(f"{folder} needs server.key and one NAME.key_secret, of lrai runtime keys")
+    return endpoint, {**_load_pair(secrets[0]), zmq.CURVE_SERVERKEY: server, zmq.SNDTIMEO: 0}
+
+
+def make_keys(folder: Path, client: str = "") -> list[Path]:
+    """Make the keys of a server where there are none, and those of a client.
+
+    Returns:
+        The two files that the client needs; none without a client.
+
+    Raises:
+        UsageError: `client` is no name, or has keys already.
+        EnvironmentProblem: The folder is not this user's alone, or cannot be written to.
+    """
+    clients = private_folder(private_folder(folder) / "clients")
+    if client and (Path(client).name != client or (clients / f"{client}.key").exists()):
+        raise UsageError(f"{shorten(client)!r} has keys in {clients} already, or is no name there")
+    if not (folder / "server.key_secret").exists():
+        create_certificates(folder, "server")
+    if client:
+        create_certificates(clients, client)
+    for secret in folder.rglob("*.key_secret"):
+        secret.chmod(0o600)  # until now, the folder kept others away
+    return [folder / "server.key", clients / f"{client}.key_secret"] if client else []
+
+
+def private_folder(folder: Path) -> Path:
+    """Return a folder, made if it is not there.
+
+    Raises:
+        EnvironmentProblem: It is not this user's alone: what lies there could be anybody's.
+    """
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+    except OSError as error:
+        raise EnvironmentProblem(f"no folder {folder}: {error.strerror}") from None
+    mine = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
+    if not mine or info.st_mode & 0o077:
+        raise EnvironmentProblem(f"{folder} has to be a folder that only its owner, you, may enter")
+    return folder
+
+
+def _parse(address: str) -> tuple[str, Path]:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        needed = "tcp://HOST:PORT?keys=FOLDER is needed, nothing goes without keys"
+        raise UsageError(f"{shorten(address)!r}: {needed}; see lrai runtime keys")
+    host, port, folder = match.groups()
+    return f"tcp://{host or '127.0.0.1'}:{port}", Path(folder)
+
+
+def _load(file: Path) -> tuple[bytes, bytes]:
+    """Return the public and the secret key that a file holds, each empty where it holds none."""
+    with suppress(OSError, ValueError):
+        public, secret = load_certificate(file)
+        return public, secret or b""
+    return b"", b""
+
+
+def _load_pair(file: Path) -> wire.Options:
+    public, secret = _load(file)
+    if not secret or file.stat().st_mode & 0o077:
+        raise EnvironmentProblem(f"{file} has to hold a secret key, and others may not read it")
+    return {**_TCP, zmq.CURVE_PUBLICKEY: public, zmq.CURVE_SECRETKEY: secret}
