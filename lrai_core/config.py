@@ -85,7 +85,7 @@ class ActorConfig(_Section):
 class RuntimeConfig(_Section):
     """Where a runtime is, where it keeps what changes, how long it drains, what it may load."""
 
-    address: str = "embedded"  # or auto, or the folder of a daemon; its variable is LRAI_RUNTIME
+    address: str = "embedded"  # auto, FOLDER of a daemon, tcp://…?keys=…; also LRAI_RUNTIME
     socket_dir: str = ""  # parent of the 0700 folder of sockets; empty: the temporary folder
     state_dir: str = ""  # of freezes and audit; empty: a daemon's own folder, nowhere if embedded
     drain_seconds: float = _least(0, 30.0)

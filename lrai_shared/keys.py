@@ -23,9 +23,8 @@ from lrai_core.wire import messages as wire
 
 _ADDRESS: Final = re.compile(r"tcp://([\w.*-]*):([1-9]\d{0,4})\?keys=(.+)", re.ASCII)
 _DOMAIN: Final = "lrai"
-# The kernel tells of a machine that is gone, which may say no word. Not ZeroMQ's own heartbeats:
-# they queue behind large tensors, and would cut a slow line in the middle of one.
-_TCP: Final[wire.Options] = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 5, zmq.TCP_MAXRT: 9000}
+# A line on which the other end does not answer is given up. Its answer may be behind large tensors.
+_TCP: Final[wire.Options] = {zmq.HEARTBEAT_IVL: 5000, zmq.HEARTBEAT_TIMEOUT: 30_000}
 
 
 class Gate:
@@ -65,7 +64,7 @@ def server_end(address: str, config: LraiConfig) -> tuple[str, Path, wire.Option
 
     Raises:
         UsageError: It is no address with keys, or whoever comes could have anything loaded.
-        EnvironmentProblem: The server's keys are not there, or others may read them.
+        EnvironmentProblem: The server's keys are not there, or others may read or add some.
     """
     endpoint, folder = _parse(address)
     if not config.runtime.model_roots:
@@ -78,7 +77,7 @@ def server_end(address: str, config: LraiConfig) -> tuple[str, Path, wire.Option
         zmq.ZAP_ENFORCE_DOMAIN: 1,  # where nobody asks for keys, nobody gets in
         zmq.ROUTER_HANDOVER: 1,  # to who comes again while its last line seems to be there
     }
-    return endpoint, folder, options
+    return endpoint, private_folder(folder), options
 
 
 def client_end(address: str) -> tuple[str, wire.Options]:

@@ -69,10 +69,13 @@ class Runtime:
             address: By default `runtime.address`. `embedded`: scheduler in this process, actors as
                 its children. `auto`: those of the daemon that all processes of this user share,
                 which is started if there is none. A path: of the folder of another daemon.
+                `tcp://HOST:PORT?keys=FOLDER`: those of a daemon of another machine, see `lrai
+                runtime keys`; artifacts are then named by their paths there, from the root on.
             observers: Told of every event, embedded only.
 
         Raises:
-            EnvironmentProblem: The daemon cannot be started or reached.
+            UsageError: The address is none, or its folder does not have the keys.
+            EnvironmentProblem: The daemon cannot be started or reached, or refuses the key.
         """
         self.config = config or load_config()
         address = address or self.config.runtime.address
@@ -100,7 +103,7 @@ class Runtime:
         """Return a runtime that serves `artifact`.
 
         Args:
-            artifact: An artifact or the path of one.
+            artifact: An artifact or the path of one, where the actors run.
             address: See `Runtime`.
             require: Refuse the artifact unless its variant has a certificate with `tier`,
                 `epsilon`, `delta` and `confidence` at least this good.

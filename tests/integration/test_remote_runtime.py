@@ -24,7 +24,7 @@ import zmq
 
 import lrai_core as lrai
 from lrai_core.wire.messages import PROTOCOL_VERSION, encode
-from lrai_shared import messages
+from lrai_shared import client, keys, messages
 from lrai_shared.arena import Arena
 from lrai_shared.client import is_running, start_daemon
 from lrai_shared.keys import client_end, make_keys
@@ -138,7 +138,7 @@ class Line:
         self.seen = bytearray()
         self._near: list[socket.socket] = []
         self._far: list[socket.socket] = []
-        self._broken = False
+        self._hiding = False
         self._forwarding = threading.Event()
         self._forwarding.set()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -151,10 +151,14 @@ class Line:
 
     def break_for_the_client(self) -> None:
         """End its connections; those to the daemon stay, as if a machine in between had gone."""
-        self._broken = True
+        self.hide()
         for one in self._near:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+    def hide(self) -> None:
+        """Do not tell one end when the other one is gone."""
+        self._hiding = True
 
     def close(self) -> None:
         self._forwarding.set()
@@ -168,7 +172,11 @@ class Line:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except ConnectionRefusedError:
+                    near.close()
+                    continue
                 self._near.append(near)
                 self._far.append(far)
                 for ends in ((near, far), (far, near)):
@@ -180,7 +188,7 @@ class Line:
                 self._forwarding.wait()
                 self.seen += data
                 other.sendall(data)
-        if not self._broken:
+        if not self._hiding:
             with suppress(OSError):
                 other.shutdown(socket.SHUT_RDWR)
 
@@ -221,8 +229,8 @@ def test_a_client_with_keys_is_answered_as_one_of_the_same_machine(
         assert far.ready() == "idle"
         stats = far.stats()
         assert (stats["arena_copied_bytes"], stats["daemon_inline_large"]) == (0, 1)
-        client: Any = far._backend
-        assert client._arena.segment is None
+        backend: Any = far._backend
+        assert backend._arena.segment is None
         with pytest.raises(lrai.ConditionNotMet, match=r"runtime\.model_roots"):
             far.load(path.parent.parent)
         assert far.drain()
@@ -245,7 +253,7 @@ def test_processes_that_the_environment_sends_to_another_machine_share_its_actor
         if i % 2 == 0:
             monkeypatch.setenv("LRAI_RUNTIME", site.client(f"machine-{i}"))
         clients.append(program(ASK, classifier_fp32.path, i))
-    answers = [json.loads(output(client)) for client in clients]
+    answers = [json.loads(output(asking)) for asking in clients]
     assert len({actor for _, actor, _ in answers}) == 1
     for i, (logits, _, heavy) in enumerate(answers):
         np.testing.assert_allclose(logits, expected(session, i), atol=1e-4)
@@ -279,7 +287,7 @@ def test_who_has_no_key_or_a_wrong_one_is_refused_and_not_heard(
         ):
             refused(lambda address=address: lrai.Runtime(address=address), kind, words)  # type: ignore[misc]
         with zmq.Context() as context, context.socket(zmq.DEALER) as plain:
-            plain.linger = 0
+            plain.setsockopt(zmq.LINGER, 0)
             plain.connect(site.endpoint)
             for message in (
                 messages.Attach(PROTOCOL_VERSION, "0"),
@@ -321,8 +329,13 @@ def test_keys_that_come_and_go_count_at_once_and_rubbish_beside_them_shuts_nobod
 
 
 def test_a_daemon_that_is_killed_and_started_by_hand_answers_what_was_open(
-    site: Site, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
+    site: Site,
+    classifier_fp32: lrai.Artifact,
+    session: onnxruntime.InferenceSession,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(client, "start_daemon", lambda *_, **__: started.append(1))
     daemon = site.start()
     with lrai.Runtime.open(classifier_fp32, address=site.client("ann")) as runtime:
         kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
@@ -332,7 +345,7 @@ def test_a_daemon_that_is_killed_and_started_by_hand_answers_what_was_open(
         daemon.wait()
         ids.append(runtime.submit(request(5)))  # while there is none
         time.sleep(1)
-        assert not daemons(site.folder)  # of another machine, a client starts none
+        assert not started  # nobody starts one on another machine, nor here in its place
         site.start()
         for i, identity in enumerate(ids):
             logits = runtime.result(identity, 30).outputs["logits"][-1:]
@@ -383,6 +396,20 @@ def test_a_line_that_breaks_for_the_client_alone_costs_no_request(
         assert near.stats()["request_answered"] == 7
 
 
+def test_a_line_on_which_nobody_answers_is_given_up(
+    site: Site, line: Line, classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_TCP", {zmq.HEARTBEAT_IVL: 100, zmq.HEARTBEAT_TIMEOUT: 1000})
+    daemon = site.start()
+    address = site.client("ann", line.endpoint)
+    with lrai.Runtime.open(classifier_fp32, address=address) as runtime:
+        line.hide()
+        daemon.kill()
+        daemon.wait()
+        site.start()
+        assert runtime.infer(request(timeout_ms=10_000)).outputs["logits"].shape == (1, 10)
+
+
 def test_a_client_behind_a_slow_line_is_given_more_time_and_a_killed_one_not_for_ever(
     site: Site,
     line: Line,
@@ -396,7 +423,7 @@ def test_a_client_behind_a_slow_line_is_given_more_time_and_a_killed_one_not_for
     monkeypatch.setenv("LRAI_RUNTIME", site.client("ann", line.endpoint))
     with lrai.Runtime.open(classifier_fp32, address="auto") as near:
         actor, _ = stop_at_work(near)
-        client = program(QUEUE)
+        queued = program(QUEUE)
         wait_until(lambda: outstanding(near) == 11)
         line.cut()
         time.sleep(3)
@@ -404,8 +431,8 @@ def test_a_client_behind_a_slow_line_is_given_more_time_and_a_killed_one_not_for
         line.heal()
         time.sleep(1)
         assert outstanding(near) == 11
-        client.kill()
-        client.communicate()
+        queued.kill()
+        queued.communicate()
         wait_until(lambda: outstanding(near) == 1, 10)
         kill(actor, signal.SIGCONT)
 
@@ -435,10 +462,11 @@ def test_numbers_of_memory_that_come_from_another_machine_are_not_looked_at(site
 def test_a_daemon_that_listens_stays_though_nobody_is_there(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon_with(tmp_path, monkeypatch, "daemon._IDLE_SECONDS = 0.2")
+    changes = ("daemon._FAR_SILENT_SECONDS = 1.2", "daemon._IDLE_SECONDS = 0.2")
+    daemon_with(tmp_path, monkeypatch, *changes)
     daemon = site.start()
     lrai.Runtime(address=site.client("ann")).close()
-    time.sleep(1)
+    time.sleep(2.5)
     assert daemon.poll() is None
 
 
@@ -451,6 +479,9 @@ def test_nothing_listens_without_keys_and_folders_to_load_from(
     (site.keys / "server.key_secret").chmod(0o640)
     assert "others may not read it" in run(*start, "--keys", site.keys, code=5)
     (site.keys / "server.key_secret").chmod(0o600)
+    site.keys.chmod(0o720)
+    assert "only its owner" in run(*start, "--keys", site.keys, code=5)
+    site.keys.chmod(0o700)
     monkeypatch.delenv("LRAI_RUNTIME_MODEL_ROOTS")
     assert "set runtime.model_roots" in run(*start, "--keys", site.keys, code=2)
     daemon = site.start()  # however it is started
