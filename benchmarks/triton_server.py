@@ -32,12 +32,6 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 _PYTHON: Final = "3.11"  # the newest that both a stub and numpy 1.26 come for, and lrai runs on
 # The stub of this version writes wrong values with numpy 2, and numpy 1.26 needs that ml_dtypes.
 _PINS: Final = ("nvidia-pytriton==0.7.0", "numpy==1.26.4", "ml_dtypes==0.5.4")
-_BACKEND: Final = '''"""Served by LRAI."""
-
-from lrai_triton.model import TritonPythonModel
-
-__all__ = ["TritonPythonModel"]
-'''
 _STUB: Final = b"triton_python_backend_stub"
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where the Python backend keeps its regions
 
@@ -82,7 +76,7 @@ def find_python() -> str | None:
 def make_backends(environment: Path, folder: Path) -> None:
     """Write the backend directory of the server in `environment`: `python`, and ours."""
     package = _package(environment)
-    python, own = folder / "python", folder / "lrai"
+    python = folder / "python"
     shutil.rmtree(folder, ignore_errors=True)
     python.mkdir(parents=True)
     # A link to the library is refused: it would lead out of the backend directory.
@@ -90,8 +84,8 @@ def make_backends(environment: Path, folder: Path) -> None:
     utils = "triton_python_backend_utils.py"
     (python / utils).symlink_to(package / "backends" / "python" / utils)
     (python / _STUB.decode()).symlink_to(_stub(environment))
-    own.mkdir()
-    (own / "model.py").write_text(_BACKEND)
+    lrai = environment / "bin" / "lrai"
+    _run(lrai, "triton", "install", "--backend-directory", folder, env=variables(environment))
 
 
 def variables(environment: Path) -> dict[str, str]:
@@ -339,8 +333,10 @@ def _stub(environment: Path) -> Path:
     return _package(environment) / "python_backend_stubs" / _PYTHON / _STUB.decode()
 
 
-def _run(*command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(*command: str | Path, env: Mapping[str, str] | None = None) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
+    )
     if done.returncode:
         words = " ".join(map(str, command))
         raise EnvironmentProblem(f"{words} failed:\n{(done.stderr or done.stdout)[-2000:]}")
