@@ -1,0 +1,99 @@
+"""The server that the tests of this folder share, and how servers start and end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from benchmarks.processes import HOST
+from benchmarks.triton_server import Prepared, TritonServer, prepare
+from tests.integration.test_runtime_faults import kill, wait_until
+from tests.integration.triton.conftest import Triton
+from tests.integration.triton.models import WIDTH, config, plain
+
+pytestmark = pytest.mark.server
+
+
+GIVEN = {"x": np.arange(2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)}
+
+
+def test_a_model_that_is_added_answers_over_both_protocols_and_has_a_stub(
+    triton: Triton, tmp_path: Path
+) -> None:
+    with triton.serving("echo", {1: plain(tmp_path)}, config("python")):
+        for protocol in ("http", "grpc"):
+            answer = triton.ask("echo", GIVEN, protocol=protocol)
+            np.testing.assert_array_equal(answer["y"], GIVEN["x"])
+        (stub,) = triton.server.stub_pids()["echo"]
+        assert os.getpgid(stub) == triton.server.pid
+    wait_until(lambda: "echo" not in triton.server.stub_pids())
+    with pytest.raises(InferenceServerException):
+        triton.ask("echo", GIVEN)
+
+
+def test_the_server_listens_on_loopback_alone(triton: Triton) -> None:
+    sockets = {f"socket:[{inode}]": where for where, inode in listening()}
+    held = {str(entry.readlink()) for entry in Path(f"/proc/{triton.server.pid}/fd").iterdir()}
+    found = {where for name, where in sockets.items() if name in held}
+    server = triton.server
+    assert found == {server.http, server.grpc, server.metrics}
+
+
+def listening() -> list[tuple[str, str]]:
+    """Return address and inode of each socket that listens, of either version of IP."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            address, port = fields[1].split(":")
+            if fields[3] == "0A":
+                host = HOST if address.endswith("0100007F") else address  # gRPC's is mapped to IPv6
+                found.append((f"{host}:{int(port, 16)}", fields[9]))
+    return found
+
+
+def test_the_environment_is_made_once(prepared: Prepared) -> None:
+    made = (prepared.environment / ".ready").stat()
+    assert prepare() == prepared
+    assert (prepared.environment / ".ready").stat() == made
+
+
+def test_a_server_that_does_not_start_says_why_and_leaves_nothing(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    server = TritonServer(tmp_path / "nowhere", **prepared._asdict())
+    with pytest.raises(RuntimeError, match=r"nowhere"), server:
+        pass
+    assert not server.running()
+    assert not server.runtime.folder.exists()
+
+
+def test_a_server_ends_with_its_stubs_and_its_runtime_alone(
+    triton: Triton, prepared: Prepared, tmp_path: Path
+) -> None:
+    before = regions()
+    # A daemon is started by a stub, in a session of its own.
+    plain(tmp_path / "held" / "1", "import lrai_core; self.r = lrai_core.Runtime(address='auto')")
+    (tmp_path / "held" / "config.pbtxt").write_text(config("python"))
+    with TritonServer(tmp_path, **prepared._asdict(), cpus=[0]) as server:
+        Triton(server, tmp_path).ask("held", GIVEN)
+        (stub,) = server.stub_pids()["held"]
+        (daemon,) = server.runtime.daemons()
+        assert os.sched_getaffinity(stub) == {0}
+        kill(server.pid, signal.SIGSTOP)  # so that it hears no SIGTERM
+        assert set(server.stop(grace_seconds=1)) == {server.pid, stub}
+        assert daemon in server.runtime.daemons()
+    for pid in (server.pid, stub, daemon):
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
+    assert regions() == before
+    assert triton.http.is_server_live()
+
+
+def regions() -> set[str]:
+    """Return the names of the shared memory of servers that `TritonServer` has started."""
+    return {path.name for path in Path("/dev/shm").glob("lrai-*")}  # noqa: S108 - names are read
