@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lrai_triton.commands import install as install
 from lrai_triton.commands import repository as repository
+from lrai_triton.commands import supervise as supervise
 from lrai_triton.commands.app import app
 
 

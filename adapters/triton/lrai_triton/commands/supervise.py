@@ -1,0 +1,259 @@
+"""`lrai triton watch` and `lrai triton serve`: Triton never starts a dead stub again, so we do.
+
+A stub is the process in which Triton runs a Python model. When it is killed, its model stays
+"ready", and every request fails until somebody unloads the model and loads it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Final
+from urllib.parse import quote, urlsplit
+
+import typer
+
+from lrai_core import ConditionNotMet, EnvironmentProblem, UsageError, load_config
+from lrai_triton.commands.app import app, out
+
+_URL: Final = "http://127.0.0.1:8000"
+_LRAI: Final = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
+_MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
+_SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
+_LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
+_SIZES: Final = {"BOOL": 1, "BYTES": 4}  # of a zero, in bytes; of an empty text, its length
+
+Models = Annotated[list[str] | None, typer.Option(help="Model to watch; by default all of LRAI's.")]
+Url = Annotated[str, typer.Option(help="Where the server answers HTTP.")]
+Interval = Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")]
+Watched = Annotated[bool, typer.Option("--watch/--no-watch", help="Reload models that have died.")]
+Arguments = Annotated[list[str], typer.Argument(help="Those of tritonserver, after --.")]
+
+
+@app.command()
+def watch(url: Url = _URL, model: Models = None, interval: Interval = 1.0) -> None:
+    """Reload models whose process has died; needs a server with --model-control-mode=explicit.
+
+    A model that gets its requests answered is left alone; else it is sent one, of zeros.
+    """
+    if urlsplit(url).scheme != "http":
+        raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
+    watched, said = dict[str, _Model](), ""
+    while not watched or any(each.is_alive() for each in watched.values()):
+        words = f"watching {url}"
+        try:
+            if words != said:  # a server has come up: does it let models be unloaded?
+                status, _ = _ask(url, "/repository/models/-/unload", b"{}")
+                if status == http.client.SERVICE_UNAVAILABLE:
+                    raise EnvironmentProblem(f"{url} has not got --model-control-mode=explicit")
+            for name in model or _models(url):
+                watched[name] = watched.get(name) or _Model(url, name, interval)
+        except _LOST as error:
+            words = f"no answer from {url}: {error}"
+        if words != said:
+            say(words)
+            said = words
+        time.sleep(interval)
+    raise ConditionNotMet(f"no model is left to watch; given up: {', '.join(watched)}")
+
+
+@app.command()
+def serve(arguments: Arguments, *, watched: Watched = True) -> None:
+    """Run tritonserver with the shared runtime and the watch: the one process of a container.
+
+    SIGTERM and SIGINT go to the server, which drains; its exit status is this one's.
+    """
+    program = shutil.which("tritonserver")
+    if program is None:
+        raise EnvironmentProblem(f"no tritonserver on PATH, which is {os.environ.get('PATH')!r}")
+    backends = _given(arguments, "backend-directory", "/opt/tritonserver/backends")
+    if not Path(backends, "lrai", "model.py").is_file():
+        raise EnvironmentProblem(f"no backend: lrai triton install --backend-directory {backends}")
+    if watched and not _given(arguments, "model-control-mode"):  # and load all, as without a mode
+        arguments = [*arguments, "--model-control-mode=explicit", "--load-model=*"]
+    commands = [[program, *arguments]]
+    if watched:
+        host = _given(arguments, "http-address", "127.0.0.1")  # 0.0.0.0 leads there, too
+        url = f"http://{host}:{_given(arguments, 'http-port', '8000')}"
+        commands.append([*_LRAI, "triton", "watch", "--url", url])
+    # Not left to the first stub: like this the runtime's settings are those given here, whatever
+    # model loads first, what is wrong with it is said at once, and it lives on during reloads.
+    runtime, address = [*_LRAI, "runtime"], load_config().runtime.address
+    place = ["--address", "auto" if address == "embedded" else address]
+    done = subprocess.run([*runtime, "start", *place], stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise EnvironmentProblem("the shared runtime cannot be started, for the reason above")
+    try:
+        status = _run_both(commands)
+    finally:
+        if b"was started" in done.stdout:
+            subprocess.run([*runtime, "stop", *place], check=False)
+    raise typer.Exit(status if status >= 0 else 128 - status)
+
+
+class _Model(threading.Thread):
+    """A model that is watched, until reloading it helps no more. A slow load delays no other's."""
+
+    def __init__(self, url: str, name: str, interval: float) -> None:
+        super().__init__(name=name, daemon=True)
+        self._url, self._path, self._interval = url, f"/models/{quote(name)}", interval
+        self._counts: dict[str, Any] = {}  # by version, as are the next two
+        self._stubs = _stubs(name)
+        self._silent: set[str] = set()  # to the last probe
+        self._reloads: list[float] = []
+        self._unloaded = ""  # by this watch, and why
+        self.start()
+
+    def run(self) -> None:
+        """Look and reload until it is given up."""
+        say(f"{self.name} is watched")
+        while True:
+            with contextlib.suppress(*_LOST):  # `watch` says so
+                stubs, counts = _stubs(self.name), self._count()  # one that is loaded has a stub
+                deaths = [self._dead(each, counts[each], stubs[each]) for each in counts]
+                self._counts, self._stubs = self._count(), stubs  # with the probes
+                why = next(filter(None, deaths), "" if counts else self._unloaded)
+                if why and not self._reload(why):
+                    return
+            time.sleep(self._interval)
+
+    def _count(self) -> dict[str, Any]:
+        """Return what the server has counted, by version; {} if the model is unloaded."""
+        _, found = _ask(self._url, f"{self._path}/stats")
+        return {each["version"]: each["inference_stats"] for each in found.get("model_stats", [])}
+
+    def _dead(self, version: str, now: Any, stubs: int) -> str:
+        """Return in what way a version is dead, nothing if it lives."""
+        _, model = _ask(self._url, self._path)
+        if self._stubs[version] and not stubs and model.get("platform") in {"lrai", "python"}:
+            return "its stub is gone"  # a probe might wait behind many others that will fail
+        before = self._counts.get(version, now)
+        answered, failed = (now[k]["count"] - before[k]["count"] for k in ("success", "fail"))
+        if answered > 0:  # however late
+            self._silent.discard(version)
+            if not failed:
+                return ""
+        body, headers = _zeros(model.get("inputs", []))
+        try:
+            _, answer = _ask(self._url, f"{self._path}/versions/{version}/infer", body, headers)
+        except TimeoutError:
+            why = "it gave two probes no answer" if version in self._silent else ""
+            self._silent.add(version)
+            return why
+        self._silent.discard(version)
+        return "its stub is not healthy" if "Stub process" in str(answer) else ""
+
+    def _reload(self, why: str) -> bool:
+        """Unload and load the model; return False where that was done too often."""
+        now, path = time.monotonic(), f"/repository{self._path}"
+        self._reloads = [at for at in self._reloads if now - at < _WINDOW_SECONDS]
+        if len(self._reloads) >= _MOST_RELOADS:
+            # Nobody else would find out: a model that is dead is "ready" as long as it is loaded.
+            _ask(self._url, f"{path}/unload", b"{}")
+            say(f"{self.name}: {why} after {_MOST_RELOADS} reloads in a minute: unloaded, given up")
+            return False
+        if self._reloads:
+            time.sleep(max(0.0, self._reloads[-1] + 2 ** (len(self._reloads) - 1) - now))
+        self._unloaded, begun = why, time.monotonic()
+        self._reloads.append(begun)
+        say(f"{self.name}: {why}; reloading it")
+        _ask(self._url, f"{path}/unload", b"{}")
+        status, answer = _ask(self._url, f"{path}/load", b"{}")
+        self._unloaded = "" if status == http.client.OK else f"it did not load: {answer}"
+        say(f"{self.name}: {self._unloaded or f'reloaded in {time.monotonic() - begun:.1f} s'}")
+        return True
+
+
+def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) -> tuple[int, Any]:
+    """Return status and JSON of an answer, {} where it has none or is one of tensors.
+
+    Args:
+        url: The server's.
+        path: Below /v2.
+        body: Sent by POST; else the request is a GET.
+        headers: Of the request.
+    """
+    seconds = _SECONDS.get(path.rpartition("/")[2], 10.0)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=seconds)
+    with contextlib.closing(connection):
+        connection.request("GET" if body is None else "POST", f"/v2{path}", body, headers or {})
+        reply = connection.getresponse()
+        tensors = "octet-stream" in str(reply.headers["Content-Type"])
+        return reply.status, json.loads(b"{}" if tensors else reply.read() or b"{}")
+
+
+def _models(url: str) -> list[str]:
+    """Return the names of the models that are ready and LRAI's."""
+    _, index = _ask(url, "/repository/index", b'{"ready": true}')
+    paths = {each["name"]: f"/models/{quote(each['name'])}/config" for each in index}
+    return [name for name, path in paths.items() if _ask(url, path)[1].get("backend") == "lrai"]
+
+
+def _stubs(model: str) -> Counter[str]:
+    """Return how many stubs of a model run on this machine, by version."""
+    found = Counter[str]()
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError, ValueError):  # it has ended
+            program, file = process.read_text(errors="replace").split("\0")[:2]
+            *_, name, version, _ = Path(file).parts  # REPOSITORY/MODEL/VERSION/model.py
+            found[version] += program.endswith("python_backend_stub") and name == model
+    return found
+
+
+def _zeros(inputs: list[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
+    """Return a request of zeros, the smallest that inputs allow, and its headers."""
+    tensors, total = list[dict[str, Any]](), 0
+    for given in inputs:
+        shape = [1 if n < 0 else n for n in given["shape"]]
+        bits = "".join(filter(str.isdigit, given["datatype"]))
+        size = prod(shape) * (int(bits) // 8 if bits else _SIZES[given["datatype"]])
+        tensors.append(given | {"shape": shape, "parameters": {"binary_data_size": size}})
+        total += size
+    answer = {"binary_data_output": True}  # JSON would have no half-precision numbers
+    text = json.dumps({"inputs": tensors, "parameters": answer}).encode()
+    return text + bytes(total), {"Inference-Header-Content-Length": str(len(text))}
+
+
+def _given(arguments: list[str], name: str, default: str = "") -> str:
+    """Return the value of an option of tritonserver; an argument holds no NUL."""
+    found = re.findall(rf"\0--{name}[=\0]([^\0]*)", "\0".join(["", *arguments]))
+    return found[-1] if found else default
+
+
+def _run_both(commands: list[list[str]]) -> int:
+    """Return the first program's exit status when it has ended; signals go to it and the other."""
+    # The stub is the first python3 on PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environ, processes = {**os.environ, "PATH": path}, list[subprocess.Popen[bytes]]()
+
+    def forward(number: int, _: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    try:
+        for command in commands:  # in groups of their own: Ctrl-C comes from here alone
+            processes.append(subprocess.Popen(command, env=environ, process_group=0))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, forward)
+        return processes[0].wait()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+
+
+def say(words: str) -> None:
+    """Print what happened, and when."""
+    out.print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), words, soft_wrap=True)

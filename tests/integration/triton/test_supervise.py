@@ -1,0 +1,321 @@
+"""`lrai triton watch` and `serve`: real servers, and stubs that are killed, stopped and crash."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.host import Host
+from benchmarks.processes import HOST, Server
+from benchmarks.triton_server import Prepared, TritonServer, free_ports, stubs, variables
+from tests.integration.test_cli import run
+from tests.integration.test_runtime_faults import kill, wait_until
+from tests.integration.triton.conftest import Triton
+from tests.integration.triton.models import WIDTH, config, identity, plain
+
+pytestmark = pytest.mark.server
+
+LRAI = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
+BODY = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, WIDTH], "data": [1, 2, 3, 4]}]}
+
+
+def answers(address: str, model: str, seconds: float = 5.0) -> bool:
+    """Return whether the model answers a request, and rightly."""
+    connection = http.client.HTTPConnection(address, timeout=seconds)
+    try:
+        connection.request("POST", f"/v2/models/{model}/infer", json.dumps(BODY))
+        reply = connection.getresponse()
+        content = json.loads(reply.read())
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+    return reply.status == 200 and content["outputs"][0]["data"] == [1, 2, 3, 4]
+
+
+class Watch:
+    """`lrai triton watch` as a process, and what it has said."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*LRAI, "triton", "watch", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def said(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
+
+    def wait(self, seconds: float) -> int:
+        status = self.process.wait(seconds)
+        self._thread.join()
+        return status
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.wait(10)
+
+    def _read(self) -> None:
+        with self.process.stdout as stream:  # type: ignore[union-attr] # a pipe
+            self.lines.extend(line.rstrip("\n") for line in stream)
+
+
+@contextmanager
+def watching(triton: Triton, *models: str, interval: float = 1.0) -> Iterator[Watch]:
+    names = [word for model in models for word in ("--model", model)]
+    url = f"http://{triton.server.http}"
+    watch = Watch("--url", url, "--interval", str(interval), *names)
+    try:
+        wait_until(lambda: watch.said("watching"))
+        yield watch
+    finally:
+        watch.close()
+
+
+def seconds_until_answer(triton: Triton, model: str) -> float:
+    started = time.monotonic()
+    wait_until(lambda: answers(triton.server.http, model, 1.0), 30)
+    return time.monotonic() - started
+
+
+def test_a_killed_stub_of_ours_is_back_in_five_seconds_and_a_plain_one_stays_dead(
+    triton: Triton, tmp_path: Path
+) -> None:
+    with (
+        triton.serving("beside", {1: plain(tmp_path)}, config("python")),
+        triton.serving("ours", {1: identity(tmp_path / "m.onnx")}, config("lrai")),
+        watching(triton) as watch,
+    ):
+        for _ in range(2):
+            assert answers(triton.server.http, "ours")
+            for model in ("beside", "ours"):
+                for stub in triton.server.stub_pids().get(model, []):
+                    kill(stub)
+            assert seconds_until_answer(triton, "ours") <= 5
+            assert not answers(triton.server.http, "beside")
+            assert triton.http.is_model_ready("beside")  # or so it says
+            assert "beside" not in triton.server.stub_pids()
+    assert not watch.said("beside")
+    assert watch.said("ours: its stub is gone; reloading it")
+
+
+def test_a_killed_stub_is_found_under_load(triton: Triton, tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def call() -> None:
+        while not ended.is_set():
+            answers(triton.server.http, "loaded")
+
+    with triton.serving("loaded", {1: identity(tmp_path / "m.onnx")}, config("lrai")):
+        callers = [threading.Thread(target=call) for _ in range(16)]
+        with watching(triton, "loaded"):
+            for caller in callers:
+                caller.start()
+            kill(*triton.server.stub_pids()["loaded"])
+            seconds = seconds_until_answer(triton, "loaded")
+            ended.set()
+            for caller in callers:
+                caller.join()
+        assert seconds <= 5
+
+
+def test_a_stub_that_hangs_is_reloaded(triton: Triton, tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    model = plain(tmp_path, f"while os.path.exists({str(held)!r}): time.sleep(0.05)")
+    with triton.serving("hangs", {1: model}, config("python")):
+        (stub,) = triton.server.stub_pids()["hangs"]
+        with watching(triton, "hangs", interval=0.1) as watch:
+            held.touch()
+            wait_until(lambda: watch.said("hangs: it gave two probes no answer; reloading it"), 30)
+            held.unlink()
+            wait_until(lambda: watch.said("hangs: reloaded"), 30)
+            assert answers(triton.server.http, "hangs")
+        assert triton.server.stub_pids()["hangs"] != [stub]
+
+
+def test_a_stub_that_is_stopped_is_reloaded(triton: Triton, tmp_path: Path) -> None:
+    with triton.serving("stopped", {1: plain(tmp_path)}, config("python")):
+        (stub,) = triton.server.stub_pids()["stopped"]
+        kill(stub, signal.SIGSTOP)
+        with watching(triton, "stopped", interval=0.1) as watch:
+            wait_until(lambda: answers(triton.server.http, "stopped"), 30)
+            assert watch.said("stopped: its stub is not healthy; reloading it")
+        kill(stub)  # which Triton does not do
+
+
+def test_a_model_that_refuses_the_probe_lives(triton: Triton, tmp_path: Path) -> None:
+    model = plain(tmp_path, 'raise pb_utils.TritonModelException("no rows of zeros here")')
+    with triton.serving("refuses", {1: model}, config("python", dims=-1)):
+        with watching(triton, "refuses", interval=0.1) as watch:
+            before = counted(triton, "refuses", "fail")
+            wait_until(lambda: counted(triton, "refuses", "fail") > before + 5)
+        assert not watch.said("reloading")
+
+
+def test_a_model_that_answers_its_requests_is_not_probed(triton: Triton, tmp_path: Path) -> None:
+    asked, ended = 0, time.monotonic() + 3
+    with (
+        triton.serving("busy", {1: plain(tmp_path)}, config("python")),
+        watching(triton, "busy", interval=0.3),
+    ):
+        while time.monotonic() < ended:
+            assert answers(triton.server.http, "busy")
+            asked += 1
+        assert counted(triton, "busy", "success") <= asked + 2  # before it knew
+
+
+def counted(triton: Triton, model: str, what: str) -> int:
+    (stats,) = triton.http.get_inference_statistics(model)["model_stats"]
+    count: int = stats["inference_stats"][what]["count"]
+    return count
+
+
+def test_a_model_that_always_dies_is_given_up_and_no_longer_called_ready(
+    triton: Triton, tmp_path: Path
+) -> None:
+    with triton.serving("dies", {1: plain(tmp_path, "os._exit(1)")}, config("python")):
+        with watching(triton, "dies", interval=0.1) as watch:
+            assert watch.wait(120) == 3
+        assert sum("reloading it" in line for line in watch.lines) == 5
+        assert watch.said("after 5 reloads in a minute: unloaded, given up")
+        assert watch.said("no model is left to watch; given up: dies")
+        assert not triton.http.is_model_ready("dies")
+
+
+def test_a_model_that_does_not_load_again_is_tried_again(triton: Triton, tmp_path: Path) -> None:
+    with triton.serving("broken", {1: plain(tmp_path)}, config("python")):
+        source = triton.repository / "broken" / "1" / "model.py"
+        with watching(triton, "broken", interval=0.1) as watch:
+            source.write_text("raise ValueError('not now')\n")
+            kill(*triton.server.stub_pids()["broken"])
+            wait_until(lambda: watch.said("broken: it did not load"))
+            plain(source.parent)
+            wait_until(lambda: answers(triton.server.http, "broken"), 30)
+
+
+def test_what_somebody_has_unloaded_stays_unloaded(triton: Triton, tmp_path: Path) -> None:
+    with triton.serving("leaves", {1: plain(tmp_path)}, config("python")):
+        with watching(triton, "leaves", interval=0.1) as watch:
+            triton.http.unload_model("leaves")
+            time.sleep(2)
+            assert not triton.http.is_model_ready("leaves")
+        assert not watch.said("reloading")
+
+
+def test_a_server_of_another_mode_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    with TritonServer(tmp_path, **prepared._asdict()) as server:
+        said = run("triton", "watch", "--url", f"http://{server.http}", code=5)
+    assert "has not got --model-control-mode=explicit" in said
+
+
+def test_the_watch_waits_for_a_server_and_refuses_what_is_no_address() -> None:
+    run("triton", "watch", "--url", "localhost:8000", code=2)
+    watch = Watch("--url", f"http://{HOST}:9", "--interval", "0.1")
+    wait_until(lambda: watch.said(f"no answer from http://{HOST}:9"))
+    time.sleep(0.5)
+    watch.close()
+    assert sum("no answer" in line for line in watch.lines) == 1
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """Yield the shared runtime of a server of the test's own."""
+    with Host() as host:
+        yield host
+
+
+def served(
+    prepared: Prepared, folder: Path, host: Host, *more: str, options: Sequence[str] = ()
+) -> Server:
+    """Start `lrai triton serve` on a repository with one model of ours, `ours`."""
+    repository = folder / "repository"
+    (repository / "ours" / "1").mkdir(parents=True)
+    (repository / "ours" / "config.pbtxt").write_text(config("lrai"))
+    identity(repository / "ours" / "1" / "model.onnx")
+    command = [str(prepared.environment / "bin" / "lrai"), "triton", "serve", *options, "--", *more]
+    command += [f"--model-repository={repository}", "--backend-directory", str(prepared.backends)]
+    command += [f"--http-address={HOST}", "--http-port={port}", "--exit-timeout-secs=5"]
+    grpc, metrics = free_ports(2)
+    command += [f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--allow-gpu-metrics=false"]
+    needed = variables(prepared.environment)
+    _, rest = needed["PATH"].split(os.pathsep, 1)  # it puts its own interpreter there itself
+    own = {"PATH": rest, "LRAI_RUNTIME_SOCKET_DIR": str(host.folder), "LRAI_ACTOR_THREADS": "1"}
+    return Server(command, folder / "log", variables=needed | own)
+
+
+def end(server: Server, pid: int, number: int) -> int:
+    """Send a signal to a process of the server's; return the exit status of `serve`."""
+    tree = server.processes()
+    kill(pid, number)
+    status = server._process.wait(30)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in tree))
+    return status
+
+
+def test_serve_reloads_a_model_whose_stub_was_killed_and_leaves_nothing(
+    prepared: Prepared, tmp_path: Path, host: Host
+) -> None:
+    with served(prepared, tmp_path, host) as server:
+        server.wait_until_ready("/v2/health/ready")
+        address = f"{HOST}:{server.port}"
+        assert answers(address, "ours")
+        assert len(host.daemons()) == 1
+        wait_until(lambda: "ours is watched" in server.log.read_text())
+        kill(*stubs(server.processes())["ours"])
+        wait_until(lambda: answers(address, "ours", 1.0), 5)
+        # Triton keeps a model whose stub has died until its time to exit is over, and says so.
+        assert end(server, server._process.pid, signal.SIGTERM) == 1
+    assert "Exit timeout expired" in server.log.read_text()
+    assert host.daemons() == []
+
+
+def test_serve_drains_on_sigterm(prepared: Prepared, tmp_path: Path, host: Host) -> None:
+    with served(prepared, tmp_path, host, "--model-control-mode=none") as server:
+        server.wait_until_ready("/v2/health/ready")
+        wait_until(lambda: "has not got --model-control-mode=explicit" in server.log.read_text())
+        assert answers(f"{HOST}:{server.port}", "ours")
+        assert end(server, server._process.pid, signal.SIGTERM) == 0
+    assert host.daemons() == []
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_serve_ends_as_the_server_ends_and_leaves_a_runtime_that_ran_before(
+    prepared: Prepared, tmp_path: Path, host: Host
+) -> None:
+    environ = {**os.environ, "LRAI_RUNTIME_SOCKET_DIR": str(host.folder)}
+    subprocess.run([*LRAI, "runtime", "start"], env=environ, check=True)
+    daemons = host.daemons()
+    with served(prepared, tmp_path, host, options=["--no-watch"]) as server:
+        server.wait_until_ready("/v2/health/ready")
+        assert answers(f"{HOST}:{server.port}", "ours")
+        (triton,) = [pid for pid in server.processes() if name_of(pid) == "tritonserver"]
+        assert end(server, triton, signal.SIGKILL) == 128 + signal.SIGKILL
+    assert host.daemons() == daemons
+    assert "watch" not in server.log.read_text()
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+
+
+def test_serve_says_what_is_missing(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no tritonserver on PATH" in run("triton", "serve", "--", "--http-port=1", code=5)
+    monkeypatch.setenv("PATH", variables(prepared.environment)["PATH"])
+    said = run("triton", "serve", "--", f"--backend-directory={tmp_path}", code=5)
+    assert f"lrai triton install --backend-directory {tmp_path}" in said.replace("\n", " ")
