@@ -1,0 +1,325 @@
+"""Models in Triton: `backend: "lrai"` against the plain python backend with ONNX Runtime.
+
+One server, whose whole tree (stubs, LRAI's daemon and actors) has one core, one engine thread
+everywhere, and callers on another core. The MiniLM sentence encoder in fp32 and the variant that
+the compiler chose; requests of a fixed length, of search queries' and of the Azure conversations'.
+Peers run the same files; a sweep finds the best setting of each for each kind of lengths, and only
+that one runs in full, in turns with ours. What the gain comes from is split up: the variant,
+coalescing, and several instances that share one actor.
+
+    python benchmarks/triton.py --data ../shared/data --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+_ROOT = Path(__file__).resolve().parents[1]
+# This file must not be what `import triton` finds.
+sys.path[:] = [
+    str(_ROOT),
+    *(p for p in sys.path if p and Path(p).resolve() != _ROOT / "benchmarks"),
+]
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402 - after the lines above
+import onnxruntime  # noqa: E402
+
+import lrai_core as lrai  # noqa: E402
+from benchmarks import harness, models, realtime, transport  # noqa: E402
+from benchmarks import triton_entries as entries  # noqa: E402
+from benchmarks import triton_report as report  # noqa: E402
+from benchmarks.harness import console  # noqa: E402
+from benchmarks.host import end_on_sigterm  # noqa: E402
+from benchmarks.triton_entries import Entry, Ours, Repository  # noqa: E402
+from benchmarks.triton_load import Load  # noqa: E402
+from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, Kind, measure_open, share  # noqa: E402
+from benchmarks.triton_server import Prepared, TritonServer, make_backends, prepare  # noqa: E402
+
+FIXED_LENGTH: Final = 32
+ROWS: Final = {"fixed": 200, "search": 400, "azure": 120}
+SEED: Final = 0
+
+QUICK: Final = Extent(
+    ways=entries.QUICK_WAYS,
+    queues=entries.QUICK_QUEUES,
+    instances=(1,),
+    swept=80,
+    rounds=3,
+    requests={32: 160},
+    open_rounds=1,
+    open_seconds=4.0,
+    open_kinds=("search",),
+    open_loads=(1.5,),
+    bursts=False,
+    overhead_rounds=3,
+)
+FULL: Final = Extent(
+    ways=entries.WAYS,
+    queues=entries.QUEUES,
+    instances=(1, 2),
+    swept=160,
+    rounds=7,
+    requests={1: 120, 8: 240, 32: 320, 128: 384},
+    open_rounds=3,
+    open_seconds=6.0,
+    open_kinds=("search", "azure"),
+    open_loads=(0.7, 1.0, 1.5),
+    bursts=True,
+    overhead_rounds=9,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, measure, print, write; return 1 where a check does not hold."""
+    arguments = _arguments(argv)
+    extent = QUICK if arguments.quick else FULL
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        console.print("two CPUs are needed: one for the server, one for the callers")
+        return 2
+    end_on_sigterm()
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrai-triton-")))
+        return run(arguments, extent, cpus, scratch, stack)
+
+
+def run(
+    arguments: argparse.Namespace,
+    extent: Extent,
+    cpus: Sequence[int],
+    scratch: Path,
+    stack: contextlib.ExitStack,
+) -> int:
+    """Measure and report."""
+    path = arguments.artifact or realtime.compile_minilm(scratch, cpus[0])
+    artifact = lrai.Artifact.open(path)
+    chosen = artifact.manifest.chosen
+    source = scratch / "minilm.onnx"
+    if not source.exists():
+        models.minilm_onnx(source)
+    os.sched_setaffinity(0, cpus[1:])  # the server is put on the first
+    with console.status("what fp32 answers alone"):
+        kinds = make_kinds(source, arguments.data)
+    noop = transport._first_element(scratch / "noop.onnx", np.float32, [256])  # noqa: SLF001
+    repository = Repository(scratch / "models", source, artifact, noop)
+    console.print(f"bare ONNX Runtime, {chosen} against fp32")
+    bare = measure_bare(artifact, kinds, extent, cpus[0], scratch)
+
+    made = prepared(arguments.environment, scratch)
+    server = TritonServer(
+        repository.folder,
+        environment=made.environment,
+        backends=made.backends,
+        arguments=["--model-control-mode=explicit"],
+        cpus=cpus[:1],
+        env={"LRAI_ACTOR_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        log=scratch / "tritonserver.log",
+    )
+    stack.enter_context(server)
+    load = stack.enter_context(Load(server.port, cpus[1]))
+    for kind in kinds:
+        load.rows(kind.name, kind.rows, "sentence_embedding", kind.expected)
+    bench = Bench(server, load, repository, extent)
+    found: list[dict[str, Any]] = []
+    try:
+        settings = measure(bench, kinds, chosen, found)
+        if not arguments.quick:
+            perf_analyzer(bench, kinds[0], settings, found)
+    except RuntimeError:
+        console.print(server.log.read_text(errors="replace")[-3000:])
+        raise
+    checks = report.checks(found, bench.answers, bare, chosen)
+    report.show(found, extent)
+    packages = ["lrai", "onnxruntime", "numpy", "tritonclient"]
+    return harness.conclude(
+        "triton",
+        arguments.out,
+        harness.environment(1, packages),
+        found,
+        checks,
+        variant=chosen,
+        bare={f"{v}, {n}": values for (v, n), values in bare.items()},
+        azure="trace" if arguments.data else "lognormal of the same median and 99th percentile",
+        answers={v: {"checked": a.count, "worst": a.worst} for v, a in bench.answers.items()},
+    )
+
+
+def measure(
+    bench: Bench, kinds: Sequence[Kind], chosen: str, found: list[dict[str, Any]]
+) -> list[Entry]:
+    """Run the sweep, then everything in full with what it chose; rows are added to `found`.
+
+    Returns:
+        The variant at its best with the first kind of lengths: the peer's entry, and ours.
+    """
+    console.print("overhead: a model that computes nothing")
+    found += bench.overhead()
+    best: dict[tuple[str, str], Any] = {}  # setting by variant and kind of lengths
+    ours: dict[str, Ours] = {}
+    for variant in ("fp32", chosen):
+        console.print(f"sweep of settings: {variant}")
+        rates: dict[Any, dict[str, float]] = {}
+        for setting in entries.peers_of(bench.extent.ways, bench.extent.instances):
+            rates[setting] = bench.sweep(bench.peer(variant, setting), kinds)
+        for kind in kinds:
+            best[variant, kind.name] = max(rates, key=lambda s, name=kind.name: rates[s][name])
+        mine = {}
+        for execution in entries.EXECUTIONS:
+            for count in bench.extent.instances:
+                setting = Ours(execution, count)
+                mine[setting] = bench.sweep(bench.ours(variant, setting), kinds)
+        ours[variant] = max(mine, key=lambda s: statistics.geometric_mean(mine[s].values()))
+        found += [
+            {"loop": "sweep", "variant": variant, "who": who, "setting": str(s), "rates": r}
+            for who, swept in (("peer", rates), ("lrai", mine))
+            for s, r in swept.items()
+        ]
+    for kind in kinds:
+        console.print(f"closed loop: {kind.name}")
+        who = {
+            "peer fp32": bench.peer("fp32", best["fp32", kind.name]),
+            "peer variant": bench.peer(chosen, best[chosen, kind.name]),
+            "lrai fp32": bench.ours("fp32", ours["fp32"]),
+            "lrai": bench.ours(chosen, ours[chosen]),
+        }
+        if len(bench.extent.instances) > 1:
+            shared = Ours(ours[chosen].execution, 3 - ours[chosen].instances)
+            who["lrai, other instances"] = bench.ours(chosen, shared)
+        with bench.loaded(*who.values()):
+            figures = bench.rounds(list(who.values()), kind)
+        for name, entry in who.items():
+            for callers in bench.extent.requests:
+                found.append(
+                    {
+                        "loop": "closed",
+                        "lengths": kind.name,
+                        "who": name,
+                        "setting": str(entry.setting),
+                        "callers": callers,
+                        "rates": [run.rate for run in figures[entry.name, callers]],
+                        "p50_ms": [run.percentile_ms(0.5) for run in figures[entry.name, callers]],
+                        "p95_ms": [run.percentile_ms(0.95) for run in figures[entry.name, callers]],
+                    }
+                )
+    for kind in kinds:
+        if kind.name in bench.extent.open_kinds:
+            console.print(f"open loop: {kind.name}")
+            entry = bench.ours(chosen, ours[chosen])
+            alone = bench.peer(chosen, entries.WAYS[0])
+            with bench.loaded(alone):  # what it can do through the server, one by one
+                tries = [bench.closed(alone, kind, 0, share(kind, 160), 32).rate for _ in range(3)]
+            rate = float(np.median(tries))
+            found += measure_open(bench, kind, entry, best[chosen, kind.name], chosen, rate)
+    peer = bench.peer(chosen, best[chosen, kinds[0].name])
+    return [peer, bench.ours(chosen, ours[chosen])]
+
+
+def make_kinds(source: Path, data: Path | None) -> list[Kind]:
+    """Return rows of real text of each kind of lengths, with what fp32 answers to each alone."""
+    lengths = {
+        "fixed": np.full(ROWS["fixed"], FIXED_LENGTH),
+        "search": models.search_lengths(ROWS["search"], SEED + 1),
+        "azure": realtime.azure_lengths(ROWS["azure"], data),
+    }
+    tokenizer = models.Tokenizer()
+    stream = np.concatenate(
+        [ids[1:-1] for ids in tokenizer.encode(models.sentences(3_000, SEED + 11))]
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    kinds = []
+    for name, counts in lengths.items():
+        starts = np.random.default_rng(SEED).integers(0, len(stream) - 600, len(counts))
+        rows = []
+        for start, length in zip(starts, counts, strict=True):
+            body = stream[start : start + length - 2]
+            ids = np.concatenate([[tokenizer.cls_id], body, [tokenizer.sep_id]])[None]
+            rows.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        answers = [session.run(None, row)[0] for row in rows]
+        kinds.append(Kind(name, rows, np.concatenate(answers)))
+    return kinds
+
+
+def measure_bare(
+    artifact: lrai.Artifact, kinds: Sequence[Kind], extent: Extent, cpu: int, scratch: Path
+) -> dict[tuple[str, str], list[float]]:
+    """Return rows a second of ONNX Runtime in a plain loop, by variant and lengths, each round."""
+    found: dict[tuple[str, str], list[float]] = {}
+    variants = ["fp32", artifact.manifest.chosen]
+    for kind in kinds:
+        ids = [row["input_ids"][0] for row in kind.rows]
+        file = scratch / f"{kind.name}.npz"
+        np.savez(file, lengths=[len(row) for row in ids], input_ids=np.concatenate(ids))
+    with contextlib.ExitStack() as stack:
+        peers = {
+            variant: stack.enter_context(realtime.Peer(artifact, variant, cpu, file))
+            for variant in variants
+        }
+        for kind in kinds:
+            for peer in peers.values():
+                peer.ask(do="requests", requests=str(scratch / f"{kind.name}.npz"))
+            for _ in range(extent.rounds):
+                for variant, peer in peers.items():
+                    seconds = peer.ask(do="closed", batch=1, pad=0)["seconds"]
+                    found.setdefault((variant, kind.name), []).append(len(kind.rows) / seconds)
+    return found
+
+
+def perf_analyzer(
+    bench: Bench, kind: Kind, settings: Sequence[Entry], found: list[dict[str, Any]]
+) -> None:
+    """Add what Triton's own tool says, where it is installed."""
+    tool = Path(sys.executable).parent / "perf_analyzer"
+    if not tool.exists():
+        console.print("perf_analyzer is not installed: no second opinion")
+        return
+    data = bench.repository.folder.parent / "perf.json"
+    rows = [{name: array[0].tolist() for name, array in row.items()} for row in kind.rows]
+    data.write_text(json.dumps({"data": rows}))
+    out = data.with_suffix(".csv")
+    for who, entry in zip(("peer variant", "lrai"), settings, strict=True):
+        command = [str(tool), "-m", entry.name, "-u", bench.server.http, "--input-data", str(data)]
+        command += ["--concurrency-range", str(SWEPT_AT), "-s", "999", "-f", str(out)]
+        with bench.loaded(entry):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not out.exists():
+            console.print(f"perf_analyzer failed: {(done.stderr or done.stdout)[-300:]}")
+            return
+        header, values = out.read_text().splitlines()[:2]
+        figures = dict(zip(header.split(","), values.split(","), strict=False))
+        rate, p95 = float(figures["Inferences/Second"]), float(figures["p95 latency"]) / 1e3
+        found.append({"loop": "perf_analyzer", "who": who, "rate": rate, "p95_ms": p95})
+
+
+def prepared(environment: Path | None, scratch: Path) -> Prepared:
+    """Return what the server runs from: the project's own, or another environment."""
+    if environment is None:
+        return prepare()
+    make_backends(environment, scratch / "backends")
+    return Prepared(environment, scratch / "backends")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Models in Triton, with LRAI and without it.")
+    parser.add_argument("--quick", action="store_true", help="three minutes, beside compiling")
+    parser.add_argument("--data", type=Path, help="folder of data sets: lengths of a trace")
+    parser.add_argument("--artifact", type=Path, help="of MiniLM, instead of compiling it")
+    parser.add_argument("--environment", type=Path, help="with the server, instead of .triton")
+    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""Faults and changes under load: what callers of a Triton server see of them.
+
+MiniLM behind `backend: "lrai"`, callers in open loop. First its actor is killed, then its stub,
+beside that of a plain python backend, while `lrai triton watch` looks after the server; then the
+model is reloaded, and a new version put in the place of the old one. Every answer is checked.
+
+    python benchmarks/triton_faults.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [
+    str(_ROOT),
+    *(p for p in sys.path if p and Path(p).resolve() != _ROOT / "benchmarks"),
+]
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import numpy as np  # noqa: E402 - after the lines above
+
+import lrai_core as lrai  # noqa: E402
+from benchmarks import harness, models, realtime, transport  # noqa: E402
+from benchmarks import triton_entries as entries  # noqa: E402
+from benchmarks.harness import Check, console  # noqa: E402
+from benchmarks.host import end_on_sigterm  # noqa: E402
+from benchmarks.triton import make_kinds, prepared  # noqa: E402
+from benchmarks.triton_entries import Entry, Ours, Repository  # noqa: E402
+from benchmarks.triton_load import Figures, Load  # noqa: E402
+from benchmarks.triton_runs import Kind, arrivals_of  # noqa: E402
+from benchmarks.triton_server import Prepared, TritonServer, variables  # noqa: E402
+
+RATE: Final = 200.0  # requests per second while models are changed
+FAULT_RATE: Final = 60.0  # while processes are killed
+ACTOR_SECONDS, STUB_SECONDS = 2.0, 5.0  # until the service is back
+COSINE, COSINE_SHARE = 0.99, 0.98
+_STAYS_DEAD_SECONDS: Final = 10.0
+_BACK_SECONDS: Final = 30.0
+_TRY_SECONDS: Final = 0.05
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Kill, reload, print, write; return 1 where a check does not hold."""
+    arguments = _arguments(argv)
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        console.print("two CPUs are needed: one for the server, one for the callers")
+        return 2
+    end_on_sigterm()
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrai-triton-")))
+        path = arguments.artifact or realtime.compile_minilm(scratch, cpus[0])
+        source = scratch / "minilm.onnx"
+        if not source.exists():
+            models.minilm_onnx(source)
+        _, kind, _ = make_kinds(source, None)
+        noop = transport._first_element(scratch / "noop.onnx", np.float32, [256])  # noqa: SLF001
+        repository = Repository(scratch / "models", source, lrai.Artifact.open(path), noop)
+        made = prepared(arguments.environment, scratch)
+        server = TritonServer(
+            repository.folder,
+            environment=made.environment,
+            backends=made.backends,
+            arguments=["--model-control-mode=explicit"],
+            cpus=cpus[:1],
+            env={"LRAI_ACTOR_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            log=scratch / "tritonserver.log",
+        )
+        stack.enter_context(server)
+        load = stack.enter_context(Load(server.port, cpus[1]))
+        load.rows(kind.name, kind.rows, "sentence_embedding", kind.expected)
+        entry = repository.ours("minilm", "artifact", Ours("auto"))
+        plain = repository.peer("plain", "fp32", entries.WAYS[0])
+        entries.load(server.port, entry.name)
+        entries.load(server.port, plain.name)
+        load.closed(entry.name, kind.name, range(64), 8)
+        rows = [
+            kill_actor(server, load, entry, kind, 4.0 if arguments.quick else 15.0),
+            kill_stubs(server, load, made, entry, plain, kind),
+        ]
+        entries.unload(server.port, plain.name)
+        seconds = 10.0 if arguments.quick else 60.0
+        rows += [
+            change(server, load, repository, entry, kind, seconds, what)
+            for what in ("reload", "version switch")
+        ]
+    report(rows)
+    return harness.conclude(
+        "triton_faults",
+        arguments.out,
+        harness.environment(1, ["lrai", "onnxruntime", "numpy", "tritonclient"]),
+        rows,
+        checks(rows),
+    )
+
+
+def kill_actor(
+    server: TritonServer, load: Load, entry: Entry, kind: Kind, seconds: float
+) -> dict[str, Any]:
+    """Kill the actor in the middle of the load, and say what callers saw."""
+    arrivals = arrivals_of(FAULT_RATE, seconds, 0, bursts=False)
+    load.start_open(entry.name, kind.name, arrivals, None)
+    time.sleep(seconds / 2)
+    (pid,) = _actors(server)
+    os.kill(pid, signal.SIGKILL)
+    return {"what": "actor killed", "back_s": None, **_seen(load.hear())}
+
+
+def kill_stubs(
+    server: TritonServer, load: Load, made: Prepared, entry: Entry, plain: Entry, kind: Kind
+) -> dict[str, Any]:
+    """Kill the stubs of ours and of a plain backend, and say when each is back."""
+    with _watching(server, made, entry.name):
+        time.sleep(2.0)
+        stubs = server.stub_pids()
+        for name in (entry.name, plain.name):
+            for pid in stubs[name]:
+                os.kill(pid, signal.SIGKILL)
+        killed = time.perf_counter()
+        back = None
+        while back is None and time.perf_counter() - killed < _BACK_SECONDS:
+            time.sleep(_TRY_SECONDS)
+            figures = load.closed(entry.name, kind.name, [0], 1)
+            if figures.statuses == {200: 1}:
+                back = time.perf_counter() - killed
+        after = _seen(load.closed(entry.name, kind.name, range(64), 8))
+        time.sleep(max(0.0, killed + _STAYS_DEAD_SECONDS - time.perf_counter()))
+        dead = load.closed(plain.name, kind.name, [0], 1)
+    return {
+        "what": "stub killed",
+        **after,
+        "back_s": back,
+        "plain_is_back": dead.statuses == {200: 1},
+        "plain_is_ready": _is_ready(server, plain.name),
+    }
+
+
+def change(
+    server: TritonServer,
+    load: Load,
+    repository: Repository,
+    entry: Entry,
+    kind: Kind,
+    seconds: float,
+    what: str,
+) -> dict[str, Any]:
+    """Load the model anew every few seconds while requests come."""
+    arrivals = arrivals_of(RATE, seconds, 1, bursts=False)
+    load.start_open(entry.name, kind.name, arrivals, None)
+    config, times = repository.folder / entry.name / "config.pbtxt", 0
+    written, end = config.read_text(), time.monotonic() + seconds - 3.0
+    while time.monotonic() < end:
+        time.sleep(2.0)
+        times += 1
+        if what == "version switch":
+            repository.version(entry.name, 2)
+            policy = f"version_policy {{ specific {{ versions: [ {1 + times % 2} ] }} }}"
+            config.write_text(f"{written}{policy}\n")
+        else:  # a model whose files have not changed is not loaded again
+            config.write_text(f"{written}# {times}\n")
+        entries.load(server.port, entry.name)
+    row = {"what": f"{times} x {what}", "times": times, **_seen(load.hear())}
+    config.write_text(written)
+    return row
+
+
+@contextlib.contextmanager
+def _watching(server: TritonServer, made: Prepared, model: str) -> Iterator[None]:
+    del model
+    command = [
+        str(made.environment / "bin" / "lrai"),
+        "triton",
+        "watch",
+        "--url",
+        f"http://{server.http}",
+    ]
+    process = subprocess.Popen(
+        command, env={**os.environ, **variables(made.environment)}, stdout=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _actors(server: TritonServer) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            if "lrai_core.actor" in command and str(server.runtime.folder) in command:
+                found.append(int(process.name))
+    return found
+
+
+def _is_ready(server: TritonServer, model: str) -> bool:
+    host, port = server.http.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.request("GET", f"/v2/models/{model}/ready")
+    with connection.getresponse() as reply:
+        ready = reply.status == http.client.OK
+    connection.close()
+    return ready
+
+
+def _seen(figures: Figures) -> dict[str, Any]:
+    """Return what callers saw; `gap_s` is the longest time in which nothing was answered."""
+    ended = np.sort(figures.ended[np.isfinite(figures.latencies)])
+    return {
+        "asked": len(figures.latencies),
+        "failed": int((~np.isfinite(figures.latencies)).sum()),
+        "first_error": figures.first_error,
+        "p50_ms": figures.percentile_ms(0.5),
+        "max_ms": figures.percentile_ms(1.0),
+        "gap_s": float(np.diff(ended).max()) if len(ended) > 1 else 0.0,
+        "agree": float((figures.cosines >= COSINE).mean()),
+    }
+
+
+def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
+    """Return what has to hold."""
+    actor, stub, *changes = rows
+    back = stub["back_s"] if stub["back_s"] is not None else float("inf")
+    found = [
+        Check("actor killed: requests that failed", actor["failed"], "0", actor["failed"] == 0),
+        _at_most("actor killed: s without an answer", actor["gap_s"], ACTOR_SECONDS),
+        _at_most("stub killed: s until it answers", back, STUB_SECONDS),
+        Check(
+            "stub killed: plain backends that came back",
+            float(stub["plain_is_back"]),
+            "0",
+            not stub["plain_is_back"],
+        ),
+    ]
+    found += [
+        Check(f"{row['what']}: requests that failed", row["failed"], "0", row["failed"] == 0)
+        for row in changes
+    ]
+    return found + [
+        Check(
+            f"{row['what']}: answers with cosine >= {COSINE}",
+            row["agree"],
+            f">= {COSINE_SHARE}",
+            row["agree"] >= COSINE_SHARE,
+        )
+        for row in rows
+    ]
+
+
+def report(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    harness.show(
+        "MiniLM in Triton, with LRAI: what callers see",
+        ["what", "asked", "failed", "p50 ms", "longest ms", "s without answers"],
+        [
+            (
+                row["what"],
+                str(row["asked"]),
+                str(row["failed"]),
+                f"{row['p50_ms']:.0f}",
+                f"{row['max_ms']:.0f}",
+                f"{row['gap_s']:.2f}",
+            )
+            for row in rows
+        ],
+        f"{FAULT_RATE:g} requests/s while processes are killed, {RATE:g} while models change",
+    )
+    stub = rows[1]
+    console.print(
+        f"after its stub was killed: lrai answers after {stub['back_s']} s; the plain backend "
+        f"{'answers' if stub['plain_is_back'] else 'does not answer'} after "
+        f"{_STAYS_DEAD_SECONDS:g} s, and Triton calls it "
+        f"{'ready' if stub['plain_is_ready'] else 'not ready'}"
+    )
+
+
+def _at_most(name: str, value: float, most: float) -> Check:
+    return Check(name, value, f"<= {most:g}", value <= most)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Faults and changes under load, in Triton.")
+    parser.add_argument("--quick", action="store_true", help="10 s of each change")
+    parser.add_argument("--data", type=Path, help="not needed here")
+    parser.add_argument("--artifact", type=Path, help="of MiniLM, instead of compiling it")
+    parser.add_argument("--environment", type=Path, help="with the server, instead of .triton")
+    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The tables of `triton.py`, and what has to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks import harness
+from benchmarks.harness import Check, Interval, console, interval
+from benchmarks.triton_runs import OVERLOAD, SWEPT_AT, Answers, Extent
+
+LEAST_TO_FP32: Final = 1.7
+LEAST_OF_BARE: Final = 0.85  # of the speed-up of the bare engine
+LEAST_TO_VARIANT: Final = 1.15
+NOT_BEHIND: Final = 0.97
+LEAST_BEST, LEAST_DEFAULT = 1.2, 2.0  # of the answers in time
+MOST_ADDED_US: Final = 300.0
+MOST_INLINE: Final = 1.1
+COSINE, COSINE_SHARE = 0.99, 0.98  # the gate's own condition for unit vectors
+FP32_TOLERANCE: Final = 1e-4
+
+Rows = Sequence[Mapping[str, Any]]
+Bare = Mapping[tuple[str, str], Sequence[float]]
+
+
+def checks(rows: Rows, answers: Mapping[str, Answers], bare: Bare, chosen: str) -> list[Check]:
+    """Return what has to hold."""
+    speed = ratio(rows, "lrai", "peer fp32", "search", SWEPT_AT)
+    alone = float(np.median(bare[chosen, "search"]) / np.median(bare["fp32", "search"]))
+    of_bare = speed.median / alone
+    variant = ratio(rows, "lrai", "peer variant", "search", SWEPT_AT)
+    found = [
+        _at_least(f"search at {SWEPT_AT}: to the fp32 peer", speed.median, LEAST_TO_FP32),
+        _at_least(
+            f"search at {SWEPT_AT}: of the bare engine's speed-up, {alone:.2f}",
+            of_bare,
+            LEAST_OF_BARE,
+        ),
+        _at_least(
+            f"search at {SWEPT_AT}: to the peer with the same variant",
+            variant.median,
+            LEAST_TO_VARIANT,
+        ),
+    ]
+    for row in rows:
+        if row["loop"] == "closed" and row["who"] == "lrai" and row["callers"] >= 8:
+            one = ratio(rows, "lrai", "peer variant", row["lengths"], row["callers"])
+            name = f"{row['lengths']} at {row['callers']}: to the same variant, {one}"
+            goal = f"interval reaches {NOT_BEHIND:g}"
+            found.append(Check(name, one.median, goal, one.high >= NOT_BEHIND))
+    for row in rows:
+        if row["loop"] == "open" and row["load"] == OVERLOAD:
+            what = f"{row['lengths']}, {row['arrivals']} at {OVERLOAD:g} x: in time, to"
+            for who, least in (("best", LEAST_BEST), ("default", LEAST_DEFAULT)):
+                value = row["in_time"]["lrai"] / max(row["in_time"][who], 1e-3)
+                found.append(_at_least(f"{what} the {who} peer", value, least))
+    bare_p50, lists, inline = (
+        np.array(_overhead(rows, setting)) for setting in ("constant", "lists", "inline")
+    )
+    added, times = interval(list(lists - bare_p50)), interval(list(inline / bare_p50))
+    found += [
+        _at_most("us that a request of one caller takes longer, p50", added.median, MOST_ADDED_US),
+        _at_most("p50 in the stub, to one that returns a constant", times.median, MOST_INLINE),
+        _at_most("worst difference of an fp32 answer", answers["fp32"].worst, FP32_TOLERANCE),
+    ]
+    cosines = np.concatenate(answers[chosen].cosines)
+    agree = float((cosines >= COSINE).mean())
+    name = f"share of {len(cosines):,} answers of {chosen} with cosine >= {COSINE}"
+    return [*found, _at_least(name, agree, COSINE_SHARE)]
+
+
+def ratio(rows: Rows, one: str, other: str, lengths: str, callers: int) -> Interval:
+    """Return how the rates of two servers compare within each round."""
+    pairs = zip(
+        _rates(rows, one, lengths, callers), _rates(rows, other, lengths, callers), strict=True
+    )
+    return interval([mine / theirs for mine, theirs in pairs])
+
+
+def show(rows: Rows, extent: Extent) -> None:
+    """Print the tables."""
+    _show_overhead([row for row in rows if row["loop"] == "overhead"])
+    swept = [row for row in rows if row["loop"] == "sweep"]
+    kinds = list(swept[0]["rates"])
+    harness.show(
+        f"Settings, {SWEPT_AT} callers: requests per second",
+        ["variant", "who", "setting", *kinds],
+        [
+            (row["variant"], row["who"], row["setting"], *(f"{row['rates'][k]:.0f}" for k in kinds))
+            for row in swept
+        ],
+        "the better of two short tries; lrai: how requests are answered",
+    )
+    closed = [row for row in rows if row["loop"] == "closed"]
+    harness.show(
+        "Closed loop",
+        ["lengths", "callers", "who", "requests/s", "p50 ms", "p95 ms", "to fp32", "to variant"],
+        [
+            (
+                row["lengths"],
+                str(row["callers"]),
+                row["who"],
+                *(f"{np.median(row[name]):.1f}" for name in ("rates", "p50_ms", "p95_ms")),
+                *(
+                    str(ratio(rows, row["who"], other, row["lengths"], row["callers"]))
+                    for other in ("peer fp32", "peer variant")
+                ),
+            )
+            for row in closed
+        ],
+        f"medians of {extent.rounds} rounds in turns, 95 % bootstrap intervals; peers at their "
+        "best setting for these lengths",
+    )
+    _show_split(rows, [row for row in closed if row["who"] == "lrai"])
+    harness.show(
+        "Open loop: % answered in time",
+        ["lengths", "arrivals", "load", "asked/s", "SLO ms", "lrai", "best peer", "default peer"],
+        [
+            (
+                row["lengths"],
+                row["arrivals"],
+                f"{row['load']:g}",
+                f"{row['asked_per_s']:.0f}",
+                f"{row['slo_ms']:.0f}",
+                *(f"{100 * row['in_time'][who]:.1f}" for who in ("lrai", "best", "default")),
+            )
+            for row in rows
+            if row["loop"] == "open"
+        ],
+        f"load 1 is what the variant's peer does one by one; {extent.open_rounds} rounds of "
+        f"{extent.open_seconds:g} s",
+    )
+    for row in rows:
+        if row["loop"] == "perf_analyzer":
+            console.print(
+                f"perf_analyzer, fixed lengths, {SWEPT_AT} callers: {row['who']} "
+                f"{row['rate']:.0f} requests/s, p95 {row['p95_ms']:.0f} ms"
+            )
+
+
+def _show_overhead(rows: Rows) -> None:
+    harness.show(
+        "A model that computes nothing",
+        ["setting", "callers", "p50 us", "requests/s", "CPU us", "triton", "stub", "daemon", "act"],
+        [
+            (
+                row["setting"],
+                str(row["callers"]),
+                f"{np.median(row['p50_us']):.0f}",
+                f"{row['requests_per_s']:.0f}",
+                f"{sum(row['cpu_us'].values()):.0f}",
+                *(f"{row['cpu_us'][n]:.0f}" for n in ("triton", "stubs", "daemon", "actors")),
+            )
+            for row in rows
+        ],
+        "CPU time of a request, and in which processes; constant: plain python backend without "
+        "a model",
+    )
+
+
+def _show_split(rows: Rows, cells: Rows) -> None:
+    """Print what each part of the gain is."""
+    parts = [
+        ("the variant", "peer variant", "peer fp32"),
+        ("coalescing, less the way to the actor", "lrai", "peer variant"),
+        ("in all", "lrai", "peer fp32"),
+    ]
+    if any(row["who"] == "lrai, other instances" for row in rows if row["loop"] == "closed"):
+        parts.append(("the other number of instances", "lrai, other instances", "lrai"))
+    harness.show(
+        "Where the gain comes from: requests per second within rounds",
+        ["lengths", "callers", *(name for name, _, _ in parts)],
+        [
+            (
+                row["lengths"],
+                str(row["callers"]),
+                *(
+                    str(ratio(rows, one, other, row["lengths"], row["callers"]))
+                    for _, one, other in parts
+                ),
+            )
+            for row in cells
+        ],
+        "medians with 95 % bootstrap intervals",
+    )
+
+
+def _rates(rows: Rows, who: str, lengths: str, callers: int) -> list[float]:
+    wanted = ("closed", who, lengths, callers)
+    for row in rows:
+        if tuple(row.get(name) for name in ("loop", "who", "lengths", "callers")) == wanted:
+            rates: list[float] = row["rates"]
+            return rates
+    raise KeyError(wanted)
+
+
+def _overhead(rows: Rows, setting: str) -> list[float]:
+    """Return the p50 in us of one caller, by round."""
+    for row in rows:
+        if row["loop"] == "overhead" and row["callers"] == 1 and row["setting"].startswith(setting):
+            p50: list[float] = row["p50_us"]
+            return p50
+    raise KeyError(setting)
+
+
+def _at_least(name: str, value: float, least: float) -> Check:
+    return Check(name, value, f">= {least:g}", value >= least)
+
+
+def _at_most(name: str, value: float, most: float) -> Check:
+    return Check(name, value, f"<= {most:g}", value <= most)

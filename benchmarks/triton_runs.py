@@ -1,0 +1,309 @@
+"""The measurements of `triton.py`: a sweep of settings, closed loops, open loops, the overhead."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import triton_entries as entries
+from benchmarks.harness import console
+from benchmarks.processes import cpu_seconds
+from benchmarks.triton_entries import Entry, Ours, Peer, Queue, Repository
+from benchmarks.triton_load import Figures, Load, Row
+from benchmarks.triton_server import TritonServer
+
+SWEPT_AT: Final = 32
+SLO_CALLS: Final = 10  # the deadline, in mean calls of one by one
+OVERLOAD: Final = 1.5
+OPEN_LOADS: Final = (0.7, 1.0, OVERLOAD)
+NOOP_WIDTH: Final = 256
+_BURST_SECONDS: Final = 0.5  # the mean length of a burst, at twice the rate
+_ATTEMPTS: Final = 2  # of a setting in the sweep; the better one counts
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Rows of one kind of lengths."""
+
+    name: str
+    rows: list[Row]
+    expected: NDArray[np.float32]  # of fp32 run alone, [rows, 384]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is measured."""
+
+    ways: tuple[Peer, ...]
+    queues: tuple[Queue, ...]
+    instances: tuple[int, ...]
+    swept: int  # rows of each try of the sweep; a quarter of them for Azure's
+    rounds: int
+    requests: dict[int, int]  # by callers, in a round; a quarter of them for Azure's
+    open_rounds: int
+    open_seconds: float
+    open_kinds: tuple[str, ...]
+    open_loads: tuple[float, ...]
+    bursts: bool
+    overhead_rounds: int
+
+
+@dataclass(slots=True)
+class Answers:
+    """What all answers to one variant have shown."""
+
+    count: int = 0
+    worst: float = 0.0
+    cosines: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, figures: Figures) -> None:
+        """Take in those of one run."""
+        self.count += int(np.isfinite(figures.latencies).sum())
+        self.worst = max(self.worst, figures.worst)
+        self.cosines.append(figures.cosines)
+
+
+class Bench:
+    """A server with explicit model control, its callers, and what is found."""
+
+    def __init__(
+        self, server: TritonServer, load: Load, repository: Repository, extent: Extent
+    ) -> None:
+        """Measure with these."""
+        self.server, self.load, self.repository, self.extent = server, load, repository, extent
+        self.answers: dict[str, Answers] = defaultdict(Answers)
+        self._numbers = itertools.count(1)
+
+    def peer(self, variant: str, setting: Peer, slo_us: float = 0.0) -> Entry:
+        """Write an entry under a new name."""
+        return self.repository.peer(f"p{next(self._numbers)}", variant, setting, slo_us)
+
+    def ours(self, variant: str, setting: Ours) -> Entry:
+        """Likewise one of LRAI's."""
+        return self.repository.ours(f"l{next(self._numbers)}", variant, setting)
+
+    @contextlib.contextmanager
+    def loaded(self, *models: Entry) -> Iterator[None]:
+        """Have these in the server, and no others."""
+        try:
+            for entry in models:
+                entries.load(self.server.port, entry.name)
+            entries.wait_until_settled(self.server.port)
+            yield
+        finally:
+            for entry in models:
+                entries.unload(self.server.port, entry.name)
+
+    def closed(self, entry: Entry, kind: Kind, first: int, count: int, callers: int) -> Figures:
+        """Send so many rows from the `first` on; every one has to be answered, and rightly."""
+        indices = [(first + i) % len(kind.rows) for i in range(count)]
+        figures = self.load.closed(entry.name, kind.name, indices, callers)
+        if set(figures.statuses) != {200}:
+            raise RuntimeError(
+                f"{entry.variant}, {entry.setting}: answered {figures.statuses}, "
+                f"{figures.first_error}"
+            )
+        self.answers[entry.variant].add(figures)
+        return figures
+
+    def sweep(self, entry: Entry, kinds: Sequence[Kind]) -> dict[str, float]:
+        """Return the rate of one setting with each kind of lengths."""
+        rates = {}
+        with self.loaded(entry):
+            for kind in kinds:
+                count = share(kind, self.extent.swept)
+                self.closed(entry, kind, 0, share(kind, 2 * SWEPT_AT), SWEPT_AT)
+                tries = [
+                    self.closed(entry, kind, turn * count, count, SWEPT_AT).rate
+                    for turn in range(_ATTEMPTS)
+                ]
+                rates[kind.name] = max(tries)
+        return rates
+
+    def rounds(self, models: Sequence[Entry], kind: Kind) -> dict[tuple[str, int], list[Figures]]:
+        """Return the figures of every round in turns, by the entry's name and the callers."""
+        found: dict[tuple[str, int], list[Figures]] = defaultdict(list)
+        for entry in models:
+            self.closed(entry, kind, 0, share(kind, 2 * SWEPT_AT), SWEPT_AT)
+        for turn in range(self.extent.rounds):
+            first = turn % len(models)
+            for callers, requests in self.extent.requests.items():
+                count = share(kind, requests)
+                for entry in [*models[first:], *models[:first]]:
+                    figures = self.closed(entry, kind, turn * count, count, callers)
+                    found[entry.name, callers].append(figures)
+        return dict(found)
+
+    def in_time(
+        self, entry: Entry, kind: Kind, arrivals: Sequence[float], slo: float
+    ) -> tuple[float, Figures]:
+        """Return the share of requests that are answered within the deadline `slo`, in seconds."""
+        figures = self.load.open(entry.name, kind.name, arrivals, int(slo * 1e6))
+        self.answers[entry.variant].add(figures)
+        return figures.in_time(slo), figures
+
+    def overhead(self) -> list[dict[str, Any]]:
+        """Compare what a request costs when the model costs nothing."""
+        numbers = iter(range(10))
+        made = self.repository.noop
+        models = [self.repository.constant("constant", NOOP_WIDTH)]
+        models += [
+            self.repository.ours(f"noop{next(numbers)}", "noop", Ours(execution), made)
+            for execution in ("auto", "lists", "sender", "inline")
+        ]
+        row = {"x": np.ones((1, NOOP_WIDTH), np.float32)}
+        self.load.rows("noop", [row], "y", np.ones((1, 1), np.float32))
+        kind = Kind("noop", [row], np.ones((1, 1), np.float32))
+        found: dict[tuple[str, int], list[tuple[Figures, dict[str, float]]]] = defaultdict(list)
+        with self.loaded(*models):
+            for entry in models:
+                self.closed(entry, kind, 0, 200, 1)
+            for _ in range(self.extent.overhead_rounds):
+                for callers, count in ((1, 500), (32, 1_500)):
+                    for entry in models:
+                        before = self.cpu_seconds()
+                        figures = self.closed(entry, kind, 0, count, callers)
+                        used = self.cpu_seconds()
+                        parts = {n: (used[n] - before[n]) / count * 1e6 for n in used}
+                        found[str(entry.setting), callers].append((figures, parts))
+        del self.answers["noop"], self.answers["constant"]
+        return [_overhead_row(setting, callers, runs) for (setting, callers), runs in found.items()]
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return what each kind of process in the server's tree has used so far."""
+        folder = str(self.server.runtime.folder)
+        found = {"triton": 0.0, "stubs": 0.0, "daemon": 0.0, "actors": 0.0}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (process / "cmdline").read_bytes().decode(errors="replace")
+                pid = int(process.name)
+                if pid == self.server.pid:
+                    found["triton"] += cpu_seconds(pid)
+                elif "triton_python_backend_stub" in command.partition("\0")[0]:
+                    if str(self.repository.folder) in command:
+                        found["stubs"] += cpu_seconds(pid)
+                elif folder in command and "lrai_shared.daemon" in command:
+                    found["daemon"] += cpu_seconds(pid)
+                elif folder in command and "lrai_core.actor" in command:
+                    found["actors"] += cpu_seconds(pid)
+        return found
+
+
+def share(kind: Kind, count: int) -> int:
+    """Return how many rows of a kind take about as long as `count` of the others."""
+    return max(count // 4, 8) if kind.name == "azure" else count
+
+
+def arrivals_of(rate: float, seconds: float, seed: int, *, bursts: bool) -> list[float]:
+    """Return arrival times of a Poisson process, or of one whose rate is 2 and .5 times in turns.
+
+    Bursts are a Markov-modulated Poisson process with two states: a third of the time it is at
+    twice the rate, so that the mean is the same.
+    """
+    random = np.random.default_rng(seed)
+    if not bursts:
+        count = int(rate * seconds * 1.5 + 50)
+        times = np.cumsum(random.exponential(1 / rate, count))
+        return [float(time) for time in times[times < seconds]]
+    found: list[float] = []
+    begin, high = 0.0, False
+    while begin < seconds:
+        mean, factor = (_BURST_SECONDS, 2.0) if high else (2 * _BURST_SECONDS, 0.5)
+        end = min(begin + random.exponential(mean), seconds)
+        count = random.poisson(rate * factor * (end - begin))
+        found += sorted(float(time) for time in random.uniform(begin, end, count))
+        begin, high = end, not high
+    return found
+
+
+def measure_open(
+    bench: Bench, kind: Kind, ours: Entry, default: Peer, variant: str, rate: float
+) -> list[dict[str, Any]]:
+    """Compare how many are answered in time, beside the peer as it is and at its best.
+
+    Args:
+        bench: What measures.
+        kind: Lengths.
+        ours: LRAI's entry.
+        default: The peer's best setting in closed loop, which has no limits.
+        variant: That both serve.
+        rate: What one by one can do, requests per second.
+    """
+    extent, slo = bench.extent, SLO_CALLS / rate
+    best = _best_queue(bench, kind, default, variant, rate)
+    models = [ours, bench.peer(variant, best, slo * 1e6), bench.peer(variant, default)]
+    names = ["lrai", "best", "default"]
+    rows = []
+    with bench.loaded(*models):
+        for entry in models:
+            warm = range(share(kind, 2 * SWEPT_AT))
+            bench.load.closed(entry.name, kind.name, warm, 4)  # some may be refused
+        cases = itertools.product((False, True) if extent.bursts else (False,), extent.open_loads)
+        for bursts, load in cases:
+            shares: dict[str, list[float]] = defaultdict(list)
+            p95: dict[str, list[float]] = defaultdict(list)
+            statuses: dict[str, dict[int, int]] = {}
+            for turn in range(extent.open_rounds):
+                arrivals = arrivals_of(load * rate, extent.open_seconds, turn, bursts=bursts)
+                for name, entry in zip(names, models, strict=True):
+                    value, figures = bench.in_time(entry, kind, arrivals, slo)
+                    shares[name].append(value)
+                    p95[name].append(figures.percentile_ms(0.95))
+                    statuses[name] = figures.statuses
+            rows.append(
+                {
+                    "loop": "open",
+                    "lengths": kind.name,
+                    "arrivals": "bursts" if bursts else "Poisson",
+                    "load": load,
+                    "slo_ms": slo * 1e3,
+                    "asked_per_s": load * rate,
+                    "in_time": {name: float(np.median(v)) for name, v in shares.items()},
+                    "p95_ms": {name: float(np.median(v)) for name, v in p95.items()},
+                    "statuses": statuses,
+                    "best": str(best),
+                    "default": str(default),
+                }
+            )
+    return rows
+
+
+def _best_queue(bench: Bench, kind: Kind, default: Peer, variant: str, rate: float) -> Peer:
+    """Return the setting with the most answers in time at the heaviest load, in a short sweep."""
+    slo = SLO_CALLS / rate
+    ways = dict.fromkeys([("one", 1, False), (default.way, default.rows, default.ragged)])
+    arrivals = arrivals_of(OVERLOAD * rate, bench.extent.open_seconds / 2, 99, bursts=False)
+    found: dict[Peer, float] = {}
+    for (way, rows, ragged), queue in itertools.product(ways, bench.extent.queues):
+        setting = Peer(way, rows, ragged, default.instances, queue)
+        entry = bench.peer(variant, setting, slo * 1e6)
+        with bench.loaded(entry):
+            bench.load.closed(entry.name, kind.name, range(8), 1)  # some may be refused
+            found[setting] = bench.in_time(entry, kind, arrivals, slo)[0]
+    best = max(found, key=found.__getitem__)
+    console.print(
+        f"  {kind.name}: the best of {len(found)} queues is {best}, {found[best]:.0%} in time"
+    )
+    return best
+
+
+def _overhead_row(
+    setting: str, callers: int, runs: Sequence[tuple[Figures, dict[str, float]]]
+) -> dict[str, Any]:
+    parts = {name: float(np.median([used[name] for _, used in runs])) for name in runs[0][1]}
+    return {
+        "loop": "overhead",
+        "setting": setting,
+        "callers": callers,
+        "p50_us": [figures.percentile_ms(0.5) * 1e3 for figures, _ in runs],
+        "requests_per_s": float(np.median([figures.rate for figures, _ in runs])),
+        "cpu_us": parts,
+    }
