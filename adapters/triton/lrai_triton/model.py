@@ -10,10 +10,10 @@ Source of the interface: Triton's python backend, from 23.10 on (`triton_python_
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,15 @@ from lrai_triton.metrics import Metrics
 from lrai_triton.served import Served
 from lrai_triton.settings import settings_of
 
-_LOOK_SECONDS: Final = 0.05  # between looks whether a caller has left
-_CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
-    (429, 503, 504, 507), "UNAVAILABLE"
-)
+_LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
+_CODES: Final = {
+    400: "INVALID_ARG",
+    404: "NOT_FOUND",
+    429: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "UNAVAILABLE",
+    507: "UNAVAILABLE",
+}
 Answer = Future[InferenceResponse]
 
 
@@ -81,8 +86,8 @@ class TritonPythonModel:
     def _lists(self, requests: Sequence[Any]) -> list[Any]:
         """Return the responses to a list of requests, in its order."""
         answers = [self._start(request) for request in requests]
-        pairs = zip(requests, answers, strict=True)
-        return [self._response(_outcome(answer, request)) for request, answer in pairs]
+        _wait(requests, answers)
+        return [self._response(_outcome(answer)) for answer in answers]
 
     def _send_later(self, requests: Sequence[Any]) -> None:
         """Have each request answered when its answer is there, and take the next list at once."""
@@ -97,12 +102,10 @@ class TritonPythonModel:
     def _send(self, request: Any, sender: Any, answer: Answer | LraiError) -> None:
         del request  # held until now: its tensors are read where they lie
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(self._response(_outcome(answer, None)), flags=done)
+        sender.send(self._response(_outcome(answer)), flags=done)
 
     def _start(self, request: Any) -> Answer | LraiError:
         try:
-            if request.is_cancelled():
-                return Cancelled("cancelled")
             inputs = {tensor.name(): self._array(tensor) for tensor in request.inputs()}
             timeout_us = request.timeout()
             return self._served.runtime.start(
@@ -137,17 +140,30 @@ class TritonPythonModel:
         )
 
 
-def _outcome(answer: Answer | LraiError, request: Any) -> InferenceResponse | LraiError:
-    """Wait for an answer; who leaves meanwhile is taken out of the queue."""
-    while not isinstance(answer, LraiError):
-        try:
-            return answer.result(None if request is None else _LOOK_SECONDS)
-        except NotYet:
-            if request.is_cancelled() and answer.cancel():
-                return Cancelled("cancelled")
-        except LraiError as error:
-            return error
-    return answer
+def _wait(requests: Sequence[Any], answers: Sequence[Answer | LraiError]) -> None:
+    """Return when all have ended; who leaves meanwhile is taken out of the queue.
+
+    One wait for all: a thread that is woken for every answer takes the core from the model.
+    """
+    pairs = zip(answers, requests, strict=True)
+    waiting = {answer: request for answer, request in pairs if isinstance(answer, Future)}
+    while waiting:
+        _, left = wait(waiting, _LOOK_SECONDS)
+        waiting = {answer: waiting[answer] for answer in left}
+        for answer, request in waiting.items():
+            if request.is_cancelled():  # a message to the server and back
+                answer.cancel()
+
+
+def _outcome(answer: Answer | LraiError) -> InferenceResponse | LraiError:
+    if isinstance(answer, LraiError):
+        return answer
+    try:
+        return answer.result()
+    except CancelledError:
+        return Cancelled("cancelled")
+    except LraiError as error:
+        return error
 
 
 def _version_folder() -> Path:
@@ -156,7 +172,7 @@ def _version_folder() -> Path:
     Triton tells it only in the stub's command line: the path of a `model.py` in it, which a shared
     backend does not need.
     """
-    return Path(Path("/proc/self/cmdline").read_text().split("\0")[1]).parent
+    return Path(os.fsdecode(Path("/proc/self/cmdline").read_bytes().split(b"\0")[1])).parent
 
 
 @contextmanager
