@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,28 +47,32 @@ from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, Kind, measure_open, 
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, prepare  # noqa: E402
 
 FIXED_LENGTH: Final = 32
-ROWS: Final = {"fixed": 200, "search": 400, "azure": 120}
 SEED: Final = 0
 
 QUICK: Final = Extent(
     ways=entries.QUICK_WAYS,
     queues=entries.QUICK_QUEUES,
     instances=(1,),
-    swept=80,
+    rows={"fixed": 80, "search": 240, "azure": 40},
+    swept=48,
+    tries=1,
     rounds=3,
-    requests={32: 160},
+    requests={32: 128},
     open_rounds=1,
     open_seconds=4.0,
     open_kinds=("search",),
     open_loads=(1.5,),
     bursts=False,
     overhead_rounds=3,
+    overhead_requests={1: 300, 32: 600},
 )
 FULL: Final = Extent(
     ways=entries.WAYS,
     queues=entries.QUEUES,
     instances=(1, 2),
+    rows={"fixed": 200, "search": 400, "azure": 120},
     swept=160,
+    tries=2,
     rounds=7,
     requests={1: 120, 8: 240, 32: 320, 128: 384},
     open_rounds=3,
@@ -77,6 +81,7 @@ FULL: Final = Extent(
     open_loads=(0.7, 1.0, 1.5),
     bursts=True,
     overhead_rounds=9,
+    overhead_requests={1: 500, 32: 1_500},
 )
 
 
@@ -110,11 +115,12 @@ def run(
         models.minilm_onnx(source)
     os.sched_setaffinity(0, cpus[1:])  # the server is put on the first
     with console.status("what fp32 answers alone"):
-        kinds = make_kinds(source, arguments.data)
+        kinds = make_kinds(source, arguments.data, extent.rows)
     noop = transport._first_element(scratch / "noop.onnx", np.float32, [256])  # noqa: SLF001
     repository = Repository(scratch / "models", source, artifact, noop)
     console.print(f"bare ONNX Runtime, {chosen} against fp32")
-    bare = measure_bare(artifact, kinds, extent, cpus[0], scratch)
+    compared = kinds if not arguments.quick else [kind for kind in kinds if kind.name == "search"]
+    bare = measure_bare(artifact, compared, extent, cpus[0], scratch)
 
     made = prepared(arguments.environment, scratch)
     server = TritonServer(
@@ -225,13 +231,16 @@ def measure(
     return [peer, bench.ours(chosen, ours[chosen])]
 
 
-def make_kinds(source: Path, data: Path | None) -> list[Kind]:
+def make_kinds(source: Path, data: Path | None, counts: Mapping[str, int]) -> list[Kind]:
     """Return rows of real text of each kind of lengths, with what fp32 answers to each alone."""
-    lengths = {
-        "fixed": np.full(ROWS["fixed"], FIXED_LENGTH),
-        "search": models.search_lengths(ROWS["search"], SEED + 1),
-        "azure": realtime.azure_lengths(ROWS["azure"], data),
-    }
+    lengths: dict[str, Any] = {}
+    for kind, count in counts.items():
+        if kind == "fixed":
+            lengths[kind] = np.full(count, FIXED_LENGTH)
+        elif kind == "search":
+            lengths[kind] = models.search_lengths(count, SEED + 1)
+        else:
+            lengths[kind] = realtime.azure_lengths(count, data)
     tokenizer = models.Tokenizer()
     stream = np.concatenate(
         [ids[1:-1] for ids in tokenizer.encode(models.sentences(3_000, SEED + 11))]
@@ -240,10 +249,10 @@ def make_kinds(source: Path, data: Path | None) -> list[Kind]:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     kinds = []
-    for name, counts in lengths.items():
-        starts = np.random.default_rng(SEED).integers(0, len(stream) - 600, len(counts))
+    for name, tokens in lengths.items():
+        starts = np.random.default_rng(SEED).integers(0, len(stream) - 600, len(tokens))
         rows = []
-        for start, length in zip(starts, counts, strict=True):
+        for start, length in zip(starts, tokens, strict=True):
             body = stream[start : start + length - 2]
             ids = np.concatenate([[tokenizer.cls_id], body, [tokenizer.sep_id]])[None]
             rows.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})

@@ -91,7 +91,7 @@ WAYS: Final = (
     Peer("padded", 8, ragged=True),
     Peer("padded", 16, ragged=True),
 )
-QUICK_WAYS: Final = (WAYS[0], WAYS[2], WAYS[3], WAYS[4])
+QUICK_WAYS: Final = (WAYS[0], WAYS[2], WAYS[4])
 QUEUES: Final = (
     Queue(None, 0.9),
     Queue(None, 0.7),
@@ -100,7 +100,7 @@ QUEUES: Final = (
     Queue(16, 0.9),
     Queue(8, 0.7),
 )
-QUICK_QUEUES: Final = (QUEUES[0], QUEUES[3], QUEUES[5])
+QUICK_QUEUES: Final = (QUEUES[3], QUEUES[5])
 EXECUTIONS: Final = ("lists", "sender")
 
 
@@ -138,14 +138,15 @@ class Repository:
         shutil.copy(_FOLDER / "triton_peer.py", self.folder / name / "1" / "model.py")
         return Entry(name, peer, variant)
 
-    def constant(self, name: str, width: int) -> Entry:
-        """Write a plain python backend that computes nothing."""
+    def noop_peer(self, name: str, way: str, width: int) -> Entry:
+        """Write a plain python backend that computes nothing, with a session or without."""
         lines = ['backend: "python"', "max_batch_size: 64", "dynamic_batching { }"]
         lines += [f'input {{ name: "x" data_type: TYPE_FP32 dims: [ {width} ] }}']
         lines += ['output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] }']
-        self._write(name, [*lines, *_ending(1, {"way": "constant"})])
+        parameters = {"way": way, "model": str(self.noop), "weights": ""}
+        self._write(name, [*lines, *_ending(1, parameters)])
         shutil.copy(_FOLDER / "triton_peer.py", self.folder / name / "1" / "model.py")
-        return Entry(name, Peer("constant", 64), "constant")
+        return Entry(name, Peer(way, 64), "noop")
 
     def ours(self, name: str, variant: str, ours: Ours, model: Path | None = None) -> Entry:
         """Write LRAI's: the ONNX file as it is for fp32, else the artifact; or another model."""

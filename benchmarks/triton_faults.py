@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = scratch / "minilm.onnx"
         if not source.exists():
             models.minilm_onnx(source)
-        _, kind, _ = make_kinds(source, None)
+        (kind,) = make_kinds(source, None, {"search": 200})
         noop = transport._first_element(scratch / "noop.onnx", np.float32, [256])  # noqa: SLF001
         repository = Repository(scratch / "models", source, lrai.Artifact.open(path), noop)
         made = prepared(arguments.environment, scratch)

@@ -156,7 +156,7 @@ def _show_overhead(rows: Rows) -> None:
             for row in rows
         ],
         "CPU time of a request, and in which processes; constant: plain python backend without "
-        "a model",
+        "a model; lists to 64, one by one: with ONNX Runtime",
     )
 
 

@@ -26,7 +26,6 @@ OVERLOAD: Final = 1.5
 OPEN_LOADS: Final = (0.7, 1.0, OVERLOAD)
 NOOP_WIDTH: Final = 256
 _BURST_SECONDS: Final = 0.5  # the mean length of a burst, at twice the rate
-_ATTEMPTS: Final = 2  # of a setting in the sweep; the better one counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,9 @@ class Extent:
     ways: tuple[Peer, ...]
     queues: tuple[Queue, ...]
     instances: tuple[int, ...]
+    rows: dict[str, int]  # distinct ones, by kind
     swept: int  # rows of each try of the sweep; a quarter of them for Azure's
+    tries: int  # of each setting in it; the best one counts
     rounds: int
     requests: dict[int, int]  # by callers, in a round; a quarter of them for Azure's
     open_rounds: int
@@ -54,6 +55,7 @@ class Extent:
     open_loads: tuple[float, ...]
     bursts: bool
     overhead_rounds: int
+    overhead_requests: dict[int, int]  # by callers
 
 
 @dataclass(slots=True)
@@ -120,10 +122,10 @@ class Bench:
         with self.loaded(entry):
             for kind in kinds:
                 count = share(kind, self.extent.swept)
-                self.closed(entry, kind, 0, share(kind, 2 * SWEPT_AT), SWEPT_AT)
+                self.closed(entry, kind, 0, share(kind, SWEPT_AT), SWEPT_AT)
                 tries = [
                     self.closed(entry, kind, turn * count, count, SWEPT_AT).rate
-                    for turn in range(_ATTEMPTS)
+                    for turn in range(self.extent.tries)
                 ]
                 rates[kind.name] = max(tries)
         return rates
@@ -152,12 +154,14 @@ class Bench:
 
     def overhead(self) -> list[dict[str, Any]]:
         """Compare what a request costs when the model costs nothing."""
-        numbers = iter(range(10))
         made = self.repository.noop
-        models = [self.repository.constant("constant", NOOP_WIDTH)]
+        models = [
+            self.repository.noop_peer(f"plain-{way}", way, NOOP_WIDTH)
+            for way in ("constant", "one")
+        ]
         models += [
-            self.repository.ours(f"noop{next(numbers)}", "noop", Ours(execution), made)
-            for execution in ("auto", "lists", "sender", "inline")
+            self.repository.ours(f"noop-{execution}", "noop", Ours(execution), made)
+            for execution in (*entries.EXECUTIONS, "inline")
         ]
         row = {"x": np.ones((1, NOOP_WIDTH), np.float32)}
         self.load.rows("noop", [row], "y", np.ones((1, 1), np.float32))
@@ -167,14 +171,14 @@ class Bench:
             for entry in models:
                 self.closed(entry, kind, 0, 200, 1)
             for _ in range(self.extent.overhead_rounds):
-                for callers, count in ((1, 500), (32, 1_500)):
+                for callers, count in self.extent.overhead_requests.items():
                     for entry in models:
                         before = self.cpu_seconds()
                         figures = self.closed(entry, kind, 0, count, callers)
                         used = self.cpu_seconds()
                         parts = {n: (used[n] - before[n]) / count * 1e6 for n in used}
                         found[str(entry.setting), callers].append((figures, parts))
-        del self.answers["noop"], self.answers["constant"]
+        del self.answers["noop"]
         return [_overhead_row(setting, callers, runs) for (setting, callers), runs in found.items()]
 
     def cpu_seconds(self) -> dict[str, float]:
@@ -280,7 +284,7 @@ def _best_queue(bench: Bench, kind: Kind, default: Peer, variant: str, rate: flo
     """Return the setting with the most answers in time at the heaviest load, in a short sweep."""
     slo = SLO_CALLS / rate
     ways = dict.fromkeys([("one", 1, False), (default.way, default.rows, default.ragged)])
-    arrivals = arrivals_of(OVERLOAD * rate, bench.extent.open_seconds / 2, 99, bursts=False)
+    arrivals = arrivals_of(OVERLOAD * rate, bench.extent.open_seconds, 99, bursts=False)
     found: dict[Peer, float] = {}
     for (way, rows, ragged), queue in itertools.product(ways, bench.extent.queues):
         setting = Peer(way, rows, ragged, default.instances, queue)
