@@ -159,6 +159,12 @@ class Repository:
             shutil.copytree(self._artifact.path, folder / "model.lrai", copy_function=_link)
         return Entry(name, ours, variant)
 
+    def version(self, name: str, number: int) -> None:
+        """Add a version with the same artifact to an entry, where it is not there yet."""
+        folder = self.folder / name / str(number)
+        if not folder.exists():
+            shutil.copytree(self._artifact.path, folder / "model.lrai", copy_function=_link)
+
     def _write(self, name: str, lines: list[str]) -> None:
         (self.folder / name / "1").mkdir(parents=True)
         (self.folder / name / "config.pbtxt").write_text("\n".join([*lines, ""]))

@@ -49,6 +49,7 @@ COSINE, COSINE_SHARE = 0.99, 0.98
 _STAYS_DEAD_SECONDS: Final = 10.0
 _BACK_SECONDS: Final = 30.0
 _TRY_SECONDS: Final = 0.05
+_LRAI: Final = "from lrai_core.cli import main; main()"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +123,7 @@ def kill_stubs(
     server: TritonServer, load: Load, made: Prepared, entry: Entry, plain: Entry, kind: Kind
 ) -> dict[str, Any]:
     """Kill the stubs of ours and of a plain backend, and say when each is back."""
-    with _watching(server, made, entry.name):
+    with _watching(server, made):
         time.sleep(2.0)
         stubs = server.stub_pids()
         for name in (entry.name, plain.name):
@@ -177,15 +178,9 @@ def change(
 
 
 @contextlib.contextmanager
-def _watching(server: TritonServer, made: Prepared, model: str) -> Iterator[None]:
-    del model
-    command = [
-        str(made.environment / "bin" / "lrai"),
-        "triton",
-        "watch",
-        "--url",
-        f"http://{server.http}",
-    ]
+def _watching(server: TritonServer, made: Prepared) -> Iterator[None]:
+    python = str(made.environment / "bin" / "python")
+    command = [python, "-P", "-c", _LRAI, "triton", "watch", "--url", f"http://{server.http}"]
     process = subprocess.Popen(
         command, env={**os.environ, **variables(made.environment)}, stdout=subprocess.DEVNULL
     )

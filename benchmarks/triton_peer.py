@@ -2,7 +2,8 @@
 
 How it runs the requests of a list is said by the configuration's parameters: `way` is `one` (one
 by one), `equal` (all of one shape, in one call), `padded` (up to `rows` of them in one call, padded
-to the longest) or `constant` (no model at all, an answer that is always the same).
+to the longest) or `constant` (no model at all, an answer that is always the same). The model is the
+`model.onnx` of the version, unless the parameter `model` names another file.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model that the parameters name, with one thread."""
         config = json.loads(args["model_config"])
-        given = {key: value["string_value"] for key, value in config["parameters"].items()}
+        parameters = config.get("parameters", {})
+        given = {key: value["string_value"] for key, value in parameters.items()}
         self._output = config["output"][0]["name"]
         self._inputs = [tensor["name"] for tensor in config["input"]]
-        self._way, self._rows = given["way"], int(given.get("rows", "1"))
+        self._way, self._rows = given.get("way", "one"), int(given.get("rows", "1"))
         self._constant = np.ones((1, *map(int, config["output"][0]["dims"])), np.float32)
         if self._way != "constant":
-            self._session = _session(given["model"], given["weights"])
+            beside = Path(args["model_repository"], args["model_version"], "model.onnx")
+            self._session = _session(given.get("model", str(beside)), given.get("weights", ""))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a list of requests."""
