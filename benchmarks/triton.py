@@ -41,13 +41,14 @@ from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks import triton_report as report  # noqa: E402
 from benchmarks.harness import console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
-from benchmarks.triton_entries import Entry, Ours, Repository  # noqa: E402
+from benchmarks.triton_entries import Entry, Ours, Peer, Repository  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
-from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, Kind, measure_open, share  # noqa: E402
+from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, Kind, measure_open, median_parts, share  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, prepare  # noqa: E402
 
 FIXED_LENGTH: Final = 32
 SEED: Final = 0
+Rates = dict[str, tuple[float, float]]
 
 QUICK: Final = Extent(
     ways=entries.QUICK_WAYS,
@@ -171,53 +172,24 @@ def measure(
     """
     console.print("overhead: a model that computes nothing")
     found += bench.overhead()
-    best: dict[tuple[str, str], Any] = {}  # setting by variant and kind of lengths
+    peers: dict[tuple[str, str], Peer] = {}  # the best setting by variant and kind of lengths
     ours: dict[str, Ours] = {}
     for variant in ("fp32", chosen):
         console.print(f"sweep of settings: {variant}")
-        rates: dict[Any, dict[str, float]] = {}
-        for setting in entries.peers_of(bench.extent.ways, bench.extent.instances):
-            rates[setting] = bench.sweep(bench.peer(variant, setting), kinds)
-        for kind in kinds:
-            best[variant, kind.name] = max(rates, key=lambda s, name=kind.name: rates[s][name])
-        mine = {}
-        for execution in entries.EXECUTIONS:
-            for count in bench.extent.instances:
-                setting = Ours(execution, count)
-                mine[setting] = bench.sweep(bench.ours(variant, setting), kinds)
-        ours[variant] = max(mine, key=lambda s: statistics.geometric_mean(mine[s].values()))
-        found += [
-            {"loop": "sweep", "variant": variant, "who": who, "setting": str(s), "rates": r}
-            for who, swept in (("peer", rates), ("lrai", mine))
-            for s, r in swept.items()
-        ]
+        best, ours[variant] = sweep(bench, kinds, variant, found)
+        peers |= {(variant, name): setting for name, setting in best.items()}
     for kind in kinds:
         console.print(f"closed loop: {kind.name}")
         who = {
-            "peer fp32": bench.peer("fp32", best["fp32", kind.name]),
-            "peer variant": bench.peer(chosen, best[chosen, kind.name]),
+            "peer fp32": bench.peer("fp32", peers["fp32", kind.name]),
+            "peer variant": bench.peer(chosen, peers[chosen, kind.name]),
             "lrai fp32": bench.ours("fp32", ours["fp32"]),
             "lrai": bench.ours(chosen, ours[chosen]),
         }
         if len(bench.extent.instances) > 1:
             shared = Ours(ours[chosen].execution, 3 - ours[chosen].instances)
             who["lrai, other instances"] = bench.ours(chosen, shared)
-        with bench.loaded(*who.values()):
-            figures = bench.rounds(list(who.values()), kind)
-        for name, entry in who.items():
-            for callers in bench.extent.requests:
-                found.append(
-                    {
-                        "loop": "closed",
-                        "lengths": kind.name,
-                        "who": name,
-                        "setting": str(entry.setting),
-                        "callers": callers,
-                        "rates": [run.rate for run in figures[entry.name, callers]],
-                        "p50_ms": [run.percentile_ms(0.5) for run in figures[entry.name, callers]],
-                        "p95_ms": [run.percentile_ms(0.95) for run in figures[entry.name, callers]],
-                    }
-                )
+        found += closed(bench, kind, who)
     for kind in kinds:
         if kind.name in bench.extent.open_kinds:
             console.print(f"open loop: {kind.name}")
@@ -226,9 +198,60 @@ def measure(
             with bench.loaded(alone):  # what it can do through the server, one by one
                 tries = [bench.closed(alone, kind, 0, share(kind, 160), 32).rate for _ in range(3)]
             rate = float(np.median(tries))
-            found += measure_open(bench, kind, entry, best[chosen, kind.name], chosen, rate)
-    peer = bench.peer(chosen, best[chosen, kinds[0].name])
-    return [peer, bench.ours(chosen, ours[chosen])]
+            found += measure_open(bench, kind, entry, peers[chosen, kind.name], chosen, rate)
+    return [bench.peer(chosen, peers[chosen, kinds[0].name]), bench.ours(chosen, ours[chosen])]
+
+
+def sweep(
+    bench: Bench, kinds: Sequence[Kind], variant: str, found: list[dict[str, Any]]
+) -> tuple[dict[str, Peer], Ours]:
+    """Return the peer's best setting for each kind of lengths, and ours for all of them."""
+    peers, ours = dict[Peer, Rates](), dict[Ours, Rates]()
+    for setting in entries.peers_of(bench.extent.ways, bench.extent.instances):
+        peers[setting] = bench.sweep(bench.peer(variant, setting), kinds)
+    for execution in entries.EXECUTIONS:
+        for count in bench.extent.instances:
+            mine = Ours(execution, count)
+            ours[mine] = bench.sweep(bench.ours(variant, mine), kinds)
+    swept = [("peer", str(s), r) for s, r in peers.items()]
+    swept += [("lrai", str(s), r) for s, r in ours.items()]
+    found += [
+        {"loop": "sweep", "variant": variant, "who": who, "setting": setting, "rates": rates}
+        for who, setting, rates in swept
+    ]
+    best = {}
+    for kind in kinds:
+        of_kind = {setting: rates[kind.name][0] for setting, rates in peers.items()}
+        best[kind.name] = max(of_kind, key=of_kind.__getitem__)
+    means = {
+        setting: statistics.geometric_mean(rate for rate, _ in rates.values())
+        for setting, rates in ours.items()
+    }
+    return best, max(means, key=means.__getitem__)
+
+
+def closed(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str, Any]]:
+    """Return the rows of closed loops with one kind of lengths."""
+    with bench.loaded(*who.values()):
+        figures = bench.rounds(list(who.values()), kind)
+    rows = []
+    for name, entry in who.items():
+        for callers in bench.extent.requests:
+            runs = [run for run, _ in figures[entry.name, callers]]
+            rows.append(
+                {
+                    "loop": "closed",
+                    "lengths": kind.name,
+                    "who": name,
+                    "setting": str(entry.setting),
+                    "callers": callers,
+                    "rates": [run.rate for run in runs],
+                    "p50_ms": [run.percentile_ms(0.5) for run in runs],
+                    "p95_ms": [run.percentile_ms(0.95) for run in runs],
+                    "cpu_us": median_parts(figures[entry.name, callers]),
+                }
+            )
+    return rows
 
 
 def make_kinds(source: Path, data: Path | None, counts: Mapping[str, int]) -> list[Kind]:
@@ -267,18 +290,21 @@ def measure_bare(
     """Return rows a second of ONNX Runtime in a plain loop, by variant and lengths, each round."""
     found: dict[tuple[str, str], list[float]] = {}
     variants = ["fp32", artifact.manifest.chosen]
+    files = {kind.name: scratch / f"{kind.name}.npz" for kind in kinds}
     for kind in kinds:
         ids = [row["input_ids"][0] for row in kind.rows]
-        file = scratch / f"{kind.name}.npz"
-        np.savez(file, lengths=[len(row) for row in ids], input_ids=np.concatenate(ids))
+        lengths = [len(row) for row in ids]
+        np.savez(files[kind.name], lengths=lengths, input_ids=np.concatenate(ids))
     with contextlib.ExitStack() as stack:
         peers = {
-            variant: stack.enter_context(realtime.Peer(artifact, variant, cpu, file))
+            variant: stack.enter_context(
+                realtime.Peer(artifact, variant, cpu, files[kinds[0].name])
+            )
             for variant in variants
         }
         for kind in kinds:
             for peer in peers.values():
-                peer.ask(do="requests", requests=str(scratch / f"{kind.name}.npz"))
+                peer.ask(do="requests", requests=str(files[kind.name]))
             for _ in range(extent.rounds):
                 for variant, peer in peers.items():
                     seconds = peer.ask(do="closed", batch=1, pad=0)["seconds"]

@@ -184,7 +184,8 @@ class Demo:
         """Have `lrai triton compile` add a version, on the CPU that it is served on."""
         made = models.requests(400 if quick else 1_200, 5)
         rows = models.Tokenizer().pad([request["input_ids"][0] for request in made])
-        np.savez(scratch / "evaluation.npz", **rows)
+        ids, mask = rows["input_ids"], rows["attention_mask"]
+        np.savez(scratch / "evaluation.npz", input_ids=ids, attention_mask=mask)
         command = ["compile", str(self._entry), "--evaluation", str(scratch / "evaluation.npz")]
         command += ["--output-map", "l2_normalised", "--threads", "1"]
         self._lrai(*command, cpu=cpu)
@@ -214,8 +215,8 @@ class Demo:
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
         with contextlib.closing(protocol.InferenceServerClient(url)) as client:
-            array: Array = client.infer(model, inputs).as_numpy(output)
-        return array
+            got: Array = client.infer(model, inputs).as_numpy(output)
+        return got
 
     def _lrai(self, *arguments: str, cpu: int | None = None) -> None:
         python = str(self._made.environment / "bin" / "python")

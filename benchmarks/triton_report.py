@@ -86,23 +86,34 @@ def show(rows: Rows, extent: Extent) -> None:
     kinds = list(swept[0]["rates"])
     harness.show(
         f"Settings, {SWEPT_AT} callers: requests per second",
-        ["variant", "who", "setting", *kinds],
+        ["variant", "who", "setting", *kinds, *(f"{kind}, us" for kind in kinds)],
         [
-            (row["variant"], row["who"], row["setting"], *(f"{row['rates'][k]:.0f}" for k in kinds))
+            (
+                row["variant"],
+                row["who"],
+                row["setting"],
+                *(f"{row['rates'][k][index]:,.0f}" for index in (0, 1) for k in kinds),
+            )
             for row in swept
         ],
-        "the better of two short tries; lrai: how requests are answered",
+        f"the best of {extent.tries} short tries; lrai: how requests are answered; us: CPU time of "
+        "a request in all processes, which says what a quiet core would do",
     )
     closed = [row for row in rows if row["loop"] == "closed"]
     harness.show(
         "Closed loop",
-        ["lengths", "callers", "who", "requests/s", "p50 ms", "p95 ms", "to fp32", "to variant"],
+        [
+            *("lengths", "callers", "who", "requests/s", "p50 ms", "p95 ms", "CPU us", "not model"),
+            *("to fp32", "to variant"),
+        ],
         [
             (
                 row["lengths"],
                 str(row["callers"]),
                 row["who"],
                 *(f"{np.median(row[name]):.1f}" for name in ("rates", "p50_ms", "p95_ms")),
+                f"{sum(row['cpu_us'].values()):,.0f}",
+                f"{_not_model(row):,.0f}",
                 *(
                     str(ratio(rows, row["who"], other, row["lengths"], row["callers"]))
                     for other in ("peer fp32", "peer variant")
@@ -111,7 +122,8 @@ def show(rows: Rows, extent: Extent) -> None:
             for row in closed
         ],
         f"medians of {extent.rounds} rounds in turns, 95 % bootstrap intervals; peers at their "
-        "best setting for these lengths",
+        "best setting for these lengths; not model: of the CPU time of a request, what is spent "
+        "outside the process with the model",
     )
     _show_split(rows, [row for row in closed if row["who"] == "lrai"])
     harness.show(
@@ -185,6 +197,11 @@ def _show_split(rows: Rows, cells: Rows) -> None:
         ],
         "medians with 95 % bootstrap intervals",
     )
+
+
+def _not_model(row: Mapping[str, Any]) -> float:
+    where = "stubs" if row["who"].startswith("peer") else "actors"
+    return float(sum(used for name, used in row["cpu_us"].items() if name != where))
 
 
 def _rates(rows: Rows, who: str, lengths: str, callers: int) -> list[float]:

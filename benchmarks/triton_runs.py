@@ -20,6 +20,8 @@ from benchmarks.triton_entries import Entry, Ours, Peer, Queue, Repository
 from benchmarks.triton_load import Figures, Load, Row
 from benchmarks.triton_server import TritonServer
 
+Costed = tuple[Figures, dict[str, float]]
+
 SWEPT_AT: Final = 32
 SLO_CALLS: Final = 10  # the deadline, in mean calls of one by one
 OVERLOAD: Final = 1.5
@@ -116,23 +118,35 @@ class Bench:
         self.answers[entry.variant].add(figures)
         return figures
 
-    def sweep(self, entry: Entry, kinds: Sequence[Kind]) -> dict[str, float]:
-        """Return the rate of one setting with each kind of lengths."""
+    def costed(
+        self, entry: Entry, kind: Kind, first: int, count: int, callers: int
+    ) -> tuple[Figures, dict[str, float]]:
+        """Do what `closed` does; return the us of CPU time of a request, too, by process."""
+        before = self.cpu_seconds()
+        figures = self.closed(entry, kind, first, count, callers)
+        after = self.cpu_seconds()
+        return figures, {name: (after[name] - before[name]) / count * 1e6 for name in after}
+
+    def sweep(self, entry: Entry, kinds: Sequence[Kind]) -> dict[str, tuple[float, float]]:
+        """Return the rate of one setting with each kind of lengths, and the us of CPU time."""
         rates = {}
         with self.loaded(entry):
             for kind in kinds:
                 count = share(kind, self.extent.swept)
                 self.closed(entry, kind, 0, share(kind, SWEPT_AT), SWEPT_AT)
                 tries = [
-                    self.closed(entry, kind, turn * count, count, SWEPT_AT).rate
+                    self.costed(entry, kind, turn * count, count, SWEPT_AT)
                     for turn in range(self.extent.tries)
                 ]
-                rates[kind.name] = max(tries)
+                rates[kind.name] = (
+                    max(figures.rate for figures, _ in tries),
+                    min(sum(parts.values()) for _, parts in tries),
+                )
         return rates
 
-    def rounds(self, models: Sequence[Entry], kind: Kind) -> dict[tuple[str, int], list[Figures]]:
+    def rounds(self, models: Sequence[Entry], kind: Kind) -> dict[tuple[str, int], list[Costed]]:
         """Return the figures of every round in turns, by the entry's name and the callers."""
-        found: dict[tuple[str, int], list[Figures]] = defaultdict(list)
+        found: dict[tuple[str, int], list[Costed]] = defaultdict(list)
         for entry in models:
             self.closed(entry, kind, 0, share(kind, 2 * SWEPT_AT), SWEPT_AT)
         for turn in range(self.extent.rounds):
@@ -140,8 +154,8 @@ class Bench:
             for callers, requests in self.extent.requests.items():
                 count = share(kind, requests)
                 for entry in [*models[first:], *models[:first]]:
-                    figures = self.closed(entry, kind, turn * count, count, callers)
-                    found[entry.name, callers].append(figures)
+                    costed = self.costed(entry, kind, turn * count, count, callers)
+                    found[entry.name, callers].append(costed)
         return dict(found)
 
     def in_time(
@@ -166,18 +180,15 @@ class Bench:
         row = {"x": np.ones((1, NOOP_WIDTH), np.float32)}
         self.load.rows("noop", [row], "y", np.ones((1, 1), np.float32))
         kind = Kind("noop", [row], np.ones((1, 1), np.float32))
-        found: dict[tuple[str, int], list[tuple[Figures, dict[str, float]]]] = defaultdict(list)
+        found: dict[tuple[str, int], list[Costed]] = defaultdict(list)
         with self.loaded(*models):
             for entry in models:
                 self.closed(entry, kind, 0, 200, 1)
             for _ in range(self.extent.overhead_rounds):
                 for callers, count in self.extent.overhead_requests.items():
                     for entry in models:
-                        before = self.cpu_seconds()
-                        figures = self.closed(entry, kind, 0, count, callers)
-                        used = self.cpu_seconds()
-                        parts = {n: (used[n] - before[n]) / count * 1e6 for n in used}
-                        found[str(entry.setting), callers].append((figures, parts))
+                        costed = self.costed(entry, kind, 0, count, callers)
+                        found[str(entry.setting), callers].append(costed)
         del self.answers["noop"]
         return [_overhead_row(setting, callers, runs) for (setting, callers), runs in found.items()]
 
@@ -299,15 +310,17 @@ def _best_queue(bench: Bench, kind: Kind, default: Peer, variant: str, rate: flo
     return best
 
 
-def _overhead_row(
-    setting: str, callers: int, runs: Sequence[tuple[Figures, dict[str, float]]]
-) -> dict[str, Any]:
-    parts = {name: float(np.median([used[name] for _, used in runs])) for name in runs[0][1]}
+def median_parts(runs: Sequence[Costed]) -> dict[str, float]:
+    """Return the us of CPU time of a request by process, medians over the runs."""
+    return {name: float(np.median([parts[name] for _, parts in runs])) for name in runs[0][1]}
+
+
+def _overhead_row(setting: str, callers: int, runs: Sequence[Costed]) -> dict[str, Any]:
     return {
         "loop": "overhead",
         "setting": setting,
         "callers": callers,
         "p50_us": [figures.percentile_ms(0.5) * 1e3 for figures, _ in runs],
         "requests_per_s": float(np.median([figures.rate for figures, _ in runs])),
-        "cpu_us": parts,
+        "cpu_us": median_parts(runs),
     }
