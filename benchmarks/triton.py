@@ -33,7 +33,6 @@ sys.path[:] = [
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402 - after the lines above
-import onnxruntime  # noqa: E402
 
 import lrai_core as lrai  # noqa: E402
 from benchmarks import harness, models, realtime, transport  # noqa: E402
@@ -43,11 +42,10 @@ from benchmarks.harness import console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.triton_entries import Entry, Ours, Peer, Repository  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
+from benchmarks.triton_rows import make_kinds, measure_bare  # noqa: E402
 from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, Kind, measure_open, median_parts, share  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, prepare  # noqa: E402
 
-FIXED_LENGTH: Final = 32
-SEED: Final = 0
 Rates = dict[str, tuple[float, float]]
 
 QUICK: Final = Extent(
@@ -121,7 +119,7 @@ def run(
     repository = Repository(scratch / "models", source, artifact, noop)
     console.print(f"bare ONNX Runtime, {chosen} against fp32")
     compared = kinds if not arguments.quick else [kind for kind in kinds if kind.name == "search"]
-    bare = measure_bare(artifact, compared, extent, cpus[0], scratch)
+    bare = measure_bare(artifact, compared, extent.rounds, cpus[0], scratch)
 
     made = prepared(arguments.environment, scratch)
     server = TritonServer(
@@ -252,64 +250,6 @@ def closed(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str,
                 }
             )
     return rows
-
-
-def make_kinds(source: Path, data: Path | None, counts: Mapping[str, int]) -> list[Kind]:
-    """Return rows of real text of each kind of lengths, with what fp32 answers to each alone."""
-    lengths: dict[str, Any] = {}
-    for kind, count in counts.items():
-        if kind == "fixed":
-            lengths[kind] = np.full(count, FIXED_LENGTH)
-        elif kind == "search":
-            lengths[kind] = models.search_lengths(count, SEED + 1)
-        else:
-            lengths[kind] = realtime.azure_lengths(count, data)
-    tokenizer = models.Tokenizer()
-    stream = np.concatenate(
-        [ids[1:-1] for ids in tokenizer.encode(models.sentences(3_000, SEED + 11))]
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    kinds = []
-    for name, tokens in lengths.items():
-        starts = np.random.default_rng(SEED).integers(0, len(stream) - 600, len(tokens))
-        rows = []
-        for start, length in zip(starts, tokens, strict=True):
-            body = stream[start : start + length - 2]
-            ids = np.concatenate([[tokenizer.cls_id], body, [tokenizer.sep_id]])[None]
-            rows.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
-        answers = [session.run(None, row)[0] for row in rows]
-        kinds.append(Kind(name, rows, np.concatenate(answers)))
-    return kinds
-
-
-def measure_bare(
-    artifact: lrai.Artifact, kinds: Sequence[Kind], extent: Extent, cpu: int, scratch: Path
-) -> dict[tuple[str, str], list[float]]:
-    """Return rows a second of ONNX Runtime in a plain loop, by variant and lengths, each round."""
-    found: dict[tuple[str, str], list[float]] = {}
-    variants = ["fp32", artifact.manifest.chosen]
-    files = {kind.name: scratch / f"{kind.name}.npz" for kind in kinds}
-    for kind in kinds:
-        ids = [row["input_ids"][0] for row in kind.rows]
-        lengths = [len(row) for row in ids]
-        np.savez(files[kind.name], lengths=lengths, input_ids=np.concatenate(ids))
-    with contextlib.ExitStack() as stack:
-        peers = {
-            variant: stack.enter_context(
-                realtime.Peer(artifact, variant, cpu, files[kinds[0].name])
-            )
-            for variant in variants
-        }
-        for kind in kinds:
-            for peer in peers.values():
-                peer.ask(do="requests", requests=str(files[kind.name]))
-            for _ in range(extent.rounds):
-                for variant, peer in peers.items():
-                    seconds = peer.ask(do="closed", batch=1, pad=0)["seconds"]
-                    found.setdefault((variant, kind.name), []).append(len(kind.rows) / seconds)
-    return found
 
 
 def perf_analyzer(

@@ -38,8 +38,9 @@ from benchmarks import harness, images, models  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
-from benchmarks.triton import make_kinds, prepared  # noqa: E402
+from benchmarks.triton import prepared  # noqa: E402
 from benchmarks.triton_load import Array, Load, Row  # noqa: E402
+from benchmarks.triton_rows import make_kinds  # noqa: E402
 from benchmarks.triton_runs import Kind  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, variables  # noqa: E402
 

@@ -95,12 +95,14 @@ QUICK_WAYS: Final = (WAYS[0], WAYS[2], WAYS[4])
 QUEUES: Final = (
     Queue(None, 0.9),
     Queue(None, 0.7),
+    Queue(2, None),
     Queue(4, None),
+    Queue(4, 0.5),
     Queue(8, None),
     Queue(16, 0.9),
     Queue(8, 0.7),
 )
-QUICK_QUEUES: Final = (QUEUES[3], QUEUES[5])
+QUICK_QUEUES: Final = (QUEUES[3], QUEUES[7])
 EXECUTIONS: Final = ("lists", "sender")
 
 

@@ -36,9 +36,10 @@ from benchmarks import harness, models, realtime, transport  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
-from benchmarks.triton import make_kinds, prepared  # noqa: E402
+from benchmarks.triton import prepared  # noqa: E402
 from benchmarks.triton_entries import Entry, Ours, Repository  # noqa: E402
 from benchmarks.triton_load import Figures, Load  # noqa: E402
+from benchmarks.triton_rows import make_kinds  # noqa: E402
 from benchmarks.triton_runs import Kind, arrivals_of  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, variables  # noqa: E402
 

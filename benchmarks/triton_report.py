@@ -57,7 +57,7 @@ def checks(rows: Rows, answers: Mapping[str, Answers], bare: Bare, chosen: str) 
                 value = row["in_time"]["lrai"] / max(row["in_time"][who], 1e-3)
                 found.append(_at_least(f"{what} the {who} peer", value, least))
     bare_p50, lists, inline = (
-        np.array(_overhead(rows, setting)) for setting in ("constant", "lists", "inline")
+        np.array(_overhead(rows, who)) for who in ("constant", "lrai-lists", "lrai-inline")
     )
     added, times = interval(list(lists - bare_p50)), interval(list(inline / bare_p50))
     found += [
@@ -155,10 +155,10 @@ def show(rows: Rows, extent: Extent) -> None:
 def _show_overhead(rows: Rows) -> None:
     harness.show(
         "A model that computes nothing",
-        ["setting", "callers", "p50 us", "requests/s", "CPU us", "triton", "stub", "daemon", "act"],
+        ["who", "callers", "p50 us", "requests/s", "CPU us", "triton", "stub", "daemon", "actor"],
         [
             (
-                row["setting"],
+                row["who"],
                 str(row["callers"]),
                 f"{np.median(row['p50_us']):.0f}",
                 f"{row['requests_per_s']:.0f}",
@@ -167,8 +167,8 @@ def _show_overhead(rows: Rows) -> None:
             )
             for row in rows
         ],
-        "CPU time of a request, and in which processes; constant: plain python backend without "
-        "a model; lists to 64, one by one: with ONNX Runtime",
+        "CPU time of a request, and in which processes; constant, onnxruntime: plain python "
+        "backends without a model, and with it",
     )
 
 
@@ -213,13 +213,13 @@ def _rates(rows: Rows, who: str, lengths: str, callers: int) -> list[float]:
     raise KeyError(wanted)
 
 
-def _overhead(rows: Rows, setting: str) -> list[float]:
+def _overhead(rows: Rows, who: str) -> list[float]:
     """Return the p50 in us of one caller, by round."""
     for row in rows:
-        if row["loop"] == "overhead" and row["callers"] == 1 and row["setting"].startswith(setting):
+        if (row["loop"], row.get("callers"), row.get("who")) == ("overhead", 1, who):
             p50: list[float] = row["p50_us"]
             return p50
-    raise KeyError(setting)
+    raise KeyError(who)
 
 
 def _at_least(name: str, value: float, least: float) -> Check:

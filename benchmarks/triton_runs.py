@@ -170,11 +170,11 @@ class Bench:
         """Compare what a request costs when the model costs nothing."""
         made = self.repository.noop
         models = [
-            self.repository.noop_peer(f"plain-{way}", way, NOOP_WIDTH)
-            for way in ("constant", "one")
+            self.repository.noop_peer("constant", "constant", NOOP_WIDTH),
+            self.repository.noop_peer("onnxruntime", "one", NOOP_WIDTH),
         ]
         models += [
-            self.repository.ours(f"noop-{execution}", "noop", Ours(execution), made)
+            self.repository.ours(f"lrai-{execution}", "noop", Ours(execution), made)
             for execution in (*entries.EXECUTIONS, "inline")
         ]
         row = {"x": np.ones((1, NOOP_WIDTH), np.float32)}
@@ -188,9 +188,9 @@ class Bench:
                 for callers, count in self.extent.overhead_requests.items():
                     for entry in models:
                         costed = self.costed(entry, kind, 0, count, callers)
-                        found[str(entry.setting), callers].append(costed)
+                        found[entry.name, callers].append(costed)
         del self.answers["noop"]
-        return [_overhead_row(setting, callers, runs) for (setting, callers), runs in found.items()]
+        return [_overhead_row(who, callers, runs) for (who, callers), runs in found.items()]
 
     def cpu_seconds(self) -> dict[str, float]:
         """Return what each kind of process in the server's tree has used so far."""
@@ -315,10 +315,10 @@ def median_parts(runs: Sequence[Costed]) -> dict[str, float]:
     return {name: float(np.median([parts[name] for _, parts in runs])) for name in runs[0][1]}
 
 
-def _overhead_row(setting: str, callers: int, runs: Sequence[Costed]) -> dict[str, Any]:
+def _overhead_row(who: str, callers: int, runs: Sequence[Costed]) -> dict[str, Any]:
     return {
         "loop": "overhead",
-        "setting": setting,
+        "who": who,
         "callers": callers,
         "p50_us": [figures.percentile_ms(0.5) * 1e3 for figures, _ in runs],
         "requests_per_s": float(np.median([figures.rate for figures, _ in runs])),

@@ -1,0 +1,76 @@
+"""What is sent in `triton.py`, and what ONNX Runtime does with it in a plain loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+
+import lrai_core as lrai
+from benchmarks import models, realtime
+from benchmarks.triton_runs import Kind
+
+FIXED_LENGTH: Final = 32
+SEED: Final = 0
+
+
+def make_kinds(source: Path, data: Path | None, counts: Mapping[str, int]) -> list[Kind]:
+    """Return rows of real text of each kind of lengths, with what fp32 answers to each alone."""
+    lengths: dict[str, Any] = {}
+    for kind, count in counts.items():
+        if kind == "fixed":
+            lengths[kind] = np.full(count, FIXED_LENGTH)
+        elif kind == "search":
+            lengths[kind] = models.search_lengths(count, SEED + 1)
+        else:
+            lengths[kind] = realtime.azure_lengths(count, data)
+    tokenizer = models.Tokenizer()
+    stream = np.concatenate(
+        [ids[1:-1] for ids in tokenizer.encode(models.sentences(3_000, SEED + 11))]
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    kinds = []
+    for name, tokens in lengths.items():
+        starts = np.random.default_rng(SEED).integers(0, len(stream) - 600, len(tokens))
+        rows = []
+        for start, length in zip(starts, tokens, strict=True):
+            body = stream[start : start + length - 2]
+            ids = np.concatenate([[tokenizer.cls_id], body, [tokenizer.sep_id]])[None]
+            rows.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        answers = [session.run(None, row)[0] for row in rows]
+        kinds.append(Kind(name, rows, np.concatenate(answers)))
+    return kinds
+
+
+def measure_bare(
+    artifact: lrai.Artifact, kinds: Sequence[Kind], rounds: int, cpu: int, scratch: Path
+) -> dict[tuple[str, str], list[float]]:
+    """Return rows a second of ONNX Runtime in a plain loop, by variant and lengths, each round."""
+    found: dict[tuple[str, str], list[float]] = {}
+    variants = ["fp32", artifact.manifest.chosen]
+    files = {kind.name: scratch / f"{kind.name}.npz" for kind in kinds}
+    for kind in kinds:
+        ids = [row["input_ids"][0] for row in kind.rows]
+        lengths = [len(row) for row in ids]
+        np.savez(files[kind.name], lengths=lengths, input_ids=np.concatenate(ids))
+    with contextlib.ExitStack() as stack:
+        peers = {
+            variant: stack.enter_context(
+                realtime.Peer(artifact, variant, cpu, files[kinds[0].name])
+            )
+            for variant in variants
+        }
+        for kind in kinds:
+            for peer in peers.values():
+                peer.ask(do="requests", requests=str(files[kind.name]))
+            for _ in range(rounds):
+                for variant, peer in peers.items():
+                    seconds = peer.ask(do="closed", batch=1, pad=0)["seconds"]
+                    found.setdefault((variant, kind.name), []).append(len(kind.rows) / seconds)
+    return found
