@@ -30,14 +30,9 @@ from lrai_triton.served import Served
 from lrai_triton.settings import settings_of
 
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
-_CODES: Final = {
-    400: "INVALID_ARG",
-    404: "NOT_FOUND",
-    429: "UNAVAILABLE",
-    503: "UNAVAILABLE",
-    504: "UNAVAILABLE",
-    507: "UNAVAILABLE",
-}
+_CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
+    (429, 503, 504, 507), "UNAVAILABLE"
+)
 Answer = Future[InferenceResponse]
 
 
