@@ -21,6 +21,9 @@ def described() -> str:
     lines = []
     for name in lrai_core.__all__:
         found = getattr(lrai_core, name)
+        if not callable(found):
+            lines.append(f"{name} = {', '.join(sorted(found))}")
+            continue
         lines.append(f"{name}{parameters(found)}")
         if isinstance(found, type):
             lines += [f"    .{member}" for member in members(found)]

@@ -209,7 +209,7 @@ def test_settings_of_one_model_change_a_copy() -> None:
     [
         ({"actor.replicas": 0}, r"actor\.replicas is 0, at least 1"),
         ({"actor.replicas": "two"}, r"settings: actor\.replicas is 'two', a value of type int"),
-        ({"scheduler.max_queue_rows": 1}, r"max_queue_rows' is no setting of one model: actor\.r"),
+        ({"scheduler.max_queue_rows": 1}, r"max_queue_rows' is no setting of one model: actor\.i"),
         ({"actor.replica": 1}, r"'actor\.replica' is no setting of one model"),
     ],
 )
