@@ -76,7 +76,6 @@ def test_a_server_that_does_not_start_says_why_and_leaves_nothing(
 def test_a_server_ends_with_its_stubs_and_its_runtime_alone(
     triton: Triton, prepared: Prepared, tmp_path: Path
 ) -> None:
-    before = regions()
     # A daemon is started by a stub, in a session of its own.
     plain(tmp_path / "held" / "1", "import lrai_core; self.r = lrai_core.Runtime(address='auto')")
     (tmp_path / "held" / "config.pbtxt").write_text(config("python"))
@@ -85,15 +84,16 @@ def test_a_server_ends_with_its_stubs_and_its_runtime_alone(
         (stub,) = server.stub_pids()["held"]
         (daemon,) = server.runtime.daemons()
         assert os.sched_getaffinity(stub) == {0}
+        assert regions(server)
         kill(server.pid, signal.SIGSTOP)  # so that it hears no SIGTERM
         assert set(server.stop(grace_seconds=1)) == {server.pid, stub}
         assert daemon in server.runtime.daemons()
     for pid in (server.pid, stub, daemon):
         wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
-    assert regions() == before
+    assert not regions(server)
     assert triton.http.is_server_live()
 
 
-def regions() -> set[str]:
-    """Return the names of the shared memory of servers that `TritonServer` has started."""
-    return {path.name for path in Path("/dev/shm").glob("lrai-*")}  # noqa: S108 - names are read
+def regions(server: TritonServer) -> list[Path]:
+    """Return the shared memory that a server has, or has left behind."""
+    return list(Path("/dev/shm").glob(f"{server._regions}*"))  # noqa: S108 - names are read
