@@ -355,7 +355,7 @@ def test_the_wheel_holds_code_and_nothing_else(tmp_path: Path) -> None:
         info = f"lrai-{version('lrai')}.dist-info"
         packages = {name.partition("/")[0] for name in names} - {info}
         shipped = {"lrai_core", "lrai_deployments", "lrai_import", "lrai_mlflow"}
-        assert packages == shipped | {"lrai_report", "lrai_shared"}
+        assert packages == shipped | {"lrai_report", "lrai_shared", "lrai_triton"}
         code = [name for name in names if not name.startswith(info)]
         assert all(name.endswith((".py", "py.typed")) for name in code)
         assert {"lrai_core/actor/actor.py", "lrai_core/py.typed"} <= set(code)
