@@ -143,18 +143,16 @@ def _wait(requests: Sequence[Any], answers: Sequence[Answer | LraiError]) -> Non
     pairs = zip(answers, requests, strict=True)
     waiting = {answer: request for answer, request in pairs if isinstance(answer, Future)}
     while waiting:
-        _, left = wait(waiting, _LOOK_SECONDS)
+        left = wait(waiting, _LOOK_SECONDS).not_done
         waiting = {answer: waiting[answer] for answer in left}
-        for answer, request in waiting.items():
-            if request.is_cancelled():  # a message to the server and back
-                answer.cancel()
+        for answer in left:  # `wait` does not see that one was cancelled
+            if waiting[answer].is_cancelled() and answer.cancel():  # a message, there and back
+                del waiting[answer]
 
 
 def _outcome(answer: Answer | LraiError) -> InferenceResponse | LraiError:
-    if isinstance(answer, LraiError):
-        return answer
     try:
-        return answer.result()
+        return answer if isinstance(answer, LraiError) else answer.result()
     except CancelledError:
         return Cancelled("cancelled")
     except LraiError as error:
