@@ -9,7 +9,7 @@ READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types layers size unused docs wheel bench constraints triton-server
+.PHONY: help install demo test check format lint types layers size unused docs wheel bench constraints triton-server triton-demo
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*##/  \1\t/' | expand -t 16
@@ -67,6 +67,9 @@ bench: $(READY)  ## every benchmark, the quick way
 
 triton-server: $(READY)  ## start a real Triton server on free ports: make triton-server REPOSITORY=folder
 	$(BIN)/python -P benchmarks/triton_server.py $(REPOSITORY)
+
+triton-demo: $(READY)  ## a model repository of a real Triton server: to LRAI by one line, compiled, and back
+	$(BIN)/python -P benchmarks/triton_demo.py
 
 constraints:  ## resolve every dependency afresh, on the oldest Python, into constraints.txt
 	$(call require_python,11,11)

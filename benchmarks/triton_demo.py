@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrai-triton-")))
         started = time.perf_counter()
         made = prepared(arguments.environment, scratch)
-        _stand_in(made.backends)
+        stand_in(made.backends)
         console.print(f"environment: {time.perf_counter() - started:.0f} s")
         entry = scratch / "models" / _NAME
         (entry / "1").mkdir(parents=True)
@@ -235,7 +235,7 @@ class Demo:
         console.print(f"  {done.stdout.partition(chr(10))[0]}", soft_wrap=True)
 
 
-def _stand_in(backends: Path) -> None:
+def stand_in(backends: Path) -> None:
     """Write a backend of the name `onnxruntime`, with ONNX Runtime in it."""
     folder = backends / "onnxruntime"
     folder.mkdir(exist_ok=True)
