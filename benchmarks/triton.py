@@ -191,12 +191,11 @@ def measure(
     for kind in kinds:
         if kind.name in bench.extent.open_kinds:
             console.print(f"open loop: {kind.name}")
-            entry = bench.ours(chosen, ours[chosen])
             alone = bench.peer(chosen, entries.WAYS[0])
             with bench.loaded(alone):  # what it can do through the server, one by one
                 tries = [bench.closed(alone, kind, 0, share(kind, 160), 32).rate for _ in range(3)]
             rate = float(np.median(tries))
-            found += measure_open(bench, kind, entry, peers[chosen, kind.name], chosen, rate)
+            found += measure_open(bench, kind, peers[chosen, kind.name], chosen, rate)
     return [bench.peer(chosen, peers[chosen, kinds[0].name]), bench.ours(chosen, ours[chosen])]
 
 

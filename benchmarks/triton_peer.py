@@ -48,12 +48,16 @@ class TritonPythonModel:
         size = {"one": 1, "equal": len(rows), "padded": self._rows}[self._way]
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            given = part[0] if len(part) == 1 else self._joined(part)
-            (output,) = self._session.run([self._output], given)
+            if len(part) == 1:
+                (output,) = self._session.run([self._output], part[0])
+                answers.append(self._response(output))
+                continue
+            (output,) = self._session.run([self._output], self._joined(part))
             answers += [self._response(output[i : i + 1]) for i in range(len(part))]
         return answers
 
     def _joined(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return requests of one row each as one call."""
         longest = max(row[self._inputs[0]].shape[1] for row in rows)
         joined = {name: np.zeros((len(rows), longest), np.int64) for name in self._inputs}
         for name, array in joined.items():

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -240,21 +240,25 @@ def arrivals_of(rate: float, seconds: float, seed: int, *, bursts: bool) -> list
 
 
 def measure_open(
-    bench: Bench, kind: Kind, ours: Entry, default: Peer, variant: str, rate: float
+    bench: Bench, kind: Kind, default: Peer, variant: str, rate: float
 ) -> list[dict[str, Any]]:
     """Compare how many are answered in time, beside the peer as it is and at its best.
 
     Args:
         bench: What measures.
         kind: Lengths.
-        ours: LRAI's entry.
         default: The peer's best setting in closed loop, which has no limits.
         variant: That both serve.
         rate: What one by one can do, requests per second.
     """
     extent, slo = bench.extent, SLO_CALLS / rate
     best = _best_queue(bench, kind, default, variant, rate)
-    models = [ours, bench.peer(variant, best, slo * 1e6), bench.peer(variant, default)]
+    ours = _best_execution(bench, kind, variant, rate)
+    models = [
+        bench.ours(variant, ours),
+        bench.peer(variant, best, slo * 1e6),
+        bench.peer(variant, default),
+    ]
     names = ["lrai", "best", "default"]
     rows = []
     with bench.loaded(*models):
@@ -284,6 +288,7 @@ def measure_open(
                     "in_time": {name: float(np.median(v)) for name, v in shares.items()},
                     "p95_ms": {name: float(np.median(v)) for name, v in p95.items()},
                     "statuses": statuses,
+                    "lrai": str(ours),
                     "best": str(best),
                     "default": str(default),
                 }
@@ -293,21 +298,39 @@ def measure_open(
 
 def _best_queue(bench: Bench, kind: Kind, default: Peer, variant: str, rate: float) -> Peer:
     """Return the setting with the most answers in time at the heaviest load, in a short sweep."""
-    slo = SLO_CALLS / rate
-    ways = dict.fromkeys([("one", 1, False), (default.way, default.rows, default.ragged)])
-    arrivals = arrivals_of(OVERLOAD * rate, bench.extent.open_seconds, 99, bursts=False)
+    slo_us = SLO_CALLS / rate * 1e6
+    ways = dict.fromkeys(
+        [*entries.OPEN_WAYS, Peer(default.way, default.rows, default.ragged, default.instances)]
+    )
     found: dict[Peer, float] = {}
-    for (way, rows, ragged), queue in itertools.product(ways, bench.extent.queues):
-        setting = Peer(way, rows, ragged, default.instances, queue)
-        entry = bench.peer(variant, setting, slo * 1e6)
-        with bench.loaded(entry):
-            bench.load.closed(entry.name, kind.name, range(8), 1)  # some may be refused
-            found[setting] = bench.in_time(entry, kind, arrivals, slo)[0]
+    for way, queue in itertools.product(ways, bench.extent.queues):
+        setting = replace(way, queue=queue)
+        found[setting] = _overloaded(bench, kind, bench.peer(variant, setting, slo_us), rate)
     best = max(found, key=found.__getitem__)
     console.print(
         f"  {kind.name}: the best of {len(found)} queues is {best}, {found[best]:.0%} in time"
     )
     return best
+
+
+def _best_execution(bench: Bench, kind: Kind, variant: str, rate: float) -> Ours:
+    """Likewise LRAI's."""
+    settings = [Ours(execution) for execution in entries.EXECUTIONS]
+    found = {
+        setting: _overloaded(bench, kind, bench.ours(variant, setting), rate)
+        for setting in settings
+    }
+    said = ", ".join(f"{setting} {part:.0%}" for setting, part in found.items())
+    console.print(f"  {kind.name}: lrai in time: {said}")
+    return max(found, key=found.__getitem__)
+
+
+def _overloaded(bench: Bench, kind: Kind, entry: Entry, rate: float) -> float:
+    """Return the share in time at the heaviest load."""
+    arrivals = arrivals_of(OVERLOAD * rate, bench.extent.open_seconds, 99, bursts=False)
+    with bench.loaded(entry):
+        bench.load.closed(entry.name, kind.name, range(share(kind, 32)), 2)  # some are refused
+        return bench.in_time(entry, kind, arrivals, SLO_CALLS / rate)[0]
 
 
 def median_parts(runs: Sequence[Costed]) -> dict[str, float]:
