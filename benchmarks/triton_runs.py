@@ -25,7 +25,6 @@ Costed = tuple[Figures, dict[str, float]]
 SWEPT_AT: Final = 32
 SLO_CALLS: Final = 10  # the deadline, in mean calls of one by one
 OVERLOAD: Final = 1.5
-OPEN_LOADS: Final = (0.7, 1.0, OVERLOAD)
 NOOP_WIDTH: Final = 256
 _BURST_SECONDS: Final = 0.5  # the mean length of a burst, at twice the rate
 
