@@ -122,16 +122,7 @@ def run(
     bare = measure_bare(artifact, compared, extent.rounds, cpus[0], scratch)
 
     made = prepared(arguments.environment, scratch)
-    server = TritonServer(
-        repository.folder,
-        environment=made.environment,
-        backends=made.backends,
-        arguments=["--model-control-mode=explicit"],
-        cpus=cpus[:1],
-        env={"LRAI_ACTOR_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        log=scratch / "tritonserver.log",
-    )
-    stack.enter_context(server)
+    server = stack.enter_context(one_core_server(repository.folder, made, cpus[0], scratch))
     load = stack.enter_context(Load(server.port, cpus[1]))
     for kind in kinds:
         load.rows(kind.name, kind.rows, "sentence_embedding", kind.expected)
@@ -275,6 +266,19 @@ def perf_analyzer(
         figures = dict(zip(header.split(","), values.split(","), strict=False))
         rate, p95 = float(figures["Inferences/Second"]), float(figures["p95 latency"]) / 1e3
         found.append({"loop": "perf_analyzer", "who": who, "rate": rate, "p95_ms": p95})
+
+
+def one_core_server(folder: Path, made: Prepared, cpu: int, scratch: Path) -> TritonServer:
+    """Return a server of a repository, on one core, that loads models when told."""
+    return TritonServer(
+        folder,
+        environment=made.environment,
+        backends=made.backends,
+        arguments=["--model-control-mode=explicit"],
+        cpus=[cpu],
+        env={"LRAI_ACTOR_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        log=scratch / "tritonserver.log",
+    )
 
 
 def prepared(environment: Path | None, scratch: Path) -> Prepared:

@@ -38,7 +38,7 @@ from benchmarks import harness, images, models  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
-from benchmarks.triton import prepared  # noqa: E402
+from benchmarks.triton import one_core_server, prepared  # noqa: E402
 from benchmarks.triton_load import Array, Load, Row  # noqa: E402
 from benchmarks.triton_rows import make_kinds  # noqa: E402
 from benchmarks.triton_runs import Kind  # noqa: E402
@@ -92,16 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = models.minilm_onnx(entry / "1" / "model.onnx")
         (kind,) = make_kinds(source, None, {"search": 240})
         os.sched_setaffinity(0, cpus[-1:])  # the server is put on the first
-        server = TritonServer(
-            entry.parent,
-            environment=made.environment,
-            backends=made.backends,
-            arguments=["--model-control-mode=explicit"],
-            cpus=cpus[:1],
-            env={"LRAI_ACTOR_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            log=scratch / "tritonserver.log",
-        )
-        stack.enter_context(server)
+        server = stack.enter_context(one_core_server(entry.parent, made, cpus[0], scratch))
         load = stack.enter_context(Load(server.port, cpus[-1]))
         load.rows(kind.name, kind.rows, "sentence_embedding", kind.expected)
         demo = Demo(server, load, made, entry, kind, 2 if arguments.quick else 5)

@@ -36,7 +36,7 @@ from benchmarks import harness, models, realtime, transport  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
-from benchmarks.triton import prepared  # noqa: E402
+from benchmarks.triton import one_core_server, prepared  # noqa: E402
 from benchmarks.triton_entries import Entry, Ours, Repository  # noqa: E402
 from benchmarks.triton_load import Figures, Load  # noqa: E402
 from benchmarks.triton_rows import make_kinds  # noqa: E402
@@ -71,16 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         noop = transport._first_element(scratch / "noop.onnx", np.float32, [256])  # noqa: SLF001
         repository = Repository(scratch / "models", source, lrai.Artifact.open(path), noop)
         made = prepared(arguments.environment, scratch)
-        server = TritonServer(
-            repository.folder,
-            environment=made.environment,
-            backends=made.backends,
-            arguments=["--model-control-mode=explicit"],
-            cpus=cpus[:1],
-            env={"LRAI_ACTOR_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            log=scratch / "tritonserver.log",
-        )
-        stack.enter_context(server)
+        server = stack.enter_context(one_core_server(repository.folder, made, cpus[0], scratch))
         load = stack.enter_context(Load(server.port, cpus[1]))
         load.rows(kind.name, kind.rows, "sentence_embedding", kind.expected)
         entry = repository.ours("minilm", "artifact", Ours("auto"))
