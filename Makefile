@@ -54,7 +54,7 @@ wheel: $(READY)  ## build the wheel and try it in clean environments: bare, then
 	@set -eu; for extra in bare $(EXTRAS); do \
 	    echo "trying $$extra"; $(BIN)/python -m venv build/$$extra; \
 	    case $$extra in bare) want='' ;; *) want="[$$extra]" ;; esac; \
-	    modules='lrai_core lrai_deployments lrai_import lrai_report lrai_shared lrai_triton'; \
+	    modules='lrai_codecs lrai_core lrai_deployments lrai_import lrai_report lrai_shared lrai_triton lrai_wheel'; \
 	    case $$extra in mlflow|demo) modules="$$modules lrai_mlflow" ;; esac; \
 	    build/$$extra/bin/pip install -q -c constraints.txt "$$(echo dist/*.whl)$$want"; \
 	    build/$$extra/bin/python -I tools/wheel_smoke.py $$modules; \

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +26,6 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
 from lrai_mlflow.serving import ServedModel, mlflow_errors
-from lrai_mlflow.wheel import build_wheel
 from tests.tiny_models import column_model, token_model
 
 Predict = Callable[[Any], Any]
@@ -210,10 +204,10 @@ def test_numbers_that_do_not_fit_are_refused(loaded: Loaded, count: list[Any]) -
         ({"price": [1.0], "count": [1], "size": [1]}, "no such input"),
         ({"price": [[1.0], [1.0, 2.0]], "count": [1]}, "different shapes"),
         ({"price": [[1.0]], "count": [1]}, "2 dimensions"),
-        (np.zeros(3), "needed: arrays by name"),
-        ([1.0, 2.0], "needed: arrays by name"),
+        (np.zeros(3), "needed: values by input name"),
+        ([1.0, 2.0], "needed: values by input name"),
         (pd.DataFrame({"price": [1.0]}), "'count': missing"),
-        ("text", "needed: arrays by name"),
+        ("text", "needed: values by input name"),
     ],
 )
 def test_what_does_not_fit_the_model_is_a_clear_400(
@@ -346,56 +340,6 @@ def test_more_requirements_join_ours(artifact: lrai.Artifact, tmp_path: Path) ->
     assert {"idna", f"numpy=={version('numpy')}", "-c constraints.txt"} <= set(requirements)
     constraints = (tmp_path / "model" / "constraints.txt").read_text().splitlines()
     assert {"packaging<100", f"starlette=={version('starlette')}"} <= set(constraints)
-
-
-def test_the_wheel_holds_code_and_nothing_else(tmp_path: Path) -> None:
-    wheel = build_wheel(tmp_path)
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        info = f"lrai-{version('lrai')}.dist-info"
-        packages = {name.partition("/")[0] for name in names} - {info}
-        shipped = {"lrai_core", "lrai_deployments", "lrai_import", "lrai_mlflow"}
-        assert packages == shipped | {"lrai_report", "lrai_shared", "lrai_triton"}
-        code = [name for name in names if not name.startswith(info)]
-        assert all(name.endswith((".py", "py.typed")) for name in code)
-        assert {"lrai_core/actor/actor.py", "lrai_core/py.typed"} <= set(code)
-        assert {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD")} <= set(names)
-        assert b"Requires-Dist: onnxruntime" in archive.read(f"{info}/METADATA")
-        assert b"lrai_core.cli:main" in archive.read(f"{info}/entry_points.txt")
-
-
-def test_the_same_code_gives_the_same_wheel(tmp_path: Path) -> None:
-    first, second = build_wheel(tmp_path / "a"), build_wheel(tmp_path / "b")
-    assert first.name == second.name
-    assert hashlib.sha256(first.read_bytes()).digest() == (
-        hashlib.sha256(second.read_bytes()).digest()
-    )
-
-
-def test_an_installed_wheel_builds_itself_and_other_code_gets_another_name(tmp_path: Path) -> None:
-    wheel, target = build_wheel(tmp_path), tmp_path / "installed"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*install, "--target", str(target), str(wheel)], check=True)
-    program = (
-        "import lrai_mlflow.wheel as w, pathlib, sys;"
-        "assert w.__file__.startswith(sys.argv[1]), w.__file__;"
-        "sys.stdout.write(w.build_wheel(pathlib.Path(sys.argv[1], 'wheels')).name)"
-    )
-
-    def build_there() -> str:
-        return subprocess.run(
-            [sys.executable, "-c", program, str(target)],
-            env={**os.environ, "PYTHONPATH": str(target)},
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-
-    assert build_there() == wheel.name
-    with (target / "lrai_core" / "errors.py").open("a") as module:
-        module.write("# changed\n")
-    assert build_there() != wheel.name
 
 
 def test_a_changed_artifact_is_not_saved(artifact: lrai.Artifact, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from lrai_mlflow.wheel import build_wheel
+from lrai_wheel import build_wheel
 
 CONDA: Final = "conda.yaml"
 PYTHON: Final = "python_env.yaml"

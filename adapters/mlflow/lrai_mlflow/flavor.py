@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
 from mlflow import pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelInputExample, ModelSignature
@@ -22,9 +23,10 @@ from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _get_flavor_configuration, _validate_and_copy_code_paths
 
 import lrai_core
+from lrai_codecs import dtype_of
 from lrai_core import Artifact, TensorSpec, certificates, load_config
 from lrai_mlflow.environment import CONDA, PYTHON, write_environment
-from lrai_mlflow.serving import ServedModel, dtype_of, mlflow_errors
+from lrai_mlflow.serving import ServedModel, mlflow_errors
 
 FLAVOR_NAME: Final = "lrai"
 _MODULE: Final = "lrai_mlflow"  # stored in saved models
@@ -184,7 +186,7 @@ def _schema(specs: Sequence[TensorSpec]) -> Schema:
     return Schema(
         [
             MlflowTensorSpec(
-                dtype_of(spec),
+                np.dtype(np.str_) if spec.datatype == "BYTES" else dtype_of(spec.datatype),
                 tuple(extent if isinstance(extent, int) else -1 for extent in spec.shape),
                 spec.name,
             )

@@ -13,13 +13,12 @@ import pandas as pd
 from mlflow.exceptions import MlflowException, get_error_code
 from numpy.typing import NDArray
 
+from lrai_codecs import by_name, fit, text
 from lrai_core import (
     Artifact,
     InferenceRequest,
     InferenceResponse,
-    InvalidTensor,
     LraiError,
-    RequestError,
     Runtime,
     TensorSpec,
     load_config,
@@ -75,7 +74,7 @@ def to_lrai(data: Any, inputs: Sequence[TensorSpec], params: Mapping[str, Any]) 
     """Return the request that `data` states; what does not fit is for the runtime to refuse."""
     return InferenceRequest(
         model_name="",
-        inputs=_cast(_by_name(data, inputs), inputs),
+        inputs=fit(_by_name(data, inputs), inputs),
         timeout_ms=params.get("timeout_ms"),
     )
 
@@ -86,7 +85,7 @@ def from_lrai(response: InferenceResponse, data: Any) -> Answer:
     That is, for a DataFrame of scalars, each output flattened into a column. A DataFrame with lists
     in its cells, which `mlflow.onnx` refuses, is answered row by row with arrays in the cells.
     """
-    outputs = {name: _text(output) for name, output in response.outputs.items()}
+    outputs = {name: text(output) for name, output in response.outputs.items()}
     if not isinstance(data, pd.DataFrame):
         return outputs
     sizes = {output.size for output in outputs.values()}
@@ -96,21 +95,12 @@ def from_lrai(response: InferenceResponse, data: Any) -> Answer:
 
 
 def _by_name(data: Any, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
+    if not isinstance(data, pd.DataFrame):
+        return by_name(data, inputs)
     names = [spec.name for spec in inputs]
-    if isinstance(data, Mapping):
-        return {str(name): value for name, value in data.items()}
-    if isinstance(data, pd.DataFrame):
-        if len(names) == 1 and list(data.columns) != names:
-            return {names[0]: data.to_numpy()}
-        return {name: _column(data[name]) for name in names if name in data.columns}
-    if isinstance(data, list) and data and all(isinstance(record, Mapping) for record in data):
-        return _by_name(pd.DataFrame(data), inputs)
-    if len(names) == 1 and isinstance(data, np.ndarray | list):
-        return {names[0]: data}
-    raise RequestError(
-        f"got a {type(data).__name__}; needed: arrays by name, records or a DataFrame with "
-        + ", ".join(map(repr, names))
-    )
+    if len(names) == 1 and list(data.columns) != names:
+        return {names[0]: data.to_numpy()}
+    return {name: _column(data[name]) for name in names if name in data.columns}
 
 
 def _column(column: pd.Series[Any]) -> Any:
@@ -119,44 +109,3 @@ def _column(column: pd.Series[Any]) -> Any:
 
 def _holds_lists(column: pd.Series[Any] | None) -> bool:
     return column is not None and len(column) > 0 and isinstance(column.iloc[0], list | np.ndarray)
-
-
-def _cast(given: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> dict[str, Array]:
-    specs = {spec.name: spec for spec in inputs}
-    arrays = {}
-    for name, value in given.items():
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            raise InvalidTensor(name, "its rows have different shapes") from None
-        if name in specs:
-            array = _fit(array, specs[name])
-        arrays[name] = array
-    return arrays
-
-
-def _fit(array: Array, spec: TensorSpec) -> Array:
-    """Return `array` as the model takes it, if that loses nothing or JSON knows no such number."""
-    if array.ndim == 1 and len(spec.shape) == 2 and spec.shape[1] == 1:
-        array = array.reshape(-1, 1)  # a column of a DataFrame
-    wanted = dtype_of(spec)
-    if array.dtype == wanted or array.dtype.kind not in "biuf" or wanted.kind not in "biuf":
-        return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(wanted)
-    real = array.dtype.kind == wanted.kind == "f"
-    return cast if real or np.array_equal(cast, array) else array
-
-
-def dtype_of(spec: TensorSpec) -> np.dtype[Any]:
-    """Return the numpy dtype of a tensor; text for BYTES, as ONNX has it."""
-    known: dict[str, Any] = {"BOOL": np.bool_, "BYTES": np.str_}
-    return np.dtype(known.get(spec.datatype) or spec.datatype.lower().replace("fp", "float"))
-
-
-def _text(output: Array) -> Array:
-    """Return `output` with text in place of the protocol's bytes."""
-    if output.dtype.kind != "O":
-        return output
-    decode = np.frompyfunc(lambda item: item.decode() if isinstance(item, bytes) else item, 1, 1)
-    return np.asarray(decode(output), dtype=np.object_)

@@ -15,6 +15,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+PACKAGES: Final = (
+    "lrai_codecs",
+    "lrai_core",
+    "lrai_deployments",
+    "lrai_import",
+    "lrai_mlflow",
+    "lrai_report",
+    "lrai_shared",
+    "lrai_triton",
+    "lrai_wheel",
+)
+
 _DISTRIBUTION: Final = "lrai"
 _SUFFIXES: Final = (".py", ".typed")
 _ENTRY_POINTS: Final = "entry_points.txt"
@@ -26,12 +38,11 @@ _HASH_DIGITS: Final = 12
 def build_wheel(folder: Path) -> Path:
     """Write the wheel into `folder` and return its path; the same code gives the same bytes.
 
-    It holds the packages that are needed to serve, and those that the entry points name, so that
-    none of these leads nowhere.
+    It holds every package of lrai, as the entry points name all of them.
     """
     installed = distribution(_DISTRIBUTION)
     info = f"{_DISTRIBUTION}-{installed.version}.dist-info"
-    files = {**_code(installed), **_metadata(installed, info)}
+    files = {**_code(), **_metadata(installed, info)}
     content = hashlib.sha256()
     for name, data in sorted(files.items()):
         content.update(f"{name}\0{len(data)}\0".encode() + data)
@@ -53,11 +64,9 @@ def build_wheel(folder: Path) -> Path:
     return path
 
 
-def _code(installed: Distribution) -> dict[str, bytes]:
-    packages = {"lrai_core", __name__.partition(".")[0]}
-    packages |= {entry.module.partition(".")[0] for entry in installed.entry_points}
+def _code() -> dict[str, bytes]:
     files = {}
-    for package in sorted(packages):
+    for package in PACKAGES:
         spec = find_spec(package)
         for location in (spec and spec.submodule_search_locations) or ():
             root = Path(location)

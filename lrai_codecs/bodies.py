@@ -1,0 +1,236 @@
+"""Bodies by their content type: protocol, rows and columns in JSON, lines of JSON, CSV and npy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from lrai_codecs.forms import (
+    BINARY,
+    CSV,
+    JSON,
+    LINES,
+    MEDIA_TYPES,
+    NPY,
+    Form,
+    Layout,
+    NotAcceptable,
+    UnsupportedMediaType,
+)
+from lrai_codecs.protocol import is_protocol, read_protocol, write_protocol
+from lrai_codecs.tensors import Array, by_name, dtype_of, fit, text
+from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, TensorSpec
+
+_any_decoder: Final = msgspec.json.Decoder()
+_LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
+_NPY_HEADERS: Final = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def decode(
+    body: bytes,
+    content_type: str,
+    inputs: Sequence[TensorSpec],
+    *,
+    header_length: int | None = None,
+) -> tuple[InferenceRequest, Form]:
+    """Return the request that a body states, without a model's name, and how it was written.
+
+    Args:
+        body: At most as large as the host allows.
+        content_type: Of the body, with or without parameters; JSON if empty.
+        inputs: What the model declares.
+        header_length: The header `Inference-Header-Content-Length`, where there is one: the bytes
+            of JSON, with binary tensors behind it.
+
+    Raises:
+        UnsupportedMediaType: Of that type nothing is read.
+        RequestError: It is malformed.
+    """
+    media = content_type.partition(";")[0].strip().lower() or JSON
+    if header_length is not None or media == BINARY:
+        length = len(body) if header_length is None else header_length
+        if not 0 < length <= len(body):
+            raise RequestError(f"the header counts {length} bytes of JSON of {len(body)} in all")
+        return read_protocol(_parsed(body[:length]), body[length:])
+    if media == JSON:
+        return _json(_parsed(body), inputs)
+    form = Form(media_type=media, layout="instances")
+    if media == LINES:
+        rows = [_parsed(line) for line in body.splitlines() if line.strip()]
+        return _request(by_name(rows, inputs), inputs), form
+    if media == CSV:
+        return _request(_csv(body, inputs), inputs), form
+    if media == NPY:
+        return _request(by_name(_npy(body), inputs), inputs), form
+    raise UnsupportedMediaType(f"{media[:60]!r} is not read here: " + ", ".join(MEDIA_TYPES))
+
+
+def encode(
+    response: InferenceResponse, form: Form, accept: str = ""
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body of an answer and its headers, `Content-Type` among them.
+
+    Args:
+        response: The answer.
+        form: How the request was written.
+        accept: The caller's header `Accept`; the form of the request if empty or `*/*`. The first
+            type that is known here is taken; weights do not count.
+
+    Raises:
+        NotAcceptable: None of the types is written here, or the answer does not fit it.
+    """
+    media = _accepted(accept, form)
+    outputs = {name: text(output) for name, output in response.outputs.items()}
+    if media == CSV:
+        return _csv_of(outputs), {"Content-Type": f"{CSV}; charset=utf-8"}
+    if media == NPY:
+        return _npy_of(outputs), {"Content-Type": NPY}
+    if media == LINES:
+        lines = [msgspec.json.encode(row) for row in _rows(outputs)]
+        return b"\n".join([*lines, b""]), {"Content-Type": LINES}
+    if form.layout == "protocol":
+        return write_protocol(response, outputs, form.binary)
+    if form.layout == "instances":
+        return msgspec.json.encode({"predictions": _rows(outputs)}), {"Content-Type": JSON}
+    columns = {name: output.tolist() for name, output in outputs.items()}
+    return msgspec.json.encode({"outputs": columns}), {"Content-Type": JSON}
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return _any_decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        raise RequestError(f"the body is no JSON: {error}") from None
+
+
+def _json(data: Any, inputs: Sequence[TensorSpec]) -> tuple[InferenceRequest, Form]:
+    if is_protocol(data):
+        return read_protocol(data)
+    layout: Layout = "inputs" if isinstance(data, Mapping) else "instances"
+    known = {spec.name for spec in inputs}
+    if isinstance(data, Mapping) and not data.keys() & known:
+        keys = [key for key in _LAYOUT_KEYS if key in data]
+        if not keys:
+            raise RequestError(
+                "the body has neither inputs of the Open Inference Protocol, nor `instances`, nor "
+                f"`inputs`, nor the model's {sorted(known)}"
+            )
+        layout, data = keys[0], data[keys[0]]
+    return _request(by_name(data, inputs), inputs), Form(layout=layout)
+
+
+def _request(given: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> InferenceRequest:
+    return InferenceRequest(model_name="", inputs=fit(given, inputs))
+
+
+def _csv(body: bytes, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
+    """Return the columns of the inputs, in the model's order or that of a line of their names.
+
+    For a model with one input of two dimensions, a line is a row of features.
+    """
+    try:
+        reader = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
+        lines = [line for line in reader if line]
+    except (csv.Error, UnicodeError) as error:
+        raise RequestError(f"the body is no CSV in UTF-8: {error}") from None
+    names = [spec.name for spec in inputs]
+    if lines and set(lines[0]) == set(names):
+        names = lines.pop(0)
+    if not lines:
+        raise RequestError("the body has no line of values")
+    width = len(lines[0])
+    for number, line in enumerate(lines, 1):
+        if len(line) != width:
+            raise RequestError(f"line {number} has {len(line)} values, the first one {width}")
+    known = {spec.name: spec for spec in inputs}
+    if len(names) == 1 and len(inputs[0].shape) == 2:
+        return {names[0]: _numbers(lines, inputs[0])}
+    if width != len(names):
+        raise RequestError(f"{width} values in a line, {len(names)} are needed: {names}")
+    columns = zip(*lines, strict=True)
+    return {
+        name: _numbers(list(column), known[name])
+        for name, column in zip(names, columns, strict=True)
+    }
+
+
+def _numbers(values: list[Any], spec: TensorSpec) -> Array:
+    wanted = dtype_of(spec.datatype)
+    if wanted.kind == "O":
+        return np.asarray(values, dtype=np.object_)
+    try:
+        if wanted.kind in "iu":
+            return np.asarray(values, dtype=wanted)
+        return np.asarray(values, dtype=np.float64)
+    except (ValueError, OverflowError):
+        raise InvalidTensor(spec.name, f"a value is no {spec.datatype}") from None
+
+
+def _npy(body: bytes) -> Array:
+    """Return the array of an npy file, without trusting the size that its header states."""
+    file = io.BytesIO(body)
+    try:
+        header = _NPY_HEADERS[np.lib.format.read_magic(file)]
+        shape, fortran_order, dtype = header(file, max_header_size=10_000)
+        if dtype.hasobject:
+            raise RequestError("the body is an npy file of objects, which are pickles")
+        data = memoryview(body)[file.tell() :]
+        if math.prod(shape) * dtype.itemsize != len(data) or not dtype.itemsize:
+            raise RequestError(f"shape {list(shape)} of {dtype} does not fit {len(data)} bytes")
+        array = np.frombuffer(data, dtype)
+        return array.reshape(shape, order="F" if fortran_order else "C")
+    except (KeyError, ValueError, OverflowError, MemoryError, TypeError, SyntaxError):
+        raise RequestError("the body is no npy file") from None
+
+
+def _accepted(accept: str, form: Form) -> str:
+    wanted = [one.partition(";")[0].strip().lower() for one in accept.split(",") if one.strip()]
+    for media in wanted or ["*/*"]:
+        if media in ("*/*", "application/*"):
+            return JSON if form.media_type == BINARY else form.media_type
+        if media in MEDIA_TYPES:
+            return media
+    raise NotAcceptable(f"{accept[:60]!r} is not written here: " + ", ".join(MEDIA_TYPES))
+
+
+def _rows(outputs: Mapping[str, Array]) -> list[Any]:
+    """Return one value or record per row, as the rows of all outputs are the same ones."""
+    if len({len(output) if output.ndim else -1 for output in outputs.values()}) != 1:
+        raise NotAcceptable("the outputs have different numbers of rows; ask for columns")
+    columns = [output.tolist() for output in outputs.values()]
+    if len(columns) == 1:
+        rows = columns[0]
+        return rows if isinstance(rows, list) else [rows]
+    return [dict(zip(outputs, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _csv_of(outputs: Mapping[str, Array]) -> bytes:
+    flat = []
+    for name, output in outputs.items():
+        if not output.ndim or len(output) != len(next(iter(outputs.values()))):
+            raise NotAcceptable(f"output {name!r} has no line for each row; ask for JSON")
+        flat.append(output.reshape(len(output), -1).tolist())
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([value for part in row for value in part] for row in zip(*flat, strict=True))
+    return file.getvalue().encode()
+
+
+def _npy_of(outputs: Mapping[str, Array]) -> bytes:
+    if len(outputs) != 1:
+        raise NotAcceptable(f"npy holds one array, the answer has {sorted(outputs)}")
+    (array,) = outputs.values()
+    file = io.BytesIO()
+    if array.dtype.kind == "O":
+        array = array.astype(np.str_)
+    np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+    return file.getvalue()

@@ -1,0 +1,120 @@
+"""A request of HTTP from its first byte to its answer, whatever the framework."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from lrai_codecs.bodies import decode, encode
+from lrai_codecs.forms import Form, UnsupportedMediaType
+from lrai_core import InferenceRequest, InferenceResponse, LraiError, RequestError, TensorSpec
+
+_AUTOMATIC: Final = zlib.MAX_WBITS | 32  # gzip or zlib, as its first bytes say
+_THREAD_ABOVE_BYTES: Final = 1 << 18  # parsing that takes milliseconds must not hold the event loop
+
+
+class PayloadTooLarge(RequestError):
+    """The body is larger than the host allows, as sent or once it is decompressed."""
+
+    http_status = 413
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """An answer of HTTP."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytes:
+    """Return a body, decompressed, without ever holding more than the limit.
+
+    Args:
+        chunks: The body as it arrives.
+        headers: By name in lower case.
+        limit_bytes: Of the body as sent, and of the body decompressed.
+
+    Raises:
+        PayloadTooLarge: It is larger, or its header says so.
+        UnsupportedMediaType: It is compressed in a way that is not read here.
+        RequestError: It is cut short or damaged.
+    """
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit_bytes:
+        raise PayloadTooLarge(f"the body has {declared} bytes, at most {limit_bytes} are allowed")
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "gzip", "deflate", ""):
+        raise UnsupportedMediaType(f"content coding {coding[:40]!r}; read are gzip and deflate")
+    inflate = None if coding in ("identity", "") else zlib.decompressobj(_AUTOMATIC)
+    parts, received, size = list[bytes](), 0, 0
+    async for chunk in chunks:
+        received += len(chunk)
+        part = chunk
+        if inflate is not None:
+            try:
+                part = inflate.decompress(chunk, limit_bytes - size + 1)
+            except zlib.error:
+                raise RequestError(f"the body is no {coding}") from None
+        size += len(part)
+        if max(size, received) > limit_bytes:
+            raise PayloadTooLarge(f"the body has more than the {limit_bytes} bytes allowed")
+        parts.append(part)
+    if inflate is not None and (not inflate.eof or inflate.unused_data):
+        raise RequestError(f"the body is no whole {coding}")
+    return b"".join(parts)
+
+
+async def respond(
+    infer: Callable[[InferenceRequest], Awaitable[InferenceResponse]],
+    inputs: Sequence[TensorSpec],
+    headers: Mapping[str, str],
+    body: bytes,
+) -> Reply:
+    """Return the answer to a body that was read: decoded, inferred, encoded.
+
+    Args:
+        infer: Answers a request that names no model yet.
+        inputs: What the model declares.
+        headers: By name in lower case.
+        body: See `read`.
+
+    Raises:
+        LraiError: The request cannot be answered; `failure` says it in HTTP.
+    """
+    stated = headers.get("inference-header-content-length")
+    if stated is not None and not (stated.isdecimal() and len(stated) < 16):
+        raise RequestError("inference-header-content-length is no number of bytes")
+    length = None if stated is None else int(stated)
+    kind = headers.get("content-type", "")
+
+    def parsed() -> tuple[InferenceRequest, Form]:
+        return decode(body, kind, inputs, header_length=length)
+
+    large = len(body) > _THREAD_ABOVE_BYTES
+    request, form = await asyncio.to_thread(parsed) if large else parsed()
+    response = await infer(request)
+
+    def written() -> tuple[bytes, dict[str, str]]:
+        return encode(response, form, headers.get("accept", ""))
+
+    large = sum(output.nbytes for output in response.outputs.values()) > _THREAD_ABOVE_BYTES
+    content, more = await asyncio.to_thread(written) if large else written()
+    return Reply(headers=more, body=content)
+
+
+def failure(error: LraiError) -> Reply:
+    """Return an error as the Open Inference Protocol writes it, and when to try again."""
+    headers = {"Content-Type": "application/json"}
+    wait: float | None = getattr(error, "retry_after_seconds", None)
+    if wait is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(wait)))
+    body = msgspec.json.encode({"error": str(error)})
+    return Reply(status=error.http_status, headers=headers, body=body)

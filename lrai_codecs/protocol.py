@@ -1,0 +1,142 @@
+"""The Open Inference Protocol over HTTP: JSON, and the binary tensor data extension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from lrai_codecs.forms import BINARY, JSON, Form
+from lrai_codecs.tensors import Array, array_of, datatype_of, dtype_of
+from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, Tensor
+
+
+class _Tensor(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _Infer(msgspec.Struct):
+    inputs: list[_Tensor]
+    id: str = ""
+    outputs: list[_Output] = []
+    parameters: dict[str, Any] = {}
+
+
+def is_protocol(data: Any) -> bool:
+    """Return whether parsed JSON means to follow the protocol: its inputs state shape or type."""
+    inputs = data.get("inputs") if isinstance(data, Mapping) else None
+    first = inputs[0] if isinstance(inputs, list) and inputs else None
+    return isinstance(first, Mapping) and bool({"shape", "datatype"} & first.keys())
+
+
+def read_protocol(data: Any, behind: bytes = b"") -> tuple[InferenceRequest, Form]:
+    """Return the request of parsed JSON and of the bytes of its binary tensors behind it.
+
+    Raises:
+        RequestError: It does not follow the protocol.
+    """
+    try:
+        stated = msgspec.convert(data, _Infer)
+    except msgspec.ValidationError as error:
+        problem = f"the body does not follow the Open Inference Protocol: {error}"
+        raise RequestError(problem) from None
+    tensors: dict[str, Array | Tensor] = {}
+    view, position = memoryview(behind), 0
+    for tensor in stated.inputs:
+        if tensor.name in tensors:
+            raise InvalidTensor(tensor.name, "given twice")
+        size = tensor.parameters.get("binary_data_size")
+        if size is None:
+            tensors[tensor.name] = _listed(tensor)
+            continue
+        if type(size) is not int or not 0 <= size <= len(view) - position:
+            left = len(view) - position
+            raise InvalidTensor(tensor.name, f"binary_data_size {size}, {left} bytes are left")
+        tensors[tensor.name] = Tensor(
+            name=tensor.name,
+            datatype=tensor.datatype,
+            shape=tuple(tensor.shape),
+            data=view[position : position + size],
+        )
+        position += size
+    if position != len(view):
+        raise RequestError(f"{len(view) - position} bytes are left over behind the tensors")
+    every = stated.parameters.get("binary_data_output") is True
+    named = {one.name for one in stated.outputs if one.parameters.get("binary_data") is True}
+    request = InferenceRequest(
+        model_name="",
+        id=stated.id,
+        inputs=tensors,
+        outputs=tuple(one.name for one in stated.outputs),
+        timeout_ms=_timeout(stated.parameters),
+    )
+    return request, Form(binary=None if every and not stated.outputs else frozenset(named))
+
+
+def _listed(tensor: _Tensor) -> Array:
+    if tensor.data is None:
+        raise InvalidTensor(tensor.name, "has neither data nor binary_data_size")
+    wanted = dtype_of(tensor.datatype)
+    array = array_of(tensor.name, tensor.data, wanted)
+    if array.dtype != wanted and array.size:
+        raise InvalidTensor(tensor.name, f"its data is no {tensor.datatype}")
+    if min(tensor.shape, default=0) < 0 or math.prod(tensor.shape) != array.size:
+        raise InvalidTensor(tensor.name, f"shape {tensor.shape}, but {array.size} elements")
+    return array.astype(wanted, copy=False).reshape(tensor.shape)
+
+
+def _timeout(parameters: Mapping[str, Any]) -> float | None:
+    """Return `timeout`, in microseconds as Triton has it, in milliseconds."""
+    timeout = parameters.get("timeout")
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout <= 0:
+        raise RequestError(f"timeout {timeout!r}: a number of microseconds is needed")
+    return timeout / 1000
+
+
+def write_protocol(
+    response: InferenceResponse, outputs: Mapping[str, Array], binary: frozenset[str] | None
+) -> tuple[bytes, dict[str, str]]:
+    """Return an answer's body and headers; `binary` as in `Form`."""
+    stated, behind = [], []
+    for name, array in outputs.items():
+        tensor: dict[str, Any] = {"name": name, "shape": array.shape}
+        tensor["datatype"] = datatype_of(array)
+        if binary is None or name in binary:
+            behind.append(_bytes_of(array))
+            tensor["parameters"] = {"binary_data_size": len(behind[-1])}
+        else:
+            tensor["data"] = array.ravel().tolist()
+        stated.append(tensor)
+    head = msgspec.json.encode(
+        {
+            "model_name": response.model_name,
+            "model_version": response.model_version,
+            "id": response.id,
+            "parameters": {k: v for k, v in response.parameters.items() if v is not None},
+            "outputs": stated,
+        }
+    )
+    if not behind:
+        return head, {"Content-Type": JSON}
+    headers = {"Content-Type": BINARY, "Inference-Header-Content-Length": str(len(head))}
+    return b"".join([head, *behind]), headers
+
+
+def _bytes_of(array: Array) -> bytes:
+    if array.dtype.kind != "O":
+        return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    texts = [str(element).encode() for element in array.ravel()]
+    return b"".join(len(one).to_bytes(4, "little") + one for one in texts)

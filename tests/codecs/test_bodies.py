@@ -1,0 +1,257 @@
+"""Every body that is read, the ones that are not, and answers in the form that was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrai_codecs import MEDIA_TYPES, Form, NotAcceptable, UnsupportedMediaType, decode, encode
+from lrai_core import InferenceResponse, InvalidTensor, RequestError, TensorSpec
+from lrai_core.config import LimitsConfig
+from lrai_core.protocol import Signature, validate
+
+X = TensorSpec(name="x", datatype="FP32", shape=("n", 3), batch_axis=0)
+AGE = TensorSpec(name="age", datatype="INT32", shape=("n",), batch_axis=0)
+JOB = TensorSpec(name="job", datatype="BYTES", shape=("n",), batch_axis=0)
+OUT = TensorSpec(name="y", datatype="FP32", shape=("n",), batch_axis=0)
+ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.5]]
+
+
+def npy(array: np.ndarray[Any, Any], version: tuple[int, int] | None = None) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=version)
+    return file.getvalue()
+
+
+def protocol(**changes: Any) -> bytes:
+    tensor = {"name": "x", "shape": [2, 3], "datatype": "FP32", "data": ROWS} | changes
+    return json.dumps({"id": "7", "inputs": [tensor]}).encode()
+
+
+def values(body: bytes, kind: str, inputs: list[TensorSpec], **more: Any) -> list[list[Any]]:
+    """Return what the runtime would take of a body, in the order of the inputs."""
+    request, _ = decode(body, kind, inputs, **more)
+    signature = Signature(inputs=tuple(inputs), outputs=(OUT,))
+    return [array.tolist() for array in validate(request, signature, LimitsConfig()).arrays]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (protocol(), "application/json"),
+        (protocol(data=[1, 2, 3, 4, 5, 6.5]), ""),
+        (json.dumps({"instances": ROWS}).encode(), "application/json; charset=utf-8"),
+        (json.dumps({"inputs": ROWS}).encode(), "Application/JSON"),
+        (json.dumps({"inputs": {"x": ROWS}}).encode(), "application/json"),
+        (json.dumps({"x": ROWS}).encode(), "application/json"),
+        (json.dumps(ROWS).encode(), "application/json"),
+        (json.dumps([{"x": row} for row in ROWS]).encode(), "application/json"),
+        (b"[1, 2, 3]\n\n[4, 5, 6.5]\n", "application/jsonlines"),
+        (b'{"x": [1, 2, 3]}\n{"x": [4, 5, 6.5]}', "application/jsonlines"),
+        (b"1,2,3\r\n4,5,6.5\r\n", "text/csv"),
+        (b"\xef\xbb\xbf1,2,3\n4,5,6.5", "text/csv; charset=utf-8"),
+        (npy(np.array(ROWS, np.float32)), "application/x-npy"),
+        (npy(np.asfortranarray(np.array(ROWS)), (2, 0)), "application/x-npy"),
+    ],
+)
+def test_all_forms_of_a_matrix_are_one_tensor(body: bytes, kind: str) -> None:
+    assert values(body, kind, [X]) == [ROWS]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b'{"instances": [{"age": 3, "job": "a,b"}, {"age": 4, "job": "c"}]}', ""),
+        (b'{"inputs": {"age": [3, 4], "job": ["a,b", "c"]}}', ""),
+        (b'3,"a,b"\n4,c\n', "text/csv"),
+        (b'job,age\n"a,b",3\nc,4\n', "text/csv"),
+        (b'{"age": 3, "job": "a,b"}\n{"age": 4, "job": "c"}', "application/jsonlines"),
+    ],
+)
+def test_all_forms_of_columns_are_the_same_tensors(body: bytes, kind: str) -> None:
+    assert values(body, kind, [AGE, JOB]) == [[3, 4], ["a,b", "c"]]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_what_tritons_client_writes_is_read_and_what_is_written_it_reads(binary: bool) -> None:
+    x = np.array(ROWS, np.float32)
+    job = np.array(["a", "\u00e9\0"], np.object_)
+    sent = [triton.InferInput("x", [2, 3], "FP32"), triton.InferInput("job", [2], "BYTES")]
+    for tensor, array in zip(sent, (x, job), strict=True):
+        tensor.set_data_from_numpy(array, binary_data=binary)
+    wanted = [triton.InferRequestedOutput("y", binary_data=binary)]
+    body, length = triton.InferenceServerClient.generate_request_body(sent, outputs=wanted)
+    kind = "application/octet-stream" if binary else "application/json"
+    assert values(body, kind, [X, JOB], header_length=length) == [ROWS, ["a", "\u00e9\0"]]
+
+    request, form = decode(body, kind, [X, JOB], header_length=length)
+    assert request.outputs == ("y",)
+    outputs = {"y": np.array([0.1, np.inf if binary else 3], np.float32), "job": job}
+    written, headers = encode(answer(outputs), form)
+    result = triton.InferenceServerClient.parse_response_body(
+        written, header_length=int(headers.get("Inference-Header-Content-Length", len(written)))
+    )
+    assert np.array_equal(result.as_numpy("y"), outputs["y"])
+    assert [
+        str(item, "utf-8") if isinstance(item, bytes) else item for item in result.as_numpy("job")
+    ] == list(job)
+
+
+def test_the_protocols_timeout_is_in_microseconds() -> None:
+    tensor = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+    body = json.dumps({"inputs": [tensor], "parameters": {"timeout": 1500}}).encode()
+    assert decode(body, "", [X])[0].timeout_ms == 1.5
+    for wrong in ("1", -1, 0, True, 1.5):
+        body = json.dumps({"inputs": [tensor], "parameters": {"timeout": wrong}}).encode()
+        with pytest.raises(RequestError, match="microseconds"):
+            decode(body, "", [X])
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "problem"),
+    [
+        (b"", "application/json", "no JSON"),
+        (b"{", "application/json", "no JSON"),
+        (b'"\xff"', "application/json", "no JSON"),
+        (b"[" * 100_000, "application/json", "no JSON"),
+        (b"[NaN]", "application/json", "no JSON"),
+        (b"3", "application/json", "got a int"),
+        (b'{"rows": [[1]]}', "application/json", "neither inputs of the Open"),
+        (protocol(shape=[2, 2]), "", "shape \\[2, 2\\], but 6 elements"),
+        (protocol(shape=[-2, -3]), "", "but 6 elements"),
+        (protocol(shape="2"), "", "Open Inference Protocol: Expected"),
+        (protocol(datatype="INT32"), "", "its data is no INT32"),
+        (protocol(datatype="FP8"), "", "'FP8' is not a datatype"),
+        (protocol(data=None), "", "neither data nor binary_data_size"),
+        (protocol(data=["1"] * 6), "", "its data is no FP32"),
+        (protocol(data=[[1], [1, 2]]), "", "different shapes"),
+        (protocol(parameters={"binary_data_size": 24}), "", "binary_data_size 24, 0 bytes"),
+        (protocol(parameters={"binary_data_size": -1}), "", "binary_data_size -1"),
+        (b"", "text/csv", "no line of values"),
+        (b"1,2,3\n4,5\n", "text/csv", "line 2 has 2 values"),
+        (b"1,2,x\n", "text/csv", "a value is no FP32"),
+        (b'1,2,"3\n', "text/csv", "no CSV"),
+        (b"\xff,1,2", "text/csv", "no CSV"),
+        (b"[1]\n{", "application/jsonlines", "no JSON"),
+        (b"", "application/x-npy", "no npy"),
+        (npy(np.zeros(3))[:-1], "application/x-npy", "does not fit 23 bytes"),
+        (b"abc", "application/octet-stream", "no JSON"),
+    ],
+)
+def test_malformed_bodies_say_what_is_wrong(body: bytes, kind: str, problem: str) -> None:
+    with pytest.raises(RequestError, match=problem) as caught:
+        decode(body, kind, [X])
+    assert caught.value.http_status == 400
+
+
+def test_bytes_behind_the_tensors_are_refused() -> None:
+    head = protocol(data=None, parameters={"binary_data_size": 24})
+    for extra, length in ((b"x", len(head)), (b"", 0), (b"", len(head) + 25)):
+        with pytest.raises(RequestError):
+            decode(head + bytes(24) + extra, "", [X], header_length=length)
+
+
+def test_a_tensor_given_twice_is_refused() -> None:
+    tensor = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+    with pytest.raises(InvalidTensor, match="given twice"):
+        decode(json.dumps({"inputs": [tensor, tensor]}).encode(), "", [X])
+
+
+def test_an_npy_file_can_neither_be_a_pickle_nor_claim_memory() -> None:
+    pickled = io.BytesIO()
+    np.lib.format.write_array(pickled, np.array([{}], object), allow_pickle=True)
+    with pytest.raises(RequestError, match="pickles"):
+        decode(pickled.getvalue(), "application/x-npy", [X])
+    huge = npy(np.zeros((2, 3))).replace(b"(2, 3), }   ", b"(2, 9999), }")
+    huge = huge.replace(b"(2, 9999)", b"(9**9, 9)")
+    for body in (huge, npy(np.zeros((2, 3))).replace(b"(2, 3)", b"(2, 9)")):
+        with pytest.raises(RequestError):
+            decode(body, "application/x-npy", [X])
+
+
+def test_an_unknown_type_is_named_with_those_that_are_read() -> None:
+    with pytest.raises(UnsupportedMediaType, match=r"'image/png' is not read.*text/csv") as caught:
+        decode(b"", "image/png", [X])
+    assert caught.value.http_status == 415
+
+
+@given(st.binary(max_size=300), st.sampled_from(["", *MEDIA_TYPES]))
+def test_no_body_gets_anything_but_a_request_or_a_refusal(body: bytes, kind: str) -> None:
+    for length in (None, 10):
+        with contextlib.suppress(RequestError):  # any other error fails the test
+            decode(body, kind, [AGE, JOB], header_length=length)
+
+
+def answer(outputs: dict[str, np.ndarray[Any, Any]]) -> InferenceResponse:
+    return InferenceResponse(
+        model_name="m", model_version="1", id="7", outputs=outputs, parameters={"variant": "int8"}
+    )
+
+
+ONE = answer({"y": np.array([[0.5], [np.nan]], np.float32)})
+TWO = answer({"y": np.array([1, 2], np.int64), "t": np.array(["a", b"b"], object)})
+
+
+@pytest.mark.parametrize(
+    ("response", "form", "accept", "body"),
+    [
+        (ONE, Form(layout="instances"), "", b'{"predictions":[[0.5],[null]]}'),
+        (TWO, Form(layout="instances"), "", b'{"predictions":[{"y":1,"t":"a"},{"y":2,"t":"b"}]}'),
+        (TWO, Form(layout="inputs"), "*/*", b'{"outputs":{"y":[1,2],"t":["a","b"]}}'),
+        (TWO, Form(layout="instances"), "text/html, text/csv;q=0.5", b"1,a\n2,b\n"),
+        (ONE, Form(media_type="text/csv", layout="instances"), "", b"0.5\nnan\n"),
+        (TWO, Form(), "application/jsonlines", b'{"y":1,"t":"a"}\n{"y":2,"t":"b"}\n'),
+        (ONE, Form(), "application/x-npy", npy(ONE.outputs["y"])),
+    ],
+)
+def test_answers_are_written_as_asked(
+    response: InferenceResponse, form: Form, accept: str, body: bytes
+) -> None:
+    written, headers = encode(response, form, accept)
+    assert written == body
+    assert headers["Content-Type"]
+
+
+def test_the_protocols_answer_names_model_variant_and_tensors() -> None:
+    body, headers = encode(TWO, Form())
+    assert headers == {"Content-Type": "application/json"}
+    assert json.loads(body) == {
+        "model_name": "m",
+        "model_version": "1",
+        "id": "7",
+        "parameters": {"variant": "int8"},
+        "outputs": [
+            {"name": "y", "shape": [2], "datatype": "INT64", "data": [1, 2]},
+            {"name": "t", "shape": [2], "datatype": "BYTES", "data": ["a", "b"]},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("response", "accept", "problem"),
+    [
+        (ONE, "image/png", "not written here"),
+        (TWO, "application/x-npy", "npy holds one array"),
+        (answer({"y": np.zeros(2), "z": np.zeros(3)}), "text/csv", "'z' has no line for each row"),
+        (answer({"y": np.ones(())}), "text/csv", "no line for each row"),
+        (
+            answer({"y": np.zeros(2), "z": np.zeros(3)}),
+            "application/jsonlines",
+            "different numbers",
+        ),
+    ],
+)
+def test_an_answer_that_does_not_fit_is_not_acceptable(
+    response: InferenceResponse, accept: str, problem: str
+) -> None:
+    with pytest.raises(NotAcceptable, match=problem) as caught:
+        encode(response, Form(), accept)
+    assert caught.value.http_status == 406

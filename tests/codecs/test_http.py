@@ -1,0 +1,130 @@
+"""Bodies in chunks, compressed or not, against their limits; and errors as HTTP says them."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import zlib
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from lrai_codecs import PayloadTooLarge, UnsupportedMediaType, failure, read, respond
+from lrai_core import (
+    InferenceRequest,
+    InferenceResponse,
+    NotReady,
+    QueueFull,
+    RequestError,
+    TensorSpec,
+)
+
+X = TensorSpec(name="x", datatype="FP32", shape=("n", 3), batch_axis=0)
+
+
+def read_all(body: bytes, headers: dict[str, str], limit: int = 1000, step: int = 7) -> bytes:
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), step):
+            yield body[start : start + step]
+
+    return asyncio.run(read(chunks(), headers, limit))
+
+
+@pytest.mark.parametrize(
+    ("body", "coding"),
+    [
+        (b"a" * 1000, "identity"),
+        (gzip.compress(b"a" * 1000), "gzip"),
+        (zlib.compress(b"a" * 1000), "deflate"),
+        (b"a" * 1000, ""),
+    ],
+)
+def test_a_body_up_to_the_limit_is_read(body: bytes, coding: str) -> None:
+    assert read_all(body, {"content-encoding": coding}) == b"a" * 1000
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"a" * 1001, {}),
+        (b"", {"content-length": "1001"}),
+        (b"", {"content-length": "9" * 100}),
+        (gzip.compress(b"a" * 1001), {"content-encoding": "gzip"}),
+        (gzip.compress(bytes(1 << 26)), {"content-encoding": "gzip"}),
+    ],
+)
+def test_more_is_refused_before_it_is_held(body: bytes, headers: dict[str, str]) -> None:
+    with pytest.raises(PayloadTooLarge) as caught:
+        read_all(body, headers)
+    assert caught.value.http_status == 413
+
+
+def test_a_flood_of_chunks_ends_at_the_limit() -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 100
+            yield b"a" * 100
+
+    with pytest.raises(PayloadTooLarge):
+        asyncio.run(read(endless(), {}, 1000))
+    assert sent == 1100
+
+
+@pytest.mark.parametrize(
+    "body",
+    [gzip.compress(b"abc")[:-1], b"abc", gzip.compress(b"a") + b"b", b"", gzip.compress(b"a") * 2],
+)
+def test_a_damaged_compressed_body_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError, match=r"no .*gzip"):
+        read_all(body, {"content-encoding": "gzip"})
+
+
+def test_another_content_coding_is_refused() -> None:
+    with pytest.raises(UnsupportedMediaType, match="'br'; read are gzip"):
+        read_all(b"", {"content-encoding": "br"})
+
+
+@pytest.mark.parametrize("rows", [2, 100_000])
+def test_a_body_is_answered_as_it_was_asked(rows: int) -> None:
+    async def double(request: InferenceRequest) -> InferenceResponse:
+        x = request.inputs["x"]
+        assert isinstance(x, np.ndarray)
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs={"y": x * 2}, parameters={}
+        )
+
+    body = json.dumps({"instances": [[1, 2, 3]] * rows}).encode()
+    reply = asyncio.run(respond(double, [X], {"content-type": "application/json"}, body))
+    assert reply.status == 200
+    assert json.loads(reply.body) == {"predictions": [[2, 4, 6]] * rows}
+
+
+def test_a_wrong_length_of_the_head_is_refused() -> None:
+    async def never(request: InferenceRequest) -> InferenceResponse:
+        raise AssertionError(request)
+
+    for wrong in ("-1", "x", "9" * 20, ""):
+        with pytest.raises(RequestError, match="no number of bytes"):
+            asyncio.run(respond(never, [X], {"inference-header-content-length": wrong}, b"{}"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "wait"),
+    [
+        (RequestError("wrong"), 400, None),
+        (QueueFull("full", limit=3, retry_after_seconds=0.2), 429, "1"),
+        (NotReady("draining"), 503, "1"),
+        (PayloadTooLarge("large"), 413, None),
+    ],
+)
+def test_errors_have_their_status_and_say_when_to_try_again(
+    error: RequestError | NotReady, status: int, wait: str | None
+) -> None:
+    reply = failure(error)
+    assert (reply.status, reply.headers.get("Retry-After")) == (status, wait)
+    assert json.loads(reply.body) == {"error": str(error)}

@@ -1,0 +1,80 @@
+"""Values in the usual forms, fitted to a model without a change to any of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lrai_codecs import by_name, dtype_of, fit
+from lrai_core import InvalidTensor, RequestError, TensorSpec
+
+IDS = TensorSpec(name="ids", datatype="INT64", shape=("n", "length"), batch_axis=0)
+AGE = TensorSpec(name="age", datatype="FP32", shape=("n", 1), batch_axis=0)
+JOB = TensorSpec(name="job", datatype="BYTES", shape=("n", 1), batch_axis=0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"age": [30, 41], "job": ["a", "b"]},
+        [{"age": 30, "job": "a"}, {"age": 41, "job": "b"}],
+        [{"job": "a", "age": 30}, {"age": 41, "job": "b"}],
+    ],
+)
+def test_columns_and_records_are_the_same_tensors(data: Any) -> None:
+    arrays = fit(by_name(data, [AGE, JOB]), [AGE, JOB])
+    assert arrays["age"].dtype == np.float32
+    assert arrays["age"].tolist() == [[30], [41]]
+    assert arrays["job"].tolist() == [["a"], ["b"]]
+
+
+def test_values_alone_are_those_of_a_model_with_one_input() -> None:
+    assert by_name([[1, 2]], [IDS]) == {"ids": [[1, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ([[1, 2]], "got a list"),
+        ("text", "got a str"),
+        (None, "got a NoneType"),
+        ([{"age": 1, "job": "a"}, {"age": 1}], "record 1 has other names"),
+    ],
+)
+def test_other_forms_are_refused_by_what_they_are(data: Any, problem: str) -> None:
+    with pytest.raises(RequestError, match=problem):
+        by_name(data, [AGE, JOB])
+
+
+def test_null_among_real_numbers_is_nan_and_nothing_else_is() -> None:
+    assert np.isnan(fit({"age": [None, 1.5]}, [AGE])["age"]).tolist() == [[True], [False]]
+    assert fit({"ids": [[None, 1]]}, [IDS])["ids"].dtype == np.object_
+
+
+@pytest.mark.parametrize("value", [[[1.5]], [[2**63]], [[-(2**70)]], [["1"]]])
+def test_what_would_be_changed_keeps_its_own_dtype(value: Any) -> None:
+    assert fit({"ids": value}, [IDS])["ids"].dtype != np.int64
+
+
+@pytest.mark.parametrize("value", [[[1], [1, 2]], [[1], 2], [[[1]], [[1, 2]]]])
+def test_rows_of_different_shapes_are_named(value: Any) -> None:
+    with pytest.raises(InvalidTensor, match="'age': its rows have different shapes"):
+        fit({"age": value}, [AGE])
+
+
+def test_text_keeps_nul_characters() -> None:
+    assert fit({"job": ["a\0", "\0"]}, [JOB])["job"].tolist() == [["a\0"], ["\0"]]
+
+
+def test_datatypes_have_their_dtypes() -> None:
+    assert [dtype_of(name).name for name in ("FP16", "UINT8", "BOOL", "BYTES")] == [
+        "float16",
+        "uint8",
+        "bool",
+        "object",
+    ]
+    for name in ("FP8", "", "STR", "FLOAT32;"):
+        with pytest.raises(RequestError, match="is not a datatype"):
+            dtype_of(name)
