@@ -21,8 +21,9 @@ from msgspec.structs import replace
 import lrai_core as lrai
 from lrai_core.config import SchedulerConfig, with_settings
 from lrai_core.runtime.embedded import Embedded
-from lrai_core.runtime.version import Deployment, Ended, Freeze, Version
+from lrai_core.runtime.version import Deployment, Ended, Freeze, Started, State, Version
 from lrai_core.scheduler.scheduler import Pending
+from lrai_deployments.here import Here
 from lrai_deployments.inline import InlinePool
 from lrai_deployments.routing import Route
 from lrai_deployments.state import How, Record, Store, now
@@ -44,6 +45,7 @@ class Deployments(Embedded):
         self._records = {name: record for name, record in self._kept.items() if record.frozen}
         self._routes: dict[str, Route] = {}
         self._watches: dict[str, Watch] = {}  # by key of the version
+        self._here: dict[str, Here] = {}  # the same, of those that run in this process
         self.random = Random()
         # With a budget one version starts at a time, so that what it takes can be counted.
         self._room = threading.Lock() if self.config.runtime.memory_mib else nullcontext()
@@ -185,6 +187,18 @@ class Deployments(Embedded):
             for one in gone:
                 self.remove(one, drain=False)
 
+    def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
+        """See `Runtime.start_all`. Requests for one version that is here run on this thread."""
+        asked = {(request.model_name, request.model_version) for request in requests}
+        if self._here and len(asked) == 1 and os.getpid() == self._owner:
+            name, label = asked.pop()
+            with suppress(lrai.ModelNotFound):  # which each of them is told
+                version = self.find(name, label)
+                here = self._here.get(version.key)
+                if here and (label or version.name not in self._routes):
+                    return here.answer(requests)
+        return super().start_all(requests)
+
     def accept(
         self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
     ) -> Pending:
@@ -212,8 +226,14 @@ class Deployments(Embedded):
     def remove(self, version: Version, *, drain: bool = True) -> None:
         """See `Embedded.remove`. What was seen of its traffic is written down."""
         super().remove(version, drain=drain)
+        self._here.pop(version.key, None)
         if watching := self._watches.pop(version.key, None):
             watching.save()
+
+    def _state(self, version: Version) -> State:
+        here = self._here.get(version.key)
+        hangs = here is not None and here.busy_seconds() > self.config.actor.hang_seconds
+        return "stalled" if hangs else super()._state(version)
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run a function soon, in a thread that no request waits for."""
@@ -264,6 +284,9 @@ class Deployments(Embedded):
         with self._room:
             self._make_room(name, config.actor.replicas * size)
             new = self.add(artifact, name, how.variant, how.require, how.settings, label)
+            pool = self._pool
+            if isinstance(pool, InlinePool) and (opened := pool.opened(new.key)):
+                self._here[new.key] = Here(self, new, *opened)
             if watching is not None:
                 new.watch, self._watches[new.key] = watching.see, watching
             self.show(new)

@@ -1,5 +1,7 @@
 """Models without a process of their own: the engine runs in the scheduler's thread.
 
+Requests that are brought together run on the thread that brings them, see `here.py`.
+
 For models that take less time than the way to another process. What that gives up: a model that
 crashes takes this process with it, one that hangs stops every model of this runtime, and while it
 runs nothing else is decided. So a runtime that processes share has none.
@@ -22,7 +24,7 @@ from lrai_core.errors import ArtifactError, EngineError, LraiError
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire.messages import Load, Refused
-from lrai_core.wire.workers import Batch
+from lrai_core.wire.workers import Batch, Outcome
 
 
 class InlinePool(Pool):
@@ -60,6 +62,11 @@ class InlinePool(Pool):
         if self._inline.pop(name, None) is None:
             super().remove(name)
 
+    def opened(self, name: str) -> tuple[Load, Session] | None:
+        """Return a model that runs here, None where it does not."""
+        load, session = self._inline.get(name, (None, None))
+        return (load, session) if load and session else None
+
     def state(self, name: str) -> tuple[str, int | None]:
         """See `Workers.state`."""
         if (known := self._inline.get(name)) is None:
@@ -74,18 +81,21 @@ class InlinePool(Pool):
         self, name: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
     ) -> None:
         """See `Workers.dispatch`; what runs here has its outcome when this returns."""
-        load, session = self._inline.get(name, (None, None))
-        if load is None or session is None:
+        if opened := self.opened(name):
+            self._outcomes.append(run(*opened, batch, requests))
+        else:
             super().dispatch(name, batch, requests, predicted_seconds)
-            return
-        call = Batch(batch, requests, tuple({i for r in requests for i in r.outputs}), 0.0)
-        try:
-            arrays = coalesce([request.arrays for request in requests], load.signature)
-            started = time.perf_counter()
-            outputs = session.run(arrays, call.outputs)
-            seconds = time.perf_counter() - started
-            self._outcomes.append(answered(call, outputs, seconds, load))
-        except EngineError as error:
-            self._outcomes.append(Refused(batch, str(error), error.invalid))
-        except Exception as error:  # noqa: BLE001 - edge, as in an actor: it is the batch's outcome
-            self._outcomes.append(Refused(batch, type(error).__name__, invalid=False))
+
+
+def run(load: Load, session: Session, batch: int, requests: Sequence[ValidRequest]) -> Outcome:
+    """Return the outcome of a call that runs on this thread."""
+    call = Batch(batch, requests, tuple({i for r in requests for i in r.outputs}), 0.0)
+    try:
+        arrays = coalesce([request.arrays for request in requests], load.signature)
+        started = time.perf_counter()
+        outputs = session.run(arrays, call.outputs)
+        return answered(call, outputs, time.perf_counter() - started, load)
+    except EngineError as error:
+        return Refused(batch, str(error), error.invalid)
+    except Exception as error:  # noqa: BLE001 - edge, as in an actor: it is the batch's outcome
+        return Refused(batch, type(error).__name__, invalid=False)

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 import lrai_core as lrai
 from lrai_core.errors import shorten
+from lrai_core.runtime.version import Started, started
 from lrai_core.wire import messages as wire
 from lrai_core.wire.messages import contents
 from lrai_shared import messages
@@ -125,6 +127,10 @@ class Attached:
             self.close()
             why = str(error) or f"it did not answer within {patience:g} s"
             raise lrai.EnvironmentProblem(f"no runtime at {self._endpoint}: {why}") from None
+
+    def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
+        """See `Runtime.start_all`."""
+        return [started(self.start, request) for request in requests]
 
     def start(self, request: lrai.InferenceRequest) -> Future[lrai.InferenceResponse]:
         """Send a request; cancelling the future takes it out of the queue if it has not begun."""

@@ -34,7 +34,7 @@ from lrai_core.engine.engine import installed_version
 from lrai_core.errors import LraiError, NotReady, UsageError, shorten
 from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
-from lrai_core.runtime.embedded import find_embedded
+from lrai_core.runtime.embedded import Embedded, find_backend
 from lrai_core.scheduler.scheduler import Pending
 from lrai_core.wire import messages as wire
 from lrai_core.wire.workers import Outcome
@@ -237,7 +237,8 @@ class Daemon:
         self._quick, self._slow = ThreadPoolExecutor(1), ThreadPoolExecutor(_CHANGES)
         runtime = replace(config.runtime, state_dir=config.runtime.state_dir or str(folder))
         config = replace(config, runtime=runtime)
-        self.runtime = find_embedded()(config, pool=partial(self._make_door, folder / "clients"))
+        make_door = partial(self._make_door, folder / "clients")
+        self.runtime: Embedded = find_backend("deployments")(config, pool=make_door)
         self.runtime.call("restore", {}, object)
         self.runtime.scheduler.call(self._door.open)
 

@@ -35,7 +35,7 @@ from lrai_core.errors import (
 )
 from lrai_core.events import EventBus, Observer
 from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
-from lrai_core.runtime.version import Ended, LoadedModel, State, Version
+from lrai_core.runtime.version import Ended, LoadedModel, Started, State, Version, started
 from lrai_core.scheduler.scheduler import Pending, Replica, Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
@@ -167,6 +167,8 @@ class Embedded:
         profile = () if load.optimise else chosen.latency
         label = label or self._unique(name, artifact)
         actors = tuple(f"{name}@{label}" + f"#{i}" * (i > 0) for i in range(config.replicas))
+        if limits.deterministic and chosen.batch_effect:
+            limits = replace(limits, max_batch_rows=1)
         version = Version(
             name,
             label,
@@ -174,11 +176,10 @@ class Embedded:
             chosen,
             own[0].id if own else None,
             actors,
+            limits,
             used_at=time.monotonic(),
         )
         threads = config.threads or self._threads(chosen, name, config.replicas)
-        if limits.deterministic and chosen.batch_effect:
-            limits = replace(limits, max_batch_rows=1)
         alone_ms = min((point.median_ms for point in profile), default=0.0)
         if 0 < limits.latency_slo_ms <= alone_ms:
             reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
@@ -233,6 +234,10 @@ class Embedded:
         )
         return future
 
+    def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
+        """See `Runtime.start_all`."""
+        return [started(self.start, request) for request in requests]
+
     def accept(
         self, request: InferenceRequest, done: Ended, version: Version | None = None
     ) -> Pending:
@@ -242,24 +247,12 @@ class Embedded:
         """
         if os.getpid() != self._owner:
             raise NotReady("this process was forked from the runtime's; open one of its own")
-        priority = request.parameters.get("priority", 0)
-        if not isinstance(priority, int):
-            raise RequestError(f"priority is {shorten(repr(priority))}, an integer is needed")
+        priority = priority_of(request)
         model, valid = self._enter(request, version)
-        names = [model.signature.outputs[index].name for index in valid.outputs]
 
         def ended(arrays: list[Array] | None, error: LraiError | None) -> None:
             model.leave()
-            done(
-                error
-                or InferenceResponse(
-                    model_name=model.name,
-                    model_version=model.version,
-                    id=request.id,
-                    outputs=dict(zip(names, arrays or [], strict=True)),
-                    parameters={"variant": model.variant.id, "certificate": model.certificate},
-                )
-            )
+            done(error or model.response(request.id, valid.outputs, arrays or []))
 
         try:
             pending = self.scheduler.accept(model.key, valid, ended, request.timeout_ms, priority)
@@ -435,11 +428,19 @@ class Embedded:
         return "ok" if self.scheduler.outstanding() else "idle"
 
 
-def find_embedded() -> type[Embedded]:
-    """Return what serves in a process: `Embedded` with names, as `lrai_deployments` has it."""
-    for entry in entry_points(group="lrai.backends", name="deployments"):
-        return cast("type[Embedded]", entry.load())
-    raise EnvironmentProblem("nothing to deploy models with is here: install lrai again")
+def priority_of(request: InferenceRequest) -> int:
+    """Return the priority that a request states, 0 by default; the lower are served first."""
+    priority = request.parameters.get("priority", 0)
+    if not isinstance(priority, int):
+        raise RequestError(f"priority is {shorten(repr(priority))}, an integer is needed")
+    return priority
+
+
+def find_backend(name: str) -> type[Any]:
+    """Return what serves: `deployments`, `Embedded` with names, or `ipc`, a daemon's client."""
+    for entry in entry_points(group="lrai.backends", name=name):
+        return cast("type[Any]", entry.load())
+    raise EnvironmentProblem(f"no backend {name!r} is here: install lrai again")
 
 
 def _forget(folder: Path, owner: int) -> None:

@@ -11,19 +11,18 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
 
 from lrai_core.artifact import Artifact
 from lrai_core.config import LraiConfig, load_config
-from lrai_core.errors import EnvironmentProblem, QueueFull, RequestError, UsageError, shorten
+from lrai_core.errors import QueueFull, RequestError, UsageError, shorten
 from lrai_core.events import Observer
 from lrai_core.protocol import InferenceRequest, InferenceResponse
-from lrai_core.runtime.embedded import find_embedded
-from lrai_core.runtime.version import Deployment, LoadedModel, State
+from lrai_core.runtime.embedded import find_backend
+from lrai_core.runtime.version import Deployment, LoadedModel, Started, State
 
 T = TypeVar("T")
 
@@ -33,6 +32,10 @@ class Backend(Protocol):
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Accept a request; cancelling the future takes it out of the queue if it has not begun."""
+        ...
+
+    def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
+        """See `Runtime.start_all`."""
         ...
 
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
@@ -85,9 +88,9 @@ class Runtime:
         self._lock = threading.Lock()
         self._backend: Backend
         if address == "embedded":
-            self._backend = find_embedded()(self.config, observers)
+            self._backend = find_backend("deployments")(self.config, observers)
         else:
-            self._backend = _client()(self.config, "" if address == "auto" else address)
+            self._backend = find_backend("ipc")(self.config, "" if address == "auto" else address)
 
     @classmethod
     def open(
@@ -242,6 +245,14 @@ class Runtime:
         """
         return self._backend.start(request)
 
+    def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
+        """Accept requests that came together; return for each its future, or its outcome.
+
+        An outcome, an answer or an error, is there at once where the request was refused, and where
+        the model runs in this process: then this thread runs it.
+        """
+        return self._backend.start_all(requests)
+
     def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer; blocks the calling thread, not the others.
 
@@ -320,12 +331,6 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
-
-
-def _client() -> Callable[[LraiConfig, str], Backend]:
-    for entry in entry_points(group="lrai.backends", name="ipc"):
-        return cast("Callable[[LraiConfig, str], Backend]", entry.load())
-    raise EnvironmentProblem("no client of a shared runtime is here: install lrai again")
 
 
 def _folder(artifact: str | Path | Artifact) -> str:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lrai_core.artifact import Artifact, Variant
+from lrai_core.config import SchedulerConfig
 from lrai_core.errors import LraiError
-from lrai_core.protocol import InferenceResponse, Signature, ValidRequest
+from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signature, ValidRequest
 
 State = Literal["ok", "idle", "stalled", "dead"]
 Ended = Callable[[InferenceResponse | LraiError], None]
+Started = Future[InferenceResponse] | InferenceResponse | LraiError
+
+
+def started(
+    start: Callable[[InferenceRequest], Future[InferenceResponse]], request: InferenceRequest
+) -> Started:
+    """Return the future of a request, or the error that it was refused with."""
+    try:
+        return start(request)
+    except LraiError as error:
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,7 @@ class Version:
     Attributes:
         version: The artifact's, made unique among those of the name.
         actors: Their names.
+        limits: Of its calls and of its requests' time.
         inside: Requests accepted and not yet ended.
         used_at: When the last one was accepted, on the monotonic clock.
         watch: Sees every request that it takes.
@@ -84,6 +98,7 @@ class Version:
     variant: Variant
     certificate: str | None
     actors: tuple[str, ...]
+    limits: SchedulerConfig
     inside: int = 0
     used_at: float = 0.0
     watch: Callable[[ValidRequest], None] | None = None
@@ -99,6 +114,19 @@ class Version:
     def signature(self) -> Signature:
         """Return what it takes and gives."""
         return self.artifact.manifest.signature
+
+    def response(
+        self, identity: str, wanted: Sequence[int], arrays: Sequence[Array]
+    ) -> InferenceResponse:
+        """Return the answer to a request that wanted the outputs of these indices."""
+        names = [self.signature.outputs[index].name for index in wanted]
+        return InferenceResponse(
+            model_name=self.name,
+            model_version=self.version,
+            id=identity,
+            outputs=dict(zip(names, arrays, strict=True)),
+            parameters={"variant": self.variant.id, "certificate": self.certificate},
+        )
 
     def enter(self) -> bool:
         """Count a request in; return False where none are taken any more."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import lrai_core as lrai
 from lrai_core import Signature, TensorSpec
-from lrai_triton.artifacts import source_of, state_folder
+from lrai_core.artifact import LatencyPoint
+from lrai_import.built import state_folder
 from lrai_triton.config import MAX_BATCH_SIZE, complete
+from lrai_triton.hostqueue import HostQueue
+from lrai_triton.served import execution_of, source_of
 from lrai_triton.settings import settings_of
+from tests.core import small_artifact
 
 
 def spec(name: str, datatype: str, shape: tuple[int | str, ...], **more: Any) -> TensorSpec:
@@ -207,3 +212,78 @@ def test_what_is_kept_lies_where_nobody_else_comes(tmp_path: Path) -> None:
         state_folder(config)
     folder.chmod(0o700)
     assert state_folder(config) == folder
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_waited_while_a_list_was_answered_has_less_time_left() -> None:
+    clock = Clock()
+    queue = HostQueue(64, settings_of({"parameters": {}}), clock)
+    assert queue.take([20_000, 0]) == [19.0, None]  # nobody waited: the way alone
+    clock.now += 0.010
+    queue.answered()
+    clock.now += 0.001
+    left = queue.take([20_000] * 11)  # came over the last 11 ms, in order
+    assert left == pytest.approx([8.0 + i for i in range(11)])
+    queue.answered()
+    clock.now += 0.1
+    assert queue.take([20_000]) == pytest.approx([19.0]), "the stub had nothing to do"
+
+
+def test_a_full_list_leaves_others_waiting() -> None:
+    clock = Clock()
+    queue = HostQueue(2, settings_of({"parameters": {}}), clock)
+    queue.take([20_000])
+    for waited in (4, 8, 12):
+        clock.now += 0.004
+        queue.answered()
+        first, _ = queue.take([20_000, 20_000])
+        assert first == pytest.approx(19.0 - waited)
+
+
+def test_a_promise_of_the_model_is_the_time_of_who_names_none() -> None:
+    slo = {"scheduler.latency_slo_ms": {"string_value": "25"}}
+    settings = settings_of({"parameters": slo})
+    assert HostQueue(64, settings, Clock()).take([0, 10_000]) == [24.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("size", "groups"), [(64, [{"count": 2}]), (64, [{}, {"count": 1}]), (1, []), (0, [])]
+)
+def test_nothing_is_guessed_of_a_queue_that_others_empty_or_nobody(
+    size: int, groups: list[dict[str, Any]]
+) -> None:
+    clock = Clock()
+    queue = HostQueue(size, settings_of({"instance_group": groups}), clock)
+    for _ in range(3):
+        assert queue.take([20_000]) == [19.0]
+        clock.now += 0.05
+        queue.answered()
+
+
+def test_how_a_list_is_answered_depends_on_model_instances_and_promise(tmp_path: Path) -> None:
+    artifact = lrai.Artifact(tmp_path, small_artifact.manifest(), "0" * 64)
+    slow = msgspec.structs.replace(
+        artifact.manifest.variants[0],
+        latency=[LatencyPoint(rows=1, length=0, median_ms=30.0, spread_ms=0.0)],
+    )
+    manifest = msgspec.structs.replace(artifact.manifest, variants=[slow])
+    promised = {"scheduler.latency_slo_ms": {"string_value": "25"}}
+
+    def execution(
+        artifact: lrai.Artifact, count: int = 1, parameters: dict[str, Any] | None = None
+    ) -> str:
+        config = {"instance_group": [{"count": count}], "parameters": parameters or {}}
+        return execution_of(artifact, settings_of(config))
+
+    assert execution(artifact) == execution(artifact, 1, promised) == "inline"
+    assert execution(artifact, 2) == "lists"
+    assert execution(artifact, 2, promised) == "sender"
+    large = lrai.Artifact(tmp_path, manifest, "0" * 64)
+    assert (execution(large), execution(large, 1, promised)) == ("lists", "sender")
+    assert execution(large, 1, {"execution": {"string_value": "inline"}}) == "inline"

@@ -37,8 +37,9 @@ def own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs `lrai triton`, demands an exit code, and returns what it said."""
+    monkeypatch.setenv("COLUMNS", "400")  # a message is one line, however long a path in it is
 
     def run(*arguments: str | Path, code: int = 0) -> str:
         capfd.readouterr()

@@ -17,6 +17,7 @@ from lrai_core import (
     LraiError,
 )
 from lrai_core.artifact import Artifact
+from lrai_core.config import SchedulerConfig
 from lrai_core.runtime.version import Version
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
@@ -38,7 +39,13 @@ class Core:
 def version(label: str) -> Version:
     manifest = small_artifact.manifest()
     return Version(
-        "m", label, Artifact(Path(), manifest, "0" * 64), manifest.variants[0], None, (label,)
+        "m",
+        label,
+        Artifact(Path(), manifest, "0" * 64),
+        manifest.variants[0],
+        None,
+        (label,),
+        SchedulerConfig(),
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
+from lrai_deployments.inline import run
 
 pytestmark = pytest.mark.server
 
@@ -133,3 +137,114 @@ def test_a_runtime_that_processes_share_has_no_model_in_its_own(
 def test_isolation_is_one_of_two_words() -> None:
     with pytest.raises(lrai.UsageError, match=r"isolation .*'thread'"):
         config(**{"actor.isolation": "thread"})
+
+
+def together(runtime: lrai.Runtime, requests: list[lrai.InferenceRequest]) -> list[Any]:
+    """Return what becomes of requests that are brought together."""
+    return [one.result() if isinstance(one, Future) else one for one in runtime.start_all(requests)]
+
+
+def test_what_is_brought_together_runs_on_the_thread_that_brings_it(
+    inline: lrai.Runtime, classifier_fp32: lrai.Artifact
+) -> None:
+    requests = [request(0.01 * i, rows=1 + i % 3) for i in range(40)]
+    answers = inline.start_all(requests)
+    assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
+    stats = inline.stats()
+    assert stats["request_answered"] == stats["request_accepted"] == 40
+    assert stats["batch_completed"] < 40, "requests share calls"
+    with lrai.Runtime.open(classifier_fp32, config=config()) as elsewhere:
+        for one, answer in zip(requests, together(elsewhere, requests), strict=True):
+            mine = together(inline, [one])[0]
+            assert mine.parameters == answer.parameters
+            np.testing.assert_allclose(mine.outputs["logits"], answer.outputs["logits"], atol=1e-4)
+
+
+def test_each_is_refused_for_itself(inline: lrai.Runtime) -> None:
+    wrong = request(1.0, columns=63)
+    hurried = lrai.InferenceRequest(
+        model_name="classifier", inputs=request(1.0).inputs, timeout_ms=1e-6
+    )
+    nobody = lrai.InferenceRequest(model_name="nobody", inputs={})
+    good = request(1.0)
+    answers = together(inline, [wrong, good, hurried, good])
+    assert isinstance(answers[0], lrai.InvalidTensor)
+    assert isinstance(answers[2], lrai.DeadlineExceeded)
+    assert all(isinstance(answers[i], lrai.InferenceResponse) for i in (1, 3))
+    other = together(inline, [nobody, good])  # for two models: not on this thread
+    assert isinstance(other[0], lrai.ModelNotFound)
+    assert isinstance(other[1], lrai.InferenceResponse)
+    assert inline.stats()["request_failed"] == 1
+
+
+def test_what_the_engine_refuses_ends_alone_here_too(
+    inline: lrai.Runtime, minilm_fp32: lrai.Artifact
+) -> None:
+    inline.load(minilm_fp32, settings=INLINE)
+
+    def tokens(token: int) -> lrai.InferenceRequest:
+        ids = np.full((1, 5), token, np.int64)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        return lrai.InferenceRequest(model_name="minilm", inputs=inputs)
+
+    outcomes = together(inline, [tokens(2_000_000 if i == 3 else 2_000 + i) for i in range(8)])
+    assert isinstance(outcomes.pop(3), lrai.RequestError | lrai.ActorError)
+    assert all(isinstance(outcome, lrai.InferenceResponse) for outcome in outcomes)
+
+
+def test_a_broken_plan_means_one_by_one(
+    inline: lrai.Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lrai_deployments.here.plan", broken)
+    answers = together(inline, [request(float(i)) for i in range(5)])
+    assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
+    stats = inline.stats()
+    assert (stats["planner_failed"], stats["batch_completed"]) == (5, 5)
+
+
+def test_together_they_follow_a_swap_a_canary_and_an_end(
+    inline: lrai.Runtime, classifier_fp32: lrai.Artifact
+) -> None:
+    good = [request(0.5), request(0.6)]
+    (first,) = {answer.model_version for answer in together(inline, good)}
+    second = inline.swap("classifier", classifier_fp32, settings=INLINE)
+    assert {answer.model_version for answer in together(inline, good)} == {second}
+    inline.load(classifier_fp32, name="classifier", settings=INLINE, share=0.5)
+    versions = {answer.model_version for answer in together(inline, good * 40)}
+    assert len(versions) == 2, "shares are kept"
+    assert first != second
+    inline.unload("classifier")
+    assert all(isinstance(answer, lrai.ModelNotFound) for answer in together(inline, good))
+
+
+def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        began.set()
+        go_on.wait(30)
+        return run(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrai_deployments.here.run", slow)
+        caller = threading.Thread(target=together, args=(inline, [request(1.0)]))
+        caller.start()
+        assert began.wait(10)
+        assert inline.ready() != "stalled"
+        hang = replace(inline.config.actor, hang_seconds=0.5)
+        patch.setattr(inline._backend, "config", replace(inline.config, actor=hang))
+        deadline = time.monotonic() + 10
+        while inline.ready() != "stalled" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert inline.ready() == "stalled"
+        go_on.set()
+        caller.join()
+    assert inline.ready() == "idle"
+
+
+def test_a_runtime_that_drains_takes_nothing_together_either(inline: lrai.Runtime) -> None:
+    assert inline.drain()
+    assert isinstance(together(inline, [request(1.0)])[0], lrai.NotReady)

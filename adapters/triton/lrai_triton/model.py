@@ -23,17 +23,18 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, LraiError
-from lrai_triton.artifacts import artifact_of, source_of
+from lrai_import.built import artifact_of
 from lrai_triton.config import complete
+from lrai_triton.hostqueue import HostQueue
 from lrai_triton.metrics import Metrics
-from lrai_triton.served import Served
+from lrai_triton.served import Served, source_of
 from lrai_triton.settings import settings_of
 
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
 _CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
     (429, 503, 504, 507), "UNAVAILABLE"
 )
-Answer = Future[InferenceResponse]
+Started = Future[InferenceResponse] | InferenceResponse | LraiError
 
 
 class Cancelled(LraiError):
@@ -67,6 +68,7 @@ class TritonPythonModel:
             self._served = Served(name, artifact, settings)
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
+        self._queue = HostQueue(int(model_config["max_batch_size"]), settings)
         self.execute = self._send_later if self._served.execution == "sender" else self._lists
 
     def is_ready(self) -> bool:
@@ -80,39 +82,43 @@ class TritonPythonModel:
 
     def _lists(self, requests: Sequence[Any]) -> list[Any]:
         """Return the responses to a list of requests, in its order."""
-        answers = [self._start(request) for request in requests]
+        answers = self._start(requests)
         _wait(requests, answers)
+        self._queue.answered()
         return [self._response(_outcome(answer)) for answer in answers]
 
     def _send_later(self, requests: Sequence[Any]) -> None:
         """Have each request answered when its answer is there, and take the next list at once."""
-        for request in requests:
+        for request, answer in zip(requests, self._start(requests), strict=True):
             send = partial(self._send, request, request.get_response_sender())
-            answer = self._start(request)
-            if isinstance(answer, LraiError):
-                send(answer)
-            else:
+            if isinstance(answer, Future):
                 answer.add_done_callback(send)
+            else:
+                send(answer)
 
-    def _send(self, request: Any, sender: Any, answer: Answer | LraiError) -> None:
+    def _send(self, request: Any, sender: Any, answer: Started) -> None:
         del request  # held until now: its tensors are read where they lie
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         sender.send(self._response(_outcome(answer)), flags=done)
 
-    def _start(self, request: Any) -> Answer | LraiError:
+    def _start(self, requests: Sequence[Any]) -> list[Started]:
+        allowed = self._queue.take([request.timeout() for request in requests])
+        asked = [self._request(*pair) for pair in zip(requests, allowed, strict=True)]
+        right = [one for one in asked if isinstance(one, InferenceRequest)]
+        started = iter(self._served.runtime.start_all(right))
+        return [one if isinstance(one, LraiError) else next(started) for one in asked]
+
+    def _request(self, request: Any, timeout_ms: float | None) -> InferenceRequest | LraiError:
         try:
             inputs = {tensor.name(): self._array(tensor) for tensor in request.inputs()}
-            timeout_us = request.timeout()
-            return self._served.runtime.start(
-                InferenceRequest(
-                    model_name=self._served.name,
-                    inputs=inputs,
-                    outputs=tuple(request.requested_output_names()),
-                    timeout_ms=timeout_us / 1e3 if timeout_us else None,
-                )
-            )
         except LraiError as error:
             return error
+        return InferenceRequest(
+            model_name=self._served.name,
+            inputs=inputs,
+            outputs=tuple(request.requested_output_names()),
+            timeout_ms=timeout_ms,
+        )
 
     def _array(self, tensor: Any) -> Any:
         array = tensor.as_numpy()
@@ -135,7 +141,7 @@ class TritonPythonModel:
         )
 
 
-def _wait(requests: Sequence[Any], answers: Sequence[Answer | LraiError]) -> None:
+def _wait(requests: Sequence[Any], answers: Sequence[Started]) -> None:
     """Return when all have ended; who leaves meanwhile is taken out of the queue.
 
     One wait for all: a thread that is woken for every answer takes the core from the model.
@@ -150,9 +156,9 @@ def _wait(requests: Sequence[Any], answers: Sequence[Answer | LraiError]) -> Non
                 del waiting[answer]
 
 
-def _outcome(answer: Answer | LraiError) -> InferenceResponse | LraiError:
+def _outcome(answer: Started) -> InferenceResponse | LraiError:
     try:
-        return answer if isinstance(answer, LraiError) else answer.result()
+        return answer.result() if isinstance(answer, Future) else answer
     except CancelledError:
         return Cancelled("cancelled")
     except LraiError as error:

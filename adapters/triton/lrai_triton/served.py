@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+from pathlib import Path
 from typing import Final
 
-from lrai_core import Artifact, LraiError, Runtime
-from lrai_triton.artifacts import state_folder
+from lrai_core import Artifact, ArtifactError, LraiError, Runtime
+from lrai_import.built import state_folder
 from lrai_triton.settings import Settings
 
-_INLINE_BELOW_MS: Final = 1.0
+_INLINE_BELOW_MS: Final = 10.0  # the way to an actor adds about one
 
 
 class Served:
@@ -72,11 +73,28 @@ class Served:
 
 
 def execution_of(artifact: Artifact, settings: Settings) -> str:
-    """Return how requests are answered where nothing is said: by what the model takes alone."""
+    """Return how requests are answered where nothing is said.
+
+    By what the model takes alone; several instances would each have a copy of it in their stubs.
+    """
     if settings.execution != "auto":
         return settings.execution
     manifest = artifact.manifest
     variant = manifest.variant(settings.variant or manifest.chosen)
     alone = sorted(point.median_ms for point in variant.latency if point.rows == 1)
-    quick = bool(alone) and alone[len(alone) // 2] < _INLINE_BELOW_MS
-    return "inline" if quick else "lists"
+    if settings.instances == 1 and alone and alone[len(alone) // 2] < _INLINE_BELOW_MS:
+        return "inline"
+    return "sender" if settings.latency_slo_ms else "lists"
+
+
+def source_of(folder: Path) -> Path:
+    """Return the `model.onnx` or the `model.lrai/` of a version directory.
+
+    Raises:
+        ArtifactError: There is neither, or both.
+    """
+    found = [path for path in (folder / "model.onnx", folder / "model.lrai") if path.exists()]
+    if len(found) != 1:
+        what = "both model.onnx and model.lrai" if found else "neither model.onnx nor model.lrai"
+        raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")
+    return found[0]

@@ -23,6 +23,7 @@ class Settings:
         require: Of its certificate; None for nothing.
         variant: To serve instead of the chosen one; empty for that.
         execution: How requests are answered.
+        instances: Of the model, 1 where nothing is said.
     """
 
     config: LraiConfig
@@ -30,6 +31,13 @@ class Settings:
     require: dict[str, Any] | None
     variant: str
     execution: Execution
+    instances: int
+
+    @property
+    def latency_slo_ms(self) -> float:
+        """Return the time that the model promises, 0 for none."""
+        slo_ms = self.own.get("scheduler.latency_slo_ms")
+        return self.config.scheduler.latency_slo_ms if slo_ms is None else float(slo_ms)
 
 
 def settings_of(model_config: Mapping[str, Any]) -> Settings:
@@ -57,4 +65,6 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
     load_config(environ={}, host=own)  # for its errors: a runtime that serves others keeps its own
     # Unless a variable says otherwise, all instances and models of a host share one runtime.
     config = load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=given)
-    return Settings(config, own, require or None, variant, cast("Execution", execution))
+    instances = sum(group.get("count", 1) for group in model_config.get("instance_group", []))
+    chosen = cast("Execution", execution)
+    return Settings(config, own, require or None, variant, chosen, max(1, instances))

@@ -13,11 +13,12 @@ import typer
 import lrai_core as lrai
 from lrai_core.artifact import disk_errors
 from lrai_core.engine.engine import installed_version, isa_class
-from lrai_triton.artifacts import source_of, state_folder
+from lrai_import.built import state_folder
 from lrai_triton.commands.app import app, out
 from lrai_triton.commands.pbtxt import backend_of, config_of
 from lrai_triton.commands.repository import CONFIG, text_of, versions_of
 from lrai_triton.config import complete
+from lrai_triton.served import source_of
 from lrai_triton.settings import settings_of
 
 _MODEL: Final = '''"""LRAI as a backend of Triton; put here by `lrai triton install`."""

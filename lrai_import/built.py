@@ -1,4 +1,4 @@
-"""The model of a version directory, as an artifact; what an ONNX file needs is built once."""
+"""A model that a host points at, as an artifact; what an ONNX file needs is built once."""
 
 from __future__ import annotations
 
@@ -20,19 +20,6 @@ from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiConfig
 _BUILD_SECONDS: Final = 900
 
 
-def source_of(folder: Path) -> Path:
-    """Return the `model.onnx` or the `model.lrai/` of a version directory.
-
-    Raises:
-        ArtifactError: There is neither, or both.
-    """
-    found = [path for path in (folder / "model.onnx", folder / "model.lrai") if path.exists()]
-    if len(found) != 1:
-        what = "both model.onnx and model.lrai" if found else "neither model.onnx nor model.lrai"
-        raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")
-    return found[0]
-
-
 def artifact_of(source: Path, config: LraiConfig) -> Artifact:
     """Return the artifact that `source` is, or that is built from it: fp32, kept by its content.
 
@@ -50,14 +37,14 @@ def artifact_of(source: Path, config: LraiConfig) -> Artifact:
 
 
 def state_folder(config: LraiConfig) -> Path:
-    """Return the folder of what outlives a stub, made if it is not there.
+    """Return the folder of what outlives a host's process, made if it is not there.
 
     Raises:
         EnvironmentProblem: It cannot be made, or is not this user's alone.
     """
     parent = config.runtime.socket_dir or tempfile.gettempdir()
     state = Path(config.runtime.state_dir or Path(parent, f"lrai-{os.geteuid()}"))
-    folder = state / "triton"
+    folder = state / "built"
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -68,7 +55,7 @@ def state_folder(config: LraiConfig) -> Path:
         ) from None
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise EnvironmentProblem(
-            "the folder triton in runtime.state_dir has to be this user's alone"
+            "the folder built in runtime.state_dir has to be this user's alone"
         )
     return folder
 

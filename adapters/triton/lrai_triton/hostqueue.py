@@ -1,0 +1,47 @@
+"""What Triton does not tell: how long requests have waited in its queue before a list was taken.
+
+The queue is emptied by every list that is not full, in order of arrival. So what comes in the next
+one has come since, evenly; and nobody has waited where the stub had nothing to do.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from lrai_triton.settings import Settings
+
+_WAY_SECONDS: Final = 1e-3  # of a request into the stub, and of its answer out of the server
+_IDLE_SECONDS: Final = 2e-3  # after an answer without a list: the queue was empty
+
+
+class HostQueue:
+    """Triton's queue of a model with one instance, as far as its stub can tell."""
+
+    def __init__(
+        self, size: int, settings: Settings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """See it through lists of at most `size` requests."""
+        self._size, self._alone = size, settings.instances == 1 and size > 1
+        self._usual_ms, self._clock = settings.latency_slo_ms, clock
+        self._since = self._answered = -math.inf
+
+    def take(self, timeouts_us: Sequence[int]) -> list[float | None]:
+        """Return the ms that are left for each request of a list; None where nothing is said."""
+        now, count = self._clock(), len(timeouts_us)
+        idle = now - self._answered > _IDLE_SECONDS
+        since = now if idle or not self._alone else self._since
+        if idle or count < self._size:
+            self._since = now
+        left: list[float | None] = []
+        for index, timeout_us in enumerate(timeouts_us):
+            timeout_ms = timeout_us / 1e3 if timeout_us else self._usual_ms
+            waited = (now - since) * (1 - index / count) + _WAY_SECONDS
+            left.append(timeout_ms - 1e3 * waited if timeout_ms else None)
+        return left
+
+    def answered(self) -> None:
+        """Take note that a list was answered."""
+        self._answered = self._clock()

@@ -1,0 +1,216 @@
+"""Requests that are brought together, on the thread that brings them, by a model that runs here.
+
+Nothing is handed over and nobody is woken, which is all that is left of the way to such a model.
+They are planned as the scheduler would, in calls of what costs least together; and as their answers
+leave together, when the last is there, what is run is what can all be in time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from lrai_core.engine.batching import MEASURED_ELEMENTS
+from lrai_core.engine.engine import Session
+from lrai_core.errors import ActorError, DeadlineExceeded, LraiError, NotReady, RequestError
+from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
+from lrai_core.runtime.embedded import Embedded, priority_of
+from lrai_core.runtime.version import Started, Version
+from lrai_core.scheduler.latency import LatencyModel
+from lrai_core.scheduler.planner import Bounds, Decision, Queue, Waiting, plan
+from lrai_core.wire.forms import validate_by_form
+from lrai_core.wire.messages import Load, Refused
+from lrai_core.wire.workers import Answered
+from lrai_deployments.inline import run
+
+_LATE: Final = "the deadline cannot be met any more; it was not run"
+_LEARN_EVERY: Final = 8  # of the calls with one request: they are many, alike, and quick
+
+Outcome = tuple[int, list[Array] | LraiError]  # of the request with this index
+
+
+@dataclass(slots=True, eq=False)
+class _Accepted:
+    """A request that was taken, until it has its outcome."""
+
+    request: InferenceRequest
+    valid: ValidRequest
+    place: Waiting  # its sequence is its index among those it was brought with
+
+
+class Here:
+    """A version whose engine runs on the threads that ask, one call at a time."""
+
+    def __init__(self, runtime: Embedded, version: Version, load: Load, session: Session) -> None:
+        """Serve a version that is loaded in this process."""
+        self._runtime, self._version = runtime, version
+        self._load, self._session = load, session
+        limits = version.limits
+        elements = limits.max_batch_elements or MEASURED_ELEMENTS
+        self._bounds = Bounds(limits.max_batch_rows, elements)
+        self._timeout_ms = limits.latency_slo_ms or limits.default_timeout_ms
+        self._latency = LatencyModel(() if load.optimise else version.variant.latency)
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._began = 0.0  # of the call that runs, 0 for none
+
+    def answer(self, requests: Sequence[InferenceRequest]) -> list[Started]:
+        """Return the outcome of each request, in their order."""
+        now = time.monotonic()
+        asked = [self._accept(index, request, now) for index, request in enumerate(requests)]
+        inside = {index: one for index, one in enumerate(asked) if isinstance(one, _Accepted)}
+        not_run = NotReady("it was not run")
+        ended: list[Started] = [not_run if isinstance(o, _Accepted) else o for o in asked]
+        try:
+            with self._lock:
+                for index, outcome in self._run(dict(inside)):
+                    ended[index] = self._end(inside.pop(index), outcome, now)
+        finally:
+            for one in inside.values():  # a bug: they are counted out, and it is not hidden
+                self._end(one, not_run, now)
+        return ended
+
+    def busy_seconds(self) -> float:
+        """Return for how long the call has run that runs now, 0 where none does."""
+        began = self._began
+        return time.monotonic() - began if began else 0.0
+
+    def _accept(self, index: int, request: InferenceRequest, now: float) -> _Accepted | Started:
+        """Return a request that is checked and counted in, or what became of it."""
+        runtime, version = self._runtime, self._version
+        try:
+            priority = priority_of(request)
+            valid = validate_by_form(request, version.signature, runtime.config.limits)
+            if not runtime.scheduler.accepting:
+                raise NotReady("the runtime is draining")
+            if not version.enter():
+                return runtime.start(request)  # another one has just taken its place
+        except LraiError as error:
+            return error
+        if version.watch is not None:
+            version.watch(valid)
+        version.used_at = now
+        runtime.events.emit("request_accepted", version.key, rows=valid.rows)
+        timeout_ms = self._timeout_ms if request.timeout_ms is None else request.timeout_ms
+        deadline = now + timeout_ms / 1e3
+        size = (valid.group, valid.rows, valid.length)
+        return _Accepted(request, valid, Waiting(priority, deadline, index, deadline, *size))
+
+    def _run(self, inside: Mapping[int, _Accepted]) -> Iterator[Outcome]:
+        """Run what can be in time, call after call; yield the outcome of each request."""
+        now = time.monotonic()
+        places, latency = [one.place for one in inside.values()], self._latency
+        last = sum(latency.call_seconds(one.rows, one.length) for one in places) * latency.margin
+        chosen: Collection[int] = inside
+        if places and now + last > min(one.deadline for one in places):
+            chosen = choose_together(places, latency, now)
+            for index in inside.keys() - chosen:
+                yield index, DeadlineExceeded(_LATE)
+        if len(chosen) == 1:
+            yield from self._call(tuple(chosen), inside)
+            return
+        queue = Queue()
+        for index in chosen:
+            queue.add(inside[index].place)
+        while len(queue):
+            decision = self._decide(queue)
+            for index in (*decision.drop, *decision.dispatch):
+                queue.remove(index)
+            for index in decision.drop:
+                yield index, DeadlineExceeded(_LATE)
+            if decision.dispatch:
+                yield from self._call(decision.dispatch, inside)
+
+    def _decide(self, queue: Queue) -> Decision:
+        try:
+            decision = plan(queue, self._latency, time.monotonic(), self._bounds)
+            if not math.isfinite(decision.predicted_seconds):
+                raise ValueError(f"predicted {decision.predicted_seconds} seconds")
+        except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
+            self._runtime.events.emit("planner_failed", self._version.key, reason=repr(error))
+            return Decision((next(iter(queue)),), (), 0.0)
+        return decision
+
+    def _call(self, indices: Sequence[int], inside: Mapping[int, _Accepted]) -> Iterator[Outcome]:
+        """Run a call; where the engine refuses several, each alone: one may be to blame."""
+        valid = [inside[index].valid for index in indices]
+        rows, length = sum(one.rows for one in valid), max(one.length for one in valid)
+        name, emit = self._version.key, self._runtime.events.emit
+        emit("batch_dispatched", name, requests=len(valid), rows=rows, length=length)
+        self._began = began = time.monotonic()
+        outcome = run(self._load, self._session, 0, valid)
+        self._began = 0.0
+        match outcome:
+            case Answered(answers=answers, engine_seconds=seconds):
+                self._calls += 1
+                if len(valid) > 1 or self._calls % _LEARN_EVERY == 0:
+                    total = time.monotonic() - began
+                    if self._latency.observe(rows, length, total, seconds):
+                        emit("speed_changed", name, scale=self._latency.scale)
+                emit("batch_completed", name, engine_seconds=seconds)
+                yield from zip(indices, answers, strict=True)
+            case Refused(message=message, invalid=invalid) if len(indices) == 1:
+                kind = RequestError if invalid else ActorError
+                yield indices[0], kind(f"the engine refused the request: {message}")
+            case _:
+                emit("batch_retried", name, requests=len(indices))
+                for index in indices:
+                    yield from self._call([index], inside)
+
+    def _end(
+        self, one: _Accepted, outcome: list[Array] | LraiError, began: float
+    ) -> InferenceResponse | LraiError:
+        version, emit = self._version, self._runtime.events.emit
+        version.leave()
+        if isinstance(outcome, LraiError):
+            emit("request_failed", version.key, reason=type(outcome).__name__)
+            return outcome
+        seconds = time.monotonic() - began
+        emit("request_answered", version.key, seconds=seconds, rows=one.valid.rows)
+        return version.response(one.request.id, one.valid.outputs, outcome)
+
+
+def choose_together(waiting: Sequence[Waiting], latency: LatencyModel, now: float) -> set[int]:
+    """Return the sequences of the most requests that all end in time where answers leave together.
+
+    Of those whose deadline is not before a certain one the shortest are taken, as many as end by
+    then; that deadline is the one with which they are the most. Nobody is left out for the sake of
+    a lower priority. O(n log n).
+    """
+    chosen, end, due = set[int](), now, math.inf
+    for _, level in itertools.groupby(sorted(waiting), key=lambda one: one.priority):
+        order = sorted(level, key=lambda one: -one.deadline)
+        sizes = [len(fit.kept) for fit in _fits(order, latency, end, due)]
+        most = sizes.index(max(sizes)) + 1
+        *_, fit = _fits(order[:most], latency, end, due)
+        chosen |= {sequence for _, sequence in fit.kept}
+        end, due = fit.end, fit.due
+    return chosen
+
+
+class _Fit(NamedTuple):
+    """What ends in time of those with the latest deadlines."""
+
+    kept: list[tuple[float, int]]  # a heap of -seconds and sequence
+    end: float
+    due: float
+
+
+def _fits(
+    order: Sequence[Waiting], latency: LatencyModel, end: float, due: float
+) -> Iterator[_Fit]:
+    """Yield what is kept after each request in order of deadlines, the latest first."""
+    kept: list[tuple[float, int]] = []
+    for one in order:
+        alone, until = latency.call_seconds(one.rows, one.length), min(due, one.deadline)
+        heapq.heappush(kept, (-alone * latency.margin, one.sequence))
+        end += alone * latency.margin
+        while kept and end > until:
+            end += heapq.heappop(kept)[0]
+        yield _Fit(kept, end, until)
