@@ -51,7 +51,9 @@ Rates = dict[str, tuple[float, float]]
 QUICK: Final = Extent(
     ways=entries.QUICK_WAYS,
     queues=entries.QUICK_QUEUES,
+    executions=("inline", "lists"),
     instances=(1,),
+    sweep_fp32=False,
     rows={"fixed": 80, "search": 240, "azure": 40},
     swept=48,
     tries=1,
@@ -68,7 +70,9 @@ QUICK: Final = Extent(
 FULL: Final = Extent(
     ways=entries.WAYS,
     queues=entries.QUEUES,
+    executions=entries.EXECUTIONS,
     instances=(1, 2),
+    sweep_fp32=True,
     rows={"fixed": 200, "search": 400, "azure": 120},
     swept=160,
     tries=2,
@@ -163,10 +167,12 @@ def measure(
     found += bench.overhead()
     peers: dict[tuple[str, str], Peer] = {}  # the best setting by variant and kind of lengths
     ours: dict[str, Ours] = {}
-    for variant in ("fp32", chosen):
+    for variant in (chosen, "fp32") if bench.extent.sweep_fp32 else (chosen,):
         console.print(f"sweep of settings: {variant}")
         best, ours[variant] = sweep(bench, kinds, variant, found)
         peers |= {(variant, name): setting for name, setting in best.items()}
+    ours.setdefault("fp32", ours[chosen])
+    peers = {("fp32", name): setting for (_, name), setting in peers.items()} | peers
     for kind in kinds:
         console.print(f"closed loop: {kind.name}")
         who = {
@@ -176,8 +182,7 @@ def measure(
             "lrai": bench.ours(chosen, ours[chosen]),
         }
         if len(bench.extent.instances) > 1:
-            shared = Ours(ours[chosen].execution, 3 - ours[chosen].instances)
-            who["lrai, other instances"] = bench.ours(chosen, shared)
+            who["lrai, shared"] = bench.ours(chosen, Ours("lists", 2))
         found += closed(bench, kind, who)
     for kind in kinds:
         if kind.name in bench.extent.open_kinds:
@@ -197,7 +202,7 @@ def sweep(
     peers, ours = dict[Peer, Rates](), dict[Ours, Rates]()
     for setting in entries.peers_of(bench.extent.ways, bench.extent.instances):
         peers[setting] = bench.sweep(bench.peer(variant, setting), kinds)
-    for execution in entries.EXECUTIONS:
+    for execution in bench.extent.executions:
         for count in bench.extent.instances:
             mine = Ours(execution, count)
             ours[mine] = bench.sweep(bench.ours(variant, mine), kinds)

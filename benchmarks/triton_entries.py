@@ -104,7 +104,7 @@ QUEUES: Final = (
     Queue(4, None),
 )
 QUICK_QUEUES: Final = (QUEUES[1],)
-EXECUTIONS: Final = ("lists", "sender")
+EXECUTIONS: Final = ("inline", "lists", "sender")
 
 
 class Repository:

@@ -179,8 +179,8 @@ def _show_split(rows: Rows, cells: Rows) -> None:
         ("coalescing, less the way to the actor", "lrai", "peer variant"),
         ("in all", "lrai", "peer fp32"),
     ]
-    if any(row["who"] == "lrai, other instances" for row in rows if row["loop"] == "closed"):
-        parts.append(("the other number of instances", "lrai, other instances", "lrai"))
+    if any(row["who"] == "lrai, shared" for row in rows if row["loop"] == "closed"):
+        parts.append(("two instances that share an actor", "lrai, shared", "lrai"))
     harness.show(
         "Where the gain comes from: requests per second within rounds",
         ["lengths", "callers", *(name for name, _, _ in parts)],
@@ -200,7 +200,8 @@ def _show_split(rows: Rows, cells: Rows) -> None:
 
 
 def _not_model(row: Mapping[str, Any]) -> float:
-    where = "stubs" if row["who"].startswith("peer") else "actors"
+    inside = row["who"].startswith("peer") or row["setting"].startswith("inline")
+    where = "stubs" if inside else "actors"
     return float(sum(used for name, used in row["cpu_us"].items() if name != where))
 
 

@@ -44,7 +44,9 @@ class Extent:
 
     ways: tuple[Peer, ...]
     queues: tuple[Queue, ...]
+    executions: tuple[str, ...]
     instances: tuple[int, ...]
+    sweep_fp32: bool  # else it runs with the settings that were best for the variant
     rows: dict[str, int]  # distinct ones, by kind
     swept: int  # rows of each try of the sweep; a quarter of them for Azure's
     tries: int  # of each setting in it; the best one counts
@@ -174,7 +176,7 @@ class Bench:
         ]
         models += [
             self.repository.ours(f"lrai-{execution}", "noop", Ours(execution), made)
-            for execution in (*entries.EXECUTIONS, "inline")
+            for execution in entries.EXECUTIONS
         ]
         row = {"x": np.ones((1, NOOP_WIDTH), np.float32)}
         self.load.rows("noop", [row], "y", np.ones((1, 1), np.float32))
@@ -314,7 +316,7 @@ def _best_queue(bench: Bench, kind: Kind, default: Peer, variant: str, rate: flo
 
 def _best_execution(bench: Bench, kind: Kind, variant: str, rate: float) -> Ours:
     """Likewise LRAI's."""
-    settings = [Ours(execution) for execution in entries.EXECUTIONS]
+    settings = [Ours(execution) for execution in bench.extent.executions]
     found = {
         setting: _overloaded(bench, kind, bench.ours(variant, setting), rate)
         for setting in settings
