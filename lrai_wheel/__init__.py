@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 PACKAGES: Final = (
+    "lrai_bentoml",
     "lrai_codecs",
     "lrai_core",
     "lrai_deployments",

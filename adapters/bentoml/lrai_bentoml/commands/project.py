@@ -1,0 +1,182 @@
+"""`lrai bentoml init`: a project that `bentoml build` and `bentoml serve` take as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import keyword
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import bentoml
+import typer
+import yaml  # type: ignore[import-untyped]
+from bentoml.exceptions import BentoMLException
+
+from lrai_bentoml.commands.app import app, out
+from lrai_bentoml.commands.saving import save_model
+from lrai_bentoml.models import artifact_of, get
+from lrai_core import Artifact, EnvironmentProblem, LraiError, TensorSpec, UsageError
+from lrai_wheel import build_wheel
+from lrai_wheel.pins import pins
+
+_SERVICE: Final = '''"""Serve {name} with BentoML, through LRAI."""
+
+import bentoml
+import numpy as np
+
+import lrai_bentoml
+
+runner = lrai_bentoml.runner("{tag}")
+
+
+@bentoml.service(workers={workers})
+@bentoml.asgi_app(lrai_bentoml.asgi_app(runner))  # POST /v2/models/{name}/infer: the short path
+class {service}:
+    """One model, which all workers ask for answers."""
+
+    model = runner
+
+    @bentoml.api
+    async def predict({parameters}) -> {returned}:
+        """{title}"""
+{body}
+
+
+{service}.add_asgi_middleware(lrai_bentoml.Guard)  # limits, callers who leave, Retry-After
+'''
+_IGNORED: Final = (".venv/", "wheels/", "*.lrai/", "__pycache__/")
+_TAKEN: Final = frozenset({"self", "ctx", "context", "bentoml", "np"})  # by BentoML, or above
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str, typer.Argument(help="Artifact, a directory NAME.lrai; or the tag of a saved model.")
+    ],
+    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path(),
+    name: Annotated[str, typer.Option(help="To save an artifact under; its own by default.")] = "",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that take requests.")] = 2,
+) -> None:
+    """Write service.py, bentofile.yaml and what they need; save MODEL if it is an artifact."""
+    names = ("service.py", "bentofile.yaml", "requirements.txt", ".bentoignore")
+    if there := [name for name in names if (folder / name).exists()]:
+        raise UsageError(f"{', '.join(there)}: there already, and nothing is overwritten")
+    with _explained():
+        folder.mkdir(parents=True, exist_ok=True)
+        if Path(model).is_dir():
+            artifact = Artifact.open(model)
+            stored = save_model(name or _tag_name(artifact.manifest.name), artifact)
+            tag = f"{stored.tag.name}:latest"
+        elif name:
+            raise UsageError(f"--name {name!r} is for an artifact; {model!r} is saved already")
+        else:
+            stored, tag = get(model), model if ":" in model else f"{model}:latest"
+            artifact = artifact_of(stored)
+        wheel = build_wheel(folder / "wheels")
+        service = _class_name(stored.tag.name)
+        texts = (
+            _service(service, stored.tag.name, tag, workers, artifact),
+            _bentofile(service, tag, stored, wheel.name),
+            "\n".join(["# What lrai and BentoML were built and tested with.", *_requirements()]),
+            "\n".join([*_IGNORED, *_home(stored, folder)]),
+        )
+        for file, content in zip(names, texts, strict=True):
+            with (folder / file).open("x", encoding="utf-8") as stream:
+                stream.write(content.rstrip("\n") + "\n")
+    out.print(f"wrote {', '.join(names)} and wheels/{wheel.name} for {stored.tag}")
+    out.print("now: bentoml build && bentoml serve")
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raise what BentoML or the disk objects to as an error of the command line."""
+    try:
+        yield
+    except BentoMLException as error:
+        if isinstance(error.__cause__, LraiError):
+            raise error.__cause__ from None
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise EnvironmentProblem(f"{error.filename}: {error.strerror}") from None
+
+
+def _service(service: str, name: str, tag: str, workers: int, artifact: Artifact) -> str:
+    """Return service.py: an API with a parameter per input of the model."""
+    declared = artifact.manifest.signature
+    arguments = _identifiers(declared.inputs)
+    asked = f"await self.model.async_run({', '.join(arguments)})"
+    if len(declared.outputs) == 1:
+        returned, body = "np.ndarray", f"        return {asked}"
+    else:
+        variables = _identifiers(declared.outputs, taken=arguments)
+        returned = "dict[str, np.ndarray]"
+        pairs = zip(declared.outputs, variables, strict=True)
+        named = ", ".join(f"{spec.name!r}: {variable}" for spec, variable in pairs)
+        body = f"        {', '.join(variables)} = {asked}\n        return {{{named}}}"
+    shapes = [
+        ", ".join(f"{spec.datatype} {list(spec.shape)}" for spec in specs).replace("'", "")
+        for specs in (declared.inputs, declared.outputs)
+    ]
+    return _SERVICE.format(
+        name=name,
+        tag=tag,
+        workers=workers,
+        service=service,
+        parameters=", ".join(["self", *[f"{argument}: np.ndarray" for argument in arguments]]),
+        returned=returned,
+        title=re.sub(r'["\\]', "", f"Return {shapes[1]} for {shapes[0]}."),
+        body=body,
+    )
+
+
+def _bentofile(service: str, tag: str, stored: bentoml.Model, wheel: str) -> str:
+    labels = {key: value for key, value in stored.info.labels.items() if key.startswith("lrai.")}
+    content: dict[str, Any] = {
+        "service": f"service:{service}",
+        "labels": labels,
+        "include": ["*.py"],
+        # Under the alias the service finds the version that the Bento was built with, whatever the
+        # store that it is imported into calls the latest.
+        "models": [{"tag": tag, "alias": tag}],
+        "python": {
+            "requirements_txt": "./requirements.txt",
+            "wheels": [f"./wheels/{wheel}"],
+            "lock_packages": False,
+        },
+    }
+    return str(yaml.safe_dump(content, sort_keys=False))
+
+
+def _requirements() -> list[str]:
+    """Return pins; that of BentoML is added when a Bento is built."""
+    return [pin for pin in pins("bentoml") if not pin.startswith("bentoml==")]
+
+
+def _home(stored: bentoml.Model, folder: Path) -> list[str]:
+    """Return BentoML's own folder where it lies in the project, which would pack itself."""
+    home = Path(stored.path).resolve().parents[2]
+    root = folder.resolve()
+    return [f"{home.relative_to(root)}/"] if home.is_relative_to(root) and home != root else []
+
+
+def _identifiers(specs: Sequence[TensorSpec], taken: Sequence[str] = ()) -> list[str]:
+    """Return a Python name per tensor, distinct, which BentoML takes for a parameter."""
+    names: list[str] = []
+    for spec in specs:
+        name = re.sub(r"\W", "_", spec.name, flags=re.ASCII).strip("_") or "tensor"
+        name = f"tensor_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
+        while name in _TAKEN or name in names or name in taken:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _tag_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("._-") or "model"
+
+
+def _class_name(name: str) -> str:
+    words = "".join(word.capitalize() for word in re.split(r"[^a-zA-Z0-9]+", name))
+    return words if words[:1].isalpha() else f"Model{words}"
