@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lrai_bentoml.errors import BentoMLMissing as BentoMLMissing
 
 try:
-    import bentoml.exceptions as _host  # any folder may be called bentoml
+    import bentoml.exceptions as _  # noqa: F401 - not `bentoml` alone: any folder may be called so
 except ImportError:
     raise BentoMLMissing("BentoML is not here: pip install 'lrai[bentoml]'") from None
 
@@ -30,8 +30,6 @@ from lrai_bentoml.runner import runner as runner
 if TYPE_CHECKING:
     from lrai_bentoml.commands.saving import import_model as import_model
     from lrai_bentoml.commands.saving import save_model as save_model
-
-del _host
 
 
 def __getattr__(name: str) -> Any:

@@ -9,12 +9,11 @@ tensor extension it may be any that `lrai_codecs` reads.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import bentoml
 import msgspec
-from bentoml.exceptions import BentoMLException
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -22,12 +21,11 @@ from starlette.routing import Route
 
 import lrai_core as lrai
 from lrai_bentoml.guard import CLIENT_CLOSED_REQUEST, TooLarge
-from lrai_bentoml.hooks import soon
-from lrai_bentoml.runner import Runner
+from lrai_bentoml.hooks import progress
+from lrai_bentoml.runner import Runner, Serving
 from lrai_codecs import PayloadTooLarge, Reply, failure, read, respond
 
-_MODEL = "/v2/models/{model}"
-_VERSION = f"{_MODEL}/versions/{{version}}"
+Endpoint = Callable[[Request], Awaitable[Reply]]
 
 
 def asgi_app(*runners: Runner) -> Starlette:
@@ -35,31 +33,30 @@ def asgi_app(*runners: Runner) -> Starlette:
     by_name = {runner.tag.name: runner for runner in runners}
     limit_bytes = lrai.load_config().limits.request_bytes
 
-    async def named(request: Request) -> Runner:
+    async def named(request: Request) -> tuple[Runner, Serving]:
         name, version = request.path_params["model"], request.path_params.get("version")
         if name not in by_name:
             raise lrai.ModelNotFound(f"model {name[:120]!r}: there are {sorted(by_name)}")
-        await by_name[name].attach()
-        if version not in (None, by_name[name].version):
-            there = by_name[name].version
+        serving = await by_name[name].attach()
+        if version not in (None, serving.tag.version):
+            there = serving.tag.version
             raise lrai.ModelNotFound(f"version {version[:120]!r}: there is {there!r}")
-        return by_name[name]
+        return by_name[name], serving
 
     async def infer(request: Request) -> Reply:
-        runner, headers = await named(request), dict(request.headers)
+        (runner, serving), headers = await named(request), dict(request.headers)
         body = await read(request.stream(), headers, limit_bytes)
-        return await respond(runner.ask, runner.signature.inputs, headers, body)
+        return await respond(runner.ask, serving.signature.inputs, headers, body)
 
     async def model(request: Request) -> Reply:
-        runner = await named(request)
-        sides = {side: _told(getattr(runner.signature, side)) for side in ("inputs", "outputs")}
-        about = {"name": runner.tag.name, "versions": [runner.version], "platform": "lrai"}
-        return _json({**about, **sides})
+        _, serving = await named(request)
+        about = {"name": serving.tag.name, "versions": [serving.tag.version], "platform": "lrai"}
+        inputs, outputs = _told(serving.signature.inputs), _told(serving.signature.outputs)
+        return _json({**about, "inputs": inputs, "outputs": outputs})
 
     async def ready(request: Request) -> Reply:
-        asked = [await named(request)] if request.path_params else runners
-        states = await asyncio.gather(*[soon(runner.state) for runner in asked])
-        well = {"ok", "idle"}.issuperset(states)
+        asked = (await named(request))[:1] if request.path_params else runners
+        well = await progress(asked)
         return _json({"ready": well}, 200 if well else 503)
 
     async def live(_: Request) -> Reply:
@@ -69,19 +66,18 @@ def asgi_app(*runners: Runner) -> Starlette:
         about = {"name": "lrai", "version": lrai.__version__}
         return _json({**about, "extensions": ["binary_tensor_data"]})
 
-    asks = {"/v2": server, "/v2/health/live": live, "/v2/health/ready": ready}
-    for path in (_MODEL, _VERSION):
-        asks |= {path: model, f"{path}/ready": ready}
-    routes = [Route(path, _answering(endpoint)) for path, endpoint in asks.items()]
-    sent = [f"{path}/infer" for path in (_MODEL, _VERSION)]
+    endpoints = {"/v2": server, "/v2/health/live": live, "/v2/health/ready": ready}
+    for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        endpoints |= {path: model, f"{path}/ready": ready, f"{path}/infer": infer}
     return Starlette(
-        routes=[*routes, *[Route(p, _answering(infer), methods=["POST"]) for p in sent]]
+        routes=[
+            Route(path, _answering(endpoint), methods=["POST" if endpoint is infer else "GET"])
+            for path, endpoint in endpoints.items()
+        ]
     )
 
 
-def _answering(
-    endpoint: Callable[[Request], Awaitable[Reply]],
-) -> Callable[[Request], Awaitable[Response]]:
+def _answering(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     """Return an endpoint of starlette's, which answers errors too."""
 
     async def answer(request: Request) -> Response:
@@ -91,7 +87,7 @@ def _answering(
             reply = Reply(status=CLIENT_CLOSED_REQUEST)
         except TooLarge as error:
             reply = failure(PayloadTooLarge(str(error)))
-        except BentoMLException:  # of the store, whose paths are not for callers
+        except bentoml.exceptions.BentoMLException:  # of the store: its paths are not for callers
             reply = failure(lrai.NotReady("the model is not loaded"))
         except lrai.LraiError as error:
             reply = failure(error)
@@ -101,11 +97,9 @@ def _answering(
 
 
 def _told(specs: Sequence[lrai.TensorSpec]) -> list[dict[str, Any]]:
+    told = [{"name": spec.name, "datatype": spec.datatype} for spec in specs]
     shapes = [[n if isinstance(n, int) else -1 for n in spec.shape] for spec in specs]
-    return [
-        {"name": spec.name, "datatype": spec.datatype, "shape": shape}
-        for spec, shape in zip(specs, shapes, strict=True)
-    ]
+    return [{**one, "shape": shape} for one, shape in zip(told, shapes, strict=True)]
 
 
 def _json(content: Any, status: int = 200) -> Reply:

@@ -43,22 +43,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        told, size, begun = list[float](), 0, False
-        leaving: asyncio.Future[Message] | None = None
+        body, told, begun = _Body(receive, self._limit), list[float](), False
         waiting.set(told)
-
-        async def receiving() -> Message:
-            nonlocal size, leaving
-            if leaving is not None:
-                return await asyncio.shield(leaving)
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._limit:
-                raise TooLarge(f"the body has more than the {self._limit} bytes allowed")
-            if not message.get("more_body", False):  # what comes next is that the caller has left
-                leaving = asyncio.ensure_future(receive())
-                leaving.add_done_callback(lambda one: one.cancelled() or answering.cancel())
-            return message
 
         async def sending(message: Message) -> None:
             nonlocal begun
@@ -67,20 +53,43 @@ class Guard:
                 seconds = str(max(1, math.ceil(told[-1]))).encode()
                 message["headers"] = [*message.get("headers", ()), (b"retry-after", seconds)]
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                if leaving is not None:  # the server says it of who has the answer too, and
-                    leaving.cancel()  # BentoML has tasks that begin then
+                body.left.cancel()  # the server says it of who has the answer too
             await send(message)
 
-        answering = asyncio.ensure_future(self._app(scope, receiving, sending))
+        answering = asyncio.ensure_future(self._app(scope, body.receive, sending))
+        body.left.add_done_callback(lambda left: left.cancelled() or answering.cancel())
         try:
             await answering
         except asyncio.CancelledError:
-            if leaving is None or not leaving.done():
+            if body.left.cancelled() or not body.left.done():
                 raise  # it is the server that gives up
             if not begun:  # else BentoML's own timer would wait for a beginning
                 await send({"type": "http.response.start", "status": CLIENT_CLOSED_REQUEST})
                 await send({"type": "http.response.body"})
         finally:
             answering.cancel()
-            if leaving is not None:
-                leaving.cancel()
+            body.left.cancel()
+
+
+class _Body:
+    """The messages of a request, counted; `left` is done when the caller has left."""
+
+    def __init__(self, receive: Receive, limit_bytes: int) -> None:
+        self._receive, self._limit, self._size = receive, limit_bytes, 0
+        self._read = asyncio.Event()
+        self.left = asyncio.ensure_future(self._leaving())
+
+    async def receive(self) -> Message:
+        if self._read.is_set():
+            return await asyncio.shield(self.left)
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit:
+            raise TooLarge(f"the body has more than the {self._limit} bytes allowed")
+        if not message.get("more_body", False):
+            self._read.set()
+        return message
+
+    async def _leaving(self) -> Message:
+        await self._read.wait()
+        return await self._receive()

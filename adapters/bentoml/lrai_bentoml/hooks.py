@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import bentoml
@@ -21,67 +21,46 @@ T = TypeVar("T")
 _PROBE_SECONDS: Final = 5.0  # a runtime that says nothing for that long is not in good health
 
 
-def install(owner: Any, runner: Runner) -> None:
-    """Have the class of a service look after a runner, beside others that it looks after.
+def install(owner: Any, name: str, runner: Runner) -> None:
+    """Have the class of a service look after its attribute `name`.
 
     What the class defines itself is left alone.
     """
     owner.lrai_runners = (*getattr(owner, "lrai_runners", ()), runner)
-    for name, function in _HOOKS.items():
-        if not hasattr(owner, name):
-            setattr(owner, name, function)
-
-    def lrai_check() -> None:
-        for one in owner.lrai_runners:
-            one.check()
-
-    owner.lrai_check = bentoml.on_deployment(lrai_check)  # has no instance, so knows the class
+    hooks = {"__is_ready__": _is_ready, "__is_alive__": _is_alive, "__metrics__": _metrics}
+    for hook, function in hooks.items():
+        if not hasattr(owner, hook):
+            setattr(owner, hook, function)
+    setattr(owner, f"lrai_check_{name}", bentoml.on_deployment(lambda: runner.check()))  # noqa: PLW0108 - BentoML marks functions
+    setattr(owner, f"lrai_load_{name}", bentoml.on_startup(lambda _: runner.load()))
+    setattr(owner, f"lrai_close_{name}", bentoml.on_shutdown(lambda _: runner.close()))
 
 
-async def soon(question: Callable[[], T]) -> T | None:
-    """Return the answer, None where there is none in time; the event loop goes on meanwhile."""
-    with contextlib.suppress(TimeoutError, lrai.LraiError, bentoml.exceptions.BentoMLException):
-        return await asyncio.wait_for(asyncio.to_thread(question), _PROBE_SECONDS)
-    return None
+async def progress(runners: Sequence[Runner], *more: str) -> bool:
+    """Return whether every model makes progress, or is in one of `more` states."""
+    states = await asyncio.gather(*[_soon(one.state) for one in runners])
+    return {"ok", "idle", *more}.issuperset(states)
 
 
 async def _is_ready(self: Any) -> bool:
-    """Return whether every model makes progress."""
-    return {"ok", "idle"}.issuperset(await _states(self.lrai_runners))
+    return await progress(self.lrai_runners)
 
 
 async def _is_alive(self: Any) -> bool:
-    """Return whether every model makes progress, or will again by itself."""
-    return {"ok", "idle", "stalled"}.issuperset(await _states(self.lrai_runners))
-
-
-async def _states(runners: tuple[Runner, ...]) -> list[str | None]:
-    return await asyncio.gather(*[soon(one.state) for one in runners])
+    return await progress(self.lrai_runners, "stalled")  # which heals by itself
 
 
 async def _metrics(self: Any, own: str) -> str:
     """Return BentoML's figures, and below them the runtime's."""
     runners: tuple[Runner, ...] = self.lrai_runners
     asked = runners[:1] if runners[0].shared else runners  # a shared one tells everybody the same
-    heard = await asyncio.gather(*[soon(one.stats) for one in asked])
+    heard = await asyncio.gather(*[_soon(one.stats) for one in asked])
     known = [Counter(stats) for stats in heard if stats is not None]
     return own + exposition(sum(known, Counter[str]()) if known else None)
 
 
-def _start(self: Any) -> None:
-    for one in self.lrai_runners:
-        one.load()
-
-
-def _end(self: Any) -> None:
-    for one in self.lrai_runners:
-        one.close()
-
-
-_HOOKS: Final[dict[str, Any]] = {
-    "__is_ready__": _is_ready,
-    "__is_alive__": _is_alive,
-    "__metrics__": _metrics,
-    "lrai_start": bentoml.on_startup(_start),
-    "lrai_end": bentoml.on_shutdown(_end),
-}
+async def _soon(question: Callable[[], T]) -> T | None:
+    """Return the answer, None where there is none in time; the event loop goes on meanwhile."""
+    with contextlib.suppress(TimeoutError, lrai.LraiError, bentoml.exceptions.BentoMLException):
+        return await asyncio.wait_for(asyncio.to_thread(question), _PROBE_SECONDS)
+    return None

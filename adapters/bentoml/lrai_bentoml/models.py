@@ -37,9 +37,8 @@ def load_model(bento_model: bentoml.Tag | str | bentoml.Model) -> lrai.Artifact:
         BentoMLException: The artifact has changed since it was saved, is newer than this version,
             or lies outside the model.
     """
-    return artifact_of(
-        get(bento_model.tag if isinstance(bento_model, bentoml.Model) else bento_model)
-    )
+    tag = bento_model.tag if isinstance(bento_model, bentoml.Model) else bento_model
+    return artifact_of(get(tag))
 
 
 def artifact_of(model: bentoml.Model, *, verify: bool = True) -> lrai.Artifact:

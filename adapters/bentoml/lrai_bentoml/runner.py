@@ -11,7 +11,8 @@ import contextlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import bentoml
@@ -27,29 +28,37 @@ from lrai_codecs import fit, text
 
 
 @dataclass(frozen=True, slots=True)
-class _Serving:
+class Serving:
     """A runtime that serves the model, as this process is attached to it.
 
     Attributes:
         name: Of the model, in the runtime.
-        version: Of the model, in the store.
+        tag: Of the model, in the store.
     """
 
     runtime: lrai.Runtime
     name: str
-    version: str
+    tag: bentoml.Tag
     signature: lrai.Signature
 
+    def request(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> lrai.InferenceRequest:
+        """Return the request that values state, in the order of the model's inputs or by name."""
+        names = [spec.name for spec in self.signature.inputs]
+        given = {**dict(zip(names, args, strict=False)), **inputs}
+        if len(given) < len(args) + len(inputs):
+            got = f"got {len(args)} values, and {sorted(inputs)} by name"
+            raise lrai.RequestError(f"{got}; the model takes {names}")
+        arrays = fit(given, self.signature.inputs)
+        return lrai.InferenceRequest(model_name=self.name, inputs=arrays)
 
-@dataclass(slots=True)
-class _Here:
-    """What a runner is asked for, and what has come of it in this process."""
+    def addressed(self, request: lrai.InferenceRequest) -> lrai.InferenceRequest:
+        """Return a request for this model."""
+        return msgspec.structs.replace(request, model_name=self.name, model_version="")
 
-    variant: str
-    require: Mapping[str, Any] | None
-    settings: Mapping[str, Any]
-    serving: Any = None  # a _Serving
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def named(self, answer: lrai.InferenceResponse) -> lrai.InferenceResponse:
+        """Return the answer under the name and version that BentoML knows."""
+        name, version = self.tag.name, self.tag.version or ""
+        return msgspec.structs.replace(answer, model_name=name, model_version=version)
 
 
 class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not shown
@@ -62,7 +71,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     """
 
     tag: bentoml.Tag
-    _here: _Here
+    _here: SimpleNamespace
 
     def __init__(
         self,
@@ -83,7 +92,8 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
                 model's; those of a runtime count where this process starts it.
         """
         super().__init__(tag)
-        here = _Here(variant, require, settings or {})
+        here = SimpleNamespace(variant=variant, require=require, settings=settings or {})
+        here.lock, here.serving = threading.Lock(), None
         object.__setattr__(self, "_here", here)  # BentoML's class is frozen
 
     async def async_run(self, *args: Any, **inputs: Any) -> Any:
@@ -95,12 +105,14 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
             BentoMLException: The request was refused, with the status that says why.
         """
         with bento_errors():
-            await self.attach()
-        return _outputs(await self.infer_async(self._request(args, inputs)))
+            request = (await self.attach()).request(args, inputs)
+            return _outputs(await self.ask(request))
 
     def run(self, *args: Any, **inputs: Any) -> Any:
         """Return the same, for an API that is no coroutine."""
-        return _outputs(self.infer(self._request(args, inputs)))
+        with bento_errors():
+            serving = self.load()
+            return _outputs(serving.runtime.infer(serving.request(args, inputs)))
 
     async def infer_async(self, request: lrai.InferenceRequest) -> lrai.InferenceResponse:
         """Return the answer to a request that may name outputs, a timeout or a priority.
@@ -113,29 +125,18 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     def infer(self, request: lrai.InferenceRequest) -> lrai.InferenceResponse:
         """Return the same, blocking."""
         with bento_errors():
-            serving = self._serving()
-            return self._named(serving.runtime.infer(_addressed(request, serving)), serving)
+            serving = self.load()
+            return serving.named(serving.runtime.infer(serving.addressed(request)))
 
     async def ask(self, request: lrai.InferenceRequest) -> lrai.InferenceResponse:
         """Return the same as `infer_async`, with LRAI's errors as they are."""
         serving = await self.attach()
-        answer = await serving.runtime.infer_async(_addressed(request, serving))
-        return self._named(answer, serving)
-
-    @property
-    def signature(self) -> lrai.Signature:
-        """What the model takes and gives."""
-        return self._serving().signature
-
-    @property
-    def version(self) -> str:
-        """Of the model, in the store."""
-        return self._serving().version
+        return serving.named(await serving.runtime.infer_async(serving.addressed(request)))
 
     @property
     def shared(self) -> bool:
         """Whether the runtime is that of other processes too."""
-        return self._serving().runtime.config.runtime.address != "embedded"
+        return self.load().runtime.config.runtime.address != "embedded"
 
     def state(self) -> str:
         """Return `ok` or `idle` for a model that makes progress, `stalled` for one that will again.
@@ -143,14 +144,14 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         `dead`: it is not loaded, or the runtime cannot be reached.
         """
         with contextlib.suppress(lrai.LraiError, BentoMLException):
-            serving = self._serving()
+            serving = self.load()
             mine = [m.state for m in serving.runtime.models() if m.name == serving.name]
             return next((state for state in ("ok", "idle", "stalled") if state in mine), "dead")
         return "dead"
 
     def stats(self) -> dict[str, int]:
         """Return what the runtime has counted, over all its models."""
-        return self._serving().runtime.stats()
+        return self.load().runtime.stats()
 
     def check(self) -> None:
         """Check every file of the model, without serving it.
@@ -160,23 +161,25 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """
         artifact_of(get(str(self.tag)))
 
-    def load(self) -> None:
+    def load(self) -> Serving:
         """Load the model, or find it loaded by another worker; return when it is ready.
 
         Raises:
             BentoMLException: It cannot be served as asked for.
         """
-        with bento_errors():
-            self._serving()
+        with self._here.lock, bento_errors():
+            serving: Serving = self._here.serving or self._open()
+            self._here.serving = serving
+            return serving
 
-    async def attach(self) -> _Serving:
+    async def attach(self) -> Serving:
         """Load the model if this process has not yet, without holding up the event loop."""
-        return self._here.serving or await asyncio.to_thread(self._serving)
+        serving: Serving = self._here.serving or await asyncio.to_thread(self.load)
+        return serving
 
     def close(self) -> None:
         """Let go of the runtime, which ends half a minute after the last process has."""
-        with self._here.lock:
-            serving, self._here.serving = self._here.serving, None
+        serving, self._here.serving = self._here.serving, None
         if serving is not None:
             serving.runtime.close()
 
@@ -187,28 +190,22 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """
         return BentoModel.to_info(self, alias or str(self.tag))
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Runner:
+    def __get__(self, _: Any, __: type | None = None) -> Runner:
         """Return the runner itself, and not the model in the store."""
         return self
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Have the class of the service look after the model."""
-        install(owner, self)
+        install(owner, name, self)
 
-    def _serving(self) -> _Serving:
-        with self._here.lock:
-            if self._here.serving is None:
-                self._here.serving = self._open()
-            return self._here.serving
-
-    def _open(self) -> _Serving:
+    def _open(self) -> Serving:
         here = self._here
-        own = {key: value for key, value in here.settings.items() if key in lrai.OWN_SETTINGS}
-        host = {key: value for key, value in here.settings.items() if key not in own}
+        own = {key: here.settings[key] for key in here.settings.keys() & lrai.OWN_SETTINGS}
+        host = {key: here.settings[key] for key in here.settings.keys() - own.keys()}
         config = lrai.load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=host)
         stored = get(str(self.tag))
         artifact = artifact_of(stored, verify=False)  # the actor hashes what it opens
-        name = f"{stored.tag}:{artifact.version[:12]}"  # two models never meet under one
+        name = f"{stored.tag}:{artifact.version[:12]}:{here.variant or artifact.manifest.chosen}"
         runtime = lrai.Runtime(config)
         try:
             runtime.load(
@@ -217,29 +214,10 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         except BaseException:
             runtime.close()
             raise
-        return _Serving(runtime, name, stored.tag.version or "", artifact.manifest.signature)
-
-    def _request(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> lrai.InferenceRequest:
-        with bento_errors():
-            specs = self.signature.inputs
-            names = [spec.name for spec in specs]
-            given = {**dict(zip(names, args, strict=False)), **inputs}
-            if len(given) < len(args) + len(inputs):
-                got = f"got {len(args)} values, and {sorted(inputs)} by name"
-                raise lrai.RequestError(f"{got}; the model takes {names}")
-            return lrai.InferenceRequest(model_name="", inputs=fit(given, specs))
-
-    def _named(self, answer: lrai.InferenceResponse, serving: _Serving) -> lrai.InferenceResponse:
-        """Return the answer under the name and version that BentoML knows."""
-        named = {"model_name": self.tag.name, "model_version": serving.version}
-        return msgspec.structs.replace(answer, **named)
+        return Serving(runtime, name, stored.tag, artifact.manifest.signature)
 
 
 runner = Runner  # called as in the rest of BentoML
-
-
-def _addressed(request: lrai.InferenceRequest, serving: _Serving) -> lrai.InferenceRequest:
-    return msgspec.structs.replace(request, model_name=serving.name, model_version="")
 
 
 def _outputs(answer: lrai.InferenceResponse) -> Any:
