@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported, here and in children
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # the only local one that mlflow-skinny has
+os.environ["BENTOML_DO_NOT_TRACK"] = "true"
+os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="lrai-bentoml-")
 
 _SERVER_SECONDS = 300
 
@@ -17,3 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("server") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(_SERVER_SECONDS))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["BENTOML_HOME"], ignore_errors=True)

@@ -55,8 +55,10 @@ async def _metrics(self: Any, own: str) -> str:
     runners: tuple[Runner, ...] = self.lrai_runners
     asked = runners[:1] if runners[0].shared else runners  # a shared one tells everybody the same
     heard = await asyncio.gather(*[_soon(one.stats) for one in asked])
-    known = [Counter(stats) for stats in heard if stats is not None]
-    return own + exposition(sum(known, Counter[str]()) if known else None)
+    together = Counter[str]()
+    for stats in heard:
+        together.update(stats or {})  # adding counters would lose the zeros
+    return own + exposition(together or None)
 
 
 async def _soon(question: Callable[[], T]) -> T | None:

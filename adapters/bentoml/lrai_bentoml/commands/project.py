@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import keyword
 import re
 from collections.abc import Iterator, Sequence
@@ -40,14 +41,18 @@ class {service}:
 
     @bentoml.api
     async def predict({parameters}) -> {returned}:
-        """{title}"""
+        """Return what the model makes of it.
+
+{shapes}
+        """
 {body}
 
 
 {service}.add_asgi_middleware(lrai_bentoml.Guard)  # limits, callers who leave, Retry-After
 '''
 _IGNORED: Final = (".venv/", "wheels/", "*.lrai/", "__pycache__/")
-_TAKEN: Final = frozenset({"self", "ctx", "context", "bentoml", "np"})  # by BentoML, or above
+# Names that BentoML gives a meaning, or that are used above.
+_TAKEN: Final = frozenset({"self", "ctx", "context", "np", "names", "dict", "zip"})
 
 
 @app.command()
@@ -106,27 +111,25 @@ def _service(service: str, name: str, tag: str, workers: int, artifact: Artifact
     """Return service.py: an API with a parameter per input of the model."""
     declared = artifact.manifest.signature
     arguments = _identifiers(declared.inputs)
+    parameters = "".join(f"        {argument}: np.ndarray,\n" for argument in arguments)
     asked = f"await self.model.async_run({', '.join(arguments)})"
     if len(declared.outputs) == 1:
         returned, body = "np.ndarray", f"        return {asked}"
     else:
-        variables = _identifiers(declared.outputs, taken=arguments)
         returned = "dict[str, np.ndarray]"
-        pairs = zip(declared.outputs, variables, strict=True)
-        named = ", ".join(f"{spec.name!r}: {variable}" for spec, variable in pairs)
-        body = f"        {', '.join(variables)} = {asked}\n        return {{{named}}}"
-    shapes = [
-        ", ".join(f"{spec.datatype} {list(spec.shape)}" for spec in specs).replace("'", "")
-        for specs in (declared.inputs, declared.outputs)
-    ]
+        names = "".join(f"            {json.dumps(spec.name)},\n" for spec in declared.outputs)
+        body = f"        names = (\n{names}        )\n"
+        body += f"        return dict(zip(names, {asked}))"
+    shapes = [_shape(spec) for spec in declared.inputs]
+    shapes += [f"returned {_shape(spec)}" for spec in declared.outputs]
     return _SERVICE.format(
         name=name,
         tag=tag,
         workers=workers,
         service=service,
-        parameters=", ".join(["self", *[f"{argument}: np.ndarray" for argument in arguments]]),
+        parameters=f"\n        self,\n{parameters}    ",
         returned=returned,
-        title=re.sub(r'["\\]', "", f"Return {shapes[1]} for {shapes[0]}."),
+        shapes="\n".join(f"        {line}" for line in shapes),
         body=body,
     )
 
@@ -161,13 +164,19 @@ def _home(stored: bentoml.Model, folder: Path) -> list[str]:
     return [f"{home.relative_to(root)}/"] if home.is_relative_to(root) and home != root else []
 
 
-def _identifiers(specs: Sequence[TensorSpec], taken: Sequence[str] = ()) -> list[str]:
+def _shape(spec: TensorSpec) -> str:
+    """Return what a docstring says of a tensor, without what would end it."""
+    said = f"{spec.name}: {spec.datatype} [{', '.join(map(str, spec.shape))}]"
+    return re.sub(r"[^ -!#-\[\]-~]", "?", said)
+
+
+def _identifiers(specs: Sequence[TensorSpec]) -> list[str]:
     """Return a Python name per tensor, distinct, which BentoML takes for a parameter."""
     names: list[str] = []
     for spec in specs:
         name = re.sub(r"\W", "_", spec.name, flags=re.ASCII).strip("_") or "tensor"
         name = f"tensor_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
-        while name in _TAKEN or name in names or name in taken:
+        while name in _TAKEN or name in names:
             name += "_"
         names.append(name)
     return names
