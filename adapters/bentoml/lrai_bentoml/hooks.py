@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import bentoml
 
@@ -15,8 +15,6 @@ from lrai_bentoml.metrics import exposition
 
 if TYPE_CHECKING:
     from lrai_bentoml.runner import Runner
-
-T = TypeVar("T")
 
 _PROBE_SECONDS: Final = 5.0  # a runtime that says nothing for that long is not in good health
 
@@ -61,7 +59,7 @@ async def _metrics(self: Any, own: str) -> str:
     return own + exposition(together or None)
 
 
-async def _soon(question: Callable[[], T]) -> T | None:
+async def _soon(question: Callable[[], Any]) -> Any:
     """Return the answer, None where there is none in time; the event loop goes on meanwhile."""
     with contextlib.suppress(TimeoutError, lrai.LraiError, bentoml.exceptions.BentoMLException):
         return await asyncio.wait_for(asyncio.to_thread(question), _PROBE_SECONDS)

@@ -25,9 +25,8 @@ from lrai_wheel.pins import pins
 _SERVICE: Final = '''"""Serve {name} with BentoML, through LRAI."""
 
 import bentoml
-import numpy as np
-
 import lrai_bentoml
+import numpy as np
 
 runner = lrai_bentoml.runner("{tag}")
 
@@ -51,8 +50,9 @@ class {service}:
 {service}.add_asgi_middleware(lrai_bentoml.Guard)  # limits, callers who leave, Retry-After
 '''
 _IGNORED: Final = (".venv/", "wheels/", "*.lrai/", "__pycache__/")
+_LINE: Final = 50  # characters of arguments in one
 # Names that BentoML gives a meaning, or that are used above.
-_TAKEN: Final = frozenset({"self", "ctx", "context", "np", "names", "dict", "zip"})
+_TAKEN: Final = frozenset({"self", "ctx", "context", "np", "names", "outputs", "dict", "zip"})
 
 
 @app.command()
@@ -103,6 +103,8 @@ def _explained() -> Iterator[None]:
         if isinstance(error.__cause__, LraiError):
             raise error.__cause__ from None
         raise UsageError(str(error)) from None
+    except ValueError as error:  # of a tag that can be none
+        raise UsageError(str(error)) from None
     except OSError as error:
         raise EnvironmentProblem(f"{error.filename}: {error.strerror}") from None
 
@@ -112,14 +114,18 @@ def _service(service: str, name: str, tag: str, workers: int, artifact: Artifact
     declared = artifact.manifest.signature
     arguments = _identifiers(declared.inputs)
     parameters = "".join(f"        {argument}: np.ndarray,\n" for argument in arguments)
-    asked = f"await self.model.async_run({', '.join(arguments)})"
+    asked = ", ".join(arguments)
+    if len(asked) > _LINE:
+        asked = "".join(f"\n            {argument}," for argument in arguments) + "\n        "
+    asked = f"await self.model.async_run({asked})"
     if len(declared.outputs) == 1:
         returned, body = "np.ndarray", f"        return {asked}"
     else:
         returned = "dict[str, np.ndarray]"
-        names = "".join(f"            {json.dumps(spec.name)},\n" for spec in declared.outputs)
-        body = f"        names = (\n{names}        )\n"
-        body += f"        return dict(zip(names, {asked}))"
+        quoted = [json.dumps(spec.name, ensure_ascii=False) for spec in declared.outputs]
+        names = "".join(f"            {name},\n" for name in quoted)
+        body = f"        names = (\n{names}        )\n        outputs = {asked}\n"
+        body += "        return dict(zip(names, outputs, strict=True))"
     shapes = [_shape(spec) for spec in declared.inputs]
     shapes += [f"returned {_shape(spec)}" for spec in declared.outputs]
     return _SERVICE.format(
