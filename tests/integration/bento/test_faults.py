@@ -1,0 +1,279 @@
+"""Processes killed and stopped under load: what callers see, and what readiness says."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from benchmarks.host import Host
+from benchmarks.processes import HOST, Server
+from tests.integration.bento.conftest import WORKERS, Served, start
+from tests.integration.conftest import sentence
+
+pytestmark = pytest.mark.server
+
+CALLERS = 8
+QUIET_SECONDS = 2.0  # of load before a fault and after it
+ACTOR_SECONDS, RUNTIME_SECONDS = 2.0, 5.0  # until every caller is answered again
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request, and its only end: a status, or what became of the line."""
+
+    asked_s: float
+    ended_s: float
+    end: int | str
+    right: bool
+
+
+@dataclass
+class Load:
+    """Callers in a closed loop, who alternate between both ways in; and the ledger of it all."""
+
+    port: int
+    bodies: list[bytes]
+    expected: list[Any]
+    entries: list[Entry] = field(default_factory=list)
+    asked: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __enter__(self) -> Load:
+        self._threads = [threading.Thread(target=self._call, args=(n,)) for n in range(CALLERS)]
+        for thread in self._threads:
+            thread.start()
+        time.sleep(QUIET_SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def back_after(self, begun_s: float, seconds: float) -> float:
+        """Wait; return how long after `begun_s` the last request ended that was not answered."""
+        time.sleep(seconds + QUIET_SECONDS)
+        with self._lock:
+            late = [entry.ended_s for entry in self.entries if entry.end != 200]
+            gaps = sorted(e.ended_s for e in self.entries if e.end == 200 and e.ended_s > begun_s)
+        first = gaps[0] if gaps else float("inf")
+        return max([first, *[moment for moment in late if moment > begun_s]]) - begun_s
+
+    def _call(self, number: int) -> None:
+        chance = np.random.default_rng(number)
+        while not self._ended.is_set():
+            index = int(chance.integers(len(self.bodies)))
+            with self._lock:
+                self.asked += 1
+            begun = time.monotonic()
+            end, right = self._one(index)
+            with self._lock:
+                self.entries.append(Entry(begun, time.monotonic(), end, right))
+
+    def _one(self, index: int) -> tuple[int | str, bool]:
+        line = http.client.HTTPConnection(HOST, self.port, timeout=30)
+        try:
+            kind = {"Content-Type": "application/json"}
+            line.request("POST", "/embed", self.bodies[index], kind)
+            reply = line.getresponse()
+            content = reply.read()
+            if reply.status != 200:
+                return reply.status, True
+            return 200, np.allclose(json.loads(content), self.expected[index], atol=1e-4)
+        except (OSError, http.client.HTTPException) as error:
+            return type(error).__name__, True
+        finally:
+            line.close()
+
+
+@pytest.fixture(scope="module")
+def requests(minilm_session: onnxruntime.InferenceSession) -> tuple[list[bytes], list[Any]]:
+    random = np.random.default_rng(11)
+    feeds = [sentence(random, 1, int(length)) for length in random.integers(3, 24, 40)]
+    bodies = [json.dumps({k: v.tolist() for k, v in one.items()}).encode() for one in feeds]
+    return bodies, [minilm_session.run(None, one)[0] for one in feeds]
+
+
+@pytest.fixture
+def load(served: Served, requests: tuple[list[bytes], list[Any]]) -> Iterator[Load]:
+    made = Load(served.server.port, *requests)
+    with made:
+        yield made
+    assert made.asked == len(made.entries), "a request was lost without a word"
+    assert all(entry.right for entry in made.entries), "an answer was another request's"
+    assert served.get("/readyz").status == 200
+    assert len(served.workers()) == WORKERS
+
+
+def ends(load: Load) -> set[int | str]:
+    return {entry.end for entry in load.entries}
+
+
+def minilm_actor(served: Served) -> int:
+    """Return the process that works: of three models only this one is asked for anything."""
+    return max(served.host.actors(), key=_cpu_ticks)
+
+
+def test_a_killed_actor_is_a_delay(served: Served, load: Load) -> None:
+    before = served.host.actors()
+    begun = time.monotonic()
+    os.kill(minilm_actor(served), signal.SIGKILL)
+    back = load.back_after(begun, ACTOR_SECONDS)
+    assert back <= ACTOR_SECONDS
+    assert ends(load) == {200}
+    assert len(served.host.actors()) == len(before)
+
+
+def test_a_killed_runtime_is_a_delay(served: Served, load: Load) -> None:
+    (before,) = served.host.daemons()
+    begun = time.monotonic()
+    os.kill(before, signal.SIGKILL)
+    back = load.back_after(begun, RUNTIME_SECONDS)
+    assert back <= RUNTIME_SECONDS
+    assert ends(load) == {200}
+    assert served.host.daemons() != [before]
+
+
+def test_a_killed_worker_takes_only_its_own_requests_along(served: Served, load: Load) -> None:
+    for victim in served.workers()[:2]:  # one of them has started the runtime
+        runtime = served.host.daemons()
+        begun = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        back = load.back_after(begun, ACTOR_SECONDS)
+        assert back <= ACTOR_SECONDS
+        assert served.host.daemons() == runtime
+        wait_until(lambda: len(served.workers()) == WORKERS)
+    cut = [entry for entry in load.entries if entry.end != 200]
+    assert ends(load) <= {200, "ConnectionResetError", "RemoteDisconnected", "IncompleteRead"}
+    assert len(cut) <= 2 * CALLERS
+
+
+def test_readiness_tells_when_a_model_hangs_and_when_it_is_back(served: Served, load: Load) -> None:
+    os.kill(minilm_actor(served), signal.SIGSTOP)
+    wait_until(lambda: served.get("/readyz").status == 503)
+    assert served.get("/livez").status == 200  # it heals by itself
+    assert served.get("/v2/models/minilm/ready").status == 503
+    assert served.get("/v2/models/classifier/ready").status == 200
+    wait_until(lambda: served.get("/readyz").status == 200)
+    assert ends(load) == {200}
+
+
+def test_a_runtime_that_hangs_is_neither_ready_nor_alive(served: Served) -> None:
+    (runtime,) = served.host.daemons()
+    os.kill(runtime, signal.SIGSTOP)
+    try:
+        assert served.get("/readyz").status == 503
+        assert served.get("/livez").status == 503
+        assert b"lrai_runtime_up 0.0" in served.get("/metrics").content
+    finally:
+        os.kill(runtime, signal.SIGCONT)
+    wait_until(lambda: served.get("/readyz").status == 200)
+    assert served.get("/livez").status == 200
+
+
+def test_a_model_that_was_unloaded_is_not_said_to_be_ready(project: Path) -> None:
+    import lrai_core as lrai
+
+    with Host() as host, start(project, host) as server:
+        server.wait_until_ready("/readyz")
+        one = Served(server, host)
+        with lrai.Runtime(host.config, address="auto") as runtime:
+            (name,) = [m.name for m in runtime.models() if m.name.startswith("classifier:")]
+            runtime.unload(name)
+        assert one.get("/readyz").status == one.get("/livez").status == 503
+        assert one.ask("/classify", {"features": [[0.0] * 64]}).status == 404
+
+
+def test_who_ends_the_server_ends_everything(project: Path) -> None:
+    with Host() as host:
+        with start(project, host) as server:
+            server.wait_until_ready("/readyz")
+            processes = server.processes()
+            daemons = host.daemons()
+            assert server.stop(60) == []
+            assert daemons[0] in processes
+        assert not [pid for pid in processes if _is_alive(pid)]
+
+
+def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
+    with Host() as host:
+        port = str(served.server.port)
+        command = [sys.executable, "-m", "bentoml", "serve", str(project), "--host", HOST]
+        log = project.parent / "taken.log"
+        sockets = {"LRAI_RUNTIME_SOCKET_DIR": str(host.folder)}
+        with Server([*command, "-p", port], log, variables=sockets) as second:
+            wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text())
+        assert host.daemons() == []
+    assert served.get("/readyz").status == 200
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LRAI_RUNTIME_SOCKET_DIR": "/proc/lrai"}, "/proc/lrai"),
+        ({"LRAI_RUNTIME_MODEL_ROOTS": "/nowhere"}, "runtime.model_roots"),
+        ({"LRAI_ACTOR_THREAD": "1"}, "LRAI_ACTOR_THREAD is no setting"),
+    ],
+)
+def test_what_stands_in_the_way_is_in_the_log(
+    project: Path, variables: dict[str, str], message: str
+) -> None:
+    with Host() as host, start(project, host, **variables) as server:
+        wait_until(lambda: message in server.log.read_text(), 60)
+
+
+def test_a_model_that_changed_since_it_was_saved_ends_the_server(
+    token_source: Path, tmp_path: Path
+) -> None:
+    import lrai_bentoml
+    import lrai_core as lrai
+
+    artifact = lrai.compile(token_source, out=tmp_path / "spoilt.lrai", threads=1)
+    stored = lrai_bentoml.save_model("spoilt", artifact)
+    graph = Path(stored.path, "model.lrai", "source", "model.onnx")
+    graph.write_bytes(graph.read_bytes() + b"x")
+    folder = tmp_path / "spoilt"
+    folder.mkdir()
+    (folder / "service.py").write_text(
+        "import bentoml\nimport lrai_bentoml\n\n\n@bentoml.service\nclass Spoilt:\n"
+        "    model = lrai_bentoml.runner('spoilt:latest')\n\n"
+        "    @bentoml.api\n    def one(self) -> int:\n        return 1\n"
+    )
+    with Host() as host, start(folder, host) as server:
+        wait_until(lambda: server.processes()[1:] == [] and server._process.poll() is not None, 60)
+        assert "source/model.onnx" in server.log.read_text()
+        assert server._process.poll() != 0
+        assert host.daemons() == []
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
