@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.server
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted([*FOLDER.glob("[0-9]*.py"), *FOLDER.glob("[0-9]*/run.py")])
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_the_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, example], capture_output=True, text=True, check=False, cwd=tmp_path

@@ -34,7 +34,6 @@ ACTOR_SECONDS, RUNTIME_SECONDS = 2.0, 5.0  # until every caller is answered agai
 class Entry:
     """A request, and its only end: a status, or what became of the line."""
 
-    asked_s: float
     ended_s: float
     end: int | str
     right: bool
@@ -79,10 +78,9 @@ class Load:
             index = int(chance.integers(len(self.bodies)))
             with self._lock:
                 self.asked += 1
-            begun = time.monotonic()
             end, right = self._one(index)
             with self._lock:
-                self.entries.append(Entry(begun, time.monotonic(), end, right))
+                self.entries.append(Entry(time.monotonic(), end, right))
 
     def _one(self, index: int) -> tuple[int | str, bool]:
         line = http.client.HTTPConnection(HOST, self.port, timeout=30)
