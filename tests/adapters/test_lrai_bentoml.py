@@ -248,6 +248,19 @@ class TestRunner:
         with pytest.raises(BentoMLException, match=r"actor\.thread"):
             lrai_bentoml.runner(str(stored.tag), settings={"actor.thread": 1}).load()
 
+    def test_what_is_no_number_is_refused_where_the_policy_says_so(self, tmp_path: Path) -> None:
+        lrai_bentoml.import_model(
+            "numbers", column_model(tmp_path / "columns.onnx"), options={"threads": 1}
+        )
+        settings = {**EMBEDDED, "limits.nan_policy": "reject"}
+        one = lrai_bentoml.runner("numbers:latest", settings=settings)
+        try:
+            with pytest.raises(BentoMLException, match="price") as refused:
+                one.run([float("nan")], [1])
+        finally:
+            one.close()
+        assert refused.value.error_code == HTTPStatus.BAD_REQUEST
+
     def test_a_dead_runtime_is_not_ready(self, stored: bentoml.Model) -> None:
         one = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED)
         one.load().runtime.unload(one.load().name)

@@ -195,6 +195,20 @@ def test_a_model_that_was_unloaded_is_not_said_to_be_ready(project: Path) -> Non
         assert one.ask("/classify", {"features": [[0.0] * 64]}).status == 404
 
 
+def test_it_is_not_ready_before_every_model_is(project: Path) -> None:
+    with Host() as host, start(project, host) as server:
+        one, states = Served(server, host), list[int]()
+        deadline = time.monotonic() + 60
+        while not states or states[-1] != 200:
+            assert time.monotonic() < deadline
+            try:
+                states.append(one.get("/readyz").status)
+            except OSError:
+                time.sleep(0.02)
+        assert len(host.actors()) == 3
+        assert set(states) <= {200, 503}
+
+
 def test_who_ends_the_server_ends_everything(project: Path) -> None:
     with Host() as host:
         with start(project, host) as server:

@@ -8,6 +8,8 @@ import http.client
 import json
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -200,10 +202,60 @@ def test_bytes_that_are_a_pickle_are_refused(served: Served) -> None:
     assert served.ask("/classify", b"\x80\x05N.", kind).status == 415
 
 
-def test_what_is_no_number_passes_as_the_policy_says(served: Served) -> None:
-    body = b'{"features": [[' + b", ".join([b"NaN"] * 64) + b"]]}"
-    reply = served.ask("/classify", body)
-    assert reply.status in (200, 400), reply.content
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/classifier/infer"])
+def test_what_is_no_number_passes_and_so_does_its_answer(served: Served, path: str) -> None:
+    body = b'{"features": [[' + b", ".join([b"null"] * 64) + b"]]}"
+    reply = served.ask(path, body)
+    assert reply.status == 200, reply.content
+    rows = reply.content if path == "/classify" else reply.content["outputs"]["logits"]
+    assert rows == [[None] * 10]
+
+
+def test_bentoml_reads_what_it_does_not_know_as_json(served: Served) -> None:
+    kind = {"Content-Type": "application/x-unknown"}
+    assert served.ask("/classify", {"features": ZEROS}, kind).status == 200
+    assert served.ask("/classify", b"x", kind).status == 400
+
+
+@pytest.mark.parametrize("path", ["", "docs.json", "schema.json", "healthz", "livez", "readyz"])
+def test_the_pages_of_bentoml_are_where_they_were(served: Served, path: str) -> None:
+    assert served.get(f"/{path}").status == 200
+
+
+CLIENTS = """
+import asyncio, json, sys
+import bentoml
+import numpy as np
+
+address, features = sys.argv[1], np.array(json.loads(sys.argv[2]), np.float32)
+with bentoml.SyncHTTPClient(address) as client:
+    told = {"sync": client.call("classify", features=features).tolist()}
+    try:
+        client.call("classify", features=features[:, :5])
+    except bentoml.exceptions.BentoMLException as error:
+        told["error"] = str(error)
+
+async def awaited():
+    async with bentoml.AsyncHTTPClient(address) as client:
+        return (await client.call("classify_in_a_thread", features=features)).tolist()
+
+told["async"] = asyncio.run(awaited())
+print(json.dumps(told))
+"""
+
+
+def test_the_clients_of_bentoml_are_answered(served: Served) -> None:
+    features = np.random.default_rng(1).normal(size=(3, 64)).tolist()
+    address = f"http://{HOST}:{served.server.port}"
+    done = subprocess.run(  # of its own: the clients leave temporary folders to the collector
+        [sys.executable, "-c", CLIENTS, address, json.dumps(features)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    expected = served.ask("/classify", {"features": features}).content
+    np.testing.assert_allclose(told["sync"], expected, rtol=1e-5)
+    np.testing.assert_allclose(told["async"], expected, rtol=1e-5)
+    assert "dimension 1" in told["error"]
 
 
 def test_a_flood_of_chunks_is_refused_and_not_kept(served: Served) -> None:
