@@ -11,18 +11,15 @@ from prometheus_client.registry import Collector
 
 def exposition(stats: Mapping[str, int] | None) -> str:
     """Return `Runtime.stats()` as text; None where the runtime has not answered."""
+
+    class Counts(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield GaugeMetricFamily("lrai_runtime_up", "Whether it answers", stats is not None)
+            for name, value in sorted((stats or {}).items()):
+                if not name.startswith(("arena_", "daemon_")):  # of the worker that is asked
+                    kind = GaugeMetricFamily if name == "outstanding_rows" else CounterMetricFamily
+                    yield kind(f"lrai_{name}", f"`{name}`, of all workers", value=value)
+
     registry = CollectorRegistry()
-    registry.register(_Counts(stats))
+    registry.register(Counts())
     return generate_latest(registry).decode()
-
-
-class _Counts(Collector):
-    def __init__(self, stats: Mapping[str, int] | None) -> None:
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("lrai_runtime_up", "Whether it answers", self._stats is not None)
-        for name, value in sorted((self._stats or {}).items()):
-            if not name.startswith(("arena_", "daemon_")):  # of the worker that is asked
-                kind = GaugeMetricFamily if name == "outstanding_rows" else CounterMetricFamily
-                yield kind(f"lrai_{name}", f"`{name}` of the runtime of all workers", value=value)

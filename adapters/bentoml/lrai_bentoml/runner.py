@@ -70,9 +70,6 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     say whether it makes progress, `/metrics` has the runtime's figures beside BentoML's.
     """
 
-    tag: bentoml.Tag
-    _here: SimpleNamespace
-
     def __init__(
         self,
         tag: bentoml.Tag | str,
@@ -136,7 +133,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     @property
     def shared(self) -> bool:
         """Whether the runtime is that of other processes too."""
-        return self.load().runtime.config.runtime.address != "embedded"
+        return self._config().runtime.address != "embedded"
 
     def state(self) -> str:
         """Return `ok` or `idle` for a model that makes progress, `stalled` for one that will again.
@@ -154,12 +151,18 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         return self.load().runtime.stats()
 
     def check(self) -> None:
-        """Check every file of the model, without serving it.
+        """Check every file of the model, and have a shared runtime load it, before workers start.
+
+        What fails here fails once, and not in workers that are started again for ever. And BentoML
+        ends what a worker has started along with it: not the runtime, which others share.
 
         Raises:
-            BentoMLException: It is missing, or has changed since it was saved.
+            BentoMLException: The model is missing, has changed, or cannot be served as asked for.
         """
         artifact_of(get(str(self.tag)))
+        with bento_errors():
+            if self.shared:
+                self.load()
 
     def load(self) -> Serving:
         """Load the model, or find it loaded by another worker; return when it is ready.
@@ -198,15 +201,16 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """Have the class of the service look after the model."""
         install(owner, name, self)
 
+    def _config(self) -> lrai.LraiConfig:
+        host = {k: v for k, v in self._here.settings.items() if k not in lrai.OWN_SETTINGS}
+        return lrai.load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=host)
+
     def _open(self) -> Serving:
-        here = self._here
+        here, stored = self._here, get(str(self.tag))
         own = {key: here.settings[key] for key in here.settings.keys() & lrai.OWN_SETTINGS}
-        host = {key: here.settings[key] for key in here.settings.keys() - own.keys()}
-        config = lrai.load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=host)
-        stored = get(str(self.tag))
         artifact = artifact_of(stored, verify=False)  # the actor hashes what it opens
         name = f"{stored.tag}:{artifact.version[:12]}:{here.variant or artifact.manifest.chosen}"
-        runtime = lrai.Runtime(config)
+        runtime = lrai.Runtime(self._config())
         try:
             runtime.load(
                 artifact, name=name, variant=here.variant, require=here.require, settings=own

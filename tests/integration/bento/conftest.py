@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -139,7 +138,4 @@ def served(project: Path) -> Iterator[Served]:
     with Host() as host, start(project, host) as server:
         server.wait_until_ready("/readyz")
         yield Served(server, host)
-        assert server.stop() == [*host.daemons(), *host.actors()][:0], "something was left behind"
-
-
-assert os.environ["BENTOML_HOME"], "tests/conftest.py gives the tests a store of their own"
+        assert server.stop(60) == []  # the runtime ends half a minute after its last client

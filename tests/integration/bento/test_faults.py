@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -147,7 +148,7 @@ def test_a_killed_runtime_is_a_delay(served: Served, load: Load) -> None:
 
 
 def test_a_killed_worker_takes_only_its_own_requests_along(served: Served, load: Load) -> None:
-    for victim in served.workers()[:2]:  # one of them has started the runtime
+    for victim in served.workers()[:2]:
         runtime = served.host.daemons()
         begun = time.monotonic()
         os.kill(victim, signal.SIGKILL)
@@ -228,7 +229,6 @@ def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
         sockets = {"LRAI_RUNTIME_SOCKET_DIR": str(host.folder)}
         with Server([*command, "-p", port], log, variables=sockets) as second:
             wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text())
-        assert host.daemons() == []
     assert served.get("/readyz").status == 200
 
 
@@ -240,11 +240,30 @@ def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
         ({"LRAI_ACTOR_THREAD": "1"}, "LRAI_ACTOR_THREAD is no setting"),
     ],
 )
-def test_what_stands_in_the_way_is_in_the_log(
+def test_what_stands_in_the_way_ends_the_server_with_a_sentence(
     project: Path, variables: dict[str, str], message: str
 ) -> None:
     with Host() as host, start(project, host, **variables) as server:
-        wait_until(lambda: message in server.log.read_text(), 60)
+        wait_until(lambda: server._process.poll() is not None, 60)
+        assert message in server.log.read_text()
+        assert server._process.poll() != 0
+
+
+def test_a_server_that_ends_leaves_the_runtime_to_the_others(project: Path) -> None:
+    with Host() as host, start(project, host) as first:
+        first.wait_until_ready("/readyz")
+        (runtime,) = host.daemons()
+        second_project = project.with_name("second")
+        shutil.copytree(project, second_project)
+        with start(second_project, host) as second:
+            second.wait_until_ready("/readyz")
+            first._process.send_signal(signal.SIGINT)
+            wait_until(lambda: first._process.poll() is not None, 60)
+            one = Served(second, host)
+            for _ in range(10):
+                assert one.ask("/classify", {"features": [[0.0] * 64]}).status == 200
+            assert one.get("/readyz").status == 200
+            assert host.daemons() == [runtime]
 
 
 def test_a_model_that_changed_since_it_was_saved_ends_the_server(
