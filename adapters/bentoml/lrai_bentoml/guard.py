@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final, cast
 
 from bentoml.exceptions import BentoMLException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lrai_core as lrai
 from lrai_bentoml.errors import waiting
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 CLIENT_CLOSED_REQUEST: Final = 499  # nginx's; only logs and metrics hear it
 
@@ -34,62 +30,72 @@ class Guard:
     again makes sense.
     """
 
-    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         """Stand before `app`, the rest of the service."""
         self._app, self._limit = app, lrai.load_config().limits.request_bytes
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have a request answered, or dropped where nobody waits for the answer any more."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body, told, begun = _Body(receive, self._limit), list[float](), False
+        body, told = _Body(receive, self._limit), list[float]()
         waiting.set(told)
 
         async def sending(message: Message) -> None:
-            nonlocal begun
-            begun = True
+            body.begun = True
             if told and message["type"] == "http.response.start" and message["status"] >= 400:
                 seconds = str(max(1, math.ceil(told[-1]))).encode()
                 message["headers"] = [*message.get("headers", ()), (b"retry-after", seconds)]
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                body.left.cancel()  # the server says it of who has the answer too
+                body.close()  # the server says it of who has the answer too
             await send(message)
 
-        answering = asyncio.ensure_future(self._app(scope, body.receive, sending))
-        body.left.add_done_callback(lambda left: left.cancelled() or answering.cancel())
         try:
-            await answering
+            await self._app(scope, body.receive, sending)
         except asyncio.CancelledError:
-            if body.left.cancelled() or not body.left.done():
+            if not body.left:
                 raise  # it is the server that gives up
-            if not begun:  # else BentoML's own timer would wait for a beginning
+            body.task.uncancel()
+            if not body.begun:  # else BentoML's own timer would wait for a beginning
                 await send({"type": "http.response.start", "status": CLIENT_CLOSED_REQUEST})
                 await send({"type": "http.response.body"})
         finally:
-            answering.cancel()
-            body.left.cancel()
+            body.close()
 
 
 class _Body:
-    """The messages of a request, counted; `left` is done when the caller has left."""
+    """The messages of a request, counted; behind the last one it watches for who leaves.
+
+    Attributes:
+        begun: Whether the answer has.
+        left: Whether the caller has, and the task was cancelled for it.
+    """
 
     def __init__(self, receive: Receive, limit_bytes: int) -> None:
         self._receive, self._limit, self._size = receive, limit_bytes, 0
-        self._read = asyncio.Event()
-        self.left = asyncio.ensure_future(self._leaving())
+        self._leaving: asyncio.Future[Message] | None = None
+        self._open, self.begun, self.left = True, False, False
+        self.task = cast("asyncio.Task[None]", asyncio.current_task())
 
     async def receive(self) -> Message:
-        if self._read.is_set():
-            return await asyncio.shield(self.left)
+        if self._leaving is not None:
+            return await asyncio.shield(self._leaving)
         message = await self._receive()
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise TooLarge(f"the body has more than the {self._limit} bytes allowed")
         if not message.get("more_body", False):
-            self._read.set()
+            self._leaving = asyncio.ensure_future(self._receive())
+            self._leaving.add_done_callback(self._cancel)
         return message
 
-    async def _leaving(self) -> Message:
-        await self._read.wait()
-        return await self._receive()
+    def close(self) -> None:
+        self._open = False
+        if self._leaving is not None:
+            self._leaving.cancel()
+
+    def _cancel(self, leaving: asyncio.Future[Message]) -> None:
+        if self._open and not leaving.cancelled():
+            self.left = True
+            self.task.cancel()
