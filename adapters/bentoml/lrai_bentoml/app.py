@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import lrai_core as lrai
-from lrai_bentoml.guard import CLIENT_CLOSED_REQUEST, TooLarge
+from lrai_bentoml.guard import CLIENT_LEFT, TooLarge
 from lrai_bentoml.hooks import progress
 from lrai_bentoml.runner import Runner, Serving
 from lrai_codecs import PayloadTooLarge, Reply, failure, read, respond
@@ -84,7 +84,7 @@ def _answering(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         try:
             reply = await endpoint(request)
         except ClientDisconnect:
-            reply = Reply(status=CLIENT_CLOSED_REQUEST)
+            reply = Reply(status=CLIENT_LEFT)
         except TooLarge as error:
             reply = failure(PayloadTooLarge(str(error)))
         except bentoml.exceptions.BentoMLException:  # of the store: its paths are not for callers

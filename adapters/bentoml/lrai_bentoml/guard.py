@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import lrai_core as lrai
 from lrai_bentoml.errors import waiting
 
-CLIENT_CLOSED_REQUEST: Final = 499  # nginx's; only logs and metrics hear it
+CLIENT_LEFT: Final = 499  # nginx's; only logs and metrics hear it
 
 
 class TooLarge(BentoMLException):
@@ -58,7 +58,7 @@ class Guard:
                 raise  # it is the server that gives up
             body.task.uncancel()
             if not body.begun:  # else BentoML's own timer would wait for a beginning
-                await send({"type": "http.response.start", "status": CLIENT_CLOSED_REQUEST})
+                await send({"type": "http.response.start", "status": CLIENT_LEFT, "headers": []})
                 await send({"type": "http.response.body"})
         finally:
             body.close()
