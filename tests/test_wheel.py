@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lrai_wheel import build_wheel
+from lrai_wheel.pins import pins
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -64,3 +65,11 @@ def test_an_installed_wheel_builds_itself_and_other_code_gets_another_name(tmp_p
     with (target / "lrai_core" / "errors.py").open("a") as module:
         module.write("# changed\n")
     assert build_there() != wheel.name
+
+
+def test_pins_are_the_versions_of_what_an_extra_brings_here() -> None:
+    base, more = set(pins("")), set(pins("bentoml"))
+    assert f"numpy=={version('numpy')}" in base
+    assert f"starlette=={version('starlette')}" in more - base  # brought by bentoml itself
+    assert base < more
+    assert not any(pin.startswith("lrai==") for pin in more)

@@ -479,6 +479,17 @@ class TestGuard:
         asyncio.run(leaving_later())
         assert ended == ["whole"]
 
+    def test_who_listens_on_after_the_answer_hears_that_it_was_heard(self) -> None:
+        heard = list[str]()
+
+        async def listening(scope: Any, receive: Any, send: Any) -> None:
+            await self.echo(scope, receive, send)
+            heard.append((await receive())["type"])
+
+        parts: list[dict[str, Any]] = [{"type": "http.request"}]
+        asyncio.run(self.play(listening, [*parts, {"type": "http.disconnect"}]))
+        assert heard == ["http.disconnect"]
+
     def test_a_server_that_gives_up_is_heard(self) -> None:
         async def given_up() -> None:
             async def slow(scope: Any, receive: Any, send: Any) -> None:

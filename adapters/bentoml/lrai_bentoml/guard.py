@@ -48,7 +48,7 @@ class Guard:
                 seconds = str(max(1, math.ceil(told[-1]))).encode()
                 message["headers"] = [*message.get("headers", ()), (b"retry-after", seconds)]
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                body.close()  # the server says it of who has the answer too
+                body.wanted = False  # for the server says it of who has the answer, too
             await send(message)
 
         try:
@@ -68,6 +68,7 @@ class _Body:
     """The messages of a request, counted; behind the last one it watches for who leaves.
 
     Attributes:
+        wanted: Whether it matters that somebody leaves.
         begun: Whether the answer has.
         left: Whether the caller has, and the task was cancelled for it.
     """
@@ -75,7 +76,7 @@ class _Body:
     def __init__(self, receive: Receive, limit_bytes: int) -> None:
         self._receive, self._limit, self._size = receive, limit_bytes, 0
         self._leaving: asyncio.Future[Message] | None = None
-        self._open, self.begun, self.left = True, False, False
+        self.wanted, self.begun, self.left = True, False, False
         self.task = cast("asyncio.Task[None]", asyncio.current_task())
 
     async def receive(self) -> Message:
@@ -91,11 +92,11 @@ class _Body:
         return message
 
     def close(self) -> None:
-        self._open = False
+        self.wanted = False
         if self._leaving is not None:
             self._leaving.cancel()
 
     def _cancel(self, leaving: asyncio.Future[Message]) -> None:
-        if self._open and not leaving.cancelled():
+        if self.wanted and not leaving.cancelled():
             self.left = True
             self.task.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -135,6 +136,8 @@ def project(
 
 @pytest.fixture(scope="module")
 def served(project: Path) -> Iterator[Served]:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # ten thousand callers, both ends here
     with Host() as host, start(project, host) as server:
         server.wait_until_ready("/readyz")
         yield Served(server, host)
