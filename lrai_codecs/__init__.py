@@ -10,11 +10,15 @@ from lrai_codecs.forms import MEDIA_TYPES as MEDIA_TYPES
 from lrai_codecs.forms import Form as Form
 from lrai_codecs.forms import NotAcceptable as NotAcceptable
 from lrai_codecs.forms import UnsupportedMediaType as UnsupportedMediaType
+from lrai_codecs.http import HungUp as HungUp
 from lrai_codecs.http import PayloadTooLarge as PayloadTooLarge
 from lrai_codecs.http import Reply as Reply
+from lrai_codecs.http import Room as Room
 from lrai_codecs.http import failure as failure
 from lrai_codecs.http import read as read
 from lrai_codecs.http import respond as respond
+from lrai_codecs.http import unless_gone as unless_gone
+from lrai_codecs.rows import in_parts as in_parts
 from lrai_codecs.tensors import by_name as by_name
 from lrai_codecs.tensors import dtype_of as dtype_of
 from lrai_codecs.tensors import fit as fit

@@ -1,0 +1,261 @@
+"""The contract over HTTP, in one worker: ping, invocations, models, advice for batch transform."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import lrai_core as lrai
+from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, unless_gone
+from lrai_sagemaker.logs import log, one_line
+from lrai_sagemaker.models import warm_up
+from lrai_sagemaker.names import Names
+from lrai_sagemaker.settings import MEBIBYTE, Settings
+
+ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
+_TARGET: Final = "x-amzn-sagemaker-target-model"
+_PING_SECONDS: Final = 1.5  # the platform waits for two
+_SMALL_BYTES: Final = 1 << 16  # of a body that names a model
+_CHANGES: Final = 8  # models loaded and unloaded at a time
+_MOST_ATTRIBUTES: Final = 1024  # characters
+
+
+class _NotLoaded(lrai.RequestError):
+    """The model is one that cannot be loaded; the log says why, as that may hold paths."""
+
+    http_status = 400
+
+
+class _Load(msgspec.Struct):
+    model_name: str
+    url: str
+
+
+class Endpoint:
+    """What one worker answers. One thread asks the runtime how it is, others load and unload."""
+
+    def __init__(self, settings: Settings, runtime: lrai.Runtime) -> None:
+        self._settings, self._runtime = settings, runtime
+        self._most_bytes = settings.payload_bytes(runtime.config)
+        self._names = Names(settings, runtime)
+        self._questions = ThreadPoolExecutor(1, "lrai-ping")
+        self._changes = ThreadPoolExecutor(_CHANGES, "lrai-models")
+        self._asking: asyncio.Future[str] | None = None
+        self._warm: list[int] = []  # actors that have answered
+        self._said = "not asked yet"
+        self._room = Room(max(runtime.config.scheduler.max_queue_bytes, self._most_bytes))
+        if not settings.multi_model:
+            self._manifest = lrai.Artifact.open(settings.artifact, verify=False).manifest
+
+    async def ping(self, _: Request) -> Response:
+        """Answer 200 where the model is loaded as required, and answers; else 503 and why."""
+        if self._asking is None or self._asking.done():
+            loop, multi_model = asyncio.get_running_loop(), self._settings.multi_model
+            how = self._names.unready if multi_model else self._unready
+            self._asking = loop.run_in_executor(self._questions, how)
+        try:
+            why = await asyncio.wait_for(asyncio.shield(self._asking), _PING_SECONDS)
+        except TimeoutError:
+            why = f"the model has not answered within {_PING_SECONDS} s"
+        if why != self._said:
+            log.log(logging.WARNING if why else logging.INFO, "ping: %s", one_line(why or "ready"))
+            self._said = why
+        return _sent(failure(lrai.NotReady(why))) if why else Response()
+
+    async def invoke(self, request: Request) -> Response:
+        """Answer a request for the model."""
+        name, signature = self._manifest.name, self._manifest.signature
+        return await self._answer(request, name, self._settings.model, signature)
+
+    async def invoke_named(self, request: Request) -> Response:
+        """Answer a request for a model of a multi-model endpoint."""
+        name = request.path_params.get("name", request.headers.get(_TARGET, ""))
+        named = self._names.find(name)
+        signature = await self._changed(self._names.signature, named)
+        try:
+            return await self._answer(request, name, named.key, signature)
+        except lrai.ModelNotFound:  # unloaded meanwhile, to make room
+            raise lrai.ModelNotFound(f"model {name[:120]!r} is not loaded") from None
+
+    async def load(self, request: Request) -> Response:
+        """Load a model under a name."""
+        body = await self._read(request, _SMALL_BYTES)
+        try:
+            given = msgspec.json.decode(body, type=_Load)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise lrai.RequestError(f"model_name and url are needed: {error}") from None
+        try:
+            await self._changed(self._names.load, given.model_name, given.url)
+        except (lrai.RequestError, lrai.NotReady, lrai.MemoryBudgetExceeded):
+            raise
+        except lrai.LraiError as error:
+            log.warning("model %r: %s", given.model_name, one_line(error))
+            raise _NotLoaded("the model cannot be loaded; the log says why") from None
+        log.info("model %r is loaded", given.model_name)
+        return Response()
+
+    async def unload(self, request: Request) -> Response:
+        """Unload a name."""
+        await self._changed(self._names.unload, request.path_params["name"])
+        return Response()
+
+    async def models(self, _: Request) -> Response:
+        """List the names that are in memory."""
+        loaded = await self._changed(self._names.loaded)
+        return _json({"models": [{"modelName": m.name, "modelUrl": m.url} for m in loaded]})
+
+    async def model(self, request: Request) -> Response:
+        """Tell the path of a name that is in memory."""
+        name = request.path_params["name"]
+        for loaded in await self._changed(self._names.loaded):
+            if loaded.name == name:
+                return _json({"modelName": loaded.name, "modelUrl": loaded.url})
+        raise lrai.ModelNotFound(f"model {name[:120]!r} is not loaded")
+
+    async def advice(self, _: Request) -> Response:
+        """Say how batch transform does best: many rows to a body, and bodies side by side."""
+        given = self._settings
+        return _json(
+            {
+                "MaxConcurrentTransforms": given.concurrency,
+                "BatchStrategy": given.strategy,
+                "MaxPayloadInMB": self._most_bytes // MEBIBYTE,
+            }
+        )
+
+    def _unready(self) -> str:
+        name = self._settings.model
+        try:
+            model = next((one for one in self._runtime.models() if one.name == name), None)
+            if model is None:
+                return "the model is not loaded"
+            if model.state not in ("ok", "idle"):
+                return f"the model is {model.state}"
+            if self._settings.require is not None and model.certificate is None:
+                return "no certificate speaks of what serves"
+            if model.actor_pids != self._warm:
+                signature, limit_ms = self._manifest.signature, self._settings.answer_seconds * 1e3
+                warm_up(self._runtime, name, signature, limit_ms)
+                self._warm = model.actor_pids
+        except lrai.LraiError as error:
+            return str(error)
+        return ""
+
+    async def _changed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._changes, function, *arguments)
+
+    async def _answer(
+        self, request: Request, name: str, key: str, signature: lrai.Signature
+    ) -> Response:
+        begun, headers = time.monotonic(), request.headers
+        outputs, timeout_ms = self._wanted(request)
+        most_rows, given = self._runtime.config.scheduler.max_batch_rows, dict[str, Any]()
+
+        async def infer(asked: lrai.InferenceRequest) -> lrai.InferenceResponse:
+            own_ms = timeout_ms if asked.timeout_ms is None else asked.timeout_ms
+            spent_ms = (time.monotonic() - begun) * 1e3
+            asked = msgspec.structs.replace(
+                asked,
+                model_name=key,
+                outputs=outputs or asked.outputs,
+                timeout_ms=max(0.0, min(own_ms, timeout_ms) - spent_ms),
+            )
+            answer = await in_parts(self._runtime.infer_async, asked, signature, most_rows)
+            given.update(answer.parameters, version=answer.model_version)
+            return msgspec.structs.replace(answer, model_name=name)
+
+        with self._room.held(headers, self._most_bytes):
+            body = await self._read(request, self._most_bytes)
+            answer = respond(infer, signature.inputs, headers, body)
+            response = _sent(await unless_gone(request.receive, answer))
+        said = ";".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        response.headers[ATTRIBUTES] = said[:_MOST_ATTRIBUTES]
+        return response
+
+    async def _read(self, request: Request, limit_bytes: int) -> bytes:
+        try:
+            async with asyncio.timeout(self._settings.answer_seconds):
+                return await read(request.stream(), request.headers, limit_bytes)
+        except TimeoutError:
+            raise lrai.DeadlineExceeded("the body did not come in time") from None
+        except ClientDisconnect:
+            raise HungUp("the caller has hung up") from None
+
+    def _wanted(self, request: Request) -> tuple[tuple[str, ...], float]:
+        """Return the outputs and the milliseconds that the custom attributes ask for.
+
+        They are written `KEY=VALUE;KEY=VALUE`; what else they say is the caller's own business.
+        """
+        pairs = [one.partition("=") for one in request.headers.get(ATTRIBUTES, "").split(";")]
+        said = {key.strip().lower(): value for key, _, value in pairs}
+        most_ms = self._settings.answer_seconds * 1e3
+        try:
+            timeout_ms = float(said.get("timeout_ms", most_ms))
+        except ValueError:
+            timeout_ms = 0.0
+        if not timeout_ms > 0:
+            raise lrai.RequestError(f"{ATTRIBUTES}: timeout_ms has to be a number above 0")
+        names = tuple(name for part in said.get("outputs", "").split(",") if (name := part.strip()))
+        return names, min(timeout_ms, most_ms)
+
+
+def create(settings: Settings, runtime: lrai.Runtime) -> Starlette:
+    """Return the application of one worker."""
+    endpoint = Endpoint(settings, runtime)
+    # The second is where boto3's client asks, so that it can be pointed at a container.
+    invocations = ("/invocations", "/endpoints/{endpoint}/invocations")
+    invoke = endpoint.invoke_named if settings.multi_model else endpoint.invoke
+    routes = [
+        Route("/ping", endpoint.ping),
+        Route("/execution-parameters", endpoint.advice),
+        *(Route(path, invoke, methods=["POST"]) for path in invocations),
+    ]
+    if settings.multi_model:
+        routes += [
+            Route("/models", endpoint.models, methods=["GET"]),
+            Route("/models", endpoint.load, methods=["POST"]),
+            Route("/models/{name:path}/invoke", endpoint.invoke_named, methods=["POST"]),
+            Route("/models/{name:path}", endpoint.model, methods=["GET"]),
+            Route("/models/{name:path}", endpoint.unload, methods=["DELETE"]),
+        ]
+    handlers: dict[Any, Callable[..., Awaitable[Response]]] = {
+        lrai.LraiError: _refused,
+        HTTPException: _no_such_route,
+        Exception: _broken,
+    }
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+async def _refused(request: Request, error: lrai.LraiError) -> Response:
+    level = logging.WARNING if error.http_status >= 500 else logging.INFO
+    what = f"{request.method} {request.url.path} {error.http_status}: {error}"
+    log.log(level, "%s", one_line(what))
+    return _sent(failure(error))
+
+
+async def _no_such_route(_: Request, error: HTTPException) -> Response:
+    return _json({"error": error.detail}, error.status_code)
+
+
+async def _broken(*_: object) -> Response:  # the server logs what it was
+    return _json({"error": "a bug; the log has more"}, 500)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+def _sent(reply: Reply) -> Response:
+    return Response(reply.body, reply.status, dict(reply.headers))

@@ -1,0 +1,1 @@
+"""`lrai sagemaker check`."""

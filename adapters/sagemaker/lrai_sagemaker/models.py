@@ -1,0 +1,57 @@
+"""Models as the platform puts them into a container: a folder with one artifact in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from lrai_codecs import dtype_of
+from lrai_core import Artifact, ArtifactError, InferenceRequest, LraiError, Runtime, Signature
+
+_SUFFIX: Final = ".lrai"
+_MANIFEST: Final = "manifest.json"
+_NO_SUCH_MODEL: Final = 404
+_CALLERS: Final = range(400, 429)  # their fault: no model has to take zeros
+
+
+def artifact_in(place: Path) -> Artifact:
+    """Return the artifact that a folder is, or the one that it holds.
+
+    Raises:
+        ArtifactError: There is none, or more than one.
+    """
+    if (place / _MANIFEST).exists():
+        return Artifact.open(place, verify=False)  # the actor hashes what it opens
+    try:
+        entries = sorted(path.name for path in place.iterdir())
+    except OSError as error:
+        raise ArtifactError(f"no model at {place}: {error.strerror}") from None
+    found = [name for name in entries if name.endswith(_SUFFIX)]
+    if len(found) != 1:
+        names = ", ".join(entries[:10]) or "nothing"
+        raise ArtifactError(f"{place} has to hold one NAME{_SUFFIX}; it holds {names}")
+    return Artifact.open(place / found[0], verify=False)
+
+
+def warm_up(runtime: Runtime, name: str, signature: Signature, timeout_ms: float) -> None:
+    """Have a model answer one row of zeros, of the smallest shape; it may refuse that.
+
+    Raises:
+        LraiError: It does not answer.
+    """
+    inputs = {
+        spec.name: np.full(
+            [extent if isinstance(extent, int) else 1 for extent in spec.shape],
+            "" if spec.datatype == "BYTES" else 0,
+            dtype_of(spec.datatype),
+        )
+        for spec in signature.inputs
+    }
+    request = InferenceRequest(model_name=name, inputs=inputs, timeout_ms=timeout_ms)
+    try:
+        runtime.infer(request)
+    except LraiError as error:
+        if error.http_status not in _CALLERS or error.http_status == _NO_SUCH_MODEL:
+            raise
