@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, u
 from lrai_sagemaker.logs import log, one_line
 from lrai_sagemaker.models import warm_up
 from lrai_sagemaker.names import Names
-from lrai_sagemaker.settings import MEBIBYTE, Settings
+from lrai_sagemaker.settings import Settings
 
 ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
 _TARGET: Final = "x-amzn-sagemaker-target-model"
@@ -29,12 +29,6 @@ _PING_SECONDS: Final = 1.5  # the platform waits for two
 _SMALL_BYTES: Final = 1 << 16  # of a body that names a model
 _CHANGES: Final = 8  # models loaded and unloaded at a time
 _MOST_ATTRIBUTES: Final = 1024  # characters
-
-
-class _NotLoaded(lrai.RequestError):
-    """The model is one that cannot be loaded; the log says why, as that may hold paths."""
-
-    http_status = 400
 
 
 class _Load(msgspec.Struct):
@@ -100,8 +94,9 @@ class Endpoint:
         except (lrai.RequestError, lrai.NotReady, lrai.MemoryBudgetExceeded):
             raise
         except lrai.LraiError as error:
+            # With its paths: those are for the log.
             log.warning("model %r: %s", given.model_name, one_line(error))
-            raise _NotLoaded("the model cannot be loaded; the log says why") from None
+            raise lrai.RequestError("the model cannot be loaded; the log says why") from None
         log.info("model %r is loaded", given.model_name)
         return Response()
 
@@ -130,7 +125,7 @@ class Endpoint:
             {
                 "MaxConcurrentTransforms": given.concurrency,
                 "BatchStrategy": given.strategy,
-                "MaxPayloadInMB": self._most_bytes // MEBIBYTE,
+                "MaxPayloadInMB": given.payload_mb,
             }
         )
 
@@ -230,26 +225,22 @@ def create(settings: Settings, runtime: lrai.Runtime) -> Starlette:
             Route("/models/{name:path}", endpoint.model, methods=["GET"]),
             Route("/models/{name:path}", endpoint.unload, methods=["DELETE"]),
         ]
-    handlers: dict[Any, Callable[..., Awaitable[Response]]] = {
-        lrai.LraiError: _refused,
-        HTTPException: _no_such_route,
-        Exception: _broken,
-    }
+    handlers: Any = {lrai.LraiError: _refused, HTTPException: _no_such_route, Exception: _broken}
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
-async def _refused(request: Request, error: lrai.LraiError) -> Response:
+async def _refused(request: Request, error: Any) -> Response:
     level = logging.WARNING if error.http_status >= 500 else logging.INFO
     what = f"{request.method} {request.url.path} {error.http_status}: {error}"
     log.log(level, "%s", one_line(what))
     return _sent(failure(error))
 
 
-async def _no_such_route(_: Request, error: HTTPException) -> Response:
+async def _no_such_route(_: Request, error: Any) -> Response:
     return _json({"error": error.detail}, error.status_code)
 
 
-async def _broken(*_: object) -> Response:  # the server logs what it was
+async def _broken(*_: Any) -> Response:  # the server logs what it was
     return _json({"error": "a bug; the log has more"}, 500)
 
 

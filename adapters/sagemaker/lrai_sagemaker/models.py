@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrai_codecs import dtype_of
 from lrai_core import Artifact, ArtifactError, InferenceRequest, LraiError, Runtime, Signature
 
 _SUFFIX: Final = ".lrai"
-_MANIFEST: Final = "manifest.json"
 _NO_SUCH_MODEL: Final = 404
 _CALLERS: Final = range(400, 429)  # their fault: no model has to take zeros
 
@@ -22,7 +22,7 @@ def artifact_in(place: Path) -> Artifact:
     Raises:
         ArtifactError: There is none, or more than one.
     """
-    if (place / _MANIFEST).exists():
+    if (place / "manifest.json").exists():
         return Artifact.open(place, verify=False)  # the actor hashes what it opens
     try:
         entries = sorted(path.name for path in place.iterdir())
@@ -35,13 +35,9 @@ def artifact_in(place: Path) -> Artifact:
     return Artifact.open(place / found[0], verify=False)
 
 
-def warm_up(runtime: Runtime, name: str, signature: Signature, timeout_ms: float) -> None:
-    """Have a model answer one row of zeros, of the smallest shape; it may refuse that.
-
-    Raises:
-        LraiError: It does not answer.
-    """
-    inputs = {
+def zeros(signature: Signature) -> dict[str, NDArray[Any]]:
+    """Return one row of zeros and empty texts, of the smallest shape."""
+    return {
         spec.name: np.full(
             [extent if isinstance(extent, int) else 1 for extent in spec.shape],
             "" if spec.datatype == "BYTES" else 0,
@@ -49,7 +45,15 @@ def warm_up(runtime: Runtime, name: str, signature: Signature, timeout_ms: float
         )
         for spec in signature.inputs
     }
-    request = InferenceRequest(model_name=name, inputs=inputs, timeout_ms=timeout_ms)
+
+
+def warm_up(runtime: Runtime, name: str, signature: Signature, timeout_ms: float) -> None:
+    """Have a model answer a row of zeros, which it may refuse.
+
+    Raises:
+        LraiError: It does not answer.
+    """
+    request = InferenceRequest(model_name=name, inputs=zeros(signature), timeout_ms=timeout_ms)
     try:
         runtime.infer(request)
     except LraiError as error:

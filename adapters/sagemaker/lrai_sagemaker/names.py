@@ -71,9 +71,8 @@ class Names:
             self._runtime.load(artifact, name=key, require=self._settings.require)
             signature = artifact.manifest.signature
             warm_up(self._runtime, key, signature, self._settings.answer_seconds * 1e3)
-            record = msgspec.json.encode(Named(name=name, url=url, key=key))
             partial = self._file(name, ".partial")
-            partial.write_bytes(record)
+            partial.write_bytes(msgspec.json.encode(Named(name=name, url=url, key=key)))
             partial.rename(self._file(name, ".name"))
 
     def unload(self, name: str) -> None:

@@ -35,6 +35,7 @@ def main(settings: Settings, listening: int) -> None:
             callback_notify=look,
             lifespan="off",
             log_config=None,
+            server_header=False,
             timeout_graceful_shutdown=round(settings.drain_seconds),
             timeout_keep_alive=_KEEP_SECONDS,
             timeout_notify=1,

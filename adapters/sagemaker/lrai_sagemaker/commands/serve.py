@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -17,20 +18,19 @@ from lrai_sagemaker.settings import MEBIBYTE, Settings, Strategy
 
 _MODEL: Final = "/opt/ml/model"
 _MODELS: Final = "/opt/ml/models"
-_MOST_ADVISED_MB: Final = 100  # of all bodies that batch transform has on their way
-_REQUIRED: Final = ("tier", "epsilon", "delta", "confidence")
+_MOST_MB: Final = 100  # of all bodies that batch transform has on their way
+_CERTIFICATE: Final = "To demand, as in epsilon=0.1,delta=0.01."
 
 Folder = Annotated[Path | None, typer.Argument(help=f"{_MODEL}, or {_MODELS} of many models.")]
 Multi = Annotated[bool, typer.Option(envvar="SAGEMAKER_MULTI_MODEL", help="Many models.")]
 Host = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_HOST", help="A container's is 0.0.0.0.")]
 Port = Annotated[int, typer.Option(envvar="SAGEMAKER_BIND_TO_PORT", min=0, max=65535)]
 Workers = Annotated[int, typer.Option(envvar="SAGEMAKER_MODEL_SERVER_WORKERS", min=1)]
-Require = Annotated[
-    str, typer.Option(envvar="LRAI_SAGEMAKER_REQUIRE", help="Certificate: epsilon=0.1,delta=0.01")
-]
+Require = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_REQUIRE", help=_CERTIFICATE)]
 Payload = Annotated[int, typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0)]
 Seconds = Annotated[
-    float, typer.Option(envvar="LRAI_SAGEMAKER_TIMEOUT", min=0.1, help="To answer.")
+    float,
+    typer.Option(envvar="LRAI_SAGEMAKER_TIMEOUT", min=0, help="0: 60, in batch transform 3600."),
 ]
 Drain = Annotated[float, typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=28, help="At end.")]
 Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch transform.")]
@@ -60,7 +60,6 @@ def serve(
     Each option is also a variable, those that the platform sets among them. All workers share one
     runtime. Without --host only this machine is answered.
     """
-    payload = max_payload_mb or _MOST_ADVISED_MB
     settings = Settings(
         folder=str(folder or (_MODELS if multi_model else _MODEL)),
         multi_model=multi_model,
@@ -71,16 +70,12 @@ def serve(
         payload_mb=max_payload_mb,
         answer_seconds=timeout_seconds or (3600.0 if batch else 60.0),
         drain_seconds=drain_seconds,
-        concurrency=max_concurrent_transforms or min(16, max(1, _MOST_ADVISED_MB // payload)),
+        concurrency=max_concurrent_transforms or min(16, _MOST_MB // max(1, max_payload_mb)) or 1,
         strategy=batch_strategy,
         log_level=log_level,
     )
-    try:
-        import starlette
-        import uvicorn
-    except ImportError:
-        raise EnvironmentProblem("it takes more: pip install 'lrai[sagemaker]'") from None
-    del starlette, uvicorn
+    if not all(map(find_spec, ("starlette", "uvicorn"))):
+        raise EnvironmentProblem("serving takes more: pip install 'lrai[sagemaker]'")
     # In this process's place: what the command line needs would be in memory as long as it serves.
     program = [sys.executable, "-P", "-m", "lrai_sagemaker.commands.supervisor"]
     sys.stdout.flush()
@@ -98,17 +93,9 @@ def package(
 
 
 def _required(text: str) -> dict[str, Any] | None:
-    """Return the demands of `KEY=VALUE,KEY=VALUE`."""
-    required: dict[str, Any] = {}
-    for pair in filter(None, text.split(",")):
-        key, _, value = pair.strip().partition("=")
-        try:
-            if key not in _REQUIRED:
-                raise ValueError
-            required[key] = value if key == "tier" else float(value)
-        except ValueError:
-            known = ", ".join(_REQUIRED)
-            raise UsageError(
-                f"--require has {pair[:80]!r}, KEY=VALUE of {known} is needed"
-            ) from None
-    return required or None
+    """Return the demands of `KEY=VALUE,KEY=VALUE`; the core knows the keys."""
+    try:
+        pairs = [pair.strip().split("=") for pair in text.split(",") if text]
+        return {key: value if key == "tier" else float(value) for key, value in pairs} or None
+    except ValueError:
+        raise UsageError(f"--require is {text[:80]!r}, as in epsilon=0.1,delta=0.01") from None

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -48,8 +47,8 @@ class Supervisor:
         Raises:
             LraiError: The model cannot be served, or workers keep dying.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told)
+        signal.signal(signal.SIGTERM, self._told)
+        signal.signal(signal.SIGINT, self._told)
         self._workers = [self._start() for _ in range(self._settings.workers)]
         if not self._settings.multi_model:
             threading.Thread(target=self._keep_loaded, name="lrai-load", daemon=True).start()
@@ -67,12 +66,10 @@ class Supervisor:
         self._signal = number
 
     def _start(self) -> subprocess.Popen[bytes]:
-        descriptor = self._listening.fileno()
-        program = [sys.executable, "-P", "-m", "lrai_sagemaker.worker"]
-        arguments = [msgspec.json.encode(self._settings).decode(), str(descriptor)]
-        return subprocess.Popen(  # in a group of its own: Ctrl-C comes from here alone
-            [*program, *arguments], pass_fds=[descriptor], process_group=0
-        )
+        listening, told = self._listening.fileno(), msgspec.json.encode(self._settings).decode()
+        command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told, str(listening)]
+        # In a group of its own: Ctrl-C comes from here alone.
+        return subprocess.Popen(command, pass_fds=[listening], process_group=0)
 
     def _alive(self, worker: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
         """Return the worker, or another one in its place."""
@@ -82,9 +79,8 @@ class Supervisor:
         self._deaths = [*(at for at in self._deaths if now - at < _WINDOW_SECONDS), now]
         log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
         if len(self._deaths) > _MOST_DEATHS:
-            often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s"
-            self._problem = EnvironmentProblem(f"{often}; what they said is above")
-            return worker
+            often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
+            self._problem = EnvironmentProblem(often)
         return self._start()
 
     def _keep_loaded(self) -> None:
@@ -94,9 +90,8 @@ class Supervisor:
             try:
                 if not loaded or name not in {model.name for model in self._runtime.models()}:
                     artifact, require = self._settings.artifact, self._settings.require
-                    self._runtime.load(artifact, name=name, require=require)
+                    loaded = bool(self._runtime.load(artifact, name=name, require=require))
                     log.info("model %s is loaded", name)
-                    loaded = True
             except LraiError as error:
                 if not loaded:
                     self._problem = error
@@ -110,12 +105,11 @@ class Supervisor:
             worker.terminate()
         deadline = time.monotonic() + self._settings.drain_seconds + _GRACE_SECONDS
         for worker in self._workers:
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 worker.wait(max(0.0, deadline - time.monotonic()))
-                continue
-            log.warning("worker %d was killed: it did not end in time", worker.pid)
-            worker.kill()
-            worker.wait()
+            except subprocess.TimeoutExpired:
+                log.warning("worker %d was killed: it did not end in time", worker.pid)
+                worker.kill()
 
 
 def serve(given: Settings) -> int:
@@ -125,24 +119,20 @@ def serve(given: Settings) -> int:
         LraiError: The model, the port or the machine stand in the way.
     """
     config = runtime_config()
+    place = config.runtime.socket_dir or None
     try:
-        scratch = tempfile.TemporaryDirectory(
-            prefix="lrai-sagemaker-", dir=config.runtime.socket_dir or None
-        )
+        scratch = tempfile.TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
     except OSError as error:
         raise EnvironmentProblem(f"no temporary folder can be made: {error.strerror}") from None
     with scratch as folder, _listen(given.host, given.port) as listening:
-        settings = msgspec.structs.replace(given, scratch=folder)
+        own = {"scratch": folder}
         if not given.multi_model:
             artifact = artifact_in(unpacked(Path(given.folder).resolve(), Path(folder)))
-            settings = msgspec.structs.replace(
-                settings,
-                model=f"{artifact.manifest.name}:{artifact.version}",
-                artifact=str(artifact.path),
-            )
+            own["artifact"] = str(artifact.path)
+            own["model"] = f"{artifact.manifest.name}:{artifact.version}"
         with Runtime(config) as runtime:
             log.info("serving on %s:%d", *listening.getsockname()[:2])
-            return Supervisor(settings, runtime, listening).run()
+            return Supervisor(msgspec.structs.replace(given, **own), runtime, listening).run()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -150,12 +140,13 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        why = f"{host}:{port} cannot be listened on: {error.strerror}"
-        raise EnvironmentProblem(why) from None
+        why = f"{host}:{port}: {error.strerror}"
+        raise EnvironmentProblem(f"nothing can be served on {why}") from None
 
 
 def main(settings: Settings) -> int:
     """Serve; say in one line what stands in the way."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as the first process it has none
     set_up_log(settings.log_level)
     try:
         return serve(settings)

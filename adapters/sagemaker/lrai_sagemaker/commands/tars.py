@@ -73,10 +73,10 @@ def _unpack(tar: Path, scratch: Path) -> Path:
         with tarfile.open(tar) as archive:
             for count, member in enumerate(archive, 1):
                 room -= member.size
-                if not (member.isreg() or member.isdir()):
-                    raise ArtifactError(f"{tar.name}: {member.name[:80]!r} is no plain file")
-                if count > _MOST_MEMBERS or room < 0:
-                    raise ArtifactError(f"{tar.name} holds too many files, or more than the disk")
+                plain = member.isreg() or member.isdir()
+                if not plain or count > _MOST_MEMBERS or room < 0:
+                    why = "too much for this disk" if plain else f"{member.name[:80]!r}, no file"
+                    raise ArtifactError(f"{tar.name} holds {why}")
                 archive.extract(member, into, filter="data")  # refuses what leaves the folder
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ArtifactError(f"{tar.name} is no whole and safe tar: {error}") from None
