@@ -71,8 +71,7 @@ def check(
 
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def _zeros(path: Path) -> bytes:
