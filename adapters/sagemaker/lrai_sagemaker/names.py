@@ -67,7 +67,7 @@ class Names:
                 raise AlreadyLoaded(f"model {name!r} is loaded already")
             artifact = artifact_in(place)
             # Two artifacts, or two containers, never meet under one name.
-            key = f"{name}:{artifact.version}:{self._scratch.name}"
+            key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
             self._runtime.load(artifact, name=key, require=self._settings.require)
             signature = artifact.manifest.signature
             warm_up(self._runtime, key, signature, self._settings.answer_seconds * 1e3)

@@ -81,7 +81,7 @@ class Container:
             self._advises()
             if self.model_url:
                 self._unloads_models()
-        if self.process is not None:
+        if self.process is not None and self.process.poll() is None:
             self._ends(self.process, grace_seconds)
         return self.found
 
