@@ -20,7 +20,7 @@ import lrai_core as lrai
 from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, unless_gone
 from lrai_sagemaker.logs import log, one_line
 from lrai_sagemaker.models import warm_up
-from lrai_sagemaker.names import Names
+from lrai_sagemaker.names import Names, unknown
 from lrai_sagemaker.settings import Settings
 
 ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
@@ -70,17 +70,15 @@ class Endpoint:
     async def invoke(self, request: Request) -> Response:
         """Answer a request for the model."""
         name, signature = self._manifest.name, self._manifest.signature
-        return await self._answer(request, name, self._settings.model, signature)
+        gone = lrai.NotReady("the model is not loaded")
+        return await self._answer(request, name, self._settings.model, signature, gone)
 
     async def invoke_named(self, request: Request) -> Response:
         """Answer a request for a model of a multi-model endpoint."""
         name = request.path_params.get("name", request.headers.get(_TARGET, ""))
         named = self._names.find(name)
         signature = await self._changed(self._names.signature, named)
-        try:
-            return await self._answer(request, name, named.key, signature)
-        except lrai.ModelNotFound:  # unloaded meanwhile, to make room
-            raise lrai.ModelNotFound(f"model {name[:120]!r} is not loaded") from None
+        return await self._answer(request, name, named.key, signature, unknown(name))
 
     async def load(self, request: Request) -> Response:
         """Load a model under a name."""
@@ -116,7 +114,7 @@ class Endpoint:
         for loaded in await self._changed(self._names.loaded):
             if loaded.name == name:
                 return _json({"modelName": loaded.name, "modelUrl": loaded.url})
-        raise lrai.ModelNotFound(f"model {name[:120]!r} is not loaded")
+        raise unknown(name)
 
     async def advice(self, _: Request) -> Response:
         """Say how batch transform does best: many rows to a body, and bodies side by side."""
@@ -152,7 +150,7 @@ class Endpoint:
         return await loop.run_in_executor(self._changes, function, *arguments)
 
     async def _answer(
-        self, request: Request, name: str, key: str, signature: lrai.Signature
+        self, request: Request, name: str, key: str, signature: lrai.Signature, gone: Exception
     ) -> Response:
         begun, headers = time.monotonic(), request.headers
         outputs, timeout_ms = self._wanted(request)
@@ -174,7 +172,10 @@ class Endpoint:
         with self._room.held(headers, self._most_bytes):
             body = await self._read(request, self._most_bytes)
             answer = respond(infer, signature.inputs, headers, body)
-            response = _sent(await unless_gone(request.receive, answer))
+            try:
+                response = _sent(await unless_gone(request.receive, answer))
+            except lrai.ModelNotFound:  # whose words name other models
+                raise gone from None
         said = ";".join(f"{key}={value}" for key, value in given.items() if value is not None)
         response.headers[ATTRIBUTES] = said[:_MOST_ATTRIBUTES]
         return response

@@ -87,7 +87,7 @@ class Names:
             try:
                 self._runtime.unload(named.key)
             except ModelNotFound:
-                raise _unknown(name) from None
+                raise unknown(name) from None
 
     def find(self, name: str) -> Named:
         """Return what a name stands for; whether it is still in memory, the runtime says.
@@ -98,7 +98,7 @@ class Names:
         try:
             return msgspec.json.decode(self._file(name, ".name").read_bytes(), type=Named)
         except FileNotFoundError:
-            raise _unknown(name) from None
+            raise unknown(name) from None
 
     def signature(self, named: Named) -> Signature:
         """Return what the model takes and gives.
@@ -109,7 +109,7 @@ class Names:
         if named.key not in self._signatures:
             found = {model.name: model.signature for model in self._runtime.models()}
             if named.key not in found:
-                raise _unknown(named.name)
+                raise unknown(named.name)
             self._signatures[named.key] = found[named.key]
         return self._signatures[named.key]
 
@@ -145,5 +145,6 @@ class Names:
             yield
 
 
-def _unknown(name: str) -> ModelNotFound:
+def unknown(name: str) -> ModelNotFound:
+    """Return the error for a name that stands for nothing in memory."""
     return ModelNotFound(f"model {name[:120]!r} is not loaded")

@@ -133,6 +133,7 @@ def test_a_container_that_runs_is_checked_by_its_address(
 
 def test_what_cannot_be_checked_is_explained(tmp_path: Path) -> None:
     assert check(tmp_path, "no-such-command")[0] == 5
+    assert check(tmp_path, f"http://{HOST}:1", "--payload", "row.json")[0] == 2
     status, said = check(tmp_path, "--start-seconds", "0.5", f"http://{HOST}:{free_port()}")
     assert status == 3
     assert "refused" in said

@@ -13,7 +13,7 @@ import msgspec
 import typer
 from rich.table import Table
 
-from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem
+from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
 from lrai_sagemaker.commands.app import app, out
 from lrai_sagemaker.commands.contract import Container
 from lrai_sagemaker.models import zeros
@@ -44,6 +44,8 @@ def check(
     body = payload.read_bytes() if payload else _zeros(artifact) if artifact else b""
     url, process = urlsplit(target[0]), None
     host, port = url.hostname or "127.0.0.1", url.port or _free_port()
+    if url.scheme == "http" and target[1:]:
+        raise UsageError(f"options come before the URL, not {target[1][:80]!r} behind it")
     if url.scheme != "http":
         environ = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(port)}
         environ |= {"SAGEMAKER_MULTI_MODEL": "true"} if model_url else {}
@@ -51,9 +53,9 @@ def check(
             process = subprocess.Popen(target, env=environ, stdin=subprocess.DEVNULL)
         except OSError as error:
             raise EnvironmentProblem(f"{target[0]!r} cannot be run: {error.strerror}") from None
-    container = Container(host, port, (body, content_type), model_url, process)
+    there = Container(host, port, (body, content_type), model_url, process)
     try:
-        found = container.check(start_seconds, grace_seconds)
+        found = there.check(start_seconds, grace_seconds)
     finally:
         if process is not None:  # it may not have ended by itself
             process.kill()

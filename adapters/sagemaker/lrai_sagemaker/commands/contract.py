@@ -19,7 +19,6 @@ _MOST_TRANSFORM_MB: Final = 100
 _STRATEGIES: Final = ("SINGLE_RECORD", "MULTI_RECORD")
 _NONE: Final = (b"", "")
 _AT_A_TIME: Final = 4
-_ON_THE_WAY_SECONDS: Final = 0.1
 _LISTENS: Final = "0A"  # the state, in /proc/net/tcp
 _LARGE_BYTES: Final = 6 << 20  # what the platform lets through
 _BAD: Final[Mapping[str, Body]] = {
@@ -211,5 +210,5 @@ class Container:
 
     def _several(self, pool: ThreadPoolExecutor, path: str, count: int) -> list[Future[Answer]]:
         asked = [pool.submit(self.ask, "POST", path, self.payload) for _ in range(count)]
-        time.sleep(_ON_THE_WAY_SECONDS)
+        time.sleep(0.1)  # they are on their way
         return asked

@@ -28,7 +28,6 @@ _LOOK_SECONDS: Final = 0.05
 _LOAD_AGAIN_SECONDS: Final = 1.0
 _MOST_DEATHS, _WINDOW_SECONDS = 10, 60.0
 _GRACE_SECONDS: Final = 2.0  # beside draining; the platform kills after 30 s
-_BACKLOG: Final = 2048
 
 
 class Supervisor:
@@ -138,7 +137,7 @@ def serve(given: Settings) -> int:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         why = f"{host}:{port}: {error.strerror}"
         raise EnvironmentProblem(f"nothing can be served on {why}") from None
