@@ -55,9 +55,8 @@ class Endpoint:
     async def ping(self, _: Request) -> Response:
         """Answer 200 where the model is loaded as required, and answers; else 503 and why."""
         if self._asking is None or self._asking.done():
-            loop, multi_model = asyncio.get_running_loop(), self._settings.multi_model
-            how = self._names.unready if multi_model else self._unready
-            self._asking = loop.run_in_executor(self._questions, how)
+            how = self._names.unready if self._settings.multi_model else self._unready
+            self._asking = asyncio.get_running_loop().run_in_executor(self._questions, how)
         try:
             why = await asyncio.wait_for(asyncio.shield(self._asking), _PING_SECONDS)
         except TimeoutError:
@@ -96,12 +95,12 @@ class Endpoint:
             log.warning("model %r: %s", given.model_name, one_line(error))
             raise lrai.RequestError("the model cannot be loaded; the log says why") from None
         log.info("model %r is loaded", given.model_name)
-        return Response()
+        return _json({"status": f"model {given.model_name!r} is loaded"})
 
     async def unload(self, request: Request) -> Response:
         """Unload a name."""
-        await self._changed(self._names.unload, request.path_params["name"])
-        return Response()
+        await self._changed(self._names.unload, name := request.path_params["name"])
+        return _json({"status": f"model {name!r} is unloaded"})
 
     async def models(self, _: Request) -> Response:
         """List the names that are in memory."""
@@ -118,12 +117,11 @@ class Endpoint:
 
     async def advice(self, _: Request) -> Response:
         """Say how batch transform does best: many rows to a body, and bodies side by side."""
-        given = self._settings
         return _json(
             {
-                "MaxConcurrentTransforms": given.concurrency,
-                "BatchStrategy": given.strategy,
-                "MaxPayloadInMB": given.payload_mb,
+                "MaxConcurrentTransforms": self._settings.concurrency,
+                "BatchStrategy": self._settings.strategy,
+                "MaxPayloadInMB": self._settings.payload_mb,
             }
         )
 

@@ -54,7 +54,7 @@ class Names:
 
         Raises:
             AlreadyLoaded: The name is.
-            RequestError: No name, or a path that leaves the root.
+            RequestError: No name, or a path that leaves the root, or leads nowhere.
             LraiError: The model cannot be loaded; 507 says that memory is short.
         """
         if not 0 < len(name) <= _MOST_CHARACTERS or not name.isprintable():
@@ -62,6 +62,8 @@ class Names:
         place = Path(self._root, url).resolve()
         if not place.is_relative_to(self._root):
             raise RequestError("url leads out of the folder that models lie in")
+        if not place.exists():
+            raise ModelNotFound("nothing lies at url")
         with self._changing(name):
             if any(name == loaded.name for loaded in self.loaded()):
                 raise AlreadyLoaded(f"model {name!r} is loaded already")

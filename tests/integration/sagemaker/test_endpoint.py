@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import lrai_core as lrai
 from benchmarks.models import requests
 from lrai_sagemaker.commands.tars import package
-from tests.integration.sagemaker.conftest import HOST, JSON, TOKENS, Container, free_port
+from tests.integration.sagemaker.conftest import HOST, JSON, TOKENS, Container, Reply, free_port
 
 pytestmark = pytest.mark.server
 
@@ -323,6 +323,24 @@ def test_a_required_certificate_that_is_not_there_ends_the_container(
         assert pings <= {503}
         assert "certificate" in container.log.splitlines()[-1]
         assert "Traceback" not in container.log
+
+
+def test_who_asks_before_the_model_is_loaded_is_told_to_come_again(
+    minilm_fp32: lrai.Artifact, tmp_path: Path, sockets: Path
+) -> None:
+    body = {"inputs": {"input_ids": [[101, 102]], "attention_mask": [[1, 1]]}}
+    with Container([str(minilm_fp32.path)], tmp_path, sockets) as container:
+        replies, deadline = list[Reply](), time.monotonic() + 60
+        while not (replies and replies[-1].status == 200):
+            assert time.monotonic() < deadline
+            with contextlib.suppress(OSError):
+                replies.append(container.post(body))
+    early = [reply for reply in replies if reply.status != 200]
+    assert early
+    for reply in early:
+        assert reply.status == 503
+        assert reply.json == {"error": "the model is not loaded"}
+        assert int(reply.headers["Retry-After"]) >= 1
 
 
 def ended(arguments: list[str], folder: Path, sockets: Path, **variables: str) -> tuple[int, str]:

@@ -112,12 +112,13 @@ def test_what_cannot_be_loaded_is_refused_and_the_rest_serves(
         (str(models / "tokens.lrai"), outside),
         (str(root / "link" / "tokens.lrai"), outside),
         (f"{root}/tokens/../../..", outside),
-        (str(root / "nothing"), cannot),
         (str(root / "empty"), cannot),
         (str(broken.parent), cannot),
     ):
         reply = load(many, "a", url)
         assert (reply.status, reply.json) == (400, {"error": said}), url
+    nowhere = load(many, "a", root / "nothing")
+    assert (nowhere.status, nowhere.json) == (404, {"error": "nothing lies at url"})
     for body in (b"{", b"{}", b'{"model_name": 1, "url": ""}', b'{"model_name": "", "url": ""}'):
         assert many.send("POST", "/models", body).status == 400
     assert many.send("POST", "/models", b" " * 100_000).status == 413

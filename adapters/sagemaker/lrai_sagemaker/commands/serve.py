@@ -19,6 +19,7 @@ from lrai_sagemaker.settings import MEBIBYTE, Settings, Strategy
 _MODEL: Final = "/opt/ml/model"
 _MODELS: Final = "/opt/ml/models"
 _MOST_MB: Final = 100  # of all bodies that batch transform has on their way
+_TIMEOUT: Final = ["LRAI_SAGEMAKER_TIMEOUT", "SAGEMAKER_MODEL_SERVER_TIMEOUT"]
 _CERTIFICATE: Final = "To demand, as in epsilon=0.1,delta=0.01."
 
 Folder = Annotated[Path | None, typer.Argument(help=f"{_MODEL}, or {_MODELS} of many models.")]
@@ -29,8 +30,7 @@ Workers = Annotated[int, typer.Option(envvar="SAGEMAKER_MODEL_SERVER_WORKERS", m
 Require = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_REQUIRE", help=_CERTIFICATE)]
 Payload = Annotated[int, typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0)]
 Seconds = Annotated[
-    float,
-    typer.Option(envvar="LRAI_SAGEMAKER_TIMEOUT", min=0, help="0: 60, in batch transform 3600."),
+    float, typer.Option(envvar=_TIMEOUT, min=0, help="0: 60, in batch transform 3600.")
 ]
 Drain = Annotated[float, typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=28, help="At end.")]
 Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch transform.")]
