@@ -26,6 +26,9 @@ from lrai_core import (
 T = TypeVar("T")
 
 _AUTOMATIC: Final = zlib.MAX_WBITS | 32  # gzip or zlib, as its first bytes say
+# Where headers of one's own do not come through, as in SageMaker, the type says how long the JSON
+# before binary tensors is: application/vnd.sagemaker-triton.binary+json;json-header-size=NUMBER.
+_JSON_SIZE: Final = ";json-header-size="
 _THREAD_ABOVE_BYTES: Final = 1 << 18  # parsing that takes milliseconds must not hold the event loop
 
 
@@ -131,11 +134,11 @@ async def respond(
     Raises:
         LraiError: The request cannot be answered; `failure` says it in HTTP.
     """
-    stated = headers.get("inference-header-content-length")
+    kind, _, size = headers.get("content-type", "").partition(_JSON_SIZE)
+    stated = size if size else headers.get("inference-header-content-length")
     if stated is not None and not (stated.isdecimal() and len(stated) < 16):
         raise RequestError("inference-header-content-length is no number of bytes")
     length = None if stated is None else int(stated)
-    kind = headers.get("content-type", "")
 
     def parsed() -> tuple[InferenceRequest, Form]:
         return decode(body, kind, inputs, header_length=length)
@@ -149,6 +152,8 @@ async def respond(
 
     large = sum(output.nbytes for output in response.outputs.values()) > _THREAD_ABOVE_BYTES
     content, more = await asyncio.to_thread(written) if large else written()
+    if size and "Inference-Header-Content-Length" in more:
+        more["Content-Type"] = kind + _JSON_SIZE + more["Inference-Header-Content-Length"]
     return Reply(headers=more, body=content)
 
 

@@ -27,6 +27,7 @@ from lrai_core import (
     NotReady,
     QueueFull,
     RequestError,
+    Tensor,
     TensorSpec,
 )
 
@@ -111,6 +112,32 @@ def test_a_body_is_answered_as_it_was_asked(rows: int) -> None:
     reply = asyncio.run(respond(double, [X], {"content-type": "application/json"}, body))
     assert reply.status == 200
     assert json.loads(reply.body) == {"predictions": [[2, 4, 6]] * rows}
+
+
+def test_the_length_of_the_json_may_stand_in_the_type() -> None:
+    async def double(request: InferenceRequest) -> InferenceResponse:
+        x = request.inputs["x"]
+        assert isinstance(x, Tensor)
+        values = np.frombuffer(x.data, np.float32).reshape(x.shape)
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs={"y": values * 2}, parameters={}
+        )
+
+    size = {"binary_data_size": 12}
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "parameters": size}
+    wanted = {"binary_data_output": True}
+    head = json.dumps({"inputs": [tensor], "parameters": wanted}).encode()
+    kind = "application/vnd.sagemaker-triton.binary+json"
+    headers = {"content-type": f"{kind};json-header-size={len(head)}"}
+    body = head + np.array([[1, 2, 3]], np.float32).tobytes()
+    reply = asyncio.run(respond(double, [X], headers, body))
+    media, _, length = reply.headers["Content-Type"].partition(";json-header-size=")
+    assert media == kind
+    np.testing.assert_array_equal(np.frombuffer(reply.body[int(length) :], np.float32), [2, 4, 6])
+    for wrong in ("x", "-1", str(len(body) + 1)):
+        headers = {"content-type": f"{kind};json-header-size={wrong}"}
+        with pytest.raises(RequestError):
+            asyncio.run(respond(double, [X], headers, body))
 
 
 def test_a_wrong_length_of_the_head_is_refused() -> None:

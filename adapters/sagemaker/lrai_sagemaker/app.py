@@ -151,17 +151,17 @@ class Endpoint:
         self, request: Request, name: str, key: str, signature: lrai.Signature, gone: Exception
     ) -> Response:
         begun, headers = time.monotonic(), request.headers
-        outputs, timeout_ms = self._wanted(request)
+        outputs, timeout_ms = _wanted(request.headers.get(ATTRIBUTES, ""))
         most_rows, given = self._runtime.config.scheduler.max_batch_rows, dict[str, Any]()
 
         async def infer(asked: lrai.InferenceRequest) -> lrai.InferenceResponse:
-            own_ms = timeout_ms if asked.timeout_ms is None else asked.timeout_ms
+            stated = [ms for ms in (asked.timeout_ms, timeout_ms) if ms is not None]
             spent_ms = (time.monotonic() - begun) * 1e3
             asked = msgspec.structs.replace(
                 asked,
                 model_name=key,
                 outputs=outputs or asked.outputs,
-                timeout_ms=max(0.0, min(own_ms, timeout_ms) - spent_ms),
+                timeout_ms=max(0.0, min(stated) - spent_ms) if stated else None,
             )
             answer = await in_parts(self._runtime.infer_async, asked, signature, most_rows)
             given.update(answer.parameters, version=answer.model_version)
@@ -187,23 +187,6 @@ class Endpoint:
         except ClientDisconnect:
             raise HungUp("the caller has hung up") from None
 
-    def _wanted(self, request: Request) -> tuple[tuple[str, ...], float]:
-        """Return the outputs and the milliseconds that the custom attributes ask for.
-
-        They are written `KEY=VALUE;KEY=VALUE`; what else they say is the caller's own business.
-        """
-        pairs = [one.partition("=") for one in request.headers.get(ATTRIBUTES, "").split(";")]
-        said = {key.strip().lower(): value for key, _, value in pairs}
-        most_ms = self._settings.answer_seconds * 1e3
-        try:
-            timeout_ms = float(said.get("timeout_ms", most_ms))
-        except ValueError:
-            timeout_ms = 0.0
-        if not timeout_ms > 0:
-            raise lrai.RequestError(f"{ATTRIBUTES}: timeout_ms has to be a number above 0")
-        names = tuple(name for part in said.get("outputs", "").split(",") if (name := part.strip()))
-        return names, min(timeout_ms, most_ms)
-
 
 def create(settings: Settings, runtime: lrai.Runtime) -> Starlette:
     """Return the application of one worker."""
@@ -226,6 +209,23 @@ def create(settings: Settings, runtime: lrai.Runtime) -> Starlette:
         ]
     handlers: Any = {lrai.LraiError: _refused, HTTPException: _no_such_route, Exception: _broken}
     return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def _wanted(attributes: str) -> tuple[tuple[str, ...], float | None]:
+    """Return the outputs and the milliseconds that custom attributes ask for.
+
+    They are written `KEY=VALUE;KEY=VALUE`; what else they say is the caller's own business.
+    """
+    pairs = [one.partition("=") for one in attributes.split(";")]
+    said = {key.strip().lower(): value for key, _, value in pairs}
+    try:
+        timeout_ms = float(said["timeout_ms"]) if "timeout_ms" in said else None
+    except ValueError:
+        timeout_ms = 0.0
+    if timeout_ms is not None and not timeout_ms > 0:
+        raise lrai.RequestError(f"{ATTRIBUTES}: timeout_ms has to be a number above 0")
+    names = [part.strip() for part in said.get("outputs", "").split(",")]
+    return tuple(filter(None, names)), timeout_ms
 
 
 async def _refused(request: Request, error: Any) -> Response:

@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.payload_mb * MEBIBYTE or config.limits.request_bytes
 
 
-def runtime_config() -> LraiConfig:
+def runtime_config(settings: Settings) -> LraiConfig:
     """Return LRAI's settings here: unless one says otherwise, all processes share a runtime."""
-    return load_config(environ={"LRAI_RUNTIME": "auto", **os.environ})
+    waits = {"scheduler.default_timeout_ms": settings.answer_seconds * 1e3}
+    return load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=waits)

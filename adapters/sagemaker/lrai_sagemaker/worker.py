@@ -28,7 +28,7 @@ def main(settings: Settings, listening: int) -> None:
     async def look() -> None:
         server.should_exit |= os.getppid() != parent
 
-    with Runtime(runtime_config()) as runtime:
+    with Runtime(runtime_config(settings)) as runtime:
         config = uvicorn.Config(
             create(settings, runtime),
             access_log=False,

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import tritonclient.http as triton
 from botocore.exceptions import ClientError
 from numpy.typing import NDArray
 
@@ -84,6 +85,27 @@ def test_boto3_gets_the_answers_of_a_compiled_model_within_its_gate(
     assert np.mean(differences > certificate.epsilon) < 0.05
     assert np.quantile(differences, 0.99) <= gate.difference["max"]
     assert np.mean(answer.argmax(axis=1) == expected.argmax(axis=1)) > 0.98
+
+
+def test_clients_of_triton_in_sagemaker_are_answered(tokens: Container, models: Path) -> None:
+    inputs = []
+    for name, values in TOKENS.items():
+        array = np.array(values)
+        inputs.append(triton.InferInput(name, array.shape, "INT64"))
+        inputs[-1].set_data_from_numpy(array)
+    make = triton.InferenceServerClient.generate_request_body
+    body, size = make(inputs, outputs=[triton.InferRequestedOutput("mean")])
+    kind = "application/vnd.sagemaker-triton.binary+json;json-header-size="
+    reply = tokens.boto().invoke_endpoint(
+        EndpointName="any", Body=body, ContentType=f"{kind}{size}"
+    )
+    size = int(reply["ContentType"].removeprefix(kind))
+    parse = triton.InferenceServerClient.parse_response_body
+    answer = parse(reply["Body"].read(), header_length=size).as_numpy("mean")
+    feeds = {name: np.array(value) for name, value in TOKENS.items()}
+    np.testing.assert_allclose(
+        answer, session(models / "tokens.onnx").run(["mean"], feeds)[0], rtol=1e-5
+    )
 
 
 def test_sentences_get_the_embeddings_of_the_source_model(

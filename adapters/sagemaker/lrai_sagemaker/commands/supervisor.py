@@ -117,7 +117,7 @@ def serve(given: Settings) -> int:
     Raises:
         LraiError: The model, the port or the machine stand in the way.
     """
-    config = runtime_config()
+    config = runtime_config(given)
     place = config.runtime.socket_dir or None
     try:
         scratch = tempfile.TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
