@@ -26,9 +26,7 @@ from lrai_sagemaker.settings import Settings
 ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
 _TARGET: Final = "x-amzn-sagemaker-target-model"
 _PING_SECONDS: Final = 1.5  # the platform waits for two
-_SMALL_BYTES: Final = 1 << 16  # of a body that names a model
 _CHANGES: Final = 8  # models loaded and unloaded at a time
-_MOST_ATTRIBUTES: Final = 1024  # characters
 
 
 class _Load(msgspec.Struct):
@@ -81,7 +79,7 @@ class Endpoint:
 
     async def load(self, request: Request) -> Response:
         """Load a model under a name."""
-        body = await self._read(request, _SMALL_BYTES)
+        body = await self._read(request, 1 << 16)  # a name and a path
         try:
             given = msgspec.json.decode(body, type=_Load)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -167,15 +165,17 @@ class Endpoint:
             given.update(answer.parameters, version=answer.model_version)
             return msgspec.structs.replace(answer, model_name=name)
 
-        with self._room.held(headers, self._most_bytes):
-            body = await self._read(request, self._most_bytes)
-            answer = respond(infer, signature.inputs, headers, body)
-            try:
+        try:
+            with self._room.held(headers, self._most_bytes):
+                body = await self._read(request, self._most_bytes)
+                answer = respond(infer, signature.inputs, headers, body)
                 response = _sent(await unless_gone(request.receive, answer))
-            except lrai.ModelNotFound:  # whose words name other models
-                raise gone from None
+        except lrai.ModelNotFound:  # whose words name other models
+            raise gone from None
+        except asyncio.CancelledError:  # draining took too long
+            raise lrai.NotReady("the container is ending") from None
         said = ";".join(f"{key}={value}" for key, value in given.items() if value is not None)
-        response.headers[ATTRIBUTES] = said[:_MOST_ATTRIBUTES]
+        response.headers[ATTRIBUTES] = said[:1024]  # as the platform allows
         return response
 
     async def _read(self, request: Request, limit_bytes: int) -> bytes:

@@ -460,6 +460,43 @@ def test_sigterm_has_what_was_accepted_answered(
         assert replies == [200] * 4
 
 
+def test_who_never_sends_the_rest_does_not_keep_a_container_from_ending(
+    models: Path, tmp_path: Path, sockets: Path
+) -> None:
+    given = [str(models / "tokens.lrai"), "--drain-seconds", "2"]
+    with Container(given, tmp_path, sockets) as container:
+        container.wait_until_ready()
+        with socket.create_connection((HOST, container.port)) as line:
+            head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\n"
+            line.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            time.sleep(0.2)
+            begun = time.monotonic()
+            assert container.stop() == 0
+            assert 1.5 < time.monotonic() - begun < 6
+            assert b"503 Service Unavailable" in line.recv(1 << 16)
+        assert "Traceback" not in container.log, container.log
+
+
+def test_bodies_that_come_slowly_have_their_room_and_their_time(
+    models: Path, tmp_path: Path, sockets: Path
+) -> None:
+    given = [str(models / "tokens.lrai"), "--timeout-seconds", "2"]
+    variables = {"LRAI_SCHEDULER_MAX_QUEUE_BYTES": "1000000"}  # less than one body may have
+    with Container(given, tmp_path, sockets, **variables) as container:
+        container.wait_until_ready()
+        head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\n"
+        with socket.create_connection((HOST, container.port)) as line:
+            line.sendall(f"{head}Content-Length: 6000000\r\n\r\n{{".encode())
+            begun = time.monotonic()
+            time.sleep(0.2)
+            full = container.post(b" " * 400_000)
+            assert (full.status, full.headers["Retry-After"]) == (429, "1")
+            assert container.post({"inputs": TOKENS}).status == 200  # there is room for little
+            assert line.recv(1 << 16).startswith(b"HTTP/1.1 504")
+            assert 1.5 < time.monotonic() - begun < 4
+        assert container.post(b" " * 400_000).status == 400
+
+
 def test_ctrl_c_ends_it_and_its_workers(models: Path, tmp_path: Path, sockets: Path) -> None:
     with Container([str(models / "tokens.lrai"), "--workers", "2"], tmp_path, sockets) as container:
         container.wait_until_ready()
