@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.sagemaker.conftest import TOKENS, Container, Load, stop_runtime, wait_until
+from tests.integration.sagemaker.conftest import (
+    HOST,
+    TOKENS,
+    Container,
+    Load,
+    stop_runtime,
+    wait_until,
+)
 
 pytestmark = pytest.mark.server
 
@@ -142,4 +151,33 @@ def test_a_runtime_that_hangs_makes_ping_false_in_time(
         assert late.status == 504
         os.kill(daemon, signal.SIGCONT)
         container.wait_until_ready(10)
+        assert container.post(BODY).status == 200
+
+
+def test_what_has_not_begun_is_dropped_when_its_caller_hangs_up(
+    models: Path, tmp_path: Path, sockets: Path
+) -> None:
+    content = json.dumps(BODY).encode()
+    head = "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    whole = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+    variables = {"LRAI_ACTOR_HANG_SECONDS": "60"}
+    with Container([str(models / "tokens.lrai")], tmp_path, sockets, **variables) as container:
+        container.wait_until_ready()
+        actor = container.actor()
+        with container.runtime() as runtime:
+
+            def inside() -> int:
+                return runtime.stats()["outstanding_rows"]
+
+            os.kill(actor, signal.SIGSTOP)
+            lines = []
+            for _ in range(40):
+                lines.append(socket.create_connection((HOST, container.port)))
+                lines[-1].sendall(whole)
+            wait_until(lambda: inside() == 40)
+            for line in lines:
+                line.close()
+            wait_until(lambda: inside() < 10)  # what runs is not taken back
+            os.kill(actor, signal.SIGCONT)
+            wait_until(lambda: inside() == 0)
         assert container.post(BODY).status == 200
