@@ -195,9 +195,9 @@ def create(settings: Settings, runtime: lrai.Runtime) -> Starlette:
     invocations = ("/invocations", "/endpoints/{endpoint}/invocations")
     invoke = endpoint.invoke_named if settings.multi_model else endpoint.invoke
     routes = [
+        *(Route(path, invoke, methods=["POST"]) for path in invocations),
         Route("/ping", endpoint.ping),
         Route("/execution-parameters", endpoint.advice),
-        *(Route(path, invoke, methods=["POST"]) for path in invocations),
     ]
     if settings.multi_model:
         routes += [

@@ -152,6 +152,23 @@ def test_csv_is_answered_as_csv_and_npy_on_demand(columns: Container) -> None:
     np.testing.assert_array_equal(np.load(io.BytesIO(reply.body)), [3.0])
 
 
+@pytest.mark.parametrize(("policy", "status"), [("pass", 200), ("reject", 400)])
+def test_nan_is_passed_or_refused_as_the_limits_say(
+    policy: str, status: int, models: Path, tmp_path: Path, sockets: Path
+) -> None:
+    variables = {"LRAI_LIMITS_NAN_POLICY": policy}
+    with Container([str(models / "columns.lrai")], tmp_path, sockets, **variables) as container:
+        container.wait_until_ready()
+        reply = container.post({"price": [None, 2], "count": [1, 1]})
+        assert reply.status == status
+        if status == 200:
+            assert reply.json == {"outputs": {"total": [None, 2]}}
+        else:
+            assert "'price': holds NaN" in reply.json["error"]
+        in_csv = container.post(b"nan,1\n", Content_Type="text/csv")
+        assert in_csv.status == status
+
+
 def test_custom_attributes_name_outputs_and_a_time(tokens: Container) -> None:
     asked = {"X_Amzn_SageMaker_Custom_Attributes": "outputs=mean; trace=7c3"}
     assert list(tokens.post({"inputs": TOKENS}, **asked).json["outputs"]) == ["mean"]

@@ -128,6 +128,18 @@ def test_what_cannot_be_loaded_is_refused_and_the_rest_serves(
     assert "Traceback" not in many.log
 
 
+def test_names_outlive_the_runtime(many: Container, root: Path) -> None:
+    assert load(many, "a", root / "tokens" / "model").status == 200
+    assert load(many, "b", root / "columns" / "model").status == 200
+    os.kill(many.daemon(), signal.SIGKILL)
+    begun = time.monotonic()
+    assert many.post({"inputs": TOKENS}, "/models/a/invoke").status == 200
+    assert many.post(COLUMNS, "/models/b/invoke").status == 200
+    assert time.monotonic() - begun < 5
+    assert names(many) == ["a", "b"]
+    assert many.get("/ping").status == 200
+
+
 def test_one_of_many_loads_of_a_name_wins(many: Container, root: Path) -> None:
     replies = list[int]()
     threads = [
