@@ -1,7 +1,8 @@
 """Bodies of HTTP into requests and answers back: what the adapters of HTTP hosts share.
 
 A body goes `http.read` (limits, compression) → `bodies.decode` (by its content type) → the runtime
-→ `bodies.encode` (by what the caller accepts). `tensors` fits values to what a model declares.
+→ `bodies.encode` (by what the caller accepts). `tensors` fits values to what a model declares,
+`rows` asks for many of them in parts.
 """
 
 from lrai_codecs.bodies import decode as decode

@@ -134,8 +134,7 @@ class Endpoint:
             if self._settings.require is not None and model.certificate is None:
                 return "no certificate speaks of what serves"
             if model.actor_pids != self._warm:
-                signature, limit_ms = self._manifest.signature, self._settings.answer_seconds * 1e3
-                warm_up(self._runtime, name, signature, limit_ms)
+                warm_up(self._runtime, name, self._manifest.signature)
                 self._warm = model.actor_pids
         except lrai.LraiError as error:
             return str(error)

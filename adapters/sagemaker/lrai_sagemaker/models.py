@@ -47,15 +47,14 @@ def zeros(signature: Signature) -> dict[str, NDArray[Any]]:
     }
 
 
-def warm_up(runtime: Runtime, name: str, signature: Signature, timeout_ms: float) -> None:
+def warm_up(runtime: Runtime, name: str, signature: Signature) -> None:
     """Have a model answer a row of zeros, which it may refuse.
 
     Raises:
         LraiError: It does not answer.
     """
-    request = InferenceRequest(model_name=name, inputs=zeros(signature), timeout_ms=timeout_ms)
     try:
-        runtime.infer(request)
+        runtime.infer(InferenceRequest(model_name=name, inputs=zeros(signature)))
     except LraiError as error:
         if error.http_status not in _CALLERS or error.http_status == _NO_SUCH_MODEL:
             raise

@@ -57,12 +57,14 @@ class Names:
             RequestError: No name, or a path that leaves the root, or leads nowhere.
             LraiError: The model cannot be loaded; 507 says that memory is short.
         """
-        if not 0 < len(name) <= _MOST_CHARACTERS or not name.isprintable():
-            raise RequestError(f"model_name has to be printable, 1 to {_MOST_CHARACTERS} long")
-        place = Path(self._root, url).resolve()
+        if not 0 < len(name) <= _MOST_CHARACTERS or not (name + url).isprintable():
+            raise RequestError(f"names are 1 to {_MOST_CHARACTERS} long, and printable, as is url")
+        place, there = Path(self._root, url).resolve(), False
         if not place.is_relative_to(self._root):
             raise RequestError("url leads out of the folder that models lie in")
-        if not place.exists():
+        with suppress(OSError):  # it is too long
+            there = place.exists()
+        if not there:
             raise ModelNotFound("nothing lies at url")
         with self._changing(name):
             if any(name == loaded.name for loaded in self.loaded()):
@@ -71,8 +73,7 @@ class Names:
             # Two artifacts, or two containers, never meet under one name.
             key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
             self._runtime.load(artifact, name=key, require=self._settings.require)
-            signature = artifact.manifest.signature
-            warm_up(self._runtime, key, signature, self._settings.answer_seconds * 1e3)
+            warm_up(self._runtime, key, artifact.manifest.signature)
             partial = self._file(name, ".partial")
             partial.write_bytes(msgspec.json.encode(Named(name=name, url=url, key=key)))
             partial.rename(self._file(name, ".name"))

@@ -421,7 +421,7 @@ def test_a_port_that_is_taken_is_explained(models: Path, tmp_path: Path, sockets
         given = [str(models / "tokens.lrai"), "--port", str(port)]
         status, line = ended(given, tmp_path, sockets)
     assert status == 5
-    assert f"nothing can be served on {HOST}:{port}: Address already in use" in line
+    assert f"{HOST}:{port} cannot be served: Address already in use" in line
 
 
 def test_a_temporary_folder_that_is_not_there_is_explained(

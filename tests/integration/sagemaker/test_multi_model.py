@@ -117,8 +117,11 @@ def test_what_cannot_be_loaded_is_refused_and_the_rest_serves(
     ):
         reply = load(many, "a", url)
         assert (reply.status, reply.json) == (400, {"error": said}), url
-    nowhere = load(many, "a", root / "nothing")
-    assert (nowhere.status, nowhere.json) == (404, {"error": "nothing lies at url"})
+    for nothing in ("nothing", "n" * 300, "n/" * 3000):
+        nowhere = load(many, "a", root / nothing)
+        assert (nowhere.status, nowhere.json) == (404, {"error": "nothing lies at url"})
+    assert load(many, "a", "tokens\0").status == 400
+    assert load(many, "a\n", root / "tokens" / "model").status == 400
     for body in (b"{", b"{}", b'{"model_name": 1, "url": ""}', b'{"model_name": "", "url": ""}'):
         assert many.send("POST", "/models", body).status == 400
     assert many.send("POST", "/models", b" " * 100_000).status == 413

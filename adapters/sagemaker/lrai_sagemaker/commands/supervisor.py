@@ -139,13 +139,13 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        why = f"{host}:{port}: {error.strerror}"
-        raise EnvironmentProblem(f"nothing can be served on {why}") from None
+        raise EnvironmentProblem(f"{host}:{port} cannot be served: {error.strerror}") from None
 
 
 def main(settings: Settings) -> int:
     """Serve; say in one line what stands in the way."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as the first process it has none
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the first process of all has none
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     set_up_log(settings.log_level)
     try:
         return serve(settings)
