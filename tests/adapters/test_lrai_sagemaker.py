@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -18,6 +20,8 @@ from lrai_sagemaker.commands.serve import _required
 from lrai_sagemaker.commands.tars import package, unpacked
 from lrai_sagemaker.logs import one_line
 from lrai_sagemaker.models import artifact_in, zeros
+from lrai_sagemaker.names import AlreadyLoaded, Names
+from lrai_sagemaker.settings import Settings
 from tests.core import small_artifact
 
 
@@ -155,6 +159,71 @@ def test_zeros_are_of_the_smallest_shape_and_the_right_type() -> None:
         "c": [[False], [False]],
     }
     assert found["a"].dtype == "int64"
+
+
+class Runtime:
+    """Loads what it is told, and answers with an error if it is given one."""
+
+    def __init__(self, error: lrai.LraiError | None = None) -> None:
+        self.there, self._error = dict[str, lrai.Signature](), error
+
+    def load(self, artifact: lrai.Artifact, *, name: str, require: object) -> None:
+        assert require is None
+        self.there[name] = artifact.manifest.signature
+
+    def infer(self, request: lrai.InferenceRequest) -> None:
+        assert request.model_name in self.there
+        if self._error is not None:
+            raise self._error
+
+    def unload(self, name: str) -> None:
+        del self.there[name]
+
+    def models(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name, state="ok") for name in self.there]
+
+
+def names_of(tmp_path: Path, runtime: Runtime) -> Names:
+    scratch = tmp_path / "scratch-1"
+    scratch.mkdir(exist_ok=True)
+    settings = Settings(folder=str(tmp_path), multi_model=True, scratch=str(scratch))
+    return Names(settings, cast("lrai.Runtime", runtime))
+
+
+@pytest.mark.parametrize("refusal", [lrai.InvalidTensor("x", "zeros"), None])
+def test_a_model_that_answers_is_loaded_though_it_refuses_zeros(
+    artifact: lrai.Artifact, tmp_path: Path, refusal: lrai.LraiError | None
+) -> None:
+    names = names_of(tmp_path, runtime := Runtime(refusal))
+    names.load("a", "small.lrai")
+    assert list(runtime.there) == [f"a:{artifact.version}:1"]
+    assert [named.name for named in names.loaded()] == ["a"]
+
+
+def test_a_model_that_does_not_answer_is_not_loaded(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime(lrai.ActorError("it died")))
+    with pytest.raises(lrai.ActorError):
+        names.load("a", "small.lrai")
+    assert runtime.there == {}
+    assert names.loaded() == []
+    with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
+        names.find("a")
+
+
+def test_a_name_whose_model_was_unloaded_to_make_room_is_free(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime())
+    names.load("a", "small.lrai")
+    runtime.there.clear()
+    assert names.loaded() == []
+    names.load("a", "small.lrai")
+    with pytest.raises(AlreadyLoaded):
+        names.load("a", "small.lrai")
 
 
 def test_demands_are_read() -> None:

@@ -141,8 +141,7 @@ class Endpoint:
         return ""
 
     async def _changed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._changes, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._changes, function, *arguments)
 
     async def _answer(
         self, request: Request, name: str, key: str, signature: lrai.Signature, gone: Exception

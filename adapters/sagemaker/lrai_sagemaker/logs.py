@@ -8,7 +8,6 @@ from typing import Final
 
 log: Final = logging.getLogger("lrai.sagemaker")
 _LINE: Final = "%(asctime)sZ %(levelname)s %(name)s[%(process)d] %(message)s"
-_MOST_CHARACTERS: Final = 2000
 
 
 def set_up_log(level: str) -> None:
@@ -20,5 +19,5 @@ def set_up_log(level: str) -> None:
 
 def one_line(text: object) -> str:
     """Return what `text` says, fit for a line."""
-    words = " ".join(str(text).split())[:_MOST_CHARACTERS]
+    words = " ".join(str(text).split())[:2000]
     return "".join(c if c.isprintable() else "?" for c in words)

@@ -12,8 +12,8 @@ from lrai_codecs import dtype_of
 from lrai_core import Artifact, ArtifactError, InferenceRequest, LraiError, Runtime, Signature
 
 _SUFFIX: Final = ".lrai"
-_NO_SUCH_MODEL: Final = 404
-_CALLERS: Final = range(400, 429)  # their fault: no model has to take zeros
+# Of zeros, which a model need not take; not those of a queue that is full, or of no such model.
+_REFUSALS: Final = frozenset(range(400, 429)) - {404}
 
 
 def artifact_in(place: Path) -> Artifact:
@@ -56,5 +56,5 @@ def warm_up(runtime: Runtime, name: str, signature: Signature) -> None:
     try:
         runtime.infer(InferenceRequest(model_name=name, inputs=zeros(signature)))
     except LraiError as error:
-        if error.http_status not in _CALLERS or error.http_status == _NO_SUCH_MODEL:
+        if error.http_status not in _REFUSALS:
             raise

@@ -73,7 +73,11 @@ class Names:
             # Two artifacts, or two containers, never meet under one name.
             key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
             self._runtime.load(artifact, name=key, require=self._settings.require)
-            warm_up(self._runtime, key, artifact.manifest.signature)
+            try:
+                warm_up(self._runtime, key, artifact.manifest.signature)
+            except LraiError:
+                self._runtime.unload(key)
+                raise
             partial = self._file(name, ".partial")
             partial.write_bytes(msgspec.json.encode(Named(name=name, url=url, key=key)))
             partial.rename(self._file(name, ".name"))

@@ -433,6 +433,12 @@ def test_a_temporary_folder_that_is_not_there_is_explained(
     assert (status, "temporary folder" in line) == (5, True), line
 
 
+def test_a_runtime_of_ones_own_is_refused(models: Path, tmp_path: Path, sockets: Path) -> None:
+    variables = {"LRAI_RUNTIME": "embedded"}
+    status, line = ended([str(models / "tokens.lrai")], tmp_path, sockets, **variables)
+    assert (status, "workers share a runtime" in line) == (2, True), line
+
+
 def test_a_missing_extra_is_explained(models: Path, tmp_path: Path, sockets: Path) -> None:
     hide = "import sys, importlib.util as u; find = u.find_spec; "
     hide += "u.find_spec = lambda n, *a: None if n == 'uvicorn' else find(n, *a); "

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from lrai_core import EnvironmentProblem, LraiError, Runtime
+from lrai_core import EnvironmentProblem, LraiError, Runtime, UsageError
 from lrai_sagemaker.commands.tars import unpacked
 from lrai_sagemaker.logs import log, one_line, set_up_log
 from lrai_sagemaker.models import artifact_in
@@ -118,6 +118,8 @@ def serve(given: Settings) -> int:
         LraiError: The model, the port or the machine stand in the way.
     """
     config = runtime_config(given)
+    if config.runtime.address == "embedded":
+        raise UsageError("workers share a runtime: runtime.address is auto here, or a folder")
     place = config.runtime.socket_dir or None
     try:
         scratch = tempfile.TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
