@@ -365,19 +365,25 @@ def test_a_required_certificate_that_is_not_there_ends_the_container(
 
 
 def test_who_asks_before_the_model_is_loaded_is_told_to_come_again(
-    minilm_fp32: lrai.Artifact, tmp_path: Path, sockets: Path
+    models: Path, tmp_path: Path, sockets: Path
 ) -> None:
-    body = {"inputs": {"input_ids": [[101, 102]], "attention_mask": [[1, 1]]}}
-    with Container([str(minilm_fp32.path)], tmp_path, sockets) as container:
-        replies, deadline = list[Reply](), time.monotonic() + 60
-        while not (replies and replies[-1].status == 200):
+    slow = tmp_path / "python"  # of the actor
+    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o700)
+    variables = {"LRAI_ACTOR_PYTHON": str(slow)}
+    with Container([str(models / "tokens.lrai")], tmp_path, sockets, **variables) as container:
+        early, deadline = list[Reply](), time.monotonic() + 60
+        while not early or early[-1].status == 503:
             assert time.monotonic() < deadline
             with contextlib.suppress(OSError):
-                replies.append(container.post(body))
-    early = [reply for reply in replies if reply.status != 200]
+                ping = container.get("/ping")
+                early.append(container.post({"inputs": TOKENS}))
+                assert ping.status == early[-1].status or early[-1].status == 200
+                time.sleep(0.05)
+    *early, last = early
+    assert last.status == 200
     assert early
     for reply in early:
-        assert reply.status == 503
         assert reply.json == {"error": "the model is not loaded"}
         assert int(reply.headers["Retry-After"]) >= 1
 
