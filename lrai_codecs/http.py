@@ -5,17 +5,30 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from lrai_codecs.bodies import decode, encode
 from lrai_codecs.forms import Form, UnsupportedMediaType
-from lrai_core import InferenceRequest, InferenceResponse, LraiError, RequestError, TensorSpec
+from lrai_core import (
+    InferenceRequest,
+    InferenceResponse,
+    LraiError,
+    QueueFull,
+    RequestError,
+    TensorSpec,
+)
+
+T = TypeVar("T")
 
 _AUTOMATIC: Final = zlib.MAX_WBITS | 32  # gzip or zlib, as its first bytes say
+# Where headers of one's own do not come through, as in SageMaker, the type says how long the JSON
+# before binary tensors is: application/vnd.sagemaker-triton.binary+json;json-header-size=NUMBER.
+_JSON_SIZE: Final = ";json-header-size="
 _THREAD_ABOVE_BYTES: Final = 1 << 18  # parsing that takes milliseconds must not hold the event loop
 
 
@@ -23,6 +36,38 @@ class PayloadTooLarge(RequestError):
     """The body is larger than the host allows, as sent or once it is decompressed."""
 
     http_status = 413
+
+
+class HungUp(RequestError):
+    """The caller is gone; nobody reads what is answered."""
+
+    http_status = 499
+
+
+class Room:
+    """The bytes of bodies that may be in this process together; for one event loop."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._held_bytes = most_bytes, 0
+
+    @contextmanager
+    def held(self, headers: Mapping[str, str], limit_bytes: int) -> Iterator[None]:
+        """Count a body, as long as it states, or else the most that it may have.
+
+        Raises:
+            QueueFull: There is no room for it beside the others.
+        """
+        stated, size = headers.get("content-length", ""), limit_bytes
+        if stated.isdecimal() and "content-encoding" not in headers:
+            size = min(int(stated), size)
+        if self._held_bytes and self._held_bytes + size > self._most_bytes:
+            full = f"bodies of {self._held_bytes} bytes are here, {self._most_bytes} are allowed"
+            raise QueueFull(full, limit=self._most_bytes, retry_after_seconds=1.0)
+        self._held_bytes += size
+        try:
+            yield
+        finally:
+            self._held_bytes -= size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +134,11 @@ async def respond(
     Raises:
         LraiError: The request cannot be answered; `failure` says it in HTTP.
     """
-    stated = headers.get("inference-header-content-length")
+    kind, _, size = headers.get("content-type", "").partition(_JSON_SIZE)
+    stated = size if size else headers.get("inference-header-content-length")
     if stated is not None and not (stated.isdecimal() and len(stated) < 16):
         raise RequestError("inference-header-content-length is no number of bytes")
     length = None if stated is None else int(stated)
-    kind = headers.get("content-type", "")
 
     def parsed() -> tuple[InferenceRequest, Form]:
         return decode(body, kind, inputs, header_length=length)
@@ -107,7 +152,37 @@ async def respond(
 
     large = sum(output.nbytes for output in response.outputs.values()) > _THREAD_ABOVE_BYTES
     content, more = await asyncio.to_thread(written) if large else written()
+    if size and "Inference-Header-Content-Length" in more:
+        more["Content-Type"] = kind + _JSON_SIZE + more["Inference-Header-Content-Length"]
     return Reply(headers=more, body=content)
+
+
+async def unless_gone(
+    receive: Callable[[], Awaitable[Mapping[str, Any]]], answer: Awaitable[T]
+) -> T:
+    """Return what is awaited; where the caller hangs up first, it is cancelled.
+
+    Args:
+        receive: Of ASGI, once the body was read.
+        answer: To be waited for.
+
+    Raises:
+        HungUp: The caller is gone.
+    """
+
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise HungUp("the caller has hung up")
+        return answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
 
 
 def failure(error: LraiError) -> Reply:

@@ -23,6 +23,7 @@ PACKAGES: Final = (
     "lrai_import",
     "lrai_mlflow",
     "lrai_report",
+    "lrai_sagemaker",
     "lrai_shared",
     "lrai_triton",
     "lrai_wheel",

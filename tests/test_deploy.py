@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 DOCKERFILE = (DEPLOY / "triton" / "Dockerfile").read_text()
+SAGEMAKER = (DEPLOY / "sagemaker" / "Dockerfile").read_text()
 RUNTIME: dict[str, Any] = yaml.safe_load(
     (DEPLOY / "triton" / "kserve-servingruntime.yaml").read_text()
 )
@@ -128,3 +129,13 @@ def test_the_image_is_pinned_and_its_user_is_not_root() -> None:
     assert RUNTIME["spec"]["containers"][0]["image"].endswith(image.partition(":")[2])
     users = re.findall(r"^USER (\d+)", DOCKERFILE, re.MULTILINE)
     assert users[-1:] == ["1000"]
+
+
+def test_the_image_for_sagemaker_is_pinned_and_says_what_it_can() -> None:
+    (image,) = re.findall(r"^FROM (\S+)$", SAGEMAKER, re.MULTILINE)
+    assert re.fullmatch(r"python:3\.\d+-slim-\w+", image)
+    assert re.findall(r"^USER (\d+)", SAGEMAKER, re.MULTILINE) == ["1000"]
+    labels = re.findall(r"com\.amazonaws\.sagemaker\.capabilities\.([\w-]+)=true", SAGEMAKER)
+    assert labels == ["multi-models", "accept-bind-to-port"]
+    assert 'ENTRYPOINT ["lrai", "sagemaker"]\nCMD ["serve"]\n' in SAGEMAKER
+    assert not re.search(r"\b(boto3|awscli|sagemaker-inference)\b", SAGEMAKER)

@@ -11,13 +11,23 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from lrai_codecs import PayloadTooLarge, UnsupportedMediaType, failure, read, respond
+from lrai_codecs import (
+    HungUp,
+    PayloadTooLarge,
+    Room,
+    UnsupportedMediaType,
+    failure,
+    read,
+    respond,
+    unless_gone,
+)
 from lrai_core import (
     InferenceRequest,
     InferenceResponse,
     NotReady,
     QueueFull,
     RequestError,
+    Tensor,
     TensorSpec,
 )
 
@@ -104,6 +114,32 @@ def test_a_body_is_answered_as_it_was_asked(rows: int) -> None:
     assert json.loads(reply.body) == {"predictions": [[2, 4, 6]] * rows}
 
 
+def test_the_length_of_the_json_may_stand_in_the_type() -> None:
+    async def double(request: InferenceRequest) -> InferenceResponse:
+        x = request.inputs["x"]
+        assert isinstance(x, Tensor)
+        values = np.frombuffer(x.data, np.float32).reshape(x.shape)
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs={"y": values * 2}, parameters={}
+        )
+
+    size = {"binary_data_size": 12}
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "parameters": size}
+    wanted = {"binary_data_output": True}
+    head = json.dumps({"inputs": [tensor], "parameters": wanted}).encode()
+    kind = "application/vnd.sagemaker-triton.binary+json"
+    headers = {"content-type": f"{kind};json-header-size={len(head)}"}
+    body = head + np.array([[1, 2, 3]], np.float32).tobytes()
+    reply = asyncio.run(respond(double, [X], headers, body))
+    media, _, length = reply.headers["Content-Type"].partition(";json-header-size=")
+    assert media == kind
+    np.testing.assert_array_equal(np.frombuffer(reply.body[int(length) :], np.float32), [2, 4, 6])
+    for wrong in ("x", "-1", str(len(body) + 1)):
+        headers = {"content-type": f"{kind};json-header-size={wrong}"}
+        with pytest.raises(RequestError):
+            asyncio.run(respond(double, [X], headers, body))
+
+
 def test_a_wrong_length_of_the_head_is_refused() -> None:
     async def never(request: InferenceRequest) -> InferenceResponse:
         raise AssertionError(request)
@@ -128,3 +164,60 @@ def test_errors_have_their_status_and_say_when_to_try_again(
     reply = failure(error)
     assert (reply.status, reply.headers.get("Retry-After")) == (status, wait)
     assert json.loads(reply.body) == {"error": str(error)}
+
+
+def test_bodies_beyond_what_a_process_may_hold_are_refused() -> None:
+    room = Room(1000)
+    with room.held({"content-length": "600"}, 800):
+        with room.held({"content-length": "400"}, 800):
+            more = room.held({"content-length": "1"}, 800)
+            with pytest.raises(QueueFull, match="1000 bytes are here, 1000") as full, more:
+                raise AssertionError
+            assert full.value.retry_after_seconds == 1
+        for unknown in ({}, {"content-length": "1", "content-encoding": "gzip"}):
+            with pytest.raises(QueueFull), room.held(unknown, 800):
+                raise AssertionError
+    with room.held({}, 5000):  # one alone is for the limit of one to refuse
+        pass
+
+
+def test_an_answer_is_cancelled_when_its_caller_hangs_up() -> None:
+    ended = list[str]()
+
+    async def slow() -> str:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("cancelled")
+        return "late"
+
+    async def quick() -> str:
+        return "here"
+
+    async def stays() -> dict[str, str]:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def leaves() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def both() -> str:
+        with pytest.raises(HungUp):
+            await unless_gone(leaves, slow())
+        await asyncio.sleep(0)
+        assert ended == ["cancelled"]
+        return await unless_gone(stays, quick())
+
+    assert asyncio.run(both()) == "here"
+
+
+def test_what_an_answer_ends_with_is_passed_on() -> None:
+    async def stays() -> dict[str, str]:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def fails() -> str:
+        raise NotReady("draining")
+
+    with pytest.raises(NotReady, match="draining"):
+        asyncio.run(unless_gone(stays, fails()))

@@ -1,0 +1,249 @@
+"""The contract over HTTP, in one worker: ping, invocations, models, advice for batch transform."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import lrai_core as lrai
+from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, unless_gone
+from lrai_sagemaker.logs import log, one_line
+from lrai_sagemaker.models import warm_up
+from lrai_sagemaker.names import Names, unknown
+from lrai_sagemaker.settings import Settings
+
+ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
+_TARGET: Final = "x-amzn-sagemaker-target-model"
+_PING_SECONDS: Final = 1.5  # the platform waits for two
+_CHANGES: Final = 8  # models loaded and unloaded at a time
+
+
+class _Load(msgspec.Struct):
+    model_name: str
+    url: str
+
+
+class Endpoint:
+    """What one worker answers. One thread asks the runtime how it is, others load and unload."""
+
+    def __init__(self, settings: Settings, runtime: lrai.Runtime) -> None:
+        self._settings, self._runtime = settings, runtime
+        self._most_bytes = settings.payload_bytes(runtime.config)
+        self._names = Names(settings, runtime)
+        self._questions = ThreadPoolExecutor(1, "lrai-ping")
+        self._changes = ThreadPoolExecutor(_CHANGES, "lrai-models")
+        self._asking: asyncio.Future[str] | None = None
+        self._warm: list[int] = []  # actors that have answered
+        self._said = "not asked yet"
+        self._room = Room(max(runtime.config.scheduler.max_queue_bytes, self._most_bytes))
+        if not settings.multi_model:
+            self._manifest = lrai.Artifact.open(settings.artifact, verify=False).manifest
+
+    async def ping(self, _: Request) -> Response:
+        """Answer 200 where the model is loaded as required, and answers; else 503 and why."""
+        if self._asking is None or self._asking.done():
+            how = self._names.unready if self._settings.multi_model else self._unready
+            self._asking = asyncio.get_running_loop().run_in_executor(self._questions, how)
+        try:
+            why = await asyncio.wait_for(asyncio.shield(self._asking), _PING_SECONDS)
+        except TimeoutError:
+            why = f"the model has not answered within {_PING_SECONDS} s"
+        if why != self._said:
+            log.log(logging.WARNING if why else logging.INFO, "ping: %s", one_line(why or "ready"))
+            self._said = why
+        return _sent(failure(lrai.NotReady(why))) if why else Response()
+
+    async def invoke(self, request: Request) -> Response:
+        """Answer a request for the model."""
+        name, signature = self._manifest.name, self._manifest.signature
+        gone = lrai.NotReady("the model is not loaded")
+        return await self._answer(request, name, self._settings.model, signature, gone)
+
+    async def invoke_named(self, request: Request) -> Response:
+        """Answer a request for a model of a multi-model endpoint."""
+        name = request.path_params.get("name", request.headers.get(_TARGET, ""))
+        named = self._names.find(name)
+        signature = await self._changed(self._names.signature, named)
+        return await self._answer(request, name, named.key, signature, unknown(name))
+
+    async def load(self, request: Request) -> Response:
+        """Load a model under a name."""
+        body = await self._read(request, 1 << 16)  # a name and a path
+        try:
+            given = msgspec.json.decode(body, type=_Load)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise lrai.RequestError(f"model_name and url are needed: {error}") from None
+        try:
+            await self._changed(self._names.load, given.model_name, given.url)
+        except (lrai.RequestError, lrai.NotReady, lrai.MemoryBudgetExceeded):
+            raise
+        except lrai.LraiError as error:
+            # With its paths: those are for the log.
+            log.warning("model %r: %s", given.model_name, one_line(error))
+            raise lrai.RequestError("the model cannot be loaded; the log says why") from None
+        log.info("model %r is loaded", given.model_name)
+        return _json({"status": f"model {given.model_name!r} is loaded"})
+
+    async def unload(self, request: Request) -> Response:
+        """Unload a name."""
+        await self._changed(self._names.unload, name := request.path_params["name"])
+        return _json({"status": f"model {name!r} is unloaded"})
+
+    async def models(self, _: Request) -> Response:
+        """List the names that are in memory."""
+        loaded = await self._changed(self._names.loaded)
+        return _json({"models": [{"modelName": m.name, "modelUrl": m.url} for m in loaded]})
+
+    async def model(self, request: Request) -> Response:
+        """Tell the path of a name that is in memory."""
+        name = request.path_params["name"]
+        for loaded in await self._changed(self._names.loaded):
+            if loaded.name == name:
+                return _json({"modelName": loaded.name, "modelUrl": loaded.url})
+        raise unknown(name)
+
+    async def advice(self, _: Request) -> Response:
+        """Say how batch transform does best: many rows to a body, and bodies side by side."""
+        return _json(
+            {
+                "MaxConcurrentTransforms": self._settings.concurrency,
+                "BatchStrategy": self._settings.strategy,
+                "MaxPayloadInMB": self._settings.payload_mb,
+            }
+        )
+
+    def _unready(self) -> str:
+        name = self._settings.model
+        try:
+            model = next((one for one in self._runtime.models() if one.name == name), None)
+            if model is None:
+                return "the model is not loaded"
+            if model.state not in ("ok", "idle"):
+                return f"the model is {model.state}"
+            if self._settings.require is not None and model.certificate is None:
+                return "no certificate speaks of what serves"
+            if model.actor_pids != self._warm:
+                warm_up(self._runtime, name, self._manifest.signature)
+                self._warm = model.actor_pids
+        except lrai.LraiError as error:
+            return str(error)
+        return ""
+
+    async def _changed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._changes, function, *arguments)
+
+    async def _answer(
+        self, request: Request, name: str, key: str, signature: lrai.Signature, gone: Exception
+    ) -> Response:
+        begun, headers = time.monotonic(), request.headers
+        outputs, timeout_ms = _wanted(request.headers.get(ATTRIBUTES, ""))
+        most_rows, given = self._runtime.config.scheduler.max_batch_rows, dict[str, Any]()
+
+        async def infer(asked: lrai.InferenceRequest) -> lrai.InferenceResponse:
+            stated = [ms for ms in (asked.timeout_ms, timeout_ms) if ms is not None]
+            spent_ms = (time.monotonic() - begun) * 1e3
+            asked = msgspec.structs.replace(
+                asked,
+                model_name=key,
+                outputs=outputs or asked.outputs,
+                timeout_ms=max(0.0, min(stated) - spent_ms) if stated else None,
+            )
+            answer = await in_parts(self._runtime.infer_async, asked, signature, most_rows)
+            given.update(answer.parameters, version=answer.model_version)
+            return msgspec.structs.replace(answer, model_name=name)
+
+        try:
+            with self._room.held(headers, self._most_bytes):
+                body = await self._read(request, self._most_bytes)
+                answer = respond(infer, signature.inputs, headers, body)
+                response = _sent(await unless_gone(request.receive, answer))
+        except lrai.ModelNotFound:  # whose words name other models
+            raise gone from None
+        except asyncio.CancelledError:  # draining took too long
+            raise lrai.NotReady("the container is ending") from None
+        said = ";".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        response.headers[ATTRIBUTES] = said[:1024]  # as the platform allows
+        return response
+
+    async def _read(self, request: Request, limit_bytes: int) -> bytes:
+        try:
+            async with asyncio.timeout(self._settings.answer_seconds):
+                return await read(request.stream(), request.headers, limit_bytes)
+        except TimeoutError:
+            raise lrai.DeadlineExceeded("the body did not come in time") from None
+        except ClientDisconnect:
+            raise HungUp("the caller has hung up") from None
+
+
+def create(settings: Settings, runtime: lrai.Runtime) -> Starlette:
+    """Return the application of one worker."""
+    endpoint = Endpoint(settings, runtime)
+    # The second is where boto3's client asks, so that it can be pointed at a container.
+    invocations = ("/invocations", "/endpoints/{endpoint}/invocations")
+    invoke = endpoint.invoke_named if settings.multi_model else endpoint.invoke
+    routes = [
+        *(Route(path, invoke, methods=["POST"]) for path in invocations),
+        Route("/ping", endpoint.ping),
+        Route("/execution-parameters", endpoint.advice),
+    ]
+    if settings.multi_model:
+        routes += [
+            Route("/models", endpoint.models, methods=["GET"]),
+            Route("/models", endpoint.load, methods=["POST"]),
+            Route("/models/{name:path}/invoke", endpoint.invoke_named, methods=["POST"]),
+            Route("/models/{name:path}", endpoint.model, methods=["GET"]),
+            Route("/models/{name:path}", endpoint.unload, methods=["DELETE"]),
+        ]
+    handlers: Any = {lrai.LraiError: _refused, HTTPException: _no_such_route, Exception: _broken}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def _wanted(attributes: str) -> tuple[tuple[str, ...], float | None]:
+    """Return the outputs and the milliseconds that custom attributes ask for.
+
+    They are written `KEY=VALUE;KEY=VALUE`; what else they say is the caller's own business.
+    """
+    pairs = [one.partition("=") for one in attributes.split(";")]
+    said = {key.strip().lower(): value for key, _, value in pairs}
+    try:
+        timeout_ms = float(said["timeout_ms"]) if "timeout_ms" in said else None
+    except ValueError:
+        timeout_ms = 0.0
+    if timeout_ms is not None and not timeout_ms > 0:
+        raise lrai.RequestError(f"{ATTRIBUTES}: timeout_ms has to be a number above 0")
+    names = [part.strip() for part in said.get("outputs", "").split(",")]
+    return tuple(filter(None, names)), timeout_ms
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    level = logging.WARNING if error.http_status >= 500 else logging.INFO
+    what = f"{request.method} {request.url.path} {error.http_status}: {error}"
+    log.log(level, "%s", one_line(what))
+    return _sent(failure(error))
+
+
+async def _no_such_route(_: Request, error: Any) -> Response:
+    return _json({"error": error.detail}, error.status_code)
+
+
+async def _broken(*_: Any) -> Response:  # the server logs what it was
+    return _json({"error": "a bug; the log has more"}, 500)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+def _sent(reply: Reply) -> Response:
+    return Response(reply.body, reply.status, dict(reply.headers))

@@ -1,0 +1,81 @@
+"""`lrai sagemaker check`: play the platform against a container, before the platform does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+import typer
+from rich.table import Table
+
+from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
+from lrai_sagemaker.commands.app import app, out
+from lrai_sagemaker.commands.contract import Container
+from lrai_sagemaker.models import zeros
+
+Target = Annotated[list[str], typer.Argument(help="URL, or a command, which is started and ended.")]
+Sample = Annotated[Path | None, typer.Option("--artifact", help="Model, to ask it for zeros.")]
+Payload = Annotated[Path | None, typer.Option(exists=True, help="A body that the model takes.")]
+ContentType = Annotated[str, typer.Option(help="Of the payload.")]
+ModelUrl = Annotated[str, typer.Option(help="Path of a model, there: checks a multi-model one.")]
+Start = Annotated[float, typer.Option(help="Until /ping has to say 200.")]
+Grace = Annotated[float, typer.Option(help="Between SIGTERM and SIGKILL.")]
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def check(
+    target: Target,
+    artifact: Sample = None,
+    payload: Payload = None,
+    content_type: ContentType = "application/json",
+    model_url: ModelUrl = "",
+    start_seconds: Start = 480.0,
+    grace_seconds: Grace = 30.0,
+) -> None:
+    """Ask a container all that SageMaker would, and say what it would trip over: exit code 3.
+
+    A command is run as in a container: on the port of SAGEMAKER_BIND_TO_PORT, until SIGTERM.
+    """
+    body = payload.read_bytes() if payload else _zeros(artifact) if artifact else b""
+    url, process = urlsplit(target[0]), None
+    host, port = url.hostname or "127.0.0.1", url.port or _free_port()
+    if url.scheme == "http" and target[1:]:
+        raise UsageError(f"options come before the URL, not {target[1][:80]!r} behind it")
+    if url.scheme != "http":
+        environ = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(port)}
+        environ |= {"SAGEMAKER_MULTI_MODEL": "true"} if model_url else {}
+        try:
+            process = subprocess.Popen(target, env=environ, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            raise EnvironmentProblem(f"{target[0]!r} cannot be run: {error.strerror}") from None
+    there = Container(host, port, (body, content_type), model_url, process)
+    try:
+        found = there.check(start_seconds, grace_seconds)
+    finally:
+        if process is not None:  # it may not have ended by itself
+            process.kill()
+            process.wait()
+    if not body:
+        out.print("without --payload or --artifact nothing was asked that the model could answer")
+    if found:
+        table = Table("where", "found", "wanted")
+        for finding in found:
+            table.add_row(*finding)
+        out.print(table)
+        raise ConditionNotMet(f"{len(found)} to put right, as said above")
+    out.print("nothing that the platform would trip over")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _zeros(path: Path) -> bytes:
+    rows = zeros(Artifact.open(path).manifest.signature)
+    return msgspec.json.encode({"inputs": {name: array.tolist() for name, array in rows.items()}})

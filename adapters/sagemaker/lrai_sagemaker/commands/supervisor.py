@@ -1,0 +1,160 @@
+"""The one process of a container: it loads the model, and keeps workers running until told to end.
+
+uvicorn has a supervisor too, which imports the program of its parent into each worker, the compiler
+with it; starts a worker that cannot work again for ever; and watches none that is alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from lrai_core import EnvironmentProblem, LraiError, Runtime, UsageError
+from lrai_sagemaker.commands.tars import unpacked
+from lrai_sagemaker.logs import log, one_line, set_up_log
+from lrai_sagemaker.models import artifact_in
+from lrai_sagemaker.settings import Settings, runtime_config
+
+_LOOK_SECONDS: Final = 0.05
+_LOAD_AGAIN_SECONDS: Final = 1.0
+_MOST_DEATHS, _WINDOW_SECONDS = 10, 60.0
+_GRACE_SECONDS: Final = 2.0  # beside draining; the platform kills after 30 s
+
+
+class Supervisor:
+    """Workers on one socket, attached to one runtime."""
+
+    def __init__(self, settings: Settings, runtime: Runtime, listening: socket.socket) -> None:
+        self._settings, self._runtime, self._listening = settings, runtime, listening
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._deaths: list[float] = []
+        self._problem: LraiError | None = None
+        self._signal = 0
+
+    def run(self) -> int:
+        """Return the exit status: 0 after SIGTERM, 130 after Ctrl-C.
+
+        Raises:
+            LraiError: The model cannot be served, or workers keep dying.
+        """
+        signal.signal(signal.SIGTERM, self._told)
+        signal.signal(signal.SIGINT, self._told)
+        self._workers = [self._start() for _ in range(self._settings.workers)]
+        if not self._settings.multi_model:
+            threading.Thread(target=self._keep_loaded, name="lrai-load", daemon=True).start()
+        try:
+            while not self._signal and self._problem is None:
+                time.sleep(_LOOK_SECONDS)
+                self._workers = [self._alive(worker) for worker in self._workers]
+        finally:
+            self._end()
+        if self._problem is not None:
+            raise self._problem
+        return 130 if self._signal == signal.SIGINT else 0
+
+    def _told(self, number: int, _: object) -> None:
+        self._signal = number
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        listening, told = self._listening.fileno(), msgspec.json.encode(self._settings).decode()
+        command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told, str(listening)]
+        # In a group of its own: Ctrl-C comes from here alone.
+        return subprocess.Popen(command, pass_fds=[listening], process_group=0)
+
+    def _alive(self, worker: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        """Return the worker, or another one in its place."""
+        if worker.poll() is None:
+            return worker
+        now = time.monotonic()
+        self._deaths = [*(at for at in self._deaths if now - at < _WINDOW_SECONDS), now]
+        log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
+        if len(self._deaths) > _MOST_DEATHS:
+            often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
+            self._problem = EnvironmentProblem(often)
+        return self._start()
+
+    def _keep_loaded(self) -> None:
+        """Load the model, and again where somebody has stopped the runtime or unloaded it."""
+        name, loaded = self._settings.model, False
+        while not self._signal:
+            try:
+                if not loaded or name not in {model.name for model in self._runtime.models()}:
+                    artifact, require = self._settings.artifact, self._settings.require
+                    loaded = bool(self._runtime.load(artifact, name=name, require=require))
+                    log.info("model %s is loaded", name)
+            except LraiError as error:
+                if not loaded:
+                    self._problem = error
+                    return
+                log.warning("model %s: %s", name, one_line(error))
+            time.sleep(_LOAD_AGAIN_SECONDS)
+
+    def _end(self) -> None:
+        """Have the workers answer what they have accepted, and end them."""
+        for worker in self._workers:
+            worker.terminate()
+        deadline = time.monotonic() + self._settings.drain_seconds + _GRACE_SECONDS
+        for worker in self._workers:
+            try:
+                worker.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("worker %d was killed: it did not end in time", worker.pid)
+                worker.kill()
+
+
+def serve(given: Settings) -> int:
+    """Serve until told to end; return the exit status.
+
+    Raises:
+        LraiError: The model, the port or the machine stand in the way.
+    """
+    config = runtime_config(given)
+    if config.runtime.address == "embedded":
+        raise UsageError("workers share a runtime: runtime.address is auto here, or a folder")
+    place = config.runtime.socket_dir or None
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
+    except OSError as error:
+        raise EnvironmentProblem(f"no temporary folder can be made: {error.strerror}") from None
+    with scratch as folder, _listen(given.host, given.port) as listening:
+        own = {"scratch": folder}
+        if not given.multi_model:
+            artifact = artifact_in(unpacked(Path(given.folder).resolve(), Path(folder)))
+            own["artifact"] = str(artifact.path)
+            own["model"] = f"{artifact.manifest.name}:{artifact.version}"
+        with Runtime(config) as runtime:
+            log.info("serving on %s:%d", *listening.getsockname()[:2])
+            return Supervisor(msgspec.structs.replace(given, **own), runtime, listening).run()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise EnvironmentProblem(f"{host}:{port} cannot be served: {error.strerror}") from None
+
+
+def main(settings: Settings) -> int:
+    """Serve; say in one line what stands in the way."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the first process of all has none
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    set_up_log(settings.log_level)
+    try:
+        return serve(settings)
+    except LraiError as error:
+        log.error("%s", one_line(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(msgspec.json.decode(sys.argv[1], type=Settings)))

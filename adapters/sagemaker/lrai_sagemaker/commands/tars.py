@@ -1,0 +1,85 @@
+"""Tars of models: written for the platform, and unpacked without being trusted."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Final
+
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError
+
+_SUFFIXES: Final = (".tar.gz", ".tgz", ".tar")
+_MOST_MEMBERS: Final = 10_000
+_FOLDER: Final = "model.lrai"
+
+
+def package(artifact: Artifact, out: Path) -> None:
+    """Write the tar that the platform fetches and unpacks; the same artifact gives the same bytes.
+
+    Raises:
+        UsageError: `out` exists.
+        EnvironmentProblem: It cannot be written.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists; choose another name or remove it")
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with (
+            partial.open("wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=0) as stream,
+            tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for path in sorted(path for path in artifact.path.rglob("*") if path.is_file()):
+                if path.suffix != ".partial":  # a certificate that is being written
+                    name = path.relative_to(artifact.path).as_posix()
+                    entry = tarfile.TarInfo(f"{_FOLDER}/{name}")  # of nobody, in 1970, mode 0644
+                    entry.size = path.stat().st_size
+                    with path.open("rb") as content:
+                        archive.addfile(entry, content)
+        partial.rename(out)
+    except OSError as error:
+        raise EnvironmentProblem(f"{out} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unpacked(place: Path, scratch: Path) -> Path:
+    """Return the folder of a model, which may be given as a tar, or as a folder with only a tar.
+
+    Args:
+        place: From where the model comes.
+        scratch: Where a new folder for what is unpacked is made.
+
+    Raises:
+        ArtifactError: The tar is damaged, or holds anything but files in folders.
+        EnvironmentProblem: It cannot be unpacked here.
+    """
+    if place.is_file():
+        return _unpack(place, scratch)
+    tars = [path for path in place.glob("*") if path.name.endswith(_SUFFIXES)]
+    alone = len(tars) == 1 and not any(place.glob("*.lrai"))
+    return _unpack(tars[0], scratch) if alone else place
+
+
+def _unpack(tar: Path, scratch: Path) -> Path:
+    try:
+        into = Path(tempfile.mkdtemp(prefix="model-", dir=scratch))
+        room = shutil.disk_usage(into).free
+        with tarfile.open(tar) as archive:
+            for count, member in enumerate(archive, 1):
+                room -= member.size
+                plain = member.isreg() or member.isdir()
+                if not plain or count > _MOST_MEMBERS or room < 0:
+                    why = "too much for this disk" if plain else f"{member.name[:80]!r}, no file"
+                    raise ArtifactError(f"{tar.name} holds {why}")
+                archive.extract(member, into, filter="data")  # refuses what leaves the folder
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ArtifactError(f"{tar.name} is no whole and safe tar: {error}") from None
+    except OSError as error:
+        raise EnvironmentProblem(f"{tar.name} cannot be unpacked: {error.strerror}") from None
+    return into

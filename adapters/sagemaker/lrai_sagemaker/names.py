@@ -1,0 +1,157 @@
+"""The names of a multi-model endpoint: which model of the runtime each stands for.
+
+The runtime knows what is loaded, and unloads what was not used for longest where memory is short.
+What it does not know, from which path a name came, is in a file per name that all workers read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from lrai_core import LraiError, ModelNotFound, RequestError, Runtime, Signature
+from lrai_sagemaker.models import artifact_in, warm_up
+from lrai_sagemaker.settings import Settings
+
+_MOST_CHARACTERS: Final = 512
+
+
+class AlreadyLoaded(RequestError):
+    """The name is loaded already."""
+
+    http_status = 409
+
+
+class Named(msgspec.Struct, frozen=True, kw_only=True):
+    """A name of the platform's.
+
+    Attributes:
+        url: The path that it was loaded from.
+        key: What the runtime calls the model.
+    """
+
+    name: str
+    url: str
+    key: str
+
+
+class Names:
+    """The names of one endpoint, in all its workers; its methods block."""
+
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+        self._settings, self._runtime = settings, runtime
+        self._scratch, self._root = Path(settings.scratch), Path(settings.folder).resolve()
+        self._signatures: dict[str, Signature] = {}
+
+    def load(self, name: str, url: str) -> None:
+        """Load the model at a path below the root under a name, and have it answer once.
+
+        Raises:
+            AlreadyLoaded: The name is.
+            RequestError: No name, or a path that leaves the root, or leads nowhere.
+            LraiError: The model cannot be loaded; 507 says that memory is short.
+        """
+        if not 0 < len(name) <= _MOST_CHARACTERS or not (name + url).isprintable():
+            raise RequestError(f"names are 1 to {_MOST_CHARACTERS} long, and printable, as is url")
+        place, there = Path(self._root, url).resolve(), False
+        if not place.is_relative_to(self._root):
+            raise RequestError("url leads out of the folder that models lie in")
+        with suppress(OSError):  # it is too long
+            there = place.exists()
+        if not there:
+            raise ModelNotFound("nothing lies at url")
+        with self._changing(name):
+            if any(name == loaded.name for loaded in self.loaded()):
+                raise AlreadyLoaded(f"model {name!r} is loaded already")
+            artifact = artifact_in(place)
+            # Two artifacts, or two containers, never meet under one name.
+            key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
+            self._runtime.load(artifact, name=key, require=self._settings.require)
+            try:
+                warm_up(self._runtime, key, artifact.manifest.signature)
+            except LraiError:
+                self._runtime.unload(key)
+                raise
+            partial = self._file(name, ".partial")
+            partial.write_bytes(msgspec.json.encode(Named(name=name, url=url, key=key)))
+            partial.rename(self._file(name, ".name"))
+
+    def unload(self, name: str) -> None:
+        """Unload a name.
+
+        Raises:
+            ModelNotFound: It is not loaded.
+        """
+        with self._changing(name):
+            named = self.find(name)
+            self._file(name, ".name").unlink()
+            try:
+                self._runtime.unload(named.key)
+            except ModelNotFound:
+                raise unknown(name) from None
+
+    def find(self, name: str) -> Named:
+        """Return what a name stands for; whether it is still in memory, the runtime says.
+
+        Raises:
+            ModelNotFound: It was not loaded, or is unloaded.
+        """
+        try:
+            return msgspec.json.decode(self._file(name, ".name").read_bytes(), type=Named)
+        except FileNotFoundError:
+            raise unknown(name) from None
+
+    def signature(self, named: Named) -> Signature:
+        """Return what the model takes and gives.
+
+        Raises:
+            ModelNotFound: It was unloaded to make room.
+        """
+        if named.key not in self._signatures:
+            found = {model.name: model.signature for model in self._runtime.models()}
+            if named.key not in found:
+                raise unknown(named.name)
+            self._signatures[named.key] = found[named.key]
+        return self._signatures[named.key]
+
+    def loaded(self) -> list[Named]:
+        """Return what is in memory, by name."""
+        there = {model.name for model in self._runtime.models()}
+        return [named for named in self._all() if named.key in there]
+
+    def unready(self) -> str:
+        """Return why the endpoint cannot answer, nothing if it can: a model at work, or none."""
+        try:
+            states = {model.name: model.state for model in self._runtime.models()}
+        except LraiError as error:
+            return str(error)
+        mine = [states[named.key] for named in self._all() if named.key in states]
+        return "" if not mine or {"ok", "idle"} & set(mine) else f"all models are {max(mine)}"
+
+    def _all(self) -> list[Named]:
+        found = []
+        for file in sorted(self._scratch.glob("*.name")):
+            with suppress(FileNotFoundError):  # it has just been unloaded
+                found.append(msgspec.json.decode(file.read_bytes(), type=Named))
+        return sorted(found, key=lambda named: named.name)
+
+    def _file(self, name: str, suffix: str) -> Path:
+        digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+        return self._scratch / f"{digest}{suffix}"
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        with self._file(name, ".lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def unknown(name: str) -> ModelNotFound:
+    """Return the error for a name that stands for nothing in memory."""
+    return ModelNotFound(f"model {name[:120]!r} is not loaded")

@@ -1,0 +1,56 @@
+"""What `lrai sagemaker serve` was told, as every process of the container gets it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final, Literal
+
+import msgspec
+
+from lrai_core import LraiConfig, load_config
+
+Strategy = Literal["SINGLE_RECORD", "MULTI_RECORD"]
+MEBIBYTE: Final = 1 << 20
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of one container.
+
+    Attributes:
+        folder: Of the model; of a multi-model endpoint the one that model paths may not leave.
+        require: Of the certificate of what serves; None for nothing.
+        payload_mb: Largest body, in MiB; 0 for what `limits.request_bytes` allows.
+        answer_seconds: Within which the platform wants an answer.
+        drain_seconds: For what is being answered when the container is told to end.
+        concurrency: Requests at a time that batch transform is advised to send.
+        strategy: What batch transform is advised to put into a body.
+        scratch: Folder of this container's processes alone, gone when it ends.
+        model: The name that the runtime knows the model by; empty in a multi-model endpoint.
+        artifact: Path of the model; likewise.
+    """
+
+    folder: str
+    multi_model: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8080
+    workers: int = 1
+    require: dict[str, Any] | None = None
+    payload_mb: int = 6
+    answer_seconds: float = 60.0
+    drain_seconds: float = 25.0
+    concurrency: int = 16
+    strategy: Strategy = "MULTI_RECORD"
+    log_level: str = "INFO"
+    scratch: str = ""
+    model: str = ""
+    artifact: str = ""
+
+    def payload_bytes(self, config: LraiConfig) -> int:
+        """Return how large a body may be."""
+        return self.payload_mb * MEBIBYTE or config.limits.request_bytes
+
+
+def runtime_config(settings: Settings) -> LraiConfig:
+    """Return LRAI's settings here: unless one says otherwise, all processes share a runtime."""
+    waits = {"scheduler.default_timeout_ms": settings.answer_seconds * 1e3}
+    return load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=waits)

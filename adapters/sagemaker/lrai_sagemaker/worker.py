@@ -1,0 +1,49 @@
+"""One worker process: the application on uvicorn, on a socket that the supervisor has bound."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from typing import Final
+
+import msgspec
+import uvicorn
+
+from lrai_core import Runtime
+from lrai_sagemaker.app import create
+from lrai_sagemaker.logs import set_up_log
+from lrai_sagemaker.settings import Settings, runtime_config
+
+_KEEP_SECONDS: Final = 75  # longer than the platform keeps a connection that nobody uses
+
+
+def main(settings: Settings, listening: int) -> None:
+    """Answer until told to end, or until the supervisor is gone."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn's own comes in its place
+    set_up_log(settings.log_level)
+    parent = os.getppid()
+
+    async def look() -> None:
+        server.should_exit |= os.getppid() != parent
+
+    with Runtime(runtime_config(settings)) as runtime:
+        config = uvicorn.Config(
+            create(settings, runtime),
+            access_log=False,
+            callback_notify=look,
+            lifespan="off",
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=round(settings.drain_seconds),
+            timeout_keep_alive=_KEEP_SECONDS,
+            timeout_notify=1,
+            ws="none",
+        )
+        server = uvicorn.Server(config)
+        server.run([socket.socket(fileno=listening)])
+
+
+if __name__ == "__main__":
+    main(msgspec.json.decode(sys.argv[1], type=Settings), int(sys.argv[2]))

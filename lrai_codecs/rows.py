@@ -1,0 +1,92 @@
+"""A request of many rows asked as several requests, and their answers as one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from lrai_core import InferenceRequest, InferenceResponse, Signature
+
+_AT_A_TIME: Final = 2  # one runs, one waits; the queue is not for one caller alone
+
+Infer = Callable[[InferenceRequest], Awaitable[InferenceResponse]]
+
+
+async def in_parts(
+    infer: Infer, request: InferenceRequest, signature: Signature, most_rows: int
+) -> InferenceResponse:
+    """Return the answer to a request that is asked in parts of at most so many rows.
+
+    Args:
+        infer: Answers a request.
+        request: Its time, if it states one, is that of all parts together.
+        signature: Of the model.
+        most_rows: Of one part; what cannot be divided is asked as it is.
+
+    Raises:
+        LraiError: The first that a part ended with; the others are cancelled.
+    """
+    several = parts(request, signature, most_rows)
+    if len(several) == 1:
+        return await infer(request)
+    begun, turn, given_ms = time.monotonic(), asyncio.Semaphore(_AT_A_TIME), request.timeout_ms
+
+    async def one(part: InferenceRequest) -> InferenceResponse:
+        async with turn:
+            if given_ms is not None:
+                left_ms = given_ms - (time.monotonic() - begun) * 1e3
+                part = msgspec.structs.replace(part, timeout_ms=max(0.0, left_ms))
+            return await infer(part)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(part)) for part in several]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return joined([task.result() for task in tasks])
+
+
+def parts(
+    request: InferenceRequest, signature: Signature, most_rows: int
+) -> list[InferenceRequest]:
+    """Return requests of at most so many rows; the request alone where it cannot be divided.
+
+    That is one for a model whose rows belong together, one of binary tensors that nobody has
+    checked yet, or one whose tensors differ in rows, which the runtime refuses.
+    """
+    arrays = [array for array in request.inputs.values() if isinstance(array, np.ndarray)]
+    counts = {len(array) if array.ndim else 0 for array in arrays}
+    if not signature.coalescible or len(arrays) != len(request.inputs) or len(counts) != 1:
+        return [request]
+    (count,) = counts
+    if count <= most_rows:
+        return [request]
+    return [
+        msgspec.structs.replace(
+            request,
+            inputs={
+                name: array[start : start + most_rows]
+                for name, array in request.inputs.items()
+                if isinstance(array, np.ndarray)
+            },
+        )
+        for start in range(0, count, most_rows)
+    ]
+
+
+def joined(answers: Sequence[InferenceResponse]) -> InferenceResponse:
+    """Return the rows of all answers, in their order, as the answer to one request.
+
+    Args:
+        answers: Of `parts`. Where different versions gave them, the last one is named.
+    """
+    outputs = {
+        name: np.concatenate([answer.outputs[name] for answer in answers])
+        for name in answers[0].outputs
+    }
+    return msgspec.structs.replace(answers[-1], outputs=outputs)

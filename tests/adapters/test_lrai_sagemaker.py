@@ -1,0 +1,300 @@
+"""What the SageMaker adapter does without a server: tars, options, models in folders, the check."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+import lrai_core as lrai
+from lrai_sagemaker.commands.serve import _required
+from lrai_sagemaker.commands.tars import package, unpacked
+from lrai_sagemaker.logs import one_line
+from lrai_sagemaker.models import artifact_in, zeros
+from lrai_sagemaker.names import AlreadyLoaded, Names
+from lrai_sagemaker.settings import Settings
+from tests.core import small_artifact
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> lrai.Artifact:
+    return lrai.Artifact.open(small_artifact.build(tmp_path / "small.lrai"))
+
+
+def test_the_same_artifact_gives_the_same_tar(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    package(artifact, tmp_path / "one.tar.gz")
+    copy = shutil.copytree(artifact.path, tmp_path / "elsewhere" / "other.lrai")
+    for path in copy.rglob("*"):
+        os.utime(path, (1, 1))
+        path.chmod(0o700)
+    package(lrai.Artifact.open(copy), tmp_path / "two.tar.gz")
+    assert (tmp_path / "one.tar.gz").read_bytes() == (tmp_path / "two.tar.gz").read_bytes()
+
+
+def test_a_tar_holds_plain_files_of_nobody(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    (artifact.path / "certificates").mkdir()
+    (artifact.path / "certificates" / "c.json.partial").write_text("{")
+    package(artifact, tmp_path / "model.tar.gz")
+    with tarfile.open(tmp_path / "model.tar.gz") as archive:
+        members = archive.getmembers()
+    assert all(member.isreg() for member in members)
+    assert {(m.uid, m.gid, m.mtime, m.mode, m.uname) for m in members} == {(0, 0, 0, 0o644, "")}
+    names = [member.name for member in members]
+    assert names == sorted(names)
+    assert "model.lrai/manifest.json" in names
+    assert not any("partial" in name for name in names)
+
+
+def test_a_tar_unpacks_to_what_was_packed(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    package(artifact, tmp_path / "model.tar.gz")
+    folder = unpacked(tmp_path / "model.tar.gz", tmp_path)
+    assert artifact_in(folder).sha256 == artifact.sha256
+    lrai.Artifact.open(folder / "model.lrai", verify=True)
+
+
+def test_what_exists_is_not_overwritten(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    (tmp_path / "model.tar.gz").write_text("mine")
+    with pytest.raises(lrai.UsageError, match="exists"):
+        package(artifact, tmp_path / "model.tar.gz")
+    assert (tmp_path / "model.tar.gz").read_text() == "mine"
+
+
+def test_a_tar_that_cannot_be_written_leaves_nothing(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(lrai.EnvironmentProblem, match="cannot be written"):
+        package(artifact, tmp_path / "gone" / "model.tar.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["small.lrai"]
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> bytes:
+    """Return a tar of one member, which may state more bytes than it has."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname, entry.size = kind, link, size
+    return entry.tobuf() + bytes(10_240 if size else 1024)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (member("../out"), "outside"),
+        (member("a/../../out"), "outside"),
+        (member("/etc/x/out"), None),  # the leading / is dropped
+        (member("link", tarfile.SYMTYPE, "/etc/passwd"), "'link', no file"),
+        (member("link", tarfile.LNKTYPE, "../x"), "'link', no file"),
+        (member("pipe", tarfile.FIFOTYPE), "'pipe', no file"),
+        (member("disk", tarfile.BLKTYPE), "'disk', no file"),
+        (member("large", size=1 << 50), "too much for this disk"),
+        (member("short", size=100_000), "no whole and safe tar"),
+        (b"no tar", "no whole and safe tar"),
+        (b"", "no whole and safe tar"),
+        (b"\x1f\x8b\x08\x00cut", "no whole and safe tar"),
+    ],
+)
+def test_a_tar_is_not_trusted(tmp_path: Path, content: bytes, said: str | None) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.tar.gz").write_bytes(content)
+    (tmp_path / "scratch").mkdir()
+    if said is None:
+        folder = unpacked(tmp_path / "in", tmp_path / "scratch")
+        assert (folder / "etc" / "x" / "out").is_file()
+    else:
+        with pytest.raises(lrai.ArtifactError, match=said):
+            unpacked(tmp_path / "in", tmp_path / "scratch")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "scratch"}
+
+
+def test_a_tar_of_very_many_files_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "model.tar", "w") as archive:
+        for number in range(10_001):
+            archive.addfile(tarfile.TarInfo(str(number)), io.BytesIO())
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(lrai.ArtifactError, match="too much"):
+        unpacked(tmp_path, tmp_path / "scratch")
+
+
+def test_only_a_folder_with_nothing_but_a_tar_is_unpacked(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    package(artifact, tmp_path / "model.tar.gz")
+    assert unpacked(tmp_path, tmp_path) == tmp_path  # it holds small.lrai too
+
+
+def test_the_model_of_a_folder_is_the_only_one_there(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert artifact_in(tmp_path).path == artifact.path
+    assert artifact_in(artifact.path).path == artifact.path
+    small_artifact.build(tmp_path / "more.lrai")
+    with pytest.raises(lrai.ArtifactError, match=r"holds more\.lrai, notes\.txt, small\.lrai"):
+        artifact_in(tmp_path)
+    with pytest.raises(lrai.ArtifactError, match="No such file"):
+        artifact_in(tmp_path / "gone")
+
+
+def test_a_model_behind_a_link_is_refused(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.lrai").symlink_to(artifact.path)
+    with pytest.raises(lrai.ArtifactError, match="link"):
+        artifact_in(tmp_path / "in")
+
+
+def test_zeros_are_of_the_smallest_shape_and_the_right_type() -> None:
+    specs = [("a", "INT64", ("n", 3)), ("b", "BYTES", ("n",)), ("c", "BOOL", (2, "m"))]
+    inputs = tuple(lrai.TensorSpec(name=n, datatype=d, shape=s) for n, d, s in specs)
+    found = zeros(lrai.Signature(inputs=inputs, outputs=()))
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "a": [[0, 0, 0]],
+        "b": [""],
+        "c": [[False], [False]],
+    }
+    assert found["a"].dtype == "int64"
+
+
+class Runtime:
+    """Loads what it is told, and answers with an error if it is given one."""
+
+    def __init__(self, error: lrai.LraiError | None = None) -> None:
+        self.there, self._error = dict[str, lrai.Signature](), error
+
+    def load(self, artifact: lrai.Artifact, *, name: str, require: object) -> None:
+        assert require is None
+        self.there[name] = artifact.manifest.signature
+
+    def infer(self, request: lrai.InferenceRequest) -> None:
+        assert request.model_name in self.there
+        if self._error is not None:
+            raise self._error
+
+    def unload(self, name: str) -> None:
+        del self.there[name]
+
+    def models(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name, state="ok") for name in self.there]
+
+
+def names_of(tmp_path: Path, runtime: Runtime) -> Names:
+    scratch = tmp_path / "scratch-1"
+    scratch.mkdir(exist_ok=True)
+    settings = Settings(folder=str(tmp_path), multi_model=True, scratch=str(scratch))
+    return Names(settings, cast("lrai.Runtime", runtime))
+
+
+@pytest.mark.parametrize("refusal", [lrai.InvalidTensor("x", "zeros"), None])
+def test_a_model_that_answers_is_loaded_though_it_refuses_zeros(
+    artifact: lrai.Artifact, tmp_path: Path, refusal: lrai.LraiError | None
+) -> None:
+    names = names_of(tmp_path, runtime := Runtime(refusal))
+    names.load("a", "small.lrai")
+    assert list(runtime.there) == [f"a:{artifact.version}:1"]
+    assert [named.name for named in names.loaded()] == ["a"]
+
+
+def test_a_model_that_does_not_answer_is_not_loaded(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime(lrai.ActorError("it died")))
+    with pytest.raises(lrai.ActorError):
+        names.load("a", "small.lrai")
+    assert runtime.there == {}
+    assert names.loaded() == []
+    with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
+        names.find("a")
+
+
+def test_a_name_whose_model_was_unloaded_to_make_room_is_free(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime())
+    names.load("a", "small.lrai")
+    runtime.there.clear()
+    assert names.loaded() == []
+    names.load("a", "small.lrai")
+    with pytest.raises(AlreadyLoaded):
+        names.load("a", "small.lrai")
+
+
+def test_demands_are_read() -> None:
+    assert _required("epsilon=0.1, delta=1e-2,tier=STATISTICAL") == {
+        "epsilon": 0.1,
+        "delta": 0.01,
+        "tier": "STATISTICAL",
+    }
+    assert _required("") is None
+    for wrong in ("epsilon", "epsilon=", "epsilon=a", "epsilon=1=2", "epsilon=1,,"):
+        with pytest.raises(lrai.UsageError, match="as in epsilon="):
+            _required(wrong)
+
+
+def test_a_line_of_the_log_is_one() -> None:
+    assert one_line("a\n  b\x1b[31m\x00c") == "a b?[31m?c"
+    assert len(one_line("x" * 10_000)) == 2000
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, {"folder": "/opt/ml/model", "port": 8080, "host": "127.0.0.1", "answer_seconds": 60}),
+        ({"SAGEMAKER_MULTI_MODEL": "true"}, {"folder": "/opt/ml/models", "multi_model": True}),
+        (
+            {"SAGEMAKER_BIND_TO_PORT": "9000", "SAGEMAKER_MODEL_SERVER_WORKERS": "3"},
+            {"port": 9000, "workers": 3},
+        ),
+        (
+            {"SAGEMAKER_BATCH": "true", "SAGEMAKER_MAX_PAYLOAD_IN_MB": "20"},
+            {"answer_seconds": 3600, "payload_mb": 20, "concurrency": 5},
+        ),
+        ({"SAGEMAKER_MAX_PAYLOAD_IN_MB": "0"}, {"payload_mb": 0, "concurrency": 16}),
+        ({"SAGEMAKER_MAX_PAYLOAD_IN_MB": "500"}, {"payload_mb": 500, "concurrency": 1}),
+        ({"SAGEMAKER_MODEL_SERVER_TIMEOUT": "20"}, {"answer_seconds": 20}),
+        ({"LRAI_SAGEMAKER_REQUIRE": "epsilon=1"}, {"require": {"epsilon": 1.0}}),
+    ],
+)
+def test_what_the_platform_sets_reaches_the_supervisor(
+    variables: dict[str, str], told: dict[str, object]
+) -> None:
+    program = (
+        "import os, sys\n"
+        "os.execv = lambda program, command: print(command[-1])\n"
+        "from lrai_sagemaker.commands import main\n"
+        "main(['serve'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.items() <= json.loads(done.stdout).items()
+
+
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("lrai_sagemaker.worker", ["typer", "rich", "onnx", "onnxruntime", "boto3", "botocore"]),
+        (
+            "lrai_sagemaker.commands.supervisor",
+            ["typer", "rich", "onnx", "onnxruntime", "boto3", "uvicorn", "starlette"],
+        ),
+        ("lrai_sagemaker", ["starlette", "uvicorn", "typer"]),
+    ],
+)
+def test_what_serves_imports_nothing_heavy(module: str, without: list[str]) -> None:
+    program = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not set(done.stdout.split()) & set(without)

@@ -1,0 +1,126 @@
+"""Requests of many rows: asked in parts, answered as one, whatever happens to a part."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrai_codecs import in_parts
+from lrai_core import InferenceRequest, InferenceResponse, QueueFull, Signature, Tensor, TensorSpec
+
+
+def spec(name: str, axis: int | None = 0) -> TensorSpec:
+    return TensorSpec(name=name, datatype="FP32", shape=("n", 3), batch_axis=axis)
+
+
+SIGNATURE = Signature(inputs=(spec("x"), spec("z")), outputs=(spec("y"),))
+TOGETHER = Signature(inputs=(spec("x"), spec("z")), outputs=(spec("y", None),))
+
+
+class Model:
+    """Adds its inputs, and remembers what it was asked."""
+
+    def __init__(self, seconds: float = 0.0, fails_at: int = -1) -> None:
+        self.asked, self.at_once, self.most_at_once = list[InferenceRequest](), 0, 0
+        self._seconds, self._fails_at = seconds, fails_at
+
+    async def infer(self, request: InferenceRequest) -> InferenceResponse:
+        self.asked.append(request)
+        number = len(self.asked)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            await asyncio.sleep(self._seconds)
+            if number == self._fails_at:
+                raise QueueFull("full", limit=1, retry_after_seconds=1)
+        finally:
+            self.at_once -= 1
+        x: Any = request.inputs["x"]
+        z: Any = request.inputs["z"]
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs={"y": x + z}, parameters={}
+        )
+
+
+def ask(model: Model, request: InferenceRequest, signature: Signature = SIGNATURE) -> Any:
+    return asyncio.run(in_parts(model.infer, request, signature, 4)).outputs["y"]
+
+
+def request(rows: int, **more: Any) -> InferenceRequest:
+    values = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+    return InferenceRequest(model_name="m", inputs={"x": values, "z": values * 2}, **more)
+
+
+@given(st.integers(1, 40))
+def test_rows_come_back_in_their_order_in_parts_that_are_small_enough(rows: int) -> None:
+    model, given_rows = Model(), request(rows)
+    answer = ask(model, given_rows)
+    np.testing.assert_array_equal(answer, np.arange(rows * 3).reshape(rows, 3) * 3)
+    sizes = [len(part.inputs["x"]) for part in model.asked]  # type: ignore[arg-type]
+    assert sum(sizes) == rows
+    assert max(sizes) <= 4
+    assert len(sizes) == -(-rows // 4)
+
+
+def test_two_parts_are_asked_at_a_time() -> None:
+    model = Model(seconds=0.01)
+    ask(model, request(40))
+    assert model.most_at_once == 2
+
+
+def test_all_parts_share_the_time_of_the_request() -> None:
+    model = Model(seconds=0.05)
+    begun = time.monotonic()
+    ask(model, request(16, timeout_ms=1000))
+    spent_ms = (time.monotonic() - begun) * 1e3
+    first, *_, last = [part.timeout_ms for part in model.asked]
+    assert first is not None
+    assert last is not None
+    assert 1000 - spent_ms <= last <= 1000 - 50 < first <= 1000
+
+
+def test_the_error_of_a_part_is_the_error_of_all_and_ends_the_others() -> None:
+    model = Model(seconds=0.01, fails_at=2)
+    with pytest.raises(QueueFull, match="full"):
+        ask(model, request(400))
+    assert len(model.asked) < 10
+
+
+@pytest.mark.parametrize(
+    ("inputs", "signature"),
+    [
+        (dict(request(9).inputs), TOGETHER),
+        ({"x": np.zeros((9, 3), np.float32), "z": np.zeros((8, 3), np.float32)}, SIGNATURE),
+        ({"x": np.float32(1), "z": np.float32(1)}, SIGNATURE),
+    ],
+)
+def test_what_cannot_be_divided_is_asked_as_it_is(
+    inputs: dict[str, Any], signature: Signature
+) -> None:
+    model = Model()
+    whole = InferenceRequest(model_name="m", inputs=inputs)
+    with contextlib.suppress(ValueError):  # of the model, which has no rules for rows that differ
+        asyncio.run(in_parts(model.infer, whole, signature, 4))
+    assert model.asked == [whole]
+
+
+def test_binary_tensors_are_left_to_the_runtime() -> None:
+    asked = list[InferenceRequest]()
+
+    async def infer(given: InferenceRequest) -> InferenceResponse:
+        asked.append(given)
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs={}, parameters={}
+        )
+
+    binary = Tensor(name="x", datatype="FP32", shape=(9, 3), data=bytes(108))
+    whole = InferenceRequest(model_name="m", inputs={"x": binary})
+    asyncio.run(in_parts(infer, whole, SIGNATURE, 4))
+    assert asked == [whole]

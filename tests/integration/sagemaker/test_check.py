@@ -1,0 +1,139 @@
+"""`lrai sagemaker check` finds what is wrong with a container, and nothing in ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.sagemaker.conftest import HOST, LRAI, Container, free_port
+
+pytestmark = pytest.mark.server
+
+PLANTED = [sys.executable, str(Path(__file__).with_name("planted.py"))]
+
+
+def check(folder: Path, *arguments: str, sockets: Path | None = None) -> tuple[int, str]:
+    """Return the exit status of a check and the rows of its table."""
+    own = {"COLUMNS": "400", "LRAI_ACTOR_THREADS": "1"}
+    own |= {"LRAI_RUNTIME_SOCKET_DIR": str(sockets)} if sockets else {}
+    done = subprocess.run(
+        [*LRAI, "sagemaker", "check", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, **own},
+        timeout=120,
+    )
+    return done.returncode, done.stdout
+
+
+def rows(text: str) -> list[list[str]]:
+    """Return the cells of the lines of a table."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()[3:-1]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "found"),
+    [
+        ("ping missing", "GET /ping", "404"),
+        ("ping slow", "GET /ping", "timed out"),
+        ("ping lies", "POST /invocations", "503 {"),
+        ("ping waits", "GET /ping", "timed out while 4 requests were answered"),
+        ("bad is fine", "POST /invocations, ", "200 {"),
+        ("bad is an own fault", "POST /invocations, ", "500 {"),
+        ("stack trace", "POST /invocations, ", "a stack trace in the answer"),
+        ("large body dropped", "POST /invocations, 6 MB of blanks", ""),
+        ("no type", "POST /invocations", "without Content-Type"),
+        ("advice beyond its bounds", "GET /execution-parameters", "200"),
+        ("advice without strategy", "GET /execution-parameters", "200"),
+        ("this machine only", "socket", "only this machine is answered"),
+        ("port ignored", "SAGEMAKER_BIND_TO_PORT", "Connection refused"),
+        ("ends at once", "start", "exit status 1"),
+        ("sigterm ignored", "SIGTERM", "killed after 3 s"),
+        ("wrong status", "SIGTERM", "exit status 1"),
+        ("requests dropped", "SIGTERM", "requests lost"),
+    ],
+)
+def test_a_planted_fault_is_found_and_nothing_else(
+    tmp_path: Path, fault: str, where: str, found: str
+) -> None:
+    (tmp_path / "row.json").write_text('{"x": 1}')
+    limits = ["--payload", "row.json", "--start-seconds", "4", "--grace-seconds", "3"]
+    status, said = check(tmp_path, *limits, *PLANTED, fault)
+    assert status == 3, said
+    assert rows(said), said
+    for cells in rows(said):
+        assert cells[0].startswith(where), said
+        assert found in cells[1], said
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "found"),
+    [
+        ("loaded twice", "POST /models", "200"),
+        ("every model known", "GET /models/check-2", "200"),
+        ("models not listed", "GET /models", '{"models": []}'),
+        ("unload of nothing", "DELETE /models/check-1", "200"),
+    ],
+)
+def test_a_fault_of_many_models_is_found_and_nothing_else(
+    tmp_path: Path, fault: str, where: str, found: str
+) -> None:
+    (tmp_path / "row.json").write_text('{"x": 1}')
+    limits = ["--payload", "row.json", "--start-seconds", "4", "--model-url", "/opt/ml/models/x"]
+    status, said = check(tmp_path, *limits, *PLANTED, fault)
+    (cells,) = rows(said)
+    assert (status, cells[0]) == (3, where), said
+    assert found in cells[1]
+
+
+def test_nothing_is_found_where_nothing_was_planted(tmp_path: Path) -> None:
+    (tmp_path / "row.json").write_text('{"x": 1}')
+    for more in ([], ["--model-url", "/opt/ml/models/x"]):
+        status, said = check(tmp_path, "--payload", "row.json", *more, *PLANTED, "none")
+        assert (status, said) == (0, "nothing that the platform would trip over\n")
+
+
+def test_nothing_is_found_in_ours(models: Path, tmp_path: Path, sockets: Path) -> None:
+    many = tmp_path / "models"
+    shutil.copytree(models / "tokens.lrai", many / "a" / "model.lrai")
+    artifact = ["--artifact", str(models / "tokens.lrai")]
+    serve = [*LRAI, "sagemaker", "serve", "--host", "0.0.0.0"]  # noqa: S104
+    for arguments in (
+        [*artifact, *serve, "--workers", "2", str(models / "tokens.lrai")],
+        [
+            *artifact,
+            "--model-url",
+            str(tmp_path / "models" / "a"),
+            *serve,
+            str(tmp_path / "models"),
+        ],
+    ):
+        status, said = check(tmp_path, *arguments, sockets=sockets)
+        assert (status, said) == (0, "nothing that the platform would trip over\n")
+
+
+def test_a_container_that_runs_is_checked_by_its_address(
+    tokens: Container, models: Path, tmp_path: Path
+) -> None:
+    url = f"http://{HOST}:{tokens.port}"
+    status, said = check(tmp_path, "--artifact", str(models / "tokens.lrai"), url)
+    assert (status, said) == (0, "nothing that the platform would trip over\n")
+    assert tokens.process.poll() is None
+    status, said = check(tmp_path, url)
+    assert status == 0
+    assert "without --payload or --artifact nothing was asked" in said
+
+
+def test_what_cannot_be_checked_is_explained(tmp_path: Path) -> None:
+    assert check(tmp_path, "no-such-command")[0] == 5
+    assert check(tmp_path, f"http://{HOST}:1", "--payload", "row.json")[0] == 2
+    status, said = check(tmp_path, "--start-seconds", "0.5", f"http://{HOST}:{free_port()}")
+    assert status == 3
+    assert "refused" in said

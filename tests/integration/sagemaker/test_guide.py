@@ -1,0 +1,54 @@
+"""The guide's commands run as they stand, from the top, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrai_sagemaker.commands import serve
+from tests.integration.sagemaker.conftest import free_port
+
+pytestmark = pytest.mark.server
+
+GUIDE = (Path(__file__).parents[3] / "adapters" / "sagemaker" / "README.md").read_text()
+
+
+def test_the_commands_of_the_guide_run(tmp_path: Path, sockets: Path) -> None:
+    script = ["set -eu"]
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL):
+        if language == "sh":
+            script.append(block)
+        elif language == "python":
+            script.append(f"python - <<'PYTHON'\n{block}PYTHON\n")
+    assert len(script) == 7
+    text = "\n".join(script).replace("8080", str(free_port()))
+    place = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    done = subprocess.run(
+        ["/bin/bash", "-c", text],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": os.pathsep.join(place),
+            "LRAI_RUNTIME_SOCKET_DIR": str(sockets),
+            "LRAI_ACTOR_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "variant=fp32" in done.stdout
+    assert done.stdout.endswith("nothing that the platform would trip over\n")
+
+
+def test_the_guide_names_every_option_that_there_is() -> None:
+    source = Path(serve.__file__).read_text()
+    variables = set(re.findall(r'envvar="(\w+)"', source))
+    told = set(re.findall(r"`((?:LRAI_)?SAGEMAKER_\w+)", GUIDE))
+    advice = {"SAGEMAKER_BATCH", "SAGEMAKER_BATCH_STRATEGY", "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS"}
+    assert variables - advice <= told
