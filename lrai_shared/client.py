@@ -62,10 +62,13 @@ class _Asked(Future[lrai.InferenceResponse]):
         tensors: list[wire.Buffer],
         name: str,
         timeout_ms: float,
+        *,
+        stated: bool,
     ) -> None:
         super().__init__()
         self._client, self.form, self.tensors, self.id = client, form, tensors, name
         self.deadline = time.monotonic() + timeout_ms / 1e3
+        self.stated = stated  # else the daemon knows what the model promises everybody
 
     def cancel(self) -> bool:
         """Cancel the request at the daemon, too."""
@@ -151,7 +154,8 @@ class Attached:
             tuple([shape for _, shape, _ in tensors]),
         )
         contents = [data for _, _, data in tensors]
-        asked = _Asked(self, messages.encode_form(form), contents, request.id, timeout_ms)
+        encoded, stated = messages.encode_form(form), given is not None
+        asked = _Asked(self, encoded, contents, request.id, timeout_ms, stated=stated)
         asked.key = self._post(self._asked, self._outbox, asked)
         return asked
 
@@ -370,7 +374,7 @@ class Attached:
             key = self._outbox.popleft()
             if (asked := self._asked.get(key)) is not None:
                 self._on_wire.add(key)
-                left_ms = max(0.0, (asked.deadline - now) * 1e3)
+                left_ms = max(0.0, (asked.deadline - now) * 1e3) if asked.stated else None
                 places = tuple([packer.place(data) for data in asked.tensors])
                 items.append(Infer(key, asked.form, left_ms, places))
         if items or cancelled:

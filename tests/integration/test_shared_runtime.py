@@ -418,6 +418,17 @@ def test_a_deadline_and_a_cancellation_reach_the_queue_of_the_daemon(
         assert runtime.drain()
 
 
+def test_what_a_model_promises_holds_for_who_names_no_time(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    with lrai.Runtime(address="auto") as runtime:
+        runtime.load(classifier_fp32, settings={"scheduler.latency_slo_ms": 1e-3})
+        with pytest.raises(lrai.DeadlineExceeded, match=r"0\.001 ms allowed"):
+            runtime.infer(request(1.0))
+        patient = request(1.0, timeout_ms=10_000)
+        assert runtime.infer(patient).outputs["logits"].shape == (1, 10)
+
+
 def test_errors_are_the_same_as_in_one_process(
     folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
