@@ -26,6 +26,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
 from lrai_mlflow.serving import ServedModel, mlflow_errors
+from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model, token_model
 
 Predict = Callable[[Any], Any]
@@ -36,6 +37,12 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "tokens": token_model,
     "columns": column_model,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime_folder() -> Iterator[Path]:
+    with own_runtime() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +118,13 @@ def rows(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 def runtime_of(model: PyFuncModel) -> lrai.Runtime:
     served = model._model_impl
     assert isinstance(served, ServedModel)
-    return served._runtime
+    return served.held.runtime
+
+
+def served_by(model: PyFuncModel) -> Any:
+    served = model._model_impl
+    assert isinstance(served, ServedModel)
+    return next(m for m in served.held.runtime.models() if m.name == served.held.name)
 
 
 TOKENS = {
@@ -382,11 +395,11 @@ def test_settings_travel_in_the_model_and_give_way_to_the_caller(
     lrai_mlflow.save_model(
         artifact,
         tmp_path / "model",
-        model_config={"scheduler": {"max_batch_rows": 7}, "actor.threads": 1},
+        model_config={"limits": {"request_rows": 2}, "actor.replicas": 1},
     )
-    model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"actor.threads": 2})
-    config = runtime_of(model).config
-    assert (config.scheduler.max_batch_rows, config.actor.threads) == (7, 2)
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"actor.replicas": 2})
+    assert runtime_of(model).config.limits.request_rows == 2
+    assert len(served_by(model).actor_pids) == 2
 
 
 def test_an_unknown_setting_is_refused_when_it_is_saved(
@@ -396,11 +409,12 @@ def test_an_unknown_setting_is_refused_when_it_is_saved(
         lrai_mlflow.save_model(artifact, tmp_path / "m", model_config={"scheduler": {"speed": 1}})
 
 
-def test_a_model_that_is_let_go_leaves_no_process(saved: Path) -> None:
-    model = mlflow.pyfunc.load_model(str(saved))
-    (served,) = runtime_of(model).models()
-    assert served.actor_pid is not None
-    process = Path("/proc", str(served.actor_pid))
+def test_a_model_that_is_let_go_leaves_no_process(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    lrai_mlflow.save_model(artifact, tmp_path / "model", model_config={"variant": "fp32"})
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    pid = served_by(model).actor_pid
+    assert pid is not None
+    process = Path("/proc", str(pid))
     assert process.exists()
     del model
     gc.collect()
