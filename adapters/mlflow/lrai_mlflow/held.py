@@ -46,13 +46,7 @@ class Held:
                 self._lock = file.open("ab")
                 fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits while another one unloads it
                 file.write_text(self.name, encoding="utf-8")
-            self.runtime.load(
-                artifact,
-                name=self.name,
-                variant=settings.variant,
-                require=settings.require,
-                settings=settings.own,
-            )
+            self.runtime.load(artifact, name=self.name, **settings.how)
             served = [m.variant for m in self.runtime.models() if m.name == self.name]
             self.variant = served[0] if served else artifact.manifest.chosen
         except BaseException:

@@ -26,6 +26,11 @@ class Settings(NamedTuple):
     require: dict[str, Any] | None
     variant: str
 
+    @property
+    def how(self) -> Any:
+        """Return what `Runtime.load` and `swap` want to be told by name."""
+        return {"variant": self.variant, "require": self.require, "settings": self.own}
+
 
 def settings_of(tree: Mapping[str, Any] | None) -> Settings:
     """Return what a tree of any depth, or dotted names, say; values may be text.

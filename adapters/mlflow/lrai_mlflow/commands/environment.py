@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,9 +17,9 @@ from mlflow.utils.environment import (
 )
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from lrai_wheel import build_wheel
+from lrai_wheel.pins import installed_version, pins_of
 
 _CONDA: Final = "conda.yaml"
 _PYTHON: Final = "python_env.yaml"
@@ -57,7 +56,7 @@ def write_environment(
     elif pip_requirements is not None:
         _, requirements, constraints = _process_pip_requirements(None, _lines(pip_requirements))
     else:
-        _write(constraints_file, default_constraints())
+        _write(constraints_file, pins_of("mlflow"))
         wanted = [*default_requirements(), *_lines(extra_pip_requirements or [])]
         wanted.append(f"-c {constraints_file}")
         _, requirements, constraints = _process_pip_requirements(None, wanted)
@@ -76,42 +75,8 @@ def write_environment(
 
 def default_requirements() -> list[str]:
     """Return the pinned packages that serving imports; our wheel is not among them."""
-    return [f"{name}=={distribution(name).version}" for name in _PINNED.split() if _installed(name)]
-
-
-def default_constraints() -> list[str]:
-    """Return a pin for every package that lrai and its mlflow extra bring here.
-
-    A version that no index has, such as 2.1.0+cpu, is left out.
-    """
-    found: dict[str, str] = {}
-    wanted = [("lrai", frozenset({"mlflow"}))]
-    seen = set()
-    while wanted:
-        name, extras = wanted.pop()
-        if (name, extras) in seen or not _installed(name):
-            continue
-        seen.add((name, extras))
-        here = distribution(name)
-        found[name] = here.version
-        for line in here.requires or ():
-            requirement = Requirement(line)
-            marker = requirement.marker
-            if marker is None or any(marker.evaluate({"extra": e}) for e in extras or {""}):
-                wanted.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    return sorted(
-        f"{name}=={version}"
-        for name, version in found.items()
-        if name != "lrai" and Version(version).local is None
-    )
-
-
-def _installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    found = {name: installed_version(name) for name in _PINNED.split()}
+    return [f"{name}=={version}" for name, version in found.items() if version]
 
 
 def _name(requirement: str) -> str:
