@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import queue
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlflow.onnx
 import mlflow.pyfunc
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -25,7 +28,9 @@ from mlflow.pyfunc import PyFuncModel
 import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
+from lrai_mlflow.held import Held
 from lrai_mlflow.serving import ServedModel, mlflow_errors
+from lrai_mlflow.watch import Watch, tell_cap
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model, token_model
 
@@ -435,6 +440,70 @@ def test_a_logged_model_is_tried_with_its_example_and_loaded_by_its_address(
     assert logged.flavors["lrai"]["artifact_version"] == artifact.version
     assert lrai_mlflow.load_model(logged.model_uri).sha256 == artifact.sha256
     assert "Failed to validate serving input" not in caplog.text
+
+
+@dataclasses.dataclass
+class Looked:
+    """Stands for a model in a runtime, which says what it is told to say."""
+
+    says: str | lrai.LraiError
+    name: str = "model"
+
+    def state(self) -> str:
+        if isinstance(self.says, lrai.LraiError):
+            raise self.says
+        return self.says
+
+
+@pytest.mark.parametrize(
+    ("says", "patience_seconds", "why"),
+    [
+        ("dead", 60.0, "it failed beyond repair, or is not loaded any more"),
+        ("stalled", 1.0, "it was not ready for"),
+        (lrai.NotReady("no answer"), 1.0, "it was not ready for"),
+    ],
+)
+def test_a_model_that_will_not_come_back_ends_the_worker(
+    says: str | lrai.LraiError, patience_seconds: float, why: str
+) -> None:
+    ended = queue.Queue[str]()
+    Watch(cast("Held", Looked(says)), patience_seconds, ended.put)
+    assert why in ended.get(timeout=10)
+    time.sleep(1.5)
+    assert ended.empty(), "it is told once"
+
+
+@pytest.mark.parametrize("says", ["ok", "idle", "stalled"])
+def test_a_model_that_works_or_is_slow_does_not(says: str) -> None:
+    ended = queue.Queue[str]()
+    watch = Watch(cast("Held", Looked(says)), 60.0 if says == "stalled" else 1.0, ended.put)
+    time.sleep(4.5)
+    watch.close()
+    assert ended.empty()
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"), [("1", True), ("2", True), ("16", False), ("many", True)]
+)
+def test_a_cap_that_keeps_calls_small_is_told(
+    artifact: lrai.Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    workers: str,
+    told: bool,
+) -> None:
+    variant = artifact.manifest.variant("fp32")
+    profile = tuple(
+        msgspec.structs.replace(variant.latency[0], rows=rows, length=0, median_ms=milliseconds)
+        for rows, milliseconds in ((1, 1.0), (4, 2.0), (16, 4.0), (64, 8.0))
+    )
+    variants = (msgspec.structs.replace(variant, latency=profile),)
+    manifest = msgspec.structs.replace(artifact.manifest, variants=variants)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["uvicorn", "--workers", workers, "app"])
+    tell_cap(dataclasses.replace(artifact, manifest=manifest), "fp32")
+    assert ("at most 6 requests at a time (CPUs + 4)" in caplog.text) == told
+    assert ("--workers 11 reaches them" in caplog.text) == told
 
 
 def damage(path: Path) -> None:

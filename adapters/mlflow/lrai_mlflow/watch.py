@@ -69,7 +69,8 @@ class Watch:
             patience_seconds: How long it may be neither ready nor dead, or the runtime silent.
             end: Told why; by default it ends this process, as SIGTERM does.
         """
-        self._held, self._patience, self._end = held, patience_seconds, end or _end
+        self._held, self._end = held, end or _end
+        self._patience = patience_seconds + _DEAD_LOOKS * _LOOK_SECONDS
         self._well_at, self._dead, self._over = time.monotonic(), 0, False
         # Asking a runtime that is stopped blocks for long, so somebody else looks at the clock.
         for work in (self._ask, self._judge):
