@@ -125,7 +125,7 @@ def runs_code(folder: Path, flavor: str, configuration: dict[str, Any]) -> str:
     if any(str(name).split(".")[0] not in (flavor, "collections") for name in trusted):
         return f"it names types that skops is to trust: {', '.join(map(str, trusted))[:200]}"
     made_of = str(configuration.get("model_class", flavor))  # what xgboost's loader imports
-    if made_of.split(".")[0] != flavor:
+    if made_of.split(".", maxsplit=1)[0] != flavor:
         return f"it is to be loaded as a {made_of[:100]}"
     pickles = [path for path in folder.rglob("*") if path.suffix.lower() in _PICKLES]
     return f"it is a pickle ({pickles[0].relative_to(folder)})" if pickles else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def end_runtime(folder: Path) -> None:
     if own.exists() and is_running(shared_folder(config)):
         with contextlib.closing(Attached(config)) as client:
             client.call("stop", {}, type(None))
+        deadline = time.monotonic() + 20
+        while is_running(own):
+            assert time.monotonic() < deadline, "the runtime does not end"
+            time.sleep(0.02)
 
 
 def daemon_pids(folder: Path) -> list[int]:

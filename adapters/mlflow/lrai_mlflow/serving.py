@@ -19,10 +19,12 @@ from lrai_codecs import by_name, fit, text
 from lrai_core import (
     Artifact,
     ArtifactError,
+    ConditionNotMet,
     InferenceRequest,
     InferenceResponse,
     LraiError,
     TensorSpec,
+    UsageError,
 )
 from lrai_mlflow.held import Held
 from lrai_mlflow.settings import settings_of
@@ -93,7 +95,9 @@ def mlflow_errors() -> Iterator[None]:
     except LraiError as error:
         wait = getattr(error, "retry_after_seconds", None)
         more = {} if wait is None else {"retry_after_seconds": wait}
-        raise MlflowException(str(error), get_error_code(error.http_status), **more) from error
+        loads = isinstance(error, ArtifactError | ConditionNotMet | UsageError)  # no caller does
+        status = 400 if loads else error.http_status
+        raise MlflowException(str(error), get_error_code(status), **more) from error
 
 
 def to_lrai(

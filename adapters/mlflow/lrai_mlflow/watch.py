@@ -38,8 +38,7 @@ def is_worker() -> bool:
 def tell_cap(artifact: Artifact, variant: str) -> None:
     """Warn where MLflow hands over too few requests at a time for the calls that pay most."""
     threads = min(32, (os.cpu_count() or 1) + 4)  # of asyncio.to_thread
-    argv = sys.argv
-    count = argv[argv.index(_WORKERS) + 1] if _WORKERS in argv[:-1] else ""
+    count = sys.argv[sys.argv.index(_WORKERS) + 1] if _WORKERS in sys.argv[:-1] else ""
     workers = int(count) if count.isdecimal() else 1
     profile = artifact.manifest.variant(variant).latency
     length = max((point.length for point in profile), default=0)
