@@ -55,7 +55,11 @@ def post(
     given = {"Content-Type": content_type} if content_type is not None else {}
     connection = http.client.HTTPConnection(HOST, port, timeout=timeout_seconds)
     with contextlib.closing(connection):
-        connection.request("POST", "/invocations", content, {**given, **(headers or {})})
+        chunked = isinstance(content, Iterator)
+        given |= {"Transfer-Encoding": "chunked"} if chunked else {}
+        connection.request(
+            "POST", "/invocations", content, {**given, **(headers or {})}, encode_chunked=chunked
+        )
         reply = connection.getresponse()
         text = reply.read().decode("utf-8", "replace")
     try:
