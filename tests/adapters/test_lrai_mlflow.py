@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import queue
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -318,14 +321,28 @@ def test_an_input_example_is_kept(artifact: lrai.Artifact, tmp_path: Path) -> No
 
 def test_requirements_are_this_environment_and_our_wheel(saved: Path) -> None:
     requirements = (saved / "requirements.txt").read_text().splitlines()
-    wheel = requirements.pop()
-    assert re.fullmatch(r"wheels/lrai-[\d.]+-1[0-9a-f]{12}-py3-none-any\.whl", wheel)
-    assert (saved / wheel).is_file()
+    own = requirements.pop()
+    assert re.fullmatch(rf"lrai=={version('lrai')}\+g[0-9a-f]{{12}}", own)
+    (wheel,) = (saved / "wheels").iterdir()
+    assert wheel.name == f"{own.replace('==', '-')}-py3-none-any.whl"
+    assert requirements.pop() == "--find-links wheels"
     assert requirements.pop() == "-c constraints.txt"
     names = ["mlflow-skinny", "pandas", "numpy", "msgspec", "onnx"]
     names += ["onnxruntime", "pyzmq"]
     assert requirements == [f"{name}=={version(name)}" for name in names]
-    assert wheel in (saved / "conda.yaml").read_text()
+    assert own in (saved / "conda.yaml").read_text()
+
+
+def test_the_wheel_is_found_from_wherever_pip_runs(saved: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index"]
+    command += ["--ignore-installed", "--report", "-", "--quiet", "-r"]
+    own = tmp_path / "requirements.txt"
+    lines = (saved / "requirements.txt").read_text().splitlines()[-2:]
+    shutil.copytree(saved / "wheels", tmp_path / "wheels")
+    own.write_text("\n".join(lines))
+    done = subprocess.run([*command, str(own)], capture_output=True, check=True, cwd="/")
+    (found,) = json.loads(done.stdout)["install"]
+    assert found["download_info"]["url"].startswith((tmp_path / "wheels").as_uri())
 
 
 def test_constraints_pin_what_the_requirements_bring(saved: Path) -> None:
@@ -339,9 +356,10 @@ def test_given_requirements_replace_ours_but_for_the_wheel(
     artifact: lrai.Artifact, tmp_path: Path
 ) -> None:
     lrai_mlflow.save_model(artifact, tmp_path / "a", pip_requirements=["numpy"])
-    mlflow_pin, numpy, wheel = (tmp_path / "a" / "requirements.txt").read_text().splitlines()
+    mlflow_pin, numpy, _, own = (tmp_path / "a" / "requirements.txt").read_text().splitlines()
     assert (mlflow_pin.partition("==")[0], numpy) == ("mlflow", "numpy")
-    assert (tmp_path / "a" / wheel).is_file()
+    assert own.startswith("lrai==")
+    assert len(list((tmp_path / "a" / "wheels").iterdir())) == 1
     assert not (tmp_path / "a" / "constraints.txt").exists()
 
     lrai_mlflow.save_model(artifact, tmp_path / "b", pip_requirements=["lrai", "mlflow-skinny"])

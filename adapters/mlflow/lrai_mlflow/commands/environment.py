@@ -61,7 +61,9 @@ def write_environment(
         wanted.append(f"-c {constraints_file}")
         _, requirements, constraints = _process_pip_requirements(None, wanted)
     if all(_name(requirement) != "lrai" for requirement in requirements):
-        requirements.append(f"{_WHEELS}/{build_wheel(model / _WHEELS).name}")
+        # By its version: pip reads a path in the file as one from where it runs.
+        version = build_wheel(model / _WHEELS).name.split("-")[1]
+        requirements += [f"--find-links {_WHEELS}", f"lrai=={version}"]
     if constraints:
         _write(constraints_file, constraints)
     _write(model / "requirements.txt", requirements)
