@@ -277,13 +277,21 @@ def test_ping_is_silent_until_the_model_is_loaded(saved: Path, tmp_path: Path) -
         assert post(one.port, GOOD).status == 200
 
 
-def test_without_mlflow_the_flavor_says_what_to_install(tmp_path: Path) -> None:
-    code = (
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("import lrai_mlflow", 1),
+        ("sys.argv = ['lrai', 'mlflow']; from lrai_core.cli import main; main()", 5),
+    ],
+)
+def test_without_mlflow_the_flavor_says_what_to_install(code: str, status: int) -> None:
+    hide = (
         "import sys, importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'mlflow' else found(name, *a)\n"
-        "import lrai_mlflow"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", hide + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status
     assert "pip install 'lrai[mlflow]'" in done.stderr
 
 

@@ -9,12 +9,9 @@ first used, so that a server does not load it.
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if find_spec("mlflow") is None:
-    raise ImportError("the lrai flavor needs MLflow: pip install 'lrai[mlflow]'")
-
+from lrai_mlflow.extra import MissingExtra as MissingExtra  # first
 from lrai_mlflow.flavor import FLAVOR_NAME, load_model, log_model, save_model
 from lrai_mlflow.flavor import _load_pyfunc as _load_pyfunc
 

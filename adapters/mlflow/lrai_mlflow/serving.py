@@ -15,17 +15,8 @@ from mlflow.exceptions import MlflowException, get_error_code
 from mlflow.models.model import MLMODEL_FILE_NAME
 from numpy.typing import NDArray
 
+import lrai_core as lrai
 from lrai_codecs import by_name, fit, text
-from lrai_core import (
-    Artifact,
-    ArtifactError,
-    ConditionNotMet,
-    InferenceRequest,
-    InferenceResponse,
-    LraiError,
-    TensorSpec,
-    UsageError,
-)
 from lrai_mlflow.held import Held
 from lrai_mlflow.settings import settings_of
 from lrai_mlflow.watch import Watch, is_worker, tell_cap
@@ -55,8 +46,8 @@ class ServedModel:
         with mlflow_errors():
             data, asked = Path(path), settings_of(settings)
             if data.name != DATA or not data.with_name(MLMODEL_FILE_NAME).is_file():
-                raise ArtifactError(f"no {DATA} beside an MLmodel: it was changed after saving")
-            artifact = Artifact.open(data)  # every file hashed, for it may be found loaded
+                raise lrai.ArtifactError(f"no {DATA} beside an MLmodel: changed after saving")
+            artifact = lrai.Artifact.open(data)  # every file hashed, for it may be found loaded
             held = Held(artifact, asked)
         self.held = held
         self._inputs = artifact.manifest.signature.inputs
@@ -92,26 +83,28 @@ def mlflow_errors() -> Iterator[None]:
     """Turn LRAI's errors into MLflow's, which its scoring server answers with the same status."""
     try:
         yield
-    except LraiError as error:
+    except lrai.LraiError as error:
         wait = getattr(error, "retry_after_seconds", None)
         more = {} if wait is None else {"retry_after_seconds": wait}
-        loads = isinstance(error, ArtifactError | ConditionNotMet | UsageError)  # no caller does
+        loads = isinstance(
+            error, lrai.ArtifactError | lrai.ConditionNotMet | lrai.UsageError
+        )  # no caller does
         status = 400 if loads else error.http_status
         raise MlflowException(str(error), get_error_code(status), **more) from error
 
 
 def to_lrai(
-    data: Any, inputs: Sequence[TensorSpec], params: Mapping[str, Any], model_name: str
-) -> InferenceRequest:
+    data: Any, inputs: Sequence[lrai.TensorSpec], params: Mapping[str, Any], model_name: str
+) -> lrai.InferenceRequest:
     """Return the request that `data` states; what does not fit is for the runtime to refuse."""
-    return InferenceRequest(
+    return lrai.InferenceRequest(
         model_name=model_name,
         inputs=fit(_by_name(data, inputs), inputs),
         timeout_ms=params.get("timeout_ms"),
     )
 
 
-def from_lrai(response: InferenceResponse, data: Any) -> Answer:
+def from_lrai(response: lrai.InferenceResponse, data: Any) -> Answer:
     """Return the answer in the form that `mlflow.onnx` gives to a request of this form.
 
     That is, for a DataFrame of scalars, each output flattened into a column. A DataFrame with lists
@@ -126,7 +119,7 @@ def from_lrai(response: InferenceResponse, data: Any) -> Answer:
     return pd.DataFrame({name: list(output) for name, output in outputs.items()})
 
 
-def _by_name(data: Any, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
+def _by_name(data: Any, inputs: Sequence[lrai.TensorSpec]) -> dict[str, Any]:
     if not isinstance(data, pd.DataFrame):
         return by_name(data, inputs)
     names = [spec.name for spec in inputs]
