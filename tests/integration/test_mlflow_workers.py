@@ -175,11 +175,14 @@ def test_a_server_that_was_ended_does_not_keep_its_model_in_the_runtime_of_other
             assert len(runtime.models()) == 1
             os.killpg(first.processes()[0], signal.SIGTERM)
             wait_for(lambda: not workers(first))
+            (left,) = runtime.models()
         with start(other, tmp_path) as second:
             second.wait_until_ready("/ping")
             assert post(second.port, BODIES[0]).status == 200
+            (served,) = runtime.models()
+            assert served.name != left.name
             os.killpg(second.processes()[0], signal.SIGINT)
-            wait_for(lambda: len(runtime.models()) <= 1)
+            wait_for(lambda: runtime.models() == [])
 
 
 def workers(server: Server) -> list[int]:

@@ -49,6 +49,7 @@ class Held:
             self.runtime.load(artifact, name=self.name, **settings.how)
             served = [m.variant for m in self.runtime.models() if m.name == self.name]
             self.variant = served[0] if served else artifact.manifest.chosen
+            self._sweep()
         except BaseException:
             self.close()
             raise
@@ -66,18 +67,17 @@ class Held:
         """Let go of the model; where nobody else holds it, it is unloaded."""
         if self._lock is not None:
             self._lock.close()
-        if self._locks is not None:
-            for file in self._locks.glob("*.held"):
-                self._unload(file)
+        self._sweep()
         self.runtime.close()
 
-    def _unload(self, file: Path) -> None:
-        """Unload what a file names, if nobody holds it."""
-        with file.open("r+b") as lock, contextlib.suppress(BlockingIOError, LraiError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if name := lock.read().decode("utf-8", "replace"):
-                lock.truncate(0)
-                self.runtime.unload(name)
+    def _sweep(self) -> None:
+        """Unload what nobody holds any more: a server that SIGTERM ends does not get to it."""
+        for path in self._locks.glob("*.held") if self._locks else ():
+            with path.open("r+b") as lock, contextlib.suppress(BlockingIOError, LraiError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if name := lock.read().decode("utf-8", "replace"):
+                    lock.truncate(0)
+                    self.runtime.unload(name)
 
 
 def lock_folder(config: LraiConfig) -> Path | None:
