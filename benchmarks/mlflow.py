@@ -60,7 +60,7 @@ NOT_BEHIND: Final = 0.97
 THREADS: Final = 1
 SEED: Final = 0
 _TEXTS: Final = 4_200
-_RUNTIME_SECONDS = 60.0  # a shared runtime ends half a minute after its last client
+_RUNTIME_SECONDS: Final = 60.0  # a shared runtime ends half a minute after its last client
 _WARM_UP: Final = 40  # requests to each server before the first round
 PLAIN, ALONE, LRAI = "mlflow.onnx fp32", "mlflow.onnx variant", "lrai"
 
