@@ -60,6 +60,7 @@ NOT_BEHIND: Final = 0.97
 THREADS: Final = 1
 SEED: Final = 0
 _TEXTS: Final = 4_200
+_RUNTIME_SECONDS: Final = 60.0  # a shared runtime ends half a minute after its last client
 _WARM_UP: Final = 40  # requests to each server before the first round
 PLAIN, ALONE, LRAI = "mlflow.onnx fp32", "mlflow.onnx variant", "lrai"
 
@@ -142,7 +143,7 @@ def run(arguments: argparse.Namespace, scratch: Path, stack: contextlib.ExitStac
     measure(candidates, payloads, plan)
     for candidate in candidates:
         candidate.memory_bytes = candidate.server.memory_bytes()
-        if left := candidate.server.stop():
+        if left := candidate.server.stop(_RUNTIME_SECONDS):
             raise RuntimeError(f"{candidate.name} left processes behind: {left}")
     ratios = compare(candidates)
     chart = arguments.out / "mlflow.png"

@@ -1,8 +1,9 @@
 """The wheel of the lrai that is installed here, rebuilt from its files, to travel inside a model.
 
-A model must be served by the code that it was saved with, also where no index has it. The file's
-name carries a hash of the content: MLflow knows an environment by the text of its requirements, and
-would serve old code under an unchanged name.
+A model must be served by the code that it was saved with, also where no index has it. Its version
+carries a hash of the content, as a local label, 0.1.0+g1234: MLflow knows an environment by the
+text of its requirements, and would serve old code under an unchanged one; and no index may hold
+such a version, so that nobody else's package is taken for it.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ def build_wheel(folder: Path) -> Path:
     It holds every package of lrai, as the entry points name all of them.
     """
     installed = distribution(_DISTRIBUTION)
-    info = f"{_DISTRIBUTION}-{installed.version}.dist-info"
-    files = {**_code(), **_metadata(installed, info)}
+    code, told = _code(), _metadata(installed)
     content = hashlib.sha256()
-    for name, data in sorted(files.items()):
+    for name, data in sorted({**code, **told}.items()):
         content.update(f"{name}\0{len(data)}\0".encode() + data)
-    build = "1" + content.hexdigest()[:_HASH_DIGITS]  # a build tag starts with a digit
-    files[f"{info}/WHEEL"] = (
-        f"Wheel-Version: 1.0\nGenerator: lrai {installed.version}\nRoot-Is-Purelib: true\n"
-        f"Tag: {_TAG}\nBuild: {build}\n"
-    ).encode()
+    version = f"{installed.version.partition('+')[0]}+g{content.hexdigest()[:_HASH_DIGITS]}"
+    told["METADATA"] += f"Version: {version}\n".encode()
+    made_by = f"Wheel-Version: 1.0\nGenerator: lrai {installed.version}"
+    told["WHEEL"] = f"{made_by}\nRoot-Is-Purelib: true\nTag: {_TAG}\n".encode()
+    info = f"{_DISTRIBUTION}-{version}.dist-info"
+    files = code | {f"{info}/{name}": data for name, data in told.items()}
     record = [f"{name},sha256={_digest(data)},{len(data)}" for name, data in files.items()]
     files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_DISTRIBUTION}-{installed.version}-{build}-{_TAG}.whl"
+    path = folder / f"{_DISTRIBUTION}-{version}-{_TAG}.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -77,13 +78,16 @@ def _code() -> dict[str, bytes]:
     return files
 
 
-def _metadata(installed: Distribution, info: str) -> dict[str, bytes]:
-    """Return the metadata files; of METADATA the fields, without the page that describes lrai."""
-    fields = (installed.read_text("METADATA") or "").partition("\n\n")[0].strip()
-    files = {f"{info}/METADATA": f"{fields}\n".encode()}
+def _metadata(installed: Distribution) -> dict[str, bytes]:
+    """Return the metadata files; of METADATA the fields, but for the version, and no page."""
+    fields = (installed.read_text("METADATA") or "").partition("\n\n")[0].strip().splitlines()
+    kept = [line for line in fields if not line.startswith("Version:")]
+    files = {"METADATA": "\n".join([*kept, ""]).encode()}
     for path in sorted(installed.files or []):
-        if path.parts[0] == info and (path.parts[1] == "licenses" or path.name == _ENTRY_POINTS):
-            files[path.as_posix()] = path.read_binary()
+        if path.parts[0].endswith(".dist-info"):
+            name = path.relative_to(path.parts[0]).as_posix()
+            if name.startswith("licenses/") or name == _ENTRY_POINTS:
+                files[name] = path.read_binary()
     return files
 
 

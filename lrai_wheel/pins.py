@@ -1,8 +1,8 @@
-"""The versions that are installed here, to have the same ones elsewhere."""
+"""The versions that run here, of what lrai brings: constraints for where its wheel is installed."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -10,29 +10,35 @@ from packaging.version import Version
 
 
 def pins(extra: str) -> list[str]:
-    """Return `name==version` for every package that lrai and an extra of it bring here.
+    """Return a pin for every package that lrai and one extra of it bring here.
 
-    lrai itself is left out, and a version that no index has, such as 2.1.0+cpu.
+    A version that no index has, such as 2.1.0+cpu, is left out.
     """
     found: dict[str, str] = {}
-    wanted, seen = [("lrai", frozenset({extra}))], set()
+    wanted = [("lrai", frozenset({extra}))]
+    seen = set()
     while wanted:
         name, extras = wanted.pop()
-        if (name, extras) in seen:
+        here = installed_version(name)
+        if (name, extras) in seen or not here:
             continue
         seen.add((name, extras))
-        try:
-            here = distribution(name)
-        except PackageNotFoundError:
-            continue
-        found[name] = here.version
-        for line in here.requires or ():
+        found[name] = here
+        for line in distribution(name).requires or ():
             requirement = Requirement(line)
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": e}) for e in extras or {""}):
                 wanted.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     return sorted(
-        f"{name}=={version}"
-        for name, version in found.items()
-        if name != "lrai" and Version(version).local is None
+        f"{name}=={here}"
+        for name, here in found.items()
+        if name != "lrai" and Version(here).local is None
     )
+
+
+def installed_version(name: str) -> str:
+    """Return the version of a package that is installed here, empty where it is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,7 +22,9 @@ def test_the_wheel_holds_code_and_nothing_else(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        info = f"lrai-{version('lrai')}.dist-info"
+        (info,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
+        assert re.fullmatch(rf"lrai-{version('lrai')}\+g[0-9a-f]{{12}}\.dist-info", info)
+        assert wheel.name == f"{info.removesuffix('.dist-info')}-py3-none-any.whl"
         packages = {name.partition("/")[0] for name in names} - {info}
         shipped = tomllib.loads(PYPROJECT.read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
         assert packages == {Path(package).name for package in shipped["packages"]}
@@ -29,6 +32,8 @@ def test_the_wheel_holds_code_and_nothing_else(tmp_path: Path) -> None:
         assert all(name.endswith((".py", "py.typed")) for name in code)
         assert {"lrai_core/actor/actor.py", "lrai_core/py.typed"} <= set(code)
         assert {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD")} <= set(names)
+        stated = info.removesuffix(".dist-info").removeprefix("lrai-")
+        assert f"\nVersion: {stated}\n".encode() in archive.read(f"{info}/METADATA")
         assert b"Requires-Dist: onnxruntime" in archive.read(f"{info}/METADATA")
         assert b"lrai_core.cli:main" in archive.read(f"{info}/entry_points.txt")
 

@@ -38,7 +38,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "deployments": (1000, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
     "codecs": (600, ["lrai_codecs"]),
-    "wheel": (100, ["lrai_wheel"]),
+    "wheel": (110, ["lrai_wheel"]),
 }
 ADAPTER_BUDGET = 400  # what the host loads
 COMMANDS_BUDGET = 500  # an adapter's commands/ folder

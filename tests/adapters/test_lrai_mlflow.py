@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
+import queue
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlflow.onnx
 import mlflow.pyfunc
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -25,7 +31,10 @@ from mlflow.pyfunc import PyFuncModel
 import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
+from lrai_mlflow.held import Held
 from lrai_mlflow.serving import ServedModel, mlflow_errors
+from lrai_mlflow.watch import Watch, tell_cap
+from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model, token_model
 
 Predict = Callable[[Any], Any]
@@ -36,6 +45,12 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "tokens": token_model,
     "columns": column_model,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime_folder() -> Iterator[Path]:
+    with own_runtime() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +126,13 @@ def rows(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 def runtime_of(model: PyFuncModel) -> lrai.Runtime:
     served = model._model_impl
     assert isinstance(served, ServedModel)
-    return served._runtime
+    return served.held.runtime
+
+
+def served_by(model: PyFuncModel) -> Any:
+    served = model._model_impl
+    assert isinstance(served, ServedModel)
+    return next(m for m in served.held.runtime.models() if m.name == served.held.name)
 
 
 TOKENS = {
@@ -300,14 +321,28 @@ def test_an_input_example_is_kept(artifact: lrai.Artifact, tmp_path: Path) -> No
 
 def test_requirements_are_this_environment_and_our_wheel(saved: Path) -> None:
     requirements = (saved / "requirements.txt").read_text().splitlines()
-    wheel = requirements.pop()
-    assert re.fullmatch(r"wheels/lrai-[\d.]+-1[0-9a-f]{12}-py3-none-any\.whl", wheel)
-    assert (saved / wheel).is_file()
+    own = requirements.pop()
+    assert re.fullmatch(rf"lrai=={version('lrai')}\+g[0-9a-f]{{12}}", own)
+    (wheel,) = (saved / "wheels").iterdir()
+    assert wheel.name == f"{own.replace('==', '-')}-py3-none-any.whl"
+    assert requirements.pop() == "--find-links wheels"
     assert requirements.pop() == "-c constraints.txt"
     names = ["mlflow-skinny", "pandas", "numpy", "msgspec", "onnx"]
     names += ["onnxruntime", "pyzmq"]
     assert requirements == [f"{name}=={version(name)}" for name in names]
-    assert wheel in (saved / "conda.yaml").read_text()
+    assert own in (saved / "conda.yaml").read_text()
+
+
+def test_the_wheel_is_found_from_wherever_pip_runs(saved: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index"]
+    command += ["--ignore-installed", "--report", "-", "--quiet", "-r"]
+    own = tmp_path / "requirements.txt"
+    lines = (saved / "requirements.txt").read_text().splitlines()[-2:]
+    shutil.copytree(saved / "wheels", tmp_path / "wheels")
+    own.write_text("\n".join(lines))
+    done = subprocess.run([*command, str(own)], capture_output=True, check=True, cwd="/")
+    (found,) = json.loads(done.stdout)["install"]
+    assert found["download_info"]["url"].startswith((tmp_path / "wheels").as_uri())
 
 
 def test_constraints_pin_what_the_requirements_bring(saved: Path) -> None:
@@ -321,9 +356,10 @@ def test_given_requirements_replace_ours_but_for_the_wheel(
     artifact: lrai.Artifact, tmp_path: Path
 ) -> None:
     lrai_mlflow.save_model(artifact, tmp_path / "a", pip_requirements=["numpy"])
-    mlflow_pin, numpy, wheel = (tmp_path / "a" / "requirements.txt").read_text().splitlines()
+    mlflow_pin, numpy, _, own = (tmp_path / "a" / "requirements.txt").read_text().splitlines()
     assert (mlflow_pin.partition("==")[0], numpy) == ("mlflow", "numpy")
-    assert (tmp_path / "a" / wheel).is_file()
+    assert own.startswith("lrai==")
+    assert len(list((tmp_path / "a" / "wheels").iterdir())) == 1
     assert not (tmp_path / "a" / "constraints.txt").exists()
 
     lrai_mlflow.save_model(artifact, tmp_path / "b", pip_requirements=["lrai", "mlflow-skinny"])
@@ -382,11 +418,11 @@ def test_settings_travel_in_the_model_and_give_way_to_the_caller(
     lrai_mlflow.save_model(
         artifact,
         tmp_path / "model",
-        model_config={"scheduler": {"max_batch_rows": 7}, "actor.threads": 1},
+        model_config={"limits": {"request_rows": 2}, "actor.replicas": 1},
     )
-    model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"actor.threads": 2})
-    config = runtime_of(model).config
-    assert (config.scheduler.max_batch_rows, config.actor.threads) == (7, 2)
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"actor.replicas": 2})
+    assert runtime_of(model).config.limits.request_rows == 2
+    assert len(served_by(model).actor_pids) == 2
 
 
 def test_an_unknown_setting_is_refused_when_it_is_saved(
@@ -396,11 +432,12 @@ def test_an_unknown_setting_is_refused_when_it_is_saved(
         lrai_mlflow.save_model(artifact, tmp_path / "m", model_config={"scheduler": {"speed": 1}})
 
 
-def test_a_model_that_is_let_go_leaves_no_process(saved: Path) -> None:
-    model = mlflow.pyfunc.load_model(str(saved))
-    (served,) = runtime_of(model).models()
-    assert served.actor_pid is not None
-    process = Path("/proc", str(served.actor_pid))
+def test_a_model_that_is_let_go_leaves_no_process(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    lrai_mlflow.save_model(artifact, tmp_path / "model", model_config={"variant": "fp32"})
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    pid = served_by(model).actor_pid
+    assert pid is not None
+    process = Path("/proc", str(pid))
     assert process.exists()
     del model
     gc.collect()
@@ -421,6 +458,70 @@ def test_a_logged_model_is_tried_with_its_example_and_loaded_by_its_address(
     assert logged.flavors["lrai"]["artifact_version"] == artifact.version
     assert lrai_mlflow.load_model(logged.model_uri).sha256 == artifact.sha256
     assert "Failed to validate serving input" not in caplog.text
+
+
+@dataclasses.dataclass
+class Looked:
+    """Stands for a model in a runtime, which says what it is told to say."""
+
+    says: str | lrai.LraiError
+    name: str = "model"
+
+    def state(self) -> str:
+        if isinstance(self.says, lrai.LraiError):
+            raise self.says
+        return self.says
+
+
+@pytest.mark.parametrize(
+    ("says", "patience_seconds", "why"),
+    [
+        ("dead", 60.0, "it failed beyond repair, or is not loaded any more"),
+        ("stalled", 1.0, "it was not ready for"),
+        (lrai.NotReady("no answer"), 1.0, "it was not ready for"),
+    ],
+)
+def test_a_model_that_will_not_come_back_ends_the_worker(
+    says: str | lrai.LraiError, patience_seconds: float, why: str
+) -> None:
+    ended = queue.Queue[str]()
+    Watch(cast("Held", Looked(says)), patience_seconds, ended.put)
+    assert why in ended.get(timeout=10)
+    time.sleep(1.5)
+    assert ended.empty(), "it is told once"
+
+
+@pytest.mark.parametrize("says", ["ok", "idle", "stalled"])
+def test_a_model_that_works_or_is_slow_does_not(says: str) -> None:
+    ended = queue.Queue[str]()
+    watch = Watch(cast("Held", Looked(says)), 60.0 if says == "stalled" else 1.0, ended.put)
+    time.sleep(4.5)
+    watch.close()
+    assert ended.empty()
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"), [("1", True), ("2", True), ("16", False), ("many", True)]
+)
+def test_a_cap_that_keeps_calls_small_is_told(
+    artifact: lrai.Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    workers: str,
+    told: bool,
+) -> None:
+    variant = artifact.manifest.variant("fp32")
+    profile = tuple(
+        msgspec.structs.replace(variant.latency[0], rows=rows, length=0, median_ms=milliseconds)
+        for rows, milliseconds in ((1, 1.0), (4, 2.0), (16, 4.0), (64, 8.0))
+    )
+    variants = (msgspec.structs.replace(variant, latency=profile),)
+    manifest = msgspec.structs.replace(artifact.manifest, variants=variants)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["uvicorn", "--workers", workers, "app"])
+    tell_cap(dataclasses.replace(artifact, manifest=manifest), "fp32")
+    assert ("at most 6 requests at a time (CPUs + 4)" in caplog.text) == told
+    assert ("--workers 11 reaches them" in caplog.text) == told
 
 
 def damage(path: Path) -> None:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import signal
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,21 +17,14 @@ import pytest
 
 import lrai_core as lrai
 import lrai_mlflow
-from benchmarks.processes import HOST, Server
+from benchmarks.processes import Server
+from tests.integration.mlflow_server import Reply, post, start
+from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model, token_model
 
 pytestmark = pytest.mark.server
 
 MAX_QUEUE_ROWS = 100
-SERVE = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer over HTTP."""
-
-    status: int
-    content: Any
 
 
 @dataclass(frozen=True)
@@ -49,28 +35,12 @@ class Served:
     source: Path
 
     def post(self, body: Any, content_type: str = "application/json") -> Reply:
-        connection = http.client.HTTPConnection(HOST, self.server.port, timeout=60)
-        content = body if isinstance(body, str) else json.dumps(body)
-        connection.request("POST", "/invocations", content, {"Content-Type": content_type})
-        reply = connection.getresponse()
-        found = Reply(reply.status, json.loads(reply.read()))
-        connection.close()
-        return found
+        return post(self.server.port, body, content_type)
 
     def ask(self, body: Any, content_type: str = "application/json") -> Any:
         reply = self.post(body, content_type)
         assert reply.status == 200, reply.content
         return reply.content["predictions"]
-
-
-def start(model: Path, folder: Path, sockets: Path) -> Server:
-    variables = {
-        "LRAI_ACTOR_THREADS": "1",
-        "LRAI_SCHEDULER_MAX_QUEUE_ROWS": str(MAX_QUEUE_ROWS),
-        "LRAI_RUNTIME_SOCKET_DIR": str(sockets),
-    }
-    command = [*SERVE, "-m", str(model), "-h", HOST, "-p", "{port}"]
-    return Server(command, folder / f"{model.name}.log", variables=variables)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sockets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as short:  # pytest's own are too long for a socket
-        yield Path(short)
+    with own_runtime(LRAI_SCHEDULER_MAX_QUEUE_ROWS=str(MAX_QUEUE_ROWS)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +80,7 @@ def served(
     lrai_mlflow.save_model(artifact, models["lrai tokens"][0], signature=False)
     with ExitStack() as stack:
         servers = {
-            name: Served(stack.enter_context(start(model, folder, sockets)), source)
+            name: Served(stack.enter_context(start(model, folder)), source)
             for name, (model, source) in models.items()
         }
         for one in servers.values():
@@ -235,50 +205,3 @@ def test_each_of_many_callers_gets_its_own_answer(served: Mapping[str, Served]) 
         mean, tokens = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
         np.testing.assert_allclose(answers[index]["mean"], mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(answers[index]["tokens"], tokens, rtol=1e-5)
-
-
-def test_a_killed_actor_is_replaced_behind_the_server(served: Mapping[str, Served]) -> None:
-    one = served["lrai classifier"]
-    body = {"inputs": {"features": FEATURES}}
-    expected = one.ask(body)
-    old = actors(one.server)
-    assert len(old) == 1
-    os.kill(old[0], signal.SIGKILL)
-    assert one.ask(body) == expected
-    assert len(actors(one.server)) == 1
-    assert actors(one.server) != old
-
-
-def test_a_server_that_is_ended_leaves_no_process(
-    classifier_fp32: lrai.Artifact, tmp_path: Path, sockets: Path
-) -> None:
-    lrai_mlflow.save_model(classifier_fp32, tmp_path / "model")
-    with start(tmp_path / "model", tmp_path, sockets) as server:
-        server.wait_until_ready("/ping")
-        assert len(server.processes()) == 3  # the command, uvicorn, the actor
-        assert server.stop() == []
-
-
-def test_a_server_that_is_ended_leaves_no_socket(
-    classifier_fp32: lrai.Artifact, tmp_path: Path, sockets: Path
-) -> None:
-    lrai_mlflow.save_model(classifier_fp32, tmp_path / "model")
-    before = set(sockets.iterdir())
-    with start(tmp_path / "model", tmp_path, sockets) as server:
-        server.wait_until_ready("/ping")
-        server.stop()
-    deadline = time.monotonic() + 5  # its actor sees the end, and clears up
-    while set(sockets.iterdir()) != before:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def actors(server: Server) -> list[int]:
-    """Return the actors of a server; waits for one that is just being started."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.processes()}
-        if found := [pid for pid, command in commands.items() if b"lrai_core.actor" in command]:
-            return found
-        time.sleep(0.02)
-    return []

@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException, get_error_code
+from mlflow.models.model import MLMODEL_FILE_NAME
 from numpy.typing import NDArray
 
+import lrai_core as lrai
 from lrai_codecs import by_name, fit, text
-from lrai_core import (
-    Artifact,
-    InferenceRequest,
-    InferenceResponse,
-    LraiError,
-    Runtime,
-    TensorSpec,
-    load_config,
-)
+from lrai_mlflow.held import Held
+from lrai_mlflow.settings import settings_of
+from lrai_mlflow.watch import Watch, is_worker, tell_cap
 
 Array = NDArray[Any]
 Answer = dict[str, Array] | pd.DataFrame
+DATA: Final = "model.lrai"  # beside MLmodel
+_log: Final = logging.getLogger("lrai.mlflow")
 
 
 class ServedModel:
-    """One artifact behind one embedded runtime, which the threads of the server share.
+    """One artifact in a runtime, which the threads of this process share, and other processes.
 
-    The runtime is closed when the model is collected, and at the latest when the process exits.
+    It is let go when it is collected, and at the latest when the process exits.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+        """Load it, or find it loaded.
+
+        Args:
+            path: Of the artifact inside a saved model.
+            settings: `model_config`: see `settings_of`.
+
+        Raises:
+            MlflowException: The artifact cannot be served as the settings demand.
+        """
         with mlflow_errors():
-            artifact = Artifact.open(path, verify=False)  # the actor hashes what it opens
-            self._runtime = Runtime.open(artifact, config=load_config(host=settings))
+            data, asked = Path(path), settings_of(settings)
+            if data.name != DATA or not data.with_name(MLMODEL_FILE_NAME).is_file():
+                raise lrai.ArtifactError(f"no {DATA} beside an MLmodel: changed after saving")
+            artifact = lrai.Artifact.open(data)  # every file hashed, for it may be found loaded
+            held = Held(artifact, asked)
+        self.held = held
         self._inputs = artifact.manifest.signature.inputs
-        weakref.finalize(self, self._runtime.close)
+        weakref.finalize(self, held.close)
+        if held.variant != (wanted := asked.variant or artifact.manifest.chosen):
+            target = artifact.manifest.target
+            made_for = f"{target.isa} and {target.engine} {target.engine_version}"
+            _log.warning("%s serves; %s is for %s, not for here", held.variant, wanted, made_for)
+        if is_worker():
+            tell_cap(artifact, held.variant)
+            Watch(held, asked.config.actor.start_timeout_seconds)
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Answer:
         """Return the outputs by name: arrays, or for a DataFrame a DataFrame.
@@ -54,8 +73,8 @@ class ServedModel:
             MlflowException: The request was refused, with the status that says why.
         """
         with mlflow_errors():
-            request = to_lrai(data, self._inputs, params or {})
-            response = self._runtime.infer(request)
+            request = to_lrai(data, self._inputs, params or {}, self.held.name)
+            response = self.held.runtime.infer(request)
         return from_lrai(response, data)
 
 
@@ -64,22 +83,27 @@ def mlflow_errors() -> Iterator[None]:
     """Turn LRAI's errors into MLflow's, which its scoring server answers with the same status."""
     try:
         yield
-    except LraiError as error:
+    except lrai.LraiError as error:
         wait = getattr(error, "retry_after_seconds", None)
         more = {} if wait is None else {"retry_after_seconds": wait}
-        raise MlflowException(str(error), get_error_code(error.http_status), **more) from error
+        # What only loading raises is about what was asked for.
+        asked = isinstance(error, lrai.ArtifactError | lrai.ConditionNotMet | lrai.UsageError)
+        status = 400 if asked else error.http_status
+        raise MlflowException(str(error), get_error_code(status), **more) from error
 
 
-def to_lrai(data: Any, inputs: Sequence[TensorSpec], params: Mapping[str, Any]) -> InferenceRequest:
+def to_lrai(
+    data: Any, inputs: Sequence[lrai.TensorSpec], params: Mapping[str, Any], model_name: str
+) -> lrai.InferenceRequest:
     """Return the request that `data` states; what does not fit is for the runtime to refuse."""
-    return InferenceRequest(
-        model_name="",
+    return lrai.InferenceRequest(
+        model_name=model_name,
         inputs=fit(_by_name(data, inputs), inputs),
         timeout_ms=params.get("timeout_ms"),
     )
 
 
-def from_lrai(response: InferenceResponse, data: Any) -> Answer:
+def from_lrai(response: lrai.InferenceResponse, data: Any) -> Answer:
     """Return the answer in the form that `mlflow.onnx` gives to a request of this form.
 
     That is, for a DataFrame of scalars, each output flattened into a column. A DataFrame with lists
@@ -94,7 +118,7 @@ def from_lrai(response: InferenceResponse, data: Any) -> Answer:
     return pd.DataFrame({name: list(output) for name, output in outputs.items()})
 
 
-def _by_name(data: Any, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
+def _by_name(data: Any, inputs: Sequence[lrai.TensorSpec]) -> dict[str, Any]:
     if not isinstance(data, pd.DataFrame):
         return by_name(data, inputs)
     names = [spec.name for spec in inputs]

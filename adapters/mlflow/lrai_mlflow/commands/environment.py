@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
+import yaml  # type: ignore[import-untyped]
+from mlflow.utils.environment import (
+    _mlflow_conda_env,
+    _overwrite_pip_deps,
+    _process_conda_env,
+    _process_pip_requirements,
+    _PythonEnv,
+    _validate_env_arguments,
+)
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from lrai_wheel import build_wheel
+from lrai_wheel.pins import installed_version, pins
 
-CONDA: Final = "conda.yaml"
-PYTHON: Final = "python_env.yaml"
+_CONDA: Final = "conda.yaml"
+_PYTHON: Final = "python_env.yaml"
 _WHEELS: Final = "wheels"
 _PINNED: Final = "mlflow-skinny pandas numpy msgspec onnx onnxruntime pyzmq"
 
@@ -24,7 +31,8 @@ def write_environment(
     model: Path,
     pip_requirements: Sequence[str] | str | None,
     extra_pip_requirements: Sequence[str] | str | None,
-) -> None:
+    conda_env: dict[str, Any] | str | None,
+) -> dict[str, str]:
     """Write the files that MLflow makes an environment from, and the wheel, into `model`.
 
     Args:
@@ -32,62 +40,45 @@ def write_environment(
         pip_requirements: In place of the default ones, which are this process's versions; text is
             the path of a file of them, as in all of MLflow. Without lrai in it the wheel is added.
         extra_pip_requirements: In addition to the default ones.
+        conda_env: In place of both, or the path of a file of it; the wheel is added likewise.
+
+    Returns:
+        The files' names, as `pyfunc.add_to_model` wants them.
+
+    Raises:
+        ValueError: More than one of the three is given.
     """
+    _validate_env_arguments(conda_env, pip_requirements, extra_pip_requirements)
     constraints_file = model / "constraints.txt"
-    if pip_requirements is not None:
-        wanted = _lines(pip_requirements)
+    conda: dict[str, Any] = {}
+    if conda_env is not None:
+        conda, requirements, constraints = _process_conda_env(conda_env)
+    elif pip_requirements is not None:
+        _, requirements, constraints = _process_pip_requirements(None, _lines(pip_requirements))
     else:
-        _write(constraints_file, default_constraints())
+        _write(constraints_file, pins("mlflow"))
         wanted = [*default_requirements(), *_lines(extra_pip_requirements or [])]
         wanted.append(f"-c {constraints_file}")
-    _, requirements, constraints = _process_pip_requirements(None, wanted)
+        _, requirements, constraints = _process_pip_requirements(None, wanted)
     if all(_name(requirement) != "lrai" for requirement in requirements):
-        requirements.append(f"{_WHEELS}/{build_wheel(model / _WHEELS).name}")
+        # By its version: pip reads a path in the file as one from where it runs.
+        version = build_wheel(model / _WHEELS).name.split("-")[1]
+        requirements += [f"--find-links {_WHEELS}", f"lrai=={version}"]
     if constraints:
         _write(constraints_file, constraints)
     _write(model / "requirements.txt", requirements)
-    _mlflow_conda_env(str(model / CONDA), additional_pip_deps=requirements, install_mlflow=False)
-    _PythonEnv.current().to_yaml(str(model / PYTHON))
+    if not conda:
+        conda = _mlflow_conda_env(additional_pip_deps=requirements, install_mlflow=False)
+    conda = _overwrite_pip_deps(conda, requirements)
+    (model / _CONDA).write_text(yaml.safe_dump(conda, sort_keys=False), encoding="utf-8")
+    _PythonEnv.current().to_yaml(str(model / _PYTHON))
+    return {"conda_env": _CONDA, "python_env": _PYTHON}
 
 
 def default_requirements() -> list[str]:
     """Return the pinned packages that serving imports; our wheel is not among them."""
-    return [f"{name}=={distribution(name).version}" for name in _PINNED.split() if _installed(name)]
-
-
-def default_constraints() -> list[str]:
-    """Return a pin for every package that lrai and its mlflow extra bring here.
-
-    A version that no index has, such as 2.1.0+cpu, is left out.
-    """
-    found: dict[str, str] = {}
-    wanted = [("lrai", frozenset({"mlflow"}))]
-    seen = set()
-    while wanted:
-        name, extras = wanted.pop()
-        if (name, extras) in seen or not _installed(name):
-            continue
-        seen.add((name, extras))
-        here = distribution(name)
-        found[name] = here.version
-        for line in here.requires or ():
-            requirement = Requirement(line)
-            marker = requirement.marker
-            if marker is None or any(marker.evaluate({"extra": e}) for e in extras or {""}):
-                wanted.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    return sorted(
-        f"{name}=={version}"
-        for name, version in found.items()
-        if name != "lrai" and Version(version).local is None
-    )
-
-
-def _installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    found = {name: installed_version(name) for name in _PINNED.split()}
+    return [f"{name}=={version}" for name, version in found.items() if version]
 
 
 def _name(requirement: str) -> str:

@@ -1,0 +1,62 @@
+"""`lrai mlflow …`: from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from mlflow.exceptions import MlflowException
+from rich.console import Console
+
+from lrai_core import ConditionNotMet
+from lrai_mlflow.commands.convert import convert as convert_model
+
+app = typer.Typer(
+    help="Models of MLflow.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@app.callback()
+def main_options() -> None:
+    """Models of MLflow."""
+
+
+@app.command()
+def convert(
+    model_uri: Annotated[str, typer.Argument(help="runs:/…, models:/… or a folder.")],
+    name: Annotated[str, typer.Option(help="Of the logged model.")] = "",
+    registered_model_name: Annotated[
+        str, typer.Option(help="Becomes a new version of it; by default of the one in MODEL_URI.")
+    ] = "",
+    evaluation: Annotated[
+        Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
+    ] = None,
+    output_map: Annotated[str, typer.Option(help="raw, softmax or l2_normalised.")] = "raw",
+    *,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open what could run code, after picklescan.")
+    ] = False,
+) -> None:
+    """Compile the model of onnx, pytorch, sklearn, lightgbm or xgboost at MODEL_URI, and log it."""
+    try:
+        logged = convert_model(
+            model_uri,
+            name=name or None,
+            registered_model_name=registered_model_name or None,
+            evaluation=evaluation,
+            output_map=output_map,  # type: ignore[arg-type] # checked where it is used
+            allow_pickle=allow_pickle,
+        )
+    except MlflowException as error:
+        raise ConditionNotMet(error.message) from None
+    version = logged.registered_model_version
+    out.print(logged.model_uri, f"version {version}" if version is not None else "not registered")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `lrai mlflow ARGUMENTS`; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai mlflow")

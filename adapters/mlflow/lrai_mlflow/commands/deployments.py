@@ -1,0 +1,306 @@
+"""Models of MLflow as deployments of a runtime: `mlflow deployments COMMAND -t lrai`.
+
+Target: `lrai`, the runtime that all processes of this user share. It stays when MLflow has ended,
+until `lrai runtime stop`. `lrai:/FOLDER` is another one of this machine, and
+`lrai:tcp://HOST:PORT?keys=FOLDER` one of another machine, which has to see the model's path.
+
+Model URI: a folder, or one of file:, models:, runs:, mlflow-artifacts:, s3:, gs:, wasbs:, abfss:.
+The model is of the flavor lrai; `lrai mlflow convert URI` makes one of others.
+
+`create --name NAME -m URI`, `update --name NAME -m URI`, with these, each after -C:
+
+* `canary=SHARE`, of update: the new version answers this share of the requests, 0 to 1. Without it
+  the new version is warmed up and answers all, and the old one ends what it has begun.
+* `require.NAME=VALUE`: refuse the model unless its certificate has this tier, epsilon, delta or
+  confidence, or a better one.
+* `variant=ID`: another variant than the chosen one.
+* `actor.threads=N`, or another setting of one model: `lrai config` lists them all.
+
+`update --name NAME -C canary=SHARE` changes the share of a canary that is there already, and
+`update --name NAME -C rollback=true` goes back to what served before the last change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlparse
+
+from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
+from mlflow.pyfunc.backend import PyFuncBackend
+from mlflow.pyfunc.scoring_server import predictions_to_json
+from mlflow.tracking.artifact_utils import _download_artifact_from_uri
+from mlflow.utils import env_manager
+
+from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
+from lrai_mlflow.flavor import FLAVOR_NAME
+from lrai_mlflow.held import lock_folder
+from lrai_mlflow.serving import DATA, from_lrai, mlflow_errors, to_lrai
+from lrai_mlflow.settings import Settings, settings_of
+
+_SCHEMES: Final = ("", "file", "models", "runs", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
+_READ: Final = ", ".join(f"{name}:" for name in _SCHEMES if name)
+_START_SECONDS: Final = 60
+
+
+class Client(BaseDeploymentClient):
+    """Deployments of one runtime. Flavor and endpoints of MLflow mean nothing here."""
+
+    def create_deployment(
+        self,
+        name: str,
+        model_uri: str,
+        flavor: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        endpoint: str | None = None,
+    ) -> dict[str, Any]:
+        """Serve a model under a name, until it is deleted or the runtime is stopped.
+
+        Raises:
+            MlflowException: The name is taken or none, or the model cannot be served.
+        """
+        del flavor, endpoint
+        with mlflow_errors():
+            if not name or ":" in name or not name.isprintable():
+                raise UsageError(f"{name!r} is no name of a deployment: printable, without ':'")
+            asked = settings_of(config)
+            if name in self._shares():
+                raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
+            self._runtime.load(self._keep(model_uri), name=name, **asked.how)
+            self._forget()
+        return self.get_deployment(name)
+
+    def update_deployment(
+        self,
+        name: str,
+        model_uri: str | None = None,
+        flavor: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        endpoint: str | None = None,
+    ) -> dict[str, Any]:
+        """Change who serves under a name; no request is lost. See `target_help` for `config`.
+
+        Raises:
+            MlflowException: There is no such deployment, or the change cannot be made; then who
+                served serves on.
+        """
+        del flavor, endpoint
+        options = dict(config or {})
+        share, back = options.pop("canary", None), options.pop("rollback", None)
+        with mlflow_errors():
+            shares = self._known(name)
+            asked = settings_of(options)
+            if back is not None:
+                if str(back).lower() != "true" or model_uri or share is not None:
+                    raise UsageError("rollback is true or absent, and goes with nothing else")
+                self._runtime.rollback(name)
+            elif model_uri is None:
+                self._weigh(name, shares, _number(share))
+            else:
+                self._serve(name, shares, self._keep(model_uri), share, asked)
+            self._forget()
+        return self.get_deployment(name)
+
+    def delete_deployment(
+        self, name: str, config: Mapping[str, Any] | None = None, endpoint: str | None = None
+    ) -> None:
+        """Stop serving under a name, if it is served."""
+        del config, endpoint
+        with mlflow_errors(), contextlib.suppress(ModelNotFound):
+            self._runtime.unload(name)
+            self._forget()
+
+    def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
+        """Return every deployment; models that workers of MLflow hold are not among them."""
+        del endpoint
+        with mlflow_errors():
+            return [self.get_deployment(name) for name in self._shares()]
+
+    def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
+        """Return a deployment: its versions with share, variant, certificate and state.
+
+        Raises:
+            MlflowException: There is none of that name.
+        """
+        del endpoint
+        with mlflow_errors():
+            self._known(name)
+            found = next(one for one in self._runtime.deployments() if one.name == name)
+            versions = {
+                model.version: {"share": found.shares.get(model.version, 0.0)}
+                | {what: getattr(model, what) for what in ("variant", "certificate", "state")}
+                for model in self._runtime.models()
+                if model.name == name
+            }
+        frozen = found.frozen and f"by {found.frozen.by}: {found.frozen.reason}"
+        said = {"versions": versions, "previous": found.previous or None, "frozen": frozen}
+        return {"name": name, "flavor": FLAVOR_NAME, **said}
+
+    def predict(
+        self, deployment_name: str | None = None, inputs: Any = None, endpoint: str | None = None
+    ) -> PredictionsResponse:
+        """Return the predictions, in the form of MLflow's scoring server.
+
+        Args:
+            deployment_name: Needed.
+            inputs: As `ServedModel.predict` takes them.
+            endpoint: Means nothing here.
+
+        Raises:
+            MlflowException: There is no such deployment, or the request was refused.
+        """
+        del endpoint
+        name = deployment_name or ""
+        with mlflow_errors():
+            served = [model for model in self._runtime.models() if model.name == name]
+            declared = served[0].signature.inputs if self._known(name) and served else ()
+            response = self._runtime.infer(to_lrai(inputs, declared, {}, name))
+        content = io.StringIO()
+        predictions_to_json(from_lrai(response, inputs), content)
+        return PredictionsResponse(json.loads(content.getvalue()))
+
+    @cached_property
+    def _settings(self) -> Settings:
+        address = str(self.target_uri).partition(":")[2]
+        return settings_of({"runtime.address": address} if address else {})
+
+    @cached_property
+    def _runtime(self) -> Runtime:
+        """Attach, for as long as this client lives; a runtime of this machine stays from now on."""
+        config = self._settings.config
+        address = config.runtime.address
+        if address == "embedded":
+            raise UsageError("deployments outlive this process: LRAI_RUNTIME is embedded")
+        if "://" not in address:
+            program = "from lrai_core.cli import main; main()"
+            command = [sys.executable, "-P", "-c", program, "runtime", "start"]
+            done = subprocess.run(
+                [*command, "--address", address], stdin=subprocess.DEVNULL, capture_output=True,
+                text=True, timeout=_START_SECONDS, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise UsageError(f"the runtime cannot be started: {done.stderr.strip()[-300:]}")
+        return Runtime(config)
+
+    def _shares(self) -> dict[str, dict[str, float]]:
+        found = self._runtime.deployments()
+        return {one.name: one.shares for one in found if one.shares and ":" not in one.name}
+
+    def _known(self, name: str) -> dict[str, float]:
+        shares = self._shares()
+        if name not in shares:
+            problem = f"no deployment {name[:120]!r}; there are: {', '.join(shares) or 'none'}"
+            raise MlflowException(problem, RESOURCE_DOES_NOT_EXIST)
+        return shares[name]
+
+    def _serve(
+        self, name: str, shares: dict[str, float], artifact: Artifact, share: Any, asked: Settings
+    ) -> None:
+        """Have a version serve all requests, or a share of them."""
+        version = artifact.version
+        if version in shares and share is not None:
+            self._weigh(name, shares, _number(share), version)
+        elif version in shares:
+            self._runtime.route(name, {version: 1.0})
+        elif share is None:
+            self._runtime.swap(name, artifact, **asked.how)
+        else:
+            self._runtime.load(artifact, name=name, share=_number(share), **asked.how)
+        if share is None:
+            for other in shares.keys() - {version}:
+                with contextlib.suppress(ModelNotFound):  # a swap ends those that served
+                    self._runtime.unload(name, other)
+
+    def _weigh(self, name: str, shares: dict[str, float], share: float, canary: str = "") -> None:
+        """Give the canary, the one with less, its share; what is left goes to the other."""
+        if len(shares) != 2:
+            raise UsageError(
+                f"{name!r} has {len(shares)} version(s), a canary is needed beside one"
+            )
+        canary = canary or min(shares, key=shares.__getitem__)
+        (stable,) = shares.keys() - {canary}
+        self._runtime.route(name, {canary: share, stable: 1.0 - share})
+
+    def _keep(self, model_uri: str) -> Artifact:
+        """Return the artifact of a model, copied to where it stays as long as it is needed.
+
+        Raises:
+            UsageError: The address is of no kind that is read here.
+        """
+        scheme = urlparse(str(model_uri)).scheme
+        if scheme not in _SCHEMES:
+            raise UsageError(f"{scheme[:40]}: is not read here, but a path and {_READ}")
+        model = Path(_download_artifact_from_uri(str(model_uri)))
+        flavors = Model.load(str(model)).flavors
+        if FLAVOR_NAME not in flavors:
+            raise UsageError(
+                f"the model has the flavors {', '.join(flavors)}, lrai is needed: "
+                "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
+            )
+        artifact = Artifact.open(model / DATA)
+        if self._copies is None:  # the runtime of another machine
+            return artifact
+        kept = self._copies / f"{artifact.version}.lrai"
+        if not kept.exists():
+            self._copies.mkdir(mode=0o700, exist_ok=True)
+            partial = kept.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(artifact.path, partial)
+            partial.rename(kept)
+        return Artifact.open(kept)
+
+    @cached_property
+    def _copies(self) -> Path | None:
+        locks = lock_folder(self._runtime.config)  # the runtime has made the folder
+        return locks / "deployed" if locks else None
+
+    def _forget(self) -> None:
+        """Remove the copies that no deployment serves, or could go back to."""
+        found = self._runtime.deployments()
+        needed = {version.partition("-")[0] for one in found for version in one.shares}
+        needed |= {one.previous.partition("-")[0] for one in found}
+        for kept in self._copies.glob("*.lrai") if self._copies else ():
+            if kept.stem not in needed:
+                shutil.rmtree(kept)
+
+
+def run_local(
+    name: str, model_uri: str, flavor: str | None = None, config: Mapping[str, Any] | None = None
+) -> None:
+    """Serve a model over HTTP until Ctrl-C, in this environment, to try it.
+
+    Args:
+        name: Means nothing here.
+        model_uri: Of a model of any flavor.
+        flavor: Means nothing here.
+        config: `host`, `port`, `workers`.
+    """
+    del name, flavor
+    options = {"host": "127.0.0.1", "port": "5000", "workers": "1"} | dict(config or {})
+    with mlflow_errors():
+        port, workers = (int(_number(options[key])) for key in ("port", "workers"))
+    backend = PyFuncBackend({}, env_manager=env_manager.LOCAL, workers=workers)
+    backend.serve(_download_artifact_from_uri(model_uri), port, options["host"], None)
+
+
+def target_help() -> str:
+    """Return what `mlflow deployments help -t lrai` prints."""
+    return __doc__ or ""
+
+
+def _number(text: Any) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise UsageError(f"{text!r} is no number") from None

@@ -1,0 +1,186 @@
+"""Models that MLflow has logged, to ONNX: opened in a child process that may die of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import onnx
+from mlflow.models import Model
+from mlflow.types import ColSpec, DataType
+
+from lrai_core import (
+    ArtifactError,
+    CompileError,
+    ConditionNotMet,
+    EnvironmentProblem,
+    TaskError,
+    TensorSpec,
+    UsageError,
+    run_task,
+)
+from lrai_import import sklearn, torch, trees
+
+Converter = Callable[[Any, Sequence[TensorSpec]], onnx.ModelProto]
+
+_CONVERTERS: Final[dict[str, Converter]] = {  # by flavor; what is of several is of the first
+    "pytorch": torch.convert,
+    "lightgbm": trees.convert_lightgbm,
+    "xgboost": trees.convert_xgboost,
+    "sklearn": sklearn.convert,
+}
+_ONNX: Final = "onnx"
+_MEMORY_BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
+_TIMEOUT_SECONDS: Final = 900
+_PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".joblib", ".cloudpickle")
+_COLUMNS: Final = {
+    DataType.boolean: "BOOL",
+    DataType.integer: "INT32",
+    DataType.long: "INT64",
+    DataType.float: "FP32",
+    DataType.double: "FP64",
+    DataType.string: "BYTES",
+}
+_TENSORS: Final = {
+    "bool": "BOOL",
+    "float16": "FP16",
+    "float32": "FP32",
+    "float64": "FP64",
+    **{f"int{bits}": f"INT{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"UINT{bits}" for bits in (8, 16, 32, 64)},
+}
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What the child opens.
+
+    Attributes:
+        folder: Of the model.
+        flavor: Of the converter.
+        inputs: What it takes.
+        out: Where the ONNX file goes.
+        scan: Whether there is something to look through first.
+    """
+
+    folder: str
+    flavor: str
+    inputs: tuple[TensorSpec, ...]
+    out: str
+    scan: bool
+
+
+def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
+    """Return a model as an ONNX file, and the flavor that it was made from.
+
+    Args:
+        folder: Of the model, with its `MLmodel`.
+        out: Folder for the file, unless the model has one already.
+        allow_pickle: Open what could run code of whoever made it; in a child process, and not where
+            picklescan finds something. That is a precaution, no sandbox.
+
+    Raises:
+        UsageError: It is of no flavor that can be converted.
+        ConditionNotMet: It could run code.
+        UnusableFile: It cannot be opened or converted, or picklescan refuses it.
+        EnvironmentProblem: A library that it takes is not installed.
+    """
+    model = Model.load(str(folder))
+    flavor = next((f for f in (_ONNX, *_CONVERTERS) if f in model.flavors), "")
+    if not flavor:
+        got, known = ", ".join(model.flavors), ", ".join((_ONNX, *_CONVERTERS))
+        raise UsageError(f"the model has the flavors {got}; converted are {known}")
+    configuration = model.flavors[flavor]
+    if flavor == _ONNX:
+        source = (folder / str(configuration["data"])).resolve()
+        if not source.is_relative_to(folder.resolve()):
+            raise ArtifactError("the model's data lies outside of it")
+        return source, flavor
+    why = runs_code(folder, flavor, configuration)
+    if why and not allow_pickle:
+        raise ConditionNotMet(
+            f"the {flavor} model may run code of whoever made it when it is opened: {why}; "
+            "allow_pickle=True (--allow-pickle) opens it in a child process, after picklescan"
+        )
+    made = out / "model.onnx"
+    job = Job(str(folder), flavor, inputs_of(model), str(made), bool(why))
+    try:
+        run_task(
+            open_and_convert, job, memory_bytes=_MEMORY_BYTES, timeout_seconds=_TIMEOUT_SECONDS
+        )
+    except TaskError as error:
+        raise CompileError(f"the {flavor} model cannot be opened: {error}") from None
+    return made, flavor
+
+
+def runs_code(folder: Path, flavor: str, configuration: dict[str, Any]) -> str:
+    """Return why opening a model could run code of whoever made it; empty if it could not."""
+    if configuration.get("code"):
+        return "it carries Python code of its own"
+    if flavor == "sklearn" and configuration.get("serialization_format", "pickle") != "skops":
+        return f"it is a pickle ({configuration.get('pickled_model', 'model.pkl')})"
+    trusted = configuration.get("skops_trusted_types") or ()
+    if any(str(name).split(".")[0] not in (flavor, "collections") for name in trusted):
+        return f"it names types that skops is to trust: {', '.join(map(str, trusted))[:200]}"
+    made_of = str(configuration.get("model_class", flavor))  # what xgboost's loader imports
+    if made_of.split(".", maxsplit=1)[0] != flavor:
+        return f"it is to be loaded as a {made_of[:100]}"
+    pickles = [path for path in folder.rglob("*") if path.suffix.lower() in _PICKLES]
+    return f"it is a pickle ({pickles[0].relative_to(folder)})" if pickles else ""
+
+
+def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
+    """Return what a model's signature says of its inputs; nothing where it has none.
+
+    Raises:
+        CompileError: A column is of a type that no tensor has.
+    """
+    found = []
+    schema = model.signature.inputs if model.signature is not None else None
+    for index, spec in enumerate(schema.inputs if schema else ()):
+        name = spec.name or f"input_{index}"
+        shape: list[int | str] = ["batch"]
+        if isinstance(spec, ColSpec):
+            datatype = _COLUMNS.get(spec.type) if isinstance(spec.type, DataType) else None
+        else:
+            datatype = _TENSORS.get(str(spec.type), "BYTES")
+            shape = [
+                (f"{name}.{axis}" if axis else "batch") if extent == -1 else extent
+                for axis, extent in enumerate(spec.shape)
+            ]
+        if datatype is None:
+            raise CompileError(f"column {name!r} is of type {spec.type}, which no tensor has")
+        found.append(TensorSpec(name=name, datatype=datatype, shape=tuple(shape)))
+    return tuple(found)
+
+
+def open_and_convert(job: Job) -> int:
+    """Write a model as ONNX; return the bytes of the file.
+
+    Raises:
+        CompileError: picklescan found something, or it cannot be converted.
+        EnvironmentProblem: A library that it takes is not installed.
+    """
+    if job.scan:
+        _scan(Path(job.folder))
+    try:
+        model = importlib.import_module(f"mlflow.{job.flavor}").load_model(job.folder)
+    except ImportError as error:
+        raise EnvironmentProblem(f"{error.name} is needed to open it: {error}") from None
+    onnx.save(_CONVERTERS[job.flavor](model, job.inputs), job.out)
+    return Path(job.out).stat().st_size
+
+
+def _scan(folder: Path) -> None:
+    try:
+        from picklescan.scanner import SafetyLevel, scan_directory_path
+    except ImportError:
+        needed = "picklescan is needed before a pickle is opened: pip install 'lrai[trees]'"
+        raise EnvironmentProblem(needed) from None
+    found = scan_directory_path(str(folder))
+    bad = [f"{g.module}.{g.name}" for g in found.globals if g.safety is SafetyLevel.Dangerous]
+    if found.issues_count or found.scan_err:
+        what = f"uses {', '.join(sorted(bad))[:200]}" if bad else "cannot be looked through"
+        raise CompileError(f"picklescan refuses the model: a pickle in it {what}")

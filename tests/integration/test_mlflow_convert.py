@@ -1,0 +1,269 @@
+"""Logged models of other flavors converted: answers, lineage, and pickles that stay closed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import mlflow
+import mlflow.lightgbm
+import mlflow.onnx
+import mlflow.pyfunc
+import mlflow.pytorch
+import mlflow.sklearn
+import mlflow.xgboost
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+import torch
+import xgboost
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, infer_signature
+from mlflow.models.model import ModelInfo
+from sklearn.compose import ColumnTransformer
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+import lrai_mlflow
+from tests.own_runtime import own_runtime
+from tests.tiny_models import column_model
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.filterwarnings("ignore"),  # of a dozen libraries that meet here
+]
+
+RANDOM = np.random.default_rng(11)
+TABLE = pd.DataFrame(RANDOM.normal(size=(200, 4)).round(3), columns=list("abcd"))
+LABELS = (TABLE.a + TABLE.b > 0).astype(int)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime_folder() -> Iterator[Path]:
+    with own_runtime() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mlflow.MlflowClient]:
+    before, place = mlflow.get_tracking_uri(), tmp_path_factory.mktemp("tracking") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", place.as_uri())
+        mlflow.set_tracking_uri(place.as_uri())
+        yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(before)
+
+
+def pipeline() -> Any:
+    return make_pipeline(StandardScaler(), LogisticRegression()).fit(TABLE, LABELS)
+
+
+def log_sklearn(model: Any, table: pd.DataFrame = TABLE, **options: Any) -> ModelInfo:
+    signature = infer_signature(table, model.predict(table))
+    return logged_by(mlflow.sklearn.log_model, model, signature=signature, **options)
+
+
+def logged_by(log: Callable[..., Any], model: Any, **options: Any) -> ModelInfo:
+    """Log a model; told what it requires, MLflow need not find it out in a process of its own."""
+    logged: ModelInfo = log(model, name="source", pip_requirements=["numpy"], **options)
+    return logged
+
+
+def answers(logged: ModelInfo, table: pd.DataFrame) -> Any:
+    return mlflow.pyfunc.load_model(logged.model_uri).predict(table)
+
+
+def test_a_pipeline_keeps_its_requests_and_its_answers(client: mlflow.MlflowClient) -> None:
+    model = pipeline()
+    source = log_sklearn(model, serialization_format="skops", registered_model_name="risk")
+    made = lrai_mlflow.convert("models:/risk/1", threads=1)
+    assert str(made.registered_model_version) == "2"
+    answer = answers(made, TABLE[["d", "c", "b", "a"]].head(20))
+    assert answer["label"].tolist() == model.predict(TABLE.head(20)).tolist()
+    expected = model.predict_proba(TABLE.head(20))
+    np.testing.assert_allclose(np.stack(list(answer["probabilities"])), expected, atol=1e-5)
+    assert made.signature is not None
+    assert source.signature is not None
+    assert made.signature.inputs == source.signature.inputs
+    tags = client.get_model_version("risk", "2").tags
+    assert tags["lrai.source_uri"] == "models:/risk/1"
+    assert tags["lrai.source_model_id"] == source.model_id
+    assert tags["lrai.source_flavor"] == "sklearn"
+    assert made.metadata is not None
+    assert made.metadata["lrai_origin"]["source_model_id"] == source.model_id
+
+
+def test_mlflow_evaluate_judges_a_converted_model(client: mlflow.MlflowClient) -> None:
+    prices = TABLE.a * 2 - TABLE.c + 1
+    model = LinearRegression().fit(TABLE, prices)
+    source = log_sklearn(model, serialization_format="skops")
+    made = lrai_mlflow.convert(source.model_uri, threads=1)
+    with mlflow.start_run():
+        result = mlflow.models.evaluate(
+            made.model_uri,
+            TABLE.assign(price=prices),
+            targets="price",
+            model_type="regressor",
+            evaluator_config={"log_model_explainability": False},
+        )
+    assert result.metrics["mean_absolute_error"] < 1e-4
+    assert result.metrics["example_count"] == len(TABLE)
+
+
+def test_columns_of_text_stay_columns() -> None:
+    table = pd.DataFrame({"kind": ["x", "y", "z", "x"] * 20, "size": RANDOM.normal(size=80)})
+    encoder = ColumnTransformer(
+        [
+            ("kind", OneHotEncoder(handle_unknown="ignore"), ["kind"]),
+            ("size", "passthrough", ["size"]),
+        ]
+    )
+    model = make_pipeline(encoder, LinearRegression()).fit(table, RANDOM.normal(size=80))
+    made = lrai_mlflow.convert(
+        log_sklearn(model, table, serialization_format="skops").model_uri, threads=1
+    )
+    answer = answers(made, table.head(6))
+    np.testing.assert_allclose(answer.iloc[:, 0], model.predict(table.head(6)), atol=1e-4)
+
+
+def test_rows_to_evaluate_on_can_be_the_table_itself() -> None:
+    source = log_sklearn(pipeline(), serialization_format="skops")
+    made = lrai_mlflow.convert(source.model_uri, evaluation=TABLE, threads=1)
+    assert made.metadata is not None
+    assert made.metadata["lrai"]["gate"]["rows"] > 100
+
+
+def boosted() -> dict[str, tuple[Callable[..., ModelInfo], Any]]:
+    forest = lightgbm.LGBMClassifier(n_estimators=5, verbose=-1).fit(TABLE, LABELS)
+    trees = xgboost.XGBClassifier(n_estimators=5).fit(TABLE, LABELS)
+    return {
+        "lightgbm booster": (mlflow.lightgbm.log_model, forest.booster_),
+        "lightgbm": (mlflow.lightgbm.log_model, forest),
+        "xgboost": (mlflow.xgboost.log_model, trees),
+    }
+
+
+@pytest.mark.parametrize("kind", ["lightgbm booster", "lightgbm", "xgboost"])
+def test_boosted_trees_answer_as_before(kind: str) -> None:
+    log, model = boosted()[kind]
+    source = logged_by(log, model, signature=infer_signature(TABLE, LABELS))
+    answer = answers(lrai_mlflow.convert(source.model_uri, threads=1), TABLE)
+    found = np.stack(list(answer["probabilities"]))
+    expected = model.predict(TABLE) if "booster" in kind else model.predict_proba(TABLE)[:, 1]
+    np.testing.assert_allclose(found[:, 1], expected, atol=1e-5)
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+
+
+@pytest.mark.parametrize("form", ["pt2", "pickle"])
+def test_a_module_of_torch_answers_as_before(form: str) -> None:
+    rows, module = TABLE.to_numpy(np.float32), network()
+    expected = module(torch.from_numpy(rows)).detach().numpy()
+    options = {"input_example": rows[:3]} if form == "pt2" else {}
+    source = logged_by(
+        mlflow.pytorch.log_model,
+        module,
+        signature=infer_signature(rows, expected),
+        serialization_format=form,
+        **options,
+    )
+    if form == "pickle":
+        with pytest.raises(MlflowException, match=r"is a pickle \(data/model\.pth\)"):
+            lrai_mlflow.convert(source.model_uri)
+    made = lrai_mlflow.convert(source.model_uri, allow_pickle=form == "pickle", threads=1)
+    (found,) = mlflow.pyfunc.load_model(made.model_uri).predict(rows).values()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["pickle", "cloudpickle"])
+def test_a_pickle_is_opened_only_if_that_is_allowed(form: str) -> None:
+    source = log_sklearn(pipeline(), serialization_format=form)
+    with pytest.raises(MlflowException, match="allow_pickle=True") as refused:
+        lrai_mlflow.convert(source.model_uri)
+    assert refused.value.get_http_status_code() == 400
+    made = lrai_mlflow.convert(source.model_uri, allow_pickle=True, threads=1)
+    assert answers(made, TABLE.head(3))["label"].tolist() == pipeline().predict(TABLE[:3]).tolist()
+
+
+def save_sklearn(path: Path, form: str) -> None:
+    mlflow.sklearn.save_model(
+        pipeline(), str(path), serialization_format=form, pip_requirements=["numpy"]
+    )
+
+
+def test_a_hostile_pickle_is_found_before_it_is_opened(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    save_sklearn(tmp_path / "m", "pickle")
+    command = f"touch {made}"  # what this pickle runs when it is opened
+    hostile = b"cposix\nsystem\n(V" + command.encode() + b"\ntR."
+    (tmp_path / "m" / "model.pkl").write_bytes(hostile)
+    with pytest.raises(MlflowException, match=r"picklescan refuses the model.*system"):
+        lrai_mlflow.convert(str(tmp_path / "m"), allow_pickle=True)
+    assert not made.exists()
+
+
+def test_code_that_a_model_carries_is_not_run_unasked(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')\n")
+    source = log_sklearn(
+        pipeline(), serialization_format="skops", code_paths=[str(tmp_path / "own.py")]
+    )
+    with pytest.raises(MlflowException, match="it carries Python code of its own"):
+        lrai_mlflow.convert(source.model_uri)
+
+
+def test_a_pickle_that_calls_itself_something_else_is_refused(tmp_path: Path) -> None:
+    save_sklearn(tmp_path / "m", "pickle")
+    change(tmp_path / "m", "serialization_format: pickle", "serialization_format: skops")
+    with pytest.raises(MlflowException, match=r"is a pickle \(model\.pkl\)"):
+        lrai_mlflow.convert(str(tmp_path / "m"))
+
+
+def test_data_outside_of_the_model_is_not_read(tmp_path: Path) -> None:
+    plain = onnx.load(column_model(tmp_path / "columns.onnx"))
+    mlflow.onnx.save_model(plain, str(tmp_path / "m"), pip_requirements=["onnxruntime"])
+    change(tmp_path / "m", "data: model.onnx", "data: ../columns.onnx")
+    with pytest.raises(MlflowException, match="lies outside of it"):
+        lrai_mlflow.convert(str(tmp_path / "m"))
+
+
+def test_a_flavor_that_is_not_converted_is_named(tmp_path: Path) -> None:
+    Model(flavors={"spacy": {"data": "x"}}).save(str(tmp_path / "MLmodel"))
+    with pytest.raises(MlflowException, match=r"has the flavors spacy; converted are onnx, pyt"):
+        lrai_mlflow.convert(str(tmp_path))
+
+
+def test_a_model_that_has_no_form_in_onnx_is_named() -> None:
+    source = log_sklearn(KernelRidge().fit(TABLE, LABELS), serialization_format="pickle")
+    with pytest.raises(MlflowException, match="KernelRidge"):
+        lrai_mlflow.convert(source.model_uri, allow_pickle=True)
+
+
+def change(model: Path, old: str, new: str) -> None:
+    description = model / "MLmodel"
+    text = description.read_text()
+    assert old in text
+    description.write_text(text.replace(old, new))
+
+
+def test_the_command_converts_too(client: mlflow.MlflowClient) -> None:
+    log_sklearn(pipeline(), serialization_format="pickle", registered_model_name="cli")
+    lrai = Path(sys.executable).with_name("lrai")
+    command = [str(lrai), "mlflow", "convert", "models:/cli/1"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 3
+    assert "--allow-pickle" in refused.stderr
+    done = subprocess.run([*command, "--allow-pickle"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("models:/m-")
+    assert "version 2" in done.stdout
+    assert client.get_model_version("cli", "2").tags["lrai.source_uri"] == "models:/cli/1"

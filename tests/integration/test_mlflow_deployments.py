@@ -1,0 +1,273 @@
+"""`mlflow deployments … -t lrai`, and a registry flow under traffic, with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import mlflow.deployments
+import mlflow.onnx
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+
+import lrai_core as lrai
+import lrai_mlflow
+from benchmarks.models import classifier
+from benchmarks.processes import HOST, Server
+from lrai_mlflow.commands.deployments import Client
+from tests.integration.mlflow_server import post
+from tests.own_runtime import daemon_pids, own_runtime
+from tests.tiny_models import column_model
+
+pytestmark = pytest.mark.server
+
+ROWS = np.random.default_rng(7).normal(size=(4, 64)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def sockets() -> Iterator[Path]:
+    with own_runtime() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mlflow.MlflowClient]:
+    before, place = mlflow.get_tracking_uri(), tmp_path_factory.mktemp("tracking") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", place.as_uri())
+        mlflow.set_tracking_uri(place.as_uri())
+        yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("onnx")
+    return [classifier(folder / f"{seed}.onnx", seed=seed)[0] for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def saved(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("saved")
+    for number, source in enumerate(sources):
+        artifact = lrai.compile(source, out=folder / f"{number}.lrai", threads=1)
+        lrai_mlflow.save_model(artifact, folder / f"model-{number}")
+    return [folder / f"model-{number}" for number in range(len(sources))]
+
+
+@pytest.fixture
+def client(sockets: Path) -> Iterator[Client]:
+    found = mlflow.deployments.get_deploy_client("lrai")
+    assert isinstance(found, Client)
+    yield found
+    for one in found.list_deployments():
+        found.delete_deployment(one["name"])
+
+
+def logits(client: Client, name: str = "search") -> Any:
+    return client.predict(name, {"features": ROWS})["predictions"]["logits"]
+
+
+def shares(client: Client, name: str = "search") -> dict[str, float]:
+    versions = client.get_deployment(name)["versions"]
+    return {version: said["share"] for version, said in versions.items()}
+
+
+def version_of(model: Path) -> str:
+    return lrai_mlflow.load_model(str(model)).version
+
+
+def test_a_deployment_is_made_updated_rolled_back_and_deleted(
+    client: Client, saved: list[Path], sockets: Path
+) -> None:
+    first, second = map(version_of, saved)
+    made = client.create_deployment("search", str(saved[0]), config={"actor.threads": "1"})
+    assert (made["name"], made["flavor"]) == ("search", "lrai")
+    assert shares(client) == {first: 1.0}
+    before = logits(client)
+    client.update_deployment("search", str(saved[1]))
+    assert shares(client) == {second: 1.0}
+    assert client.get_deployment("search")["previous"] == first
+    assert logits(client) != before
+    client.update_deployment("search", config={"rollback": "true"})
+    assert shares(client) == {first: 1.0}
+    assert logits(client) == before
+    client.delete_deployment("search")
+    client.delete_deployment("search")  # what is gone already is no error
+    assert client.list_deployments() == []
+    assert not list(sockets.rglob("*.lrai"))  # nor is a copy left
+
+
+def test_a_canary_gets_its_share_and_is_promoted(client: Client, saved: list[Path]) -> None:
+    first, second = map(version_of, saved)
+    client.create_deployment("search", str(saved[0]))
+    client.update_deployment("search", str(saved[1]), config={"canary": "0.25"})
+    assert shares(client) == {first: 0.75, second: 0.25}
+    client.update_deployment("search", config={"canary": "0.4"})
+    assert shares(client) == {first: 0.6, second: 0.4}
+    client.update_deployment("search", str(saved[1]))
+    assert shares(client) == {second: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("operation", "status", "why"),
+    [
+        (lambda c, m: c.create_deployment("a:b", m), 400, "is no name of a deployment"),
+        (lambda c, m: c.create_deployment("", m), 400, "is no name of a deployment"),
+        (lambda c, m: c.create_deployment("search", m), 400, "deployment 'search' is there"),
+        (lambda c, m: c.create_deployment("b", m, config={"speed": 9}), 400, "unknown setting"),
+        (lambda c, m: c.create_deployment("b", m, config={"variant": "x"}), 400, "no variant 'x'"),
+        (
+            lambda c, m: c.create_deployment("b", m, config={"require.delta": "0.01"}),
+            400,
+            "certificate",
+        ),
+        (lambda c, m: c.create_deployment("b", "http://127.0.0.1/m"), 400, "is not read here"),
+        (lambda c, m: c.create_deployment("b", "ftp://127.0.0.1/m"), 400, "is not read here"),
+        (lambda c, m: c.create_deployment("b", m + "/../nothing"), 404, "nothing"),
+        (lambda c, m: c.update_deployment("nobody", m), 404, "no deployment 'nobody'"),
+        (
+            lambda c, m: c.update_deployment("search", config={"canary": 0.1}),
+            400,
+            "a canary is needed beside one",
+        ),
+        (lambda c, m: c.update_deployment("search", m, config={"canary": "x"}), 400, "no number"),
+        (lambda c, m: c.update_deployment("search", config={"rollback": "no"}), 400, "rollback is"),
+        (lambda c, m: c.update_deployment("search", config={"rollback": "true"}), 400, "go back"),
+        (lambda c, m: c.get_deployment("nobody"), 404, "no deployment 'nobody'"),
+        (lambda c, m: c.predict("nobody", {"features": ROWS}), 404, "no deployment 'nobody'"),
+        (lambda c, m: c.predict("search", {"feature": ROWS}), 400, "no such input"),
+        (lambda c, m: c.predict("search", "text"), 400, "needed: values by input name"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(
+    client: Client, saved: list[Path], operation: Any, status: int, why: str
+) -> None:
+    client.create_deployment("search", str(saved[0]))
+    before = shares(client)
+    with pytest.raises(MlflowException, match=why) as refused:
+        operation(client, str(saved[0]))
+    assert refused.value.get_http_status_code() == status
+    assert shares(client) == before
+    assert [one["name"] for one in client.list_deployments()] == ["search"]
+
+
+def test_a_model_of_another_flavor_is_to_be_converted_first(client: Client, tmp_path: Path) -> None:
+    plain = onnx.load(column_model(tmp_path / "columns.onnx"))
+    mlflow.onnx.save_model(plain, str(tmp_path / "plain"), pip_requirements=["onnxruntime"])
+    with pytest.raises(MlflowException, match="lrai mlflow convert URI"):
+        client.create_deployment("plain", str(tmp_path / "plain"))
+
+
+def test_the_runtime_stays_when_it_dies_and_when_its_clients_are_gone(
+    client: Client, saved: list[Path], sockets: Path
+) -> None:
+    client.create_deployment("search", str(saved[0]))
+    before = logits(client)
+    (daemon,) = daemon_pids(sockets)
+    os.kill(daemon, 9)
+    assert logits(client) == before
+    assert shares(client) == {version_of(saved[0]): 1.0}
+
+
+def test_the_commands_of_mlflow_do_it_too(saved: list[Path], sockets: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "mlflow", "deployments", *arguments, "-t", "lrai"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "canary=SHARE" in run("help")
+    assert "lrai deployment cli is created" in run("create", "--name", "cli", "-m", str(saved[0]))
+    rows = tmp_path / "rows.json"
+    rows.write_text(pd.DataFrame(ROWS).to_json())
+    answer = json.loads(run("predict", "--name", "cli", "-I", str(rows)))
+    assert len(answer["predictions"]) == len(ROWS) * 10  # as `mlflow.onnx` answers a DataFrame
+    update = run("update", "--name", "cli", "-m", str(saved[1]), "-C", "canary=0.5")
+    assert "cli is updated (with flavor lrai)" in update
+    assert "'cli'" in run("list")
+    assert version_of(saved[1]) in run("get", "--name", "cli")
+    assert "cli is deleted" in run("delete", "--name", "cli")
+    assert "[]" in run("list")
+
+
+def test_a_model_can_be_tried_locally(saved: list[Path], tmp_path: Path, sockets: Path) -> None:
+    command = [sys.executable, "-m", "mlflow", "deployments", "run-local", "-t", "lrai"]
+    command += ["--name", "x", "-m", str(saved[0]), "-C", f"host={HOST}", "-C", "port={port}"]
+    with Server(command, tmp_path / "log") as server:
+        server.wait_until_ready("/ping")
+        assert post(server.port, {"inputs": {"features": ROWS.tolist()}}).status == 200
+
+
+def test_a_registry_flow_loses_no_request(
+    registry: mlflow.MlflowClient, client: Client, sources: list[Path]
+) -> None:
+    """Log, convert, champion, serve, new version, alias moved, rollback: Must show 5."""
+    example = {"features": ROWS}
+    for number, source in enumerate(sources, 1):
+        with mlflow.start_run():
+            logged = mlflow.onnx.log_model(
+                onnx.load(source),
+                name="plain",
+                registered_model_name="plain",
+                pip_requirements=["onnxruntime"],
+            )
+        made = lrai_mlflow.convert(
+            f"models:/plain/{logged.registered_model_version}",
+            registered_model_name="search",
+            threads=1,
+        )
+        assert str(made.registered_model_version) == str(number)
+        tags = registry.get_model_version("search", str(number)).tags
+        assert tags["lrai.source_uri"] == f"models:/plain/{number}"
+        assert tags["lrai.source_model_id"] == logged.model_id
+        assert tags["lrai.source_flavor"] == "onnx"
+    champion = "models:/search@champion"
+    registry.set_registered_model_alias("search", "champion", "1")
+    client.create_deployment("search", champion)
+    expected = {}
+    for number in (1, 2):
+        model = mlflow.pyfunc.load_model(f"models:/search/{number}")
+        expected[number] = model.predict(example)["logits"]
+    over, answered, failed = threading.Event(), list[int](), list[str]()
+
+    def call() -> None:
+        mine = mlflow.deployments.get_deploy_client("lrai")
+        while not over.is_set():
+            try:
+                found = np.array(mine.predict("search", example)["predictions"]["logits"])
+            except MlflowException as error:
+                failed.append(str(error))
+                continue
+            close = [n for n, e in expected.items() if np.allclose(found, e, rtol=1e-3, atol=1e-3)]
+            answered.append(close[0] if close else 0)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(2)
+        for alias in ("2", "1"):  # the new version; and back
+            registry.set_registered_model_alias("search", "champion", alias)
+            client.update_deployment("search", champion)
+            at = len(answered)
+            time.sleep(2)
+            assert set(answered[at + 8 :]) == {int(alias)}, "who begins now is answered by it"
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert set(answered) == {1, 2}
+    assert len(answered) > 100

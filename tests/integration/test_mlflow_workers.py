@@ -1,0 +1,225 @@
+"""Workers of `mlflow models serve`: one runtime for all, and what becomes of requests in faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lrai_core as lrai
+import lrai_mlflow
+from benchmarks.processes import Server
+from tests.integration.mlflow_server import post, processes_with, runtime_of, start, traffic
+from tests.own_runtime import daemon_pids, own_runtime
+
+pytestmark = pytest.mark.server
+
+WORKERS = 4
+ROWS = np.random.default_rng(5).normal(size=(16, 64)).round(3)
+BODIES = [{"inputs": {"features": [row.tolist()]}} for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def saved(classifier_fp32: lrai.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    lrai_mlflow.save_model(classifier_fp32, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sockets() -> Iterator[Path]:
+    with own_runtime() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def server(
+    saved: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with start(saved, tmp_path_factory.mktemp("logs"), workers=WORKERS) as found:
+        found.wait_until_ready("/ping")
+        wait_for(lambda: len(workers(found)) == WORKERS and len(clients(found)) == WORKERS)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def expected(server: Server) -> list[Any]:
+    return [post(server.port, body).content["predictions"] for body in BODIES]
+
+
+def test_all_workers_share_one_runtime_and_one_copy_of_the_weights(
+    server: Server, sockets: Path, expected: list[Any]
+) -> None:
+    with traffic(server.port, BODIES, expected, callers=16) as ledger:
+        time.sleep(2)
+    assert ledger.others() == {}
+    assert ledger.count("ok") > 50
+    assert len(daemon_pids(sockets)) == 1
+    with runtime_of(sockets) as runtime:
+        (model,) = runtime.models()
+        assert len(model.actor_pids) == 1
+        calls = runtime.stats()
+    for pid in workers(server):  # the engine is loaded in the actor alone
+        assert "onnxruntime_pybind11_state" not in Path(f"/proc/{pid}/maps").read_text()
+    assert "onnxruntime_pybind11_state" in Path(f"/proc/{model.actor_pid}/maps").read_text()
+    assert calls["outstanding_rows"] == 0
+
+
+def test_an_actor_that_is_killed_costs_no_request(
+    server: Server, sockets: Path, expected: list[Any]
+) -> None:
+    with runtime_of(sockets) as runtime, traffic(server.port, BODIES, expected) as ledger:
+        time.sleep(1)
+        (model,) = runtime.models()
+        assert model.actor_pid is not None
+        os.kill(model.actor_pid, signal.SIGKILL)
+        at = time.monotonic()
+        wait_for(lambda: runtime.ready() in ("ok", "idle") and runtime.models()[0].actor_pid)
+        time.sleep(1)
+    assert ledger.others() == {}
+    assert ledger.recovery_seconds(at) <= 2
+
+
+def test_a_runtime_that_is_killed_costs_no_request(
+    server: Server, sockets: Path, expected: list[Any]
+) -> None:
+    before = workers(server)
+    with traffic(server.port, BODIES, expected) as ledger:
+        time.sleep(1)
+        (daemon,) = daemon_pids(sockets)
+        os.kill(daemon, signal.SIGKILL)
+        at = time.monotonic()
+        wait_for(lambda: any(begun > at and how == "ok" for begun, _, how in ledger.lines))
+        time.sleep(1)
+    assert ledger.others() == {}
+    assert ledger.recovery_seconds(at) <= 5
+    assert workers(server) == before
+    assert daemon_pids(sockets) != [daemon]
+
+
+def test_a_worker_that_is_killed_costs_what_it_had_and_nothing_more(
+    server: Server, expected: list[Any]
+) -> None:
+    before = workers(server)
+    with traffic(server.port, BODIES, expected) as ledger:
+        time.sleep(1)
+        os.kill(before[0], signal.SIGKILL)
+        at = time.monotonic()
+        wait_for(lambda: len(set(workers(server)) - set(before)) == 1)
+        wait_for(lambda: len(clients(server)) == WORKERS)
+        time.sleep(1)
+    lost = ledger.others()
+    # its callers see a connection that breaks: at most what one worker has inside
+    assert set(lost) <= {"ConnectionResetError", "RemoteDisconnected", "BadStatusLine"}
+    assert sum(lost.values()) <= 8
+    assert ledger.recovery_seconds(at) <= 2
+
+
+def test_a_model_that_somebody_unloads_is_back_with_new_workers(
+    server: Server, sockets: Path, expected: list[Any]
+) -> None:
+    before = set(workers(server))
+    with runtime_of(sockets) as runtime:
+        runtime.unload(runtime.models()[0].name)
+    assert post(server.port, BODIES[0]).status == 404
+    wait_for(lambda: not before & set(workers(server)), seconds=30)
+    wait_for(lambda: post_or_none(server.port) == 200, seconds=30)
+    wait_for(lambda: len(workers(server)) == WORKERS)
+    assert post(server.port, BODIES[1]).content["predictions"] == expected[1]
+    said = server.log.read_text()
+    assert "will not come back: it failed beyond repair, or is not loaded any more" in said
+
+
+def test_a_worker_ends_where_the_runtime_is_silent_for_too_long(
+    saved: Path, tmp_path: Path
+) -> None:
+    patience = {"LRAI_ACTOR_START_TIMEOUT_SECONDS": "4"}
+    with own_runtime(**patience) as folder, start(saved, tmp_path) as one:
+        one.wait_until_ready("/ping")
+        (worker,) = clients(one)
+        (daemon,) = daemon_pids(folder)
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            wait_for(lambda: not Path(f"/proc/{worker}").exists(), seconds=20)
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+        assert "was not ready for" in one.log.read_text()
+
+
+def test_ctrl_c_leaves_nothing_running(saved: Path, tmp_path: Path) -> None:
+    with own_runtime() as folder:
+        with start(saved, tmp_path, workers=2) as one:
+            one.wait_until_ready("/ping")
+            assert daemon_pids(folder)
+            main = one.processes()[0]
+            os.killpg(main, signal.SIGINT)  # as a terminal does
+            wait_for(lambda: not workers(one) and not Path(f"/proc/{main}/maps").read_text())
+            wait_for(lambda: not processes_with(str(folder)), seconds=45)
+        assert [path.name for path in folder.rglob("clients")] == []
+
+
+def test_a_server_that_was_ended_does_not_keep_its_model_in_the_runtime_of_others(
+    saved: Path, classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    lrai_mlflow.save_model(classifier_fp32, other, model_config={"variant": "fp32"})
+    with own_runtime() as folder, runtime_of(folder) as runtime:
+        with start(saved, tmp_path, workers=2) as first:
+            first.wait_until_ready("/ping")
+            assert len(runtime.models()) == 1
+            os.killpg(first.processes()[0], signal.SIGTERM)
+            wait_for(lambda: not workers(first))
+            (left,) = runtime.models()
+        with start(other, tmp_path) as second:
+            second.wait_until_ready("/ping")
+            assert post(second.port, BODIES[0]).status == 200
+            (served,) = runtime.models()
+            assert served.name != left.name
+            os.killpg(second.processes()[0], signal.SIGINT)
+            wait_for(lambda: runtime.models() == [])
+
+
+def workers(server: Server) -> list[int]:
+    """Return the processes of uvicorn that answer requests."""
+    found = []
+    for pid in server.processes():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"multiprocessing.spawn" in command or b"spawn_main" in command:
+            found.append(pid)
+    return found
+
+
+def clients(server: Server) -> list[int]:
+    """Return the processes of a server that hold a model in the runtime."""
+    found = []
+    for pid in server.processes():
+        try:
+            held = [fd.readlink().name for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue
+        if any(name.endswith(".held") for name in held):
+            found.append(pid)
+    return found
+
+
+def post_or_none(port: int) -> int | None:
+    try:
+        return post(port, BODIES[0], timeout_seconds=5).status
+    except OSError:
+        return None
+
+
+def wait_for(holds: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.05)
