@@ -94,7 +94,7 @@ def test_nothing_is_overwritten(tokens: lrai.Artifact, tmp_path: Path, there: st
         (["missing:latest"], 2, "missing"),
         (["missing:latest", "--name", "x"], 2, "is for an artifact"),
         (["{empty}"], 4, "manifest"),
-        (["../../etc"], 2, "etc"),
+        (["../../no-such-folder"], 2, "no-such-folder"),
         (["missing:latest", "--workers", "0"], 2, "workers"),
     ],
 )
