@@ -55,6 +55,24 @@ def column_model(path: Path) -> Path:
     )
 
 
+DATATYPES = (
+    *("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"),
+    *("FLOAT16", "FLOAT", "DOUBLE", "STRING"),
+)
+
+
+def datatype_model(path: Path) -> Path:
+    """Write a model that returns a column of every datatype: `in_INT8` [batch] as `out_INT8`."""
+    kinds = {name: int(TensorProto.DataType.Value(name)) for name in DATATYPES}
+    return _save(
+        path,
+        [helper.make_node("Identity", [f"in_{name}"], [f"out_{name}"]) for name in kinds],
+        {},
+        inputs=[(f"in_{name}", kind, ["batch"]) for name, kind in kinds.items()],
+        outputs=[(f"out_{name}", kind, ["batch"]) for name, kind in kinds.items()],
+    )
+
+
 Values = Sequence[tuple[str, int, Sequence[str | int]]]
 
 

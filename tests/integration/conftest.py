@@ -1,7 +1,8 @@
-"""Real models for tests with real processes, compiled once a session."""
+"""Real models for tests with real processes, compiled once a session, and one real Triton."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 import lrai_core as lrai
 from benchmarks.models import classifier, minilm_onnx
+from benchmarks.triton_server import Prepared, TritonServer, prepare
+from tests.integration.triton.server import EXPLICIT, Triton
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +44,25 @@ def minilm_session(minilm: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(minilm, options)
+
+
+@pytest.fixture(scope="session")
+def prepared() -> Prepared:
+    return prepare()
+
+
+@pytest.fixture(scope="session")
+def triton(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """Yield one real Triton for all tests that need one."""
+    repository = tmp_path_factory.mktemp("repository")
+    with TritonServer(
+        repository,
+        environment=prepared.environment,
+        backends=prepared.backends,
+        arguments=EXPLICIT,
+        env={"LRAI_ACTOR_THREADS": "1"},
+    ) as server:
+        yield Triton(server, repository)
 
 
 def sentence(random: np.random.Generator, rows: int, length: int) -> dict[str, Any]:

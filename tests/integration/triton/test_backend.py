@@ -27,7 +27,7 @@ from tritonclient.utils import shared_memory as shm
 
 import lrai_core as lrai
 from tests.integration.conftest import sentence
-from tests.integration.triton.conftest import Triton
+from tests.integration.triton.server import Triton
 
 pytestmark = pytest.mark.server
 

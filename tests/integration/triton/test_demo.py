@@ -13,7 +13,7 @@ import pytest
 from benchmarks import models
 from benchmarks.triton_demo import stand_in
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, variables
-from tests.integration.triton.conftest import EXPLICIT, Triton
+from tests.integration.triton.server import EXPLICIT, Triton
 
 pytestmark = pytest.mark.server
 

@@ -13,8 +13,8 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.processes import HOST
 from benchmarks.triton_server import Prepared, TritonServer, prepare
 from tests.integration.test_runtime_faults import kill, wait_until
-from tests.integration.triton.conftest import Triton
 from tests.integration.triton.models import WIDTH, config, plain
+from tests.integration.triton.server import Triton
 
 pytestmark = pytest.mark.server
 

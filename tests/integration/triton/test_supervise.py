@@ -21,8 +21,8 @@ from benchmarks.processes import HOST, Server
 from benchmarks.triton_server import Prepared, TritonServer, free_ports, stubs, variables
 from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import kill, wait_until
-from tests.integration.triton.conftest import Triton
 from tests.integration.triton.models import WIDTH, config, identity, plain
+from tests.integration.triton.server import Triton
 
 pytestmark = pytest.mark.server
 

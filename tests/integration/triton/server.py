@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from tritonclient.utils import np_to_triton_dtype
 
 import lrai_core as lrai
-from benchmarks.triton_server import Prepared, TritonServer, prepare
+from benchmarks.triton_server import TritonServer
 
 EXPLICIT = ("--model-control-mode=explicit",)
 
@@ -99,21 +98,3 @@ class Triton:
     def _runtime(self) -> lrai.Runtime:
         folder = str(self.server.runtime.folder)
         return lrai.Runtime(lrai.load_config(call={"runtime.socket_dir": folder}), address="auto")
-
-
-@pytest.fixture(scope="session")
-def prepared() -> Prepared:
-    return prepare()
-
-
-@pytest.fixture(scope="session")
-def triton(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    repository = tmp_path_factory.mktemp("repository")
-    with TritonServer(
-        repository,
-        environment=prepared.environment,
-        backends=prepared.backends,
-        arguments=EXPLICIT,
-        env={"LRAI_ACTOR_THREADS": "1"},
-    ) as server:
-        yield Triton(server, repository)

@@ -1,0 +1,425 @@
+"""One table through the core and every adapter: the same requests have the same outcomes."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import tritonclient.http as triton_http
+from numpy.typing import NDArray
+from tritonclient.utils import np_to_triton_dtype
+
+import lrai_bentoml
+import lrai_core as lrai
+import lrai_mlflow
+from benchmarks.processes import HOST, Server
+from tests.integration.mlflow_server import post, start
+from tests.integration.sagemaker.conftest import Container
+from tests.integration.triton.server import Triton
+from tests.own_runtime import own_runtime
+from tests.tiny_models import DATATYPES, column_model, datatype_model, token_model
+
+pytestmark = pytest.mark.server
+
+Array = NDArray[Any]
+MODELS = {"c_tokens": token_model, "c_columns": column_model, "c_kinds": datatype_model}
+MOST_ROWS = 64  # of one request; Triton's own limit of a list, too
+HOSTS = ("embedded", "shared", "triton", "mlflow", "bentoml", "sagemaker")
+_SERVICE = """
+import bentoml
+import lrai_bentoml
+
+models = [lrai_bentoml.runner(f"{name}:latest") for name in ("c_tokens", "c_columns", "c_kinds")]
+
+@bentoml.service
+@bentoml.asgi_app(lrai_bentoml.asgi_app(*models))
+class Conformance:
+    tokens, columns, kinds = models
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request, and what has to come of it.
+
+    Attributes:
+        status: Of HTTP, and of the core's error.
+        says: In every refusal.
+        other: Statuses of hosts that have none of their own for it.
+        without: Hosts that cannot state such a request.
+    """
+
+    name: str
+    model: str
+    inputs: Mapping[str, Array]
+    outputs: tuple[str, ...] = ()
+    timeout_ms: float | None = None
+    status: int = 200
+    says: str = ""
+    other: Mapping[str, int] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a host answered: outputs, or why not."""
+
+    status: int
+    outputs: Mapping[str, Array]
+    text: str = ""
+
+
+def tokens(rows: int, length: int, **changes: Array) -> dict[str, Array]:
+    ids = np.arange(rows * length, dtype=np.int64).reshape(rows, length) % 100
+    mask = np.ones_like(ids)
+    mask[:, 1 + length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask} | changes
+
+
+def kinds() -> dict[str, Array]:
+    made: dict[str, Array] = {}
+    for name in DATATYPES:
+        spec = {"FLOAT16": "float16", "FLOAT": "float32", "DOUBLE": "float64", "BOOL": "bool"}
+        if name == "STRING":
+            made[f"in_{name}"] = np.array(["", "é😀", 'a "b", c'], np.object_)
+            continue
+        dtype = np.dtype(spec.get(name, name.lower()))
+        if dtype.kind in "iu":
+            limits = np.iinfo(dtype)  # numpy, and so MLflow, takes a larger number for a real one
+            most = min(limits.max, np.iinfo(np.int64).max)
+            made[f"in_{name}"] = np.array([limits.min, 1, most], dtype)
+        else:
+            made[f"in_{name}"] = np.array([0, 0.1, -3], np.float64).astype(dtype)
+    return made
+
+
+COLUMNS: dict[str, Array] = {
+    "price": np.array([1.5, 2, 0.25], np.float32),
+    "count": np.array([1, 2, 3], np.int32),
+}
+IDS = tokens(1, 3)["input_ids"]
+CASES = (
+    Case("one row", "c_tokens", tokens(1, 3)),
+    Case("rows and padding", "c_tokens", tokens(5, 17)),
+    Case("as many rows as may be", "c_tokens", tokens(MOST_ROWS, 2)),
+    Case("one output of two", "c_tokens", tokens(2, 4), outputs=("mean",), without=("mlflow",)),
+    Case("a column per input", "c_columns", COLUMNS),
+    Case("every datatype", "c_kinds", kinds()),
+    Case("a missing input", "c_tokens", {"input_ids": IDS}, status=400, says="attention_mask"),
+    Case("an input too many", "c_tokens", tokens(1, 3, more=IDS), status=400, says="more"),
+    Case(
+        "another datatype",
+        "c_tokens",
+        tokens(1, 3, input_ids=np.array([[1.5, 2, 3]])),
+        status=400,
+        says="input_ids",
+    ),
+    Case("another rank", "c_tokens", tokens(1, 3, input_ids=IDS[0]), status=400, says="input_ids"),
+    Case(
+        "lengths that differ",
+        "c_tokens",
+        tokens(1, 3, attention_mask=np.ones((1, 4), np.int64)),
+        status=400,
+    ),
+    Case(
+        "no rows",
+        "c_columns",
+        {name: array[:0] for name, array in COLUMNS.items()},
+        status=400,
+        without=("triton",),  # release 2.51 dies of it, with a model of its own, too
+    ),
+    Case("a row too many", "c_tokens", tokens(MOST_ROWS + 1, 2), status=400, says=str(MOST_ROWS)),
+    Case(
+        "an output that is not there",
+        "c_tokens",
+        tokens(1, 3),
+        outputs=("median",),
+        status=400,
+        says="median",
+        without=("mlflow",),
+    ),
+    Case(
+        "no time at all",
+        "c_tokens",
+        tokens(1, 3),
+        timeout_ms=1e-3,
+        status=504,
+        other={"triton": 503},  # Triton's codes have no other
+        without=("mlflow",),  # it passes parameters on to models with a signature only
+    ),
+    Case(
+        "an unknown model",
+        "c_nobody",
+        tokens(1, 3),
+        status=404,
+        says="c_nobody",
+        without=("mlflow",),  # a server of one model
+    ),
+)
+Ask = Callable[[Case], Outcome]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A host: how to ask it, and the folder of its runtime's sockets."""
+
+    ask: Ask
+    actors: Callable[[], list[int]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with every model as ONNX file and as artifact."""
+    folder = tmp_path_factory.mktemp("conformance")
+    for name, make in MODELS.items():
+        lrai.compile(make(folder / f"{name}.onnx"), out=folder / f"{name}.lrai", threads=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Callable[[Case], dict[str, Array]]:
+    """Return what onnxruntime answers to a case."""
+    sessions = {
+        name: onnxruntime.InferenceSession(
+            folder / f"{name}.onnx", providers=["CPUExecutionProvider"]
+        )
+        for name in MODELS
+    }
+
+    def run(case: Case) -> dict[str, Array]:
+        session = sessions[case.model]
+        names = list(case.outputs) or [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(case.inputs)), strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def host(request: pytest.FixtureRequest, folder: Path) -> Iterator[Asked]:
+    """Yield a host that serves the models, started once for all cases."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(own_runtime(LRAI_LIMITS_REQUEST_ROWS=str(MOST_ROWS)))
+        yield _HOSTS[request.param](folder, stack, request)
+
+
+def triton_of(request: pytest.FixtureRequest) -> Triton:
+    found = request.getfixturevalue("triton")
+    assert isinstance(found, Triton)
+    return found
+
+
+def actors_of(runtime: lrai.Runtime) -> list[int]:
+    return [pid for model in runtime.models() for pid in model.actor_pids]
+
+
+def shared_actors(sockets: Path | None = None) -> list[int]:
+    """Return the actors of the runtime of a folder, by default of this test's own."""
+    call = {} if sockets is None else {"runtime.socket_dir": str(sockets)}
+    with lrai.Runtime(lrai.load_config(call=call), address="auto") as runtime:
+        return actors_of(runtime)
+
+
+def through_core(
+    address: str, folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest
+) -> Asked:
+    runtime = stack.enter_context(lrai.Runtime(address=address))
+    for name in MODELS:
+        runtime.load(folder / f"{name}.lrai", name=name)
+    return Asked(partial(ask_core, runtime), partial(actors_of, runtime))
+
+
+def ask_core(runtime: lrai.Runtime, case: Case) -> Outcome:
+    request = lrai.InferenceRequest(
+        model_name=case.model, inputs=case.inputs, outputs=case.outputs, timeout_ms=case.timeout_ms
+    )
+    try:
+        return Outcome(200, runtime.infer(request).outputs)
+    except lrai.LraiError as error:
+        return Outcome(error.http_status, {}, str(error))
+
+
+def through_triton(
+    folder: Path, stack: contextlib.ExitStack, request: pytest.FixtureRequest
+) -> Asked:
+    server = triton_of(request)
+    lists = 'backend: "lrai"\nparameters { key: "execution" value { string_value: "lists" } }'
+    for name in MODELS:
+        stack.enter_context(server.serving(name, {1: folder / f"{name}.lrai"}, lists))
+    actors = partial(shared_actors, server.server.runtime.folder)
+    return Asked(partial(ask_triton, server.server.port), actors)
+
+
+def ask_triton(port: int, case: Case) -> Outcome:
+    """Ask Triton, which keeps the rows apart and has no tensor without dimensions beside them."""
+    if case.model == "c_tokens":
+        return ask_protocol(port, "/v2/models/{}/infer", case)
+    columns = {name: array.reshape(-1, 1) for name, array in case.inputs.items()}
+    outcome = ask_protocol(port, "/v2/models/{}/infer", replace(case, inputs=columns))
+    outputs = {name: array.reshape(-1) for name, array in outcome.outputs.items()}
+    return replace(outcome, outputs=outputs)
+
+
+def through_bentoml(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest) -> Asked:
+    for name in MODELS:
+        lrai_bentoml.save_model(name, folder / f"{name}.lrai")
+    (folder / "service").mkdir()
+    (folder / "service" / "service.py").write_text(_SERVICE)
+    command = [sys.executable, "-m", "bentoml", "serve", "service", "--host", HOST, "-p", "{port}"]
+    server = stack.enter_context(Server(command, folder / "bentoml.log"))
+    server.wait_until_ready("/readyz")
+    return Asked(partial(ask_protocol, server.port, "/v2/models/{}/infer"), shared_actors)
+
+
+def through_sagemaker(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest) -> Asked:
+    sockets = Path(os.environ["LRAI_RUNTIME_SOCKET_DIR"])
+    with_many = Container(["", "--multi-model"], folder, sockets)
+    container = stack.enter_context(with_many)
+    container.wait_until_ready()
+    for name in MODELS:
+        (folder / "root" / name).mkdir(parents=True)
+        (folder / "root" / name / "model.lrai").symlink_to(folder / f"{name}.lrai")
+        loaded = container.post(
+            {"model_name": name, "url": str(folder / f"{name}.lrai")}, "/models"
+        )
+        assert loaded.status == 200, loaded.body
+    return Asked(partial(ask_protocol, container.port, "/models/{}/invoke"), shared_actors)
+
+
+def ask_protocol(port: int, path: str, case: Case) -> Outcome:
+    """Ask by the Open Inference Protocol, as Triton's own client writes and reads it."""
+    given = []
+    for name, array in case.inputs.items():
+        given.append(
+            triton_http.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        )
+        given[-1].set_data_from_numpy(array)
+    wanted = [triton_http.InferRequestedOutput(name) for name in case.outputs] or None
+    timeout_us = None if case.timeout_ms is None else int(case.timeout_ms * 1e3)
+    body, length = triton_http.InferenceServerClient.generate_request_body(
+        given, outputs=wanted, timeout=timeout_us
+    )
+    if wanted is None:  # as Triton's client asks for all outputs: in binary
+        body = _with_binary_outputs(body, length)
+        length = len(body) - sum(map(_size, case.inputs.values()))
+    connection = http.client.HTTPConnection(HOST, port, timeout=60)
+    with contextlib.closing(connection):
+        headers = {"Content-Type": "application/octet-stream"}
+        headers |= {} if length is None else {"Inference-Header-Content-Length": str(length)}
+        connection.request("POST", path.format(case.model), bytes(body), headers)
+        reply = connection.getresponse()
+        content, said = reply.read(), reply.headers.get("Inference-Header-Content-Length")
+    if reply.status != 200:
+        return Outcome(reply.status, {}, content.decode())
+    result = triton_http.InferenceServerClient.parse_response_body(
+        content, header_length=None if said is None else int(said)
+    )
+    names = [output["name"] for output in result.get_response()["outputs"]]
+    return Outcome(200, {name: result.as_numpy(name) for name in names})
+
+
+def through_mlflow(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest) -> Asked:
+    servers = {}
+    for name in MODELS:
+        lrai_mlflow.save_model(folder / f"{name}.lrai", folder / f"mlflow-{name}", signature=False)
+        servers[name] = stack.enter_context(start(folder / f"mlflow-{name}", folder))
+    for server in servers.values():
+        server.wait_until_ready("/ping")
+    ports = {name: server.port for name, server in servers.items()}
+    return Asked(partial(ask_mlflow, ports), shared_actors)
+
+
+def ask_mlflow(ports: Mapping[str, int], case: Case) -> Outcome:
+    body: dict[str, Any] = {"inputs": {k: v.tolist() for k, v in case.inputs.items()}}
+    reply = post(ports[case.model], body)
+    if reply.status != 200:
+        return Outcome(reply.status, {}, json.dumps(reply.content, ensure_ascii=False))
+    return Outcome(200, {k: np.array(v) for k, v in reply.content["predictions"].items()})
+
+
+def _with_binary_outputs(body: bytes, length: int | None) -> bytes:
+    head = json.loads(body[:length])
+    head.setdefault("parameters", {})["binary_data_output"] = True
+    return json.dumps(head).encode() + body[len(body) if length is None else length :]
+
+
+def _size(array: Array) -> int:
+    if array.dtype.kind != "O":
+        return array.nbytes
+    return sum(4 + len(str(text).encode()) for text in array.ravel())
+
+
+_HOSTS: dict[str, Callable[[Path, contextlib.ExitStack, pytest.FixtureRequest], Asked]] = {
+    "embedded": partial(through_core, "embedded"),
+    "shared": partial(through_core, "auto"),
+    "triton": through_triton,
+    "mlflow": through_mlflow,
+    "bentoml": through_bentoml,
+    "sagemaker": through_sagemaker,
+}
+
+
+@pytest.mark.parametrize(
+    ("host", "case"),
+    [
+        pytest.param(host, case, id=f"{host}, {case.name}")
+        for host in HOSTS
+        for case in CASES
+        if host not in case.without
+    ],
+    indirect=["host"],
+    scope="module",
+)
+def test_every_host_answers_alike(
+    host: Asked,
+    case: Case,
+    expected: Callable[[Case], dict[str, Array]],
+    request: pytest.FixtureRequest,
+) -> None:
+    outcome, name = host.ask(case), request.node.callspec.params["host"]
+    assert outcome.status == case.other.get(name, case.status), outcome.text
+    if case.status == 200:
+        check(outcome, expected(case))
+    else:
+        assert case.says in outcome.text
+        assert "/" not in outcome.text, "a path"
+
+
+@pytest.mark.parametrize("host", HOSTS, indirect=True, scope="module")
+def test_every_host_outlives_an_actor(
+    host: Asked, expected: Callable[[Case], dict[str, Array]]
+) -> None:
+    case = CASES[1]
+    before = set(host.actors())
+    assert before
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    outcome = host.ask(case)
+    assert outcome.status == 200, outcome.text
+    check(outcome, expected(case))
+    assert not before & set(host.actors())
+
+
+def check(outcome: Outcome, right: Mapping[str, Array]) -> None:
+    assert set(outcome.outputs) == set(right)
+    for output, array in right.items():
+        got = outcome.outputs[output]
+        assert got.shape == array.shape
+        if array.dtype.kind == "O":
+            texts = [item.decode() if isinstance(item, bytes) else item for item in got]
+            assert texts == list(array)
+        elif array.dtype.kind == "f":
+            np.testing.assert_allclose(got.astype(array.dtype), array, rtol=1e-5, atol=1e-6)
+        else:
+            assert np.array_equal(got.astype(array.dtype), array)
