@@ -21,9 +21,7 @@ from typing import Final, NamedTuple
 from lrai_core.scheduler.latency import LatencyModel
 
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
-# Durations of the call after the next that its deadline has to leave: for it to follow untouched,
-# and for nobody to be given up but for more that take their places.
-_SPARE, _LITTLE = 3.0, 2.0
+_SPARE: Final = 2.5  # durations of the call after the next that its deadline has to leave for it
 _MOST_GIVEN_UP: Final = 4096  # by one decision
 _PEERS: Final = 8  # of its own length a neighbour is thought to find, at most
 _OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more than its share
@@ -136,8 +134,8 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
         return Decision((), tuple(queue), 0.0)
     situation = _Situation(queue, latency, now, bounds, late)
     call, given_up = situation.lead(urgent[late]), 0
-    if call.short_of_time and not situation.rest_fits(call, _SPARE):
-        call, given_up = situation.give_up(call, dearly=situation.rest_fits(call, _LITTLE))
+    if call.short_of_time and not situation.rest_fits(call):
+        call, given_up = situation.give_up(call)
     drop = tuple(waiting.sequence for waiting in urgent[: late + given_up])
     return Decision(tuple(one.sequence for one in call.members), drop, call.seconds, call.due)
 
@@ -245,24 +243,21 @@ class _Situation:
             call.due, call.seconds = min(call.due, other.deadline), best_seconds
         return call
 
-    def rest_fits(self, call: _Call, spare: float) -> bool:
+    def rest_fits(self, call: _Call) -> bool:
         """Return whether what `call` leaves behind can follow whole, with time to spare.
 
-        Time to spare, since what arrives meanwhile will want the same; in durations of that call.
+        Time to spare, since what arrives meanwhile will want the same.
         """
         gone = {one.sequence for one in call.members}
         for index in range(self.first, len(self.queue)):
             if (waiting := self.queue.urgent[index]).sequence not in gone:
                 follows = self.lead(waiting, gone, call.seconds)
-                end = self.now + call.seconds + spare * follows.seconds
+                end = self.now + call.seconds + _SPARE * follows.seconds
                 return end <= follows.due and not follows.short_of_time
         return True
 
-    def give_up(self, call: _Call, *, dearly: bool) -> tuple[_Call, int]:
-        """Return the call that serves the most per second, and how many are given up for it.
-
-        `dearly`: for more than as many that take their places.
-        """
+    def give_up(self, call: _Call) -> tuple[_Call, int]:
+        """Return the call that serves the most per second, and how many are given up for it."""
 
         def worth(call: _Call, given_up: int) -> tuple[float, int, _Call]:
             return (len(call.members) - _DROP_COST * given_up) / call.seconds, -given_up, call
@@ -274,7 +269,7 @@ class _Situation:
             if at >= len(urgent) or urgent[at].priority != urgent[0].priority:
                 break  # nobody is given up for those of a lower priority
             found = worth(self.lead(urgent[at]), at)
-            if len(found[2].members) > len(call.members) + at * dearly:
+            if len(found[2].members) > len(call.members):
                 best = max(best, found, key=lambda one: one[:2])
             if found[2].short_of_time:
                 low, high = (high, 2 * high) if short else (at, high)
