@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+import lrai_core as lrai
 from benchmarks.callers import Array, Row
 from benchmarks.hosts_load import body_of
 from benchmarks.hosts_servers import BENTO, MLFLOW, SAGEMAKER
@@ -65,15 +66,20 @@ def _best(bodies: Sequence[Any], function: Callable[[Any], Any]) -> float:
     return min(took) / len(bodies) * 1e6
 
 
+def _response(answer: Array) -> lrai.InferenceResponse:
+    return lrai.InferenceResponse(
+        model_name="minilm", model_version="1", id="1", outputs={_OUTPUT: answer}, parameters={}
+    )
+
+
 def _containers(rows: Sequence[Row], answer: Array, artifact: str) -> dict[tuple[str, str], Parts]:
-    import lrai_core as lrai
     from benchmarks import hosts_fastapi
     from lrai_codecs import decode, encode
 
     bodies = [body_of("inputs", row) for row in rows]
     inputs = lrai.Artifact.open(artifact, verify=False).manifest.signature.inputs
     _, form = decode(bodies[0], "application/json", inputs)
-    response = lrai.InferenceResponse(model_name="minilm", outputs={_OUTPUT: answer})
+    response = _response(answer)
     plain = _parts(bodies, hosts_fastapi.decode, lambda: hosts_fastapi.encode(answer))
     ours = _parts(
         bodies,
@@ -92,14 +98,13 @@ def _mlflow(rows: Sequence[Row], answer: Array, artifact: str) -> dict[tuple[str
     from mlflow.models.utils import _enforce_schema
     from mlflow.pyfunc.scoring_server import _parse_json_data, predictions_to_json
 
-    import lrai_core as lrai
     import lrai_mlflow
     from lrai_mlflow.serving import from_lrai, to_lrai
 
     opened = lrai.Artifact.open(artifact, verify=False)
     signature, inputs = lrai_mlflow.signature_of(opened), opened.manifest.signature.inputs
     metadata, schema = Model(signature=signature), signature.inputs
-    response = lrai.InferenceResponse(model_name="minilm", outputs={_OUTPUT: answer})
+    response = _response(answer)
 
     def read(body: str) -> Any:
         return _enforce_schema(_parse_json_data(body, metadata, schema).data, schema)
@@ -121,13 +126,12 @@ def _mlflow(rows: Sequence[Row], answer: Array, artifact: str) -> dict[tuple[str
 
 
 def _bentoml(rows: Sequence[Row], answer: Array, artifact: str) -> dict[tuple[str, str], Parts]:
-    from _bentoml_impl.serde import JSONSerde, Payload
+    from _bentoml_impl.serde import JSONSerde, Payload  # type: ignore[import-untyped]
 
-    import lrai_core as lrai
     from benchmarks.hosts_bento import Plain
     from lrai_codecs import fit
 
-    serde, apis = JSONSerde(), Plain.apis
+    serde, apis = JSONSerde(), Plain.apis  # type: ignore[attr-defined]
     inputs = lrai.Artifact.open(Path(artifact), verify=False).manifest.signature.inputs
     loop = asyncio.new_event_loop()
 

@@ -105,7 +105,7 @@ def show(rows: Rows, bare: Bare, parts: PartsOf, rounds: int, variant: str) -> N
             ],
             [_line(rows, row) for row in sorted(cells, key=_order)],
             f"medians of {rounds} rounds in turns, 95 % bootstrap intervals, each to the best peer "
-            f"with that file; the variant is {variant}; MB: proportional set size of the whole tree",
+            f"with that file; the variant is {variant}; MB: proportional set size of the tree",
         )
         harness.show(
             f"Where the latency goes in {host}: % of its mean, and CPU us of a request",
@@ -123,8 +123,8 @@ def show(rows: Rows, bare: Bare, parts: PartsOf, rounds: int, variant: str) -> N
                 for row in sorted(cells, key=_order)
                 if row["workers"] == 1
             ],
-            "one worker; decode and encode: the host's own functions alone on this CPU; engine: the "
-            "bare engine, of lrai the actors' CPU time; queue: the rest, with HTTP and hops",
+            "one worker; decode and encode: the host's own functions alone on this CPU; engine: "
+            "bare, of lrai the actors' CPU time; queue: the rest, with HTTP and hops",
         )
 
 

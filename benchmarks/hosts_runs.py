@@ -123,9 +123,8 @@ class Bench:
         after = one.cpu_seconds()
         if set(figures.statuses) != {200}:
             tail = one.log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(
-                f"{side.host}, {side.who}: answered {figures.statuses}, {figures.first_error}\n{tail}"
-            )
+            said = f"answered {figures.statuses}, {figures.first_error}"
+            raise RuntimeError(f"{side.host}, {side.who}: {said}\n{tail}")
         self.answers[f"{side.host}, {side.who}"].add(figures)
         return figures, {what: (after[what] - before[what]) / count * 1e6 for what in after}
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import mlflow
+
 from benchmarks import mlflow as with_mlflow
 from benchmarks.host import Host, held
 from benchmarks.hosts_fastapi import Served
@@ -115,7 +117,7 @@ class Files:
     def logged(self, file: str) -> Path:
         """Return the folder of a logged model of MLflow."""
         if not self._logged:
-            with_mlflow.mlflow.set_tracking_uri((self.scratch / "tracking").as_uri())
+            mlflow.set_tracking_uri((self.scratch / "tracking").as_uri())
         if file not in self._logged:
             if file == "lrai":
                 found = with_mlflow.log_lrai(self.artifact)
