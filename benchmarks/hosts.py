@@ -16,6 +16,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,7 +104,9 @@ def run(
     rows: list[dict[str, Any]] = []
     answers: dict[str, Answers] = defaultdict(Answers)
     for host in arguments.host or HOSTS:
+        begun = time.perf_counter()
         rows += measure(host, kinds, extent, files, load, cpus[0], answers)
+        console.print(f"{host}: measured in {time.perf_counter() - begun:.0f} s")
     report.show(rows, bare, taken, extent.rounds, chosen)
     packages = ["lrai", "onnxruntime", "numpy", "mlflow-skinny", "bentoml", "fastapi", "uvicorn"]
     for row in rows:

@@ -2,12 +2,16 @@
 
 Bodies are what `lrai sagemaker serve` takes too, and are read and written with msgspec, without
 FastAPI's own checks: no container is faster at it. `HOSTS_SERVED` says what is served.
+
+    python -m benchmarks.hosts_fastapi PORT WORKERS
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +21,12 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
+from uvicorn.supervisors import Multiprocess
+
+from benchmarks.processes import HOST
 
 Array = NDArray[Any]
 Row = dict[str, Array]
@@ -98,6 +106,23 @@ def groups(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return list(found.values())
 
 
+def main() -> None:
+    """Serve until told to end.
+
+    With workers, the sockets of uvicorn's own command wait for acknowledgements, 40 ms each answer.
+    """
+    port, workers = map(int, sys.argv[1:])
+    listening = socket.create_server((HOST, port), backlog=2_048)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited by what it accepts
+    application = "benchmarks.hosts_fastapi:create"
+    config = uvicorn.Config(application, factory=True, access_log=False, workers=workers)
+    server = uvicorn.Server(config)
+    if workers == 1:
+        server.run([listening])
+    else:
+        Multiprocess(config, [listening]).run()
+
+
 def create() -> FastAPI:
     """Return the application of one worker."""
     what = served()
@@ -150,3 +175,7 @@ async def _ping() -> dict[str, bool]:
 
 def _sent(output: Array) -> Response:
     return Response(encode(output), media_type="application/json")
+
+
+if __name__ == "__main__":
+    main()

@@ -137,7 +137,8 @@ def _of_cell(rows: Rows, ours: Row, bare: Bare) -> list[Check]:
     if callers == 1:
         found.append(_not_behind(f"{name}: to fp32", fp32))
     else:
-        alone = float(np.median(bare["variant", lengths]) / np.median(bare["fp32", lengths]))
+        pairs = zip(bare["variant", lengths], bare["fp32", lengths], strict=True)
+        alone = float(np.median([variant / plain for variant, plain in pairs]))
         share = fp32.median / alone
         title = f"{name}: of the bare engine's speed-up, {alone:.2f}"
         found.append(_at_least(title, share, LEAST_OF_BARE))

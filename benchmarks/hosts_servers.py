@@ -233,6 +233,5 @@ def _command(side: Side, files: Files) -> tuple[list[str], str, Mapping[str, str
         program = str(Path(sys.executable).parent / "lrai")
         command = [program, "sagemaker", "serve", str(files.artifact.path), *where]
         return [*command, "--workers", workers], "/ping", {}
-    command = [*python, "uvicorn", "--factory", "benchmarks.hosts_fastapi:create"]
-    command += ["--app-dir", str(_ROOT), "--no-access-log", "--workers", workers, *where]
-    return command, "/ping", variables
+    command = [*python, "benchmarks.hosts_fastapi", "{port}", workers]
+    return command, "/ping", {**variables, "PYTHONPATH": str(_ROOT)}
