@@ -12,10 +12,11 @@ import os
 import bentoml
 import numpy as np
 
-from benchmarks.hosts_fastapi import groups, run, served, session
+from benchmarks.hosts_fastapi import create, groups, run, served, session
 
 
 @bentoml.service(workers=int(os.environ.get("HOSTS_WORKERS", "1")))
+@bentoml.asgi_app(create())  # POST /invocations, the same session
 class Plain:
     """One session of one thread in each worker."""
 

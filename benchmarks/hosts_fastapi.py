@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,8 +78,9 @@ def encode(output: Array) -> bytes:
     return msgspec.json.encode({"outputs": {OUTPUT: output.tolist()}})
 
 
+@cache
 def session(what: Served) -> Any:
-    """Return a session of one thread; a compiled variant runs as it is stored."""
+    """Return the process's session of one thread; a compiled variant runs as it is stored."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -130,10 +132,15 @@ def create() -> FastAPI:
 
 
 def _around_onnxruntime(what: Served) -> FastAPI:
-    app, engine, one = FastAPI(), session(what), ThreadPoolExecutor(1)
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        session(what)
+        yield
+
+    app, one = FastAPI(lifespan=lifespan), ThreadPoolExecutor(1)
 
     def answer(row: Row) -> Array:
-        return run(engine, row["input_ids"], row["attention_mask"])
+        return run(session(what), row["input_ids"], row["attention_mask"])
 
     async def inline(request: Request) -> Response:
         return _sent(answer(decode(await request.body())))

@@ -20,7 +20,7 @@ import numpy as np
 import lrai_core as lrai
 from benchmarks.callers import Array, Row
 from benchmarks.hosts_load import body_of
-from benchmarks.hosts_servers import BENTO, MLFLOW, SAGEMAKER
+from benchmarks.hosts_servers import BENTO, MLFLOW, SAGEMAKER, SERVE
 
 _ROUNDS: Final = 5
 _OUTPUT: Final = "sentence_embedding"
@@ -89,7 +89,9 @@ def _containers(rows: Sequence[Row], answer: Array, artifact: str) -> dict[tuple
     return {
         (SAGEMAKER, "FastAPI"): plain,
         (SAGEMAKER, "lrai in FastAPI"): plain,
-        (SAGEMAKER, "lrai sagemaker serve"): ours,
+        (SAGEMAKER, SERVE): ours,
+        (BENTO, "mounted"): plain,
+        (BENTO, "lrai, mounted"): ours,
     }
 
 

@@ -14,7 +14,6 @@ from benchmarks.harness import console
 from benchmarks.hosts_servers import Files, Running, Side, Way, running, sides_of
 from benchmarks.kinds import Kind, share
 
-Key = tuple[str, str, int]  # a side: who, the form's name, and the workers
 Costed = tuple[Figures, dict[str, float]]
 
 SWEPT_AT: Final = 32
@@ -28,7 +27,7 @@ class Extent:
     Attributes:
         rows: Distinct ones, by kind of lengths.
         workers: Numbers of processes that take requests, of all sides.
-        ours_too: Further ones of LRAI alone, for what its memory does.
+        ours_too: Further ones of LRAI alone, for their memory.
         swept: Requests of each try of a way; a quarter of them of the Azure conversations'.
         rounds: In which every side has its turn.
         requests: By callers, in a round; a quarter likewise.
@@ -80,7 +79,7 @@ class Bench:
 
     def _rounds(self, ways: Mapping[Side, Way], kind: Kind) -> list[dict[str, Any]]:
         figures: dict[tuple[Side, int], list[Costed]] = defaultdict(list)
-        sides = list(self.sides)
+        sides = [side for side in self.sides if side.workers in self.extent.workers]
         for turn in range(self.extent.rounds):
             first = turn % len(sides)
             for callers, requests in self.extent.requests.items():
@@ -154,6 +153,7 @@ def _named(side: Side) -> dict[str, Any]:
     return {
         "host": side.host,
         "form": side.name,
+        "path": side.path,
         "file": side.file,
         "who": side.who,
         "workers": side.workers,

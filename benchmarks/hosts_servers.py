@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import mlflow
 
@@ -24,6 +24,7 @@ _LOAD_SECONDS: Final = 180.0
 _ENGINE: Final = "onnxruntime_pybind11_state"  # the library that a process with a session has
 MLFLOW, BENTO, SAGEMAKER = "MLflow", "BentoML", "FastAPI and SageMaker"
 HOSTS: Final = (MLFLOW, BENTO, SAGEMAKER)
+SERVE: Final = "lrai sagemaker serve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +41,18 @@ class Side:
 
     Attributes:
         name: Of the host's form; several forms may be one server with several ways.
-        file: `fp32`, `variant` (the same file as LRAI's), or `lrai`.
+        path: That requests take inside the host; only sides of the same path are compared.
         ways: The best is chosen for each kind of lengths.
+        file: `fp32`, `variant` (the same file as LRAI's), or `lrai`.
         server: A key: sides with the same one share the server.
     """
 
     host: str
     name: str
+    path: str
+    ways: tuple[Way, ...]
     file: str
     workers: int
-    ways: tuple[Way, ...]
     server: str
 
     @property
@@ -151,42 +154,65 @@ class Files:
         return {"BENTOML_HOME": str(self.store), "BENTOML_DO_NOT_TRACK": "true"}
 
 
+class _Form(NamedTuple):
+    """One form of a host: its name, the path that its requests take inside, and its ways."""
+
+    name: str
+    path: str
+    ways: tuple[Way, ...]
+
+
+_INVOCATIONS: Final = Way("", "inputs /invocations")
+_PLAIN: Final = {
+    MLFLOW: (_Form("mlflow.onnx", "API", (_INVOCATIONS,)),),
+    BENTO: (
+        _Form(
+            "async",
+            "API",
+            (Way("in the loop", "named /predict"), Way("in threads", "named /threaded")),
+        ),
+        _Form(
+            "batchable", "API", (Way("one by one", "rows /batched"), Way("equal", "rows /grouped"))
+        ),
+        _Form("mounted", "mount", (Way("in the loop", "inputs /invocations"),)),
+    ),
+    SAGEMAKER: (
+        _Form(
+            "FastAPI",
+            "API",
+            (Way("in the loop", "inputs /invocations"), Way("in a thread", "inputs /threaded")),
+        ),
+    ),
+}
+_OURS: Final = {
+    MLFLOW: (_Form("lrai", "API", (_INVOCATIONS,)),),
+    BENTO: (
+        _Form("lrai", "API", (Way("", "named /predict"),)),
+        _Form("lrai, mounted", "mount", (Way("", "inputs /v2/models/minilm/infer"),)),
+    ),
+    SAGEMAKER: (
+        _Form("lrai in FastAPI", "API", (_INVOCATIONS,)),
+        _Form(SERVE, "API", (_INVOCATIONS,)),
+    ),
+}
+
+
 def sides_of(host: str, workers: Sequence[int], ours_too: Sequence[int] = ()) -> list[Side]:
     """Return everything that is compared in a host.
 
     Args:
         host: One of `HOSTS`.
         workers: How many processes take requests; each is a comparison of its own.
-        ours_too: Further numbers of them that LRAI alone is measured with.
+        ours_too: Further numbers of them that LRAI alone is started with.
     """
-    plain: dict[str, tuple[Way, ...]]
-    ours: dict[str, Way]
-    if host == MLFLOW:
-        plain = {"mlflow.onnx": (Way("", "inputs /invocations"),)}
-        ours = {"lrai": Way("", "inputs /invocations")}
-    elif host == BENTO:
-        plain = {
-            "async": (Way("in the loop", "named /predict"), Way("in threads", "named /threaded")),
-            "batchable": (Way("one by one", "rows /batched"), Way("equal", "rows /grouped")),
-        }
-        ours = {"lrai": Way("", "named /predict")}
-    else:
-        plain = {
-            "FastAPI": (
-                Way("in the loop", "inputs /invocations"),
-                Way("in a thread", "inputs /threaded"),
-            )
-        }
-        target = "inputs /invocations"
-        ours = {"lrai in FastAPI": Way("", target), "lrai sagemaker serve": Way("", target)}
     found = []
     for count in [*workers, *ours_too]:
         for file in ("fp32", "variant") if count in workers else ():
-            key = f"plain {file} {count}"
-            found += [Side(host, name, file, count, ways, key) for name, ways in plain.items()]
-        found += [
-            Side(host, name, "lrai", count, (way,), f"{name} {count}") for name, way in ours.items()
-        ]
+            server = f"plain {file} {count}"
+            found += [Side(host, *form, file, count, server) for form in _PLAIN[host]]
+        for form in _OURS[host]:
+            server = f"{'lrai' if host == BENTO else form.name} {count}"
+            found.append(Side(host, *form, "lrai", count, server))
     return found
 
 
@@ -229,7 +255,7 @@ def _command(side: Side, files: Files) -> tuple[list[str], str, Mapping[str, str
         else:
             command += ["benchmarks.hosts_bento:Plain", "--working-dir", str(_ROOT)]
         return [*command, *where], "/readyz", {**variables, **files.variables()}
-    if side.name == "lrai sagemaker serve":
+    if side.name == SERVE:
         program = str(Path(sys.executable).parent / "lrai")
         command = [program, "sagemaker", "serve", str(files.artifact.path), *where]
         return [*command, "--workers", workers], "/ping", {}
