@@ -23,7 +23,9 @@ _RESAMPLES: Final = 10_000
 _LEVEL: Final = 0.95
 _COLOURS: Final = ("#9aa5b1", "#e0a458", "#2a6f97", "#7a4f9a")
 
-console: Final = Console(highlight=False, soft_wrap=not Console().is_terminal)
+_WIDTH: Final = None if Console().is_terminal else 160  # of a pipe, which would cut tables at 80
+
+console: Final = Console(highlight=False, soft_wrap=_WIDTH is not None, width=_WIDTH)
 
 
 class Interval(NamedTuple):

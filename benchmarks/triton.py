@@ -40,10 +40,10 @@ from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks import triton_report as report  # noqa: E402
 from benchmarks.harness import console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
+from benchmarks.kinds import Kind, make_kinds, measure_bare, share  # noqa: E402
 from benchmarks.triton_entries import Entry, Ours, Peer, Repository  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
-from benchmarks.triton_rows import make_kinds, measure_bare  # noqa: E402
-from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, Kind, measure_open, median_parts, share  # noqa: E402
+from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, measure_open, median_parts  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, prepare  # noqa: E402
 
 Rates = dict[str, tuple[float, float]]

@@ -36,12 +36,12 @@ from tritonclient.utils import np_to_triton_dtype  # noqa: E402
 
 from benchmarks import harness, images, models  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
+from benchmarks.callers import Array, Row  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
+from benchmarks.kinds import Kind, make_kinds  # noqa: E402
 from benchmarks.triton import one_core_server, prepared  # noqa: E402
-from benchmarks.triton_load import Array, Load, Row  # noqa: E402
-from benchmarks.triton_rows import make_kinds  # noqa: E402
-from benchmarks.triton_runs import Kind  # noqa: E402
+from benchmarks.triton_load import Load  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, variables  # noqa: E402
 
 CALLERS: Final = 32

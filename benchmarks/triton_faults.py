@@ -34,13 +34,14 @@ import numpy as np  # noqa: E402 - after the lines above
 import lrai_core as lrai  # noqa: E402
 from benchmarks import harness, models, realtime, transport  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
+from benchmarks.callers import Figures  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
+from benchmarks.kinds import Kind, make_kinds  # noqa: E402
 from benchmarks.triton import one_core_server, prepared  # noqa: E402
 from benchmarks.triton_entries import Entry, Ours, Repository  # noqa: E402
-from benchmarks.triton_load import Figures, Load  # noqa: E402
-from benchmarks.triton_rows import make_kinds  # noqa: E402
-from benchmarks.triton_runs import Kind, arrivals_of  # noqa: E402
+from benchmarks.triton_load import Load  # noqa: E402
+from benchmarks.triton_runs import arrivals_of  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, variables  # noqa: E402
 
 RATE: Final = 200.0  # requests per second while models are changed

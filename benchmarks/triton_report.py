@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.callers import Answers
 from benchmarks.harness import Check, Interval, console, interval
-from benchmarks.triton_runs import OVERLOAD, SWEPT_AT, Answers, Extent
+from benchmarks.triton_runs import OVERLOAD, SWEPT_AT, Extent
 
 LEAST_TO_FP32: Final = 1.7
 LEAST_OF_BARE: Final = 0.85  # of the speed-up of the bare engine

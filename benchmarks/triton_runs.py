@@ -6,18 +6,19 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks import triton_entries as entries
+from benchmarks.callers import Answers, Figures
 from benchmarks.harness import console
+from benchmarks.kinds import Kind, share
 from benchmarks.processes import cpu_seconds
 from benchmarks.triton_entries import Entry, Ours, Peer, Queue, Repository
-from benchmarks.triton_load import Figures, Load, Row
+from benchmarks.triton_load import Load
 from benchmarks.triton_server import TritonServer
 
 Costed = tuple[Figures, dict[str, float]]
@@ -27,15 +28,6 @@ SLO_CALLS: Final = 10  # the deadline, in mean calls of one by one
 OVERLOAD: Final = 1.5
 NOOP_WIDTH: Final = 256
 _BURST_SECONDS: Final = 0.5  # the mean length of a burst, at twice the rate
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """Rows of one kind of lengths."""
-
-    name: str
-    rows: list[Row]
-    expected: NDArray[np.float32]  # of fp32 run alone, [rows, 384]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +51,6 @@ class Extent:
     bursts: bool
     overhead_rounds: int
     overhead_requests: dict[int, int]  # by callers
-
-
-@dataclass(slots=True)
-class Answers:
-    """What all answers to one variant have shown."""
-
-    count: int = 0
-    worst: float = 0.0
-    cosines: list[NDArray[np.float64]] = field(default_factory=list)
-
-    def add(self, figures: Figures) -> None:
-        """Take in those of one run."""
-        self.count += int(np.isfinite(figures.latencies).sum())
-        self.worst = max(self.worst, figures.worst)
-        self.cosines.append(figures.cosines)
 
 
 class Bench:
@@ -211,11 +188,6 @@ class Bench:
                 elif folder in command and "lrai_core.actor" in command:
                     found["actors"] += cpu_seconds(pid)
         return found
-
-
-def share(kind: Kind, count: int) -> int:
-    """Return how many rows of a kind take about as long as `count` of the others."""
-    return max(count // 4, 8) if kind.name == "azure" else count
 
 
 def arrivals_of(rate: float, seconds: float, seed: int, *, bursts: bool) -> list[float]:

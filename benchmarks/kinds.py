@@ -1,21 +1,32 @@
-"""What is sent in `triton.py`, and what ONNX Runtime does with it in a plain loop."""
+"""Kinds of lengths that hosts are asked with, and what ONNX Runtime does in a plain loop."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 import lrai_core as lrai
 from benchmarks import models, realtime
-from benchmarks.triton_runs import Kind
+from benchmarks.callers import Row
 
 FIXED_LENGTH: Final = 32
 SEED: Final = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Rows of one kind of lengths."""
+
+    name: str
+    rows: list[Row]
+    expected: NDArray[np.float32]  # of fp32 run alone, [rows, 384]
 
 
 def make_kinds(source: Path, data: Path | None, counts: Mapping[str, int]) -> list[Kind]:
@@ -74,3 +85,8 @@ def measure_bare(
                     seconds = peer.ask(do="closed", batch=1, pad=0)["seconds"]
                     found.setdefault((variant, kind.name), []).append(len(kind.rows) / seconds)
     return found
+
+
+def share(kind: Kind, count: int) -> int:
+    """Return how many rows of a kind take about as long as `count` of the others."""
+    return max(count // 4, 8) if kind.name == "azure" else count
