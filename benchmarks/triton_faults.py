@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = stack.enter_context(one_core_server(repository.folder, made, cpus[0], scratch))
         load = stack.enter_context(Load(server.port, cpus[1]))
         load.rows(kind.name, kind.rows, "sentence_embedding", kind.expected)
-        entry = repository.ours("minilm", "artifact", Ours("auto"))
+        entry = repository.ours("minilm", "artifact", Ours("lists"))
         plain = repository.peer("plain", "fp32", entries.WAYS[0])
         entries.load(server.port, entry.name)
         entries.load(server.port, plain.name)

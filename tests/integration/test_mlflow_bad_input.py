@@ -207,12 +207,18 @@ def test_ten_thousand_at_once_are_all_answered(server: Server) -> None:
     assert found["200"] > 1000
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's, in which MLflow finds uvicorn by its name, activated or not."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, **variables}
+
+
 def refused(model: Path, folder: Path, *, seconds: float = 60, **variables: str) -> str:
     """Serve a model that cannot be, and return what the server says before it ends."""
     command = [*SERVE, "--env-manager", "local", "-m", str(model), "-h", HOST, "-p", "0"]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False,
-        env={**os.environ, **variables},
+        env=environment(**variables),
     )  # fmt: skip
     assert done.returncode != 0
     return done.stdout + done.stderr
@@ -255,7 +261,9 @@ def test_a_port_that_is_taken_is_said_and_leaves_nothing(saved: Path, tmp_path: 
     with own_runtime() as folder, socket.create_server((HOST, 0)) as taken:
         command = [*SERVE, "--env-manager", "local", "-m", str(saved), "-h", HOST]
         command += ["-p", str(taken.getsockname()[1])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=environment()
+        )
         assert done.returncode != 0
         assert "address already in use" in done.stdout + done.stderr
         deadline = time.monotonic() + 45

@@ -300,12 +300,15 @@ def test_a_daemon_that_does_not_answer_is_waited_for_until_the_deadline(
     value(later)
 
 
-def test_without_a_timeout_the_default_one_holds(daemon: Daemon, parent: Path) -> None:
-    attached = attach(daemon, parent, **{"scheduler.default_timeout_ms": 1234})
-    attached.start(request())
+def test_without_a_timeout_the_daemon_knows_it_and_the_default_one_ends_the_wait(
+    daemon: Daemon, parent: Path
+) -> None:
+    attached = attach(daemon, parent, **{"scheduler.default_timeout_ms": 100})
+    answer = attached.start(request())
     (item,) = daemon.take(1)
-    assert item.timeout_ms is not None
-    assert 1000 < item.timeout_ms <= 1234
+    assert item.timeout_ms is None
+    with pytest.raises(lrai.DeadlineExceeded, match="did not answer in time"):
+        answer.result(5)
     attached.close()
 
 

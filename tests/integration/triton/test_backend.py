@@ -498,19 +498,20 @@ class Load:
                     self.longest_seconds = max(self.longest_seconds, time.monotonic() - begun)
 
 
-def test_an_actor_that_is_killed_costs_time_and_no_answer(triton: Triton, encoder: str) -> None:
+def test_an_actor_that_is_killed_costs_time_and_no_answer(triton: Triton, minilm: Path) -> None:
     inputs = sentence(np.random.default_rng(7), 1, 12)
-    expected = triton.ask(encoder, inputs)["sentence_embedding"]
+    with triton.serving("isolated", {1: minilm}, LRAI + execution("lists")) as name:
+        expected = triton.ask(name, inputs)["sentence_embedding"]
 
-    def ask() -> None:
-        answer = triton.ask(encoder, inputs)["sentence_embedding"]
-        np.testing.assert_allclose(answer, expected, atol=GATE)
+        def ask() -> None:
+            answer = triton.ask(name, inputs)["sentence_embedding"]
+            np.testing.assert_allclose(answer, expected, atol=GATE)
 
-    with Load(ask) as load:
-        for _ in range(2):
-            time.sleep(1.0)
-            os.kill(triton.actor_pid(encoder), signal.SIGKILL)
-        time.sleep(3.0)
+        with Load(ask) as load:
+            for _ in range(2):
+                time.sleep(1.0)
+                os.kill(triton.actor_pid(name), signal.SIGKILL)
+            time.sleep(3.0)
     assert load.failures == []
     assert load.answered > 20
     assert load.longest_seconds < 2.0, "back within two seconds"
