@@ -30,8 +30,7 @@ sys.path[:] = [
 ]
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import lrai_core as lrai  # noqa: E402 - after the lines above
-from benchmarks import harness, models, realtime  # noqa: E402
+from benchmarks import harness  # noqa: E402
 from benchmarks import hosts_parts as parts  # noqa: E402
 from benchmarks import hosts_report as report  # noqa: E402
 from benchmarks.callers import Answers, Load  # noqa: E402
@@ -40,7 +39,7 @@ from benchmarks.host import Helper, end_on_sigterm  # noqa: E402
 from benchmarks.hosts_load import WIRE  # noqa: E402
 from benchmarks.hosts_runs import Extent, give_rows, measure  # noqa: E402
 from benchmarks.hosts_servers import HOSTS, Files  # noqa: E402
-from benchmarks.kinds import make_kinds, measure_bare  # noqa: E402
+from benchmarks.kinds import make_kinds, measure_bare, open_encoder  # noqa: E402
 
 QUICK: Final = Extent(
     rows={"search": 240},
@@ -82,12 +81,8 @@ def run(
     stack: contextlib.ExitStack,
 ) -> int:
     """Measure and report."""
-    path = arguments.artifact or realtime.compile_minilm(scratch, cpus[0])
-    artifact = lrai.Artifact.open(path)
+    artifact, source = open_encoder(arguments.artifact, scratch, cpus[0])
     chosen = artifact.manifest.chosen
-    source = scratch / "minilm.onnx"
-    if not source.exists():
-        models.minilm_onnx(source)
     os.sched_setaffinity(0, cpus[1:])  # servers are put on the first
     with console.status("what fp32 answers alone"):
         kinds = make_kinds(source, arguments.data, extent.rows)

@@ -29,6 +29,13 @@ class Kind:
     expected: NDArray[np.float32]  # of fp32 run alone, [rows, 384]
 
 
+def open_encoder(given: Path | None, scratch: Path, cpu: int) -> tuple[lrai.Artifact, Path]:
+    """Return the artifact of MiniLM, compiled on one CPU unless it is given, and the ONNX file."""
+    artifact = lrai.Artifact.open(given or realtime.compile_minilm(scratch, cpu))
+    source = scratch / "minilm.onnx"
+    return artifact, source if source.exists() else models.minilm_onnx(source)
+
+
 def make_kinds(source: Path, data: Path | None, counts: Mapping[str, int]) -> list[Kind]:
     """Return rows of real text of each kind of lengths, with what fp32 answers to each alone."""
     lengths: dict[str, Any] = {}

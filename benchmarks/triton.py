@@ -34,13 +34,12 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402 - after the lines above
 
-import lrai_core as lrai  # noqa: E402
-from benchmarks import harness, models, realtime, transport  # noqa: E402
+from benchmarks import harness, transport  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks import triton_report as report  # noqa: E402
 from benchmarks.harness import console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
-from benchmarks.kinds import Kind, make_kinds, measure_bare, share  # noqa: E402
+from benchmarks.kinds import Kind, make_kinds, measure_bare, open_encoder, share  # noqa: E402
 from benchmarks.triton_entries import Entry, Ours, Peer, Repository  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
 from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, measure_open, median_parts  # noqa: E402
@@ -110,12 +109,8 @@ def run(
     stack: contextlib.ExitStack,
 ) -> int:
     """Measure and report."""
-    path = arguments.artifact or realtime.compile_minilm(scratch, cpus[0])
-    artifact = lrai.Artifact.open(path)
+    artifact, source = open_encoder(arguments.artifact, scratch, cpus[0])
     chosen = artifact.manifest.chosen
-    source = scratch / "minilm.onnx"
-    if not source.exists():
-        models.minilm_onnx(source)
     os.sched_setaffinity(0, cpus[1:])  # the server is put on the first
     with console.status("what fp32 answers alone"):
         kinds = make_kinds(source, arguments.data, extent.rows)

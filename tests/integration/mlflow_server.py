@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import pytest
+
 import lrai_core as lrai
 from benchmarks.processes import HOST, Server
 
@@ -40,6 +43,17 @@ def start(
     command = [*SERVE, "--env-manager", env_manager, "-m", str(model), "-h", HOST, "-p", "{port}"]
     log = folder / f"{Path(model).name}-{time.monotonic_ns()}.log"
     return Server([*command, "--workers", str(workers)], log, variables=variables)
+
+
+@contextlib.contextmanager
+def own_store(folder: Path) -> Iterator[mlflow.MlflowClient]:
+    """Yield a client of a tracking store of its own, which children of this process use, too."""
+    before, place = mlflow.get_tracking_uri(), (folder / "store").as_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", place)
+        mlflow.set_tracking_uri(place)
+        yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(before)
 
 
 def post(

@@ -32,6 +32,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import lrai_mlflow
+from tests.integration.mlflow_server import own_store
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model
 
@@ -53,12 +54,8 @@ def runtime_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mlflow.MlflowClient]:
-    before, place = mlflow.get_tracking_uri(), tmp_path_factory.mktemp("tracking") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", place.as_uri())
-        mlflow.set_tracking_uri(place.as_uri())
-        yield mlflow.MlflowClient()
-    mlflow.set_tracking_uri(before)
+    with own_store(tmp_path_factory.mktemp("tracking")) as client:
+        yield client
 
 
 def pipeline() -> Any:

@@ -26,7 +26,7 @@ import lrai_mlflow
 from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server
 from lrai_mlflow.commands.deployments import Client
-from tests.integration.mlflow_server import post
+from tests.integration.mlflow_server import own_store, post
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import column_model
 
@@ -43,12 +43,8 @@ def sockets() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mlflow.MlflowClient]:
-    before, place = mlflow.get_tracking_uri(), tmp_path_factory.mktemp("tracking") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", place.as_uri())
-        mlflow.set_tracking_uri(place.as_uri())
-        yield mlflow.MlflowClient()
-    mlflow.set_tracking_uri(before)
+    with own_store(tmp_path_factory.mktemp("tracking")) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
