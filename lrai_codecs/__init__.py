@@ -19,6 +19,7 @@ from lrai_codecs.http import failure as failure
 from lrai_codecs.http import read as read
 from lrai_codecs.http import respond as respond
 from lrai_codecs.http import unless_gone as unless_gone
+from lrai_codecs.protocol import declared as declared
 from lrai_codecs.rows import in_parts as in_parts
 from lrai_codecs.tensors import by_name as by_name
 from lrai_codecs.tensors import dtype_of as dtype_of

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from lrai_codecs.forms import BINARY, JSON, Form
 from lrai_codecs.tensors import Array, array_of, datatype_of, dtype_of
-from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, Tensor
+from lrai_core import (
+    InferenceRequest,
+    InferenceResponse,
+    InvalidTensor,
+    RequestError,
+    Tensor,
+    TensorSpec,
+)
 
 
 class _Tensor(msgspec.Struct):
@@ -140,3 +147,12 @@ def _bytes_of(array: Array) -> bytes:
         return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
     texts = [str(element).encode() for element in array.ravel()]
     return b"".join(len(one).to_bytes(4, "little") + one for one in texts)
+
+
+def declared(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    """Return what the protocol's metadata of a model says of its inputs or outputs."""
+    shapes = [[n if isinstance(n, int) else -1 for n in spec.shape] for spec in specs]
+    return [
+        {"name": spec.name, "datatype": spec.datatype, "shape": shape}
+        for spec, shape in zip(specs, shapes, strict=True)
+    ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrai_core.config import OWN_SETTINGS as OWN_SETTINGS
 from lrai_core.config import LraiConfig as LraiConfig
+from lrai_core.config import explain_config as explain_config
 from lrai_core.config import load_config as load_config
 from lrai_core.errors import ActorError as ActorError
 from lrai_core.errors import ArtifactError as ArtifactError

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from msgspec.structs import replace
 import lrai_core as lrai
 from lrai_core.config import SchedulerConfig, with_settings
 from lrai_core.runtime.embedded import Embedded
-from lrai_core.runtime.version import Deployment, Ended, Freeze, Started, State, Version
+from lrai_core.runtime.version import Deployment, Ended, Freeze, Started, State, Version, started
 from lrai_core.scheduler.scheduler import Pending
 from lrai_deployments.here import Here
 from lrai_deployments.inline import InlinePool
@@ -190,14 +191,44 @@ class Deployments(Embedded):
     def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
         """See `Runtime.start_all`. Requests for one version that is here run on this thread."""
         asked = {(request.model_name, request.model_version) for request in requests}
-        if self._here and len(asked) == 1 and os.getpid() == self._owner:
-            name, label = asked.pop()
+        here = self._here_for(*asked.pop()) if len(asked) == 1 else None
+        return here.answer(requests) if here else [started(self._begin, one) for one in requests]
+
+    def start(
+        self, request: lrai.InferenceRequest, version: Version | None = None
+    ) -> Future[lrai.InferenceResponse]:
+        """See `Embedded.start`. What a version that is here answers, who waits for it runs."""
+        here = None if version else self._here_for(request.model_name, request.model_version)
+        return here.start(request) if here else super().start(request, version)
+
+    def _begin(self, request: lrai.InferenceRequest) -> Future[lrai.InferenceResponse]:
+        """Start a request, and have it run although nobody waits for it."""
+        future = self.start(request)
+        future.add_done_callback(lambda _: None)
+        return future
+
+    def _here_for(self, name: str, label: str) -> Here | None:
+        """Return who answers such requests, if it is one version, and that is here."""
+        if self._here and os.getpid() == self._owner:
             with suppress(lrai.ModelNotFound):  # which each of them is told
                 version = self.find(name, label)
-                here = self._here.get(version.key)
-                if here and (label or version.name not in self._routes):
-                    return here.answer(requests)
-        return super().start_all(requests)
+                if label or version.name not in self._routes:
+                    return self._here.get(version.key)
+        return None
+
+    def stats(self) -> dict[str, int]:
+        """See `Runtime.stats`."""
+        stats = super().stats()
+        stats["outstanding_rows"] += sum(here.outstanding() for here in list(self._here.values()))
+        return stats
+
+    def drain(self) -> bool:
+        """See `Runtime.drain`."""
+        deadline = time.monotonic() + self.config.runtime.drain_seconds
+        drained = super().drain()
+        while (inside := self.stats()["outstanding_rows"]) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return drained and not inside
 
     def accept(
         self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
@@ -233,7 +264,8 @@ class Deployments(Embedded):
     def _state(self, version: Version) -> State:
         here = self._here.get(version.key)
         hangs = here is not None and here.busy_seconds() > self.config.actor.hang_seconds
-        return "stalled" if hangs else super()._state(version)
+        state = "stalled" if hangs else super()._state(version)
+        return "ok" if state == "idle" and here is not None and here.outstanding() else state
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run a function soon, in a thread that no request waits for."""

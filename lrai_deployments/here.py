@@ -1,8 +1,9 @@
-"""Requests that are brought together, on the thread that brings them, by a model that runs here.
+"""Requests for a model that runs here, on the threads that bring them, or that wait for them.
 
 Nothing is handed over and nobody is woken, which is all that is left of the way to such a model.
-They are planned as the scheduler would, in calls of what costs least together; and as their answers
-leave together, when the last is there, what is run is what can all be in time.
+They are planned as the scheduler would, in calls of what costs least together. Where several are
+brought together, their answers leave together, when the last is there: there, what is run is what
+can all be in time. What comes one by one is combined, see `combining.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import math
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from statistics import median
 from typing import Final, NamedTuple
 
 from lrai_core.engine.batching import MEASURED_ELEMENTS
@@ -22,14 +25,17 @@ from lrai_core.errors import ActorError, DeadlineExceeded, LraiError, NotReady, 
 from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
 from lrai_core.runtime.embedded import Embedded, priority_of
 from lrai_core.runtime.version import Started, Version
+from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Bounds, Decision, Queue, Waiting, plan
 from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load, Refused
 from lrai_core.wire.workers import Answered
+from lrai_deployments.combining import Combiner, Helped
 from lrai_deployments.inline import run
 
 _LATE: Final = "the deadline cannot be met any more; it was not run"
+_PATIENCE_MS: Final = 100.0  # at least, before who names no time is as urgent as who is due
 _LEARN_EVERY: Final = 8  # of the calls with one request: they are many, alike, and quick
 
 Outcome = tuple[int, list[Array] | LraiError]  # of the request with this index
@@ -41,7 +47,8 @@ class _Accepted:
 
     request: InferenceRequest
     valid: ValidRequest
-    place: Waiting  # its sequence is its index among those it was brought with
+    place: Waiting  # its sequence is its index among those it was brought with, or that wait
+    began: float
 
 
 class Here:
@@ -55,10 +62,16 @@ class Here:
         elements = limits.max_batch_elements or MEASURED_ELEMENTS
         self._bounds = Bounds(limits.max_batch_rows, elements)
         self._timeout_ms = limits.latency_slo_ms or limits.default_timeout_ms
+        alone = [point.median_ms for point in version.variant.latency if point.rows == 1]
+        self._patience_ms = limits.latency_slo_ms or max(_PATIENCE_MS, 20 * median(alone or [0.0]))
         self._latency = LatencyModel(() if load.optimise else version.variant.latency)
         self._lock = threading.Lock()
         self._calls = 0
         self._began = 0.0  # of the call that runs, 0 for none
+        self._admission = Admission(limits)
+        self._indices = itertools.count()
+        self._queue, self._waits = Queue(), dict[int, _Accepted]()  # what its combiner waits for
+        self._combiner = Combiner(self._step, self._withdraw)
 
     def answer(self, requests: Sequence[InferenceRequest]) -> list[Started]:
         """Return the outcome of each request, in their order."""
@@ -70,11 +83,39 @@ class Here:
         try:
             with self._lock:
                 for index, outcome in self._run(dict(inside)):
-                    ended[index] = self._end(inside.pop(index), outcome, now)
+                    ended[index] = self._end(inside.pop(index), outcome)
         finally:
             for one in inside.values():  # a bug: they are counted out, and it is not hidden
-                self._end(one, not_run, now)
+                self._end(one, not_run)
         return ended
+
+    def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
+        """Accept a request; see `Helped` for who runs it.
+
+        Raises:
+            LraiError: It is refused.
+        """
+        one = self._accept(next(self._indices), request, time.monotonic())
+        if isinstance(one, LraiError):
+            raise one
+        if not isinstance(one, _Accepted):
+            return one  # type: ignore[return-value] # the future of the version that has it now
+        size, index = one.valid, one.place.sequence
+        try:
+            alone = self._latency.call_seconds(size.rows, size.length)
+            self._admission.enter(size.rows, size.nbytes, alone / size.rows)
+        except LraiError as error:
+            self._end(one, error)
+            raise
+        future = Helped(self._combiner, index)
+        with self._combiner.door:
+            self._queue.add(one.place)
+            self._waits[index], self._combiner.waiting[index] = one, future
+        return future
+
+    def outstanding(self) -> int:
+        """Return the rows that were started, and have not ended."""
+        return self._admission.rows
 
     def busy_seconds(self) -> float:
         """Return for how long the call has run that runs now, 0 where none does."""
@@ -90,7 +131,7 @@ class Here:
             if not runtime.scheduler.accepting:
                 raise NotReady("the runtime is draining")
             if not version.enter():
-                return runtime.start(request)  # another one has just taken its place
+                return runtime.start(request, version)  # another one has just taken its place
         except LraiError as error:
             return error
         if version.watch is not None:
@@ -100,7 +141,59 @@ class Here:
         timeout_ms = self._timeout_ms if request.timeout_ms is None else request.timeout_ms
         deadline = now + timeout_ms / 1e3
         size = (valid.group, valid.rows, valid.length)
-        return _Accepted(request, valid, Waiting(priority, deadline, index, deadline, *size))
+        usual_ms = runtime.config.scheduler.default_timeout_ms
+        patience_ms = self._patience_ms if request.timeout_ms is None else usual_ms
+        urgency = now + min(timeout_ms, patience_ms) / 1e3
+        place = Waiting(priority, urgency, index, deadline, *size)
+        return _Accepted(request, valid, place, now)
+
+    def _step(self) -> None:
+        """Run the next call of what waits, and drop what would be late."""
+        left: dict[int, tuple[_Accepted, Helped]] = {}
+        try:
+            with self._lock:
+                with self._combiner.door:
+                    decision = self._decide(self._queue) if self._waits else Decision((), (), 0.0)
+                    for index in (*decision.drop, *decision.dispatch):
+                        left[index] = self._take(index)
+                for index in decision.drop:
+                    self._settle(*left[index], DeadlineExceeded(_LATE))
+                    del left[index]
+                if decision.dispatch:
+                    inside = {index: one for index, (one, _) in left.items()}
+                    for index, outcome in self._call(decision.dispatch, inside):
+                        self._settle(*left[index], outcome)
+                        del left[index]
+        finally:
+            for one, future in left.values():  # as above
+                self._settle(one, future, NotReady("it was not run"))
+
+    def _withdraw(self, index: int) -> None:
+        """Take out what was cancelled, if it has not begun."""
+        with self._combiner.door:
+            taken = self._take(index) if index in self._waits else None
+        if taken is not None:
+            self._leave(taken[0], DeadlineExceeded("cancelled"))
+
+    def _take(self, index: int) -> tuple[_Accepted, Helped]:
+        """Take a request out of what waits; the door is held."""
+        self._queue.remove(index)
+        return self._waits.pop(index), self._combiner.waiting.pop(index)
+
+    def _settle(self, one: _Accepted, future: Helped, outcome: list[Array] | LraiError) -> None:
+        ended = self._leave(one, outcome)
+        if future.set_running_or_notify_cancel():
+            if isinstance(ended, LraiError):
+                future.set_exception(ended)
+            else:
+                future.set_result(ended)
+        future.woken.set()
+
+    def _leave(
+        self, one: _Accepted, outcome: list[Array] | LraiError
+    ) -> InferenceResponse | LraiError:
+        self._admission.leave(one.valid.rows, one.valid.nbytes)
+        return self._end(one, outcome)
 
     def _run(self, inside: Mapping[int, _Accepted]) -> Iterator[Outcome]:
         """Run what can be in time, call after call; yield the outcome of each request."""
@@ -144,8 +237,10 @@ class Here:
         name, emit = self._version.key, self._runtime.events.emit
         emit("batch_dispatched", name, requests=len(valid), rows=rows, length=length)
         self._began = began = time.monotonic()
-        outcome = run(self._load, self._session, 0, valid)
-        self._began = 0.0
+        try:
+            outcome = run(self._load, self._session, 0, valid)
+        finally:
+            self._began = 0.0
         match outcome:
             case Answered(answers=answers, engine_seconds=seconds):
                 self._calls += 1
@@ -164,14 +259,14 @@ class Here:
                     yield from self._call([index], inside)
 
     def _end(
-        self, one: _Accepted, outcome: list[Array] | LraiError, began: float
+        self, one: _Accepted, outcome: list[Array] | LraiError
     ) -> InferenceResponse | LraiError:
         version, emit = self._version, self._runtime.events.emit
         version.leave()
         if isinstance(outcome, LraiError):
             emit("request_failed", version.key, reason=type(outcome).__name__)
             return outcome
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - one.began
         emit("request_answered", version.key, seconds=seconds, rows=one.valid.rows)
         return version.response(one.request.id, one.valid.outputs, outcome)
 

@@ -31,7 +31,10 @@ class Backend(Protocol):
     """Where requests go: `Embedded`, or the client of a daemon (entry point `lrai.backends`)."""
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
-        """Accept a request; cancelling the future takes it out of the queue if it has not begun."""
+        """Accept a request; cancelling the future takes it out of the queue if it has not begun.
+
+        It may begin no sooner than somebody waits for the future, or is to be called by it.
+        """
         ...
 
     def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
@@ -243,7 +246,9 @@ class Runtime:
         Raises:
             RequestError, NotReady: See `infer`; it is refused at once.
         """
-        return self._backend.start(request)
+        future = self._backend.start(request)
+        future.add_done_callback(lambda _: None)  # begins what else begins when it is waited for
+        return future
 
     def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
         """Accept requests that came together; return for each its future, or its outcome.
@@ -260,11 +265,11 @@ class Runtime:
             RequestError: The request does not fit the model, came too late or found the queue full.
             NotReady: Draining, closed, or the model's process failed beyond repair.
         """
-        return self.start(request).result()
+        return self._backend.start(request).result()
 
     async def infer_async(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer without blocking the event loop; cancelling it cancels the request."""
-        return await asyncio.wrap_future(self.start(request))
+        return await asyncio.wrap_future(self._backend.start(request))
 
     def submit(self, request: InferenceRequest) -> str:
         """Accept a request and return the id under which `result` gives its answer, once."""

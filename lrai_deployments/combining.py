@@ -1,0 +1,189 @@
+"""Flat combining: one of those that wait runs the calls, for all of them.
+
+Who waits for an answer while nobody computes does it himself, in calls for all that wait, until he
+has his own; then the next who waits takes over. So a lone request is handed to no other thread, and
+what comes while a call runs shares the next one. A coroutine cannot wait: where there is one CPU
+the event loop computes, a call at a time between its other work, as a thread would only take turns
+with it; else a thread does.
+
+Source: Hendler, Incze, Shavit and Tzafrir 2010, "Flat combining and the synchronization-parallelism
+tradeoff".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final
+
+from lrai_core import InferenceResponse
+from lrai_core.config import available_cpus
+
+Loop = asyncio.AbstractEventLoop
+# Of an event loop, between two calls: an HTTP request has some ten from its first byte to its last.
+_ROUNDS: Final = 5
+
+
+class Helped(Future[InferenceResponse]):
+    """An answer that is computed by who waits for it, or soon where it has a callback.
+
+    Attributes:
+        index: Under which it waits.
+        woken: It is done, or who waits for it is to lead.
+        waiters: Threads that wait for it.
+        leading: One of them leads.
+        told: Somebody is told when it is done.
+        loop: Where that was said, if it may lead.
+    """
+
+    def __init__(self, combiner: Combiner, index: int) -> None:
+        super().__init__()
+        self._combiner, self.index = combiner, index
+        self.woken, self.waiters, self.leading = threading.Event(), 0, False
+        self.told = False
+        self.loop: Loop | None = None
+
+    def result(self, timeout: float | None = None) -> InferenceResponse:
+        """See `Future.result`."""
+        self._combiner.wait(self, timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See `Future.exception`."""
+        self._combiner.wait(self, timeout)
+        return super().exception(0)
+
+    def add_done_callback(self, fn: Callable[[Future[InferenceResponse]], Any]) -> None:
+        """See `Future.add_done_callback`."""
+        super().add_done_callback(fn)
+        self._combiner.run_soon(self)
+
+    def cancel(self) -> bool:
+        """See `Future.cancel`."""
+        cancelled = super().cancel()
+        if cancelled:
+            self.woken.set()
+            self._combiner.withdraw(self.index)
+        return cancelled
+
+
+class Combiner:
+    """Who leads: a future, which means one that waits for it, an event loop, or its own thread.
+
+    Attributes:
+        door: Held by whoever looks at, or changes, what waits.
+        waiting: By index, in order of arrival.
+    """
+
+    def __init__(self, step: Callable[[], None], withdraw: Callable[[int], None]) -> None:
+        """Lead nothing yet.
+
+        Args:
+            step: Runs the next call; what that ends, it takes out of `waiting`.
+            withdraw: Takes out what was cancelled.
+        """
+        self.door, self.waiting = threading.Lock(), dict[int, Helped]()
+        self._step, self.withdraw = step, withdraw
+        self._leader: Helped | Loop | threading.Thread | None = None
+        self._one_cpu: Final = available_cpus() == 1
+        self._work, self._thread = threading.Semaphore(0), threading.Thread()
+
+    def wait(self, mine: Helped, timeout: float | None) -> None:
+        """Return when a request is done, having led where nobody else did; or after the time."""
+        while not mine.done():
+            with self.door:
+                lead = not self._is_led() or (self._leader is mine and not mine.leading)
+                lead = lead or self._leader is _loop_here()  # which this would keep from leading
+                if lead:
+                    self._leader, mine.leading = mine, True
+                mine.woken.clear()
+                mine.waiters += 1
+            called = False
+            try:
+                while lead and not mine.done():
+                    self._step()
+                called = mine.done() or mine.woken.wait(timeout)
+            finally:
+                with self.door:
+                    mine.waiters -= 1
+                    mine.leading = mine.leading and not lead
+                    mine.told = mine.told or not called  # nobody may come back to wait
+                    gone = mine.done() or not (called or mine.waiters)
+                    if (self._leader is mine and (lead or gone)) or not self._is_led():
+                        self._appoint()
+            if not called:
+                return
+
+    def run_soon(self, mine: Helped) -> None:
+        """Have a request run that somebody is to be told of."""
+        if self._one_cpu:
+            mine.loop = _loop_here()
+        with self.door:
+            mine.told = True
+            if not mine.done() and not self._is_led():
+                self._appoint()
+
+    def _is_led(self) -> bool:
+        """Whether somebody leads, a loop or a thread that runs. The door is held."""
+        leader = self._leader
+        if isinstance(leader, Loop):
+            return leader.is_running()
+        return leader.is_alive() if isinstance(leader, threading.Thread) else leader is not None
+
+    def _appoint(self) -> None:
+        """Have somebody lead while something waits. The door is held."""
+        waiting = self.waiting.values()
+        told = any(one.told for one in waiting)
+        heir = next((one for one in waiting if one.waiters), None)
+        loop = next((one.loop for one in waiting if one.loop and one.loop.is_running()), None)
+        if heir is not None:
+            self._leader = heir
+            heir.woken.set()
+        elif loop is not None:
+            self._leader = loop
+            loop.call_soon_threadsafe(self._lead_in, loop)
+        elif told:
+            if not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._lead, name="lrai-lead", daemon=True)
+                self._thread.start()
+            self._leader = self._thread
+            self._work.release()
+        else:
+            self._leader = None
+
+    def _lead_in(self, loop: Loop, rounds: int = _ROUNDS) -> None:
+        """Run a call in an event loop, and let that do what else it has to before the next."""
+        if self._leader is not loop:
+            return
+        if rounds:
+            loop.call_soon(self._lead_in, loop, rounds - 1)
+            return
+        try:
+            self._step()
+        finally:
+            with self.door:
+                self._appoint()
+
+    def _lead(self) -> None:
+        try:
+            while True:
+                self._work.acquire()
+                while self.waiting:
+                    self._step()
+                with self.door:
+                    self._appoint()
+        except BaseException:  # a bug, which is told of below; the next thread goes on
+            with self.door:
+                self._thread = threading.Thread()
+                self._appoint()
+            raise
+
+
+def _loop_here() -> Loop | None:
+    """Return the event loop that runs in this thread."""
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    return None

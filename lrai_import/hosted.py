@@ -1,0 +1,139 @@
+"""What a host asks for a model: its settings, the runtime that is to serve it, a first answer.
+
+All processes of a user share a runtime unless something says otherwise. Where nothing does, and one
+process alone serves a model, a quick one runs in that process: there the way to another costs more
+than it takes, see decision 13.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median_low
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrai_codecs import dtype_of
+from lrai_core import (
+    OWN_SETTINGS,
+    Artifact,
+    InferenceRequest,
+    LraiConfig,
+    LraiError,
+    Runtime,
+    Signature,
+    UsageError,
+    explain_config,
+    load_config,
+)
+
+_QUICK_MS: Final = 10.0  # the way to an actor adds about one
+_REQUIRE: Final = "require."
+_WHERE: Final = (  # who sets one of these wants processes of the model's own
+    *("runtime.address", "runtime.memory_mib"),
+    *("actor.isolation", "actor.replicas", "actor.python"),
+)
+# Of zeros, which a model need not take; not those of a queue that is full, or of no such model.
+_REFUSALS: Final = frozenset(range(400, 429)) - {404}
+
+
+class Asked(NamedTuple):
+    """What was asked for.
+
+    Attributes:
+        config: Of this process, and of a shared runtime that it starts.
+        own: Of the model alone, by dotted key.
+        require: Of its certificate; None for nothing.
+        variant: To serve instead of the chosen one; empty for that.
+        free: Nothing says where the model runs.
+    """
+
+    config: LraiConfig
+    own: dict[str, Any]
+    require: dict[str, Any] | None
+    variant: str
+    free: bool
+
+    @property
+    def here(self) -> bool:
+        """Whether the model has this process to itself, and the process the model."""
+        return self.own.get("actor.isolation") == "inline"
+
+    @property
+    def how(self) -> Any:
+        """Return what `Runtime.load` and `swap` want to be told by name."""
+        return {"variant": self.variant, "require": self.require, "settings": self.own}
+
+    def placed(self, artifact: Artifact, processes: int) -> Asked:
+        """Return the same, with the model in this process where that is best.
+
+        Args:
+            artifact: Of the model.
+            processes: That serve it, 0 where that is not known.
+        """
+        if not self.free or processes != 1 or not is_quick(artifact, self.variant):
+            return self
+        runtime = replace(self.config.runtime, address="embedded")
+        own = {**self.own, "actor.isolation": "inline"}
+        return self._replace(config=replace(self.config, runtime=runtime), own=own)
+
+
+def asked(given: Mapping[str, Any]) -> Asked:
+    """Return what settings by dotted key say; values may be text.
+
+    Besides LRAI's own they are `variant`, and `require.tier`, `require.epsilon` and so on.
+
+    Raises:
+        UsageError: An unknown setting, or a value that is not allowed.
+    """
+    left, require = dict(given), dict[str, Any]()
+    for key in [key for key in left if key.startswith(_REQUIRE)]:
+        what, value = key.removeprefix(_REQUIRE), left.pop(key)
+        try:
+            require[what] = value if what == "tier" else float(value)
+        except (TypeError, ValueError):
+            raise UsageError(f"{key} is {value!r}, a number is needed") from None
+    variant = str(left.pop("variant", ""))
+    own = {key: left.pop(key) for key in list(left) if key in OWN_SETTINGS}
+    load_config(environ={}, host=own)  # for its errors: a runtime that serves others keeps its own
+    origins = {setting.key: setting.origin for setting in explain_config(host=left)}
+    said = [key for key in _WHERE if origins[key] != "default" or key in own]
+    shared = {} if "runtime.address" in said else {"LRAI_RUNTIME": "auto"}
+    config = load_config(environ={**shared, **os.environ}, host=left)
+    return Asked(config, own, require or None, variant, not said)
+
+
+def is_quick(artifact: Artifact, variant: str = "") -> bool:
+    """Return whether one row takes less than ten milliseconds by the variant's profile."""
+    manifest = artifact.manifest
+    profile = manifest.variant(variant or manifest.chosen).latency
+    alone = [point.median_ms for point in profile if point.rows == 1]
+    return bool(alone) and median_low(alone) < _QUICK_MS
+
+
+def zeros(signature: Signature) -> dict[str, NDArray[Any]]:
+    """Return one row of zeros and empty texts, of the smallest shape."""
+    return {
+        spec.name: np.full(
+            [extent if isinstance(extent, int) else 1 for extent in spec.shape],
+            "" if spec.datatype == "BYTES" else 0,
+            dtype_of(spec.datatype),
+        )
+        for spec in signature.inputs
+    }
+
+
+def warm_up(runtime: Runtime, name: str, signature: Signature) -> None:
+    """Have a model answer a row of zeros, which it may refuse.
+
+    Raises:
+        LraiError: It does not answer.
+    """
+    try:
+        runtime.infer(InferenceRequest(model_name=name, inputs=zeros(signature)))
+    except LraiError as error:
+        if error.http_status not in _REFUSALS:
+            raise

@@ -1,0 +1,89 @@
+"""What a host asks for a model, and where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import lrai_core as lrai
+from lrai_core.artifact import LatencyPoint
+from lrai_import.hosted import asked, is_quick
+from tests.core import small_artifact
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LRAI_RUNTIME", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> lrai.Artifact:
+    return lrai.Artifact(tmp_path, small_artifact.manifest(), "0" * 64)
+
+
+def test_a_slow_model_has_a_process_of_its_own(quick: lrai.Artifact, tmp_path: Path) -> None:
+    latency = [LatencyPoint(rows=1, length=0, median_ms=30.0, spread_ms=0.0)]
+    variants = [msgspec.structs.replace(quick.manifest.variants[0], latency=latency)]
+    manifest = msgspec.structs.replace(quick.manifest, variants=variants)
+    slow = lrai.Artifact(tmp_path, manifest, "0" * 64)
+    assert not asked({}).placed(slow, 1).here
+
+
+def test_a_quick_model_of_one_process_runs_in_it(quick: lrai.Artifact) -> None:
+    assert is_quick(quick)
+    placed = asked({}).placed(quick, 1)
+    assert placed.here
+    assert placed.config.runtime.address == "embedded"
+    assert placed.how["settings"] == {"actor.isolation": "inline"}
+
+
+@pytest.mark.parametrize("processes", [0, 2, 4])
+def test_several_processes_or_an_unknown_number_share_a_runtime(
+    quick: lrai.Artifact, processes: int
+) -> None:
+    placed = asked({}).placed(quick, processes)
+    assert (placed.here, placed.config.runtime.address) == (False, "auto")
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ({"runtime.address": "auto"}, "auto"),
+        ({"runtime.address": "/d"}, "/d"),
+        ({"actor.isolation": "process"}, "auto"),
+    ],
+)
+def test_what_is_said_counts(quick: lrai.Artifact, given: dict[str, Any], address: str) -> None:
+    placed = asked(given).placed(quick, 1)
+    assert (placed.here, placed.config.runtime.address) == (False, address)
+
+
+def test_so_does_a_variable(quick: lrai.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME", "auto")
+    assert not asked({}).placed(quick, 1).here
+
+
+def test_so_does_a_file(quick: lrai.Artifact) -> None:
+    Path("lrai.toml").write_text('[runtime]\naddress = "/elsewhere"\n')
+    placed = asked({}).placed(quick, 1)
+    assert (placed.here, placed.config.runtime.address) == (False, "/elsewhere")
+
+
+def test_settings_are_sorted_by_whose_they_are() -> None:
+    given = {"variant": "int8", "require.epsilon": "0.1", "require.tier": "STATISTICAL"}
+    found = asked({**given, "actor.threads": "2", "limits.request_rows": "7"})
+    assert (found.variant, found.own) == ("int8", {"actor.threads": "2"})
+    assert found.require == {"epsilon": 0.1, "tier": "STATISTICAL"}
+    assert found.config.limits.request_rows == 7
+
+
+@pytest.mark.parametrize(
+    "given", [{"actor.thread": "2"}, {"actor.threads": "two"}, {"require.epsilon": "small"}]
+)
+def test_what_is_not_allowed_is_named(given: dict[str, str]) -> None:
+    with pytest.raises(lrai.UsageError, match=next(iter(given))):
+        asked(given)
