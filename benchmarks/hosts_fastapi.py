@@ -158,9 +158,14 @@ def _around_onnxruntime(what: Served) -> FastAPI:
 def _around_lrai(what: Served) -> FastAPI:
     import lrai_core as lrai
 
+    alone = os.environ["HOSTS_WORKERS"] == "1"  # then it need not share the model with others
+    config = lrai.load_config(call={"actor.isolation": "inline"} if alone else {})
+    address = "embedded" if alone else "auto"
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with lrai.Runtime.open(what.model, address="auto", name="minilm") as runtime:
+        opened = lrai.Runtime.open(what.model, address=address, name="minilm", config=config)
+        with opened as runtime:
             app.state.runtime = runtime
             yield
 

@@ -79,15 +79,13 @@ def shares(row: Row, bare: Bare, parts: PartsOf) -> Shares:
     """Return where a request's latency goes; what is not its own work is the queue.
 
     That is waiting for the work of others on the same CPU, and what the host does besides: HTTP,
-    threads, and LRAI's way to its runtime. The engine's part is, of LRAI, the CPU time of its
-    actors by request, which calls of several rows share; of the others, the bare engine's time.
+    threads, and LRAI's way to its runtime. The engine's part is, where LRAI has actors, their CPU
+    time by request, which calls of several rows share; else the bare engine's time.
     """
     total = float(np.median(row["mean_ms"])) * 1e3
     own = parts[row["host"], row["form"]]
-    if row["file"] == "lrai":
-        engine = row["cpu_us"]["actors"]
-    else:
-        engine = 1e6 / float(np.median(bare[row["file"], row["lengths"]]))
+    file = "variant" if row["file"] == "lrai" else row["file"]
+    engine = row["cpu_us"]["actors"] or 1e6 / float(np.median(bare[file, row["lengths"]]))
     decode, engine, encode = (part / total for part in (own.decode, engine, own.encode))
     return Shares(decode, 1 - decode - engine - encode, engine, encode)
 

@@ -20,13 +20,13 @@ def own_runtime(**variables: str) -> Iterator[Path]:
     """Yield the folder of sockets that this process and its children use; end what runs there.
 
     Args:
-        variables: Further settings, `LRAI_…`.
+        variables: Further settings, `LRAI_…`; an empty one is not set.
     """
-    given = {"LRAI_ACTOR_THREADS": "1", **variables}
+    given = {"LRAI_RUNTIME": "auto", "LRAI_ACTOR_THREADS": "1", **variables}
     # pytest's own folders have names that are too long for a socket
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for name, value in {**given, "LRAI_RUNTIME_SOCKET_DIR": folder}.items():
-            patch.setenv(name, value)
+            patch.setenv(name, value) if value else patch.delenv(name, raising=False)
         try:
             yield Path(folder)
         finally:

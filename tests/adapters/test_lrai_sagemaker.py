@@ -16,10 +16,11 @@ from typing import cast
 import pytest
 
 import lrai_core as lrai
+from lrai_import.hosted import zeros
 from lrai_sagemaker.commands.serve import _required
 from lrai_sagemaker.commands.tars import package, unpacked
 from lrai_sagemaker.logs import one_line
-from lrai_sagemaker.models import artifact_in, zeros
+from lrai_sagemaker.models import artifact_in
 from lrai_sagemaker.names import AlreadyLoaded, Names
 from lrai_sagemaker.settings import Settings
 from tests.core import small_artifact
@@ -234,7 +235,7 @@ def test_demands_are_read() -> None:
     }
     assert _required("") is None
     for wrong in ("epsilon", "epsilon=", "epsilon=a", "epsilon=1=2", "epsilon=1,,"):
-        with pytest.raises(lrai.UsageError, match="as in epsilon="):
+        with pytest.raises(lrai.UsageError, match=r"require\..* is .*, a number is needed"):
             _required(wrong)
 
 

@@ -161,19 +161,19 @@ def test_parameters_are_settings_of_the_model_the_runtime_and_the_certificate(
             FORCE_CPU_ONLY_INPUT_TENSORS="no",  # another's
         )
     )
-    assert settings.own == {"scheduler.latency_slo_ms": "50"}
-    assert settings.config.runtime.socket_dir == "/run/lrai"
-    assert settings.config.runtime.address == "auto"
-    assert settings.require == {"delta": 0.01, "tier": "STATISTICAL"}
-    assert (settings.variant, settings.execution) == ("fp32", "sender")
+    assert settings.asked.own == {"scheduler.latency_slo_ms": "50"}
+    assert settings.asked.config.runtime.socket_dir == "/run/lrai"
+    assert settings.asked.config.runtime.address == "auto"
+    assert settings.asked.require == {"delta": 0.01, "tier": "STATISTICAL"}
+    assert (settings.asked.variant, settings.execution) == ("fp32", "sender")
 
 
 def test_a_variable_says_which_runtime_unless_a_parameter_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LRAI_RUNTIME", "embedded")
-    assert settings_of({}).config.runtime.address == "embedded"
-    assert settings_of(parameters(runtime__address="/d")).config.runtime.address == "/d"
+    assert settings_of({}).asked.config.runtime.address == "embedded"
+    assert settings_of(parameters(runtime__address="/d")).asked.config.runtime.address == "/d"
 
 
 @pytest.mark.parametrize(

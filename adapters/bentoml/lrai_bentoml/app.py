@@ -9,7 +9,7 @@ tensor extension it may be any that `lrai_codecs` reads.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import bentoml
@@ -23,7 +23,7 @@ import lrai_core as lrai
 from lrai_bentoml.guard import CLIENT_LEFT, TooLarge
 from lrai_bentoml.hooks import progress
 from lrai_bentoml.runner import Runner, Serving
-from lrai_codecs import PayloadTooLarge, Reply, failure, read, respond
+from lrai_codecs import PayloadTooLarge, Reply, declared, failure, read, respond
 
 Endpoint = Callable[[Request], Awaitable[Reply]]
 
@@ -51,7 +51,7 @@ def asgi_app(*runners: Runner) -> Starlette:
     async def model(request: Request) -> Reply:
         _, serving = await named(request)
         about = {"name": serving.tag.name, "versions": [serving.tag.version], "platform": "lrai"}
-        inputs, outputs = _told(serving.signature.inputs), _told(serving.signature.outputs)
+        inputs, outputs = declared(serving.signature.inputs), declared(serving.signature.outputs)
         return _json({**about, "inputs": inputs, "outputs": outputs})
 
     async def ready(request: Request) -> Reply:
@@ -63,8 +63,8 @@ def asgi_app(*runners: Runner) -> Starlette:
         return _json({"live": True})
 
     async def server(_: Request) -> Reply:
-        about = {"name": "lrai", "version": lrai.__version__}
-        return _json({**about, "extensions": ["binary_tensor_data"]})
+        extensions = ["binary_tensor_data"]
+        return _json({"name": "lrai", "version": lrai.__version__, "extensions": extensions})
 
     endpoints = {"/v2": server, "/v2/health/live": live, "/v2/health/ready": ready}
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
@@ -94,12 +94,6 @@ def _answering(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         return Response(reply.body, reply.status, reply.headers)
 
     return answer
-
-
-def _told(specs: Sequence[lrai.TensorSpec]) -> list[dict[str, Any]]:
-    told = [{"name": spec.name, "datatype": spec.datatype} for spec in specs]
-    shapes = [[n if isinstance(n, int) else -1 for n in spec.shape] for spec in specs]
-    return [{**one, "shape": shape} for one, shape in zip(told, shapes, strict=True)]
 
 
 def _json(content: Any, status: int = 200) -> Reply:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import bentoml
+from bentoml._internal.configuration.containers import BentoMLContainer
 
 import lrai_core as lrai
 from lrai_bentoml.metrics import exposition
@@ -34,6 +35,14 @@ def install(owner: Any, name: str, runner: Runner) -> None:
     setattr(owner, f"lrai_close_{name}", bentoml.on_shutdown(lambda _: runner.close()))
 
 
+def workers_of(owners: Sequence[type]) -> int:
+    """Return how many workers the one service has that these classes are; 0: not known."""
+    services = BentoMLContainer.config.get().get("services", {})
+    known = [services[one.__name__] for one in owners if one.__name__ in services]
+    counts = [service.get("workers") or 1 for service in known]
+    return counts[0] if len(counts) == 1 and isinstance(counts[0], int) else 0
+
+
 async def progress(runners: Sequence[Runner], *more: str) -> bool:
     """Return whether every model makes progress, or is in one of `more` states."""
     states = await asyncio.gather(*[_soon(one.state) for one in runners])
@@ -45,13 +54,14 @@ async def _is_ready(self: Any) -> bool:
 
 
 async def _is_alive(self: Any) -> bool:
-    return await progress(self.lrai_runners, "stalled")  # which heals by itself
+    heals = all(one.shared for one in self.lrai_runners)  # a model that hangs in here does not
+    return await progress(self.lrai_runners, *["stalled"][:heals])
 
 
 async def _metrics(self: Any, own: str) -> str:
     """Return BentoML's figures, and below them the runtime's."""
-    runners: tuple[Runner, ...] = self.lrai_runners
-    asked = runners[:1] if runners[0].shared else runners  # a shared one tells everybody the same
+    shared = [one for one in self.lrai_runners if one.shared]  # whose runtime tells all the same
+    asked = [*(one for one in self.lrai_runners if not one.shared), *shared[:1]]
     heard = await asyncio.gather(*[_soon(one.stats) for one in asked])
     together = Counter[str]()
     for stats in heard:

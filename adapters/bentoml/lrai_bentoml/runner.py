@@ -1,14 +1,14 @@
 """The runner: what a service asks instead of a session.
 
 All workers of all services of this user ask one runtime, which holds each model once and shares
-calls among them. The address is `auto` unless `LRAI_RUNTIME` or a setting says otherwise.
+calls among them, unless `LRAI_RUNTIME` or a setting says otherwise; or a service has one worker and
+the model is quick: that runs in it, see `lrai_import.hosted`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import bentoml
-import msgspec
 from bentoml.exceptions import BentoMLException
 from bentoml.models import BentoModel
+from msgspec.structs import replace
 
 import lrai_core as lrai
 from lrai_bentoml.errors import bento_errors
-from lrai_bentoml.hooks import install
+from lrai_bentoml.hooks import install, workers_of
 from lrai_bentoml.models import artifact_of, get
 from lrai_codecs import fit, text
+from lrai_import.hosted import Asked, asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +49,16 @@ class Serving:
         if len(given) < len(args) + len(inputs):
             got = f"got {len(args)} values, and {sorted(inputs)} by name"
             raise lrai.RequestError(f"{got}; the model takes {names}")
-        arrays = fit(given, self.signature.inputs)
-        return lrai.InferenceRequest(model_name=self.name, inputs=arrays)
+        inputs = fit(given, self.signature.inputs)
+        return lrai.InferenceRequest(model_name=self.name, inputs=inputs)
 
     def addressed(self, request: lrai.InferenceRequest) -> lrai.InferenceRequest:
         """Return a request for this model."""
-        return msgspec.structs.replace(request, model_name=self.name, model_version="")
+        return replace(request, model_name=self.name, model_version="")
 
     def named(self, answer: lrai.InferenceResponse) -> lrai.InferenceResponse:
         """Return the answer under the name and version that BentoML knows."""
-        name, version = self.tag.name, self.tag.version or ""
-        return msgspec.structs.replace(answer, model_name=name, model_version=version)
+        return replace(answer, model_name=self.tag.name, model_version=self.tag.version or "")
 
 
 class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not shown
@@ -89,8 +89,8 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
                 model's; those of a runtime count where this process starts it.
         """
         super().__init__(tag)
-        here = SimpleNamespace(variant=variant, require=require, settings=settings or {})
-        here.lock, here.serving = threading.Lock(), None
+        here = SimpleNamespace(given={"variant": variant, **(settings or {})}, require=require)
+        here.lock, here.serving, here.owners = threading.Lock(), None, list[type]()
         object.__setattr__(self, "_here", here)  # BentoML's class is frozen
 
     async def async_run(self, *args: Any, **inputs: Any) -> Any:
@@ -133,7 +133,9 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     @property
     def shared(self) -> bool:
         """Whether the runtime is that of other processes too."""
-        return self._config().runtime.address != "embedded"
+        known = self._here.serving
+        config = known.runtime.config if known else self._asked().config
+        return config.runtime.address != "embedded"
 
     def state(self) -> str:
         """Return `ok` or `idle` for a model that makes progress, `stalled` for one that will again.
@@ -151,7 +153,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         return self.load().runtime.stats()
 
     def check(self) -> None:
-        """Check every file of the model, and have a shared runtime load it, before workers start.
+        """Check every file of the model, and load it once, before workers start.
 
         What fails here fails once, and not in workers that are started again for ever. And BentoML
         ends what a worker has started along with it: not the runtime, which others share.
@@ -160,9 +162,9 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
             BentoMLException: The model is missing, has changed, or cannot be served as asked for.
         """
         artifact_of(get(str(self.tag)))
-        with bento_errors():
-            if self.shared:
-                self.load()
+        self.load()
+        if not self.shared:
+            self.close()  # a worker has it
 
     def load(self) -> Serving:
         """Load the model, or find it loaded by another worker; return when it is ready.
@@ -177,8 +179,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
 
     async def attach(self) -> Serving:
         """Load the model if this process has not yet, without holding up the event loop."""
-        serving: Serving = self._here.serving or await asyncio.to_thread(self.load)
-        return serving
+        return self._here.serving or await asyncio.to_thread(self.load)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Let go of the runtime, which ends half a minute after the last process has."""
@@ -199,25 +200,22 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Have the class of the service look after the model."""
+        self._here.owners.append(owner)
         install(owner, name, self)
 
-    def _config(self) -> lrai.LraiConfig:
-        host = {k: v for k, v in self._here.settings.items() if k not in lrai.OWN_SETTINGS}
-        return lrai.load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=host)
+    def _asked(self) -> Asked:
+        given = asked(self._here.given)._replace(require=self._here.require)
+        stored, count = get(str(self.tag)), workers_of(self._here.owners)
+        return given.placed(artifact_of(stored, verify=False), count)
 
     def _open(self) -> Serving:
-        here, stored = self._here, get(str(self.tag))
-        own = {key: here.settings[key] for key in here.settings.keys() & lrai.OWN_SETTINGS}
+        asked, stored = self._asked(), get(str(self.tag))
         artifact = artifact_of(stored, verify=False)  # the actor hashes what it opens
-        name = f"{stored.tag}:{artifact.version[:12]}:{here.variant or artifact.manifest.chosen}"
-        runtime = lrai.Runtime(self._config())
-        try:
-            runtime.load(
-                artifact, name=name, variant=here.variant, require=here.require, settings=own
-            )
-        except BaseException:
-            runtime.close()
-            raise
+        name = f"{stored.tag}:{artifact.version[:12]}:{asked.variant or artifact.manifest.chosen}"
+        with contextlib.ExitStack() as stack:
+            runtime = stack.enter_context(lrai.Runtime(asked.config))
+            runtime.load(artifact, name=name, **asked.how)
+            stack.pop_all()  # it stays open
         return Serving(runtime, name, stored.tag, artifact.manifest.signature)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lrai_core import Artifact, LraiConfig, LraiError, Runtime
-from lrai_mlflow.settings import Settings
+from lrai_import.hosted import Asked
 
 
 class Held:
@@ -29,7 +29,7 @@ class Held:
         variant: That answers; another one than was asked for where that is for other machines.
     """
 
-    def __init__(self, artifact: Artifact, settings: Settings) -> None:
+    def __init__(self, artifact: Artifact, settings: Asked) -> None:
         """Load it, or find it loaded with the same settings.
 
         Raises:

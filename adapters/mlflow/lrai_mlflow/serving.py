@@ -19,7 +19,7 @@ import lrai_core as lrai
 from lrai_codecs import by_name, fit, text
 from lrai_mlflow.held import Held
 from lrai_mlflow.settings import settings_of
-from lrai_mlflow.watch import Watch, is_worker, tell_cap
+from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 
 Array = NDArray[Any]
 Answer = dict[str, Array] | pd.DataFrame
@@ -48,7 +48,8 @@ class ServedModel:
             if data.name != DATA or not data.with_name(MLMODEL_FILE_NAME).is_file():
                 raise lrai.ArtifactError(f"no {DATA} beside an MLmodel: changed after saving")
             artifact = lrai.Artifact.open(data)  # every file hashed, for it may be found loaded
-            held = Held(artifact, asked)
+            workers = workers_told() if is_worker() else 0
+            held = Held(artifact, asked.placed(artifact, workers))
         self.held = held
         self._inputs = artifact.manifest.signature.inputs
         weakref.finalize(self, held.close)

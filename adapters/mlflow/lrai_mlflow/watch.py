@@ -26,6 +26,7 @@ _APP: Final = "mlflow.pyfunc.scoring_server.app"  # what uvicorn runs, and nobod
 _WORKERS: Final = "--workers"
 _LOOK_SECONDS: Final = 1.0
 _DEAD_LOOKS: Final = 3  # a runtime that is being replaced may not know the model for one
+_GRACE_SECONDS: Final = 30.0  # for what is being answered when a worker ends
 _WORTH: Final = 1.1  # of larger calls: rows per second that they have to bring
 _log: Final = logging.getLogger("lrai.mlflow")
 
@@ -35,11 +36,16 @@ def is_worker() -> bool:
     return _APP in sys.modules
 
 
+def workers_told() -> int:
+    """Return how many workers the server was told to have; 0 where that is not known."""
+    count = sys.argv[sys.argv.index(_WORKERS) + 1] if _WORKERS in sys.argv[:-1] else ""
+    return int(count) if count.isdecimal() else 0
+
+
 def tell_cap(artifact: Artifact, variant: str) -> None:
     """Warn where MLflow hands over too few requests at a time for the calls that pay most."""
     threads = min(32, (os.cpu_count() or 1) + 4)  # of asyncio.to_thread
-    count = sys.argv[sys.argv.index(_WORKERS) + 1] if _WORKERS in sys.argv[:-1] else ""
-    workers = int(count) if count.isdecimal() else 1
+    workers = workers_told() or 1
     profile = artifact.manifest.variant(variant).latency
     length = max((point.length for point in profile), default=0)
     speed = {p.rows: p.rows / p.median_ms for p in profile if p.length == length}
@@ -105,3 +111,5 @@ def _end(why: str) -> None:
     """End this process as its server would: requests inside are answered first."""
     _log.critical("%s; this worker ends, so that another one takes its place", why)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os._exit(1)  # a call hangs, and the server would wait for it

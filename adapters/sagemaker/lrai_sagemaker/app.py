@@ -18,8 +18,8 @@ from starlette.routing import Route
 
 import lrai_core as lrai
 from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, unless_gone
+from lrai_import.hosted import warm_up
 from lrai_sagemaker.logs import log, one_line
-from lrai_sagemaker.models import warm_up
 from lrai_sagemaker.names import Names, unknown
 from lrai_sagemaker.settings import Settings
 
@@ -44,7 +44,7 @@ class Endpoint:
         self._questions = ThreadPoolExecutor(1, "lrai-ping")
         self._changes = ThreadPoolExecutor(_CHANGES, "lrai-models")
         self._asking: asyncio.Future[str] | None = None
-        self._warm: list[int] = []  # actors that have answered
+        self._warm: list[int] | None = None  # actors that have answered; none in this process
         self._said = "not asked yet"
         self._room = Room(max(runtime.config.scheduler.max_queue_bytes, self._most_bytes))
         if not settings.multi_model:

@@ -16,7 +16,8 @@ from typing import Final
 import msgspec
 
 from lrai_core import LraiError, ModelNotFound, RequestError, Runtime, Signature
-from lrai_sagemaker.models import artifact_in, warm_up
+from lrai_import.hosted import warm_up
+from lrai_sagemaker.models import artifact_in
 from lrai_sagemaker.settings import Settings
 
 _MOST_CHARACTERS: Final = 512

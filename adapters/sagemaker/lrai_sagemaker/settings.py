@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import socket
 from typing import Any, Final, Literal
 
 import msgspec
 
-from lrai_core import LraiConfig, load_config
+from lrai_core import Artifact, EnvironmentProblem, LraiConfig
+from lrai_import.hosted import Asked, asked
 
 Strategy = Literal["SINGLE_RECORD", "MULTI_RECORD"]
 MEBIBYTE: Final = 1 << 20
@@ -50,7 +51,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.payload_mb * MEBIBYTE or config.limits.request_bytes
 
 
-def runtime_config(settings: Settings) -> LraiConfig:
-    """Return LRAI's settings here: unless one says otherwise, all processes share a runtime."""
+def asked_of(settings: Settings) -> Asked:
+    """Return LRAI's settings here, and of the model of one worker where it has that in itself."""
     waits = {"scheduler.default_timeout_ms": settings.answer_seconds * 1e3}
-    return load_config(environ={"LRAI_RUNTIME": "auto", **os.environ}, host=waits)
+    given = asked(waits)._replace(require=settings.require)
+    if not settings.artifact:
+        return given
+    return given.placed(Artifact.open(settings.artifact, verify=False), settings.workers)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return the socket that all workers accept from.
+
+    Raises:
+        EnvironmentProblem: It is taken, or none of this machine's.
+    """
+    host, port = settings.host, settings.port
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise EnvironmentProblem(f"{host}:{port} cannot be served: {error.strerror}") from None

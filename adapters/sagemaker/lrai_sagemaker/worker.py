@@ -11,10 +11,10 @@ from typing import Final
 import msgspec
 import uvicorn
 
-from lrai_core import Runtime
+from lrai_core import LraiError, Runtime
 from lrai_sagemaker.app import create
-from lrai_sagemaker.logs import set_up_log
-from lrai_sagemaker.settings import Settings, runtime_config
+from lrai_sagemaker.logs import log, one_line, set_up_log
+from lrai_sagemaker.settings import Settings, asked_of
 
 _KEEP_SECONDS: Final = 75  # longer than the platform keeps a connection that nobody uses
 
@@ -28,7 +28,10 @@ def main(settings: Settings, listening: int) -> None:
     async def look() -> None:
         server.should_exit |= os.getppid() != parent
 
-    with Runtime(runtime_config(settings)) as runtime:
+    with Runtime((asked := asked_of(settings)).config) as runtime:
+        if asked.here:  # else the supervisor has loaded it, or names do
+            runtime.load(settings.artifact, name=settings.model, **asked.how)
+            log.info("model %s is loaded", settings.model)
         config = uvicorn.Config(
             create(settings, runtime),
             access_log=False,
@@ -46,4 +49,8 @@ def main(settings: Settings, listening: int) -> None:
 
 
 if __name__ == "__main__":
-    main(msgspec.json.decode(sys.argv[1], type=Settings), int(sys.argv[2]))
+    try:
+        main(msgspec.json.decode(sys.argv[1], type=Settings), int(sys.argv[2]))
+    except LraiError as error:
+        log.error("%s", one_line(error))
+        sys.exit(error.exit_code)

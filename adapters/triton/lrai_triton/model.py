@@ -51,7 +51,7 @@ class TritonPythonModel:
         """Fill in what config.pbtxt leaves open, from the model."""
         with _refusal():
             settings = settings_of(auto_complete_model_config.as_dict())
-            artifact = artifact_of(source_of(_version_folder()), settings.config)
+            artifact = artifact_of(source_of(_version_folder()), settings.asked.config)
             complete(auto_complete_model_config, artifact.manifest.signature)
         return auto_complete_model_config
 
@@ -61,7 +61,7 @@ class TritonPythonModel:
             model_config = json.loads(args["model_config"])
             settings = settings_of(model_config)
             folder = Path(args["model_repository"], args["model_version"])
-            artifact = artifact_of(source_of(folder), settings.config)
+            artifact = artifact_of(source_of(folder), settings.asked.config)
             signature = artifact.manifest.signature
             complete(pb_utils.ModelConfig(args["model_config"]), signature)  # for its errors
             name = f"{args['model_name']}:{args['model_version']}"

@@ -11,13 +11,11 @@ import contextlib
 import fcntl
 import hashlib
 from pathlib import Path
-from typing import Final
 
 from lrai_core import Artifact, ArtifactError, LraiError, Runtime
 from lrai_import.built import state_folder
+from lrai_import.hosted import is_quick
 from lrai_triton.settings import Settings
-
-_INLINE_BELOW_MS: Final = 10.0  # the way to an actor adds about one
 
 
 class Served:
@@ -36,7 +34,8 @@ class Served:
             LraiError: It cannot be served as the settings demand.
         """
         self.execution = execution_of(artifact, settings)
-        own, config = dict(settings.own), settings.config
+        asked = settings.asked
+        own, config = dict(asked.own), asked.config
         if self.execution == "inline":
             own["actor.isolation"] = "inline"
         self.name = f"{name}:{artifact.version[:12]}"
@@ -46,11 +45,7 @@ class Served:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits while another one unloads it
             self.runtime.load(
-                artifact,
-                name=self.name,
-                variant=settings.variant,
-                require=settings.require,
-                settings=own,
+                artifact, name=self.name, variant=asked.variant, require=asked.require, settings=own
             )
         except BaseException:
             self.close()
@@ -79,10 +74,7 @@ def execution_of(artifact: Artifact, settings: Settings) -> str:
     """
     if settings.execution != "auto":
         return settings.execution
-    manifest = artifact.manifest
-    variant = manifest.variant(settings.variant or manifest.chosen)
-    alone = sorted(point.median_ms for point in variant.latency if point.rows == 1)
-    if settings.instances == 1 and alone and alone[len(alone) // 2] < _INLINE_BELOW_MS:
+    if settings.instances == 1 and is_quick(artifact, settings.asked.variant):
         return "inline"
     return "sender" if settings.latency_slo_ms else "lists"
 

@@ -65,6 +65,7 @@ class Container:
         self.port, self.sockets = free_port(), sockets
         self._log = folder / f"{self.port}.log"
         own = {
+            "LRAI_RUNTIME": "auto",  # also where one worker alone would have the model in itself
             "LRAI_ACTOR_THREADS": "1",
             "LRAI_RUNTIME_SOCKET_DIR": str(sockets),
             "SAGEMAKER_BIND_TO_PORT": str(self.port),
@@ -75,7 +76,7 @@ class Container:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **own, **variables},
+                env={k: v for k, v in {**os.environ, **own, **variables}.items() if v},
                 cwd=folder,
                 start_new_session=True,
             )

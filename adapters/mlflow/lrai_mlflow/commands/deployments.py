@@ -44,10 +44,11 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
 
 from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
+from lrai_import.hosted import Asked
 from lrai_mlflow.flavor import FLAVOR_NAME
 from lrai_mlflow.held import lock_folder
 from lrai_mlflow.serving import DATA, from_lrai, mlflow_errors, to_lrai
-from lrai_mlflow.settings import Settings, settings_of
+from lrai_mlflow.settings import settings_of
 
 _SCHEMES: Final = ("", "file", "models", "runs", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
 _READ: Final = ", ".join(f"{name}:" for name in _SCHEMES if name)
@@ -171,7 +172,7 @@ class Client(BaseDeploymentClient):
         return PredictionsResponse(json.loads(content.getvalue()))
 
     @cached_property
-    def _settings(self) -> Settings:
+    def _settings(self) -> Asked:
         address = str(self.target_uri).partition(":")[2]
         return settings_of({"runtime.address": address} if address else {})
 
@@ -205,7 +206,7 @@ class Client(BaseDeploymentClient):
         return shares[name]
 
     def _serve(
-        self, name: str, shares: dict[str, float], artifact: Artifact, share: Any, asked: Settings
+        self, name: str, shares: dict[str, float], artifact: Artifact, share: Any, asked: Asked
     ) -> None:
         """Have a version serve all requests, or a share of them."""
         version = artifact.version

@@ -14,9 +14,9 @@ import typer
 from rich.table import Table
 
 from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
+from lrai_import.hosted import zeros
 from lrai_sagemaker.commands.app import app, out
 from lrai_sagemaker.commands.contract import Container
-from lrai_sagemaker.models import zeros
 
 Target = Annotated[list[str], typer.Argument(help="URL, or a command, which is started and ended.")]
 Sample = Annotated[Path | None, typer.Option("--artifact", help="Model, to ask it for zeros.")]

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Final
 import msgspec
 import typer
 
-from lrai_core import Artifact, EnvironmentProblem, UsageError
+from lrai_core import Artifact, EnvironmentProblem
+from lrai_import.hosted import asked
 from lrai_sagemaker.commands.app import app, out
 from lrai_sagemaker.commands.tars import package as package_artifact
 from lrai_sagemaker.settings import MEBIBYTE, Settings, Strategy
@@ -29,9 +30,7 @@ Port = Annotated[int, typer.Option(envvar="SAGEMAKER_BIND_TO_PORT", min=0, max=6
 Workers = Annotated[int, typer.Option(envvar="SAGEMAKER_MODEL_SERVER_WORKERS", min=1)]
 Require = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_REQUIRE", help=_CERTIFICATE)]
 Payload = Annotated[int, typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0)]
-Seconds = Annotated[
-    float, typer.Option(envvar=_TIMEOUT, min=0, help="0: 60, in batch transform 3600.")
-]
+Seconds = Annotated[float, typer.Option(envvar=_TIMEOUT, min=0, help="0: 60; batch: 3600.")]
 Drain = Annotated[float, typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=28, help="At end.")]
 Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch transform.")]
 Concurrency = Annotated[int, typer.Option(envvar="SAGEMAKER_MAX_CONCURRENT_TRANSFORMS", min=0)]
@@ -57,7 +56,7 @@ def serve(
 ) -> None:
     """Serve a model as SageMaker has it: /ping and /invocations, until SIGTERM, which drains.
 
-    Each option is also a variable, those that the platform sets among them. All workers share one
+    Each option is also a variable, those that the platform sets among them. Several workers share a
     runtime. Without --host only this machine is answered.
     """
     settings = Settings(
@@ -94,8 +93,5 @@ def package(
 
 def _required(text: str) -> dict[str, Any] | None:
     """Return the demands of `KEY=VALUE,KEY=VALUE`; the core knows the keys."""
-    try:
-        pairs = [pair.strip().split("=") for pair in text.split(",") if text]
-        return {key: value if key == "tier" else float(value) for key, value in pairs} or None
-    except ValueError:
-        raise UsageError(f"--require is {text[:80]!r}, as in epsilon=0.1,delta=0.01") from None
+    pairs = [pair.strip().partition("=") for pair in text.split(",") if text]
+    return asked({f"require.{key}": value for key, _, value in pairs}).require

@@ -10,10 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import msgspec
@@ -22,19 +23,20 @@ from lrai_core import EnvironmentProblem, LraiError, Runtime, UsageError
 from lrai_sagemaker.commands.tars import unpacked
 from lrai_sagemaker.logs import log, one_line, set_up_log
 from lrai_sagemaker.models import artifact_in
-from lrai_sagemaker.settings import Settings, runtime_config
+from lrai_sagemaker.settings import Settings, asked_of, listen
 
 _LOOK_SECONDS: Final = 0.05
 _LOAD_AGAIN_SECONDS: Final = 1.0
 _MOST_DEATHS, _WINDOW_SECONDS = 10, 60.0
+_SAID: Final = (2, 3, 4, 5)  # exit statuses of a worker that cannot serve, and has said why
 _GRACE_SECONDS: Final = 2.0  # beside draining; the platform kills after 30 s
 
 
 class Supervisor:
-    """Workers on one socket, attached to one runtime."""
+    """Workers on one socket, attached to one runtime; none where the only one has the model."""
 
-    def __init__(self, settings: Settings, runtime: Runtime, listening: socket.socket) -> None:
-        self._settings, self._runtime, self._listening = settings, runtime, listening
+    def __init__(self, settings: Settings, runtime: Runtime | None, on: socket.socket) -> None:
+        self._settings, self._runtime, self._listening = settings, runtime, on
         self._workers: list[subprocess.Popen[bytes]] = []
         self._deaths: list[float] = []
         self._problem: LraiError | None = None
@@ -77,19 +79,22 @@ class Supervisor:
         now = time.monotonic()
         self._deaths = [*(at for at in self._deaths if now - at < _WINDOW_SECONDS), now]
         log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
-        if len(self._deaths) > _MOST_DEATHS:
+        if not self._runtime and worker.returncode in _SAID and len(self._deaths) == 1:
+            self._problem = EnvironmentProblem("the model cannot be served, see above")
+            self._problem.exit_code = worker.returncode
+        elif len(self._deaths) > _MOST_DEATHS:
             often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
             self._problem = EnvironmentProblem(often)
         return self._start()
 
     def _keep_loaded(self) -> None:
         """Load the model, and again where somebody has stopped the runtime or unloaded it."""
-        name, loaded = self._settings.model, False
-        while not self._signal:
+        runtime, name, loaded = self._runtime, self._settings.model, False
+        while runtime is not None and not self._signal:
             try:
-                if not loaded or name not in {model.name for model in self._runtime.models()}:
+                if not loaded or name not in {model.name for model in runtime.models()}:
                     artifact, require = self._settings.artifact, self._settings.require
-                    loaded = bool(self._runtime.load(artifact, name=name, require=require))
+                    loaded = bool(runtime.load(artifact, name=name, require=require))
                     log.info("model %s is loaded", name)
             except LraiError as error:
                 if not loaded:
@@ -117,31 +122,24 @@ def serve(given: Settings) -> int:
     Raises:
         LraiError: The model, the port or the machine stand in the way.
     """
-    config = runtime_config(given)
+    config = asked_of(given).config
     if config.runtime.address == "embedded":
         raise UsageError("workers share a runtime: runtime.address is auto here, or a folder")
     place = config.runtime.socket_dir or None
     try:
-        scratch = tempfile.TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
+        scratch = TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
     except OSError as error:
         raise EnvironmentProblem(f"no temporary folder can be made: {error.strerror}") from None
-    with scratch as folder, _listen(given.host, given.port) as listening:
+    with scratch as folder, listen(given) as listening:
         own = {"scratch": folder}
         if not given.multi_model:
             artifact = artifact_in(unpacked(Path(given.folder).resolve(), Path(folder)))
             own["artifact"] = str(artifact.path)
             own["model"] = f"{artifact.manifest.name}:{artifact.version}"
-        with Runtime(config) as runtime:
+        given = msgspec.structs.replace(given, **own)
+        with nullcontext() if asked_of(given).here else Runtime(config) as runtime:
             log.info("serving on %s:%d", *listening.getsockname()[:2])
-            return Supervisor(msgspec.structs.replace(given, **own), runtime, listening).run()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise EnvironmentProblem(f"{host}:{port} cannot be served: {error.strerror}") from None
+            return Supervisor(given, runtime, listening).run()
 
 
 def main(settings: Settings) -> int:

@@ -1,0 +1,175 @@
+"""A host with one worker: a quick model runs in it, with no runtime beside, and is looked after."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+
+import lrai_bentoml
+import lrai_core as lrai
+import lrai_mlflow
+from benchmarks.processes import HOST, Server
+from tests.integration import mlflow_server
+from tests.integration.sagemaker.conftest import Container
+from tests.own_runtime import daemon_pids, own_runtime
+from tests.tiny_models import token_model
+
+pytestmark = pytest.mark.server
+
+BODY = {"input_ids": [[3, 14, 15]], "attention_mask": [[1, 1, 1]]}
+CALLERS = 16
+SERVICE = """
+import bentoml, lrai_bentoml
+
+@bentoml.service
+class Tokens:
+    model = lrai_bentoml.runner("one:latest")
+
+    @bentoml.api
+    async def predict(self, input_ids: list, attention_mask: list) -> list:
+        return (await self.model.async_run(input_ids, attention_mask))[0].tolist()
+"""
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
+    folder = tmp_path_factory.mktemp("one")
+    return lrai.compile(token_model(folder / "tokens.onnx"), out=folder / "tokens.lrai", threads=1)
+
+
+@pytest.fixture(scope="module")
+def expected(artifact: lrai.Artifact) -> Any:
+    with lrai.Runtime.open(artifact, address="embedded") as runtime:
+        inputs = {name: np.array(values, np.int64) for name, values in BODY.items()}
+        request = lrai.InferenceRequest(model_name="tokens", inputs=inputs)
+        return runtime.infer(request).outputs["mean"].tolist()
+
+
+@pytest.fixture
+def sockets() -> Iterator[Path]:
+    with own_runtime(LRAI_RUNTIME="") as folder:  # nothing says where the model runs
+        yield folder
+
+
+def post(port: int, path: str, body: Any) -> Any:
+    request = urllib.request.Request(
+        f"http://{HOST}:{port}{path}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310 - likewise
+        return json.load(reply)
+
+
+def many(port: int, path: str, body: Any) -> list[Any]:
+    with ThreadPoolExecutor(CALLERS) as callers:
+        return list(callers.map(lambda _: post(port, path, body), range(4 * CALLERS)))
+
+
+def test_mlflow(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets: Path) -> None:
+    with mlflow_server.own_store(tmp_path):
+        saved = tmp_path / "model"
+        lrai_mlflow.save_model(artifact, saved)
+    assert "lrai" in mlflow.models.Model.load(saved).flavors
+    with mlflow_server.start(saved, tmp_path) as server:
+        server.wait_until_ready("/ping")
+        answers = many(server.port, "/invocations", {"inputs": BODY})
+        assert daemon_pids(sockets) == []
+        assert len(server.processes()) <= 2, "no actor"  # the command, and its worker
+    for answer in answers:
+        np.testing.assert_allclose(answer["predictions"]["mean"], expected, atol=1e-5)
+
+
+def test_bentoml(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets: Path) -> None:
+    lrai_bentoml.save_model("one", artifact)
+    (tmp_path / "service.py").write_text(SERVICE)
+    command = [sys.executable, "-m", "bentoml", "serve", ".", "--host", HOST, "-p", "{port}"]
+    with Server(command, tmp_path / "log") as server:
+        server.wait_until_ready("/readyz")
+        answers = many(server.port, "/predict", BODY)
+        metrics = f"http://{HOST}:{server.port}/metrics"
+        with urllib.request.urlopen(metrics, timeout=60) as reply:
+            figures = reply.read().decode()
+        assert daemon_pids(sockets) == []
+    for answer in answers:
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
+    assert f"lrai_request_answered_total {len(answers)}" in figures
+
+
+def test_sagemaker(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets: Path) -> None:
+    with Container([str(artifact.path)], tmp_path, sockets, LRAI_RUNTIME="") as container:
+        container.wait_until_ready()
+        answers = many(container.port, "/invocations", {"inputs": BODY})
+        assert daemon_pids(sockets) == []
+        (worker,) = container.workers()
+        os.kill(worker, signal.SIGKILL)  # with the model in it
+        begun = time.monotonic()
+        container.wait_until_ready()
+        assert time.monotonic() - begun < 2
+        answers += many(container.port, "/invocations", {"inputs": BODY})
+        assert container.workers() != [worker]
+        assert container.stop() == 0
+    for answer in answers:
+        np.testing.assert_allclose(answer["outputs"]["mean"], expected, atol=1e-5)
+
+
+def test_a_container_whose_model_cannot_be_opened_ends_and_says_why(
+    artifact: lrai.Artifact, tmp_path: Path, sockets: Path
+) -> None:
+    broken = tmp_path / "tokens.lrai"
+    shutil.copytree(artifact.path, broken)
+    for model in [*broken.glob("variants/*/model.onnx"), broken / "source" / "model.onnx"]:
+        model.write_bytes(model.read_bytes()[:-1] + b"\0")
+    with Container([str(broken)], tmp_path, sockets, LRAI_RUNTIME="") as container:
+        assert container.process.wait(30) == lrai.ArtifactError.exit_code
+        assert "model.onnx" in container.log
+
+
+def test_a_container_refuses_what_has_no_certificate(
+    artifact: lrai.Artifact, tmp_path: Path, sockets: Path
+) -> None:
+    demand = ["--require", "epsilon=0.0001,delta=0.0001"]
+    with Container([str(artifact.path), *demand], tmp_path, sockets, LRAI_RUNTIME="") as container:
+        assert container.process.wait(30) == lrai.ConditionNotMet.exit_code
+
+
+def test_what_a_loop_and_threads_ask_of_a_runtime_shares_calls(artifact: lrai.Artifact) -> None:
+    inputs = {name: np.array(values, np.int64) for name, values in BODY.items()}
+    request = lrai.InferenceRequest(model_name="tokens", inputs=inputs)
+    config = lrai.load_config(call={"actor.isolation": "inline", "scheduler.max_queue_rows": 64})
+    with lrai.Runtime.open(artifact, address="embedded", config=config) as runtime:
+
+        async def ask() -> list[lrai.InferenceResponse]:
+            return await asyncio.gather(*[runtime.infer_async(request) for _ in range(40)])
+
+        with ThreadPoolExecutor(4) as callers:
+            others = [callers.submit(runtime.infer, request) for _ in range(20)]
+            answers = asyncio.run(ask()) + [other.result() for other in others]
+        assert len({answer.outputs["mean"].tobytes() for answer in answers}) == 1
+        stats = runtime.stats()
+        assert stats["batch_completed"] < stats["request_answered"] == 60
+        assert runtime.stats()["outstanding_rows"] == 0
+        identity = runtime.submit(request)
+        assert runtime.result(identity, 10).model_name == "tokens"
+        refused = [runtime.start(request) for _ in range(64)]
+        with pytest.raises(lrai.QueueFull):
+            runtime.start(request)
+        assert runtime.ready() == "ok"
+        assert [future.cancel() for future in refused[1:]] == [True] * 63
+        assert runtime.stats()["outstanding_rows"] == 1
+        assert refused[0].result().outputs
+        assert runtime.drain()
