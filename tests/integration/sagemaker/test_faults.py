@@ -15,14 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.sagemaker.conftest import (
-    HOST,
-    TOKENS,
-    Container,
-    Load,
-    stop_runtime,
-    wait_until,
-)
+from tests.integration.sagemaker.conftest import HOST, TOKENS, Container, Load, wait_until
+from tests.own_runtime import end_runtime
 
 pytestmark = pytest.mark.server
 
@@ -131,7 +125,7 @@ def test_a_runtime_that_was_stopped_is_started_and_loaded_again(
     models: Path, tmp_path: Path, sockets: Path
 ) -> None:
     with serve(models, tmp_path, sockets) as container:
-        stop_runtime(sockets)
+        end_runtime(sockets)
         wait_until(lambda: container.log.count("is loaded") == 2)
         container.wait_until_ready()
         assert container.post(BODY).status == 200
