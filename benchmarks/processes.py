@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
 HOST: Final = "127.0.0.1"
+_END_SECONDS: Final = 15.0
 _KILL_SECONDS: Final = 5.0
 _PIN: Final = (
     "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); "
@@ -77,27 +78,18 @@ class Server:
 
     def processes(self) -> list[int]:
         """Return the process ids of the tree, the server's own first."""
-        children: dict[int, list[int]] = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and (parent := _parent(entry)):
-                children.setdefault(parent, []).append(int(entry.name))
-        tree = [self._process.pid]
-        for pid in tree:
-            tree += children.get(pid, [])
-        return tree
+        return _tree(self._process.pid)
 
     def memory_bytes(self) -> int:
         """Return the resident memory of the tree; what processes share counts once."""
         return sum(_proportional_set_size(pid) for pid in self.processes())
 
-    def stop(self, grace_seconds: float = 15.0) -> list[int]:
+    def stop(self, grace_seconds: float = _END_SECONDS) -> list[int]:
         """End the server with SIGTERM; return what of its tree was left and had to be killed."""
         tree = self.processes()
         self._process.terminate()
         left = self._wait_for(tree, grace_seconds)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _signal(left, signal.SIGKILL)
         self._wait_for(left, _KILL_SECONDS)
         return left
 
@@ -106,9 +98,18 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
+        """End it; then the runtime that it started, which would wait for another client."""
         if self._process.poll() is None:
-            self.stop()
+            tree = self.processes()
+            runtimes = [pid for pid in tree if _is_runtime(pid)]
+            theirs = {pid for runtime in runtimes for pid in _tree(runtime)}
+            own = [pid for pid in tree if pid not in theirs]
+            self._process.terminate()
+            left = self._wait_for(own, _END_SECONDS)
+            _signal(runtimes, signal.SIGTERM)
+            left += self._wait_for(list(theirs), _END_SECONDS)
+            _signal(left, signal.SIGKILL)
+            self._wait_for(left, _KILL_SECONDS)
 
     def _answers(self, path: str) -> bool:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
@@ -148,6 +149,31 @@ def _free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _tree(root: int) -> list[int]:
+    """Return a process and all below it, itself first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (parent := _parent(entry)):
+            children.setdefault(parent, []).append(int(entry.name))
+    tree = [root]
+    for pid in tree:
+        tree += children.get(pid, [])
+    return tree
+
+
+def _signal(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _is_runtime(pid: int) -> bool:
+    try:
+        return b"lrai_shared.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _parent(entry: Path) -> int:

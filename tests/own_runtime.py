@@ -34,14 +34,15 @@ def own_runtime(**variables: str) -> Iterator[Path]:
 
 
 def end_runtime(folder: Path) -> None:
-    """Stop the daemon of a folder of sockets, if one runs."""
+    """Stop the daemon of a folder of sockets, if one runs; clients that live on start the next."""
     config = lrai.load_config(call={"runtime.socket_dir": str(folder)})
     own = Path(folder, f"lrai-{os.geteuid()}")
     if own.exists() and is_running(shared_folder(config)):
+        ending = set(daemon_pids(folder))
         with contextlib.closing(Attached(config)) as client:
             client.call("stop", {}, type(None))
         deadline = time.monotonic() + 20
-        while is_running(own):
+        while ending.intersection(daemon_pids(folder)):
             assert time.monotonic() < deadline, "the runtime does not end"
             time.sleep(0.02)
 

@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 import lrai_bentoml
 import lrai_core as lrai
 from lrai_bentoml.commands import project
+from lrai_core.cli import main
 from lrai_wheel.pins import pins
 from tests.tiny_models import column_model, token_model
 
@@ -34,15 +37,25 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
 @pytest.fixture(scope="module")
 def written(tokens: lrai.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
-    done = run("init", tokens.path, "--folder", folder, "--workers", 3)
+    command = [str(LRAI), "bentoml", "init", str(tokens.path)]
+    command += ["--folder", str(folder), "--workers", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "now: bentoml build && bentoml serve" in done.stdout
     return folder
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(LRAI), "bentoml", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    """Run a command in this process, where bentoml, which takes seconds, is imported already."""
+    command, said, errors = ["lrai", "bentoml", *map(str, arguments)], StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(errors):
+        patch.setattr("sys.argv", command)
+        patch.setattr("signal.signal", lambda *_: None)  # which would outlive the command
+        with pytest.raises(SystemExit) as ended:
+            main()
+    status = ended.value.code or 0
+    assert isinstance(status, int)
+    return subprocess.CompletedProcess(command, status, said.getvalue(), errors.getvalue())
 
 
 def test_a_project_has_what_build_and_serve_need(written: Path, tokens: lrai.Artifact) -> None:

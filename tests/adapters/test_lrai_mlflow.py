@@ -473,12 +473,18 @@ class Looked:
         return self.says
 
 
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_mlflow.watch._LOOK_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("quick_looks")
 @pytest.mark.parametrize(
     ("says", "patience_seconds", "why"),
     [
         ("dead", 60.0, "it failed beyond repair, or is not loaded any more"),
-        ("stalled", 1.0, "it was not ready for"),
-        (lrai.NotReady("no answer"), 1.0, "it was not ready for"),
+        ("stalled", 0.2, "it was not ready for"),
+        (lrai.NotReady("no answer"), 0.2, "it was not ready for"),
     ],
 )
 def test_a_model_that_will_not_come_back_ends_the_worker(
@@ -487,15 +493,16 @@ def test_a_model_that_will_not_come_back_ends_the_worker(
     ended = queue.Queue[str]()
     Watch(cast("Held", Looked(says)), patience_seconds, ended.put)
     assert why in ended.get(timeout=10)
-    time.sleep(1.5)
+    time.sleep(0.5)
     assert ended.empty(), "it is told once"
 
 
+@pytest.mark.usefixtures("quick_looks")
 @pytest.mark.parametrize("says", ["ok", "idle", "stalled"])
 def test_a_model_that_works_or_is_slow_does_not(says: str) -> None:
     ended = queue.Queue[str]()
-    watch = Watch(cast("Held", Looked(says)), 60.0 if says == "stalled" else 1.0, ended.put)
-    time.sleep(4.5)
+    watch = Watch(cast("Held", Looked(says)), 60.0 if says == "stalled" else 0.2, ended.put)
+    time.sleep(1.5)
     watch.close()
     assert ended.empty()
 

@@ -16,9 +16,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,14 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.processes import HOST, Server
 from tests.integration.mlflow_server import SERVE, post, processes_with, start
-from tests.own_runtime import own_runtime
+from tests.own_runtime import end_runtime, own_runtime
 from tests.tiny_models import token_model
 
 pytestmark = pytest.mark.server
 
 REQUEST_BYTES = 100_000
 GOOD: dict[str, Any] = {"inputs": {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}}
+Refusals = Mapping[str, Future[str]]
 INTERNALS = re.compile(r"/[t]mp/|site-packages|\.sock|ipc://|Traceback")
 
 
@@ -213,63 +216,79 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PATH": path, **variables}
 
 
-def refused(model: Path, folder: Path, *, seconds: float = 60, **variables: str) -> str:
+def refused(model: Path, *, port: int = 0, **variables: str) -> str:
     """Serve a model that cannot be, and return what the server says before it ends."""
-    command = [*SERVE, "--env-manager", "local", "-m", str(model), "-h", HOST, "-p", "0"]
+    command = [*SERVE, "--env-manager", "local", "-m", str(model), "-h", HOST, "-p", str(port)]
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False,
+        command, cwd=model.parent, capture_output=True, text=True, timeout=120, check=False,
         env=environment(**variables),
     )  # fmt: skip
     assert done.returncode != 0
     return done.stdout + done.stderr
 
 
-def test_a_model_that_was_changed_after_saving_is_not_served(saved: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(saved, tmp_path / "model")
-    weights = copy / "model.lrai" / "source" / "weights.bin"
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Path]:
+    """Yield the folder of a runtime that one server has for itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        end_runtime(Path(folder))
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    saved: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Refusals]:
+    """Yield what servers say that cannot be; they start side by side, as each takes its time."""
+    folder = tmp_path_factory.mktemp("refused")
+    models = {name: folder / name / "model" for name in ("changed", "elsewhere", "newer", "taken")}
+    for model in models.values():
+        shutil.copytree(saved, model)
+
+    weights = models["changed"] / "model.lrai" / "source" / "weights.bin"
     content = bytearray(weights.read_bytes())
     content[0] ^= 0xFF
     weights.write_bytes(content)
-    assert "weights.bin has changed since the artifact was written" in refused(copy, tmp_path)
 
-
-def test_a_model_whose_data_lies_elsewhere_is_not_served(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "model.lrai", tmp_path / "model.lrai")
-    copy = shutil.copytree(saved, tmp_path / "model")
-    shutil.rmtree(copy / "model.lrai")
-    description = copy / "MLmodel"
+    description = models["elsewhere"] / "MLmodel"
+    (models["elsewhere"] / "model.lrai").rename(folder / "elsewhere" / "model.lrai")
     text = description.read_text()
     description.write_text(text.replace("data: model.lrai", "data: ../model.lrai"))
-    assert "no model.lrai beside an MLmodel" in refused(copy, tmp_path)
 
-
-def test_a_model_of_a_newer_lrai_is_not_served(saved: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(saved, tmp_path / "model")
-    manifest = copy / "model.lrai" / "manifest.json"
+    manifest = models["newer"] / "model.lrai" / "manifest.json"
     found = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**found, "schema_version": found["schema_version"] + 1}))
-    assert "install a newer lrai" in refused(copy, tmp_path)
+
+    with socket.create_server((HOST, 0)) as taken, ThreadPoolExecutor(2) as pool:
+        port, own = taken.getsockname()[1], str(alone)
+        begun = {
+            "taken": pool.submit(
+                refused, models.pop("taken"), port=port, LRAI_RUNTIME_SOCKET_DIR=own
+            )
+        }
+        begun |= {name: pool.submit(refused, model) for name, model in models.items()}
+        begun["nowhere"] = pool.submit(refused, saved, LRAI_RUNTIME_SOCKET_DIR="/proc/nowhere")
+        yield begun
+        pool.shutdown(cancel_futures=True)
 
 
-def test_a_place_for_sockets_that_cannot_be_written_is_named(saved: Path, tmp_path: Path) -> None:
-    said = refused(saved, tmp_path, LRAI_RUNTIME_SOCKET_DIR="/proc/nowhere")
+def test_a_model_that_was_changed_after_saving_is_not_served(refusals: Refusals) -> None:
+    said = refusals["changed"].result()
+    assert "weights.bin has changed since the artifact was written" in said
+
+
+def test_a_model_whose_data_lies_elsewhere_is_not_served(refusals: Refusals) -> None:
+    assert "no model.lrai beside an MLmodel" in refusals["elsewhere"].result()
+
+
+def test_a_model_of_a_newer_lrai_is_not_served(refusals: Refusals) -> None:
+    assert "install a newer lrai" in refusals["newer"].result()
+
+
+def test_a_place_for_sockets_that_cannot_be_written_is_named(refusals: Refusals) -> None:
+    said = refusals["nowhere"].result()
     assert "/proc/nowhere" in said
     assert "socket_dir" in said or "cannot be" in said or "No such file" in said
-
-
-def test_a_port_that_is_taken_is_said_and_leaves_nothing(saved: Path, tmp_path: Path) -> None:
-    with own_runtime() as folder, socket.create_server((HOST, 0)) as taken:
-        command = [*SERVE, "--env-manager", "local", "-m", str(saved), "-h", HOST]
-        command += ["-p", str(taken.getsockname()[1])]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=False, env=environment()
-        )
-        assert done.returncode != 0
-        assert "address already in use" in done.stdout + done.stderr
-        deadline = time.monotonic() + 45
-        while processes_with(str(folder)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
 
 
 def test_ping_is_silent_until_the_model_is_loaded(saved: Path, tmp_path: Path) -> None:
@@ -301,6 +320,14 @@ def test_without_mlflow_the_flavor_says_what_to_install(code: str, status: int) 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == status
     assert "pip install 'lrai[mlflow]'" in done.stderr
+
+
+def test_a_port_that_is_taken_is_said_and_leaves_nothing(refusals: Refusals, alone: Path) -> None:
+    assert "address already in use" in refusals["taken"].result()
+    deadline = time.monotonic() + 45
+    while processes_with(str(alone)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def resident_bytes(pid: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.processes import Server
 from tests.integration.mlflow_server import post, processes_with, runtime_of, start, traffic
-from tests.own_runtime import daemon_pids, own_runtime
+from tests.own_runtime import daemon_pids, end_runtime, own_runtime
 
 pytestmark = pytest.mark.server
 
@@ -136,6 +137,26 @@ def test_a_model_that_somebody_unloads_is_back_with_new_workers(
     assert "will not come back: it failed beyond repair, or is not loaded any more" in said
 
 
+@pytest.fixture(scope="module")
+def interrupted(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield the folder of sockets of a server that Ctrl-C has ended, with all its workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"LRAI_RUNTIME_SOCKET_DIR": folder, "LRAI_ACTOR_THREADS": "1"}
+        logs = tmp_path_factory.mktemp("logs")
+        with start(saved, logs, workers=2, variables=own) as one:
+            one.wait_until_ready("/ping")
+            assert daemon_pids(Path(folder))
+            main = one.processes()[0]
+            os.killpg(main, signal.SIGINT)  # as a terminal does
+            wait_for(lambda: not workers(one) and not Path(f"/proc/{main}/maps").read_text())
+        yield Path(folder)
+        end_runtime(Path(folder))
+
+
+def test_ctrl_c_ends_a_server_and_its_workers(interrupted: Path) -> None:
+    assert interrupted.exists()
+
+
 def test_a_worker_ends_where_the_runtime_is_silent_for_too_long(
     saved: Path, tmp_path: Path
 ) -> None:
@@ -150,18 +171,6 @@ def test_a_worker_ends_where_the_runtime_is_silent_for_too_long(
         finally:
             os.kill(daemon, signal.SIGCONT)
         assert "was not ready for" in one.log.read_text()
-
-
-def test_ctrl_c_leaves_nothing_running(saved: Path, tmp_path: Path) -> None:
-    with own_runtime() as folder:
-        with start(saved, tmp_path, workers=2) as one:
-            one.wait_until_ready("/ping")
-            assert daemon_pids(folder)
-            main = one.processes()[0]
-            os.killpg(main, signal.SIGINT)  # as a terminal does
-            wait_for(lambda: not workers(one) and not Path(f"/proc/{main}/maps").read_text())
-            wait_for(lambda: not processes_with(str(folder)), seconds=45)
-        assert [path.name for path in folder.rglob("clients")] == []
 
 
 def test_a_server_that_was_ended_does_not_keep_its_model_in_the_runtime_of_others(
@@ -183,6 +192,12 @@ def test_a_server_that_was_ended_does_not_keep_its_model_in_the_runtime_of_other
             assert served.name != left.name
             os.killpg(second.processes()[0], signal.SIGINT)
             wait_for(lambda: runtime.models() == [])
+
+
+def test_ctrl_c_leaves_nothing_running(interrupted: Path) -> None:
+    """Last, as it waits until the runtime ends: half a minute after its last client."""
+    wait_for(lambda: not processes_with(str(interrupted)), seconds=45)
+    assert [path.name for path in interrupted.rglob("clients")] == []
 
 
 def workers(server: Server) -> list[int]:

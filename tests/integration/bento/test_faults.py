@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,15 +175,38 @@ def test_a_runtime_that_hangs_is_neither_ready_nor_alive(served: Served) -> None
     (runtime,) = served.host.daemons()
     os.kill(runtime, signal.SIGSTOP)
     try:
-        assert served.get("/readyz").status == 503
-        assert served.get("/livez").status == 503
-        assert b"lrai_runtime_up 0.0" in served.get("/metrics").content
+        with ThreadPoolExecutor() as pool:  # each waits until the runtime's patience is over
+            replies = pool.map(served.get, ("/readyz", "/livez", "/metrics"))
+        ready, alive, figures = replies
+        assert (ready.status, alive.status) == (503, 503)
+        assert b"lrai_runtime_up 0.0" in figures.content
     finally:
         os.kill(runtime, signal.SIGCONT)
     wait_until(lambda: served.get("/readyz").status == 200)
     assert served.get("/livez").status == 200
 
 
+def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
+    with Host() as host:
+        port = str(served.server.port)
+        command = [sys.executable, "-m", "bentoml", "serve", str(project), "--host", HOST]
+        log = project.parent / "taken.log"
+        sockets = {"LRAI_RUNTIME_SOCKET_DIR": str(host.folder)}
+        with Server([*command, "-p", port], log, variables=sockets) as second:
+            wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text())
+    assert served.get("/readyz").status == 200
+
+
+@pytest.fixture(scope="module")
+def ended(served: Served) -> set[int]:
+    """Return the processes of the server, which has been told to end: no test after has it."""
+    processes = {*served.server.processes(), *served.host.daemons(), *served.host.actors()}
+    assert served.host.daemons()
+    served.server._process.terminate()
+    return processes
+
+
+@pytest.mark.usefixtures("ended")  # so that its runtime is idle meanwhile
 def test_a_model_that_was_unloaded_is_not_said_to_be_ready(project: Path) -> None:
     import lrai_core as lrai
 
@@ -208,28 +232,6 @@ def test_it_is_not_ready_before_every_model_is(project: Path) -> None:
                 time.sleep(0.02)
         assert len(host.actors()) == 3
         assert set(states) <= {200, 503}
-
-
-def test_who_ends_the_server_ends_everything(project: Path) -> None:
-    with Host() as host:
-        with start(project, host) as server:
-            server.wait_until_ready("/readyz")
-            processes = server.processes()
-            daemons = host.daemons()
-            assert server.stop(60) == []
-            assert daemons[0] in processes
-        assert not [pid for pid in processes if _is_alive(pid)]
-
-
-def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
-    with Host() as host:
-        port = str(served.server.port)
-        command = [sys.executable, "-m", "bentoml", "serve", str(project), "--host", HOST]
-        log = project.parent / "taken.log"
-        sockets = {"LRAI_RUNTIME_SOCKET_DIR": str(host.folder)}
-        with Server([*command, "-p", port], log, variables=sockets) as second:
-            wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text())
-    assert served.get("/readyz").status == 200
 
 
 @pytest.mark.parametrize(
@@ -288,6 +290,11 @@ def test_a_model_that_changed_since_it_was_saved_ends_the_server(
         assert "source/model.onnx" in server.log.read_text()
         assert server._process.poll() != 0
         assert host.daemons() == []
+
+
+def test_who_ends_the_server_ends_everything(ended: set[int]) -> None:
+    """Last, as the runtime ends half a minute after its last client."""
+    wait_until(lambda: not any(map(_is_alive, ended)), 60)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -261,27 +262,36 @@ def test_the_clients_of_bentoml_are_answered(served: Served) -> None:
 
 def test_a_flood_of_chunks_is_refused_and_not_kept(served: Served) -> None:
     before = served.server.memory_bytes()
-    for path in ("/classify", "/v2/models/classifier/infer"):
-        with socket.create_connection((HOST, served.server.port), timeout=30) as line:
-            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
-            line.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
-            sent = 0
-            try:
-                while sent < 64 << 20:
-                    line.sendall(b"1\r\nx\r\n" * 4096)
-                    sent += 4096
-                    if _readable(line):
-                        break
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # it has said what it had to say, and hears no more
-            try:
-                answer = line.recv(4096)
-            except ConnectionResetError:
-                answer = b""
+    with ThreadPoolExecutor() as pool:
+        floods = [
+            pool.submit(flood, served.server.port, path)
+            for path in ("/classify", "/v2/models/classifier/infer")
+        ]
+    for answer, sent in (one.result() for one in floods):
         assert answer.startswith(b"HTTP/1.1 413") or not answer, answer[:200]
         assert sent <= 4 * LIMIT_BYTES
     assert served.server.memory_bytes() - before < 64 << 20
     assert served.ask("/classify", {"features": ZEROS}).status == 200
+
+
+def flood(port: int, path: str) -> tuple[bytes, int]:
+    """Send chunks of a byte each until there is an answer; return it, and how many were sent."""
+    with socket.create_connection((HOST, port), timeout=30) as line:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+        line.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+        sent = 0
+        try:
+            while sent < 64 << 20:
+                line.sendall(b"1\r\nx\r\n" * 4096)
+                sent += 4096
+                if _readable(line):
+                    break
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has said what it had to say, and hears no more
+        try:
+            return line.recv(4096), sent
+        except ConnectionResetError:
+            return b"", sent
 
 
 def test_a_time_that_is_too_short_is_a_504_that_says_when_to_come_again(served: Served) -> None:

@@ -24,6 +24,7 @@ import pytest
 from botocore.config import Config
 
 import lrai_core as lrai
+from tests.own_runtime import end_runtime
 from tests.tiny_models import column_model, token_model
 
 HOST = "127.0.0.1"
@@ -156,18 +157,12 @@ class Container:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.stop()
-        stop_runtime(self.sockets)
+        end_runtime(self.sockets)
 
     def _children(self) -> list[tuple[int, str]]:
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         found = [int(pid) for pid in _text(path).split()]
         return [(pid, _text(Path(f"/proc/{pid}/cmdline"))) for pid in found]
-
-
-def stop_runtime(sockets: Path) -> None:
-    variables = {**os.environ, "LRAI_RUNTIME_SOCKET_DIR": str(sockets)}
-    command = [*LRAI, "runtime", "stop"]
-    subprocess.run(command, env=variables, capture_output=True, check=False, timeout=60)
 
 
 def _text(path: Path) -> str:
@@ -232,7 +227,7 @@ class Load:
 def sockets() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lrai-") as short:  # pytest's are too long for sockets
         yield Path(short)
-        stop_runtime(Path(short))
+        end_runtime(Path(short))
 
 
 @pytest.fixture(scope="session")

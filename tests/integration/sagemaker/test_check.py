@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tests.integration.sagemaker.conftest import HOST, LRAI, Container, free_por
 
 pytestmark = pytest.mark.server
 
+Checked = Future[tuple[int, str]]  # exit status, and the table
 PLANTED = [sys.executable, str(Path(__file__).with_name("planted.py"))]
 
 
@@ -38,34 +41,56 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()[3:-1]]
 
 
-@pytest.mark.parametrize(
-    ("fault", "where", "found"),
-    [
-        ("ping missing", "GET /ping", "404"),
-        ("ping slow", "GET /ping", "timed out"),
-        ("ping lies", "POST /invocations", "503 {"),
-        ("ping waits", "GET /ping", "timed out while 4 requests were answered"),
-        ("bad is fine", "POST /invocations, ", "200 {"),
-        ("bad is an own fault", "POST /invocations, ", "500 {"),
-        ("stack trace", "POST /invocations, ", "a stack trace in the answer"),
-        ("large body dropped", "POST /invocations, 6 MB of blanks", ""),
-        ("no type", "POST /invocations", "without Content-Type"),
-        ("advice beyond its bounds", "GET /execution-parameters", "200"),
-        ("advice without strategy", "GET /execution-parameters", "200"),
-        ("this machine only", "socket", "only this machine is answered"),
-        ("port ignored", "SAGEMAKER_BIND_TO_PORT", "Connection refused"),
-        ("ends at once", "start", "exit status 1"),
-        ("sigterm ignored", "SIGTERM", "killed after 3 s"),
-        ("wrong status", "SIGTERM", "exit status 1"),
-        ("requests dropped", "SIGTERM", "requests lost"),
-    ],
+PLANTED_FAULTS = (
+    ("ping missing", "GET /ping", "404"),
+    ("ping slow", "GET /ping", "timed out"),
+    ("ping lies", "POST /invocations", "503 {"),
+    ("ping waits", "GET /ping", "timed out while 4 requests were answered"),
+    ("bad is fine", "POST /invocations, ", "200 {"),
+    ("bad is an own fault", "POST /invocations, ", "500 {"),
+    ("stack trace", "POST /invocations, ", "a stack trace in the answer"),
+    ("large body dropped", "POST /invocations, 6 MB of blanks", ""),
+    ("no type", "POST /invocations", "without Content-Type"),
+    ("advice beyond its bounds", "GET /execution-parameters", "200"),
+    ("advice without strategy", "GET /execution-parameters", "200"),
+    ("this machine only", "socket", "only this machine is answered"),
+    ("port ignored", "SAGEMAKER_BIND_TO_PORT", "Connection refused"),
+    ("ends at once", "start", "exit status 1"),
+    ("sigterm ignored", "SIGTERM", "killed after 3 s"),
+    ("wrong status", "SIGTERM", "exit status 1"),
+    ("requests dropped", "SIGTERM", "requests lost"),
 )
+FAULTS_OF_MANY_MODELS = (
+    ("loaded twice", "POST /models", "200"),
+    ("every model known", "GET /models/check-2", "200"),
+    ("models not listed", "GET /models", '{"models": []}'),
+    ("unload of nothing", "DELETE /models/check-1", "200"),
+)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Checked]]:
+    """Yield what each fault comes to, some ahead of the tests: most of a check is waiting."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "row.json").write_text('{"x": 1}')
+    limits = ["--payload", "row.json", "--start-seconds", "4"]
+    with ThreadPoolExecutor(3) as pool:
+        begun = {}
+        for faults, more in (
+            (PLANTED_FAULTS, ["--grace-seconds", "3"]),
+            (FAULTS_OF_MANY_MODELS, ["--model-url", "/opt/ml/models/x"]),
+        ):
+            for fault, _, _ in faults:
+                begun[fault] = pool.submit(check, folder, *limits, *more, *PLANTED, fault)
+        yield begun
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("fault", "where", "found"), PLANTED_FAULTS)
 def test_a_planted_fault_is_found_and_nothing_else(
-    tmp_path: Path, fault: str, where: str, found: str
+    checked: Mapping[str, Checked], fault: str, where: str, found: str
 ) -> None:
-    (tmp_path / "row.json").write_text('{"x": 1}')
-    limits = ["--payload", "row.json", "--start-seconds", "4", "--grace-seconds", "3"]
-    status, said = check(tmp_path, *limits, *PLANTED, fault)
+    status, said = checked[fault].result()
     assert status == 3, said
     assert rows(said), said
     for cells in rows(said):
@@ -73,21 +98,11 @@ def test_a_planted_fault_is_found_and_nothing_else(
         assert found in cells[1], said
 
 
-@pytest.mark.parametrize(
-    ("fault", "where", "found"),
-    [
-        ("loaded twice", "POST /models", "200"),
-        ("every model known", "GET /models/check-2", "200"),
-        ("models not listed", "GET /models", '{"models": []}'),
-        ("unload of nothing", "DELETE /models/check-1", "200"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "where", "found"), FAULTS_OF_MANY_MODELS)
 def test_a_fault_of_many_models_is_found_and_nothing_else(
-    tmp_path: Path, fault: str, where: str, found: str
+    checked: Mapping[str, Checked], fault: str, where: str, found: str
 ) -> None:
-    (tmp_path / "row.json").write_text('{"x": 1}')
-    limits = ["--payload", "row.json", "--start-seconds", "4", "--model-url", "/opt/ml/models/x"]
-    status, said = check(tmp_path, *limits, *PLANTED, fault)
+    status, said = checked[fault].result()
     (cells,) = rows(said)
     assert (status, cells[0]) == (3, where), said
     assert found in cells[1]

@@ -30,7 +30,15 @@ from numpy.typing import NDArray
 import lrai_core as lrai
 from benchmarks.models import requests
 from lrai_sagemaker.commands.tars import package
-from tests.integration.sagemaker.conftest import HOST, JSON, TOKENS, Container, Reply, free_port
+from tests.integration.sagemaker.conftest import (
+    HOST,
+    JSON,
+    TOKENS,
+    Container,
+    Reply,
+    free_port,
+    wait_until,
+)
 
 pytestmark = pytest.mark.server
 
@@ -317,7 +325,7 @@ def test_who_hangs_up_leaves_nothing_behind(tokens: Container) -> None:
                 )
     assert tokens.post({"inputs": TOKENS}).status == 200
     with tokens.runtime() as runtime:
-        assert runtime.stats()["outstanding_rows"] == 0
+        wait_until(lambda: runtime.stats()["outstanding_rows"] == 0)
     assert "Traceback" not in tokens.log
 
 

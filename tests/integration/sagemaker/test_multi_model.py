@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.integration.sagemaker.conftest import JSON, TOKENS, Container, Reply, serving
+from tests.integration.sagemaker.conftest import JSON, TOKENS, Container, Reply, serving, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -192,7 +192,8 @@ def test_memory_is_kept_and_what_is_at_work_is_not_unloaded_for_it(
         ]
         for thread in threads:
             thread.start()
-        time.sleep(0.5)
+        with container.runtime() as runtime:
+            wait_until(lambda: runtime.stats()["outstanding_rows"] == 2)
         full = load(container, "d", url)
         assert full.status == 507, full.body
         assert f"of {budget} MiB" in full.json["error"]
