@@ -19,6 +19,8 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+from click.testing import CliRunner
+from mlflow.deployments import cli
 from mlflow.exceptions import MlflowException
 
 import lrai_core as lrai
@@ -179,16 +181,22 @@ def test_the_runtime_stays_when_it_dies_and_when_its_clients_are_gone(
 
 def test_the_commands_of_mlflow_do_it_too(saved: list[Path], sockets: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> str:
+        done = CliRunner().invoke(cli.commands, [*arguments, "-t", "lrai"])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def run_apart(*arguments: str) -> str:  # in a process of its own, of which nothing is left
         command = [sys.executable, "-m", "mlflow", "deployments", *arguments, "-t", "lrai"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert "canary=SHARE" in run("help")
-    assert "lrai deployment cli is created" in run("create", "--name", "cli", "-m", str(saved[0]))
+    made = run_apart("create", "--name", "cli", "-m", str(saved[0]))
+    assert "lrai deployment cli is created" in made
     rows = tmp_path / "rows.json"
     rows.write_text(pd.DataFrame(ROWS).to_json())
-    answer = json.loads(run("predict", "--name", "cli", "-I", str(rows)))
+    answer = json.loads(run_apart("predict", "--name", "cli", "-I", str(rows)))
     assert len(answer["predictions"]) == len(ROWS) * 10  # as `mlflow.onnx` answers a DataFrame
     update = run("update", "--name", "cli", "-m", str(saved[1]), "-C", "canary=0.5")
     assert "cli is updated (with flavor lrai)" in update
