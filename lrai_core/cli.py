@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,9 +23,6 @@ from lrai_core.errors import ConditionNotMet, LraiError, shorten
 from lrai_core.verifier.certificate import Spec, certificates
 from lrai_core.verifier.check import check as check_certificate
 from lrai_core.verifier.verifier import verify as verify_artifact
-
-if TYPE_CHECKING:
-    from lrai_core.compiler.compiler import Step
 
 app = typer.Typer(
     help="Coalesced, compiled and certified inference inside the serving stack you already run.",
@@ -66,6 +63,7 @@ def compile(
     threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
 ) -> None:
     """Compile MODEL: fp32, and the fastest forms that pass the gate on the evaluation rows."""
+    from lrai_core.compiler.compiler import Step
     from lrai_core.compiler.compiler import compile as compile_model  # it brings onnx along
 
     with Progress(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
 
 Float32 = npt.NDArray[np.float32]
@@ -25,6 +26,8 @@ _ONNX = ("", "ai.onnx")  # both name the standard's own operators
 _OPSET: Final = 13  # the first whose QuantizeLinear is the one written here
 _MIXED_BLOCK = 64  # the largest whose bits do not depend on the batch
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
+# On these, kernels of uint8 x int8 add two products in int16: 2 * 255 * 64 is the most that fits.
+_SATURATING = ("avx2", "x86_64")
 _TINY = 1e-20  # keeps the scale of an all-zero row finite
 
 
@@ -59,7 +62,7 @@ def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
 
     The operators are those that `onnxruntime.quantization.quantize_dynamic(per_channel=True)`
     writes, which onnxruntime fuses. A row's answer depends on the rows it is batched with. On CPUs
-    without VNNI or AMX the kernel's int16 sums can saturate.
+    without VNNI or AMX weights have 7 bits, see `_SATURATING`.
 
     Args:
         model: Weights inline, opset 13 or later. Not modified.
@@ -79,7 +82,7 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
 
     A row is what the last axis spans. Its scale, max |x| / 127, comes from that row alone, so its
     product has the same bits alone and in any batch. A row whose largest magnitude is below 1e-20
-    counts as zero. On CPUs without VNNI or AMX the kernel's int16 sums can saturate.
+    counts as zero. On CPUs without VNNI or AMX weights have 7 bits, see `_SATURATING`.
 
     Args:
         model: Weights inline, opset 13 or later. Not modified.
@@ -288,7 +291,7 @@ def _int8_weight(graph: _Graph, layer: _Linear) -> tuple[str, str]:
     """Add the matrix as int8 [K, N] with a scale per column; return the names of both."""
     name = layer.weight
     if name not in graph.errors:
-        scale = _scale(np.abs(layer.matrix).max(axis=0), 127)
+        scale = _scale(np.abs(layer.matrix).max(axis=0), 64 if isa_class() in _SATURATING else 127)
         integers = np.rint(layer.matrix / scale)
         graph.errors[name] = _relative_error(layer.matrix, integers * scale)
         graph.constant(f"{name}:int8", integers, np.int8)

@@ -27,11 +27,13 @@ from lrai_core.compiler.quantize import (
     matmul_nbits,
     mixed_int8,
 )
+from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
 
 Array = npt.NDArray[Any]
 Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
+SATURATES = isa_class() in ("avx2", "x86_64")  # so weights have 7 bits
 PER_ROW: dict[str, Scheme] = {"per_row": dynamic_int8_per_row}
 SCHEMES: dict[str, Scheme] = {
     "dynamic": dynamic_int8,
@@ -124,7 +126,8 @@ def test_every_scheme_stays_within_two_percent_of_float32(
     assert relative_error(run(optimise(quantized, level="all"), x), run(model, x)) < 0.02
     assert [line.node for line in report] == ["fc0", "fc1"]
     assert [line.weight_elements for line in report] == [48 * 96, 96 * 10]
-    assert all(line.bits == 8 and 0 < line.error < 0.01 and not line.why for line in report)
+    most = 0.02 if SATURATES and not scheme.startswith("nbits") else 0.01
+    assert all(line.bits == 8 and 0 < line.error < most and not line.why for line in report)
 
 
 @pytest.mark.parametrize("kind", ["matmul", "gemm"])
@@ -159,7 +162,7 @@ def test_per_row_products_err_by_at_most_half_a_step_of_each_factor(
     got = run(PER_ROW[scheme](linear(matrix))[0], x).astype(np.float64)
     exact, wide = x.astype(np.float64), matrix.astype(np.float64)
     x_step = np.abs(exact).max(axis=1, keepdims=True) / 127
-    w_step = np.abs(wide).max(axis=0, keepdims=True) / 127
+    w_step = np.abs(wide).max(axis=0, keepdims=True) / (64 if SATURATES else 127)
     # |xw - x'w'| <= |x| |w - w'| + |x - x'| |w'|, each difference at most half a step
     restored = np.abs(wide) + w_step / 2
     bound = np.abs(exact).sum(axis=1, keepdims=True) * w_step / 2
@@ -209,7 +212,8 @@ def test_dynamic_int8_computes_what_onnxruntimes_quantiser_computes(
 ) -> None:
     model = mlp(kind)
     oracle = tmp_path / "oracle.onnx"
-    quantize_dynamic(model, oracle, weight_type=QuantType.QInt8, per_channel=True)
+    how = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": SATURATES}
+    quantize_dynamic(model, oracle, **how)
     x = rows(16, 48)
     assert relative_error(run(dynamic_int8(model)[0], x), run(onnx.load(oracle), x)) < 1e-6
 
