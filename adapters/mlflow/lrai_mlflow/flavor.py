@@ -18,6 +18,7 @@ from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import (
+    _add_code_from_conf_to_system_path,
     _copy_extra_files,
     _get_flavor_configuration,
     _validate_and_copy_code_paths,
@@ -170,7 +171,7 @@ def log_model(
 
 
 def load_model(model_uri: str, dst_path: str | None = None) -> Artifact:
-    """Return the artifact inside a model, checked.
+    """Return the artifact inside a model, checked; code that it carries can be imported then.
 
     Args:
         model_uri: Any address of a model that MLflow knows.
@@ -180,9 +181,11 @@ def load_model(model_uri: str, dst_path: str | None = None) -> Artifact:
         MlflowException: No model of this flavor, or an artifact that cannot be used.
     """
     local = _download_artifact_from_uri(artifact_uri=str(model_uri), output_path=dst_path)
-    _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)
+    flavor = _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)
     with mlflow_errors():
-        return Artifact.open(Path(local) / DATA)
+        artifact = Artifact.open(Path(local) / DATA)
+    _add_code_from_conf_to_system_path(local, flavor)
+    return artifact
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> ServedModel:

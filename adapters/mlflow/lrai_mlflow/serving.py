@@ -87,8 +87,9 @@ def mlflow_errors() -> Iterator[None]:
     except lrai.LraiError as error:
         wait = getattr(error, "retry_after_seconds", None)
         more = {} if wait is None else {"retry_after_seconds": wait}
-        # What only loading raises is about what was asked for.
-        asked = isinstance(error, lrai.ArtifactError | lrai.ConditionNotMet | lrai.UsageError)
+        # What only loading and converting raise is about what was asked for.
+        unusable = isinstance(error, lrai.ArtifactError | lrai.CompileError)
+        asked = unusable or isinstance(error, lrai.ConditionNotMet | lrai.UsageError)
         status = 400 if asked else error.http_status
         raise MlflowException(str(error), get_error_code(status), **more) from error
 
