@@ -12,7 +12,6 @@ import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
 
 import lrai_core as lrai
-from lrai_bentoml.metrics import exposition
 
 if TYPE_CHECKING:
     from lrai_bentoml.runner import Runner
@@ -60,6 +59,8 @@ async def _is_alive(self: Any) -> bool:
 
 async def _metrics(self: Any, own: str) -> str:
     """Return BentoML's figures, and below them the runtime's."""
+    from lrai_bentoml.metrics import exposition  # prometheus_client reads a variable at its import
+
     shared = [one for one in self.lrai_runners if one.shared]  # whose runtime tells all the same
     asked = [*(one for one in self.lrai_runners if not one.shared), *shared[:1]]
     heard = await asyncio.gather(*[_soon(one.stats) for one in asked])

@@ -81,7 +81,10 @@ def import_model(
     Raises:
         NotFound: There is neither such a file nor such a model.
         BentoMLException: The model cannot be compiled.
+        TypeError: The source is something else, such as a ModelProto.
     """
+    if not isinstance(source, bentoml.Tag | bentoml.Model | str | Path):
+        raise TypeError(f"{type(source).__name__} is neither a file nor a saved model")
     lineage = dict(metadata or {})
     if isinstance(source, Path) or (isinstance(source, str) and Path(source).is_file()):
         file = Path(source)
