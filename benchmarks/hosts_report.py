@@ -84,8 +84,9 @@ def shares(row: Row, bare: Bare, parts: PartsOf) -> Shares:
     """
     total = float(np.median(row["mean_ms"])) * 1e3
     own = parts[row["host"], row["form"]]
-    file = "variant" if row["file"] == "lrai" else row["file"]
-    engine = row["cpu_us"]["actors"] or 1e6 / float(np.median(bare[file, row["lengths"]]))
+    ours = row["file"] == "lrai"
+    alone = bare["variant" if ours else row["file"], row["lengths"]]
+    engine = (ours and row["cpu_us"]["actors"]) or 1e6 / float(np.median(alone))
     decode, engine, encode = (part / total for part in (own.decode, engine, own.encode))
     return Shares(decode, 1 - decode - engine - encode, engine, encode)
 

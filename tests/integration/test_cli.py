@@ -22,11 +22,11 @@ pytestmark = pytest.mark.server
 LRAI = Path(sys.executable).with_name("lrai")
 
 
-def run(*arguments: str | Path, code: int, before: tuple[str, ...] = ()) -> str:
+def run(*arguments: str | Path, code: int | set[int], before: tuple[str, ...] = ()) -> str:
     done = subprocess.run(
         [*before, str(LRAI), *map(str, arguments)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode in ({code} if isinstance(code, int) else code), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
@@ -44,7 +44,7 @@ def classifier_artifact(
     np.savez(tmp_path / "rows.npz", **rows)
     out = tmp_path / "c.lrai"
     arguments = ("--evaluation", tmp_path / "rows.npz", "--output-map", "softmax", "--threads", "1")
-    run("compile", model, "-o", out, *arguments, code=0)
+    run("compile", model, "-o", out, *arguments, code={0, 3})  # 3: nothing is faster on this CPU
     return out, tmp_path / "rows.npz"
 
 
@@ -69,11 +69,10 @@ def test_a_forged_certificate_is_refused_with_exit_3(
     artifact, _ = classifier_artifact
     file = next((artifact / "certificates").iterdir())
     text = file.read_text()
-    epsilon = next(line for line in text.splitlines() if '"epsilon"' in line)
-    file.write_text(text.replace(epsilon, '  "epsilon": 1e-09,'))
-    assert "came out as it says, but for" in run(
-        "certificate", "check", file, "--artifact", artifact, code=3
-    )
+    bound = next(line for line in text.splitlines() if '"upper_bound"' in line)
+    file.write_text(text.replace(bound, '  "upper_bound": 1e-09,'))
+    said = run("certificate", "check", file, "--artifact", artifact, code=3)
+    assert "upper_bound is 1e-09" in said
 
 
 def test_the_original_model_is_checked_against_when_it_is_named(
