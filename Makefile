@@ -7,6 +7,8 @@ EXTRAS := bentoml mlflow sagemaker torch trees triton demo dev
 BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Kept even where somebody has said not to: the tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format lint types layers size unused docs wheel bench constraints triton-server triton-demo
