@@ -88,10 +88,11 @@ def declared(model: onnx.ModelProto) -> Signature:
     inputs = [value for value in model.graph.input if value.name not in weights]
     if not inputs:
         raise CompileError("the model has no inputs")
-    for value in inputs:
-        if value.type.WhichOneof("value") != "tensor_type":
-            raise CompileError(f"input {shorten(value.name)!r} is not a tensor")
-        if not value.type.tensor_type.HasField("shape"):
+    for value in (*inputs, *model.graph.output):
+        if (kind := str(value.type.WhichOneof("value")).removesuffix("_type")) != "tensor":
+            remedy = "; for skl2onnx: options={'zipmap': False}" if kind == "sequence" else ""
+            raise CompileError(f"{shorten(value.name)!r} is a {kind}, no tensor{remedy}")
+        if value in inputs and not value.type.tensor_type.HasField("shape"):
             raise CompileError(f"input {shorten(value.name)!r} has a dynamic rank; give it a shape")
     return Signature(
         inputs=tuple(_spec(value) for value in inputs),
@@ -102,9 +103,8 @@ def declared(model: onnx.ModelProto) -> Signature:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     if tensor.elem_type not in _DATATYPES:
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
-        problem = f"has datatype {kind}, which is not supported"
-        raise CompileError(f"tensor {shorten(value.name)!r} {problem}")
+        problem = f"has datatype {onnx.TensorProto.DataType.Name(tensor.elem_type)}"
+        raise CompileError(f"tensor {shorten(value.name)!r} {problem}, which is not supported")
     shape: list[int | str] = []
     for index, dim in enumerate(tensor.shape.dim):
         fixed = dim.dim_value if dim.HasField("dim_value") else 0

@@ -193,7 +193,7 @@ class TestModels:
         kind = helper.make_sequence_type_proto(each)
         model.graph.output.append(helper.make_value_info("maps", kind))
         onnx.save(model, source)
-        with pytest.raises(BentoMLException, match=r"tensor 'maps' has datatype .* not supported"):
+        with pytest.raises(BentoMLException, match=r"'maps' is a sequence.*'zipmap': False"):
             saved("peers-maps", source)
 
     def test_onnx_runner_with_partial_inputs(self, tmp_path: Path) -> None:
