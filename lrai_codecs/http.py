@@ -29,6 +29,7 @@ _AUTOMATIC: Final = zlib.MAX_WBITS | 32  # gzip or zlib, as its first bytes say
 # Where headers of one's own do not come through, as in SageMaker, the type says how long the JSON
 # before binary tensors is: application/vnd.sagemaker-triton.binary+json;json-header-size=NUMBER.
 _JSON_SIZE: Final = ";json-header-size="
+_LOOK_SECONDS: Final = 0.02
 _THREAD_ABOVE_BYTES: Final = 1 << 18  # parsing that takes milliseconds must not hold the event loop
 
 
@@ -169,20 +170,32 @@ async def unless_gone(
     Raises:
         HungUp: The caller is gone.
     """
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    leaving: asyncio.Task[None] | None = None
+    gone = False
 
     async def leave() -> None:
+        nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             pass
+        gone = task is not None and task.cancel()
 
-    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(leave())
+    def look() -> None:
+        nonlocal leaving
+        leaving = loop.create_task(leave())
+
+    # An answer that is there sooner is not worth a task that looks for who has left.
+    soon = loop.call_later(_LOOK_SECONDS, look)
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise HungUp("the caller has hung up")
-        return answering.result()
+        return await answer
+    except asyncio.CancelledError:
+        if not gone or (task and task.uncancel()):  # somebody else has cancelled it
+            raise
+        raise HungUp("the caller has hung up") from None
     finally:
-        answering.cancel()
-        leaving.cancel()
+        soon.cancel()
+        if leaving is not None:
+            leaving.cancel()
 
 
 def failure(error: LraiError) -> Reply:

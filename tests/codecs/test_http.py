@@ -211,6 +211,21 @@ def test_an_answer_is_cancelled_when_its_caller_hangs_up() -> None:
     assert asyncio.run(both()) == "here"
 
 
+def test_who_is_cancelled_for_another_reason_is_not_said_to_have_hung_up() -> None:
+    async def stays() -> dict[str, str]:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def cancelled() -> None:
+        asked = asyncio.ensure_future(unless_gone(stays, asyncio.sleep(60)))
+        await asyncio.sleep(0.05)  # somebody looks for who has left by now
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    asyncio.run(cancelled())
+
+
 def test_what_an_answer_ends_with_is_passed_on() -> None:
     async def stays() -> dict[str, str]:
         await asyncio.sleep(60)
