@@ -25,7 +25,6 @@ from lrai_core.config import available_cpus
 Loop = asyncio.AbstractEventLoop
 # Of an event loop, between two calls: an HTTP request has some ten from its first byte to its last.
 _ROUNDS: Final = 5
-_ROUNDS_ALONE: Final = 2  # enough to see that another one has come
 
 
 class Helped(Future[InferenceResponse]):
@@ -89,7 +88,6 @@ class Combiner:
         self.door, self.waiting = threading.Lock(), dict[int, Helped]()
         self._step, self.withdraw = step, withdraw
         self._leader: Helped | Loop | threading.Thread | None = None
-        self._several = False  # they waited when an event loop last ran a call
         self._one_cpu: Final = available_cpus() == 1
         self._work, self._thread = threading.Semaphore(0), threading.Thread()
 
@@ -148,7 +146,7 @@ class Combiner:
             self._leader = loop
             # In its own thread it need not be woken, which takes two calls of the system.
             soon = loop.call_soon if _loop_here() is loop else loop.call_soon_threadsafe
-            soon(self._lead_in, loop, _ROUNDS if self._several else _ROUNDS_ALONE)
+            soon(self._lead_in, loop)
         elif told:
             if not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._lead, name="lrai-lead", daemon=True)
@@ -158,14 +156,13 @@ class Combiner:
         else:
             self._leader = None
 
-    def _lead_in(self, loop: Loop, rounds: int) -> None:
+    def _lead_in(self, loop: Loop, rounds: int = _ROUNDS) -> None:
         """Run a call in an event loop, and let that do what else it has to before the next."""
         if self._leader is not loop:
             return
         if rounds:
             loop.call_soon(self._lead_in, loop, rounds - 1)
             return
-        self._several = len(self.waiting) > 1
         try:
             self._step()
         finally:
