@@ -31,7 +31,7 @@ def test_one_line_then_compiled_then_switched_back(prepared: Prepared, tmp_path:
     (entry / "1").mkdir(parents=True)
     config = entry / "config.pbtxt"
     config.write_text(CONFIG)
-    source, held_out = models.classifier(entry / "1" / "model.onnx", seed=0, hidden=512)
+    source, held_out = models.classifier(entry / "1" / "model.onnx", seed=0, hidden=1024)
     np.savez(rows, features=held_out["features"][:1_000], label=held_out["label"][:1_000])
     make_backends(prepared.environment, tmp_path / "backends")
     stand_in(tmp_path / "backends")
