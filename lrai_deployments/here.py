@@ -221,14 +221,8 @@ class Here:
                 yield from self._call(decision.dispatch, inside)
 
     def _decide(self, queue: Queue) -> Decision:
-        now, latency = time.monotonic(), self._latency
         try:
-            if len(queue) == 1:  # as the plan would say, in a tenth of the time
-                (one,) = queue.urgent
-                seconds = latency.call_seconds(one.rows, one.length)
-                if now + seconds * latency.margin <= one.deadline:
-                    return Decision((one.sequence,), (), seconds, one.deadline)
-            decision = plan(queue, latency, now, self._bounds)
+            decision = plan(queue, self._latency, time.monotonic(), self._bounds)
             if not math.isfinite(decision.predicted_seconds):
                 raise ValueError(f"predicted {decision.predicted_seconds} seconds")
         except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence

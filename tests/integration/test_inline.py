@@ -202,8 +202,7 @@ def test_a_broken_plan_means_one_by_one(
     answers = together(inline, [request(float(i)) for i in range(5)])
     assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
     stats = inline.stats()
-    # The last one is alone, for which no plan is asked.
-    assert (stats["planner_failed"], stats["batch_completed"]) == (4, 5)
+    assert (stats["planner_failed"], stats["batch_completed"]) == (5, 5)
 
 
 def test_together_they_follow_a_swap_a_canary_and_an_end(
