@@ -29,7 +29,7 @@ _AUTOMATIC: Final = zlib.MAX_WBITS | 32  # gzip or zlib, as its first bytes say
 # Where headers of one's own do not come through, as in SageMaker, the type says how long the JSON
 # before binary tensors is: application/vnd.sagemaker-triton.binary+json;json-header-size=NUMBER.
 _JSON_SIZE: Final = ";json-header-size="
-_LOOK_SECONDS: Final = 0.02
+_LOOK_SECONDS: Final = 0.02  # until somebody looks whether the caller is still there
 _THREAD_ABOVE_BYTES: Final = 1 << 18  # parsing that takes milliseconds must not hold the event loop
 
 

@@ -17,7 +17,6 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.processes import Server
 from tests.integration.mlflow_server import post, processes_with, runtime_of, start, traffic
-from tests.integration.test_runtime_faults import wait_until
 from tests.own_runtime import daemon_pids, end_runtime, own_runtime
 
 pytestmark = pytest.mark.server
@@ -128,7 +127,7 @@ def test_a_model_that_somebody_unloads_is_back_with_new_workers(
 ) -> None:
     before = set(workers(server))
     with runtime_of(sockets) as runtime:
-        wait_until(lambda: bool(runtime.models()))
+        wait_for(lambda: bool(runtime.models()))
         runtime.unload(runtime.models()[0].name)
     assert post(server.port, BODIES[0]).status == 404
     wait_for(lambda: not before & set(workers(server)), seconds=30)
