@@ -39,6 +39,7 @@ from lrai_core.protocol import TensorSpec as TensorSpec
 
 if TYPE_CHECKING:  # and in `_HOMES`
     from lrai_core.artifact import Artifact as Artifact
+    from lrai_core.artifact import Variant as Variant
     from lrai_core.compiler.compiler import compile as compile
     from lrai_core.compiler.model import Imported as Imported
     from lrai_core.compiler.model import check_loads as check_loads
@@ -60,6 +61,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Artifact": "artifact",
+    "Variant": "artifact",
     "compile": "compiler.compiler",
     "Imported": "compiler.model",
     "check_loads": "compiler.model",

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from lrai_core.artifact import Artifact, Variant
+from lrai_core.artifact import Artifact
 from lrai_core.config import explain_config
 from lrai_core.errors import ConditionNotMet, LraiError, shorten
-from lrai_core.verifier.certificate import Spec, certificates
+from lrai_core.verifier.certificate import Spec
 from lrai_core.verifier.check import check as check_certificate
 from lrai_core.verifier.verifier import verify as verify_artifact
 
@@ -35,6 +35,7 @@ app.add_typer(certificate_app, name="certificate")
 # What comes out of files is shown as it is: never read as markup, and without control characters.
 out = Console(highlight=False, markup=False, emoji=False)
 _CTRL_C = 130
+_COMMANDS = "lrai.commands"  # entry points: more commands, each with its own package
 
 ArtifactPath = Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")]
 
@@ -94,39 +95,11 @@ def compile(
             threads=threads,
             progress=show,
         )
-    inspect(artifact.path)
+    _plugin("inspect", [str(artifact.path)])
     if evaluation is not None and artifact.manifest.chosen == "fp32" and keep > 1:
         raise ConditionNotMet(
             "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
         )
-
-
-@app.command()
-def inspect(path: ArtifactPath) -> None:
-    """Show an artifact: its variants with what was measured, its certificates; check every file."""
-    artifact = Artifact.open(path)
-    manifest = artifact.manifest
-    target = manifest.target
-    _say(
-        f"version {artifact.version}, for {target.isa}, {target.engine} {target.engine_version}, "
-        f"{target.threads} thread(s)",
-        mark=(shorten(manifest.name), "bold"),
-    )
-    _say(f"made {manifest.created} by lrai {manifest.lrai_version}")
-    for side, specs in (("in", manifest.signature.inputs), ("out", manifest.signature.outputs)):
-        for spec in specs:
-            axes = "" if spec.batch_axis is None else f"  batch axis {spec.batch_axis}"
-            axes += "" if spec.length_axis is None else f"  length axis {spec.length_axis}"
-            _say(f"  {side:>3} {spec.name} {spec.datatype} {list(spec.shape)}{axes}")
-    columns = [
-        _column(variant, chosen=variant.id == manifest.chosen) for variant in manifest.variants
-    ]
-    table = Table("", *(variant.id for variant in manifest.variants))
-    for label in columns[0]:
-        table.add_row(label, *(shorten(column.get(label, ""), 400) for column in columns))
-    out.print(table)
-    for c in certificates(artifact):
-        _say(f"certificate {c.id}, issued {c.created} by {c.issuer}: {c.statement()}")
 
 
 @app.command()
@@ -179,12 +152,12 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)  # cleans up like Ctrl-C
     error_console = Console(stderr=True, soft_wrap=True)
     try:
-        entries = entry_points(group="lrai.commands")
-        app.info.epilog = f"More commands: {', '.join(entry.name for entry in entries)}"
-        for entry in entries:
-            if sys.argv[1:2] == [entry.name]:
-                sys.exit(entry.load()(sys.argv[2:]))
-        app()
+        names = sorted(entry_points(group=_COMMANDS).names)
+        app.info.epilog = f"More commands: {', '.join(names)}"
+        if sys.argv[1:2] and sys.argv[1] in names:
+            _plugin(sys.argv[1], sys.argv[2:])
+        else:
+            app()
     except LraiError as error:
         words = shorten(f"lrai: {error}", 2000)
         error_console.print(words, style="red", markup=False, highlight=False, emoji=False)
@@ -196,6 +169,16 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _plugin(command: str, arguments: list[str]) -> None:
+    """Run a command that is not the core's; return where it ends well."""
+    for entry in entry_points(group=_COMMANDS, name=command):
+        try:
+            entry.load()(arguments)
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
 def _say(line: str, *, mark: tuple[str, str] | None = None, style: str = "") -> None:
     """Print a line, behind a mark in its style where one is given."""
     words = shorten(line, 2000)
@@ -204,33 +187,3 @@ def _say(line: str, *, mark: tuple[str, str] | None = None, style: str = "") -> 
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _column(variant: Variant, *, chosen: bool) -> dict[str, str]:
-    """Return what the table says of a variant, by row."""
-    alone = [point for point in variant.latency if point.rows == 1]
-    largest = max(variant.latency, key=lambda p: (p.rows * max(p.length, 1), p.rows), default=None)
-    points = {
-        (p.rows, p.length): p for p in (*alone[:1], *alone[-1:], *([largest] if largest else []))
-    }
-    column = {
-        "": "chosen" if chosen else "",
-        "engine": variant.engine,
-        "precision": variant.precision,
-        "size": f"{variant.size_bytes / 1e6:.1f} MB",
-    }
-    for (rows, length), point in points.items():
-        label = f"{rows} row{'s' * (rows > 1)}" + (f" x {length}" if length else "")
-        column[label] = f"{point.median_ms:.3g} ms ± {point.spread_ms / 2:.2g}"
-    column["speed"] = f"{variant.speedup:.2f} x fp32"
-    if gate := variant.gate:
-        if gate.accuracy_loss is not None:
-            bound = f"at most {gate.accuracy_loss_bound:.2%}"
-            column["accuracy"] = f"loss {gate.accuracy_loss:.2%} ({bound}), {gate.measure}"
-        elif gate.agreement is not None:
-            bound = f"at least {gate.agreement_bound:.2%}"
-            column["accuracy"] = f"{gate.agreement:.2%} ({bound}) {gate.measure}"
-        column["differs by"] = f"p50 {gate.difference['p50']:.2g}, p99 {gate.difference['p99']:.2g}"
-    column["batch effect"] = f"{variant.batch_effect:g}"
-    column["why"] = variant.why
-    return column

@@ -28,7 +28,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "core: scheduler": (750, ["lrai_core/scheduler"]),
     "core: actor": (300, ["lrai_core/actor"]),
     "core: runtime": (610, ["lrai_core/runtime"]),
-    "core: cli": (200, ["lrai_core/cli"]),
+    "core: cli": (155, ["lrai_core/cli"]),
     "engines": (1200, ["lrai_engines"]),
     "prover": (2300, ["lrai_prover"]),
     "monitor": (1400, ["lrai_monitor"]),

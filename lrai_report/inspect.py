@@ -1,0 +1,83 @@
+"""`lrai inspect NAME.lrai`: what an artifact holds, and what was measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lrai_core import Artifact, Variant, certificates
+from lrai_core.errors import shorten
+
+# What comes out of files is shown as it is: never read as markup, and without control characters.
+out: Final = Console(highlight=False, markup=False, emoji=False)
+app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
+_LINE, _CELL = 2000, 400
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai inspect")
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")]) -> None:
+    """Show an artifact: its variants with what was measured, its certificates; check every file."""
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    target = manifest.target
+    made_for = f"{target.isa}, {target.engine} {target.engine_version}, {target.threads} thread(s)"
+    _say(f"  version {artifact.version}, for {made_for}", name=manifest.name)
+    _say(f"made {manifest.created} by lrai {manifest.lrai_version}")
+    for side, specs in (("in", manifest.signature.inputs), ("out", manifest.signature.outputs)):
+        for spec in specs:
+            axes = "" if spec.batch_axis is None else f"  batch axis {spec.batch_axis}"
+            axes += "" if spec.length_axis is None else f"  length axis {spec.length_axis}"
+            _say(f"  {side:>3} {spec.name} {spec.datatype} {list(spec.shape)}{axes}")
+    columns = [_column(v, chosen=v.id == manifest.chosen) for v in manifest.variants]
+    table = Table("", *(variant.id for variant in manifest.variants))
+    for label in columns[0]:
+        table.add_row(label, *(shorten(column.get(label, ""), _CELL) for column in columns))
+    out.print(table)
+    for c in certificates(artifact):
+        _say(f"certificate {c.id}, issued {c.created} by {c.issuer}: {c.statement()}")
+
+
+def _column(variant: Variant, *, chosen: bool) -> dict[str, str]:
+    """Return what the table says of a variant, by row."""
+    alone = [point for point in variant.latency if point.rows == 1]
+    largest = max(variant.latency, key=lambda p: (p.rows * max(p.length, 1), p.rows), default=None)
+    points = {
+        (p.rows, p.length): p for p in (*alone[:1], *alone[-1:], *([largest] if largest else []))
+    }
+    column = {
+        "": "chosen" if chosen else "",
+        "engine": variant.engine,
+        "precision": variant.precision,
+        "size": f"{variant.size_bytes / 1e6:.1f} MB",
+    }
+    for (rows, length), point in points.items():
+        label = f"{rows} row{'s' * (rows > 1)}" + (f" x {length}" if length else "")
+        column[label] = f"{point.median_ms:.3g} ms ± {point.spread_ms / 2:.2g}"
+    column["speed"] = f"{variant.speedup:.2f} x fp32"
+    if gate := variant.gate:
+        if gate.accuracy_loss is not None:
+            bound = f"at most {gate.accuracy_loss_bound:.2%}"
+            column["accuracy"] = f"loss {gate.accuracy_loss:.2%} ({bound}), {gate.measure}"
+        elif gate.agreement is not None:
+            bound = f"at least {gate.agreement_bound:.2%}"
+            column["accuracy"] = f"{gate.agreement:.2%} ({bound}) {gate.measure}"
+        column["differs by"] = f"p50 {gate.difference['p50']:.2g}, p99 {gate.difference['p99']:.2g}"
+    column["batch effect"] = f"{variant.batch_effect:g}"
+    column["why"] = variant.why
+    return column
+
+
+def _say(line: str, *, name: str = "") -> None:
+    words = shorten(line, _LINE)
+    out.print(Text.assemble((shorten(name, _CELL), "bold"), words) if name else words)
