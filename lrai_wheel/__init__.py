@@ -21,6 +21,7 @@ PACKAGES: Final = (
     "lrai_codecs",
     "lrai_core",
     "lrai_deployments",
+    "lrai_engines",
     "lrai_import",
     "lrai_mlflow",
     "lrai_report",

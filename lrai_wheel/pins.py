@@ -9,25 +9,25 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 
-def pins(extra: str) -> list[str]:
-    """Return a pin for every package that lrai and one extra of it bring here.
+def pins(*extras: str) -> list[str]:
+    """Return a pin for every package that lrai and these extras of it bring here.
 
     A version that no index has, such as 2.1.0+cpu, is left out.
     """
     found: dict[str, str] = {}
-    wanted = [("lrai", frozenset({extra}))]
+    wanted = [("lrai", frozenset(extras))]
     seen = set()
     while wanted:
-        name, extras = wanted.pop()
+        name, asked = wanted.pop()
         here = installed_version(name)
-        if (name, extras) in seen or not here:
+        if (name, asked) in seen or not here:
             continue
-        seen.add((name, extras))
+        seen.add((name, asked))
         found[name] = here
         for line in distribution(name).requires or ():
             requirement = Requirement(line)
             marker = requirement.marker
-            if marker is None or any(marker.evaluate({"extra": e}) for e in extras or {""}):
+            if marker is None or any(marker.evaluate({"extra": e}) for e in asked or {""}):
                 wanted.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     return sorted(
         f"{name}=={here}"

@@ -7,9 +7,10 @@ the one before ensures; the state they share is `_Compilation`.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
@@ -25,7 +26,7 @@ from lrai_core.compiler import fusion, gate, search
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
 from lrai_core.compiler.model import SharedWeights, declared, load_model
-from lrai_core.compiler.search import Candidate
+from lrai_core.compiler.search import Builder, Candidate
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import CompileError, EngineError, UsageError, shorten
@@ -66,6 +67,7 @@ def compile(
     delta: float = 0.01,
     axes: str | Path | None = None,
     keep: int = 2,
+    engines: Sequence[str] = (),
     threads: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
@@ -88,6 +90,8 @@ def compile(
         delta: Share of inputs that may differ by more than epsilon.
         axes: TOML file that states batch and length axes instead of finding them.
         keep: Variants to keep, fp32 among them; at least 1.
+        engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
+            need them where it serves; where they are not, the next variant that can serves.
         threads: Engine threads to measure with; 0 for the CPUs in the affinity mask.
         seed: Of the split of the evaluation rows.
         progress: Told of every step.
@@ -95,7 +99,7 @@ def compile(
     Raises:
         CompileError: The model, or the data, cannot be used.
         UsageError: `out` exists, or an argument is out of range.
-        EnvironmentProblem: The disk is full or read-only.
+        EnvironmentProblem: The disk is full or read-only, or an engine is not installed.
     """
     model, out = Path(model), Path(out)
     conditions = Conditions(
@@ -108,13 +112,14 @@ def compile(
         raise UsageError(f"keep is {keep}, at least 1 is needed: fp32 is always kept")
     if epsilon is not None and evaluation is None:
         raise UsageError("epsilon needs evaluation rows to be judged on")
+    builders = [search.find_builder(name) for name in engines if name != "onnxruntime"]
     report = progress or (lambda _: None)
     with store.writing(out) as folder, tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
         work = _Compilation(folder, Path(scratch), conditions, threads or available_cpus(), report)
         work.load(model)
         work.find_axes(axes, evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
-        work.build()
+        work.build(builders)
         work.measure()
         work.judge(keep)
         work.write(out.name.removesuffix(".lrai"))
@@ -196,20 +201,21 @@ class _Compilation:
         disjoint(self.search, self.gate, "search and gate")
         gate.check_row_count(self.gate, self.conditions, cut)
 
-    def build(self) -> None:
+    def build(self, builders: Sequence[Builder]) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
-        wanted = list(search.FORMS) if self.gate else ["fp32"]
-        tick = self._begin("build", len(wanted) * len(fusion.DISABLEABLE), "fp32")
+        wanted = search.forms() if self.gate else {"fp32": None}
+        builders = builders if self.gate else []
+        steps = len(wanted) * len(fusion.DISABLEABLE) + sum(len(b.names) for b in builders)
+        tick = self._begin("build", steps, "fp32")
+        told: dict[str, Any] = {"threads": self.threads, "tick": tick, "reject": self._reject}
         self.candidates = search.build(
-            self.proto,
-            wanted,
-            folder=self.scratch,
-            shared=self.shared,
-            engine=self.engine,
-            threads=self.threads,
-            tick=tick,
-            reject=self._reject,
+            self.proto, wanted, folder=self.scratch, shared=self.shared, engine=self.engine, **told
         )
+        weights = self.shared.folder
+        for builder in builders:
+            self.candidates += search.build_for(
+                builder, self.proto, folder=self.scratch, weights=weights, **told
+            )
         if not self.candidates or self.candidates[0].form != "fp32":
             raise CompileError("onnxruntime cannot run an optimised form of the model")
 
@@ -217,7 +223,7 @@ class _Compilation:
         """Require: candidates. Ensure: latency of each, one pass set per form: the fastest."""
         rows = self.search.inputs if self.search else []
         points = search.points(self.signature, rows)
-        tick = self._begin("profile", len(points), f"{len(self.candidates)} candidates")
+        tick = self._begin("profile", search.ROUNDS, f"{len(self.candidates)} candidates")
         try:
             search.profile(self.candidates, self.signature, rows, points, tick)
         except EngineError as error:
@@ -338,19 +344,19 @@ class _Compilation:
         write_certificate(self.folder, issue(artifact, spec, self.gate, failures))
 
     def _variant(self, candidate: Candidate, found: Judged | None) -> Variant:
-        home = self.folder / "variants" / candidate.form
-        home.mkdir(parents=True)
-        (home / "model.onnx").write_bytes(candidate.graph.read_bytes())
+        shutil.copytree(candidate.graph.parent, self.folder / "variants" / candidate.form)
+        own, version = candidate.engine is not self.engine, candidate.engine.version
         first = self.kept[0][0] is candidate
         why = candidate.pace if candidate.form != "fp32" else "always kept"
         if found is not None:
             why += f"; {found.result.why}"
         return Variant(
             id=candidate.form,
-            engine="onnxruntime",
-            precision="fp32" if candidate.form == "fp32" else "int8",
-            model=f"variants/{candidate.form}/model.onnx",
-            weights="source",
+            engine=candidate.engine.name,
+            engine_version=version if own else "",
+            precision=candidate.precision,
+            model=f"variants/{candidate.form}/{candidate.graph.name}",
+            weights="" if own else "source",
             size_bytes=candidate.size_bytes,
             passes_off=candidate.passes_off,
             latency=tuple(candidate.latency),

@@ -6,31 +6,52 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from importlib.metadata import entry_points
 from itertools import repeat
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, Protocol, cast
 
 import onnx
 from onnx.external_data_helper import load_external_data_for_model
 
 from lrai_core.artifact import LatencyPoint
-from lrai_core.compiler import fusion, quantize
+from lrai_core.compiler import fusion
 from lrai_core.compiler.model import SharedWeights
-from lrai_core.compiler.quantize import Quantized
 from lrai_core.engine.batching import length_of, stretch, synthetic_row
-from lrai_core.engine.engine import Engine, Session
-from lrai_core.errors import ArtifactError, CompileError
+from lrai_core.engine.engine import Engine, Session, find_engine
+from lrai_core.errors import ArtifactError, CompileError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature
-
-Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
 ROUNDS: Final = 9
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What was done to one MatMul or Gemm.
+
+    Attributes:
+        bits: Of the stored weight; 32 where the operator was left alone.
+        scheme: What was done to it; "float32" where the operator was left alone.
+        weight_elements: 0 where the operator was left alone.
+        error: Relative L2 error of the dequantised weight.
+        why: Reason for leaving it alone, empty otherwise.
+    """
+
+    node: str
+    op_type: str
+    bits: int = 32
+    scheme: str = "float32"
+    weight_elements: int = 0
+    error: float = 0.0
+    why: str = ""
+
+
+Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
 
 @dataclass(slots=True)
@@ -40,7 +61,8 @@ class Candidate:
     Attributes:
         form: Id of the form: `fp32`, `int8-row`, …
         passes_off: Optimizer passes that were left out.
-        graph: File of the graph, its shared weights in the source's folder.
+        graph: File of the graph, in a folder of its own with what it reads, but for weights that
+            onnxruntime's forms have in the source's folder.
         size_bytes: What loading it reads.
         operators: What was done to each operator.
     """
@@ -51,6 +73,8 @@ class Candidate:
     size_bytes: int
     operators: list[Quantized]
     session: Session
+    engine: Engine
+    precision: str
     latency: list[LatencyPoint] = field(default_factory=list)
     speedup: float = 1.0
 
@@ -65,20 +89,88 @@ class Candidate:
         return f"{self.speedup:.2f} x fp32"
 
 
-FORMS: Final[Mapping[str, Build | None]] = {
-    "fp32": None,
-    "int8-dynamic": quantize.dynamic_int8,
-    "int8-row": quantize.dynamic_int8_per_row,
-    "int8-mixed": quantize.mixed_int8,
-    "int8-block32": partial(quantize.matmul_nbits, block_size=32),
-    "int8-block128": partial(quantize.matmul_nbits, block_size=128),
-}
-"""Every form and what builds it; fp32 is first and needs no builder."""
+def forms() -> dict[str, Build | None]:
+    """Return every form that onnxruntime runs and what builds it; fp32 is first, and needs none."""
+    found: dict[str, Build | None] = {"fp32": None}
+    for entry in entry_points(group="lrai.forms", name="onnxruntime"):
+        found |= entry.load()
+    return found
+
+
+class Built(NamedTuple):
+    """A form that another engine brings; `graph` is in a folder of its own with all it reads."""
+
+    form: str
+    precision: str
+    graph: Path
+    operators: list[Quantized]
+
+
+class Builder(Protocol):
+    """What makes the forms that another engine runs; by the entry point `lrai.builders`."""
+
+    engine: Engine
+    names: Sequence[str]
+
+    def build(
+        self, model: onnx.ModelProto, folder: Path, reject: Callable[[str, str], None]
+    ) -> Iterator[Built]:
+        """Yield the forms that can be made here.
+
+        Args:
+            model: Standard operators, weights inline. Not modified.
+            folder: Where each is written, in a folder of its own.
+            reject: Told of each that cannot be made, and why.
+        """
+        ...
+
+
+def find_builder(name: str) -> Builder:
+    """Return what builds for the engine of that name.
+
+    Raises:
+        EnvironmentProblem: The engine is not installed, or nothing builds for it.
+    """
+    engine = find_engine(name)
+    for entry in entry_points(group="lrai.builders", name=name):
+        return cast("Builder", entry.load()(engine))
+    raise EnvironmentProblem(f"nothing installed builds for the engine {shorten(name)!r}")
+
+
+def build_for(
+    builder: Builder,
+    model: onnx.ModelProto,
+    *,
+    folder: Path,
+    weights: Path,
+    threads: int,
+    tick: Callable[[str], None],
+    reject: Callable[[str, str], None],
+) -> list[Candidate]:
+    """Return the forms that an engine brings as candidates; see `build`."""
+    candidates = []
+    try:
+        basic = fusion.optimise(model, level="basic", threads=threads, weights=weights)
+        load_external_data_for_model(basic, str(weights))
+    except CompileError as error:
+        reject(builder.engine.name, str(error))
+        return []
+    for form, precision, graph, operators in builder.build(basic, folder, reject):
+        try:
+            session = builder.engine.load(graph, threads=threads)
+        except ArtifactError as error:
+            reject(form, str(error))
+            continue
+        size = sum(file.stat().st_size for file in graph.parent.iterdir())
+        made = Candidate(form, (), graph, size, operators, session, builder.engine, precision)
+        candidates.append(made)
+        tick(form)
+    return candidates
 
 
 def build(
     model: onnx.ModelProto,
-    wanted: Sequence[str],
+    wanted: Mapping[str, Build | None],
     *,
     folder: Path,
     shared: SharedWeights,
@@ -91,7 +183,7 @@ def build(
 
     Args:
         model: The source's graph, its large weights external. Not modified.
-        wanted: Keys of `FORMS`.
+        wanted: Forms and what builds them.
         folder: Where graphs are written.
         shared: The source's weights, which graphs refer to.
         engine: What loads the candidates.
@@ -101,11 +193,11 @@ def build(
     """
     weights, candidates = shared.folder, list[Candidate]()
     basic: onnx.ModelProto | None = None
-    for form in wanted:
+    for form, transform in wanted.items():
         seen: set[bytes] = set()
         graph, operators = model, list[Quantized]()
         try:
-            if transform := FORMS[form]:
+            if transform:
                 if basic is None:
                     basic = fusion.optimise(model, level="basic", threads=threads, weights=weights)
                     load_external_data_for_model(basic, str(weights))
@@ -114,7 +206,8 @@ def build(
             reject(form, str(error))
             continue
         for name, passes_off in fusion.DISABLEABLE:
-            file = folder / f"{form}.{name}.onnx"
+            file = folder / f"{form}.{name}" / "model.onnx"
+            file.parent.mkdir()
             try:
                 optimised = fusion.optimise(
                     graph, level="all", disabled=passes_off, threads=threads, weights=weights
@@ -128,8 +221,10 @@ def build(
             except (CompileError, ArtifactError) as error:
                 reject(f"{form} ({name})", str(error))
                 continue
-            candidates.append(Candidate(form, passes_off, file, size, operators, session))
-            tick(candidates[-1].name)
+            precision = "int8" if operators else "fp32"
+            made = Candidate(form, passes_off, file, size, operators, session, engine, precision)
+            candidates.append(made)
+            tick(made.name)
     return candidates
 
 
@@ -143,19 +238,23 @@ def profile(
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
+    `tick` is told of every round.
     The reference of the speed-up is the fastest candidate of the form fp32.
     """
     row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
-    measured: list[list[LatencyPoint]] = [[] for _ in candidates]
-    for count, length in points:
-        base = row or synthetic_row(signature, max(length, 1))
-        feed = stretch(base, signature, count, length)
-        sessions = [candidate.session for candidate in candidates]
-        repeats = [_repeats(session, feed) for session in sessions]
-        rounds = [list(map(_seconds, sessions, repeat(feed), repeats)) for _ in range(ROUNDS)]
-        for own, seconds in zip(measured, zip(*rounds, strict=True), strict=True):
-            own.append(_point(count, length, seconds))
+    bases = [row or synthetic_row(signature, max(length, 1)) for _, length in points]
+    feeds = [stretch(base, signature, *at) for base, at in zip(bases, points, strict=True)]
+    sessions = [candidate.session for candidate in candidates]
+    repeats = [[_repeats(session, feed) for session in sessions] for feed in feeds]
+    rounds: list[list[list[float]]] = [[] for _ in points]  # by point, round and candidate
+    for _ in range(ROUNDS):  # from one point to the next, as traffic goes from shape to shape
+        for feed, times, found in zip(feeds, repeats, rounds, strict=True):
+            found.append(list(map(_seconds, sessions, repeat(feed), times)))
         tick()
+    measured = [
+        [_point(*at, [own[i] for own in found]) for at, found in zip(points, rounds, strict=True)]
+        for i in range(len(candidates))
+    ]
     paces = [statistics.fmean(math.log(point.median_ms) for point in own) for own in measured]
     forms = [candidate.form for candidate in candidates]
     best = min(pace for pace, form in zip(paces, forms, strict=True) if form == "fp32")

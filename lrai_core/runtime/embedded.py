@@ -354,22 +354,26 @@ class Embedded:
         return version
 
     def _choose(self, artifact: Artifact, name: str, variant: str) -> tuple[Variant, Load]:
-        manifest = artifact.manifest
-        chosen = manifest.variant(variant or manifest.chosen)
-        target = manifest.target
-        here = (isa_class(), installed_version(chosen.engine))
-        fits = here == (target.isa, target.engine_version)
-        if not fits:
+        manifest, isa = artifact.manifest, isa_class()
+        wanted = manifest.variant(variant or manifest.chosen)
+        others = () if variant else manifest.variants
+        fitting = (
+            v
+            for v in (wanted, *others)
+            if manifest.made_for(v) == (isa, installed_version(v.engine))
+        )
+        if (found := next(fitting, None)) is not wanted:
+            for_isa, version = manifest.made_for(wanted)
             self.events.emit(
                 "variant_refused",
                 name,
-                variant=chosen.id,
-                made_for=f"{target.isa}, {chosen.engine} {target.engine_version}",
-                here=f"{here[0]}, {chosen.engine} {here[1]}",
+                variant=wanted.id,
+                made_for=f"{for_isa}, {wanted.engine} {version}",
+                here=f"{isa}, {wanted.engine} {installed_version(wanted.engine) or 'none'}",
             )
-            chosen = manifest.variant("fp32")
-        model = chosen.model if fits else manifest.source.file
-        weights = chosen.weights if fits else str(Path(manifest.source.file).parent)
+        chosen = found or manifest.variant("fp32")
+        model = chosen.model if found else manifest.source.file
+        weights = chosen.weights if found else str(Path(manifest.source.file).parent)
         files = artifact.files_of(chosen)
         files[model] = manifest.files[model]
         return chosen, Load(
@@ -377,7 +381,7 @@ class Embedded:
             model=model,
             weights=weights,
             engine=chosen.engine,
-            optimise=not fits,
+            optimise=found is None,
             threads=0,  # as its settings say
             files={file: (entry.sha256, entry.size_bytes) for file, entry in files.items()},
             signature=manifest.signature,

@@ -50,9 +50,11 @@ def issue(
 
     All else follows from artifact and specification: the checker issues every certificate again.
     """
-    manifest, target = artifact.manifest, artifact.manifest.target
-    made = f"{target.isa} with {target.engine} {target.engine_version}"
-    here = f"{isa_class()} with {target.engine} {installed_version(target.engine) or 'none'}"
+    manifest = artifact.manifest
+    variant = manifest.variant(spec.variant or manifest.chosen)
+    isa, version = manifest.made_for(variant)
+    made = f"{isa} with {variant.engine} {version}"
+    here = f"{isa_class()} with {variant.engine} {installed_version(variant.engine) or 'none'}"
     if made != here:
         raise ConditionNotMet(f"the artifact was made for {made}, this is {here}: compile it here")
     if not len(rows):
@@ -63,8 +65,7 @@ def issue(
     if spec.radius and not any(t.datatype.startswith("FP") for t in manifest.signature.inputs):
         raise VerificationError("the model has no floating-point input for noise; use radius 0")
     n, seed = (spec.samples, spec.seed) if spec.radius else (len(rows), 0)
-    variant = manifest.variant(spec.variant or manifest.chosen).id
-    spec = msgspec.structs.replace(spec, variant=variant, samples=n, seed=seed)
+    spec = msgspec.structs.replace(spec, variant=variant.id, samples=n, seed=seed)
     if failures is None:
         failures = failing(gaps(artifact, spec, rows, range(n)), spec.epsilon)
     if list(failures) != sorted({index for index in failures if 0 <= index < n}):

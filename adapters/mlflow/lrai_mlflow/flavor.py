@@ -92,7 +92,9 @@ def save_model(
     if example is not None and example is not False:
         _save_example(model, example, str(target))
     model.metadata = {"lrai": facts} | (model.metadata or {}) | (metadata or {})
-    environment = write_environment(target, pip_requirements, extra_pip_requirements, conda_env)
+    environment = write_environment(
+        target, pip_requirements, extra_pip_requirements, conda_env, artifact.engines
+    )
     pyfunc.add_to_model(
         model, loader_module=_MODULE, data=DATA, code=code, model_config=model_config, **environment
     )

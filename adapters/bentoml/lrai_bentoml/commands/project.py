@@ -84,7 +84,9 @@ def init(
         texts = (
             _service(service, stored.tag.name, tag, workers, artifact),
             _bentofile(service, tag, stored, wheel.name),
-            "\n".join(["# What lrai and BentoML were built and tested with.", *_requirements()]),
+            "\n".join(
+                ["# What lrai and BentoML were built and tested with.", *_requirements(artifact)]
+            ),
             "\n".join([*_IGNORED, *_home(stored, folder)]),
         )
         for file, content in zip(names, texts, strict=True):
@@ -158,9 +160,9 @@ def _bentofile(service: str, tag: str, stored: bentoml.Model, wheel: str) -> str
     return str(yaml.safe_dump(content, sort_keys=False))
 
 
-def _requirements() -> list[str]:
+def _requirements(artifact: Artifact) -> list[str]:
     """Return pins; that of BentoML is added when a Bento is built."""
-    return [pin for pin in pins("bentoml") if not pin.startswith("bentoml==")]
+    return [pin for pin in pins("bentoml", *artifact.engines) if not pin.startswith("bentoml==")]
 
 
 def _home(stored: bentoml.Model, folder: Path) -> list[str]:

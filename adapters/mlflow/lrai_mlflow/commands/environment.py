@@ -32,6 +32,7 @@ def write_environment(
     pip_requirements: Sequence[str] | str | None,
     extra_pip_requirements: Sequence[str] | str | None,
     conda_env: dict[str, Any] | str | None,
+    engines: Sequence[str],
 ) -> dict[str, str]:
     """Write the files that MLflow makes an environment from, and the wheel, into `model`.
 
@@ -41,6 +42,7 @@ def write_environment(
             the path of a file of them, as in all of MLflow. Without lrai in it the wheel is added.
         extra_pip_requirements: In addition to the default ones.
         conda_env: In place of both, or the path of a file of it; the wheel is added likewise.
+        engines: That the artifact's variants run on.
 
     Returns:
         The files' names, as `pyfunc.add_to_model` wants them.
@@ -56,8 +58,8 @@ def write_environment(
     elif pip_requirements is not None:
         _, requirements, constraints = _process_pip_requirements(None, _lines(pip_requirements))
     else:
-        _write(constraints_file, pins("mlflow"))
-        wanted = [*default_requirements(), *_lines(extra_pip_requirements or [])]
+        _write(constraints_file, pins("mlflow", *engines))
+        wanted = [*default_requirements(engines), *_lines(extra_pip_requirements or [])]
         wanted.append(f"-c {constraints_file}")
         _, requirements, constraints = _process_pip_requirements(None, wanted)
     if all(_name(requirement) != "lrai" for requirement in requirements):
@@ -75,9 +77,9 @@ def write_environment(
     return {"conda_env": _CONDA, "python_env": _PYTHON}
 
 
-def default_requirements() -> list[str]:
+def default_requirements(engines: Sequence[str]) -> list[str]:
     """Return the pinned packages that serving imports; our wheel is not among them."""
-    found = {name: installed_version(name) for name in _PINNED.split()}
+    found = {name: installed_version(name) for name in (*_PINNED.split(), *engines)}
     return [f"{name}=={version}" for name, version in found.items() if version]
 
 

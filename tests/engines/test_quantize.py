@@ -19,16 +19,16 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from lrai_core.compiler.fusion import optimise
-from lrai_core.compiler.quantize import (
+from lrai_core.compiler.search import Quantized
+from lrai_core.engine.engine import isa_class
+from lrai_core.errors import CompileError
+from lrai_engines.quantize import (
     NothingToQuantize,
-    Quantized,
     dynamic_int8,
     dynamic_int8_per_row,
     matmul_nbits,
     mixed_int8,
 )
-from lrai_core.engine.engine import isa_class
-from lrai_core.errors import CompileError
 
 Array = npt.NDArray[Any]
 Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]

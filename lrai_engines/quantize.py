@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from lrai_core.compiler.search import Build, Quantized
 from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
 
@@ -33,28 +34,6 @@ _TINY = 1e-20  # keeps the scale of an all-zero row finite
 
 class NothingToQuantize(CompileError):
     """The model holds no MatMul or Gemm with a constant float32 matrix."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """What was done to one MatMul or Gemm.
-
-    Attributes:
-        bits: Of the stored weight; 32 where the operator was left alone.
-        scheme: The function's name, with the block size where there is one; "float32" where the
-            operator was left alone.
-        weight_elements: 0 where the operator was left alone.
-        error: Relative L2 error of the dequantised weight.
-        why: Reason for leaving it alone, empty otherwise.
-    """
-
-    node: str
-    op_type: str
-    bits: int = 32
-    scheme: str = "float32"
-    weight_elements: int = 0
-    error: float = 0.0
-    why: str = ""
 
 
 def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
@@ -123,6 +102,23 @@ def mixed_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]
         return _int8_per_row(graph, layer)
 
     return _rewrite(model, emit)
+
+
+def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Return `model` with int8 weights and a scale per column, and nothing said of activations.
+
+    DequantizeLinear and MatMul, which an engine may run as one operator of its own.
+
+    Args:
+        model: Weights inline, opset 13 or later. Not modified.
+
+    Raises:
+        NothingToQuantize: No operator qualifies.
+        CompileError: The opset is too old.
+
+    Source: ONNX DequantizeLinear, opset 13.
+    """
+    return _rewrite(model, _weights_int8)
 
 
 def matmul_nbits(
@@ -287,6 +283,13 @@ def _int8_per_row(graph: _Graph, layer: _Linear) -> str:
     return "dynamic_int8_per_row"
 
 
+def _weights_int8(graph: _Graph, layer: _Linear) -> str:
+    restored = f"{layer.weight}:restored"
+    graph.add("DequantizeLinear", [*_int8_weight(graph, layer)], restored, axis=1)
+    graph.add("MatMul", [layer.activation, restored], layer.product)
+    return "weights_int8"
+
+
 def _int8_weight(graph: _Graph, layer: _Linear) -> tuple[str, str]:
     """Add the matrix as int8 [K, N] with a scale per column; return the names of both."""
     name = layer.weight
@@ -369,3 +372,13 @@ def _read(node: onnx.NodeProto) -> Iterator[str]:
             yield from (o.name for o in body.output)
             for inner in body.node:
                 yield from _read(inner)
+
+
+FORMS: Final[Mapping[str, Build]] = {
+    "int8-dynamic": dynamic_int8,
+    "int8-row": dynamic_int8_per_row,
+    "int8-mixed": mixed_int8,
+    "int8-block32": partial(matmul_nbits, block_size=32),
+    "int8-block128": partial(matmul_nbits, block_size=128),
+}
+"""Forms for onnxruntime, and what builds each."""

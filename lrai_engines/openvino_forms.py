@@ -1,0 +1,93 @@
+"""The forms that OpenVINO runs.
+
+In int8, weights have a scale per column, and while it runs activations get one per row and group of
+columns: closer to float32 than a scale per tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import onnx
+import openvino as ov
+
+from lrai_core.compiler.search import Build, Built
+from lrai_core.errors import CompileError
+from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
+from lrai_engines.quantize import weights_int8
+
+_GROUPS: Final = (64, 128)  # columns with one scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a form is made, and what the engine is told when it is loaded."""
+
+    precision: str
+    settings: dict[str, str]
+    transform: Build | None = None
+
+
+_FORMS: Final = {
+    "openvino-fp32": _Form("fp32", {}),
+    "openvino-bf16": _Form("bf16", {"INFERENCE_PRECISION_HINT": "bf16"}),
+} | {
+    f"openvino-int8-{size}": _Form(
+        "int8", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(size)}, weights_int8
+    )
+    for size in _GROUPS
+}
+
+
+class OpenVinoForms:
+    """Builds them; see `Builder`."""
+
+    names: Sequence[str] = tuple(_FORMS)
+
+    def __init__(self, engine: OpenVino) -> None:
+        """Build for an engine."""
+        self.engine = engine
+
+    def build(
+        self, model: onnx.ModelProto, folder: Path, reject: Callable[[str, str], None]
+    ) -> Iterator[Built]:
+        """Yield each form that this CPU runs; see `Builder.build`."""
+        able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        for name, form in _FORMS.items():
+            if form.precision.upper() not in able:
+                reject(name, f"this CPU has no {form.precision}")
+                continue
+            try:
+                proto, operators = form.transform(model) if form.transform else (model, [])
+                network = self.engine.core.read_model(proto.SerializeToString(), b"")
+                notes = Notes(FLOAT32 | form.settings, _bounds(model))
+                network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
+                graph = folder / name / "model.xml"
+                graph.parent.mkdir()
+                ov.save_model(network, graph, compress_to_fp16=False)
+            except CompileError as error:
+                reject(name, str(error))
+            except REFUSALS as error:
+                reject(name, f"openvino cannot read the model: {reason(error)}")
+            else:
+                yield Built(name, form.precision, graph, operators)
+
+
+def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """Return what every input may hold that goes into a table as an index, straight or cast."""
+    inputs = {value.name: value.name for value in model.graph.input}
+    tables = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    found: dict[str, tuple[int, int]] = {}
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in inputs:
+            inputs[node.output[0]] = inputs[node.input[0]]
+        elif node.op_type == "Gather" and node.input[0] in tables and node.input[1] in inputs:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            extent, name = tables[node.input[0]][axis], inputs[node.input[1]]
+            low, high = found.get(name, (-extent, extent - 1))
+            found[name] = max(low, -extent), min(high, extent - 1)
+    return found

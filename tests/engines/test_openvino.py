@@ -1,0 +1,272 @@
+"""OpenVINO as a second engine: its forms, what it refuses, and an artifact that it serves."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import lrai_core as lrai
+from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler import search
+from lrai_core.compiler.search import Candidate
+from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
+from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem
+from lrai_core.protocol import Array
+from lrai_engines.openvino import OpenVino
+from lrai_engines.openvino_forms import OpenVinoForms
+from tests.core.compiler.onnx_files import linear, model, save, value
+from tests.core.small_artifact import rewrite
+
+OURS = OpenVino()
+FORMS = OpenVinoForms(OURS)
+INT8 = "openvino-int8-128"
+
+
+def forms(proto: onnx.ModelProto, folder: Path) -> dict[str, Path]:
+    """Return the file of every form that is made, and be told of no fault of the model."""
+    refused: list[str] = []
+    made = FORMS.build(proto, folder, lambda form, why: refused.append(f"{form}: {why}"))
+    found = {built.form: built.graph for built in made}
+    known = ("this CPU has no", "no MatMul or Gemm")
+    assert all(any(words in line for words in known) for line in refused), refused
+    return found
+
+
+def reference(proto: onnx.ModelProto, *arrays: Array) -> list[Array]:
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    found: list[Array] = session.run(None, dict(zip(names, arrays, strict=True)))
+    return found
+
+
+def table_model() -> onnx.ModelProto:
+    """Return ids [batch, length] -> rows of a table of 5, and of one of 9, by the same ids."""
+    random = np.random.default_rng(0)
+    tables = [numpy_helper.from_array(random.normal(size=(n, 2)).astype(np.float32), f"t{n}")
+              for n in (5, 9)]  # fmt: skip
+    nodes = [
+        helper.make_node("Gather", ["t9", "ids"], ["wide"]),
+        helper.make_node("Cast", ["ids"], ["cast"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["t5", "cast"], ["narrow"]),
+    ]
+    outputs = [value(name, ["batch", "length", 2]) for name in ("wide", "narrow")]
+    return model(nodes, [value("ids", ["batch", "length"], TensorProto.INT64)], outputs, tables)
+
+
+def session_of(proto: onnx.ModelProto, folder: Path, form: str = "openvino-fp32") -> Session:
+    return OURS.load(forms(proto, folder)[form])
+
+
+def test_fp32_gives_what_onnxruntime_gives_for_any_number_of_rows(tmp_path: Path) -> None:
+    proto, random = linear(96, 32), np.random.default_rng(1)
+    session = session_of(proto, tmp_path)
+    for rows in (1, 3, 1, 40):
+        x = random.standard_normal((rows, 96)).astype(np.float32)
+        (found,) = session.run([x])
+        np.testing.assert_allclose(found, reference(proto, x)[0], atol=1e-4)
+
+
+def test_int8_is_close_smaller_and_says_what_it_did(tmp_path: Path) -> None:
+    proto = linear(256, 512)
+    built = {b.form: b for b in FORMS.build(proto, tmp_path, lambda *_: None)}
+    size = {form: sum(f.stat().st_size for f in b.graph.parent.iterdir())
+            for form, b in built.items()}  # fmt: skip
+    assert size[INT8] < 0.4 * size["openvino-fp32"]
+    (operator,) = built[INT8].operators
+    assert (operator.bits, operator.scheme, operator.weight_elements) == (
+        8,
+        "weights_int8",
+        1 << 17,
+    )
+    x = np.random.default_rng(2).standard_normal((24, 256)).astype(np.float32)
+    (found,), (right,) = OURS.load(built[INT8].graph).run([x]), reference(proto, x)
+    error = np.linalg.norm(found - right) / np.linalg.norm(right)
+    assert 0 < error < 0.02
+
+
+def test_an_answer_stays_what_it_is_when_the_next_call_runs(tmp_path: Path) -> None:
+    session = session_of(linear(), tmp_path)
+    first = session.run([np.ones((2, 8), np.float32)])[0]
+    before = first.copy()
+    session.run([np.zeros((2, 8), np.float32)])
+    np.testing.assert_array_equal(first, before)
+
+
+def test_outputs_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    session, ids = session_of(table_model(), tmp_path), np.array([[0, 4]])
+    wide, narrow = reference(table_model(), ids)
+    for wanted, right in ((None, [wide, narrow]), ([1, 0], [narrow, wide]), ([1], [narrow])):
+        for found, expected in zip(session.run([ids], wanted), right, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("index", [-6, 5, 1 << 40])
+def test_an_index_beyond_the_smallest_table_is_refused_as_onnxruntime_does(
+    tmp_path: Path, index: int
+) -> None:
+    session = session_of(table_model(), tmp_path)
+    with pytest.raises(EngineError, match=r"an index of input 0 is outside \[-5, 4\]") as caught:
+        session.run([np.array([[0, index]])])
+    assert caught.value.invalid
+    assert len(session.run([np.array([[-5, 4]])])) == 2
+    assert session.run([np.zeros((0, 3), np.int64)])[0].shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ([], "0 inputs given, 1 needed"),
+        ([np.zeros((2, 9), np.float32)], "dimension=9 .* doesn't match .*=8"),
+        ([np.zeros((2, 8, 1), np.float32)], "float32 of rank 3, float32 of rank 2 is needed"),
+        ([np.zeros(8, np.float32)], "float32 of rank 1, float32 of rank 2 is needed"),
+        ([np.zeros((2, 8), np.float64)], "input 0 is float64 of rank 2, float32 of rank 2"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_and_the_next_are_answered(
+    tmp_path: Path, arrays: Sequence[Array], said: str
+) -> None:
+    session = session_of(linear(), tmp_path)
+    with pytest.raises(EngineError, match=said) as caught:
+        session.run(arrays)
+    assert str(tmp_path) not in str(caught.value)
+    assert session.run([np.zeros((2, 8), np.float32)])[0].shape == (2, 4)
+
+
+def test_a_shape_that_fits_what_is_declared_but_not_the_weights_is_refused(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "features"
+    session = session_of(proto, tmp_path)
+    with pytest.raises(EngineError, match="openvino cannot run the model"):
+        session.run([np.zeros((2, 9), np.float32)])
+    assert session.run([np.zeros((2, 8), np.float32)])[0].shape == (2, 4)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def without_notes(file: Path) -> None:
+    file.write_text(file.read_text().replace("settings", "sittings"))
+
+
+def with_a_setting_of_its_own(file: Path) -> None:
+    text = file.read_text().replace("INFERENCE_PRECISION_HINT", "CACHE_DIR")
+    file.write_text(text)
+
+
+@pytest.mark.parametrize("spoil", [cut, without_notes, with_a_setting_of_its_own, Path.unlink])
+def test_a_file_that_it_cannot_read_is_an_error_without_a_folder(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    file = forms(linear(), tmp_path)["openvino-fp32"]
+    spoil(file)
+    with pytest.raises(ArtifactError, match=r"openvino cannot open model\.xml: ") as caught:
+        OURS.load(file)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_model_that_it_cannot_run_is_told_of_and_costs_nothing_else(tmp_path: Path) -> None:
+    own = [helper.make_node("OfMyOwn", ["x"], ["y"], domain="mine")]
+    proto = model(own, [value("x", ["batch", 2])], [value("y", ["batch", 2])], [])
+    proto.opset_import.add(domain="mine", version=1)
+    refused: dict[str, str] = {}
+    assert list(FORMS.build(proto, tmp_path, refused.__setitem__)) == []
+    assert "OfMyOwn" in refused["openvino-fp32"]
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lrai_engines.openvino")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'lrai\[openvino\]'"):
+        find_engine("openvino")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
+    """An artifact whose chosen form is OpenVINO's int8, as if that had been the fastest here."""
+    folder = tmp_path_factory.mktemp("served")
+    rows = np.random.default_rng(3).standard_normal((600, 256)).astype(np.float32)
+
+    def profile(candidates: Sequence[Candidate], *_: object) -> None:
+        for one in candidates:
+            one.latency = [LatencyPoint(rows=1, length=0, median_ms=1.0, spread_ms=0.0)]
+            one.speedup = {INT8: 3.0, "int8-row": 2.0}.get(one.form, 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "profile", profile)
+        return lrai.compile(
+            save(linear(256, 64), folder / "m.onnx"),
+            out=folder / "m.lrai",
+            evaluation={"x": rows},
+            engines=["openvino"],
+            output_map="l2_normalised",
+            keep=3,
+            threads=1,
+        )
+
+
+def request(x: Array) -> lrai.InferenceRequest:
+    return lrai.InferenceRequest(model_name="m", inputs={"x": x})
+
+
+def test_a_compiled_artifact_is_certified_checked_and_served_by_it(served: lrai.Artifact) -> None:
+    chosen = served.manifest.variant(served.manifest.chosen)
+    version = installed_version("openvino")
+    assert (chosen.id, chosen.engine, chosen.engine_version) == (INT8, "openvino", version)
+    assert chosen.precision == "int8"
+    assert served.engines == ("openvino", "onnxruntime")
+    (certificate,) = lrai.certificates(served)
+    assert certificate.environment == f"{isa_class()} with openvino {version}"
+    file = served.path / "certificates" / f"{certificate.id}.json"
+    assert lrai.check(file, served.path).holds
+    x = np.random.default_rng(4).standard_normal((5, 256)).astype(np.float32)
+    with lrai.Runtime.open(served, name="m") as runtime:
+        assert runtime.models()[0].variant == INT8
+        answer = runtime.infer(request(x))
+    assert answer.parameters == {"variant": INT8, "certificate": certificate.id}
+    right = reference(linear(256, 64), x)[0]
+    error = np.linalg.norm(answer.outputs["y"] - right) / np.linalg.norm(right)
+    assert 0 < error < 0.02
+
+
+def test_where_its_engine_is_another_the_next_variant_serves(
+    served: lrai.Artifact, tmp_path: Path
+) -> None:
+    path = tmp_path / "older.lrai"
+    shutil.copytree(served.path, path)
+    variants = [msgspec.to_builtins(variant) for variant in served.variants]
+    variants[0]["engine_version"] = "2020.1"
+    rewrite(path, {"variants": variants})
+    seen: list[lrai.Event] = []
+    with lrai.Runtime.open(lrai.Artifact.open(path), name="m", observers=[seen.append]) as runtime:
+        assert runtime.models()[0].variant == "int8-row"
+    (refused,) = [event for event in seen if event.kind == "variant_refused"]
+    here = f"{isa_class()}, openvino {installed_version('openvino')}"
+    assert refused.attributes["variant"] == INT8
+    assert refused.attributes["made_for"] == f"{isa_class()}, openvino 2020.1"
+    assert refused.attributes["here"] == here
+
+
+def test_an_engine_that_is_not_there_is_named_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="the engine 'tensorrt' is not installed"):
+        lrai.compile(tmp_path / "none.onnx", out=tmp_path / "m.lrai", engines=["tensorrt"])
+
+
+def test_serving_with_another_engine_does_not_bring_this_one(served: lrai.Artifact) -> None:
+    code = (
+        "import sys, lrai_core as lrai\n"
+        f"with lrai.Runtime.open(lrai.Artifact.open({str(served.path)!r})): pass\n"
+        "print('openvino' in sys.modules, 'onnx' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
