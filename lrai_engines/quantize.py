@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from lrai_core.compiler.search import Build, Quantized
+from lrai_core.compiler.search import Quantized
 from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
 
@@ -53,7 +53,7 @@ def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
     Source: onnxruntime 1.32 `quantization/operators/matmul.py`; ONNX DynamicQuantizeLinear,
     opset 11.
     """
-    return _rewrite(model, _dynamic_int8)
+    return rewrite(model, _dynamic_int8)
 
 
 def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
@@ -73,35 +73,51 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
     Source: row-wise scales as in Dettmers et al. 2022, section 2.1 (arXiv:2208.07339), without the
     outlier path; ONNX QuantizeLinear, opset 13.
     """
-    return _rewrite(model, _int8_per_row)
+    return rewrite(model, int8_per_row)
 
 
-def mixed_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
-    """Return `model` with a scale per row on its large matrices, and per block on its small ones.
+def mixed_int8(
+    model: onnx.ModelProto, harms: Mapping[str, float], *, share: float
+) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Return `model` with a scale per row, but per block of 64 on the few matrices that harm most.
 
-    Blocks of 64 are closer to float32 and slower. They go to the smallest matrices that together
-    hold up to a third of the elements: in a transformer to the projections of attention, which
-    cost little and disturb much.
+    Blocks are closer to float32 and slower. They go to the matrices that do the most harm for
+    their size, as many as make up `share` of it.
 
     Args:
         model: Weights inline, opset 13 or later. Not modified.
+        harms: What a scale per row does to the outputs, by matrix, see `sensitivity.harms`.
+        share: Of the harm, above 0 and below 1.
 
     Raises:
-        NothingToQuantize: No operator qualifies.
+        NothingToQuantize: No operator qualifies, or all would be kept closer.
         CompileError: The opset is too old.
     """
-    _, operators = dynamic_int8_per_row(model)
-    sizes = [operator.weight_elements for operator in operators]
-    third = [size for size in sizes if 0 < 3 * sum(s for s in sizes if s <= size) <= sum(sizes)]
-    if not third:
-        raise NothingToQuantize("no matrices of up to a third of the elements to keep closer")
+    total, closer, left = sum(harms.values()), set[str](), share
+    sizes = {layer.weight: layer.matrix.size for layer in linears(model)}
+    for name in sorted(harms, key=lambda name: -harms[name] / sizes[name]):
+        if left <= 0:
+            break
+        closer.add(name)
+        left -= harms[name] / (total or 1)
+    if len(closer) == len(harms):
+        raise NothingToQuantize("every matrix would be kept closer")
 
-    def emit(graph: _Graph, layer: _Linear) -> str:
-        if layer.matrix.size <= max(third):
+    def emit(graph: Graph, layer: Linear) -> str:
+        graph.harms[layer.weight] = harms[layer.weight] / (total or 1)
+        if layer.weight in closer:
             return _nbits(graph, layer, _MIXED_BLOCK, _INT8_ACTIVATIONS)
-        return _int8_per_row(graph, layer)
+        return int8_per_row(graph, layer)
 
-    return _rewrite(model, emit)
+    return rewrite(model, emit)
+
+
+def linears(model: onnx.ModelProto) -> list[Linear]:
+    """Return every operator that qualifies."""
+    constants = _constants(model)
+    nodes = (node for node in model.graph.node if _is_linear(node))
+    found = (_linear(node, constants) for node in nodes)
+    return [layer for layer in found if isinstance(layer, Linear)]
 
 
 def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
@@ -118,7 +134,7 @@ def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
 
     Source: ONNX DequantizeLinear, opset 13.
     """
-    return _rewrite(model, _weights_int8)
+    return rewrite(model, _weights_int8)
 
 
 def matmul_nbits(
@@ -140,11 +156,11 @@ def matmul_nbits(
     Source: onnxruntime contrib operator MatMulNBits, version 1.
     """
     emit = partial(_nbits, block_size=block_size, accuracy_level=accuracy_level)
-    return _rewrite(model, emit)
+    return rewrite(model, emit)
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
+class Linear:
     """An operator that qualifies: activation @ matrix (+ bias)."""
 
     activation: str
@@ -155,16 +171,18 @@ class _Linear:
 
 
 @dataclass(slots=True)
-class _Graph:
+class Graph:
     """The graph being written; adding what is there already changes nothing."""
 
     opset: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
     values: set[str] = field(default_factory=set)
-    errors: dict[str, float] = field(default_factory=dict)  # by `_Linear.weight`
+    errors: dict[str, float] = field(default_factory=dict)  # by `Linear.weight`
+    harms: dict[str, float] = field(default_factory=dict)  # likewise, as shares
 
     def constant(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
+        """Have a constant of that name; return the name."""
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
         return name
@@ -172,6 +190,7 @@ class _Graph:
     def add(
         self, op_type: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: Any
     ) -> str:
+        """Have an operator that makes `outputs`; return the first."""
         if outputs[0] not in self.values:
             self.values.update(outputs)
             self.nodes.append(
@@ -180,23 +199,16 @@ class _Graph:
         return outputs[0]
 
 
-def _rewrite(
-    model: onnx.ModelProto, emit: Callable[[_Graph, _Linear], str]
+def rewrite(
+    model: onnx.ModelProto, emit: Callable[[Graph, Linear], str]
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return a copy of `model` with what qualifies written by `emit`, and a line per operator."""
-    graph = _Graph(next((o.version for o in model.opset_import if o.domain in _ONNX), 0))
+    graph = Graph(next((o.version for o in model.opset_import if o.domain in _ONNX), 0))
     if graph.opset < _OPSET:
         raise CompileError(f"this form needs opset {_OPSET} or later, the model has {graph.opset}")
-    overridable = {i.name for i in model.graph.input}
-    constants = {t.name: t for t in model.graph.initializer if t.name not in overridable}
-    constants |= {
-        n.output[0]: n.attribute[0].t
-        for n in model.graph.node
-        if n.op_type == "Constant" and n.attribute[0].name == "value"
-    }
-    report = []
+    constants, report = _constants(model), []
     for node in model.graph.node:
-        if node.domain not in _ONNX or node.op_type not in ("MatMul", "Gemm"):
+        if not _is_linear(node):
             graph.nodes.append(node)
             continue
         layer = _linear(node, constants)
@@ -215,6 +227,7 @@ def _rewrite(
                 scheme=scheme,
                 weight_elements=layer.matrix.size,
                 error=graph.errors[layer.weight],
+                harm=graph.harms.get(layer.weight, 0.0),
             )
         )
     if not graph.errors:
@@ -222,7 +235,22 @@ def _rewrite(
     return _assemble(model, graph), report
 
 
-def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> _Linear | str:
+def _is_linear(node: onnx.NodeProto) -> bool:
+    return node.domain in _ONNX and node.op_type in ("MatMul", "Gemm")
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Return what no caller can override, by name."""
+    overridable = {i.name for i in model.graph.input}
+    constants = {t.name: t for t in model.graph.initializer if t.name not in overridable}
+    return constants | {
+        n.output[0]: n.attribute[0].t
+        for n in model.graph.node
+        if n.op_type == "Constant" and n.attribute[0].name == "value"
+    }
+
+
+def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> Linear | str:
     """Return `node` as a linear layer, or why it is none."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     scaled = attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0
@@ -241,7 +269,7 @@ def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> 
     if not (matrix.size and np.isfinite(matrix).all()):
         return "the weight is empty or not finite"
     bias = node.input[2] if len(node.input) > 2 else ""
-    return _Linear(
+    return Linear(
         activation=node.input[0],
         weight=f"{node.input[1]}:transposed" if transposed else node.input[1],
         matrix=matrix.T if transposed else matrix,
@@ -250,7 +278,7 @@ def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> 
     )
 
 
-def _dynamic_int8(graph: _Graph, layer: _Linear) -> str:
+def _dynamic_int8(graph: Graph, layer: Linear) -> str:
     x, y = layer.activation, layer.product
     weight, scale = _int8_weight(graph, layer)
     graph.add("DynamicQuantizeLinear", [x], f"{x}:uint8", f"{x}:scale", f"{x}:zero_point")
@@ -260,7 +288,8 @@ def _dynamic_int8(graph: _Graph, layer: _Linear) -> str:
     return "dynamic_int8"
 
 
-def _int8_per_row(graph: _Graph, layer: _Linear) -> str:
+def int8_per_row(graph: Graph, layer: Linear) -> str:
+    """Write a layer as `dynamic_int8_per_row` does; return the scheme's name."""
     x, y = layer.activation, layer.product
     weight, scale = _int8_weight(graph, layer)
     step = graph.constant("int8:step", 1 / 127, np.float32)
@@ -283,14 +312,14 @@ def _int8_per_row(graph: _Graph, layer: _Linear) -> str:
     return "dynamic_int8_per_row"
 
 
-def _weights_int8(graph: _Graph, layer: _Linear) -> str:
+def _weights_int8(graph: Graph, layer: Linear) -> str:
     restored = f"{layer.weight}:restored"
     graph.add("DequantizeLinear", [*_int8_weight(graph, layer)], restored, axis=1)
     graph.add("MatMul", [layer.activation, restored], layer.product)
     return "weights_int8"
 
 
-def _int8_weight(graph: _Graph, layer: _Linear) -> tuple[str, str]:
+def _int8_weight(graph: Graph, layer: Linear) -> tuple[str, str]:
     """Add the matrix as int8 [K, N] with a scale per column; return the names of both."""
     name = layer.weight
     if name not in graph.errors:
@@ -302,7 +331,7 @@ def _int8_weight(graph: _Graph, layer: _Linear) -> tuple[str, str]:
     return f"{name}:int8", f"{name}:scale"
 
 
-def _nbits(graph: _Graph, layer: _Linear, block_size: int, accuracy_level: int) -> str:
+def _nbits(graph: Graph, layer: Linear, block_size: int, accuracy_level: int) -> str:
     name, (k, n) = layer.weight, layer.matrix.shape
     if name not in graph.errors:
         blocks = np.pad(layer.matrix.T, ((0, 0), (0, -k % block_size)))
@@ -338,7 +367,7 @@ def _relative_error(weight: Float32, restored: Float32) -> float:
     return float(np.linalg.norm(weight - restored)) / norm if norm else 0.0
 
 
-def _assemble(model: onnx.ModelProto, graph: _Graph) -> onnx.ModelProto:
+def _assemble(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     """Return `model` around the nodes of `graph`, without the weights that nothing reads."""
     read = {o.name for o in model.graph.output}.union(*map(_read, graph.nodes))
     # built field by field: copying the model first would copy the weights that are dropped here
@@ -372,13 +401,3 @@ def _read(node: onnx.NodeProto) -> Iterator[str]:
             yield from (o.name for o in body.output)
             for inner in body.node:
                 yield from _read(inner)
-
-
-FORMS: Final[Mapping[str, Build]] = {
-    "int8-dynamic": dynamic_int8,
-    "int8-row": dynamic_int8_per_row,
-    "int8-mixed": mixed_int8,
-    "int8-block32": partial(matmul_nbits, block_size=32),
-    "int8-block128": partial(matmul_nbits, block_size=128),
-}
-"""Forms for onnxruntime, and what builds each."""

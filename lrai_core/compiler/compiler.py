@@ -26,7 +26,7 @@ from lrai_core.compiler import fusion, gate, search
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
 from lrai_core.compiler.model import SharedWeights, declared, load_model
-from lrai_core.compiler.search import Builder, Candidate
+from lrai_core.compiler.search import Build, Builder, Candidate, Sample
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import CompileError, EngineError, UsageError, shorten
@@ -203,7 +203,10 @@ class _Compilation:
 
     def build(self, builders: Sequence[Builder]) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
-        wanted = search.forms() if self.gate else {"fp32": None}
+        wanted: dict[str, Build | None] = {"fp32": None}
+        if self.search is not None:
+            sample = Sample(self.search.inputs, self.signature.outputs, self.threads)
+            wanted = search.forms(sample)
         builders = builders if self.gate else []
         steps = len(wanted) * len(fusion.DISABLEABLE) + sum(len(b.names) for b in builders)
         tick = self._begin("build", steps, "fp32")

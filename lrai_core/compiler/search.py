@@ -22,7 +22,7 @@ from lrai_core.compiler.model import SharedWeights
 from lrai_core.engine.batching import length_of, stretch, synthetic_row
 from lrai_core.engine.engine import Engine, Session, find_engine
 from lrai_core.errors import ArtifactError, CompileError, EnvironmentProblem, shorten
-from lrai_core.protocol import Array, Signature
+from lrai_core.protocol import Array, Signature, TensorSpec
 
 ROUNDS: Final = 9
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
@@ -39,6 +39,7 @@ class Quantized:
         scheme: What was done to it; "float32" where the operator was left alone.
         weight_elements: 0 where the operator was left alone.
         error: Relative L2 error of the dequantised weight.
+        harm: Its share of what int8 with a scale per row does to the outputs, where that is known.
         why: Reason for leaving it alone, empty otherwise.
     """
 
@@ -48,6 +49,7 @@ class Quantized:
     scheme: str = "float32"
     weight_elements: int = 0
     error: float = 0.0
+    harm: float = 0.0
     why: str = ""
 
 
@@ -89,11 +91,20 @@ class Candidate:
         return f"{self.speedup:.2f} x fp32"
 
 
-def forms() -> dict[str, Build | None]:
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows that forms may be made for; nothing is judged on them."""
+
+    rows: Sequence[list[Array]]
+    outputs: Sequence[TensorSpec]
+    threads: int
+
+
+def forms(sample: Sample) -> dict[str, Build | None]:
     """Return every form that onnxruntime runs and what builds it; fp32 is first, and needs none."""
     found: dict[str, Build | None] = {"fp32": None}
     for entry in entry_points(group="lrai.forms", name="onnxruntime"):
-        found |= entry.load()
+        found |= entry.load()(sample)
     return found
 
 

@@ -334,7 +334,7 @@ def test_an_opset_without_the_operators_is_refused() -> None:
         dynamic_int8_per_row(mlp("matmul", opset=12))
 
 
-def test_the_mixed_form_keeps_small_matrices_closer() -> None:
+def two_layers() -> onnx.ModelProto:
     random = np.random.default_rng(0)
     weights = {
         "small": random.standard_normal((32, 32)).astype(np.float32),
@@ -344,13 +344,34 @@ def test_the_mixed_form_keeps_small_matrices_closer() -> None:
         helper.make_node("MatMul", ["x", "small"], ["hidden"], "first"),
         helper.make_node("MatMul", ["hidden", "large"], ["y"], "second"),
     ]
-    model = graph(nodes, weights, (None, 32))
-    mixed, report = mixed_int8(model)
-    assert [line.scheme for line in report] == ["matmul_nbits_64", "dynamic_int8_per_row"]
-    x = random.standard_normal((3, 32)).astype(np.float32)
+    return graph(nodes, weights, (None, 32))
+
+
+@pytest.mark.parametrize(
+    ("harms", "share", "closer"),
+    [
+        ({"small": 1.0, "large": 3.0}, 0.5, "large"),  # most harm for its size
+        ({"small": 1.0, "large": 1.0}, 0.5, "small"),  # as much harm, and smaller
+        ({"small": 1.0, "large": 9.0}, 0.9, "large"),
+        ({"small": 0.0, "large": 0.0}, 0.3, "small"),  # nothing to tell them apart
+    ],
+)
+def test_the_mixed_form_keeps_what_harms_most_for_its_size_closer(
+    harms: dict[str, float], share: float, closer: str
+) -> None:
+    model, kept = two_layers(), {True: "matmul_nbits_64", False: "dynamic_int8_per_row"}
+    if not any(harms.values()):
+        with pytest.raises(NothingToQuantize, match="every matrix would be kept closer"):
+            mixed_int8(model, harms, share=share)
+        return
+    mixed, report = mixed_int8(model, harms, share=share)
+    assert [line.scheme for line in report] == [kept[n == closer] for n in ("small", "large")]
+    total = sum(harms.values())
+    assert [line.harm for line in report] == [harms[n] / total for n in ("small", "large")]
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
     assert relative_error(run(mixed, x), run(model, x)) < 0.02
 
 
-def test_matrices_of_one_size_have_no_mixed_form() -> None:
-    with pytest.raises(NothingToQuantize, match="third"):
-        mixed_int8(linear(np.eye(4, dtype=np.float32)))
+def test_a_single_matrix_has_no_mixed_form() -> None:
+    with pytest.raises(NothingToQuantize, match="every matrix would be kept closer"):
+        mixed_int8(linear(np.eye(4, dtype=np.float32)), {"w": 1.0}, share=0.3)

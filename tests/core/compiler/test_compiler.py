@@ -66,8 +66,9 @@ def test_what_is_kept_gives_the_source_models_answers(make: Compile, rows: Rows)
 def test_every_decision_is_in_the_log(make: Compile, rows: Rows) -> None:
     artifact = make(evaluation=rows, keep=9)
     forms = {line["form"].split()[0] for line in log(artifact) if line["event"] == "candidate"}
-    others = {"int8-dynamic", "int8-row", "int8-mixed", "int8-block32", "int8-block128"}
-    assert forms == {"fp32"} | others
+    mixed = {f"int8-mixed-{share}" for share in (30, 50, 75)}
+    others = {"int8-dynamic", "int8-row", "int8-block32", "int8-block128"}
+    assert forms == {"fp32"} | mixed | others
     assert all(line["why"] for line in log(artifact) if line["event"] == "candidate")
     decision = [line for line in log(artifact) if line["event"] == "decision"]
     assert decision[0]["chosen"] == artifact.manifest.chosen
