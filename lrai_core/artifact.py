@@ -157,6 +157,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     signature: Signature
     variants: tuple[Variant, ...]
     chosen: str
+    together: tuple[str, ...] = ()  # serve beside it, each the calls that it is fastest at
     # Forms judged on the gate rows: certificates on the same rows pay for them.
     candidates: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 1
     target: Target
@@ -165,6 +166,11 @@ class Manifest(_Record, frozen=True, kw_only=True):
     def made_for(self, variant: Variant) -> tuple[str, str]:
         """Return the processor class and the version of its engine that a variant was made for."""
         return self.target.isa, variant.engine_version or self.target.engine_version
+
+    def serving(self, variant_id: str = "") -> tuple[Variant, ...]:
+        """Return the variants that serve: one that is named alone, or the chosen one and others."""
+        ids = (variant_id,) if variant_id else dict.fromkeys((self.chosen, *self.together))
+        return tuple(map(self.variant, ids))
 
     def variant(self, variant_id: str) -> Variant:
         """Return the variant of that id.
@@ -239,7 +245,8 @@ class Artifact:
             if variant.weights and variant.weights not in folders:
                 where = shorten(variant.weights)
                 raise ArtifactError(f"the manifest hashes nothing in the weights folder {where!r}")
-        missing = {manifest.chosen, "fp32"} - {variant.id for variant in manifest.variants}
+        known = {variant.id for variant in manifest.variants}
+        missing = {manifest.chosen, "fp32", *manifest.together} - known
         if missing:
             raise ArtifactError(f"the manifest has no variant {shorten(min(missing))!r}")
         _check_kinds(folder, manifest.files)

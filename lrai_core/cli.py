@@ -60,7 +60,7 @@ def compile(
     axes: Annotated[
         Path | None, typer.Option(help="TOML that states batch and length axes.")
     ] = None,
-    keep: Annotated[int, typer.Option(help="Variants to keep, fp32 among them.")] = 2,
+    keep: Annotated[int, typer.Option(help="Variants to keep, fp32 too; 3: two serve.")] = 2,
     engine: Annotated[
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
     ] = None,

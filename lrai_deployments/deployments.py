@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -309,10 +310,10 @@ class Deployments(Embedded):
         self, name: str, artifact: lrai.Artifact, how: How, label: str = ""
     ) -> Iterator[tuple[Version, How]]:
         """Yield a version that runs, and how it was loaded; end it if the block fails."""
-        variant = artifact.manifest.variant(how.variant or artifact.manifest.chosen)
         config = with_settings(self.config, how.settings or {})
         watching = watch(name, artifact.manifest.signature, config.runtime, self.submit)
-        size = sum(entry.size_bytes for entry in artifact.files_of(variant).values())
+        files = ChainMap(*map(artifact.files_of, artifact.manifest.serving(how.variant)))
+        size = sum(entry.size_bytes for entry in files.values())
         with self._room:
             self._make_room(name, config.actor.replicas * size)
             new = self.add(artifact, name, how.variant, how.require, how.settings, label)

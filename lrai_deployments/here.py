@@ -26,7 +26,7 @@ from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Valid
 from lrai_core.runtime.embedded import Embedded, priority_of
 from lrai_core.runtime.version import Started, Version
 from lrai_core.scheduler.admission import Admission
-from lrai_core.scheduler.latency import LatencyModel
+from lrai_core.scheduler.latency import LatencyModel, latency_of
 from lrai_core.scheduler.planner import Bounds, Decision, Queue, Waiting, plan
 from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load, Refused
@@ -49,22 +49,26 @@ class _Accepted:
     valid: ValidRequest
     place: Waiting  # its sequence is its index among those it was brought with, or that wait
     began: float
+    variant: int = 0  # that has run it last
 
 
 class Here:
     """A version whose engine runs on the threads that ask, one call at a time."""
 
-    def __init__(self, runtime: Embedded, version: Version, load: Load, session: Session) -> None:
+    def __init__(
+        self, runtime: Embedded, version: Version, load: Load, sessions: Sequence[Session]
+    ) -> None:
         """Serve a version that is loaded in this process."""
         self._runtime, self._version = runtime, version
-        self._load, self._session = load, session
+        self._load, self._sessions = load, sessions
         limits = version.limits
         elements = limits.max_batch_elements or MEASURED_ELEMENTS
         self._bounds = Bounds(limits.max_batch_rows, elements)
         self._timeout_ms = limits.latency_slo_ms or limits.default_timeout_ms
         alone = [point.median_ms for point in version.variant.latency if point.rows == 1]
         self._patience_ms = limits.latency_slo_ms or max(_PATIENCE_MS, 20 * median(alone or [0.0]))
-        self._latency = LatencyModel(() if load.optimise else version.variant.latency)
+        first = () if load.optimise else version.variant.latency
+        self._latency = latency_of([first, *(variant.latency for variant, _ in version.beside)])
         self._lock = threading.Lock()
         self._calls = 0
         self._began = 0.0  # of the call that runs, 0 for none
@@ -234,11 +238,14 @@ class Here:
         """Run a call; where the engine refuses several, each alone: one may be to blame."""
         valid = [inside[index].valid for index in indices]
         rows, length = sum(one.rows for one in valid), max(one.length for one in valid)
+        variant = self._latency.variant(rows, length)
+        for index in indices:
+            inside[index].variant = variant
         name, emit = self._version.key, self._runtime.events.emit
         emit("batch_dispatched", name, requests=len(valid), rows=rows, length=length)
         self._began = began = time.monotonic()
         try:
-            outcome = run(self._load, self._session, 0, valid)
+            outcome = run(self._load, self._sessions[variant], 0, valid)
         finally:
             self._began = 0.0
         match outcome:
@@ -246,7 +253,7 @@ class Here:
                 self._calls += 1
                 if len(valid) > 1 or self._calls % _LEARN_EVERY == 0:
                     total = time.monotonic() - began
-                    if self._latency.observe(rows, length, total, seconds):
+                    if self._latency.observe(rows, length, total, seconds, variant):
                         emit("speed_changed", name, scale=self._latency.scale)
                 emit("batch_completed", name, engine_seconds=seconds)
                 yield from zip(indices, answers, strict=True)
@@ -268,7 +275,7 @@ class Here:
             return outcome
         seconds = time.monotonic() - one.began
         emit("request_answered", version.key, seconds=seconds, rows=one.valid.rows)
-        return version.response(one.request.id, one.valid.outputs, outcome)
+        return version.response(one.request.id, one.valid.outputs, outcome, one.variant)
 
 
 def choose_together(waiting: Sequence[Waiting], latency: LatencyModel, now: float) -> set[int]:

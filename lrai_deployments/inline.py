@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from lrai_core.actor.actor import open_session
+from lrai_core.actor.actor import open_sessions
 from lrai_core.actor.pool import Pool, answered
 from lrai_core.config import ActorConfig
 from lrai_core.engine.batching import coalesce
@@ -33,27 +33,27 @@ class InlinePool(Pool):
     def __init__(self, folder: Path, config: ActorConfig, events: EventBus) -> None:
         """See `Pool`."""
         super().__init__(folder, config, events)
-        self._inline: dict[str, tuple[Load, Session | None]] = {}  # none while it is opened
+        self._inline: dict[str, tuple[Load, list[Session]]] = {}  # none while it is opened
 
     def add(self, name: str, load: Load, loaded: Future[None]) -> None:
         """See `Pool.add`; a model that runs here is opened beside the scheduler's thread."""
         if not load.inline:
             super().add(name, load, loaded)
             return
-        self._inline[name] = load, None
+        self._inline[name] = load, []
         threading.Thread(target=self._open, args=(name, load, loaded), daemon=True).start()
 
     def _open(self, name: str, load: Load, loaded: Future[None]) -> None:
         started = time.monotonic()
         try:
-            session = open_session(load)
+            sessions = open_sessions(load)
         except LraiError as error:
             loaded.set_exception(error)
         except Exception as error:  # noqa: BLE001 - edge, as in an actor: nobody waits for ever
             loaded.set_exception(ArtifactError(f"the model cannot be opened: {error!r}"))
         else:
             if name in self._inline:  # else it was removed meanwhile
-                self._inline[name] = load, session
+                self._inline[name] = load, sessions
             self._events.emit("actor_ready", name, load_seconds=time.monotonic() - started)
             loaded.set_result(None)
 
@@ -62,10 +62,10 @@ class InlinePool(Pool):
         if self._inline.pop(name, None) is None:
             super().remove(name)
 
-    def opened(self, name: str) -> tuple[Load, Session] | None:
-        """Return a model that runs here, None where it does not."""
-        load, session = self._inline.get(name, (None, None))
-        return (load, session) if load and session else None
+    def opened(self, name: str) -> tuple[Load, list[Session]] | None:
+        """Return a model that runs here and its variants, None where it does not."""
+        load, sessions = self._inline.get(name, (None, []))
+        return (load, sessions) if load and sessions else None
 
     def state(self, name: str) -> tuple[str, int | None]:
         """See `Workers.state`."""
@@ -78,13 +78,19 @@ class InlinePool(Pool):
         return now if self._outcomes else super().next_check(now)
 
     def dispatch(
-        self, name: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
+        self,
+        name: str,
+        batch: int,
+        requests: Sequence[ValidRequest],
+        predicted_seconds: float,
+        variant: int = 0,
     ) -> None:
         """See `Workers.dispatch`; what runs here has its outcome when this returns."""
         if opened := self.opened(name):
-            self._outcomes.append(run(*opened, batch, requests))
+            load, sessions = opened
+            self._outcomes.append(run(load, sessions[variant], batch, requests))
         else:
-            super().dispatch(name, batch, requests, predicted_seconds)
+            super().dispatch(name, batch, requests, predicted_seconds, variant)
 
 
 def run(load: Load, session: Session, batch: int, requests: Sequence[ValidRequest]) -> Outcome:

@@ -53,7 +53,7 @@ class Actor:
         if load.cpus:  # before the engine starts its threads, which inherit it
             os.sched_setaffinity(0, load.cpus)
         try:
-            self._session = open_session(load)
+            self._sessions = open_sessions(load)
             self._socket.say(messages.Ready(time.monotonic() - started))
         except LraiError as error:
             self._socket.say(messages.LoadFailed(str(error), isinstance(error, EnvironmentProblem)))
@@ -64,7 +64,7 @@ class Actor:
             parts = [[unpack(t, frames, shared) for t in part] for part in execute.parts]
             arrays = coalesce(parts, self._signature)
             started = time.perf_counter()
-            outputs = self._session.run(arrays, execute.outputs)
+            outputs = self._sessions[execute.variant].run(arrays, execute.outputs)
             seconds = time.perf_counter() - started
             packer = Packer()
             tensors = packer.pack(outputs)
@@ -74,8 +74,8 @@ class Actor:
             self._socket.say(Refused(execute.batch, *known or (type(error).__name__, False)))
 
 
-def open_session(load: Load) -> Session:
-    """Return what `load` names once its files are checked and it has run.
+def open_sessions(load: Load) -> list[Session]:
+    """Return what `load` names, its variants in order, once files are checked and each has run.
 
     Raises:
         ArtifactError, EnvironmentProblem: See `check_files` and `Engine.load`.
@@ -83,15 +83,18 @@ def open_session(load: Load) -> Session:
     folder = Path(load.folder)
     files = {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
     check_files(folder, files)
-    engine, weights = find_engine(load.engine), folder / load.weights if load.weights else None
-    session = engine.load(
-        folder / load.model, weights=weights, threads=load.threads, optimise=load.optimise
-    )
-    # Once, so that the first caller does not pay for what engines put off until then. A made-up row
-    # may be no valid input.
-    with contextlib.suppress(EngineError):
-        session.run(synthetic_row(load.signature, length=8))
-    return session
+    sessions = []
+    for engine, model, external in ((load.engine, load.model, load.weights), *load.beside):
+        weights = folder / external if external else None
+        session = find_engine(engine).load(
+            folder / model, weights=weights, threads=load.threads, optimise=load.optimise
+        )
+        # Once, so that the first caller does not pay for what engines put off until then. A made-up
+        # row may be no valid input.
+        with contextlib.suppress(EngineError):
+            session.run(synthetic_row(load.signature, length=8))
+        sessions.append(session)
+    return sessions
 
 
 def main(argv: list[str]) -> NoReturn:

@@ -107,7 +107,12 @@ class Pool:
         return min([now + 1.0, *(actor.due for actor in self._lives.values())])
 
     def dispatch(
-        self, name: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
+        self,
+        name: str,
+        batch: int,
+        requests: Sequence[ValidRequest],
+        predicted_seconds: float,
+        variant: int = 0,
     ) -> None:
         """See `Workers.dispatch`."""
         actor = self._actors[name]
@@ -121,7 +126,7 @@ class Pool:
         actor.batches.append(Batch(batch, requests, outputs, limit))
         if len(actor.batches) == 1:
             self._watch(actor)
-        execute = messages.Execute(batch, outputs, tensors, packer.segments)
+        execute = messages.Execute(batch, outputs, tensors, packer.segments, variant)
         packer.send(self._socket, execute, actor.identity)
 
     def poll(self, now: float) -> list[Outcome]:

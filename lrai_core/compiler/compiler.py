@@ -37,6 +37,7 @@ from lrai_core.verifier.spec import FAR, MEASURES, difference, round_up
 from lrai_core.verifier.verifier import failing, issue
 
 Data = str | Path | Mapping[str, Any]
+_WORTH: Final = 1.04  # times as fast that calls get by what is loaded beside the chosen one
 _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
 _log: Final = logging.getLogger("lrai.compiler")
 
@@ -89,7 +90,8 @@ def compile(
             99th percentile on the search rows is certified and nothing is demanded.
         delta: Share of inputs that may differ by more than epsilon.
         axes: TOML file that states batch and length axes instead of finding them.
-        keep: Variants to keep, fp32 among them; at least 1.
+        keep: Variants to keep, fp32 among them; at least 1. With 3 or more, one that is faster for
+            calls of some size than the chosen one serves those, and is loaded beside it.
         engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
             need them where it serves; where they are not, the next variant that can serves.
         threads: Engine threads to measure with; 0 for the CPUs in the affinity mask.
@@ -249,9 +251,11 @@ class _Compilation:
         runs = 3 + 2 * sum(candidate.speedup > 1 for candidate in self.candidates)
         tick = self._begin("gate", len(self.gate) * runs, "source")
         reference = gate.run_alone(self.reference, self.gate, tick)
-        for candidate in self.candidates:
-            if candidate is fp32:
-                continue
+        left = [candidate for candidate in self.candidates if candidate is not fp32]
+        while left:  # after the fastest, what makes most of the calls faster beside it
+            kept = [one for one, _ in self.kept]
+            candidate = max(left, key=lambda c: c.gain(kept) if kept else c.speedup)
+            left.remove(candidate)
             if candidate.speedup <= 1:
                 self._reject(candidate.name, f"{candidate.pace}: slower than fp32")
             elif len(self.kept) >= keep - 1:
@@ -294,6 +298,7 @@ class _Compilation:
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
         chosen = variants[0]
+        together = self._together()
         self._record("decision", chosen=chosen.id, why=chosen.why)
         for candidate, _ in self.kept:
             for operator in candidate.operators:
@@ -319,15 +324,28 @@ class _Compilation:
                 signature=self.signature,
                 variants=tuple(variants),
                 chosen=chosen.id,
+                together=tuple(together),
                 candidates=max(1, sum(c.speedup > 1 for c in self.candidates)),
                 target=target,
                 files={},
             ),
         )
-        self._certify(chosen)
+        for candidate, found in self.kept:
+            if candidate.form in (chosen.id, *together):
+                self._certify(candidate, found)
 
-    def _certify(self, chosen: Variant) -> None:
-        candidate, found = self.kept[0]
+    def _together(self) -> list[str]:
+        """Return the forms that serve beside the chosen one: each is faster for some calls."""
+        serving, found = [self.kept[0][0]], list[str]()
+        for candidate, _ in self.kept[1:]:
+            if candidate.form != "fp32" and (gain := candidate.gain(serving)) >= _WORTH:
+                serving.append(candidate)
+                found.append(candidate.form)
+                why = f"beside {serving[0].form}: calls get {gain:.2f} x as fast, in the mean"
+                self._record("decision", chosen=candidate.form, why=why)
+        return found
+
+    def _certify(self, candidate: Candidate, found: Judged | None) -> None:
         if found is None or self.search is None or not self.gate:
             return
         epsilon = self.conditions.epsilon
@@ -343,7 +361,7 @@ class _Compilation:
                 return  # there is nothing to state
         failures = failing(found.gaps[: len(self.gate)], epsilon)
         artifact = Artifact.open(self.folder, verify=False)
-        spec = Spec(epsilon=epsilon, variant=chosen.id)
+        spec = Spec(epsilon=epsilon, variant=candidate.form)
         write_certificate(self.folder, issue(artifact, spec, self.gate, failures))
 
     def _variant(self, candidate: Candidate, found: Judged | None) -> Variant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -153,18 +154,22 @@ class Embedded:
         """
         settled = with_settings(self.config, settings or {})
         config, limits = settled.actor, settled.scheduler
-        chosen, load = self._choose(artifact, name, variant)
+        chosen, *others = self._choose(artifact, name, variant) or (None,)
         # A certificate speaks of the graph as it was compiled, not of one optimised at load.
-        own = [] if load.optimise else certificates(artifact, chosen.id)
-        if require is not None:
-            if load.optimise:
-                raise ConditionNotMet(
-                    "the variant was made for another processor class or engine version, and no "
-                    "certificate speaks of the source model that would serve in its place"
-                )
-            own = [require_certificate(artifact, chosen.id, require)]
+        if chosen is None and require is not None:
+            raise ConditionNotMet(
+                "the variant was made for another processor class or engine version, and no "
+                "certificate speaks of the source model that would serve in its place"
+            )
+        beside: list[tuple[Variant, str | None]] = []
+        for one in () if chosen is None or limits.deterministic else others:
+            with contextlib.suppress(ConditionNotMet):  # the chosen one may meet it alone
+                beside.append((one, self._certificate(artifact, one, require)))
+        certificate = self._certificate(artifact, chosen, require) if chosen else None
+        load = _load(artifact, chosen, [one for one, _ in beside])
         # What was measured elsewhere says nothing of the source model's speed here.
-        profile = () if load.optimise else chosen.latency
+        profile = chosen.latency if chosen else ()
+        chosen = chosen or artifact.manifest.variant("fp32")
         label = label or self._unique(name, artifact)
         actors = tuple(f"{name}@{label}" + f"#{i}" * (i > 0) for i in range(config.replicas))
         if limits.deterministic and chosen.batch_effect:
@@ -174,9 +179,10 @@ class Embedded:
             label,
             artifact,
             chosen,
-            own[0].id if own else None,
+            certificate,
             actors,
             limits,
+            tuple(beside),
             used_at=time.monotonic(),
         )
         threads = config.threads or self._threads(chosen, name, config.replicas)
@@ -184,7 +190,8 @@ class Embedded:
         if 0 < limits.latency_slo_ms <= alone_ms:
             reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
             self.events.emit("limit_unreachable", name, setting="latency_slo_ms", reason=reason)
-        replicas = [Replica(actor, profile, threads) for actor in actors]
+        profiles = [profile, *(one.latency for one, _ in beside)]
+        replicas = [Replica(actor, *profiles, threads=threads) for actor in actors]
         self.scheduler.add(version.key, replicas, limits)
         inline = config.isolation == "inline"
         load = msgspec.structs.replace(load, threads=threads, inline=inline)
@@ -250,9 +257,9 @@ class Embedded:
         priority = priority_of(request)
         model, valid = self._enter(request, version)
 
-        def ended(arrays: list[Array] | None, error: LraiError | None) -> None:
+        def ended(arrays: list[Array] | None, error: LraiError | None, variant: int) -> None:
             model.leave()
-            done(error or model.response(request.id, valid.outputs, arrays or []))
+            done(error or model.response(request.id, valid.outputs, arrays or [], variant))
 
         try:
             pending = self.scheduler.accept(model.key, valid, ended, request.timeout_ms, priority)
@@ -353,39 +360,43 @@ class Embedded:
             version = f"{artifact.version}-{number}"
         return version
 
-    def _choose(self, artifact: Artifact, name: str, variant: str) -> tuple[Variant, Load]:
+    def _choose(self, artifact: Artifact, name: str, variant: str) -> list[Variant]:
+        """Return the variants that serve here: those that were made for this machine.
+
+        None where there is none: then the source model is to serve.
+        """
         manifest, isa = artifact.manifest, isa_class()
-        wanted = manifest.variant(variant or manifest.chosen)
-        others = () if variant else manifest.variants
-        fitting = (
+        wanted, *others = manifest.serving(variant)
+        spare = () if variant else manifest.variants
+        fitting = [
             v
-            for v in (wanted, *others)
+            for v in (wanted, *others, *spare)
             if manifest.made_for(v) == (isa, installed_version(v.engine))
+        ]
+        if fitting[:1] == [wanted]:
+            return fitting[: 1 + sum(other in fitting for other in others)]
+        for_isa, version = manifest.made_for(wanted)
+        self.events.emit(
+            "variant_refused",
+            name,
+            variant=wanted.id,
+            made_for=f"{for_isa}, {wanted.engine} {version}",
+            here=f"{isa}, {wanted.engine} {installed_version(wanted.engine) or 'none'}",
         )
-        if (found := next(fitting, None)) is not wanted:
-            for_isa, version = manifest.made_for(wanted)
-            self.events.emit(
-                "variant_refused",
-                name,
-                variant=wanted.id,
-                made_for=f"{for_isa}, {wanted.engine} {version}",
-                here=f"{isa}, {wanted.engine} {installed_version(wanted.engine) or 'none'}",
-            )
-        chosen = found or manifest.variant("fp32")
-        model = chosen.model if found else manifest.source.file
-        weights = chosen.weights if found else str(Path(manifest.source.file).parent)
-        files = artifact.files_of(chosen)
-        files[model] = manifest.files[model]
-        return chosen, Load(
-            folder=str(artifact.path.absolute()),
-            model=model,
-            weights=weights,
-            engine=chosen.engine,
-            optimise=found is None,
-            threads=0,  # as its settings say
-            files={file: (entry.sha256, entry.size_bytes) for file, entry in files.items()},
-            signature=manifest.signature,
-        )
+        return fitting[:1]
+
+    def _certificate(
+        self, artifact: Artifact, variant: Variant, require: Mapping[str, Any] | None
+    ) -> str | None:
+        """Return the id of the certificate that speaks of a variant, None where there is none.
+
+        Raises:
+            ConditionNotMet: None meets what is required.
+        """
+        if require is not None:
+            return require_certificate(artifact, variant.id, require).id
+        own = certificates(artifact, variant.id)
+        return own[0].id if own else None
 
     def _threads(self, variant: Variant, name: str, replicas: int) -> int:
         """Return the engine threads of an actor: a share of the CPUs, one where calls are short."""
@@ -430,6 +441,28 @@ class Embedded:
         if "ready" not in states or waited > self.config.actor.hang_seconds:
             return "stalled"
         return "ok" if self.scheduler.outstanding() else "idle"
+
+
+def _load(artifact: Artifact, chosen: Variant | None, beside: Sequence[Variant]) -> Load:
+    """Return what an actor opens; for no variant the source model, which it optimises."""
+    manifest = artifact.manifest
+    first = chosen or manifest.variant("fp32")
+    model = first.model if chosen else manifest.source.file
+    weights = first.weights if chosen else str(Path(manifest.source.file).parent)
+    files = {model: manifest.files[model]}
+    for variant in (first, *beside):
+        files |= artifact.files_of(variant)
+    return Load(
+        folder=str(artifact.path.absolute()),
+        model=model,
+        weights=weights,
+        engine=first.engine,
+        optimise=chosen is None,
+        threads=0,  # as its settings say
+        files={file: (entry.sha256, entry.size_bytes) for file, entry in files.items()},
+        signature=manifest.signature,
+        beside=tuple((one.engine, one.model, one.weights) for one in beside),
+    )
 
 
 def priority_of(request: InferenceRequest) -> int:

@@ -87,6 +87,7 @@ class Version:
         version: The artifact's, made unique among those of the name.
         actors: Their names.
         limits: Of its calls and of its requests' time.
+        beside: Variants that take the calls at which they are faster, each with its certificate.
         inside: Requests accepted and not yet ended.
         used_at: When the last one was accepted, on the monotonic clock.
         watch: Sees every request that it takes.
@@ -99,6 +100,7 @@ class Version:
     certificate: str | None
     actors: tuple[str, ...]
     limits: SchedulerConfig
+    beside: tuple[tuple[Variant, str | None], ...] = ()
     inside: int = 0
     used_at: float = 0.0
     watch: Callable[[ValidRequest], None] | None = None
@@ -116,16 +118,20 @@ class Version:
         return self.artifact.manifest.signature
 
     def response(
-        self, identity: str, wanted: Sequence[int], arrays: Sequence[Array]
+        self, identity: str, wanted: Sequence[int], arrays: Sequence[Array], by: int = 0
     ) -> InferenceResponse:
-        """Return the answer to a request that wanted the outputs of these indices."""
+        """Return the answer to a request that wanted the outputs of these indices.
+
+        `by`: the variant that gave it, or one of those beside it.
+        """
+        variant, certificate = ((self.variant, self.certificate), *self.beside)[by]
         names = [self.signature.outputs[index].name for index in wanted]
         return InferenceResponse(
             model_name=self.name,
             model_version=self.version,
             id=identity,
             outputs=dict(zip(names, arrays, strict=True)),
-            parameters={"variant": self.variant.id, "certificate": self.certificate},
+            parameters={"variant": variant.id, "certificate": certificate},
         )
 
     def enter(self) -> bool:

@@ -65,8 +65,18 @@ class LatencyModel:
                 self._known[rows, length] = known
         return self.scale * known + self.fixed_seconds
 
+    def variant(self, rows: int, length: int) -> int:
+        """Return which of the variants takes such a call: here there is one."""
+        del rows, length
+        return 0
+
     def observe(
-        self, rows: int, length: int, total_seconds: float | None, engine_seconds: float
+        self,
+        rows: int,
+        length: int,
+        total_seconds: float | None,
+        engine_seconds: float,
+        variant: int = 0,
     ) -> bool:
         """Learn from a call that was answered; return whether the speed has just changed.
 
@@ -75,7 +85,9 @@ class LatencyModel:
             length: To which they were padded.
             total_seconds: From the dispatch; None where the actor was not idle then.
             engine_seconds: Inside the engine.
+            variant: That ran it.
         """
+        del variant
         if total_seconds is not None:
             self._learn_overhead(max(0.0, total_seconds - engine_seconds))
         profile = max(self._profile_seconds(rows, length), _LEAST_SECONDS)
@@ -125,6 +137,44 @@ class LatencyModel:
         (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
         slope = (seconds_1 - seconds_0) / (rows_1 - rows_0)
         return max(seconds_0 + slope * (rows - rows_0), min(seconds_0, seconds_1) * 0.5)
+
+
+class FastestOf(LatencyModel):
+    """Predicted time of a call where each is given to the variant that takes least for it."""
+
+    def __init__(self, profiles: Sequence[Sequence[LatencyPoint]]) -> None:
+        super().__init__(profiles[0])
+        self._variants = [LatencyModel(profile) for profile in profiles]
+
+    def engine_seconds(self, rows: int, length: int) -> float:
+        """Return what the fastest takes; see `LatencyModel.engine_seconds`."""
+        return min([one.engine_seconds(rows, length) for one in self._variants])
+
+    def variant(self, rows: int, length: int) -> int:
+        """Return the index of the variant that takes such a call."""
+        seconds = [one.engine_seconds(rows, length) for one in self._variants]
+        return seconds.index(min(seconds))
+
+    def observe(
+        self,
+        rows: int,
+        length: int,
+        total_seconds: float | None,
+        engine_seconds: float,
+        variant: int = 0,
+    ) -> bool:
+        """Learn of the variant that ran, and of the way to it; see `LatencyModel.observe`."""
+        if total_seconds is not None:
+            self._learn_overhead(max(0.0, total_seconds - engine_seconds))
+        one = self._variants[variant]
+        shifted = one.observe(rows, length, None, engine_seconds)
+        self.margin, self.scale = one.margin, one.scale
+        return shifted
+
+
+def latency_of(profiles: Sequence[Sequence[LatencyPoint]]) -> LatencyModel:
+    """Return the model of one variant, or of several that serve together, by their profiles."""
+    return FastestOf(profiles) if len(profiles) > 1 else LatencyModel(profiles[0])
 
 
 def _fit(profile: Sequence[LatencyPoint]) -> tuple[float, float, float]:

@@ -34,12 +34,12 @@ from lrai_core.errors import (
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
-from lrai_core.scheduler.latency import LatencyModel
+from lrai_core.scheduler.latency import latency_of
 from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting, choose, plan
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Workers
 
-Done = Callable[[list[Array] | None, LraiError | None], None]
+Done = Callable[[list[Array] | None, LraiError | None, int], None]
 
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 _OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs count as free,
@@ -61,6 +61,7 @@ class Pending:
     done: Done
     arrival: float
     attempts: int = 0
+    variant: int = 0  # that has run it last
     told: bool = False  # `done` was called, though the engine may still be at it
 
     @property
@@ -95,6 +96,7 @@ class _Call:
     rows: int
     length: int
     seconds: float  # predicted
+    variant: int
     queued: bool  # it was handed over while another one ran
     begun: float = 0.0  # when it was the first of its actor; the others follow from that
     overdue: float = 0.0  # from then on its CPUs count as free
@@ -117,9 +119,9 @@ class _Call:
 class Replica:
     """One actor of a model: what it costs there, and how many CPUs a call takes."""
 
-    def __init__(self, actor: str, profile: Sequence[LatencyPoint], threads: int = 1) -> None:
+    def __init__(self, actor: str, *profiles: Sequence[LatencyPoint], threads: int = 1) -> None:
         self.actor = actor
-        self.latency = LatencyModel(profile)
+        self.latency = latency_of(profiles)
         self.threads = threads
         self.calls: deque[_Call] = deque()  # the first one runs
 
@@ -185,7 +187,7 @@ class Scheduler:
             model: A model that was added.
             request: As `protocol.validate` returned it.
             done: Called once, in the scheduler's thread, with one array per wanted output or with
-                the error that the request ended with. Quick, and does not fail.
+                the error that the request ended with, and the variant. Quick, and does not fail.
             timeout_ms: How long the caller waits; None for what the model promises everybody.
             priority: The lower are served first.
 
@@ -446,12 +448,17 @@ class Scheduler:
         batch, seconds = next(self._batches), decision.predicted_seconds
         rows = sum(p.request.rows for p in started)
         length = max(p.request.length for p in started)
-        call = _Call(model, replica, started, rows, length, seconds, bool(replica.calls))
+        variant = replica.latency.variant(rows, length)
+        for pending in started:
+            pending.variant = variant
+        queued = bool(replica.calls)
+        call = _Call(model, replica, started, rows, length, seconds, variant, queued)
         self._calls[batch] = call
         replica.calls.append(call)
         if not call.queued:
             call.begin(now)
-        self._workers.dispatch(replica.actor, batch, [p.request for p in started], seconds)
+        requests = [pending.request for pending in started]
+        self._workers.dispatch(replica.actor, batch, requests, seconds, variant)
         size = {"requests": len(started), "rows": rows, "length": length}
         self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
 
@@ -490,8 +497,9 @@ class Scheduler:
         match outcome:
             case Answered(answers=answers, engine_seconds=engine_seconds):
                 total, name = None if call.queued else now - call.begun, call.model.name
-                if call.replica.latency.observe(call.rows, call.length, total, engine_seconds):
-                    self._events.emit("speed_changed", name, scale=call.replica.latency.scale)
+                latency, size = call.replica.latency, (call.rows, call.length)
+                if latency.observe(*size, total, engine_seconds, call.variant):
+                    self._events.emit("speed_changed", name, scale=latency.scale)
                 pace = (now - call.begun) / len(call.pending) - call.model.pace
                 call.model.pace += pace / _RECENT
                 self._events.emit("batch_completed", name, engine_seconds=engine_seconds)
@@ -552,4 +560,4 @@ class Scheduler:
             self._events.emit("request_answered", name, seconds=seconds, rows=pending.request.rows)
         else:
             self._events.emit("request_failed", name, reason=type(error).__name__)
-        pending.done(answer, error)
+        pending.done(answer, error, pending.variant)

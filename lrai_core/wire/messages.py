@@ -21,7 +21,7 @@ import zmq
 from lrai_core.errors import EnvironmentProblem
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
 _datatype_of: Final = lru_cache(256)(datatype_of)
@@ -60,7 +60,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     """To an actor: open this variant, and say when it is ready.
 
     `files` are checked by their hash before the first parse. `cpus`: the ones to run on, all that
-    the process may use if empty. `inline`: it was to run in the runtime's process.
+    the process may use if empty. `inline`: it was to run in the runtime's process. `beside`:
+    engine, model and weights of other variants that a call may name.
     """
 
     folder: str
@@ -73,15 +74,20 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     signature: Signature
     cpus: tuple[int, ...] = ()
     inline: bool = False
+    beside: tuple[tuple[str, str, str], ...] = ()
 
 
 class Execute(msgspec.Struct, frozen=True, tag=True):
-    """To an actor: join these parts, one tensor per input each, run them and return `outputs`."""
+    """To an actor: join these parts, one tensor per input each, run them and return `outputs`.
+
+    `variant`: the first that was loaded, or one of those beside it.
+    """
 
     batch: int
     outputs: tuple[int, ...]
     parts: tuple[tuple[TensorFrame, ...], ...]
     segments: tuple[Segment, ...] = ()
+    variant: int = 0
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):

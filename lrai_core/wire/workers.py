@@ -82,6 +82,11 @@ class Workers(Protocol):
         """
 
     def dispatch(
-        self, actor: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
+        self,
+        actor: str,
+        batch: int,
+        requests: Sequence[ValidRequest],
+        predicted_seconds: float,
+        variant: int = 0,
     ) -> None:
-        """Send the requests to the actor as one call, behind those that it has."""
+        """Send the requests to the actor as one call of a variant, behind those that it has."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -191,16 +193,18 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         find_engine("openvino")
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
-    """An artifact whose chosen form is OpenVINO's int8, as if that had been the fastest here."""
-    folder = tmp_path_factory.mktemp("served")
+def compiled(folder: Path, milliseconds: dict[str, tuple[float, float]]) -> lrai.Artifact:
+    """Return an artifact of `linear(256, 64)`, as if forms took so long for 1 and for 64 rows."""
     rows = np.random.default_rng(3).standard_normal((600, 256)).astype(np.float32)
 
     def profile(candidates: Sequence[Candidate], *_: object) -> None:
         for one in candidates:
-            one.latency = [LatencyPoint(rows=1, length=0, median_ms=1.0, spread_ms=0.0)]
-            one.speedup = {INT8: 3.0, "int8-row": 2.0}.get(one.form, 1.0)
+            times = milliseconds.get(one.form, (4.0, 256.0))
+            one.latency = [
+                LatencyPoint(rows=count, length=0, median_ms=ms, spread_ms=0.0)
+                for count, ms in zip((1, 64), times, strict=True)
+            ]
+            one.speedup = math.sqrt(4.0 * 256.0 / math.prod(times))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "profile", profile)
@@ -213,6 +217,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
             keep=3,
             threads=1,
         )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
+    """An artifact whose chosen form is OpenVINO's int8, faster than int8 by row at any size."""
+    return compiled(
+        tmp_path_factory.mktemp("served"), {INT8: (1.0, 64.0), "int8-row": (2.0, 128.0)}
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
+    """An artifact that serves in int8 by row, and calls of many rows in OpenVINO's int8."""
+    return compiled(tmp_path_factory.mktemp("both"), {"int8-row": (0.1, 40.0), INT8: (2.0, 4.0)})
 
 
 def request(x: Array) -> lrai.InferenceRequest:
@@ -270,3 +288,89 @@ def test_serving_with_another_engine_does_not_bring_this_one(served: lrai.Artifa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_what_is_faster_for_some_calls_is_kept_to_serve_those(
+    both: lrai.Artifact, served: lrai.Artifact
+) -> None:
+    assert (both.manifest.chosen, both.manifest.together) == ("int8-row", (INT8,))
+    assert {c.variant for c in lrai.certificates(both)} == {"int8-row", INT8}
+    assert served.manifest.together == (), "nowhere faster: a spare"
+    assert len(served.variants) == 3
+    log = (both.path / "quantization.jsonl").read_text()
+    assert "beside int8-row: calls get 3.16 x as fast" in log
+
+
+@pytest.mark.parametrize("isolation", ["process", "inline"])
+def test_each_call_is_run_by_the_variant_that_is_fastest_at_it(
+    both: lrai.Artifact, isolation: str
+) -> None:
+    x = np.random.default_rng(5).standard_normal((64, 256)).astype(np.float32)
+    right, own = (
+        reference(linear(256, 64), x)[0],
+        {c.variant: c.id for c in lrai.certificates(both)},
+    )
+    with lrai.Runtime() as runtime:
+        runtime.load(both, name="m", settings={"actor.isolation": isolation})
+        answers = {rows: runtime.infer(request(x[:rows])) for rows in (1, 64)}
+        runtime.load(both, name="one", variant=INT8)
+        alone = runtime.infer(lrai.InferenceRequest(model_name="one", inputs={"x": x[:1]}))
+        runtime.load(both, name="same", settings={"scheduler.deterministic": True})
+        same = runtime.infer(lrai.InferenceRequest(model_name="same", inputs={"x": x}))
+    for rows, answer in answers.items():
+        by = {1: "int8-row", 64: INT8}[rows]
+        assert answer.parameters == {"variant": by, "certificate": own[by]}
+        error = np.linalg.norm(answer.outputs["y"] - right[:rows]) / np.linalg.norm(right[:rows])
+        assert 0 < error < 0.02
+    assert alone.parameters["variant"] == INT8, "it was asked for"
+    assert same.parameters["variant"] == "int8-row", "equal inputs have equal answers"
+
+
+def test_callers_who_share_a_call_are_told_who_ran_it(both: lrai.Artifact) -> None:
+    x = np.random.default_rng(6).standard_normal((200, 256)).astype(np.float32)
+    right = reference(linear(256, 64), x)[0]
+    with lrai.Runtime.open(both, name="m") as runtime, ThreadPoolExecutor(64) as callers:
+        answers = list(callers.map(lambda i: runtime.infer(request(x[i : i + 1])), range(200)))
+    for answer, expected in zip(answers, right, strict=True):
+        found = answer.outputs["y"][0]
+        assert found @ expected / np.linalg.norm(found) / np.linalg.norm(expected) > 0.999
+    assert {answer.parameters["variant"] for answer in answers} <= {"int8-row", INT8}
+
+
+def test_a_variant_without_the_certificate_that_is_required_does_not_serve(
+    both: lrai.Artifact, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.lrai"
+    shutil.copytree(both.path, path)
+    (missing,) = [c.id for c in lrai.certificates(both) if c.variant == INT8]
+    (path / "certificates" / f"{missing}.json").unlink()
+    x = np.zeros((64, 256), np.float32)
+    for require, by in ((None, INT8), ({"tier": "STATISTICAL"}, "int8-row")):
+        artifact = lrai.Artifact.open(path)
+        with lrai.Runtime.open(artifact, name="m", require=require) as runtime:
+            assert runtime.infer(request(x)).parameters["variant"] == by
+
+
+def test_where_only_the_second_fits_it_serves_and_where_only_the_first_that_does(
+    both: lrai.Artifact, tmp_path: Path
+) -> None:
+    for index, by in ((0, INT8), (1, "int8-row")):
+        path = tmp_path / f"{index}.lrai"
+        shutil.copytree(both.path, path)
+        variants = [msgspec.to_builtins(variant) for variant in both.variants]
+        variants[index]["engine_version"] = "2020.1"
+        rewrite(path, {"variants": variants})
+        with lrai.Runtime.open(lrai.Artifact.open(path), name="m") as runtime:
+            for rows in (1, 64):
+                answer = runtime.infer(request(np.zeros((rows, 256), np.float32)))
+                assert answer.parameters["variant"] == by
+
+
+def test_a_manifest_that_names_a_partner_it_has_not_is_refused(
+    both: lrai.Artifact, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.lrai"
+    shutil.copytree(both.path, path)
+    rewrite(path, {"together": ["int8-none"]})
+    with pytest.raises(ArtifactError, match="has no variant 'int8-none'"):
+        lrai.Artifact.open(path)

@@ -43,7 +43,7 @@ def load(self, message):
     strange = how.exists()  # before it says that it is ready
     ordinary(self, message)
     if strange:
-        self._session = Strange()
+        self._sessions = [Strange()]
 
 how, ordinary = Path(__file__).with_name("how"), actor.Actor._load
 actor.Actor._load = load

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrai_core.artifact import LatencyPoint
-from lrai_core.scheduler.latency import LatencyModel
+from lrai_core.scheduler.latency import LatencyModel, latency_of
 
 
 def point(rows: int, length: int, seconds: float) -> LatencyPoint:
@@ -113,3 +113,44 @@ def test_the_overhead_is_never_negative_even_when_clocks_disagree(
     for total, engine in calls:
         model.observe(1, 8, total, engine)
         assert 0 <= model.overhead_seconds < math.inf
+
+
+def two_variants() -> LatencyModel:
+    """Return one that is quicker for up to four rows, and one that is for more."""
+    quick = [point(1, 0, 0.010), point(8, 0, 0.080)]
+    broad = [point(1, 0, 0.030), point(8, 0, 0.044)]
+    return latency_of([quick, broad])
+
+
+def test_each_call_is_predicted_as_the_variant_takes_it_that_is_fastest_at_it() -> None:
+    model = two_variants()
+    assert [model.variant(rows, 0) for rows in (1, 2, 8, 20)] == [0, 0, 1, 1]
+    assert model.engine_seconds(1, 0) == pytest.approx(0.010)
+    assert model.engine_seconds(8, 0) == pytest.approx(0.044)
+    assert model.call_seconds(8, 0) == model.engine_seconds(8, 0)
+
+
+def test_a_variant_that_turns_out_slow_loses_its_calls_and_only_those() -> None:
+    model = two_variants()
+    calls = 0
+    while model.variant(8, 0) == 1:
+        model.observe(8, 0, 0.2, 0.19, 1)
+        calls += 1
+    assert 0 < calls < 20
+    assert model.engine_seconds(1, 0) == pytest.approx(0.010)
+    assert model.engine_seconds(8, 0) == pytest.approx(0.080)
+
+
+def test_a_new_speed_of_any_variant_is_told_and_the_way_is_learned_for_all() -> None:
+    model = two_variants()
+    assert not any(model.observe(8, 0, 0.066, 0.044, 1) for _ in range(60))
+    assert [model.observe(8, 0, 0.110, 0.088, 1) for _ in range(20)].count(True) == 1
+    assert model.overhead_seconds == pytest.approx(0.022)
+    assert model.call_seconds(1, 0) == pytest.approx(0.032, rel=0.01)
+    assert 1.3 < model.scale < 2.2
+
+
+def test_of_one_variant_there_is_nothing_to_choose() -> None:
+    model = latency_of([[point(1, 0, 0.010)]])
+    assert type(model) is LatencyModel
+    assert model.variant(1, 0) == model.variant(100, 0) == 0

@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -66,6 +67,7 @@ class FakeWorkers:
         self.outcomes: list[Outcome] = []
         self.dispatched: list[list[int]] = []  # the numbers in the requests of each batch
         self.begun: list[list[int]] = []  # of those that were the first of their actor
+        self.variants: list[int] = []  # that each batch was sent to
         self.down: set[str] = set()
         self.when_asked: Callable[[], object] = lambda: None
 
@@ -84,12 +86,18 @@ class FakeWorkers:
         return "starting" if model in self.down else "ready", None
 
     def dispatch(
-        self, model: str, batch: int, requests: Sequence[ValidRequest], predicted_seconds: float
+        self,
+        model: str,
+        batch: int,
+        requests: Sequence[ValidRequest],
+        predicted_seconds: float,
+        variant: int = 0,
     ) -> None:
         assert len(self.calls.get(model, ())) < 2, "one runs and one is next"
         assert requests, "no empty batch"
         self.calls.setdefault(model, deque()).append((batch, list(requests)))
         self.dispatched.append([number(request) for request in requests])
+        self.variants.append(variant)
         if len(self.calls[model]) == 1:
             self.begun.append(self.dispatched[-1])
 
@@ -135,7 +143,7 @@ def submit(
     """Return a future of the answer, as the runtime makes one."""
     future: Future[list[Array]] = Future()
 
-    def done(answer: list[Array] | None, error: LraiError | None) -> None:
+    def done(answer: list[Array] | None, error: LraiError | None, _: int) -> None:
         if future.set_running_or_notify_cancel():
             if answer is not None:
                 future.set_result(answer)
@@ -881,7 +889,7 @@ def test_a_request_accepted_just_before_the_end_ends_too(
         return hand_over(item)
 
     monkeypatch.setattr(bench.scheduler, "_hand_over", closed_meanwhile)
-    bench.scheduler.accept("m", request(), lambda _, error: ends.append(error))
+    bench.scheduler.accept("m", request(), lambda _, error, __: ends.append(error))
     assert isinstance(ends[0], NotReady)
 
 
@@ -1148,3 +1156,23 @@ class Anything(RuleBasedStateMachine):
 
 TestAnythingInAnyOrder = Anything.TestCase
 TestAnythingInAnyOrder.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def test_each_call_goes_to_the_variant_that_is_fastest_at_it_and_its_answers_say_which(
+    bench: Bench, clock: Clock
+) -> None:
+    broad = [replace_ms(PROFILE[0], 11.0), replace_ms(PROFILE[1], 2.0)]
+    bench.scheduler.add("two", [Replica("two", PROFILE, broad)])
+    by: list[int] = []
+    for count in (1, 64):
+        for _ in range(count):
+            bench.scheduler.accept("two", request(), lambda *ended: by.append(ended[2]))
+        bench.step()
+        bench.workers.answer("two")
+        bench.step()
+    assert bench.workers.variants == [0, 1]
+    assert by == [0] + 64 * [1]
+
+
+def replace_ms(point: LatencyPoint, median_ms: float) -> LatencyPoint:
+    return msgspec.structs.replace(point, median_ms=median_ms)
