@@ -47,9 +47,7 @@ def compile(
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Rows kept apart from evaluation.")
-    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Rows that forms are made for.")] = None,
     metric: Annotated[str, typer.Option(help="With labels: top1 or top5.")] = "top1",
     output_map: Annotated[
         str, typer.Option(help="How outputs are compared: raw, softmax or l2_normalised.")

@@ -12,6 +12,7 @@ from lrai_core.compiler.search import Build, Quantized, Sample
 from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_engines.quantize import dynamic_int8, dynamic_int8_per_row, matmul_nbits, mixed_int8
 from lrai_engines.sensitivity import harms
+from lrai_engines.static import static_int8
 
 _SHARES: Final = (30, 50, 75)  # per cent of the harm that is kept closer
 
@@ -32,6 +33,8 @@ def forms(sample: Sample) -> dict[str, Build]:
         "int8-dynamic": dynamic_int8,
         "int8-row": dynamic_int8_per_row,
         **{f"int8-mixed-{share}": partial(mixed, share=share / 100) for share in _SHARES},
+        "int8-static": partial(static_int8, sample=sample),
+        "int8-static-ends": partial(static_int8, sample=sample, keep_ends=True),
         "int8-block32": partial(matmul_nbits, block_size=32),
         "int8-block128": partial(matmul_nbits, block_size=128),
     }

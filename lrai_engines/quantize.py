@@ -28,7 +28,7 @@ _OPSET: Final = 13  # the first whose QuantizeLinear is the one written here
 _MIXED_BLOCK = 64  # the largest whose bits do not depend on the batch
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 # On these, kernels of uint8 x int8 add two products in int16: 2 * 255 * 64 is the most that fits.
-_SATURATING = ("avx2", "x86_64")
+SATURATING = ("avx2", "x86_64")
 _TINY = 1e-20  # keeps the scale of an all-zero row finite
 
 
@@ -41,7 +41,7 @@ def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
 
     The operators are those that `onnxruntime.quantization.quantize_dynamic(per_channel=True)`
     writes, which onnxruntime fuses. A row's answer depends on the rows it is batched with. On CPUs
-    without VNNI or AMX weights have 7 bits, see `_SATURATING`.
+    without VNNI or AMX weights have 7 bits, see `SATURATING`.
 
     Args:
         model: Weights inline, opset 13 or later. Not modified.
@@ -61,7 +61,7 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
 
     A row is what the last axis spans. Its scale, max |x| / 127, comes from that row alone, so its
     product has the same bits alone and in any batch. A row whose largest magnitude is below 1e-20
-    counts as zero. On CPUs without VNNI or AMX weights have 7 bits, see `_SATURATING`.
+    counts as zero. On CPUs without VNNI or AMX weights have 7 bits, see `SATURATING`.
 
     Args:
         model: Weights inline, opset 13 or later. Not modified.
@@ -323,9 +323,9 @@ def _int8_weight(graph: Graph, layer: Linear) -> tuple[str, str]:
     """Add the matrix as int8 [K, N] with a scale per column; return the names of both."""
     name = layer.weight
     if name not in graph.errors:
-        scale = _scale(np.abs(layer.matrix).max(axis=0), 64 if isa_class() in _SATURATING else 127)
+        scale = _scale(np.abs(layer.matrix).max(axis=0), 64 if isa_class() in SATURATING else 127)
         integers = np.rint(layer.matrix / scale)
-        graph.errors[name] = _relative_error(layer.matrix, integers * scale)
+        graph.errors[name] = relative_error(layer.matrix, integers * scale)
         graph.constant(f"{name}:int8", integers, np.int8)
         graph.constant(f"{name}:scale", scale, np.float32)
     return f"{name}:int8", f"{name}:scale"
@@ -338,7 +338,7 @@ def _nbits(graph: Graph, layer: Linear, block_size: int, accuracy_level: int) ->
         blocks = blocks.reshape(n, -1, block_size)
         scale = _scale(np.abs(blocks).max(axis=2, keepdims=True), 127)  # float32 [N, blocks, 1]
         integers = np.rint(blocks / scale)
-        graph.errors[name] = _relative_error(blocks, integers * scale)
+        graph.errors[name] = relative_error(blocks, integers * scale)
         # the kernel's zero point, where none is given, is the middle of the unsigned range
         graph.constant(f"{name}:packed", integers + 128, np.uint8)
         graph.constant(f"{name}:scale", scale.reshape(n, -1), np.float32)
@@ -362,7 +362,8 @@ def _scale(peak: Float32, levels: int) -> Float32:
     return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
 
 
-def _relative_error(weight: Float32, restored: Float32) -> float:
+def relative_error(weight: Float32, restored: Float32) -> float:
+    """Return the L2 norm of the difference over that of the weight, 0 where that is 0."""
     norm = float(np.linalg.norm(weight))
     return float(np.linalg.norm(weight - restored)) / norm if norm else 0.0
 

@@ -37,7 +37,7 @@ from lrai_core.verifier.spec import FAR, MEASURES, difference, round_up
 from lrai_core.verifier.verifier import failing, issue
 
 Data = str | Path | Mapping[str, Any]
-_WORTH: Final = 1.04  # times as fast that calls get by what is loaded beside the chosen one
+_WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not worth its difference
 _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
 _log: Final = logging.getLogger("lrai.compiler")
 
@@ -79,10 +79,10 @@ def compile(
         model: ONNX file, opset 17 or later (lower is upgraded where possible), or one of a kind
             that an installed importer reads.
         out: Directory to write, `NAME.lrai`; must not exist.
-        calibration: Rows for forms that need activation ranges. No form of this version does; the
-            rows are checked, and kept apart from evaluation.
+        calibration: Rows that forms are made for: ranges of activations, and where int8 does harm.
+            By default a tenth of the evaluation rows.
         evaluation: `.npz` with an array per input and optionally `label`, or the same as a mapping.
-            A fifth serves the search, the rest the gate. Without it only fp32 is kept.
+            A fifth serves calibration and search, the rest the gate. Without it only fp32 is kept.
         metric: Judged where there are labels: `top1` or `top5`, on the first output.
         output_map: How outputs are compared: `raw`, `softmax` or `l2_normalised`.
         max_accuracy_loss: Largest loss in the metric, as a share, at 95 % confidence.
@@ -145,6 +145,7 @@ class _Compilation:
     signature: Signature = field(init=False)
     proto: onnx.ModelProto = field(init=False)
     rows: Rows | None = None
+    sample: Rows | None = None
     search: Rows | None = None
     gate: Rows | None = None
     candidates: list[Candidate] = field(default_factory=list)
@@ -185,7 +186,7 @@ class _Compilation:
         self.signature = with_output_map(self.signature, output_map)
 
     def split_rows(self, calibration: Data | None, evaluation: Data | None, seed: int) -> None:
-        """Require: rows. Ensure: disjoint search and gate rows, enough to decide anything."""
+        """Require: rows. Ensure: disjoint sample, search and gate rows, enough of them."""
         given = None
         if calibration is not None:
             given, _ = read_rows(calibration, self.signature, "calibration")
@@ -199,15 +200,17 @@ class _Compilation:
             disjoint(given, self.rows, "calibration and evaluation")
         order = np.random.default_rng(seed).permutation(len(self.rows)).tolist()
         cut = round(len(order) * _SEARCH_SHARE)
-        self.search, self.gate = self.rows.take(order[:cut]), self.rows.take(order[cut:])
+        own = 0 if given is not None else cut // 2  # of the search rows, what forms are made for
+        self.sample = given or self.rows.take(order[:own])
+        self.search, self.gate = self.rows.take(order[own:cut]), self.rows.take(order[cut:])
         disjoint(self.search, self.gate, "search and gate")
         gate.check_row_count(self.gate, self.conditions, cut)
 
     def build(self, builders: Sequence[Builder]) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
         wanted: dict[str, Build | None] = {"fp32": None}
-        if self.search is not None:
-            sample = Sample(self.search.inputs, self.signature.outputs, self.threads)
+        if self.sample is not None:
+            sample = Sample(self.sample.inputs, self.signature.outputs, self.threads)
             wanted = search.forms(sample)
         builders = builders if self.gate else []
         steps = len(wanted) * len(fusion.DISABLEABLE) + sum(len(b.names) for b in builders)
@@ -248,7 +251,7 @@ class _Compilation:
         if self.gate is None:
             self.kept = [(fp32, None)]
             return
-        runs = 3 + 2 * sum(candidate.speedup > 1 for candidate in self.candidates)
+        runs = 3 + 2 * sum(candidate.speedup >= _WORTH for candidate in self.candidates)
         tick = self._begin("gate", len(self.gate) * runs, "source")
         reference = gate.run_alone(self.reference, self.gate, tick)
         left = [candidate for candidate in self.candidates if candidate is not fp32]
@@ -256,8 +259,8 @@ class _Compilation:
             kept = [one for one, _ in self.kept]
             candidate = max(left, key=lambda c: c.gain(kept) if kept else c.speedup)
             left.remove(candidate)
-            if candidate.speedup <= 1:
-                self._reject(candidate.name, f"{candidate.pace}: slower than fp32")
+            if candidate.speedup < _WORTH:
+                self._reject(candidate.name, f"{candidate.pace}: {_WORTH} or more is worth it")
             elif len(self.kept) >= keep - 1:
                 why = f"{candidate.pace}: not judged, {keep - 1} faster forms passed"
                 self._reject(candidate.name, why)
@@ -325,7 +328,7 @@ class _Compilation:
                 variants=tuple(variants),
                 chosen=chosen.id,
                 together=tuple(together),
-                candidates=max(1, sum(c.speedup > 1 for c in self.candidates)),
+                candidates=max(1, sum(c.speedup >= _WORTH for c in self.candidates)),
                 target=target,
                 files={},
             ),

@@ -1,0 +1,135 @@
+"""Static int8 of a small convolutional network, against float32 in onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from lrai_core.compiler.fusion import optimise
+from lrai_core.compiler.search import Sample
+from lrai_core.engine.engine import isa_class
+from lrai_core.errors import CompileError
+from lrai_core.protocol import Array, TensorSpec
+from lrai_engines.quantize import SATURATING, NothingToQuantize
+from lrai_engines.static import static_int8
+from tests.core.compiler.onnx_files import linear, model, value
+
+OUTPUT = TensorSpec(name="y", datatype="FP32", shape=("batch", 10), batch_axis=0)
+SHAPE = (3, 16, 16)
+
+
+def network() -> onnx.ModelProto:
+    """Return image -> convolution, relu, convolution, relu, mean, 10 classes."""
+    random = np.random.default_rng(0)
+    weights = {
+        "first": random.standard_normal((16, 3, 3, 3)) / 5,
+        "second": random.standard_normal((32, 16, 3, 3)) / 12,
+        "last": random.standard_normal((32, 10)) / 5,
+    }
+    weights["second"] *= np.geomspace(0.01, 1, 32)[:, None, None, None]  # one scale would not do
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["c1"], "conv1", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"], "relu1"),
+        helper.make_node("Conv", ["r1", "second"], ["c2"], "conv2", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c2"], ["r2"], "relu2"),
+        helper.make_node("GlobalAveragePool", ["r2"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["f"], "flat"),
+        helper.make_node("MatMul", ["f", "last"], ["y"], "classes"),
+    ]
+    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    return model(nodes, [value("x", ["batch", *SHAPE])], [value("y", ["batch", 10])], constants)
+
+
+def images(count: int, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal((count, *SHAPE)).astype(np.float32)
+
+
+def sample(count: int = 20) -> Sample:
+    return Sample([[row[None]] for row in images(count, 1)], (OUTPUT,), 1)
+
+
+def run(proto: onnx.ModelProto, x: Array) -> Array:
+    ready = optimise(proto, level="all").SerializeToString()
+    session = ort.InferenceSession(ready, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+def distance(found: Array, right: Array) -> float:
+    return float(np.linalg.norm(found - right) / np.linalg.norm(right))
+
+
+def test_it_is_close_on_rows_it_has_not_seen_and_alone_as_in_a_batch() -> None:
+    proto, x = network(), images(40, 2)
+    quantised, _ = static_int8(proto, sample())
+    found, right = run(quantised, x), run(proto, x)
+    assert 0 < distance(found, right) < (0.06 if isa_class() in SATURATING else 0.04)
+    alone = np.concatenate([run(quantised, x[i : i + 1]) for i in range(8)])
+    np.testing.assert_allclose(alone, found[:8], atol=1e-5)
+
+
+def test_every_operator_with_weights_is_reported_with_its_error() -> None:
+    quantised, report = static_int8(network(), sample())
+    assert [line.node for line in report] == ["conv1", "conv2", "classes"]
+    assert [line.weight_elements for line in report] == [16 * 27, 32 * 144, 320]
+    limit = 0.02 if isa_class() in SATURATING else 0.01  # a scale per channel: 1.5e-3 to 3e-3 of it
+    assert all(line.bits == 8 and 0 < line.error < limit for line in report)
+    scales = {n.input[1] for n in quantised.graph.node if n.op_type == "DequantizeLinear"}
+    sizes = {t.name: numpy_helper.to_array(t).size for t in quantised.graph.initializer}
+    assert {16, 32} <= {sizes[name] for name in scales}, "a scale per output channel"
+
+
+def test_the_ends_stay_in_float32_where_that_is_asked_for() -> None:
+    _, report = static_int8(network(), sample(), keep_ends=True)
+    assert [line.bits for line in report] == [32, 8, 32]
+    assert report[0].why == report[2].why == "first or last, kept closer"
+
+
+def test_the_model_is_not_changed_and_nothing_is_said(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    proto = network()
+    before = proto.SerializeToString()
+    with caplog.at_level(logging.WARNING):
+        static_int8(proto, sample())
+    assert proto.SerializeToString() == before
+    assert capsys.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_a_network_without_convolutions_has_other_forms() -> None:
+    with pytest.raises(NothingToQuantize, match="no convolution"):
+        static_int8(linear(), sample())
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "no row to see activations of"),
+        ([[np.full((1, *SHAPE), np.nan, np.float32)]], "no row to see activations of"),
+        ([[np.zeros((1, 4, 16, 16), np.float32)]], "onnxruntime cannot quantise the model: "),
+        ([[np.zeros((1, *SHAPE), np.float64)]], "onnxruntime cannot quantise the model: "),
+    ],
+)
+def test_a_sample_of_no_use_is_a_reason_not_a_crash(rows: list[list[Array]], said: str) -> None:
+    with pytest.raises(CompileError, match=said) as caught:
+        static_int8(network(), Sample(rows, (OUTPUT,), 1))
+    assert "/" not in str(caught.value)
+
+
+def test_a_row_that_is_not_finite_tells_nothing() -> None:
+    rows = sample()
+    odd = Sample([[np.full((1, *SHAPE), np.inf, np.float32)], *rows.rows], (OUTPUT,), 1)
+    x = images(4, 4)
+    found, right = (run(static_int8(network(), given)[0], x) for given in (odd, rows))
+    np.testing.assert_array_equal(found, right)
+
+
+def test_a_constant_sample_does_not_divide_by_nothing() -> None:
+    rows = [[np.zeros((1, *SHAPE), np.float32)] for _ in range(3)]
+    quantised, _ = static_int8(network(), Sample(rows, (OUTPUT,), 1))
+    assert np.isfinite(run(quantised, images(4, 3))).all()
