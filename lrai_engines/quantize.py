@@ -7,6 +7,7 @@ operand, attention among it, stays in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,8 @@ _MIXED_BLOCK = 64  # the largest whose bits do not depend on the batch
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 # On these, kernels of uint8 x int8 add two products in int16: 2 * 255 * 64 is the most that fits.
 SATURATING = ("avx2", "x86_64")
+_BITS: Final = 8
+_TABLE_ELEMENTS: Final = 1 << 18  # of the smallest table worth it: 1 MB
 _TINY = 1e-20  # keeps the scale of an all-zero row finite
 
 
@@ -202,12 +205,19 @@ class Graph:
 def rewrite(
     model: onnx.ModelProto, emit: Callable[[Graph, Linear], str]
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
-    """Return a copy of `model` with what qualifies written by `emit`, and a line per operator."""
+    """Return a copy of `model` with what qualifies written by `emit`, and a line per operator.
+
+    Large tables of embeddings become int8 too, with a scale per row: what is read of them is few
+    rows, so that costs no time, and they are half of what a small encoder weighs.
+    """
     graph = Graph(next((o.version for o in model.opset_import if o.domain in _ONNX), 0))
     if graph.opset < _OPSET:
         raise CompileError(f"this form needs opset {_OPSET} or later, the model has {graph.opset}")
     constants, report = _constants(model), []
     for node in model.graph.node:
+        if (table := _table(node, constants)) is not None:
+            report.append(_int8_table(graph, node, table))
+            continue
         if not _is_linear(node):
             graph.nodes.append(node)
             continue
@@ -223,16 +233,56 @@ def rewrite(
             Quantized(
                 node=node.name,
                 op_type=node.op_type,
-                bits=8,
+                bits=_BITS,
                 scheme=scheme,
                 weight_elements=layer.matrix.size,
                 error=graph.errors[layer.weight],
                 harm=graph.harms.get(layer.weight, 0.0),
             )
         )
-    if not graph.errors:
-        raise NothingToQuantize(f"no MatMul or Gemm of {len(report)} has a constant float32 matrix")
+    if not any(line.bits == _BITS and line.op_type != "Gather" for line in report):
+        others = sum(line.op_type != "Gather" for line in report)
+        raise NothingToQuantize(f"no MatMul or Gemm of {others} has a constant float32 matrix")
     return _assemble(model, graph), report
+
+
+def _table(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
+) -> onnx.TensorProto | None:
+    """Return the table that an operator reads rows of, if it is a large one of float32."""
+    if node.op_type != "Gather" or node.domain not in _ONNX:
+        return None
+    table = constants.get(node.input[0])
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    if table is None or axis or len(table.dims) != 2 or math.prod(table.dims) < _TABLE_ELEMENTS:
+        return None
+    inline = table.data_location != onnx.TensorProto.EXTERNAL
+    return table if inline and table.data_type == onnx.TensorProto.FLOAT else None
+
+
+def _int8_table(graph: Graph, node: onnx.NodeProto, tensor: onnx.TensorProto) -> Quantized:
+    """Read rows as int8, and give them their scales after."""
+    name, ids, y = tensor.name, node.input[1], node.output[0]
+    table = numpy_helper.to_array(tensor)
+    if not np.isfinite(table).all():
+        graph.nodes.append(node)
+        why = "the table is not finite"
+        return Quantized(node=node.name, op_type="Gather", why=why)
+    scale = _scale(np.abs(table).max(axis=1, keepdims=True), 127)
+    integers = np.rint(table / scale)
+    graph.constant(f"{name}:int8", integers, np.int8)
+    graph.constant(f"{name}:scale", scale, np.float32)
+    rows = graph.add("Gather", [f"{name}:int8", ids], f"{y}:int8")
+    rows = graph.add("Cast", [rows], f"{y}:float", to=onnx.TensorProto.FLOAT)
+    graph.add("Mul", [rows, graph.add("Gather", [f"{name}:scale", ids], f"{y}:scale")], y)
+    return Quantized(
+        node=node.name,
+        op_type="Gather",
+        bits=_BITS,
+        scheme="int8_rows",
+        weight_elements=table.size,
+        error=relative_error(table, integers * scale),
+    )
 
 
 def _is_linear(node: onnx.NodeProto) -> bool:

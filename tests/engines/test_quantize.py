@@ -375,3 +375,60 @@ def test_the_mixed_form_keeps_what_harms_most_for_its_size_closer(
 def test_a_single_matrix_has_no_mixed_form() -> None:
     with pytest.raises(NothingToQuantize, match="every matrix would be kept closer"):
         mixed_int8(linear(np.eye(4, dtype=np.float32)), {"w": 1.0}, share=0.3)
+
+
+def encoder(rows_: int, columns: int, *, axis: int = 0, reads: int = 1) -> onnx.ModelProto:
+    """Return x, as ids, -> rows of a table -> a matrix; `reads` operators read the table."""
+    random = np.random.default_rng(0)
+    table = random.standard_normal((rows_, columns)).astype(np.float32)
+    table *= np.geomspace(0.01, 10, rows_).astype(np.float32)[:, None]
+    matrix = random.standard_normal((columns, 8)).astype(np.float32)
+    nodes = [helper.make_node("Cast", ["x"], ["ids"], to=TensorProto.INT64)]
+    nodes += [
+        helper.make_node("Gather", ["table", "ids"], [f"e{i}"], f"g{i}", axis=axis)
+        for i in range(reads)
+    ]
+    nodes.append(helper.make_node("Sum", [f"e{i}" for i in range(reads)], ["e"]))
+    nodes.append(helper.make_node("MatMul", ["e", "w"], ["y"], "linear"))
+    return graph(nodes, {"table": table, "w": matrix}, (None,))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("reads", [1, 2])
+def test_a_large_table_of_embeddings_is_int8_with_a_scale_per_row(
+    scheme: Scheme, reads: int
+) -> None:
+    model = encoder(4096, 64, reads=reads)
+    quantised, report = scheme(model)
+    tables = [line for line in report if line.op_type == "Gather"]
+    assert len(tables) == reads
+    assert {(t.bits, t.scheme, t.weight_elements) for t in tables} == {(8, "int8_rows", 4096 * 64)}
+    assert all(0 < line.error < 0.01 for line in tables)
+    assert quantised.ByteSize() < 0.3 * model.ByteSize()
+    for index in (0, 1, 4095, 7, -1):  # alone: rows of all magnitudes
+        ids = np.array([index], np.float32)
+        assert relative_error(run(quantised, ids), run(model, ids)) < 0.02
+
+
+def test_an_index_beyond_the_table_is_still_refused() -> None:
+    quantised, _ = dynamic_int8_per_row(encoder(4096, 64))
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data"):
+        run(quantised, np.array([4096], np.float32))
+
+
+@pytest.mark.parametrize("model", [encoder(512, 64), encoder(64, 4096, axis=1)])
+def test_a_small_table_or_one_that_columns_are_read_of_is_left_alone(
+    model: onnx.ModelProto,
+) -> None:
+    try:
+        _, report = dynamic_int8_per_row(model)
+    except NothingToQuantize:
+        return
+    assert not [line for line in report if line.op_type == "Gather"]
+
+
+def test_a_table_alone_is_no_reason_for_a_form() -> None:
+    model = encoder(4096, 64)
+    model.graph.node[-1].op_type = "Mod"
+    with pytest.raises(NothingToQuantize, match="no MatMul or Gemm of 0"):
+        dynamic_int8_per_row(model)
