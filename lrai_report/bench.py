@@ -129,6 +129,9 @@ def bench(
     opened = Artifact.open(artifact)
     traffic, drawn, words = sized(read_trace(trace), opened, parse_range(lengths))
     _say("trace", f"{trace.name}: {words}")
+    minutes = len(names) * rounds * seconds / 60
+    parts_of = f"{len(names)} policies, {rounds} rounds of {seconds:g} s each; --seconds, --rounds"
+    _say("takes", f"about {minutes:.2g} minutes: {parts_of}")
     cpus, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if busy > _BUSY * cpus:
         _say("note", f"other work is going on (load {busy:.1f} on {cpus} CPUs), and will tell")

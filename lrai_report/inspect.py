@@ -30,8 +30,9 @@ def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAM
     """Show an artifact: its variants with what was measured, its certificates; check every file."""
     artifact = Artifact.open(path)
     manifest = artifact.manifest
-    target = manifest.target
-    made_for = f"{target.isa}, {target.engine} {target.engine_version}, {target.threads} thread(s)"
+    best = manifest.variant(manifest.chosen)
+    isa, version = manifest.made_for(best)
+    made_for = f"{isa}, {best.engine} {version}, {manifest.target.threads} thread(s)"
     _say(f"  version {artifact.version}, for {made_for}", name=manifest.name)
     _say(f"made {manifest.created} by lrai {manifest.lrai_version}")
     for side, specs in (("in", manifest.signature.inputs), ("out", manifest.signature.outputs)):
@@ -39,7 +40,8 @@ def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAM
             axes = "" if spec.batch_axis is None else f"  batch axis {spec.batch_axis}"
             axes += "" if spec.length_axis is None else f"  length axis {spec.length_axis}"
             _say(f"  {side:>3} {spec.name} {spec.datatype} {list(spec.shape)}{axes}")
-    columns = [_column(v, chosen=v.id == manifest.chosen) for v in manifest.variants]
+    serving = {manifest.chosen: "chosen"} | dict.fromkeys(manifest.together, "beside it")
+    columns = [_column(v, serving.get(v.id, "")) for v in manifest.variants]
     table = Table("", *(variant.id for variant in manifest.variants))
     for label in columns[0]:
         table.add_row(label, *(shorten(column.get(label, ""), _CELL) for column in columns))
@@ -48,7 +50,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAM
         _say(f"certificate {c.id}, issued {c.created} by {c.issuer}: {c.statement()}")
 
 
-def _column(variant: Variant, *, chosen: bool) -> dict[str, str]:
+def _column(variant: Variant, serves: str) -> dict[str, str]:
     """Return what the table says of a variant, by row."""
     alone = [point for point in variant.latency if point.rows == 1]
     largest = max(variant.latency, key=lambda p: (p.rows * max(p.length, 1), p.rows), default=None)
@@ -56,7 +58,7 @@ def _column(variant: Variant, *, chosen: bool) -> dict[str, str]:
         (p.rows, p.length): p for p in (*alone[:1], *alone[-1:], *([largest] if largest else []))
     }
     column = {
-        "": "chosen" if chosen else "",
+        "": serves,
         "engine": variant.engine,
         "precision": variant.precision,
         "size": f"{variant.size_bytes / 1e6:.1f} MB",

@@ -54,8 +54,9 @@ class ServedModel:
         self._inputs = artifact.manifest.signature.inputs
         weakref.finalize(self, held.close)
         if held.variant != (wanted := asked.variant or artifact.manifest.chosen):
-            target = artifact.manifest.target
-            made_for = f"{target.isa} and {target.engine} {target.engine_version}"
+            variant = artifact.manifest.variant(wanted)
+            isa, version = artifact.manifest.made_for(variant)
+            made_for = f"{isa} and {variant.engine} {version}"
             _log.warning("%s serves; %s is for %s, not for here", held.variant, wanted, made_for)
         if is_worker():
             tell_cap(artifact, held.variant)

@@ -137,12 +137,12 @@ def _check_version(folder: Path) -> None:
     if backend_of(text) != "lrai":
         return
     config = config_of(text)
-    settings_of(config)
-    source = source_of(folder)
+    settings, source = settings_of(config), source_of(folder)
     if source.name == "model.lrai":
         manifest = lrai.Artifact.open(source).manifest
         complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
-        target = manifest.target
-        made = f"{target.isa} and {target.engine} {target.engine_version}"
-        here = f"{isa_class()} and {target.engine} {installed_version(target.engine)}"
-        _demand(made == here, f"it was compiled for {made}, here are {here}: fp32 will serve")
+        chosen = manifest.variant(settings.asked.variant or manifest.chosen)
+        isa, version = manifest.made_for(chosen)
+        made = f"{isa} and {chosen.engine} {version}"
+        here = f"{isa_class()} and {chosen.engine} {installed_version(chosen.engine) or 'none'}"
+        _demand(made == here, f"it was compiled for {made}, here are {here}: another form serves")
