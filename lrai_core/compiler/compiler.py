@@ -262,7 +262,7 @@ class _Compilation:
             if candidate.speedup < _WORTH:
                 self._reject(candidate.name, f"{candidate.pace}: {_WORTH} or more is worth it")
             elif len(self.kept) >= keep - 1:
-                why = f"{candidate.pace}: not judged, {keep - 1} faster forms passed"
+                why = f"{candidate.pace}: not judged, {keep - 1} better ones passed"
                 self._reject(candidate.name, why)
             else:
                 self._judge(candidate, self.gate, reference, partial(tick, candidate.name))

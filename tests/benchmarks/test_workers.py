@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.host import Helper, Host, held
 from benchmarks.workers import EACH, ONE, Round, Side, checks_of, compare
+from tests.integration.test_runtime_faults import wait_until
 
 
 def sides(*pairs: tuple[Round, Round]) -> list[Side]:
@@ -84,8 +85,8 @@ def test_a_host_finds_its_own_processes_and_ends_them() -> None:
             [sys.executable, "-c", sleep, "lrai_core.actor.actor", f"ipc://{host.folder}/x/actors"]
         )
         try:
-            assert host.daemons() == [ours.pid]
-            assert host.actors() == [actor.pid]
+            wait_until(lambda: host.daemons() == [ours.pid])  # an exec has no command line at first
+            wait_until(lambda: host.actors() == [actor.pid])
             assert host.config.runtime.socket_dir == str(host.folder)
             actor.kill()
             actor.wait()
