@@ -50,16 +50,18 @@ def static_int8(
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
     """
-    weighted = [node for node in model.graph.node if node.op_type in _WEIGHTED]
+    marked = onnx.ModelProto()
+    marked.CopyFrom(model)
+    marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    for index, node in enumerate(marked.graph.node):
+        node.name = node.name or f"lrai:{index}"  # the quantiser knows operators by their names
+    weighted = [node for node in marked.graph.node if node.op_type in _WEIGHTED]
     if not any(node.op_type.startswith("Conv") for node in weighted):
         raise NothingToQuantize("no convolution: static scales are for networks that have some")
     rows = [row for row in sample.rows if all(map(_finite, row))][:_MOST]
     if not rows:
         raise CompileError("no row to see activations of: none is there, or none is finite")
     ends = [weighted[0].name, weighted[-1].name] if keep_ends else []
-    marked = onnx.ModelProto()
-    marked.CopyFrom(model)
-    marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with tempfile.TemporaryDirectory(prefix="lrai-static-") as folder:
         target = Path(folder, "static.onnx")
         try:

@@ -89,6 +89,15 @@ def test_the_ends_stay_in_float32_where_that_is_asked_for() -> None:
     assert report[0].why == report[2].why == "first or last, kept closer"
 
 
+def test_operators_without_names_are_told_apart() -> None:
+    proto, x = network(), images(8, 2)
+    for node in proto.graph.node:
+        node.ClearField("name")
+    quantised, report = static_int8(proto, sample(), keep_ends=True)
+    assert [line.bits for line in report] == [32, 8, 32]
+    assert 0 < distance(run(quantised, x), run(proto, x)) < 0.06
+
+
 def test_the_model_is_not_changed_and_nothing_is_said(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
