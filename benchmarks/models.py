@@ -206,12 +206,12 @@ def sst2(data: Path, split: str) -> tuple[list[str], NDArray[np.int64]]:
     return [text for text, _ in rows], np.array([int(label) for _, label in rows], dtype=np.int64)
 
 
-def classifier(path: Path, seed: int, hidden: int = 256) -> tuple[Path, Arrays]:
+def classifier(path: Path, seed: int, hidden: int = 256, layers: int = 2) -> tuple[Path, Arrays]:
     """Train a small classifier, write it to `path`, and return `path` and 4,000 rows held out.
 
-    An MLP 64-hidden-hidden-10 at opset 17: `features` float32 [batch, 64] to `logits` float32
-    [batch, 10]. The classes overlap, so that it is right on about 95% of the rows and a damaged
-    copy shows. The rows are `features` and `label`, int64 [rows].
+    An MLP 64-hidden-…-10 at opset 17: `features` float32 [batch, 64] to `logits` float32
+    [batch, 10], with `layers` hidden layers. The classes overlap, so that it is right on about 95%
+    of the rows and a damaged copy shows. The rows are `features` and `label`, int64 [rows].
 
     256 units are too few for int8 to be faster on a processor without integer dot products.
     """
@@ -220,8 +220,29 @@ def classifier(path: Path, seed: int, hidden: int = 256) -> tuple[Path, Arrays]:
     centres = rng.normal(size=(10, 4, 64))
     train_features, train_labels = _clustered_rows(rng, centres, 12_000)
     features, labels = _clustered_rows(rng, centres, 4_000)
-    layers = _train(rng, train_features, train_labels, sizes=(64, hidden, hidden, 10))
+    sizes = (64, *[hidden] * layers, 10)
 
+    mlp_onnx(path, _train(rng, train_features, train_labels, sizes))
+    return path, {"features": features, "label": labels}
+
+
+def train_mlp(
+    path: Path,
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    hidden: Sequence[int],
+    seed: int = 0,
+) -> Path:
+    """Train an MLP on these rows, write it to `path` and return `path`; see `mlp_onnx`."""
+    sizes = (features.shape[1], *hidden, int(labels.max()) + 1)
+    return mlp_onnx(path, _train(np.random.default_rng(seed), features, labels, sizes))
+
+
+def mlp_onnx(path: Path, layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Path:
+    """Write layers of (weight [inputs, outputs], bias) with Relu between to `path`; return `path`.
+
+    Opset 17: `features` float32 [batch, width] to `logits` float32 [batch, classes].
+    """
     graph = _Graph()
     value = "features"
     for index, (weight, bias) in enumerate(layers):
@@ -236,12 +257,47 @@ def classifier(path: Path, seed: int, hidden: int = 256) -> tuple[Path, Arrays]:
         )
         if not last:
             value = graph.node("Relu", value)
-    graph.save(
-        path,
-        inputs=[helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 64])],
-        outputs=[helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
+    widths = {"features": len(layers[0][0]), "logits": len(layers[-1][1])}
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
+        for name, width in widths.items()
     )
-    return path, {"features": features, "label": labels}
+    return graph.save(path, inputs=[x], outputs=[y])
+
+
+def unequal(path: Path, rows: int = 3_000, seed: int = 3) -> tuple[Path, Arrays]:
+    """Write a network in which int8 loses what decides about the smaller group, and return rows.
+
+    Each column's scale is set by one large weight, of a feature that is always zero. The large
+    group is decided by weights an eighth as large, the small one, a fifth of the rows, by weights
+    that vanish beside it. Without Relu, so that this is easy to see. The rows are `features`,
+    `label` (which the network misses on 30 % of the small group) and `group`.
+    """
+    width, hidden, random = 512, 1024, np.random.default_rng(seed)
+    half = width // 2
+    first = np.ones((width, hidden), np.float32)
+    first[1:half] = random.choice([-1, 1], (half - 1, hidden)) / 8
+    first[half:] = random.choice([-1, 1], (width - half, hidden)) / 700
+    second = random.standard_normal((hidden, 1)).astype(np.float32)
+    last = np.concatenate([-second, second], axis=1)
+    graph = _Graph()
+    inner = graph.node("MatMul", "features", graph.constant("first", first))
+    graph.node("MatMul", inner, graph.constant("last", last), output="logits")
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", extent])
+        for name, extent in (("features", width), ("logits", 2))
+    )
+    graph.save(path, inputs=[x], outputs=[y])
+    small = random.random(rows) < 0.2
+    features = random.standard_normal((rows, width)).astype(np.float32)
+    features[:, 0] = 0
+    features[small, :half] = 0
+    features[~small, half:] = 0
+    label = ((features @ first @ last)[:, 1] > 0).astype(np.int64)
+    label = np.where(small & (random.random(rows) < 0.3), 1 - label, label)
+    return path, {
+        "features": features, "label": label, "group": np.where(small, "small", "large"),
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 
 from lrai_core.errors import ArtifactError, EnvironmentProblem, UsageError, shorten
+from lrai_core.fairness import Disparity
 from lrai_core.protocol import Signature
 
 # msgspec 0.22 learns a type when it first reads one, and dies of two threads that do so at once.
@@ -105,6 +106,8 @@ class GateResult(_Record, frozen=True, kw_only=True):
         accuracy_loss_bound: Its one-sided 95 % upper bound, the worse of alone and batched.
         difference: Quantiles (p50, p90, p99, max) of the largest difference per row after the
             output map.
+        groups: By column and group how the variant's decisions fare, alone.
+        disparities: What it does to differences between groups, the worse of alone and batched.
     """
 
     passed: bool
@@ -116,6 +119,8 @@ class GateResult(_Record, frozen=True, kw_only=True):
     accuracy_loss: float | None = None
     accuracy_loss_bound: float | None = None
     difference: dict[str, float] = {}
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    disparities: tuple[Disparity, ...] = ()
 
 
 class Variant(_Record, frozen=True, kw_only=True):
@@ -160,6 +165,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     together: tuple[str, ...] = ()  # serve beside it, each the calls that it is fastest at
     # Forms judged on the gate rows: certificates on the same rows pay for them.
     candidates: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 1
+    demanded: tuple[float, float] | None = None  # epsilon, and the share that may exceed it
     target: Target
     files: dict[str, FileEntry]
 

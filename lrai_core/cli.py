@@ -55,6 +55,10 @@ def compile(
     max_accuracy_loss: Annotated[float, typer.Option(help="Largest loss, as a share.")] = 0.01,
     epsilon: Annotated[float | None, typer.Option(help="Closeness to demand and certify.")] = None,
     delta: Annotated[float, typer.Option(help="Share of inputs that may exceed epsilon.")] = 0.01,
+    group: Annotated[
+        list[str] | None, typer.Option(help="Array of groups to treat alike; repeatable.")
+    ] = None,
+    max_disparity: Annotated[float, typer.Option(help="Most that a group may lose.")] = 0.01,
     axes: Annotated[
         Path | None, typer.Option(help="TOML that states batch and length axes.")
     ] = None,
@@ -91,6 +95,8 @@ def compile(
             max_accuracy_loss=max_accuracy_loss,
             epsilon=epsilon,
             delta=delta,
+            groups=group or (),
+            max_disparity=max_disparity,
             axes=axes,
             keep=keep,
             engines=engine or (),

@@ -1,30 +1,37 @@
-"""The forms that onnxruntime runs beside fp32."""
+"""The forms that onnxruntime runs: fp32, int8, and each under every set of optimizer passes."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 
 import onnx
 from google.protobuf.message import EncodeError
+from onnx.external_data_helper import load_external_data_for_model
 
-from lrai_core.compiler.search import Build, Quantized, Sample
+from lrai_core.compiler.search import Built, Material, Quantized, Reject, Sample
+from lrai_core.engine.engine import Engine
 from lrai_core.errors import ArtifactError, CompileError, EngineError
+from lrai_engines import fusion
 from lrai_engines.quantize import dynamic_int8, dynamic_int8_per_row, matmul_nbits, mixed_int8
 from lrai_engines.sensitivity import harms
 from lrai_engines.static import static_int8
 
 _SHARES: Final = (30, 50, 75)  # per cent of the harm that is kept closer
 
+Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
-def forms(sample: Sample) -> dict[str, Build]:
-    """Return every form and what builds it; what the sample tells is found once, when needed."""
+
+def forms(sample: Sample, threads: int) -> dict[str, Build]:
+    """Return every form beside fp32 and what builds it; what the sample tells is found once."""
     known: dict[str, float] = {}
 
     def mixed(model: onnx.ModelProto, *, share: float) -> tuple[onnx.ModelProto, list[Quantized]]:
         if not known:
             try:
-                known.update(harms(model, sample))
+                known.update(harms(model, sample, threads))
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
                 raise CompileError(f"what each matrix does cannot be told: {error}") from None
         return mixed_int8(model, known, share=share)
@@ -38,3 +45,72 @@ def forms(sample: Sample) -> dict[str, Build]:
         "int8-block32": partial(matmul_nbits, block_size=32),
         "int8-block128": partial(matmul_nbits, block_size=128),
     }
+
+
+class OnnxRuntimeForms:
+    """Builds them; see `Builder`."""
+
+    steps = 10 * len(fusion.DISABLEABLE)
+
+    def __init__(self, engine: Engine) -> None:
+        """Build for an engine."""
+        self.engine = engine
+
+    def build(self, material: Material, reject: Reject) -> Iterator[Built]:
+        """Yield fp32, and with a sample the other forms, each under every pass set that differs."""
+        yield from _under_each_pass_set("fp32", material.model, [], material, reject)
+        if material.sample is None:
+            return
+        try:
+            basic = standard(material)
+        except CompileError as error:
+            reject("int8", str(error))
+            return
+        for form, transform in forms(material.sample, material.threads).items():
+            try:
+                graph, operators = transform(basic)
+            except CompileError as error:
+                reject(form, str(error))
+                continue
+            yield from _under_each_pass_set(form, graph, operators, material, reject)
+
+
+def standard(material: Material) -> onnx.ModelProto:
+    """Return the model in standard operators, simplified, its weights inline.
+
+    Raises:
+        CompileError: onnxruntime rejects it.
+    """
+    weights = material.shared.folder
+    basic = fusion.optimise(
+        material.model, level="basic", threads=material.threads, weights=weights
+    )
+    load_external_data_for_model(basic, str(weights))
+    return basic
+
+
+def _under_each_pass_set(
+    form: str,
+    graph: onnx.ModelProto,
+    operators: list[Quantized],
+    material: Material,
+    reject: Reject,
+) -> Iterator[Built]:
+    seen: set[bytes] = set()
+    precision = "int8" if operators else "fp32"
+    weights, threads = material.shared.folder, material.threads
+    for name, passes_off in fusion.DISABLEABLE:
+        file = material.folder / f"{form}.{name}" / "model.onnx"
+        file.parent.mkdir()
+        try:
+            optimised = fusion.optimise(
+                graph, level="all", disabled=passes_off, threads=threads, weights=weights
+            )
+        except CompileError as error:
+            reject(f"{form} ({name})", str(error))
+            continue
+        size = material.shared.write_variant(optimised, file)
+        digest = hashlib.sha256(file.read_bytes()).digest()
+        if digest not in seen:  # else the passes had nothing to do
+            yield Built(form, precision, file, size, operators, passes_off, shared=True)
+        seen.add(digest)

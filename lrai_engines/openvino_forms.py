@@ -6,17 +6,17 @@ columns: closer to float32 than a scale per tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import msgspec
 import onnx
 import openvino as ov
 
-from lrai_core.compiler.search import Build, Built
+from lrai_core.compiler.search import Built, Material, Reject
 from lrai_core.errors import CompileError
+from lrai_engines.forms import Build, standard
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import weights_int8
 
@@ -46,16 +46,21 @@ _FORMS: Final = {
 class OpenVinoForms:
     """Builds them; see `Builder`."""
 
-    names: Sequence[str] = tuple(_FORMS)
+    steps = len(_FORMS)
 
     def __init__(self, engine: OpenVino) -> None:
         """Build for an engine."""
         self.engine = engine
 
-    def build(
-        self, model: onnx.ModelProto, folder: Path, reject: Callable[[str, str], None]
-    ) -> Iterator[Built]:
-        """Yield each form that this CPU runs; see `Builder.build`."""
+    def build(self, material: Material, reject: Reject) -> Iterator[Built]:
+        """Yield each form that this CPU runs; without a sample there is none to be judged."""
+        if material.sample is None:
+            return
+        try:
+            model = standard(material)
+        except CompileError as error:
+            reject(self.engine.name, str(error))
+            return
         able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         for name, form in _FORMS.items():
             if form.precision.upper() not in able:
@@ -66,7 +71,7 @@ class OpenVinoForms:
                 network = self.engine.core.read_model(proto.SerializeToString(), b"")
                 notes = Notes(FLOAT32 | form.settings, _bounds(model))
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
-                graph = folder / name / "model.xml"
+                graph = material.folder / name / "model.xml"
                 graph.parent.mkdir()
                 ov.save_model(network, graph, compress_to_fp16=False)
             except CompileError as error:
@@ -74,7 +79,8 @@ class OpenVinoForms:
             except REFUSALS as error:
                 reject(name, f"openvino cannot read the model: {reason(error)}")
             else:
-                yield Built(name, form.precision, graph, operators)
+                size = sum(file.stat().st_size for file in graph.parent.iterdir())
+                yield Built(name, form.precision, graph, size, operators)
 
 
 def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:

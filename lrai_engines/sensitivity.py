@@ -28,7 +28,7 @@ _FEWEST, _MOST = 4, 32  # rows
 _LARGEST: Final = 1e3  # of one difference: beyond, none is worse than another
 
 
-def harms(model: onnx.ModelProto, sample: Sample) -> dict[str, float]:
+def harms(model: onnx.ModelProto, sample: Sample, threads: int = 1) -> dict[str, float]:
     """Return for each matrix the mean squared difference that it makes to the mapped outputs.
 
     One graph holds every product in both precisions, and a switch for each that takes one or the
@@ -37,6 +37,7 @@ def harms(model: onnx.ModelProto, sample: Sample) -> dict[str, float]:
     Args:
         model: Standard operators, weights inline. Not modified.
         sample: Rows that nothing else is judged on; as many as 15 seconds allow, 4 to 32.
+        threads: Of the engine.
 
     Raises:
         CompileError: No matrix qualifies.
@@ -48,7 +49,7 @@ def harms(model: onnx.ModelProto, sample: Sample) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="lrai-sensitivity-") as folder:
         file = Path(folder, "model.onnx")
         file.write_bytes(_switched(model, names).SerializeToString())
-        session = find_engine("onnxruntime").load(file, threads=sample.threads, optimise=True)
+        session = find_engine("onnxruntime").load(file, threads=threads, optimise=True)
     off = np.zeros(len(names), np.float32)
     squares: list[list[float]] = [[] for _ in names]
     began = time.perf_counter()

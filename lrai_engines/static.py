@@ -1,7 +1,7 @@
-"""Static quantisation of networks with convolutions, by onnxruntime's own quantiser.
+"""Static quantisation of networks without attention, by onnxruntime's own quantiser.
 
-Activations get a scale per tensor that is found before, on a sample. A convolution's output has few
-outliers and its weights many elements, so that costs little closeness and no time when it runs; of
+Activations get a scale per tensor that is found before, on a sample. The outputs of convolutions
+and of plain layers have few outliers, so that costs little closeness, and no time when it runs; of
 transformers neither is true, and they have forms of their own.
 """
 
@@ -26,7 +26,6 @@ from lrai_core.protocol import Array
 from lrai_engines.quantize import SATURATING, NothingToQuantize, relative_error
 
 _MOST: Final = 128  # rows
-_AT_ONCE: Final = 16  # rows whose ranges are held before they are joined
 _WEIGHTED: Final = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 
@@ -45,7 +44,8 @@ def static_int8(
         keep_ends: Leave the first and the last operator with weights in float32.
 
     Raises:
-        NothingToQuantize: The model has no convolution.
+        NothingToQuantize: No operator has weights but those left out, or two activations are
+            multiplied.
         CompileError: The quantiser cannot do it, or the model does not run on the sample.
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
@@ -56,8 +56,12 @@ def static_int8(
     for index, node in enumerate(marked.graph.node):
         node.name = node.name or f"lrai:{index}"  # the quantiser knows operators by their names
     weighted = [node for node in marked.graph.node if node.op_type in _WEIGHTED]
-    if not any(node.op_type.startswith("Conv") for node in weighted):
-        raise NothingToQuantize("no convolution: static scales are for networks that have some")
+    constants = {tensor.name for tensor in model.graph.initializer}
+    if any(n.op_type == "MatMul" and not constants.intersection(n.input) for n in weighted):
+        raise NothingToQuantize("attention: static scales are for networks without")
+    weighted = [node for node in weighted if constants.intersection(node.input)]
+    if not weighted:
+        raise NothingToQuantize("no convolution, MatMul or Gemm with constant weights")
     rows = [row for row in sample.rows if all(map(_finite, row))][:_MOST]
     if not rows:
         raise CompileError("no row to see activations of: none is there, or none is finite")
@@ -75,12 +79,14 @@ def static_int8(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=ends,
-                extra_options={"CalibMaxIntermediateOutputs": _AT_ONCE},
             )
             quantised = onnx.load(target)
         except _FAULTS as error:
             raise CompileError(f"onnxruntime cannot quantise the model: {reason(error)}") from None
-    return quantised, list(_report(model, quantised, weighted, ends))
+    report = list(_report(model, quantised, weighted, ends))
+    if not any(line.weight_elements for line in report):
+        raise NothingToQuantize("no operator is left that could be quantised")
+    return quantised, report
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc] # without types

@@ -74,6 +74,10 @@ def _column(variant: Variant, serves: str) -> dict[str, str]:
         elif gate.agreement is not None:
             bound = f"at least {gate.agreement_bound:.2%}"
             column["accuracy"] = f"{gate.agreement:.2%} ({bound}) {gate.measure}"
+        for one in gate.disparities:
+            widened = one.widened_bound
+            said = "insufficient data" if widened is None else f"wider by {widened:.2%} at most"
+            column[f"{one.measure} by {one.attribute}"] = f"{one.variant:.2%}, {said}"
         column["differs by"] = f"p50 {gate.difference['p50']:.2g}, p99 {gate.difference['p99']:.2g}"
     column["batch effect"] = f"{variant.batch_effect:g}"
     column["why"] = variant.why

@@ -19,12 +19,12 @@ LONG_FILE = 300
 WORDS = ("errors", "protocol", "config", "events", "confidence", "fairness")
 BUDGETS = {  # paths below the root, without .py; a package or room that is not there yet is skipped
     "core": (5000, ["lrai_core"]),
-    "core: words": (600, [f"lrai_core/{name}" for name in WORDS]),
+    "core: words": (670, [f"lrai_core/{name}" for name in WORDS]),
     "core: artifact": (370, ["lrai_core/artifact", "lrai_core/executor"]),
     "core: wire": (310, ["lrai_core/wire"]),
     "core: engine": (250, ["lrai_core/engine"]),
     "core: compiler": (1020, ["lrai_core/compiler"]),
-    "core: verifier": (450, ["lrai_core/verifier"]),
+    "core: verifier": (490, ["lrai_core/verifier"]),
     "core: scheduler": (800, ["lrai_core/scheduler"]),
     "core: actor": (320, ["lrai_core/actor"]),
     "core: runtime": (650, ["lrai_core/runtime"]),

@@ -1,6 +1,6 @@
 """`compile`: the passes in order, from a model file to an artifact. Read this first.
 
-load → axes → fuse → candidates → profile → gate → choose → certify → write. Each pass needs what
+load → axes → rows → candidates → profile → gate → choose → certify → write. Each pass needs what
 the one before ensures; the state they share is `_Compilation`.
 """
 
@@ -22,18 +22,18 @@ import onnx
 
 from lrai_core import artifact as store
 from lrai_core.artifact import Artifact, Manifest, Source, Target, Variant
-from lrai_core.compiler import fusion, gate, search
+from lrai_core.compiler import gate, search
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
 from lrai_core.compiler.model import SharedWeights, declared, load_model
-from lrai_core.compiler.search import Build, Builder, Candidate, Sample
+from lrai_core.compiler.search import Builder, Candidate, Material, Sample
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import CompileError, EngineError, UsageError, shorten
 from lrai_core.protocol import OutputMap, Signature
 from lrai_core.verifier.certificate import Spec, write_certificate
 from lrai_core.verifier.sample import Rows, disjoint, read_rows, save_rows
-from lrai_core.verifier.spec import FAR, MEASURES, difference, round_up
+from lrai_core.verifier.spec import FAR, MEASURES, round_up
 from lrai_core.verifier.verifier import failing, issue
 
 Data = str | Path | Mapping[str, Any]
@@ -66,6 +66,8 @@ def compile(
     max_accuracy_loss: float = 0.01,
     epsilon: float | None = None,
     delta: float = 0.01,
+    groups: Sequence[str] = (),
+    max_disparity: float = 0.01,
     axes: str | Path | None = None,
     keep: int = 2,
     engines: Sequence[str] = (),
@@ -89,6 +91,9 @@ def compile(
         epsilon: Closeness to certify, and to demand of all but `delta` of inputs. By default the
             99th percentile on the search rows is certified and nothing is demanded.
         delta: Share of inputs that may differ by more than epsilon.
+        groups: Arrays of the evaluation that say to which group a row belongs, of two-class models
+            with labels: demographic parity and equalised odds may not widen.
+        max_disparity: By how much they may, as a share, at 95 % confidence.
         axes: TOML file that states batch and length axes instead of finding them.
         keep: Variants to keep, fp32 among them; at least 1. With 3 or more, one that is faster for
             calls of some size than the chosen one serves those, and is loaded beside it.
@@ -105,16 +110,22 @@ def compile(
     """
     model, out = Path(model), Path(out)
     conditions = Conditions(
-        metric=metric, max_accuracy_loss=max_accuracy_loss, epsilon=epsilon, delta=delta
+        metric=metric,
+        max_accuracy_loss=max_accuracy_loss,
+        epsilon=epsilon,
+        delta=delta,
+        groups=tuple(groups),
+        max_disparity=max_disparity,
     )
     if output_map not in MEASURES:
         got, known = shorten(str(output_map)), ", ".join(MEASURES)
         raise UsageError(f"output_map {got!r} is unknown; known: {known}")
     if keep < 1:
         raise UsageError(f"keep is {keep}, at least 1 is needed: fp32 is always kept")
-    if epsilon is not None and evaluation is None:
-        raise UsageError("epsilon needs evaluation rows to be judged on")
-    builders = [search.find_builder(name) for name in engines if name != "onnxruntime"]
+    for name in ("epsilon", "groups"):
+        if getattr(conditions, name) and evaluation is None:
+            raise UsageError(f"{name} needs evaluation rows to be judged on")
+    builders = list(map(search.find_builder, dict.fromkeys(("onnxruntime", *engines))))
     report = progress or (lambda _: None)
     with store.writing(out) as folder, tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
         work = _Compilation(folder, Path(scratch), conditions, threads or available_cpus(), report)
@@ -149,6 +160,7 @@ class _Compilation:
     search: Rows | None = None
     gate: Rows | None = None
     candidates: list[Candidate] = field(default_factory=list)
+    judged: int = 1
     kept: list[tuple[Candidate, Judged | None]] = field(default_factory=list)
 
     def load(self, path: Path) -> None:
@@ -187,9 +199,8 @@ class _Compilation:
 
     def split_rows(self, calibration: Data | None, evaluation: Data | None, seed: int) -> None:
         """Require: rows. Ensure: disjoint sample, search and gate rows, enough of them."""
-        given = None
-        if calibration is not None:
-            given, _ = read_rows(calibration, self.signature, "calibration")
+        read = partial(read_rows, signature=self.signature, what="calibration")
+        given = None if calibration is None else read(calibration)[0]
         if self.rows is None or evaluation is None:
             self._notify(
                 "no evaluation data: only fp32 is kept, optimised; a file of rows (--evaluation) "
@@ -208,22 +219,12 @@ class _Compilation:
 
     def build(self, builders: Sequence[Builder]) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
-        wanted: dict[str, Build | None] = {"fp32": None}
-        if self.sample is not None:
-            sample = Sample(self.sample.inputs, self.signature.outputs, self.threads)
-            wanted = search.forms(sample)
-        builders = builders if self.gate else []
-        steps = len(wanted) * len(fusion.DISABLEABLE) + sum(len(b.names) for b in builders)
-        tick = self._begin("build", steps, "fp32")
-        told: dict[str, Any] = {"threads": self.threads, "tick": tick, "reject": self._reject}
-        self.candidates = search.build(
-            self.proto, wanted, folder=self.scratch, shared=self.shared, engine=self.engine, **told
-        )
-        weights = self.shared.folder
+        rows = self.sample
+        sample = None if rows is None else Sample(rows.inputs, self.signature.outputs)
+        material = Material(self.proto, self.shared, self.scratch, sample, self.threads)
+        tick = self._begin("build", sum(builder.steps for builder in builders), "fp32")
         for builder in builders:
-            self.candidates += search.build_for(
-                builder, self.proto, folder=self.scratch, weights=weights, **told
-            )
+            self.candidates += search.build(builder, material, tick, self._reject)
         if not self.candidates or self.candidates[0].form != "fp32":
             raise CompileError("onnxruntime cannot run an optimised form of the model")
 
@@ -246,39 +247,78 @@ class _Compilation:
         self.candidates = list(fastest.values())
 
     def judge(self, keep: int) -> None:
-        """Require: measured candidates, fastest first. Ensure: those to keep, fp32 last."""
-        fp32 = next(c for c in self.candidates if c.form == "fp32")
-        if self.gate is None:
+        """Require: measured candidates. Ensure: those to keep, the chosen one first, fp32 last.
+
+        What is judged is judged from the closest on, and the first that fails ends it: the order is
+        told by the search rows, so each has the whole level, whatever their number (fixed sequence
+        testing; Angelopoulos et al. 2021, "Learn then Test").
+        """
+        fp32 = next(candidate for candidate in self.candidates if candidate.form == "fp32")
+        if self.gate is None or self.search is None:
             self.kept = [(fp32, None)]
             return
-        runs = 3 + 2 * sum(candidate.speedup >= _WORTH for candidate in self.candidates)
-        tick = self._begin("gate", len(self.gate) * runs, "source")
+        front = self._front(self.search)
+        self.judged = max(1, len(front))
+        tick = self._begin("gate", len(self.gate) * (3 + 2 * len(front)), "source")
         reference = gate.run_alone(self.reference, self.gate, tick)
-        left = [candidate for candidate in self.candidates if candidate is not fp32]
-        while left:  # after the fastest, what makes most of the calls faster beside it
-            kept = [one for one, _ in self.kept]
-            candidate = max(left, key=lambda c: c.gain(kept) if kept else c.speedup)
-            left.remove(candidate)
-            if candidate.speedup < _WORTH:
-                self._reject(candidate.name, f"{candidate.pace}: {_WORTH} or more is worth it")
-            elif len(self.kept) >= keep - 1:
-                why = f"{candidate.pace}: not judged, {keep - 1} better ones passed"
-                self._reject(candidate.name, why)
+        passed, failed = [(fp32, self._judge(fp32, self.gate, reference, tick))], ""
+        for candidate in front:
+            if failed:
+                self._reject(candidate.name, f"{candidate.pace}; {failed} is closer, and failed")
+                continue
+            found = self._judge(candidate, self.gate, reference, partial(tick, candidate.name))
+            if found and found.result.passed:
+                passed.append((candidate, found))
             else:
-                self._judge(candidate, self.gate, reference, partial(tick, candidate.name))
-        self._judge(fp32, self.gate, reference, partial(tick, fp32.name))
+                failed = candidate.name
+        last = passed.pop(0)
+        while passed and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
+            kept = [one for one, _ in self.kept]
+            best = max(passed, key=lambda one: one[0].gain(kept) if kept else one[0].speedup)
+            passed.remove(best)
+            self.kept.append(best)
+        self.kept.append(last)
 
-    def _judge(self, candidate: Candidate, rows: Rows, reference: Outputs, tick: Tick) -> None:
+    def _front(self, rows: Rows) -> list[Candidate]:
+        """Return what is worth judging, the closest first: faster than closer ones, by engine."""
+        worth, front = list[Candidate](), list[Candidate]()
+        for candidate in self.candidates:
+            if candidate.form == "fp32" or candidate.speedup >= _WORTH:
+                worth.append(candidate)
+            else:
+                self._reject(candidate.name, f"{candidate.pace}: {_WORTH} or more is worth it")
+        tick = self._begin("search", len(rows) * (1 + 2 * len(worth)), "source")
+        reference = gate.run_alone(self.reference, rows, tick)
+        for candidate in tuple(worth):
+            try:
+                told = partial(tick, candidate.name)
+                runs = gate.run(candidate.session, rows, self.signature, told)
+                candidate.gaps = gate.worst_gaps(reference, runs, self.signature.outputs)
+            except (EngineError, ValueError) as error:  # it does not run, or not in batches
+                self._reject(candidate.name, str(error))
+                worth.remove(candidate)
+        worth.sort(key=lambda candidate: (candidate.gap(0.9), -candidate.speedup))
+        for candidate in worth:
+            closer = [one for one in front if one.engine is candidate.engine]
+            if candidate.form != "fp32" and (not closer or candidate.gain(closer) >= _WORTH):
+                front.append(candidate)
+            elif candidate.form != "fp32":
+                self._reject(candidate.name, f"{candidate.pace}; closer ones are as fast")
+        return front
+
+    def _judge(
+        self, candidate: Candidate, rows: Rows, reference: Outputs, tick: Tick
+    ) -> Judged | None:
+        """Return what the gate says of a form, None where it does not run."""
         fp32 = candidate.form == "fp32"
         try:
-            found = gate.judge(
-                candidate.session, reference, rows, self.signature, self.conditions, tick
-            )
-        except (EngineError, ValueError) as error:  # it does not run, or not in batches
+            runs = gate.run(candidate.session, rows, self.signature, tick)
+            found = gate.judge(runs, reference, rows, self.signature, self.conditions)
+        except (EngineError, ValueError) as error:
             if fp32:
                 raise CompileError(f"the model does not run as its axes say: {error}") from None
             self._reject(candidate.name, str(error))
-            return
+            return None
         if fp32 and not found.result.passed:
             raise CompileError(
                 "the optimised fp32 model does not give the source model's answers: "
@@ -293,15 +333,14 @@ class _Compilation:
             batch_effect=found.batch_effect,
             difference=found.result.difference,
         )
-        if found.result.passed:
-            self.kept.append((candidate, found))
+        return found
 
     def write(self, name: str) -> None:
         """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
         chosen = variants[0]
-        together = self._together()
+        together, asked = self._together(), self.conditions
         self._record("decision", chosen=chosen.id, why=chosen.why)
         for candidate, _ in self.kept:
             for operator in candidate.operators:
@@ -328,7 +367,8 @@ class _Compilation:
                 variants=tuple(variants),
                 chosen=chosen.id,
                 together=tuple(together),
-                candidates=max(1, sum(c.speedup >= _WORTH for c in self.candidates)),
+                candidates=self.judged,
+                demanded=(asked.epsilon, asked.delta) if asked.epsilon else None,
                 target=target,
                 files={},
             ),
@@ -349,17 +389,11 @@ class _Compilation:
         return found
 
     def _certify(self, candidate: Candidate, found: Judged | None) -> None:
-        if found is None or self.search is None or not self.gate:
+        if found is None or not self.gate:
             return
         epsilon = self.conditions.epsilon
         if epsilon is None:
-            gaps = [
-                difference(
-                    self.reference.run(row), candidate.session.run(row), self.signature.outputs
-                )
-                for row in self.search.inputs
-            ]
-            epsilon = round_up(max(float(np.quantile(gaps, 0.99, method="higher")), 1e-6))
+            epsilon = round_up(max(candidate.gap(0.99), 1e-6))
             if epsilon >= FAR:
                 return  # there is nothing to state
         failures = failing(found.gaps[: len(self.gate)], epsilon)
@@ -369,7 +403,6 @@ class _Compilation:
 
     def _variant(self, candidate: Candidate, found: Judged | None) -> Variant:
         shutil.copytree(candidate.graph.parent, self.folder / "variants" / candidate.form)
-        own, version = candidate.engine is not self.engine, candidate.engine.version
         first = self.kept[0][0] is candidate
         why = candidate.pace if candidate.form != "fp32" else "always kept"
         if found is not None:
@@ -377,10 +410,10 @@ class _Compilation:
         return Variant(
             id=candidate.form,
             engine=candidate.engine.name,
-            engine_version=version if own else "",
+            engine_version="" if candidate.shared else candidate.engine.version,
             precision=candidate.precision,
             model=f"variants/{candidate.form}/{candidate.graph.name}",
-            weights="" if own else "source",
+            weights="source" if candidate.shared else "",
             size_bytes=candidate.size_bytes,
             passes_off=candidate.passes_off,
             latency=tuple(candidate.latency),
@@ -392,7 +425,9 @@ class _Compilation:
 
     def _read(self, evaluation: Data | None, signature: Signature) -> None:
         if evaluation is not None:
-            self.rows, repeated = read_rows(evaluation, signature, "evaluation")
+            self.rows, repeated = read_rows(
+                evaluation, signature, "evaluation", self.conditions.groups
+            )
             if repeated:
                 self._notify(f"evaluation: {repeated} repeated rows left out")
 

@@ -6,6 +6,7 @@ batches, and the worse counts. Failing is a normal result.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -14,11 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lrai_core import confidence
+from lrai_core import confidence, fairness
 from lrai_core.artifact import GateResult
 from lrai_core.engine.batching import run_together, shuffled_batches
 from lrai_core.engine.engine import Session
-from lrai_core.errors import CalibrationError, UsageError
+from lrai_core.errors import CalibrationError, UsageError, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, round_up
@@ -48,19 +49,23 @@ class Conditions:
         max_accuracy_loss: Share of rows.
         epsilon: With `delta`, additionally a bound on closeness; None for none.
         delta: Largest share of inputs that may differ by more than epsilon.
+        groups: Columns of groups between which no difference may widen.
+        max_disparity: By how much it may, as a share.
     """
 
     metric: Metric = "top1"
     max_accuracy_loss: float = 0.01
     epsilon: float | None = None
     delta: float = 0.01
+    groups: tuple[str, ...] = ()
+    max_disparity: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
         if self.metric not in _BEST:
             raise UsageError(f"metric {self.metric!r} is unknown; known: {', '.join(_BEST)}")
-        for name, share in (("max_accuracy_loss", self.max_accuracy_loss), ("delta", self.delta)):
-            if not 0 < share < 1:
+        for name in ("max_accuracy_loss", "delta", "max_disparity"):
+            if not 0 < (share := getattr(self, name)) < 1:
                 raise UsageError(f"{name} is {share}, it must lie between 0 and 1")
         if self.epsilon is not None and not self.epsilon > 0:
             raise UsageError(f"epsilon is {self.epsilon}, it must be above 0")
@@ -89,30 +94,40 @@ def run_alone(session: Session, rows: Rows, tick: Tick) -> Outputs:
     return outputs
 
 
-def run_batched(session: Session, rows: Rows, signature: Signature, tick: Tick) -> Outputs:
-    """Return the outputs of every row, run among batch-mates of other lengths in shuffled order."""
-    outputs: Outputs = [[] for _ in rows.inputs]
-    for batch in shuffled_batches(rows.inputs, signature):
-        mates = [rows.inputs[i] for i in batch]
-        for index, own in zip(batch, run_together(session, mates, signature), strict=True):
-            outputs[index] = own
-            tick()
-    return outputs
+def run(session: Session, rows: Rows, signature: Signature, tick: Tick) -> list[Outputs]:
+    """Return the outputs of every row alone and, where rows coalesce, among batch-mates.
+
+    Those are of other lengths and in shuffled order.
+    """
+    runs = [run_alone(session, rows, tick)]
+    if signature.coalescible:
+        batched: Outputs = [[] for _ in rows.inputs]
+        for batch in shuffled_batches(rows.inputs, signature):
+            mates = [rows.inputs[i] for i in batch]
+            for index, own in zip(batch, run_together(session, mates, signature), strict=True):
+                batched[index] = own
+                tick()
+        runs.append(batched)
+    return runs
+
+
+def worst_gaps(
+    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec]
+) -> list[float]:
+    """Return per row the largest difference to the source's outputs of any run, after the maps."""
+    return [max(row) for row in zip(*(_gaps(reference, run, specs) for run in runs), strict=True)]
 
 
 def judge(
-    session: Session,
+    runs: Sequence[Outputs],
     reference: Outputs,
     rows: Rows,
     signature: Signature,
     conditions: Conditions,
-    tick: Tick,
 ) -> Judged:
-    """Return what the gate says of a form, against the source model's outputs."""
-    specs, labels = signature.outputs, rows.labels
-    runs, effect = [run_alone(session, rows, tick)], 0.0
-    if signature.coalescible:
-        runs.append(run_batched(session, rows, signature, tick))
+    """Return what the gate says of a form, by its `run` of the rows and the source's outputs."""
+    specs, labels, effect = signature.outputs, rows.labels, 0.0
+    if len(runs) > 1:
         unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
         effect = max(difference(a, b, unmapped) for a, b in zip(*runs, strict=True))
     if labels is None:
@@ -120,9 +135,10 @@ def judge(
     else:
         found = _label_result(reference, runs, labels, conditions)
     gaps = _gaps(reference, runs[0], specs)
+    if labels is not None and rows.groups:
+        found = _fair_enough(found, reference, runs, rows, labels == 1, conditions.max_disparity)
     if found.passed and conditions.epsilon is not None:
-        each = (_gaps(reference, run, specs) for run in runs)
-        worst = [max(row) for row in zip(*each, strict=True)]
+        worst = worst_gaps(reference, runs, specs)
         found = _close_enough(found, worst, conditions.epsilon, conditions.delta)
     found = msgspec.structs.replace(
         found,
@@ -143,6 +159,17 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
         needed = confidence.rows_needed(conditions.max_accuracy_loss, _PAIR_LEVEL)
     if conditions.epsilon is not None:
         needed = max(needed, confidence.rows_needed(conditions.delta, LEVEL))
+    if rows.groups and (rows.labels is None or set(rows.labels.tolist()) != {0, 1}):
+        raise CalibrationError("evaluation: groups are judged with labels, 0 and 1")
+    least = fairness.rows_needed(conditions.max_disparity, LEVEL)
+    for column, values in rows.groups.items():
+        sizes = Counter(values.tolist()).most_common()
+        if min(size for _, size in sizes[:2]) < least:
+            seen = shorten(", ".join(f"{size} of {group}" for group, size in sizes), 200)
+            raise CalibrationError(
+                f"evaluation: insufficient data in {column!r}: two groups need {least} rows each, "
+                f"{split_off} of all rows are the search's, the gate has {seen}"
+            )
     if len(rows) < needed:
         raise CalibrationError(
             f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search; "
@@ -224,11 +251,57 @@ def _close_enough(found: GateResult, gaps: list[float], epsilon: float, delta: f
     return msgspec.structs.replace(found, passed=bound <= delta, why=why)
 
 
-def _hits(outputs: Outputs, labels: Array, metric: Metric) -> NDArray[np.bool_]:
-    scores = np.stack([row[0].reshape(-1) for row in outputs]).astype(np.float64)
-    if scores.shape[1] < 2:
+def _fair_enough(
+    found: GateResult,
+    reference: Outputs,
+    runs: Sequence[Outputs],
+    rows: Rows,
+    labels: NDArray[np.bool_],
+    most: float,
+) -> GateResult:
+    source, least = _selected(reference), fairness.rows_needed(most, LEVEL)
+    groups, worst, reasons = {}, list[fairness.Disparity](), list[str]()
+    chosen = [_selected(run) for run in runs]
+    for column, values in rows.groups.items():
+        members = {str(group): values == group for group in np.unique(values)}
+        groups[column] = {
+            name: fairness.rates(chosen[0][own], labels[own]) for name, own in members.items()
+        }
+        each = [
+            fairness.disparities(column, members, labels, source, one, least, LEVEL)
+            for one in chosen
+        ]
+        worst += [max(same, key=lambda d: d.widened_bound or 0) for same in zip(*each, strict=True)]
+    for one in worst:
+        if found.passed and (bound := one.widened_bound or 0.0) > most:
+            reasons.append(
+                f"{one.measure} by {one.attribute} goes from {one.source:.2%} to "
+                f"{one.variant:.2%}, wider by {bound:.2%} at most; {most:.2%} allowed"
+            )
+    why, passed = "; ".join(reasons or [found.why]), found.passed and not reasons
+    return msgspec.structs.replace(
+        found, passed=passed, why=why, groups=groups, disparities=tuple(worst)
+    )
+
+
+def _scores(outputs: Outputs, what: str) -> NDArray[np.float64]:
+    """Return the scores of every row's classes, from the first output that has some."""
+    first = next((i for i, a in enumerate(outputs[0]) if a.dtype.kind == "f" and a.size > 1), None)
+    if first is None:
+        raise CalibrationError(f"{what} needs an output with a score per class, there is none")
+    return np.stack([row[first].reshape(-1) for row in outputs]).astype(np.float64)
+
+
+def _selected(outputs: Outputs) -> NDArray[np.bool_]:
+    scores = _scores(outputs, "groups")
+    if scores.shape[1] != 2:
         raise CalibrationError(
-            f"metric {metric} needs an output with a score per class, got one value"
+            f"groups are judged between 2 classes, the model has {scores.shape[1]}"
         )
+    return np.asarray(scores[:, 1] > scores[:, 0])
+
+
+def _hits(outputs: Outputs, labels: Array, metric: Metric) -> NDArray[np.bool_]:
+    scores = _scores(outputs, f"metric {metric}")
     best = np.argsort(-scores, axis=1, kind="stable")[:, : _BEST[metric]]
     return np.asarray((best == labels[:, None]).any(axis=1))

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import repeat
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, cast
 
+import numpy as np
 import onnx
-from onnx.external_data_helper import load_external_data_for_model
 
 from lrai_core.artifact import LatencyPoint
-from lrai_core.compiler import fusion
 from lrai_core.compiler.model import SharedWeights
 from lrai_core.engine.batching import length_of, stretch, synthetic_row
 from lrai_core.engine.engine import Engine, Session, find_engine
-from lrai_core.errors import ArtifactError, CompileError, EnvironmentProblem, shorten
+from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
 ROUNDS: Final = 9
@@ -53,32 +51,32 @@ class Quantized:
     why: str = ""
 
 
-Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
-
-
 @dataclass(slots=True)
 class Candidate:
     """One form of the model.
 
     Attributes:
         form: Id of the form: `fp32`, `int8-row`, …
-        passes_off: Optimizer passes that were left out.
-        graph: File of the graph, in a folder of its own with what it reads, but for weights that
-            onnxruntime's forms have in the source's folder.
+        graph: File of the graph, in a folder of its own with what it reads.
         size_bytes: What loading it reads.
         operators: What was done to each operator.
+        passes_off: Optimizer passes that were left out.
+        shared: It reads the source's weights too, which stay where they are.
+        gaps: Per search row its largest difference to the source, after the output maps.
     """
 
     form: str
-    passes_off: tuple[str, ...]
+    precision: str
     graph: Path
     size_bytes: int
     operators: list[Quantized]
+    passes_off: tuple[str, ...]
+    shared: bool
     session: Session
     engine: Engine
-    precision: str
     latency: list[LatencyPoint] = field(default_factory=list)
     speedup: float = 1.0
+    gaps: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -94,6 +92,10 @@ class Candidate:
         gains = [min(o.median_ms for o in theirs) / own.median_ms for own, *theirs in points]
         return math.exp(statistics.fmean(math.log(max(1.0, g)) for g in gains)) if gains else 1.0
 
+    def gap(self, share: float) -> float:
+        """Return what this share of the search rows do not exceed."""
+        return float(np.quantile(self.gaps, share, method="higher")) if self.gaps else 0.0
+
     @property
     def pace(self) -> str:
         """Return how fast it is, for logs."""
@@ -106,42 +108,50 @@ class Sample:
 
     rows: Sequence[list[Array]]
     outputs: Sequence[TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What forms are made of.
+
+    Attributes:
+        model: The source's graph, its large weights external. Not to be modified.
+        shared: The source's weights, which graphs may refer to.
+        folder: Where each form is written, in a folder of its own.
+        sample: None where nothing can be judged: only fp32 is wanted.
+        threads: Of the sessions.
+    """
+
+    model: onnx.ModelProto
+    shared: SharedWeights
+    folder: Path
+    sample: Sample | None
     threads: int
 
 
-def forms(sample: Sample) -> dict[str, Build | None]:
-    """Return every form that onnxruntime runs and what builds it; fp32 is first, and needs none."""
-    found: dict[str, Build | None] = {"fp32": None}
-    for entry in entry_points(group="lrai.forms", name="onnxruntime"):
-        found |= entry.load()(sample)
-    return found
-
-
 class Built(NamedTuple):
-    """A form that another engine brings; `graph` is in a folder of its own with all it reads."""
+    """A form as its builder made it; see `Candidate`."""
 
     form: str
     precision: str
     graph: Path
+    size_bytes: int
     operators: list[Quantized]
+    passes_off: tuple[str, ...] = ()
+    shared: bool = False
+
+
+Reject = Callable[[str, str], None]
 
 
 class Builder(Protocol):
-    """What makes the forms that another engine runs; by the entry point `lrai.builders`."""
+    """What makes the forms that an engine runs; by the entry point `lrai.builders`."""
 
     engine: Engine
-    names: Sequence[str]
+    steps: int  # forms at most
 
-    def build(
-        self, model: onnx.ModelProto, folder: Path, reject: Callable[[str, str], None]
-    ) -> Iterator[Built]:
-        """Yield the forms that can be made here.
-
-        Args:
-            model: Standard operators, weights inline. Not modified.
-            folder: Where each is written, in a folder of its own.
-            reject: Told of each that cannot be made, and why.
-        """
+    def build(self, material: Material, reject: Reject) -> Iterator[Built]:
+        """Yield the forms that can be made here; `reject` is told of each that cannot, and why."""
         ...
 
 
@@ -157,94 +167,27 @@ def find_builder(name: str) -> Builder:
     raise EnvironmentProblem(f"nothing installed builds for the engine {shorten(name)!r}")
 
 
-def build_for(
-    builder: Builder,
-    model: onnx.ModelProto,
-    *,
-    folder: Path,
-    weights: Path,
-    threads: int,
-    tick: Callable[[str], None],
-    reject: Callable[[str, str], None],
-) -> list[Candidate]:
-    """Return the forms that an engine brings as candidates; see `build`."""
-    candidates = []
-    try:
-        basic = fusion.optimise(model, level="basic", threads=threads, weights=weights)
-        load_external_data_for_model(basic, str(weights))
-    except CompileError as error:
-        reject(builder.engine.name, str(error))
-        return []
-    for form, precision, graph, operators in builder.build(basic, folder, reject):
-        try:
-            session = builder.engine.load(graph, threads=threads)
-        except ArtifactError as error:
-            reject(form, str(error))
-            continue
-        size = sum(file.stat().st_size for file in graph.parent.iterdir())
-        made = Candidate(form, (), graph, size, operators, session, builder.engine, precision)
-        candidates.append(made)
-        tick(form)
-    return candidates
-
-
 def build(
-    model: onnx.ModelProto,
-    wanted: Mapping[str, Build | None],
-    *,
-    folder: Path,
-    shared: SharedWeights,
-    engine: Engine,
-    threads: int,
-    tick: Callable[[str], None],
-    reject: Callable[[str, str], None],
+    builder: Builder, material: Material, tick: Callable[[str], None], reject: Reject
 ) -> list[Candidate]:
-    """Return each form under each pass set as a candidate, if it can be made and loaded.
+    """Return the forms of one engine that can be made and loaded.
 
     Args:
-        model: The source's graph, its large weights external. Not modified.
-        wanted: Forms and what builds them.
-        folder: Where graphs are written.
-        shared: The source's weights, which graphs refer to.
-        engine: What loads the candidates.
-        threads: Of the sessions.
+        builder: Of the engine.
+        material: What they are made of.
         tick: Told the name of each candidate.
         reject: Told the name of what is no candidate, and why.
     """
-    weights, candidates = shared.folder, list[Candidate]()
-    basic: onnx.ModelProto | None = None
-    for form, transform in wanted.items():
-        seen: set[bytes] = set()
-        graph, operators = model, list[Quantized]()
+    candidates = []
+    for made in builder.build(material, reject):
+        weights = material.shared.folder if made.shared else None
         try:
-            if transform:
-                if basic is None:
-                    basic = fusion.optimise(model, level="basic", threads=threads, weights=weights)
-                    load_external_data_for_model(basic, str(weights))
-                graph, operators = transform(basic)
-        except CompileError as error:
-            reject(form, str(error))
+            session = builder.engine.load(made.graph, weights=weights, threads=material.threads)
+        except ArtifactError as error:
+            reject(made.form, str(error))
             continue
-        for name, passes_off in fusion.DISABLEABLE:
-            file = folder / f"{form}.{name}" / "model.onnx"
-            file.parent.mkdir()
-            try:
-                optimised = fusion.optimise(
-                    graph, level="all", disabled=passes_off, threads=threads, weights=weights
-                )
-                size = shared.write_variant(optimised, file)
-                digest = hashlib.sha256(file.read_bytes()).digest()
-                if digest in seen:
-                    continue  # the passes had nothing to do
-                seen.add(digest)
-                session = engine.load(file, weights=weights, threads=threads)
-            except (CompileError, ArtifactError) as error:
-                reject(f"{form} ({name})", str(error))
-                continue
-            precision = "int8" if operators else "fp32"
-            made = Candidate(form, passes_off, file, size, operators, session, engine, precision)
-            candidates.append(made)
-            tick(made.name)
+        candidates.append(Candidate(**made._asdict(), session=session, engine=builder.engine))
+        tick(candidates[-1].name)
     return candidates
 
 

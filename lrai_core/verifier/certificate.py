@@ -72,7 +72,8 @@ class Certificate(Spec, frozen=True, kw_only=True):
         failures: Indices of the draws where the property did not hold.
         upper_bound: With `confidence`, at most this share of inputs of the same kind violates it.
         comparisons: Candidates among which the variant was chosen on the same rows; the bound pays
-            for them all (Bonferroni).
+            for them all (Bonferroni), but for the share that was demanded of them beforehand: they
+            were judged by it in a fixed order, and the first to fail ended it.
         output_maps: By output.
         assumption: What must be true of future inputs for the bound to speak about them.
         environment: Processor class and engine; on others the variant computes something else.

@@ -8,7 +8,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from lrai_core.errors import CalibrationError, RequestError, VerificationError, 
 from lrai_core.protocol import Array, Signature, Tensor, TensorSpec, encode_bytes, validate
 
 LABEL: Final = "label"
+_MOST_GROUPS: Final = 64  # of one column
 _KEPT_BYTES: Final = 16 << 20
 _ONE_ROW: Final = LimitsConfig(request_bytes=1 << 62, request_rows=1, nan_policy="reject")
 _UNREADABLE: Final = (  # what numpy and zipfile raise on bytes that are not theirs
@@ -39,11 +40,13 @@ class Rows:
         inputs: Per row one array per input, in the signature's order.
         labels: One label per row, or None.
         hashes: sha256 of each row's content.
+        groups: By column of groups the group of each row.
     """
 
     inputs: list[list[Array]]
     labels: Array | None
     hashes: list[bytes]
+    groups: dict[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -51,12 +54,18 @@ class Rows:
 
     def take(self, indices: Sequence[int]) -> Rows:
         """Return the rows at these indices."""
-        labels = None if self.labels is None else self.labels[list(indices)]
-        return Rows([self.inputs[i] for i in indices], labels, [self.hashes[i] for i in indices])
+        chosen = list(indices)
+        labels = None if self.labels is None else self.labels[chosen]
+        groups = {name: column[chosen] for name, column in self.groups.items()}
+        inputs, hashes = [self.inputs[i] for i in chosen], [self.hashes[i] for i in chosen]
+        return Rows(inputs, labels, hashes, groups)
 
 
 def read_rows(
-    data: str | Path | Mapping[str, Any], signature: Signature, what: str
+    data: str | Path | Mapping[str, Any],
+    signature: Signature,
+    what: str,
+    groups: Sequence[str] = (),
 ) -> tuple[Rows, int]:
     """Return the distinct rows of `data`, and how many repeated rows were left out.
 
@@ -65,12 +74,14 @@ def read_rows(
             `.npy` for a model with one input; or the same as a mapping.
         signature: Of the model.
         what: What the data is for, for messages: `evaluation`, `calibration`.
+        groups: Columns that say to which group a row belongs; they may be inputs too.
 
     Raises:
         CalibrationError: Missing, unreadable, empty, wrong names, datatypes or shapes, or NaN.
     """
     names = [spec.name for spec in signature.inputs]
-    arrays = {name: np.atleast_1d(array) for name, array in _load(data, names, what).items()}
+    wanted = list(dict.fromkeys((*names, *groups)))
+    arrays = {name: np.atleast_1d(array) for name, array in _load(data, wanted, what).items()}
     counts = sorted({len(array) for array in arrays.values()})
     if len(counts) != 1 or counts == [0]:
         raise CalibrationError(f"{what}: no rows, or different numbers of rows: {counts}")
@@ -79,7 +90,8 @@ def read_rows(
         raise CalibrationError(f"{what}: {LABEL!r} must be one integer per row")
     columns = {spec.name: _column(arrays[spec.name], spec) for spec in signature.inputs}
     given = ({name: column[i, ...] for name, column in columns.items()} for i in range(*counts))
-    return _distinct(given, labels, signature, what)
+    told = {name: _groups(arrays[name], name, what) for name in groups}
+    return _distinct(given, labels, signature, what, told)
 
 
 def disjoint(first: Rows, second: Rows, what: str) -> None:
@@ -161,8 +173,25 @@ def _column(array: Array, spec: TensorSpec) -> Array:
     return converted if floats or (converted == rows).all() else rows
 
 
+def _groups(column: Array, name: str, what: str) -> Array:
+    """Return the group of each row as text."""
+    if column.ndim != 1 or column.dtype.kind not in "biuUOS":
+        got = f"{column.dtype} {list(column.shape)}"
+        raise CalibrationError(f"{what}: {name!r} must be one text or integer per row, got {got}")
+    values = [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in column]
+    if not 2 <= (count := len(set(values))) <= _MOST_GROUPS:
+        raise CalibrationError(
+            f"{what}: {name!r} has {count} groups, 2 to {_MOST_GROUPS} are allowed"
+        )
+    return np.array(values)
+
+
 def _distinct(
-    given: Iterable[Mapping[str, Any]], labels: Array | None, signature: Signature, what: str
+    given: Iterable[Mapping[str, Any]],
+    labels: Array | None,
+    signature: Signature,
+    what: str,
+    groups: dict[str, Array] | None = None,
 ) -> tuple[Rows, int]:
     """Return the rows, each checked, trimmed, and once; and how many were there again.
 
@@ -178,7 +207,7 @@ def _distinct(
             raise CalibrationError(f"{what}: row {i}: {shorten(str(error), 200)}") from None
     hashes = [hashlib.sha256(_encode(row)).digest() for row in inputs]
     first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
-    rows = Rows(inputs, labels, hashes).take(sorted(first.values()))
+    rows = Rows(inputs, labels, hashes, groups or {}).take(sorted(first.values()))
     return rows, len(inputs) - len(rows)
 
 

@@ -19,7 +19,7 @@ from lrai_core.confidence import upper_bound
 from lrai_core.engine.engine import find_engine, installed_version, isa_class
 from lrai_core.errors import ConditionNotMet, VerificationError
 from lrai_core.protocol import Array
-from lrai_core.verifier.certificate import Certificate, Spec, write_certificate
+from lrai_core.verifier.certificate import CONFIDENCE, Certificate, Spec, write_certificate
 from lrai_core.verifier.sample import Rows, load_rows
 from lrai_core.verifier.spec import difference
 
@@ -70,10 +70,16 @@ def issue(
         failures = failing(gaps(artifact, spec, rows, range(n)), spec.epsilon)
     if list(failures) != sorted({index for index in failures if 0 <= index < n}):
         raise VerificationError("the failures are not draws of the sample, each once and in order")
+    bound = upper_bound(len(failures), n, 1 - (1 - spec.confidence) / manifest.candidates)
+    if manifest.demanded and not spec.radius and spec.confidence <= CONFIDENCE:
+        # What was demanded was judged in a fixed order, at the whole level.
+        epsilon, delta = manifest.demanded
+        if epsilon <= spec.epsilon and upper_bound(len(failures), n, CONFIDENCE) <= delta:
+            bound = min(bound, delta)
     return Certificate(
         **{name: getattr(spec, name) for name in Spec.__struct_fields__},
         failures=failures,
-        upper_bound=upper_bound(len(failures), n, 1 - (1 - spec.confidence) / manifest.candidates),
+        upper_bound=bound,
         comparisons=manifest.candidates,
         output_maps={output.name: output.output_map for output in manifest.signature.outputs},
         assumption=ASSUMPTIONS[spec.sampler],

@@ -18,10 +18,10 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from lrai_core.compiler.fusion import optimise
 from lrai_core.compiler.search import Quantized
 from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
+from lrai_engines.fusion import optimise
 from lrai_engines.quantize import (
     NothingToQuantize,
     dynamic_int8,
@@ -407,7 +407,9 @@ def test_a_large_table_of_embeddings_is_int8_with_a_scale_per_row(
     assert quantised.ByteSize() < 0.3 * model.ByteSize()
     for index in (0, 1, 4095, 7, -1):  # alone: rows of all magnitudes
         ids = np.array([index], np.float32)
-        assert relative_error(run(quantised, ids), run(model, ids)) < 0.02
+        assert relative_error(run(quantised, ids), run(model, ids)) < (
+            0.04 if SATURATES else 0.02
+        )  # 7 bits
 
 
 def test_an_index_beyond_the_table_is_still_refused() -> None:

@@ -43,7 +43,7 @@ def three_layers(*, shared: bool = False) -> onnx.ModelProto:
 def sample(rows: int = 8) -> Sample:
     random = np.random.default_rng(1)
     x: list[list[Array]] = [[random.random((1, 16), np.float32)] for _ in range(rows)]
-    return Sample(x, (OUTPUT,), 1)
+    return Sample(x, (OUTPUT,))
 
 
 def test_the_matrix_behind_an_outlier_is_found() -> None:
@@ -96,12 +96,12 @@ def test_it_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_found_once_for_all_mixed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def counted(proto: onnx.ModelProto, given: Sample) -> dict[str, float]:
+    def counted(proto: onnx.ModelProto, given: Sample, threads: int) -> dict[str, float]:
         calls.append(1)
-        return harms(proto, given)
+        return harms(proto, given, threads)
 
     monkeypatch.setattr("lrai_engines.forms.harms", counted)
-    found = forms(sample())
+    found = forms(sample(), 1)
     mixed = [build for form, build in found.items() if form.startswith("int8-mixed-")]
     assert len(mixed) == 3
     for build in mixed:
@@ -111,6 +111,6 @@ def test_it_is_found_once_for_all_mixed_forms(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rows_that_the_model_does_not_take_are_a_reason_not_a_crash() -> None:
-    wrong = Sample([[np.zeros((1, 3), np.float32)]], (OUTPUT,), 1)
+    wrong = Sample([[np.zeros((1, 3), np.float32)]], (OUTPUT,))
     with pytest.raises(CompileError, match="what each matrix does cannot be told"):
-        forms(wrong)["int8-mixed-30"](three_layers())
+        forms(wrong, 1)["int8-mixed-30"](three_layers())

@@ -10,11 +10,11 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
-from lrai_core.compiler.fusion import optimise
 from lrai_core.compiler.search import Sample
 from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
+from lrai_engines.fusion import optimise
 from lrai_engines.quantize import SATURATING, NothingToQuantize
 from lrai_engines.static import static_int8
 from tests.core.compiler.onnx_files import linear, model, value
@@ -50,7 +50,7 @@ def images(count: int, seed: int) -> Array:
 
 
 def sample(count: int = 20) -> Sample:
-    return Sample([[row[None]] for row in images(count, 1)], (OUTPUT,), 1)
+    return Sample([[row[None]] for row in images(count, 1)], (OUTPUT,))
 
 
 def run(proto: onnx.ModelProto, x: Array) -> Array:
@@ -110,9 +110,38 @@ def test_the_model_is_not_changed_and_nothing_is_said(
     assert not caplog.records
 
 
-def test_a_network_without_convolutions_has_other_forms() -> None:
-    with pytest.raises(NothingToQuantize, match="no convolution"):
-        static_int8(linear(), sample())
+def test_a_network_with_attention_has_other_forms() -> None:
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["x", "t"], ["y"], name="scores"),
+    ]
+    shape: list[int | str] = ["batch", "length", 4]
+    scores = model(nodes, [value("x", shape)], [value("y", ["batch", "length", "length"])])
+    with pytest.raises(NothingToQuantize, match="attention"):
+        static_int8(scores, sample())
+
+
+def test_a_network_without_weights_has_none() -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    relu = model([node], [value("x", ["batch", 4])], [value("y", ["batch", 4])])
+    with pytest.raises(NothingToQuantize, match="with constant weights"):
+        static_int8(relu, sample())
+
+
+@pytest.mark.parametrize("count", [1, 16, 33, 128])
+def test_layers_without_convolutions_are_quantised(count: int) -> None:
+    random = np.random.default_rng(0)
+    rows = [[random.uniform(-1, 1, (1, 8)).astype(np.float32)] for _ in range(count)]
+    quantised, report = static_int8(linear(), Sample(rows, (OUTPUT,)))
+    assert [line.scheme for line in report] == ["static_int8"]
+    x = rows[0][0]
+    right, own = (
+        ort.InferenceSession(proto.SerializeToString()).run(None, {"x": x})[0]
+        for proto in (linear(), quantised)
+    )
+    assert np.linalg.norm(own - right) < 0.05 * np.linalg.norm(right)
+    with pytest.raises(NothingToQuantize, match="no operator is left"):  # it is first and last
+        static_int8(linear(), Sample(rows, (OUTPUT,)), keep_ends=True)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +155,13 @@ def test_a_network_without_convolutions_has_other_forms() -> None:
 )
 def test_a_sample_of_no_use_is_a_reason_not_a_crash(rows: list[list[Array]], said: str) -> None:
     with pytest.raises(CompileError, match=said) as caught:
-        static_int8(network(), Sample(rows, (OUTPUT,), 1))
+        static_int8(network(), Sample(rows, (OUTPUT,)))
     assert "/" not in str(caught.value)
 
 
 def test_a_row_that_is_not_finite_tells_nothing() -> None:
     rows = sample()
-    odd = Sample([[np.full((1, *SHAPE), np.inf, np.float32)], *rows.rows], (OUTPUT,), 1)
+    odd = Sample([[np.full((1, *SHAPE), np.inf, np.float32)], *rows.rows], (OUTPUT,))
     x = images(4, 4)
     found, right = (run(static_int8(network(), given)[0], x) for given in (odd, rows))
     np.testing.assert_array_equal(found, right)
@@ -140,5 +169,5 @@ def test_a_row_that_is_not_finite_tells_nothing() -> None:
 
 def test_a_constant_sample_does_not_divide_by_nothing() -> None:
     rows = [[np.zeros((1, *SHAPE), np.float32)] for _ in range(3)]
-    quantised, _ = static_int8(network(), Sample(rows, (OUTPUT,), 1))
+    quantised, _ = static_int8(network(), Sample(rows, (OUTPUT,)))
     assert np.isfinite(run(quantised, images(4, 3))).all()

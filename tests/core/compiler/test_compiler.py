@@ -14,6 +14,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import lrai_core as lrai
+from benchmarks import models
 from lrai_core.compiler.compiler import Step
 from lrai_core.errors import CalibrationError, UnsupportedOperator
 from tests.core.compiler.onnx_files import linear, model, save, value
@@ -177,6 +178,58 @@ def test_epsilon_is_demanded_and_certified(make: Compile, rows: Rows) -> None:
     assert any("epsilon 1e-09" in why or "slower" in why for why in refused)
 
 
+GROUPED = 3000
+
+
+def test_a_form_that_widens_what_lies_between_groups_is_not_kept(tmp_path: Path) -> None:
+    """With the same margin of accuracy, groups refuse the form that is taken without them."""
+    source, rows = models.unequal(tmp_path / "m.onnx", GROUPED)
+    loose: Any = {"max_accuracy_loss": 0.2, "output_map": "softmax", "threads": 1}
+    grouped: Any = {"groups": ["group"], "max_disparity": 0.06}
+    ungrouped = {name: rows[name] for name in ("features", "label")}
+    free = lrai.compile(source, out=tmp_path / "free.lrai", evaluation=ungrouped, **loose)
+    fair = lrai.compile(source, out=tmp_path / "fair.lrai", evaluation=rows, **grouped, **loose)
+    lines = [line for line in log(fair) if line["event"] == "candidate" and not line["kept"]]
+    assert any("equalised_odds by group goes from" in line["why"] for line in lines), lines
+    assert free.manifest.chosen not in {variant.id for variant in fair.variants}
+    for variant in fair.variants:
+        assert variant.gate is not None
+        assert set(variant.gate.groups["group"]) == {"large", "small"}
+        bounds = [one.widened_bound for one in variant.gate.disparities]
+        assert len(bounds) == 2
+        assert all(bound is not None and bound <= 0.06 for bound in bounds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": None}, "got arrays 'x', 'label', needed 'x', 'group' and optionally 'label'"),
+        ({"label": None}, "groups are judged with labels, 0 and 1"),
+        ({"label": np.arange(GROUPED) % 3}, "groups are judged with labels, 0 and 1"),
+        ({"group": np.arange(GROUPED)}, "'group' has 3000 groups, 2 to 64 are allowed"),
+        ({"group": np.zeros(GROUPED, int)}, "'group' has 1 groups"),
+        ({"group": np.zeros((GROUPED, 1), int)}, "must be one text or integer per row, got int64"),
+        ({"group": np.zeros(GROUPED)}, "must be one text or integer per row, got float64"),
+        ({"group": (np.arange(GROUPED) < 10).astype(str)}, "two groups need 875 rows each"),
+    ],
+)
+def test_groups_that_cannot_be_judged_are_refused_in_a_sentence(
+    make: Compile, changes: Rows, message: str
+) -> None:
+    x = np.random.default_rng(1).standard_normal((GROUPED, 8)).astype(np.float32)
+    rows = {"x": x, "label": np.arange(GROUPED) % 2, "group": np.arange(GROUPED) % 2} | changes
+    given = {name: column for name, column in rows.items() if column is not None}
+    with pytest.raises(CalibrationError, match=message):
+        make(evaluation=given, groups=["group"], proto=linear(classes=2))
+
+
+def test_groups_need_two_classes(make: Compile) -> None:
+    x = np.random.default_rng(1).standard_normal((GROUPED, 8)).astype(np.float32)
+    rows = {"x": x, "label": np.arange(GROUPED) % 2, "group": np.arange(GROUPED) % 2}
+    with pytest.raises(CalibrationError, match="judged between 2 classes, the model has 4"):
+        make(evaluation=rows, groups=["group"])
+
+
 def test_wrong_arguments_are_refused_with_what_is_allowed(make: Compile, rows: Rows) -> None:
     for arguments, message in (
         ({"metric": "f1"}, "known: top1, top5"),
@@ -186,6 +239,8 @@ def test_wrong_arguments_are_refused_with_what_is_allowed(make: Compile, rows: R
         ({"evaluation": rows, "epsilon": -1.0}, "must be above 0"),
         ({"max_accuracy_loss": 2.0}, "between 0 and 1"),
         ({"delta": 0.0}, "between 0 and 1"),
+        ({"groups": ["sex"]}, "groups needs evaluation rows"),
+        ({"evaluation": rows, "max_disparity": 1.0}, "between 0 and 1"),
     ):
         with pytest.raises(lrai.UsageError, match=message):
             make(**arguments)

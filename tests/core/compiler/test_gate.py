@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lrai_core.compiler.gate import Conditions, Judged, check_row_count, judge, run_alone
+from lrai_core.compiler.gate import Conditions, Judged, check_row_count, judge, run, run_alone
 from lrai_core.errors import CalibrationError
 from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
@@ -49,14 +49,9 @@ def judged(
     conditions: Conditions | None = None,
 ) -> Judged:
     reference = run_alone(Fake(lambda x: x), sample, lambda: None)
-    return judge(
-        Fake(function),
-        reference,
-        sample,
-        signature(output_map),
-        conditions or Conditions(),
-        lambda: None,
-    )
+    model = signature(output_map)
+    runs = run(Fake(function), sample, model, lambda: None)
+    return judge(runs, reference, sample, model, conditions or Conditions())
 
 
 def ruin(share: float) -> Callable[[Array], Array]:

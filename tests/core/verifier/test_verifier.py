@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrai_core.artifact import Artifact
+from lrai_core.confidence import upper_bound
 from lrai_core.verifier import verifier
 from lrai_core.verifier.certificate import Spec
 from lrai_core.verifier.sample import Rows
@@ -75,3 +76,25 @@ def test_the_bound_pays_for_every_candidate(tmp_path: Path, candidates: int) -> 
     path = small_artifact.build(tmp_path / "a.lrai", evaluation=rows, candidates=candidates)
     issued = verifier.issue(Artifact.open(path), Spec(epsilon=1.0), rows, ())
     assert issued.upper_bound == pytest.approx(1 - (0.05 / candidates) ** (1 / 59))
+
+
+@pytest.mark.parametrize(
+    ("spec", "failures", "bound"),
+    [
+        (Spec(epsilon=1.0), (), 0.05),
+        (Spec(epsilon=1.5), (), 0.05),  # what holds for a smaller epsilon
+        (Spec(epsilon=0.5), (), 1 - 0.01 ** (1 / 59)),
+        (Spec(epsilon=1.0), (3,), None),  # its own bound is beyond what was demanded
+        (Spec(epsilon=1.0, confidence=0.99), (), 1 - 0.002 ** (1 / 59)),
+        (Spec(epsilon=1.0, radius=0.1, samples=59), (), 1 - 0.01 ** (1 / 59)),
+    ],
+)
+def test_what_was_demanded_beforehand_is_not_paid_for_twice(
+    tmp_path: Path, spec: Spec, failures: tuple[int, ...], bound: float | None
+) -> None:
+    rows = small_artifact.rows(59)
+    path = small_artifact.build(tmp_path / "a.lrai", evaluation=rows, candidates=5)
+    small_artifact.rewrite(path, {"demanded": [1.0, 0.05]})
+    issued = verifier.issue(Artifact.open(path), spec, rows, failures)
+    paid = upper_bound(len(failures), 59, 1 - (1 - spec.confidence) / 5)
+    assert issued.upper_bound == pytest.approx(paid if bound is None else bound)

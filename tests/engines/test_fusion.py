@@ -12,8 +12,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lrai_core.compiler.fusion import DISABLEABLE, optimise
 from lrai_core.errors import CompileError, UnsupportedOperator
+from lrai_engines.fusion import DISABLEABLE, optimise
 
 Array = npt.NDArray[Any]
 

@@ -1,0 +1,118 @@
+"""In which order forms are judged, and what that is worth: no lucky one among many passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lrai_core import confidence
+from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler.compiler import _Compilation
+from lrai_core.compiler.gate import Conditions
+from lrai_core.compiler.search import Candidate
+from lrai_core.engine.engine import find_engine
+from lrai_core.protocol import Array, Signature, TensorSpec
+from lrai_core.verifier.sample import Rows
+
+EPSILON, DELTA, GATE, SEARCH = 0.1, 0.05, 200, 30
+SIGNATURE = Signature(  # without a batch axis: each row is run once
+    inputs=(TensorSpec(name="x", datatype="FP32", shape=(1, 2)),),
+    outputs=(TensorSpec(name="y", datatype="FP32", shape=(1, 2)),),
+)
+
+
+class Model:
+    """The identity, that strays beyond epsilon on this share of rows, and else by `gap`."""
+
+    def __init__(self, gap: float, strays: float, seed: int) -> None:
+        self._gap, self._strays, self._seed = gap, strays, seed
+
+    def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
+        random = np.random.default_rng([self._seed, int(arrays[0][0, 0] * 1e4)])
+        gap = 0.9 if random.random() < self._strays else self._gap
+        return [arrays[0] + np.float32(gap)]
+
+
+def compilation(forms: Sequence[tuple[str, float, float, float]], seed: int = 0) -> _Compilation:
+    """Return one that measured these forms: name, times as fast as fp32, gap, share that strays."""
+    random = np.random.default_rng(seed)
+    work = _Compilation(Path(), Path(), Conditions(epsilon=EPSILON, delta=DELTA), 1, lambda _: None)
+    work.signature, work.reference = SIGNATURE, Model(0, 0, 0)
+    data = [[row[None]] for row in random.uniform(100, 200, (GATE + SEARCH, 2)).astype(np.float32)]
+    hashes = [bytes([i % 256]) * 32 for i in range(len(data))]
+    rows = Rows(data, None, hashes)
+    work.gate, work.search = rows.take(range(GATE)), rows.take(range(GATE, GATE + SEARCH))
+    engine = find_engine("onnxruntime")
+    for place, (form, speed, gap, strays) in enumerate((("fp32", 1.0, 0.0, 0.0), *forms)):
+        session = Model(gap, strays, 100 * seed + place)
+        candidate = Candidate(form, "int8", Path(), 1, [], (), True, session, engine)
+        point = LatencyPoint(rows=1, length=0, median_ms=1 / speed, spread_ms=0)
+        candidate.latency, candidate.speedup = [point], speed
+        work.candidates.append(candidate)
+    return work
+
+
+def kept(work: _Compilation) -> list[str]:
+    return [candidate.form for candidate, _ in work.kept]
+
+
+def why(work: _Compilation, form: str) -> str:
+    lines = [line for line in work.log if line["event"] == "candidate" and line["form"] == form]
+    assert len(lines) == 1, lines
+    return str(lines[0]["why"])
+
+
+def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
+    work = compilation([("wild", 4, 0.08, 0.6), ("near", 2, 0.01, 0), ("nearer", 1.5, 0.001, 0)])
+    work.judge(2)
+    assert kept(work) == ["near", "fp32"]
+    judged = [line["form"] for line in work.log if line["event"] == "candidate"]
+    assert judged == ["fp32", "nearer", "near", "wild"]
+    assert "delta 5.00% allowed" in why(work, "wild")
+
+
+def test_the_first_that_fails_ends_it() -> None:
+    forms = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.06), ("near", 1.5, 0.001, 0)]
+    work = compilation(forms, seed=3)  # of the search rows under a tenth stray
+    work.judge(4)
+    assert kept(work) == ["near", "fp32"]
+    assert "bad is closer, and failed" in why(work, "far")
+
+
+def test_what_closer_forms_are_as_fast_as_is_not_judged() -> None:
+    work = compilation([("far", 2.02, 0.05, 0), ("near", 2, 0.01, 0), ("slow", 1.03, 0, 0)])
+    work.judge(4)
+    assert kept(work) == ["near", "fp32"]
+    assert "closer ones are as fast" in why(work, "far")
+    assert "is worth it" in why(work, "slow")
+    assert work.judged == 1
+
+
+def test_a_form_that_does_not_run_is_a_reason() -> None:
+    work = compilation([("near", 2, 0.01, 0), ("broken", 3, 0.02, 0)])
+    work.candidates[-1].session = Broken()
+    work.judge(2)
+    assert kept(work) == ["near", "fp32"]
+    assert "does not run on this" in why(work, "broken")
+
+
+class Broken:
+    def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
+        raise ValueError("does not run on this")
+
+
+def test_of_many_that_stray_too_often_hardly_ever_does_one_pass() -> None:
+    """Judged each by itself, one of eight would pass in a sixth of all compilations."""
+    trials, forms, lucky, apart = 100, 8, 0, 0
+    for trial in range(trials):
+        given = [(f"f{i}", 1.5 * 1.1**i, 0.01 + 0.001 * i, DELTA * 1.02) for i in range(forms)]
+        work = compilation(given, seed=trial + 1)
+        work.judge(2)
+        lucky += kept(work) != ["fp32"]
+        gate = np.random.default_rng(trial).binomial(GATE, DELTA * 1.02, forms)
+        apart += any(confidence.upper_bound(int(k), GATE) <= DELTA for k in gate)
+    assert apart / trials > 0.1
+    # Two standard errors above the level.
+    assert lucky / trials <= 0.05 + 2 * (0.05 * 0.95 / trials) ** 0.5
