@@ -32,6 +32,7 @@ Kind = Literal[
     "limit_unreachable",
     "deployment_changed",
     "shadow_compared",
+    "shadow_differs",
     "shadow_failed",
 ]
 

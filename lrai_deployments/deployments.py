@@ -172,11 +172,16 @@ class Deployments(Embedded):
 
     def deployments(self) -> list[Deployment]:
         """See `Runtime.deployments`."""
-        records = self._records.items()
-        return [
-            Deployment(name, r.shares, r.shadow, r.relief, r.previous.version, r.frozen)
-            for name, r in records
-        ]
+        found = []
+        for name, record in list(self._records.items()):
+            version = self.current.get(name)
+            if watching := self._watches.get(version.key) if version else None:
+                watching.save()  # for who comes to read it
+            artifact = str(version.artifact.path.absolute()) if version else ""
+            traffic = str(watching.folder.absolute()) if watching else ""
+            shown = (record.shares, record.shadow, record.relief, record.previous.version)
+            found.append(Deployment(name, *shown, record.frozen, artifact, traffic))
+        return found
 
     def unload(self, name: str, version: str = "") -> None:
         """See `Runtime.unload`."""

@@ -20,7 +20,7 @@ from lrai_core import InferenceRequest, InferenceResponse, LraiError
 from lrai_core.confidence import lower_bound, upper_bound
 from lrai_core.runtime.version import Ended, Version
 from lrai_core.scheduler.scheduler import Pending
-from lrai_core.verifier.spec import difference
+from lrai_core.verifier.spec import agreement, difference
 
 if TYPE_CHECKING:
     from lrai_deployments.deployments import Deployments
@@ -125,6 +125,8 @@ class Route:
         first, second = ([r.outputs[spec.name] for spec in specs] for r in (original, copy))
         gap = difference(first, second, specs)
         emit("shadow_compared", name, version=copy.model_version, difference=gap)
+        if not agreement(first, second, specs):
+            emit("shadow_differs", name, version=copy.model_version, difference=gap)
 
     def _count(self, version: Version, outcome: Outcome) -> None:
         """Count an answer or a failure of the server, not of the caller; look into the latter."""

@@ -192,7 +192,7 @@ class Watch:
         self, traffic: Traffic, folder: Path, later: Callable[[Callable[[], None]], None]
     ) -> None:
         """Keep `traffic` in `folder`; `later` runs what may wait for the disk."""
-        self._traffic, self._folder, self._later = traffic, folder, later
+        self._traffic, self.folder, self._later = traffic, folder, later
         self._next_save = 0.0
 
     def see(self, request: ValidRequest) -> None:
@@ -205,7 +205,7 @@ class Watch:
     def save(self) -> None:
         """Write down what is known; a disk that is full costs no more than that."""
         try:
-            self._traffic.save(self._folder)
+            self._traffic.save(self.folder)
         except OSError as error:
             logging.getLogger(__name__).warning("traffic is not kept: %s", error.strerror)
 

@@ -69,6 +69,9 @@ class Deployment:
         shadow: Share of the requests of which a copy goes to a version, by that version.
         relief: The version that takes what the others could not answer in time, empty for none.
         previous: The version that `rollback` goes back to, empty where there is none.
+        artifact: Path of what serves most requests, where the runtime runs.
+        traffic: Folder there of what was captured of its requests, up to now; empty where nothing
+            is kept.
     """
 
     name: str
@@ -77,6 +80,8 @@ class Deployment:
     relief: str
     previous: str
     frozen: Freeze | None
+    artifact: str = ""
+    traffic: str = ""
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,143 @@
+"""Two variants of an artifact side by side: served in turns, with real requests."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from lrai_core import Artifact, InferenceRequest, InferenceResponse, Runtime, load_config
+from lrai_core.verifier.sample import Rows
+from lrai_core.verifier.spec import agreement, difference
+
+_WARM: Final = 32  # requests
+
+
+class Worst(NamedTuple):
+    """A request that two variants answer differently."""
+
+    row: int
+    gap: float
+    agrees: bool
+    first: str
+    second: str
+
+
+@dataclass(slots=True)
+class Side:
+    """One variant in a runtime of its own, and what it showed, round by round."""
+
+    variant: str
+    runtime: Runtime
+    requests_per_second: list[float] = field(default_factory=list)
+    p95_ms: list[float] = field(default_factory=list)
+
+    @property
+    def memory_mb(self) -> float:
+        """Return what its actors hold in memory."""
+        (model,) = self.runtime.models()
+        total = 0
+        for pid in model.actor_pids:
+            with suppress(OSError):  # it has just ended
+                text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+                total += int(text.partition("\nVmRSS:")[2].split()[0])
+        return total * 1024 / 1e6
+
+    def cost_per_million(self, price_per_hour: float) -> float:
+        """Return what a million requests cost on a machine of that price."""
+        return price_per_hour / 3600 * 1e6 / statistics.median(self.requests_per_second)
+
+
+@contextmanager
+def sides(artifact: Artifact, variants: Sequence[str]) -> Iterator[list[Side]]:
+    """Serve each of these variants; an empty name is what the artifact serves by itself."""
+    own = {"runtime.capture_rows": 0, "runtime.state_dir": ""}  # nothing is kept of what is asked
+    opened: list[Side] = []
+    try:
+        for variant in variants:
+            runtime = Runtime(load_config(call=own), address="embedded")
+            opened.append(Side(variant, runtime))
+            opened[-1].runtime.load(artifact, variant=variant)
+        yield opened
+    finally:
+        for side in opened:
+            side.runtime.close()
+
+
+def requests_of(rows: Rows, artifact: Artifact) -> list[InferenceRequest]:
+    """Return a request for each row."""
+    names = [spec.name for spec in artifact.manifest.signature.inputs]
+    inputs = (dict(zip(names, row, strict=True)) for row in rows.inputs)
+    return [InferenceRequest(model_name="", inputs=each) for each in inputs]
+
+
+def measure(
+    both: Sequence[Side],
+    requests: Sequence[InferenceRequest],
+    *,
+    callers: int,
+    seconds: float,
+    rounds: int,
+    tick: Callable[[], None],
+) -> None:
+    """Have callers ask each side in turn, round by round, as fast as they are answered."""
+    with asyncio.Runner() as runner:
+        for side in both:
+            for request in requests[:_WARM]:
+                side.runtime.infer(request)
+        for index in range(rounds):
+            for side in both if index % 2 else reversed(both):
+                latencies, took = runner.run(_asked(side.runtime, requests, callers, seconds))
+                side.requests_per_second.append(len(latencies) / took)
+                side.p95_ms.append(float(np.percentile(latencies, 95)) * 1e3)
+                tick()
+
+
+async def _asked(
+    runtime: Runtime, requests: Sequence[InferenceRequest], callers: int, seconds: float
+) -> tuple[list[float], float]:
+    """Return the latencies of a round, and how long it took."""
+    source, latencies = itertools.cycle(requests), list[float]()
+    began = time.perf_counter()
+
+    async def caller() -> None:
+        while (asked := time.perf_counter()) < began + seconds:
+            await runtime.infer_async(next(source))
+            latencies.append(time.perf_counter() - asked)
+
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    return latencies, time.perf_counter() - began
+
+
+def differing(
+    both: Sequence[Side],
+    requests: Sequence[InferenceRequest],
+    artifact: Artifact,
+    tick: Callable[[], None],
+) -> list[Worst]:
+    """Return every request with what the two say to it, the farthest apart first."""
+    specs, found = artifact.manifest.signature.outputs, []
+    for row, request in enumerate(requests):
+        first, second = (side.runtime.infer(request) for side in both)
+        f, g = ([answer.outputs[spec.name] for spec in specs] for answer in (first, second))
+        gap, agrees = difference(f, g, specs), agreement(f, g, specs)
+        found.append(Worst(row, gap, agrees, _short(first), _short(second)))
+        tick()
+    return sorted(found, key=lambda one: (one.agrees, -one.gap))
+
+
+def _short(answer: InferenceResponse) -> str:
+    """Return the start of the first output, or its best class."""
+    values: Any = next(iter(answer.outputs.values())).ravel()
+    if values.dtype.kind == "f" and len(values) > 1:
+        best = int(values.argmax())
+        return f"[{best}] {values[best]:.4g}"
+    return ", ".join(f"{value:.4g}" if values.dtype.kind == "f" else str(value) for value in values)

@@ -1,0 +1,323 @@
+"""`lrai tune TARGET`: is a faster form of a model right on its own requests, and how fast is it?"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from lrai_core import Artifact, ConditionNotMet, Runtime, Signature, UsageError
+from lrai_core import compile as compile_model
+from lrai_core.errors import shorten
+from lrai_core.verifier.verifier import evaluation
+from lrai_report.compare import Side, Worst, differing, measure, requests_of, sides
+
+_GAIN: Final = 1.05  # times as many requests per second, and more in every round
+_WORST: Final = 20
+_LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
+_MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows of captured ones
+
+Apply = Annotated[bool, typer.Option("--apply", help="Have it serve, if it is better.")]
+out = Console(highlight=False, markup=False, emoji=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is tuned.
+
+    Attributes:
+        model: File to compile.
+        requests: Rows that were asked, `.npz`; None where there are none.
+        signature: Of the artifact that serves it; None for a file.
+        name: Under which the runtime serves it; empty where none does.
+    """
+
+    model: Path
+    requests: Path | None
+    signature: Signature | None
+    name: str = ""
+
+
+@app.command()
+def tune(
+    target: Annotated[
+        str, typer.Argument(help="A model that the runtime serves, an artifact, or a model file.")
+    ],
+    *,
+    requests: Annotated[
+        Path | None,
+        typer.Option(help="Rows that were asked, .npz; by default what the runtime captured."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Artifact to write, NAME.lrai.")
+    ] = None,
+    output_map: Annotated[
+        str, typer.Option(help="How answers are compared: raw, softmax, l2_normalised.")
+    ] = "",
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
+    ] = None,
+    callers: Annotated[int, typer.Option(min=1, max=512, help="Who ask at the same time.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0.2, max=600, help="Of a round.")] = 3.0,
+    rounds: Annotated[int, typer.Option(min=3, max=99, help="Of each side, in turns.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(min=0, max=1440, help="For which live requests are copied to it.")
+    ] = 1.0,
+    price_per_hour: Annotated[
+        float, typer.Option(min=0, help="Of the machine; tells what a million requests cost.")
+    ] = 0.0,
+    apply: Apply = False,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="File to write all figures to.")
+    ] = None,
+    address: Annotated[str, typer.Option(help="Of the runtime: its folder, or tcp://….")] = "auto",
+) -> None:
+    """Try faster forms of TARGET on its own requests; say what is gained, and what changes.
+
+    Requests are captured where runtime.capture_rows says how many (LRAI_RUNTIME_CAPTURE_ROWS=2000):
+    a random sample of real ones, in the runtime's state_dir. A part of them is what forms are made
+    for, another what they are judged on, by agreement with fp32. Nothing that serves is touched
+    without --apply, and that is one command to go back from. No gain: exit status 3.
+    """
+    found = _find(target, requests, address)
+    written = output or Path(f"{found.name or found.model.stem}-tuned.lrai".replace("/", "-"))
+    if found.requests is None:
+        _without_requests(found, written, apply=apply)
+        return
+    _say("requests", f"{found.requests}")
+    artifact = _compile(found, written, output_map, engine or ())
+    chosen = artifact.manifest.chosen
+    if chosen == "fp32":
+        raise ConditionNotMet(
+            f"no gain: no form of {target} was faster and right on these requests; "
+            f"{written / 'quantization.jsonl'} tells why of each"
+        )
+    with sides(artifact, ("fp32", "")) as both:
+        both[1].variant = chosen
+        rows = requests_of(evaluation(artifact), artifact)
+        with _progress("measure", 2 * rounds) as tick:
+            measure(both, rows, callers=callers, seconds=seconds, rounds=rounds, tick=tick)
+        with _progress("compare", len(rows)) as tick:
+            changed = differing(both, rows, artifact, tick)
+        gains = [b / a for a, b in zip(*(s.requests_per_second for s in both), strict=True)]
+        _show(both, price_per_hour)
+    _show_changed(changed, artifact)
+    if file is not None:
+        _write(file, both, changed, gains)
+    gain = statistics.median(gains)
+    if gain < _GAIN or min(gains) <= 1:
+        raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second")
+    _say("gain", f"{gain:.2f} times as many requests per second", style="bold")
+    if found.name:
+        _in_the_runtime(found.name, written, minutes, address, apply=apply)
+    else:
+        _say("use it", f"serve {written}; to go back, serve {found.model}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai tune")
+
+
+def _find(target: str, requests: Path | None, address: str) -> Target:
+    path = Path(target)
+    if (path / "manifest.json").is_file():
+        artifact = Artifact.open(path)
+        model = artifact.file(artifact.manifest.source.file)
+        return Target(model, requests, artifact.manifest.signature)
+    if path.is_file():
+        return Target(path, requests, None)
+    with Runtime(address=address) as runtime:
+        served = {one.name: one for one in runtime.deployments()}
+    if target not in served:
+        known = ", ".join(map(repr, served)) or "no model"
+        raise UsageError(
+            f"{shorten(target)!r} is no file and no artifact, and the runtime serves {known}"
+        )
+    artifact = Artifact.open(served[target].artifact)
+    captured = Path(served[target].traffic or ".", "captured.npz")
+    if requests is None and not captured.is_file():
+        raise ConditionNotMet(
+            f"of the requests to {target!r} none are captured: set runtime.capture_rows, "
+            "as by LRAI_RUNTIME_CAPTURE_ROWS=2000 where the runtime starts, or give --requests"
+        )
+    model = artifact.file(artifact.manifest.source.file)
+    return Target(model, requests or captured, artifact.manifest.signature, target)
+
+
+def _without_requests(found: Target, written: Path, *, apply: bool) -> None:
+    if apply:
+        raise UsageError("--apply is for a model that the runtime serves")
+    with _progress("compile", 0):
+        compile_model(found.model, out=written)
+    _say("no requests", "fp32, optimised, is all that can be made without any (--requests)")
+    _say("use it", f"serve {written}")
+
+
+def _compile(found: Target, written: Path, output_map: str, engines: Sequence[str]) -> Artifact:
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("load", total=None)
+
+        def show(step: Any) -> None:
+            if step.name != "note":
+                words = shorten(f"{step.name} {step.detail}".strip())
+                bar.update(task, description=words, completed=step.done, total=step.total or None)
+
+        with _axes(found.signature, written) as axes:
+            kind = output_map or ("raw" if found.signature is None else _map_of(found.signature))
+            return compile_model(
+                found.model,
+                out=written,
+                evaluation=found.requests,
+                output_map=kind,  # type: ignore[arg-type] # checked where it is used
+                axes=axes,
+                engines=engines,
+                progress=show,
+            )
+
+
+def _map_of(signature: Signature) -> str:
+    return next((s.output_map for s in signature.outputs if s.datatype.startswith("FP")), "raw")
+
+
+@contextmanager
+def _axes(signature: Signature | None, written: Path) -> Iterator[Path | None]:
+    """Yield a file that states the axes that the artifact has which serves now."""
+    if signature is None:
+        yield None
+        return
+    lines = []
+    for side, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
+        for spec in specs:
+            lines.append(f"[{side}.{json.dumps(spec.name)}]")
+            lines += [f"batch = {spec.batch_axis}"] * (spec.batch_axis is not None)
+            lines += [f"length = {spec.length_axis}"] * (spec.length_axis is not None)
+            lines.append(f"pad = {spec.pad_value}")
+    path = written.with_suffix(".axes.toml")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+def _show(both: Sequence[Side], price_per_hour: float) -> None:
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for side in both:
+        table.add_column(side.variant, justify="right", no_wrap=True)
+    lines: dict[str, Callable[[Side], str]] = {
+        "requests/s": lambda side: f"{statistics.median(side.requests_per_second):.4g}",
+        "p95 ms": lambda side: f"{statistics.median(side.p95_ms):.3g}",
+        "memory MB": lambda side: f"{side.memory_mb:.0f}",
+    }
+    if price_per_hour:
+        lines["cost of a million"] = lambda side: f"{side.cost_per_million(price_per_hour):.4g}"
+    for label, figure in lines.items():
+        table.add_row(label, *map(figure, both))
+    out.print(table)
+
+
+def _show_changed(changed: Sequence[Worst], artifact: Artifact) -> None:
+    count = sum(not one.agrees for one in changed)
+    gate = artifact.manifest.variant(artifact.manifest.chosen).gate
+    measure_of = gate.measure if gate else ""
+    words = f"{count} of {len(changed)} answers changed ({count / len(changed):.2%}): {measure_of}"
+    _say("answers", words)
+    table = Table("row", "differs by", "", "fp32", "tuned", box=SIMPLE_HEAD, pad_edge=False)
+    for one in changed[:_WORST]:
+        said = "" if one.agrees else "changed"
+        table.add_row(str(one.row), f"{one.gap:.3g}", said, one.first, one.second)
+    out.print(Text(f"the {min(_WORST, len(changed))} farthest apart", style="bold"))
+    out.print(table)
+
+
+def _in_the_runtime(name: str, written: Path, minutes: float, address: str, *, apply: bool) -> None:
+    """Copy live requests to it for a while; switch to it, or say how."""
+    with Runtime(address=address) as runtime:
+        if minutes:
+            _shadow(runtime, name, written, minutes)
+        place = "" if address == "auto" else f" --address {address}"
+        if apply:
+            version = runtime.swap(name, written.absolute())
+            _say("applied", f"{name} is served by {version}")
+        else:
+            _say("switch on", f"lrai runtime swap {name} {written}{place}")
+        _say("switch back", f"lrai runtime rollback {name}{place}")
+
+
+def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> None:
+    """Have copies of the live requests answered by it, and their answers compared.
+
+    Raises:
+        ConditionNotMet: It fails, or says something else more often than the gate allows.
+    """
+    before = {one.name: one for one in runtime.deployments()}[name]
+    runtime.load(written.absolute(), name=name, share=0.0)
+    version = Artifact.open(written, verify=False).version
+    began = runtime.stats()
+
+    def count(kind: str) -> int:
+        return runtime.stats().get(kind, 0) - began.get(kind, 0)
+
+    try:
+        runtime.route(name, before.shares, {version: 1.0}, before.relief)
+        total = math.ceil(minutes * 60 / _LIVE_SECONDS)
+        with _progress("live requests, copied", total) as tick:
+            for _ in range(total):
+                time.sleep(_LIVE_SECONDS)
+                tick()
+        seen, differ = count("shadow_compared"), count("shadow_differs")
+        failed = count("shadow_failed")
+    finally:
+        runtime.route(name, before.shares, before.shadow, before.relief)
+        runtime.unload(name, version)
+    _say("live", f"{seen} answers compared, {differ} changed, {failed} failed")
+    if failed or differ > _MOST_CHANGED * seen:
+        raise ConditionNotMet(f"on live requests {differ} of {seen} changed, {failed} failed")
+
+
+@contextmanager
+def _progress(words: str, total: int) -> Iterator[Callable[[], None]]:
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(),
+        console=out, transient=True, refresh_per_second=2,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(words, total=total or None)
+        yield lambda: bar.advance(task)
+
+
+def _write(
+    file: Path, both: Sequence[Side], changed: Sequence[Worst], gains: Sequence[float]
+) -> None:
+    content = {
+        "gains": list(gains),
+        "sides": {
+            side.variant: {"requests_per_second": side.requests_per_second, "p95_ms": side.p95_ms}
+            for side in both
+        },
+        "changed": [one._asdict() for one in changed[:_WORST]],
+        "share_changed": sum(not one.agrees for one in changed) / len(changed),
+    }
+    file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+
+
+def _say(label: str, words: str, style: str = "") -> None:
+    out.print(Text.assemble((f"{label:<12}", "bold"), (shorten(words, 2000), style)))
