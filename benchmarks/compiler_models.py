@@ -1,0 +1,224 @@
+"""The models that the compiler is measured with, and rows for each: small ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import datasets, images, models
+
+Array = NDArray[Any]
+Feed = dict[str, Array]
+SEED: Final = 0
+_TABLE: Final = [(count, 0) for count in (1, 8, 32)]
+_ANY: Final = 0.99  # loss of accuracy that is allowed where weights are random
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model, rows to compile it with, and rows that nothing has seen.
+
+    Attributes:
+        cells: Rows and length of the calls that are timed; length 0 where there is none.
+        trained: Whether what it says means something.
+        smaller: Least share by which its int8 has to be smaller than its float32, 0 for none.
+        faster: By cell how many times as fast as ONNX Runtime in float32 it has to be.
+        labels: Of the unseen rows.
+        groups: Arrays of the evaluation between whose groups nothing may widen.
+        module: The same in torch, in evaluation mode.
+        heavy: Calls take long: measured with one thread only.
+    """
+
+    name: str
+    source: Path
+    evaluation: Mapping[str, Array]
+    unseen: list[Feed]
+    output_map: str
+    cells: Sequence[tuple[int, int]]
+    trained: bool = True
+    smaller: float = 0.0
+    faster: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    labels: Array | None = None
+    groups: tuple[str, ...] = ()
+    max_accuracy_loss: float = 0.01
+    module: Any = None
+    heavy: bool = False
+
+
+def made(scratch: Path, data: Path | None, *, quick: bool) -> Iterator[Model]:
+    """Yield the models: of `quick`, the first two."""
+    yield _classifier(scratch)
+    yield _minilm(scratch, data, quick=quick)
+    if not quick:
+        yield _adult(scratch)
+        yield _deep(scratch)
+        yield _digits(scratch)
+        yield _efficientnet(scratch, data)
+        yield _resnet50(scratch)
+        yield _bert(scratch)
+
+
+def _classifier(scratch: Path) -> Model:
+    source, held = models.classifier(scratch / "classifier.onnx", SEED, hidden=1024)
+    rows, labels = held["features"], held["label"]
+    return Model(
+        "classifier",
+        source,
+        {"features": rows[:2_000], "label": labels[:2_000]},
+        [{"features": row[None]} for row in rows[2_000:]],
+        "softmax",
+        _TABLE,
+        labels=labels[2_000:],
+    )
+
+
+def _minilm(scratch: Path, data: Path | None, *, quick: bool) -> Model:
+    tokenizer = models.Tokenizer()
+    texts = models.sst2(data, "test")[0][:500] if data else models.sentences(500, SEED + 9)
+    requests = models.requests(1_200, SEED + 5)
+    return Model(
+        "minilm",
+        models.minilm_onnx(scratch / "minilm.onnx"),
+        tokenizer.pad([request["input_ids"][0] for request in requests]),
+        [_tokens(np.asarray(ids).ravel()) for ids in tokenizer.encode(texts)],
+        "l2_normalised",
+        [(count, length) for length in (16, 64, 128) for count in (1, 8, 32)][: 5 if quick else 9],
+        smaller=0.6,
+        faster={(8, 128): 1.7},
+    )
+
+
+def _adult(scratch: Path) -> Model:
+    """An MLP trained on Adult; nothing may widen between the sexes."""
+    data = datasets.adult()
+    held = ~data.train
+    source = models.train_mlp(
+        scratch / "adult.onnx", data.features[data.train], data.labels[data.train], (512, 512)
+    )
+    features, labels, sex = data.features[held], data.labels[held], data.groups["sex"][held]
+    cut = len(features) - 4_000
+    return Model(
+        "adult",
+        source,
+        {"features": features[:cut], "label": labels[:cut], "sex": sex[:cut]},
+        [{"features": row[None]} for row in features[cut:]],
+        "softmax",
+        _TABLE,
+        labels=labels[cut:],
+        groups=("sex",),
+    )
+
+
+def _deep(scratch: Path) -> Model:
+    """Six hidden layers of 512, trained like the classifier."""
+    source, held = models.classifier(scratch / "deep.onnx", SEED + 1, hidden=512, layers=6)
+    rows, labels = held["features"], held["label"]
+    return Model(
+        "mlp-6x512",
+        source,
+        {"features": rows[:2_000], "label": labels[:2_000]},
+        [{"features": row[None]} for row in rows[2_000:]],
+        "softmax",
+        _TABLE,
+        labels=labels[2_000:],
+    )
+
+
+def _digits(scratch: Path) -> Model:
+    """A convolutional network trained on 2,500 handwritten digits."""
+    data = datasets.digits()
+    module = images.train_cnn(data.features[data.train], data.labels[data.train], SEED)
+    rows, labels = data.features[~data.train], data.labels[~data.train]
+    return Model(
+        "mnist-cnn",
+        images.export(module, rows[:2], scratch / "mnist.onnx"),
+        {"image": rows[:1_500], "label": labels[:1_500]},
+        [{"image": row[None]} for row in rows[1_500:]],
+        "softmax",
+        _TABLE,
+        labels=labels[1_500:],
+        module=module,
+    )
+
+
+def _efficientnet(scratch: Path, data: Path | None) -> Model:
+    """With `data`, trained on ImageNet and shown photographs: too few for a point of accuracy."""
+    path, cells = scratch / "efficientnet.onnx", [(1, 0), (8, 0)]
+    if data is None:
+        return _random(
+            "efficientnet-lite0", images.efficientnet_lite0_onnx(path), cells, smaller=0.4
+        )
+    module = images.efficientnet_lite0()
+    rows, labels = images.photographs(data / "imagenet_samples")
+    order = np.random.default_rng(SEED).permutation(len(rows))
+    rows, labels = rows[order], labels[order]
+    return Model(
+        "efficientnet-lite0",
+        images.export(module, rows[:2], path),
+        {"image": rows[:350], "label": labels[:350]},
+        [{"image": row[None]} for row in rows[350:]],
+        "softmax",
+        cells,
+        smaller=0.4,
+        labels=labels[350:],
+        max_accuracy_loss=0.03,
+        module=module,
+        heavy=True,
+    )
+
+
+def _resnet50(scratch: Path) -> Model:
+    module = images.resnet50(SEED)
+    sample = np.random.default_rng(SEED).standard_normal((2, 3, 224, 224), np.float32)
+    source = images.export(module, sample, scratch / "resnet50.onnx")
+    cells = [(1, 0), (8, 0)]
+    return _random(
+        "resnet-50", source, cells, smaller=0.4, faster=dict.fromkeys(cells, 3.0), module=module
+    )
+
+
+def _random(name: str, source: Path, cells: Sequence[tuple[int, int]], **more: Any) -> Model:
+    """Return a network of random weights and rows of noise."""
+    rows = np.random.default_rng(SEED).standard_normal((60, 3, 224, 224), np.float32)
+    return Model(
+        name,
+        source,
+        {"image": rows, "label": np.zeros(len(rows), np.int64)},
+        [{"image": row[None]} for row in rows[:8]],
+        "softmax",
+        cells,
+        trained=False,
+        max_accuracy_loss=_ANY,
+        heavy=True,
+        **more,
+    )
+
+
+def _bert(scratch: Path) -> Model:
+    ids = np.random.default_rng(SEED).integers(1_000, 30_000, (60, 64))
+    return Model(
+        "bert-base",
+        models.bert_base_onnx(scratch / "bert.onnx"),
+        {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "label": np.zeros(len(ids), np.int64),
+        },
+        [_tokens(row) for row in ids[:8]],
+        "l2_normalised",
+        [(1, 128), (8, 64)],
+        trained=False,
+        smaller=0.6,
+        max_accuracy_loss=_ANY,
+        heavy=True,
+    )
+
+
+def _tokens(ids: Array) -> Feed:
+    row = ids[None].astype(np.int64)
+    return {"input_ids": row, "attention_mask": np.ones_like(row)}

@@ -1,0 +1,206 @@
+"""What int8 does to groups of people, and what the gate makes of it.
+
+Networks trained on Adult (income, by sex and race) and on COMPAS (recidivism) are compiled with
+groups: the gate compares the variant with float32 on the same rows, group by group, and neither
+demographic parity nor equalised odds may widen by more than the margin, at 95 % confidence.
+
+The third network is made to fail: in int8 its smaller group loses what decides about it. Compiled
+without groups it is taken for its accuracy; compiled with groups that form is refused.
+
+    python benchmarks/fairness.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [
+    str(_ROOT),
+    *(p for p in sys.path if p and Path(p).resolve() != _ROOT / "benchmarks"),
+]
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+from numpy.typing import NDArray  # noqa: E402
+
+import lrai_core as lrai  # noqa: E402
+from benchmarks import datasets, harness, models  # noqa: E402
+from benchmarks.harness import Check, console  # noqa: E402
+
+SEED: Final = 0
+HIDDEN: Final = (1024, 1024)  # so that int8 is worth it on any CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A network, rows that it was not trained with, and by how much what may widen."""
+
+    name: str
+    source: Path
+    rows: dict[str, NDArray[Any]]
+    groups: tuple[str, ...]
+    margin: float
+    max_accuracy_loss: float = 0.01
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, compile, compare, print, write; return 1 where a check does not hold."""
+    arguments = _arguments(argv)
+    rows: list[dict[str, Any]] = []
+    checks: list[Check] = []
+    with tempfile.TemporaryDirectory(prefix="lrai-fairness-") as scratch:
+        folder = Path(scratch)
+        for name, read, margin in (
+            ("compas", datasets.compas, 0.02),
+            ("adult", datasets.adult, 0.01),
+        )[: 1 if arguments.quick else 2]:
+            case = _trained(folder, name, read(), margin)
+            fair = _compile(case, folder / f"{name}.lrai", case.groups)
+            rows += _show(case, fair)
+            checks += _widened(case, fair)
+        checks += _refused(folder)
+    environment = harness.environment(1, ["lrai", "onnxruntime", "numpy"])
+    return harness.conclude("fairness", arguments.out, environment, rows, checks)
+
+
+def _trained(folder: Path, name: str, data: datasets.Data, margin: float) -> Case:
+    with console.status(f"{name}: training"):
+        train = data.features[data.train], data.labels[data.train]
+        source = models.train_mlp(folder / f"{name}.onnx", *train, HIDDEN)
+    groups = {column: values[~data.train] for column, values in data.groups.items()}
+    held: dict[str, NDArray[Any]] = {"features": data.features[~data.train]}
+    rows = held | {"label": data.labels[~data.train], **groups}
+    return Case(name, source, rows, tuple(groups), margin)
+
+
+def _compile(case: Case, out: Path, groups: tuple[str, ...]) -> lrai.Artifact:
+    given = {name: case.rows[name] for name in ("features", "label", *groups)}
+    with console.status(f"{case.name}: lrai compiles, groups: {', '.join(groups) or 'none'}"):
+        return lrai.compile(
+            case.source,
+            out=out,
+            evaluation=given,
+            output_map="softmax",
+            max_accuracy_loss=case.max_accuracy_loss,
+            groups=groups,
+            max_disparity=case.margin,
+            threads=1,
+            seed=SEED,
+        )
+
+
+def _gate(artifact: lrai.Artifact, variant: str) -> Any:
+    return artifact.manifest.variant(variant).gate
+
+
+def _show(case: Case, artifact: lrai.Artifact) -> list[dict[str, Any]]:
+    """Print every group's rates with fp32 and with the chosen variant; return them."""
+    manifest = artifact.manifest
+    chosen, fp32 = _gate(artifact, manifest.chosen), _gate(artifact, "fp32")
+    names = ("selection_rate", "accuracy", "false_positive_rate", "false_negative_rate")
+    lines, rows = [], []
+    for column, groups in chosen.groups.items():
+        for group, own in groups.items():
+            before = fp32.groups[column][group]
+            pairs = [(before.get(name), own.get(name)) for name in names]
+            cells = ["" if a is None or b is None else f"{a:.3f} {b - a:+.4f}" for a, b in pairs]
+            lines.append([column, group, f"{own['rows']:.0f}", *cells])
+            rows.append({"case": case.name, "column": column, "group": group, **own})
+    harness.show(
+        f"{case.name}: {manifest.chosen}, {manifest.variant(manifest.chosen).speedup:.2f} x fp32",
+        ["column", "group", "rows", *(name.replace("_", " ") for name in names)],
+        lines,
+        "fp32, and what the variant changes, on rows that chose nothing",
+    )
+    for one in chosen.disparities:
+        bound = one.widened_bound
+        said = "insufficient data" if bound is None else f"wider by at most {bound:.4f}"
+        between = ", ".join(one.groups) or "no group"
+        console.print(
+            f"{one.attribute}: {one.measure} {one.source:.4f}, then {one.variant:.4f}: {said} "
+            f"(judged between {between})"
+        )
+        rows.append(
+            {
+                "case": case.name,
+                "column": one.attribute,
+                "measure": one.measure,
+                "fp32": one.source,
+                "variant": one.variant,
+                "widened_bound": bound,
+                "judged": list(one.groups),
+            }
+        )
+    return rows
+
+
+def _widened(case: Case, artifact: lrai.Artifact) -> list[Check]:
+    manifest = artifact.manifest
+    gate = _gate(artifact, manifest.chosen)
+    found = [one for one in gate.disparities if one.widened_bound is not None]
+    checks = [
+        Check(
+            f"{case.name}: {one.measure} by {one.attribute} wider by at most",
+            one.widened_bound or 0.0,
+            f"<= {case.margin}",
+            (one.widened_bound or 0.0) <= case.margin,
+        )
+        for one in found
+    ]
+    faster = manifest.variant(manifest.chosen).speedup
+    goal = "> 1: a form was found that keeps it"
+    return [*checks, Check(f"{case.name}: times as fast as fp32", faster, goal, faster > 1)]
+
+
+def _refused(folder: Path) -> list[Check]:
+    """Compile the network that int8 wrongs, with groups and without."""
+    source, rows = models.unequal(folder / "unequal.onnx", 6_000)
+    case = Case("unequal", source, rows, ("group",), 0.05, max_accuracy_loss=0.2)
+    free = _compile(case, folder / "free.lrai", ())
+    fair = _compile(case, folder / "fair.lrai", ("group",))
+    chosen, kept = free.manifest.chosen, {variant.id for variant in fair.variants}
+    log = (fair.path / "quantization.jsonl").read_text(encoding="utf-8").splitlines()
+    console.print(f"unequal: without groups {chosen}, with them {fair.manifest.chosen}; refused:")
+    for line in log:
+        if "by group goes from" in line:
+            console.print(line)
+    gate = _gate(fair, fair.manifest.chosen)
+    worst = max(one.widened_bound or 0.0 for one in gate.disparities)
+    better = fair.manifest.variant(fair.manifest.chosen).speedup
+    return [
+        Check(
+            f"unequal: {chosen}, chosen without groups, is kept with them",
+            float(chosen in kept),
+            "0",
+            chosen not in kept and chosen != "fp32",
+        ),
+        Check(
+            f"unequal: {fair.manifest.chosen}, chosen with groups, is wider by at most",
+            worst,
+            f"<= {case.margin}",
+            worst <= case.margin,
+        ),
+        Check(f"unequal: {fair.manifest.chosen}, times as fast as fp32", better, "> 1", better > 1),
+    ]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, help="not needed: the data come with packages")
+    parser.add_argument("--quick", action="store_true", help="without Adult")
+    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
