@@ -11,8 +11,10 @@ from __future__ import annotations
 import csv
 import gzip
 import importlib.util
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,8 +84,15 @@ def compas(train: int = 2_000) -> Data:
             and row["c_charge_degree"] != "O"
             and row["score_text"] != "N/A"
         ]
-    names = ("age", "priors_count", "juv_fel_count", "juv_misd_count", "juv_other_count")
-    columns = [[row[name] for row in rows] for name in (*names, "c_charge_degree", "sex", "race")]
+    for row in rows:
+        held = (datetime.fromisoformat(row[name]) for name in ("c_jail_out", "c_jail_in"))
+        row["hours_held"] = str(operator.sub(*held).total_seconds() / 3600)
+    names = (
+        *("age", "priors_count", "juv_fel_count", "juv_misd_count", "juv_other_count"),
+        *("days_b_screening_arrest", "hours_held", "c_charge_degree", "c_charge_desc"),
+        *("sex", "race"),
+    )
+    columns = [[row[name] for row in rows] for name in names]
     labels = np.array([int(row["is_recid"]) for row in rows], np.int64)
     groups = {name: np.array([row[name] for row in rows]) for name in ("race", "sex")}
     chosen = np.random.default_rng(0).permutation(len(rows)) < train

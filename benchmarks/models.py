@@ -273,7 +273,7 @@ def unequal(path: Path, rows: int = 3_000, seed: int = 3) -> tuple[Path, Arrays]
     that vanish beside it. Without Relu, so that this is easy to see. The rows are `features`,
     `label` (which the network misses on 30 % of the small group) and `group`.
     """
-    width, hidden, random = 512, 1024, np.random.default_rng(seed)
+    width, hidden, random = 1024, 2048, np.random.default_rng(seed)
     half = width // 2
     first = np.ones((width, hidden), np.float32)
     first[1:half] = random.choice([-1, 1], (half - 1, hidden)) / 8

@@ -274,7 +274,7 @@ def _int8_table(graph: Graph, node: onnx.NodeProto, tensor: onnx.TensorProto) ->
     graph.constant(f"{name}:scale", scale, np.float32)
     rows = graph.add("Gather", [f"{name}:int8", ids], f"{y}:int8")
     rows = graph.add("Cast", [rows], f"{y}:float", to=onnx.TensorProto.FLOAT)
-    graph.add("Mul", [rows, graph.add("Gather", [f"{name}:scale", ids], f"{y}:scale")], y)
+    graph.add("Mul", [rows, graph.add("Gather", [f"{name}:scale", ids], f"{y}:rescale")], y)
     return Quantized(
         node=node.name,
         op_type="Gather",
@@ -334,7 +334,7 @@ def _dynamic_int8(graph: Graph, layer: Linear) -> str:
     graph.add("DynamicQuantizeLinear", [x], f"{x}:uint8", f"{x}:scale", f"{x}:zero_point")
     product = graph.add("MatMulInteger", [f"{x}:uint8", weight, f"{x}:zero_point"], f"{y}:int32")
     product = graph.add("Cast", [product], f"{y}:float", to=onnx.TensorProto.FLOAT)
-    graph.add("Mul", [product, graph.add("Mul", [f"{x}:scale", scale], f"{y}:scale")], y)
+    graph.add("Mul", [product, graph.add("Mul", [f"{x}:scale", scale], f"{y}:rescale")], y)
     return "dynamic_int8"
 
 

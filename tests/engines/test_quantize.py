@@ -130,6 +130,20 @@ def test_every_scheme_stays_within_two_percent_of_float32(
     assert all(line.bits == 8 and 0 < line.error < most and not line.why for line in report)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_product_of_a_product_is_quantised_too(scheme: str) -> None:
+    random = np.random.default_rng(4)
+    weights = {name: random.standard_normal((8, 8)).astype(np.float32) for name in ("v", "w")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "v"], ["p"], "first"),
+        helper.make_node("MatMul", ["p", "w"], ["y"], "second"),
+    ]
+    model, x = graph(nodes, weights, (8, 8)), rows(8, 8)
+    quantized, _ = SCHEMES[scheme](model)
+    found = run(optimise(quantized, level="all"), x)
+    assert relative_error(found, run(model, x)) < (0.04 if SATURATES else 0.02)
+
+
 @pytest.mark.parametrize("kind", ["matmul", "gemm"])
 @pytest.mark.parametrize("scheme", [*PER_ROW, "nbits_32", "nbits_64"])
 def test_a_row_gets_the_same_bits_alone_and_among_others(scheme: str, kind: str) -> None:

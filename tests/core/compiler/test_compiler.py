@@ -183,7 +183,7 @@ GROUPED = 3000
 
 def test_a_form_that_widens_what_lies_between_groups_is_not_kept(tmp_path: Path) -> None:
     """With the same margin of accuracy, groups refuse the form that is taken without them."""
-    source, rows = models.unequal(tmp_path / "m.onnx", GROUPED)
+    source, rows = models.unequal(tmp_path / "m.onnx", 2_000)
     loose: Any = {"max_accuracy_loss": 0.2, "output_map": "softmax", "threads": 1}
     grouped: Any = {"groups": ["group"], "max_disparity": 0.06}
     ungrouped = {name: rows[name] for name in ("features", "label")}
