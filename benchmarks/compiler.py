@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="lrai-compiler-") as scratch:
         for threads in (1,) if arguments.quick else (1, 2):
             os.sched_setaffinity(0, cpus[:threads])
-            for model in made(Path(scratch), arguments.data, quick=arguments.quick):
+            for model in made(Path(scratch), arguments.data, arguments.only, quick=arguments.quick):
                 if threads > 1 and model.heavy:
                     continue
                 folder = Path(scratch, f"{model.name}-{threads}")
@@ -432,6 +432,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of benchmark data: real sentences")
     parser.add_argument("--extras", action="store_true", help="with OpenVINO, ours and as a peer")
     parser.add_argument("--quick", action="store_true", help="three minutes instead of thirty")
+    parser.add_argument("--only", nargs="*", default=(), help="these models")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
     return parser.parse_args(argv)
 

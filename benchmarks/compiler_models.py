@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -50,17 +50,22 @@ class Model:
     heavy: bool = False
 
 
-def made(scratch: Path, data: Path | None, *, quick: bool) -> Iterator[Model]:
-    """Yield the models: of `quick`, the first two."""
-    yield _classifier(scratch)
-    yield _minilm(scratch, data, quick=quick)
-    if not quick:
-        yield _adult(scratch)
-        yield _deep(scratch)
-        yield _digits(scratch)
-        yield _efficientnet(scratch, data)
-        yield _resnet50(scratch)
-        yield _bert(scratch)
+def made(scratch: Path, data: Path | None, only: Sequence[str], *, quick: bool) -> Iterator[Model]:
+    """Yield the models: of `quick` the first two, or those that are named."""
+    builders: dict[str, Callable[[], Model]] = {
+        "classifier": lambda: _classifier(scratch),
+        "minilm": lambda: _minilm(scratch, data, quick=quick),
+        "adult": lambda: _adult(scratch),
+        "mlp-6x512": lambda: _deep(scratch),
+        "mnist-cnn": lambda: _digits(scratch),
+        "efficientnet-lite0": lambda: _efficientnet(scratch, data),
+        "resnet-50": lambda: _resnet50(scratch),
+        "bert-base": lambda: _bert(scratch),
+    }
+    for name in only or list(builders)[: 2 if quick else None]:
+        if name not in builders:
+            raise SystemExit(f"--only {name}: known are {', '.join(builders)}")
+        yield builders[name]()
 
 
 def _classifier(scratch: Path) -> Model:

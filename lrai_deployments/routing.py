@@ -121,7 +121,8 @@ class Route:
         if isinstance(copy, LraiError) or copy.outputs.keys() != original.outputs.keys():
             emit("shadow_failed", name, reason=type(copy).__name__)
             return
-        specs = [s for s in self._stable.signature.outputs if s.name in original.outputs]
+        judged = self._shadow or self._stable  # after the maps that the copy's version declares
+        specs = [s for s in judged.signature.outputs if s.name in original.outputs]
         first, second = ([r.outputs[spec.name] for spec in specs] for r in (original, copy))
         gap = difference(first, second, specs)
         emit("shadow_compared", name, version=copy.model_version, difference=gap)

@@ -55,7 +55,10 @@ class Target:
 @app.command()
 def tune(
     target: Annotated[
-        str, typer.Argument(help="A model that the runtime serves, an artifact, or a model file.")
+        str,
+        typer.Argument(
+            help="What the runtime serves (also by its folder), an artifact, a model file."
+        ),
     ],
     *,
     requests: Annotated[
@@ -94,7 +97,8 @@ def tune(
     without --apply, and that is one command to go back from. No gain: exit status 3.
     """
     found = _find(target, requests, address)
-    written = output or Path(f"{found.name or found.model.stem}-tuned.lrai".replace("/", "-"))
+    stem = found.name.partition(":")[0] or found.model.stem
+    written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
     if found.requests is None:
         _without_requests(found, written, apply=apply)
         return
@@ -143,20 +147,21 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
         return Target(path, requests, None)
     with Runtime(address=address) as runtime:
         served = {one.name: one for one in runtime.deployments()}
-    if target not in served:
-        known = ", ".join(map(repr, served)) or "no model"
-        raise UsageError(
-            f"{shorten(target)!r} is no file and no artifact, and the runtime serves {known}"
-        )
-    artifact = Artifact.open(served[target].artifact)
-    captured = Path(served[target].traffic or ".", "captured.npz")
+    # Hosts add a version to the name: search for search:4f0c, and for the folder models/search.
+    alike = [name for name in served if name.partition(":")[0] == path.name]
+    name = target if target in served else alike[0] if len(alike) == 1 else ""
+    if not name:
+        known = ", ".join(map(repr, alike or served)) or "no model"
+        raise UsageError(f"{shorten(target)!r} is no file, artifact or name: there is {known}")
+    artifact = Artifact.open(served[name].artifact)
+    captured = Path(served[name].traffic or ".", "captured.npz")
     if requests is None and not captured.is_file():
         raise ConditionNotMet(
-            f"of the requests to {target!r} none are captured: set runtime.capture_rows, "
+            f"of the requests to {name!r} none are captured: set runtime.capture_rows, "
             "as by LRAI_RUNTIME_CAPTURE_ROWS=2000 where the runtime starts, or give --requests"
         )
     model = artifact.file(artifact.manifest.source.file)
-    return Target(model, requests or captured, artifact.manifest.signature, target)
+    return Target(model, requests or captured, artifact.manifest.signature, name)
 
 
 def _without_requests(found: Target, written: Path, *, apply: bool) -> None:
@@ -172,6 +177,7 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
     with Progress(
         TextColumn("{task.description}", markup=False), BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
+        disable=not out.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task("load", total=None)
 
@@ -298,7 +304,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> None:
 def _progress(words: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(),
-        console=out, transient=True, refresh_per_second=2,
+        console=out, transient=True, refresh_per_second=2, disable=not out.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task(words, total=total or None)
         yield lambda: bar.advance(task)

@@ -78,21 +78,21 @@ def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
     )
     assert served.manifest.chosen == "fp32"
     with own_runtime(LRAI_RUNTIME_CAPTURE_ROWS="2000"), lrai.Runtime() as runtime:
-        runtime.load(served, name="wide")
+        runtime.load(served, name="wide:4f0c")  # as hosts name what they serve
         refused = tune("wide", cwd=tmp_path)
         assert refused.returncode == 3, refused.stderr
         assert "LRAI_RUNTIME_CAPTURE_ROWS=2000" in refused.stderr
         for row in rows["features"][:ROWS]:
-            request = lrai.InferenceRequest(model_name="wide", inputs={"features": row[None]})
+            request = lrai.InferenceRequest(model_name="wide:4f0c", inputs={"features": row[None]})
             runtime.infer(request)
-        with asking("wide", rows) as versions:
+        with asking("wide:4f0c", rows) as versions:
             found = tune(
                 "wide", "--apply", "--minutes", 0.05, "--seconds", 0.5, "--rounds", 3,
                 "--price-per-hour", 1, "--json", "figures.json", cwd=tmp_path,
             )  # fmt: skip
             assert found.returncode == 0, found.stdout + found.stderr
             new = runtime.deployments()[0]
-            assert runtime.rollback("wide").startswith(served.version)
+            assert runtime.rollback("wide:4f0c").startswith(served.version)
         tuned = lrai.Artifact.open(tmp_path / "wide-tuned.lrai")
         assert tuned.manifest.chosen != "fp32"
         assert new.shares == {tuned.version: 1.0}
@@ -104,8 +104,8 @@ def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
         "answers changed",
         "cost of a million",
         "answers compared",
-        "wide is served by",
-        "lrai runtime rollback wide",
+        "wide:4f0c is served by",
+        "lrai runtime rollback wide:4f0c",
     ):
         assert words in found.stdout, found.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -149,4 +149,4 @@ def test_a_name_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path
         runtime.load(lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai"))
         found = tune("nobody", cwd=tmp_path)
     assert found.returncode == 2
-    assert "the runtime serves 'm'" in found.stderr
+    assert "'nobody' is no file, artifact or name: there is 'm'" in found.stderr

@@ -1,0 +1,327 @@
+"""Several models as one: what they have in common runs once. `lrai fuse A.onnx B.onnx -o C.onnx`.
+
+Two operators are the same if they are of one kind, have equal attributes, and read the same values;
+weights are the same if they are equal in type, shape and bytes. So models that share a trunk share
+it to the first weight that differs, whatever their values are called. Products of one value with
+different weights become one product.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import onnx
+import onnx.version_converter
+import onnxruntime as ort
+import typer
+from google.protobuf.message import EncodeError
+from onnx import helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    NotImplemented,  # noqa: A004 - onnxruntime's own name
+    RuntimeException,
+)
+
+from lrai_core import CompileError, ConditionNotMet, UsageError
+from lrai_import.onnx import load
+
+_RANDOM: Final = ("Bernoulli", "Multinomial")  # and what begins with Random
+_REFUSALS: Final = (Fail, InvalidArgument, NotImplemented, RuntimeException, EncodeError)
+_ROUNDS: Final = 15
+_FREE: Final = 8  # extent of a free dimension while it is timed
+_GAIN: Final = 1.05
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@dataclass(slots=True)
+class Fused:
+    """Models as one.
+
+    Attributes:
+        outputs: By model the names of its outputs.
+        operators: Of all models together.
+        shared: Operators that need not run again.
+        joined: Products that became part of another.
+    """
+
+    model: onnx.ModelProto
+    outputs: dict[str, list[str]]
+    operators: int
+    shared: int
+    joined: int
+
+
+def fuse(models: Mapping[str, onnx.ModelProto]) -> Fused:
+    """Return models as one, that has the outputs of all.
+
+    An input of one name, type and shape is one input; another of that name is called MODEL.INPUT.
+    Outputs keep their names where they differ, and are called MODEL.OUTPUT where they do not.
+
+    Args:
+        models: By name, two or more, weights inline. Not modified.
+
+    Raises:
+        CompileError: One has control flow, or they need different versions of an operator set.
+    """
+    opset = max(_opset(model) for model in models.values())
+    work = _Fusion(opset, list(models))
+    count = 0
+    for name, given in models.items():
+        model = given
+        if _opset(model) < opset:
+            model = onnx.version_converter.convert_version(model, opset)
+        names = [output.name for other in models.values() for output in other.graph.output]
+        work.add(name, model, {n for n in names if names.count(n) > 1})
+        count += len(model.graph.node)
+    work.join()
+    return Fused(work.built(), work.outputs, count, work.shared, work.joined)
+
+
+@dataclass(slots=True)
+class _Fusion:
+    """One graph, while models are added to it."""
+
+    opset: int
+    models: list[str]
+    outputs: dict[str, list[str]] = field(default_factory=dict)
+    shared: int = 0
+    joined: int = 0
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    owner: dict[str, str] = field(default_factory=dict)  # model of a node's first output
+    weights: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    inputs: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
+    results: list[onnx.ValueInfoProto] = field(default_factory=list)
+    domains: dict[str, int] = field(default_factory=dict)
+    known: dict[Any, list[str]] = field(default_factory=dict)  # values by what they are
+
+    def add(self, name: str, model: onnx.ModelProto, twice: set[str]) -> None:
+        """Add a model; `twice` are names of outputs that another has too."""
+        for needed in model.opset_import:
+            version = self.domains.setdefault(needed.domain or "", needed.version)
+            if version != needed.version:
+                raise CompileError(f"{name} needs version {needed.version} of {needed.domain!r}")
+        symbols: dict[str, str] = {}
+        values = {"": ""} | self._inputs(name, model, symbols)
+        for tensor in model.graph.initializer:
+            values[tensor.name] = self._weight(name, tensor)
+        for node in model.graph.node:
+            if any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
+                raise CompileError(f"{name}: {node.op_type} is control flow, which is not fused")
+            for old, new in zip(node.output, self._node(name, node, values), strict=True):
+                values[old] = new
+        self.outputs[name] = []
+        for output in model.graph.output:
+            own = f"{name}.{output.name}" if output.name in twice else output.name
+            self.nodes.append(helper.make_node("Identity", [values[output.name]], [own]))
+            self.owner[own] = name
+            self.results.append(_renamed(output, own, symbols))
+            self.outputs[name].append(own)
+
+    def _inputs(self, name: str, model: onnx.ModelProto, symbols: dict[str, str]) -> dict[str, str]:
+        constants = {tensor.name for tensor in model.graph.initializer}
+        values = {}
+        for given in model.graph.input:
+            if given.name in constants:
+                continue
+            there = self.inputs.get(given.name)
+            own = given.name
+            if there is not None and _extents(there) != _extents(given):
+                there, own = None, f"{name}.{given.name}"
+            first = there or next(iter(self.inputs.values()), given)
+            pairs = zip(_dims(given), _dims(first), strict=False)
+            for index, (mine, theirs) in enumerate(pairs):
+                if mine.dim_param and theirs.dim_param and (there is not None or index == 0):
+                    symbols[mine.dim_param] = theirs.dim_param  # one free extent, one name
+            self.inputs.setdefault(own, _renamed(given, own, symbols))
+            values[given.name] = own
+        return values
+
+    def _weight(self, name: str, tensor: onnx.TensorProto) -> str:
+        array = numpy_helper.to_array(tensor)
+        content = array.tolist() if array.dtype == object else array.tobytes()
+        digest = hashlib.sha256(repr(content).encode() if array.dtype == object else content)
+        key = ("weight", tensor.data_type, array.shape, digest.hexdigest())
+        if key not in self.known:
+            own = f"{name}/{tensor.name}"
+            self.weights[own] = numpy_helper.from_array(array, own)
+            self.known[key] = [own]
+        return self.known[key][0]
+
+    def _node(self, name: str, node: onnx.NodeProto, values: Mapping[str, str]) -> Sequence[str]:
+        read = [values[value] for value in node.input]
+        attributes = sorted(a.SerializeToString(deterministic=True) for a in node.attribute)
+        there = tuple(bool(value) for value in node.output)
+        key = (node.op_type, node.domain, tuple(attributes), tuple(read), there)
+        random = node.op_type in _RANDOM or node.op_type.startswith("Random")
+        if not random and key in self.known:
+            self.shared += 1
+            return self.known[key]
+        own = onnx.NodeProto()
+        own.CopyFrom(node)
+        own.name = f"{name}/{node.name}" if node.name else ""
+        own.input[:] = read
+        own.output[:] = [value and f"{name}/{value}" for value in node.output]
+        self.nodes.append(own)
+        self.owner[own.output[0]] = name
+        self.known[key] = list(own.output)
+        return self.known[key]
+
+    def join(self) -> None:
+        """Have products of one value with weights of different models be one product."""
+        groups: dict[Any, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            if (weight := self._matrix(node)) is not None:
+                groups[node.op_type, node.input[0], len(weight)].append(node)
+        for (kind, value, _), found in groups.items():
+            owners = [self.owner[node.output[0]] for node in found]
+            if len(found) > 1 and len(set(owners)) == len(found):  # one each: not Q, K and V
+                self._joined(kind, value, found)
+
+    def _matrix(self, node: onnx.NodeProto) -> Any:
+        """Return the weight of a product as [inputs, outputs], None for any other operator."""
+        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in self.weights:
+            return None
+        set_ = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        plain = set_.get("alpha", 1.0) == set_.get("beta", 1.0) == 1.0 and not set_.get("transA")
+        matrix = numpy_helper.to_array(self.weights[node.input[1]])
+        bias = node.input[2] if len(node.input) > 2 else ""
+        if not plain or matrix.ndim != 2 or (bias and bias not in self.weights):
+            return None
+        return matrix.T if set_.get("transB") else matrix
+
+    def _joined(self, kind: str, value: str, found: Sequence[onnx.NodeProto]) -> None:
+        matrices = [self._matrix(node) for node in found]
+        sizes = [matrix.shape[1] for matrix in matrices]
+        name = found[0].output[0]
+        read = [value, self._constant(f"{name}:joined", np.concatenate(matrices, axis=1))]
+        if kind == "Gemm":
+            biases = []
+            for node, size in zip(found, sizes, strict=True):
+                given = numpy_helper.to_array(self.weights[node.input[2]]) if node.input[2:] else 0
+                biases.append(np.broadcast_to(given, (1, size))[0].astype(matrices[0].dtype))
+            read.append(self._constant(f"{name}:bias", np.concatenate(biases)))
+        parts = self._constant(f"{name}:sizes", np.array(sizes, np.int64))
+        product = helper.make_node(kind, read, [f"{name}:all"])
+        outputs = [node.output[0] for node in found]
+        split = helper.make_node("Split", [f"{name}:all", parts], outputs, axis=-1)
+        place = self.nodes.index(found[0])
+        gone = {node.output[0] for node in found}
+        before = [n for n in self.nodes[:place] if n.output[0] not in gone]
+        after = [n for n in self.nodes[place:] if n.output[0] not in gone]
+        self.nodes = [*before, product, split, *after]
+        self.joined += len(found) - 1
+
+    def _constant(self, name: str, array: Any) -> str:
+        self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return name
+
+    def built(self) -> onnx.ModelProto:
+        """Return the model, without weights that nothing reads any more."""
+        read = {value for node in self.nodes for value in node.input}
+        weights = [tensor for name, tensor in self.weights.items() if name in read]
+        graph = helper.make_graph(
+            self.nodes, "+".join(self.models), list(self.inputs.values()), self.results, weights
+        )
+        opsets = [helper.make_opsetid(*pair) for pair in self.domains.items()]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+
+
+def _dims(value: onnx.ValueInfoProto) -> Sequence[Any]:
+    return value.type.tensor_type.shape.dim
+
+
+def _extents(value: onnx.ValueInfoProto) -> Any:
+    kind = value.type.tensor_type.elem_type
+    return kind, [d.dim_value if d.HasField("dim_value") else None for d in _dims(value)]
+
+
+def _renamed(
+    value: onnx.ValueInfoProto, name: str, symbols: Mapping[str, str]
+) -> onnx.ValueInfoProto:
+    own = onnx.ValueInfoProto()
+    own.CopyFrom(value)
+    own.name = name
+    for dim in _dims(own):
+        if dim.dim_param in symbols:
+            dim.dim_param = symbols[dim.dim_param]
+    return own
+
+
+@app.command()
+def command(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files, two or more.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
+) -> None:
+    """Make one model of several, in which what they have in common runs once.
+
+    Nothing is written where that saves no time (exit status 3). A request names the outputs that it
+    wants, and `lrai compile` takes the file like any other.
+    """
+    if len(files) < 2 or len({file.stem for file in files}) < len(files):
+        raise UsageError("two or more files are needed, each of another name")
+    if output.exists():
+        raise UsageError(f"{output} exists")
+    models = {file.stem: load(file, typer.echo).model for file in files}
+    fused = fuse(models)
+    typer.echo(
+        f"{fused.shared} of {fused.operators} operators need not run again, "
+        f"{fused.joined} products are part of another"
+    )
+    try:
+        apart, together = _times([*models.values()], fused.model)
+    except _REFUSALS as error:
+        why = str(error).partition("\n")[0][:300]
+        raise CompileError(f"they do not run on ones, so nothing can be measured: {why}") from None
+    words = f"{apart * 1e3:.3g} ms one after the other, {together * 1e3:.3g} ms as one"
+    if apart < _GAIN * together:
+        raise ConditionNotMet(f"not fused: {words}")
+    output.write_bytes(fused.model.SerializeToString())
+    typer.echo(f"{words}: {apart / together:.2f} times as fast")
+    for name, outputs in fused.outputs.items():
+        typer.echo(f"{name}: {', '.join(outputs)}")
+
+
+def _times(models: Sequence[onnx.ModelProto], fused: onnx.ModelProto) -> tuple[float, float]:
+    """Return the seconds of all models in turn, and of them as one; medians of rounds in turns."""
+    runs = [[_run(model) for model in models], [_run(fused)]]
+    seconds: list[list[float]] = [[], []]
+    for index in range(_ROUNDS + 1):
+        for own, sessions in zip(seconds, runs, strict=True):
+            began = time.perf_counter()
+            for session, feed in sessions:
+                session.run(None, feed)
+            if index:  # the first warms up
+                own.append(time.perf_counter() - began)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def _run(model: onnx.ModelProto) -> tuple[ort.InferenceSession, dict[str, Any]]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session, dict(_feed(model))
+
+
+def _feed(model: onnx.ModelProto) -> Iterator[tuple[str, Any]]:
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        if value.name not in constants:
+            kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            yield value.name, np.ones([d.dim_value or _FREE for d in _dims(value)], kind)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai fuse")

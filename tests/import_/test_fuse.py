@@ -1,0 +1,215 @@
+"""Several models as one, against each by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import lrai_core as lrai
+from lrai_core import CompileError
+from lrai_import.fuse import Fused, fuse
+from tests.core.compiler.onnx_files import model, value
+
+LRAI = Path(sys.executable).with_name("lrai")
+WIDTH = 32
+
+
+def weights(seed: int, *shape: int) -> Any:
+    return (np.random.default_rng(seed).standard_normal(shape) / shape[0] ** 0.5).astype(np.float32)
+
+
+def headed(
+    trunk: int, head: int, *, classes: int = 3, prefix: str = "", gemm: bool = False, depth: int = 2
+) -> onnx.ModelProto:
+    """Return x -> layers by the seed `trunk` -> a head by the seed `head`; names have a prefix."""
+    nodes, constants, at = [], [], "x"
+    for layer in range(depth):
+        name = f"{prefix}w{layer}"
+        constants.append(numpy_helper.from_array(weights(trunk + layer, WIDTH, WIDTH), name))
+        nodes.append(helper.make_node("MatMul", [at, name], [f"{prefix}p{layer}"]))
+        nodes.append(helper.make_node("Relu", [f"{prefix}p{layer}"], [f"{prefix}h{layer}"]))
+        at = f"{prefix}h{layer}"
+    last = weights(head, WIDTH, classes)
+    if gemm:
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(last.T), f"{prefix}v"))
+        constants.append(numpy_helper.from_array(weights(head + 1, classes), f"{prefix}b"))
+        read = [at, f"{prefix}v", f"{prefix}b"]
+        nodes.append(helper.make_node("Gemm", read, [f"{prefix}y"], transB=1))
+    else:
+        constants.append(numpy_helper.from_array(last, f"{prefix}v"))
+        nodes.append(helper.make_node("MatMul", [at, f"{prefix}v"], [f"{prefix}y"]))
+    symbol = f"{prefix or 'batch'}"
+    inputs, outputs = [value("x", [symbol, WIDTH])], [value(f"{prefix}y", [symbol, classes])]
+    return model(nodes, inputs, outputs, constants)
+
+
+def run(proto: onnx.ModelProto, **feed: Any) -> dict[str, Any]:
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, feed), strict=True))
+
+
+def kinds(fused: Fused) -> dict[str, int]:
+    found = [node.op_type for node in fused.model.graph.node]
+    return {kind: found.count(kind) for kind in found}
+
+
+X = np.random.default_rng(9).standard_normal((5, WIDTH)).astype(np.float32)
+
+
+@pytest.mark.parametrize("gemm", [False, True])
+def test_a_trunk_runs_once_whatever_its_values_are_called(gemm: bool) -> None:
+    one, two = headed(1, 50, gemm=gemm), headed(1, 60, classes=4, prefix="z", gemm=gemm)
+    fused = fuse({"one": one, "two": two})
+    onnx.checker.check_model(fused.model)
+    assert (fused.operators, fused.shared, fused.joined) == (10, 4, 1)
+    head = "Gemm" if gemm else "MatMul"
+    assert kinds(fused)[head] == (1 if gemm else 3)  # both heads are one product
+    assert [given.name for given in fused.model.graph.input] == ["x"]
+    assert fused.outputs == {"one": ["y"], "two": ["zy"]}
+    found = run(fused.model, x=X)
+    np.testing.assert_allclose(found["y"], run(one, x=X)["y"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["zy"], run(two, x=X)["zy"], rtol=1e-5, atol=1e-6)
+    free = {d.dim_param for v in fused.model.graph.output for d in v.type.tensor_type.shape.dim}
+    assert free == {"batch", ""}, "one free extent has one name"
+
+
+def test_what_differs_is_kept_apart_and_outputs_of_one_name_get_their_models() -> None:
+    models = {f"m{i}": headed(10 * i, 50 + i) for i in range(4)}
+    fused = fuse(models)
+    assert (fused.shared, fused.joined) == (0, 3), "only the first layers read one value"
+    assert [output.name for output in fused.model.graph.output] == [f"m{i}.y" for i in range(4)]
+    found = run(fused.model, x=X)
+    for name, proto in models.items():
+        right = run(proto, x=X)["y"]
+        np.testing.assert_allclose(found[f"{name}.y"], right, rtol=1e-5, atol=1e-6)
+
+
+def test_products_of_one_model_stay_as_they_are() -> None:
+    nodes = [helper.make_node("MatMul", ["x", w], [f"{w}y"]) for w in "qkv"]
+    constants = [numpy_helper.from_array(weights(i, WIDTH, WIDTH), w) for i, w in enumerate("qkv")]
+    outputs = [value(f"{w}y", ["batch", WIDTH]) for w in "qkv"]
+    attention = model(nodes, [value("x", ["batch", WIDTH])], outputs, constants)
+    assert fuse({"a": attention, "b": attention}).joined == 0
+    assert fuse({"a": attention, "b": attention}).shared == 3
+
+
+def test_the_same_model_twice_is_that_model_once() -> None:
+    fused = fuse({"a": headed(1, 50), "b": headed(1, 50)})
+    assert fused.shared == 5
+    found = run(fused.model, x=X)
+    assert np.array_equal(found["a.y"], found["b.y"])
+
+
+def test_inputs_that_differ_in_shape_stay_two() -> None:
+    other = headed(1, 50)
+    other.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 5
+    fused = fuse({"a": headed(1, 50), "b": other})
+    assert [given.name for given in fused.model.graph.input] == ["x", "b.x"]
+    assert fused.shared == 0
+    found = run(fused.model, x=X, **{"b.x": X})
+    assert np.array_equal(found["a.y"], found["b.y"])
+
+
+def test_what_is_drawn_is_drawn_again() -> None:
+    node = helper.make_node("RandomNormalLike", ["x"], ["y"])
+    noise = model([node], [value("x", ["batch", 4])], [value("y", ["batch", 4])])
+    fused = fuse({"a": noise, "b": noise})
+    assert fused.shared == 0
+    found = run(fused.model, x=np.zeros((3, 4), np.float32))
+    assert not np.array_equal(found["a.y"], found["b.y"])
+
+
+def test_control_flow_is_refused() -> None:
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["z"])], "b", [], [value("z", ["batch", 4])]
+    )
+    flag = numpy_helper.from_array(np.array(True), "flag")
+    node = helper.make_node("If", ["flag"], ["y"], then_branch=body, else_branch=body)
+    proto = model([node], [value("x", ["batch", 4])], [value("y", ["batch", 4])], [flag])
+    with pytest.raises(CompileError, match="a: If is control flow"):
+        fuse({"a": proto, "b": proto})
+
+
+def test_models_of_two_opsets_meet_at_the_newer_one() -> None:
+    newer = headed(1, 60, prefix="z")
+    newer.opset_import[0].version = 18
+    fused = fuse({"a": headed(1, 50), "b": newer})
+    assert fused.shared == 4
+    assert [o.version for o in fused.model.opset_import] == [18]
+
+
+def test_versions_of_a_domain_that_contradict_are_refused() -> None:
+    one, two = headed(1, 50), headed(1, 60, prefix="z")
+    for version, proto in ((1, one), (2, two)):
+        proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", version))
+    with pytest.raises(CompileError, match=r"b needs version 2 of 'ai\.onnx\.ml'"):
+        fuse({"a": one, "b": two})
+
+
+def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(LRAI), "fuse", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_the_command_writes_what_compiles_and_each_model_can_be_asked(tmp_path: Path) -> None:
+    one, two = headed(1, 50, depth=12), headed(1, 70, prefix="z", depth=12)
+    for name, proto in (("one", one), ("two", two)):
+        onnx.save(proto, tmp_path / f"{name}.onnx")
+    done = cli(tmp_path, "one.onnx", "two.onnx", "-o", "both.onnx")
+    assert done.returncode == 0, done.stderr
+    assert "24 of 50 operators need not run again" in done.stdout
+    assert "one: y\ntwo: zy" in done.stdout
+    artifact = lrai.compile(tmp_path / "both.onnx", out=tmp_path / "both.lrai")
+    assert artifact.manifest.signature.coalescible
+    with lrai.Runtime.open(artifact, name="m") as runtime:
+        request = lrai.InferenceRequest(model_name="m", inputs={"x": X}, outputs=("zy",))
+        answer = runtime.infer(request)
+    assert list(answer.outputs) == ["zy"]
+    np.testing.assert_allclose(answer.outputs["zy"], run(two, x=X)["zy"], rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_is_gained_nothing_is_written(tmp_path: Path) -> None:
+    big = weights(0, 1500, 1500)
+    for name, seed in (("one", 1.0), ("two", 2.0)):
+        node = helper.make_node("MatMul", [name, "w"], [f"{name}y"])
+        weight = numpy_helper.from_array(big * np.float32(seed), "w")
+        inputs, outputs = [value(name, ["batch", 1500])], [value(f"{name}y", ["batch", 1500])]
+        onnx.save(model([node], inputs, outputs, [weight]), tmp_path / f"{name}.onnx")
+    done = cli(tmp_path, "one.onnx", "two.onnx", "-o", "both.onnx")
+    assert done.returncode == 3, done.stdout
+    assert "not fused" in done.stderr
+    assert not (tmp_path / "both.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["one.onnx"], "two or more files are needed"),
+        (["one.onnx", "one.onnx"], "each of another name"),
+        (["one.onnx", "two.onnx"], "both.onnx exists"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "both.onnx").touch()
+    done = cli(tmp_path, *arguments, "-o", "both.onnx")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_datatype_is_part_of_what_an_input_is() -> None:
+    other = headed(1, 50)
+    node = helper.make_node("Cast", ["x"], ["xf"], to=TensorProto.FLOAT)
+    other.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    other.graph.node[0].input[0] = "xf"
+    other.graph.node.insert(0, node)
+    fused = fuse({"a": headed(1, 50), "b": other})
+    assert [given.name for given in fused.model.graph.input] == ["x", "b.x"]
