@@ -82,8 +82,8 @@ def _heads(folder: Path) -> dict[str, onnx.ModelProto]:
         read = [model.graph.output[0].name, f"{name}.weight"]
         model.graph.node.append(helper.make_node("MatMul", read, [name]))
         del model.graph.output[:]
-        shape = ["batch", classes]
-        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        scores = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", classes])
+        model.graph.output.append(scores)
         made[name] = model
     for node in made["topic"].graph.node:
         node.name = f"other.{node.name}"

@@ -574,6 +574,7 @@ def _train(
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Return (weight [inputs, outputs], bias) per layer, by SGD with momentum on cross-entropy."""
     epochs, batch_size, momentum = 8, 250, 0.9
+    first_rate = 0.1 if len(sizes) < 5 else 0.01  # deep ones diverge
     parameters: list[NDArray[np.float32]] = []
     for inputs, outputs in pairwise(sizes):
         weight = rng.normal(scale=math.sqrt(2 / inputs), size=(inputs, outputs))
@@ -582,7 +583,7 @@ def _train(
 
     steps = epochs * len(features) // batch_size
     for step in range(steps):
-        rate = np.float32(0.1 * (1 - step / steps))
+        rate = np.float32(first_rate * (1 - step / steps))
         rows = rng.integers(len(features), size=batch_size)
         gradients = _gradients(parameters, features[rows], labels[rows])
         for index, gradient in enumerate(gradients):

@@ -58,7 +58,7 @@ def compile(
     group: Annotated[
         list[str] | None, typer.Option(help="Array of groups to treat alike; repeatable.")
     ] = None,
-    max_disparity: Annotated[float, typer.Option(help="Most that a group may lose.")] = 0.01,
+    max_disparity: Annotated[float, typer.Option(help="Most by which groups may part.")] = 0.01,
     axes: Annotated[
         Path | None, typer.Option(help="TOML that states batch and length axes.")
     ] = None,

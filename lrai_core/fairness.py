@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from lrai_core.confidence import paired_loss_bound
 
 Bools = NDArray[np.bool_]
-Measure = Literal["demographic_parity", "equalised_odds"]
-_MEASURES: Final[tuple[Measure, ...]] = ("demographic_parity", "equalised_odds")
+_MEASURES: Final = ("demographic_parity", "equalised_odds")
 
 
 class Disparity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,6 +25,7 @@ class Disparity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         attribute: Column of the groups.
+        measure: `demographic_parity` or `equalised_odds`.
         source: Difference in the source model, between the groups judged.
         variant: Difference in the variant.
         widened_bound: One-sided 95 % upper bound of what the variant adds; None: insufficient data.
@@ -33,7 +33,7 @@ class Disparity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     attribute: str
-    measure: Measure
+    measure: str
     source: float
     variant: float
     widened_bound: float | None

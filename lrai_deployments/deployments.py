@@ -262,9 +262,11 @@ class Deployments(Embedded):
 
     def remove(self, version: Version, *, drain: bool = True) -> None:
         """See `Embedded.remove`. What was seen of its traffic is written down."""
+        serves = self.current.get(version.name) is version
         super().remove(version, drain=drain)
         self._here.pop(version.key, None)
-        if watching := self._watches.pop(version.key, None):
+        watching = self._watches.pop(version.key, None)
+        if watching and (serves or not self._served(version.name)):  # all of a name share a folder
             watching.save()
 
     def _state(self, version: Version) -> State:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
 from statistics import median
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from lrai_core import InferenceRequest, InferenceResponse, LraiError
+from lrai_core import InferenceRequest, InferenceResponse, LraiError, TensorSpec
 from lrai_core.confidence import lower_bound, upper_bound
+from lrai_core.protocol import Array
 from lrai_core.runtime.version import Ended, Version
 from lrai_core.scheduler.scheduler import Pending
 from lrai_core.verifier.spec import agreement, difference
@@ -123,11 +124,14 @@ class Route:
             return
         judged = self._shadow or self._stable  # after the maps that the copy's version declares
         specs = [s for s in judged.signature.outputs if s.name in original.outputs]
-        first, second = ([r.outputs[spec.name] for spec in specs] for r in (original, copy))
-        gap = difference(first, second, specs)
-        emit("shadow_compared", name, version=copy.model_version, difference=gap)
-        if not agreement(first, second, specs):
-            emit("shadow_differs", name, version=copy.model_version, difference=gap)
+        for pair in _rows(specs, original.outputs, copy.outputs):
+            told: dict[str, Any] = {
+                "version": copy.model_version,
+                "difference": difference(*pair, specs),
+            }
+            emit("shadow_compared", name, **told)
+            if not agreement(*pair, specs):
+                emit("shadow_differs", name, **told)
 
     def _count(self, version: Version, outcome: Outcome) -> None:
         """Count an answer or a failure of the server, not of the caller; look into the latter."""
@@ -148,6 +152,19 @@ class Route:
             beside = f"{stable.version} {also_bad} of {m}"
             why = f"{version.version} failed {bad} of {n} requests, {beside}"
             self._core.give_up(self, version, why)
+
+
+def _rows(
+    specs: Sequence[TensorSpec], first: Mapping[str, Array], second: Mapping[str, Array]
+) -> Iterator[tuple[list[Array], list[Array]]]:
+    """Yield what two versions say of each row, of all at once where outputs have no rows."""
+    both = [(first[spec.name], second[spec.name]) for spec in specs]
+    counts = {len(array) for pair in both for array in pair if array.ndim}
+    if any(spec.batch_axis is None for spec in specs) or len(counts) != 1:
+        yield [a for a, _ in both], [b for _, b in both]
+        return
+    for row in range(*counts):
+        yield [a[row : row + 1] for a, _ in both], [b[row : row + 1] for _, b in both]
 
 
 def _alone_ms(version: Version) -> float:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import random
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -253,10 +254,13 @@ def _stacked(rows: list[Array], spec: TensorSpec) -> Array:
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
     """Open what will take the place of `path`, whole or not at all; only its owner may read it."""
-    written = path.with_suffix(".new")
-    written.unlink(missing_ok=True)
-    with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    written.replace(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

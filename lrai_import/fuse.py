@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -64,27 +65,35 @@ class Fused:
 def fuse(models: Mapping[str, onnx.ModelProto]) -> Fused:
     """Return models as one, that has the outputs of all.
 
-    An input of one name, type and shape is one input; another of that name is called MODEL.INPUT.
-    Outputs keep their names where they differ, and are called MODEL.OUTPUT where they do not.
+    An input of one name, type and shape is one input. Other inputs and outputs keep their names if
+    nothing else has them, and are called MODEL.NAME else.
 
     Args:
         models: By name, two or more, weights inline. Not modified.
 
     Raises:
-        CompileError: One has control flow, or they need different versions of an operator set.
+        CompileError: One has control flow or sparse weights, or they need different versions of an
+            operator set.
     """
     opset = max(_opset(model) for model in models.values())
-    work = _Fusion(opset, list(models))
-    count = 0
+    ends = Counter(o.name for model in models.values() for o in model.graph.output)
+    ends.update({i.name for model in models.values() for i in model.graph.input})
+    work = _Fusion(opset, list(models), {name for name, times in ends.items() if times > 1})
+    operators = 0
     for name, given in models.items():
         model = given
+        if model.graph.sparse_initializer:
+            raise CompileError(f"{name} has sparse weights, which are not fused")
         if _opset(model) < opset:
-            model = onnx.version_converter.convert_version(model, opset)
-        names = [output.name for other in models.values() for output in other.graph.output]
-        work.add(name, model, {n for n in names if names.count(n) > 1})
-        count += len(model.graph.node)
+            try:
+                model = onnx.version_converter.convert_version(model, opset)
+            except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
+                why = f"cannot be brought to opset {opset}: {str(error)[:200]}"
+                raise CompileError(f"{name} {why}") from None
+        work.add(name, model)
+        operators += len(model.graph.node)
     work.join()
-    return Fused(work.built(), work.outputs, count, work.shared, work.joined)
+    return Fused(work.built(), work.outputs, operators, work.shared, work.joined)
 
 
 @dataclass(slots=True)
@@ -93,7 +102,10 @@ class _Fusion:
 
     opset: int
     models: list[str]
+    twice: set[str]  # names of ends that more than one model has, or that are input and output
     outputs: dict[str, list[str]] = field(default_factory=dict)
+    symbols: set[str] = field(default_factory=set)
+    rows: str | None = None  # the free extent that is first in all inputs; empty: there is none
     shared: int = 0
     joined: int = 0
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -104,8 +116,8 @@ class _Fusion:
     domains: dict[str, int] = field(default_factory=dict)
     known: dict[Any, list[str]] = field(default_factory=dict)  # values by what they are
 
-    def add(self, name: str, model: onnx.ModelProto, twice: set[str]) -> None:
-        """Add a model; `twice` are names of outputs that another has too."""
+    def add(self, name: str, model: onnx.ModelProto) -> None:
+        """Add a model."""
         for needed in model.opset_import:
             version = self.domains.setdefault(needed.domain or "", needed.version)
             if version != needed.version:
@@ -121,7 +133,8 @@ class _Fusion:
                 values[old] = new
         self.outputs[name] = []
         for output in model.graph.output:
-            own = f"{name}.{output.name}" if output.name in twice else output.name
+            own = f"{name}.{output.name}" if output.name in self.twice else output.name
+            own = self._free(own, name)
             self.nodes.append(helper.make_node("Identity", [values[output.name]], [own]))
             self.owner[own] = name
             self.results.append(_renamed(output, own, symbols))
@@ -130,21 +143,42 @@ class _Fusion:
     def _inputs(self, name: str, model: onnx.ModelProto, symbols: dict[str, str]) -> dict[str, str]:
         constants = {tensor.name for tensor in model.graph.initializer}
         values = {}
+        firsts = [_dims(i)[:1] for i in model.graph.input if i.name not in constants]
+        found = {first[0].dim_param if first else "" for first in firsts}
+        rows = found.pop() if len(found) == 1 else ""
+        self.rows = rows if self.rows is None else self.rows
+        if rows and self.rows:
+            symbols[rows] = self.rows
         for given in model.graph.input:
             if given.name in constants:
                 continue
             there = self.inputs.get(given.name)
-            own = given.name
-            if there is not None and _extents(there) != _extents(given):
-                there, own = None, f"{name}.{given.name}"
-            first = there or next(iter(self.inputs.values()), given)
-            pairs = zip(_dims(given), _dims(first), strict=False)
-            for index, (mine, theirs) in enumerate(pairs):
-                if mine.dim_param and theirs.dim_param and (there is not None or index == 0):
-                    symbols[mine.dim_param] = theirs.dim_param  # one free extent, one name
-            self.inputs.setdefault(own, _renamed(given, own, symbols))
+            if there is not None and _extents(there) == _extents(given):
+                for mine, theirs in zip(_dims(given), _dims(there), strict=True):
+                    if mine.dim_param and theirs.dim_param:
+                        symbols[mine.dim_param] = theirs.dim_param  # one free extent, one name
+                values[given.name] = given.name
+        for given in model.graph.input:
+            if given.name in constants or given.name in values:
+                continue
+            own = self._free(given.name, name)
+            for dim in _dims(given):  # of another name than any that another model has
+                if dim.dim_param:
+                    symbols.setdefault(dim.dim_param, self._symbol(name, dim.dim_param))
+            self.inputs[own] = _renamed(given, own, symbols)
             values[given.name] = own
+        self.symbols.update(symbols.values())
         return values
+
+    def _symbol(self, name: str, symbol: str) -> str:
+        return f"{name}.{symbol}" if symbol in self.symbols else symbol
+
+    def _free(self, wanted: str, model: str) -> str:
+        """Return the name, or one that nothing has yet."""
+        taken = {*self.inputs, *self.owner, *self.weights}
+        numbered = (f"{model}.{wanted}.{number}" for number in count(1))
+        names = chain((wanted, f"{model}.{wanted}"), numbered)
+        return next(name for name in names if name not in taken)
 
     def _weight(self, name: str, tensor: onnx.TensorProto) -> str:
         array = numpy_helper.to_array(tensor)
@@ -152,7 +186,7 @@ class _Fusion:
         digest = hashlib.sha256(repr(content).encode() if array.dtype == object else content)
         key = ("weight", tensor.data_type, array.shape, digest.hexdigest())
         if key not in self.known:
-            own = f"{name}/{tensor.name}"
+            own = self._free(f"{name}/{tensor.name}", name)
             self.weights[own] = numpy_helper.from_array(array, own)
             self.known[key] = [own]
         return self.known[key][0]
@@ -170,9 +204,9 @@ class _Fusion:
         own.CopyFrom(node)
         own.name = f"{name}/{node.name}" if node.name else ""
         own.input[:] = read
-        own.output[:] = [value and f"{name}/{value}" for value in node.output]
+        own.output[:] = [value and self._free(f"{name}/{value}", name) for value in node.output]
         self.nodes.append(own)
-        self.owner[own.output[0]] = name
+        self.owner |= dict.fromkeys(own.output, name)
         self.known[key] = list(own.output)
         return self.known[key]
 
@@ -197,7 +231,10 @@ class _Fusion:
         bias = node.input[2] if len(node.input) > 2 else ""
         if not plain or matrix.ndim != 2 or (bias and bias not in self.weights):
             return None
-        return matrix.T if set_.get("transB") else matrix
+        matrix = matrix.T if set_.get("transB") else matrix
+        shape = self.weights[bias].dims if bias else []
+        row = len(shape) < 2 or (len(shape) == 2 and shape[0] == 1)
+        return matrix if row and (not shape or shape[-1] in (1, matrix.shape[1])) else None
 
     def _joined(self, kind: str, value: str, found: Sequence[onnx.NodeProto]) -> None:
         matrices = [self._matrix(node) for node in found]
@@ -207,7 +244,8 @@ class _Fusion:
         if kind == "Gemm":
             biases = []
             for node, size in zip(found, sizes, strict=True):
-                given = numpy_helper.to_array(self.weights[node.input[2]]) if node.input[2:] else 0
+                there = len(node.input) > 2 and node.input[2]
+                given = numpy_helper.to_array(self.weights[node.input[2]]) if there else np.zeros(1)
                 biases.append(np.broadcast_to(given, (1, size))[0].astype(matrices[0].dtype))
             read.append(self._constant(f"{name}:bias", np.concatenate(biases)))
         parts = self._constant(f"{name}:sizes", np.array(sizes, np.int64))
@@ -237,11 +275,11 @@ class _Fusion:
 
 
 def _opset(model: onnx.ModelProto) -> int:
-    return next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    return max(int(o.version) * (o.domain in ("", "ai.onnx")) for o in model.opset_import)
 
 
-def _dims(value: onnx.ValueInfoProto) -> Sequence[Any]:
-    return value.type.tensor_type.shape.dim
+def _dims(value: onnx.ValueInfoProto) -> list[Any]:
+    return list(value.type.tensor_type.shape.dim)
 
 
 def _extents(value: onnx.ValueInfoProto) -> Any:
@@ -273,8 +311,8 @@ def command(
     """
     if len(files) < 2 or len({file.stem for file in files}) < len(files):
         raise UsageError("two or more files are needed, each of another name")
-    if output.exists():
-        raise UsageError(f"{output} exists")
+    if output.exists() or not output.absolute().parent.is_dir():
+        raise UsageError(f"{output} {'exists' if output.exists() else 'is in no folder there is'}")
     models = {file.stem: load(file, typer.echo).model for file in files}
     fused = fuse(models)
     typer.echo(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from lrai_core import Artifact, ConditionNotMet, Runtime, Signature, UsageError
+from lrai_core import Artifact, ConditionNotMet, LraiError, Runtime, Signature, UsageError
 from lrai_core import compile as compile_model
 from lrai_core.errors import shorten
 from lrai_core.verifier.verifier import evaluation
@@ -97,10 +98,12 @@ def tune(
     without --apply, and that is one command to go back from. No gain: exit status 3.
     """
     found = _find(target, requests, address)
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UsageError(f"--json {file}: its folder does not exist")
     stem = found.name.partition(":")[0] or found.model.stem
     written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
     if found.requests is None:
-        _without_requests(found, written, apply=apply)
+        _without_requests(found, written, output_map, apply=apply)
         return
     _say("requests", f"{found.requests}")
     artifact = _compile(found, written, output_map, engine or ())
@@ -110,9 +113,11 @@ def tune(
             f"no gain: no form of {target} was faster and right on these requests; "
             f"{written / 'quantization.jsonl'} tells why of each"
         )
+    rows = requests_of(evaluation(artifact), artifact)
+    if not rows:
+        raise ConditionNotMet("one row has over 16 MiB: the artifact keeps none to measure with")
     with sides(artifact, ("fp32", "")) as both:
         both[1].variant = chosen
-        rows = requests_of(evaluation(artifact), artifact)
         with _progress("measure", 2 * rounds) as tick:
             measure(both, rows, callers=callers, seconds=seconds, rounds=rounds, tick=tick)
         with _progress("compare", len(rows)) as tick:
@@ -153,9 +158,11 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
     if not name:
         known = ", ".join(map(repr, alike or served)) or "no model"
         raise UsageError(f"{shorten(target)!r} is no file, artifact or name: there is {known}")
+    if not served[name].artifact:
+        raise ConditionNotMet(f"{name!r} is frozen, and not loaded")
     artifact = Artifact.open(served[name].artifact)
-    captured = Path(served[name].traffic or ".", "captured.npz")
-    if requests is None and not captured.is_file():
+    captured = Path(served[name].traffic, "captured.npz")
+    if requests is None and not (served[name].traffic and captured.is_file()):
         raise ConditionNotMet(
             f"of the requests to {name!r} none are captured: set runtime.capture_rows, "
             "as by LRAI_RUNTIME_CAPTURE_ROWS=2000 where the runtime starts, or give --requests"
@@ -164,11 +171,10 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
     return Target(model, requests or captured, artifact.manifest.signature, name)
 
 
-def _without_requests(found: Target, written: Path, *, apply: bool) -> None:
+def _without_requests(found: Target, written: Path, output_map: str, *, apply: bool) -> None:
     if apply:
         raise UsageError("--apply is for a model that the runtime serves")
-    with _progress("compile", 0):
-        compile_model(found.model, out=written)
+    _compile(found, written, output_map, ())
     _say("no requests", "fp32, optimised, is all that can be made without any (--requests)")
     _say("use it", f"serve {written}")
 
@@ -186,7 +192,7 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
                 words = shorten(f"{step.name} {step.detail}".strip())
                 bar.update(task, description=words, completed=step.done, total=step.total or None)
 
-        with _axes(found.signature, written) as axes:
+        with _axes(found.signature) as axes:
             kind = output_map or ("raw" if found.signature is None else _map_of(found.signature))
             return compile_model(
                 found.model,
@@ -204,8 +210,8 @@ def _map_of(signature: Signature) -> str:
 
 
 @contextmanager
-def _axes(signature: Signature | None, written: Path) -> Iterator[Path | None]:
-    """Yield a file that states the axes that the artifact has which serves now."""
+def _axes(signature: Signature | None) -> Iterator[Path | None]:
+    """Yield a file that states the axes and maps that the artifact has which serves now."""
     if signature is None:
         yield None
         return
@@ -216,12 +222,10 @@ def _axes(signature: Signature | None, written: Path) -> Iterator[Path | None]:
             lines += [f"batch = {spec.batch_axis}"] * (spec.batch_axis is not None)
             lines += [f"length = {spec.length_axis}"] * (spec.length_axis is not None)
             lines.append(f"pad = {spec.pad_value}")
-    path = written.with_suffix(".axes.toml")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    try:
+    with tempfile.TemporaryDirectory(prefix="lrai-tune-") as folder:
+        path = Path(folder, "axes.toml")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         yield path
-    finally:
-        path.unlink()
 
 
 def _show(both: Sequence[Side], price_per_hour: float) -> None:
@@ -258,8 +262,9 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact) -> None:
 def _in_the_runtime(name: str, written: Path, minutes: float, address: str, *, apply: bool) -> None:
     """Copy live requests to it for a while; switch to it, or say how."""
     with Runtime(address=address) as runtime:
-        if minutes:
-            _shadow(runtime, name, written, minutes)
+        if minutes and not _shadow(runtime, name, written, minutes) and apply:
+            why = "no live request came, so none was compared: --minutes 0 applies without"
+            raise ConditionNotMet(f"not applied: {why}")
         place = "" if address == "auto" else f" --address {address}"
         if apply:
             version = runtime.swap(name, written.absolute())
@@ -269,35 +274,44 @@ def _in_the_runtime(name: str, written: Path, minutes: float, address: str, *, a
         _say("switch back", f"lrai runtime rollback {name}{place}")
 
 
-def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> None:
-    """Have copies of the live requests answered by it, and their answers compared.
+def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
+    """Have copies of the live requests answered by it; return how many rows were compared.
 
     Raises:
         ConditionNotMet: It fails, or says something else more often than the gate allows.
     """
-    before = {one.name: one for one in runtime.deployments()}[name]
-    runtime.load(written.absolute(), name=name, share=0.0)
-    version = Artifact.open(written, verify=False).version
-    began = runtime.stats()
-
-    def count(kind: str) -> int:
-        return runtime.stats().get(kind, 0) - began.get(kind, 0)
-
+    version, began = Artifact.open(written, verify=False).version, runtime.stats()
     try:
-        runtime.route(name, before.shares, {version: 1.0}, before.relief)
+        runtime.load(written.absolute(), name=name, share=0.0)
+        now = _deployment(runtime, name)
+        if now.shadow:
+            raise ConditionNotMet(f"copies for {name!r} go to {', '.join(now.shadow)} already")
+        shares = {label: share for label, share in now.shares.items() if label != version}
+        runtime.route(name, shares, {version: 1.0}, now.relief)
         total = math.ceil(minutes * 60 / _LIVE_SECONDS)
         with _progress("live requests, copied", total) as tick:
             for _ in range(total):
                 time.sleep(_LIVE_SECONDS)
                 tick()
-        seen, differ = count("shadow_compared"), count("shadow_differs")
-        failed = count("shadow_failed")
+        ended = runtime.stats()
     finally:
-        runtime.route(name, before.shares, before.shadow, before.relief)
-        runtime.unload(name, version)
-    _say("live", f"{seen} answers compared, {differ} changed, {failed} failed")
+        with suppress(LraiError):  # it never came so far
+            runtime.unload(name, version)
+    seen, differ, failed = (
+        ended.get(kind, 0) - began.get(kind, 0)
+        for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
+    )
+    _say("live", f"{seen} rows compared, {differ} changed, {failed} failed")
     if failed or differ > _MOST_CHANGED * seen:
         raise ConditionNotMet(f"on live requests {differ} of {seen} changed, {failed} failed")
+    return seen
+
+
+def _deployment(runtime: Runtime, name: str) -> Any:
+    for found in runtime.deployments():
+        if found.name == name:
+            return found
+    raise ConditionNotMet(f"{name!r} is no longer served")
 
 
 @contextmanager

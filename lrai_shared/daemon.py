@@ -47,9 +47,9 @@ _FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _CHANGES: Final = 8  # that may be under way at the same time
-_QUICK: Final = frozenset({"models", "deployments", "ready", "stats", "stay", "stop"})
+_QUICK: Final = frozenset({"models", "ready", "stats", "stay", "stop"})
 _SLOW: Final = frozenset(
-    {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain"}
+    {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain", "deployments"}
 )
 
 Peer = tuple[wire.Line, bytes]  # by which socket, and who there

@@ -92,7 +92,9 @@ def compile(
             99th percentile on the search rows is certified and nothing is demanded.
         delta: Share of inputs that may differ by more than epsilon.
         groups: Arrays of the evaluation that say to which group a row belongs, of two-class models
-            with labels: demographic parity and equalised odds may not widen.
+            with labels: demographic parity and equalised odds may not widen between those that
+            have enough rows to tell; what has not is said. Rows with equal inputs count once, in
+            the group of the first: let what tells people apart be an input.
         max_disparity: By how much they may, as a share, at 95 % confidence.
         axes: TOML file that states batch and length axes instead of finding them.
         keep: Variants to keep, fp32 among them; at least 1. With 3 or more, one that is faster for

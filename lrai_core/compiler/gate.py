@@ -164,7 +164,7 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
     least = fairness.rows_needed(conditions.max_disparity, LEVEL)
     for column, values in rows.groups.items():
         sizes = Counter(values.tolist()).most_common()
-        if min(size for _, size in sizes[:2]) < least:
+        if len(sizes) < 2 or sizes[1][1] < least:
             seen = shorten(", ".join(f"{size} of {group}" for group, size in sizes), 200)
             raise CalibrationError(
                 f"evaluation: insufficient data in {column!r}: two groups need {least} rows each, "
@@ -260,28 +260,27 @@ def _fair_enough(
     most: float,
 ) -> GateResult:
     source, least = _selected(reference), fairness.rows_needed(most, LEVEL)
-    groups, worst, reasons = {}, list[fairness.Disparity](), list[str]()
+    groups, worst = {}, list[fairness.Disparity]()
     chosen = [_selected(run) for run in runs]
     for column, values in rows.groups.items():
         members = {str(group): values == group for group in np.unique(values)}
         groups[column] = {
             name: fairness.rates(chosen[0][own], labels[own]) for name, own in members.items()
         }
-        each = [
-            fairness.disparities(column, members, labels, source, one, least, LEVEL)
-            for one in chosen
-        ]
+        told = (column, members, labels, source)
+        each = [fairness.disparities(*told, one, least, LEVEL) for one in chosen]
         worst += [max(same, key=lambda d: d.widened_bound or 0) for same in zip(*each, strict=True)]
-    for one in worst:
-        if found.passed and (bound := one.widened_bound or 0.0) > most:
-            reasons.append(
-                f"{one.measure} by {one.attribute} goes from {one.source:.2%} to "
-                f"{one.variant:.2%}, wider by {bound:.2%} at most; {most:.2%} allowed"
-            )
-    why, passed = "; ".join(reasons or [found.why]), found.passed and not reasons
-    return msgspec.structs.replace(
-        found, passed=passed, why=why, groups=groups, disparities=tuple(worst)
-    )
+    reasons = [
+        f"{one.measure} by {one.attribute} goes from {one.source:.2%} to {one.variant:.2%}, "
+        f"wider by {one.widened_bound:.2%} at most; {most:.2%} allowed"
+        for one in worst
+        if found.passed and (one.widened_bound or 0.0) > most
+    ]
+    unsure = [f"{d.measure} by {d.attribute}" for d in worst if d.widened_bound is None]
+    why = "; ".join(reasons or [found.why])
+    why += f"; insufficient data for {', '.join(unsure)}" if unsure else ""
+    found = msgspec.structs.replace(found, passed=found.passed and not reasons, why=why)
+    return msgspec.structs.replace(found, groups=groups, disparities=tuple(worst))
 
 
 def _scores(outputs: Outputs, what: str) -> NDArray[np.float64]:

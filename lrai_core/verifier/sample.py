@@ -85,7 +85,7 @@ def read_rows(
     counts = sorted({len(array) for array in arrays.values()})
     if len(counts) != 1 or counts == [0]:
         raise CalibrationError(f"{what}: no rows, or different numbers of rows: {counts}")
-    labels = None if LABEL in names else arrays.pop(LABEL, None)
+    labels = None if LABEL in names else arrays.get(LABEL)
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iub"):
         raise CalibrationError(f"{what}: {LABEL!r} must be one integer per row")
     columns = {spec.name: _column(arrays[spec.name], spec) for spec in signature.inputs}

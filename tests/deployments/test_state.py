@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -93,13 +95,21 @@ def test_a_file_that_cannot_be_read_is_told_of_and_kept_aside(
     assert not (tmp_path / "deployments.json").exists()
 
 
-def test_a_change_that_cannot_be_written_down_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_change_that_cannot_be_written_down_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     store = Store(str(tmp_path))
     store.write({"m": record("a")})
-    (tmp_path / "deployments.new").mkdir()
-    with pytest.raises((EnvironmentProblem, OSError)):
-        store.write({})
+    there = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(EnvironmentProblem, match="the disk is full"):
+            store.write({})
     assert store.read()[0] == {"m": record("a")}
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import lrai_core as lrai
 from lrai_core import CompileError
-from lrai_import.fuse import Fused, fuse
+from lrai_import.fuse import Fused, command, fuse
 from tests.core.compiler.onnx_files import model, value
 
 LRAI = Path(sys.executable).with_name("lrai")
@@ -156,8 +156,8 @@ def test_versions_of_a_domain_that_contradict_are_refused() -> None:
 
 
 def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(LRAI), "fuse", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    words = [str(LRAI), "fuse", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
 
 
 def test_the_command_writes_what_compiles_and_each_model_can_be_asked(tmp_path: Path) -> None:
@@ -177,16 +177,15 @@ def test_the_command_writes_what_compiles_and_each_model_can_be_asked(tmp_path: 
     np.testing.assert_allclose(answer.outputs["zy"], run(two, x=X)["zy"], rtol=1e-4, atol=1e-5)
 
 
-def test_where_nothing_is_gained_nothing_is_written(tmp_path: Path) -> None:
-    big = weights(0, 1500, 1500)
-    for name, seed in (("one", 1.0), ("two", 2.0)):
-        node = helper.make_node("MatMul", [name, "w"], [f"{name}y"])
-        weight = numpy_helper.from_array(big * np.float32(seed), "w")
-        inputs, outputs = [value(name, ["batch", 1500])], [value(f"{name}y", ["batch", 1500])]
-        onnx.save(model([node], inputs, outputs, [weight]), tmp_path / f"{name}.onnx")
-    done = cli(tmp_path, "one.onnx", "two.onnx", "-o", "both.onnx")
-    assert done.returncode == 3, done.stdout
-    assert "not fused" in done.stderr
+def test_where_nothing_is_gained_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_import.fuse._times", lambda *_: (1.04e-3, 1e-3))
+    files = [tmp_path / "one.onnx", tmp_path / "two.onnx"]
+    for seed, file in enumerate(files):
+        onnx.save(headed(10 * seed, 50), file)
+    with pytest.raises(lrai.ConditionNotMet, match=r"not fused: 1\.04 ms one after"):
+        command(files, tmp_path / "both.onnx")
     assert not (tmp_path / "both.onnx").exists()
 
 
@@ -213,3 +212,81 @@ def test_a_datatype_is_part_of_what_an_input_is() -> None:
     other.graph.node.insert(0, node)
     fused = fuse({"a": headed(1, 50), "b": other})
     assert [given.name for given in fused.model.graph.input] == ["x", "b.x"]
+
+
+def small(given: str, result: str, inner: str = "dense") -> onnx.ModelProto:
+    nodes = [helper.make_node("Relu", [given], [inner]), helper.make_node("Neg", [inner], [result])]
+    return model(nodes, [value(given, ["batch", 4])], [value(result, ["batch", 4])])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (small("x", "hidden"), small("hidden", "y")),
+        (small("hidden", "y"), small("x", "hidden")),
+        (small("x", "y"), small("x", "b/dense")),
+        (small("x", "b.y"), small("x", "y")),
+        (small("x", "a/dense"), small("x", "a/dense")),
+    ],
+)
+def test_names_that_meet_are_told_apart(first: onnx.ModelProto, second: onnx.ModelProto) -> None:
+    fused = fuse({"a": first, "b": second})
+    onnx.checker.check_model(fused.model)
+    x = np.arange(-4, 4, dtype=np.float32).reshape(2, 4)
+    found = run(fused.model, **{given.name: x for given in fused.model.graph.input})
+    assert len(found) == 2
+    for array in found.values():
+        assert np.array_equal(array, -np.maximum(x, 0))
+
+
+def test_an_output_that_is_an_input_is_still_one() -> None:
+    node = helper.make_node("Neg", ["x"], ["y"])
+    same = model([node], [value("x", [2, 4])], [value("y", [2, 4]), value("x", [2, 4])])
+    fused = fuse({"a": same, "b": small("z", "w")})
+    onnx.checker.check_model(fused.model)
+    x = np.ones((2, 4), np.float32)
+    found = run(fused.model, x=x, z=x)
+    assert np.array_equal(found[fused.outputs["a"][1]], x)
+
+
+def test_free_extents_of_two_inputs_stay_two() -> None:
+    nodes = [helper.make_node("Neg", ["x"], ["p"]), helper.make_node("Neg", ["e"], ["q"])]
+    inputs = [value("x", ["nodes", 4]), value("e", ["edges", 3])]
+    graphs = model(nodes, inputs, [value("p", ["nodes", 4]), value("q", ["edges", 3])])
+    fused = fuse({"a": graphs, "b": small("z", "w")})
+    symbols = {
+        given.name: given.type.tensor_type.shape.dim[0].dim_param
+        for given in (*fused.model.graph.input, *fused.model.graph.output)
+    }
+    assert symbols == {"x": "nodes", "e": "edges", "z": "batch", "p": "nodes", "q": "edges",
+                       "w": "batch"}  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", ["", "row", "one", "rows"])
+def test_a_gemm_is_joined_with_whatever_bias_it_has(bias: str) -> None:
+    shapes = {"row": (3,), "one": (1,), "rows": (5, 3)}
+    models = {}
+    for name, seed in (("a", 1), ("b", 2)):
+        constants = [numpy_helper.from_array(weights(seed, WIDTH, 3), "w")]
+        if bias:
+            constants.append(numpy_helper.from_array(weights(seed, *shapes[bias]), "c"))
+        node = helper.make_node("Gemm", ["x", "w", "c" if bias else ""], ["y"])
+        inputs, outputs = [value("x", ["batch", WIDTH])], [value("y", ["batch", 3])]
+        models[name] = model([node], inputs, outputs, constants)
+    fused = fuse(models)
+    assert fused.joined == (bias != "rows")
+    found = run(fused.model, x=X)
+    for name, proto in models.items():
+        np.testing.assert_allclose(found[f"{name}.y"], run(proto, x=X)["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_weights_are_refused() -> None:
+    sparse = headed(1, 50)
+    tensor = helper.make_sparse_tensor(
+        numpy_helper.from_array(np.ones(1, np.float32), "s"),
+        numpy_helper.from_array(np.zeros(1, np.int64), "i"),
+        [4, 4],
+    )
+    sparse.graph.sparse_initializer.append(tensor)
+    with pytest.raises(CompileError, match="a has sparse weights"):
+        fuse({"a": sparse, "b": headed(1, 60)})

@@ -103,7 +103,7 @@ def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
         "times as many requests per second",
         "answers changed",
         "cost of a million",
-        "answers compared",
+        "rows compared",
         "wide:4f0c is served by",
         "lrai runtime rollback wide:4f0c",
     ):
@@ -112,7 +112,6 @@ def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
     assert min(figures["gains"]) > 1
     assert len(figures["changed"]) == 20
     assert figures["share_changed"] <= 0.02
-    assert not list(tmp_path.glob("*.axes.toml"))
 
 
 def test_a_file_with_requests(wide: tuple[Path, models.Arrays], tmp_path: Path) -> None:

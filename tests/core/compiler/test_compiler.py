@@ -223,6 +223,20 @@ def test_groups_that_cannot_be_judged_are_refused_in_a_sentence(
         make(evaluation=given, groups=["group"], proto=linear(classes=2))
 
 
+def test_the_label_may_be_the_group_and_what_is_not_judged_is_said(make: Compile) -> None:
+    x = np.random.default_rng(1).standard_normal((GROUPED, 8)).astype(np.float32)
+    label = (x[:, 0] > 0).astype(np.int64)
+    artifact = make(
+        evaluation={"x": x, "label": label},
+        groups=["label"],
+        proto=linear(classes=2),
+        max_accuracy_loss=0.9,
+    )
+    gate = artifact.manifest.variant("fp32").gate
+    assert gate is not None
+    assert "insufficient data for equalised_odds by label" in gate.why
+
+
 def test_groups_need_two_classes(make: Compile) -> None:
     x = np.random.default_rng(1).standard_normal((GROUPED, 8)).astype(np.float32)
     rows = {"x": x, "label": np.arange(GROUPED) % 2, "group": np.arange(GROUPED) % 2}
