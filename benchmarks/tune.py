@@ -98,8 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = [_tokens(np.asarray(one).ravel()) for one in ids]
         right = [row[0] for row in run_alone(source, asked, optimise=True)]
         minutes = 0.1 if arguments.quick else 0.5
-        hosts = [_mlflow, *([] if arguments.quick else [_triton])]
-        for serve in hosts:
+        hosts = {"mlflow": _mlflow} if arguments.quick else {"mlflow": _mlflow, "triton": _triton}
+        for name, serve in hosts.items():
+            if arguments.only not in ("", name):
+                continue
             with serve(source, scratch, cpus[0]) as served:
                 found = _tuned(served, asked, right, scratch, cpus[-1], minutes)
                 rows.append(found)
@@ -321,6 +323,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="folder of benchmark data: real sentences")
     parser.add_argument("--quick", action="store_true", help="MLflow only, and a shorter shadow")
+    parser.add_argument("--only", default="", help="mlflow or triton")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
     return parser.parse_args(argv)
 

@@ -211,7 +211,7 @@ def _map_of(signature: Signature) -> str:
 
 @contextmanager
 def _axes(signature: Signature | None) -> Iterator[Path | None]:
-    """Yield a file that states the axes and maps that the artifact has which serves now."""
+    """Yield a file that states the axes that the artifact has which serves now."""
     if signature is None:
         yield None
         return

@@ -6,9 +6,8 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,11 @@ import pytest
 
 import lrai_core as lrai
 from benchmarks import models
+from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler import search
+from lrai_core.compiler.search import Candidate
+from lrai_report.compare import Side, differing, measure, sides
+from lrai_report.tune import main
 from tests.core.compiler.onnx_files import linear, save
 from tests.own_runtime import own_runtime
 
@@ -25,23 +29,47 @@ LRAI = Path(sys.executable).with_name("lrai")
 ROWS = 250
 
 
+FASTER, ROUNDS = "int8-block32", 3
+
+
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, models.Arrays]:
-    """A network wide enough for int8 to be faster, served, on any processor, and rows for it."""
-    random, sizes = np.random.default_rng(0), (64, 1536, 1536, 1536, 1536, 64)
-    layers = [
-        (
-            random.normal(scale=(2 / inputs) ** 0.5, size=(inputs, outputs)).astype(np.float32),
-            np.zeros(outputs, np.float32),
-        )
-        for inputs, outputs in pairwise(sizes)
-    ]
-    folder = tmp_path_factory.mktemp("wide")
-    rows = random.standard_normal((ROWS, 64)).astype(np.float32)
-    return models.mlp_onnx(folder / "wide.onnx", layers), {"features": rows}
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, models.Arrays]:
+    """A small network, and rows for it."""
+    return models.classifier(tmp_path_factory.mktemp("source") / "wide.onnx", 0)
 
 
-def tune(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One form is twice as fast, by the profile and when it is served: nothing here is timed."""
+
+    def profile(candidates: Sequence[Candidate], *_: object) -> None:
+        for one in candidates:
+            one.speedup = 2.0 if one.form == FASTER else 1.0
+            ms = 1 / one.speedup
+            one.latency = [LatencyPoint(rows=1, length=0, median_ms=ms, spread_ms=0.0)]
+
+    def measure(both: Sequence[Side], requests: Sequence[object], **_: object) -> None:
+        assert requests
+        for side, rate in zip(both, (100.0, 200.0), strict=True):
+            side.requests_per_second += [rate] * ROUNDS
+            side.p95_ms += [1e3 / rate] * ROUNDS
+
+    monkeypatch.setattr(search, "profile", profile)
+    monkeypatch.setattr("lrai_report.tune.measure", measure)
+
+
+def tune(*arguments: object) -> int:
+    """Run the command here, and return its exit status."""
+    try:
+        main([str(argument) for argument in arguments])
+    except lrai.LraiError as error:
+        return error.exit_code
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def cli(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [str(LRAI), "tune", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False
@@ -69,75 +97,102 @@ def asking(name: str, rows: models.Arrays) -> Iterator[list[str]]:
         thread.join(30)
 
 
+@pytest.mark.usefixtures("faster")
 def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
-    wide: tuple[Path, models.Arrays], tmp_path: Path
-) -> None:
-    source, rows = wide
-    served = lrai.compile(
-        source, out=tmp_path / "plain.lrai", output_map="l2_normalised", threads=1
-    )
+    source: tuple[Path, models.Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    file, rows = source
+    served = lrai.compile(file, out=tmp_path / "plain.lrai", output_map="softmax", threads=1)
     assert served.manifest.chosen == "fp32"
+    name = "wide:4f0c"  # as hosts name what they serve
     with own_runtime(LRAI_RUNTIME_CAPTURE_ROWS="2000"), lrai.Runtime() as runtime:
-        runtime.load(served, name="wide:4f0c")  # as hosts name what they serve
-        refused = tune("wide", cwd=tmp_path)
+        runtime.load(served, name=name)
+        refused = cli("wide", cwd=tmp_path)
         assert refused.returncode == 3, refused.stderr
         assert "LRAI_RUNTIME_CAPTURE_ROWS=2000" in refused.stderr
         for row in rows["features"][:ROWS]:
-            request = lrai.InferenceRequest(model_name="wide:4f0c", inputs={"features": row[None]})
+            request = lrai.InferenceRequest(model_name=name, inputs={"features": row[None]})
             runtime.infer(request)
-        with asking("wide:4f0c", rows) as versions:
-            found = tune(
-                "wide", "--apply", "--minutes", 0.05, "--seconds", 0.5, "--rounds", 3,
-                "--price-per-hour", 1, "--json", "figures.json", cwd=tmp_path,
-            )  # fmt: skip
-            assert found.returncode == 0, found.stdout + found.stderr
+        quiet = tune("wide", "--apply", "--minutes", 0.02, "-o", "quiet.lrai")
+        assert quiet == 3, "nobody asks, so nothing is compared and nothing applied"
+        assert runtime.deployments()[0].shares == {served.version: 1.0}
+        with asking(name, rows) as versions:
+            arguments = ("--minutes", 0.05, "--price-per-hour", 1, "--json", "figures.json")
+            assert tune("wide", "--apply", *arguments) == 0
             new = runtime.deployments()[0]
-            assert runtime.rollback("wide:4f0c").startswith(served.version)
+            assert runtime.rollback(name).startswith(served.version)
         tuned = lrai.Artifact.open(tmp_path / "wide-tuned.lrai")
-        assert tuned.manifest.chosen != "fp32"
+        assert tuned.manifest.chosen == FASTER
         assert new.shares == {tuned.version: 1.0}
         assert new.shadow == {}
         assert set(versions) == {served.version, tuned.version}  # and no request failed
         assert runtime.stats()["shadow_compared"] > 0
+    said = capsys.readouterr().out
     for words in (
-        "times as many requests per second",
+        "2.00 times as many requests per second",
         "answers changed",
         "cost of a million",
         "rows compared",
-        "wide:4f0c is served by",
-        "lrai runtime rollback wide:4f0c",
+        f"{name} is served by",
+        f"lrai runtime rollback {name}",
     ):
-        assert words in found.stdout, found.stdout
+        assert words in said, said
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert min(figures["gains"]) > 1
+    assert figures["gains"] == [2.0] * ROUNDS
     assert len(figures["changed"]) == 20
     assert figures["share_changed"] <= 0.02
 
 
-def test_a_file_with_requests(wide: tuple[Path, models.Arrays], tmp_path: Path) -> None:
-    source, rows = wide
+@pytest.mark.usefixtures("faster")
+def test_a_file_with_requests(
+    source: tuple[Path, models.Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    file, rows = source
     np.savez(tmp_path / "asked.npz", features=rows["features"][:ROWS])
-    found = tune(
-        source, "--requests", "asked.npz", "--output-map", "l2_normalised", "--seconds", 0.5,
-        "--rounds", 3, cwd=tmp_path,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "serve wide-tuned.lrai" in found.stdout
-    assert "the 20 farthest apart" in found.stdout
+    assert tune(file, "--requests", "asked.npz", "--output-map", "softmax") == 0
+    said = capsys.readouterr().out
+    assert "serve wide-tuned.lrai" in said
+    assert "the 20 farthest apart" in said
+
+
+def test_both_sides_are_asked_in_turns_and_counted(
+    source: tuple[Path, models.Arrays], tmp_path: Path
+) -> None:
+    file, rows = source
+    artifact = lrai.compile(file, out=tmp_path / "m.lrai", threads=1)
+    asked = [
+        lrai.InferenceRequest(model_name="", inputs={"features": row[None]})
+        for row in rows["features"][:8]
+    ]
+    ticks: list[int] = []
+    with sides(artifact, ("fp32", "")) as both:
+        measure(both, asked, callers=2, seconds=0.05, rounds=3, tick=lambda: ticks.append(1))
+        assert len(ticks) == 6
+        for side in both:
+            assert len(side.requests_per_second) == len(side.p95_ms) == 3
+            assert min(side.requests_per_second) > 0
+            assert side.memory_mb > 10
+        worst = differing(both, asked, artifact, lambda: None)
+    assert [one.agrees for one in worst] == [True] * 8
+    assert {one.gap for one in worst} == {0.0}
 
 
 def test_where_nothing_is_gained_it_says_so(tmp_path: Path) -> None:
     source = save(linear(), tmp_path / "small.onnx")
     x = np.random.default_rng(0).standard_normal((ROWS, 8)).astype(np.float32)
     np.savez(tmp_path / "asked.npz", x=x)
-    found = tune(source, "--requests", "asked.npz", cwd=tmp_path)
+    found = cli(source, "--requests", "asked.npz", cwd=tmp_path)
     assert found.returncode == 3, found.stdout + found.stderr
     assert "no gain" in found.stderr
 
 
 def test_without_requests_fp32_is_what_there_is(tmp_path: Path) -> None:
     source = save(linear(), tmp_path / "small.onnx")
-    found = tune(source, cwd=tmp_path)
+    found = cli(source, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "fp32, optimised, is all that can be made without any" in found.stdout
     assert lrai.Artifact.open(tmp_path / "small-tuned.lrai").manifest.chosen == "fp32"
@@ -146,6 +201,6 @@ def test_without_requests_fp32_is_what_there_is(tmp_path: Path) -> None:
 def test_a_name_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path) -> None:
     with own_runtime(), lrai.Runtime() as runtime:
         runtime.load(lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai"))
-        found = tune("nobody", cwd=tmp_path)
+        found = cli("nobody", cwd=tmp_path)
     assert found.returncode == 2
     assert "'nobody' is no file, artifact or name: there is 'm'" in found.stderr

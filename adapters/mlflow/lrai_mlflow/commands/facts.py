@@ -53,7 +53,7 @@ def facts_of(artifact: Artifact) -> dict[str, Any]:
         "speedup": chosen.speedup,
         "batch_effect": chosen.batch_effect,
         "size_bytes": chosen.size_bytes,
-        "gate": msgspec.to_builtins(chosen.gate),
+        "gate": msgspec.json.decode(msgspec.json.encode(chosen.gate)),  # as it is read again
         "target": msgspec.to_builtins(manifest.target),
         "certificates": [
             {"id": c.id, "tier": c.tier, "epsilon": c.epsilon, "upper_bound": c.upper_bound}
