@@ -53,10 +53,10 @@ class Model:
 def made(scratch: Path, data: Path | None, only: Sequence[str], *, quick: bool) -> Iterator[Model]:
     """Yield the models: of `quick` the first two, or those that are named."""
     builders: dict[str, Callable[[], Model]] = {
-        "classifier": lambda: _classifier(scratch),
+        "classifier": lambda: _classifier("classifier", scratch, 1024, 2),
         "minilm": lambda: _minilm(scratch, data, quick=quick),
         "adult": lambda: _adult(scratch),
-        "mlp-6x512": lambda: _deep(scratch),
+        "mlp-6x512": lambda: _classifier("mlp-6x512", scratch, 512, 6),
         "mnist-cnn": lambda: _digits(scratch),
         "efficientnet-lite0": lambda: _efficientnet(scratch, data),
         "resnet-50": lambda: _resnet50(scratch),
@@ -68,11 +68,12 @@ def made(scratch: Path, data: Path | None, only: Sequence[str], *, quick: bool) 
         yield builders[name]()
 
 
-def _classifier(scratch: Path) -> Model:
-    source, held = models.classifier(scratch / "classifier.onnx", SEED, hidden=1024)
+def _classifier(name: str, scratch: Path, hidden: int, layers: int) -> Model:
+    """Return a network of plain layers, trained on overlapping clusters."""
+    source, held = models.classifier(scratch / f"{name}.onnx", SEED, hidden=hidden, layers=layers)
     rows, labels = held["features"], held["label"]
     return Model(
-        "classifier",
+        name,
         source,
         {"features": rows[:2_000], "label": labels[:2_000]},
         [{"features": row[None]} for row in rows[2_000:]],
@@ -116,21 +117,6 @@ def _adult(scratch: Path) -> Model:
         _TABLE,
         labels=labels[cut:],
         groups=("sex",),
-    )
-
-
-def _deep(scratch: Path) -> Model:
-    """Six hidden layers of 512, trained like the classifier."""
-    source, held = models.classifier(scratch / "deep.onnx", SEED + 1, hidden=512, layers=6)
-    rows, labels = held["features"], held["label"]
-    return Model(
-        "mlp-6x512",
-        source,
-        {"features": rows[:2_000], "label": labels[:2_000]},
-        [{"features": row[None]} for row in rows[2_000:]],
-        "softmax",
-        _TABLE,
-        labels=labels[2_000:],
     )
 
 
