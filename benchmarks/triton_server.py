@@ -294,7 +294,7 @@ def _make_environment(root: Path, environment: Path) -> None:
     constraints = environment / "constraints.txt"
     constraints.write_text("\n".join(line for line in lines if not line.startswith(pinned)))
     pip = (environment / "bin" / "python", "-m", "pip", "--disable-pip-version-check")
-    _run(*pip, "install", "-q", "-c", constraints, "-e", root, *_PINS)
+    _run(*pip, "install", "-q", "-c", constraints, "-e", f"{root}[text]", *_PINS)
 
 
 def _check_library(environment: Path) -> None:

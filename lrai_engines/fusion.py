@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
-import onnxruntime as ort
 from google.protobuf.message import DecodeError, EncodeError
 
-from lrai_core.engine.onnxruntime import REFUSALS, reason, refusal, session_options
+from lrai_core.engine.onnxruntime import REFUSALS, open_session, reason, refusal, session_options
 
 DISABLEABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("default", ()),
@@ -63,12 +62,7 @@ def optimise(
         target = Path(folder, "optimised.onnx")
         options.optimized_model_filepath = str(target)
         try:
-            ort.InferenceSession(
-                model.SerializeToString(),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(disabled),
-            )
+            open_session(model.SerializeToString(), options, disabled_optimizers=list(disabled))
             return onnx.load(target, load_external_data=False)
         except (*REFUSALS, EncodeError, DecodeError) as error:
             problem = f"onnxruntime cannot optimise the model: {reason(error)}"

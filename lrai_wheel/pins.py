@@ -8,6 +8,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from lrai_core import Artifact
+
+_OPERATORS = b"ai.onnx.contrib"  # their domain stands in the graph of a model that takes text
+
+
+def extras_of(artifact: Artifact) -> dict[str, str]:
+    """Return the extras of lrai that an artifact needs, each with the package that it brings."""
+    found = {engine: engine for engine in artifact.engines}
+    if _OPERATORS in artifact.file(artifact.manifest.source.file).read_bytes():
+        found["text"] = "onnxruntime-extensions"
+    return found
+
 
 def pins(*extras: str) -> list[str]:
     """Return a pin for every package that lrai and these extras of it bring here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,100 @@ def column_model(path: Path) -> Path:
         inputs=[("price", TensorProto.FLOAT, ["batch"]), ("count", TensorProto.INT32, ["batch"])],
         outputs=[("total", TensorProto.FLOAT, ["batch"])],
     )
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = (
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?'", "the", "##ing"),
+    *(*_LETTERS, *(f"##{letter}" for letter in _LETTERS)),
+)
+
+
+def text_model(path: Path) -> Path:
+    """Write `token_model` for text: BYTES `text` [batch], and return its description."""
+    path.parent.joinpath("tokenizer.json").write_text(json.dumps(tokenizer(WORDS)))
+    token_model(path.with_suffix(".onnx"))
+    path.with_suffix(".toml").write_text(
+        f"""
+model = "{path.stem}.onnx"
+[preprocess.text]
+tokenizer = "tokenizer.json"
+mask = "attention_mask"
+max_length = 16
+[postprocess]
+output = "tokens"
+pool = "mean"
+"""
+    )
+    return path.with_suffix(".toml")
+
+
+def tokenizer(words: Sequence[str], **changes: object) -> dict[str, object]:
+    """Return what `tokenizer.json` of a WordPiece tokenizer with these words holds."""
+    vocabulary = {word: index for index, word in enumerate(words)}
+    ends = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")]
+    special = {
+        n: {"id": n, "ids": [vocabulary.get(n, 0)], "tokens": [n]} for n in ("[CLS]", "[SEP]")
+    }
+    return {
+        "version": "1.0",
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [ends[0], {"Sequence": {"id": "A", "type_id": 0}}, ends[1]],
+            "pair": [ends[0], {"Sequence": {"id": "A", "type_id": 0}}, ends[1]],
+            "special_tokens": special,
+        },
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": vocabulary,
+        },
+    } | changes
+
+
+def picture_model(path: Path) -> Path:
+    """Write a model of pictures, labelled by their colour, and return its description.
+
+    uint8 `photo` [batch, height, width, 3] to `scores` float32, and `label`, the two best.
+    """
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["means"]),
+        helper.make_node("Flatten", ["means"], ["scores"]),
+    ]
+    _save(
+        path.with_suffix(".onnx"),
+        nodes,
+        {},
+        inputs=[("image", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        outputs=[("scores", TensorProto.FLOAT, ["batch", 3])],
+    )
+    path.parent.joinpath("labels.txt").write_text("red\ngreen\nbleu céleste\n")
+    path.with_suffix(".toml").write_text(
+        f"""
+model = "{path.stem}.onnx"
+[preprocess.photo]
+input = "image"
+resize = 10
+crop = [8, 8]
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
+[postprocess]
+map = "softmax"
+labels = "labels.txt"
+top_k = 2
+"""
+    )
+    return path.with_suffix(".toml")
 
 
 DATATYPES = (

@@ -342,7 +342,7 @@ class _Compilation:
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
         chosen = variants[0]
-        together, asked = self._together(), self.conditions
+        together, asked, engine = self._together(), self.conditions, self.engine
         self._record("decision", chosen=chosen.id, why=chosen.why)
         for candidate, _ in self.kept:
             for operator in candidate.operators:
@@ -352,10 +352,7 @@ class _Compilation:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
             self.gate = save_rows(self.folder / store.EVALUATION, self.gate)
         target = Target(
-            isa=isa_class(),
-            engine=self.engine.name,
-            engine_version=self.engine.version,
-            threads=self.threads,
+            isa=isa_class(), engine=engine.name, engine_version=engine.version, threads=self.threads
         )
         store.write_manifest(
             self.folder,

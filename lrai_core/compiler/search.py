@@ -254,10 +254,5 @@ def _seconds(session: Session, feed: list[Array], repeats: int) -> float:
 
 
 def _point(rows: int, length: int, seconds: Sequence[float]) -> LatencyPoint:
-    quarters = statistics.quantiles(seconds, n=4)
-    return LatencyPoint(
-        rows=rows,
-        length=length,
-        median_ms=statistics.median(seconds) * 1e3,
-        spread_ms=(quarters[2] - quarters[0]) * 1e3,
-    )
+    low, median, high = (second * 1e3 for second in statistics.quantiles(seconds, n=4))
+    return LatencyPoint(rows=rows, length=length, median_ms=median, spread_ms=high - low)

@@ -75,18 +75,13 @@ def installed_version(name: str) -> str:
 @cache
 def isa_class() -> str:
     """Return what decides speed and rounding of integer kernels: `amx`, `vnni`, `avx2`, …."""
-    try:
-        for line in (
-            Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-        ):
-            if line.startswith(("flags", "Features")):
-                flags = set(line.split())
-                for flag, name in _ISA_FLAGS:
-                    if flag in flags:
-                        return name
-                break
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+        flags = set(next(lines, "").split())
+        for flag, name in _ISA_FLAGS:
+            if flag in flags:
+                return name
     return platform.machine().lower()
 
 

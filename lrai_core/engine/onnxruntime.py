@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -45,7 +46,7 @@ class OnnxRuntime:
         # Without a path of its own a graph may take its external data from a folder of ours.
         given = str(model) if weights is None else model.read_bytes()
         try:
-            session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+            session = open_session(given, options)
         except REFUSALS as error:
             raise ArtifactError(f"onnxruntime cannot open {model.name}: {reason(error)}") from None
         return OnnxRuntimeSession(session)
@@ -93,6 +94,24 @@ def session_options(
         folder = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder, str(weights))
     return options
+
+
+def open_session(
+    model: str | bytes, options: ort.SessionOptions, **how: Any
+) -> ort.InferenceSession:
+    """Return a session on a graph or its file; operators of a plugin are added where it asks.
+
+    A plugin is an entry point of the group `lrai.operators`, named like the operators' domain.
+    """
+    how["providers"] = ["CPUExecutionProvider"]
+    try:
+        return ort.InferenceSession(model, options, **how)
+    except REFUSALS as error:
+        for plugin in entry_points(group="lrai.operators"):
+            if plugin.name in str(error):
+                plugin.load()(options, model)
+                return ort.InferenceSession(model, options, **how)
+        raise
 
 
 def reason(error: BaseException) -> str:

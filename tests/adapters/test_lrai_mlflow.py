@@ -35,7 +35,7 @@ from lrai_mlflow.held import Held
 from lrai_mlflow.serving import ServedModel, mlflow_errors
 from lrai_mlflow.watch import Watch, tell_cap
 from tests.own_runtime import own_runtime
-from tests.tiny_models import column_model, token_model
+from tests.tiny_models import column_model, text_model, token_model
 
 Predict = Callable[[Any], Any]
 Loaded = Callable[[str, str, bool], Predict]
@@ -343,6 +343,14 @@ def test_the_wheel_is_found_from_wherever_pip_runs(saved: Path, tmp_path: Path) 
     done = subprocess.run([*command, str(own)], capture_output=True, check=True, cwd="/")
     (found,) = json.loads(done.stdout)["install"]
     assert found["download_info"]["url"].startswith((tmp_path / "wheels").as_uri())
+
+
+def test_a_model_that_takes_text_requires_its_tokenizer(tmp_path: Path) -> None:
+    lrai.compile(text_model(tmp_path / "t.onnx"), out=tmp_path / "t.lrai", threads=1)
+    lrai_mlflow.save_model(tmp_path / "t.lrai", tmp_path / "saved")
+    pin = f"onnxruntime-extensions=={version('onnxruntime-extensions')}"
+    assert pin in (tmp_path / "saved" / "requirements.txt").read_text().splitlines()
+    assert pin in (tmp_path / "saved" / "constraints.txt").read_text().splitlines()
 
 
 def test_constraints_pin_what_the_requirements_bring(saved: Path) -> None:

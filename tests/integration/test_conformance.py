@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import tokenizers
 import tritonclient.http as triton_http
 from numpy.typing import NDArray
+from PIL import Image
 from tritonclient.utils import np_to_triton_dtype
 
 import lrai_bentoml
@@ -29,24 +32,40 @@ from tests.integration.mlflow_server import post, start
 from tests.integration.sagemaker.conftest import Container
 from tests.integration.triton.server import Triton
 from tests.own_runtime import own_runtime
-from tests.tiny_models import DATATYPES, column_model, datatype_model, token_model
+from tests.tiny_models import (
+    DATATYPES,
+    WORDS,
+    column_model,
+    datatype_model,
+    picture_model,
+    text_model,
+    token_model,
+    tokenizer,
+)
 
 pytestmark = pytest.mark.server
 
 Array = NDArray[Any]
-MODELS = {"c_tokens": token_model, "c_columns": column_model, "c_kinds": datatype_model}
+MODELS = {
+    "c_tokens": token_model,
+    "c_columns": column_model,
+    "c_kinds": datatype_model,
+    "c_text": text_model,
+    "c_picture": picture_model,
+}
 MOST_ROWS = 64  # of one request; Triton's own limit of a list, too
 HOSTS = ("embedded", "shared", "triton", "mlflow", "bentoml", "sagemaker")
 _SERVICE = """
 import bentoml
 import lrai_bentoml
 
-models = [lrai_bentoml.runner(f"{name}:latest") for name in ("c_tokens", "c_columns", "c_kinds")]
+names = ("c_tokens", "c_columns", "c_kinds", "c_text", "c_picture")
+models = [lrai_bentoml.runner(f"{name}:latest") for name in names]
 
 @bentoml.service
 @bentoml.asgi_app(lrai_bentoml.asgi_app(*models))
 class Conformance:
-    tokens, columns, kinds = models
+    tokens, columns, kinds, texts, pictures = models
 """
 
 
@@ -105,6 +124,40 @@ def kinds() -> dict[str, Array]:
     return made
 
 
+def photograph(rows: int, height: int, width: int) -> dict[str, Array]:
+    """Return the pixels of a JPEG file, so many times."""
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg")
+    return {"photo": np.stack([np.asarray(Image.open(file))] * rows)}
+
+
+def encoded(texts: Array) -> dict[str, Array]:
+    """Return what the library tokenizers makes of texts."""
+    library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer(WORDS)))
+    library.enable_padding()
+    library.enable_truncation(16)
+    found = library.encode_batch([str(text) for text in texts])
+    return {
+        "input_ids": np.array([text.ids for text in found]),
+        "attention_mask": np.array([text.attention_mask for text in found]),
+    }
+
+
+def prepared(pixels: Array) -> dict[str, Array]:
+    """Return what Pillow makes of pixels: the shorter side 10, the centre, scaled."""
+    made = []
+    for picture in pixels:
+        height, width = (side * 10 // min(picture.shape[:2]) for side in picture.shape[:2])
+        small = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+        left, top = round((width - 8) / 2), round((height - 8) / 2)
+        cut = np.asarray(small.crop((left, top, left + 8, top + 8)), np.float32) / 255
+        made.append((cut - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225])
+    return {"image": np.stack(made).transpose(0, 3, 1, 2).astype(np.float32)}
+
+
+LABELS = np.array(["red", "green", "bleu céleste"], np.object_)
+TEXTS = np.array(["The cats!", "é", "", "a b c d e f g h i j k l m n o p q r"], np.object_)
 COLUMNS: dict[str, Array] = {
     "price": np.array([1.5, 2, 0.25], np.float32),
     "count": np.array([1, 2, 3], np.int32),
@@ -117,6 +170,23 @@ CASES = (
     Case("one output of two", "c_tokens", tokens(2, 4), outputs=("mean",), without=("mlflow",)),
     Case("a column per input", "c_columns", COLUMNS),
     Case("every datatype", "c_kinds", kinds()),
+    Case("text", "c_text", {"text": TEXTS}),
+    Case("one text", "c_text", {"text": TEXTS[:1]}),
+    Case("the pixels of photographs", "c_picture", photograph(2, 40, 23)),
+    Case(
+        "larger ones, to a label",
+        "c_picture",
+        photograph(1, 64, 71),
+        outputs=("label",),
+        without=("mlflow",),
+    ),
+    Case(
+        "pixels of another kind",
+        "c_picture",
+        {"photo": np.ones((1, 8, 8, 4), np.uint8)},
+        status=400,
+        says="photo",
+    ),
     Case("a missing input", "c_tokens", {"input_ids": IDS}, status=400, says="attention_mask"),
     Case("an input too many", "c_tokens", tokens(1, 3, more=IDS), status=400, says="more"),
     Case(
@@ -200,6 +270,19 @@ def expected(folder: Path) -> Callable[[Case], dict[str, Array]]:
 
     def run(case: Case) -> dict[str, Array]:
         session = sessions[case.model]
+        if case.model == "c_text":
+            mean, _ = session.run(None, encoded(case.inputs["text"]))
+            return {"mean": mean, "tokens": mean}  # pooled, which the model does itself, too
+        if case.model == "c_picture":
+            (scores,) = session.run(None, prepared(case.inputs["photo"]))
+            scores = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+            best = np.argsort(-scores)[:, :2]
+            found = {
+                "scores": scores,
+                "label": LABELS[best],
+                "score": np.take_along_axis(scores, best, 1),
+            }
+            return {name: found[name] for name in case.outputs or found}
         names = list(case.outputs) or [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(case.inputs)), strict=True))
 
@@ -263,11 +346,14 @@ def through_triton(
 
 def ask_triton(port: int, case: Case) -> Outcome:
     """Ask Triton, which keeps the rows apart and has no tensor without dimensions beside them."""
-    if case.model == "c_tokens":
+    if case.model in ("c_tokens", "c_picture"):
         return ask_protocol(port, "/v2/models/{}/infer", case)
     columns = {name: array.reshape(-1, 1) for name, array in case.inputs.items()}
     outcome = ask_protocol(port, "/v2/models/{}/infer", replace(case, inputs=columns))
-    outputs = {name: array.reshape(-1) for name, array in outcome.outputs.items()}
+    flat = case.model != "c_text"
+    outputs = {
+        name: array.reshape(-1) if flat else array for name, array in outcome.outputs.items()
+    }
     return replace(outcome, outputs=outputs)
 
 
@@ -417,8 +503,8 @@ def check(outcome: Outcome, right: Mapping[str, Array]) -> None:
         got = outcome.outputs[output]
         assert got.shape == array.shape
         if array.dtype.kind == "O":
-            texts = [item.decode() if isinstance(item, bytes) else item for item in got]
-            assert texts == list(array)
+            texts = [item.decode() if isinstance(item, bytes) else item for item in got.ravel()]
+            assert texts == list(array.ravel())
         elif array.dtype.kind == "f":
             np.testing.assert_allclose(got.astype(array.dtype), array, rtol=1e-5, atol=1e-6)
         else:

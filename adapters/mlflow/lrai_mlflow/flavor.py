@@ -93,7 +93,7 @@ def save_model(
         _save_example(model, example, str(target))
     model.metadata = {"lrai": facts} | (model.metadata or {}) | (metadata or {})
     environment = write_environment(
-        target, pip_requirements, extra_pip_requirements, conda_env, artifact.engines
+        target, pip_requirements, extra_pip_requirements, conda_env, artifact
     )
     pyfunc.add_to_model(
         model, loader_module=_MODULE, data=DATA, code=code, model_config=model_config, **environment

@@ -20,7 +20,7 @@ from lrai_bentoml.commands.saving import save_model
 from lrai_bentoml.models import artifact_of, get
 from lrai_core import Artifact, EnvironmentProblem, LraiError, TensorSpec, UsageError
 from lrai_wheel import build_wheel
-from lrai_wheel.pins import pins
+from lrai_wheel.pins import extras_of, pins
 
 _SERVICE: Final = '''"""Serve {name} with BentoML, through LRAI."""
 
@@ -162,7 +162,7 @@ def _bentofile(service: str, tag: str, stored: bentoml.Model, wheel: str) -> str
 
 def _requirements(artifact: Artifact) -> list[str]:
     """Return pins; that of BentoML is added when a Bento is built."""
-    return [pin for pin in pins("bentoml", *artifact.engines) if not pin.startswith("bentoml==")]
+    return [pin for pin in pins("bentoml", *extras_of(artifact)) if not pin.startswith("bentoml==")]
 
 
 def _home(stored: bentoml.Model, folder: Path) -> list[str]:

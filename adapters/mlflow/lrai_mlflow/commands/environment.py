@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +18,9 @@ from mlflow.utils.environment import (
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from lrai_core import Artifact
 from lrai_wheel import build_wheel
-from lrai_wheel.pins import installed_version, pins
+from lrai_wheel.pins import extras_of, installed_version, pins
 
 _CONDA: Final = "conda.yaml"
 _PYTHON: Final = "python_env.yaml"
@@ -32,7 +33,7 @@ def write_environment(
     pip_requirements: Sequence[str] | str | None,
     extra_pip_requirements: Sequence[str] | str | None,
     conda_env: dict[str, Any] | str | None,
-    engines: Sequence[str],
+    artifact: Artifact,
 ) -> dict[str, str]:
     """Write the files that MLflow makes an environment from, and the wheel, into `model`.
 
@@ -42,7 +43,7 @@ def write_environment(
             the path of a file of them, as in all of MLflow. Without lrai in it the wheel is added.
         extra_pip_requirements: In addition to the default ones.
         conda_env: In place of both, or the path of a file of it; the wheel is added likewise.
-        engines: That the artifact's variants run on.
+        artifact: The model.
 
     Returns:
         The files' names, as `pyfunc.add_to_model` wants them.
@@ -58,8 +59,9 @@ def write_environment(
     elif pip_requirements is not None:
         _, requirements, constraints = _process_pip_requirements(None, _lines(pip_requirements))
     else:
-        _write(constraints_file, pins("mlflow", *engines))
-        wanted = [*default_requirements(engines), *_lines(extra_pip_requirements or [])]
+        extras = extras_of(artifact)
+        _write(constraints_file, pins("mlflow", *extras))
+        wanted = [*default_requirements(extras.values()), *_lines(extra_pip_requirements or [])]
         wanted.append(f"-c {constraints_file}")
         _, requirements, constraints = _process_pip_requirements(None, wanted)
     if all(_name(requirement) != "lrai" for requirement in requirements):
@@ -77,9 +79,9 @@ def write_environment(
     return {"conda_env": _CONDA, "python_env": _PYTHON}
 
 
-def default_requirements(engines: Sequence[str]) -> list[str]:
+def default_requirements(packages: Iterable[str]) -> list[str]:
     """Return the pinned packages that serving imports; our wheel is not among them."""
-    found = {name: installed_version(name) for name in (*_PINNED.split(), *engines)}
+    found = {name: installed_version(name) for name in (*_PINNED.split(), *packages)}
     return [f"{name}=={version}" for name, version in found.items() if version]
 
 

@@ -1,0 +1,64 @@
+"""Of onnxruntime-extensions a graph may have the tokenizer, and nothing that reads files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+import lrai_engines.text as text
+from lrai_core.engine.engine import find_engine
+from lrai_core.errors import ArtifactError, EnvironmentProblem
+from lrai_import.described import load
+from tests.tiny_models import text_model
+
+
+def reader(path: Path, *, inside: bool) -> Path:
+    """Write a model whose operator reads the files that a request names."""
+    read = helper.make_node("ImageReader", ["name"], ["pixels"], domain="ai.onnx.contrib")
+    name = helper.make_tensor_value_info("name", TensorProto.STRING, [1])
+    nodes, inputs = [read], [name]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, None)
+    if inside:
+        body = helper.make_graph([read], "then", [], [pixels])
+        nodes = [helper.make_node("If", ["on"], ["pixels"], then_branch=body, else_branch=body)]
+        inputs.append(helper.make_tensor_value_info("on", TensorProto.BOOL, []))
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.contrib", 1)]
+    graph = helper.make_graph(nodes, "reader", inputs, [pixels])
+    model = helper.make_model(graph, opset_imports=domains, ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_operator_that_reads_files_is_refused(tmp_path: Path, inside: bool) -> None:
+    with pytest.raises(ArtifactError, match=r"'ImageReader' of .* is not BertTokenizer"):
+        find_engine("onnxruntime").load(reader(tmp_path / "m.onnx", inside=inside))
+
+
+def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        text.register(ort.SessionOptions(), b"\xff")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        text.register(ort.SessionOptions(), str(tmp_path / "none.onnx"))
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(text_model(tmp_path / "m.onnx"), print).model
+    monkeypatch.setattr(text, "find_spec", lambda _: None)
+    (tmp_path / "whole.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'lrai\[text\]'"):
+        find_engine("onnxruntime").load(tmp_path / "whole.onnx")
+
+
+def test_texts_alone_are_as_those_together(tmp_path: Path) -> None:
+    model = load(text_model(tmp_path / "m.onnx"), print).model
+    (tmp_path / "whole.onnx").write_bytes(model.SerializeToString())
+    session = find_engine("onnxruntime").load(tmp_path / "whole.onnx")
+    texts = np.array(["the", "a longer one, with more words", "", "thing"], np.object_)
+    together = session.run([texts])[0]
+    for index in range(len(texts)):
+        assert np.allclose(session.run([texts[index : index + 1]])[0][0], together[index])

@@ -1,0 +1,228 @@
+"""Text and pixels in, labels out: what is put around a model, against tokenizers and Pillow."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tokenizers
+from PIL import Image
+
+import lrai_core as lrai
+from lrai_core import CompileError
+from lrai_core.engine.engine import find_engine
+from lrai_import.described import load
+from tests.tiny_models import WORDS, picture_model, text_model, token_model, tokenizer
+
+TEXT = '\n[preprocess.text]\ntokenizer = "tokenizer.json"\nmask = "attention_mask"\n'
+PIXELS = '\n[preprocess.photo]\ninput = "image"\n'
+
+
+def run(description: Path, tmp_path: Path, *inputs: Any) -> list[Any]:
+    file = tmp_path / "whole.onnx"
+    file.write_bytes(load(description, print).model.SerializeToString())
+    return find_engine("onnxruntime").load(file).run(inputs)
+
+
+def describe(folder: Path, model: str, rest: str) -> Path:
+    file = folder / "described.toml"
+    file.write_text(f'model = "{model}"\n{rest}')
+    return file
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """Return a folder with a model of pictures, `image` [batch, 3, 8, 8], and its labels."""
+    picture_model(tmp_path / "model.onnx")
+    return tmp_path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Return a folder with an encoder of tokens, and a tokenizer."""
+    text_model(tmp_path / "model.onnx")
+    return tmp_path
+
+
+def test_texts_become_the_tokens_of_the_library(text: Path) -> None:
+    texts = [
+        "",
+        "The THING is, a café!",
+        "x" * 200,
+        "one\ttwo\nthree",
+        "日本 a",
+        "a " * 50,
+        "é",
+        "x" * 90,
+    ]
+    texts += ["y" * length for length in range(10, 20)]  # as long as may be, and a little longer
+    library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer(WORDS)))
+    library.enable_truncation(16)
+    library.enable_padding()
+    found = library.encode_batch(texts)
+    model = onnx.load(text / "model.onnx")
+    session = find_engine("onnxruntime").load(text / "model.onnx")
+    ids, mask = (
+        np.array([getattr(one, name) for one in found]) for name in ("ids", "attention_mask")
+    )
+    assert len(model.graph.input) == 2
+    right, _ = session.run([ids, mask])
+    for output in run(text / "model.toml", text, np.array(texts, np.object_)):
+        np.testing.assert_allclose(output, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(61, 40), (9, 33), (8, 8), (100, 1_000)])
+def test_pixels_are_resized_as_pillow_does_it(
+    picture: Path, how: str, height: int, width: int
+) -> None:
+    graph = onnx.load(picture / "model.onnx")
+    graph.graph.output.extend([onnx.ValueInfoProto(name="image")])
+    onnx.save(graph, picture / "model.onnx")
+    rest = f'{PIXELS}resize = 10\ncrop = [8, 8]\nscale = 1\ninterpolation = "{how}"\n'
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    graph.graph.output[1].CopyFrom(
+        onnx.helper.make_tensor_value_info("image", 1, ["batch", 3, 8, 8])
+    )
+    onnx.save(graph, picture / "model.onnx")
+    file = describe(picture, "model.onnx", rest)
+    whole = load(file, print).model
+    path = picture / "whole.onnx"
+    path.write_bytes(whole.SerializeToString())
+    _, got = find_engine("onnxruntime").load(path).run([pixels[np.newaxis]])
+    sides = [side * 10 // min(height, width) for side in (width, height)]
+    resample = Image.Resampling[how.upper()]
+    small = Image.fromarray(pixels).resize((sides[0], sides[1]), resample)
+    left, top = (round((side - 8) / 2) for side in sides)
+    right = np.asarray(small.crop((left, top, left + 8, top + 8)), np.float32)
+    assert np.abs(got[0].transpose(1, 2, 0) - right).max() <= 1, "a level of 255"
+
+
+def test_the_whole_is_compiled_gated_and_served(picture: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 12, 12, 3), np.uint8)
+    artifact = lrai.compile(
+        picture / "model.toml", out=picture / "m.lrai", evaluation={"photo": pixels}, threads=1
+    )
+    assert [spec.datatype for spec in artifact.manifest.signature.inputs] == ["UINT8"]
+    with lrai.Runtime() as runtime:
+        runtime.load(artifact.path, name="m")
+        request = lrai.InferenceRequest(model_name="m", inputs={"photo": pixels[:5]})
+        outputs = runtime.infer(request).outputs
+    best = np.argsort(-outputs["scores"])[:, :2]
+    labels = np.array(["red", "green", "bleu céleste"], np.object_)
+    assert np.array_equal(outputs["label"], labels[best])
+    assert np.allclose(outputs["scores"].sum(axis=1), 1)
+    # three means of the pixels, before the softmax: those of the first channel come first
+    assert np.allclose(np.take_along_axis(outputs["scores"], best, 1), outputs["score"])
+
+
+def test_channels_and_layouts_are_the_models(picture: Path) -> None:
+    pixels = np.zeros((1, 8, 8, 3), np.uint8)
+    pixels[..., 0] = 255
+    (plain,) = run(describe(picture, "model.onnx", PIXELS), picture, pixels)
+    (turned,) = run(describe(picture, "model.onnx", f'{PIXELS}channels = "BGR"\n'), picture, pixels)
+    assert plain[0].tolist() == [1, 0, 0]
+    assert turned[0].tolist() == [0, 0, 1]
+
+
+def test_a_vector_is_made_one_of_length_one(text: Path) -> None:
+    rest = f'{TEXT}[postprocess]\noutput = "tokens"\npool = "first"\nmap = "l2_normalised"\n'
+    _, first = run(describe(text, "model.onnx", rest), text, np.array(["a", "the b"], np.object_))
+    assert first.shape == (2, 4)
+    assert np.allclose(np.linalg.norm(first, axis=1), 1)
+    assert np.allclose(first[0], first[1], atol=1e-6), "the first token is always the same"
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("[preprocess.photo]\ninput = 'picture'", "no input 'picture': image"),
+        (f"{PIXELS}size = 3", "unknown field `size`"),
+        (f"{PIXELS}resize = 0\ncrop = [8, 8]", "resize is 0"),
+        (f"{PIXELS}resize = [9, 9, 9]", "resize is [9, 9, 9]"),
+        (f"{PIXELS}resize = 9", "a shorter side needs crop"),
+        (f"{PIXELS}resize = 9\ncrop = [9, 9]", "gives [9, 9], the model wants [8, 8]"),
+        (f"{PIXELS}resize = 7\ncrop = [8, 8]", "crop [8, 8] exceeds [7, 7]"),
+        (f"{PIXELS}mean = [1, 2]", "mean has 2 numbers for 3 channels"),
+        (f"{PIXELS}std = [0]", "> 0"),
+        (f"{PIXELS}layout = 'NHWC'", "8 channels in the layout NHWC"),
+        ("[postprocess]\nlabels = 'two.txt'", "2 labels are given, and output 'scores' has shape"),
+        ("[postprocess]\nlabels = 'labels.txt'\ntop_k = 4", "top_k is 4, of 3 labels"),
+        ("[postprocess]\nlabels = '../labels.txt'", "lies outside the folder"),
+        ("[postprocess]\nlabels = 'none.txt'", "'none.txt' is not a file"),
+        ("[postprocess]\nlabels = 'latin.txt'", "is not UTF-8"),
+        ("[postprocess]\noutput = 'logits'", "'logits' is none of the model's: scores"),
+        ("[postprocess]\npool = 'mean'", "no output of tokens"),
+        ("preprocess = 3", "described.toml"),
+        ("[postprocess", "is not TOML"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: str) -> None:
+    (picture / "two.txt").write_text("a\nb\n")
+    (picture / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(CompileError, match=re.escape(says)) as raised:
+        load(describe(picture, "model.onnx", rest), print)
+    assert str(picture) not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[1", "no tokenizer.json"),
+        (b"{}", "no tokenizer.json"),
+        (tokenizer(WORDS, normalizer=None), "WordPiece after None"),
+        (tokenizer(WORDS, model={"type": "BPE", "vocab": {}}), "is BPE after BertNormalizer"),
+        (tokenizer([*WORDS, *map(str, range(60))]), f"has {len(WORDS) + 60} tokens"),
+        (tokenizer(WORDS[1:]), "no [UNK], [SEP], [CLS], [PAD], [MASK]"),
+        (tokenizer([*WORDS, "a\nb"]), "a line break"),
+    ],
+)
+def test_a_tokenizer_that_does_not_match_is_refused(
+    text: Path, content: bytes | dict[str, object], says: str
+) -> None:
+    encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (text / "tokenizer.json").write_bytes(encoded)
+    with pytest.raises(CompileError, match=re.escape(says)):
+        load(text / "model.toml", print)
+
+
+def test_an_output_of_tokens_has_to_be_pooled(text: Path) -> None:
+    with pytest.raises(CompileError, match="'tokens' has an element for each token"):
+        load(describe(text, "model.onnx", TEXT), print)
+
+
+def test_an_input_of_tokens_is_not_one_of_pixels(text: Path) -> None:
+    rest = '[preprocess.photo]\ninput = "input_ids"\n'
+    with pytest.raises(CompileError, match="INT64 of rank 2, needed is FLOAT of rank 4"):
+        load(describe(text, "model.onnx", rest), print)
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    text_model(tmp_path / "model.onnx")
+    rest = TEXT.replace("preprocess.text", "preprocess.tokens")
+    with pytest.raises(CompileError, match="something of that name"):
+        load(describe(tmp_path, "model.onnx", rest), print)
+
+
+def test_the_hash_is_of_all_that_is_named(picture: Path) -> None:
+    before = load(picture / "model.toml", print).sha256
+    (picture / "labels.txt").write_text("a\nb\nc\n")
+    assert load(picture / "model.toml", print).sha256 != before
+
+
+def test_a_file_that_is_too_large_is_not_read(picture: Path) -> None:
+    with (picture / "labels.txt").open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(CompileError, match="over 64 MB"):
+        load(picture / "model.toml", print)
+
+
+def test_what_is_not_described_stays(tmp_path: Path) -> None:
+    token_model(tmp_path / "model.onnx")
+    model = load(describe(tmp_path, "model.onnx", ""), print).model
+    assert [value.name for value in model.graph.input] == ["input_ids", "attention_mask"]
