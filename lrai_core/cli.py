@@ -42,10 +42,7 @@ ArtifactPath = Annotated[Path, typer.Argument(help="Artifact, a directory NAME.l
 
 @app.command()
 def compile(
-    model: Annotated[
-        Path,
-        typer.Argument(help="ONNX file, or a .toml that puts text, pixels or labels around one."),
-    ],
+    model: Annotated[Path, typer.Argument(help="ONNX file, or a .toml that describes one.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, NAME.lrai.")],
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")

@@ -296,6 +296,8 @@ class _Compilation:
                 told = partial(tick, candidate.name)
                 runs = gate.run(candidate.session, rows, self.signature, told)
                 candidate.gaps = gate.worst_gaps(reference, runs, self.signature.outputs)
+                measured = {"speedup": round(candidate.speedup, 4), "gap": candidate.gap(0.9)}
+                self._record("searched", form=candidate.name, **measured)
             except (EngineError, ValueError) as error:  # it does not run, or not in batches
                 self._reject(candidate.name, str(error))
                 worth.remove(candidate)

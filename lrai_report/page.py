@@ -1,0 +1,219 @@
+"""`lrai report NAME.lrai`: what was tried, kept and measured, as one HTML page."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Console
+
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem, Variant, certificates
+from lrai_report.template import PAGE
+
+_LOG: Final = "quantization.jsonl"
+_MOST_BYTES: Final = 64 << 20
+_WIDTH, _HEIGHT = 640.0, 300.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 16.0, 44.0
+_LEAST_GAP, _MOST_GAP = 1e-7, 1e3  # what is closer, or farther, is drawn there
+_TICKS: Final = 5
+
+app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class _Event(msgspec.Struct, frozen=True):
+    """A line of the compiler's log; what it has no field for is left out."""
+
+    event: str
+    form: str = ""
+    kept: bool = False
+    why: str = ""
+    speedup: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    gap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    chosen: str = ""
+    variant: str = ""
+    node: str = ""
+    op_type: str = ""
+    bits: int = 0
+    scheme: str = ""
+    weight_elements: int = 0
+    error: float = 0.0
+    harm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A form in the picture: how fast it is, how close, and where that is drawn."""
+
+    form: str
+    speedup: float
+    gap: float
+    x: float
+    y: float
+    role: str  # chosen, kept, front (none is as fast and closer), or other
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A mark of an axis."""
+
+    text: str
+    at: float
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai report")
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; NAME.html by default.")
+    ] = None,
+) -> None:
+    """Write a page: forms tried, the Pareto front, operators, accuracy, groups, environment."""
+    artifact = Artifact.open(path)
+    target = output or Path(f"{path.name.removesuffix('.lrai') or 'report'}.html")
+    try:
+        target.write_text(page(artifact), encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentProblem(f"{target}: {error.strerror}") from None
+    Console(highlight=False, markup=False).print(f"written: {target}")
+
+
+def page(artifact: Artifact) -> str:
+    """Return the page of an artifact.
+
+    Raises:
+        ArtifactError: Its log cannot be read.
+        EnvironmentProblem: The library that makes it is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise EnvironmentProblem("the page is made by jinja2: pip install 'lrai[report]'") from None
+    events = list(_events(artifact))
+    manifest = artifact.manifest
+    chosen = manifest.variant(manifest.chosen)
+    dots = _dots(events, [v.id for v in manifest.variants], manifest.chosen)
+    across, upward = _ticks(events)
+    engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return engine.from_string(PAGE).render(
+        artifact=artifact,
+        manifest=manifest,
+        chosen=chosen,
+        serving=[variant.id for variant in manifest.serving()],
+        made_for=manifest.made_for(chosen),
+        certificates=[(c.id, c.statement()) for c in certificates(artifact)],
+        tried=[event for event in events if event.event == "candidate"],
+        notes=[event.why for event in events if event.event == "note"],
+        operators=[event for event in events if event.event == "operator"],
+        points=list(_points(manifest.variants)),
+        dots=dots,
+        frame={"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _WIDTH - _RIGHT}
+        | {"top": _TOP, "bottom": _HEIGHT - _BOTTOM},
+        across=across,
+        upward=upward,
+        command=_command(artifact),
+    )
+
+
+def _events(artifact: Artifact) -> Iterator[_Event]:
+    """Yield the lines of the log, none where there is no log."""
+    if _LOG not in artifact.manifest.files:
+        return
+    file = artifact.file(_LOG)
+    if file.stat().st_size > _MOST_BYTES:
+        raise ArtifactError(f"{_LOG} is over {_MOST_BYTES >> 20} MB")
+    decode = msgspec.json.Decoder(_Event).decode
+    try:
+        for line in file.read_bytes().splitlines():
+            yield decode(line)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ArtifactError(f"{_LOG} cannot be read: {str(error)[:200]}") from None
+
+
+def _points(variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
+    """Yield per shape that was measured the latency of each variant, and the bars to draw."""
+    shapes = dict.fromkeys((p.rows, p.length) for v in variants for p in v.latency)
+    for rows, length in shapes:
+        found = {
+            variant.id: point
+            for variant in variants
+            for point in variant.latency
+            if (point.rows, point.length) == (rows, length)
+        }
+        most = max(point.median_ms for point in found.values())
+        bars = [(name, point, 100 * point.median_ms / most) for name, point in found.items()]
+        yield {"rows": rows, "length": length, "bars": bars}
+
+
+def _dots(events: Sequence[_Event], kept: Sequence[str], chosen: str) -> list[Dot]:
+    """Return every form whose closeness was looked at, where it is drawn."""
+    searched = [event for event in events if event.event == "searched"]
+    right, (low, high) = _right(searched), _decades(searched)
+    found = []
+    for event in searched:
+        better = any(other.speedup > event.speedup and other.gap <= event.gap for other in searched)
+        form = event.form.partition(" ")[0]  # without the passes that were left out
+        role = "other" if better else "front"
+        role = "kept" if form in kept else role
+        role = "chosen" if form == chosen else role
+        x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * event.speedup / right
+        y = _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (_decade(event) - low) / (high - low)
+        found.append(Dot(event.form, event.speedup, event.gap, x, y, role))
+    return found
+
+
+def _ticks(events: Sequence[_Event]) -> tuple[list[Tick], list[Tick]]:
+    """Return the marks of the axes, across and upward."""
+    searched = [event for event in events if event.event == "searched"]
+    right, (low, high) = _right(searched), _decades(searched)
+    wide, tall = (_WIDTH - _LEFT - _RIGHT) / _TICKS, (_HEIGHT - _TOP - _BOTTOM) / (high - low)
+    return (
+        [Tick(f"{right * n / _TICKS:.3g}", _LEFT + wide * n) for n in range(_TICKS + 1)],
+        [Tick(f"1e{n}", _HEIGHT - _BOTTOM - tall * (n - low)) for n in range(low, high + 1)],
+    )
+
+
+def _right(searched: Sequence[_Event]) -> float:
+    """Return the end of the axis: a multiple of what the marks part it by, 0.1 or more."""
+    most = max((event.speedup for event in searched), default=1.0)
+    return math.ceil(max(most, 1.0) * 1.05 * 10 / _TICKS) * _TICKS / 10
+
+
+def _decades(searched: Sequence[_Event]) -> tuple[int, int]:
+    decades = [_decade(event) for event in searched] or [0.0]
+    low = math.floor(min(decades))
+    return low, max(low + 1, math.ceil(max(decades)))
+
+
+def _decade(event: _Event) -> float:
+    return math.log10(min(max(event.gap, _LEAST_GAP), _MOST_GAP))
+
+
+def _command(artifact: Artifact) -> str:
+    """Return the command that makes such an artifact of the model and rows that it was made of."""
+    manifest = artifact.manifest
+    words = ["lrai", "compile", "MODEL", "-o", f"{manifest.name}.lrai"]
+    judged = [variant.gate for variant in manifest.variants if variant.gate]
+    if judged:
+        words += ["--evaluation", "ROWS.npz"]
+    for output_map in dict.fromkeys(spec.output_map for spec in manifest.signature.outputs):
+        words += ["--output-map", output_map] if output_map != "raw" else []
+    if manifest.demanded:
+        words += ["--epsilon", f"{manifest.demanded[0]:g}", "--delta", f"{manifest.demanded[1]:g}"]
+    for group in judged[0].groups if judged else ():
+        words += ["--group", group]
+    for engine in artifact.engines:
+        words += ["--engine", engine] if engine != "onnxruntime" else []
+    if len(manifest.variants) > 2:
+        words += ["--keep", str(len(manifest.variants))]
+    return shlex.join([*words, "--threads", str(manifest.target.threads)])

@@ -1,0 +1,146 @@
+"""The page of an artifact: what it says, and that nothing in a file becomes markup."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lrai_core as lrai
+from benchmarks import models
+from lrai_core.artifact import write_manifest
+from lrai_report.page import main, page
+
+
+class Reader(HTMLParser):
+    """Checks that every element is closed, and keeps the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        assert not any(name in ("src", "href") for name, _ in attrs), "needs another file"
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
+    """Return a classifier with a second form, groups of people among its rows."""
+    folder = tmp_path_factory.mktemp("page")
+    source, held = models.classifier(folder / "c.onnx", 7, hidden=16)
+    rows = {name: values[:900] for name, values in held.items()}
+    return lrai.compile(source, out=folder / "c.lrai", evaluation=rows, output_map="softmax")
+
+
+def changed(
+    artifact: lrai.Artifact, folder: Path, change: Callable[[list[dict[str, Any]]], object]
+) -> lrai.Artifact:
+    """Return a copy with another log."""
+    copy = shutil.copytree(artifact.path, folder / "copy.lrai")
+    log = copy / "quantization.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    change(lines)
+    log.write_text("\n".join(map(json.dumps, lines)))
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, artifact.manifest)
+    return lrai.Artifact.open(copy, verify=False)
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open
+    return reader
+
+
+def test_a_page_says_what_was_tried_and_measured(artifact: lrai.Artifact) -> None:
+    reader = read(page(artifact))
+    for words in ("int8-dynamic", "int8-row", "fp32", "opset", artifact.version, "--output-map"):
+        assert words in reader.text
+    assert artifact.manifest.variant("fp32").gate is not None
+    lines = (artifact.path / "quantization.jsonl").read_text().splitlines()
+    searched = [line for line in lines if '"searched"' in line]
+    assert reader.tags.count("circle") == len(searched) > 0
+    assert "script" not in reader.tags
+
+
+def test_what_stands_in_a_log_is_text(artifact: lrai.Artifact, tmp_path: Path) -> None:
+    def spoil(lines: list[dict[str, Any]]) -> None:
+        hostile = "<script>alert(1)</script>{{ 7 * 7 }}"
+        lines.append({"event": "candidate", "form": hostile, "why": hostile})
+        lines.append({"event": "operator", "variant": hostile, "node": hostile})
+        lines.append({"event": "searched", "form": hostile, "speedup": 2.0, "gap": 0.5})
+
+    reader = read(page(changed(artifact, tmp_path, spoil)))
+    assert "script" not in reader.tags
+    assert reader.text.count("<script>alert(1)</script>{{ 7 * 7 }}") == 6
+
+
+@pytest.mark.parametrize("line", [{"event": 3}, {"event": "searched", "gap": -1}, {}])
+def test_a_log_that_is_none_is_refused(
+    artifact: lrai.Artifact, tmp_path: Path, line: dict[str, Any]
+) -> None:
+    with pytest.raises(lrai.ArtifactError, match=r"quantization\.jsonl cannot be read"):
+        page(changed(artifact, tmp_path, lambda lines: lines.append(line)))
+
+
+@pytest.mark.parametrize(("speedup", "gap"), [(0.0, 1.0), (1e9, 0.0), (1e-9, 1e30), (1.0, 1e-30)])
+def test_extremes_are_drawn_inside_the_picture(
+    artifact: lrai.Artifact, tmp_path: Path, speedup: float, gap: float
+) -> None:
+    line = {"event": "searched", "form": "odd", "speedup": speedup, "gap": gap}
+    reader = read(page(changed(artifact, tmp_path, lambda lines: lines.append(line))))
+    assert reader.tags.count("line") < 100
+
+
+def test_an_artifact_without_rows_has_a_page(tmp_path: Path) -> None:
+    source, _ = models.classifier(tmp_path / "c.onnx", 7, hidden=16)
+    artifact = lrai.compile(source, out=tmp_path / "c.lrai")
+    assert "Nothing was judged" in read(page(artifact)).text
+
+
+def test_the_command_writes_a_file_here(
+    artifact: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([str(artifact.path)])
+    assert not ended.value.code
+    assert (tmp_path / "c.html").read_text().startswith("<!doctype html>")
+    with pytest.raises(lrai.EnvironmentProblem, match="No such file"):
+        main([str(artifact.path), "-o", str(tmp_path / "none" / "c.html")])
+
+
+def test_a_missing_library_is_named(
+    artifact: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "jinja2":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(lrai.EnvironmentProblem, match=r"pip install 'lrai\[report\]'"):
+        page(artifact)
