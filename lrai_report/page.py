@@ -22,6 +22,7 @@ _WIDTH, _HEIGHT = 640.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 16.0, 44.0
 _LEAST_GAP, _MOST_GAP = 1e-7, 1e3  # what is closer, or farther, is drawn there
 _TICKS: Final = 5
+_LINE: Final = 13.0
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -46,7 +47,7 @@ class _Event(msgspec.Struct, frozen=True):
     harm: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Dot:
     """A form in the picture: how fast it is, how close, and where that is drawn."""
 
@@ -55,6 +56,7 @@ class Dot:
     gap: float
     x: float
     y: float
+    label_y: float  # apart from those of others
     role: str  # chosen, kept, front (none is as fast and closer), or other
 
 
@@ -167,8 +169,12 @@ def _dots(events: Sequence[_Event], kept: Sequence[str], chosen: str) -> list[Do
         role = "kept" if form in kept else role
         role = "chosen" if form == chosen else role
         x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * event.speedup / right
-        y = _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (_decade(event) - low) / (high - low)
-        found.append(Dot(event.form, event.speedup, event.gap, x, y, role))
+        up = max(_decade(event) - low, 0) / (high - low)
+        y = _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * up
+        found.append(Dot(event.form, event.speedup, event.gap, x, y, y + 4, role))
+    line = 0.0
+    for dot in sorted(found, key=lambda dot: dot.y):
+        line = dot.label_y = max(dot.label_y, line + _LINE)
     return found
 
 
@@ -190,9 +196,10 @@ def _right(searched: Sequence[_Event]) -> float:
 
 
 def _decades(searched: Sequence[_Event]) -> tuple[int, int]:
-    decades = [_decade(event) for event in searched] or [0.0]
-    low = math.floor(min(decades))
-    return low, max(low + 1, math.ceil(max(decades)))
+    """Return the ends of the axis: one below the closest form but fp32, which is at the bottom."""
+    decades = [_decade(event) for event in searched if event.form.partition(" ")[0] != "fp32"]
+    low = math.floor(min(decades, default=0.0)) - 1
+    return low, max(low + 2, math.ceil(max(decades, default=0.0)))
 
 
 def _decade(event: _Event) -> float:

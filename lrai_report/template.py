@@ -46,11 +46,11 @@ worth it and close enough.{% else %}Served as <b>{{ chosen.id }}</b>,
  the search rows do not exceed (lower is closer)</text>
 {% for dot in dots %}<circle class="{{ dot.role }}" cx="{{ dot.x }}" cy="{{ dot.y }}" r="5"><title>
 {{ dot.form }}: {{ "%.2f"|format(dot.speedup) }} x, {{ "%.2g"|format(dot.gap) }}</title></circle>
-<text x="{{ dot.x - 9 if dot.x > frame.right - 120 else dot.x + 9 }}" y="{{ dot.y + 4 }}"
+<text x="{{ dot.x - 9 if dot.x > frame.right - 120 else dot.x + 9 }}" y="{{ dot.label_y }}"
  {% if dot.x > frame.right - 120 %}text-anchor="end"{% endif %}>{{ dot.form }}</text>{% endfor %}
 </svg>
 <p class="dim">Green is chosen, blue is kept beside it; orange was not kept, though none that is
-as close is faster.</p>{% endif %}
+as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %}
 {% if tried %}<div class="scroll"><table><tr><th>form</th><th>passed</th><th>why</th></tr>
 {% for one in tried %}<tr><td class="name">{{ one.form }}</td><td>
 {{ "yes" if one.kept else "no" }}</td><td class="long">{{ one.why }}</td></tr>
