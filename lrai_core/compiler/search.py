@@ -202,10 +202,11 @@ def profile(
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
     `tick` is told of every round.
-    The reference of the speed-up is the fastest candidate of the form fp32.
+    The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
+    of four rounds: the luckiest of many would win by their median, and be slower when it serves.
     """
     row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
-    bases = [row or synthetic_row(signature, max(length, 1)) for _, length in points]
+    bases = (row or synthetic_row(signature, max(length, 1)) for _, length in points)
     feeds = [stretch(base, signature, *at) for base, at in zip(bases, points, strict=True)]
     sessions = [candidate.session for candidate in candidates]
     repeats = [[_repeats(session, feed) for session in sessions] for feed in feeds]
@@ -214,15 +215,15 @@ def profile(
         for feed, times, found in zip(feeds, repeats, rounds, strict=True):
             found.append(list(map(_seconds, sessions, repeat(feed), times)))
         tick()
-    measured = [
-        [_point(*at, [own[i] for own in found]) for at, found in zip(points, rounds, strict=True)]
-        for i in range(len(candidates))
-    ]
-    paces = [statistics.fmean(math.log(point.median_ms) for point in own) for own in measured]
-    forms = [candidate.form for candidate in candidates]
-    best = min(pace for pace, form in zip(paces, forms, strict=True) if form == "fp32")
-    for candidate, pace, own in zip(candidates, paces, measured, strict=True):
-        candidate.latency, candidate.speedup = own, math.exp(best - pace)
+    taken = np.array(rounds)
+    paces = np.log(taken).mean(axis=0)  # by round and candidate
+    plain = [i for i, candidate in enumerate(candidates) if candidate.form == "fp32"]
+    best = min(plain, key=lambda i: float(np.median(paces[:, i])))
+    gains = np.exp(np.quantile(paces[:, [best]] - paces, 0.25, axis=0))
+    for i, candidate in enumerate(candidates):
+        candidate.speedup = float(gains[i])
+        own = zip(points, taken[..., i], strict=True)
+        candidate.latency = [_point(*at, seconds) for at, seconds in own]
 
 
 def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int, int]]:
@@ -253,6 +254,6 @@ def _seconds(session: Session, feed: list[Array], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _point(rows: int, length: int, seconds: Sequence[float]) -> LatencyPoint:
-    low, median, high = (second * 1e3 for second in statistics.quantiles(seconds, n=4))
+def _point(rows: int, length: int, seconds: Array) -> LatencyPoint:
+    low, median, high = (second * 1e3 for second in statistics.quantiles(seconds.tolist(), n=4))
     return LatencyPoint(rows=rows, length=length, median_ms=median, spread_ms=high - low)

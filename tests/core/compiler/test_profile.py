@@ -1,0 +1,74 @@
+"""What is measured of candidates, with times that are told instead of taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lrai_core.compiler import search
+from lrai_core.compiler.search import Candidate
+from lrai_core.engine.engine import find_engine
+from lrai_core.protocol import Array
+from tests.core.small_artifact import SIGNATURE
+
+ROW = [np.ones((1, 3), np.float32)]
+
+
+class Told:
+    """A session that takes as long as it is told, round by round."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        self.seconds = list(seconds)
+
+    def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
+        return list(arrays)
+
+
+def profiled(monkeypatch: pytest.MonkeyPatch, **times: Sequence[float]) -> dict[str, Candidate]:
+    def seconds(session: Told, feed: object, repeats: int) -> float:
+        return session.seconds.pop(0)
+
+    monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
+    monkeypatch.setattr(search, "_seconds", seconds)
+    engine = find_engine("onnxruntime")
+    made = {
+        name: Candidate(
+            form=name.partition("_")[0],
+            precision="fp32",
+            graph=Path(name),
+            size_bytes=1,
+            operators=[],
+            passes_off=(),
+            shared=False,
+            session=Told(told),
+            engine=engine,
+        )
+        for name, told in times.items()
+    }
+    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], lambda: None)
+    return made
+
+
+def test_a_form_that_is_lucky_in_half_of_the_rounds_is_not_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lucky = [0.5, 1, 0.5, 1, 0.5, 1, 0.5, 1, 0.5]
+    found = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS, int8=lucky)
+    assert found["int8"].latency[0].median_ms == 500
+    assert found["int8"].speedup == pytest.approx(1)
+
+
+def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = [1.0, 1, 1, 2, 2, 2, 3, 3, 3]
+    found = profiled(monkeypatch, fp32=slower, int8=[one / 2 for one in slower])
+    assert found["fp32"].speedup == pytest.approx(1)
+    assert found["int8"].speedup == pytest.approx(2)
+
+
+def test_the_fastest_fp32_is_what_others_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = search.ROUNDS
+    found = profiled(monkeypatch, fp32=[2.0] * rounds, fp32_b=[1.0] * rounds, int8=[1.0] * rounds)
+    assert [round(one.speedup, 6) for one in found.values()] == [0.5, 1, 1]
