@@ -16,8 +16,11 @@ from google.protobuf.message import DecodeError
 
 from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
 
-_DOMAIN: Final = "ai.onnx.contrib"
-_ALLOWED: Final = {"BertTokenizer"}
+_ALLOWED: Final = {("ai.onnx.contrib", "BertTokenizer")}
+_ENGINE_DOMAINS: Final = {  # those of onnxruntime itself; the library has two, and may get more
+    *("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"),
+    "com.ms.internal.nhwc",
+}
 
 
 def register(options: ort.SessionOptions, model: str | bytes) -> None:
@@ -32,21 +35,21 @@ def register(options: ort.SessionOptions, model: str | bytes) -> None:
         EnvironmentProblem: The library is not installed.
     """
     try:
-        if isinstance(model, bytes):
-            proto = onnx.load_model_from_string(model)
-        else:
-            proto = onnx.load(model, load_external_data=False)
+        content = model if isinstance(model, bytes) else Path(model).read_bytes()
+        proto = onnx.load_model_from_string(content)
     except (DecodeError, OSError) as error:
         raise ArtifactError(f"the graph cannot be read: {shorten(str(error))}") from None
-    asked = {node.op_type for node in _nodes(proto) if node.domain == _DOMAIN}
+    asked = {(n.domain, n.op_type) for n in _nodes(proto) if n.domain not in _ENGINE_DOMAINS}
     if refused := sorted(asked - _ALLOWED):
-        allowed = ", ".join(sorted(_ALLOWED))
-        raise ArtifactError(f"operator {shorten(refused[0])!r} of {_DOMAIN} is not {allowed}")
+        domain, operator = map(shorten, refused[0])
+        raise ArtifactError(f"operator {operator!r} of {domain} is not allowed, BertTokenizer is")
     spec = find_spec("onnxruntime_extensions")  # importing it would bring more than the library
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     libraries = [file for folder in folders for file in Path(folder).glob("_extensions_pydll*.so")]
     if not libraries:
         raise EnvironmentProblem("the model takes text: pip install 'lrai[text]'")
+    # What was looked at is what is run: no other format that the same bytes may be.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.register_custom_ops_library(str(libraries[0]))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnx
 import onnx.version_converter
+from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper, numpy_helper
 
 from lrai_core import CompileError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MOST: Final = 16_384  # pixels of a side
 EXTENSIONS: Final = "ai.onnx.contrib"  # the domain of onnxruntime-extensions
+_IR: Final = 8
 _RESIZES: Final = 18  # the operator set whose Resize looks at all pixels that it shrinks
 _MODES: Final[dict[str, dict[str, Any]]] = {
     "bilinear": {"mode": "linear"},
@@ -27,9 +29,10 @@ _MODES: Final[dict[str, dict[str, Any]]] = {
 _EACH: Final = (  # values while one text is made tokens
     *("turn", "going", "on", "single", "one", "ids", "types", "mask", "offsets"),
     *("all", "end", "last", "most", "cut", "first", "kept", "length", "short", "pads", "padded"),
-    *("nought", "unit", "limit"),
+    *("nought", "unit", "limit", "wide", "blank"),
 )
 _INTEGERS: Final = (TensorProto.INT32, TensorProto.INT64)
+_FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
 class Around:
@@ -45,7 +48,8 @@ class Around:
         self._before: list[onnx.NodeProto] = []
         self._after: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
-        self._mask = ""  # which tokens of a text are there
+        self._masks: list[str] = []  # which tokens of a text are there, for each text
+        self._lengths: set[str] = set()  # names of the extents of tokens
         graph = model.graph
         weights = {tensor.name for tensor in graph.initializer}
         self._open = {value.name: value for value in graph.input if value.name not in weights}
@@ -79,7 +83,7 @@ class Around:
         extents: list[int | str] = [height.dim_value or "height", width.dim_value or "width"]
         if spec.resize is not None or spec.crop is not None:
             extents = [f"{name}.height", f"{name}.width"]
-        self._declare(name, TensorProto.UINT8, [batch.dim_param or "batch", *extents, colours])
+        self._declare(name, TensorProto.UINT8, [_extent(batch, "batch"), *extents, colours])
         value = name
         if spec.channels == "BGR":
             value = self._add("Gather", [value, self._ints([2, 1, 0][-colours:])], axis=3)
@@ -112,16 +116,23 @@ class Around:
         if tokens is not None and tokens < len(tokenizer.vocabulary):
             got = f"{len(tokenizer.vocabulary)} tokens, the model's table {tokens}"
             raise CompileError(f"the tokenizer does not match the model: it has {got}")
-        batch = given[0][1].type.tensor_type.shape.dim[0].dim_param or "batch"
+        batch = _extent(given[0][1].type.tensor_type.shape.dim[0], "batch")
         self._declare(name, TensorProto.STRING, [batch])
-        ids, lengths = self._tokenised(name, spec.max_length, tokenizer)
-        longest = self._add("ReduceMax", [lengths], keepdims=0)
-        nought, one = self._ints([0]), self._ints([1])
-        end = self._add("Unsqueeze", [longest, nought])
-        ids = self._add("Slice", [ids, nought, end, one])
+        length = given[0][1].type.tensor_type.shape.dim[1]
+        fixed = length.dim_value
+        self._lengths.add(length.dim_param)
+        most = min(spec.max_length, fixed) if fixed else spec.max_length
+        ids, lengths = self._tokenised(name, most, fixed or most, tokenizer)
+        longest = self._ints(fixed)
+        if not fixed:
+            longest = self._add("ReduceMax", [lengths], keepdims=0)
+            nought, one = self._ints([0]), self._ints([1])
+            end = self._add("Unsqueeze", [longest, nought])
+            ids = self._add("Slice", [ids, nought, end, one])
         places = self._add("Range", [self._ints(0), longest, self._ints(1)])
         mask = self._add("Less", [places, lengths])
-        self._mask, values = mask, {spec.ids: ids, spec.mask: mask}
+        self._masks.append(mask)
+        values = {spec.ids: ids, spec.mask: mask}
         if spec.types:
             values[spec.types] = self._add("Mul", [ids, self._ints([0])])
         for own, declared in given:
@@ -140,8 +151,11 @@ class Around:
             got, known = name[:120], ", ".join(outputs)[:200]
             raise CompileError(f"postprocess.output {got!r} is none of the model's: {known}")
         dims = outputs[name].type.tensor_type.shape.dim
+        if (kind := outputs[name].type.tensor_type.elem_type) not in _FLOATS:
+            got = TensorProto.DataType.Name(kind)
+            raise CompileError(f"postprocess.output {name[:120]!r} is {got}, needed is a float")
         if spec.pool is not None:
-            self._pool(name, dims, spec.pool)
+            self._pool(name, dims, spec.pool, kind)
         if spec.map == "softmax":
             self._add("Softmax", [self._moved(name)], name, after=True, axis=-1)
         elif spec.map == "l2_normalised":
@@ -162,9 +176,9 @@ class Around:
         )
         texts = self._constant(np.array(labels, dtype=np.object_))
         self._add("Gather", [texts, "lrai:top"], "label", after=True)
-        rows = dims[0].dim_param or "batch"
-        for added, kind in (("label", TensorProto.STRING), ("score", TensorProto.FLOAT)):
-            made = helper.make_tensor_value_info(added, kind, [rows, spec.top_k])
+        rows = _extent(dims[0], "batch")
+        for added, of in (("label", TensorProto.STRING), ("score", kind)):
+            made = helper.make_tensor_value_info(added, of, [rows, spec.top_k])
             self._model.graph.output.append(made)
 
     def built(self) -> onnx.ModelProto:
@@ -174,13 +188,21 @@ class Around:
             CompileError: What has come of it is no valid model.
         """
         graph = self._model.graph
-        for value in graph.output if self._mask else ():
-            if any(not dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]):
+        for value in graph.output if self._masks else ():
+            dims = value.type.tensor_type.shape.dim[1:]
+            free = [dim.dim_param for dim in dims if not dim.dim_value]
+            if free and (len(dims) > 1 or free[0] in ("", *self._lengths)):
                 problem = f"output {value.name[:120]!r} has an element for each token"
                 remedy = "pool it (postprocess.pool), or leave it out of the model"
                 raise CompileError(
                     f"{problem}, and how many there are callers cannot know: {remedy}"
                 )
+        for name, value in self._open.items():
+            free = [dim.dim_param for dim in value.type.tensor_type.shape.dim]
+            if self._lengths.intersection(free) - {""}:
+                problem = f"input {name[:120]!r} wants an element for each token"
+                raise CompileError(f"{problem}: name it in preprocess, as mask or types")
+        self._model.ir_version = max(self._model.ir_version, _IR)  # weights need be no inputs
         inputs = [*self._inputs, *self._open.values()]
         nodes = [*self._before, *graph.node, *self._after]
         del graph.input[:], graph.node[:], graph.value_info[:]
@@ -188,20 +210,21 @@ class Around:
         graph.node.extend(nodes)
         try:
             onnx.checker.check_model(self._model)
-        except (onnx.checker.ValidationError, ValueError) as error:
+        except (onnx.checker.ValidationError, ValueError, EncodeError) as error:
             text = " ".join(str(error).split())[:200]
             raise CompileError(f"not valid with what is put around it: {text}") from None
         return self._model
 
-    def _pool(self, name: str, dims: Any, pool: str) -> None:
+    def _pool(self, name: str, dims: Any, pool: str, kind: int) -> None:
         """Make one vector of those of all tokens."""
-        if not self._mask or len(dims) != 3:
-            raise CompileError(f"postprocess.pool: {name!r} is no output of tokens, made of text")
+        if len(self._masks) != 1 or len(dims) != 3:
+            problem = f"{name[:120]!r} is no output [batch, length, width] of one text"
+            raise CompileError(f"postprocess.pool: {problem}")
         inner, middle = self._moved(name), self._ints([1])
         if pool == "first":
             self._add("Gather", [inner, self._ints(0)], name, after=True, axis=1)
         else:
-            mask = self._add("Cast", [self._mask], after=True, to=TensorProto.FLOAT)
+            mask = self._add("Cast", self._masks, after=True, to=kind)
             mask = self._add("Unsqueeze", [mask, self._ints([-1])], after=True)
             total = self._add("Mul", [inner, mask], after=True)
             total = self._add("ReduceSum", [total, middle], after=True, keepdims=0)
@@ -254,6 +277,7 @@ class Around:
             shorter = self._add("ReduceMin", [sides], keepdims=1)
             wanted = self._add("Mul", [sides, self._ints([spec.resize])])
             sides = self._add("Div", [wanted, shorter])
+            sides = self._add("Min", [sides, self._ints([MOST])])  # of a sliver, no gigabytes
         else:
             sides = self._ints(list(spec.resize or ()))
         sizes = self._add("Concat", [kept, sides], axis=0)
@@ -268,11 +292,14 @@ class Around:
         left = self._add("Cast", [self._add("Sub", [sides, crop])], to=TensorProto.FLOAT)
         half = self._add("Mul", [left, self._constant(np.array([0.5], np.float32))])
         start = self._add("Cast", [self._add("Round", [half])], to=TensorProto.INT64)
+        start = self._add("Max", [start, self._ints([0])])
         end = self._add("Add", [start, crop])
-        return self._add("Slice", [value, start, end, self._ints([2, 3])])
+        value = self._add("Slice", [value, start, end, self._ints([2, 3])])
+        # What is smaller than the crop is refused here, by the engine.
+        return self._add("Reshape", [value, self._ints([0, 0, *extents])])
 
-    def _tokenised(self, text: str, most: int, tokenizer: Tokenizer) -> tuple[str, str]:
-        """Return tokens, int64 [batch, most], padded with 0, and how many there are [batch, 1].
+    def _tokenised(self, text: str, most: int, width: int, tokenizer: Tokenizer) -> tuple[str, str]:
+        """Return tokens, int64 [batch, width], padded, and how many there are, int64 [batch, 1].
 
         The operator takes one text at a time.
         """
@@ -281,6 +308,9 @@ class Around:
         nought = numpy_helper.from_array(np.array([0], np.int64), own["nought"])
         unit = numpy_helper.from_array(np.array([1], np.int64), own["unit"])
         limit = numpy_helper.from_array(np.array([most], np.int64), own["limit"])
+        wide = numpy_helper.from_array(np.array([width], np.int64), own["wide"])
+        blank = np.array(tokenizer.vocabulary.index("[PAD]"), np.int64)
+        padding = numpy_helper.from_array(blank, own["blank"])
         tokenize = helper.make_node(
             "BertTokenizer",
             [own["one"]],
@@ -302,9 +332,9 @@ class Around:
                 helper.make_node("Slice", [own["ids"], own["nought"], own["cut"]], [own["first"]]),
                 helper.make_node("Concat", [own["first"], own["last"]], [own["kept"]], axis=0),
                 helper.make_node("Shape", [own["kept"]], [own["length"]]),
-                helper.make_node("Sub", [own["limit"], own["length"]], [own["short"]]),
+                helper.make_node("Sub", [own["wide"], own["length"]], [own["short"]]),
                 helper.make_node("Concat", [own["nought"], own["short"]], [own["pads"]], axis=0),
-                helper.make_node("Pad", [own["kept"], own["pads"]], [own["padded"]]),
+                helper.make_node("Pad", [own["kept"], own["pads"], own["blank"]], [own["padded"]]),
                 helper.make_node("Identity", [own["going"]], [own["on"]]),
             ],
             "tokenize",
@@ -314,10 +344,10 @@ class Around:
             ],
             [
                 helper.make_tensor_value_info(own["on"], TensorProto.BOOL, []),
-                helper.make_tensor_value_info(own["padded"], integer, [most]),
+                helper.make_tensor_value_info(own["padded"], integer, [width]),
                 helper.make_tensor_value_info(own["length"], integer, [1]),
             ],
-            initializer=[nought, unit, limit],
+            initializer=[nought, unit, limit, wide, padding],
         )
         rows = self._add("Squeeze", [self._add("Shape", [text]), self._ints([0])])
         always = self._constant(np.array([1], np.bool_).reshape(()))
@@ -342,7 +372,10 @@ class Around:
         """Bring the model to the operator set that what is put around it takes."""
         try:
             upgraded = onnx.version_converter.convert_version(self._model, _RESIZES)
-        except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
+        except (
+            *(RuntimeError, ValueError, EncodeError),
+            onnx.version_converter.ConvertError,
+        ) as error:
             problem = f"resize needs opset {_RESIZES}, which the model cannot be brought to"
             raise CompileError(f"{problem}: {str(error)[:200]}") from None
         self._model = upgraded
@@ -385,3 +418,7 @@ class Around:
 
     def _ints(self, values: int | list[int]) -> str:
         return self._constant(np.array(values, np.int64))
+
+
+def _extent(dim: Any, name: str) -> int | str:
+    return dim.dim_value or dim.dim_param or name

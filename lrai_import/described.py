@@ -1,4 +1,4 @@
-"""A model with what comes before and after it, as a TOML file tells: `lrai compile served.toml`.
+"""A model with what comes before and after it, as TOML tells: `lrai compile served.toml -o NAME`.
 
     model = "classifier.onnx"
 
@@ -52,8 +52,9 @@ class Pixels(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown
 
     Attributes:
         input: Of the model: float32, four dimensions.
-        resize: The shorter side, or height and width. As Pillow does it, within one of 255 levels.
-        crop: Height and width of the centre that is kept.
+        resize: The shorter side, or height and width. As Pillow does it, within one of 255 levels;
+            no side gets longer than 16,384.
+        crop: Height and width of the centre that is kept; a smaller picture is refused.
         interpolation: Of `resize`.
         scale: What a level is multiplied with.
         mean: Taken away after that; one number, or one for each channel.
@@ -79,8 +80,8 @@ class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_f
     Attributes:
         tokenizer: File `tokenizer.json` of the library tokenizers: WordPiece, as BERT has it. Gives
             the same tokens, but for a word with a character that the vocabulary lacks: that is its
-            known beginning and [UNK], and for the library [UNK] alone. (Special tokens that stand
-            in the text are text.)
+            known beginning and [UNK], and for the library [UNK] alone. Special tokens that stand
+            in the text are text; control characters become [UNK]; NUL ends the text.
         ids: Input of the model that takes the tokens, integers [batch, length].
         mask: The one that takes 1 for a token and 0 for padding, if there is one.
         types: The one that takes the segments, if there is one: all are 0.
@@ -100,9 +101,11 @@ class Post(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
         output: The first by default.
         pool: Of an output [batch, length, width] for text: the mean of its tokens, or the first.
-        map: Along the last axis; the output keeps its name.
+        map: Along the last axis; the output keeps its name. The gate then compares it as it is:
+            `--output-map raw`.
         labels: File with a label in each line. Adds the outputs `label` and `score`.
-        top_k: How many, the best first: [batch, top_k].
+        top_k: How many, the best first: [batch, top_k]. To the gate another label is as far as can
+            be, whatever its rank: with more than one, few forms are close enough.
     """
 
     output: str = ""
@@ -140,6 +143,8 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
         else:
             around.pixels(name, spec)
     if (post := described.postprocess) is not None:
+        if post.top_k > 1 and not post.labels:
+            raise CompileError("postprocess.top_k is of labels, and there are none")
         labels = files.lines(post.labels, "postprocess.labels") if post.labels else []
         around.post(post, labels)
     model = around.built()
@@ -154,7 +159,7 @@ def _read(path: Path, files: _Files) -> Described:
             if isinstance(spec, dict):
                 spec["type"] = "Text" if "tokenizer" in spec else "Pixels"
         return msgspec.convert(tree, Described)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CompileError(f"{path.name} is not TOML as expected: {str(error)[:200]}") from None
     except msgspec.ValidationError as error:
         raise CompileError(f"{path.name}: {str(error)[:300]}") from None
@@ -168,10 +173,15 @@ class _Files:
         self._folder = path.parent
 
     def find(self, name: str, what: str) -> Path:
-        file = (self._folder / name).resolve()
-        if not file.is_relative_to(self._folder.resolve()):
+        file = self._folder / name
+        try:
+            file = file.resolve()
+            inside, there = file.is_relative_to(self._folder.resolve()), file.is_file()
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is none
+            inside, there = True, False
+        if not inside:
             raise CompileError(f"{what} {name[:120]!r} lies outside the folder of the description")
-        if not file.is_file():
+        if not there:
             raise CompileError(f"{what} {name[:120]!r} is not a file")
         return file
 
@@ -179,13 +189,18 @@ class _Files:
         file = self.find(name, what)
         if file.stat().st_size > _MOST_BYTES:
             raise CompileError(f"{what} {name[:120]!r} is over {_MOST_BYTES >> 20} MB")
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise CompileError(f"{what} {name[:120]!r}: {error.strerror}") from None
         self.digest.update(hashlib.sha256(content).digest())
         return content
 
     def lines(self, name: str, what: str) -> list[str]:
         try:
-            lines = self.read(name, what).decode().splitlines()
+            lines = self.read(name, what).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise CompileError(f"{what} {name[:120]!r} is not UTF-8") from None
+        if not lines:
+            raise CompileError(f"{what} {name[:120]!r} is empty")
         return [line.strip() for line in lines]

@@ -11,6 +11,7 @@ _SPECIAL: Final = {
     f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "cls", "pad", "mask")
 }
 _PIECES: Final = "##"
+_LONGEST: Final = 100  # characters of a word that is looked up
 
 
 class Tokenizer(NamedTuple):
@@ -41,18 +42,32 @@ class Tokenizer(NamedTuple):
             ids = sorted(model["vocab"].values())
             lower = normalizer.get("lowercase")
             strip = normalizer.get("strip_accents")
-        except (ValueError, LookupError, TypeError, AttributeError):
+            splits = (tree.get("pre_tokenizer") or {}).get("type")
+            ends = [_named(part) for part in (tree.get("post_processor") or {})["single"]]
+            added = {token["content"] for token in tree.get("added_tokens") or ()}
+            "".join(vocabulary).encode()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise CompileError(f"{name} is no tokenizer.json of the library tokenizers") from None
-        if kind != "WordPiece after BertNormalizer":
-            known = "WordPiece after BertNormalizer"
-            raise CompileError(f"{name} is {kind[:120]}; what can be part of a graph is {known}")
+        if kind != "WordPiece after BertNormalizer" or splits != "BertPreTokenizer":
+            known = "WordPiece after BertNormalizer and BertPreTokenizer"
+            raise CompileError(
+                f"{name} is {kind[:120]} and {splits}; what can be part of a graph is {known}"
+            )
         if model.get("continuing_subword_prefix", _PIECES) != _PIECES:
             raise CompileError(f"{name} marks pieces of words by something else than {_PIECES}")
         if ids != list(range(len(ids))) or not {*_SPECIAL.values()} <= {*vocabulary}:
             missing = ", ".join(_SPECIAL.values())
             raise CompileError(f"{name}: ids with a gap, or no {missing} in its vocabulary")
-        if any("\n" in word for word in vocabulary):
-            raise CompileError(f"{name}: a word of its vocabulary has a line break")
+        if any("\n" in word or not word for word in vocabulary):
+            raise CompileError(f"{name}: a word of its vocabulary is empty or has a line break")
+        if ends != ["[CLS]", "A", "[SEP]"]:
+            raise CompileError(f"{name} does not put a text between [CLS] and [SEP]")
+        if unknown := added - set(vocabulary):
+            raise CompileError(f"{name} adds {min(unknown)[:60]!r}, not in its vocabulary")
+        if model.get("unk_token", "[UNK]") != "[UNK]" or not normalizer.get("clean_text", True):
+            raise CompileError(f"{name} has another unknown token, or does not clean texts")
+        if model.get("max_input_chars_per_word", _LONGEST) != _LONGEST:
+            raise CompileError(f"{name}: words have more or fewer than {_LONGEST} characters")
         attributes: dict[str, Any] = {
             "vocab_file": "\n".join(vocabulary),
             "do_lower_case": int(bool(lower)),
@@ -61,3 +76,9 @@ class Tokenizer(NamedTuple):
             **_SPECIAL,
         }
         return cls(vocabulary, attributes)
+
+
+def _named(part: dict[str, Any]) -> str:
+    """Return what a part of a template puts there."""
+    (found,) = part.values()
+    return str(found["id"])

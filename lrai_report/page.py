@@ -22,6 +22,7 @@ _WIDTH, _HEIGHT = 640.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 16.0, 44.0
 _LEAST_GAP, _MOST_GAP = 1e-7, 1e3  # what is closer, or farther, is drawn there
 _TICKS: Final = 5
+_MOST_DOTS: Final = 200
 _LINE: Final = 13.0
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -34,7 +35,7 @@ class _Event(msgspec.Struct, frozen=True):
     form: str = ""
     kept: bool = False
     why: str = ""
-    speedup: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    speedup: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     gap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     chosen: str = ""
     variant: str = ""
@@ -107,6 +108,7 @@ def page(artifact: Artifact) -> str:
     dots = _dots(events, [v.id for v in manifest.variants], manifest.chosen)
     across, upward = _ticks(events)
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    engine.filters["quote"] = shlex.quote
     return engine.from_string(PAGE).render(
         artifact=artifact,
         manifest=manifest,
@@ -159,7 +161,7 @@ def _points(variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
 
 def _dots(events: Sequence[_Event], kept: Sequence[str], chosen: str) -> list[Dot]:
     """Return every form whose closeness was looked at, where it is drawn."""
-    searched = [event for event in events if event.event == "searched"]
+    searched = _searched(events)
     right, (low, high) = _right(searched), _decades(searched)
     found = []
     for event in searched:
@@ -180,13 +182,17 @@ def _dots(events: Sequence[_Event], kept: Sequence[str], chosen: str) -> list[Do
 
 def _ticks(events: Sequence[_Event]) -> tuple[list[Tick], list[Tick]]:
     """Return the marks of the axes, across and upward."""
-    searched = [event for event in events if event.event == "searched"]
+    searched = _searched(events)
     right, (low, high) = _right(searched), _decades(searched)
     wide, tall = (_WIDTH - _LEFT - _RIGHT) / _TICKS, (_HEIGHT - _TOP - _BOTTOM) / (high - low)
     return (
         [Tick(f"{right * n / _TICKS:.3g}", _LEFT + wide * n) for n in range(_TICKS + 1)],
         [Tick(f"1e{n}", _HEIGHT - _BOTTOM - tall * (n - low)) for n in range(low, high + 1)],
     )
+
+
+def _searched(events: Sequence[_Event]) -> list[_Event]:
+    return [event for event in events if event.event == "searched"][:_MOST_DOTS]
 
 
 def _right(searched: Sequence[_Event]) -> float:
@@ -207,14 +213,15 @@ def _decade(event: _Event) -> float:
 
 
 def _command(artifact: Artifact) -> str:
-    """Return the command that makes such an artifact of the model and rows that it was made of."""
+    """Return the command that makes such an artifact, as far as it tells."""
     manifest = artifact.manifest
     words = ["lrai", "compile", "MODEL", "-o", f"{manifest.name}.lrai"]
     judged = [variant.gate for variant in manifest.variants if variant.gate]
     if judged:
         words += ["--evaluation", "ROWS.npz"]
-    for output_map in dict.fromkeys(spec.output_map for spec in manifest.signature.outputs):
-        words += ["--output-map", output_map] if output_map != "raw" else []
+        words += ["--metric", "top5"] if judged[0].measure == "top5" else []
+    if (output_map := manifest.signature.outputs[0].output_map) != "raw":
+        words += ["--output-map", output_map]
     if manifest.demanded:
         words += ["--epsilon", f"{manifest.demanded[0]:g}", "--delta", f"{manifest.demanded[1]:g}"]
     for group in judged[0].groups if judged else ():

@@ -26,8 +26,8 @@ svg line { stroke: var(--line) } circle { fill: #999 } circle.front { fill: #c47
 circle.kept { fill: #3b7dd8 } circle.chosen { fill: var(--own) }
 </style></head><body>
 <h1>{{ manifest.name }}</h1>
-<p class="lead">{% if chosen.id == "fp32" %}Served in float32, optimised: no other form was both
-worth it and close enough.{% else %}Served as <b>{{ chosen.id }}</b>,
+<p class="lead">{% if chosen.id == "fp32" %}Served in float32, optimised{% if chosen.gate %}: no
+other form was both worth it and close enough{% endif %}.{% else %}Served as <b>{{ chosen.id }}</b>,
 <b>{{ "%.2f"|format(chosen.speedup) }} times</b> as fast as float32 and
 {{ "%.1f"|format(chosen.size_bytes / 1e6) }} MB.{% endif %}</p>
 <p class="dim">{{ chosen.why }}</p>
@@ -71,10 +71,11 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 <th class="n">rows</th></tr>
 {% for variant in manifest.variants if variant.gate %}{% set gate = variant.gate %}<tr>
 <td>{{ variant.id }}</td><td>{{ gate.measure }}</td>
-{% if gate.accuracy_loss is not none %}<td class="n">loss
+{% if gate.accuracy_loss is not none and gate.accuracy_loss_bound is not none %}<td class="n">loss
  {{ "%.2f"|format(100 * gate.accuracy_loss) }} %</td>
 <td class="n">≤ {{ "%.2f"|format(100 * gate.accuracy_loss_bound) }} %</td>
-{% elif gate.agreement is not none %}<td class="n">{{ "%.2f"|format(100 * gate.agreement) }} %</td>
+{% elif gate.agreement is not none and gate.agreement_bound is not none %}
+<td class="n">{{ "%.2f"|format(100 * gate.agreement) }} %</td>
 <td class="n">≥ {{ "%.2f"|format(100 * gate.agreement_bound) }} %</td>
 {% else %}<td></td><td></td>{% endif %}
 {% for name in ("p50", "p99", "max") %}<td class="n">{% if name in gate.difference %}
@@ -124,11 +125,11 @@ insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at mos
  with what shares its call</td></tr>
 {% for note in notes %}<tr><th>{{ "notes" if loop.first else "" }}</th><td>{{ note }}</td></tr>
 {% endfor %}</table>
-<h2>Again</h2>
+<h2>Again, as far as the artifact tells</h2>
 <pre>{{ command }}
-lrai inspect {{ manifest.name }}.lrai
-{% for id, _ in certificates %}lrai certificate check {{ manifest.name }}.lrai/certificates/{{ id
- }}.json --artifact {{ manifest.name }}.lrai
+{% set name = manifest.name ~ ".lrai" %}lrai inspect {{ name|quote }}
+{% for id, _ in certificates %}lrai certificate check {{ (name ~ "/certificates/" ~ id ~
+ ".json")|quote }} --artifact {{ name|quote }}
 {% endfor %}</pre>
 </body></html>
 """

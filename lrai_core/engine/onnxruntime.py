@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -107,6 +106,8 @@ def open_session(
     try:
         return ort.InferenceSession(model, options, **how)
     except REFUSALS as error:
+        from importlib.metadata import entry_points  # 2 MB that an actor can do without
+
         for plugin in entry_points(group="lrai.operators"):
             if plugin.name in str(error):
                 plugin.load()(options, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
@@ -16,9 +17,10 @@ from lrai_import.described import load
 from tests.tiny_models import text_model
 
 
-def reader(path: Path, *, inside: bool) -> Path:
-    """Write a model whose operator reads the files that a request names."""
-    read = helper.make_node("ImageReader", ["name"], ["pixels"], domain="ai.onnx.contrib")
+def reader(path: Path, *, inside: bool, domain: str = "ai.onnx.contrib") -> Path:
+    """Write a model with an operator of the library that is none for text."""
+    operator = "ImageReader" if domain == "ai.onnx.contrib" else "DecodeImage"
+    read = helper.make_node(operator, ["name"], ["pixels"], domain=domain)
     name = helper.make_tensor_value_info("name", TensorProto.STRING, [1])
     nodes, inputs = [read], [name]
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, None)
@@ -26,7 +28,7 @@ def reader(path: Path, *, inside: bool) -> Path:
         body = helper.make_graph([read], "then", [], [pixels])
         nodes = [helper.make_node("If", ["on"], ["pixels"], then_branch=body, else_branch=body)]
         inputs.append(helper.make_tensor_value_info("on", TensorProto.BOOL, []))
-    domains = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.contrib", 1)]
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid(domain, 1)]
     graph = helper.make_graph(nodes, "reader", inputs, [pixels])
     model = helper.make_model(graph, opset_imports=domains, ir_version=8)
     path.write_bytes(model.SerializeToString())
@@ -35,8 +37,42 @@ def reader(path: Path, *, inside: bool) -> Path:
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_operator_that_reads_files_is_refused(tmp_path: Path, inside: bool) -> None:
-    with pytest.raises(ArtifactError, match=r"'ImageReader' of .* is not BertTokenizer"):
+    with pytest.raises(ArtifactError, match=r"'ImageReader' of ai.onnx.contrib is not allowed"):
         find_engine("onnxruntime").load(reader(tmp_path / "m.onnx", inside=inside))
+
+
+def test_the_other_domain_of_the_library_is_refused(tmp_path: Path) -> None:
+    model = onnx.load(text_folder_model(tmp_path))
+    other = onnx.load(reader(tmp_path / "m.onnx", inside=False, domain="com.microsoft.extensions"))
+    model.graph.node.extend(other.graph.node)
+    model.graph.input.extend(other.graph.input)
+    model.opset_import.append(helper.make_opsetid("com.microsoft.extensions", 1))
+    onnx.save(model, tmp_path / "both.onnx")
+    with pytest.raises(ArtifactError, match="DecodeImage"):
+        find_engine("onnxruntime").load(tmp_path / "both.onnx")
+    with pytest.raises(ArtifactError, match=r"'DecodeImage' of com.microsoft.extensions is not"):
+        text.register(ort.SessionOptions(), str(tmp_path / "both.onnx"))
+
+
+def test_what_is_looked_at_is_what_runs(tmp_path: Path) -> None:
+    model = onnx.load(text_folder_model(tmp_path))
+    model.ir_version, model.producer_name = 8, ""
+    content = model.SerializeToString()
+    model.producer_name = (
+        "ORTM"  # onnxruntime would take bytes with these at this place for its own
+    )
+    marked = model.SerializeToString()
+    assert marked[4:8] == b"ORTM" != content[4:8]
+    (tmp_path / "marked.onnx").write_bytes(marked)
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ArtifactError):  # in one format or the other, it is not run unseen
+        find_engine("onnxruntime").load(tmp_path / "marked.onnx", weights=tmp_path / "weights")
+
+
+def text_folder_model(folder: Path) -> Path:
+    model = load(text_model(folder / "text.onnx"), print).model
+    (folder / "whole.onnx").write_bytes(model.SerializeToString())
+    return folder / "whole.onnx"
 
 
 def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 import lrai_core as lrai
 from lrai_core import CompileError
 from lrai_core.engine.engine import find_engine
+from lrai_core.errors import EngineError
 from lrai_import.described import load
 from tests.tiny_models import WORDS, picture_model, text_model, token_model, tokenizer
 
@@ -156,8 +157,15 @@ def test_a_vector_is_made_one_of_length_one(text: Path) -> None:
         ("[postprocess]\nlabels = '../labels.txt'", "lies outside the folder"),
         ("[postprocess]\nlabels = 'none.txt'", "'none.txt' is not a file"),
         ("[postprocess]\nlabels = 'latin.txt'", "is not UTF-8"),
+        ("[postprocess]\nlabels = 'empty.txt'", "is empty"),
+        ("[postprocess]\nlabels = 'loop.txt'", "is not a file"),
+        ("[postprocess]\nlabels = 'a\\u0000'", "is not a file"),
+        ('[postprocess]\nlabels = "a\\u0000"', "is not a file"),
+        ("[postprocess]\ntop_k = 2", "top_k is of labels, and there are none"),
+        ("x = " + "[" * 5_000, "is not TOML"),
+        ("x = " + "9" * 5_000, "is not TOML"),
         ("[postprocess]\noutput = 'logits'", "'logits' is none of the model's: scores"),
-        ("[postprocess]\npool = 'mean'", "no output of tokens"),
+        ("[postprocess]\npool = 'mean'", "no output [batch, length, width] of one text"),
         ("preprocess = 3", "described.toml"),
         ("[postprocess", "is not TOML"),
     ],
@@ -165,6 +173,8 @@ def test_a_vector_is_made_one_of_length_one(text: Path) -> None:
 def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: str) -> None:
     (picture / "two.txt").write_text("a\nb\n")
     (picture / "latin.txt").write_bytes("é".encode("latin-1"))
+    (picture / "empty.txt").touch()
+    (picture / "loop.txt").symlink_to("loop.txt")
     with pytest.raises(CompileError, match=re.escape(says)) as raised:
         load(describe(picture, "model.onnx", rest), print)
     assert str(picture) not in str(raised.value)
@@ -180,6 +190,11 @@ def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: st
         (tokenizer([*WORDS, *map(str, range(60))]), f"has {len(WORDS) + 60} tokens"),
         (tokenizer(WORDS[1:]), "no [UNK], [SEP], [CLS], [PAD], [MASK]"),
         (tokenizer([*WORDS, "a\nb"]), "a line break"),
+        (tokenizer([*WORDS, ""]), "is empty or"),
+        (tokenizer(WORDS, pre_tokenizer={"type": "Whitespace"}), "and Whitespace"),
+        (tokenizer(WORDS, post_processor=None), "no tokenizer.json"),
+        (tokenizer(WORDS, added_tokens=[{"content": "[X]"}]), "adds '[X]', not in its"),
+        (b"[" * 5_000, "no tokenizer.json"),
     ],
 )
 def test_a_tokenizer_that_does_not_match_is_refused(
@@ -200,6 +215,56 @@ def test_an_input_of_tokens_is_not_one_of_pixels(text: Path) -> None:
     rest = '[preprocess.photo]\ninput = "input_ids"\n'
     with pytest.raises(CompileError, match="INT64 of rank 2, needed is FLOAT of rank 4"):
         load(describe(text, "model.onnx", rest), print)
+
+
+def test_an_input_of_tokens_has_to_be_named(text: Path) -> None:
+    rest = TEXT.replace('mask = "attention_mask"\n', "")
+    rest += '[postprocess]\noutput = "tokens"\npool = "mean"\n'
+    with pytest.raises(CompileError, match="'attention_mask' wants an element for each token"):
+        load(describe(text, "model.onnx", rest), print)
+
+
+def test_an_encoder_of_one_length_gets_that_length(text: Path) -> None:
+    model = onnx.load(text / "model.onnx")
+    for value in (*model.graph.input, *model.graph.output[1:]):
+        value.type.tensor_type.shape.dim[1].dim_value = 12
+    onnx.save(model, text / "fixed.onnx")
+    (got, _) = run(describe(text, "fixed.onnx", TEXT), text, np.array(["a", "b " * 50], np.object_))
+    (right, _) = run(text / "model.toml", text, np.array(["a"], np.object_))
+    assert np.allclose(got[0], right[0], atol=1e-6)
+
+
+def test_a_picture_that_is_smaller_than_the_crop_is_refused(picture: Path) -> None:
+    model = onnx.load(picture / "model.onnx")
+    for index in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[index].dim_param = f"side{index}"
+    onnx.save(model, picture / "free.onnx")
+    file = describe(picture, "free.onnx", f"{PIXELS}crop = [8, 8]\n")
+    assert run(file, picture, np.ones((1, 9, 8, 3), np.uint8))[0].shape == (1, 3)
+    with pytest.raises(EngineError, match=r"[Rr]eshape"):
+        run(file, picture, np.ones((1, 9, 4, 3), np.uint8))
+
+
+def test_a_sliver_takes_no_gigabytes(picture: Path) -> None:
+    file = describe(picture, "model.onnx", f"{PIXELS}resize = 256\ncrop = [8, 8]\n")
+    (scores,) = run(file, picture, np.full((1, 1, 100_000, 3), 255, np.uint8))
+    assert np.allclose(scores, 1)
+
+
+def test_a_model_of_an_old_format_is_taken(picture: Path) -> None:
+    model = onnx.load(picture / "model.onnx")
+    model.ir_version = 3
+    onnx.save(model, picture / "old.onnx")
+    file = describe(picture, "old.onnx", f"{PIXELS}resize = [8, 8]\n")
+    assert run(file, picture, np.ones((1, 9, 9, 3), np.uint8))[0].shape == (1, 3)
+
+
+def test_an_artifact_that_takes_text_can_be_compiled_again(text: Path) -> None:
+    first = lrai.compile(text / "model.toml", out=text / "a.lrai", threads=1)
+    again = first.path / first.manifest.source.file
+    assert lrai.compile(again, out=text / "b.lrai", threads=1).manifest.signature == (
+        first.manifest.signature
+    )
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import builtins
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import lrai_core as lrai
 from benchmarks import models
 from lrai_core.artifact import write_manifest
+from lrai_core.fairness import Disparity
 from lrai_report.page import main, page
 
 
@@ -26,9 +29,14 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.text = ""
         self.tags: list[str] = []
+        self.places: list[tuple[float, float]] = []
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
+        found = dict(attrs)
+        if tag in ("circle", "text"):
+            across, upward = ("cx", "cy") if tag == "circle" else ("x", "y")
+            self.places.append((float(found[across]), float(found[upward])))
         if tag not in ("meta", "br"):
             self.open.append(tag)
         assert not any(name in ("src", "href") for name, _ in attrs), "needs another file"
@@ -45,7 +53,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
-    """Return a classifier with a second form, groups of people among its rows."""
+    """Return a classifier with several forms."""
     folder = tmp_path_factory.mktemp("page")
     source, held = models.classifier(folder / "c.onnx", 7, hidden=16)
     rows = {name: values[:900] for name, values in held.items()}
@@ -104,13 +112,16 @@ def test_a_log_that_is_none_is_refused(
         page(changed(artifact, tmp_path, lambda lines: lines.append(line)))
 
 
-@pytest.mark.parametrize(("speedup", "gap"), [(0.0, 1.0), (1e9, 0.0), (1e-9, 1e30), (1.0, 1e-30)])
+@pytest.mark.parametrize(
+    ("speedup", "gap"), [(0.0, 1.0), (1e9, 0.0), (5e8, 1.0), (1e-9, 1e30), (1.0, 1e-30)]
+)
 def test_extremes_are_drawn_inside_the_picture(
     artifact: lrai.Artifact, tmp_path: Path, speedup: float, gap: float
 ) -> None:
     line = {"event": "searched", "form": "odd", "speedup": speedup, "gap": gap}
     reader = read(page(changed(artifact, tmp_path, lambda lines: lines.append(line))))
     assert reader.tags.count("line") < 100
+    assert all(0 <= x <= 640 and 0 <= y <= 330 for x, y in reader.places)
 
 
 def test_an_artifact_without_rows_has_a_page(tmp_path: Path) -> None:
@@ -144,3 +155,21 @@ def test_a_missing_library_is_named(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(lrai.EnvironmentProblem, match=r"pip install 'lrai\[report\]'"):
         page(artifact)
+
+
+def test_groups_of_people_are_shown(artifact: lrai.Artifact) -> None:
+    manifest = artifact.manifest
+    chosen = manifest.variant(manifest.chosen)
+    assert chosen.gate is not None
+    known = Disparity("sex", "demographic_parity", 0.1, 0.12, 0.031, ("f", "m"))
+    unknown = Disparity("race", "equalised_odds", 0.2, 0.2, None, ())
+    gate = msgspec.structs.replace(
+        chosen.gate, groups={"sex": {"<f>": {"selection_rate": 0.25}}}, disparities=(known, unknown)
+    )
+    others = [variant for variant in manifest.variants if variant is not chosen]
+    variants = (msgspec.structs.replace(chosen, gate=gate), *others)
+    changed_manifest = msgspec.structs.replace(manifest, variants=variants)
+    text = read(page(replace(artifact, manifest=changed_manifest))).text
+    for words in ("<f>", "selection_rate 0.25", "3.10 % at most", "insufficient data"):
+        assert words in text
+    assert "--group sex" in text
