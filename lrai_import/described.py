@@ -32,87 +32,19 @@ import hashlib
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from lrai_core import CompileError, Imported
 from lrai_import import onnx as onnx_files
-from lrai_import.around import MOST, Around
+from lrai_import.around import Around, Post
+from lrai_import.pixels import Pixels, put_pixels
+from lrai_import.texts import Text, put_text
 from lrai_import.tokenizer import Tokenizer
 
 _MOST_BYTES: Final = 64 << 20  # of one file beside the model
-_Size = Annotated[int, Meta(ge=1, le=MOST)]
-_Extents = tuple[_Size, _Size]
-
-
-class Pixels(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Pixels for an input: uint8 [batch, height, width, channels], as image libraries give them.
-
-    Attributes:
-        input: Of the model: float32, four dimensions.
-        resize: The shorter side, or height and width. As Pillow does it, within one of 255 levels;
-            no side gets longer than 16,384.
-        crop: Height and width of the centre that is kept; a smaller picture is refused.
-        interpolation: Of `resize`.
-        scale: What a level is multiplied with.
-        mean: Taken away after that; one number, or one for each channel.
-        std: Divided by after that, likewise.
-        layout: Of the model's input.
-        channels: Order that the model wants; given is red, green, blue.
-    """
-
-    input: str
-    resize: int | list[int] | None = None  # sizes are checked later: msgspec 0.22 crashes on unions
-    crop: _Extents | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    scale: float = 1 / 255
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[Annotated[float, Meta(gt=0)], ...] = (1.0,)
-    layout: Literal["NCHW", "NHWC"] = "NCHW"
-    channels: Literal["RGB", "BGR"] = "RGB"
-
-
-class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Text for the inputs of an encoder: BYTES [batch], UTF-8.
-
-    Attributes:
-        tokenizer: File `tokenizer.json` of the library tokenizers: WordPiece, as BERT has it. Gives
-            the same tokens, but for a word with a character that the vocabulary lacks: that is its
-            known beginning and [UNK], and for the library [UNK] alone. Special tokens that stand
-            in the text are text; control characters become [UNK]; NUL ends the text.
-        ids: Input of the model that takes the tokens, integers [batch, length].
-        mask: The one that takes 1 for a token and 0 for padding, if there is one.
-        types: The one that takes the segments, if there is one: all are 0.
-        max_length: Tokens that a text is cut to, with the first and the last.
-    """
-
-    tokenizer: str
-    ids: str = "input_ids"
-    mask: str = ""
-    types: str = ""
-    max_length: Annotated[int, Meta(ge=3, le=8192)] = 512
-
-
-class Post(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is made of an output, float [batch, classes] or [batch, width].
-
-    Attributes:
-        output: The first by default.
-        pool: Of an output [batch, length, width] for text: the mean of its tokens, or the first.
-        map: Along the last axis; the output keeps its name. The gate then compares it as it is:
-            `--output-map raw`.
-        labels: File with a label in each line. Adds the outputs `label` and `score`.
-        top_k: How many, the best first: [batch, top_k]. To the gate another label is as far as can
-            be, whatever its rank: with more than one, few forms are close enough.
-    """
-
-    output: str = ""
-    pool: Literal["mean", "first"] | None = None
-    map: Literal["softmax", "l2_normalised"] | None = None
-    labels: str = ""
-    top_k: _Size = 1
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,9 +71,9 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
     for name, spec in described.preprocess.items():
         if isinstance(spec, Text):
             content = files.read(spec.tokenizer, f"preprocess.{name}.tokenizer")
-            around.text(name, spec, Tokenizer.of(content, spec.tokenizer))
+            put_text(around, name, spec, Tokenizer.of(content, spec.tokenizer))
         else:
-            around.pixels(name, spec)
+            put_pixels(around, name, spec)
     if (post := described.postprocess) is not None:
         if post.top_k > 1 and not post.labels:
             raise CompileError("postprocess.top_k is of labels, and there are none")

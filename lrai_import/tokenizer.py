@@ -44,7 +44,7 @@ class Tokenizer(NamedTuple):
             strip = normalizer.get("strip_accents")
             splits = (tree.get("pre_tokenizer") or {}).get("type")
             ends = [_named(part) for part in (tree.get("post_processor") or {})["single"]]
-            added = {token["content"] for token in tree.get("added_tokens") or ()}
+            added = {str(token["content"]) for token in tree.get("added_tokens") or ()}
             "".join(vocabulary).encode()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise CompileError(f"{name} is no tokenizer.json of the library tokenizers") from None

@@ -1,0 +1,149 @@
+"""Text as the input of an encoder: made tokens inside the graph."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from onnx import TensorProto, helper, numpy_helper
+
+from lrai_core import CompileError
+from lrai_import.around import Around, extent
+from lrai_import.tokenizer import Tokenizer
+
+_EXTENSIONS: Final = "ai.onnx.contrib"  # the domain of onnxruntime-extensions
+_INTEGERS: Final = (TensorProto.INT32, TensorProto.INT64)
+
+
+class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Text for the inputs of an encoder: BYTES [batch], UTF-8.
+
+    Attributes:
+        tokenizer: File `tokenizer.json` of the library tokenizers: WordPiece, as BERT has it. Gives
+            the same tokens, but for a word with a character that the vocabulary lacks: that is its
+            known beginning and [UNK], and for the library [UNK] alone. Special tokens that stand
+            in the text are text; control characters become [UNK]; NUL ends the text.
+        ids: Input of the model that takes the tokens, integers [batch, length].
+        mask: The one that takes 1 for a token and 0 for padding, if there is one.
+        types: The one that takes the segments, if there is one: all are 0.
+        max_length: Tokens that a text is cut to, with the first and the last.
+    """
+
+    tokenizer: str
+    ids: str = "input_ids"
+    mask: str = ""
+    types: str = ""
+    max_length: Annotated[int, Meta(ge=3, le=8192)] = 512
+
+
+def put_text(around: Around, name: str, spec: Text, tokenizer: Tokenizer) -> None:
+    """Let the inputs of an encoder take BYTES [batch], under another name.
+
+    Raises:
+        CompileError: The model has no such input, or fewer tokens than the tokenizer.
+    """
+    given = [(spec.ids, around.take(spec.ids, _INTEGERS, 2))]
+    given += [(own, around.take(own, _INTEGERS, 2)) for own in (spec.mask, spec.types) if own]
+    tokens = _tokens(around, spec.ids)
+    if tokens is not None and tokens < len(tokenizer.vocabulary):
+        got = f"{len(tokenizer.vocabulary)} tokens, the model's table {tokens}"
+        raise CompileError(f"the tokenizer does not match the model: it has {got}")
+    batch = extent(given[0][1].type.tensor_type.shape.dim[0], "batch")
+    around.declare(name, TensorProto.STRING, [batch])
+    length = given[0][1].type.tensor_type.shape.dim[1]
+    fixed = length.dim_value
+    around.lengths.add(length.dim_param)
+    most = min(spec.max_length, fixed) if fixed else spec.max_length
+    ids, lengths = _tokenised(around, name, most, fixed or most, tokenizer)
+    longest = around.ints(fixed)
+    if not fixed:
+        longest = around.add("ReduceMax", [lengths], keepdims=0)
+        nought, one = around.ints([0]), around.ints([1])
+        end = around.add("Unsqueeze", [longest, nought])
+        ids = around.add("Slice", [ids, nought, end, one])
+    places = around.add("Range", [around.ints(0), longest, around.ints(1)])
+    mask = around.add("Less", [places, lengths])
+    around.masks.append(mask)
+    values = {spec.ids: ids, spec.mask: mask}
+    if spec.types:
+        values[spec.types] = around.add("Mul", [ids, around.ints([0])])
+    for own, declared in given:
+        kind = declared.type.tensor_type.elem_type
+        around.add("Cast", [values[own]], own, to=kind)
+
+
+def _tokenised(
+    around: Around, text: str, most: int, width: int, tokenizer: Tokenizer
+) -> tuple[str, str]:
+    """Return tokens, int64 [batch, width], padded, and how many there are, int64 [batch, 1].
+
+    The operator takes one text at a time.
+    """
+    own = defaultdict[str, str](around.fresh)  # values while one text is made tokens
+    integer = TensorProto.INT64
+    nought = numpy_helper.from_array(np.array([0], np.int64), own["nought"])
+    unit = numpy_helper.from_array(np.array([1], np.int64), own["unit"])
+    limit = numpy_helper.from_array(np.array([most], np.int64), own["limit"])
+    wide = numpy_helper.from_array(np.array([width], np.int64), own["wide"])
+    blank = np.array(tokenizer.vocabulary.index("[PAD]"), np.int64)
+    padding = numpy_helper.from_array(blank, own["blank"])
+    tokenize = helper.make_node(
+        "BertTokenizer",
+        [own["one"]],
+        [own["ids"], own["types"], own["mask"], own["offsets"]],
+        domain=_EXTENSIONS,
+        **tokenizer.attributes,
+    )
+    body = helper.make_graph(
+        [
+            helper.make_node("Gather", [text, own["turn"]], [own["single"]], axis=0),
+            helper.make_node("Unsqueeze", [own["single"], own["nought"]], [own["one"]]),
+            tokenize,
+            # The operator's own truncation gives wrong tokens (0.15): so all, cut here.
+            helper.make_node("Shape", [own["ids"]], [own["all"]]),
+            helper.make_node("Sub", [own["all"], own["unit"]], [own["end"]]),
+            helper.make_node("Slice", [own["ids"], own["end"], own["all"]], [own["last"]]),
+            helper.make_node("Sub", [own["limit"], own["unit"]], [own["most"]]),
+            helper.make_node("Min", [own["end"], own["most"]], [own["cut"]]),
+            helper.make_node("Slice", [own["ids"], own["nought"], own["cut"]], [own["first"]]),
+            helper.make_node("Concat", [own["first"], own["last"]], [own["kept"]], axis=0),
+            helper.make_node("Shape", [own["kept"]], [own["length"]]),
+            helper.make_node("Sub", [own["wide"], own["length"]], [own["short"]]),
+            helper.make_node("Concat", [own["nought"], own["short"]], [own["pads"]], axis=0),
+            helper.make_node("Pad", [own["kept"], own["pads"], own["blank"]], [own["padded"]]),
+            helper.make_node("Identity", [own["going"]], [own["on"]]),
+        ],
+        "tokenize",
+        [
+            helper.make_tensor_value_info(own["turn"], integer, []),
+            helper.make_tensor_value_info(own["going"], TensorProto.BOOL, []),
+        ],
+        [
+            helper.make_tensor_value_info(own["on"], TensorProto.BOOL, []),
+            helper.make_tensor_value_info(own["padded"], integer, [width]),
+            helper.make_tensor_value_info(own["length"], integer, [1]),
+        ],
+        initializer=[nought, unit, limit, wide, padding],
+    )
+    rows = around.add("Squeeze", [around.add("Shape", [text]), around.ints([0])])
+    always = around.constant(np.array([1], np.bool_).reshape(()))
+    ids, lengths = around.fresh(), around.fresh()
+    around.before.append(helper.make_node("Loop", [rows, always], [ids, lengths], body=body))
+    if all(o.domain != _EXTENSIONS for o in around.model.opset_import):
+        around.model.opset_import.append(helper.make_opsetid(_EXTENSIONS, 1))
+    return ids, lengths
+
+
+def _tokens(around: Around, ids: str) -> int | None:
+    """Return the rows of the table that the ids are looked up in, None where there is none."""
+    tables = {tensor.name: tensor.dims for tensor in around.model.graph.initializer}
+    same = {ids}
+    for node in around.model.graph.node:
+        if node.op_type in ("Cast", "Identity") and node.input[0] in same:
+            same.add(node.output[0])
+        if node.op_type == "Gather" and node.input[1] in same and node.input[0] in tables:
+            return int(tables[node.input[0]][0])
+    return None
