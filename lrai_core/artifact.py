@@ -56,7 +56,8 @@ class Source(_Record, frozen=True, kw_only=True):
     """The model as it was given.
 
     Attributes:
-        file: The graph inside the artifact; its weights are external data beside it.
+        file: The graph inside the artifact; its weights are external data beside it. Empty in a
+            slim artifact, which has what serves and nothing else.
         sha256: Of the file that was given, and of its external data in order of name.
         opset: Of the default domain, after an upgrade.
     """
@@ -170,9 +171,10 @@ class Manifest(_Record, frozen=True, kw_only=True):
     target: Target
     files: dict[str, FileEntry]
 
-    def made_for(self, variant: Variant) -> tuple[str, str]:
-        """Return the processor class and the version of its engine that a variant was made for."""
-        return self.target.isa, variant.engine_version or self.target.engine_version
+    def made_for(self, variant: Variant) -> str:
+        """Return the processor class and the engine that a variant was made for."""
+        version = variant.engine_version or self.target.engine_version
+        return f"{self.target.isa} with {variant.engine} {version}"
 
     def serving(self, variant_id: str = "") -> tuple[Variant, ...]:
         """Return the variants that serve: one that is named alone, or the chosen one and others."""
@@ -224,6 +226,8 @@ class Artifact:
 
     def file(self, relative: str) -> Path:
         """Return the path of a file that the manifest names."""
+        if not relative:
+            raise UsageError("a slim artifact has no source model; name the original, --source")
         if relative not in self.manifest.files:
             raise ArtifactError(f"the manifest does not name {shorten(relative)!r}")
         return self.path / relative
@@ -243,8 +247,11 @@ class Artifact:
         """
         folder = Path(path)
         manifest, sha256 = _read_manifest(folder)
-        wanted = [manifest.source.file, *(v.model for v in manifest.variants)]
-        for name in wanted:
+        graphs = {variant.model for variant in manifest.variants}
+        needed = {manifest.chosen, *manifest.together}
+        if manifest.source.file:  # else it is slim
+            graphs, needed = {manifest.source.file, *graphs}, {"fp32", *needed}
+        for name in sorted(graphs):
             if name not in manifest.files:
                 raise ArtifactError(f"the manifest does not hash {shorten(name)!r}")
         folders = {str(PurePosixPath(name).parent) for name in manifest.files}
@@ -253,8 +260,7 @@ class Artifact:
                 where = shorten(variant.weights)
                 raise ArtifactError(f"the manifest hashes nothing in the weights folder {where!r}")
         known = {variant.id for variant in manifest.variants}
-        missing = {manifest.chosen, "fp32", *manifest.together} - known
-        if missing:
+        if missing := needed - known:
             raise ArtifactError(f"the manifest has no variant {shorten(min(missing))!r}")
         _check_kinds(folder, manifest.files)
         _check_strangers(folder, manifest.files)

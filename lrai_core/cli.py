@@ -14,11 +14,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from lrai_core.artifact import Artifact
-from lrai_core.config import explain_config
 from lrai_core.errors import ConditionNotMet, LraiError, shorten
 from lrai_core.verifier.certificate import Spec
 from lrai_core.verifier.check import check as check_certificate
@@ -38,6 +36,7 @@ _CTRL_C = 130
 _COMMANDS = "lrai.commands"  # entry points: more commands, each with its own package
 
 ArtifactPath = Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")]
+Slim = Annotated[bool, typer.Option("--slim", help="Only what serves here, see lrai slim.")]
 
 
 @app.command()
@@ -67,6 +66,10 @@ def compile(
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
     ] = None,
     threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
+    keep_evaluation: Annotated[
+        int | None, typer.Option(help="Gate rows to keep in it; by default what fits 16 MiB.")
+    ] = None,
+    slim: Slim = False,  # noqa: FBT002 - typer's way
 ) -> None:
     """Compile MODEL: fp32, and the fastest forms that pass the gate on the evaluation rows."""
     from lrai_core.compiler.compiler import Step
@@ -101,9 +104,12 @@ def compile(
             keep=keep,
             engines=engine or (),
             threads=threads,
+            keep_evaluation=keep_evaluation,
             progress=show,
         )
-    _plugin("inspect", [str(artifact.path)])
+    if slim:
+        _plugin("slim", [str(output)])
+    _plugin("inspect", [str(output)])
     if evaluation is not None and artifact.manifest.chosen == "fp32" and keep > 1:
         raise ConditionNotMet(
             "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
@@ -142,17 +148,6 @@ def certificate_check(
     if not verdict.holds:
         raise ConditionNotMet(f"certificate {verdict.certificate} does not hold here")
     _say(f"certificate {verdict.certificate} holds")
-
-
-@app.command()
-def config(
-    file: Annotated[Path | None, typer.Option(help="lrai.toml; the one here by default.")] = None,
-) -> None:
-    """Print every setting and where its value came from."""
-    table = Table("setting", "value", "from")
-    for setting in explain_config(file=file):
-        table.add_row(setting.key, str(setting.value), setting.origin)
-    out.print(table)
 
 
 def main() -> NoReturn:

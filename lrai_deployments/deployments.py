@@ -27,6 +27,7 @@ from lrai_core.runtime.version import Deployment, Ended, Freeze, Started, State,
 from lrai_core.scheduler.scheduler import Pending
 from lrai_deployments.here import Here
 from lrai_deployments.inline import InlinePool
+from lrai_deployments.measured import measured_here
 from lrai_deployments.routing import Route
 from lrai_deployments.state import How, Record, Store, now
 from lrai_deployments.traffic import Watch, watch
@@ -52,6 +53,10 @@ class Deployments(Embedded):
         # With a budget one version starts at a time, so that what it takes can be counted.
         self._room = threading.Lock() if self.config.runtime.memory_mib else nullcontext()
         self._worker = ThreadPoolExecutor(1, "lrai-deployments")
+
+    def open(self, artifact: str) -> lrai.Artifact:
+        """See `Embedded.open`. What was measured of it on this machine counts."""
+        return measured_here(super().open(artifact), self.config)
 
     def restore(self) -> None:
         """Serve again what was served when the runtime before this one was killed."""

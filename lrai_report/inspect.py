@@ -31,8 +31,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAM
     artifact = Artifact.open(path)
     manifest = artifact.manifest
     best = manifest.variant(manifest.chosen)
-    isa, version = manifest.made_for(best)
-    made_for = f"{isa}, {best.engine} {version}, {manifest.target.threads} thread(s)"
+    made_for = f"{manifest.made_for(best)}, {manifest.target.threads} thread(s)"
     _say(f"  version {artifact.version}, for {made_for}", name=manifest.name)
     _say(f"made {manifest.created} by lrai {manifest.lrai_version}")
     for side, specs in (("in", manifest.signature.inputs), ("out", manifest.signature.outputs)):

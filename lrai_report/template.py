@@ -119,7 +119,7 @@ insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at mos
  sha256 <code>{{ manifest.source.sha256[:16] }}…</code></td></tr>
 <tr><th>artifact</th><td>version <code>{{ artifact.version }}</code>, made {{ manifest.created }} by
  lrai {{ manifest.lrai_version }}</td></tr>
-<tr><th>measured on</th><td>{{ made_for[0] }}, {{ chosen.engine }} {{ made_for[1] }},
+<tr><th>measured on</th><td>{{ made_for }},
  {{ manifest.target.threads }} thread(s)</td></tr>
 <tr><th>batch effect</th><td>a row's answer moves by {{ "%g"|format(chosen.batch_effect) }} at most
  with what shares its call</td></tr>

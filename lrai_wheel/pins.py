@@ -16,7 +16,8 @@ _OPERATORS = b"ai.onnx.contrib"  # their domain stands in the graph of a model t
 def extras_of(artifact: Artifact) -> dict[str, str]:
     """Return the extras of lrai that an artifact needs, each with the package that it brings."""
     found = {engine: engine for engine in artifact.engines}
-    if _OPERATORS in artifact.file(artifact.manifest.source.file).read_bytes():
+    graph = artifact.manifest.source.file or artifact.manifest.variants[0].model  # if it is slim
+    if _OPERATORS in artifact.file(graph).read_bytes():
         found["text"] = "onnxruntime-extensions"
     return found
 

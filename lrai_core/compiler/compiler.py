@@ -37,7 +37,6 @@ from lrai_core.verifier.spec import FAR, MEASURES, round_up
 from lrai_core.verifier.verifier import failing, issue
 
 Data = str | Path | Mapping[str, Any]
-_WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not worth its difference
 _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
 _log: Final = logging.getLogger("lrai.compiler")
 
@@ -72,6 +71,7 @@ def compile(
     keep: int = 2,
     engines: Sequence[str] = (),
     threads: int = 0,
+    keep_evaluation: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -102,6 +102,8 @@ def compile(
         engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
             need them where it serves; where they are not, the next variant that can serves.
         threads: Engine threads to measure with; 0 for the CPUs in the affinity mask.
+        keep_evaluation: Gate rows to keep in the artifact, for certificates and for measuring it
+            elsewhere; by default as many as fit 16 MiB, which is the most.
         seed: Of the split of the evaluation rows.
         progress: Told of every step.
 
@@ -122,8 +124,9 @@ def compile(
     if output_map not in MEASURES:
         got, known = shorten(str(output_map)), ", ".join(MEASURES)
         raise UsageError(f"output_map {got!r} is unknown; known: {known}")
-    if keep < 1:
-        raise UsageError(f"keep is {keep}, at least 1 is needed: fp32 is always kept")
+    if keep < 1 or (keep_evaluation or 0) < 0:
+        counts = f"keep is {keep} and keep_evaluation {keep_evaluation}"
+        raise UsageError(f"{counts}; at least 1 is needed, for fp32 is always kept, and 0")
     for name in ("epsilon", "groups"):
         if getattr(conditions, name) and evaluation is None:
             raise UsageError(f"{name} needs evaluation rows to be judged on")
@@ -137,7 +140,7 @@ def compile(
         work.build(builders)
         work.measure()
         work.judge(keep)
-        work.write(out.name.removesuffix(".lrai"))
+        work.write(out.name.removesuffix(".lrai"), keep_evaluation)
     return Artifact.open(out, verify=False)
 
 
@@ -285,10 +288,10 @@ class _Compilation:
         """Return what is worth judging, the closest first: faster than closer ones, by engine."""
         worth, front = list[Candidate](), list[Candidate]()
         for candidate in self.candidates:
-            if candidate.form == "fp32" or candidate.speedup >= _WORTH:
+            if candidate.form == "fp32" or candidate.speedup >= search.WORTH:
                 worth.append(candidate)
             else:
-                self._reject(candidate.name, f"{candidate.pace}: {_WORTH} or more is worth it")
+                self._reject(candidate.name, f"{candidate.pace}: {search.WORTH} is worth it")
         tick = self._begin("search", len(rows) * (1 + 2 * len(worth)), "source")
         reference = gate.run_alone(self.reference, rows, tick)
         for candidate in tuple(worth):
@@ -304,7 +307,7 @@ class _Compilation:
         worth.sort(key=lambda candidate: (candidate.gap(0.9), -candidate.speedup))
         for candidate in worth:
             closer = [one for one in front if one.engine is candidate.engine]
-            if candidate.form != "fp32" and (not closer or candidate.gain(closer) >= _WORTH):
+            if candidate.form != "fp32" and (not closer or candidate.gain(closer) >= search.WORTH):
                 front.append(candidate)
             elif candidate.form != "fp32":
                 self._reject(candidate.name, f"{candidate.pace}; closer ones are as fast")
@@ -339,7 +342,7 @@ class _Compilation:
         )
         return found
 
-    def write(self, name: str) -> None:
+    def write(self, name: str, keep_evaluation: int | None) -> None:
         """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
@@ -352,7 +355,7 @@ class _Compilation:
         store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
         if self.gate is not None:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
-            self.gate = save_rows(self.folder / store.EVALUATION, self.gate)
+            self.gate = save_rows(self.folder / store.EVALUATION, self.gate, keep_evaluation)
         target = Target(
             isa=isa_class(), engine=engine.name, engine_version=engine.version, threads=self.threads
         )
@@ -382,7 +385,7 @@ class _Compilation:
         """Return the forms that serve beside the chosen one: each is faster for some calls."""
         serving, found = [self.kept[0][0]], list[str]()
         for candidate, _ in self.kept[1:]:
-            if candidate.form != "fp32" and (gain := candidate.gain(serving)) >= _WORTH:
+            if candidate.form != "fp32" and (gain := candidate.gain(serving)) >= search.WORTH:
                 serving.append(candidate)
                 found.append(candidate.form)
                 why = f"beside {serving[0].form}: calls get {gain:.2f} x as fast, in the mean"

@@ -23,7 +23,6 @@ import msgspec
 from lrai_core.actor.pool import Pool
 from lrai_core.artifact import Artifact, Variant
 from lrai_core.config import ActorConfig, LraiConfig, available_cpus, with_settings
-from lrai_core.engine.engine import installed_version, isa_class
 from lrai_core.errors import (
     ConditionNotMet,
     EnvironmentProblem,
@@ -40,6 +39,7 @@ from lrai_core.runtime.version import Ended, LoadedModel, Started, State, Versio
 from lrai_core.scheduler.scheduler import Pending, Replica, Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
+from lrai_core.verifier.verifier import environment
 from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load
 
@@ -156,10 +156,10 @@ class Embedded:
         config, limits = settled.actor, settled.scheduler
         chosen, *others = self._choose(artifact, name, variant) or (None,)
         # A certificate speaks of the graph as it was compiled, not of one optimised at load.
-        if chosen is None and require is not None:
+        if chosen is None and (require is not None or not artifact.manifest.source.file):
             raise ConditionNotMet(
-                "the variant was made for another processor class or engine version, and no "
-                "certificate speaks of the source model that would serve in its place"
+                "the variant was made for another processor class or engine version, and the source"
+                " model cannot serve in its place: no certificate speaks of it, or it was left out"
             )
         beside: list[tuple[Variant, str | None]] = []
         for one in () if chosen is None or limits.deterministic else others:
@@ -365,24 +365,15 @@ class Embedded:
 
         None where there is none: then the source model is to serve.
         """
-        manifest, isa = artifact.manifest, isa_class()
+        manifest = artifact.manifest
         wanted, *others = manifest.serving(variant)
         spare = () if variant else manifest.variants
-        fitting = [
-            v
-            for v in (wanted, *others, *spare)
-            if manifest.made_for(v) == (isa, installed_version(v.engine))
-        ]
+        known = (wanted, *others, *spare)
+        fitting = [one for one in known if manifest.made_for(one) == environment(one)]
         if fitting[:1] == [wanted]:
             return fitting[: 1 + sum(other in fitting for other in others)]
-        for_isa, version = manifest.made_for(wanted)
-        self.events.emit(
-            "variant_refused",
-            name,
-            variant=wanted.id,
-            made_for=f"{for_isa}, {wanted.engine} {version}",
-            here=f"{isa}, {wanted.engine} {installed_version(wanted.engine) or 'none'}",
-        )
+        made_for, here = manifest.made_for(wanted), environment(wanted)
+        self.events.emit("variant_refused", name, variant=wanted.id, made_for=made_for, here=here)
         return fitting[:1]
 
     def _certificate(
@@ -395,8 +386,8 @@ class Embedded:
         """
         if require is not None:
             return require_certificate(artifact, variant.id, require).id
-        own = certificates(artifact, variant.id)
-        return own[0].id if own else None
+        here, own = environment(variant), certificates(artifact, variant.id)
+        return next((c.id for c in own if c.environment == here), None)
 
     def _threads(self, variant: Variant, name: str, replicas: int) -> int:
         """Return the engine threads of an actor: a share of the CPUs, one where calls are short."""

@@ -104,13 +104,13 @@ def disjoint(first: Rows, second: Rows, what: str) -> None:
         raise CalibrationError(f"{what} share {len(shared)} rows; none may judge what saw it")
 
 
-def save_rows(path: Path, rows: Rows) -> Rows:
-    """Write the first rows, as many as fit 16 MiB, so that they can be run again; return those.
+def save_rows(path: Path, rows: Rows, most: int | None = None) -> Rows:
+    """Write the first rows, at most `most` and what fits 16 MiB, to be run again; return those.
 
     The file is gzipped msgpack: per row and input the shape, and the content as on the wire.
     """
     sizes = accumulate(len(_encode(row)) for row in rows.inputs)
-    kept = rows.take(range(sum(size <= _KEPT_BYTES for size in sizes)))
+    kept = rows.take(range(sum(size <= _KEPT_BYTES for size in sizes))[:most])
     stored = msgspec.msgpack.encode([msgspec.Raw(_encode(row)) for row in kept.inputs])
     path.write_bytes(gzip.compress(stored, compresslevel=6, mtime=0))
     return kept

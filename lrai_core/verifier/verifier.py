@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from lrai_core.artifact import EVALUATION, Artifact, check_files
+from lrai_core.artifact import EVALUATION, Artifact, Variant, check_files
 from lrai_core.confidence import upper_bound
 from lrai_core.engine.engine import find_engine, installed_version, isa_class
-from lrai_core.errors import ConditionNotMet, VerificationError
+from lrai_core.errors import VerificationError
 from lrai_core.protocol import Array
 from lrai_core.verifier.certificate import CONFIDENCE, Certificate, Spec, write_certificate
 from lrai_core.verifier.sample import Rows, load_rows
@@ -36,7 +36,7 @@ def verify(artifact: Artifact, spec: Spec) -> list[Certificate]:
     Raises:
         VerificationError: The artifact kept no evaluation rows, the box has no input to vary, or
             there are too many failures to list.
-        ConditionNotMet: The artifact was made for another processor class or engine version.
+        UsageError: The artifact is slim: it has no source model.
     """
     certificate = issue(artifact, spec, evaluation(artifact))
     write_certificate(artifact.path, certificate)
@@ -52,11 +52,7 @@ def issue(
     """
     manifest = artifact.manifest
     variant = manifest.variant(spec.variant or manifest.chosen)
-    isa, version = manifest.made_for(variant)
-    made = f"{isa} with {variant.engine} {version}"
-    here = f"{isa_class()} with {variant.engine} {installed_version(variant.engine) or 'none'}"
-    if made != here:
-        raise ConditionNotMet(f"the artifact was made for {made}, this is {here}: compile it here")
+    here = environment(variant)
     if not len(rows):
         raise VerificationError(
             "the artifact has no evaluation rows to run: compile it with --evaluation; "
@@ -71,8 +67,9 @@ def issue(
     if list(failures) != sorted({index for index in failures if 0 <= index < n}):
         raise VerificationError("the failures are not draws of the sample, each once and in order")
     bound = upper_bound(len(failures), n, 1 - (1 - spec.confidence) / manifest.candidates)
-    if manifest.demanded and not spec.radius and spec.confidence <= CONFIDENCE:
-        # What was demanded was judged in a fixed order, at the whole level.
+    first = spec.confidence <= CONFIDENCE and not spec.radius and manifest.made_for(variant) == here
+    if manifest.demanded and first:
+        # What was demanded was judged in a fixed order, there, at the whole level.
         epsilon, delta = manifest.demanded
         if epsilon <= spec.epsilon and upper_bound(len(failures), n, CONFIDENCE) <= delta:
             bound = min(bound, delta)
@@ -88,6 +85,11 @@ def issue(
         issuer=f"lrai {installed_version('lrai')}",
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def environment(variant: Variant) -> str:
+    """Return the processor class and engine of this machine, in the words of `made_for`."""
+    return f"{isa_class()} with {variant.engine} {installed_version(variant.engine) or 'none'}"
 
 
 def evaluation(artifact: Artifact) -> Rows:

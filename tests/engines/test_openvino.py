@@ -286,9 +286,9 @@ def test_where_its_engine_is_another_the_next_variant_serves(
     with lrai.Runtime.open(lrai.Artifact.open(path), name="m", observers=[seen.append]) as runtime:
         assert runtime.models()[0].variant == "int8-row"
     (refused,) = [event for event in seen if event.kind == "variant_refused"]
-    here = f"{isa_class()}, openvino {installed_version('openvino')}"
+    here = f"{isa_class()} with openvino {installed_version('openvino')}"
     assert refused.attributes["variant"] == INT8
-    assert refused.attributes["made_for"] == f"{isa_class()}, openvino 2020.1"
+    assert refused.attributes["made_for"] == f"{isa_class()} with openvino 2020.1"
     assert refused.attributes["here"] == here
 
 

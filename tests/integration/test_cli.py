@@ -63,6 +63,29 @@ def test_compile_inspect_verify_and_check_work_together(
         run("certificate", "check", certificate, "--artifact", artifact, code=0)
 
 
+def test_a_slim_artifact_is_measured_nowhere_and_a_whole_one_is_again(
+    classifier_rows: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    model, rows = classifier_rows
+    np.savez(tmp_path / "rows.npz", **rows)
+    options = ("--evaluation", tmp_path / "rows.npz", "--output-map", "softmax", "--threads", "1")
+    kept = ("--keep-evaluation", "200")
+    run("compile", model, "-o", tmp_path / "c.lrai", *options, *kept, code={0, 3})
+    state = ("env", f"LRAI_RUNTIME_STATE_DIR={tmp_path}")
+    said = run("requalify", tmp_path / "c.lrai", "--threads", "1", code={0, 3}, before=state)
+    assert "this is" in said
+    assert list((tmp_path / "requalified").glob("*.json"))
+    said = run("compile", model, "-o", tmp_path / "s.lrai", "--slim", *options, code={0, 3})
+    assert "alone" in said
+    assert not (tmp_path / "s.lrai" / "source").exists()
+    said = run("requalify", tmp_path / "s.lrai", code=2)
+    assert "a slim artifact has no source model" in said
+    (file, *_) = (tmp_path / "s.lrai" / "certificates").iterdir()
+    checked = ("certificate", "check", file, "--artifact", tmp_path / "s.lrai")
+    assert "holds" in run(*checked, "--source", model, code=0)
+    run(*checked, code=2)
+
+
 def test_a_forged_certificate_is_refused_with_exit_3(
     classifier_artifact: tuple[Path, Path],
 ) -> None:

@@ -54,9 +54,7 @@ class ServedModel:
         self._inputs = artifact.manifest.signature.inputs
         weakref.finalize(self, held.close)
         if held.variant != (wanted := asked.variant or artifact.manifest.chosen):
-            variant = artifact.manifest.variant(wanted)
-            isa, version = artifact.manifest.made_for(variant)
-            made_for = f"{isa} and {variant.engine} {version}"
+            made_for = artifact.manifest.made_for(artifact.manifest.variant(wanted))
             _log.warning("%s serves; %s is for %s, not for here", held.variant, wanted, made_for)
         if is_worker():
             tell_cap(artifact, held.variant)

@@ -94,6 +94,22 @@ def test_a_slower_form_is_not_kept(make: Compile, rows: Rows) -> None:
     assert all(variant.speedup > 1 for variant in artifact.variants if variant.id != "fp32")
 
 
+def test_rows_are_kept_as_many_as_are_wanted_and_certified_on_those(
+    make: Compile, rows: Rows
+) -> None:
+    artifact = make(evaluation=rows, keep_evaluation=160)
+    assert [certificate.samples for certificate in lrai.certificates(artifact)][:1] == [160]
+
+
+def test_no_rows_are_kept_where_none_may_be_and_then_nothing_is_certified(
+    make: Compile, rows: Rows
+) -> None:
+    artifact = make(evaluation=rows, keep_evaluation=0)
+    assert not lrai.certificates(artifact)
+    with pytest.raises(lrai.UsageError, match="keep_evaluation -1; at least 1 is needed"):
+        make(evaluation=rows, keep_evaluation=-1)
+
+
 def test_an_older_opset_is_upgraded_with_a_message(make: Compile) -> None:
     artifact = make(proto=linear(opset=11))
     assert artifact.manifest.source.opset == 17

@@ -12,7 +12,7 @@ import typer
 
 import lrai_core as lrai
 from lrai_core.artifact import disk_errors
-from lrai_core.engine.engine import installed_version, isa_class
+from lrai_core.verifier.verifier import environment
 from lrai_import.built import state_folder
 from lrai_triton.commands.app import app, out
 from lrai_triton.commands.pbtxt import backend_of, config_of
@@ -142,7 +142,9 @@ def _check_version(folder: Path) -> None:
         manifest = lrai.Artifact.open(source).manifest
         complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
         chosen = manifest.variant(settings.asked.variant or manifest.chosen)
-        isa, version = manifest.made_for(chosen)
-        made = f"{isa} and {chosen.engine} {version}"
-        here = f"{isa_class()} and {chosen.engine} {installed_version(chosen.engine) or 'none'}"
-        _demand(made == here, f"it was compiled for {made}, here are {here}: another form serves")
+        made, here = manifest.made_for(chosen), environment(chosen)
+        _demand(
+            made == here,
+            f"it was compiled for {made}, this is {here}: fp32 serves, unless lrai requalify has "
+            "found better",
+        )

@@ -1,0 +1,268 @@
+"""`lrai requalify NAME.lrai`: gate and timing again, on the machine that is to serve.
+
+People compile on a build machine and serve on others, whose processors run other kernels: other
+figures, another speed. What is found is kept beside the user's state, and the runtime goes by it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from msgspec.structs import replace
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lrai_core import (
+    Artifact,
+    Certificate,
+    ConditionNotMet,
+    EnvironmentProblem,
+    UsageError,
+    certificates,
+    load_config,
+)
+from lrai_core.artifact import Manifest, Target, Variant
+from lrai_core.compiler import gate, search
+from lrai_core.compiler.gate import Conditions, Judged
+from lrai_core.compiler.search import Candidate
+from lrai_core.config import available_cpus
+from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
+from lrai_core.errors import EngineError, LraiError, shorten
+from lrai_core.verifier.certificate import write_certificate
+from lrai_core.verifier.sample import Rows
+from lrai_core.verifier.verifier import environment, evaluation, failing, issue
+from lrai_deployments.measured import keep
+
+out: Final = Console(highlight=False, markup=False, emoji=False)
+app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
+_CELL: Final = 200
+
+Report = Callable[[str, int, int], None]  # what is done, how far, of how much
+
+
+@dataclass(slots=True)
+class Found:
+    """What was found of an artifact here.
+
+    Attributes:
+        manifest: It, with what was measured here; None where its source model is to serve.
+        verdicts: By form what decided; also of forms that do not serve.
+        certificates: Issued here, for what serves.
+    """
+
+    manifest: Manifest | None = None
+    verdicts: dict[str, str] = field(default_factory=dict)
+    certificates: list[Certificate] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai requalify")
+
+
+@app.command()
+def command(
+    path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")],
+    threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
+) -> None:
+    """Measure and judge every variant on this machine, and have the best that is right here serve.
+
+    It is judged on the rows that the artifact kept, by agreement with the source model and by the
+    closeness that was demanded. What is found is kept in runtime.state_dir, the artifact stays as
+    it is; runtimes that are started from now on go by it. Exit 3: no variant is better than fp32.
+    """
+    artifact = Artifact.open(path)
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("load", total=None)
+
+        def report(words: str, done: int, total: int) -> None:
+            bar.update(task, description=shorten(words), completed=done, total=total)
+
+        found = requalify(artifact, threads=threads, report=report)
+    home = artifact.manifest.variant(artifact.manifest.chosen)
+    _say(f"made for {artifact.manifest.made_for(home)}; this is {environment(home)}")
+    serving = {variant.id for variant in found.manifest.serving()} if found.manifest else set()
+    table = Table("variant", "here", "at home", "1 row here", "what decided")
+    here = {v.id: v for v in found.manifest.variants} if found.manifest else {}
+    for variant in artifact.variants:
+        own = here.get(variant.id)
+        alone = next((p for p in own.latency if p.rows == 1), None) if own else None
+        table.add_row(
+            f"{variant.id} *" if variant.id in serving else variant.id,
+            f"{own.speedup:.2f} x fp32" if own else "-",
+            f"{variant.speedup:.2f} x fp32",
+            f"{alone.median_ms:.3g} ms" if alone else "-",
+            shorten(found.verdicts.get(variant.id, ""), _CELL),
+        )
+    out.print(table)
+    keep(artifact, found.manifest, load_config())
+    for certificate in found.certificates:
+        try:
+            write_certificate(artifact.path, certificate)
+        except EnvironmentProblem as problem:
+            _say(f"certificate {certificate.id} was not kept: {problem}")
+        else:
+            _say(f"certificate {certificate.id}: {certificate.statement()}")
+    if found.manifest is None or found.manifest.chosen == "fp32":
+        raise ConditionNotMet("no variant but fp32 is right here and faster: fp32 serves")
+    _say(f"* serves here, from the next start of a runtime on: {', '.join(sorted(serving))}")
+
+
+def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *_: None) -> Found:
+    """Return what gate and timing say of an artifact's variants on this machine.
+
+    Args:
+        artifact: Its files are as the manifest says.
+        threads: Engine threads to measure with; 0 for the CPUs in the affinity mask.
+        report: Told of every step.
+
+    Raises:
+        UsageError: It kept no rows to judge with, or is slim: it has nothing to compare with.
+        CalibrationError: It kept too few of them.
+    """
+    manifest, rows = artifact.manifest, evaluation(artifact)
+    source = artifact.file(manifest.source.file)
+    if not len(rows):
+        raise UsageError("the artifact kept no evaluation rows: compile it with --evaluation")
+    epsilon, delta = manifest.demanded or (None, 0.01)
+    conditions = Conditions(epsilon=epsilon, delta=delta)
+    gate.check_row_count(rows, conditions, 0)
+    threads, found = threads or available_cpus(), Found()
+    engine = find_engine("onnxruntime")
+    plain = engine.load(source, threads=threads, optimise=True)
+    candidates = [_candidate("fp32", source, plain, engine)]
+    for variant in manifest.variants:
+        try:
+            candidates.append(_loaded(artifact, variant, threads))
+        except LraiError as error:
+            found.verdicts[variant.id] = str(error)
+    points = search.points(manifest.signature, rows.inputs)
+    tick = _ticking(report, "measure", search.ROUNDS)
+    search.profile(candidates, manifest.signature, rows.inputs, points, tick)
+    tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
+    reference = gate.run_alone(engine.load(source, threads=threads), rows, tick)
+    judged: list[tuple[Candidate, Judged]] = []
+    for candidate in candidates[1:]:
+        try:
+            runs = gate.run(candidate.session, rows, manifest.signature, tick)
+            own = gate.judge(runs, reference, rows, manifest.signature, conditions)
+        except (EngineError, ValueError) as error:
+            found.verdicts[candidate.form] = str(error)
+            continue
+        found.verdicts[candidate.form] = f"{candidate.pace}; {own.result.why}"
+        if own.result.passed:
+            judged.append((candidate, own))
+    serving = _serving([candidate for candidate, _ in judged])
+    if serving:
+        names = [candidate.form for candidate in serving]
+        found.manifest = _manifest(artifact, judged, names, threads)
+        changed = Artifact(artifact.path, found.manifest, artifact.sha256)
+        found.certificates = list(_certified(changed, rows, judged, names))
+    return found
+
+
+def _serving(right: Sequence[Candidate]) -> list[Candidate]:
+    """Return what is to serve of forms that passed: the fastest, then what makes calls faster."""
+    worth = [one for one in right if one.form != "fp32" and one.speedup >= search.WORTH]
+    serving: list[Candidate] = []
+    while worth:
+        best = max(worth, key=lambda one: one.gain(serving) if serving else one.speedup)
+        worth.remove(best)
+        if not serving or best.gain(serving) >= search.WORTH:
+            serving.append(best)
+    plain = [one for one in right if one.form == "fp32" and one.speedup > 1 / search.WORTH]
+    return serving or plain
+
+
+def _manifest(
+    artifact: Artifact, judged: Sequence[tuple[Candidate, Judged]], names: list[str], threads: int
+) -> Manifest:
+    """Return the manifest with what was measured here, of the variants that are right here."""
+    manifest = artifact.manifest
+    variants = [_measured(manifest.variant(one.form), one, own) for one, own in judged]
+    variants.sort(key=lambda v: names.index(v.id) if v.id in names else len(names))
+    version = installed_version("onnxruntime")
+    target = Target(isa=isa_class(), engine="onnxruntime", engine_version=version, threads=threads)
+    return replace(
+        manifest,
+        variants=tuple(variants),
+        chosen=names[0],
+        together=tuple(names[1:]),
+        target=target,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def _measured(variant: Variant, candidate: Candidate, judged: Judged) -> Variant:
+    own = variant.engine != "onnxruntime" or bool(variant.engine_version)
+    return replace(
+        variant,
+        engine_version=installed_version(variant.engine) if own else "",
+        latency=tuple(candidate.latency),
+        speedup=candidate.speedup,
+        gate=judged.result,
+        batch_effect=judged.batch_effect,
+        why=f"measured again: {candidate.pace}; {judged.result.why}",
+    )
+
+
+def _certified(
+    artifact: Artifact, rows: Rows, judged: Sequence[tuple[Candidate, Judged]], names: list[str]
+) -> Iterator[Certificate]:
+    """Yield for what serves a certificate of each closeness that was certified before.
+
+    Another one would have to be chosen by other rows than those that it is judged on.
+    """
+    for candidate, own in judged:
+        if candidate.form in names:
+            given = {c.epsilon: c for c in certificates(artifact, candidate.form) if not c.radius}
+            for epsilon, certificate in given.items():
+                yield issue(artifact, certificate, rows, failing(own.gaps, epsilon))
+
+
+def _loaded(artifact: Artifact, variant: Variant, threads: int) -> Candidate:
+    """Return a variant as it runs here.
+
+    Raises:
+        EnvironmentProblem: Its engine is not installed.
+        ArtifactError: The engine cannot open what was made for another machine.
+    """
+    engine = find_engine(variant.engine)
+    graph = artifact.file(variant.model)
+    weights = artifact.path / variant.weights if variant.weights else None
+    session = engine.load(graph, weights=weights, threads=threads)
+    return _candidate(variant.id, graph, session, engine)
+
+
+def _candidate(form: str, graph: Path, session: Session, engine: Engine) -> Candidate:
+    return Candidate(
+        form=form,
+        precision="",
+        graph=graph,
+        size_bytes=0,
+        operators=[],
+        passes_off=(),
+        shared=False,
+        session=session,
+        engine=engine,
+    )
+
+
+def _ticking(report: Report, words: str, total: int) -> Callable[[], None]:
+    done = count(1)
+    report(words, 0, total)
+    return lambda: report(words, next(done), total)
+
+
+def _say(line: str) -> None:
+    out.print(shorten(line, 2000))

@@ -1,0 +1,119 @@
+"""`lrai slim NAME.lrai`: the chosen variant alone, which reads nothing of the source.
+
+What is left out is the source model, by which fp32 would serve on another machine, and every other
+variant. The source is named by its hash. Certificates are issued again, from a run of what is kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import onnx
+import typer
+from onnx.external_data_helper import load_external_data_for_model
+from rich.console import Console
+
+from lrai_core import Artifact, UsageError
+from lrai_core import artifact as store
+from lrai_core.artifact import Variant, disk_errors
+from lrai_core.compiler.model import SharedWeights
+from lrai_core.verifier.certificate import certificates, write_certificate
+from lrai_core.verifier.verifier import environment, evaluation, failing, gaps, issue
+
+out: Final = Console(highlight=False, markup=False, emoji=False)
+app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai slim")
+
+
+@app.command()
+def command(
+    path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to; by default in its place.")
+    ] = None,
+) -> None:
+    """Leave the chosen variant only: no source model, fp32 by reference."""
+    before = _size(path)
+    artifact = slim(path, output)
+    kept, mebi = artifact.manifest.variants[0].id, 1 << 20
+    after = _size(artifact.path)
+    out.print(f"{artifact.path.name}: {kept} alone, {after / mebi:.1f} of {before / mebi:.1f} MiB")
+    issued = len(certificates(artifact, kept))
+    out.print(f"{issued} certificate(s), from a run of it; {artifact.manifest.source.sha256[:16]}…")
+
+
+def slim(path: str | Path, to: str | Path | None = None) -> Artifact:
+    """Write an artifact that holds the chosen variant of another, and return it.
+
+    Args:
+        path: The artifact; every file is hashed.
+        to: Directory to write; by default it takes the other's place once it is whole.
+
+    Raises:
+        UsageError: It is slim already, or `to` exists.
+        ArtifactError: It cannot be read.
+        EnvironmentProblem: The disk is full or read-only, or an engine is not installed.
+    """
+    artifact = Artifact.open(path)
+    if not artifact.manifest.source.file:
+        raise UsageError(f"{artifact.path.name} is slim already")
+    folder = artifact.path.absolute()
+    written = Path(to) if to else folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.slim")
+    with store.writing(written) as made:
+        _write(artifact, made)
+    if to is None:
+        aside = written.with_suffix(".whole")
+        with disk_errors(folder):
+            folder.rename(aside)
+            written.rename(folder)
+        shutil.rmtree(aside)
+        written = folder
+    return Artifact.open(written, verify=False)
+
+
+def _write(artifact: Artifact, folder: Path) -> None:
+    manifest = artifact.manifest
+    chosen = manifest.variant(manifest.chosen)
+    home = folder / "variants" / chosen.id
+    if chosen.weights:
+        home.mkdir(parents=True)
+        chosen = _with_own_weights(artifact, chosen, home)
+    else:
+        shutil.copytree(artifact.file(chosen.model).parent, home)
+    for name in (store.EVALUATION, store.QUANTIZATION_LOG):
+        if name in manifest.files:
+            shutil.copyfile(artifact.file(name), folder / name)
+    source = msgspec.structs.replace(manifest.source, file="")
+    alone = msgspec.structs.replace(manifest, source=source, variants=(chosen,), together=())
+    store.write_manifest(folder, alone)
+    if manifest.made_for(chosen) != environment(chosen):
+        return  # what it computes here is not what serves
+    made, rows = Artifact.open(folder, verify=False), evaluation(artifact)
+    original = artifact.file(manifest.source.file)
+    for certificate in certificates(artifact, chosen.id):
+        draws = range(certificate.samples)
+        failures = failing(gaps(made, certificate, rows, draws, original), certificate.epsilon)
+        write_certificate(folder, issue(made, certificate, rows, failures))
+
+
+def _with_own_weights(artifact: Artifact, variant: Variant, folder: Path) -> Variant:
+    """Write a graph that shares its weights with the source, and what it takes of them."""
+    graph = artifact.file(variant.model)
+    proto = onnx.load(graph, load_external_data=False)
+    load_external_data_for_model(proto, str(artifact.path / variant.weights))
+    SharedWeights(folder).write_source(proto, folder / graph.name)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return msgspec.structs.replace(variant, weights=f"variants/{variant.id}", size_bytes=size)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
