@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem, Variant, certificates
 from lrai_report.template import PAGE
+from lrai_report.times import times
 
 _LOG: Final = "quantization.jsonl"
 _MOST_BYTES: Final = 64 << 20
@@ -81,7 +82,10 @@ def report(
         Path | None, typer.Option("--output", "-o", help="File to write; NAME.html by default.")
     ] = None,
 ) -> None:
-    """Write a page: forms tried, the Pareto front, operators, accuracy, groups, environment."""
+    """Write a page: forms tried, the Pareto front, operators, accuracy, groups, environment.
+
+    Where the time goes, by kind of operator, is measured now, if the artifact was made for here.
+    """
     artifact = Artifact.open(path)
     target = output or Path(f"{path.name.removesuffix('.lrai') or 'report'}.html")
     try:
@@ -107,6 +111,8 @@ def page(artifact: Artifact) -> str:
     chosen = manifest.variant(manifest.chosen)
     dots = _dots(events, [v.id for v in manifest.variants], manifest.chosen)
     across, upward = _ticks(events)
+    both = tuple(dict.fromkeys((manifest.variants[-1].id, chosen.id)))
+    spent, unknown = times(artifact, tuple(map(manifest.variant, both)))
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     engine.filters["quote"] = shlex.quote
     return engine.from_string(PAGE).render(
@@ -119,6 +125,9 @@ def page(artifact: Artifact) -> str:
         tried=[event for event in events if event.event == "candidate"],
         notes=[event.why for event in events if event.event == "note"],
         operators=[event for event in events if event.event == "operator"],
+        both=both,
+        spent=spent,
+        unknown=unknown,
         points=list(_points(manifest.variants)),
         dots=dots,
         frame={"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _WIDTH - _RIGHT}

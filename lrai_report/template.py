@@ -108,6 +108,14 @@ insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at mos
 <td class="n">{% if one.weight_elements %}{{ "%.2f"|format(100 * one.error) }} %{% endif %}</td>
 <td class="n">{% if one.harm %}{{ "%.1f"|format(100 * one.harm) }} %{% endif %}</td></tr>
 {% endfor %}</table></div>{% endif %}
+<h2>Where the time of one row goes</h2>
+{% if spent %}<div class="scroll"><table><tr><th>kind of operator</th>
+{% for name in both %}<th class="n">{{ name }}</th>{% endfor %}</tr>
+{% for kind, taken in spent.items() %}<tr><td class="name">{{ kind }}</td>
+{% for one in taken %}<td class="n">{{ "%.3g ms"|format(one) if one else "" }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+<p class="dim">Measured when this page was made, by onnxruntime's profiler, which takes time of its
+own.</p>{% else %}<p class="dim">It was not measured: {{ unknown }}.</p>{% endif %}
 <h2>Model card</h2>
 <table>
 <tr><th>inputs</th><td>{% for spec in manifest.signature.inputs %}<code>{{ spec.name }}</code>
