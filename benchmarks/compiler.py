@@ -1,10 +1,10 @@
 """The compiler against what else quantises and runs an ONNX model on this CPU.
 
-Every form of a model runs in turn with the others, round by round, on the same rows in the same
-batches; what counts is the ratio to ONNX Runtime in float32 with its defaults. Peers of the base
-install: ONNX Runtime in float32 and its quantiser, dynamic and static, each with its default
-optimizer passes and without those that cost int8 speed. With `--extras` OpenVINO too, in float32
-and bfloat16, and in int8 as NNCF quantises it, where that is installed.
+Every form of a model runs in turn with the others, round by round in another order, on the same
+rows in the same batches; what counts is the ratio to ONNX Runtime in float32 with its defaults.
+Peers of the base install: ONNX Runtime in float32 and its quantiser, dynamic and static, each with
+its default optimizer passes and without those that cost int8 speed. With `--extras` OpenVINO too,
+in float32 and bfloat16, and in int8 as NNCF quantises it, where that is installed.
 
 A form that does not say what the source model says is no peer: each is judged on rows that nothing
 else has seen, by accuracy (with 95 % confidence one point is lost at most; of ours what is lost is
@@ -315,7 +315,12 @@ def _judge(model: Model, forms: Sequence[Form]) -> None:
 
 
 def _measure(model: Model, forms: Sequence[Form], rounds: int) -> None:
-    """Time every form at every cell in turn, from cell to cell as traffic does."""
+    """Time every form at every cell, from cell to cell as traffic does, in an order of chance.
+
+    Who follows whom would be part of the result else: what one leaves in the caches, and threads
+    of an engine that go on waiting for work on the only CPU for a while.
+    """
+    order, random = list(forms), np.random.default_rng(SEED)
     feeds = {cell: _feed(model, *cell) for cell in model.cells}
     repeats = {}
     for cell, feed in feeds.items():
@@ -328,7 +333,8 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int) -> None:
     with console.status(f"{model.name}: {len(forms)} forms, {rounds} rounds"):
         for _ in range(rounds):
             for cell, feed in feeds.items():
-                for form in forms:
+                random.shuffle(order)
+                for form in order:
                     began = time.perf_counter()
                     for _ in range(repeats[cell]):
                         form.run(feed)
