@@ -142,7 +142,7 @@ def _load(data: str | Path | Mapping[str, Any], names: list[str], what: str) -> 
     path = Path(data)
     try:
         if path.suffix == ".npy" and len(names) == 1:
-            return {names[0]: np.lib.format.open_memmap(path, mode="r")}
+            return {names[0]: np.asarray(np.lib.format.open_memmap(path, mode="r"))}
         if path.suffix == ".npz":
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 return _named(archive, names, what)

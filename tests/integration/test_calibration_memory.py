@@ -1,0 +1,74 @@
+"""Calibration rows in a file that is mapped: the compiler's own memory does not grow with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx.helper import make_node
+
+from tests.core.compiler.onnx_files import model, value
+
+pytestmark = pytest.mark.server
+SHAPE = (1, 64, 64)
+PROGRAM = """
+import sys, threading
+from pathlib import Path
+import lrai_core as lrai
+
+source, evaluation, calibration, out = sys.argv[1:]
+peak, over = 0, threading.Event()
+
+def look():
+    global peak
+    while not over.wait(0.005):
+        status = Path("/proc/self/status").read_text()
+        peak = max(peak, int(status.partition("RssAnon:")[2].split()[0]))
+
+watch = threading.Thread(target=look)
+watch.start()
+lrai.compile(source, out=out, evaluation=evaluation, calibration=calibration, threads=1)
+over.set()
+watch.join()
+print(peak)
+"""
+
+
+def test_ten_thousand_mapped_rows_take_as_much_as_three_hundred(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name)
+        for name, shape in (("w", (16, 1, 3, 3)), ("g", (16, 10)))
+    ]
+    nodes = [
+        make_node("Conv", ["x", "w"], ["c"]),
+        make_node("GlobalAveragePool", ["c"], ["p"]),
+        make_node("Flatten", ["p"], ["f"]),
+        make_node("MatMul", ["f", "g"], ["y"]),
+    ]
+    proto = model(nodes, [value("x", ["n", *SHAPE])], [value("y", ["n", 10])], weights)
+    onnx.save(proto, tmp_path / "m.onnx")
+    rows = random.normal(size=(400, *SHAPE)).astype(np.float32)
+    np.savez(tmp_path / "evaluation.npz", x=rows)
+    peaks = []
+    for count in (300, 10_000):
+        file = tmp_path / f"{count}.npy"
+        mapped = np.lib.format.open_memmap(file, "w+", np.float32, (count, *SHAPE))
+        for first in range(0, count, 100):
+            mapped[first : first + 100] = random.normal(size=(100, *SHAPE))
+        mapped.flush()
+        arguments = [tmp_path / "m.onnx", tmp_path / "evaluation.npz", file, tmp_path / f"{count}"]
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert peaks[1] <= 1.05 * peaks[0], peaks
