@@ -17,16 +17,17 @@ from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_engines import fusion
 from lrai_engines.quantize import dynamic_int8, dynamic_int8_per_row, matmul_nbits, mixed_int8
 from lrai_engines.sensitivity import harms
-from lrai_engines.static import static_int8
+from lrai_engines.static import StaticForms
 
 _SHARES: Final = (30, 50, 75)  # per cent of the harm that is kept closer
+_KEPT: Final = (50, 80, 95)  # the same, in float32
 
 Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
 
 def forms(sample: Sample, threads: int) -> dict[str, Build]:
     """Return every form beside fp32 and what builds it; what the sample tells is found once."""
-    known: dict[str, float] = {}
+    known, static = dict[str, float](), StaticForms(sample, threads)
 
     def mixed(model: onnx.ModelProto, *, share: float) -> tuple[onnx.ModelProto, list[Quantized]]:
         if not known:
@@ -40,8 +41,8 @@ def forms(sample: Sample, threads: int) -> dict[str, Build]:
         "int8-dynamic": dynamic_int8,
         "int8-row": dynamic_int8_per_row,
         **{f"int8-mixed-{share}": partial(mixed, share=share / 100) for share in _SHARES},
-        "int8-static": partial(static_int8, sample=sample),
-        "int8-static-ends": partial(static_int8, sample=sample, keep_ends=True),
+        "int8-static": partial(static.build, share=0),
+        **{f"int8-static-{kept}": partial(static.build, share=kept / 100) for kept in _KEPT},
         "int8-block32": partial(matmul_nbits, block_size=32),
         "int8-block128": partial(matmul_nbits, block_size=128),
     }
@@ -50,7 +51,7 @@ def forms(sample: Sample, threads: int) -> dict[str, Build]:
 class OnnxRuntimeForms:
     """Builds them; see `Builder`."""
 
-    steps = 10 * len(fusion.DISABLEABLE)
+    steps = 12 * len(fusion.DISABLEABLE)
 
     def __init__(self, engine: Engine) -> None:
         """Build for an engine."""

@@ -96,13 +96,8 @@ def mixed_int8(
         NothingToQuantize: No operator qualifies, or all would be kept closer.
         CompileError: The opset is too old.
     """
-    total, closer, left = sum(harms.values()), set[str](), share
-    sizes = {layer.weight: layer.matrix.size for layer in linears(model)}
-    for name in sorted(harms, key=lambda name: -harms[name] / sizes[name]):
-        if left <= 0:
-            break
-        closer.add(name)
-        left -= harms[name] / (total or 1)
+    total, sizes = sum(harms.values()), {one.weight: one.matrix.size for one in linears(model)}
+    closer = worst(harms, sizes, share)
     if len(closer) == len(harms):
         raise NothingToQuantize("every matrix would be kept closer")
 
@@ -113,6 +108,17 @@ def mixed_int8(
         return int8_per_row(graph, layer)
 
     return rewrite(model, emit)
+
+
+def worst(harms: Mapping[str, float], work: Mapping[str, float], share: float) -> set[str]:
+    """Return what makes up this share of the harm, by what does most for its work."""
+    left, found = share * sum(harms.values()), set[str]()
+    for name in sorted(harms, key=lambda one: -harms[one] / work.get(one, 1)):
+        if left <= 0:
+            break
+        found.add(name)
+        left -= harms[name]
+    return found
 
 
 def linears(model: onnx.ModelProto) -> list[Linear]:
@@ -243,7 +249,7 @@ def rewrite(
     if not any(line.bits == _BITS and line.op_type != "Gather" for line in report):
         others = sum(line.op_type != "Gather" for line in report)
         raise NothingToQuantize(f"no MatMul or Gemm of {others} has a constant float32 matrix")
-    return _assemble(model, graph), report
+    return assemble(model, graph), report
 
 
 def _table(
@@ -418,7 +424,7 @@ def relative_error(weight: Float32, restored: Float32) -> float:
     return float(np.linalg.norm(weight - restored)) / norm if norm else 0.0
 
 
-def _assemble(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
+def assemble(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     """Return `model` around the nodes of `graph`, without the weights that nothing reads."""
     read = {o.name for o in model.graph.output}.union(*map(_read, graph.nodes))
     # built field by field: copying the model first would copy the weights that are dropped here

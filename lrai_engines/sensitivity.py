@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,7 @@ from lrai_core.engine.engine import find_engine
 from lrai_core.verifier.spec import difference
 from lrai_engines.quantize import Graph, Linear, int8_per_row, linears, rewrite
 
-_SWITCHES: Final = "lrai:switches"
+SWITCHES: Final = "lrai:switches"
 _SECONDS: Final = 15.0  # for all matrices and rows
 _FEWEST, _MOST = 4, 32  # rows
 _LARGEST: Final = 1e3  # of one difference: beyond, none is worse than another
@@ -46,9 +47,23 @@ def harms(model: onnx.ModelProto, sample: Sample, threads: int = 1) -> dict[str,
         EncodeError, ValueError: The graph would be 2 GB or larger.
     """
     names = list(dict.fromkeys(layer.weight for layer in linears(model)))
+    return switched_on(_switched(model, names), names, sample, threads)
+
+
+def switched_on(
+    model: onnx.ModelProto, names: Sequence[str], sample: Sample, threads: int
+) -> dict[str, float]:
+    """Return for each of these the mean squared difference that its switch makes, as `harms` does.
+
+    Args:
+        model: With one more input than the sample's rows, `SWITCHES`, float32 [names].
+        names: Of what the switches turn to int8.
+        sample: See `harms`.
+        threads: Of the engine.
+    """
     with tempfile.TemporaryDirectory(prefix="lrai-sensitivity-") as folder:
         file = Path(folder, "model.onnx")
-        file.write_bytes(_switched(model, names).SerializeToString())
+        file.write_bytes(model.SerializeToString())
         session = find_engine("onnxruntime").load(file, threads=threads, optimise=True)
     off = np.zeros(len(names), np.float32)
     squares: list[list[float]] = [[] for _ in names]
@@ -74,13 +89,13 @@ def _switched(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
         exact = graph.add("MatMul", [layer.activation, exact], f"{y}:float32")
         scheme = int8_per_row(graph, replace(layer, product=f"{y}:int8"))
         place = graph.constant(f"{layer.weight}:place", [names.index(layer.weight)], np.int64)
-        switch = graph.add("Gather", [_SWITCHES, place], f"{layer.weight}:switch")
+        switch = graph.add("Gather", [SWITCHES, place], f"{layer.weight}:switch")
         gap = graph.add("Sub", [f"{y}:int8", exact], f"{y}:gap")
         graph.add("Add", [exact, graph.add("Mul", [gap, switch], f"{y}:taken")], y)
         return scheme
 
     switched, _ = rewrite(model, emit)
     shape = [len(names)]
-    given = helper.make_tensor_value_info(_SWITCHES, TensorProto.FLOAT, shape)
+    given = helper.make_tensor_value_info(SWITCHES, TensorProto.FLOAT, shape)
     switched.graph.input.append(given)
     return switched

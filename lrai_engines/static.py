@@ -8,10 +8,12 @@ are a little faster there, but make a number of an input that is none.
 
 from __future__ import annotations
 
+import inspect
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx
@@ -22,17 +24,61 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from lrai_core.compiler.search import Quantized, Sample
 from lrai_core.engine.engine import isa_class
 from lrai_core.engine.onnxruntime import REFUSALS, reason
-from lrai_core.errors import CompileError
+from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_core.protocol import Array
-from lrai_engines.quantize import SATURATING, NothingToQuantize, relative_error
+from lrai_engines.quantize import SATURATING, NothingToQuantize, relative_error, worst
+from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
 _MOST: Final = 128  # rows
-_WEIGHTED: Final = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 
 
+class StaticForms:
+    """Static int8 of one model, with precision where it is needed: ranges and harms are found once.
+
+    Args:
+        sample: Rows to see the activations of; nothing is judged on them.
+        threads: Of the engine that finds what int8 does to the outputs.
+    """
+
+    def __init__(self, sample: Sample, threads: int) -> None:
+        self._sample, self._threads = sample, threads
+        self._ranges = bytearray()
+        self._harms: dict[str, float] = {}
+
+    def build(
+        self, model: onnx.ModelProto, *, share: float
+    ) -> tuple[onnx.ModelProto, list[Quantized]]:
+        """Return `model` in int8, but for the operators that do this share of the harm.
+
+        Of those that do as much for their work the fewest stay in float32.
+
+        Raises:
+            NothingToQuantize: There is no convolution, or nothing is left to be quantised.
+            CompileError: It cannot be done, or it cannot be told what int8 does to the outputs.
+        """
+        if not share:
+            return static_int8(model, self._sample, ranges=self._ranges)
+        if not self._harms:
+            whole, _ = static_int8(model, self._sample, ranges=self._ranges)
+            try:
+                self._harms = harms(_named(model), whole, self._sample, self._threads)
+            except (ArtifactError, EngineError, EncodeError, ValueError) as error:
+                raise CompileError(f"what each operator does cannot be told: {error}") from None
+        keep = worst(self._harms, work(_named(model)), share)
+        made, report = static_int8(model, self._sample, keep=keep, ranges=self._ranges)
+        every = sum(self._harms.values()) or 1.0
+        told = [replace(line, harm=self._harms.get(line.node, 0.0) / every) for line in report]
+        return made, told
+
+
 def static_int8(
-    model: onnx.ModelProto, sample: Sample, *, keep_ends: bool = False
+    model: onnx.ModelProto,
+    sample: Sample,
+    *,
+    keep: Collection[str] = (),
+    ranges: bytearray | None = None,
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return `model` with QuantizeLinear and DequantizeLinear around what onnxruntime can quantise.
 
@@ -42,7 +88,10 @@ def static_int8(
     Args:
         model: Standard operators, weights inline, opset 13 or later. Not modified.
         sample: Rows to see the activations of, 128 at most; nothing is judged on them.
-        keep_ends: Leave the first and the last operator with weights in float32.
+        keep: Names of operators with weights that stay in float32, and with them what has no
+            weights and computes with what they give.
+        ranges: Of the activations, in onnxruntime's words, if they were found before; else they
+            are written there.
 
     Raises:
         NothingToQuantize: There is no convolution, or all that there is was left out.
@@ -50,20 +99,18 @@ def static_int8(
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
     """
-    marked = onnx.ModelProto()
-    marked.CopyFrom(model)
+    marked = _named(model)
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-    for index, node in enumerate(marked.graph.node):
-        node.name = node.name or f"lrai:{index}"  # the quantiser knows operators by their names
-    weighted = [node for node in marked.graph.node if node.op_type in _WEIGHTED]
+    weighted = [node for node in marked.graph.node if node.op_type in WEIGHTED]
     if not any(node.op_type.startswith("Conv") for node in weighted):
         raise NothingToQuantize("no convolution: static scales are for networks that have some")
     rows = [row for row in sample.rows if all(map(_finite, row))][:_MOST]
     if not rows:
         raise CompileError("no row to see activations of: none is there, or none is finite")
-    ends = [weighted[0].name, weighted[-1].name] if keep_ends else []
     with tempfile.TemporaryDirectory(prefix="lrai-static-") as folder:
-        target = Path(folder, "static.onnx")
+        target, known = Path(folder, "static.onnx"), Path(folder, "ranges.json")
+        if ranges:
+            known.write_bytes(ranges)
         try:
             quantize_static(
                 marked,
@@ -74,12 +121,15 @@ def static_int8(
                 reduce_range=isa_class() in SATURATING,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=ends,
+                nodes_to_exclude=_float32(marked, keep),
+                **({"calibration_cache_path": known} if _REMEMBERS else {}),
             )
             quantised = onnx.load(target)
+            if ranges is not None and known.exists():
+                ranges[:] = known.read_bytes()
         except _FAULTS as error:
             raise CompileError(f"onnxruntime cannot quantise the model: {reason(error)}") from None
-    report = list(_report(model, quantised, weighted, ends))
+    report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
     return quantised, report
@@ -104,17 +154,15 @@ def _report(
     model: onnx.ModelProto,
     quantised: onnx.ModelProto,
     weighted: Sequence[onnx.NodeProto],
-    ends: Sequence[str],
+    keep: Collection[str],
 ) -> Iterator[Quantized]:
     """Yield what was done to each operator with weights."""
-    before, after = ({t.name: t for t in one.graph.initializer} for one in (model, quantised))
-    nodes = {node.name: node for node in quantised.graph.node}
-    restore = {n.output[0]: n for n in nodes.values() if n.op_type == "DequantizeLinear"}
+    before = {tensor.name: tensor for tensor in model.graph.initializer}
+    after = restored(quantised)
     for node in weighted:
         name, kind = node.name, node.op_type
-        found = restore.get(nodes[name].input[1]) if name in nodes else None
-        if found is None or found.input[0] not in after or node.input[1] not in before:
-            why = "first or last, kept closer" if name in ends else "the quantiser left it alone"
+        if name not in after or node.input[1] not in before:
+            why = "kept closer" if name in keep else "the quantiser left it alone"
             yield Quantized(node=name, op_type=kind, why=why)
             continue
         weight = numpy_helper.to_array(before[node.input[1]])
@@ -124,15 +172,28 @@ def _report(
             bits=8,
             scheme="static_int8",
             weight_elements=weight.size,
-            error=relative_error(weight, _restored(found, after)),
+            error=relative_error(weight, after[name]),
         )
 
 
-def _restored(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> Any:
-    """Return the float32 weight that a DequantizeLinear gives."""
-    integers, scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[:3])
-    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-    shape = [1] * integers.ndim
-    if scale.ndim:
-        shape[axis] = scale.size
-    return (integers.astype(np.float32) - zero.reshape(shape)) * scale.reshape(shape)
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which every operator has a name: the quantiser knows them by it."""
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    for index, node in enumerate(named.graph.node):
+        node.name = node.name or f"lrai:{index}"
+    return named
+
+
+def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
+    """Return what is not to be quantised: `keep`, and what has no weights and reads what they give.
+
+    Rounding what is in float32 on both sides would cost closeness and time.
+    """
+    exact, found = set[str](), list[str]()
+    for node in model.graph.node:
+        follows = node.op_type not in WEIGHTED and not exact.isdisjoint(node.input)
+        if follows or node.name in keep:
+            exact.update(node.output)
+            found.append(node.name)
+    return found

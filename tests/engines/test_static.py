@@ -16,7 +16,8 @@ from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines.fusion import optimise
 from lrai_engines.quantize import SATURATING, NothingToQuantize
-from lrai_engines.static import static_int8
+from lrai_engines.static import StaticForms, static_int8
+from lrai_engines.static_harms import harms, work
 from tests.core.compiler.onnx_files import linear, model, value
 
 OUTPUT = TensorSpec(name="y", datatype="FP32", shape=("batch", 10), batch_axis=0)
@@ -83,17 +84,60 @@ def test_every_operator_with_weights_is_reported_with_its_error() -> None:
     assert {16, 32} <= {sizes[name] for name in scales}, "a scale per output channel"
 
 
-def test_the_ends_stay_in_float32_where_that_is_asked_for() -> None:
-    _, report = static_int8(network(), sample(), keep_ends=True)
+def test_what_is_kept_stays_in_float32_and_with_it_what_computes_with_it() -> None:
+    quantised, report = static_int8(network(), sample(), keep=["conv1", "classes"])
     assert [line.bits for line in report] == [32, 8, 32]
-    assert report[0].why == report[2].why == "first or last, kept closer"
+    assert report[0].why == report[2].why == "kept closer"
+    relu = next(node for node in quantised.graph.node if node.name == "relu1")
+    assert relu.input[0] == "c1", "nothing is rounded between two operators in float32"
+
+
+def test_ranges_that_were_found_are_used_again() -> None:
+    ranges = bytearray()
+    first, _ = static_int8(network(), sample(), ranges=ranges)
+    assert ranges
+    again, _ = static_int8(network(), sample(1), ranges=ranges)
+    assert again.SerializeToString() == first.SerializeToString()
+
+
+def test_harm_is_what_int8_of_one_operator_does_to_the_output() -> None:
+    """Of each measured by itself in the quantised graph, all others in float32."""
+    proto, rows = network(), sample(8)
+    whole, _ = static_int8(proto, rows)
+    found = harms(proto, whole, rows)
+    assert list(found) == ["conv1", "conv2", "classes"]
+    right = [run(proto, row[0]) for row in rows.rows]
+    for name, harm in found.items():
+        alone, _ = static_int8(proto, rows, keep=set(found) - {name})
+        gaps = [
+            np.abs(run(alone, row[0]) - own).max()
+            for row, own in zip(rows.rows, right, strict=True)
+        ]
+        assert harm == pytest.approx(np.mean(np.square(gaps)), rel=0.5), name
+
+
+def test_the_more_harm_is_kept_out_the_closer_the_form_is() -> None:
+    proto, x = network(), images(40, 2)
+    forms = StaticForms(sample(), 1)
+    right, far, kept = run(proto, x), [], []
+    for share in (0.0, 0.5, 0.95):
+        made, report = forms.build(proto, share=share)
+        far.append(distance(run(made, x), right))
+        kept.append(sum(line.bits == 32 for line in report))
+        assert not share or sum(line.harm for line in report) == pytest.approx(1)
+    assert far[0] > far[1] >= far[2]
+    assert kept[0] == 0 < kept[1] <= kept[2] < 3
+
+
+def test_work_is_how_often_a_weight_is_used() -> None:
+    assert work(network()) == {"conv1": 16 * 27 * 256, "conv2": 32 * 144 * 256, "classes": 320}
 
 
 def test_operators_without_names_are_told_apart() -> None:
     proto, x = network(), images(8, 2)
     for node in proto.graph.node:
         node.ClearField("name")
-    quantised, report = static_int8(proto, sample(), keep_ends=True)
+    quantised, report = static_int8(proto, sample(), keep=["lrai:0", "lrai:6"])
     assert [line.bits for line in report] == [32, 8, 32]
     assert 0 < distance(run(quantised, x), run(proto, x)) < 0.06
 
@@ -125,12 +169,12 @@ def test_every_row_of_the_sample_tells_of_the_activations(count: int) -> None:
     assert distance(own, right) < 0.1
 
 
-def test_where_only_the_ends_have_weights_nothing_is_left() -> None:
+def test_where_all_is_kept_nothing_is_left() -> None:
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], "only")]
     weight = numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "w")
     inputs, outputs = [value("x", ["batch", *SHAPE])], [value("y", ["batch", 2, 16, 16])]
     with pytest.raises(NothingToQuantize, match="no operator is left"):
-        static_int8(model(nodes, inputs, outputs, [weight]), sample(), keep_ends=True)
+        static_int8(model(nodes, inputs, outputs, [weight]), sample(), keep=["only"])
 
 
 @pytest.mark.parametrize(

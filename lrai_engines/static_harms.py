@@ -1,0 +1,131 @@
+"""What int8 with a scale per tensor does to the outputs, one operator with weights at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from lrai_core.compiler.search import Sample
+from lrai_engines.quantize import Graph, assemble
+from lrai_engines.sensitivity import SWITCHES, switched_on
+
+WEIGHTED: Final = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_ABSORBED: Final = ("Relu", "Clip")  # by the scale of what they give
+
+Float32 = npt.NDArray[np.float32]
+
+
+def harms(
+    model: onnx.ModelProto, quantised: onnx.ModelProto, sample: Sample, threads: int = 1
+) -> dict[str, float]:
+    """Return for each operator with weights the mean squared difference that its int8 makes.
+
+    What it reads and what it gives is rounded too, as it is where it runs in int8.
+
+    Args:
+        model: Standard operators with names, weights inline. Not modified.
+        quantised: All of it, with QuantizeLinear and DequantizeLinear: its scales are taken.
+        sample: As for `sensitivity.harms`, which says what is raised.
+        threads: Of the engine.
+    """
+    weights = restored(quantised)
+    return switched_on(_switched(model, quantised, weights), list(weights), sample, threads)
+
+
+def work(model: onnx.ModelProto) -> dict[str, float]:
+    """Return for each operator with weights how many products it computes for one row."""
+    model = onnx.shape_inference.infer_shapes(model)
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    places: dict[str, int] = {}
+    for value in (*model.graph.value_info, *model.graph.output):
+        extents = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        places[value.name] = math.prod(extents[2:])
+    return {
+        node.name: float(sizes.get(node.input[1], 1) * places.get(node.output[0], 1))
+        for node in model.graph.node
+        if node.op_type in WEIGHTED
+    }
+
+
+def restored(quantised: onnx.ModelProto) -> dict[str, Float32]:
+    """Return by operator the float32 weights that its int8 weights stand for."""
+    constants = {tensor.name: tensor for tensor in quantised.graph.initializer}
+    linear = [n for n in quantised.graph.node if n.op_type == "DequantizeLinear"]
+    found = {n.output[0]: n for n in linear if n.input[0] in constants}
+    return {
+        node.name: _restored(found[node.input[1]], constants)
+        for node in quantised.graph.node
+        if node.op_type in WEIGHTED and node.input[1] in found
+    }
+
+
+def _restored(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> Float32:
+    """Return what a DequantizeLinear gives."""
+    integers, scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[:3])
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    shape = [1] * integers.ndim
+    if scale.ndim:
+        shape[axis] = scale.size
+    return np.asarray((integers.astype(np.float32) - zero.reshape(shape)) * scale.reshape(shape))
+
+
+def _switched(
+    model: onnx.ModelProto, quantised: onnx.ModelProto, weights: Mapping[str, Float32]
+) -> onnx.ModelProto:
+    """Return `model` with one more input, float32 [weights]: 1 at the place of what is int8."""
+    graph, names = Graph(0), list(weights)
+    graph.initializers = {t.name: t for t in quantised.graph.initializer}
+    scales = {n.input[0]: n for n in quantised.graph.node if n.op_type == "QuantizeLinear"}
+
+    def rounded(value: str, name: str, switch: str, to: str) -> str:
+        """Have `to` be a value, rounded as the quantised graph rounds the one of that name."""
+        scale = list(scales[name].input[1:3])
+        integers = graph.add("QuantizeLinear", [value, *scale], f"{to}:integer")
+        back = graph.add("DequantizeLinear", [integers, *scale], f"{to}:rounded")
+        return graph.add("Where", [switch, back, value], to)
+
+    ends = _ends(model, scales)
+    rounds: dict[str, str] = {}  # values that an operator in int8 rounds, and its switch
+    for node in model.graph.node:
+        own = onnx.NodeProto()
+        own.CopyFrom(node)
+        if (name := node.name) in weights:
+            place = graph.constant(f"{name}:place", [names.index(name)], np.int64)
+            number = graph.add("Gather", [SWITCHES, place], f"{name}:number")
+            switch = graph.add("Cast", [number], f"{name}:switch", to=TensorProto.BOOL)
+            if node.input[0] in scales:
+                own.input[0] = rounded(node.input[0], node.input[0], switch, f"{name}:read")
+            weight = graph.constant(f"{name}:weight", weights[name], np.float32)
+            own.input[1] = graph.add("Where", [switch, weight, node.input[1]], f"{name}:taken")
+            rounds |= dict.fromkeys(ends.get(name, ()), switch)
+        if (value := node.output[0]) in rounds:
+            own.output[0] = f"{value}:exact"
+        graph.nodes.append(own)
+        if value in rounds:
+            rounded(f"{value}:exact", value, rounds[value], value)
+    made = assemble(model, graph)
+    given = onnx.helper.make_tensor_value_info(SWITCHES, TensorProto.FLOAT, [len(names)])
+    made.graph.input.append(given)
+    return made
+
+
+def _ends(model: onnx.ModelProto, scales: Mapping[str, object]) -> dict[str, list[str]]:
+    """Return by operator the value that its int8 kernel would round: behind a Relu, its own."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    ends = {}
+    for node in model.graph.node:
+        value = node.output[0]
+        after = readers.get(value, [])
+        if value not in scales and len(after) == 1 and after[0].op_type in _ABSORBED:
+            value = after[0].output[0]
+        ends[node.name] = [value] if value in scales else []
+    return ends
