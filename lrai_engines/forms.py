@@ -20,6 +20,7 @@ from lrai_engines.sensitivity import harms
 from lrai_engines.static import StaticForms
 
 _SHARES: Final = (30, 50, 75)  # per cent of the harm that is kept closer
+_EXACT: Final = ((95, 60), (98, 70))  # the same, and of this what is left in float32
 _KEPT: Final = (50, 80, 95)  # the same, in float32
 
 Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
@@ -29,18 +30,24 @@ def forms(sample: Sample, threads: int) -> dict[str, Build]:
     """Return every form beside fp32 and what builds it; what the sample tells is found once."""
     known, static = dict[str, float](), StaticForms(sample, threads)
 
-    def mixed(model: onnx.ModelProto, *, share: float) -> tuple[onnx.ModelProto, list[Quantized]]:
+    def mixed(
+        model: onnx.ModelProto, *, share: float, exact: float = 0.0
+    ) -> tuple[onnx.ModelProto, list[Quantized]]:
         if not known:
             try:
                 known.update(harms(model, sample, threads))
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
                 raise CompileError(f"what each matrix does cannot be told: {error}") from None
-        return mixed_int8(model, known, share=share)
+        return mixed_int8(model, known, share=share, exact=exact)
 
     return {
         "int8-dynamic": dynamic_int8,
         "int8-row": dynamic_int8_per_row,
         **{f"int8-mixed-{share}": partial(mixed, share=share / 100) for share in _SHARES},
+        **{
+            f"int8-mixed-{share}-{exact}": partial(mixed, share=share / 100, exact=exact / 100)
+            for share, exact in _EXACT
+        },
         "int8-static": partial(static.build, share=0),
         **{f"int8-static-{kept}": partial(static.build, share=kept / 100) for kept in _KEPT},
         "int8-block32": partial(matmul_nbits, block_size=32),
@@ -51,7 +58,7 @@ def forms(sample: Sample, threads: int) -> dict[str, Build]:
 class OnnxRuntimeForms:
     """Builds them; see `Builder`."""
 
-    steps = 12 * len(fusion.DISABLEABLE)
+    steps = 14 * len(fusion.DISABLEABLE)
 
     def __init__(self, engine: Engine) -> None:
         """Build for an engine."""

@@ -25,6 +25,7 @@ DISABLEABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
 SkipLayerNormFusion makes MiniLM-L6 slower (float32 3 to 8 %, int8 10 to 20 %; onnxruntime 1.32,
 Zen 4). Leaving out the fusions of GELU, scales and transposes as well changed 1 to 2 %, either way.
 """
+_NEVER = ("WeightBiasQuantization",)  # quantises, per tensor, what a form keeps in float32
 
 
 def optimise(
@@ -62,7 +63,9 @@ def optimise(
         target = Path(folder, "optimised.onnx")
         options.optimized_model_filepath = str(target)
         try:
-            open_session(model.SerializeToString(), options, disabled_optimizers=list(disabled))
+            open_session(
+                model.SerializeToString(), options, disabled_optimizers=[*disabled, *_NEVER]
+            )
             return onnx.load(target, load_external_data=False)
         except (*REFUSALS, EncodeError, DecodeError) as error:
             problem = f"onnxruntime cannot optimise the model: {reason(error)}"

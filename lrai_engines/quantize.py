@@ -31,6 +31,7 @@ _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 # On these, kernels of uint8 x int8 add two products in int16: 2 * 255 * 64 is the most that fits.
 SATURATING = ("avx2", "x86_64")
 _BITS: Final = 8
+_FLOAT32: Final = "float32"  # the scheme of what is left alone
 _TABLE_ELEMENTS: Final = 1 << 18  # of the smallest table worth it: 1 MB
 _TINY = 1e-20  # keeps the scale of an all-zero row finite
 
@@ -80,29 +81,35 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
 
 
 def mixed_int8(
-    model: onnx.ModelProto, harms: Mapping[str, float], *, share: float
+    model: onnx.ModelProto, harms: Mapping[str, float], *, share: float, exact: float = 0.0
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return `model` with a scale per row, but per block of 64 on the few matrices that harm most.
 
     Blocks are closer to float32 and slower. They go to the matrices that do the most harm for
-    their size, as many as make up `share` of it.
+    their size, as many as make up `share` of it; of these the first stay in float32.
 
     Args:
         model: Weights inline, opset 13 or later. Not modified.
         harms: What a scale per row does to the outputs, by matrix, see `sensitivity.harms`.
         share: Of the harm, above 0 and below 1.
+        exact: Of the harm too: what is left in float32.
 
     Raises:
         NothingToQuantize: No operator qualifies, or all would be kept closer.
         CompileError: The opset is too old.
     """
     total, sizes = sum(harms.values()), {one.weight: one.matrix.size for one in linears(model)}
-    closer = worst(harms, sizes, share)
-    if len(closer) == len(harms):
-        raise NothingToQuantize("every matrix would be kept closer")
+    closer, left = worst(harms, sizes, share), worst(harms, sizes, exact)
+    if len(closer) in (0, len(harms)):
+        raise NothingToQuantize("no matrix, or every matrix would be kept closer")
 
     def emit(graph: Graph, layer: Linear) -> str:
         graph.harms[layer.weight] = harms[layer.weight] / (total or 1)
+        if layer.weight in left:
+            graph.errors[layer.weight] = 0.0
+            weight = graph.constant(f"{layer.weight}:float32", layer.matrix, np.float32)
+            graph.add("MatMul", [layer.activation, weight], layer.product)
+            return _FLOAT32
         if layer.weight in closer:
             return _nbits(graph, layer, _MIXED_BLOCK, _INT8_ACTIVATIONS)
         return int8_per_row(graph, layer)
@@ -239,7 +246,7 @@ def rewrite(
             Quantized(
                 node=node.name,
                 op_type=node.op_type,
-                bits=_BITS,
+                bits=32 if scheme == _FLOAT32 else _BITS,
                 scheme=scheme,
                 weight_elements=layer.matrix.size,
                 error=graph.errors[layer.weight],

@@ -46,6 +46,7 @@ class StaticForms:
         self._sample, self._threads = sample, threads
         self._ranges = bytearray()
         self._harms: dict[str, float] = {}
+        self._tried: list[set[str]] = [set()]
 
     def build(
         self, model: onnx.ModelProto, *, share: float
@@ -67,6 +68,9 @@ class StaticForms:
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
                 raise CompileError(f"what each operator does cannot be told: {error}") from None
         keep = worst(self._harms, work(_named(model)), share)
+        if keep in self._tried:
+            raise NothingToQuantize("the same operators as before would be kept closer")
+        self._tried.append(keep)
         made, report = static_int8(model, self._sample, keep=keep, ranges=self._ranges)
         every = sum(self._harms.values()) or 1.0
         told = [replace(line, harm=self._harms.get(line.node, 0.0) / every) for line in report]

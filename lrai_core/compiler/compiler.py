@@ -304,7 +304,8 @@ class _Compilation:
             except (EngineError, ValueError) as error:  # it does not run, or not in batches
                 self._reject(candidate.name, str(error))
                 worth.remove(candidate)
-        worth.sort(key=lambda candidate: (candidate.gap(0.9), -candidate.speedup))
+        share = 1 - self.conditions.delta if self.conditions.epsilon else 0.9  # what is demanded
+        worth.sort(key=lambda candidate: (candidate.gap(share), -candidate.speedup))
         for candidate in worth:
             closer = [one for one in front if one.engine is candidate.engine]
             if candidate.form != "fp32" and (not closer or candidate.gain(closer) >= search.WORTH):

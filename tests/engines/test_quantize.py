@@ -381,6 +381,21 @@ def test_the_mixed_form_keeps_what_harms_most_for_its_size_closer(
     assert relative_error(run(mixed, x), run(model, x)) < 0.02
 
 
+def test_what_harms_most_of_all_is_left_in_float32() -> None:
+    model, harms = two_layers(), {"small": 3.0, "large": 1.0}
+    mixed, report = mixed_int8(model, harms, share=0.5, exact=0.5)
+    assert [(line.bits, line.scheme) for line in report] == [
+        (32, "float32"),
+        (8, "dynamic_int8_per_row"),
+    ]
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    whole, _ = dynamic_int8_per_row(model)
+    assert relative_error(run(mixed, x), run(model, x)) > 0
+    assert relative_error(run(mixed, x), run(model, x)) < relative_error(
+        run(whole, x), run(model, x)
+    )
+
+
 def test_where_nothing_does_harm_there_is_nothing_to_keep_closer() -> None:
     with pytest.raises(NothingToQuantize, match="every matrix would be kept closer"):
         mixed_int8(two_layers(), {"small": 0.0, "large": 0.0}, share=0.3)
