@@ -68,6 +68,25 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPa
     assert found["int8"].speedup == pytest.approx(2)
 
 
+def test_calls_that_take_long_are_not_measured_but_the_first_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def seconds(session: Told, feed: list[Array], repeats: int) -> float:
+        asked.append(len(feed[0]))
+        return 0.2 * len(feed[0])
+
+    monkeypatch.setattr(search, "_seconds", seconds)
+    candidate = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS)["fp32"]
+    monkeypatch.setattr(search, "_seconds", seconds)
+    search.profile([candidate], SIGNATURE, [ROW], [(4, 0), (8, 0)], lambda: None)
+    assert [point.rows for point in candidate.latency] == [4]
+    search.profile([candidate], SIGNATURE, [ROW], [(n, 0) for n in (1, 2, 4)], lambda: None)
+    assert [point.rows for point in candidate.latency] == [1]
+    assert max(asked) == 8
+
+
 def test_the_fastest_fp32_is_what_others_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = search.ROUNDS
     found = profiled(monkeypatch, fp32=[2.0] * rounds, fp32_b=[1.0] * rounds, int8=[1.0] * rounds)
