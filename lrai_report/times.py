@@ -21,11 +21,8 @@ _MEMORY_BYTES: Final = 32 << 30  # address space
 _SECONDS: Final = 120.0
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """Which variant is to be looked at."""
-
-    artifact: str
-    variant: str
+class _Arguments(msgspec.Struct, frozen=True):
+    op_name: str = ""
 
 
 class _Event(msgspec.Struct, frozen=True):
@@ -34,7 +31,7 @@ class _Event(msgspec.Struct, frozen=True):
     name: str
     cat: str = ""
     dur: int = 0  # microseconds
-    args: dict[str, msgspec.Raw] = {}
+    args: _Arguments = _Arguments()
 
 
 def times(artifact: Artifact, variants: tuple[Variant, ...]) -> tuple[dict[str, list[float]], str]:
@@ -48,7 +45,7 @@ def times(artifact: Artifact, variants: tuple[Variant, ...]) -> tuple[dict[str, 
             return {}, f"{variant.engine} does not tell it"
         if (made := artifact.manifest.made_for(variant)) != (here := environment(variant)):
             return {}, f"made for {made}, this is {here}"
-        asked = Asked(str(artifact.path.absolute()), variant.id)
+        asked = (str(artifact.path.absolute()), variant.id)
         try:
             own = run_task(profiled, asked, memory_bytes=_MEMORY_BYTES, timeout_seconds=_SECONDS)
         except (TaskError, LraiError) as error:
@@ -58,14 +55,17 @@ def times(artifact: Artifact, variants: tuple[Variant, ...]) -> tuple[dict[str, 
     return dict(sorted(found.items(), key=lambda one: -max(one[1]))), ""
 
 
-def profiled(asked: Asked) -> dict[str, float]:
+def profiled(asked: tuple[str, str]) -> dict[str, float]:
     """Return milliseconds of one row by kind of operator: of each operator the median, summed up.
+
+    Args:
+        asked: The artifact's folder, and the variant.
 
     Raises:
         EnvironmentProblem: onnxruntime does not run it.
     """
-    artifact = Artifact.open(asked.artifact, verify=False)
-    manifest, variant = artifact.manifest, artifact.manifest.variant(asked.variant)
+    artifact = Artifact.open(asked[0], verify=False)
+    manifest, variant = artifact.manifest, artifact.manifest.variant(asked[1])
     rows = evaluation(artifact).inputs
     row = rows[0] if rows else synthetic_row(manifest.signature, _LENGTH)
     weights = artifact.path / variant.weights if variant.weights else None
@@ -83,13 +83,11 @@ def profiled(asked: Asked) -> dict[str, float]:
         except REFUSALS as error:
             raise EnvironmentProblem(f"it does not run: {type(error).__name__}") from None
         events = msgspec.json.decode(file.read_bytes(), type=list[_Event])
-    taken: dict[str, list[int]] = defaultdict(list)
-    kinds: dict[str, str] = {}
+    taken: dict[tuple[str, str], list[int]] = defaultdict(list)
     for event in events:
         if event.cat == "Node" and event.name.endswith("_kernel_time"):
-            taken[event.name].append(event.dur)
-            kinds[event.name] = msgspec.json.decode(event.args["op_name"], type=str)
+            taken[event.args.op_name, event.name].append(event.dur)
     sums: dict[str, float] = defaultdict(float)
-    for name, durations in taken.items():
-        sums[kinds[name]] += statistics.median(durations[_FIRST:] or durations) / 1e3
+    for (kind, _), durations in taken.items():
+        sums[kind] += statistics.median(durations[_FIRST:] or durations) / 1e3
     return dict(sums)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -20,7 +21,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from lrai_core import Artifact, ConditionNotMet, LraiError, Runtime, Signature, UsageError
+from lrai_core import (
+    Artifact,
+    ConditionNotMet,
+    EnvironmentProblem,
+    LraiError,
+    Runtime,
+    Signature,
+    UsageError,
+)
 from lrai_core import compile as compile_model
 from lrai_core.errors import shorten
 from lrai_core.verifier.verifier import evaluation
@@ -58,7 +67,8 @@ def tune(
     target: Annotated[
         str,
         typer.Argument(
-            help="What the runtime serves (also by its folder), an artifact, a model file."
+            help="What the runtime serves (also by its folder, or as MLflow's models:/…), "
+            "an artifact, a model file."
         ),
     ],
     *,
@@ -143,17 +153,23 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _find(target: str, requests: Path | None, address: str) -> Target:
-    path = Path(target)
+    path, named = Path(target), _artifact_of(target)
     if (path / "manifest.json").is_file():
         artifact = Artifact.open(path)
         model = artifact.file(artifact.manifest.source.file)
         return Target(model, requests, artifact.manifest.signature)
-    if path.is_file():
+    if path.is_file() and not named:
         return Target(path, requests, None)
     with Runtime(address=address) as runtime:
         served = {one.name: one for one in runtime.deployments()}
     # Hosts add a version to the name: search for search:4f0c, and for the folder models/search.
     alike = [name for name in served if name.partition(":")[0] == path.name]
+    if named:
+        known_as = {name: {v.partition("-")[0] for v in one.shares} for name, one in served.items()}
+        alike = [name for name, versions in known_as.items() if named.version in versions]
+        if not alike and requests:
+            source = named.file(named.manifest.source.file)
+            return Target(source, requests, named.manifest.signature)
     name = target if target in served else alike[0] if len(alike) == 1 else ""
     if not name:
         known = ", ".join(map(repr, alike or served)) or "no model"
@@ -169,6 +185,18 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
         )
     model = artifact.file(artifact.manifest.source.file)
     return Target(model, requests or captured, artifact.manifest.signature, name)
+
+
+def _artifact_of(target: str) -> Artifact | None:
+    """Return the artifact that a URI names, by what its scheme has for an entry point."""
+    scheme, colon, _ = target.partition(":/")
+    for entry in entry_points(group="lrai.artifacts", name=scheme) if colon else ():
+        try:
+            found: Artifact = entry.load()(target)
+        except ImportError as error:
+            raise EnvironmentProblem(f"{shorten(target)} needs another package: {error}") from None
+        return found
+    return None
 
 
 def _without_requests(found: Target, written: Path, output_map: str, *, apply: bool) -> None:

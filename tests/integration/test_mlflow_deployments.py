@@ -28,6 +28,7 @@ import lrai_mlflow
 from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server
 from lrai_mlflow.commands.deployments import Client
+from lrai_report.tune import _find
 from tests.integration.mlflow_server import own_store, post
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import column_model
@@ -62,6 +63,31 @@ def saved(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list
         artifact = lrai.compile(source, out=folder / f"{number}.lrai", threads=1)
         lrai_mlflow.save_model(artifact, folder / f"model-{number}")
     return [folder / f"model-{number}" for number in range(len(sources))]
+
+
+@pytest.mark.usefixtures("registry", "sockets")
+def test_tune_finds_what_serves_by_the_uri_of_its_model(
+    sources: list[Path], tmp_path: Path
+) -> None:
+    artifact = lrai.compile(sources[0], out=tmp_path / "m.lrai", threads=1)
+    with mlflow.start_run():
+        lrai_mlflow.log_model(artifact, name="m", registered_model_name="tuned")
+    requests = tmp_path / "rows.npz"
+    np.savez(requests, features=ROWS)
+    with lrai.Runtime() as runtime:
+        runtime.load(artifact.path, name="tuned:4f0c")
+        served = _find("models:/tuned/1", requests, "auto")
+        with pytest.raises(lrai.ConditionNotMet, match="none are captured"):
+            _find("models:/tuned/1", None, "auto")
+        runtime.unload("tuned:4f0c")
+        alone = _find("models:/tuned/1", requests, "auto")
+        with pytest.raises(lrai.UsageError, match="is no file, artifact or name"):
+            _find("models:/tuned/1", None, "auto")
+    assert (served.name, alone.name) == ("tuned:4f0c", "")
+    assert served.signature == alone.signature == artifact.manifest.signature
+    assert alone.model.read_bytes() == artifact.file(artifact.manifest.source.file).read_bytes()
+    with pytest.raises(lrai.ConditionNotMet, match="not found"):
+        _find("models:/none/1", requests, "auto")
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import typer
 from mlflow.exceptions import MlflowException
 from rich.console import Console
 
-from lrai_core import ConditionNotMet
+from lrai_core import Artifact, ConditionNotMet
 from lrai_mlflow.commands.convert import convert as convert_model
+from lrai_mlflow.flavor import load_model
 
 app = typer.Typer(
     help="Models of MLflow.", no_args_is_help=True, add_completion=False,
@@ -55,6 +56,14 @@ def convert(
         raise ConditionNotMet(error.message) from None
     version = logged.registered_model_version
     out.print(logged.model_uri, f"version {version}" if version is not None else "not registered")
+
+
+def artifact_of(model_uri: str) -> Artifact:
+    """Return the artifact in a model of the lrai flavor; an entry point of `lrai.artifacts`."""
+    try:
+        return load_model(model_uri)
+    except MlflowException as error:
+        raise ConditionNotMet(error.message) from None
 
 
 def main(arguments: Sequence[str]) -> None:
