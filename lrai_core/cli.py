@@ -58,17 +58,13 @@ def compile(
         list[str] | None, typer.Option(help="Array of groups to treat alike; repeatable.")
     ] = None,
     max_disparity: Annotated[float, typer.Option(help="Most by which groups may part.")] = 0.01,
-    axes: Annotated[
-        Path | None, typer.Option(help="TOML that states batch and length axes.")
-    ] = None,
+    axes: Annotated[Path | None, typer.Option(help="TOML that states the axes.")] = None,
     keep: Annotated[int, typer.Option(help="Variants to keep, fp32 too; 3: two serve.")] = 2,
     engine: Annotated[
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
     ] = None,
     threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
-    keep_evaluation: Annotated[
-        int | None, typer.Option(help="Gate rows to keep in it; by default what fits 16 MiB.")
-    ] = None,
+    keep_evaluation: Annotated[int | None, typer.Option(help="Gate rows to keep in it.")] = None,
     slim: Slim = False,  # noqa: FBT002 - typer's way
 ) -> None:
     """Compile MODEL: fp32, and the fastest forms that pass the gate on the evaluation rows."""

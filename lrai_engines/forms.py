@@ -121,5 +121,5 @@ def _under_each_pass_set(
         if kinds in seen:  # the passes had nothing to do; names and order differ by chance
             continue
         seen.append(kinds)
-        size = material.shared.write_variant(optimised, file)
+        size = material.shared.write_candidate(optimised, file)
         yield Built(form, precision, file, size, operators, passes_off, shared=True)

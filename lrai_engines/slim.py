@@ -110,7 +110,7 @@ def _with_own_weights(artifact: Artifact, variant: Variant, folder: Path) -> Var
     graph = artifact.file(variant.model)
     proto = onnx.load(graph, load_external_data=False)
     load_external_data_for_model(proto, str(artifact.path / variant.weights))
-    SharedWeights(folder).write_source(proto, folder / graph.name)
+    SharedWeights(folder).write(proto, folder / graph.name)
     size = sum(file.stat().st_size for file in folder.iterdir())
     return msgspec.structs.replace(variant, weights=f"variants/{variant.id}", size_bytes=size)
 

@@ -176,7 +176,7 @@ class _Compilation:
         graph = self.folder / self.source.file
         graph.parent.mkdir()
         self.shared = SharedWeights(graph.parent)
-        self.shared.write_source(self.proto, graph)
+        self.shared.write(self.proto, graph)
         self.reference = self.engine.load(graph, weights=graph.parent, threads=self.threads)
 
     def find_axes(
@@ -407,7 +407,10 @@ class _Compilation:
         write_certificate(self.folder, issue(artifact, spec, self.gate, failures))
 
     def _variant(self, candidate: Candidate, found: Judged | None) -> Variant:
-        shutil.copytree(candidate.graph.parent, self.folder / "variants" / candidate.form)
+        graph = self.folder / "variants" / candidate.form / candidate.graph.name
+        shutil.copytree(candidate.graph.parent, graph.parent)
+        if candidate.shared:  # its own weights, too, are mapped by who loads them, and not copied
+            self.shared.write(onnx.load(graph, load_external_data=False), graph)
         first = self.kept[0][0] is candidate
         why = candidate.pace if candidate.form != "fp32" else "always kept"
         if found is not None:

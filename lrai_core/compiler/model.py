@@ -137,11 +137,13 @@ class SharedWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        (folder / _WEIGHTS).touch()
         self._places: dict[bytes, tuple[int, int]] = {}  # offset and length, by content
 
-    def write_source(self, proto: onnx.ModelProto, graph: Path) -> None:
-        """Move the model's weights into the file, which `proto` then refers to, and write it."""
-        with (self.folder / _WEIGHTS).open("wb") as stream:
+    def write(self, proto: onnx.ModelProto, graph: Path) -> None:
+        """Move a graph's weights into the file, which `proto` then refers to, and write it."""
+        with (self.folder / _WEIGHTS).open("r+b") as stream:
+            stream.seek(0, os.SEEK_END)
             for tensor, content in _large_tensors(proto):
                 if content not in self._places:
                     stream.seek(-stream.tell() % _ALIGNMENT, os.SEEK_CUR)
@@ -149,8 +151,11 @@ class SharedWeights:
                 self._refer(tensor, content)
         graph.write_bytes(proto.SerializeToString())
 
-    def write_variant(self, proto: onnx.ModelProto, graph: Path) -> int:
-        """Write a graph that refers to the file for what it has; return the bytes it reads."""
+    def write_candidate(self, proto: onnx.ModelProto, graph: Path) -> int:
+        """Write a graph that refers to the file for what it has; return the bytes it reads.
+
+        The rest stays in the graph, until it is to be kept: see `write`.
+        """
         for tensor, content in _large_tensors(proto):
             if content in self._places:
                 self._refer(tensor, content)

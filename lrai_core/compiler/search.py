@@ -214,9 +214,8 @@ def profile(
     sessions = [candidate.session for candidate in candidates]
     more = takewhile(lambda f: _seconds(sessions[0], f, 1) <= _MOST_SECONDS, feeds[1:])
     feeds = [*feeds[:1], *more]
-    points = points[: len(feeds)]
     repeats = [[_repeats(session, feed) for session in sessions] for feed in feeds]
-    rounds: list[list[list[float]]] = [[] for _ in points]  # by point, round and candidate
+    rounds: list[list[list[float]]] = [[] for _ in feeds]  # by point, round and candidate
     for _ in range(ROUNDS):  # from one point to the next, as traffic goes from shape to shape
         for feed, times, found in zip(feeds, repeats, rounds, strict=True):
             found.append(list(map(_seconds, sessions, repeat(feed), times)))
@@ -228,7 +227,7 @@ def profile(
     gains = np.exp(np.quantile(paces[:, [best]] - paces, 0.25, axis=0))
     for i, candidate in enumerate(candidates):
         candidate.speedup = float(gains[i])
-        own = zip(points, taken[..., i], strict=True)
+        own = zip(points, taken[..., i], strict=False)  # the first points
         candidate.latency = [_point(*at, seconds) for at, seconds in own]
 
 

@@ -39,7 +39,7 @@ def material(proto: onnx.ModelProto, folder: Path) -> Material:
     """Return what forms are made of, with a sample that OpenVINO's do not look at."""
     shared, moved = SharedWeights(folder), onnx.ModelProto()
     moved.CopyFrom(proto)
-    shared.write_source(moved, folder / "source.onnx")
+    shared.write(moved, folder / "source.onnx")
     return Material(moved, shared, folder, Sample([], ()), 1)
 
 

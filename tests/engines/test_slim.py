@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
@@ -55,6 +56,17 @@ def test_it_answers_as_the_chosen_variant_did_bit_for_bit(
     own = answers(slimmed.path, x)
     assert own[0] == whole[0]
     np.testing.assert_array_equal(own[1], whole[1])
+
+
+def test_every_variant_has_its_weights_in_a_file_that_is_mapped(
+    original: tuple[Path, Path], slimmed: lrai.Artifact
+) -> None:
+    for artifact in (lrai.Artifact.open(original[1]), slimmed):
+        for variant in artifact.variants:
+            proto = onnx.load(artifact.file(variant.model), load_external_data=False)
+            inline = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+            assert inline < 16 << 10, variant.id
+            assert variant.size_bytes > 200 << 10
 
 
 def test_it_holds_one_variant_and_what_speaks_of_it(slimmed: lrai.Artifact) -> None:
