@@ -227,7 +227,7 @@ class Artifact:
     def file(self, relative: str) -> Path:
         """Return the path of a file that the manifest names."""
         if not relative:
-            raise UsageError("a slim artifact has no source model; name the original, --source")
+            raise UsageError("slim, without source model: only certificate check --source can do")
         if relative not in self.manifest.files:
             raise ArtifactError(f"the manifest does not name {shorten(relative)!r}")
         return self.path / relative

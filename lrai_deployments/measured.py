@@ -12,13 +12,13 @@ import stat
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from lrai_core import Artifact, ArtifactError, LraiConfig
-from lrai_core.artifact import Manifest, disk_errors, read_record
-from lrai_core.engine.engine import isa_class
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiConfig
+from lrai_core.artifact import Manifest, Variant, disk_errors, read_record
+from lrai_core.engine.engine import installed_version, isa_class
 
 _MOST_BYTES: Final = 64 << 20
 _log: Final = logging.getLogger("lrai.deployments")
@@ -26,8 +26,10 @@ _log: Final = logging.getLogger("lrai.deployments")
 
 def place(artifact: Artifact, config: LraiConfig) -> Path:
     """Return the file in which is kept what was measured of an artifact on this kind of machine."""
+    address = config.runtime.address
+    own = address if address.startswith("/") else ""  # a daemon's folder is its state folder
     parent = config.runtime.socket_dir or tempfile.gettempdir()
-    state = Path(config.runtime.state_dir or Path(parent, f"lrai-{os.geteuid()}"))
+    state = Path(config.runtime.state_dir or own or Path(parent, f"lrai-{os.geteuid()}"))
     return state / "requalified" / f"{artifact.version}-{isa_class()}.json"
 
 
@@ -35,15 +37,12 @@ def measured_here(artifact: Artifact, config: LraiConfig) -> Artifact:
     """Return the artifact with what was measured of it here, and as it is where nothing was.
 
     What is not of this artifact, or in a folder that others may write to, is left alone, with a
-    line in the log.
+    line in the log; what was measured with another version of onnxruntime, without.
     """
     path = place(artifact, config)
     try:
-        for part, kind in ((path.parent, stat.S_ISDIR), (path, stat.S_ISREG)):
-            info = part.lstat()
-            owned = info.st_uid in (0, os.geteuid()) and not info.st_mode & 0o022
-            if not kind(info.st_mode) or not owned:
-                raise ArtifactError("others may write to it")
+        for part in (path.parent.parent, path.parent, path):
+            _check(part, (0, os.geteuid()))
         found, _ = read_record(path, Manifest, _MOST_BYTES)
         if not _is_of(found, artifact.manifest):
             raise ArtifactError("it is not of this artifact")
@@ -52,33 +51,61 @@ def measured_here(artifact: Artifact, config: LraiConfig) -> Artifact:
     except (OSError, ArtifactError) as error:
         _log.warning("what was measured of %s is not used: %s", artifact.manifest.name, error)
         return artifact
+    made = (found.target.isa, found.target.engine_version)
+    if made != (isa_class(), installed_version(found.target.engine)):
+        return artifact
     return replace(artifact, manifest=found)
 
 
-def keep(artifact: Artifact, found: Manifest | None, config: LraiConfig) -> None:
-    """Write what was measured, or for None forget it.
+def keep(artifact: Artifact, found: Manifest, config: LraiConfig) -> Path:
+    """Write what was measured, and return where.
 
     Raises:
-        EnvironmentProblem: The disk is full, read-only or not permitted.
+        EnvironmentProblem: The disk is full, read-only or not permitted, or the folder is not this
+            user's alone.
     """
     path = place(artifact, config)
     with disk_errors(path):
-        if found is None:
-            path.unlink(missing_ok=True)
-            return
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-        temporary.replace(path)
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                _check(folder, (os.geteuid(),))
+            except ArtifactError as error:
+                raise EnvironmentProblem(f"{folder} cannot keep it: {error}") from None
+        content = msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n"
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+        os.close(descriptor)
+        Path(temporary).write_bytes(content)
+        Path(temporary).replace(path)
+    return path
+
+
+def _check(part: Path, owners: tuple[int, ...]) -> None:
+    """Refuse a link, and what others own or may write to.
+
+    Raises:
+        ArtifactError: It is such a thing.
+        OSError: It cannot be looked at.
+    """
+    info = part.lstat()
+    plain = stat.S_ISREG(info.st_mode) if part.suffix == ".json" else stat.S_ISDIR(info.st_mode)
+    if not plain or info.st_uid not in owners or info.st_mode & 0o022:
+        raise ArtifactError("others may write to it")
 
 
 def _is_of(found: Manifest, own: Manifest) -> bool:
     """Return whether the one differs from the other by what was measured and nothing else."""
-    what = {
-        variant.id: (variant.engine, variant.model, variant.weights) for variant in own.variants
-    }
-    same = all(what.get(v.id) == (v.engine, v.model, v.weights) for v in found.variants)
-    serving = {found.chosen, *found.together} <= {variant.id for variant in found.variants}
-    fixed = (found.files, found.signature, found.source) == (own.files, own.signature, own.source)
-    return same and serving and fixed
+    known = {variant.id: variant for variant in own.variants}
+    if known.keys() != {v.id for v in found.variants} or found.chosen not in known:
+        return False
+    names = ("chosen", "together", "variants", "target", "created")
+    measured: dict[str, Any] = {name: getattr(found, name) for name in names}
+    fixed = msgspec.structs.replace(own, demanded=None, **measured) == found
+    serves = set(found.together) <= known.keys()
+    return fixed and serves and all(_fixed(v) == _fixed(known[v.id]) for v in found.variants)
+
+
+def _fixed(variant: Variant) -> tuple[object, ...]:
+    """Return what no measurement changes."""
+    files = (variant.model, variant.weights, variant.size_bytes)
+    return (*files, variant.engine, variant.precision, variant.passes_off)

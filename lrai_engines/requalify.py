@@ -6,14 +6,16 @@ figures, another speed. What is found is kept beside the user's state, and the r
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+from msgspec import json
 from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,7 +30,7 @@ from lrai_core import (
     certificates,
     load_config,
 )
-from lrai_core.artifact import Manifest, Target, Variant
+from lrai_core.artifact import QUANTIZATION_LOG, Manifest, Target, Variant
 from lrai_core.compiler import gate, search
 from lrai_core.compiler.gate import Conditions, Judged
 from lrai_core.compiler.search import Candidate
@@ -52,12 +54,13 @@ class Found:
     """What was found of an artifact here.
 
     Attributes:
-        manifest: It, with what was measured here; None where its source model is to serve.
-        verdicts: By form what decided; also of forms that do not serve.
+        manifest: It, with what was measured here. What is not right here was made for elsewhere by
+            it; where that is fp32 too, the source model serves.
+        verdicts: By form what decided.
         certificates: Issued here, for what serves.
     """
 
-    manifest: Manifest | None = None
+    manifest: Manifest
     verdicts: dict[str, str] = field(default_factory=dict)
     certificates: list[Certificate] = field(default_factory=list)
 
@@ -89,23 +92,22 @@ def command(
             bar.update(task, description=shorten(words), completed=done, total=total)
 
         found = requalify(artifact, threads=threads, report=report)
-    home = artifact.manifest.variant(artifact.manifest.chosen)
+    home, manifest = artifact.manifest.variant(artifact.manifest.chosen), found.manifest
     _say(f"made for {artifact.manifest.made_for(home)}; this is {environment(home)}")
-    serving = {variant.id for variant in found.manifest.serving()} if found.manifest else set()
+    serving = [v.id for v in manifest.serving() if manifest.made_for(v) == environment(v)]
     table = Table("variant", "here", "at home", "1 row here", "what decided")
-    here = {v.id: v for v in found.manifest.variants} if found.manifest else {}
-    for variant in artifact.variants:
-        own = here.get(variant.id)
-        alone = next((p for p in own.latency if p.rows == 1), None) if own else None
+    for own in manifest.variants:
+        alone = next((point for point in own.latency if point.rows == 1), None)
+        right = manifest.made_for(own) == environment(own)
         table.add_row(
-            f"{variant.id} *" if variant.id in serving else variant.id,
-            f"{own.speedup:.2f} x fp32" if own else "-",
-            f"{variant.speedup:.2f} x fp32",
-            f"{alone.median_ms:.3g} ms" if alone else "-",
-            shorten(found.verdicts.get(variant.id, ""), _CELL),
+            f"{own.id} *" if own.id in serving else own.id,
+            f"{own.speedup:.2f} x fp32" if right else "-",
+            f"{artifact.manifest.variant(own.id).speedup:.2f} x fp32",
+            f"{alone.median_ms:.3g} ms" if alone and right else "-",
+            shorten(found.verdicts[own.id], _CELL),
         )
     out.print(table)
-    keep(artifact, found.manifest, load_config())
+    _say(f"kept in {keep(artifact, manifest, load_config())}")
     for certificate in found.certificates:
         try:
             write_certificate(artifact.path, certificate)
@@ -113,13 +115,18 @@ def command(
             _say(f"certificate {certificate.id} was not kept: {problem}")
         else:
             _say(f"certificate {certificate.id}: {certificate.statement()}")
-    if found.manifest is None or found.manifest.chosen == "fp32":
-        raise ConditionNotMet("no variant but fp32 is right here and faster: fp32 serves")
-    _say(f"* serves here, from the next start of a runtime on: {', '.join(sorted(serving))}")
+    if manifest.chosen == "fp32":
+        what = "fp32" if serving else "the source model, optimised when it is loaded,"
+        raise ConditionNotMet(f"no variant but fp32 is right here and faster: {what} serves")
+    _say(f"* serves here, from the next start of a runtime on: {', '.join(serving)}")
 
 
 def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *_: None) -> Found:
     """Return what gate and timing say of an artifact's variants on this machine.
+
+    They are judged by agreement and by what was demanded of closeness, from the one on that was
+    closest on the search rows at home; the first that fails ends it, as in `compile`. What was
+    compiled with groups of people is not judged: the rows that are kept do not say who is who.
 
     Args:
         artifact: Its files are as the manifest says.
@@ -137,41 +144,63 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     epsilon, delta = manifest.demanded or (None, 0.01)
     conditions = Conditions(epsilon=epsilon, delta=delta)
     gate.check_row_count(rows, conditions, 0)
-    threads, found = threads or available_cpus(), Found()
+    threads, verdicts = threads or available_cpus(), dict[str, str]()
     engine = find_engine("onnxruntime")
     plain = engine.load(source, threads=threads, optimise=True)
     candidates = [_candidate("fp32", source, plain, engine)]
-    for variant in manifest.variants:
+    for variant in sorted(manifest.variants, key=_closeness(artifact)):
         try:
-            candidates.append(_loaded(artifact, variant, threads))
-        except LraiError as error:
-            found.verdicts[variant.id] = str(error)
+            candidates.append(_loaded(artifact, variant, threads, rows.inputs[0]))
+        except (LraiError, ValueError) as error:
+            verdicts[variant.id] = str(error)
     points = search.points(manifest.signature, rows.inputs)
     tick = _ticking(report, "measure", search.ROUNDS)
     search.profile(candidates, manifest.signature, rows.inputs, points, tick)
     tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
     reference = gate.run_alone(engine.load(source, threads=threads), rows, tick)
-    judged: list[tuple[Candidate, Judged]] = []
+    judged: dict[str, tuple[Candidate, Judged]] = {}
+    failed = ""
     for candidate in candidates[1:]:
+        home = manifest.variant(candidate.form).gate
+        if failed or (home and home.disparities and candidate.form != "fp32"):
+            closer = f"{failed} is closer, and failed"
+            verdicts[candidate.form] = closer if failed else "groups can only be judged at home"
+            continue
         try:
             runs = gate.run(candidate.session, rows, manifest.signature, tick)
             own = gate.judge(runs, reference, rows, manifest.signature, conditions)
         except (EngineError, ValueError) as error:
-            found.verdicts[candidate.form] = str(error)
+            verdicts[candidate.form], failed = str(error), candidate.form
             continue
-        found.verdicts[candidate.form] = f"{candidate.pace}; {own.result.why}"
+        verdicts[candidate.form] = f"{candidate.pace}; {own.result.why}"
         if own.result.passed:
-            judged.append((candidate, own))
-    serving = _serving([candidate for candidate, _ in judged])
-    if serving:
-        names = [candidate.form for candidate in serving]
-        found.manifest = _manifest(artifact, judged, names, threads)
-        changed = Artifact(artifact.path, found.manifest, artifact.sha256)
-        found.certificates = list(_certified(changed, rows, judged, names))
+            judged[candidate.form] = candidate, own
+        elif candidate.form != "fp32":
+            failed = candidate.form
+    names = _serving([candidate for candidate, _ in judged.values()])
+    if names == ["fp32"] and "fp32" not in judged:
+        judged.clear()  # nothing is to serve in place of the source model
+    elif names == ["fp32"] and judged["fp32"][0].speedup <= 1 / search.WORTH:
+        verdicts["fp32"] += "; the source model, optimised here, is faster"
+        judged.clear()
+    found = Found(_manifest(artifact, judged, names, threads), verdicts)
+    changed = Artifact(artifact.path, found.manifest, artifact.sha256)
+    found.certificates = list(_certified(changed, rows, judged, names))
     return found
 
 
-def _serving(right: Sequence[Candidate]) -> list[Candidate]:
+def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
+    """Return by what variants are ordered: how far each was on the search rows at home."""
+    gaps: dict[str, float] = {"fp32": -1.0}
+    if QUANTIZATION_LOG in artifact.manifest.files:
+        for line in artifact.file(QUANTIZATION_LOG).read_bytes().splitlines():
+            event = json.decode(line)
+            if event.get("event") == "searched":
+                gaps.setdefault(event["form"].partition(" ")[0], event["gap"])
+    return lambda variant: gaps.get(variant.id, math.inf)
+
+
+def _serving(right: Sequence[Candidate]) -> list[str]:
     """Return what is to serve of forms that passed: the fastest, then what makes calls faster."""
     worth = [one for one in right if one.form != "fp32" and one.speedup >= search.WORTH]
     serving: list[Candidate] = []
@@ -180,17 +209,23 @@ def _serving(right: Sequence[Candidate]) -> list[Candidate]:
         worth.remove(best)
         if not serving or best.gain(serving) >= search.WORTH:
             serving.append(best)
-    plain = [one for one in right if one.form == "fp32" and one.speedup > 1 / search.WORTH]
-    return serving or plain
+    return [candidate.form for candidate in serving] or ["fp32"]
 
 
 def _manifest(
-    artifact: Artifact, judged: Sequence[tuple[Candidate, Judged]], names: list[str], threads: int
+    artifact: Artifact,
+    judged: Mapping[str, tuple[Candidate, Judged]],
+    names: list[str],
+    threads: int,
 ) -> Manifest:
-    """Return the manifest with what was measured here, of the variants that are right here."""
+    """Return the manifest with what was measured here; what is not right here fits no machine."""
     manifest = artifact.manifest
-    variants = [_measured(manifest.variant(one.form), one, own) for one, own in judged]
-    variants.sort(key=lambda v: names.index(v.id) if v.id in names else len(names))
+    variants = [
+        _measured(variant, *judged[variant.id])
+        if variant.id in judged
+        else replace(variant, engine_version=f"{manifest.made_for(variant)}, not here")
+        for variant in manifest.variants
+    ]
     version = installed_version("onnxruntime")
     target = Target(isa=isa_class(), engine="onnxruntime", engine_version=version, threads=threads)
     return replace(
@@ -198,42 +233,48 @@ def _manifest(
         variants=tuple(variants),
         chosen=names[0],
         together=tuple(names[1:]),
+        demanded=None,  # a bound at the whole level is of where it was judged in its order
         target=target,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
 
 def _measured(variant: Variant, candidate: Candidate, judged: Judged) -> Variant:
-    own = variant.engine != "onnxruntime" or bool(variant.engine_version)
+    labels = variant.gate is not None and variant.gate.accuracy_loss is not None
+    home = "; accuracy was judged at home" if labels else ""
     return replace(
         variant,
-        engine_version=installed_version(variant.engine) if own else "",
+        engine_version=installed_version(variant.engine),
         latency=tuple(candidate.latency),
         speedup=candidate.speedup,
         gate=judged.result,
         batch_effect=judged.batch_effect,
-        why=f"measured again: {candidate.pace}; {judged.result.why}",
+        why=f"measured again: {candidate.pace}; {judged.result.why}{home}",
     )
 
 
 def _certified(
-    artifact: Artifact, rows: Rows, judged: Sequence[tuple[Candidate, Judged]], names: list[str]
+    artifact: Artifact,
+    rows: Rows,
+    judged: Mapping[str, tuple[Candidate, Judged]],
+    names: Sequence[str],
 ) -> Iterator[Certificate]:
     """Yield for what serves a certificate of each closeness that was certified before.
 
     Another one would have to be chosen by other rows than those that it is judged on.
     """
-    for candidate, own in judged:
-        if candidate.form in names:
-            given = {c.epsilon: c for c in certificates(artifact, candidate.form) if not c.radius}
+    for name in names:
+        if name in judged:
+            given = {c.epsilon: c for c in certificates(artifact, name) if not c.radius}
             for epsilon, certificate in given.items():
-                yield issue(artifact, certificate, rows, failing(own.gaps, epsilon))
+                yield issue(artifact, certificate, rows, failing(judged[name][1].gaps, epsilon))
 
 
-def _loaded(artifact: Artifact, variant: Variant, threads: int) -> Candidate:
+def _loaded(artifact: Artifact, variant: Variant, threads: int, row: Sequence[Any]) -> Candidate:
     """Return a variant as it runs here.
 
     Raises:
+        EngineError: It does not run.
         EnvironmentProblem: Its engine is not installed.
         ArtifactError: The engine cannot open what was made for another machine.
     """
@@ -241,6 +282,7 @@ def _loaded(artifact: Artifact, variant: Variant, threads: int) -> Candidate:
     graph = artifact.file(variant.model)
     weights = artifact.path / variant.weights if variant.weights else None
     session = engine.load(graph, weights=weights, threads=threads)
+    session.run(row)
     return _candidate(variant.id, graph, session, engine)
 
 

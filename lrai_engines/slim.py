@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -18,7 +19,7 @@ import typer
 from onnx.external_data_helper import load_external_data_for_model
 from rich.console import Console
 
-from lrai_core import Artifact, UsageError
+from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
 from lrai_core import artifact as store
 from lrai_core.artifact import Variant, disk_errors
 from lrai_core.compiler.model import SharedWeights
@@ -26,6 +27,7 @@ from lrai_core.verifier.certificate import certificates, write_certificate
 from lrai_core.verifier.verifier import environment, evaluation, failing, gaps, issue
 
 out: Final = Console(highlight=False, markup=False, emoji=False)
+_MOST_DRAWS: Final = 100_000  # of a certificate that is to be issued again
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -60,24 +62,43 @@ def slim(path: str | Path, to: str | Path | None = None) -> Artifact:
 
     Raises:
         UsageError: It is slim already, or `to` exists.
+        ConditionNotMet: What is chosen was made for another machine.
         ArtifactError: It cannot be read.
         EnvironmentProblem: The disk is full or read-only, or an engine is not installed.
     """
     artifact = Artifact.open(path)
     if not artifact.manifest.source.file:
         raise UsageError(f"{artifact.path.name} is slim already")
+    chosen = artifact.manifest.variant(artifact.manifest.chosen)
+    if (made_for := artifact.manifest.made_for(chosen)) != (here := environment(chosen)):
+        why = "slim it there, it would serve nowhere else"
+        raise ConditionNotMet(f"{chosen.id} was made for {made_for}, this is {here}: {why}")
     folder = artifact.path.absolute()
     written = Path(to) if to else folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.slim")
     with store.writing(written) as made:
         _write(artifact, made)
+    made_anew = Artifact.open(written)  # before what it is made of is gone
     if to is None:
-        aside = written.with_suffix(".whole")
-        with disk_errors(folder):
-            folder.rename(aside)
-            written.rename(folder)
-        shutil.rmtree(aside)
-        written = folder
-    return Artifact.open(written, verify=False)
+        _exchange(written, folder)
+        made_anew = replace(made_anew, path=folder)
+    return made_anew
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Have the one take the other's place; whatever is refused leaves the old one there."""
+    aside = new.with_suffix(".whole")
+    try:
+        with disk_errors(old):
+            old.rename(aside)
+            try:
+                new.rename(old)
+            except OSError:
+                aside.rename(old)
+                raise
+    except (EnvironmentProblem, OSError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise EnvironmentProblem(f"{old.name} cannot be replaced, use -o: {error}") from None
+    shutil.rmtree(aside)
 
 
 def _write(artifact: Artifact, folder: Path) -> None:
@@ -95,12 +116,12 @@ def _write(artifact: Artifact, folder: Path) -> None:
     source = msgspec.structs.replace(manifest.source, file="")
     alone = msgspec.structs.replace(manifest, source=source, variants=(chosen,), together=())
     store.write_manifest(folder, alone)
-    if manifest.made_for(chosen) != environment(chosen):
-        return  # what it computes here is not what serves
     made, rows = Artifact.open(folder, verify=False), evaluation(artifact)
     original = artifact.file(manifest.source.file)
     for certificate in certificates(artifact, chosen.id):
-        draws = range(certificate.samples)
+        if certificate.environment != environment(chosen) or certificate.samples > _MOST_DRAWS:
+            continue  # another machine's, or nobody could wait for it
+        draws = range(certificate.samples if certificate.radius else len(rows))
         failures = failing(gaps(made, certificate, rows, draws, original), certificate.epsilon)
         write_certificate(folder, issue(made, certificate, rows, failures))
 

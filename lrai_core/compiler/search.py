@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from itertools import repeat, takewhile
+from itertools import repeat
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -27,7 +27,7 @@ WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not wo
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
-_MOST_SECONDS: Final = 0.3  # of a call: larger ones tell nothing that is worth the time
+_LONG: Final = 0.3  # seconds of a call of several rows: longer ones are not worth the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,21 +203,20 @@ def profile(
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
-    `tick` is told of every round. From the first point on that takes over 0.3 s none is measured:
-    what a call of more rows takes is told by those before.
+    `tick` is told of every round. Points of several rows that take over 0.3 s are left out: what
+    they take is told by smaller ones.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
     of four rounds: the luckiest of many would win by their median, and be slower when it serves.
     """
     row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
     bases = (row or synthetic_row(signature, max(length, 1)) for _, length in points)
-    feeds = [stretch(base, signature, *at) for base, at in zip(bases, points, strict=True)]
+    feeds = {at: stretch(base, signature, *at) for base, at in zip(bases, points, strict=True)}
     sessions = [candidate.session for candidate in candidates]
-    more = takewhile(lambda f: _seconds(sessions[0], f, 1) <= _MOST_SECONDS, feeds[1:])
-    feeds = [*feeds[:1], *more]
-    repeats = [[_repeats(session, feed) for session in sessions] for feed in feeds]
+    feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= _LONG}
+    repeats = [[_repeats(session, feed) for session in sessions] for feed in feeds.values()]
     rounds: list[list[list[float]]] = [[] for _ in feeds]  # by point, round and candidate
     for _ in range(ROUNDS):  # from one point to the next, as traffic goes from shape to shape
-        for feed, times, found in zip(feeds, repeats, rounds, strict=True):
+        for feed, times, found in zip(feeds.values(), repeats, rounds, strict=True):
             found.append(list(map(_seconds, sessions, repeat(feed), times)))
         tick()
     taken = np.array(rounds)
@@ -227,7 +226,7 @@ def profile(
     gains = np.exp(np.quantile(paces[:, [best]] - paces, 0.25, axis=0))
     for i, candidate in enumerate(candidates):
         candidate.speedup = float(gains[i])
-        own = zip(points, taken[..., i], strict=False)  # the first points
+        own = zip(feeds, taken[..., i], strict=True)
         candidate.latency = [_point(*at, seconds) for at, seconds in own]
 
 

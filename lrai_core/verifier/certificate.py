@@ -107,7 +107,8 @@ class Certificate(Spec, frozen=True, kw_only=True):
         return (
             f"with {self.confidence:.0%} confidence, for all but {self.upper_bound:.2%} of inputs "
             f"{inputs} no element of {maps} of variant {self.variant} differs from the source "
-            f"model by more than {self.epsilon:g} ({len(self.failures)} failures in {self.samples})"
+            f"model by more than {self.epsilon:g} "
+            f"({len(self.failures)} failures in {self.samples}, {self.environment})"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 import lrai_core as lrai
 from benchmarks.models import classifier
+from lrai_core.verifier.certificate import Spec, write_certificate
 from lrai_engines import slim as command
 from lrai_engines.requalify import requalify
 from lrai_engines.slim import slim
@@ -80,7 +83,7 @@ def test_it_holds_one_variant_and_what_speaks_of_it(slimmed: lrai.Artifact) -> N
     lrai.Artifact.open(slimmed.path)  # every hash
 
 
-def test_its_certificates_hold_against_the_original_which_its_hash_names(
+def test_its_certificates_hold_against_the_original(
     original: tuple[Path, Path], slimmed: lrai.Artifact
 ) -> None:
     model, whole = original
@@ -88,7 +91,7 @@ def test_its_certificates_hold_against_the_original_which_its_hash_names(
     (certificate,) = lrai.certificates(slimmed)
     assert certificate.samples == 300
     assert lrai.check(certificate, slimmed, source=model).holds
-    with pytest.raises(lrai.UsageError, match="a slim artifact has no source model"):
+    with pytest.raises(lrai.UsageError, match="slim, without source model"):
         lrai.check(certificate, slimmed)
     with lrai.Runtime.open(slimmed, require={"epsilon": certificate.epsilon}) as runtime:
         assert runtime.models()[0].certificate == certificate.id
@@ -110,11 +113,46 @@ def test_on_another_machine_it_says_that_it_cannot_serve(
     with pytest.raises(SystemExit):
         command.main([str(path)])
     assert "m.lrai: int8 alone" in capsys.readouterr().out
+    whole = small_artifact.build(tmp_path / "whole.lrai", evaluation=small_artifact.rows(200))
+    small_artifact.rewrite(whole, {"target": {**_target(), "isa": "mill"}})
+    with pytest.raises(lrai.ConditionNotMet, match="it would serve nowhere else"):
+        slim(whole)
+    assert (whole / "source").exists()
     small_artifact.rewrite(path, {"target": {**_target(), "isa": "mill"}})
     with pytest.raises(lrai.ConditionNotMet, match="source model cannot serve in its place"):
         lrai.Runtime.open(path).close()
-    with pytest.raises(lrai.UsageError, match="a slim artifact has no source model"):
+    with pytest.raises(lrai.UsageError, match="slim, without source model"):
         requalify(lrai.Artifact.open(path))
+
+
+def test_where_it_cannot_take_the_place_everything_is_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_artifact.build(tmp_path / "m.lrai", evaluation=small_artifact.rows(20))
+    before, real = lrai.Artifact.open(path), Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.suffix == ".slim":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(lrai.EnvironmentProblem, match="cannot be replaced, use -o"):
+        slim(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.lrai"]
+    assert lrai.Artifact.open(path).sha256 == before.sha256
+
+
+def test_certificates_that_cannot_be_issued_again_are_left_behind(tmp_path: Path) -> None:
+    path = small_artifact.build(tmp_path / "m.lrai", evaluation=small_artifact.rows(200))
+    (own,) = lrai.verify(lrai.Artifact.open(path), Spec(epsilon=0.01))
+    for change in ({"samples": 5000}, {"radius": 0.1, "samples": 1 << 31}, {"environment": "x"}):
+        odd = msgspec.structs.replace(own, **change)
+        write_certificate(path, odd)
+    slimmed = slim(path, tmp_path / "s.lrai")
+    found = lrai.certificates(slimmed)
+    assert {c.samples for c in found} == {200}
+    assert len(found) <= 2
 
 
 def test_what_it_needs_is_still_told(slimmed: lrai.Artifact) -> None:

@@ -55,7 +55,7 @@ class ServedModel:
         weakref.finalize(self, held.close)
         if held.variant != (wanted := asked.variant or artifact.manifest.chosen):
             made_for = artifact.manifest.made_for(artifact.manifest.variant(wanted))
-            _log.warning("%s serves; %s is for %s, not for here", held.variant, wanted, made_for)
+            _log.warning("%s serves in place of %s, made for %s", held.variant, wanted, made_for)
         if is_worker():
             tell_cap(artifact, held.variant)
             Watch(held, asked.config.actor.start_timeout_seconds)

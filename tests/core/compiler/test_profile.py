@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -68,23 +69,19 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPa
     assert found["int8"].speedup == pytest.approx(2)
 
 
-def test_calls_that_take_long_are_not_measured_but_the_first_is(
+def test_calls_of_several_rows_that_take_long_are_not_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[int] = []
-
-    def seconds(session: Told, feed: list[Array], repeats: int) -> float:
-        asked.append(len(feed[0]))
-        return 0.2 * len(feed[0])
-
-    monkeypatch.setattr(search, "_seconds", seconds)
+    """Each of one row is: how long a sequence takes is told by nothing else."""
+    spec = msgspec.structs.replace(SIGNATURE.inputs[0], shape=("batch", "length"), length_axis=1)
+    signature = msgspec.structs.replace(SIGNATURE, inputs=(spec,))
     candidate = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS)["fp32"]
-    monkeypatch.setattr(search, "_seconds", seconds)
-    search.profile([candidate], SIGNATURE, [ROW], [(4, 0), (8, 0)], lambda: None)
-    assert [point.rows for point in candidate.latency] == [4]
-    search.profile([candidate], SIGNATURE, [ROW], [(n, 0) for n in (1, 2, 4)], lambda: None)
-    assert [point.rows for point in candidate.latency] == [1]
-    assert max(asked) == 8
+    monkeypatch.setattr(search, "_seconds", lambda session, feed, repeats: 1e-3 * feed[0].size)
+    points = [(1, 8), (4, 8), (64, 8), (1, 512), (4, 512)]
+    search.profile([candidate], signature, [ROW], points, lambda: None)
+    measured = [(point.rows, point.length) for point in candidate.latency]
+    assert measured == [(1, 8), (4, 8), (1, 512)]
+    assert [point.median_ms for point in candidate.latency] == pytest.approx([8, 32, 512])
 
 
 def test_the_fastest_fp32_is_what_others_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_the_statement_says_how_many_how_far_and_how_sure() -> None:
     assert certificate(failures=(1, 2)).statement() == (
         "with 95% confidence, for all but 1.00% of inputs like the evaluation rows no element of "
         "y (raw) of variant int8 differs from the source model by more than 0.01 "
-        "(2 failures in 299)"
+        "(2 failures in 299, here)"
     )
 
 
