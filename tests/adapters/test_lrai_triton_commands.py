@@ -217,7 +217,10 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no version": (lambda entry: shutil.rmtree(entry / "1"), "holds neither model.onnx nor"),
     "neither": (lambda entry: shutil.rmtree(entry / "1" / "model.lrai"), "holds neither"),
     "both": (lambda entry: token_model(entry / "1" / "model.onnx"), "holds both"),
-    "target": (target, "compiled for z80 and onnxruntime 0.1, here are .*: another form serves"),
+    "target": (
+        target,
+        "compiled for z80 with onnxruntime 0.1, this is .*: fp32 serves, unless lrai requalify",
+    ),
     "changed": (in_artifact("source/weights.bin", bytes(256)), "weights.bin has changed since"),
     "truncated": (in_artifact("manifest.json", b"{"), "manifest.json cannot be read"),
     "datatype": (
