@@ -143,8 +143,5 @@ def _check_version(folder: Path) -> None:
         complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
         chosen = manifest.variant(settings.asked.variant or manifest.chosen)
         made, here = manifest.made_for(chosen), environment(chosen)
-        _demand(
-            made == here,
-            f"it was compiled for {made}, this is {here}: fp32 serves, unless lrai requalify has "
-            "found better",
-        )
+        words = "fp32 serves, unless lrai requalify has found better"
+        _demand(made == here, f"it was compiled for {made}, this is {here}: {words}")
