@@ -10,14 +10,16 @@ from packaging.version import Version
 
 from lrai_core import Artifact
 
-_OPERATORS = b"ai.onnx.contrib"  # their domain stands in the graph of a model that takes text
+# The one operator of onnxruntime-extensions that a graph may have: of a model that takes text. Its
+# domain stands in every graph that was optimised in a process which had registered it.
+_OPERATOR = b"BertTokenizer"
 
 
 def extras_of(artifact: Artifact) -> dict[str, str]:
     """Return the extras of lrai that an artifact needs, each with the package that it brings."""
     found = {engine: engine for engine in artifact.engines}
     graph = artifact.manifest.source.file or artifact.manifest.variants[0].model  # if it is slim
-    if _OPERATORS in artifact.file(graph).read_bytes():
+    if _OPERATOR in artifact.file(graph).read_bytes():
         found["text"] = "onnxruntime-extensions"
     return found
 

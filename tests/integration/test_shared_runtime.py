@@ -767,7 +767,7 @@ def test_a_required_certificate_is_demanded_of_what_another_process_loaded(
 def test_a_certificate_does_not_speak_of_the_source_that_another_process_was_given(
     folder: Path, certified: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon_with(tmp_path, monkeypatch, "embedded.isa_class = lambda: 'other'")
+    daemon_with(tmp_path, monkeypatch, "embedded.environment = lambda _: 'other'")
     with lrai.Runtime.open(certified, address="auto", name="m") as runtime:
         assert runtime.models()[0].variant == "fp32"
         with pytest.raises(lrai.ConditionNotMet, match="no certificate speaks of what serves"):
