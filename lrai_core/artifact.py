@@ -227,7 +227,7 @@ class Artifact:
     def file(self, relative: str) -> Path:
         """Return the path of a file that the manifest names."""
         if not relative:
-            raise UsageError("slim, without source model: only certificate check --source can do")
+            raise UsageError("the artifact is slim: this needs its source model (check: --source)")
         if relative not in self.manifest.files:
             raise ArtifactError(f"the manifest does not name {shorten(relative)!r}")
         return self.path / relative

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from msgspec import json
+from msgspec import MsgspecError, Struct, json
 from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from lrai_core import (
     Artifact,
+    ArtifactError,
     Certificate,
     ConditionNotMet,
     EnvironmentProblem,
@@ -63,6 +64,14 @@ class Found:
     manifest: Manifest
     verdicts: dict[str, str] = field(default_factory=dict)
     certificates: list[Certificate] = field(default_factory=list)
+
+
+class _Event(Struct, frozen=True):
+    """A line of the compiler's log; what it has no field for is left out."""
+
+    event: str
+    form: str = ""
+    gap: float = 0.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -136,6 +145,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     Raises:
         UsageError: It kept no rows to judge with, or is slim: it has nothing to compare with.
         CalibrationError: It kept too few of them.
+        ArtifactError: Its rows or its log cannot be read.
     """
     manifest, rows = artifact.manifest, evaluation(artifact)
     source = artifact.file(manifest.source.file)
@@ -190,13 +200,21 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
 
 
 def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
-    """Return by what variants are ordered: how far each was on the search rows at home."""
+    """Return by what variants are ordered: how far each was on the search rows at home.
+
+    Raises:
+        ArtifactError: The log, which says that, cannot be read.
+    """
     gaps: dict[str, float] = {"fp32": -1.0}
     if QUANTIZATION_LOG in artifact.manifest.files:
-        for line in artifact.file(QUANTIZATION_LOG).read_bytes().splitlines():
-            event = json.decode(line)
-            if event.get("event") == "searched":
-                gaps.setdefault(event["form"].partition(" ")[0], event["gap"])
+        lines = artifact.file(QUANTIZATION_LOG).read_bytes().splitlines()
+        try:
+            events = [json.decode(line, type=_Event) for line in lines]
+        except (MsgspecError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{QUANTIZATION_LOG} cannot be read: {error}") from None
+        for event in events:
+            if event.event == "searched":
+                gaps.setdefault(event.form.partition(" ")[0], event.gap)
     return lambda variant: gaps.get(variant.id, math.inf)
 
 

@@ -46,6 +46,7 @@ class StaticForms:
         self._sample, self._threads = sample, threads
         self._ranges = bytearray()
         self._harms: dict[str, float] = {}
+        self._work: dict[str, float] = {}
         self._tried: list[set[str]] = [set()]
 
     def build(
@@ -62,12 +63,14 @@ class StaticForms:
         if not share:
             return static_int8(model, self._sample, ranges=self._ranges)
         if not self._harms:
+            named = _named(model)
             whole, _ = static_int8(model, self._sample, ranges=self._ranges)
             try:
-                self._harms = harms(_named(model), whole, self._sample, self._threads)
+                self._harms = harms(named, whole, self._sample, self._threads)
+                self._work = work(named)
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
                 raise CompileError(f"what each operator does cannot be told: {error}") from None
-        keep = worst(self._harms, work(_named(model)), share)
+        keep = worst(self._harms, self._work, share)
         if keep in self._tried:
             raise NothingToQuantize("the same operators as before would be kept closer")
         self._tried.append(keep)

@@ -211,6 +211,18 @@ def test_the_closest_at_home_is_judged_first_and_the_first_that_fails_ends_it(
     assert found.verdicts["int8-far"] == "int8 is closer, and failed"
 
 
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"event": 3}', b'{"event": "searched", "gap": "x"}']
+)
+def test_a_log_that_is_none_is_said_to_be(tmp_path: Path, line: bytes) -> None:
+    artifact = foreign(tmp_path / "m.lrai")
+    (artifact.path / "manifest.json").unlink()
+    (artifact.path / "quantization.jsonl").write_bytes(line)
+    write_manifest(artifact.path, artifact.manifest)
+    with pytest.raises(lrai.ArtifactError, match=r"quantization\.jsonl cannot be read"):
+        requalify(lrai.Artifact.open(artifact.path), threads=1)
+
+
 def test_what_was_compiled_with_groups_is_not_judged_without_them(tmp_path: Path) -> None:
     artifact = foreign(tmp_path / "m.lrai")
     variants = [msgspec.to_builtins(variant) for variant in artifact.variants]

@@ -91,7 +91,7 @@ def test_its_certificates_hold_against_the_original(
     (certificate,) = lrai.certificates(slimmed)
     assert certificate.samples == 300
     assert lrai.check(certificate, slimmed, source=model).holds
-    with pytest.raises(lrai.UsageError, match="slim, without source model"):
+    with pytest.raises(lrai.UsageError, match="the artifact is slim"):
         lrai.check(certificate, slimmed)
     with lrai.Runtime.open(slimmed, require={"epsilon": certificate.epsilon}) as runtime:
         assert runtime.models()[0].certificate == certificate.id
@@ -121,7 +121,7 @@ def test_on_another_machine_it_says_that_it_cannot_serve(
     small_artifact.rewrite(path, {"target": {**_target(), "isa": "mill"}})
     with pytest.raises(lrai.ConditionNotMet, match="source model cannot serve in its place"):
         lrai.Runtime.open(path).close()
-    with pytest.raises(lrai.UsageError, match="slim, without source model"):
+    with pytest.raises(lrai.UsageError, match="the artifact is slim"):
         requalify(lrai.Artifact.open(path))
 
 
@@ -146,6 +146,7 @@ def test_where_it_cannot_take_the_place_everything_is_as_before(
 def test_certificates_that_cannot_be_issued_again_are_left_behind(tmp_path: Path) -> None:
     path = small_artifact.build(tmp_path / "m.lrai", evaluation=small_artifact.rows(200))
     (own,) = lrai.verify(lrai.Artifact.open(path), Spec(epsilon=0.01))
+    write_certificate(path, msgspec.structs.replace(own, created="2026-01-01T00:00:00Z"))
     for change in ({"samples": 5000}, {"radius": 0.1, "samples": 1 << 31}, {"environment": "x"}):
         odd = msgspec.structs.replace(own, **change)
         write_certificate(path, odd)

@@ -79,7 +79,7 @@ def test_a_slim_artifact_is_measured_nowhere_and_a_whole_one_is_again(
     assert "alone" in said
     assert not (tmp_path / "s.lrai" / "source").exists()
     said = run("requalify", tmp_path / "s.lrai", code=2)
-    assert "slim, without source model" in said
+    assert "the artifact is slim" in said
     (file, *_) = (tmp_path / "s.lrai" / "certificates").iterdir()
     checked = ("certificate", "check", file, "--artifact", tmp_path / "s.lrai")
     assert "holds" in run(*checked, "--source", model, code=0)
