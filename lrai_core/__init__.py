@@ -40,6 +40,7 @@ from lrai_core.protocol import TensorSpec as TensorSpec
 if TYPE_CHECKING:  # and in `_HOMES`
     from lrai_core.artifact import Artifact as Artifact
     from lrai_core.artifact import Variant as Variant
+    from lrai_core.compiler.compiler import Step as Step
     from lrai_core.compiler.compiler import compile as compile
     from lrai_core.compiler.model import Imported as Imported
     from lrai_core.compiler.model import check_loads as check_loads
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # and in `_HOMES`
     from lrai_core.executor import run_task as run_task
     from lrai_core.runtime.runtime import Runtime as Runtime
     from lrai_core.verifier.certificate import Certificate as Certificate
+    from lrai_core.verifier.certificate import Spec as Spec
     from lrai_core.verifier.certificate import certificates as certificates
     from lrai_core.verifier.check import check as check
     from lrai_core.verifier.verifier import verify as verify
@@ -62,6 +64,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "Artifact": "artifact",
     "Variant": "artifact",
+    "Step": "compiler.compiler",
     "compile": "compiler.compiler",
     "Imported": "compiler.model",
     "check_loads": "compiler.model",
@@ -72,6 +75,7 @@ _HOMES = {
     "Runtime": "runtime.runtime",
     "Certificate": "verifier.certificate",
     "certificates": "verifier.certificate",
+    "Spec": "verifier.certificate",
     "check": "verifier.check",
     "verify": "verifier.verifier",
 }

@@ -1,4 +1,4 @@
-"""Run one of our functions in a child process that may die of its task.
+"""Run one of our functions in a child process that may die of its task; or many calls at once.
 
 A task is a function's name and msgspec bytes: nothing else of the parent travels, and only public
 functions of lrai packages can be named. Libraries may print: the answer has its own descriptor.
@@ -14,12 +14,13 @@ import resource
 import subprocess
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from lrai_core import errors
+from lrai_core.config import available_cpus
 from lrai_core.errors import EnvironmentProblem, LraiError, UnusableFile, shorten
 
 Argument = TypeVar("Argument")
@@ -87,6 +88,22 @@ def run_task(
     if isinstance(kind, type) and issubclass(kind, _CARRIED):  # the child may be a liar by now
         raise kind(answer.message)
     raise TaskError(f"its process failed: {shorten(answer.message, 300)}")
+
+
+def on_all_cpus(
+    function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int
+) -> Iterator[Result]:
+    """Yield what `function` makes of each argument, in order; many at once, on `threads` CPUs each.
+
+    In threads of this process, so for what runs engines: they let other threads run meanwhile.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # which actors need not have
+
+    pool = ThreadPoolExecutor(max(1, available_cpus() // threads))
+    try:
+        yield from pool.map(function, arguments)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def limit_memory(memory_bytes: int) -> None:

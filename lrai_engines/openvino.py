@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 import msgspec
@@ -92,6 +93,7 @@ class OpenVinoSession:
             for i in compiled.inputs
         ]
         self._fit: set[tuple[tuple[int, ...], ...]] = set()  # shapes but for the first axis
+        self._one_at_a_time = Lock()
 
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
         """Return the outputs, copied; see `Session.run`."""
@@ -104,15 +106,16 @@ class OpenVinoSession:
                 raise _refused(f"input {index} is {given}, {dtype} of rank {rank} is needed")
             if bounds and array.size and not bounds[0] <= array.min() <= array.max() <= bounds[1]:
                 raise _refused(f"an index of input {index} is outside {list(bounds)}")
+        chosen = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
         try:
-            if (shapes := tuple(array.shape[1:] for array in arrays)) not in self._fit:
-                self._network.reshape({i: list(a.shape) for i, a in enumerate(arrays)})
-                if len(self._fit) < _MOST_SHAPES:
-                    self._fit.add(shapes)
-            results = self._request.infer(list(arrays))
+            with self._one_at_a_time:
+                if (shapes := tuple(array.shape[1:] for array in arrays)) not in self._fit:
+                    self._network.reshape({i: list(a.shape) for i, a in enumerate(arrays)})
+                    if len(self._fit) < _MOST_SHAPES:
+                        self._fit.add(shapes)
+                results = self._request.infer(list(arrays))
         except REFUSALS as error:
             raise _refused(reason(error)) from None
-        chosen = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
         return [results[output] for output in chosen]
 
 

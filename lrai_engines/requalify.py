@@ -165,9 +165,9 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
             verdicts[variant.id] = str(error)
     points = search.points(manifest.signature, rows.inputs)
     tick = _ticking(report, "measure", search.ROUNDS)
-    search.profile(candidates, manifest.signature, rows.inputs, points, tick)
+    search.profile(candidates, manifest.signature, rows.inputs, points, threads, tick)
     tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
-    reference = gate.run_alone(engine.load(source, threads=threads), rows, tick)
+    reference = gate.run_alone(engine.load(source, threads=threads), rows, threads, tick)
     judged: dict[str, tuple[Candidate, Judged]] = {}
     failed = ""
     for candidate in candidates[1:]:
@@ -177,7 +177,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
             verdicts[candidate.form] = closer if failed else "groups can only be judged at home"
             continue
         try:
-            runs = gate.run(candidate.session, rows, manifest.signature, tick)
+            runs = gate.run(candidate.session, rows, manifest.signature, threads, tick)
             own = gate.judge(runs, reference, rows, manifest.signature, conditions)
         except (EngineError, ValueError) as error:
             verdicts[candidate.form], failed = str(error), candidate.form

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 
 from lrai_core.compiler.search import Sample
 from lrai_core.engine.engine import find_engine
+from lrai_core.executor import on_all_cpus
 from lrai_core.verifier.spec import difference
 from lrai_engines.quantize import Graph, Linear, int8_per_row, linears, rewrite
 
@@ -72,11 +73,9 @@ def switched_on(
         if done >= _FEWEST and (time.perf_counter() - began) * (done + 1) / done > _SECONDS:
             break
         right = session.run([*row, off])
-        for index, own in enumerate(squares):
-            on = off.copy()
-            on[index] = 1
-            gap = difference(right, session.run([*row, on]), sample.outputs)
-            own.append(min(gap, _LARGEST) ** 2)
+        each = ([*row, on] for on in np.eye(len(names), dtype=np.float32))
+        for own, outputs in zip(squares, on_all_cpus(session.run, each, threads), strict=True):
+            own.append(min(difference(right, outputs, sample.outputs), _LARGEST) ** 2)
     return {name: statistics.fmean(own) for name, own in zip(names, squares, strict=True)}
 
 

@@ -1,9 +1,8 @@
-"""Static quantisation of networks with convolutions, by onnxruntime's own quantiser.
+"""Static quantisation of convolutions and plain layers, by onnxruntime's own quantiser.
 
 Activations get a scale per tensor that is found before, on a sample. A convolution's output has few
 outliers and its weights many elements, so that costs little closeness and no time when it runs; of
-transformers neither is true, and they have forms of their own. So have plain layers: static scales
-are a little faster there, but make a number of an input that is none.
+transformers neither is true, and they have forms of their own.
 """
 
 from __future__ import annotations
@@ -25,11 +24,19 @@ from lrai_core.compiler.search import Quantized, Sample
 from lrai_core.engine.engine import isa_class
 from lrai_core.engine.onnxruntime import REFUSALS, reason
 from lrai_core.errors import ArtifactError, CompileError, EngineError
-from lrai_core.protocol import Array
-from lrai_engines.quantize import SATURATING, NothingToQuantize, relative_error, worst
+from lrai_core.protocol import Array, TensorSpec
+from lrai_engines.quantize import (
+    SATURATING,
+    Graph,
+    NothingToQuantize,
+    assemble,
+    relative_error,
+    worst,
+)  # fmt: skip
 from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
 _MOST: Final = 128  # rows
+_FLOAT: Final = onnx.TensorProto.FLOAT
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 
@@ -57,7 +64,7 @@ class StaticForms:
         Of those that do as much for their work the fewest stay in float32.
 
         Raises:
-            NothingToQuantize: There is no convolution, or nothing is left to be quantised.
+            NothingToQuantize: See `static_int8`; or the same as before would be made.
             CompileError: It cannot be done, or it cannot be told what int8 does to the outputs.
         """
         if not share:
@@ -100,8 +107,12 @@ def static_int8(
         ranges: Of the activations, in onnxruntime's words, if they were found before; else they
             are written there.
 
+    Integers have no value for what is none. The answer to a row that holds NaN or infinity is NaN,
+    as float32's is: the row's sum less itself is added to it.
+
     Raises:
-        NothingToQuantize: There is no convolution, or all that there is was left out.
+        NothingToQuantize: It multiplies activations with one another, as transformers do, or all
+            that there is was left out.
         CompileError: The quantiser cannot do it, or the model does not run on the sample.
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
@@ -109,8 +120,9 @@ def static_int8(
     marked = _named(model)
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     weighted = [node for node in marked.graph.node if node.op_type in WEIGHTED]
-    if not any(node.op_type.startswith("Conv") for node in weighted):
-        raise NothingToQuantize("no convolution: static scales are for networks that have some")
+    constants = {tensor.name for tensor in marked.graph.initializer}
+    if any(node.op_type == "MatMul" and node.input[1] not in constants for node in weighted):
+        raise NothingToQuantize("static scales are not for what multiplies activations")
     rows = [row for row in sample.rows if all(map(_finite, row))][:_MOST]
     if not rows:
         raise CompileError("no row to see activations of: none is there, or none is finite")
@@ -139,7 +151,39 @@ def static_int8(
     report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
-    return quantised, report
+    return _undefined_stays(quantised, sample.outputs), report
+
+
+def _undefined_stays(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> onnx.ModelProto:
+    """Return `model`, with NaN for what reads NaN or infinity: a row, or all without a batch axis.
+
+    That an input of integers holds neither is known.
+    """
+    graph = Graph(0)
+    types = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
+    inputs = [v.name for v in model.graph.input if types[v.name].elem_type == _FLOAT]
+    given = [spec for spec in outputs if inputs and types[spec.name].elem_type == _FLOAT]
+    before = {spec.name: f"{spec.name}:defined" for spec in given}
+    for node in model.graph.node:
+        own = onnx.NodeProto()
+        own.CopyFrom(node)
+        own.input[:] = [before.get(name, name) for name in node.input]
+        own.output[:] = [before.get(name, name) for name in node.output]
+        graph.nodes.append(own)
+    for spec in given:
+        value, rank, first = before[spec.name], len(spec.shape), int(spec.batch_axis == 0)
+        for x in inputs:
+            inner = range(first, len(types[x].shape.dim))
+            axes = graph.constant(f"axes:{x}:{first}", list(inner), np.int64)
+            total = f"{x}:total:{first}"
+            graph.add("ReduceSum", [x, axes], total, keepdims=0, noop_with_empty_axes=1)
+            nought = graph.add("Sub", [total, total], f"{x}:nought:{first}")
+            if first and rank > 1:
+                shape = graph.constant(f"rows:{rank}", [-1] + [1] * (rank - 1), np.int64)
+                nought = graph.add("Reshape", [nought, shape], f"{x}:nought:{first}:{rank}")
+            end = spec.name if x == inputs[-1] else f"{spec.name}:{x}"
+            value = graph.add("Add", [value, nought], end)
+    return assemble(model, graph)
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc] # without types

@@ -78,41 +78,55 @@ def _restored(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -
 def _switched(
     model: onnx.ModelProto, quantised: onnx.ModelProto, weights: Mapping[str, Float32]
 ) -> onnx.ModelProto:
-    """Return `model` with one more input, float32 [weights]: 1 at the place of what is int8."""
+    """Return `model` with one more input, float32 [weights]: 1 at the place of what is int8.
+
+    Both are computed, and one is taken: a convolution whose weights are chosen while it runs takes
+    many times as long as two whose weights are known before.
+    """
     graph, names = Graph(0), list(weights)
     graph.initializers = {t.name: t for t in quantised.graph.initializer}
     scales = {n.input[0]: n for n in quantised.graph.node if n.op_type == "QuantizeLinear"}
 
-    def rounded(value: str, name: str, switch: str, to: str) -> str:
+    def rounded(value: str, name: str, to: str) -> str:
         """Have `to` be a value, rounded as the quantised graph rounds the one of that name."""
         scale = list(scales[name].input[1:3])
         integers = graph.add("QuantizeLinear", [value, *scale], f"{to}:integer")
-        back = graph.add("DequantizeLinear", [integers, *scale], f"{to}:rounded")
-        return graph.add("Where", [switch, back, value], to)
+        return graph.add("DequantizeLinear", [integers, *scale], to)
 
     ends = _ends(model, scales)
     rounds: dict[str, str] = {}  # values that an operator in int8 rounds, and its switch
     for node in model.graph.node:
-        own = onnx.NodeProto()
-        own.CopyFrom(node)
+        own, value = _copy(node), node.output[0]
+        switch = ""
         if (name := node.name) in weights:
             place = graph.constant(f"{name}:place", [names.index(name)], np.int64)
             number = graph.add("Gather", [SWITCHES, place], f"{name}:number")
             switch = graph.add("Cast", [number], f"{name}:switch", to=TensorProto.BOOL)
-            if node.input[0] in scales:
-                own.input[0] = rounded(node.input[0], node.input[0], switch, f"{name}:read")
-            weight = graph.constant(f"{name}:weight", weights[name], np.float32)
-            own.input[1] = graph.add("Where", [switch, weight, node.input[1]], f"{name}:taken")
             rounds |= dict.fromkeys(ends.get(name, ()), switch)
-        if (value := node.output[0]) in rounds:
-            own.output[0] = f"{value}:exact"
+        exact = f"{value}:exact" if value in rounds else value
+        own.output[0] = f"{value}:float32" if switch else exact
         graph.nodes.append(own)
+        if switch:
+            low = _copy(node)
+            if node.input[0] in scales:
+                low.input[0] = rounded(node.input[0], node.input[0], f"{name}:read")
+            low.input[1] = graph.constant(f"{name}:weight", weights[name], np.float32)
+            low.name = low.output[0] = f"{value}:int8"
+            graph.nodes.append(low)
+            graph.add("Where", [switch, low.output[0], own.output[0]], exact)
         if value in rounds:
-            rounded(f"{value}:exact", value, rounds[value], value)
+            low_value = rounded(exact, value, f"{value}:rounded")
+            graph.add("Where", [rounds[value], low_value, exact], value)
     made = assemble(model, graph)
     given = onnx.helper.make_tensor_value_info(SWITCHES, TensorProto.FLOAT, [len(names)])
     made.graph.input.append(given)
     return made
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    copied = onnx.NodeProto()
+    copied.CopyFrom(node)
+    return copied
 
 
 def _ends(model: onnx.ModelProto, scales: Mapping[str, object]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Several models as one: what they have in common runs once. `lrai fuse A.onnx B.onnx -o C.onnx`.
+"""`lrai fuse A.onnx B.onnx -o C.onnx`: several models as one; what they have in common runs once.
 
 Two operators are the same if they are of one kind, have equal attributes, and read the same values;
 weights are the same if they are equal in type, shape and bytes. So models that share a trunk share

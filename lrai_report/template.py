@@ -42,8 +42,8 @@ other form was both worth it and close enough{% endif %}.{% else %}Served as <b>
 {% for tick in across %}<text x="{{ tick.at }}" y="{{ frame.bottom + 18 }}"
  text-anchor="middle">{{ tick.text }}</text>{% endfor %}
 <text x="{{ frame.right }}" y="{{ frame.bottom + 36 }}" text-anchor="end">times as fast as
- float32 →</text><text x="{{ frame.left + 8 }}" y="{{ frame.top + 12 }}">difference that 90 % of
- the search rows do not exceed (lower is closer)</text>
+ float32 →</text><text x="{{ frame.left + 8 }}" y="{{ frame.top + 12 }}">difference on the
+ search rows, root mean square (lower is closer)</text>
 {% for dot in dots %}<circle class="{{ dot.role }}" cx="{{ dot.x }}" cy="{{ dot.y }}" r="5"><title>
 {{ dot.form }}: {{ "%.2f"|format(dot.speedup) }} x, {{ "%.2g"|format(dot.gap) }}</title></circle>
 <text x="{{ dot.x - 9 if dot.x > frame.right - 120 else dot.x + 9 }}" y="{{ dot.label_y }}"

@@ -1,4 +1,4 @@
-"""`lrai runtime …`: the runtime that the processes of a user share, from the command line."""
+"""`lrai runtime …`, `lrai freeze`, `lrai unfreeze`: the shared runtime and its models."""
 
 from __future__ import annotations
 

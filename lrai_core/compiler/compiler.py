@@ -239,7 +239,7 @@ class _Compilation:
         points = search.points(self.signature, rows)
         tick = self._begin("profile", search.ROUNDS, f"{len(self.candidates)} candidates")
         try:
-            search.profile(self.candidates, self.signature, rows, points, tick)
+            search.profile(self.candidates, self.signature, rows, points, self.threads, tick)
         except EngineError as error:
             if rows:
                 raise
@@ -254,9 +254,9 @@ class _Compilation:
     def judge(self, keep: int) -> None:
         """Require: measured candidates. Ensure: those to keep, the chosen one first, fp32 last.
 
-        What is judged is judged from the closest on, and the first that fails ends it: the order is
-        told by the search rows, so each has the whole level, whatever their number (fixed sequence
-        testing; Angelopoulos et al. 2021, "Learn then Test").
+        What is judged is judged from the closest on, as the search rows tell. How sure the gate has
+        to be of one depends on those before it (`gate.errors`), so that none passes by luck,
+        whatever their number (Angelopoulos et al. 2021, "Learn then Test").
         """
         fp32 = next(candidate for candidate in self.candidates if candidate.form == "fp32")
         if self.gate is None or self.search is None:
@@ -265,17 +265,20 @@ class _Compilation:
         front = self._front(self.search)
         self.judged = max(1, len(front))
         tick = self._begin("gate", len(self.gate) * (3 + 2 * len(front)), "source")
-        reference = gate.run_alone(self.reference, self.gate, tick)
-        passed, failed = [(fp32, self._judge(fp32, self.gate, reference, tick))], ""
-        for candidate in front:
-            if failed:
+        reference = gate.run_alone(self.reference, self.gate, self.threads, tick)
+        passed = [(fp32, self._judge(fp32, self.gate, reference, gate.LEVEL, tick))]
+        error, failed = 0.0, ""
+        errors = gate.errors(self.gate, self.conditions, len(front))
+        for own, candidate in zip(errors, front, strict=False):
+            if not (error := error + own):
                 self._reject(candidate.name, f"{candidate.pace}; {failed} is closer, and failed")
                 continue
-            found = self._judge(candidate, self.gate, reference, partial(tick, candidate.name))
+            told = partial(tick, candidate.name)
+            found = self._judge(candidate, self.gate, reference, 1 - error, told)
             if found and found.result.passed:
                 passed.append((candidate, found))
             else:
-                failed = candidate.name
+                error, failed = 0.0, candidate.name
         last = passed.pop(0)
         while passed and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
             kept = [one for one, _ in self.kept]
@@ -293,19 +296,18 @@ class _Compilation:
             else:
                 self._reject(candidate.name, f"{candidate.pace}: {search.WORTH} is worth it")
         tick = self._begin("search", len(rows) * (1 + 2 * len(worth)), "source")
-        reference = gate.run_alone(self.reference, rows, tick)
+        reference = gate.run_alone(self.reference, rows, self.threads, tick)
         for candidate in tuple(worth):
             try:
                 told = partial(tick, candidate.name)
-                runs = gate.run(candidate.session, rows, self.signature, told)
+                runs = gate.run(candidate.session, rows, self.signature, self.threads, told)
                 candidate.gaps = gate.worst_gaps(reference, runs, self.signature.outputs)
-                measured = {"speedup": round(candidate.speedup, 4), "gap": candidate.gap(0.9)}
+                measured = {"speedup": round(candidate.speedup, 4), "gap": candidate.distance}
                 self._record("searched", form=candidate.name, **measured)
             except (EngineError, ValueError) as error:  # it does not run, or not in batches
                 self._reject(candidate.name, str(error))
                 worth.remove(candidate)
-        share = 1 - self.conditions.delta if self.conditions.epsilon else 0.9  # what is demanded
-        worth.sort(key=lambda candidate: (candidate.gap(share), -candidate.speedup))
+        worth.sort(key=lambda candidate: (candidate.distance, -candidate.speedup))
         for candidate in worth:
             closer = [one for one in front if one.engine is candidate.engine]
             if candidate.form != "fp32" and (not closer or candidate.gain(closer) >= search.WORTH):
@@ -315,13 +317,13 @@ class _Compilation:
         return front
 
     def _judge(
-        self, candidate: Candidate, rows: Rows, reference: Outputs, tick: Tick
+        self, candidate: Candidate, rows: Rows, reference: Outputs, level: float, tick: Tick
     ) -> Judged | None:
-        """Return what the gate says of a form, None where it does not run."""
+        """Return what the gate says of a form at a level, None where it does not run."""
         fp32 = candidate.form == "fp32"
         try:
-            runs = gate.run(candidate.session, rows, self.signature, tick)
-            found = gate.judge(runs, reference, rows, self.signature, self.conditions)
+            runs = gate.run(candidate.session, rows, self.signature, self.threads, tick)
+            found = gate.judge(runs, reference, rows, self.signature, self.conditions, level)
         except (EngineError, ValueError) as error:
             if fp32:
                 raise CompileError(f"the model does not run as its axes say: {error}") from None

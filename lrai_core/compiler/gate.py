@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal
 
 import msgspec
@@ -20,6 +21,7 @@ from lrai_core.artifact import GateResult
 from lrai_core.engine.batching import run_together, shuffled_batches
 from lrai_core.engine.engine import Session
 from lrai_core.errors import CalibrationError, UsageError, shorten
+from lrai_core.executor import on_all_cpus
 from lrai_core.protocol import Array, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, round_up
@@ -85,26 +87,30 @@ class Judged:
     batch_effect: float
 
 
-def run_alone(session: Session, rows: Rows, tick: Tick) -> Outputs:
+def run_alone(session: Session, rows: Rows, threads: int, tick: Tick) -> Outputs:
     """Return the outputs of every row, each run by itself without padding."""
     outputs = []
-    for row in rows.inputs:
-        outputs.append(session.run(row))
+    for own in on_all_cpus(session.run, rows.inputs, threads):
+        outputs.append(own)
         tick()
     return outputs
 
 
-def run(session: Session, rows: Rows, signature: Signature, tick: Tick) -> list[Outputs]:
+def run(
+    session: Session, rows: Rows, signature: Signature, threads: int, tick: Tick
+) -> list[Outputs]:
     """Return the outputs of every row alone and, where rows coalesce, among batch-mates.
 
-    Those are of other lengths and in shuffled order.
+    Those are of other lengths and in shuffled order. The session has `threads`.
     """
-    runs = [run_alone(session, rows, tick)]
+    runs = [run_alone(session, rows, threads, tick)]
     if signature.coalescible:
         batched: Outputs = [[] for _ in rows.inputs]
-        for batch in shuffled_batches(rows.inputs, signature):
-            mates = [rows.inputs[i] for i in batch]
-            for index, own in zip(batch, run_together(session, mates, signature), strict=True):
+        batches = list(shuffled_batches(rows.inputs, signature))
+        together = partial(run_together, session, signature=signature)
+        mates = ([rows.inputs[i] for i in batch] for batch in batches)
+        for batch, outputs in zip(batches, on_all_cpus(together, mates, threads), strict=True):
+            for index, own in zip(batch, outputs, strict=True):
                 batched[index] = own
                 tick()
         runs.append(batched)
@@ -124,6 +130,7 @@ def judge(
     rows: Rows,
     signature: Signature,
     conditions: Conditions,
+    level: float = LEVEL,
 ) -> Judged:
     """Return what the gate says of a form, by its `run` of the rows and the source's outputs."""
     specs, labels, effect = signature.outputs, rows.labels, 0.0
@@ -131,15 +138,15 @@ def judge(
         unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
         effect = max(difference(a, b, unmapped) for a, b in zip(*runs, strict=True))
     if labels is None:
-        found = _agreement_result(reference, runs, specs)
+        found = _agreement_result(reference, runs, specs, level)
     else:
-        found = _label_result(reference, runs, labels, conditions)
+        found = _label_result(reference, runs, labels, conditions, level)
     gaps = _gaps(reference, runs[0], specs)
     if labels is not None and rows.groups:
         found = _fair_enough(found, reference, runs, rows, labels == 1, conditions.max_disparity)
     if found.passed and conditions.epsilon is not None:
         worst = worst_gaps(reference, runs, specs)
-        found = _close_enough(found, worst, conditions.epsilon, conditions.delta)
+        found = _close_enough(found, worst, conditions.epsilon, conditions.delta, level)
     found = msgspec.structs.replace(
         found,
         difference={name: float(np.quantile(gaps, q, method="higher")) for name, q in _QUANTILES},
@@ -153,12 +160,7 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
     Raises:
         CalibrationError: Too few rows; says how many are there and how many are needed.
     """
-    if rows.labels is None:
-        needed = confidence.rows_needed(1 - AGREEMENT, LEVEL)
-    else:
-        needed = confidence.rows_needed(conditions.max_accuracy_loss, _PAIR_LEVEL)
-    if conditions.epsilon is not None:
-        needed = max(needed, confidence.rows_needed(conditions.delta, LEVEL))
+    needed = _rows_needed(rows, conditions)
     if rows.groups and (rows.labels is None or set(rows.labels.tolist()) != {0, 1}):
         raise CalibrationError("evaluation: groups are judged with labels, 0 and 1")
     least = fairness.rows_needed(conditions.max_disparity, LEVEL)
@@ -177,12 +179,37 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
         )
 
 
+def errors(rows: Rows, conditions: Conditions, forms: int) -> list[float]:
+    """Return by how many forms that are judged in turn how often each may pass wrongly.
+
+    A form that passes leaves its part to the next; one that fails takes it along. They add up to 5
+    per cent, so no more often does any pass wrongly. Where rows are few, or tell of groups, all of
+    it is the first one's: what follows one that failed is not judged.
+
+    Source: the fallback procedure, Wiens 2003, "A fixed sequence Bonferroni procedure".
+    """
+    if rows.groups or len(rows) < 2 * _rows_needed(rows, conditions):
+        return [1 - LEVEL] + [0.0] * (forms - 1)
+    return [(1 - LEVEL) / max(forms, 1)] * forms
+
+
+def _rows_needed(rows: Rows, conditions: Conditions) -> int:
+    """Return the fewest rows with which a form without a fault passes at the whole level."""
+    if rows.labels is None:
+        needed = confidence.rows_needed(1 - AGREEMENT, LEVEL)
+    else:
+        needed = confidence.rows_needed(conditions.max_accuracy_loss, _PAIR_LEVEL)
+    if conditions.epsilon is not None:
+        needed = max(needed, confidence.rows_needed(conditions.delta, LEVEL))
+    return needed
+
+
 def _gaps(reference: Outputs, run: Outputs, specs: Sequence[TensorSpec]) -> list[float]:
     return [difference(f, g, specs) for f, g in zip(reference, run, strict=True)]
 
 
 def _label_result(
-    reference: Outputs, runs: Sequence[Outputs], labels: Array, conditions: Conditions
+    reference: Outputs, runs: Sequence[Outputs], labels: Array, conditions: Conditions, level: float
 ) -> GateResult:
     n, allowed = len(labels), conditions.max_accuracy_loss
     hits = _hits(reference, labels, conditions.metric)
@@ -191,8 +218,8 @@ def _label_result(
         own = _hits(run, labels, conditions.metric)
         lost, won = int((hits & ~own).sum()), int((own & ~hits).sum())
         loss = max(loss, (lost - won) / n)
-        bound = max(bound, confidence.paired_loss_bound(lost, won, n, LEVEL))
-        needed = max(needed, _label_rows_needed(lost / n, won / n, allowed))
+        bound = max(bound, confidence.paired_loss_bound(lost, won, n, level))
+        needed = max(needed, _label_rows_needed(lost / n, won / n, allowed, level))
     why = f"{conditions.metric} loss is {loss:.2%}, at most {bound:.2%}; {allowed:.2%} allowed"
     if bound > allowed and loss < allowed and needed > n:
         why += f"; at this rate about {needed} rows would show it"
@@ -206,30 +233,30 @@ def _label_result(
     )
 
 
-def _label_rows_needed(lost: float, won: float, allowed: float) -> int:
+def _label_rows_needed(lost: float, won: float, allowed: float, level: float) -> int:
     n = 100
     while n < 1 << 24:
-        if confidence.paired_loss_bound(round(lost * n), round(won * n), n, LEVEL) <= allowed:
+        if confidence.paired_loss_bound(round(lost * n), round(won * n), n, level) <= allowed:
             return n
         n = n * 5 // 4
     return -1
 
 
 def _agreement_result(
-    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec]
+    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec], level: float
 ) -> GateResult:
     n = len(reference)
     counts = [
         sum(agreement(f, g, specs) for f, g in zip(reference, run, strict=True)) for run in runs
     ]
     share, worst = counts[0] / n, min(counts) / n
-    bound = confidence.lower_bound(min(counts), n, LEVEL)
+    bound = confidence.lower_bound(min(counts), n, level)
     measure = ", ".join(dict.fromkeys(MEASURES[spec.output_map] for spec in specs))
     why = f"{measure} on {share:.2%} of rows"
     why += "" if worst == share else f" ({worst:.2%} in batches)"
     why += f", at least {bound:.2%}; {AGREEMENT:.0%} needed"
     if bound < AGREEMENT:
-        needed = confidence.rows_needed(1 - AGREEMENT, LEVEL, 1 - worst)
+        needed = confidence.rows_needed(1 - AGREEMENT, level, 1 - worst)
         why += f"; at this rate about {needed} rows would show it" if needed > n else ""
     return GateResult(
         passed=bound >= AGREEMENT,
@@ -241,9 +268,11 @@ def _agreement_result(
     )
 
 
-def _close_enough(found: GateResult, gaps: list[float], epsilon: float, delta: float) -> GateResult:
+def _close_enough(
+    found: GateResult, gaps: list[float], epsilon: float, delta: float, level: float
+) -> GateResult:
     failures = sum(not gap <= epsilon for gap in gaps)
-    bound = confidence.upper_bound(failures, len(gaps), LEVEL)
+    bound = confidence.upper_bound(failures, len(gaps), level)
     why = (
         f"{failures} of {len(gaps)} rows differ by more than epsilon {epsilon:g}, "
         f"at most {bound:.2%}; delta {delta:.2%} allowed"

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from itertools import repeat
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -23,6 +24,9 @@ from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
 ROUNDS: Final = 9
+_ALL_ROUNDS: Final = 3
+_SLOWER: Final = math.log(1.1)
+_ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
 WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not worth its difference
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
@@ -97,6 +101,11 @@ class Candidate:
     def gap(self, share: float) -> float:
         """Return what this share of the search rows do not exceed."""
         return float(np.quantile(self.gaps, share, method="higher")) if self.gaps else 0.0
+
+    @property
+    def distance(self) -> float:
+        """Return the root mean square of the gaps: single rows tell too little of the tail."""
+        return float(np.sqrt(np.mean(np.square(self.gaps)))) if self.gaps else 0.0
 
     @property
     def pace(self) -> str:
@@ -198,13 +207,17 @@ def profile(
     signature: Signature,
     rows: Sequence[list[Array]],
     points: Sequence[tuple[int, int]],
+    threads: int,
     tick: Callable[[], None],
 ) -> None:
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
     `tick` is told of every round. Points of several rows that take over 0.3 s are left out: what
-    they take is told by smaller ones.
+    they take is told by smaller ones. After three rounds, what is a tenth slower than fp32, or than
+    its form with other passes, is left out.
+    With several threads a session's go on waiting for its next call, and would slow down the next
+    session: each gets its rounds in one go, when those of the one before have gone to sleep.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
     of four rounds: the luckiest of many would win by their median, and be slower when it serves.
     """
@@ -213,21 +226,36 @@ def profile(
     feeds = {at: stretch(base, signature, *at) for base, at in zip(bases, points, strict=True)}
     sessions = [candidate.session for candidate in candidates]
     feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= _LONG}
-    repeats = [[_repeats(session, feed) for session in sessions] for feed in feeds.values()]
-    rounds: list[list[list[float]]] = [[] for _ in feeds]  # by point, round and candidate
-    for _ in range(ROUNDS):  # from one point to the next, as traffic goes from shape to shape
-        for feed, times, found in zip(feeds.values(), repeats, rounds, strict=True):
-            found.append(list(map(_seconds, sessions, repeat(feed), times)))
+    calls = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
+    taken = np.full((len(calls), ROUNDS, len(candidates)), np.nan)
+    forms = [candidate.form for candidate in candidates]
+    left = list(range(len(forms)))
+    for done in range(ROUNDS):  # from one point to the next, as traffic goes from shape to shape
+        if done == _ALL_ROUNDS:
+            left = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
+        turns = sorted(product(range(len(calls)), left), key=itemgetter(threads > 1))
+        for before, (point, i) in zip([(0, -1), *turns], turns, strict=False):
+            feed, repeats = calls[point]
+            if threads > 1 and before[1] != i:
+                time.sleep(_ASLEEP)
+                sessions[i].run(feed)
+            taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
         tick()
-    taken = np.array(rounds)
     paces = np.log(taken).mean(axis=0)  # by round and candidate
-    plain = [i for i, candidate in enumerate(candidates) if candidate.form == "fp32"]
-    best = min(plain, key=lambda i: float(np.median(paces[:, i])))
-    gains = np.exp(np.quantile(paces[:, [best]] - paces, 0.25, axis=0))
+    best = min(left, key=lambda i: (forms[i] != "fp32", float(np.median(paces[:, i]))))
+    gains = np.exp(np.nanquantile(paces[:, [best]] - paces, 0.25, axis=0))
     for i, candidate in enumerate(candidates):
         candidate.speedup = float(gains[i])
         own = zip(feeds, taken[..., i], strict=True)
-        candidate.latency = [_point(*at, seconds) for at, seconds in own]
+        candidate.latency = [_point(*at, seconds[seconds > 0]) for at, seconds in own]
+
+
+def _promising(forms: Sequence[str], paces: Array) -> list[int]:
+    """Return who may be the fastest of its form, and faster than fp32; paces are logarithms."""
+    pairs = list(zip(forms, paces.tolist(), strict=True))
+    best = {form: min(pace for other, pace in pairs if other == form) for form in forms}
+    most = [min(best[form], best["fp32"]) + _SLOWER for form in forms]
+    return [i for i, (_, pace) in enumerate(pairs) if pace <= most[i]]
 
 
 def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from lrai_engines.fusion import optimise
 from lrai_engines.quantize import SATURATING, NothingToQuantize
 from lrai_engines.static import StaticForms, static_int8
 from lrai_engines.static_harms import harms, work
-from tests.core.compiler.onnx_files import linear, model, value
+from tests.core.compiler.onnx_files import model, value
 
 OUTPUT = TensorSpec(name="y", datatype="FP32", shape=("batch", 10), batch_axis=0)
 SHAPE = (3, 16, 16)
@@ -156,9 +156,63 @@ def test_the_model_is_not_changed_and_nothing_is_said(
     assert not caplog.records
 
 
-def test_a_network_without_convolutions_has_other_forms() -> None:
-    with pytest.raises(NothingToQuantize, match="no convolution"):
-        static_int8(linear(), sample())
+def plain() -> onnx.ModelProto:
+    """Return two layers whose first output is theirs, and whose second is integers."""
+    random = np.random.default_rng(0)
+    weights = {"w": random.standard_normal((8, 32)) / 3, "v": random.standard_normal((32, 4)) / 5}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "first"),
+        helper.make_node("Relu", ["h"], ["r"], "relu"),
+        helper.make_node("MatMul", ["r", "v"], ["y"], "second"),
+        helper.make_node("ArgMax", ["y"], ["label"], "best", axis=1, keepdims=0),
+    ]
+    outputs = [value("y", ["batch", 4]), value("label", ["batch"], onnx.TensorProto.INT64)]
+    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    return model(nodes, [value("x", ["batch", 8])], outputs, constants)
+
+
+def test_plain_layers_are_quantised_too() -> None:
+    x = np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
+    specs = (
+        TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0),
+        TensorSpec(name="label", datatype="INT64", shape=("batch",), batch_axis=0),
+    )
+    quantised, report = static_int8(plain(), Sample([[row[None]] for row in x], specs))
+    assert [line.scheme for line in report] == ["static_int8"] * 2
+    assert 0 < distance(run(quantised, x), run(plain(), x)) < 0.1
+    x[3, 5] = np.nan
+    assert np.isnan(run(quantised, x)).all(axis=1).tolist() == [i == 3 for i in range(40)]
+
+
+def test_what_multiplies_activations_has_other_forms() -> None:
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["y"], "scores"),
+    ]
+    attention = model(nodes, [value("x", ["batch", 8])], [value("y", ["batch", "batch"])])
+    with pytest.raises(NothingToQuantize, match="multiplies activations"):
+        static_int8(attention, sample())
+
+
+@pytest.mark.parametrize("none", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_makes_none_and_costs_its_neighbours_nothing(none: float) -> None:
+    """Integers would have one for it; float32 answers infinity with NaN here too."""
+    quantised, _ = static_int8(network(), sample())
+    x = images(3, 5)
+    right = run(quantised, x)
+    x[1, 0, 3, 4] = none
+    own = run(quantised, x)
+    assert np.isnan(own[1]).all()
+    assert np.array_equal(own[::2], right[::2])
+
+
+def test_without_a_batch_axis_all_is_no_number() -> None:
+    whole = TensorSpec(name="y", datatype="FP32", shape=("batch", 10))
+    quantised, _ = static_int8(network(), Sample(sample().rows, (whole,)))
+    x = images(2, 5)
+    assert np.isfinite(run(quantised, x)).all()
+    x[1, 0, 3, 4] = np.nan
+    assert np.isnan(run(quantised, x)).all()
 
 
 @pytest.mark.parametrize("count", [1, 16, 33, 128])

@@ -48,9 +48,9 @@ def judged(
     output_map: OutputMap = "raw",
     conditions: Conditions | None = None,
 ) -> Judged:
-    reference = run_alone(Fake(lambda x: x), sample, lambda: None)
+    reference = run_alone(Fake(lambda x: x), sample, 1, lambda: None)
     model = signature(output_map)
-    runs = run(Fake(function), sample, model, lambda: None)
+    runs = run(Fake(function), sample, model, 1, lambda: None)
     return judge(runs, reference, sample, model, conditions or Conditions())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -28,7 +30,9 @@ class Told:
         return list(arrays)
 
 
-def profiled(monkeypatch: pytest.MonkeyPatch, **times: Sequence[float]) -> dict[str, Candidate]:
+def profiled(
+    monkeypatch: pytest.MonkeyPatch, threads: int = 1, **times: Sequence[float]
+) -> dict[str, Candidate]:
     def seconds(session: Told, feed: object, repeats: int) -> float:
         return session.seconds.pop(0)
 
@@ -49,7 +53,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch, **times: Sequence[float]) -> dict[
         )
         for name, told in times.items()
     }
-    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], lambda: None)
+    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], threads, lambda: None)
     return made
 
 
@@ -78,7 +82,7 @@ def test_calls_of_several_rows_that_take_long_are_not_measured(
     candidate = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS)["fp32"]
     monkeypatch.setattr(search, "_seconds", lambda session, feed, repeats: 1e-3 * feed[0].size)
     points = [(1, 8), (4, 8), (64, 8), (1, 512), (4, 512)]
-    search.profile([candidate], signature, [ROW], points, lambda: None)
+    search.profile([candidate], signature, [ROW], points, 1, lambda: None)
     measured = [(point.rows, point.length) for point in candidate.latency]
     assert measured == [(1, 8), (4, 8), (1, 512)]
     assert [point.median_ms for point in candidate.latency] == pytest.approx([8, 32, 512])
@@ -88,3 +92,28 @@ def test_the_fastest_fp32_is_what_others_are_compared_with(monkeypatch: pytest.M
     rounds = search.ROUNDS
     found = profiled(monkeypatch, fp32=[2.0] * rounds, fp32_b=[1.0] * rounds, int8=[1.0] * rounds)
     assert [round(one.speedup, 6) for one in found.values()] == [0.5, 1, 1]
+
+
+def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower than fp32, or than the same form with other passes; what it took stays known."""
+    rounds = search.ROUNDS
+    times = {"fp32": 1.0, "fp32_b": 1.2, "int8": 0.5, "int8_b": 0.6, "int8_c": 0.53, "slow": 1.11}
+    given = {name: [took] * rounds for name, took in times.items()}
+    found = profiled(monkeypatch, 1, **given)
+    left = {name: len(cast("Told", one.session).seconds) for name, one in found.items()}
+    assert left == {"fp32": 0, "fp32_b": 6, "int8": 0, "int8_b": 6, "int8_c": 0, "slow": 6}
+    assert found["slow"].speedup == pytest.approx(1 / 1.11)
+    assert found["int8_b"].latency[0].median_ms == pytest.approx(600)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_of_another_session_are_asleep_before_one_is_measured(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """They wait for their next call for a while, and would take part of a CPU."""
+    slept = list[float]()
+    monkeypatch.setattr(time, "sleep", slept.append)
+    given = {"fp32": [1.0] * search.ROUNDS, "int8": [0.5] * search.ROUNDS}
+    profiled(monkeypatch, threads, **given)
+    assert len(slept) == (threads > 1) * 2 * search.ROUNDS
+    assert all(second >= 0.05 for second in slept)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lrai_core import confidence
 from lrai_core.artifact import LatencyPoint
@@ -35,15 +36,17 @@ class Model:
         return [arrays[0] + np.float32(gap)]
 
 
-def compilation(forms: Sequence[tuple[str, float, float, float]], seed: int = 0) -> _Compilation:
+def compilation(
+    forms: Sequence[tuple[str, float, float, float]], seed: int = 0, gate: int = GATE
+) -> _Compilation:
     """Return one that measured these forms: name, times as fast as fp32, gap, share that strays."""
     random = np.random.default_rng(seed)
     work = _Compilation(Path(), Path(), Conditions(epsilon=EPSILON, delta=DELTA), 1, lambda _: None)
     work.signature, work.reference = SIGNATURE, Model(0, 0, 0)
-    data = [[row[None]] for row in random.uniform(100, 200, (GATE + SEARCH, 2)).astype(np.float32)]
+    data = [[row[None]] for row in random.uniform(100, 200, (gate + SEARCH, 2)).astype(np.float32)]
     hashes = [bytes([i % 256]) * 32 for i in range(len(data))]
     rows = Rows(data, None, hashes)
-    work.gate, work.search = rows.take(range(GATE)), rows.take(range(GATE, GATE + SEARCH))
+    work.gate, work.search = rows.take(range(gate)), rows.take(range(gate, gate + SEARCH))
     engine = find_engine("onnxruntime")
     for place, (form, speed, gap, strays) in enumerate((("fp32", 1.0, 0.0, 0.0), *forms)):
         session = Model(gap, strays, 100 * seed + place)
@@ -73,9 +76,34 @@ def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
     assert "delta 5.00% allowed" in why(work, "wild")
 
 
-def test_the_first_that_fails_ends_it() -> None:
-    forms = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.06), ("near", 1.5, 0.001, 0)]
-    work = compilation(forms, seed=3)  # of the search rows under a tenth stray
+FORMS = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.1), ("near", 1.5, 0.001, 0)]
+UNLUCKY = 6  # seed: none of the search rows strays, so that the bad one looks closer than the far
+ENOUGH = 2 * confidence.rows_needed(0.02, 0.95)  # rows, twice as many as any form needs
+
+
+def test_a_form_that_fails_takes_along_its_part_of_the_error_alone() -> None:
+    """What those before it have left is lost; each behind it has a part of its own."""
+    work = compilation(FORMS, UNLUCKY, ENOUGH)
+    work.judge(4)
+    assert kept(work) == ["far", "near", "fp32"]
+    part = confidence.upper_bound(0, ENOUGH, 1 - 0.05 / 3)
+    assert f"at most {part:.2%}; delta" in why(work, "near")
+    assert f"at most {part:.2%}; delta" in why(work, "far")
+    assert "delta 5.00% allowed" in why(work, "bad")
+
+
+def test_a_form_that_passes_leaves_its_part_to_the_next() -> None:
+    forms = [("far", 4, 0.08, 0), ("near", 1.5, 0.001, 0)]
+    work = compilation(forms, UNLUCKY, ENOUGH)
+    work.judge(4)
+    half, whole = (confidence.upper_bound(0, ENOUGH, 1 - error) for error in (0.025, 0.05))
+    assert f"at most {half:.2%}; delta" in why(work, "near")
+    assert f"at most {whole:.2%}; delta" in why(work, "far")
+
+
+def test_where_rows_are_few_the_first_that_fails_ends_it() -> None:
+    """The whole error is the first one's: with a part of it the closest might not pass either."""
+    work = compilation(FORMS, UNLUCKY, ENOUGH - 1)
     work.judge(4)
     assert kept(work) == ["near", "fp32"]
     assert "bad is closer, and failed" in why(work, "far")
@@ -103,16 +131,17 @@ class Broken:
         raise ValueError("does not run on this")
 
 
-def test_of_many_that_stray_too_often_hardly_ever_does_one_pass() -> None:
+@pytest.mark.parametrize("gate", [GATE, ENOUGH])
+def test_of_many_that_stray_too_often_hardly_ever_does_one_pass(gate: int) -> None:
     """Judged each by itself, one of eight would pass in a sixth of all compilations."""
     trials, forms, lucky, apart = 100, 8, 0, 0
     for trial in range(trials):
         given = [(f"f{i}", 1.5 * 1.1**i, 0.01 + 0.001 * i, DELTA * 1.02) for i in range(forms)]
-        work = compilation(given, seed=trial + 1)
+        work = compilation(given, trial + 1, gate)
         work.judge(2)
         lucky += kept(work) != ["fp32"]
-        gate = np.random.default_rng(trial).binomial(GATE, DELTA * 1.02, forms)
-        apart += any(confidence.upper_bound(int(k), GATE) <= DELTA for k in gate)
+        strayed = np.random.default_rng(trial).binomial(gate, DELTA * 1.02, forms)
+        apart += any(confidence.upper_bound(int(k), gate) <= DELTA for k in strayed)
     assert apart / trials > 0.1
     # Two standard errors above the level.
     assert lucky / trials <= 0.05 + 2 * (0.05 * 0.95 / trials) ** 0.5

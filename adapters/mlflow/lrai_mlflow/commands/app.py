@@ -1,4 +1,4 @@
-"""`lrai mlflow …`: from the command line."""
+"""`lrai mlflow …`: models of MLflow, saved and converted."""
 
 from __future__ import annotations
 

@@ -1,0 +1,104 @@
+"""`lrai compile`: fp32, and the fastest forms of a model that pass the gate on your rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import lrai_core
+from lrai_core import ConditionNotMet
+from lrai_core.errors import shorten
+from lrai_report.inspect import inspect, out
+
+app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
+Slim = Annotated[bool, typer.Option("--slim", help="Only what serves here, see lrai slim.")]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; what `lrai` says of errors is its own business."""
+    app(args=list(arguments), prog_name="lrai compile")
+
+
+@app.command()
+def compile(
+    model: Annotated[Path, typer.Argument(help="ONNX file, or a .toml that describes one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, NAME.lrai.")],
+    evaluation: Annotated[
+        Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Rows that forms are made for.")] = None,
+    metric: Annotated[str, typer.Option(help="With labels: top1 or top5.")] = "top1",
+    output_map: Annotated[
+        str, typer.Option(help="How outputs are compared: raw, softmax or l2_normalised.")
+    ] = "raw",
+    max_accuracy_loss: Annotated[float, typer.Option(help="Largest loss, as a share.")] = 0.01,
+    epsilon: Annotated[float | None, typer.Option(help="Closeness to demand and certify.")] = None,
+    delta: Annotated[float, typer.Option(help="Share of inputs that may exceed epsilon.")] = 0.01,
+    group: Annotated[
+        list[str] | None, typer.Option(help="Array of groups to treat alike; repeatable.")
+    ] = None,
+    max_disparity: Annotated[float, typer.Option(help="Most by which groups may part.")] = 0.01,
+    axes: Annotated[Path | None, typer.Option(help="TOML that states the axes.")] = None,
+    keep: Annotated[int, typer.Option(help="Variants to keep, fp32 too; 3: two serve.")] = 2,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
+    keep_evaluation: Annotated[int | None, typer.Option(help="Gate rows to keep in it.")] = None,
+    slim: Slim = False,  # noqa: FBT002 - typer's way
+) -> None:
+    """Compile MODEL: fp32, and the fastest forms that pass the gate on the evaluation rows."""
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("load", total=None)
+
+        def show(step: lrai_core.Step) -> None:
+            if step.name == "note":
+                out.print(shorten(step.detail, 2000), style="dim")
+            else:
+                words = shorten(f"{step.name} {step.detail}".strip())
+                bar.update(task, description=words, completed=step.done, total=step.total or None)
+
+        artifact = lrai_core.compile(
+            model,
+            out=output,
+            calibration=calibration,
+            evaluation=evaluation,
+            metric=metric,  # type: ignore[arg-type] # checked where it is used
+            output_map=output_map,  # type: ignore[arg-type] # likewise
+            max_accuracy_loss=max_accuracy_loss,
+            epsilon=epsilon,
+            delta=delta,
+            groups=group or (),
+            max_disparity=max_disparity,
+            axes=axes,
+            keep=keep,
+            engines=engine or (),
+            threads=threads,
+            keep_evaluation=keep_evaluation,
+            progress=show,
+        )
+    if slim:
+        _run("slim", str(output))
+    inspect(output)
+    if evaluation is not None and artifact.manifest.chosen == "fp32" and keep > 1:
+        raise ConditionNotMet(
+            "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
+        )
+
+
+def _run(command: str, *arguments: str) -> None:
+    """Run a command of another package; return where it ends well."""
+    for entry in entry_points(group="lrai.commands", name=command):
+        try:
+            entry.load()(arguments)
+        except SystemExit as end:
+            if end.code:
+                raise
