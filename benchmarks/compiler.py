@@ -60,6 +60,7 @@ EPSILON: Final = 0.01
 CLOSE_TIMES: Final = 1.2  # as fast as the fastest peer that is as close, on one model at least
 SEED: Final = 0
 _CLOSE: Final = f"lrai within {EPSILON}"
+_ASLEEP: Final = 0.06  # seconds
 _ALL_ROUNDS: Final = 5  # then who takes twice as long as the fastest drops out
 
 
@@ -98,7 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="lrai-compiler-") as scratch:
         for threads in (1,) if arguments.quick else (1, 2):
-            os.sched_setaffinity(0, cpus[:threads])
             for model in made(Path(scratch), arguments.data, arguments.only, quick=arguments.quick):
                 if threads > 1 and model.heavy:
                     continue
@@ -106,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder.mkdir()
                 forms = _forms(model, folder, threads, extras=arguments.extras)
                 _judge(model, forms)
-                _measure(model, forms, rounds)
+                os.sched_setaffinity(0, cpus[:threads])
+                _measure(model, forms, rounds, threads)
+                os.sched_setaffinity(0, cpus)
                 rows += _show(model, forms, threads)
                 checks += _checks(model, forms, threads)
-        os.sched_setaffinity(0, cpus)
     packages = ["lrai", "onnxruntime", "numpy", *(["openvino"] if arguments.extras else [])]
     checks += _together(rows, extras=arguments.extras)
     environment = harness.environment(1, packages)
@@ -332,12 +333,14 @@ def _judge(model: Model, forms: Sequence[Form]) -> None:
             form.loss_bound = paired_loss_bound(lost, won, len(model.labels))
 
 
-def _measure(model: Model, forms: Sequence[Form], rounds: int) -> None:
+def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> None:
     """Time every form at every cell, from cell to cell as traffic does, in an order of chance.
 
     Who follows whom would be part of the result else: what one leaves in the caches, and threads
     of an engine that go on waiting for work on the only CPU for a while. Peers that take twice as
     long as the fastest form after some rounds of a cell drop out of it, and are shown by those.
+    With several threads a form has all its cells in turn, once the threads of the one before it
+    have gone to sleep: onnxruntime's go on for 45 ms.
     """
     order, random = list(forms), np.random.default_rng(SEED)
     feeds = {cell: _feed(model, *cell) for cell in model.cells}
@@ -351,13 +354,23 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int) -> None:
         repeats[cell] = max(1, int(2e-3 / max(time.perf_counter() - began, 1e-6)))
     with console.status(f"{model.name}: {len(forms)} forms, {rounds} rounds"):
         for done in range(rounds):
-            for cell, feed in feeds.items():
+            turns = []
+            for cell in feeds:
                 random.shuffle(order)
-                for form in _left(order, cell) if done >= _ALL_ROUNDS else order:
-                    began = time.perf_counter()
-                    for _ in range(repeats[cell]):
-                        form.run(feed)
-                    form.seconds[cell].append((time.perf_counter() - began) / repeats[cell])
+                left = _left(order, cell) if done >= _ALL_ROUNDS else order
+                turns += [(form, cell) for form in left]
+            if threads > 1:
+                turns.sort(key=lambda turn: order.index(turn[0]))
+            before = None
+            for form, cell in turns:
+                if threads > 1 and form is not before:
+                    time.sleep(_ASLEEP)
+                    form.run(feeds[cell])
+                began = time.perf_counter()
+                for _ in range(repeats[cell]):
+                    form.run(feeds[cell])
+                form.seconds[cell].append((time.perf_counter() - began) / repeats[cell])
+                before = form
 
 
 def _left(forms: Sequence[Form], cell: tuple[int, int]) -> list[Form]:

@@ -127,10 +127,10 @@ def _adult(scratch: Path) -> Model:
 
 
 def _digits(scratch: Path) -> Model:
-    """A convolutional network trained on 2,500 handwritten digits."""
+    """A convolutional network trained on 2,000 handwritten digits."""
     data = datasets.digits()
-    module = images.train_cnn(data.features[data.train], data.labels[data.train], SEED)
-    rows, labels = data.features[~data.train], data.labels[~data.train]
+    module = images.train_cnn(data.features[:2_000], data.labels[:2_000], SEED)
+    rows, labels = data.features[2_000:], data.labels[2_000:]
     return Model(
         "mnist-cnn",
         images.export(module, rows[:2], scratch / "mnist.onnx"),
@@ -183,7 +183,7 @@ def _resnet50(scratch: Path) -> Model:
 
 def _random(name: str, source: Path, cells: Sequence[tuple[int, int]], **more: Any) -> Model:
     """Return a network of random weights and rows of noise."""
-    rows = np.random.default_rng(SEED).standard_normal((60, 3, 224, 224), np.float32)
+    rows = np.random.default_rng(SEED).standard_normal((30, 3, 224, 224), np.float32)
     return Model(
         name,
         source,
@@ -199,7 +199,7 @@ def _random(name: str, source: Path, cells: Sequence[tuple[int, int]], **more: A
 
 
 def _bert(scratch: Path) -> Model:
-    ids = np.random.default_rng(SEED).integers(1_000, 30_000, (60, 64))
+    ids = np.random.default_rng(SEED).integers(1_000, 30_000, (30, 64))
     return Model(
         "bert-base",
         models.bert_base_onnx(scratch / "bert.onnx"),
