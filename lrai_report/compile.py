@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Final
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Final
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import lrai_core
-from lrai_core import ConditionNotMet
+from lrai_core import ConditionNotMet, UsageError
 from lrai_core.errors import shorten
 from lrai_report.inspect import inspect, out
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
+Fuse = Annotated[bool, typer.Option("--fuse", help="Several ONNX files as one, see lrai fuse.")]
 Slim = Annotated[bool, typer.Option("--slim", help="Only what serves here, see lrai slim.")]
 
 
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @app.command()
 def compile(
-    model: Annotated[Path, typer.Argument(help="ONNX file, or a .toml that describes one.")],
+    models: Annotated[list[Path], typer.Argument(help="ONNX file, or a .toml that tells of one.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, NAME.lrai.")],
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
@@ -50,9 +53,51 @@ def compile(
     ] = None,
     threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
     keep_evaluation: Annotated[int | None, typer.Option(help="Gate rows to keep in it.")] = None,
-    slim: Slim = False,  # noqa: FBT002 - typer's way
+    minutes: Annotated[
+        float | None, typer.Option(help="About so long, then the best so far.")
+    ] = None,
+    fuse: Fuse = False,  # noqa: FBT002 - typer's way
+    slim: Slim = False,  # noqa: FBT002 - likewise
 ) -> None:
-    """Compile MODEL: fp32, and the fastest forms that pass the gate on the evaluation rows."""
+    """Compile a model: fp32, and the fastest forms that pass the gate on the evaluation rows."""
+    if fuse == (len(models) == 1):
+        several = f"{len(models)} models are given: --fuse makes one of them"
+        raise UsageError("--fuse needs two models or more" if fuse else several)
+    with ExitStack() as stack:
+        model = models[0]
+        if fuse:
+            model = Path(stack.enter_context(TemporaryDirectory(prefix="lrai-")), "fused.onnx")
+            _run("fuse", *map(str, models), "-o", str(model))
+        artifact = _compiled(
+            model,
+            output,
+            calibration=calibration,
+            evaluation=evaluation,
+            metric=metric,
+            output_map=output_map,
+            max_accuracy_loss=max_accuracy_loss,
+            epsilon=epsilon,
+            delta=delta,
+            groups=group or (),
+            max_disparity=max_disparity,
+            axes=axes,
+            keep=keep,
+            engines=engine or (),
+            threads=threads,
+            keep_evaluation=keep_evaluation,
+            minutes=minutes,
+        )
+    if slim:
+        _run("slim", str(output))
+    inspect(output)
+    if evaluation is not None and artifact.manifest.chosen == "fp32" and keep > 1:
+        raise ConditionNotMet(
+            "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
+        )
+
+
+def _compiled(model: Path, output: Path, **options: Any) -> lrai_core.Artifact:
+    """Compile, and show how far it is."""
     with Progress(
         TextColumn("{task.description}", markup=False), BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
@@ -66,32 +111,7 @@ def compile(
                 words = shorten(f"{step.name} {step.detail}".strip())
                 bar.update(task, description=words, completed=step.done, total=step.total or None)
 
-        artifact = lrai_core.compile(
-            model,
-            out=output,
-            calibration=calibration,
-            evaluation=evaluation,
-            metric=metric,  # type: ignore[arg-type] # checked where it is used
-            output_map=output_map,  # type: ignore[arg-type] # likewise
-            max_accuracy_loss=max_accuracy_loss,
-            epsilon=epsilon,
-            delta=delta,
-            groups=group or (),
-            max_disparity=max_disparity,
-            axes=axes,
-            keep=keep,
-            engines=engine or (),
-            threads=threads,
-            keep_evaluation=keep_evaluation,
-            progress=show,
-        )
-    if slim:
-        _run("slim", str(output))
-    inspect(output)
-    if evaluation is not None and artifact.manifest.chosen == "fp32" and keep > 1:
-        raise ConditionNotMet(
-            "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
-        )
+        return lrai_core.compile(model, out=output, progress=show, **options)
 
 
 def _run(command: str, *arguments: str) -> None:

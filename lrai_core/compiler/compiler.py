@@ -7,6 +7,7 @@ the one before ensures; the state they share is `_Compilation`.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -73,6 +74,7 @@ def compile(
     threads: int = 0,
     keep_evaluation: int | None = None,
     seed: int = 0,
+    minutes: float | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile an ONNX model into an artifact: fp32, and the fastest forms that pass the gate.
@@ -105,6 +107,9 @@ def compile(
         keep_evaluation: Gate rows to keep in the artifact, for certificates and for measuring it
             elsewhere; by default as many as fit 16 MiB, which is the most.
         seed: Of the split of the evaluation rows.
+        minutes: About how long it may take, the best so far is kept then: a quarter of it serves to
+            make forms, half of it is gone when they have been measured, in three rounds at least.
+            What has not been judged when they are up is not kept. fp32 is always made and judged.
         progress: Told of every step.
 
     Raises:
@@ -127,6 +132,8 @@ def compile(
     if keep < 1 or (keep_evaluation or 0) < 0:
         counts = f"keep is {keep} and keep_evaluation {keep_evaluation}"
         raise UsageError(f"{counts}; at least 1 is needed, for fp32 is always kept, and 0")
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"minutes is {minutes}, it must be above 0")
     for name in ("epsilon", "groups"):
         if getattr(conditions, name) and evaluation is None:
             raise UsageError(f"{name} needs evaluation rows to be judged on")
@@ -134,6 +141,7 @@ def compile(
     report = progress or (lambda _: None)
     with store.writing(out) as folder, tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
         work = _Compilation(folder, Path(scratch), conditions, threads or available_cpus(), report)
+        work.seconds = 60 * (minutes or math.inf)
         work.load(model)
         work.find_axes(axes, evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
@@ -166,6 +174,8 @@ class _Compilation:
     gate: Rows | None = None
     candidates: list[Candidate] = field(default_factory=list)
     judged: int = 1
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = math.inf
     kept: list[tuple[Candidate, Judged | None]] = field(default_factory=list)
 
     def load(self, path: Path) -> None:
@@ -229,7 +239,7 @@ class _Compilation:
         material = Material(self.proto, self.shared, self.scratch, sample, self.threads)
         tick = self._begin("build", sum(builder.steps for builder in builders), "fp32")
         for builder in builders:
-            self.candidates += search.build(builder, material, tick, self._reject)
+            self.candidates += search.build(builder, material, tick, self._reject, self._at(0.25))
         if not self.candidates or self.candidates[0].form != "fp32":
             raise CompileError("onnxruntime cannot run an optimised form of the model")
 
@@ -239,7 +249,9 @@ class _Compilation:
         points = search.points(self.signature, rows)
         tick = self._begin("profile", search.ROUNDS, f"{len(self.candidates)} candidates")
         try:
-            search.profile(self.candidates, self.signature, rows, points, self.threads, tick)
+            search.profile(
+                self.candidates, self.signature, rows, points, self.threads, tick, self._at(0.5)
+            )
         except EngineError as error:
             if rows:
                 raise
@@ -272,6 +284,9 @@ class _Compilation:
         for own, candidate in zip(errors, front, strict=False):
             if not (error := error + own):
                 self._reject(candidate.name, f"{candidate.pace}; {failed} is closer, and failed")
+                continue
+            if time.monotonic() > self._at(1):
+                self._reject(candidate.name, f"{candidate.pace}; not judged: the minutes are up")
                 continue
             told = partial(tick, candidate.name)
             found = self._judge(candidate, self.gate, reference, 1 - error, told)
@@ -440,6 +455,10 @@ class _Compilation:
             )
             if repeated:
                 self._notify(f"evaluation: {repeated} repeated rows left out")
+
+    def _at(self, share: float) -> float:
+        """Return when this share of the time is gone, by `time.monotonic`."""
+        return self.began + share * self.seconds
 
     def _begin(self, name: str, total: int, detail: str) -> Callable[..., None]:
         """Report a pass of `total` steps begun; return what reports each step."""

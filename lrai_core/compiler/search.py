@@ -31,6 +31,7 @@ WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not wo
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
+_LATE: Final = "not made: the minutes are up"
 _LONG: Final = 0.3  # seconds of a call of several rows: longer ones are not worth the time
 
 
@@ -179,7 +180,11 @@ def find_builder(name: str) -> Builder:
 
 
 def build(
-    builder: Builder, material: Material, tick: Callable[[str], None], reject: Reject
+    builder: Builder,
+    material: Material,
+    tick: Callable[[str], None],
+    reject: Reject,
+    until: float = math.inf,
 ) -> list[Candidate]:
     """Return the forms of one engine that can be made and loaded.
 
@@ -188,6 +193,7 @@ def build(
         material: What they are made of.
         tick: Told the name of each candidate.
         reject: Told the name of what is no candidate, and why.
+        until: When this is past, by `time.monotonic`, no more are made.
     """
     candidates = []
     for made in builder.build(material, reject):
@@ -199,6 +205,9 @@ def build(
             continue
         candidates.append(Candidate(**made._asdict(), session=session, engine=builder.engine))
         tick(candidates[-1].name)
+        if time.monotonic() > until:
+            reject(f"what follows {made.form}", _LATE)
+            break
     return candidates
 
 
@@ -209,13 +218,15 @@ def profile(
     points: Sequence[tuple[int, int]],
     threads: int,
     tick: Callable[[], None],
+    until: float = math.inf,
 ) -> None:
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
     `tick` is told of every round. Points of several rows that take over 0.3 s are left out: what
     they take is told by smaller ones. After three rounds, what is a tenth slower than fp32, or than
-    its form with other passes, is left out.
+    its form with other passes, is left out; and when the clock, `time.monotonic`, is past `until`,
+    there are no more rounds.
     With several threads a session's go on waiting for its next call, and would slow down the next
     session: each gets its rounds in one go, when those of the one before have gone to sleep.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
@@ -231,6 +242,8 @@ def profile(
     forms = [candidate.form for candidate in candidates]
     left = list(range(len(forms)))
     for done in range(ROUNDS):  # from one point to the next, as traffic goes from shape to shape
+        if done >= _ALL_ROUNDS and time.monotonic() > until:
+            break
         if done == _ALL_ROUNDS:
             left = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
         turns = sorted(product(range(len(calls)), left), key=itemgetter(threads > 1))
@@ -242,7 +255,7 @@ def profile(
             taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
         tick()
     paces = np.log(taken).mean(axis=0)  # by round and candidate
-    best = min(left, key=lambda i: (forms[i] != "fp32", float(np.median(paces[:, i]))))
+    best = min(left, key=lambda i: (forms[i] != "fp32", float(np.nanmedian(paces[:, i]))))
     gains = np.exp(np.nanquantile(paces[:, [best]] - paces, 0.25, axis=0))
     for i, candidate in enumerate(candidates):
         candidate.speedup = float(gains[i])

@@ -155,8 +155,8 @@ def test_versions_of_a_domain_that_contradict_are_refused() -> None:
         fuse({"a": one, "b": two})
 
 
-def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    words = [str(LRAI), "fuse", *arguments]
+def cli(folder: Path, *arguments: str, command: str = "fuse") -> subprocess.CompletedProcess[str]:
+    words = [str(LRAI), command, *arguments]
     return subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
 
 
@@ -175,6 +175,23 @@ def test_the_command_writes_what_compiles_and_each_model_can_be_asked(tmp_path: 
         answer = runtime.infer(request)
     assert list(answer.outputs) == ["zy"]
     np.testing.assert_allclose(answer.outputs["zy"], run(two, x=X)["zy"], rtol=1e-4, atol=1e-5)
+
+
+def test_compile_takes_several_as_one_if_it_is_told_to(tmp_path: Path) -> None:
+    for name, seed, prefix in (("one", 50, ""), ("two", 70, "z")):
+        onnx.save(headed(1, seed, prefix=prefix, depth=12), tmp_path / f"{name}.onnx")
+    out = ("-o", "both.lrai", "--threads", "1")
+    for given in (("one.onnx", "two.onnx"), ("one.onnx", "--fuse")):
+        done = cli(tmp_path, *given, *out, command="compile")
+        assert done.returncode == 2, done.stderr
+        assert "--fuse" in done.stderr
+        assert not (tmp_path / "both.lrai").exists()
+    done = cli(tmp_path, "one.onnx", "two.onnx", "--fuse", *out, command="compile")
+    assert done.returncode == 0, done.stderr
+    outputs = lrai.Artifact.open(tmp_path / "both.lrai").manifest.signature.outputs
+    assert [spec.name for spec in outputs] == ["y", "zy"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["both.lrai", "one.onnx", "two.onnx"]
 
 
 def test_where_nothing_is_gained_nothing_is_written(

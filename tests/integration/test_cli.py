@@ -243,13 +243,12 @@ def test_an_unknown_setting_ends_with_exit_2(
 
 
 def test_help_says_of_every_command_what_it_is_for() -> None:
-    shown = run("--help", code=0)
-    for command, words in {
-        "compile": "the fastest forms that pass the gate",
-        "config": "Every setting, its value",
-        "certificate": "Certificates, made and looked at again",
-        "mlflow": "Models of MLflow",
-        "triton": "Everything around the backend",
-    }.items():
-        line = next(line for line in shown.splitlines() if f" {command} " in line)
-        assert words in line or words in shown
+    shown = " ".join(run("--help", code=0).replace("│", " ").split())
+    for said in (
+        "compile Fp32, and the fastest forms of a model that pass the gate",
+        "config Every setting, its value",
+        "certificate Certificates, made and looked at again",
+        "mlflow Models of MLflow",
+        "triton Everything around the backend",
+    ):
+        assert said in shown

@@ -55,6 +55,14 @@ def test_without_data_only_fp32_is_kept_and_a_sentence_says_what_data_buys(make:
     assert lrai.certificates(artifact) == []
 
 
+def test_when_the_minutes_are_up_the_best_so_far_is_kept(make: Compile, rows: Rows) -> None:
+    """fp32 is always made, and judged."""
+    artifact = make(evaluation=rows, minutes=1e-9)
+    assert [variant.id for variant in artifact.manifest.variants] == ["fp32"]
+    assert artifact.manifest.variants[0].gate is not None
+    assert any("the minutes are up" in str(line.get("why")) for line in log(artifact))
+
+
 def test_what_is_kept_gives_the_source_models_answers(make: Compile, rows: Rows) -> None:
     artifact = make(evaluation=rows, keep=9)
     expected = onnxruntime.InferenceSession(linear().SerializeToString()).run(None, rows)[0]

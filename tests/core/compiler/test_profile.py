@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,11 @@ class Told:
 
 
 def profiled(
-    monkeypatch: pytest.MonkeyPatch, threads: int = 1, **times: Sequence[float]
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int = 1,
+    *,
+    until: float = math.inf,
+    **times: Sequence[float],
 ) -> dict[str, Candidate]:
     def seconds(session: Told, feed: object, repeats: int) -> float:
         return session.seconds.pop(0)
@@ -53,7 +58,7 @@ def profiled(
         )
         for name, told in times.items()
     }
-    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], threads, lambda: None)
+    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], threads, lambda: None, until)
     return made
 
 
@@ -104,6 +109,13 @@ def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.Monkey
     assert left == {"fp32": 0, "fp32_b": 6, "int8": 0, "int8_b": 6, "int8_c": 0, "slow": 6}
     assert found["slow"].speedup == pytest.approx(1 / 1.11)
     assert found["int8_b"].latency[0].median_ms == pytest.approx(600)
+
+
+def test_when_the_time_is_up_three_rounds_have_been_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"fp32": [1.0] * search.ROUNDS, "int8": [0.5] * search.ROUNDS}
+    found = profiled(monkeypatch, 1, until=0.0, **given)
+    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {6}
+    assert found["int8"].speedup == pytest.approx(2)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +109,23 @@ def test_where_rows_are_few_the_first_that_fails_ends_it() -> None:
     work.judge(4)
     assert kept(work) == ["near", "fp32"]
     assert "bad is closer, and failed" in why(work, "far")
+
+
+def test_when_the_time_is_up_what_has_passed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = compilation([("far", 4, 0.08, 0), ("near", 1.5, 0.001, 0)])
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    work.began, work.seconds = 0.0, 60.0
+    judge = work._judge
+
+    def slowly(*arguments: Any) -> Any:
+        clock[0] += 40
+        return judge(*arguments)
+
+    monkeypatch.setattr(_Compilation, "_judge", lambda self, *arguments: slowly(*arguments))
+    work.judge(4)
+    assert kept(work) == ["near", "fp32"]
+    assert "not judged: the minutes are up" in why(work, "far")
 
 
 def test_what_closer_forms_are_as_fast_as_is_not_judged() -> None:
