@@ -34,8 +34,8 @@ class Told:
 def profiled(
     monkeypatch: pytest.MonkeyPatch,
     threads: int = 1,
-    *,
     until: float = math.inf,
+    /,
     **times: Sequence[float],
 ) -> dict[str, Candidate]:
     def seconds(session: Told, feed: object, repeats: int) -> float:
@@ -113,7 +113,7 @@ def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.Monkey
 
 def test_when_the_time_is_up_three_rounds_have_been_made(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"fp32": [1.0] * search.ROUNDS, "int8": [0.5] * search.ROUNDS}
-    found = profiled(monkeypatch, 1, until=0.0, **given)
+    found = profiled(monkeypatch, 1, 0.0, **given)
     assert {len(cast("Told", one.session).seconds) for one in found.values()} == {6}
     assert found["int8"].speedup == pytest.approx(2)
 
