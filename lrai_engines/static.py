@@ -36,6 +36,7 @@ from lrai_engines.quantize import (
 from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
 _MOST: Final = 128  # rows
+_NARROW: Final = 128  # columns of a matrix whose product costs less than their sum
 _FLOAT: Final = onnx.TensorProto.FLOAT
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
@@ -173,17 +174,43 @@ def _undefined_stays(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> o
     for spec in given:
         value, rank, first = before[spec.name], len(spec.shape), int(spec.batch_axis == 0)
         for x in inputs:
-            inner = range(first, len(types[x].shape.dim))
-            axes = graph.constant(f"axes:{x}:{first}", list(inner), np.int64)
+            end = spec.name if x == inputs[-1] else f"{spec.name}:{x}"
+            dims = [dim.dim_value for dim in types[x].shape.dim]
+            if first and rank == 2 and isinstance(spec.shape[1], int) and len(dims) > 1:
+                sums = _sums(graph, x, dims)
+                if sums is not None:  # one operator for three, at half of what they cost
+                    noughts = np.zeros((sums[1], spec.shape[1]))
+                    name = graph.constant(f"{x}:noughts:{spec.shape[1]}", noughts, np.float32)
+                    value = graph.add("Gemm", [sums[0], name, value], end)
+                    continue
+            axes = graph.constant(f"axes:{x}:{first}", list(range(first, len(dims))), np.int64)
             total = f"{x}:total:{first}"
             graph.add("ReduceSum", [x, axes], total, keepdims=0, noop_with_empty_axes=1)
             nought = graph.add("Sub", [total, total], f"{x}:nought:{first}")
             if first and rank > 1:
                 shape = graph.constant(f"rows:{rank}", [-1] + [1] * (rank - 1), np.int64)
                 nought = graph.add("Reshape", [nought, shape], f"{x}:nought:{first}:{rank}")
-            end = spec.name if x == inputs[-1] else f"{spec.name}:{x}"
             value = graph.add("Add", [value, nought], end)
     return assemble(model, graph)
+
+
+def _sums(graph: Graph, x: str, dims: Sequence[int]) -> tuple[str, int] | None:
+    """Have sums [rows, width] of `x` that hold what is none where `x` does; None: not in one step.
+
+    Args:
+        graph: Where they are written.
+        x: A tensor of rows.
+        dims: Of it, 0 where one is free.
+    """
+    narrow = next((axis for axis in range(1, len(dims)) if 0 < dims[axis] <= _NARROW), None)
+    if narrow is None and len(dims) > 2:
+        return None
+    over = [axis for axis in range(1, len(dims)) if axis != narrow]
+    if not over:
+        return x, dims[1]
+    axes = graph.constant(f"axes:{x}:sums", over, np.int64)
+    sums = graph.add("ReduceSum", [x, axes], f"{x}:sums", keepdims=int(narrow is None))
+    return sums, 1 if narrow is None else dims[narrow]
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc] # without types

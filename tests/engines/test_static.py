@@ -206,6 +206,45 @@ def test_what_is_no_number_makes_none_and_costs_its_neighbours_nothing(none: flo
     assert np.array_equal(own[::2], right[::2])
 
 
+@pytest.mark.parametrize(
+    ("declared", "shape"),
+    [
+        (["batch", 128], (3, 128)),
+        (["batch", 129], (3, 129)),
+        (["batch", "width"], (3, 40)),
+        (["batch", "steps", 6], (3, 7, 6)),
+        (["batch", "steps", 200], (3, 7, 200)),
+        (["batch", "height", "width", 3], (3, 4, 5, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("none", [np.nan, -np.inf])
+def test_inputs_of_any_shape_keep_what_is_no_number(
+    declared: list[str | int], shape: tuple[int, ...], none: float
+) -> None:
+    weight = np.random.default_rng(0).standard_normal((1, 5)).astype(np.float32)
+    inner = list(range(1, len(shape)))
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], "mean", axes=inner, keepdims=0),
+        helper.make_node("Reshape", ["m", "rows"], ["r"], "reshape"),
+        helper.make_node("MatMul", ["r", "w"], ["y"], "classes"),
+    ]
+    constants = [
+        numpy_helper.from_array(weight, "w"),
+        numpy_helper.from_array(np.array([-1, 1]), "rows"),
+    ]
+    proto = model(nodes, [value("x", declared)], [value("y", ["batch", 5])], constants)
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 5), batch_axis=0)
+    quantised, _ = static_int8(proto, Sample([[row[None]] for row in x], (spec,)))
+    right = run(quantised, x)
+    assert distance(right, run(proto, x)) < 0.1
+    x[(1, *np.array(shape[1:]) - 1)] = none
+    own = run(quantised, x)
+    assert np.isnan(own[1]).all()
+    assert np.array_equal(own[::2], right[::2])
+
+
 def test_without_a_batch_axis_all_is_no_number() -> None:
     whole = TensorSpec(name="y", datatype="FP32", shape=("batch", 10))
     quantised, _ = static_int8(network(), Sample(sample().rows, (whole,)))
