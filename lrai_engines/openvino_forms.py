@@ -1,13 +1,15 @@
 """The forms that OpenVINO runs.
 
-In int8, weights have a scale per column, and while it runs activations get one per row and group of
-columns: closer to float32 than a scale per tensor.
+In int8 with groups, weights have a scale per column, and while it runs activations get one per row
+and group of columns: closer to float32 than a scale per tensor. In static int8 those of activations
+are found before, which is what its convolutions need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -19,8 +21,10 @@ from lrai_core.errors import CompileError
 from lrai_engines.forms import Build, standard
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import weights_int8
+from lrai_engines.static import StaticForms
 
 _GROUPS: Final = (64, 128)  # columns with one scale
+_KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that float32 undoes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ _FORMS: Final = {
 class OpenVinoForms:
     """Builds them; see `Builder`."""
 
-    steps = len(_FORMS)
+    steps = len(_FORMS) + len(_KEPT)
 
     def __init__(self, engine: OpenVino) -> None:
         """Build for an engine."""
@@ -62,7 +66,14 @@ class OpenVinoForms:
             reject(self.engine.name, str(error))
             return
         able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        for name, form in _FORMS.items():
+        static = StaticForms(material.sample, material.threads)
+        forms = _FORMS | {
+            "openvino-int8-static" + f"-{kept}" * bool(kept): _Form(
+                "int8", {}, partial(static.build, share=kept / 100)
+            )
+            for kept in _KEPT
+        }
+        for name, form in forms.items():
             if form.precision.upper() not in able:
                 reject(name, f"this CPU has no {form.precision}")
                 continue
