@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import onnx
 from google.protobuf.message import EncodeError
@@ -15,31 +15,36 @@ from lrai_core.compiler.search import Built, Material, Quantized, Reject, Sample
 from lrai_core.engine.engine import Engine
 from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_engines import fusion
-from lrai_engines.quantize import dynamic_int8, dynamic_int8_per_row, matmul_nbits, mixed_int8
+from lrai_engines.blocks import matmul_nbits
+from lrai_engines.mixed import mixed_int4, mixed_int8
+from lrai_engines.quantize import dynamic_int8, dynamic_int8_per_row
 from lrai_engines.sensitivity import harms
 from lrai_engines.static import StaticForms
 
 _SHARES: Final = (30, 50, 75)  # per cent of the harm that is kept closer
 _EXACT: Final = ((95, 60), (98, 70))  # the same, and of this what is left in float32
 _KEPT: Final = (50, 80, 95)  # the same, in float32
+_WIDER: Final = (0, 30, 50, 75, 90)  # the same, in int8 where the others have 4 bits
 
 Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
 
-def forms(sample: Sample, threads: int) -> dict[str, Build]:
+def forms(sample: Sample, threads: int, objective: str = "latency") -> dict[str, Build]:
     """Return every form beside fp32 and what builds it; what the sample tells is found once."""
     known, static = dict[str, float](), StaticForms(sample, threads)
 
     def mixed(
-        model: onnx.ModelProto, *, share: float, exact: float = 0.0
+        model: onnx.ModelProto, *, scheme: Callable[..., Any] = mixed_int8, **shares: float
     ) -> tuple[onnx.ModelProto, list[Quantized]]:
         if not known:
             try:
                 known.update(harms(model, sample, threads))
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
                 raise CompileError(f"what each matrix does cannot be told: {error}") from None
-        return mixed_int8(model, known, share=share, exact=exact)
+        made: tuple[onnx.ModelProto, list[Quantized]] = scheme(model, known, **shares)
+        return made
 
+    wider = _WIDER if objective == "memory" else ()
     return {
         "int8-dynamic": dynamic_int8,
         "int8-row": dynamic_int8_per_row,
@@ -52,13 +57,19 @@ def forms(sample: Sample, threads: int) -> dict[str, Build]:
         **{f"int8-static-{kept}": partial(static.build, share=kept / 100) for kept in _KEPT},
         "int8-block32": partial(matmul_nbits, block_size=32),
         "int8-block128": partial(matmul_nbits, block_size=128),
+        **{
+            "int4" + f"-mixed-{share}" * bool(share): partial(
+                mixed, scheme=mixed_int4, share=share / 100
+            )
+            for share in wider
+        },
     }
 
 
 class OnnxRuntimeForms:
     """Builds them; see `Builder`."""
 
-    steps = 14 * len(fusion.DISABLEABLE)
+    steps = 19 * len(fusion.DISABLEABLE)
 
     def __init__(self, engine: Engine) -> None:
         """Build for an engine."""
@@ -74,7 +85,8 @@ class OnnxRuntimeForms:
         except CompileError as error:
             reject("int8", str(error))
             return
-        for form, transform in forms(material.sample, material.threads).items():
+        made = forms(material.sample, material.threads, material.objective)
+        for form, transform in made.items():
             try:
                 graph, operators = transform(basic)
             except CompileError as error:
@@ -105,7 +117,8 @@ def _under_each_pass_set(
     reject: Reject,
 ) -> Iterator[Built]:
     seen: list[Counter[str]] = []
-    precision = "int8" if operators else "fp32"
+    bits = min((line.bits for line in operators), default=32)
+    precision = f"int{bits}" if bits < 32 else "fp32"
     weights, threads = material.shared.folder, material.threads
     for name, passes_off in fusion.DISABLEABLE:
         file = material.folder / f"{form}.{name}" / "model.onnx"

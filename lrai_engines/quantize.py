@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -26,12 +25,11 @@ Float32 = npt.NDArray[np.float32]
 
 _ONNX = ("", "ai.onnx")  # both name the standard's own operators
 _OPSET: Final = 13  # the first whose QuantizeLinear is the one written here
-_MIXED_BLOCK = 64  # the largest whose bits do not depend on the batch
-_INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 # On these, kernels of uint8 x int8 add two products in int16: 2 * 255 * 64 is the most that fits.
 SATURATING = ("avx2", "x86_64")
-_BITS: Final = 8
-_FLOAT32: Final = "float32"  # the scheme of what is left alone
+BITS: Final = 8
+FLOAT32: Final = "float32"  # the scheme of what is left alone
+INT4: Final = "matmul_4_bits"
 _TABLE_ELEMENTS: Final = 1 << 18  # of the smallest table worth it: 1 MB
 _TINY = 1e-20  # keeps the scale of an all-zero row finite
 
@@ -80,54 +78,6 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
     return rewrite(model, int8_per_row)
 
 
-def mixed_int8(
-    model: onnx.ModelProto, harms: Mapping[str, float], *, share: float, exact: float = 0.0
-) -> tuple[onnx.ModelProto, list[Quantized]]:
-    """Return `model` with a scale per row, but per block of 64 on the few matrices that harm most.
-
-    Blocks are closer to float32 and slower. They go to the matrices that do the most harm for
-    their size, as many as make up `share` of it; of these the first stay in float32.
-
-    Args:
-        model: Weights inline, opset 13 or later. Not modified.
-        harms: What a scale per row does to the outputs, by matrix, see `sensitivity.harms`.
-        share: Of the harm, above 0 and below 1.
-        exact: Of the harm too: what is left in float32.
-
-    Raises:
-        NothingToQuantize: No operator qualifies, or all would be kept closer.
-        CompileError: The opset is too old.
-    """
-    total, sizes = sum(harms.values()), {one.weight: one.matrix.size for one in linears(model)}
-    closer, left = worst(harms, sizes, share), worst(harms, sizes, exact)
-    if len(closer) in (0, len(harms)):
-        raise NothingToQuantize("no matrix, or every matrix would be kept closer")
-
-    def emit(graph: Graph, layer: Linear) -> str:
-        graph.harms[layer.weight] = harms[layer.weight] / (total or 1)
-        if layer.weight in left:
-            graph.errors[layer.weight] = 0.0
-            weight = graph.constant(f"{layer.weight}:float32", layer.matrix, np.float32)
-            graph.add("MatMul", [layer.activation, weight], layer.product)
-            return _FLOAT32
-        if layer.weight in closer:
-            return _nbits(graph, layer, _MIXED_BLOCK, _INT8_ACTIVATIONS)
-        return int8_per_row(graph, layer)
-
-    return rewrite(model, emit)
-
-
-def worst(harms: Mapping[str, float], work: Mapping[str, float], share: float) -> set[str]:
-    """Return what makes up this share of the harm, by what does most for its work."""
-    left, found = share * sum(harms.values()), set[str]()
-    for name in sorted(harms, key=lambda one: -harms[one] / work.get(one, 1)):
-        if left <= 0:
-            break
-        found.add(name)
-        left -= harms[name]
-    return found
-
-
 def linears(model: onnx.ModelProto) -> list[Linear]:
     """Return every operator that qualifies."""
     constants = _constants(model)
@@ -151,28 +101,6 @@ def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
     Source: ONNX DequantizeLinear, opset 13.
     """
     return rewrite(model, _weights_int8)
-
-
-def matmul_nbits(
-    model: onnx.ModelProto, *, block_size: int, accuracy_level: int = _INT8_ACTIVATIONS
-) -> tuple[onnx.ModelProto, list[Quantized]]:
-    """Return `model` with int8 weights and a scale per block of `block_size` along K.
-
-    Args:
-        model: Weights inline, opset 13 or later. Not modified.
-        block_size: A power of two from 16 on. Up to 64 a row's bits were the same alone and in any
-            batch (onnxruntime 1.32, AVX-512 VNNI); above, the last bits depend on the batch size.
-        accuracy_level: 4 quantises activations to int8, per row and block, inside the kernel; 1
-            keeps them in float32.
-
-    Raises:
-        NothingToQuantize: No operator qualifies.
-        CompileError: The opset is too old.
-
-    Source: onnxruntime contrib operator MatMulNBits, version 1.
-    """
-    emit = partial(_nbits, block_size=block_size, accuracy_level=accuracy_level)
-    return rewrite(model, emit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,14 +174,14 @@ def rewrite(
             Quantized(
                 node=node.name,
                 op_type=node.op_type,
-                bits=32 if scheme == _FLOAT32 else _BITS,
+                bits={FLOAT32: 32, INT4: 4}.get(scheme, BITS),
                 scheme=scheme,
                 weight_elements=layer.matrix.size,
                 error=graph.errors[layer.weight],
                 harm=graph.harms.get(layer.weight, 0.0),
             )
         )
-    if not any(line.bits == _BITS and line.op_type != "Gather" for line in report):
+    if not any(line.bits <= BITS and line.op_type != "Gather" for line in report):
         others = sum(line.op_type != "Gather" for line in report)
         raise NothingToQuantize(f"no MatMul or Gemm of {others} has a constant float32 matrix")
     return assemble(model, graph), report
@@ -281,7 +209,7 @@ def _int8_table(graph: Graph, node: onnx.NodeProto, tensor: onnx.TensorProto) ->
         graph.nodes.append(node)
         why = "the table is not finite"
         return Quantized(node=node.name, op_type="Gather", why=why)
-    scale = _scale(np.abs(table).max(axis=1, keepdims=True), 127)
+    scale = scale_of(np.abs(table).max(axis=1, keepdims=True), 127)
     integers = np.rint(table / scale)
     graph.constant(f"{name}:int8", integers, np.int8)
     graph.constant(f"{name}:scale", scale, np.float32)
@@ -291,7 +219,7 @@ def _int8_table(graph: Graph, node: onnx.NodeProto, tensor: onnx.TensorProto) ->
     return Quantized(
         node=node.name,
         op_type="Gather",
-        bits=_BITS,
+        bits=BITS,
         scheme="int8_rows",
         weight_elements=table.size,
         error=relative_error(table, integers * scale),
@@ -386,7 +314,7 @@ def _int8_weight(graph: Graph, layer: Linear) -> tuple[str, str]:
     """Add the matrix as int8 [K, N] with a scale per column; return the names of both."""
     name = layer.weight
     if name not in graph.errors:
-        scale = _scale(np.abs(layer.matrix).max(axis=0), 64 if isa_class() in SATURATING else 127)
+        scale = scale_of(np.abs(layer.matrix).max(axis=0), 64 if isa_class() in SATURATING else 127)
         integers = np.rint(layer.matrix / scale)
         graph.errors[name] = relative_error(layer.matrix, integers * scale)
         graph.constant(f"{name}:int8", integers, np.int8)
@@ -394,32 +322,7 @@ def _int8_weight(graph: Graph, layer: Linear) -> tuple[str, str]:
     return f"{name}:int8", f"{name}:scale"
 
 
-def _nbits(graph: Graph, layer: Linear, block_size: int, accuracy_level: int) -> str:
-    name, (k, n) = layer.weight, layer.matrix.shape
-    if name not in graph.errors:
-        blocks = np.pad(layer.matrix.T, ((0, 0), (0, -k % block_size)))
-        blocks = blocks.reshape(n, -1, block_size)
-        scale = _scale(np.abs(blocks).max(axis=2, keepdims=True), 127)  # float32 [N, blocks, 1]
-        integers = np.rint(blocks / scale)
-        graph.errors[name] = relative_error(blocks, integers * scale)
-        # the kernel's zero point, where none is given, is the middle of the unsigned range
-        graph.constant(f"{name}:packed", integers + 128, np.uint8)
-        graph.constant(f"{name}:scale", scale.reshape(n, -1), np.float32)
-    graph.add(
-        "MatMulNBits",
-        [layer.activation, f"{name}:packed", f"{name}:scale"],
-        layer.product,
-        domain="com.microsoft",
-        K=k,
-        N=n,
-        bits=8,
-        block_size=block_size,
-        accuracy_level=accuracy_level,
-    )
-    return f"matmul_nbits_{block_size}"
-
-
-def _scale(peak: Float32, levels: int) -> Float32:
+def scale_of(peak: Float32, levels: int) -> Float32:
     """Return peak / levels, and 1 where that is zero or subnormal: it could not divide."""
     scale = peak / np.float32(levels)
     return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)

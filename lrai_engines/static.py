@@ -25,13 +25,13 @@ from lrai_core.engine.engine import isa_class
 from lrai_core.engine.onnxruntime import REFUSALS, reason
 from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_core.protocol import Array, TensorSpec
+from lrai_engines.mixed import worst
 from lrai_engines.quantize import (
     SATURATING,
     Graph,
     NothingToQuantize,
     assemble,
     relative_error,
-    worst,
 )  # fmt: skip
 from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 

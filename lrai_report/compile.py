@@ -47,6 +47,7 @@ def compile(
     ] = None,
     max_disparity: Annotated[float, typer.Option(help="Most by which groups may part.")] = 0.01,
     axes: Annotated[Path | None, typer.Option(help="TOML that states the axes.")] = None,
+    objective: Annotated[str, typer.Option(help="latency, or memory: least of it.")] = "latency",
     keep: Annotated[int, typer.Option(help="Variants to keep, fp32 too; 3: two serve.")] = 2,
     engine: Annotated[
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
@@ -81,6 +82,7 @@ def compile(
             groups=group or (),
             max_disparity=max_disparity,
             axes=axes,
+            objective=objective,
             keep=keep,
             engines=engine or (),
             threads=threads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -13,6 +14,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # the only local one that mlflow-skinny has
 os.environ["BENTOML_DO_NOT_TRACK"] = "true"
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="lrai-bentoml-")
+# Who starts tests in the background has interrupts ignored, which children would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SERVER_SECONDS = 300
 

@@ -69,6 +69,7 @@ def compile(
     groups: Sequence[str] = (),
     max_disparity: float = 0.01,
     axes: str | Path | None = None,
+    objective: str = "latency",
     keep: int = 2,
     engines: Sequence[str] = (),
     threads: int = 0,
@@ -99,6 +100,8 @@ def compile(
             the group of the first: let what tells people apart be an input.
         max_disparity: By how much they may, as a share, at 95 % confidence.
         axes: TOML file that states batch and length axes instead of finding them.
+        objective: What is wanted of forms that pass: least `latency`, or least `memory` of those
+            that are not slower than fp32; then forms with 4 bits are tried, too.
         keep: Variants to keep, fp32 among them; at least 1. With 3 or more, one that is faster for
             calls of some size than the chosen one serves those, and is loaded beside it.
         engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
@@ -126,9 +129,11 @@ def compile(
         groups=tuple(groups),
         max_disparity=max_disparity,
     )
-    if output_map not in MEASURES:
-        got, known = shorten(str(output_map)), ", ".join(MEASURES)
-        raise UsageError(f"output_map {got!r} is unknown; known: {known}")
+    choices = {"output_map": (output_map, MEASURES), "objective": (objective, search.OBJECTIVES)}
+    for name, (got, known) in choices.items():
+        if got not in known:
+            allowed = ", ".join(known)
+            raise UsageError(f"{name} {shorten(str(got))!r} is unknown; known: {allowed}")
     if keep < 1 or (keep_evaluation or 0) < 0:
         counts = f"keep is {keep} and keep_evaluation {keep_evaluation}"
         raise UsageError(f"{counts}; at least 1 is needed, for fp32 is always kept, and 0")
@@ -141,7 +146,7 @@ def compile(
     report = progress or (lambda _: None)
     with store.writing(out) as folder, tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
         work = _Compilation(folder, Path(scratch), conditions, threads or available_cpus(), report)
-        work.seconds = 60 * (minutes or math.inf)
+        work.seconds, work.objective = 60 * (minutes or math.inf), objective
         work.load(model)
         work.find_axes(axes, evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
@@ -176,6 +181,7 @@ class _Compilation:
     judged: int = 1
     began: float = field(default_factory=time.monotonic)
     seconds: float = math.inf
+    objective: str = "latency"
     kept: list[tuple[Candidate, Judged | None]] = field(default_factory=list)
 
     def load(self, path: Path) -> None:
@@ -236,7 +242,9 @@ class _Compilation:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
         rows = self.sample
         sample = None if rows is None else Sample(rows.inputs, self.signature.outputs)
-        material = Material(self.proto, self.shared, self.scratch, sample, self.threads)
+        material = Material(
+            self.proto, self.shared, self.scratch, sample, self.threads, self.objective
+        )
         tick = self._begin("build", sum(builder.steps for builder in builders), "fp32")
         for builder in builders:
             self.candidates += search.build(builder, material, tick, self._reject, self._at(0.25))
@@ -297,7 +305,7 @@ class _Compilation:
         last = passed.pop(0)
         while passed and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
             kept = [one for one, _ in self.kept]
-            best = max(passed, key=lambda one: one[0].gain(kept) if kept else one[0].speedup)
+            best = max(passed, key=lambda one: self._gain(one[0], kept))
             passed.remove(best)
             self.kept.append(best)
         self.kept.append(last)
@@ -306,10 +314,11 @@ class _Compilation:
         """Return what is worth judging, the closest first: faster than closer ones, by engine."""
         worth, front = list[Candidate](), list[Candidate]()
         for candidate in self.candidates:
-            if candidate.form == "fp32" or candidate.speedup >= search.WORTH:
+            if candidate.form == "fp32" or self._gain(candidate, []) >= search.WORTH:
                 worth.append(candidate)
             else:
-                self._reject(candidate.name, f"{candidate.pace}: {search.WORTH} is worth it")
+                why = f"{candidate.pace}: a gain of {search.WORTH} is worth it"
+                self._reject(candidate.name, why)
         tick = self._begin("search", len(rows) * (1 + 2 * len(worth)), "source")
         reference = gate.run_alone(self.reference, rows, self.threads, tick)
         for candidate in tuple(worth):
@@ -325,11 +334,21 @@ class _Compilation:
         worth.sort(key=lambda candidate: (candidate.distance, -candidate.speedup))
         for candidate in worth:
             closer = [one for one in front if one.engine is candidate.engine]
-            if candidate.form != "fp32" and (not closer or candidate.gain(closer) >= search.WORTH):
+            if candidate.form == "fp32":
+                continue
+            if not closer or self._gain(candidate, closer) >= search.WORTH:
                 front.append(candidate)
-            elif candidate.form != "fp32":
-                self._reject(candidate.name, f"{candidate.pace}; closer ones are as fast")
+            else:
+                self._reject(candidate.name, f"{candidate.pace}; closer ones are as good")
         return front
+
+    def _gain(self, candidate: Candidate, others: Sequence[Candidate]) -> float:
+        """Return how many times as fast, or as small, as others it is, or as fp32."""
+        if self.objective == "latency":
+            return candidate.gain(others) if others else candidate.speedup
+        others = others or [one for one in self.candidates if one.form == "fp32"]
+        least = min(other.size_bytes for other in others)
+        return least / candidate.size_bytes if candidate.speedup >= 1 else 0.0
 
     def _judge(
         self, candidate: Candidate, rows: Rows, reference: Outputs, level: float, tick: Tick
@@ -402,7 +421,7 @@ class _Compilation:
     def _together(self) -> list[str]:
         """Return the forms that serve beside the chosen one: each is faster for some calls."""
         serving, found = [self.kept[0][0]], list[str]()
-        for candidate, _ in self.kept[1:]:
+        for candidate, _ in self.kept[1:] if self.objective == "latency" else ():
             if candidate.form != "fp32" and (gain := candidate.gain(serving)) >= search.WORTH:
                 serving.append(candidate)
                 found.append(candidate.form)

@@ -32,6 +32,7 @@ _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
 _LATE: Final = "not made: the minutes are up"
+OBJECTIVES: Final = ("latency", "memory")
 _LONG: Final = 0.3  # seconds of a call of several rows: longer ones are not worth the time
 
 
@@ -132,6 +133,7 @@ class Material:
         folder: Where each form is written, in a folder of its own.
         sample: None where nothing can be judged: only fp32 is wanted.
         threads: Of the sessions.
+        objective: One of `OBJECTIVES`: which forms are worth making.
     """
 
     model: onnx.ModelProto
@@ -139,6 +141,7 @@ class Material:
     folder: Path
     sample: Sample | None
     threads: int
+    objective: str = OBJECTIVES[0]
 
 
 class Built(NamedTuple):

@@ -38,8 +38,11 @@ def difference(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpe
             worst = max(worst, 0.0 if np.array_equal(a, b) else FAR)
             continue
         x, y = mapped(a, spec.output_map), mapped(b, spec.output_map)
-        same = (a == b) | ((a != a) & (b != b))  # NaN alone differs from itself
         with np.errstate(invalid="ignore", over="ignore"):
+            if math.isfinite(most := float(np.abs(x - y).max(initial=0.0))):
+                worst = max(worst, most)
+                continue
+            same = (a == b) | ((a != a) & (b != b))  # NaN alone differs from itself
             gap = np.where((x == y) | (np.isnan(x) & np.isnan(y) & same), 0.0, np.abs(x - y))
         worst = max(worst, float(np.nan_to_num(gap, nan=FAR, posinf=FAR).max(initial=0.0)))
     return worst

@@ -21,14 +21,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from lrai_core.compiler.search import Quantized
 from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
+from lrai_engines.blocks import matmul_nbits
 from lrai_engines.fusion import optimise
-from lrai_engines.quantize import (
-    NothingToQuantize,
-    dynamic_int8,
-    dynamic_int8_per_row,
-    matmul_nbits,
-    mixed_int8,
-)
+from lrai_engines.mixed import mixed_int4, mixed_int8
+from lrai_engines.quantize import NothingToQuantize, dynamic_int8, dynamic_int8_per_row
 
 Array = npt.NDArray[Any]
 Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
@@ -379,6 +375,42 @@ def test_the_mixed_form_keeps_what_harms_most_for_its_size_closer(
     assert [line.harm for line in report] == [harms[n] / total for n in ("small", "large")]
     x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
     assert relative_error(run(mixed, x), run(model, x)) < 0.02
+
+
+def test_four_bits_restore_what_they_can_hold_and_are_half_of_eight() -> None:
+    """Odd numbers of rows too: a block of 32 is filled up with noughts."""
+    random = np.random.default_rng(0)
+    integers = random.integers(-8, 8, (70, 24))
+    integers[[0, 32, 64]] = -8  # so every block's range ends where it should
+    matrix = (integers * random.uniform(0.5, 2, 24)).astype(np.float32)
+    four, report = mixed_int4(linear(matrix), {"w": 1.0}, share=0)
+    eight, _ = matmul_nbits(linear(matrix), block_size=32)
+    assert [(line.bits, line.scheme) for line in report] == [(4, "matmul_4_bits")]
+    assert report[0].error < 1e-6
+    assert len(four.SerializeToString()) < 0.65 * len(eight.SerializeToString())
+    got = run(four, np.eye(70, dtype=np.float32))
+    assert relative_error(got, matrix) < 0.01  # of the activations' int8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_of_four_and_eight_bits_the_worst_matrix_gets_eight(share: float) -> None:
+    model, harms = two_layers(), {"small": 1.0, "large": 3.0}
+    mixed, report = mixed_int4(model, harms, share=share)
+    assert [line.bits for line in report] == ([4, 8] if share else [4, 4])
+    assert [line.harm for line in report] == [0.25, 0.75]
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    assert 0.01 < relative_error(run(mixed, x), run(model, x)) < 0.15
+
+
+def test_a_range_that_ends_early_is_closer_than_one_that_holds_all() -> None:
+    """The usual one of 4 bits has the largest weight at its end."""
+    matrix = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
+    _, report = mixed_int4(linear(matrix), {"w": 1.0}, share=0)
+    blocks = matrix.T.reshape(64, -1, 32)
+    at = np.abs(blocks).argmax(axis=2, keepdims=True)
+    step = np.take_along_axis(blocks, at, axis=2) / -8
+    usual = np.clip(np.rint(blocks / step), -8, 7) * step
+    assert report[0].error < 0.99 * relative_error(usual, blocks)
 
 
 def test_what_harms_most_of_all_is_left_in_float32() -> None:

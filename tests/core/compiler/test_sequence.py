@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from lrai_core.protocol import Array, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
 
 EPSILON, DELTA, GATE, SEARCH = 0.1, 0.05, 200, 30
+_ALL_CPUS = 1 << 10  # threads of an engine, so that its calls come one after the other
 SIGNATURE = Signature(  # without a batch axis: each row is run once
     inputs=(TensorSpec(name="x", datatype="FP32", shape=(1, 2)),),
     outputs=(TensorSpec(name="y", datatype="FP32", shape=(1, 2)),),
@@ -30,20 +32,31 @@ class Model:
     """The identity, that strays beyond epsilon on this share of rows, and else by `gap`."""
 
     def __init__(self, gap: float, strays: float, seed: int) -> None:
-        self._gap, self._strays, self._seed = gap, strays, seed
+        self._gap, self._strays, self._seed = gap, strays, seed.to_bytes(8, "big")
 
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
-        random = np.random.default_rng([self._seed, int(arrays[0][0, 0] * 1e4)])
-        gap = 0.9 if random.random() < self._strays else self._gap
+        drawn = hashlib.blake2b(arrays[0].tobytes(), digest_size=4, key=self._seed).digest()
+        gap = 0.9 if int.from_bytes(drawn, "big") < self._strays * (1 << 32) else self._gap
         return [arrays[0] + np.float32(gap)]
 
 
 def compilation(
-    forms: Sequence[tuple[str, float, float, float]], seed: int = 0, gate: int = GATE
+    forms: Sequence[tuple[str, float, float, float]],
+    seed: int = 0,
+    gate: int = GATE,
+    sizes: Sequence[int] = (),
 ) -> _Compilation:
-    """Return one that measured these forms: name, times as fast as fp32, gap, share that strays."""
+    """Return one that measured these forms: name, times as fast as fp32, gap, share that strays.
+
+    Args:
+        forms: Without fp32, which is one of them.
+        seed: Of rows and answers.
+        gate: Rows of it.
+        sizes: Bytes of fp32 and of these forms, where memory is the objective.
+    """
     random = np.random.default_rng(seed)
-    work = _Compilation(Path(), Path(), Conditions(epsilon=EPSILON, delta=DELTA), 1, lambda _: None)
+    conditions = Conditions(epsilon=EPSILON, delta=DELTA)
+    work = _Compilation(Path(), Path(), conditions, _ALL_CPUS, lambda _: None)
     work.signature, work.reference = SIGNATURE, Model(0, 0, 0)
     data = [[row[None]] for row in random.uniform(100, 200, (gate + SEARCH, 2)).astype(np.float32)]
     hashes = [bytes([i % 256]) * 32 for i in range(len(data))]
@@ -56,6 +69,9 @@ def compilation(
         point = LatencyPoint(rows=1, length=0, median_ms=1 / speed, spread_ms=0)
         candidate.latency, candidate.speedup = [point], speed
         work.candidates.append(candidate)
+    work.objective = "memory" if sizes else "latency"
+    for candidate, size in zip(work.candidates, sizes, strict=False):
+        candidate.size_bytes = size
     return work
 
 
@@ -69,6 +85,18 @@ def why(work: _Compilation, form: str) -> str:
     return str(lines[0]["why"])
 
 
+def test_where_memory_is_wanted_the_smallest_that_passes_and_is_not_slower_is_chosen() -> None:
+    forms = [("wild", 4, 0.08, 0.6), ("small", 1.1, 0.02, 0), ("slow", 0.9, 0.03, 0)]
+    forms += [("fast", 3, 0.01, 0), ("same", 2, 0.005, 0)]
+    work = compilation(forms, sizes=(100, 10, 20, 15, 30, 98))
+    work.judge(3)
+    assert kept(work) == ["small", "fast", "fp32"]
+    assert work._together() == []
+    assert "a gain of 1.04 is worth it" in why(work, "slow")
+    assert "a gain of 1.04 is worth it" in why(work, "same")
+    assert "delta 5.00% allowed" in why(work, "wild")
+
+
 def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
     work = compilation([("wild", 4, 0.08, 0.6), ("near", 2, 0.01, 0), ("nearer", 1.5, 0.001, 0)])
     work.judge(2)
@@ -79,7 +107,7 @@ def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
 
 
 FORMS = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.1), ("near", 1.5, 0.001, 0)]
-UNLUCKY = 6  # seed: none of the search rows strays, so that the bad one looks closer than the far
+UNLUCKY = 23  # seed: none of the search rows strays, so that the bad one looks closer than the far
 ENOUGH = 2 * confidence.rows_needed(0.02, 0.95)  # rows, twice as many as any form needs
 
 
@@ -132,7 +160,7 @@ def test_what_closer_forms_are_as_fast_as_is_not_judged() -> None:
     work = compilation([("far", 2.02, 0.05, 0), ("near", 2, 0.01, 0), ("slow", 1.03, 0, 0)])
     work.judge(4)
     assert kept(work) == ["near", "fp32"]
-    assert "closer ones are as fast" in why(work, "far")
+    assert "closer ones are as good" in why(work, "far")
     assert "is worth it" in why(work, "slow")
     assert work.judged == 1
 
@@ -150,6 +178,7 @@ class Broken:
         raise ValueError("does not run on this")
 
 
+@pytest.mark.timeout(60)  # a hundred compilations
 @pytest.mark.parametrize("gate", [GATE, ENOUGH])
 def test_of_many_that_stray_too_often_hardly_ever_does_one_pass(gate: int) -> None:
     """Judged each by itself, one of eight would pass in a sixth of all compilations."""
