@@ -304,8 +304,11 @@ class _Compilation:
                 error, failed = 0.0, candidate.name
         last = passed.pop(0)
         while passed and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
-            kept = [one for one, _ in self.kept]
-            best = max(passed, key=lambda one: self._gain(one[0], kept))
+            kept, least = [one for one, _ in self.kept], passed
+            if self.objective == "memory":
+                smallest = min((one for one, _ in passed), key=lambda one: one.size_bytes)
+                least = [one for one in passed if _alike(one[0], smallest)]
+            best = max(least, key=lambda one: one[0].gain(kept) if kept else one[0].speedup)
             passed.remove(best)
             self.kept.append(best)
         self.kept.append(last)
@@ -343,12 +346,14 @@ class _Compilation:
         return front
 
     def _gain(self, candidate: Candidate, others: Sequence[Candidate]) -> float:
-        """Return how many times as fast, or as small, as others it is, or as fp32."""
+        """Return how many times as fast as others it is, or as fp32; or as small, or as both."""
         if self.objective == "latency":
             return candidate.gain(others) if others else candidate.speedup
         others = others or [one for one in self.candidates if one.form == "fp32"]
-        least = min(other.size_bytes for other in others)
-        return least / candidate.size_bytes if candidate.speedup >= 1 else 0.0
+        smaller = min(other.size_bytes for other in others) / candidate.size_bytes
+        if smaller >= search.WORTH or smaller * search.WORTH < 1:
+            return smaller * (candidate.speedup >= 1)
+        return candidate.gain([one for one in others if _alike(one, candidate)])
 
     def _judge(
         self, candidate: Candidate, rows: Rows, reference: Outputs, level: float, tick: Tick
@@ -495,3 +500,8 @@ class _Compilation:
 
     def _record(self, event: str, **fields: Any) -> None:
         self.log.append({"event": event, **fields})
+
+
+def _alike(one: Candidate, other: Candidate) -> bool:
+    """Return whether it is about as small, or smaller."""
+    return one.size_bytes <= other.size_bytes * search.WORTH

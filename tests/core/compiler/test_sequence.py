@@ -87,10 +87,10 @@ def why(work: _Compilation, form: str) -> str:
 
 def test_where_memory_is_wanted_the_smallest_that_passes_and_is_not_slower_is_chosen() -> None:
     forms = [("wild", 4, 0.08, 0.6), ("small", 1.1, 0.02, 0), ("slow", 0.9, 0.03, 0)]
-    forms += [("fast", 3, 0.01, 0), ("same", 2, 0.005, 0)]
-    work = compilation(forms, sizes=(100, 10, 20, 15, 30, 98))
-    work.judge(3)
-    assert kept(work) == ["small", "fast", "fp32"]
+    forms += [("fast", 3, 0.01, 0), ("same", 0.98, 0.005, 0), ("as small", 2, 0.04, 0)]
+    work = compilation(forms, sizes=(1000, 100, 200, 150, 300, 980, 204))
+    work.judge(4)
+    assert kept(work) == ["as small", "small", "fast", "fp32"]
     assert work._together() == []
     assert "a gain of 1.04 is worth it" in why(work, "slow")
     assert "a gain of 1.04 is worth it" in why(work, "same")

@@ -34,6 +34,8 @@ pytestmark = pytest.mark.server
 LRAI = 'backend: "lrai"\n'
 PROTOCOLS = ("http", "grpc")
 GATE = 1e-4
+DTYPES = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+          "float16", "float32", "float64", "object")  # fmt: skip
 
 
 def execution(way: str) -> str:
@@ -138,33 +140,56 @@ def test_every_way_to_answer_gives_the_same(
 # Datatypes
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize(
-    "dtype",
-    ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16",
-     "float32", "float64", "object"],
-)  # fmt: skip
-def test_every_datatype_comes_back_as_it_went(
-    triton: Triton, tmp_path: Path, protocol: str, dtype: str
-) -> None:
-    kind = (
-        TensorProto.STRING
+@pytest.fixture(scope="module")
+def echo(triton: Triton, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve a model that returns an input of every datatype."""
+    kinds = {
+        dtype: TensorProto.STRING
         if dtype == "object"
         else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        for dtype in DTYPES
+    }
+    inputs, outputs = (
+        [helper.make_tensor_value_info(f"{end}_{of}", kind, ["n", 2]) for of, kind in kinds.items()]
+        for end in "xy"
     )
+    nodes = [helper.make_node("Identity", [f"x_{of}"], [f"y_{of}"]) for of in kinds]
+    path = tmp_path_factory.mktemp("echo") / "model.onnx"
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", inputs, outputs),
+            opset_imports=[helper.make_opsetid("", 17)],
+            ir_version=8,
+        ),
+        path,
+    )
+    with triton.serving("echo", {1: path}, LRAI) as name:
+        yield name
+
+
+def extremes(dtype: str) -> Any:
+    """Return two rows of two values, the least and the largest among them."""
     if dtype == "object":
-        values = np.array([["a", "b\0c"], ["", "é" * 300]], object)
-    elif dtype == "bool":
-        values = np.array([[True, False], [False, True]])
-    else:
-        info: Any = np.finfo(dtype) if dtype.startswith("float") else np.iinfo(dtype)
-        values = np.array([[info.min, info.max], [0, 1]], dtype)
-    with triton.serving(f"as_{dtype}", {1: identity(tmp_path, kind, ["n", 2])}, LRAI) as name:
-        answer = triton.ask(name, {"x": values}, protocol=protocol)["y"]
+        return np.array([["a", "b\0c"], ["", "é" * 300]], object)
+    if dtype == "bool":
+        return np.array([[True, False], [False, True]])
+    info: Any = np.finfo(dtype) if dtype.startswith("float") else np.iinfo(dtype)
+    return np.array([[info.min, info.max], [0, 1]], dtype)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_datatype_comes_back_as_it_went(
+    triton: Triton, echo: str, protocol: str, dtype: str
+) -> None:
+    given = {f"x_{of}": extremes(of) for of in DTYPES}
+    answer = triton.ask(echo, given, protocol=protocol, outputs=[f"y_{dtype}"])
+    assert list(answer) == [f"y_{dtype}"]
+    own, values = answer[f"y_{dtype}"], extremes(dtype)
     if dtype == "object":
-        answer = np.array([text.decode() for text in answer.flat], object).reshape(answer.shape)
-    assert answer.dtype == values.dtype
-    assert answer.tolist() == values.tolist()
+        own = np.array([text.decode() for text in own.flat], object).reshape(own.shape)
+    assert own.dtype == values.dtype
+    assert own.tolist() == values.tolist()
 
 
 # What is refused
