@@ -84,6 +84,19 @@ def test_every_decision_is_in_the_log(make: Compile, rows: Rows) -> None:
     assert decision[0]["chosen"] == artifact.manifest.chosen
 
 
+def test_where_memory_is_wanted_forms_with_four_bits_are_tried(tmp_path: Path) -> None:
+    rows = {"x": np.random.default_rng(1).standard_normal((400, 512)).astype(np.float32)}
+    path = save(linear(512, 512), tmp_path / "m.onnx")
+    artifact = lrai.compile(
+        path, out=tmp_path / "m.lrai", threads=1, evaluation=rows, keep=9, objective="memory"
+    )
+    tried = {line["form"].split()[0] for line in log(artifact) if line["event"] == "candidate"}
+    assert {"int4", "int4-mixed-50", "int8-block32"} <= tried
+    sizes = {variant.id: variant.size_bytes for variant in artifact.manifest.variants}
+    assert sizes[artifact.manifest.chosen] <= 1.04 * min(sizes.values())
+    assert artifact.manifest.together == ()
+
+
 def test_a_form_that_is_worse_than_the_gate_is_not_kept(make: Compile, rows: Rows) -> None:
     """An outlier in one column ruins int8: the other weights of a block or column vanish."""
     proto = linear()
@@ -272,6 +285,7 @@ def test_wrong_arguments_are_refused_with_what_is_allowed(make: Compile, rows: R
     for arguments, message in (
         ({"metric": "f1"}, "known: top1, top5"),
         ({"output_map": "log"}, "known: raw, softmax, l2_normalised"),
+        ({"objective": "size"}, "objective 'size' is unknown; known: latency, memory"),
         ({"keep": 0}, "at least 1"),
         ({"epsilon": 0.1}, "epsilon needs evaluation rows"),
         ({"evaluation": rows, "epsilon": -1.0}, "must be above 0"),
