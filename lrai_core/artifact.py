@@ -168,6 +168,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     # Forms judged on the gate rows: certificates on the same rows pay for them.
     candidates: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 1
     demanded: tuple[float, float] | None = None  # epsilon, and the share that may exceed it
+    objective: str = "latency"  # by which the chosen one was
     target: Target
     files: dict[str, FileEntry]
 

@@ -169,25 +169,30 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
     reference = gate.run_alone(engine.load(source, threads=threads), rows, threads, tick)
     judged: dict[str, tuple[Candidate, Judged]] = {}
-    failed = ""
+    parts = iter(gate.errors(rows, conditions, sum(c.form != "fp32" for c in candidates)))
+    chance, failed = 0.0, ""  # how surely who is judged has to pass, as at home
     for candidate in candidates[1:]:
-        home = manifest.variant(candidate.form).gate
-        if failed or (home and home.disparities and candidate.form != "fp32"):
-            closer = f"{failed} is closer, and failed"
-            verdicts[candidate.form] = closer if failed else "groups can only be judged at home"
+        form, fp32 = candidate.form, candidate.form == "fp32"
+        home = manifest.variant(form).gate
+        if home and home.disparities and not fp32:
+            verdicts[form] = "groups can only be judged at home"
+            continue
+        chance += 0.0 if fp32 else next(parts)
+        if not (fp32 or chance):
+            verdicts[form] = f"{failed} is closer, and failed"
             continue
         try:
+            level = gate.LEVEL if fp32 else 1 - chance
             runs = gate.run(candidate.session, rows, manifest.signature, threads, tick)
-            own = gate.judge(runs, reference, rows, manifest.signature, conditions)
+            own = gate.judge(runs, reference, rows, manifest.signature, conditions, level)
+            verdicts[form] = f"{candidate.pace}; {own.result.why}"
         except (EngineError, ValueError) as error:
-            verdicts[candidate.form], failed = str(error), candidate.form
-            continue
-        verdicts[candidate.form] = f"{candidate.pace}; {own.result.why}"
-        if own.result.passed:
-            judged[candidate.form] = candidate, own
-        elif candidate.form != "fp32":
-            failed = candidate.form
-    names = _serving([candidate for candidate, _ in judged.values()])
+            own, verdicts[form] = None, str(error)
+        if own and own.result.passed:
+            judged[form] = candidate, own
+        elif not fp32:
+            chance, failed = 0.0, form
+    names = _serving([candidate for candidate, _ in judged.values()], manifest)
     if names == ["fp32"] and "fp32" not in judged:
         judged.clear()  # nothing is to serve in place of the source model
     elif names == ["fp32"] and judged["fp32"][0].speedup <= 1 / search.WORTH:
@@ -218,8 +223,15 @@ def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
     return lambda variant: gaps.get(variant.id, math.inf)
 
 
-def _serving(right: Sequence[Candidate]) -> list[str]:
-    """Return what is to serve of forms that passed: the fastest, then what makes calls faster."""
+def _serving(right: Sequence[Candidate], manifest: Manifest) -> list[str]:
+    """Return what is to serve of forms that passed: the fastest, then what makes calls faster.
+
+    Where memory was the objective, the smallest alone that is not slower than fp32.
+    """
+    if manifest.objective == "memory":
+        sizes = {one.form: manifest.variant(one.form).size_bytes for one in right}
+        small = [one for one in right if one.speedup >= 1 or one.form == "fp32"]
+        return [min(small, key=lambda one: sizes[one.form]).form] if small else ["fp32"]
     worth = [one for one in right if one.form != "fp32" and one.speedup >= search.WORTH]
     serving: list[Candidate] = []
     while worth:

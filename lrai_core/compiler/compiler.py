@@ -412,6 +412,7 @@ class _Compilation:
                 signature=self.signature,
                 variants=tuple(variants),
                 chosen=chosen.id,
+                objective=self.objective,
                 together=tuple(together),
                 candidates=self.judged,
                 demanded=(asked.epsilon, asked.delta) if asked.epsilon else None,

@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import lrai_core as lrai
+from lrai_core import confidence
 from lrai_core.artifact import GateResult, LatencyPoint, Variant, write_lines, write_manifest
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
@@ -194,10 +195,9 @@ def test_the_bound_of_what_was_demanded_elsewhere_pays_for_all_forms_and_the_che
     assert made.upper_bound == own.upper_bound
 
 
-def test_the_closest_at_home_is_judged_first_and_the_first_that_fails_ends_it(
-    tmp_path: Path,
-) -> None:
-    artifact = foreign(tmp_path / "m.lrai", factor=2.2)
+def with_a_farther_one(path: Path, rows: int) -> lrai.Artifact:
+    """Return an artifact whose int8 is wrong here, with a right form that was farther at home."""
+    artifact = foreign(path, factor=2.2, rows=rows)
     variants = [msgspec.to_builtins(variant) for variant in artifact.variants]
     variants.insert(0, {**variants[0], "id": "int8-far", "model": "variants/fp32/model.onnx"})
     (artifact.path / "manifest.json").unlink()
@@ -206,9 +206,44 @@ def test_the_closest_at_home_is_judged_first_and_the_first_that_fails_ends_it(
     write_lines(artifact.path / "quantization.jsonl", log)
     built = msgspec.convert([*variants], tuple[Variant, ...])
     write_manifest(artifact.path, msgspec.structs.replace(artifact.manifest, variants=built))
-    found = requalify(lrai.Artifact.open(artifact.path), threads=1)
+    return lrai.Artifact.open(path)
+
+
+def test_the_closest_at_home_is_judged_first_and_the_first_that_fails_ends_it(
+    tmp_path: Path,
+) -> None:
+    found = requalify(with_a_farther_one(tmp_path / "m.lrai", rows=200), threads=1)
     assert "relative error" in found.verdicts["int8"]
     assert found.verdicts["int8-far"] == "int8 is closer, and failed"
+
+
+def test_where_rows_are_many_one_that_fails_takes_its_part_of_the_error_alone(
+    tmp_path: Path, told: dict[str, float]
+) -> None:
+    """What follows has to pass by its own half, of which 300 rows without a fault are enough."""
+    artifact = with_a_farther_one(tmp_path / "m.lrai", rows=300)
+    told["int8-far"] = 3.0
+    found = requalify(artifact, threads=1)
+    assert "relative error" in found.verdicts["int8"]
+    least = 1 - confidence.upper_bound(0, 300, 1 - 0.05 / 2)
+    assert f"at least {least:.2%}" in found.verdicts["int8-far"]
+    assert found.manifest.chosen == "int8-far"
+
+
+def test_where_memory_was_wanted_the_smallest_that_is_right_here_serves(
+    tmp_path: Path, told: dict[str, float]
+) -> None:
+    artifact = foreign(tmp_path / "m.lrai")
+    told["int8"] = 1.01  # for speed that would not do
+    assert requalify(artifact, threads=1).manifest.chosen == "fp32"
+    variants = [msgspec.to_builtins(variant) for variant in artifact.variants]
+    sizes = {"int8": 10, "fp32": 40}
+    given = [variant | {"size_bytes": sizes[variant["id"]]} for variant in variants]
+    small_artifact.rewrite(artifact.path, {"objective": "memory", "variants": given})
+    wanted = lrai.Artifact.open(artifact.path)
+    assert requalify(wanted, threads=1).manifest.chosen == "int8"
+    told["int8"] = 0.99
+    assert requalify(wanted, threads=1).manifest.chosen == "fp32"
 
 
 @pytest.mark.parametrize(
