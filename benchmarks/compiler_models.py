@@ -30,6 +30,7 @@ class Model:
         faster: By cell how many times as fast as ONNX Runtime in float32 it has to be.
         labels: Of the unseen rows.
         groups: Arrays of the evaluation between whose groups nothing may widen.
+        unseen_groups: The same of the unseen rows.
         module: The same in torch, in evaluation mode.
         heavy: Calls take long: measured with one thread only.
         delta: Share of inputs that may differ by more than epsilon, where that is demanded too.
@@ -46,6 +47,7 @@ class Model:
     faster: Mapping[tuple[int, int], float] = field(default_factory=dict)
     labels: Array | None = None
     groups: tuple[str, ...] = ()
+    unseen_groups: Mapping[str, Array] = field(default_factory=dict)
     max_accuracy_loss: float = 0.01
     module: Any = None
     heavy: bool = False
@@ -123,6 +125,7 @@ def _adult(scratch: Path) -> Model:
         _TABLE,
         labels=labels[cut:],
         groups=("sex",),
+        unseen_groups={"sex": sex[cut:]},
     )
 
 
