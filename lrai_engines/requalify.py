@@ -192,7 +192,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
             judged[form] = candidate, own
         elif not fp32:
             chance, failed = 0.0, form
-    names = _serving([candidate for candidate, _ in judged.values()], manifest)
+    names = _serving([candidate for candidate, _ in judged.values()], manifest, threads)
     if names == ["fp32"] and "fp32" not in judged:
         judged.clear()  # nothing is to serve in place of the source model
     elif names == ["fp32"] and judged["fp32"][0].speedup <= 1 / search.WORTH:
@@ -223,8 +223,10 @@ def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
     return lambda variant: gaps.get(variant.id, math.inf)
 
 
-def _serving(right: Sequence[Candidate], manifest: Manifest) -> list[str]:
+def _serving(right: Sequence[Candidate], manifest: Manifest, threads: int) -> list[str]:
     """Return what is to serve of forms that passed: the fastest, then what makes calls faster.
+
+    With several threads the fastest alone, as in `compile`.
 
     Where memory was the objective, the smallest alone that is not slower than fp32.
     """
@@ -237,7 +239,7 @@ def _serving(right: Sequence[Candidate], manifest: Manifest) -> list[str]:
     while worth:
         best = max(worth, key=lambda one: one.gain(serving) if serving else one.speedup)
         worth.remove(best)
-        if not serving or best.gain(serving) >= search.WORTH:
+        if not serving or (threads == 1 and best.gain(serving) >= search.WORTH):
             serving.append(best)
     return [candidate.form for candidate in serving] or ["fp32"]
 

@@ -425,9 +425,14 @@ class _Compilation:
                 self._certify(candidate, found)
 
     def _together(self) -> list[str]:
-        """Return the forms that serve beside the chosen one: each is faster for some calls."""
+        """Return the forms that serve beside the chosen one: each is faster for some calls.
+
+        None with several threads: those of one session wait for its next call for 45 ms, and made
+        the other's take 2.4 times as long where sizes alternate.
+        """
         serving, found = [self.kept[0][0]], list[str]()
-        for candidate, _ in self.kept[1:] if self.objective == "latency" else ():
+        alone = self.objective == "memory" or self.threads > 1
+        for candidate, _ in () if alone else self.kept[1:]:
             if candidate.form != "fp32" and (gain := candidate.gain(serving)) >= search.WORTH:
                 serving.append(candidate)
                 found.append(candidate.form)

@@ -97,6 +97,20 @@ def test_where_memory_is_wanted_the_smallest_that_passes_and_is_not_slower_is_ch
     assert "delta 5.00% allowed" in why(work, "wild")
 
 
+def test_where_an_engine_has_several_threads_one_variant_serves_alone() -> None:
+    work = compilation([("near", 2, 0.01, 0), ("far", 2, 0.02, 0)])
+    times = {"fp32": (4.0, 4.0), "near": (1.0, 3.0), "far": (3.0, 1.0)}
+    for candidate in work.candidates:
+        candidate.latency = [
+            LatencyPoint(rows=rows, length=0, median_ms=ms, spread_ms=0)
+            for rows, ms in zip((1, 8), times[candidate.form], strict=True)
+        ]
+    work.judge(3)
+    assert work._together() == []
+    work.threads = 1
+    assert len(work._together()) == 1
+
+
 def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
     work = compilation([("wild", 4, 0.08, 0.6), ("near", 2, 0.01, 0), ("nearer", 1.5, 0.001, 0)])
     work.judge(2)
