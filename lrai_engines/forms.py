@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import onnx
 from google.protobuf.message import EncodeError
@@ -26,25 +26,23 @@ _EXACT: Final = ((95, 60), (98, 70))  # the same, and of this what is left in fl
 _KEPT: Final = (50, 80, 95)  # the same, in float32
 _WIDER: Final = (0, 30, 50, 75, 90)  # the same, in int8 where the others have 4 bits
 
-Build = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
+Made = tuple[onnx.ModelProto, list[Quantized]]
+Build = Callable[[onnx.ModelProto], Made]
+Scheme = Callable[..., Made]
 
 
 def forms(sample: Sample, threads: int, objective: str = "latency") -> dict[str, Build]:
     """Return every form beside fp32 and what builds it; what the sample tells is found once."""
     known, static = dict[str, float](), StaticForms(sample, threads)
 
-    def mixed(
-        model: onnx.ModelProto, *, scheme: Callable[..., Any] = mixed_int8, **shares: float
-    ) -> tuple[onnx.ModelProto, list[Quantized]]:
+    def mixed(model: onnx.ModelProto, *, scheme: Scheme = mixed_int8, **shares: float) -> Made:
         if not known:
             try:
                 known.update(harms(model, sample, threads))
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
                 raise CompileError(f"what each matrix does cannot be told: {error}") from None
-        made: tuple[onnx.ModelProto, list[Quantized]] = scheme(model, known, **shares)
-        return made
+        return scheme(model, known, **shares)
 
-    wider = _WIDER if objective == "memory" else ()
     return {
         "int8-dynamic": dynamic_int8,
         "int8-row": dynamic_int8_per_row,
@@ -61,7 +59,7 @@ def forms(sample: Sample, threads: int, objective: str = "latency") -> dict[str,
             "int4" + f"-mixed-{share}" * bool(share): partial(
                 mixed, scheme=mixed_int4, share=share / 100
             )
-            for share in wider
+            for share in (_WIDER if objective == "memory" else ())
         },
     }
 
@@ -85,8 +83,8 @@ class OnnxRuntimeForms:
         except CompileError as error:
             reject("int8", str(error))
             return
-        made = forms(material.sample, material.threads, material.objective)
-        for form, transform in made.items():
+        builds = forms(material.sample, material.threads, material.objective)
+        for form, transform in builds.items():
             try:
                 graph, operators = transform(basic)
             except CompileError as error:

@@ -226,14 +226,15 @@ def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
 def _serving(right: Sequence[Candidate], manifest: Manifest, threads: int) -> list[str]:
     """Return what is to serve of forms that passed: the fastest, then what makes calls faster.
 
-    With several threads the fastest alone, as in `compile`.
-
-    Where memory was the objective, the smallest alone that is not slower than fp32.
+    As in `compile`: with several threads the fastest alone; and where memory was the objective, of
+    what is not slower than fp32 and as small as the smallest the fastest, alone.
     """
     if manifest.objective == "memory":
-        sizes = {one.form: manifest.variant(one.form).size_bytes for one in right}
         small = [one for one in right if one.speedup >= 1 or one.form == "fp32"]
-        return [min(small, key=lambda one: sizes[one.form]).form] if small else ["fp32"]
+        sizes = {one.form: manifest.variant(one.form).size_bytes for one in small}
+        least = min(sizes.values(), default=0) * search.WORTH
+        alike = [one for one in small if sizes[one.form] <= least]
+        return [max(alike, key=lambda one: one.speedup).form] if alike else ["fp32"]
     worth = [one for one in right if one.form != "fp32" and one.speedup >= search.WORTH]
     serving: list[Candidate] = []
     while worth:

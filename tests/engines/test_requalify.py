@@ -195,9 +195,9 @@ def test_the_bound_of_what_was_demanded_elsewhere_pays_for_all_forms_and_the_che
     assert made.upper_bound == own.upper_bound
 
 
-def with_a_farther_one(path: Path, rows: int) -> lrai.Artifact:
+def with_a_farther_one(path: Path, rows: int, factor: float = 2.2) -> lrai.Artifact:
     """Return an artifact whose int8 is wrong here, with a right form that was farther at home."""
-    artifact = foreign(path, factor=2.2, rows=rows)
+    artifact = foreign(path, factor=factor, rows=rows)
     variants = [msgspec.to_builtins(variant) for variant in artifact.variants]
     variants.insert(0, {**variants[0], "id": "int8-far", "model": "variants/fp32/model.onnx"})
     (artifact.path / "manifest.json").unlink()
@@ -244,6 +244,26 @@ def test_where_memory_was_wanted_the_smallest_that_is_right_here_serves(
     assert requalify(wanted, threads=1).manifest.chosen == "int8"
     told["int8"] = 0.99
     assert requalify(wanted, threads=1).manifest.chosen == "fp32"
+
+
+@pytest.mark.parametrize(("threads", "beside"), [(1, ("int8-far",)), (2, ())])
+def test_variants_serve_together_where_an_engine_has_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, beside: tuple[str, ...]
+) -> None:
+    artifact = with_a_farther_one(tmp_path / "m.lrai", rows=300, factor=2.001)
+    times = {"int8": (1.0, 3.0), "int8-far": (3.0, 1.5)}
+
+    def profile(candidates: Sequence[Candidate], *_: object) -> None:
+        for one in candidates:
+            one.latency = [
+                LatencyPoint(rows=rows, length=0, median_ms=ms, spread_ms=0.0)
+                for rows, ms in zip((1, 8), times.get(one.form, (4.0, 4.0)), strict=True)
+            ]
+            one.speedup = {"int8": 2.3, "int8-far": 1.9}.get(one.form, 1.0)
+
+    monkeypatch.setattr(search, "profile", profile)
+    manifest = requalify(artifact, threads=threads).manifest
+    assert (manifest.chosen, manifest.together) == ("int8", beside)
 
 
 @pytest.mark.parametrize(
