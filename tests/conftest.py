@@ -1,4 +1,4 @@
-"""What holds for every test: one thread for numpy, and more time for those that start servers."""
+"""What holds for every test: threads, time for those that start servers, who runs beside whom."""
 
 from __future__ import annotations
 
@@ -18,12 +18,28 @@ os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="lrai-bentoml-")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SERVER_SECONDS = 300
+_SHARING = "triton", "bento", "sagemaker"  # folders of tests that share one server
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("server") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(_SERVER_SECONDS))
+        # Of several processes one has all tests of a file, or of a server.
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    if hasattr(config, "workerinput"):  # what takes long starts first, lest one waits for it
+        items.sort(key=_turn)
+
+
+def _group(item: pytest.Item) -> str:
+    if item.path.stem == "test_conformance":  # starts every server, Triton's among them
+        return "triton"
+    return item.path.parent.name if item.path.parent.name in _SHARING else str(item.path)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, int]:
+    group = _group(item)
+    return "integration" not in item.path.parts, [*_SHARING, group].index(group)
 
 
 def pytest_unconfigure() -> None:
