@@ -171,7 +171,6 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Fo
                 epsilon=epsilon,
                 delta=model.delta or 0.01,
                 threads=threads,
-                keep=3,  # which serve together, where calls of other sizes are faster by another
                 seed=SEED,
             )
         seconds = time.perf_counter() - began

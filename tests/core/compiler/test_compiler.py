@@ -75,7 +75,7 @@ def test_what_is_kept_gives_the_source_models_answers(make: Compile, rows: Rows)
 def test_every_decision_is_in_the_log(make: Compile, rows: Rows) -> None:
     artifact = make(evaluation=rows, keep=9)
     forms = {line["form"].split()[0] for line in log(artifact) if line["event"] == "candidate"}
-    mixed = {f"int8-mixed-{share}" for share in (30, 50, 75, "95-60", "98-70")}
+    mixed = {f"int8-mixed-{share}" for share in (30, 50, 75, "95-60", "98-70", "90-90", "93-93")}
     others = {"int8-dynamic", "int8-row", "int8-block32", "int8-block128"}
     others |= {"int8-static", *(f"int8-static-{share}" for share in (50, 80, 95))}
     assert forms == {"fp32"} | mixed | others
