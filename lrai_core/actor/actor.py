@@ -71,7 +71,8 @@ class Actor:
             packer.send(self._socket, Executed(execute.batch, seconds, tensors))
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
             known = (str(error), error.invalid) if isinstance(error, EngineError) else None
-            self._socket.say(Refused(execute.batch, *known or (type(error).__name__, False)))
+            gone = isinstance(error, messages.BadFrames)  # with who sent them
+            self._socket.say(Refused(execute.batch, *known or (type(error).__name__, gone)))
 
 
 def open_sessions(load: Load) -> list[Session]:

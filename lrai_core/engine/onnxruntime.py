@@ -68,7 +68,7 @@ class OnnxRuntimeSession:
         except REFUSALS as error:
             raise EngineError(
                 f"onnxruntime cannot run the model: {reason(error)}",
-                invalid=isinstance(error, state.InvalidArgument | ValueError),
+                invalid="alloc" not in str(error),  # what is no lack of memory is in the inputs
             ) from None
         return results
 

@@ -58,11 +58,10 @@ class Pending:
     place: Waiting  # in the queue, now or at another time
     model: _Model
     request: ValidRequest
-    done: Done
+    done: Done | None  # None once it was called, though the engine may still be at it
     arrival: float
     attempts: int = 0
     variant: int = 0  # that has run it last
-    told: bool = False  # `done` was called, though the engine may still be at it
 
     @property
     def alone(self) -> bool:
@@ -358,7 +357,7 @@ class Scheduler:
         checks = [self._workers.next_check(now)]
         checks += [model.queue.next_deadline() for model in list(self._models.values())]
         for call in self._calls.values():
-            checks += [p.place.deadline for p in call.pending if not p.told]
+            checks += [p.place.deadline for p in call.pending if p.done]
             checks += [at for at in (call.next_from, call.overdue) if at > now]
         return min(checks)
 
@@ -511,7 +510,7 @@ class Scheduler:
                 error = kind(f"the engine refused the request: {message}")
                 # One that was refused alone is refused for good: it is the request's own fault.
                 self._again(call, error, _ATTEMPTS if len(call.pending) == 1 else 1)
-                if not invalid and call.rows > 1:  # it had not the memory for so many
+                if not invalid and len(call.pending) > 1:  # it had not the memory for so many
                     call.model.bounds = replace(call.model.bounds, rows=call.rows // 2)
             case Lost(message=message, begun=begun):
                 error = ActorError(f"the request could not be answered: {message}")
@@ -551,13 +550,13 @@ class Scheduler:
         self._tell(pending, answer, error)
 
     def _tell(self, pending: Pending, answer: list[Array] | None, error: LraiError | None) -> None:
-        if pending.told:
+        done, pending.done = pending.done, None  # let go of: it holds what it was told
+        if done is None:
             return
-        pending.told = True
         name = pending.model.name
         if error is None:
             seconds = time.monotonic() - pending.arrival
             self._events.emit("request_answered", name, seconds=seconds, rows=pending.request.rows)
         else:
             self._events.emit("request_failed", name, reason=type(error).__name__)
-        pending.done(answer, error, pending.variant)
+        done(answer, error, pending.variant)

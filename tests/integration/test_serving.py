@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from benchmarks.models import requests
 from lrai_core.artifact import Manifest
 from lrai_core.runtime.embedded import Embedded
 from tests.integration.conftest import sentence
+from tests.integration.test_runtime_faults import wait_until
 
 pytestmark = pytest.mark.server
 
@@ -382,3 +385,21 @@ def embedded(runtime: lrai.Runtime) -> Embedded:
 def classifier_request(model: str = "classifier") -> lrai.InferenceRequest:
     features = np.zeros((1, 64), np.float32)
     return lrai.InferenceRequest(model_name=model, inputs={"features": features})
+
+
+def test_nobody_waits_for_the_collector_to_have_its_tensors_back(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    with lrai.Runtime.open(classifier_fp32) as runtime:
+        gc.collect()
+        gc.disable()
+        try:
+            asked = classifier_request()
+            (sent,) = asked.inputs.values()
+            given = weakref.ref(sent)
+            future = embedded(runtime).start(asked)
+            answer = weakref.ref(future.result(10).outputs["logits"])
+            del asked, sent, future
+            wait_until(lambda: given() is None and answer() is None, 2)
+        finally:
+            gc.enable()

@@ -6,10 +6,13 @@ from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from lrai_core.engine.engine import find_engine, installed_version, isa_class
-from lrai_core.errors import EnvironmentProblem
+from lrai_core.errors import EngineError, EnvironmentProblem
+from tests.core.compiler.onnx_files import model, save, value
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +98,18 @@ def test_without_a_list_of_flags_the_machine_is_the_class(monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(platform, "machine", lambda: "ppc64le")
     assert isa_class() == "ppc64le"
+
+
+def test_inputs_that_the_graph_cannot_take_are_to_blame_for_it(tmp_path: Path) -> None:
+    """A text longer than the table of positions, say, which is no lack of memory."""
+    table = numpy_helper.from_array(np.ones((1, 3), np.float32), "table")
+    graph = model(
+        [helper.make_node("Add", ["x", "table"], ["y"])],
+        [value("x", ["n", "l"])],
+        [value("y", ["n", "l"])],
+        [table],
+    )
+    session = find_engine("onnxruntime").load(save(graph, tmp_path / "m.onnx"), threads=1)
+    with pytest.raises(EngineError) as refused:
+        session.run([np.ones((2, 4), np.float32)])
+    assert refused.value.invalid

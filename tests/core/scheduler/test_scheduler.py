@@ -503,6 +503,20 @@ def test_after_a_call_without_the_memory_for_it_later_ones_are_half_as_large(ben
     assert all(future.exception(0) is None for future in futures)
 
 
+def test_one_request_that_is_refused_makes_no_later_call_smaller(bench: Bench) -> None:
+    large = bench.submit(request(2))
+    bench.step()
+    bench.workers.refuse(invalid=False)
+    bench.step()
+    assert isinstance(failure(large), ActorError)
+    futures = [bench.submit() for _ in range(6)]
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert all(future.exception(0) is None for future in futures)
+    assert [len(batch) for batch in bench.workers.dispatched] == [1, 6]
+
+
 def test_a_request_refused_alone_is_not_tried_again(bench: Bench) -> None:
     future = bench.submit()
     bench.step()
