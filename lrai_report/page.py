@@ -228,9 +228,12 @@ def _command(artifact: Artifact) -> str:
     judged = [variant.gate for variant in manifest.variants if variant.gate]
     if judged:
         words += ["--evaluation", "ROWS.npz"]
-        words += ["--metric", "top5"] if judged[0].measure == "top5" else []
-    if (output_map := manifest.signature.outputs[0].output_map) != "raw":
-        words += ["--output-map", output_map]
+        words += ["--metric", "top5"] if judged[0].measure.startswith("top5") else []
+    maps = [spec.output_map for spec in manifest.signature.outputs if spec.output_map != "raw"]
+    if maps:
+        words += ["--output-map", maps[0]]
+    if manifest.objective == "memory":
+        words += ["--objective", "memory"]
     if manifest.demanded:
         words += ["--epsilon", f"{manifest.demanded[0]:g}", "--delta", f"{manifest.demanded[1]:g}"]
     for group in judged[0].groups if judged else ():

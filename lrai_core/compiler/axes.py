@@ -115,11 +115,15 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
 
 
 def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
-    """Return the signature with this map on every floating-point output."""
-    outputs = [
-        replace(spec, output_map=output_map) if spec.datatype.startswith("FP") else spec
-        for spec in signature.outputs
-    ]
+    """Return the signature with this map on every floating-point output for which none is stated.
+
+    Nor on one with a single element a row, of which a map over the last axis would leave nothing.
+    """
+    outputs = list(signature.outputs)
+    for i, spec in enumerate(outputs):
+        single = spec.shape[spec.batch_axis is not None :][-1:] in ((), (1,))
+        if spec.datatype.startswith("FP") and spec.output_map == "raw" and not single:
+            outputs[i] = replace(spec, output_map=output_map)
     return Signature(inputs=signature.inputs, outputs=tuple(outputs))
 
 

@@ -323,13 +323,13 @@ def _scores(outputs: Outputs, what: str) -> NDArray[np.float64]:
 def _selected(outputs: Outputs) -> NDArray[np.bool_]:
     scores = _scores(outputs, "groups")
     if scores.shape[1] != 2:
-        raise CalibrationError(
-            f"groups are judged between 2 classes, the model has {scores.shape[1]}"
-        )
+        raise CalibrationError(f"groups are judged between 2 classes, not {scores.shape[1]}")
     return np.asarray(scores[:, 1] > scores[:, 0])
 
 
 def _hits(outputs: Outputs, labels: Array, metric: Metric) -> NDArray[np.bool_]:
-    scores = _scores(outputs, f"metric {metric}")
+    scores, low, high = _scores(outputs, f"metric {metric}"), labels.min(), labels.max()
+    if low < 0 or high >= scores.shape[1]:
+        raise CalibrationError(f"labels are {low} to {high}, classes 0 to {scores.shape[1] - 1}")
     best = np.argsort(-scores, axis=1, kind="stable")[:, : _BEST[metric]]
     return np.asarray((best == labels[:, None]).any(axis=1))

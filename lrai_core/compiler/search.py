@@ -107,7 +107,9 @@ class Candidate:
     @property
     def distance(self) -> float:
         """Return the root mean square of the gaps: single rows tell too little of the tail."""
-        return float(np.sqrt(np.mean(np.square(self.gaps)))) if self.gaps else 0.0
+        # Bounded, so that of rows that differ utterly the number counts, and no sum overflows.
+        bounded = [min(gap, 1e150) for gap in self.gaps]
+        return math.hypot(*bounded) / math.sqrt(max(1, len(bounded)))
 
     @property
     def pace(self) -> str:
@@ -278,7 +280,7 @@ def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int,
     """Return (rows, length) of every point worth measuring, given rows as long as those served."""
     if not signature.coalescible:
         return [(1, 0)]
-    if signature.inputs[0].length_axis is None:
+    if all(spec.length_axis is None for spec in signature.inputs):
         return [(count, 0) for count in (1, 2, 4, 8, 16, 32)]
     longest = max((length_of(row, signature) for row in rows), default=128)
     lengths = [length for length in _LENGTHS if length < longest] + [longest]

@@ -61,8 +61,8 @@ MEASURES: dict[OutputMap, str] = {
 
 
 def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
-    if (same := np.array_equal(a, b)) or a.shape != b.shape or a.dtype.kind in "OSU":
-        return same
+    if (same := np.array_equal(a, b)) or a.shape != b.shape or a.dtype.kind in "OSUbi":
+        return same  # a label, or the number of one; pixels may differ
     x, y = a.astype(np.float64), b.astype(np.float64)
     if output_map == "softmax":
         sound = np.isfinite(y) | (x == y)  # a masked class is minus infinity on both sides

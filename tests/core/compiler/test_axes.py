@@ -14,7 +14,7 @@ from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_
 from lrai_core.compiler.model import declared
 from lrai_core.engine.onnxruntime import OnnxRuntime
 from lrai_core.errors import UsageError
-from lrai_core.protocol import Array, Signature
+from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
 from tests.core.compiler.onnx_files import linear, model, save, value
 
 TABLE = numpy_helper.from_array(
@@ -139,3 +139,15 @@ def test_output_maps_apply_to_floats_only() -> None:
     nodes = [helper.make_node("ArgMax", ["x"], ["y"], axis=1)]
     proto = model(nodes, [value("x", ["n", 3])], [value("y", ["n", 1], TensorProto.INT64)])
     assert with_output_map(declared(proto), "softmax").outputs[0].output_map == "raw"
+
+
+def test_a_map_that_is_stated_stays_and_a_single_score_has_none() -> None:
+    def output(name: str, last: int, output_map: OutputMap = "raw") -> TensorSpec:
+        shape = ("n", last)
+        return TensorSpec(
+            name=name, datatype="FP32", shape=shape, batch_axis=0, output_map=output_map
+        )
+
+    outputs = (output("logits", 3), output("vector", 3, "l2_normalised"), output("score", 1))
+    asked = with_output_map(Signature(inputs=(), outputs=outputs), "softmax")
+    assert [spec.output_map for spec in asked.outputs] == ["softmax", "l2_normalised", "raw"]

@@ -277,7 +277,7 @@ def test_the_label_may_be_the_group_and_what_is_not_judged_is_said(make: Compile
 def test_groups_need_two_classes(make: Compile) -> None:
     x = np.random.default_rng(1).standard_normal((GROUPED, 8)).astype(np.float32)
     rows = {"x": x, "label": np.arange(GROUPED) % 2, "group": np.arange(GROUPED) % 2}
-    with pytest.raises(CalibrationError, match="judged between 2 classes, the model has 4"):
+    with pytest.raises(CalibrationError, match="judged between 2 classes, not 4"):
         make(evaluation=rows, groups=["group"])
 
 

@@ -180,3 +180,14 @@ def test_too_few_rows_are_refused_with_how_many_are_needed() -> None:
         check_row_count(rows(200, labelled=True), Conditions(), 50)
     with pytest.raises(CalibrationError, match="needs 2995"):
         check_row_count(rows(600), Conditions(epsilon=0.1, delta=0.001), 150)
+
+
+@pytest.mark.parametrize("moved", [1, -1])
+def test_labels_that_name_no_class_are_refused(moved: int) -> None:
+    """The model would be wrong on nearly every row, and no form could lose much."""
+    sample = rows(400, labelled=True)
+    assert sample.labels is not None
+    sample = Rows(sample.inputs, sample.labels + moved, sample.hashes)
+    words = f"labels are {max(moved, -1)} to .*, classes 0 to 4"
+    with pytest.raises(CalibrationError, match=words):
+        judged(lambda x: x, sample)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from lrai_core.compiler import search
-from lrai_core.compiler.search import Candidate
+from lrai_core.compiler.search import Candidate, points
 from lrai_core.engine.engine import find_engine
-from lrai_core.protocol import Array
+from lrai_core.protocol import Array, Signature, TensorSpec
+from lrai_core.verifier.spec import FAR
 from tests.core.small_artifact import SIGNATURE
 
 ROW = [np.ones((1, 3), np.float32)]
@@ -31,6 +32,20 @@ class Told:
         return list(arrays)
 
 
+def candidate(name: str, told: Sequence[float] = ()) -> Candidate:
+    return Candidate(
+        form=name.partition("_")[0],
+        precision="fp32",
+        graph=Path(name),
+        size_bytes=1,
+        operators=[],
+        passes_off=(),
+        shared=False,
+        session=Told(told),
+        engine=find_engine("onnxruntime"),
+    )
+
+
 def profiled(
     monkeypatch: pytest.MonkeyPatch,
     threads: int = 1,
@@ -43,21 +58,7 @@ def profiled(
 
     monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
     monkeypatch.setattr(search, "_seconds", seconds)
-    engine = find_engine("onnxruntime")
-    made = {
-        name: Candidate(
-            form=name.partition("_")[0],
-            precision="fp32",
-            graph=Path(name),
-            size_bytes=1,
-            operators=[],
-            passes_off=(),
-            shared=False,
-            session=Told(told),
-            engine=engine,
-        )
-        for name, told in times.items()
-    }
+    made = {name: candidate(name, told) for name, told in times.items()}
     search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], threads, lambda: None, until)
     return made
 
@@ -129,3 +130,17 @@ def test_threads_of_another_session_are_asleep_before_one_is_measured(
     profiled(monkeypatch, threads, **given)
     assert len(slept) == (threads > 1) * 2 * search.ROUNDS
     assert all(second >= 0.05 for second in slept)
+
+
+def test_of_rows_that_differ_utterly_the_number_counts() -> None:
+    few, many = candidate("few"), candidate("many")
+    few.gaps, many.gaps = [FAR] + [0.0] * 8, [FAR] * 4 + [0.0] * 5
+    assert 0 < few.distance < many.distance < math.inf
+
+
+def test_lengths_are_measured_whichever_input_has_them() -> None:
+    image = TensorSpec(name="image", datatype="FP32", shape=("n", 3), batch_axis=0)
+    ids = TensorSpec(name="ids", datatype="INT64", shape=("n", "l"), batch_axis=0, length_axis=1)
+    lengths = {length for _, length in points(Signature(inputs=(image, ids), outputs=()), [])}
+    assert 0 not in lengths
+    assert max(lengths) == 128

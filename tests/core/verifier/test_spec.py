@@ -117,6 +117,12 @@ def test_integers_and_booleans_are_compared_as_numbers() -> None:
     assert gap(np.array([[True]]), np.array([[False]])) == 1
 
 
+def test_a_label_that_is_near_is_another() -> None:
+    five, four = np.array([[500]]), np.array([[504]])
+    assert agreement([five], [five], [output("raw")])
+    assert not agreement([five], [four], [output("raw")])
+
+
 def test_text_is_the_same_or_infinitely_far() -> None:
     a, b = np.array([["a"]], object), np.array([["b"]], object)
     assert (gap(a, a), gap(a, b)) == (0, FAR)
