@@ -91,10 +91,16 @@ class Deployments(Embedded):
         opened = self.open(artifact)
         name = name or opened.manifest.name
         with self.changing(name, wait=shared):
-            served = self._served(name)
-            if shared and any(self.is_served(v, opened, variant, require) for v in served):
-                return name
-            record = self._records.get(name, Record())
+            if shared and self.scheduler.accepting:
+                same = [v for v in self._served(name) if v.artifact.version == opened.version]
+                for dead in [v for v in same if self._state(v) == "dead"]:
+                    self.remove(dead, drain=False)  # for good; whoever loads it wants it to serve
+            served, record = self._served(name), self._records.get(name, Record())
+            for one in served if shared else ():
+                # Who asks for the same again means what serves in its place, where it cannot.
+                again = record.versions.get(one.version, How()).variant == variant
+                if self.is_served(one, opened, "" if again else variant, require):
+                    return name
             plain = share is None and require is None
             if shared and served and plain and record.was(opened.version):
                 return name  # whoever starts anew with what was replaced gets what replaced it
@@ -333,7 +339,7 @@ class Deployments(Embedded):
             if isinstance(pool, InlinePool) and (opened := pool.opened(new.key)):
                 self._here[new.key] = Here(self, new, *opened)
             if watching is not None:
-                new.watch, self._watches[new.key] = watching.see, watching
+                self._watches[new.key] = watching
             self.show(new)
         try:
             with self._room:
@@ -361,7 +367,11 @@ class Deployments(Embedded):
         with suppress(lrai.LraiError), self._changed(version.name) as (name, record):
             left = record.without(version.version)
             if left.serves and version.retire(idle=True):
-                self._commit(name, left, "unload", why="runtime.memory_mib")
+                try:
+                    self._commit(name, left, "unload", why="runtime.memory_mib")
+                except BaseException:
+                    version.retire(retired=False)  # it serves on
+                    raise
                 self.remove(version)
                 return True
         return False  # it is at work, being changed, or frozen
@@ -404,6 +414,9 @@ class Deployments(Embedded):
         """Have requests go where the record says."""
         there = self._served(name)
         shares = {v: share for v in there if (share := record.shares.get(v.version))}
+        for version in there:  # what warms it up, and copies, are not its traffic
+            watching = self._watches.get(version.key) if version in shares else None
+            version.watch = watching.see if watching else None
         shadow = {v: share for v in there if (share := record.shadow.get(v.version))}
         if shares:
             self.current[name] = max(shares, key=shares.__getitem__)

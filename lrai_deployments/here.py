@@ -142,7 +142,8 @@ class Here:
             version.watch(valid)
         version.used_at = now
         runtime.events.emit("request_accepted", version.key, rows=valid.rows)
-        timeout_ms = self._timeout_ms if request.timeout_ms is None else request.timeout_ms
+        given = request.timeout_ms
+        timeout_ms = self._timeout_ms if given is None else max(0.0, given)  # NaN is no time, too
         deadline = now + timeout_ms / 1e3
         size = (valid.group, valid.rows, valid.length)
         usual_ms = runtime.config.scheduler.default_timeout_ms

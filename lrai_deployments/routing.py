@@ -68,16 +68,19 @@ class Route:
 
     def accept(self, request: InferenceRequest, done: Ended) -> Pending:
         """See `Embedded.accept`."""
-        random, original = self._core.random, Future[InferenceResponse]()
+        random, original = self._core.random, Future[InferenceResponse | None]()
         (version,) = random.choices(self._versions, cum_weights=self._cumulative)
         if self._relief is not None and self._too_late(version, request):
             version = self._relief
         shadow = self._shadow if random.random() < self._sampled else None
 
         def ended(outcome: Outcome) -> None:
-            if shadow is not None and isinstance(outcome, InferenceResponse):
-                kept = {name: array.copy() for name, array in outcome.outputs.items()}
-                original.set_result(replace(outcome, outputs=kept))  # the caller may write to his
+            if shadow is not None:
+                kept = None  # nothing to compare with
+                if isinstance(outcome, InferenceResponse):  # the caller may write to his
+                    outputs = {name: array.copy() for name, array in outcome.outputs.items()}
+                    kept = replace(outcome, outputs=outputs)
+                original.set_result(kept)
             done(outcome)
             self._count(version, outcome)
 
@@ -98,18 +101,18 @@ class Route:
         allowed_ms = self._slo_ms if request.timeout_ms is None else request.timeout_ms
         return 0 < allowed_ms < (version.inside + 1) * self._alone_ms[version]
 
-    def _send(self, copy: InferenceRequest, rows: int, original: Future[InferenceResponse]) -> None:
-        """Send a copy, unless too many are on their way: callers must find room in the queue."""
+    def _send(
+        self, copy: InferenceRequest, rows: int, original: Future[InferenceResponse | None]
+    ) -> None:
+        """Send a copy, unless too many are under way: callers must find room in the queue."""
         with self._lock:
             if self._copied_rows + rows > self._core.config.scheduler.max_queue_rows // _COPIES:
                 return
             self._copied_rows += rows
 
         def ended(outcome: Outcome) -> None:
-            with self._lock:
-                self._copied_rows -= rows
             original.add_done_callback(
-                lambda first: self._core.submit(self._compare, first.result(), outcome)
+                lambda first: self._core.submit(self._compare, first.result(), outcome, rows)
             )
 
         try:
@@ -117,7 +120,11 @@ class Route:
         except LraiError as error:
             ended(error)
 
-    def _compare(self, original: InferenceResponse, copy: Outcome) -> None:
+    def _compare(self, original: InferenceResponse | None, copy: Outcome, rows: int) -> None:
+        with self._lock:
+            self._copied_rows -= rows
+        if original is None:
+            return
         emit, name = self._core.events.emit, original.model_name
         if isinstance(copy, LraiError) or copy.outputs.keys() != original.outputs.keys():
             emit("shadow_failed", name, reason=type(copy).__name__)

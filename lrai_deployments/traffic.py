@@ -152,7 +152,7 @@ class Traffic:
         if sample:
             with replaced(captured) as stream:
                 np.savez_compressed(stream, **sample)  # type: ignore[arg-type] # by names of inputs
-        else:  # what was kept has aged
+        elif self._capture_rows:  # what was kept has aged
             captured.unlink(missing_ok=True)
 
     def _consider(self, request: ValidRequest, row: int, now: float) -> None:

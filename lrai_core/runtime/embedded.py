@@ -174,17 +174,8 @@ class Embedded:
         actors = tuple(f"{name}@{label}" + f"#{i}" * (i > 0) for i in range(config.replicas))
         if limits.deterministic and chosen.batch_effect:
             limits = replace(limits, max_batch_rows=1)
-        version = Version(
-            name,
-            label,
-            artifact,
-            chosen,
-            certificate,
-            actors,
-            limits,
-            tuple(beside),
-            used_at=time.monotonic(),
-        )
+        version = Version(name, label, artifact, chosen, certificate, actors, limits, tuple(beside))
+        version.used_at = time.monotonic()
         threads = config.threads or self._threads(chosen, name, config.replicas)
         alone_ms = min((point.median_ms for point in profile), default=0.0)
         if 0 < limits.latency_slo_ms <= alone_ms:

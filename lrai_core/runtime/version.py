@@ -150,8 +150,11 @@ class Version:
         with self._lock:
             self.inside -= 1
 
-    def retire(self, *, idle: bool = False) -> bool:
-        """Take no more requests, with `idle` only if none is inside; return whether it is so."""
+    def retire(self, *, idle: bool = False, retired: bool = True) -> bool:
+        """Take no more requests, with `idle` only if none is inside; return whether it is so.
+
+        Not `retired`: take them again.
+        """
         with self._lock:
-            self._retired = self._retired or not (idle and self.inside)
+            self._retired = retired and (self._retired or not (idle and self.inside))
             return self._retired

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
+from lrai_deployments.deployments import Deployments
 from tests.core import small_artifact
 from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import Load, config, kill, pid_of, wait_until
@@ -86,6 +88,11 @@ def under_load(runtime: lrai.Runtime, callers: int) -> Iterator[Load]:
 
 def version(path: Path) -> str:
     return lrai.Artifact.open(path).version
+
+
+def deployments(runtime: lrai.Runtime) -> Deployments:
+    assert isinstance(runtime._backend, Deployments)
+    return runtime._backend
 
 
 def ask(runtime: lrai.Runtime, **more: Any) -> float:
@@ -584,3 +591,69 @@ def test_a_deterministic_model_steps_to_no_other_version(small: dict[float, Path
         runtime.load(small[3.0], name="m", share=0.0)
         with pytest.raises(lrai.UsageError, match=r"scheduler\.deterministic never does"):
             runtime.route("m", {version(small[2.0]): 1.0}, relief=version(small[3.0]))
+
+
+def test_a_version_that_cannot_be_written_off_serves_on(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full once made every request for it spin for ever, and the runtime with it."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    limits = {"runtime.memory_mib": 10_000, "runtime.state_dir": str(tmp_path / "state")}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
+        deployments(runtime).config = lrai.load_config(call=limits | {"runtime.memory_mib": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            with pytest.raises(lrai.MemoryBudgetExceeded):
+                runtime.load(small[3.0], name="n")
+        assert ask(runtime) == 2.0
+
+
+def test_who_loads_a_model_that_is_dead_has_it_started_anew(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    python, become = strange
+    limits = {"actor.python": python, "actor.restart_limit": 1}
+    become("die")
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
+        with pytest.raises(lrai.ActorError):
+            ask(runtime)
+        wait_until(lambda: runtime.models()[0].state == "dead")
+        (tmp_path / "how").unlink()
+        assert deployments(runtime).load(str(small[2.0]), name="m", shared=True) == "m"
+        assert ask(runtime) == 2.0
+
+
+def test_what_serves_in_place_of_a_variant_is_what_its_next_worker_means(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign.lrai"
+    shutil.copytree(small[3.0], foreign)
+    target = msgspec.json.decode((foreign / "manifest.json").read_bytes())["target"]
+    small_artifact.rewrite(foreign, {"target": target | {"isa": "other"}})
+    with lrai.Runtime(config()) as runtime:
+        for _ in range(2):  # two workers
+            deployments(runtime).load(str(foreign), name="m", variant="int8", shared=True)
+        assert ask(runtime) == 2.0
+        with pytest.raises(lrai.UsageError, match="is loaded already"):
+            deployments(runtime).load(str(small[2.0]), name="m", variant="int8", shared=True)
+
+
+def test_a_swap_and_its_warm_up_leave_what_was_captured(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    settings = {"runtime.capture_rows": 20}
+    captured = tmp_path / "traffic" / "m" / "captured.npz"
+    with lrai.Runtime(config(**{"runtime.state_dir": str(tmp_path)})) as runtime:
+        runtime.load(small[2.0], name="m", settings=settings)
+        for _ in range(5):
+            ask(runtime)
+        runtime.deployments()
+        assert captured.is_file()
+        runtime.swap("m", small[3.0])  # captures nothing
+        assert ask(runtime) == 3.0
+        wait_until(lambda: (captured.parent / "sketch.json").stat().st_size > 0)
+    with np.load(captured, allow_pickle=False) as kept:
+        assert kept["x"].shape == (5, 3)

@@ -248,3 +248,15 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
 def test_a_runtime_that_drains_takes_nothing_together_either(inline: lrai.Runtime) -> None:
     assert inline.drain()
     assert isinstance(together(inline, [request(1.0)])[0], lrai.NotReady)
+
+
+@pytest.mark.parametrize("timeout_ms", [float("nan"), -1.0, 0.0])
+def test_a_time_that_is_none_harms_nobody_else(inline: lrai.Runtime, timeout_ms: float) -> None:
+    bad = lrai.InferenceRequest(
+        model_name="classifier", inputs=request(1.0).inputs, timeout_ms=timeout_ms
+    )
+    answers = together(inline, [request(1.0), bad, request(2.0), request(3.0)])
+    assert isinstance(answers.pop(1), lrai.DeadlineExceeded)
+    assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
+    assert isinstance(inline.infer(request(4.0)), lrai.InferenceResponse)
+    assert inline.stats()["outstanding_rows"] == 0
