@@ -45,6 +45,8 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
+_ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "unfreeze"})  # not done again
+_UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
 _MOST_CUTS: Final = 3  # before it answers once; a daemon that starts or ends may cut a line
 
 T = TypeVar("T")
@@ -323,6 +325,10 @@ class Attached:
                 with self._lock:
                     self._outbox.clear()
                     self._outbox.extend(sorted(self._asked))
+                    for key in self._calls.keys() - self._outcalls:
+                        call = self._calls.get(key)
+                        if call and call[0].operation in _ONCE:  # it may have been done
+                            _settle(self._calls.pop(key, call)[1], lrai.NotReady(_UNKNOWN))
                     self._outcalls.clear()
                     self._outcalls.extend(sorted(self._calls))
                 _settle(self._attached)

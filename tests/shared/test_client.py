@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,26 @@ def test_an_operation_is_asked_again_of_the_next_daemon(daemon: Daemon, attached
     daemon.send(Returned(key, "m"))
     thread.join(5)
     assert results == ["m"]
+
+
+def test_a_change_that_may_have_been_made_is_not_asked_for_again(
+    daemon: Daemon, attached: Attached
+) -> None:
+    """Going back twice would lead forward."""
+    with ThreadPoolExecutor(1) as caller:
+        lost = caller.submit(attached.call, "rollback", {}, str)
+        daemon.call()
+        daemon.session = "second"
+        daemon.welcome()
+        with pytest.raises(lrai.NotReady, match="was lost while it was at it"):
+            lost.result(5)
+    results: list[Any] = []
+    thread = call(attached, "ready", results)
+    asked = daemon.call()
+    assert asked.operation == "ready"
+    daemon.send(Returned(asked.key, "ok"))
+    thread.join(5)
+    assert results == ["ok"]
 
 
 def test_the_same_session_is_sent_nothing_twice(daemon: Daemon, attached: Attached) -> None:
