@@ -117,7 +117,8 @@ def _json(data: Any, inputs: Sequence[TensorSpec]) -> tuple[InferenceRequest, Fo
         return read_protocol(data)
     layout: Layout = "inputs" if isinstance(data, Mapping) else "instances"
     known = {spec.name for spec in inputs}
-    if isinstance(data, Mapping) and not data.keys() & known:
+    named = data.keys() & known if isinstance(data, Mapping) else {None}
+    if not named or (named == {"inputs"} and isinstance(data["inputs"], Mapping)):
         keys = [key for key in _LAYOUT_KEYS if key in data]
         if not keys:
             raise RequestError(

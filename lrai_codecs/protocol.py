@@ -100,7 +100,10 @@ def _listed(tensor: _Tensor) -> Array:
         raise InvalidTensor(tensor.name, f"its data is no {tensor.datatype}")
     if min(tensor.shape, default=0) < 0 or math.prod(tensor.shape) != array.size:
         raise InvalidTensor(tensor.name, f"shape {tensor.shape}, but {array.size} elements")
-    return array.astype(wanted, copy=False).reshape(tensor.shape)
+    try:
+        return array.astype(wanted, copy=False).reshape(tensor.shape)
+    except (ValueError, OverflowError):
+        raise InvalidTensor(tensor.name, "its shape is no array's") from None
 
 
 def _timeout(parameters: Mapping[str, Any]) -> float | None:
@@ -108,7 +111,7 @@ def _timeout(parameters: Mapping[str, Any]) -> float | None:
     timeout = parameters.get("timeout")
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout <= 0:
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 < timeout < 1 << 63:
         raise RequestError(f"timeout {timeout!r}: a number of microseconds is needed")
     return timeout / 1000
 

@@ -102,6 +102,12 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
         array = np.asarray(value)
         if array.dtype.kind == "O" and wanted.kind == "f":
             array = np.asarray(value, dtype=np.float64)
+        elif isinstance(value, list) and array.dtype.kind in "iu" and wanted.kind == "f":
+            array = array.astype(np.float64)  # JSON has one kind of number
+        elif isinstance(value, list) and array.dtype.kind == "f" and wanted.kind in "iu":
+            exact = np.asarray(value, dtype=np.object_)  # of which float64 would round some
+            cast = exact.astype(wanted)
+            return cast if (cast.astype(np.object_) == exact).all() else array
     except (TypeError, ValueError, OverflowError) as error:
         if "inhomogeneous" in str(error):
             raise InvalidTensor(name, "its rows have different shapes") from None

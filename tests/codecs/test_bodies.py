@@ -67,6 +67,14 @@ def test_all_forms_of_a_matrix_are_one_tensor(body: bytes, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "body", [b'{"inputs": {"inputs": [[1, 2, 3]]}}', b'{"inputs": [[1, 2, 3]]}', b"[[1, 2, 3]]"]
+)
+def test_an_input_may_be_called_inputs(body: bytes) -> None:
+    spec = TensorSpec(name="inputs", datatype="FP32", shape=("n", 3), batch_axis=0)
+    assert values(body, "application/json", [spec]) == [[[1, 2, 3]]]
+
+
+@pytest.mark.parametrize(
     ("body", "kind"),
     [
         (b'{"instances": [{"age": 3, "job": "a,b"}, {"age": 4, "job": "c"}]}', ""),
@@ -133,6 +141,9 @@ def test_the_protocols_timeout_is_in_microseconds() -> None:
         (protocol(data=None), "", "neither data nor binary_data_size"),
         (protocol(data=["1"] * 6), "", "its data is no FP32"),
         (protocol(data=[[1], [1, 2]]), "", "different shapes"),
+        (protocol(shape=[0, 1 << 63], data=[]), "", "its shape is no array's"),
+        (protocol(shape=[1] * 65, data=[1]), "", "its shape is no array's"),
+        (protocol()[:-1] + b', "parameters": {"timeout": ' + b"9" * 400 + b"}}", "", "timeout"),
         (protocol(parameters={"binary_data_size": 24}), "", "binary_data_size 24, 0 bytes"),
         (protocol(parameters={"binary_data_size": -1}), "", "binary_data_size -1"),
         (b"", "text/csv", "no line of values"),

@@ -48,6 +48,20 @@ def test_other_forms_are_refused_by_what_they_are(data: Any, problem: str) -> No
         by_name(data, [AGE, JOB])
 
 
+def test_json_has_one_kind_of_number() -> None:
+    assert fit({"age": [1_700_000_001, 3]}, [AGE])["age"].dtype == np.float32
+    assert fit({"ids": [[1.0, 2]]}, [IDS])["ids"].tolist() == [[1, 2]]
+    assert fit({"age": ["1.5"]}, [AGE])["age"].dtype.kind == "U"
+
+
+def test_large_integers_are_those_that_were_sent() -> None:
+    """Of which numpy would make real numbers, where one is beyond 2^63 or has a point."""
+    wide = TensorSpec(name="wide", datatype="UINT64", shape=("n", 2))
+    sent = [[2**63 + 1, 7]]
+    assert fit({"wide": sent}, [wide])["wide"].tolist() == sent
+    assert fit({"ids": [[2**53 + 1, 1.0]]}, [IDS])["ids"].tolist() == [[2**53 + 1, 1]]
+
+
 def test_null_among_real_numbers_is_nan_and_nothing_else_is() -> None:
     assert np.isnan(fit({"age": [None, 1.5]}, [AGE])["age"]).tolist() == [[True], [False]]
     assert fit({"ids": [[None, 1]]}, [IDS])["ids"].dtype == np.object_
