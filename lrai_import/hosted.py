@@ -7,6 +7,8 @@ than it takes, see decision 13.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -66,6 +68,15 @@ class Asked(NamedTuple):
     def how(self) -> Any:
         """Return what `Runtime.load` and `swap` want to be told by name."""
         return {"variant": self.variant, "require": self.require, "settings": self.own}
+
+    @property
+    def mark(self) -> str:
+        """Return what tells a model asked for like this from others of its artifact, if anything.
+
+        A runtime that has one under a name does not look at the settings of who asks again.
+        """
+        said = json.dumps([self.own, self.variant], sort_keys=True, default=str)
+        return f":{hashlib.sha256(said.encode()).hexdigest()[:8]}" * bool(self.own or self.variant)
 
     def placed(self, artifact: Artifact, processes: int) -> Asked:
         """Return the same, with the model in this process where that is best.

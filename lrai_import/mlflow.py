@@ -35,7 +35,7 @@ _CONVERTERS: Final[dict[str, Converter]] = {  # by flavor; what is of several is
 _ONNX: Final = "onnx"
 _MEMORY_BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
 _TIMEOUT_SECONDS: Final = 900
-_PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".joblib", ".cloudpickle")
+_PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".pt2", ".joblib", ".cloudpickle")
 _COLUMNS: Final = {
     DataType.boolean: "BOOL",
     DataType.integer: "INT32",
@@ -119,16 +119,20 @@ def runs_code(folder: Path, flavor: str, configuration: dict[str, Any]) -> str:
     """Return why opening a model could run code of whoever made it; empty if it could not."""
     if configuration.get("code"):
         return "it carries Python code of its own"
-    if flavor == "sklearn" and configuration.get("serialization_format", "pickle") != "skops":
-        return f"it is a pickle ({configuration.get('pickled_model', 'model.pkl')})"
+    made_of = str(configuration.get("model_class", flavor))  # what xgboost's loader imports
+    # Of LightGBM, what is no plain booster is opened as models of scikit-learn are.
+    booster = flavor, "lightgbm.basic.Booster"
+    as_sklearn = flavor == "sklearn" or (flavor == "lightgbm" and made_of not in booster)
+    if as_sklearn and configuration.get("serialization_format", "pickle") != "skops":
+        file = configuration.get("pickled_model", configuration.get("data", "model.pkl"))
+        return f"it is a pickle ({file})"
     trusted = configuration.get("skops_trusted_types") or ()
     if any(str(name).split(".")[0] not in (flavor, "collections") for name in trusted):
         return f"it names types that skops is to trust: {', '.join(map(str, trusted))[:200]}"
-    made_of = str(configuration.get("model_class", flavor))  # what xgboost's loader imports
     if made_of.split(".", maxsplit=1)[0] != flavor:
         return f"it is to be loaded as a {made_of[:100]}"
     pickles = [path for path in folder.rglob("*") if path.suffix.lower() in _PICKLES]
-    return f"it is a pickle ({pickles[0].relative_to(folder)})" if pickles else ""
+    return f"it is or holds a pickle ({pickles[0].relative_to(folder)})" if pickles else ""
 
 
 def inputs_of(model: Model) -> tuple[TensorSpec, ...]:

@@ -87,3 +87,12 @@ def test_settings_are_sorted_by_whose_they_are() -> None:
 def test_what_is_not_allowed_is_named(given: dict[str, str]) -> None:
     with pytest.raises(lrai.UsageError, match=next(iter(given))):
         asked(given)
+
+
+def test_other_settings_are_another_model() -> None:
+    """A runtime that has a model does not look at the settings of who asks for it again."""
+    assert asked({}).mark == asked({"scheduler.max_queue_rows": 7}).mark == ""  # of the runtime
+    marks = [asked({"actor.threads": n}).mark for n in (1, 2)]
+    marks += [asked({"variant": "fp32"}).mark, asked({"scheduler.latency_slo_ms": 9.0}).mark]
+    assert len({"", *marks}) == 5
+    assert asked({"actor.threads": 1}).mark == marks[0]

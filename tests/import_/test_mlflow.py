@@ -36,9 +36,22 @@ from lrai_import.sklearn import width
             "",
         ),
         ("lightgbm", {}, ["model.pkl"], "a pickle (model.pkl)"),
+        ("lightgbm", {"model_class": "lightgbm.basic.Booster"}, ["model.lgb"], ""),
+        (
+            "lightgbm",
+            {"model_class": "lightgbm.any", "data": "model.bin"},
+            ["model.bin"],
+            "a pickle (model.bin)",
+        ),
+        (
+            "lightgbm",
+            {"model_class": "lightgbm.sklearn.LGBMModel", "serialization_format": "skops"},
+            ["model.skops"],
+            "",
+        ),
         ("xgboost", {"model_class": "xgboost.sklearn.XGBClassifier"}, ["model.ubj"], ""),
         ("xgboost", {"model_class": "subprocess.Popen"}, ["model.ubj"], "as a subprocess.Popen"),
-        ("pytorch", {}, ["data/model.pt2"], ""),
+        ("pytorch", {}, ["data/model.pt2"], "a pickle (data/model.pt2)"),  # of its constants
         ("pytorch", {}, ["data/model.PTH"], "a pickle (data/model.PTH)"),
         ("pytorch", {"code": "code"}, ["data/model.pt2"], "Python code of its own"),
     ],

@@ -174,10 +174,10 @@ def test_a_module_of_torch_answers_as_before(form: str) -> None:
         serialization_format=form,
         **options,
     )
-    if form == "pickle":
-        with pytest.raises(MlflowException, match=r"is a pickle \(data/model\.pth\)"):
-            lrai_mlflow.convert(source.model_uri)
-    made = lrai_mlflow.convert(source.model_uri, allow_pickle=form == "pickle", threads=1)
+    file = {"pickle": "pth", "pt2": "pt2"}[form]
+    with pytest.raises(MlflowException, match=rf"holds a pickle \(data/model\.{file}\)"):
+        lrai_mlflow.convert(source.model_uri)
+    made = lrai_mlflow.convert(source.model_uri, allow_pickle=True, threads=1)
     (found,) = mlflow.pyfunc.load_model(made.model_uri).predict(rows).values()
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -221,7 +221,7 @@ def test_code_that_a_model_carries_is_not_run_unasked(tmp_path: Path) -> None:
 def test_a_pickle_that_calls_itself_something_else_is_refused(tmp_path: Path) -> None:
     save_sklearn(tmp_path / "m", "pickle")
     change(tmp_path / "m", "serialization_format: pickle", "serialization_format: skops")
-    with pytest.raises(MlflowException, match=r"is a pickle \(model\.pkl\)"):
+    with pytest.raises(MlflowException, match=r"a pickle \(model\.pkl\)"):
         lrai_mlflow.convert(str(tmp_path / "m"))
 
 
