@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 import lrai_core as lrai
 from benchmarks.models import classifier
-from lrai_triton.commands import main, pbtxt
+from lrai_triton.commands import main, pbtxt, supervise
 from tests.core import small_artifact
 from tests.tiny_models import token_model
 
@@ -614,3 +615,23 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     except lrai.ArtifactError:
         return
     assert pbtxt.backend_of(switched) == "lrai"
+
+
+@pytest.mark.parametrize(("answers", "why"), [(1, ""), (0, "it gave two probes no answer")])
+def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
+    monkeypatch: pytest.MonkeyPatch, answers: int, why: str
+) -> None:
+    answered = itertools.count(step=answers) if answers else itertools.repeat(0)
+
+    def ask(url: str, path: str, *rest: Any) -> tuple[int, Any]:
+        if path.endswith("/infer"):
+            raise TimeoutError
+        counts = {"success": {"count": next(answered)}, "fail": {"count": 0}}
+        stats = [{"version": "1", "inference_stats": counts}]
+        return 200, {"model_stats": stats} if path.endswith("/stats") else {"inputs": []}
+
+    monkeypatch.setattr(supervise, "_ask", ask)
+    monkeypatch.setattr(supervise._Model, "start", lambda model: None)
+    model = supervise._Model("http://nowhere", "m", 1.0)
+    first, second = (model._dead("1", model._count()["1"], 1) for _ in range(2))
+    assert (first, second) == ("", why)

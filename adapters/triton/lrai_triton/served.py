@@ -36,9 +36,9 @@ class Served:
         self.execution = execution_of(artifact, settings)
         asked = settings.asked
         own, config = dict(asked.own), asked.config
+        self.name = f"{name}:{artifact.version[:12]}{asked.mark}"
         if self.execution == "inline":
             own["actor.isolation"] = "inline"
-        self.name = f"{name}:{artifact.version[:12]}"
         held = hashlib.sha256(self.name.encode()).hexdigest()[:32]
         self._lock = (state_folder(config) / f"{held}.held").open("ab")
         self.runtime = Runtime(config, address="embedded" if self.execution == "inline" else "")

@@ -275,6 +275,10 @@ def test_serve_reloads_a_model_whose_stub_was_killed_and_leaves_nothing(
         assert answers(address, "ours")
         assert len(host.daemons()) == 1
         wait_until(lambda: "ours is watched" in server.log.read_text())
+        connection = http.client.HTTPConnection(address, timeout=10)
+        connection.request("POST", "/v2/repository/models/ours/unload", "{}")
+        assert connection.getresponse().status == 403  # who infers may not load code of his own
+        connection.close()
         kill(*stubs(server.processes())["ours"])
         wait_until(lambda: answers(address, "ours", 1.0), 5)
         # Triton keeps a model whose stub has died until its time to exit is over, and says so.

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from lrai_triton.commands.app import app, out
 
 _URL: Final = "http://127.0.0.1:8000"
 _LRAI: Final = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
+_HEADER, _KEY = "lrai-key", "TRITON_REPOSITORY_KEY"  # of who may load and unload models
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
@@ -83,6 +85,10 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         raise EnvironmentProblem(f"no backend: lrai triton install --backend-directory {backends}")
     if watched and not _given(arguments, "model-control-mode"):  # and load all, as without a mode
         arguments = [*arguments, "--model-control-mode=explicit", "--load-model=*"]
+        if not any("-restricted-" in one for one in arguments):  # else whoever asks could load code
+            os.environ[_KEY] = key = os.environ.get(_KEY) or secrets.token_hex(16)
+            for what in ("http-restricted-api", "grpc-restricted-protocol"):
+                arguments.append(f"--{what}=model-repository:{_HEADER}={key}")
     commands = [[program, *arguments]]
     if watched:
         host = _given(arguments, "http-address", "127.0.0.1")  # 0.0.0.0 leads there, too
@@ -149,6 +155,10 @@ class _Model(threading.Thread):
         try:
             _, answer = _ask(self._url, f"{self._path}/versions/{version}/infer", body, headers)
         except TimeoutError:
+            later = self._count().get(version, now)
+            if later["success"]["count"] > now["success"]["count"]:  # it is slow, not dead
+                self._silent.discard(version)
+                return ""
             why = "it gave two probes no answer" if version in self._silent else ""
             self._silent.add(version)
             return why
@@ -186,9 +196,10 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
         headers: Of the request.
     """
     seconds = _SECONDS.get(path.rpartition("/")[2], 10.0)
+    sent = {_HEADER: os.environ.get(_KEY, ""), **(headers or {})}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     with contextlib.closing(connection):
-        connection.request("GET" if body is None else "POST", f"/v2{path}", body, headers or {})
+        connection.request("GET" if body is None else "POST", f"/v2{path}", body, sent)
         reply = connection.getresponse()
         tensors = "octet-stream" in str(reply.headers["Content-Type"])
         return reply.status, json.loads(b"{}" if tensors else reply.read() or b"{}")
