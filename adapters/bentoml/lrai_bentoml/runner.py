@@ -211,7 +211,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     def _open(self) -> Serving:
         asked, stored = self._asked(), get(str(self.tag))
         artifact = artifact_of(stored, verify=False)  # the actor hashes what it opens
-        name = f"{stored.tag}:{artifact.version[:12]}:{asked.variant or artifact.manifest.chosen}"
+        name = f"{stored.tag}:{artifact.version[:12]}{asked.mark}"
         with contextlib.ExitStack() as stack:
             runtime = stack.enter_context(lrai.Runtime(asked.config))
             runtime.load(artifact, name=name, **asked.how)

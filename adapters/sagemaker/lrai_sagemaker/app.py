@@ -74,7 +74,7 @@ class Endpoint:
         """Answer a request for a model of a multi-model endpoint."""
         name = request.path_params.get("name", request.headers.get(_TARGET, ""))
         named = self._names.find(name)
-        signature = await self._changed(self._names.signature, named)
+        signature = await asyncio.to_thread(self._names.signature, named)  # not behind who loads
         return await self._answer(request, name, named.key, signature, unknown(name))
 
     async def load(self, request: Request) -> Response:
