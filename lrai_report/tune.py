@@ -234,7 +234,7 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
 
 
 def _map_of(signature: Signature) -> str:
-    return next((s.output_map for s in signature.outputs if s.datatype.startswith("FP")), "raw")
+    return next((s.output_map for s in signature.outputs if s.output_map != "raw"), "raw")
 
 
 @contextmanager
@@ -312,8 +312,10 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
     try:
         runtime.load(written.absolute(), name=name, share=0.0)
         now = _deployment(runtime, name)
-        if now.shadow:
-            raise ConditionNotMet(f"copies for {name!r} go to {', '.join(now.shadow)} already")
+        if copied := [one.name for one in runtime.deployments() if one.shadow]:
+            raise ConditionNotMet(  # what copies say is counted for all together
+                f"copies of requests to {', '.join(copied)} are compared already; end that first"
+            )
         shares = {label: share for label, share in now.shares.items() if label != version}
         runtime.route(name, shares, {version: 1.0}, now.relief)
         total = math.ceil(minutes * 60 / _LIVE_SECONDS)
