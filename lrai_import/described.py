@@ -71,7 +71,13 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
     for name, spec in described.preprocess.items():
         if isinstance(spec, Text):
             content = files.read(spec.tokenizer, f"preprocess.{name}.tokenizer")
-            put_text(around, name, spec, Tokenizer.of(content, spec.tokenizer))
+            tokenizer = Tokenizer.of(content, spec.tokenizer)
+            put_text(around, name, spec, tokenizer)
+            if tokenizer.attributes["do_lower_case"] or tokenizer.attributes["strip_accents"]:
+                notify(
+                    "capitals and accents become plain small letters in Latin-1 and Cyrillic only; "
+                    "in other scripts the tokens differ from the library's: send such texts lower"
+                )
         else:
             put_pixels(around, name, spec)
     if (post := described.postprocess) is not None:
