@@ -79,8 +79,8 @@ def answers(logged: ModelInfo, table: pd.DataFrame) -> Any:
 
 def test_a_pipeline_keeps_its_requests_and_its_answers(client: mlflow.MlflowClient) -> None:
     model = pipeline()
-    source = log_sklearn(model, serialization_format="skops", registered_model_name="risk")
-    made = lrai_mlflow.convert("models:/risk/1", threads=1)
+    source = log_sklearn(model, serialization_format="skops", registered_model_name="eu.risk")
+    made = lrai_mlflow.convert("models:/eu.risk/1", threads=1)
     assert str(made.registered_model_version) == "2"
     answer = answers(made, TABLE[["d", "c", "b", "a"]].head(20))
     assert answer["label"].tolist() == model.predict(TABLE.head(20)).tolist()
@@ -89,8 +89,8 @@ def test_a_pipeline_keeps_its_requests_and_its_answers(client: mlflow.MlflowClie
     assert made.signature is not None
     assert source.signature is not None
     assert made.signature.inputs == source.signature.inputs
-    tags = client.get_model_version("risk", "2").tags
-    assert tags["lrai.source_uri"] == "models:/risk/1"
+    tags = client.get_model_version("eu.risk", "2").tags
+    assert tags["lrai.source_uri"] == "models:/eu.risk/1"
     assert tags["lrai.source_model_id"] == source.model_id
     assert tags["lrai.source_flavor"] == "sklearn"
     assert made.metadata is not None

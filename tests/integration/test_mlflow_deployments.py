@@ -133,6 +133,22 @@ def test_a_deployment_is_made_updated_rolled_back_and_deleted(
     assert not list(sockets.rglob("*.lrai"))  # nor is a copy left
 
 
+def test_other_options_for_what_serves_take_effect_and_loads_leave_nothing_behind(
+    client: Client, saved: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    version = version_of(saved[0])
+    client.create_deployment("search", str(saved[0]))
+    client.update_deployment("search", str(saved[0]))
+    assert shares(client) == {version: 1.0}
+    client.update_deployment("search", str(saved[0]), config={"actor.threads": "1"})
+    assert shares(client) == {f"{version}-2": 1.0}
+    with pytest.raises(MlflowException, match="certificate"):
+        client.update_deployment("search", str(saved[0]), config={"require.delta": "0.5"})
+    assert shares(client) == {f"{version}-2": 1.0}
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_canary_gets_its_share_and_is_promoted(client: Client, saved: list[Path]) -> None:
     first, second = map(version_of, saved)
     client.create_deployment("search", str(saved[0]))

@@ -55,10 +55,11 @@ def convert(
         MlflowException: It is of none of these flavors, could run code, or cannot be converted.
     """
     with mlflow_errors(), tempfile.TemporaryDirectory(prefix="lrai-convert-") as scratch:
-        folder = Path(_download_artifact_from_uri(str(model_uri)))
+        (to := Path(scratch, "source")).mkdir()  # else it would stay where MLflow puts it
+        folder = Path(_download_artifact_from_uri(str(model_uri), output_path=str(to)))
         model = Model.load(str(folder))
         registered = registered_model_name or _registered(str(model_uri))
-        called = name or registered or "model"
+        called = name or re.sub(r"[/:.%\"']", "_", registered or "model")  # not all is allowed
         (converter,) = entry_points(group="lrai.converters", name="mlflow")
         source, flavor = converter.load()(folder, Path(scratch), allow_pickle=allow_pickle)
         artifact = lrai.compile(

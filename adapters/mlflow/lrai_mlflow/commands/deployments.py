@@ -23,12 +23,14 @@ The model is of the flavor lrai; `lrai mlflow convert URI` makes one of others.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +46,7 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
 
 from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
+from lrai_import.built import locked
 from lrai_import.hosted import Asked
 from lrai_mlflow.flavor import FLAVOR_NAME
 from lrai_mlflow.held import lock_folder
@@ -78,8 +81,9 @@ class Client(BaseDeploymentClient):
             asked = settings_of(config)
             if name in self._shares():
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
-            self._runtime.load(self._keep(model_uri), name=name, **asked.how)
-            self._forget()
+            with self._alone():
+                self._runtime.load(self._keep(model_uri), name=name, **asked.how)
+                self._forget()
         return self.get_deployment(name)
 
     def update_deployment(
@@ -99,7 +103,7 @@ class Client(BaseDeploymentClient):
         del flavor, endpoint
         options = dict(config or {})
         share, back = options.pop("canary", None), options.pop("rollback", None)
-        with mlflow_errors():
+        with mlflow_errors(), self._alone():
             shares = self._known(name)
             asked = settings_of(options)
             if back is not None:
@@ -118,7 +122,7 @@ class Client(BaseDeploymentClient):
     ) -> None:
         """Stop serving under a name, if it is served."""
         del config, endpoint
-        with mlflow_errors(), contextlib.suppress(ModelNotFound):
+        with mlflow_errors(), contextlib.suppress(ModelNotFound), self._alone():
             self._runtime.unload(name)
             self._forget()
 
@@ -210,9 +214,10 @@ class Client(BaseDeploymentClient):
     ) -> None:
         """Have a version serve all requests, or a share of them."""
         version = artifact.version
-        if version in shares and share is not None:
+        there = version in shares and not any(asked.how.values())  # else it is to serve otherwise
+        if there and share is not None:
             self._weigh(name, shares, _number(share), version)
-        elif version in shares:
+        elif there:
             self._runtime.route(name, {version: 1.0})
         elif share is None:
             self._runtime.swap(name, artifact, **asked.how)
@@ -242,24 +247,27 @@ class Client(BaseDeploymentClient):
         scheme = urlparse(str(model_uri)).scheme
         if scheme not in _SCHEMES:
             raise UsageError(f"{scheme[:40]}: is not read here, but a path and {_READ}")
-        model = Path(_download_artifact_from_uri(str(model_uri)))
-        flavors = Model.load(str(model)).flavors
-        if FLAVOR_NAME not in flavors:
-            raise UsageError(
-                f"the model has the flavors {', '.join(flavors)}, lrai is needed: "
-                "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
-            )
-        artifact = Artifact.open(model / DATA)
         if self._copies is None:  # the runtime of another machine
-            return artifact
-        kept = self._copies / f"{artifact.version}.lrai"
-        if not kept.exists():
-            self._copies.mkdir(mode=0o700, exist_ok=True)
-            partial = kept.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(artifact.path, partial)
-            partial.rename(kept)
+            return _artifact(_download_artifact_from_uri(str(model_uri)))
+        with tempfile.TemporaryDirectory(prefix="lrai-deploy-") as scratch:
+            model = _download_artifact_from_uri(str(model_uri), output_path=scratch)
+            artifact = _artifact(model)
+            kept = self._copies / f"{artifact.version}.lrai"
+            if not kept.exists():
+                self._copies.mkdir(mode=0o700, exist_ok=True)
+                partial = kept.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(artifact.path, partial)
+                partial.rename(kept)
         return Artifact.open(kept)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the copies: what somebody is loading, the runtime does not list yet."""
+        with contextlib.ExitStack() as stack:
+            if self._copies is not None:
+                stack.enter_context(locked(self._copies.with_suffix(".lock"), fcntl.LOCK_EX))
+            yield
 
     @cached_property
     def _copies(self) -> Path | None:
@@ -274,6 +282,16 @@ class Client(BaseDeploymentClient):
         for kept in self._copies.glob("*.lrai") if self._copies else ():
             if kept.stem not in needed:
                 shutil.rmtree(kept)
+
+
+def _artifact(model: str) -> Artifact:
+    flavors = Model.load(model).flavors
+    if FLAVOR_NAME not in flavors:
+        raise UsageError(
+            f"the model has the flavors {', '.join(flavors)}, lrai is needed: "
+            "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
+        )
+    return Artifact.open(Path(model, DATA))
 
 
 def run_local(
