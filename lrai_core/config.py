@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -114,6 +115,8 @@ class LraiConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
+# What Kubernetes tells every pod of a service, say one that is called lrai-runtime.
+_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
 _SECTIONS: Final = typing.get_type_hints(LraiConfig)
 _KINDS: Final = {  # dotted key to type, in the order of the tree
     f"{section}.{name}": kind
@@ -249,10 +252,11 @@ def _from_file(file: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
 def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
     variables = {_variable(key): key for key in _KINDS}
     sections = tuple(f"{_variable(section)}_" for section in _SECTIONS)
-    named = {name for name in environ if name.startswith(sections) or name in variables}
-    if unknown := named - variables.keys():
+    said = {name for name, value in environ.items() if value}  # what is empty is not set
+    named = {name for name in said if name.startswith(sections) or name in variables}
+    if unknown := {name for name in named - variables.keys() if not _LINK.search(name)}:
         raise UsageError(f"environment: {shorten(min(unknown))} is no setting of LRAI")
-    return {variables[name]: environ[name] for name in named}
+    return {variables[name]: environ[name] for name in named & variables.keys()}
 
 
 def _variable(key: str) -> str:

@@ -224,3 +224,24 @@ def test_one_variable_says_which_runtime_a_process_uses() -> None:
     assert seen["runtime.address"] == "LRAI_RUNTIME"
     with pytest.raises(UsageError, match="LRAI_RUNTIME_ADDRESS is no setting"):
         load_config(environ={"LRAI_RUNTIME_ADDRESS": "auto"})
+
+
+def test_what_a_platform_says_of_its_services_is_no_setting() -> None:
+    """Kubernetes does, to every pod beside a service that is called lrai-runtime."""
+    links = {
+        "LRAI_RUNTIME_SERVICE_HOST": "10.0.0.1",
+        "LRAI_RUNTIME_SERVICE_PORT": "7000",
+        "LRAI_RUNTIME_SERVICE_PORT_GATE": "7000",
+        "LRAI_RUNTIME_PORT": "tcp://10.0.0.1:7000",
+        "LRAI_RUNTIME_PORT_7000_TCP": "tcp://10.0.0.1:7000",
+        "LRAI_RUNTIME_PORT_7000_TCP_ADDR": "10.0.0.1",
+        "LRAI_RUNTIME_PORT_7000_TCP_PROTO": "tcp",
+    }
+    assert load_config(environ=links) == LraiConfig()
+    with pytest.raises(UsageError, match="LRAI_RUNTIME_PORTS is no setting"):
+        load_config(environ={"LRAI_RUNTIME_PORTS": "1"})
+
+
+def test_an_empty_variable_is_not_set() -> None:
+    """As from `LRAI_RUNTIME: ${LRAI_RUNTIME:-}` in a file of Compose."""
+    assert load_config(environ={"LRAI_RUNTIME": "", "LRAI_ACTOR_THREADS": ""}) == LraiConfig()
