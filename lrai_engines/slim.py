@@ -77,10 +77,14 @@ def slim(path: str | Path, to: str | Path | None = None) -> Artifact:
     written = Path(to) if to else folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.slim")
     with store.writing(written) as made:
         _write(artifact, made)
-    made_anew = Artifact.open(written)  # before what it is made of is gone
-    if to is None:
-        _exchange(written, folder)
-        made_anew = replace(made_anew, path=folder)
+    try:
+        made_anew = Artifact.open(written)  # before what it is made of is gone
+        if to is None:
+            _exchange(written, folder)
+            made_anew = replace(made_anew, path=folder)
+    except BaseException:  # an interrupt, too
+        shutil.rmtree(written, ignore_errors=True)
+        raise
     return made_anew
 
 
@@ -92,7 +96,7 @@ def _exchange(new: Path, old: Path) -> None:
             old.rename(aside)
             try:
                 new.rename(old)
-            except OSError:
+            except BaseException:
                 aside.rename(old)
                 raise
     except (EnvironmentProblem, OSError) as error:

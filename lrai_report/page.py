@@ -13,7 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from lrai_core import Artifact, ArtifactError, EnvironmentProblem, Variant, certificates
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError, Variant, certificates
 from lrai_report.template import PAGE
 from lrai_report.times import times
 
@@ -86,8 +86,11 @@ def report(
 
     Where the time goes, by kind of operator, is measured now, if the artifact was made for here.
     """
+    path = path.resolve()
     artifact = Artifact.open(path)
-    target = output or Path(f"{path.name.removesuffix('.lrai') or 'report'}.html")
+    target = output or Path(f"{path.name.removesuffix('.lrai')}.html")
+    if target.resolve().is_relative_to(path):
+        raise UsageError(f"{target} would lie in the artifact, which holds its own files only: -o")
     try:
         target.write_text(page(artifact), encoding="utf-8")
     except OSError as error:

@@ -108,8 +108,8 @@ def tune(
     without --apply, and that is one command to go back from. No gain: exit status 3.
     """
     found = _find(target, requests, address)
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UsageError(f"--json {file}: its folder does not exist")
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
     stem = found.name.partition(":")[0] or found.model.stem
     written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
     if found.requests is None:
@@ -366,7 +366,10 @@ def _write(
         "changed": [one._asdict() for one in changed[:_WORST]],
         "share_changed": sum(not one.agrees for one in changed) / len(changed),
     }
-    file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+    try:
+        file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentProblem(f"--json {file}: {error.strerror}") from None
 
 
 def _say(label: str, words: str, style: str = "") -> None:

@@ -140,6 +140,10 @@ def test_the_command_writes_a_file_here(
     assert (tmp_path / "c.html").read_text().startswith("<!doctype html>")
     with pytest.raises(lrai.EnvironmentProblem, match="No such file"):
         main([str(artifact.path), "-o", str(tmp_path / "none" / "c.html")])
+    monkeypatch.chdir(artifact.path)  # which would not open any more, with a page in it
+    for arguments in (["."], [str(artifact.path), "-o", "variants/c.html"]):
+        with pytest.raises(lrai.UsageError, match="would lie in the artifact"):
+            main(arguments)
 
 
 def test_a_missing_library_is_named(
