@@ -282,10 +282,15 @@ class TestRunner:
         assert found[1] - found[0] == 2  # the engine's
 
     def test_service_init_checks(self) -> None:
-        other = lrai_bentoml.runner(TAG, settings={"actor.threads": 3})
-        with contextlib.closing(other):
-            assert other.run(**COLUMNS).tolist() == runner.run(**COLUMNS).tolist() == TOTAL
-            assert actor(other) == actor(runner)
+        same, other = (
+            lrai_bentoml.runner(TAG),
+            lrai_bentoml.runner(TAG, settings={"actor.threads": 3}),
+        )
+        with contextlib.closing(same), contextlib.closing(other):
+            for one in (same, other, runner):
+                assert one.run(**COLUMNS).tolist() == TOTAL
+            assert actor(same) == actor(runner)
+            assert actor(other) != actor(runner)  # its settings would not hold there
 
     def test_split_results_remain_in_original_order(self) -> None:
         with running(TAG, **{"scheduler.max_batch_rows": 2}) as one:
