@@ -46,7 +46,6 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
 
 from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
-from lrai_import.built import locked
 from lrai_import.hosted import Asked
 from lrai_mlflow.flavor import FLAVOR_NAME
 from lrai_mlflow.held import lock_folder
@@ -266,7 +265,8 @@ class Client(BaseDeploymentClient):
         """Hold the copies: what somebody is loading, the runtime does not list yet."""
         with contextlib.ExitStack() as stack:
             if self._copies is not None:
-                stack.enter_context(locked(self._copies.with_suffix(".lock"), fcntl.LOCK_EX))
+                lock = stack.enter_context(self._copies.with_suffix(".lock").open("ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     @cached_property
