@@ -42,7 +42,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         )
     except (MissingConverter, MissingShapeCalculator) as error:
         raise UnsupportedOperator(f"{type(model).__name__}: {_first_line(error)}") from None
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         why = f"{type(model).__name__} cannot be converted: {_first_line(error)}"
         raise CompileError(why) from None
     return _checked(found)
