@@ -37,7 +37,7 @@ from lrai_core.protocol import Signature as Signature
 from lrai_core.protocol import Tensor as Tensor
 from lrai_core.protocol import TensorSpec as TensorSpec
 
-if TYPE_CHECKING:  # and in `_HOMES`
+if TYPE_CHECKING:  # and in `_LATE`
     from lrai_core.artifact import Artifact as Artifact
     from lrai_core.artifact import Variant as Variant
     from lrai_core.compiler.compiler import Step as Step
@@ -61,24 +61,17 @@ __version__ = "0.1.0"
 # it is imported, here and in actors; who wants the reports sets it to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_HOMES = {
-    "Artifact": "artifact",
-    "Variant": "artifact",
-    "Step": "compiler.compiler",
-    "compile": "compiler.compiler",
-    "Imported": "compiler.model",
-    "check_loads": "compiler.model",
-    "declared": "compiler.model",
-    "TaskError": "executor",
-    "limit_memory": "executor",
-    "run_task": "executor",
-    "Runtime": "runtime.runtime",
-    "Certificate": "verifier.certificate",
-    "certificates": "verifier.certificate",
-    "Spec": "verifier.certificate",
-    "check": "verifier.check",
-    "verify": "verifier.verifier",
+_LATE = {
+    "artifact": ("Artifact", "Variant"),
+    "compiler.compiler": ("Step", "compile"),
+    "compiler.model": ("Imported", "check_loads", "declared"),
+    "executor": ("TaskError", "limit_memory", "run_task"),
+    "runtime.runtime": ("Runtime",),
+    "verifier.certificate": ("Certificate", "Spec", "certificates"),
+    "verifier.check": ("check",),
+    "verifier.verifier": ("verify",),
 }
+_HOMES = {name: home for home, names in _LATE.items() for name in names}
 _WORDS = [n for n, v in globals().items() if getattr(v, "__module__", "").startswith("lrai_core.")]
 
 __all__ = sorted(["OWN_SETTINGS", *_WORDS, *_HOMES])  # noqa: PLE0605 - one list, kept with the imports

@@ -33,6 +33,7 @@ MANIFEST: Final = "manifest.json"
 QUANTIZATION_LOG: Final = "quantization.jsonl"
 CERTIFICATES: Final = "certificates"
 EVALUATION: Final = "evaluation.msgpack.gz"
+_PLAIN: Final = "an artifact holds plain files only"
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 _REFUSALS: Final = frozenset(
     {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EIO}
@@ -271,8 +272,7 @@ class Artifact:
 
     def files_of(self, variant: Variant) -> dict[str, FileEntry]:
         """Return the files that serving `variant` reads, with their hashes."""
-        folders = [str(PurePosixPath(variant.model).parent)]
-        folders += [variant.weights] if variant.weights else []
+        folders = (str(PurePosixPath(variant.model).parent), variant.weights)
         return {
             name: entry
             for name, entry in self.manifest.files.items()
@@ -294,9 +294,8 @@ def check_files(folder: Path, files: dict[str, FileEntry]) -> None:
         except OSError as error:
             raise EnvironmentProblem(f"{name} cannot be read: {error.strerror}") from None
         if found != entry.sha256:
-            raise ArtifactError(
-                f"{name} has changed since the artifact was written: sha256 differs"
-            )
+            changed = "has changed since the artifact was written"
+            raise ArtifactError(f"{name} {changed}: sha256 differs")
 
 
 def sha256_file(path: Path) -> str:
@@ -324,11 +323,12 @@ def writing(out: Path) -> Iterator[Path]:
         with disk_errors(out):
             temporary.mkdir()
             yield temporary
-            _sync(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
             if os.path.lexists(out):
                 raise UsageError(f"{out} exists; it appeared while this was being written")
             temporary.rename(out)
-            _sync_folder(out.absolute().parent)
+            _sync(out.absolute().parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -379,12 +379,9 @@ def read_record(path: Path, kind: type[Record], most: int) -> tuple[Record, str]
     try:
         with _reading:
             schema = msgspec.json.decode(raw, type=_Head).schema_version
-        if schema > SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{path} has schema {schema}, this version of lrai reads up to {SCHEMA_VERSION}; "
-                "install a newer lrai"
-            )
-        with _reading:
+            if schema > SCHEMA_VERSION:
+                known = f"this version of lrai reads up to {SCHEMA_VERSION}; install a newer lrai"
+                raise ArtifactError(f"{path} has schema {schema}, {known}")
             return msgspec.json.decode(raw, type=kind), hashlib.sha256(raw).hexdigest()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path.name} cannot be read: {shorten(str(error), 200)}") from None
@@ -419,19 +416,14 @@ def _check_kinds(folder: Path, files: dict[str, FileEntry]) -> None:
         try:
             for depth in range(1, len(parts)):
                 if not stat.S_ISDIR(folder.joinpath(*parts[:depth]).lstat().st_mode):
-                    raise ArtifactError(
-                        f"{name} lies behind a link; an artifact holds plain files only"
-                    )
+                    raise ArtifactError(f"{name} lies behind a link; {_PLAIN}")
             info = folder.joinpath(*parts).lstat()
         except (FileNotFoundError, NotADirectoryError):
             raise ArtifactError(f"{shorten(name)} is missing from the artifact") from None
         except OSError as error:
-            problem = f"{shorten(name)} cannot be read: {error.strerror}"
-            raise ArtifactError(problem) from None
+            raise ArtifactError(f"{shorten(name)} cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(info.st_mode):
-            raise ArtifactError(
-                f"{name} is a link or a special file; an artifact holds plain files only"
-            )
+            raise ArtifactError(f"{name} is a link or a special file; {_PLAIN}")
         if info.st_size != entry.size_bytes:
             raise ArtifactError(f"{name} has {info.st_size} bytes, {entry.size_bytes} were written")
 
@@ -447,23 +439,12 @@ def _check_strangers(folder: Path, files: dict[str, FileEntry]) -> None:
             continue
         known = name in files or name == MANIFEST or certificate
         if not (stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and known)):
-            raise ArtifactError(
-                f"{shorten(name)} is no file that the manifest names; an artifact holds no other"
-            )
+            raise ArtifactError(f"{shorten(name)} is no file that the manifest names")
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

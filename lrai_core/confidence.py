@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
 
 
 def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
@@ -22,10 +21,22 @@ def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
         n: Independent trials, fixed beforehand, at least 1.
         confidence: Inside (0, 1).
     """
-    _check(failures, n, confidence)
+    if n < 1 or not 0 <= failures <= n:
+        raise ValueError(f"{failures} failures of {n} trials")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, it must lie between 0 and 1")
     if failures == n:
         return 1.0
-    return _solve(lambda p: _cdf(failures, n, p), 1 - confidence)
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if _cdf(failures, n, middle) > 1 - confidence:
+            low = middle
+        else:
+            high = middle
+        if high - low <= 1e-15 * high:
+            break
+    return high
 
 
 def lower_bound(successes: int, n: int, confidence: float = 0.95) -> float:
@@ -59,29 +70,17 @@ def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.
         return -1
     if delta >= 1:
         return 1
+
+    def reached(n: int) -> bool:  # one tail instead of solving for the bound
+        failures = math.ceil(failure_rate * n)
+        return failures < n and _cdf(failures, n, delta) <= 1 - confidence
+
     high = 2
-    while not _reaches(delta, confidence, failure_rate, high):
+    while not reached(high):
         high *= 2
         if high > 1 << 30:
             return -1
-
-    def reached(n: int) -> bool:
-        return _reaches(delta, confidence, failure_rate, n)
-
     return bisect_left(range(high), 1, lo=high // 2, key=reached)
-
-
-def _reaches(delta: float, confidence: float, failure_rate: float, n: int) -> bool:
-    """Return whether the upper bound is at most `delta`: one tail instead of solving for it."""
-    failures = math.ceil(failure_rate * n)
-    return failures < n and _cdf(failures, n, delta) <= 1 - confidence
-
-
-def _check(failures: int, n: int, confidence: float) -> None:
-    if n < 1 or not 0 <= failures <= n:
-        raise ValueError(f"{failures} failures of {n} trials")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, it must lie between 0 and 1")
 
 
 def _cdf(k: int, n: int, p: float) -> float:
@@ -104,16 +103,3 @@ def _cdf(k: int, n: int, p: float) -> float:
         if term < 1e-20:
             break
     return min(1.0, math.exp(log_top) * total)
-
-
-def _solve(tail: Callable[[float], float], target: float) -> float:
-    low, high = 0.0, 1.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        if tail(middle) > target:
-            low = middle
-        else:
-            high = middle
-        if high - low <= 1e-15 * high:
-            break
-    return high

@@ -7,6 +7,7 @@ the tree (`scheduler.max_queue_rows`); its variable is the same in capitals
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -63,7 +64,7 @@ class ActorConfig(_Section):
 
     isolation: Literal["process", "inline"] = "process"  # inline: none, where a process costs more
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
-    threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask
+    threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask and quota
     replicas: int = _least(1, 1)  # actors of a model; weights are shared inside each only
     heartbeat_ms: int = _least(1, 200)
     hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)
@@ -117,6 +118,7 @@ class LraiConfig:
 
 # What Kubernetes tells every pod of a service, say one that is called lrai-runtime.
 _LINK: Final = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
+_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 _SECTIONS: Final = typing.get_type_hints(LraiConfig)
 _KINDS: Final = {  # dotted key to type, in the order of the tree
     f"{section}.{name}": kind
@@ -194,8 +196,15 @@ def with_settings(config: LraiConfig, settings: Mapping[str, Any]) -> LraiConfig
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use, by its affinity mask."""
-    return len(os.sched_getaffinity(0))
+    """Return how many CPUs this process may use: of its affinity mask, and of its cgroup's quota.
+
+    The quota is version 2's, as a container sees its own: what Kubernetes calls a limit.
+    """
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no quota: max
+        quota, period = map(int, _QUOTA.read_text(encoding="ascii").split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 def _settings(base: LraiConfig, layers: list[tuple[str, Mapping[str, Any]]]) -> list[Setting]:

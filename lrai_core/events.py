@@ -1,40 +1,31 @@
 """What happened to requests, models and variants, and who is told of it.
 
 Emitting never waits and never fails: counting is done at once, observers are called by a thread of
-their own from a bounded queue, and what an observer raises is counted, not passed on.
+their own from a bounded queue, and what an observer raises is counted, not passed on. What somebody
+has to know who runs this is logged, too, as a warning of `lrai.runtime`.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-Kind = Literal[
-    "request_accepted",
-    "request_refused",
-    "request_answered",
-    "request_failed",
-    "batch_dispatched",
-    "batch_completed",
-    "batch_retried",
-    "actor_started",
-    "actor_ready",
-    "actor_lost",
-    "actor_hung",
-    "model_failed",
-    "variant_refused",
-    "planner_failed",
-    "speed_changed",
-    "limit_unreachable",
-    "deployment_changed",
-    "shadow_compared",
-    "shadow_differs",
-    "shadow_failed",
-]
+Kind = (
+    Literal["request_accepted", "request_refused", "request_answered", "request_failed"]
+    | Literal["batch_dispatched", "batch_completed", "batch_retried", "planner_failed"]
+    | Literal["actor_started", "actor_ready", "actor_lost", "actor_hung", "model_failed"]
+    | Literal["variant_refused", "speed_changed", "limit_unreachable", "deployment_changed"]
+    | Literal["shadow_compared", "shadow_differs", "shadow_failed"]
+)
+
+
+_log: Final = logging.getLogger("lrai.runtime")
+_LOGGED: Final = {"actor_hung", "actor_lost", "model_failed", "variant_refused", "planner_failed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +52,26 @@ class EventBus:
     """Counts every event and hands it to the observers."""
 
     def __init__(self, observers: Sequence[Observer] = (), *, capacity: int = 10_000) -> None:
-        self._observers = tuple(observers)
+        self._observers, self._all = (*observers, _log_it), bool(observers)
         self._counts: Counter[str] = Counter()
         self._queue: deque[Event] = deque(maxlen=capacity)
         self._wake = threading.Event()
         self._lock = threading.Lock()  # callers and the scheduler count at the same time
         self._closed = False
         self._thread = threading.Thread(target=self._deliver, name="lrai-events", daemon=True)
-        if self._observers:
-            self._thread.start()
 
     def emit(self, kind: Kind, model: str = "", /, count: int = 1, **attributes: Any) -> None:
         """Count the event and queue it for the observers; the oldest is dropped when they lag."""
         with self._lock:
             self._counts[kind] += count
-        if not self._observers:
+        if not self._all and kind not in _LOGGED:
             return
         if len(self._queue) == self._queue.maxlen:
             self._counts["events_dropped"] += 1
         self._queue.append(Event(kind, model, attributes))
+        with self._lock:
+            if not self._thread.ident:  # most runtimes have nothing to tell
+                self._thread.start()
         self._wake.set()
 
     def counts(self) -> dict[str, int]:
@@ -90,7 +82,7 @@ class EventBus:
         """Deliver what is queued, then stop."""
         self._closed = True
         self._wake.set()
-        if self._observers:
+        if self._thread.ident:
             self._thread.join(timeout=5)
 
     def _deliver(self) -> None:
@@ -106,3 +98,9 @@ class EventBus:
                         self._counts["observer_errors"] += 1
             if self._closed:
                 return
+
+
+def _log_it(event: Event) -> None:
+    if event.kind in _LOGGED:
+        told = ", ".join(f"{name} {value}" for name, value in event.attributes.items())
+        _log.warning("%s: %s (%s)", event.model, event.kind.replace("_", " "), told)

@@ -64,6 +64,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         """Refuse axes that the shape does not have."""
         length = self.length_axis
+        if self.datatype not in DATATYPES:
+            raise ValueError(f"datatype {shorten(self.datatype)!r} of {self.name!r} is unknown")
         if self.batch_axis not in (None, 0) or (self.batch_axis == 0 and not self.shape):
             raise ValueError(f"batch axis {self.batch_axis} of {self.name!r}: only 0 can be one")
         if length is not None and not 0 < length < len(self.shape):
@@ -257,21 +259,18 @@ def _text(element: object) -> str:
 
 def _array(given: Array | Tensor, spec: TensorSpec, room_bytes: int) -> Array:
     """Return what was given as an array; a `ValueError` says why it cannot be one."""
-    if isinstance(given, Tensor):
-        return _decode(given, spec, room_bytes)
-    if not isinstance(given, np.ndarray):
+    if not isinstance(given, Tensor | np.ndarray):
         raise InvalidTensor(spec.name, f"got a {type(given).__name__}, a numpy array is needed")
-    got = datatype_of(given.dtype)
+    got = given.datatype if isinstance(given, Tensor) else datatype_of(given.dtype)
     if got != spec.datatype:
-        raise ValueError(f"datatype {got}, the model takes {spec.datatype}")
+        raise ValueError(f"datatype {shorten(got, 20)}, the model takes {spec.datatype}")
+    if isinstance(given, Tensor):
+        return _decode(given, room_bytes)
     return as_text(given) if got == "BYTES" else np.asarray(given, dtype=DATATYPES[got], order="C")
 
 
-def _decode(tensor: Tensor, spec: TensorSpec, room_bytes: int) -> Array:
-    shape, dtype = tensor.shape, DATATYPES[spec.datatype]
-    if tensor.datatype != spec.datatype:
-        got = shorten(tensor.datatype, 20)
-        raise ValueError(f"datatype {got}, the model takes {spec.datatype}")
+def _decode(tensor: Tensor, room_bytes: int) -> Array:
+    shape, dtype = tensor.shape, DATATYPES[tensor.datatype]
     if len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"{len(shape)} dimensions, at most {_MAX_DIMENSIONS} are allowed")
     for axis, extent in enumerate(shape):
@@ -282,7 +281,7 @@ def _decode(tensor: Tensor, spec: TensorSpec, room_bytes: int) -> Array:
     size = memoryview(tensor.data).nbytes
     if size > room_bytes:
         raise ValueError(f"{size} bytes, at most {max(room_bytes, 0)} are left for this request")
-    if spec.datatype == "BYTES":
+    if tensor.datatype == "BYTES":
         return decode_bytes(tensor.data, count).reshape(shape)
     if count * dtype.itemsize != size:
         need = "more than memory" if count >> 63 else f"{count} elements of {dtype.itemsize} bytes"

@@ -33,6 +33,7 @@ from lrai_deployments.state import How, Record, Store, now
 from lrai_deployments.traffic import Watch, watch
 from lrai_deployments.warmup import warm_up
 
+_STARTS: Final = 8  # versions that start at the same time
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 
 
@@ -51,7 +52,8 @@ class Deployments(Embedded):
         self._here: dict[str, Here] = {}  # the same, of those that run in this process
         self.random = Random()
         # With a budget one version starts at a time, so that what it takes can be counted.
-        self._room = threading.Lock() if self.config.runtime.memory_mib else nullcontext()
+        at_a_time = 1 if self.config.runtime.memory_mib else _STARTS
+        self._room = threading.Semaphore(at_a_time)
         self._worker = ThreadPoolExecutor(1, "lrai-deployments")
 
     def open(self, artifact: str) -> lrai.Artifact:
@@ -60,6 +62,8 @@ class Deployments(Embedded):
 
     def restore(self) -> None:
         """Serve again what was served when the runtime before this one was killed."""
+        if not self._stopped:  # all of them: whoever is killed at it leaves the rest to the next
+            self._records = dict(self._kept)
         for name, kept in {} if self._stopped else self._kept.items():
             record = kept
             for label, how in kept.versions.items():
@@ -74,7 +78,11 @@ class Deployments(Embedded):
                 for version in self._served(name):
                     self.remove(version)
             if record.versions or not record.frozen:
-                self._commit(name, record, "restore")
+                try:
+                    self._commit(name, record, "restore")
+                except lrai.EnvironmentProblem:  # a full disk; what it holds is right but for this
+                    with self._store.lock:
+                        self._apply(name, record)
 
     def load(
         self,
@@ -334,7 +342,7 @@ class Deployments(Embedded):
         size = sum(entry.size_bytes for entry in files.values())
         with self._room:
             self._make_room(name, config.actor.replicas * size)
-            new = self.add(artifact, name, how.variant, how.require, how.settings, label)
+            new = self.add(artifact, name, how.variant, how.require, config, label)
             pool = self._pool
             if isinstance(pool, InlinePool) and (opened := pool.opened(new.key)):
                 self._here[new.key] = Here(self, new, *opened)
@@ -342,7 +350,7 @@ class Deployments(Embedded):
                 self._watches[new.key] = watching
             self.show(new)
         try:
-            with self._room:
+            with self._room if self.config.runtime.memory_mib else nullcontext():
                 self._make_room(name, 0)  # now that it is known what it takes
             yield new, replace(how, version=new.version, artifact=str(artifact.path.absolute()))
         except BaseException:

@@ -27,7 +27,7 @@ from lrai_core.runtime.embedded import Embedded, priority_of
 from lrai_core.runtime.version import Started, Version
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel, latency_of
-from lrai_core.scheduler.planner import Bounds, Decision, Queue, Waiting, plan
+from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Queue, Waiting, plan, probe
 from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load, Refused
 from lrai_core.wire.workers import Answered
@@ -70,7 +70,7 @@ class Here:
         first = () if load.optimise else version.variant.latency
         self._latency = latency_of([first, *(variant.latency for variant, _ in version.beside)])
         self._lock = threading.Lock()
-        self._calls = 0
+        self._calls, self._seen = 0, time.monotonic()  # when an answer came, or it was loaded
         self._began = 0.0  # of the call that runs, 0 for none
         self._admission = Admission(limits)
         self._indices = itertools.count()
@@ -158,10 +158,12 @@ class Here:
         try:
             with self._lock:
                 with self._combiner.door:
-                    decision = self._decide(self._queue) if self._waits else Decision((), (), 0.0)
-                    for index in (*decision.drop, *decision.dispatch):
+                    late = self._queue.expire(time.monotonic())  # wherever in the order they stand
+                    some = len(self._queue)
+                    decision = self._decide(self._queue) if some else Decision((), (), 0.0)
+                    for index in (*late, *decision.drop, *decision.dispatch):
                         left[index] = self._take(index)
-                for index in decision.drop:
+                for index in (*late, *decision.drop):
                     self._settle(*left[index], DeadlineExceeded(_LATE))
                     del left[index]
                 if decision.dispatch:
@@ -206,8 +208,11 @@ class Here:
         places, latency = [one.place for one in inside.values()], self._latency
         last = sum(latency.call_seconds(one.rows, one.length) for one in places) * latency.margin
         chosen: Collection[int] = inside
-        if places and now + last > min(one.deadline for one in places):
+        due = min((one.deadline for one in places), default=math.inf)
+        if now + last > due and self._last_end(places, now) > due:
             chosen = choose_together(places, latency, now)
+            if not chosen and now - self._seen > PROBE_SECONDS:
+                chosen = {max(places, key=lambda one: one.deadline).sequence}
             for index in inside.keys() - chosen:
                 yield index, DeadlineExceeded(_LATE)
         if len(chosen) == 1:
@@ -225,6 +230,20 @@ class Here:
             if decision.dispatch:
                 yield from self._call(decision.dispatch, inside)
 
+    def _last_end(self, places: Sequence[Waiting], now: float) -> float:
+        """Return when the last of the calls ends that all would share, infinity if one is late."""
+        queue, end = Queue(), now
+        for one in places:
+            queue.add(one)
+        while len(queue):
+            decision = plan(queue, self._latency, end, self._bounds)
+            if decision.drop or not decision.dispatch:
+                return math.inf
+            for index in decision.dispatch:
+                queue.remove(index)
+            end += decision.predicted_seconds * self._latency.margin
+        return end
+
     def _decide(self, queue: Queue) -> Decision:
         try:
             decision = plan(queue, self._latency, time.monotonic(), self._bounds)
@@ -233,6 +252,8 @@ class Here:
         except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
             self._runtime.events.emit("planner_failed", self._version.key, reason=repr(error))
             return Decision((next(iter(queue)),), (), 0.0)
+        if not decision.dispatch and time.monotonic() - self._seen > PROBE_SECONDS:
+            return probe(queue, self._latency)
         return decision
 
     def _call(self, indices: Sequence[int], inside: Mapping[int, _Accepted]) -> Iterator[Outcome]:
@@ -251,7 +272,7 @@ class Here:
             self._began = 0.0
         match outcome:
             case Answered(answers=answers, engine_seconds=seconds):
-                self._calls += 1
+                self._calls, self._seen = self._calls + 1, time.monotonic()
                 if len(valid) > 1 or self._calls % _LEARN_EVERY == 0:
                     total = time.monotonic() - began
                     if self._latency.observe(rows, length, total, seconds, variant):

@@ -207,8 +207,8 @@ class Watch:
         """Write down what is known; a disk that is full costs no more than that."""
         try:
             self._traffic.save(self.folder)
-        except OSError as error:
-            logging.getLogger(__name__).warning("traffic is not kept: %s", error.strerror)
+        except (OSError, ValueError) as error:  # or rows whose shapes do not go into one array
+            logging.getLogger(__name__).warning("traffic is not kept: %s", error)
 
 
 def watch(

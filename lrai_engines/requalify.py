@@ -38,6 +38,7 @@ from lrai_core.compiler.search import Candidate
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import EngineError, LraiError, shorten
+from lrai_core.protocol import Signature
 from lrai_core.verifier.certificate import write_certificate
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.verifier import environment, evaluation, failing, issue
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
 @app.command()
 def command(
     path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")],
-    threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
+    threads: Annotated[int, typer.Option(help="Engine threads; 0: as served.")] = 0,
 ) -> None:
     """Measure and judge every variant on this machine, and have the best that is right here serve.
 
@@ -139,7 +140,8 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
 
     Args:
         artifact: Its files are as the manifest says.
-        threads: Engine threads to measure with; 0 for the CPUs in the affinity mask.
+        threads: Engine threads to measure with; 0 for the CPUs that there are, or one where any
+            call takes less than 2 ms.
         report: Told of every step.
 
     Raises:
@@ -148,14 +150,15 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
         ArtifactError: Its rows or its log cannot be read.
     """
     manifest, rows = artifact.manifest, evaluation(artifact)
+    signature = manifest.signature
     source = artifact.file(manifest.source.file)
     if not len(rows):
         raise UsageError("the artifact kept no evaluation rows: compile it with --evaluation")
     epsilon, delta = manifest.demanded or (None, 0.01)
     conditions = Conditions(epsilon=epsilon, delta=delta)
     gate.check_row_count(rows, conditions, 0)
-    threads, verdicts = threads or available_cpus(), dict[str, str]()
-    engine = find_engine("onnxruntime")
+    engine, verdicts = find_engine("onnxruntime"), dict[str, str]()
+    threads = threads or _threads(engine.load(source, threads=1, optimise=True), rows, signature)
     plain = engine.load(source, threads=threads, optimise=True)
     candidates = [_candidate("fp32", source, plain, engine)]
     for variant in sorted(manifest.variants, key=_closeness(artifact)):
@@ -163,9 +166,9 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
             candidates.append(_loaded(artifact, variant, threads, rows.inputs[0]))
         except (LraiError, ValueError) as error:
             verdicts[variant.id] = str(error)
-    points = search.points(manifest.signature, rows.inputs)
+    points = search.points(signature, rows.inputs)
     tick = _ticking(report, "measure", search.ROUNDS)
-    search.profile(candidates, manifest.signature, rows.inputs, points, threads, tick)
+    search.profile(candidates, signature, rows.inputs, points, threads, tick)
     tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
     reference = gate.run_alone(engine.load(source, threads=threads), rows, threads, tick)
     judged: dict[str, tuple[Candidate, Judged]] = {}
@@ -183,8 +186,8 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
             continue
         try:
             level = gate.LEVEL if fp32 else 1 - chance
-            runs = gate.run(candidate.session, rows, manifest.signature, threads, tick)
-            own = gate.judge(runs, reference, rows, manifest.signature, conditions, level)
+            runs = gate.run(candidate.session, rows, signature, threads, tick)
+            own = gate.judge(runs, reference, rows, signature, conditions, level)
             verdicts[form] = f"{candidate.pace}; {own.result.why}"
         except (EngineError, ValueError) as error:
             own, verdicts[form] = None, str(error)
@@ -202,6 +205,11 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     changed = Artifact(artifact.path, found.manifest, artifact.sha256)
     found.certificates = list(_certified(changed, rows, judged, names))
     return found
+
+
+def _threads(alone: Session, rows: Rows, signature: Signature) -> int:
+    """Return the threads that a model is served with, by what one takes."""
+    return 1 if search.is_short(alone, rows.inputs, signature) else available_cpus()
 
 
 def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
@@ -226,8 +234,8 @@ def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
 def _serving(right: Sequence[Candidate], manifest: Manifest, threads: int) -> list[str]:
     """Return what is to serve of forms that passed: the fastest, then what makes calls faster.
 
-    As in `compile`: with several threads the fastest alone; and where memory was the objective, of
-    what is not slower than fp32 and as small as the smallest the fastest, alone.
+    As in `compile`; where memory was the objective, of what is not slower than fp32 and as small as
+    the smallest the fastest, alone.
     """
     if manifest.objective == "memory":
         small = [one for one in right if one.speedup >= 1 or one.form == "fp32"]
@@ -236,13 +244,11 @@ def _serving(right: Sequence[Candidate], manifest: Manifest, threads: int) -> li
         alike = [one for one in small if sizes[one.form] <= least]
         return [max(alike, key=lambda one: one.speedup).form] if alike else ["fp32"]
     worth = [one for one in right if one.form != "fp32" and one.speedup >= search.WORTH]
-    serving: list[Candidate] = []
-    while worth:
-        best = max(worth, key=lambda one: one.gain(serving) if serving else one.speedup)
-        worth.remove(best)
-        if not serving or (threads == 1 and best.gain(serving) >= search.WORTH):
-            serving.append(best)
-    return [candidate.form for candidate in serving] or ["fp32"]
+    if not worth:
+        return ["fp32"]
+    first = max(worth, key=lambda one: one.speedup)
+    others = sorted(right, key=lambda one: -one.gain([first]))
+    return [one.form for one in (first, *search.beside(first, others, threads))]
 
 
 def _manifest(
@@ -316,15 +322,17 @@ def _loaded(artifact: Artifact, variant: Variant, threads: int, row: Sequence[An
     weights = artifact.path / variant.weights if variant.weights else None
     session = engine.load(graph, weights=weights, threads=threads)
     session.run(row)
-    return _candidate(variant.id, graph, session, engine)
+    return _candidate(variant.id, graph, session, engine, variant.size_bytes)
 
 
-def _candidate(form: str, graph: Path, session: Session, engine: Engine) -> Candidate:
+def _candidate(
+    form: str, graph: Path, session: Session, engine: Engine, size_bytes: int = 0
+) -> Candidate:
     return Candidate(
         form=form,
         precision="",
         graph=graph,
-        size_bytes=0,
+        size_bytes=size_bytes,
         operators=[],
         passes_off=(),
         shared=False,

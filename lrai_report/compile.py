@@ -52,7 +52,7 @@ def compile(
     engine: Annotated[
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Engine threads; 0: all CPUs allowed.")] = 0,
+    threads: Annotated[int, typer.Option(help="Engine threads; 0: as served.")] = 0,
     keep_evaluation: Annotated[int | None, typer.Option(help="Gate rows to keep in it.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="About so long, then the best so far.")

@@ -45,6 +45,7 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
+_LOG_BYTES: Final = 1 << 20  # of the log that a start goes on with
 _ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "unfreeze"})  # not done again
 _UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
 _MOST_CUTS: Final = 3  # before it answers once; a daemon that starts or ends may cut a line
@@ -121,6 +122,7 @@ class Attached:
         self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
         self._session, self._credit, self._on_wire = "", 0, set[int]()
         self._process: Popen[bytes] | None = None
+        self._logged = 0  # bytes of the log before it was started
         self._owner = os.getpid()
         self._attached: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="lrai-client", daemon=True)
@@ -175,8 +177,12 @@ class Attached:
         """
         if operation == "ready" and self._refusing:
             return msgspec.convert("dead", kind)  # to whoever asks this process
-        future: Future[Any] = Future()
-        key = self._post(self._calls, self._outcalls, (Call(0, operation, arguments), future))
+        future, asked = Future[Any](), Call(0, operation, arguments)
+        try:
+            wire.encode(asked)  # here, and not where all that this process asks is sent
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise lrai.UsageError(f"{operation}: an argument cannot be sent: {error}") from None
+        key = self._post(self._calls, self._outcalls, (asked, future))
         try:
             value = future.result(self._patience)
             if operation == "stats" and isinstance(value, dict):
@@ -297,10 +303,13 @@ class Attached:
         """Tell the daemon that this client is there; start it where it is not and is needed."""
         status = self._process.poll() if self._process else 0
         if status:
-            self._fail(f"it ended with exit status {status}: {_last_line(self._folder / 'log')}")
+            said = _last_line(self._folder / "log", self._logged)
+            self._fail(f"it ended with exit status {status}: {said}")
         wanted = self._asked or self._calls or not self._attached.done()
         if status is not None and wanted and not self._session and not self._far:
             try:
+                with contextlib.suppress(OSError):
+                    self._logged = (self._folder / "log").stat().st_size
                 self._process = start_daemon(self._folder, self._config, stay=self._stay)
             except OSError as error:
                 self._fail(f"it cannot be started: {error.strerror}")
@@ -416,7 +425,9 @@ def start_daemon(
     with (folder / "lock").open("ab") as lock:
         if not _take(lock):
             return None
-        with (folder / "log").open("wb") as log:
+        with (folder / "log").open("ab") as log:
+            if log.tell() > _LOG_BYTES:
+                log.truncate(0)
             argv = [sys.executable, "-P", "-m", "lrai_shared.daemon", str(folder), stay]
             held = (lock.fileno(),)  # it belongs to the open file, which the daemon keeps for life
             daemon = Popen(
@@ -452,9 +463,12 @@ def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], wire.Buffer]
         raise lrai.InvalidTensor(name, str(error)) from None
 
 
-def _last_line(log: Path) -> str:
+def _last_line(log: Path, before: int) -> str:
+    """Return the last line behind what earlier daemons have said."""
     with contextlib.suppress(OSError, IndexError):
-        return log.read_text(errors="replace").splitlines()[-1][:300]
+        content = log.read_bytes()
+        own = content[before:] if len(content) >= before else content  # it was begun anew
+        return own.decode("utf-8", "replace").splitlines()[-1][:300]
     return "it said nothing"
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
+import resource
 import secrets
 import signal
 import sys
@@ -46,7 +48,8 @@ _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone;
 _FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors on a slow line
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
-_CHANGES: Final = 8  # that may be under way at the same time
+_CHANGES: Final = 256  # that may be under way; most wait for another one of the same name
+_MOST_OUTCOMES: Final = 500  # of one message
 _QUICK: Final = frozenset({"models", "ready", "stats", "stay", "stop"})
 _SLOW: Final = frozenset(
     {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain", "deployments"}
@@ -121,6 +124,8 @@ class Door(Pool):
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
+        for client in self._clients.values():
+            client.heard += self.slept(now)
         for door in self._doors if self.opened else ():
             for sender, *frames in wire.receive(door):
                 try:
@@ -212,14 +217,14 @@ class Door(Pool):
             (door, identity), message = self._said.popleft()
             door.say(message, identity)
         for (door, identity), client in self._clients.items():
-            if client.waits():
-                packer, count = wire.Packer(), len(client.read)  # more may come at any time
-                answers = tuple([messages.answer(k, r, packer) for k, r in client.answered])
-                read = tuple(client.read[:count])
-                replies = messages.Replies(answers, tuple(client.failed), read)
-                client.answered, client.failed = [], []
-                del client.read[:count]
-                packer.send(door, replies, identity)
+            while client.waits():  # so many at a time, that a header has room for them
+                packer, most = wire.Packer(), _MOST_OUTCOMES
+                answers = tuple([messages.answer(*o, packer) for o in client.answered[:most]])
+                failed, read = tuple(client.failed[:most]), tuple(client.read[:most])
+                # Deleted by count: more may come to be read at any time.
+                del client.answered[: len(answers)], client.failed[: len(failed)]
+                del client.read[: len(read)]
+                packer.send(door, messages.Replies(answers, failed, read), identity)
 
 
 class Daemon:
@@ -294,6 +299,9 @@ def main(argv: list[str]) -> None:
     """Run the daemon."""
     folder, stay = argv
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=LraiConfig)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")  # to the file `log`
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a client takes two descriptors
     daemon = Daemon(Path(folder), config, stay=stay)
     # Requests are many small objects without cycles: looking for these took a twelfth of the time.
     gc.freeze()

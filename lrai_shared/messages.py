@@ -11,6 +11,7 @@ import msgspec
 from lrai_core import InferenceRequest, InferenceResponse, LraiError, RequestError, Tensor, errors
 from lrai_core.wire import messages as wire
 
+_MOST_CHARACTERS: Final = 2000  # of an error, which may name all that a model takes
 _FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
 
 
@@ -140,7 +141,7 @@ def failure(key: int, error: BaseException) -> Failure:
     """Return an error as it goes over the wire; of one that is a bug, only its class is told."""
     if not isinstance(error, LraiError):
         error = LraiError(f"the runtime failed: {type(error).__name__}")
-    return Failure(key, type(error).__name__, str(error), vars(error))
+    return Failure(key, type(error).__name__, str(error)[:_MOST_CHARACTERS], vars(error))
 
 
 def error_of(failed: Failure) -> LraiError:

@@ -33,6 +33,7 @@ from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import BadFrames, Executed, FromActor, Load, Packer, Refused
 from lrai_core.wire.workers import Batch, GaveUp, Lost, Outcome
 
+_STOPPED_SECONDS: Final = 2.0  # between looks, where one is due every second at the latest
 _REAP_SECONDS: Final = 0.005  # between looks whether a killed process has ended
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
 
@@ -72,6 +73,7 @@ class Pool:
         self._socket = messages.listen(self._address)
         self.lines = {"actor": self._socket}  # by whom they lead to
         self.arenas, self.dropped_frames = Arenas(), 0
+        self._polled = time.monotonic()
 
     def add(self, name: str, load: Load, loaded: Future[None]) -> None:
         """Start an actor that opens `load`; `loaded` is settled when it has, or cannot."""
@@ -131,6 +133,9 @@ class Pool:
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
+        slept, self._polled = self.slept(now), now
+        for actor in self._lives.values():  # before what they say now gives them their time anew
+            actor.due += slept
         readable = dict(self._poller.poll(0))
         self._receive()  # before the lines: an answer counts though its actor died after it
         for actor in list(self._lives.values()):
@@ -143,6 +148,11 @@ class Pool:
                 self._supervise(actor, now)
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
+
+    def slept(self, now: float) -> float:
+        """Return for how long this process was stopped since the last look; so was all it hears."""
+        gap = now - self._polled
+        return gap if gap > _STOPPED_SECONDS else 0.0
 
     def _receive(self) -> None:
         for identity, *frames in messages.receive(self._socket):
@@ -230,18 +240,22 @@ class Pool:
         self._actors[actor.name] = self._lives[actor.identity] = actor
 
     def _spawn(self, actor: _Actor) -> None:
-        actor.line, theirs = socket.socketpair()
         command = [self._config.python or sys.executable, "-P", "-m", "lrai_core.actor.actor"]
         command += [self._address, actor.identity.hex(), str(self._config.heartbeat_ms)]
         try:
+            actor.line, theirs = socket.socketpair()
             with theirs:  # in a session of its own, out of reach of a terminal's signals
                 actor.process = Popen(
                     command, stdin=theirs.fileno(), stdout=DEVNULL, start_new_session=True
                 )
         except OSError as error:
-            actor.line.close()
-            why = f"the interpreter of actor.python cannot be started: {error.strerror}"
-            self._give_up(actor, EnvironmentProblem(why))
+            if actor.line is not None:
+                actor.line.close()
+            actor.why = f"the interpreter of actor.python cannot be started: {error.strerror}"
+            if actor.loaded.done():  # it could be before: of what there is too little now
+                self._ended(actor, 1, time.monotonic())
+            else:
+                self._give_up(actor, EnvironmentProblem(actor.why))
             return
         self._poller.register(actor.line, zmq.POLLIN)
         actor.expect(self._config.start_timeout_seconds, "the model was not loaded")

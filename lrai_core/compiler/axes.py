@@ -75,9 +75,7 @@ def confirm_axes(
         return signature, "no batch axis: a row's outputs depend on the rows beside it"
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
-    padded = _output_lengths(
-        Signature(inputs=assumed.inputs, outputs=single.outputs), session, pairs[0]
-    )
+    padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
     if all(_together_as_alone(padded, session, pair) for pair in pairs):
         return padded, "batch axis 0, length axis found: padding with 0 changes no output"
     return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
@@ -129,11 +127,9 @@ def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
 
 def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
     """Return the signature with batch axis 0 throughout, and these length axes on the inputs."""
-    inputs = [
-        replace(spec, batch_axis=0, length_axis=axis)
-        for spec, axis in zip(signature.inputs, lengths, strict=True)
-    ]
-    outputs = [replace(spec, batch_axis=0) for spec in signature.outputs]
+    pairs = zip(signature.inputs, lengths, strict=True)
+    inputs = [replace(spec, batch_axis=0, length_axis=axis) for spec, axis in pairs]
+    outputs = [replace(spec, batch_axis=0 if spec.shape else None) for spec in signature.outputs]
     return Signature(inputs=tuple(inputs), outputs=tuple(outputs))
 
 

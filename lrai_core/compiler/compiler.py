@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
@@ -33,11 +33,10 @@ from lrai_core.engine.engine import Engine, Session, find_engine, installed_vers
 from lrai_core.errors import CompileError, EngineError, UsageError, shorten
 from lrai_core.protocol import OutputMap, Signature
 from lrai_core.verifier.certificate import Spec, write_certificate
-from lrai_core.verifier.sample import Rows, disjoint, read_rows, save_rows
+from lrai_core.verifier.sample import Data, Rows, disjoint, read_rows, save_rows
 from lrai_core.verifier.spec import FAR, MEASURES, round_up
 from lrai_core.verifier.verifier import failing, issue
 
-Data = str | Path | Mapping[str, Any]
 _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
 _log: Final = logging.getLogger("lrai.compiler")
 
@@ -106,7 +105,8 @@ def compile(
             calls of some size than the chosen one serves those, and is loaded beside it.
         engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
             need them where it serves; where they are not, the next variant that can serves.
-        threads: Engine threads to measure with; 0 for the CPUs in the affinity mask.
+        threads: Engine threads to measure with; 0 for the CPUs that there are, or one where any
+            call takes less than 2 ms, as it is served then.
         keep_evaluation: Gate rows to keep in the artifact, for certificates and for measuring it
             elsewhere; by default as many as fit 16 MiB, which is the most.
         seed: Of the split of the evaluation rows.
@@ -150,6 +150,8 @@ def compile(
         work.load(model)
         work.find_axes(axes, evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
+        if not threads:
+            work.settle_threads()
         work.build(builders)
         work.measure()
         work.judge(keep)
@@ -238,6 +240,13 @@ class _Compilation:
         disjoint(self.search, self.gate, "search and gate")
         gate.check_row_count(self.gate, self.conditions, cut)
 
+    def settle_threads(self) -> None:
+        """Require: search rows. Ensure: one thread where that is what calls are served with."""
+        graph = self.folder / self.source.file
+        one = self.engine.load(graph, weights=graph.parent, threads=1)
+        if self.search and search.is_short(one, self.search.inputs, self.signature):
+            self.reference, self.threads = one, 1
+
     def build(self, builders: Sequence[Builder]) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
         rows = self.sample
@@ -283,7 +292,7 @@ class _Compilation:
             self.kept = [(fp32, None)]
             return
         front = self._front(self.search)
-        self.judged = max(1, len(front))
+        self.judged = 1 + len(front)  # fp32 is one that may be chosen
         tick = self._begin("gate", len(self.gate) * (3 + 2 * len(front)), "source")
         reference = gate.run_alone(self.reference, self.gate, self.threads, tick)
         passed = [(fp32, self._judge(fp32, self.gate, reference, gate.LEVEL, tick))]
@@ -389,8 +398,14 @@ class _Compilation:
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
         chosen = variants[0]
-        together, asked, engine = self._together(), self.conditions, self.engine
+        asked, engine = self.conditions, self.engine
         self._record("decision", chosen=chosen.id, why=chosen.why)
+        first, *others = [candidate for candidate, _ in self.kept]
+        beside = [] if self.objective == "memory" else search.beside(first, others, self.threads)
+        together = tuple(one.form for one in beside)
+        for one in beside:
+            why = f"beside {chosen.id}: calls get {one.gain([first]):.2f} x as fast, in the mean"
+            self._record("decision", chosen=one.form, why=why)
         for candidate, _ in self.kept:
             for operator in candidate.operators:
                 self._record("operator", variant=candidate.form, **asdict(operator))
@@ -413,7 +428,7 @@ class _Compilation:
                 variants=tuple(variants),
                 chosen=chosen.id,
                 objective=self.objective,
-                together=tuple(together),
+                together=together,
                 candidates=self.judged,
                 demanded=(asked.epsilon, asked.delta) if asked.epsilon else None,
                 target=target,
@@ -423,22 +438,6 @@ class _Compilation:
         for candidate, found in self.kept:
             if candidate.form in (chosen.id, *together):
                 self._certify(candidate, found)
-
-    def _together(self) -> list[str]:
-        """Return the forms that serve beside the chosen one: each is faster for some calls.
-
-        None with several threads: those of one session wait for its next call for 45 ms, and made
-        the other's take 2.4 times as long where sizes alternate.
-        """
-        serving, found = [self.kept[0][0]], list[str]()
-        alone = self.objective == "memory" or self.threads > 1
-        for candidate, _ in () if alone else self.kept[1:]:
-            if candidate.form != "fp32" and (gain := candidate.gain(serving)) >= search.WORTH:
-                serving.append(candidate)
-                found.append(candidate.form)
-                why = f"beside {serving[0].form}: calls get {gain:.2f} x as fast, in the mean"
-                self._record("decision", chosen=candidate.form, why=why)
-        return found
 
     def _certify(self, candidate: Candidate, found: Judged | None) -> None:
         if found is None or not self.gate:

@@ -29,11 +29,11 @@ from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, round_
 Metric = Literal["top1", "top5"]
 AGREEMENT: Final = 0.98
 LEVEL: Final = 0.95
+_SENSELESS: Final = 0.05  # share of rows that a model is right on, of labels that are not its own
 _PAIR_LEVEL: Final = 1 - (1 - LEVEL) / 2  # half of the error to each side of the pair
 _BEST: Final[dict[Metric, int]] = {"top1": 1, "top5": 5}
-EFFECT_FLOOR: Final = (
-    1e-4  # fp32 sums in another order: two GEMM shapes of one engine differ by less
-)
+# fp32 sums in another order: two GEMM shapes of one engine differ by less.
+EFFECT_FLOOR: Final = 1e-4
 _EFFECT_MARGIN: Final = 2.0  # over the largest effect seen, for the rows that were not seen
 
 _QUANTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
@@ -69,8 +69,8 @@ class Conditions:
         for name in ("max_accuracy_loss", "delta", "max_disparity"):
             if not 0 < (share := getattr(self, name)) < 1:
                 raise UsageError(f"{name} is {share}, it must lie between 0 and 1")
-        if self.epsilon is not None and not self.epsilon > 0:
-            raise UsageError(f"epsilon is {self.epsilon}, it must be above 0")
+        if self.epsilon is not None and not 0 < self.epsilon < FAR:
+            raise UsageError(f"epsilon is {self.epsilon}, it must be above 0, and finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def judge(
         found = _label_result(reference, runs, labels, conditions, level)
     gaps = _gaps(reference, runs[0], specs)
     if labels is not None and rows.groups:
-        found = _fair_enough(found, reference, runs, rows, labels == 1, conditions.max_disparity)
+        found = _fair_enough(found, reference, runs, rows, conditions.max_disparity)
     if found.passed and conditions.epsilon is not None:
         worst = worst_gaps(reference, runs, specs)
         found = _close_enough(found, worst, conditions.epsilon, conditions.delta, level)
@@ -213,6 +213,9 @@ def _label_result(
 ) -> GateResult:
     n, allowed = len(labels), conditions.max_accuracy_loss
     hits = _hits(reference, labels, conditions.metric)
+    if (share := hits.mean()) <= min(allowed, _SENSELESS):  # then there is little to lose
+        words = f"the source model is right on {share:.2%} of rows; are the labels its classes?"
+        raise CalibrationError(words)
     loss, bound, needed = -1.0, -1.0, 0
     for run in runs:
         own = _hits(run, labels, conditions.metric)
@@ -281,14 +284,10 @@ def _close_enough(
 
 
 def _fair_enough(
-    found: GateResult,
-    reference: Outputs,
-    runs: Sequence[Outputs],
-    rows: Rows,
-    labels: NDArray[np.bool_],
-    most: float,
+    found: GateResult, reference: Outputs, runs: Sequence[Outputs], rows: Rows, most: float
 ) -> GateResult:
     source, least = _selected(reference), fairness.rows_needed(most, LEVEL)
+    labels = np.asarray(rows.labels) == 1
     groups, worst = {}, list[fairness.Disparity]()
     chosen = [_selected(run) for run in runs]
     for column, values in rows.groups.items():
@@ -331,5 +330,7 @@ def _hits(outputs: Outputs, labels: Array, metric: Metric) -> NDArray[np.bool_]:
     scores, low, high = _scores(outputs, f"metric {metric}"), labels.min(), labels.max()
     if low < 0 or high >= scores.shape[1]:
         raise CalibrationError(f"labels are {low} to {high}, classes 0 to {scores.shape[1] - 1}")
+    if scores.shape[1] <= _BEST[metric]:
+        raise CalibrationError(f"metric {metric} says nothing of {scores.shape[1]} classes")
     best = np.argsort(-scores, axis=1, kind="stable")[:, : _BEST[metric]]
-    return np.asarray((best == labels[:, None]).any(axis=1))
+    return np.asarray((best == labels[:, None]).any(axis=1) & ~np.isnan(scores).any(axis=1))

@@ -94,10 +94,8 @@ def declared(model: onnx.ModelProto) -> Signature:
             raise CompileError(f"{shorten(value.name)!r} is a {kind}, no tensor{remedy}")
         if value in inputs and not value.type.tensor_type.HasField("shape"):
             raise CompileError(f"input {shorten(value.name)!r} has a dynamic rank; give it a shape")
-    return Signature(
-        inputs=tuple(_spec(value) for value in inputs),
-        outputs=tuple(_spec(value) for value in model.graph.output),
-    )
+    outputs = map(_spec, model.graph.output)
+    return Signature(inputs=tuple(map(_spec, inputs)), outputs=tuple(outputs))
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import product
@@ -19,7 +19,7 @@ import onnx
 from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler.model import SharedWeights
 from lrai_core.engine.batching import length_of, stretch, synthetic_row
-from lrai_core.engine.engine import Engine, Session, find_engine
+from lrai_core.engine.engine import SHORT_CALL_MS, Engine, Session, find_engine
 from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
@@ -28,6 +28,7 @@ _ALL_ROUNDS: Final = 3
 _SLOWER: Final = math.log(1.1)
 _ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
 WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not worth its difference
+_SMALL_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
@@ -169,7 +170,6 @@ class Builder(Protocol):
 
     def build(self, material: Material, reject: Reject) -> Iterator[Built]:
         """Yield the forms that can be made here; `reject` is told of each that cannot, and why."""
-        ...
 
 
 def find_builder(name: str) -> Builder:
@@ -185,11 +185,7 @@ def find_builder(name: str) -> Builder:
 
 
 def build(
-    builder: Builder,
-    material: Material,
-    tick: Callable[[str], None],
-    reject: Reject,
-    until: float = math.inf,
+    builder: Builder, material: Material, tick: Callable[[str], None], reject: Reject, until: float
 ) -> list[Candidate]:
     """Return the forms of one engine that can be made and loaded.
 
@@ -276,6 +272,21 @@ def _promising(forms: Sequence[str], paces: Array) -> list[int]:
     return [i for i, (_, pace) in enumerate(pairs) if pace <= most[i]]
 
 
+def beside(first: Candidate, others: Iterable[Candidate], threads: int) -> list[Candidate]:
+    """Return which others serve beside the first, each the calls that it is fastest at.
+
+    fp32 is one of them where its weights are few. With several threads there are none: those of one
+    session wait for its next call for 45 ms, and made the other's take 2.4 times as long where
+    sizes alternate.
+    """
+    serving = [first]
+    for one in others if threads == 1 else ():
+        small = one.form != "fp32" or one.size_bytes <= _SMALL_BYTES
+        if small and one.gain(serving) >= WORTH:
+            serving.append(one)
+    return serving[1:]
+
+
 def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int, int]]:
     """Return (rows, length) of every point worth measuring, given rows as long as those served."""
     if not signature.coalescible:
@@ -284,12 +295,16 @@ def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int,
         return [(count, 0) for count in (1, 2, 4, 8, 16, 32)]
     longest = max((length_of(row, signature) for row in rows), default=128)
     lengths = [length for length in _LENGTHS if length < longest] + [longest]
-    return [
-        (count, length)
-        for length in lengths
-        for count in (1, 4, 16)
-        if count == 1 or count * length <= _POINT_ELEMENTS
-    ]
+    return [(n, at) for at in lengths for n in (1, 4, 16) if n * at <= max(at, _POINT_ELEMENTS)]
+
+
+def is_short(session: Session, rows: Sequence[list[Array]], signature: Signature) -> bool:
+    """Return whether even the largest call takes so little that it is served with one thread."""
+    row = max(rows, key=lambda one: length_of(one, signature))
+    at = max(points(signature, rows), key=lambda at: (at[0] * max(at[1], 1), at))
+    feed = stretch(row, signature, *at)
+    each = [_seconds(session, feed, _repeats(session, feed)) for _ in range(_ALL_ROUNDS)]
+    return statistics.median(each) < SHORT_CALL_MS / 1e3
 
 
 def _repeats(session: Session, feed: list[Array]) -> int:

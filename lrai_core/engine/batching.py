@@ -33,10 +33,7 @@ def coalesce(requests: Sequence[Sequence[Array]], signature: Signature) -> list[
     """
     if len(requests) == 1:
         return list(requests[0])
-    return [
-        _join([request[index] for request in requests], spec)
-        for index, spec in enumerate(signature.inputs)
-    ]
+    return [_join(arrays, spec) for spec, *arrays in zip(signature.inputs, *requests, strict=True)]
 
 
 def split(
@@ -66,12 +63,8 @@ def split(
             )
     answers, start = [], 0
     for count, length in zip(rows, lengths, strict=True):
-        answers.append(
-            [
-                _own(output[start : start + count], spec, length)
-                for output, spec in zip(outputs, specs, strict=True)
-            ]
-        )
+        own = [output[start : start + count] for output in outputs]
+        answers.append([_cut(part, spec, length) for part, spec in zip(own, specs, strict=True)])
         start += count
     return answers
 
@@ -159,17 +152,13 @@ def _join(arrays: list[Array], spec: TensorSpec) -> Array:
     joined = np.full(shape, "" if dtype.kind == "O" else spec.pad_value, dtype)
     start = 0
     for array in arrays:
-        window: list[slice] = [slice(None)] * array.ndim
-        window[0] = slice(start, start + array.shape[0])
-        window[axis] = slice(0, array.shape[axis])
-        joined[tuple(window)] = array
+        own = joined[start : start + array.shape[0]]
+        _cut(own, spec, array.shape[axis])[...] = array
         start += array.shape[0]
     return joined
 
 
-def _own(rows: Array, spec: TensorSpec, length: int) -> Array:
-    if spec.length_axis is None:
-        return rows
-    window: list[slice] = [slice(None)] * rows.ndim
-    window[spec.length_axis] = slice(0, length)
-    return rows[tuple(window)]
+def _cut(rows: Array, spec: TensorSpec, length: int) -> Array:
+    """Return the rows up to this length, a view."""
+    axis = spec.length_axis
+    return rows if axis is None else rows[(slice(None),) * axis + (slice(length),)]

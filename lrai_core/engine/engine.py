@@ -7,10 +7,12 @@ import platform
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from lrai_core.errors import EnvironmentProblem, shorten
 from lrai_core.protocol import Array
+
+SHORT_CALL_MS: Final = 2.0  # who takes less for any call is served with one thread
 
 
 class Session(Protocol):
@@ -18,7 +20,6 @@ class Session(Protocol):
 
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
         """Return the outputs at these indices (None: all) for one array per input, in order."""
-        ...
 
 
 class Engine(Protocol):
@@ -41,7 +42,6 @@ class Engine(Protocol):
         Raises:
             ArtifactError: The engine cannot open it.
         """
-        ...
 
 
 def find_engine(name: str) -> Engine:

@@ -12,23 +12,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from lrai_core.errors import ArtifactError, CompileError, EngineError, UnsupportedOperator
 from lrai_core.protocol import Array
 
-REFUSALS: Final = (  # onnxruntime's errors have no base of their own
-    state.Fail,
-    state.InvalidArgument,
-    state.InvalidGraph,
-    state.InvalidProtobuf,
-    state.NoSuchFile,
-    state.NotImplemented,
-    state.RuntimeException,
-    RuntimeError,
-    ValueError,
-)
+_ERRORS = (v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception))
+# onnxruntime's have no base of their own.
+REFUSALS: Final[tuple[type[Exception], ...]] = (*_ERRORS, RuntimeError, ValueError)
 _LACKING: Final = ("not a registered", "No Op registered", "implementation for")
-_LEVELS: Final = {
-    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
+_LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
 
 
 class OnnxRuntime:
@@ -64,13 +52,12 @@ class OnnxRuntimeSession:
         names = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
         feeds = dict(zip(self._inputs, arrays, strict=True))
         try:
-            results: list[Array] = self._session.run(names, feeds)
+            return list(self._session.run(names, feeds))
         except REFUSALS as error:
             raise EngineError(
                 f"onnxruntime cannot run the model: {reason(error)}",
                 invalid="alloc" not in str(error),  # what is no lack of memory is in the inputs
             ) from None
-        return results
 
 
 def session_options(
@@ -84,10 +71,9 @@ def session_options(
         weights: Folder of the external data of a graph that is given as bytes.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = _LEVELS[level]
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
     options.log_severity_level = 4
     if weights is not None:
         folder = "session.model_external_initializers_file_folder_path"
@@ -119,8 +105,7 @@ def reason(error: BaseException) -> str:
     """Return onnxruntime's message without codes, source locations and folders, on one line."""
     text = " ".join(str(error).split())
     text = text.rpartition(" : ")[2] or text
-    words: list[Any] = [Path(word).name if "/" in word else word for word in text.split()]
-    return " ".join(words)[:300]
+    return " ".join(Path(word).name if "/" in word else word for word in text.split())[:300]
 
 
 def refusal(error: BaseException, message: str) -> CompileError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -16,13 +17,14 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 from lrai_core.actor.pool import Pool
 from lrai_core.artifact import Artifact, Variant
-from lrai_core.config import ActorConfig, LraiConfig, available_cpus, with_settings
+from lrai_core.config import ActorConfig, LraiConfig, available_cpus
+from lrai_core.engine.engine import SHORT_CALL_MS
 from lrai_core.errors import (
     ConditionNotMet,
     EnvironmentProblem,
@@ -35,7 +37,7 @@ from lrai_core.errors import (
 )
 from lrai_core.events import EventBus, Observer
 from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
-from lrai_core.runtime.version import Ended, LoadedModel, Started, State, Version, started
+from lrai_core.runtime.version import Ended, LoadedModel, State, Version
 from lrai_core.scheduler.scheduler import Pending, Replica, Scheduler
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
@@ -44,7 +46,7 @@ from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load
 
 T = TypeVar("T")
-_ONE_THREAD_BELOW_MS: Final = 2.0
+Terms = Mapping[str, Any] | None  # that a certificate has to meet; None for none
 
 
 class Embedded:
@@ -100,21 +102,19 @@ class Embedded:
                 )
         return Artifact.open(path, verify=False)  # the actor hashes what it opens
 
-    def is_served(
-        self, known: Version, artifact: Artifact, variant: str, require: Mapping[str, Any] | None
-    ) -> bool:
+    def is_served(self, known: Version, artifact: Artifact, variant: str, terms: Terms) -> bool:
         """Return whether a version is the artifact's, and of this variant if one is named.
 
         Raises:
-            ConditionNotMet: It is, but does not meet `require`.
+            ConditionNotMet: It is, but does not meet the terms.
         """
         same = known.artifact.version == artifact.version
         if not same or variant not in ("", known.variant.id):
             return False
-        if require is not None:
+        if terms is not None:
             if known.certificate is None:  # the source model may serve in its place
                 raise ConditionNotMet(f"no certificate speaks of what serves {known.name!r}")
-            require_certificate(artifact, known.variant.id, require)
+            require_certificate(artifact, known.variant.id, terms)
         return True
 
     @contextmanager
@@ -124,8 +124,8 @@ class Embedded:
         Raises:
             UsageError: Another thread is at it, and `wait` is not set.
         """
-        if self._closed:
-            raise NotReady("the runtime is closed")
+        if self._closed or os.getpid() != self._owner:
+            raise NotReady("the runtime is closed, or another process's")
         with self._condition:
             while wait and name in self._changing:
                 self._condition.wait()
@@ -140,23 +140,17 @@ class Embedded:
                 self._condition.notify_all()
 
     def add(
-        self,
-        artifact: Artifact,
-        name: str,
-        variant: str,
-        require: Mapping[str, Any] | None,
-        settings: Mapping[str, Any] | None,
-        label: str = "",
+        self, artifact: Artifact, name: str, variant: str, terms: Terms, own: LraiConfig, label: str
     ) -> Version:
         """Return a version whose actors run, and that nobody can ask for until it is shown.
 
-        `label`: what it is called, by default what its artifact is.
+        `terms`: see `Runtime.open`, `require`. `own`: its settings. `label`: what it is called, if
+        not what its artifact is.
         """
-        settled = with_settings(self.config, settings or {})
-        config, limits = settled.actor, settled.scheduler
+        config, limits = own.actor, own.scheduler
         chosen, *others = self._choose(artifact, name, variant) or (None,)
         # A certificate speaks of the graph as it was compiled, not of one optimised at load.
-        if chosen is None and (require is not None or not artifact.manifest.source.file):
+        if chosen is None and (terms is not None or not artifact.manifest.source.file):
             raise ConditionNotMet(
                 "the variant was made for another processor class or engine version, and the source"
                 " model cannot serve in its place: no certificate speaks of it, or it was left out"
@@ -164,8 +158,8 @@ class Embedded:
         beside: list[tuple[Variant, str | None]] = []
         for one in () if chosen is None or limits.deterministic else others:
             with contextlib.suppress(ConditionNotMet):  # the chosen one may meet it alone
-                beside.append((one, self._certificate(artifact, one, require)))
-        certificate = self._certificate(artifact, chosen, require) if chosen else None
+                beside.append((one, self._certificate(artifact, one, terms)))
+        certificate = self._certificate(artifact, chosen, terms) if chosen else None
         load = _load(artifact, chosen, [one for one, _ in beside])
         # What was measured elsewhere says nothing of the source model's speed here.
         profile = chosen.latency if chosen else ()
@@ -176,7 +170,8 @@ class Embedded:
             limits = replace(limits, max_batch_rows=1)
         version = Version(name, label, artifact, chosen, certificate, actors, limits, tuple(beside))
         version.used_at = time.monotonic()
-        threads = config.threads or self._threads(chosen, name, config.replicas)
+        # Those of several sessions would wait for their next calls at one another's expense.
+        threads = config.threads or (1 if beside else self._threads(chosen, name, config.replicas))
         alone_ms = min((point.median_ms for point in profile), default=0.0)
         if 0 < limits.latency_slo_ms <= alone_ms:
             reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
@@ -232,10 +227,6 @@ class Embedded:
         )
         return future
 
-    def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
-        """See `Runtime.start_all`."""
-        return [started(self.start, request) for request in requests]
-
     def accept(
         self, request: InferenceRequest, done: Ended, version: Version | None = None
     ) -> Pending:
@@ -262,18 +253,11 @@ class Embedded:
 
     def models(self) -> list[LoadedModel]:
         """See `Runtime.models`."""
-        return [
-            LoadedModel(
-                name,
-                version,
-                model.variant.id,
-                model.certificate,
-                model.signature,
-                state=self._state(model),
-                actor_pids=self.pids(model),
-            )
-            for (name, version), model in list(self.versions.items())
-        ]
+        found = []
+        for model in list(self.versions.values()):
+            known = (model.name, model.version, model.variant.id, model.certificate)
+            found.append(LoadedModel(*known, model.signature, self._state(model), self.pids(model)))
+        return found
 
     def ready(self) -> State:
         """See `Runtime.ready`."""
@@ -285,11 +269,8 @@ class Embedded:
 
     def stats(self) -> dict[str, int]:
         """See `Runtime.stats`."""
-        stats = {
-            **self.events.counts(),
-            "outstanding_rows": self.scheduler.outstanding(),
-            "dropped_frames": self._pool.dropped_frames,
-        }
+        stats = self.events.counts() | {"outstanding_rows": self.scheduler.outstanding()}
+        stats["dropped_frames"] = self._pool.dropped_frames
         for peer, line in self._pool.lines.items():
             stats |= line.counts(peer)
         return stats
@@ -312,14 +293,17 @@ class Embedded:
         self, request: InferenceRequest, version: Version | None
     ) -> tuple[Version, ValidRequest]:
         """Return the version that takes the request, which it counts, and the request checked."""
+        gone: Version | None = None
         while True:
             model = version or self.find(request.model_name, request.model_version)
+            if model is gone:
+                raise NotReady(f"model {model.name!r} is being unloaded")
             valid = validate_by_form(request, model.signature, self.config.limits)
             if model.enter():
                 if model.watch is not None:
                     model.watch(valid)
                 return model, valid
-            version = None  # another one has just taken its place
+            version, gone = None, model  # another one has just taken its place
 
     def find(self, name: str, version: str = "") -> Version:
         """Return the version that serves a name, or the one of that name that is asked for.
@@ -329,19 +313,14 @@ class Embedded:
         """
         if not name and len(self.current) == 1:
             name = next(iter(self.current))
-        try:
-            model = self.current[name]
-        except KeyError:
+        if (model := self.current.get(name)) is None:
             known = ", ".join(map(repr, self.current)) or "none"
-            raise ModelNotFound(f"no model {shorten(name)!r} is loaded; loaded: {known}") from None
-        if version in ("", model.version):
-            return model
-        try:
-            return self.versions[name, version]
-        except KeyError:
-            raise ModelNotFound(
-                f"model {name!r} has version {model.version}, not {shorten(version, 40)!r}"
-            ) from None
+            raise ModelNotFound(f"no model {shorten(name)!r} is loaded; loaded: {known}")
+        found = model if version in ("", model.version) else self.versions.get((name, version))
+        if found is None:
+            other = shorten(version, 40)
+            raise ModelNotFound(f"model {name!r} has version {model.version}, not {other!r}")
+        return found
 
     def _unique(self, name: str, artifact: Artifact) -> str:
         """Return the artifact's version, with a number where it is loaded under this name."""
@@ -367,23 +346,20 @@ class Embedded:
         self.events.emit("variant_refused", name, variant=wanted.id, made_for=made_for, here=here)
         return fitting[:1]
 
-    def _certificate(
-        self, artifact: Artifact, variant: Variant, require: Mapping[str, Any] | None
-    ) -> str | None:
+    def _certificate(self, artifact: Artifact, variant: Variant, terms: Terms) -> str | None:
         """Return the id of the certificate that speaks of a variant, None where there is none.
 
         Raises:
             ConditionNotMet: None meets what is required.
         """
-        if require is not None:
-            return require_certificate(artifact, variant.id, require).id
+        if terms is not None:
+            return require_certificate(artifact, variant.id, terms).id
         here, own = environment(variant), certificates(artifact, variant.id)
         return next((c.id for c in own if c.environment == here), None)
 
     def _threads(self, variant: Variant, name: str, replicas: int) -> int:
         """Return the engine threads of an actor: a share of the CPUs, one where calls are short."""
-        alone = sorted(point.median_ms for point in variant.latency if point.rows == 1)
-        if alone and alone[len(alone) // 2] < _ONE_THREAD_BELOW_MS:
+        if max((point.median_ms for point in variant.latency), default=math.inf) < SHORT_CALL_MS:
             return 1
         return max(1, available_cpus() // len(self.current.keys() | {name}) // replicas)
 

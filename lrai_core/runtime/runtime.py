@@ -35,23 +35,18 @@ class Backend(Protocol):
 
         It may begin no sooner than somebody waits for the future, or is to be called by it.
         """
-        ...
 
     def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
         """See `Runtime.start_all`."""
-        ...
 
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
         """Return what an operation gives, as an instance of `kind`."""
-        ...
 
     def drain(self) -> bool:
         """See `Runtime.drain`."""
-        ...
 
     def close(self) -> None:
         """See `Runtime.close`."""
-        ...
 
 
 class Runtime:

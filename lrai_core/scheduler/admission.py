@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import NoReturn
 
 from lrai_core.config import SchedulerConfig
 from lrai_core.errors import QueueFull
@@ -24,23 +23,16 @@ class Admission:
         Raises:
             QueueFull: No room; `retry_after_seconds` is when a tenth of the queue will have run.
         """
+        limits = self._config
         with self._lock:
-            total_rows, total_bytes = self.rows + rows, self.nbytes + nbytes
-            limits = self._config
-            if total_rows > limits.max_queue_rows:
-                self._refuse(self.rows, rows, limits.max_queue_rows, "rows", seconds_per_row)
-            if total_bytes > limits.max_queue_bytes:
-                self._refuse(self.nbytes, nbytes, limits.max_queue_bytes, "bytes", seconds_per_row)
-            self.rows, self.nbytes = total_rows, total_bytes
-
-    def _refuse(
-        self, inside: int, more: int, limit: int, unit: str, seconds_per_row: float
-    ) -> NoReturn:
-        raise QueueFull(
-            f"the queue holds {inside} {unit}, {more} more exceed its {limit}",
-            limit=limit,
-            retry_after_seconds=max(0.1, self.rows * seconds_per_row / 10),
-        )
+            by_rows = (self.rows, rows, limits.max_queue_rows, "rows")
+            by_bytes = (self.nbytes, nbytes, limits.max_queue_bytes, "bytes")
+            for inside, more, limit, unit in (by_rows, by_bytes):
+                if inside + more > limit:
+                    full = f"the queue holds {inside} {unit}, {more} more exceed its {limit}"
+                    wait = max(0.1, self.rows * seconds_per_row / 10)
+                    raise QueueFull(full, limit=limit, retry_after_seconds=wait)
+            self.rows, self.nbytes = self.rows + rows, self.nbytes + nbytes
 
     def leave(self, rows: int, nbytes: int) -> None:
         """Count a request out, however it ended."""

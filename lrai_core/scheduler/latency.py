@@ -23,6 +23,7 @@ _LEAST_SECONDS: Final = 1e-7
 _MOST_KNOWN: Final = 1 << 14
 _DOWN, _UP = 0.2, 0.005
 _MEMORY: Final = 0.98  # weight of a call after the next one: about fifty count
+_FADE: Final = 0.99  # what is left of it for each call that another variant takes
 _PRIOR_CALLS: Final = 2.0  # weight of the profile at first, which fades like that of a call,
 _RIDGE: Final = 0.1  # and what stays of it, so that calls of one size only still have a solution
 _SHIFT: Final = 0.1  # mean relative error of late that means another speed
@@ -106,6 +107,15 @@ class LatencyModel:
         self.margin = 1 + _CAUTION * min(0.5, math.sqrt(self._variance))
         return shifted
 
+    def fade(self) -> None:
+        """Believe the profile a little more: another variant runs, of this one nothing is heard.
+
+        What made it seem slow may be over; it is seen again once it seems worth it.
+        """
+        prior = (_PRIOR_CALLS, 0.0, _PRIOR_CALLS, _PRIOR_CALLS, 0.0)
+        self._normal = [p + _FADE * (n - p) for p, n in zip(prior, self._normal, strict=True)]
+        self._solve()
+
     def _solve(self) -> None:
         """Set `scale` and `fixed_seconds` by least squares of the relative errors, held to 1, 0."""
         n, sx, sxx, sy, sxy = self._normal
@@ -129,9 +139,6 @@ class LatencyModel:
             fixed, linear, quadratic = self._terms
             elements = rows * length
             return fixed + linear * elements + quadratic * elements * length
-        return self._interpolate(rows)
-
-    def _interpolate(self, rows: int) -> float:
         points = self._by_rows
         at = min(max(bisect.bisect_left(points, (rows, 0.0)), 1), len(points) - 1)
         (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
@@ -167,6 +174,9 @@ class FastestOf(LatencyModel):
         if total_seconds is not None:
             self._learn_overhead(max(0.0, total_seconds - engine_seconds))
         one = self._variants[variant]
+        for other in self._variants:
+            if other is not one:
+                other.fade()
         shifted = one.observe(rows, length, None, engine_seconds)
         self.margin, self.scale = one.margin, one.scale
         return shifted
@@ -188,9 +198,7 @@ def _fit(profile: Sequence[LatencyPoint]) -> tuple[float, float, float]:
     while active:
         found = np.linalg.lstsq(weighted[:, active], np.ones(len(seconds)), rcond=None)[0]
         if (found >= 0).all():
-            result = [0.0, 0.0, 0.0]
-            for index, value in zip(active, found, strict=True):
-                result[index] = float(value)
-            return result[0], result[1], result[2]
+            known = dict(zip(active, found.tolist(), strict=True))
+            return known.get(0, 0.0), known.get(1, 0.0), known.get(2, 0.0)
         active.pop(int(np.argmin(found)))
     return float(np.median(seconds)), 0.0, 0.0

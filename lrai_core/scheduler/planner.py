@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 from lrai_core.scheduler.latency import LatencyModel
 
+PROBE_SECONDS: Final = 1.0  # without an answer, after which what was learned is not trusted
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
 _SPARE: Final = 2.5  # durations of the call after the next that its deadline has to leave for it
 _MOST_GIVEN_UP: Final = 4096  # by one decision
@@ -67,7 +68,7 @@ class Queue:
 
     def __init__(self) -> None:
         self.urgent: list[Waiting] = []
-        self._lanes: dict[Hashable, list[tuple[int, Waiting]]] = {}
+        self.lanes: dict[Hashable, list[tuple[int, Waiting]]] = {}  # of groups, by length
         self._known: dict[int, Waiting] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap, with what has left meanwhile
 
@@ -83,7 +84,7 @@ class Queue:
         """Let a request wait."""
         self._known[waiting.sequence] = waiting
         insort(self.urgent, waiting)
-        insort(self._lanes.setdefault(waiting.group, []), (waiting.length, waiting))
+        insort(self.lanes.setdefault(waiting.group, []), (waiting.length, waiting))
         heapq.heappush(self._deadlines, (waiting.deadline, waiting.sequence))
 
     def remove(self, sequence: int) -> bool:
@@ -92,10 +93,10 @@ class Queue:
         if waiting is None:
             return False
         del self.urgent[bisect_left(self.urgent, waiting)]
-        lane = self._lanes[waiting.group]
+        lane = self.lanes[waiting.group]
         del lane[bisect_left(lane, (waiting.length, waiting))]
         if not lane:
-            del self._lanes[waiting.group]
+            del self.lanes[waiting.group]
         return True
 
     def next_deadline(self) -> float:
@@ -112,10 +113,6 @@ class Queue:
             late.append(self._deadlines[0][1])
             self.remove(late[-1])
         return late
-
-    def lane(self, group: Hashable) -> list[tuple[int, Waiting]]:
-        """Return the group's requests as (length, request), by length and then urgency."""
-        return self._lanes[group]
 
 
 def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Decision:
@@ -138,6 +135,15 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
         call, given_up = situation.give_up(call)
     drop = tuple(waiting.sequence for waiting in urgent[: late + given_up])
     return Decision(tuple(one.sequence for one in call.members), drop, call.seconds, call.due)
+
+
+def probe(queue: Queue, latency: LatencyModel) -> Decision:
+    """Return a call of the one with the most time left, to see what a model takes, not to be late.
+
+    Where all seem too late a model would never be seen again, however fast it is by now.
+    """
+    one = max(queue.urgent, key=lambda waiting: waiting.deadline)
+    return Decision((one.sequence,), (), latency.call_seconds(one.rows, one.length), one.deadline)
 
 
 def _is_late(one: Waiting, latency: LatencyModel, now: float) -> bool:
@@ -207,7 +213,7 @@ class _Situation:
         predict, start = self.latency.call_seconds, self.now + wait_seconds
         seconds = predict(head.rows, head.length)
         call = _Call([head], head.rows, head.length, head.deadline, seconds)
-        lane = self.queue.lane(head.group)
+        lane = self.queue.lanes[head.group]
         # Left of the head only shorter ones: those of its length that are more urgent are given up.
         shorter, at = bisect_left(lane, (head.length,)), bisect_left(lane, (head.length, head))
         places = range(shorter - 1, -1, -1), range(at + 1, len(lane))

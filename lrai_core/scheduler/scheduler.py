@@ -33,6 +33,7 @@ from lrai_core.errors import (
 )
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
+from lrai_core.scheduler import planner
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import latency_of
 from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting, choose, plan
@@ -79,10 +80,15 @@ class _Model:
     slo_ms: float  # after which who names no time is as urgent as can be,
     timeout_ms: float  # and after which it is given up
     pace: float  # seconds of its actors for a request, lately
+    seen: float  # when an answer came, or it was loaded
     queue: Queue = field(default_factory=Queue)
     waiting: dict[int, Pending] = field(default_factory=dict)
     used_seconds: float = 0.0  # of the processor, lately
     failed: str = ""
+
+    def is_known(self, now: float) -> bool:
+        """Whether it was seen of late what its calls take."""
+        return now - self.seen < planner.PROBE_SECONDS
 
 
 @dataclass(slots=True, eq=False)
@@ -105,10 +111,10 @@ class _Call:
         """Take note that it runs from now on."""
         self.begun, self.overdue = now, now + _OVERDUE * self.seconds + _OVERDUE_SECONDS
         way = 2 * self.replica.latency.overhead_seconds
-        early = min(way + _TICK_SECONDS, self.seconds / 2)
         # Where the engine takes less than the way to it, waiting for more requests saves more; of a
         # model that has not answered yet, nobody knows.
-        self.next_from = now + self.seconds - early if 0 < way < self.seconds else math.inf
+        due = now + max(0.0, self.seconds - way - _TICK_SECONDS)
+        self.next_from = due if 0 < way < self.seconds else math.inf
 
     def almost_done(self, now: float) -> bool:
         """Whether its actor may have the next call; one that hangs may not."""
@@ -135,7 +141,9 @@ class Scheduler:
         self._admission = Admission(config)
         self._models: dict[str, _Model] = {}
         self._calls: dict[int, _Call] = {}
-        self._cpus = available_cpus()
+        self._ended: deque[tuple[Pending, list[Array]]] = deque()  # answered, and not told yet
+        self._looked = 0.0  # when it was last seen who may have a call
+        self._cpus, self._owner = available_cpus(), os.getpid()
         self._used_at = 0.0  # when what models used was last brought up to date
         self._batches, self._sequences = itertools.count(1), itertools.count(1)
         self._arrived: deque[Pending | Callable[[], None]] = deque()
@@ -170,7 +178,8 @@ class Scheduler:
         alone_ms = 1e3 * min(replica.latency.engine_seconds(1, 1) for replica in replicas)
         slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = own.latency_slo_ms or own.default_timeout_ms
-        self._models[model] = _Model(model, by_actor, bounds, slo_ms, timeout_ms, alone_ms / 1e3)
+        paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic())
+        self._models[model] = _Model(model, by_actor, bounds, *paces)
 
     def accept(
         self,
@@ -271,7 +280,7 @@ class Scheduler:
             raise ActorError(model.failed)
         models = [replica.latency for replica in list(model.replicas.values())]
         needed = min([latency.engine_seconds(rows, request.length) for latency in models])
-        if not allowed > needed:
+        if not allowed > needed * model.is_known(pending.arrival):
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
         # Those before it are like it in calls of the best size, or as they have been of late.
@@ -295,7 +304,7 @@ class Scheduler:
 
     def _hand_over(self, item: Pending | Callable[[], None]) -> bool:
         with self._state_lock:
-            if not self._stopped:
+            if not self._stopped and os.getpid() == self._owner:  # a fork's copy has no thread
                 self._arrived.append(item)
                 self._wake()
                 return True
@@ -330,6 +339,7 @@ class Scheduler:
             self.accepting, self._stopped = False, True
         inside = [item for item in self._arrived if isinstance(item, Pending)]
         inside += [pending for call in self._calls.values() for pending in call.pending]
+        inside += [pending for pending, _ in self._ended]
         for model in list(self._models.values()):
             inside += model.waiting.values()
             model.waiting.clear()
@@ -346,19 +356,22 @@ class Scheduler:
                 item()
         for outcome in outcomes:
             self._settle(outcome)
+        now = self._looked = time.monotonic()  # a call that begins here may have its next one here
         self._expire_running(now)
         for model in list(self._models.values()):  # `add` runs in other threads
             late = self._take(model, model.queue.expire(now))
             self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
         while self._dispatch_one(now) or self._dispatch_next(now):
             pass
+        while self._ended:  # told after the engines have their calls
+            self._end(*self._ended.popleft(), None)
 
     def _next_check(self, now: float) -> float:
         checks = [self._workers.next_check(now)]
         checks += [model.queue.next_deadline() for model in list(self._models.values())]
         for call in self._calls.values():
             checks += [p.place.deadline for p in call.pending if p.done]
-            checks += [at for at in (call.next_from, call.overdue) if at > now]
+            checks += [at for at in (call.next_from, call.overdue) if at > self._looked]
         return min(checks)
 
     def _enqueue(self, pending: Pending) -> None:
@@ -389,17 +402,17 @@ class Scheduler:
         busy = sum(call.replica.threads for call in calls if now < call.overdue)
         offers: list[tuple[_Model, Replica, Decision]] = []
         for model in list(self._models.values()):
-            idle = [r for r in self._wanted(model) if not r.calls]
-            idle = [r for r in idle if not busy or busy + r.threads <= self._cpus]
-            if idle:
+            if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
                 replica = min(idle, key=lambda r: r.latency.engine_seconds(1, 1))
                 decision = self._decide(model, replica, now)
                 if decision.dispatch:
                     offers.append((model, replica, decision))
         if not offers:
             return False
-        at = self._choose(offers, now) if len(offers) > 1 else 0
-        self._start(*offers[at], now)
+        first = offers[self._choose(offers, now) if len(offers) > 1 else 0]
+        if busy and busy + first[1].threads > self._cpus:
+            return False  # until there are enough: others would never leave as many at a time
+        self._start(*first, now)
         return True
 
     def _dispatch_next(self, now: float) -> bool:
@@ -470,20 +483,19 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
             self._events.emit("planner_failed", model.name, reason=repr(error))
             return Decision((next(iter(model.queue)),), (), 0.0)
+        if decision.drop and not (decision.dispatch or replica.calls or model.is_known(start)):
+            return planner.probe(model.queue, replica.latency)
         late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
         self._settle_with(self._take(model, decision.drop), late)
         return decision
 
-    def _lose(self, gone: GaveUp) -> None:
-        for model in list(self._models.values()):
-            if len(model.replicas) > 1:
-                model.replicas.pop(gone.actor, None)  # the others go on
-            elif gone.actor in model.replicas:
-                self._fail(model, gone.message)
-
     def _settle(self, outcome: Outcome) -> None:
         if isinstance(outcome, GaveUp):
-            self._lose(outcome)
+            for model in list(self._models.values()):
+                if len(model.replicas) > 1:
+                    model.replicas.pop(outcome.actor, None)  # the others go on
+                elif outcome.actor in model.replicas:
+                    self._fail(model, outcome.message)
         elif call := self._calls.pop(outcome.batch, None):
             self._end_call(call, outcome)
 
@@ -502,9 +514,8 @@ class Scheduler:
                 pace = (now - call.begun) / len(call.pending) - call.model.pace
                 call.model.pace += pace / _RECENT
                 self._events.emit("batch_completed", name, engine_seconds=engine_seconds)
-                self._last_answer = now
-                for pending, answer in zip(call.pending, answers, strict=True):
-                    self._end(pending, answer, None)
+                self._last_answer = call.model.seen = now
+                self._ended += zip(call.pending, answers, strict=True)
             case Refused(message=message, invalid=invalid):
                 kind = RequestError if invalid else ActorError
                 error = kind(f"the engine refused the request: {message}")

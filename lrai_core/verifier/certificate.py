@@ -13,6 +13,7 @@ import msgspec
 from lrai_core.artifact import CERTIFICATES, SCHEMA_VERSION, Artifact, disk_errors, read_record
 from lrai_core.errors import ArtifactError, UsageError, VerificationError, shorten
 from lrai_core.protocol import OutputMap
+from lrai_core.verifier.spec import round_up
 
 CONFIDENCE: Final = 0.95
 _MAX_BYTES: Final = 4 << 20
@@ -43,7 +44,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Refuse what cannot be certified, and what no certificate can say."""
         for name, holds, allowed in (
             ("epsilon", 0 < self.epsilon < math.inf, "above 0 and finite"),
-            ("radius", 0 <= self.radius < math.inf, "0 or more and finite"),
+            ("radius", 0 <= self.radius < 1e300, "0 or more and finite"),
             ("samples", 1 <= self.samples < 1 << 32, "1 or more and below 2^32"),
             ("seed", self.seed >= 0, "0 or more"),
             ("confidence", 0 < self.confidence < 1 - 1e-9, "above 0 and below 1 - 1e-9"),
@@ -104,8 +105,9 @@ class Certificate(Spec, frozen=True, kw_only=True):
         maps = ", ".join(f"{name} ({kind})" for name, kind in self.output_maps.items())
         box = f"within {self.radius:g} of an evaluation row"
         inputs = box if self.radius else "like the evaluation rows"
+        share = f"{100 * round_up(self.upper_bound, 3):g}%"  # more would be said by less
         return (
-            f"with {self.confidence:.0%} confidence, for all but {self.upper_bound:.2%} of inputs "
+            f"with {100 * self.confidence:.10g}% confidence, for all but {share} of inputs "
             f"{inputs} no element of {maps} of variant {self.variant} differs from the source "
             f"model by more than {self.epsilon:g} "
             f"({len(self.failures)} failures in {self.samples}, {self.environment})"

@@ -21,6 +21,7 @@ from lrai_core.config import LimitsConfig
 from lrai_core.errors import CalibrationError, RequestError, VerificationError, shorten
 from lrai_core.protocol import Array, Signature, Tensor, TensorSpec, encode_bytes, validate
 
+Data = str | Path | Mapping[str, Any]
 LABEL: Final = "label"
 _MOST_GROUPS: Final = 64  # of one column
 _KEPT_BYTES: Final = 16 << 20
@@ -62,10 +63,7 @@ class Rows:
 
 
 def read_rows(
-    data: str | Path | Mapping[str, Any],
-    signature: Signature,
-    what: str,
-    groups: Sequence[str] = (),
+    data: Data, signature: Signature, what: str, groups: Sequence[str] = ()
 ) -> tuple[Rows, int]:
     """Return the distinct rows of `data`, and how many repeated rows were left out.
 
@@ -136,7 +134,7 @@ def load_rows(path: Path, signature: Signature) -> Rows:
     return rows
 
 
-def _load(data: str | Path | Mapping[str, Any], names: list[str], what: str) -> dict[str, Array]:
+def _load(data: Data, names: list[str], what: str) -> dict[str, Array]:
     if isinstance(data, Mapping):
         return _named(data, names, what)
     path = Path(data)

@@ -24,7 +24,7 @@ from lrai_core.verifier.sample import Rows, load_rows
 from lrai_core.verifier.spec import difference
 
 ASSUMPTIONS = {
-    "evaluation": "future inputs are exchangeable with the evaluation rows",
+    "evaluation": "future inputs are exchangeable with the evaluation rows, each counted once",
     "box": "future inputs are an evaluation row with uniform noise of at most the radius on each "
     "floating-point element; this says nothing about other inputs",
 }

@@ -180,9 +180,35 @@ def test_whatever_is_given_makes_a_config_or_a_usage_error(layer: dict[str, obje
     assert layer == {}
 
 
-def test_cpus_are_those_of_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_are_those_of_the_affinity_mask(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lrai_core.config._QUOTA", tmp_path / "none")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
     assert available_cpus() == 3
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"),
+    [
+        ("200000 100000", 2),
+        ("150000 100000", 1),
+        ("50000 100000", 1),
+        ("900000 100000", 3),
+        ("max 100000", 3),
+        ("", 3),
+        (None, 3),
+    ],
+)
+def test_cpus_are_no_more_than_the_quota_of_the_cgroup(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str | None, cpus: int
+) -> None:
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota)
+    monkeypatch.setattr("lrai_core.config._QUOTA", file)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
+    assert available_cpus() == cpus
 
 
 def test_the_working_folder_cannot_choose_a_program_to_run() -> None:

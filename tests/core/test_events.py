@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from lrai_core.events import Event, EventBus
 
 
@@ -65,3 +67,16 @@ def test_counts_are_a_copy() -> None:
     bus.emit("actor_ready")
     bus.counts()["actor_ready"] = 99
     assert bus.counts() == {"actor_ready": 1}
+
+
+def test_what_somebody_has_to_know_is_logged_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bus = EventBus()
+    bus.emit("request_failed", "model", reason="late")
+    bus.emit("actor_lost", "model@1", reason="the model's process ended with signal SIGKILL")
+    bus.close()
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("lrai.runtime", "WARNING")
+    said = "model@1: actor lost (reason the model's process ended with signal SIGKILL)"
+    assert record.getMessage() == said

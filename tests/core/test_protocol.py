@@ -102,6 +102,11 @@ def test_wanted_outputs_keep_the_callers_order() -> None:
     assert checked({"x": np.zeros((1, 3), np.float32)}, outputs=("z", "y")).outputs == (1, 0)
 
 
+def test_a_datatype_that_the_protocol_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="datatype 'BF16' of 'x' is unknown"):
+        spec("x", "BF16")
+
+
 @pytest.mark.parametrize("datatype", NUMERIC)
 def test_every_datatype_survives_raw_content_bit_for_bit(datatype: str) -> None:
     values = np.arange(6).reshape(2, 3).astype(DATATYPES[datatype])

@@ -193,3 +193,19 @@ def test_a_place_that_cannot_be_written_harms_nobody(
     watch = Watch(Traffic(SIGNATURE), tmp_path / "file" / "m", lambda save: save())
     watch.see(request(1))
     assert "traffic is not kept" in caplog.text
+
+
+def test_rows_that_go_into_no_array_are_told_of_and_harm_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a model whose inputs have free dimensions that are no length axis."""
+    free = lrai.TensorSpec(name="x", datatype="FP32", shape=("batch", "width"), batch_axis=0)
+    signature = lrai.Signature(inputs=(free,), outputs=())
+    traffic = Traffic(signature, capture_rows=10)
+    watch = Watch(traffic, tmp_path / "m", lambda _: None)
+    for width in (2, 3):
+        inputs = {"x": np.zeros((1, width), np.float32)}
+        asked = lrai.InferenceRequest(model_name="m", inputs=inputs)
+        watch.see(validate(asked, signature, LimitsConfig()))
+    watch.save()
+    assert "traffic is not kept" in caplog.text

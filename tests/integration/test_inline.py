@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -243,6 +244,63 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
         go_on.set()
         caller.join()
     assert inline.ready() == "idle"
+
+
+def test_who_waits_behind_others_is_told_in_time_and_nothing_is_left_of_anybody(
+    inline: lrai.Runtime,
+) -> None:
+    """A low priority is no reason to be kept waiting beyond the time that was given."""
+    stop, (here,) = threading.Event(), inline._backend._here.values()  # type: ignore[attr-defined]
+
+    def busy() -> None:
+        while not stop.is_set():
+            inline.infer(request(1.0))
+
+    threads = [threading.Thread(target=busy) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    low = request(2.0)
+    low = msgspec.structs.replace(low, timeout_ms=30.0, parameters={"priority": 7})
+    began, outcomes = time.monotonic(), list[object]()
+    for _ in range(20):
+        try:
+            outcomes.append(inline.infer(low))
+        except lrai.DeadlineExceeded as error:
+            outcomes.append(error)
+    seconds = time.monotonic() - began
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 20
+    assert seconds < 20 * 1.0, "each within its time, and a call"
+    assert len(here._queue._deadlines) < 50, "of the many that were answered nothing is kept"
+
+
+def test_a_model_that_was_slow_once_is_tried_again(inline: lrai.Runtime) -> None:
+    (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
+    here._latency.scale = 1e6  # as it was learned
+    hurried = msgspec.structs.replace(request(1.0), timeout_ms=500.0)
+    with pytest.raises(lrai.DeadlineExceeded):
+        inline.infer(hurried)
+    here._seen -= 2.0  # seconds ago
+    assert inline.infer(hurried).outputs["logits"].shape == (1, 10)
+    here._latency.scale = 1e6
+    assert isinstance(together(inline, [hurried, hurried])[0], lrai.DeadlineExceeded)
+    here._seen -= 2.0
+    answers = together(inline, [hurried, hurried])
+    assert [type(answer) for answer in answers].count(lrai.InferenceResponse) >= 1
+
+
+def test_what_can_be_in_time_in_calls_that_are_shared_is_not_refused(inline: lrai.Runtime) -> None:
+    """One after the other they would be late."""
+    (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
+    latency = here._latency
+    latency.overhead_seconds = 0.05
+    alone = latency.call_seconds(1, 0) * latency.margin
+    given_ms = 32 * alone * 1e3 / 3
+    some = [msgspec.structs.replace(request(float(i)), timeout_ms=given_ms) for i in range(32)]
+    answers = together(inline, some)
+    assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
 
 
 def test_a_runtime_that_drains_takes_nothing_together_either(inline: lrai.Runtime) -> None:

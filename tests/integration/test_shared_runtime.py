@@ -25,6 +25,7 @@ import zmq
 
 import lrai_core as lrai
 from lrai_core.wire.messages import PROTOCOL_VERSION, Segment, encode
+from lrai_deployments.deployments import Deployments
 from lrai_shared import messages
 from lrai_shared.arena import Arena
 from lrai_shared.client import is_running, start_daemon
@@ -791,6 +792,54 @@ def test_what_a_killed_daemon_had_loaded_the_next_one_loads_and_no_more(
         assert {model.name for model in runtime.models()} == {"a", "c"}
         content = json.loads((folder / "deployments.json").read_text())
         assert set(content["deployments"]) == {"a", "c"}
+
+
+def test_who_is_killed_while_it_restores_leaves_the_rest_to_the_next(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    state = {"runtime.state_dir": str(tmp_path / "state"), "actor.threads": 1}
+    config, names = lrai.load_config(call=state), {"a", "b", "c"}
+    first = Deployments(config)
+    for name in names:
+        first.load(str(classifier_fp32.path), name=name)
+    content = (tmp_path / "state" / "deployments.json").read_bytes()
+    first.close()
+    (tmp_path / "state" / "deployments.json").write_bytes(content)  # as of one that was killed
+
+    class Killed(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        committed: list[str] = []
+        commit = Deployments._commit
+
+        def once(self: Deployments, name: str, *arguments: Any) -> None:
+            if committed:
+                raise Killed
+            commit(self, name, *arguments)
+            committed.append(name)
+
+        patch.setattr(Deployments, "_commit", once)
+        second = Deployments(config)
+        with pytest.raises(Killed):
+            second.restore()
+    kept = json.loads((tmp_path / "state" / "deployments.json").read_bytes())
+    assert set(kept["deployments"]) == names
+    second.close()
+
+
+def test_many_refusals_at_once_all_come_with_their_reason(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    """More than one message can hold, of a model that names all that it takes."""
+    with lrai.Runtime.open(classifier_fp32, address="auto", name="n" * 400) as runtime:
+        for number in range(6):
+            runtime.load(classifier_fp32, name=f"{number}" * 400)
+        wrong = [request(model_name=f"not {number}") for number in range(4000)]
+        futures = [runtime._backend.start(one) for one in wrong]
+        refused = [future.exception(30) for future in futures]
+        assert {type(error) for error in refused} == {lrai.ModelNotFound}
+        assert runtime.infer(request(model_name="n" * 400)).outputs["logits"].shape == (1, 10)
 
 
 def test_a_record_that_cannot_be_read_keeps_no_daemon_from_starting(

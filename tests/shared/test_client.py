@@ -399,6 +399,18 @@ def test_what_cannot_be_sent_is_its_callers_error_and_nobody_elses(
     assert value(good) < value(later)
 
 
+@pytest.mark.parametrize("value", [np.float64(0.5), object(), "\ud800", 1 << 70])
+def test_an_argument_that_cannot_be_sent_ends_nothing_but_its_own_call(
+    daemon: Daemon, attached: Attached, value: object
+) -> None:
+    good = attached.start(request())
+    with pytest.raises(lrai.UsageError, match="route: an argument cannot be sent"):
+        attached.call("route", {"name": "m", "shares": {"a": value}}, object)
+    later = attached.start(request())
+    daemon.answer(*daemon.take(2))
+    assert globals()["value"](good) < globals()["value"](later)
+
+
 def test_tensors_arrive_as_they_were_given(daemon: Daemon, attached: Attached) -> None:
     words = np.array([["ä", ""]], object)
     wide = np.arange(6, dtype=np.float32).reshape(2, 3).data

@@ -228,3 +228,38 @@ def test_a_model_that_does_not_keep_rows_apart_answers_nobody(bench: Bench) -> N
     whole = TensorFrame("FP32", (1, 3), 0, 0, 12)
     why = "output 'y' has shape [1, 3] for 2 rows"
     assert bench.hear(Executed(1, 0.01, (whole,)), bytes(12)) == [Refused(1, why, invalid=False)]
+
+
+def test_who_was_stopped_with_its_actors_kills_none_of_them(bench: Bench) -> None:
+    """A container that is paused for a while: nobody has heard of anybody."""
+    bench.dispatch(1)
+    before = bench.process
+    bench.poll(60.0)
+    assert bench.process is before
+    bench.poll(HANG_SECONDS * 0.9)
+    assert bench.process is before
+    bench.poll(HANG_SECONDS)
+    bench.poll()
+    assert bench.pool.state("m")[0] != "ready", "since then it was silent for too long"
+
+
+def test_an_actor_that_cannot_be_started_again_at_once_is_started_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where descriptors are short for a moment, say: neither the model is given up nor the loop."""
+
+    def none_left() -> object:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("socket.socketpair", none_left)
+        bench.process.kill()
+        for _ in range(3):
+            bench.poll(1.0)
+    assert bench.events.counts()["actor_lost"] >= 2
+    assert "model_failed" not in bench.events.counts()
+    while bench.pool.state("m")[0] == "waiting":
+        bench.poll(1.0)
+    bench.hear(Hello(PROTOCOL_VERSION))
+    bench.hear(Ready(0.1))
+    assert bench.pool.state("m")[0] == "ready"

@@ -89,6 +89,17 @@ def test_rows_that_depend_on_one_another_have_no_batch_axis(tmp_path: Path) -> N
     assert "depend on the rows beside it" in why
 
 
+def test_a_number_for_all_rows_has_no_batch_axis_and_nothing_is_coalesced(tmp_path: Path) -> None:
+    """A loss beside the scores, say."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["y"]),
+        helper.make_node("ReduceSum", ["x"], ["loss"], keepdims=0),
+    ]
+    outputs = [value("y", ["batch", 3]), value("loss", [])]
+    signature, _ = found(model(nodes, [value("x", ["batch", 3])], outputs), tmp_path)
+    assert not signature.coalescible
+
+
 def test_a_fixed_first_dimension_is_no_batch_axis(tmp_path: Path) -> None:
     proto = linear()
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1

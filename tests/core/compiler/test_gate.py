@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from lrai_core.compiler.gate import Conditions, Judged, check_row_count, judge, run, run_alone
-from lrai_core.errors import CalibrationError
+from lrai_core.errors import CalibrationError, UsageError
 from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import FAR
 
-CLASSES = 5
+CLASSES = 6
 
 
 class Fake:
@@ -149,10 +149,10 @@ def test_a_demanded_closeness_is_judged_too() -> None:
     nudge = np.float32(0.003)
     close = Conditions(epsilon=0.01, delta=0.02)
     closer = Conditions(epsilon=0.001, delta=0.02)
-    assert judged(lambda x: x + nudge, rows(300), "softmax", close).result.passed
+    assert judged(lambda x: x + nudge, rows(600), "softmax", close).result.passed
     # A constant shift vanishes in softmax: nudge one class only.
     one = np.eye(1, CLASSES, dtype=np.float32) * np.float32(0.02)
-    found = judged(lambda x: x + one, rows(300), "softmax", closer).result
+    found = judged(lambda x: x + one, rows(600), "softmax", closer).result
     assert not found.passed
     assert "epsilon 0.001" in found.why
 
@@ -188,6 +188,38 @@ def test_labels_that_name_no_class_are_refused(moved: int) -> None:
     sample = rows(400, labelled=True)
     assert sample.labels is not None
     sample = Rows(sample.inputs, sample.labels + moved, sample.hashes)
-    words = f"labels are {max(moved, -1)} to .*, classes 0 to 4"
+    words = f"labels are {max(moved, -1)} to .*, classes 0 to 5"
     with pytest.raises(CalibrationError, match=words):
         judged(lambda x: x, sample)
+
+
+def test_labels_of_which_the_source_hits_none_are_refused() -> None:
+    """Off by one, say, within the classes: no form could lose anything."""
+    sample = rows(400, labelled=True)
+    assert sample.labels is not None
+    sample = Rows(sample.inputs, (sample.labels + 1) % CLASSES, sample.hashes)
+    with pytest.raises(CalibrationError, match=r"right on 0\.00% of rows; are the labels its"):
+        judged(lambda x: x, sample)
+
+
+def test_top5_of_five_classes_is_refused() -> None:
+    sample = rows(400, labelled=True)
+    sample = Rows([[row[0][:, :5]] for row in sample.inputs], np.zeros(400, int), sample.hashes)
+    with pytest.raises(CalibrationError, match="metric top5 says nothing of 5 classes"):
+        judged(lambda x: x, sample, conditions=Conditions(metric="top5"))
+
+
+def test_a_row_of_nan_hits_no_label() -> None:
+    """Not even the first one, which an order of scores would put first."""
+    sample = rows(400, labelled=True)
+    inputs = [[np.abs(row[0]) * [1, 0, 0, 0, 0, 0]] for row in sample.inputs]
+    inputs = [[row[0].astype(np.float32)] for row in inputs]
+    sample = Rows(inputs, np.zeros(400, int), sample.hashes)
+    assert judged(lambda x: x, sample).result.passed
+    found = judged(lambda x: np.full_like(x, np.nan), sample).result
+    assert (found.passed, found.accuracy_loss) == (False, 1.0)
+
+
+def test_an_epsilon_that_is_infinite_is_refused() -> None:
+    with pytest.raises(UsageError, match="epsilon is inf, it must be above 0, and finite"):
+        Conditions(epsilon=float("inf"))

@@ -144,3 +144,18 @@ def test_lengths_are_measured_whichever_input_has_them() -> None:
     lengths = {length for _, length in points(Signature(inputs=(image, ids), outputs=()), [])}
     assert 0 not in lengths
     assert max(lengths) == 128
+
+
+@pytest.mark.parametrize(("row_us", "short"), [(1, True), (100, False)])
+def test_a_model_is_short_where_its_largest_call_is(row_us: int, short: bool) -> None:
+    """By rows and length: 32 rows of .1 ms are worth several threads, though one is not."""
+
+    class Slow:
+        def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
+            time.sleep(arrays[0].shape[0] * row_us * 1e-6)
+            return [arrays[0]]
+
+    spec = TensorSpec(name="x", datatype="FP32", shape=("n", 2), batch_axis=0)
+    signature = Signature(inputs=(spec,), outputs=(spec,))
+    rows = [[np.ones((1, 2), np.float32)]] * 3
+    assert search.is_short(Slow(), rows, signature) is short

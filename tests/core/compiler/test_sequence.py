@@ -13,6 +13,7 @@ import pytest
 
 from lrai_core import confidence
 from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler import search
 from lrai_core.compiler.compiler import _Compilation
 from lrai_core.compiler.gate import Conditions
 from lrai_core.compiler.search import Candidate
@@ -91,24 +92,25 @@ def test_where_memory_is_wanted_the_smallest_that_passes_and_is_not_slower_is_ch
     work = compilation(forms, sizes=(1000, 100, 200, 150, 300, 980, 204))
     work.judge(4)
     assert kept(work) == ["as small", "small", "fast", "fp32"]
-    assert work._together() == []
     assert "a gain of 1.04 is worth it" in why(work, "slow")
     assert "a gain of 1.04 is worth it" in why(work, "same")
     assert "delta 5.00% allowed" in why(work, "wild")
 
 
-def test_where_an_engine_has_several_threads_one_variant_serves_alone() -> None:
-    work = compilation([("near", 2, 0.01, 0), ("far", 2, 0.02, 0)])
-    times = {"fp32": (4.0, 4.0), "near": (1.0, 3.0), "far": (3.0, 1.0)}
+def test_others_serve_beside_what_is_chosen_where_that_makes_calls_faster() -> None:
+    work = compilation([("near", 2, 0.01, 0), ("far", 2, 0.02, 0), ("slow", 1.2, 0.005, 0)])
+    times = {"fp32": (0.5, 8.0), "near": (1.0, 3.0), "far": (3.0, 1.0), "slow": (1.2, 3.2)}
     for candidate in work.candidates:
         candidate.latency = [
             LatencyPoint(rows=rows, length=0, median_ms=ms, spread_ms=0)
             for rows, ms in zip((1, 8), times[candidate.form], strict=True)
         ]
-    work.judge(3)
-    assert work._together() == []
-    work.threads = 1
-    assert len(work._together()) == 1
+    fp32, near, far, slow = work.candidates
+    assert search.beside(near, [slow, far, fp32], 1) == [far, fp32]
+    assert search.beside(fp32, [near, far], 1) == [near, far]
+    assert search.beside(near, [slow, far, fp32], 2) == []
+    fp32.size_bytes = 9 << 20  # too much to have in memory twice
+    assert search.beside(near, [slow, far, fp32], 1) == [far]
 
 
 def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
@@ -176,7 +178,7 @@ def test_what_closer_forms_are_as_fast_as_is_not_judged() -> None:
     assert kept(work) == ["near", "fp32"]
     assert "closer ones are as good" in why(work, "far")
     assert "is worth it" in why(work, "slow")
-    assert work.judged == 1
+    assert work.judged == 2  # fp32 is the other one that may be chosen
 
 
 def test_a_form_that_does_not_run_is_a_reason() -> None:

@@ -151,7 +151,7 @@ def test_padding_is_the_declared_value_at_the_end_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize("datatype", ["float16", "float32", "int8", "uint64", "bool"])
 def test_joining_keeps_the_dtype_though_the_pad_value_is_a_float(datatype: str) -> None:
-    padded = Signature(inputs=(spec("x", "ANY", FREE, length_axis=1, pad_value=1.0),), outputs=())
+    padded = Signature(inputs=(spec("x", "FP32", FREE, length_axis=1, pad_value=1.0),), outputs=())
     arrays = [np.zeros((1, n), dtype=datatype) for n in (1, 2)]
     (joined,) = coalesce([[array] for array in arrays], padded)
     assert joined.dtype == np.dtype(datatype)

@@ -154,3 +154,21 @@ def test_of_one_variant_there_is_nothing_to_choose() -> None:
     model = latency_of([[point(1, 0, 0.010)]])
     assert type(model) is LatencyModel
     assert model.variant(1, 0) == model.variant(100, 0) == 0
+
+
+def test_a_variant_that_lost_its_calls_to_a_slow_phase_gets_them_back() -> None:
+    """Of what does not run nothing is heard, so what was learned of it is not for ever."""
+    model = latency_of([[point(1, 0, 0.001)], [point(1, 0, 0.002)]])
+    for _ in range(60):  # a neighbour has the machine for a while
+        model.observe(1, 0, None, 0.0023, 0)
+        if model.variant(1, 0) == 1:
+            break
+    assert model.variant(1, 0) == 1
+    calls = 0
+    while model.variant(1, 0) == 1:
+        model.observe(1, 0, None, 0.002, 1)
+        calls += 1
+        assert calls < 300
+    for _ in range(50):
+        model.observe(1, 0, None, 0.001, 0)
+        assert model.variant(1, 0) == 0

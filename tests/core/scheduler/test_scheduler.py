@@ -1045,6 +1045,69 @@ def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
     scheduler.close()
 
 
+# What nobody has seen for a while
+
+
+def test_a_model_that_was_slow_once_is_tried_again(bench: Bench, clock: Clock) -> None:
+    """What was learned holds for a second; then one is run, late or not, to see how it is now."""
+    latency = bench.latency()
+    for _ in range(50):
+        latency.observe(1, 0, 0.2, 0.2)
+    with pytest.raises(DeadlineExceeded, match="the model takes"):
+        bench.submit(timeout_ms=50)
+    clock.now += 1.5
+    tried, other = bench.submit(timeout_ms=50), bench.submit(timeout_ms=40)
+    bench.step()
+    assert not tried.done()
+    assert len(bench.workers.dispatched) == 1
+    bench.workers.answer()  # in 10 ms
+    bench.step()
+    assert tried.exception(0) is None
+    assert isinstance(failure(other), DeadlineExceeded), "one call, and it is known again"
+
+
+def test_a_model_with_more_threads_gets_its_cpus_in_its_turn(bench: Bench, clock: Clock) -> None:
+    """Others that leave one CPU at a time, and are never without work, would keep it from them."""
+    bench.scheduler._cpus = 2
+    bench.scheduler.add("wide", [Replica("wide", PROFILE, threads=2)])
+    bench.add("n")
+    bench.submit()
+    bench.submit(model="n")
+    bench.step()
+    wide = bench.submit(model="wide")
+    clock.now += 0.005
+    bench.submit()
+    bench.submit(model="n")
+    bench.workers.answer("m")
+    bench.step()
+    assert "m" not in bench.workers.calls, "its turn comes after the wide one's"
+    bench.workers.answer("n")
+    bench.step()
+    assert set(bench.workers.calls) == {"wide"}
+    bench.workers.answer("wide")
+    bench.step()
+    assert wide.exception(0) is None
+    for model in ("m", "n"):
+        bench.workers.answer(model)
+    bench.step()
+
+
+def test_who_was_answered_is_told_after_the_engine_has_its_next_call(bench: Bench) -> None:
+    order: list[str] = []
+    first = bench.submit()
+    first.add_done_callback(lambda _: order.append("told"))
+    bench.step()
+    bench.submit()
+    bench.workers.when_asked = lambda: order.append("dispatched")
+    bench.workers.answer()
+    bench.step()
+    assert order[-1] == "told"
+    assert len(bench.workers.dispatched) == 2
+    bench.workers.when_asked = lambda: None
+    bench.workers.answer()
+    bench.step()
+
+
 # Whatever happens, in any order
 
 

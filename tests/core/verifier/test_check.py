@@ -388,6 +388,22 @@ def test_what_was_demanded_is_at_the_whole_level_only_where_it_was_judged(
     assert bound == pytest.approx(1 - 0.01 ** (1 / 100))  # 5 % shared by five candidates
 
 
+def test_what_was_demanded_at_home_is_still_shown_where_it_was_measured_again(
+    tmp_path: Path,
+) -> None:
+    """Then the manifest says that nothing was demanded; what was certified before is as true."""
+    path, asked = tmp_path / "small.lrai", {"epsilon": 0.003, "delta": 0.03}
+    rows = small_artifact.rows(100)
+    small_artifact.build(path, factor=2.001, evaluation=rows, candidates=CANDIDATES)
+    small_artifact.rewrite(path, {"demanded": [0.003, 0.03]})
+    home = Artifact.open(path)
+    (own,) = verify(home, Spec(epsilon=0.003))
+    again = Artifact(path, msgspec.structs.replace(home.manifest, demanded=None), home.sha256)
+    assert require_certificate(again, "int8", asked).id == own.id
+    with pytest.raises(ConditionNotMet):
+        require_certificate(again, "int8", asked | {"delta": 0.02})
+
+
 def test_the_draws_of_a_box_are_not_held_in_memory(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,10 @@ def test_text_is_the_same_or_infinitely_far() -> None:
         ("raw", [[NAN, 1.0]], [[NAN, 1.0]], False),
         ("raw", [[INF, 1.0]], [[INF, 1.0]], True),
         ("raw", [[1.0, 1.0]], [[INF, 1.0]], False),
+        ("raw", [[0.0, -INF]], [[-0.7, -0.7]], False),  # of an infinity all would be one percent
+        ("raw", [[INF, 1.0]], [[-INF, 1.0]], False),
+        ("raw", [[-INF, 100.0]], [[-INF, 100.9]], True),  # masked on both sides
+        ("raw", [[-INF, 100.0]], [[-INF, 101.1]], False),
         ("softmax", [[1.0, 2.0]], [[-5.0, 0.1]], True),
         ("softmax", [[1.0, 2.0]], [[2.0, 1.0]], False),
         ("softmax", [[1.0, 2.0]], [[1.0, NAN]], False),
