@@ -169,8 +169,12 @@ def _numbers(values: list[Any], spec: TensorSpec) -> Array:
     if wanted.kind == "O":
         return np.asarray(values, dtype=np.object_)
     try:
-        if wanted.kind in "iu":
-            return np.asarray(values, dtype=wanted)
+        if wanted.kind in "iu":  # by way of Python's, which numpy does not wrap round
+            each, limits = np.asarray(values, dtype=np.object_), np.iinfo(wanted)
+            whole = [int(one) for one in each.flat]
+            if not all(limits.min <= one <= limits.max for one in whole):
+                raise OverflowError
+            return np.asarray(whole, dtype=wanted).reshape(each.shape)
         return np.asarray(values, dtype=np.float64)
     except (ValueError, OverflowError):
         raise InvalidTensor(spec.name, f"a value is no {spec.datatype}") from None
@@ -211,6 +215,8 @@ def _rows(outputs: Mapping[str, Array]) -> list[Any]:
     if len(columns) == 1:
         rows = columns[0]
         return rows if isinstance(rows, list) else [rows]
+    if not next(iter(outputs.values())).ndim:  # a number each, for all rows
+        return [dict(zip(outputs, columns, strict=True))]
     return [dict(zip(outputs, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -219,7 +225,7 @@ def _csv_of(outputs: Mapping[str, Array]) -> bytes:
     for name, output in outputs.items():
         if not output.ndim or len(output) != len(next(iter(outputs.values()))):
             raise NotAcceptable(f"output {name!r} has no line for each row; ask for JSON")
-        flat.append(output.reshape(len(output), -1).tolist())
+        flat.append(output.reshape(len(output), math.prod(output.shape[1:])).tolist())
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerows([value for part in row for value in part] for row in zip(*flat, strict=True))

@@ -102,8 +102,8 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
         array = np.asarray(value)
         if array.dtype.kind == "O" and wanted.kind == "f":
             array = np.asarray(value, dtype=np.float64)
-        elif isinstance(value, list) and array.dtype.kind in "iu" and wanted.kind == "f":
-            array = array.astype(np.float64)  # JSON has one kind of number
+        elif array.dtype.kind in "iu" and wanted.kind == "f":
+            array = array.astype(np.float64)  # JSON has one kind of number, whoever has parsed it
         elif isinstance(value, list) and array.dtype.kind == "f" and wanted.kind in "iu":
             exact = np.asarray(value, dtype=np.object_)  # of which float64 would round some
             cast = exact.astype(wanted)
@@ -112,7 +112,10 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
         if "inhomogeneous" in str(error):
             raise InvalidTensor(name, "its rows have different shapes") from None
         raise InvalidTensor(name, f"holds what is no {wanted}") from None
-    return lossless(array, wanted)
+    fitted = lossless(array, wanted)
+    if fitted is not array and np.any(np.isinf(fitted) & np.isfinite(array)):
+        raise InvalidTensor(name, f"holds a number beyond what {wanted} can")
+    return fitted
 
 
 def text(output: Array) -> Array:

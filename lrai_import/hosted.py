@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,11 +32,13 @@ from lrai_core import (
     explain_config,
     load_config,
 )
+from lrai_core.verifier.verifier import environment
 
+_log: Final = logging.getLogger("lrai.hosted")
 _QUICK_MS: Final = 10.0  # the way to an actor adds about one
 _REQUIRE: Final = "require."
 _WHERE: Final = (  # who sets one of these wants processes of the model's own
-    *("runtime.address", "runtime.memory_mib"),
+    *("runtime.address", "runtime.memory_mib", "runtime.capture_rows"),  # who tunes asks that one
     *("actor.isolation", "actor.replicas", "actor.python"),
 )
 # Of zeros, which a model need not take; not those of a queue that is full, or of no such model.
@@ -115,6 +118,24 @@ def asked(given: Mapping[str, Any]) -> Asked:
     shared = {} if "runtime.address" in said else {"LRAI_RUNTIME": "auto"}
     config = load_config(environ={**shared, **os.environ}, host=left)
     return Asked(config, own, require or None, variant, not said)
+
+
+def load(runtime: Runtime, artifact: Artifact | str, name: str, **how: Any) -> str:
+    """Load it as `Runtime.load` would; return the variant that serves, and log it.
+
+    A warning where that is none that was asked for, which was made for other machines.
+    """
+    runtime.load(artifact, name=name, **how)
+    found = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact, verify=False)
+    manifest = found.manifest
+    wanted = how.get("variant") or manifest.chosen
+    mine = (m.variant for m in runtime.models() if (m.name, m.version) == (name, found.version))
+    serving, made_for = next(mine, wanted), manifest.made_for(manifest.variant(wanted))
+    if serving != wanted and made_for != environment(manifest.variant(wanted)):
+        words = "model %s: %s serves in place of %s, made for %s; lrai requalify measures it here"
+        _log.warning(words, name, serving, wanted, made_for)
+    _log.info("model %s is loaded: %s", name, serving)
+    return serving
 
 
 def is_quick(artifact: Artifact, variant: str = "") -> bool:

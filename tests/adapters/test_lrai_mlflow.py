@@ -31,7 +31,7 @@ from mlflow.pyfunc import PyFuncModel
 import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
-from lrai_mlflow.held import Held
+from lrai_import.held import Held
 from lrai_mlflow.serving import ServedModel, mlflow_errors
 from lrai_mlflow.watch import Watch, tell_cap
 from tests.own_runtime import own_runtime

@@ -181,7 +181,8 @@ class Runtime:
         del self.there[name]
 
     def models(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name=name, state="ok") for name in self.there]
+        told = {"state": "ok", "version": "1", "variant": "fp32"}
+        return [SimpleNamespace(name=name, **told) for name in self.there]
 
 
 def names_of(tmp_path: Path, runtime: Runtime) -> Names:

@@ -323,6 +323,7 @@ def test_the_doctor_finds_a_folder_of_sockets_that_cannot_be_written(
 def test_an_artifact_becomes_an_entry(repository: Path, artifact: Path, run: Run) -> None:
     said = run("add", artifact, "--model-repository", repository, "--name", "small")
     assert "curl -X POST localhost:8000/v2/repository/models/small/load" in said
+    assert "lrai-key: $TRITON_REPOSITORY_KEY" in said
     assert lrai.Artifact.open(repository / "small" / "1" / "model.lrai").manifest.name == "small"
     text = (repository / "small" / "config.pbtxt").read_text()
     assert 'name: "small"\nbackend: "lrai"\n' in text

@@ -210,6 +210,9 @@ def answer(outputs: dict[str, np.ndarray[Any, Any]]) -> InferenceResponse:
 ONE = answer({"y": np.array([[0.5], [np.nan]], np.float32)})
 TWO = answer({"y": np.array([1, 2], np.int64), "t": np.array(["a", b"b"], object)})
 
+NONE = answer({"boxes": np.zeros((0, 4), np.float32)})  # a detector that found nothing
+NUMBERS = answer({"a": np.array(1.5), "b": np.array(2)})
+
 
 @pytest.mark.parametrize(
     ("response", "form", "accept", "body"),
@@ -221,6 +224,8 @@ TWO = answer({"y": np.array([1, 2], np.int64), "t": np.array(["a", b"b"], object
         (ONE, Form(media_type="text/csv", layout="instances"), "", b"0.5\nnan\n"),
         (TWO, Form(), "application/jsonlines", b'{"y":1,"t":"a"}\n{"y":2,"t":"b"}\n'),
         (ONE, Form(), "application/x-npy", npy(ONE.outputs["y"])),
+        (NONE, Form(), "text/csv", b""),
+        (NUMBERS, Form(layout="instances"), "", b'{"predictions":[{"a":1.5,"b":2}]}'),
     ],
 )
 def test_answers_are_written_as_asked(
@@ -266,3 +271,15 @@ def test_an_answer_that_does_not_fit_is_not_acceptable(
     with pytest.raises(NotAcceptable, match=problem) as caught:
         encode(response, Form(), accept)
     assert caught.value.http_status == 406
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value"),
+    [("UINT8", "300"), ("UINT8", "-1"), ("INT32", "4294967297"), ("UINT64", "-1"), ("INT8", "1.5")],
+)
+def test_a_whole_number_in_csv_that_does_not_fit_is_refused(datatype: str, value: str) -> None:
+    spec = TensorSpec(name="x", datatype=datatype, shape=("n", 2), batch_axis=0)
+    with pytest.raises(InvalidTensor, match=f"a value is no {datatype}"):
+        decode(f"1,{value}\n".encode(), "text/csv", [spec])
+    request, _ = decode(b"1, 2\n3,4\n", "text/csv", [spec])
+    assert np.asarray(request.inputs["x"]).tolist() == [[1, 2], [3, 4]]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lrai_codecs import by_name, dtype_of, fit
+from lrai_codecs.tensors import array_of
 from lrai_core import InvalidTensor, RequestError, TensorSpec
 
 IDS = TensorSpec(name="ids", datatype="INT64", shape=("n", "length"), batch_axis=0)
@@ -92,3 +93,17 @@ def test_datatypes_have_their_dtypes() -> None:
     for name in ("FP8", "", "STR", "FLOAT32;"):
         with pytest.raises(RequestError, match="is not a datatype"):
             dtype_of(name)
+
+
+def test_whole_numbers_that_another_parser_made_an_array_of_fit_an_input_of_real_ones() -> None:
+    """As MLflow's table of whole numbers only, or BentoML's tensors."""
+    array = array_of("x", np.array([[20_000_001, 5]]), np.dtype(np.float32))
+    assert array.dtype == np.float32
+    assert array.tolist() == [[20_000_000.0, 5.0]]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(70_000.0, np.float16), (1e39, np.float32)])
+def test_a_number_does_not_become_infinite(value: float, dtype: type) -> None:
+    with pytest.raises(InvalidTensor, match="holds a number beyond what float"):
+        array_of("x", [[value]], np.dtype(dtype))
+    assert array_of("x", [[float("inf")]], np.dtype(dtype)).tolist() == [[float("inf")]]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 import lrai_core as lrai
 from lrai_core.artifact import LatencyPoint
-from lrai_import.hosted import asked, is_quick
+from lrai_import.hosted import asked, is_quick, load
 from tests.core import small_artifact
 
 
@@ -55,6 +56,7 @@ def test_several_processes_or_an_unknown_number_share_a_runtime(
         ({"runtime.address": "auto"}, "auto"),
         ({"runtime.address": "/d"}, "/d"),
         ({"actor.isolation": "process"}, "auto"),
+        ({"runtime.capture_rows": 100}, "auto"),  # where `lrai tune` finds them
     ],
 )
 def test_what_is_said_counts(quick: lrai.Artifact, given: dict[str, Any], address: str) -> None:
@@ -96,3 +98,37 @@ def test_other_settings_are_another_model() -> None:
     marks += [asked({"variant": "fp32"}).mark, asked({"scheduler.latency_slo_ms": 9.0}).mark]
     assert len({"", *marks}) == 5
     assert asked({"actor.threads": 1}).mark == marks[0]
+
+
+class _Runtime:
+    """One that serves this variant, whatever is asked for."""
+
+    def __init__(self, variant: str) -> None:
+        self.variant, self.loaded = variant, dict[str, Any]()
+
+    def load(self, artifact: lrai.Artifact, *, name: str, **how: Any) -> str:
+        del artifact
+        self.loaded[name] = how
+        return name
+
+    def models(self) -> list[SimpleNamespace]:
+        same = {"variant": self.variant, "version": "0" * 12}
+        return [SimpleNamespace(name=name, **same) for name in self.loaded]
+
+
+def test_another_variant_that_serves_in_place_is_warned_of(
+    quick: lrai.Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    how: dict[str, Any] = {"variant": "", "require": None, "settings": {}}
+    assert load(cast("lrai.Runtime", runtime := _Runtime("int8")), quick, "m", **how) == "int8"
+    assert runtime.loaded == {"m": how}
+    assert caplog.records == []
+    there = cast("lrai.Runtime", _Runtime("fp32"))
+    assert load(there, quick, "m", **how) == "fp32"
+    assert caplog.records == [], "it is another one's wish, or what was measured here"
+    target = msgspec.structs.replace(quick.manifest.target, isa="mill")
+    foreign = msgspec.structs.replace(quick.manifest, target=target)
+    assert load(there, lrai.Artifact(quick.path, foreign, quick.sha256), "m", **how) == "fp32"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "model m: fp32 serves in place of int8, made for" in record.getMessage()

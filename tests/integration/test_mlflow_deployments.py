@@ -65,6 +65,26 @@ def saved(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list
     return [folder / f"model-{number}" for number in range(len(sources))]
 
 
+@pytest.mark.usefixtures("sockets")
+def test_the_columns_of_a_table_go_by_their_names(sources: list[Path], tmp_path: Path) -> None:
+    """In a file of records they are in any order, and MLflow's own server goes by names, too."""
+    names = [f"pixel {number}" for number in range(64)]
+    table = pd.DataFrame(ROWS, columns=names)
+    artifact = lrai.compile(sources[0], out=tmp_path / "m.lrai", threads=1)
+    signature = mlflow.models.infer_signature(table, pd.DataFrame({"logits": [0.5]}))
+    lrai_mlflow.save_model(artifact, tmp_path / "named", signature=signature)
+    client = mlflow.deployments.get_deploy_client("lrai")
+    client.create_deployment("named", str(tmp_path / "named"))
+    try:
+        right = client.predict("named", table).get_predictions()
+        turned = client.predict("named", table[names[::-1]].assign(more=1.0)).get_predictions()
+        pd.testing.assert_frame_equal(turned, right)
+        with pytest.raises(MlflowException, match=r"columns \['pixel 3'\] are missing"):
+            client.predict("named", table.drop(columns="pixel 3"))
+    finally:
+        client.delete_deployment("named")
+
+
 @pytest.mark.usefixtures("registry", "sockets")
 def test_tune_finds_what_serves_by_the_uri_of_its_model(
     sources: list[Path], tmp_path: Path

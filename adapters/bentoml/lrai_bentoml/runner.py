@@ -25,22 +25,22 @@ from lrai_bentoml.errors import bento_errors
 from lrai_bentoml.hooks import install, workers_of
 from lrai_bentoml.models import artifact_of, get
 from lrai_codecs import fit, text
+from lrai_import.held import Held
 from lrai_import.hosted import Asked, asked
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A runtime that serves the model, as this process is attached to it.
+    """The model in a runtime, as this process is attached to it; `tag`: its own, in the store."""
 
-    Attributes:
-        name: Of the model, in the runtime.
-        tag: Of the model, in the store.
-    """
-
-    runtime: lrai.Runtime
-    name: str
+    held: Held
     tag: bentoml.Tag
     signature: lrai.Signature
+
+    @property
+    def runtime(self) -> lrai.Runtime:
+        """Return what serves it."""
+        return self.held.runtime
 
     def request(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> lrai.InferenceRequest:
         """Return the request that values state, in the order of the model's inputs or by name."""
@@ -50,11 +50,11 @@ class Serving:
             got = f"got {len(args)} values, and {sorted(inputs)} by name"
             raise lrai.RequestError(f"{got}; the model takes {names}")
         inputs = fit(given, self.signature.inputs)
-        return lrai.InferenceRequest(model_name=self.name, inputs=inputs)
+        return lrai.InferenceRequest(model_name=self.held.name, inputs=inputs)
 
     def addressed(self, request: lrai.InferenceRequest) -> lrai.InferenceRequest:
         """Return a request for this model."""
-        return replace(request, model_name=self.name, model_version="")
+        return replace(request, model_name=self.held.name, model_version="")
 
     def named(self, answer: lrai.InferenceResponse) -> lrai.InferenceResponse:
         """Return the answer under the name and version that BentoML knows."""
@@ -144,7 +144,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """
         with contextlib.suppress(lrai.LraiError, BentoMLException):
             serving = self.load()
-            mine = [m.state for m in serving.runtime.models() if m.name == serving.name]
+            mine = [m.state for m in serving.runtime.models() if m.name == serving.held.name]
             return next((state for state in ("ok", "idle", "stalled") if state in mine), "dead")
         return "dead"
 
@@ -182,10 +182,10 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         return self._here.serving or await asyncio.to_thread(self.load)  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Let go of the runtime, which ends half a minute after the last process has."""
+        """Let go of the model, which is unloaded when the last process has."""
         serving, self._here.serving = self._here.serving, None
         if serving is not None:
-            serving.runtime.close()
+            serving.held.close()
 
     def to_info(self, alias: str | None = None) -> Any:
         """Return what a Bento writes down: the exact version, under the name that is asked for.
@@ -212,11 +212,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         asked, stored = self._asked(), get(str(self.tag))
         artifact = artifact_of(stored, verify=False)  # the actor hashes what it opens
         name = f"{stored.tag}:{artifact.version[:12]}{asked.mark}"
-        with contextlib.ExitStack() as stack:
-            runtime = stack.enter_context(lrai.Runtime(asked.config))
-            runtime.load(artifact, name=name, **asked.how)
-            stack.pop_all()  # it stays open
-        return Serving(runtime, name, stored.tag, artifact.manifest.signature)
+        return Serving(Held(artifact, asked, name), stored.tag, artifact.manifest.signature)
 
 
 runner = Runner  # called as in the rest of BentoML

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,13 @@ from numpy.typing import NDArray
 
 import lrai_core as lrai
 from lrai_codecs import by_name, fit, text
-from lrai_mlflow.held import Held
+from lrai_import.held import Held
 from lrai_mlflow.settings import settings_of
 from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 
 Array = NDArray[Any]
 Answer = dict[str, Array] | pd.DataFrame
 DATA: Final = "model.lrai"  # beside MLmodel
-_log: Final = logging.getLogger("lrai.mlflow")
 
 
 class ServedModel:
@@ -53,9 +51,6 @@ class ServedModel:
         self.held = held
         self._inputs = artifact.manifest.signature.inputs
         weakref.finalize(self, held.close)
-        if held.variant != (wanted := asked.variant or artifact.manifest.chosen):
-            made_for = artifact.manifest.made_for(artifact.manifest.variant(wanted))
-            _log.warning("%s serves in place of %s, made for %s", held.variant, wanted, made_for)
         if is_worker():
             tell_cap(artifact, held.variant)
             Watch(held, asked.config.actor.start_timeout_seconds)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Final
 
 from lrai_core import Artifact, LraiError
-from lrai_mlflow.held import Held
+from lrai_import.held import Held
 
 _APP: Final = "mlflow.pyfunc.scoring_server.app"  # what uvicorn runs, and nobody else imports
 _WORKERS: Final = "--workers"

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from lrai_core import LraiError, ModelNotFound, RequestError, Runtime, Signature
-from lrai_import.hosted import warm_up
+from lrai_import.hosted import load, warm_up
 from lrai_sagemaker.models import artifact_in
 from lrai_sagemaker.settings import Settings
 
@@ -73,7 +73,7 @@ class Names:
             artifact = artifact_in(place)
             # Two artifacts, or two containers, never meet under one name.
             key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
-            self._runtime.load(artifact, name=key, require=self._settings.require)
+            load(self._runtime, artifact, key, require=self._settings.require)
             try:
                 warm_up(self._runtime, key, artifact.manifest.signature)
             except LraiError:

@@ -12,6 +12,7 @@ import msgspec
 import uvicorn
 
 from lrai_core import LraiError, Runtime
+from lrai_import.hosted import load
 from lrai_sagemaker.app import create
 from lrai_sagemaker.logs import log, one_line, set_up_log
 from lrai_sagemaker.settings import Settings, asked_of
@@ -30,8 +31,7 @@ def main(settings: Settings, listening: int) -> None:
 
     with Runtime((asked := asked_of(settings)).config) as runtime:
         if asked.here:  # else the supervisor has loaded it, or names do
-            runtime.load(settings.artifact, name=settings.model, **asked.how)
-            log.info("model %s is loaded", settings.model)
+            load(runtime, settings.artifact, settings.model, **asked.how)
         config = uvicorn.Config(
             create(settings, runtime),
             access_log=False,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lrai_core import Artifact, ArtifactError, LraiError, Runtime
 from lrai_import.built import state_folder
-from lrai_import.hosted import is_quick
+from lrai_import.hosted import is_quick, load
 from lrai_triton.settings import Settings
 
 
@@ -44,9 +44,7 @@ class Served:
         self.runtime = Runtime(config, address="embedded" if self.execution == "inline" else "")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits while another one unloads it
-            self.runtime.load(
-                artifact, name=self.name, variant=asked.variant, require=asked.require, settings=own
-            )
+            load(self.runtime, artifact, self.name, **{**asked.how, "settings": own})
         except BaseException:
             self.close()
             raise
@@ -74,7 +72,8 @@ def execution_of(artifact: Artifact, settings: Settings) -> str:
     """
     if settings.execution != "auto":
         return settings.execution
-    if settings.instances == 1 and is_quick(artifact, settings.asked.variant):
+    alone = settings.instances == 1 and settings.asked.free
+    if alone and is_quick(artifact, settings.asked.variant):
         return "inline"
     return "sender" if settings.latency_slo_ms else "lists"
 

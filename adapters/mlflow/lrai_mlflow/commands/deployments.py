@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlparse
 
+import pandas as pd
 from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
@@ -46,9 +47,9 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
 
 from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
-from lrai_import.hosted import Asked
+from lrai_import.held import lock_folder
+from lrai_import.hosted import Asked, load
 from lrai_mlflow.flavor import FLAVOR_NAME
-from lrai_mlflow.held import lock_folder
 from lrai_mlflow.serving import DATA, from_lrai, mlflow_errors, to_lrai
 from lrai_mlflow.settings import settings_of
 
@@ -81,7 +82,7 @@ class Client(BaseDeploymentClient):
             if name in self._shares():
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
             with self._alone():
-                self._runtime.load(self._keep(model_uri), name=name, **asked.how)
+                load(self._runtime, self._keep(model_uri), name, **asked.how)
                 self._forget()
         return self.get_deployment(name)
 
@@ -169,10 +170,25 @@ class Client(BaseDeploymentClient):
         with mlflow_errors():
             served = [model for model in self._runtime.models() if model.name == name]
             declared = served[0].signature.inputs if self._known(name) and served else ()
+            inputs = self._ordered(inputs, served[0].version) if served else inputs
             response = self._runtime.infer(to_lrai(inputs, declared, {}, name))
         content = io.StringIO()
         predictions_to_json(from_lrai(response, inputs), content)
         return PredictionsResponse(json.loads(content.getvalue()))
+
+    def _ordered(self, inputs: Any, version: str) -> Any:
+        """Return a table with the columns of the model's signature, in its order, if it has names.
+
+        Raises:
+            UsageError: Some are missing.
+        """
+        file = self._copies and self._copies / f"{version.partition('-')[0]}.columns"
+        if not isinstance(inputs, pd.DataFrame) or not file or not file.is_file():
+            return inputs
+        columns = json.loads(file.read_text(encoding="utf-8"))
+        if missing := [name for name in columns if name not in inputs.columns]:
+            raise UsageError(f"columns {missing} are missing; the model takes {columns}")
+        return inputs[columns]
 
     @cached_property
     def _settings(self) -> Asked:
@@ -250,10 +266,14 @@ class Client(BaseDeploymentClient):
             return _artifact(_download_artifact_from_uri(str(model_uri)))
         with tempfile.TemporaryDirectory(prefix="lrai-deploy-") as scratch:
             model = _download_artifact_from_uri(str(model_uri), output_path=scratch)
-            artifact = _artifact(model)
+            artifact, signature = _artifact(model), Model.load(model).signature
             kept = self._copies / f"{artifact.version}.lrai"
+            self._copies.mkdir(mode=0o700, exist_ok=True)
+            inputs = signature and signature.inputs
+            if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
+                columns = json.dumps(inputs.input_names())
+                kept.with_suffix(".columns").write_text(columns, encoding="utf-8")
             if not kept.exists():
-                self._copies.mkdir(mode=0o700, exist_ok=True)
                 partial = kept.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(artifact.path, partial)
@@ -282,6 +302,7 @@ class Client(BaseDeploymentClient):
         for kept in self._copies.glob("*.lrai") if self._copies else ():
             if kept.stem not in needed:
                 shutil.rmtree(kept)
+                kept.with_suffix(".columns").unlink(missing_ok=True)
 
 
 def _artifact(model: str) -> Artifact:

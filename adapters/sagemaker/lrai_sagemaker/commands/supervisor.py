@@ -20,6 +20,7 @@ from typing import Final
 import msgspec
 
 from lrai_core import EnvironmentProblem, LraiError, Runtime, UsageError
+from lrai_import.hosted import load
 from lrai_sagemaker.commands.tars import unpacked
 from lrai_sagemaker.logs import log, one_line, set_up_log
 from lrai_sagemaker.models import artifact_in
@@ -94,8 +95,7 @@ class Supervisor:
             try:
                 if not loaded or name not in {model.name for model in runtime.models()}:
                     artifact, require = self._settings.artifact, self._settings.require
-                    loaded = bool(runtime.load(artifact, name=name, require=require))
-                    log.info("model %s is loaded", name)
+                    loaded = bool(load(runtime, artifact, name, require=require))
             except LraiError as error:
                 if not loaded:
                     self._problem = error

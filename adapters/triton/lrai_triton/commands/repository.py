@@ -152,6 +152,7 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
         _switch(folder if new else entry, config)
     out.print(f"version {version} is there; by default Triton serves the highest one, after")
     out.print(f"curl -X POST localhost:8000/v2/repository/models/{entry.absolute().name}/load")
+    out.print('(under `lrai triton serve` with -H "lrai-key: $TRITON_REPOSITORY_KEY")')
 
 
 def _switch(entry: Path, config: str) -> None:

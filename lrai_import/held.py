@@ -7,6 +7,7 @@ or goes next, and with the runtime at the latest.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -16,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from lrai_core import Artifact, LraiConfig, LraiError, Runtime
-from lrai_import.hosted import Asked
+from lrai_core import Artifact, LraiConfig, LraiError, ModelNotFound, Runtime
+from lrai_import.hosted import Asked, load
 
 
 class Held:
@@ -29,27 +30,32 @@ class Held:
         variant: That answers; another one than was asked for where that is for other machines.
     """
 
-    def __init__(self, artifact: Artifact, settings: Asked) -> None:
+    def __init__(self, artifact: Artifact, settings: Asked, name: str = "") -> None:
         """Load it, or find it loaded with the same settings.
+
+        Args:
+            artifact: Opened.
+            settings: What is asked for.
+            name: Which says what it is, and with which settings; by default made of these.
 
         Raises:
             LraiError: It cannot be served as the settings demand.
         """
         asked = json.dumps([settings.own, settings.require, settings.variant], sort_keys=True)
-        self.name = f"{artifact.manifest.name}:{artifact.version}-{_digest(asked)[:8]}"
+        self.name = name or f"{artifact.manifest.name}:{artifact.version}-{_digest(asked)[:8]}"
         self.runtime = Runtime(settings.config)
         self._locks = lock_folder(settings.config)
         self._lock: BinaryIO | None = None
+        self._closed = False
         try:
             if self._locks is not None:
                 file = self._locks / f"{_digest(self.name)[:32]}.held"
                 self._lock = file.open("ab")
                 fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits while another one unloads it
                 file.write_text(self.name, encoding="utf-8")
-            self.runtime.load(artifact, name=self.name, **settings.how)
-            served = [m.variant for m in self.runtime.models() if m.name == self.name]
-            self.variant = served[0] if served else artifact.manifest.chosen
+            self.variant = load(self.runtime, artifact, self.name, **settings.how)
             self._sweep()
+            atexit.register(self.close)  # where nobody does, as in the process that only checks
         except BaseException:
             self.close()
             raise
@@ -65,6 +71,10 @@ class Held:
 
     def close(self) -> None:
         """Let go of the model; where nobody else holds it, it is unloaded."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
         if self._lock is not None:
             self._lock.close()
         self._sweep()
@@ -76,8 +86,9 @@ class Held:
             with path.open("r+b") as lock, contextlib.suppress(BlockingIOError, LraiError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if name := lock.read().decode("utf-8", "replace"):
+                    with contextlib.suppress(ModelNotFound):
+                        self.runtime.unload(name)
                     lock.truncate(0)
-                    self.runtime.unload(name)
 
 
 def lock_folder(config: LraiConfig) -> Path | None:
@@ -89,7 +100,7 @@ def lock_folder(config: LraiConfig) -> Path | None:
     if address == "embedded" or "://" in address:
         return None
     own = Path(config.runtime.socket_dir or tempfile.gettempdir(), f"lrai-{os.geteuid()}")
-    folder = (own if address == "auto" else Path(address)) / "mlflow"
+    folder = (own if address == "auto" else Path(address)) / "held"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
