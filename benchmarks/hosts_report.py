@@ -18,6 +18,7 @@ LEAST_OF_BARE: Final = 0.85  # of the speed-up of the bare engine
 LEAST_TO_VARIANT: Final = 1.1
 NOT_BEHIND: Final = 0.97
 COSINE, COSINE_SHARE = 0.99, 0.98  # the gate's own condition for unit vectors
+COSINE_LEAST = 0.8  # what one text has with another is far below
 FP32_TOLERANCE: Final = 1e-4
 
 Row = Mapping[str, Any]
@@ -61,6 +62,8 @@ def checks(rows: Rows, bare: Bare, answers: Mapping[str, Answers]) -> list[Check
             agree = float((np.concatenate(shown.cosines) >= COSINE).mean())
             name = f"{who}: share of {shown.count:,} answers with cosine >= {COSINE}"
             found.append(_at_least(name, agree, COSINE_SHARE))
+            least = float(np.concatenate(shown.cosines).min())  # what is another caller's
+            found.append(_at_least(f"{who}: least cosine of an answer", least, COSINE_LEAST))
     return found
 
 

@@ -25,10 +25,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import tokenizers
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import load_file
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -51,6 +49,8 @@ def minilm_onnx(path: Path) -> Path:
     Source: Wang et al. 2020 (arXiv:2002.10957); mean pooling and normalisation as in the model's
     `modules.json`.
     """
+    from safetensors.numpy import load_file  # of the extra `demo`, as the package of the weights
+
     config = json.loads((_package_folder() / "config.json").read_text(encoding="utf-8"))
     return encoder_onnx(path, load_file(_package_folder() / "model.safetensors"), config)
 
@@ -106,6 +106,8 @@ class Tokenizer:
     """The sentence encoder's own WordPiece tokenizer."""
 
     def __init__(self) -> None:
+        import tokenizers  # of the extra `demo`
+
         self._tokenizer = tokenizers.Tokenizer.from_file(str(_package_folder() / "tokenizer.json"))
         self._tokenizer.no_padding()  # the file pads to 128, which would hide the real lengths
         self.cls_id = self._id_of("[CLS]")

@@ -57,7 +57,7 @@ class Peer:
         if self.way == "constant":
             return "constant"
         lists = f"lists to {self.rows}, " if self.rows > 1 else ""
-        way = {"one": "one by one", "equal": "equal shapes in a call", "padded": "padded"}
+        way = {"one": "one by one", "equal": "equal shapes in a call"}
         queue = f", {self.queue}" if self.queue else ""
         return f"{lists}{way.get(self.way, self.way)}, {_instances(self.instances)}{queue}"
 
@@ -82,6 +82,11 @@ class Entry:
     setting: Peer | Ours
     variant: str
 
+    @property
+    def side(self) -> str:
+        """Return who answers with what, for whom answers are counted."""
+        return f"{'lrai' if isinstance(self.setting, Ours) else 'peer'}, {self.variant}"
+
 
 WAYS: Final = (
     Peer("one"),
@@ -90,8 +95,10 @@ WAYS: Final = (
     Peer("one", 32, ragged=True),
     Peer("padded", 8, ragged=True),
     Peer("padded", 16, ragged=True),
+    Peer("grouped", 8, ragged=True),
+    Peer("grouped", 32, ragged=True),
 )
-QUICK_WAYS: Final = (WAYS[1], WAYS[3], WAYS[4])  # those that were best somewhere
+QUICK_WAYS: Final = (WAYS[1], WAYS[3], WAYS[7])  # those that were best somewhere
 # What runs while requests come faster than they can be answered: the shorter a list, the fewer
 # run in vain. A low limit alone is no help: this batcher then often sleeps for half a second.
 OPEN_WAYS: Final = (Peer("one"), Peer("one", 4, ragged=True))

@@ -2,8 +2,9 @@
 
 How it runs the requests of a list is said by the configuration's parameters: `way` is `one` (one
 by one), `equal` (all of one shape, in one call), `padded` (up to `rows` of them in one call, padded
-to the longest) or `constant` (no model at all, an answer that is always the same). The model is the
-`model.onnx` of the version, unless the parameter `model` names another file.
+to the longest), `grouped` (those of one length in one call, without padding) or `constant` (no
+model at all, an answer that is always the same). The model is the `model.onnx` of the version,
+unless the parameter `model` names another file.
 """
 
 from __future__ import annotations
@@ -44,17 +45,26 @@ class TritonPythonModel:
             }
             for request in requests
         ]
-        answers: list[Any] = []
-        size = {"one": 1, "equal": len(rows), "padded": self._rows}[self._way]
-        for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            if len(part) == 1:
-                (output,) = self._session.run([self._output], part[0])
-                answers.append(self._response(output))
-                continue
-            (output,) = self._session.run([self._output], self._joined(part))
-            answers += [self._response(output[i : i + 1]) for i in range(len(part))]
+        answers: list[Any] = [None] * len(rows)
+        for indices in self._calls(rows):
+            part = [rows[index] for index in indices]
+            joined = part[0] if len(part) == 1 else self._joined(part)
+            (output,) = self._session.run([self._output], joined)
+            for place, index in enumerate(indices):
+                own = output if len(part) == 1 else output[place : place + 1]
+                answers[index] = self._response(own)
         return answers
+
+    def _calls(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """Return the indices of the requests that share a call, for every call."""
+        if self._way == "grouped":
+            lengths: dict[int, list[int]] = {}
+            for index, row in enumerate(rows):
+                lengths.setdefault(row[self._inputs[0]].shape[1], []).append(index)
+            return list(lengths.values())
+        size = {"one": 1, "equal": len(rows), "padded": self._rows}[self._way]
+        places = range(len(rows))
+        return [list(places[first : first + size]) for first in range(0, len(rows), size)]
 
     def _joined(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return requests of one row each as one call."""

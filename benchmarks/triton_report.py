@@ -20,6 +20,7 @@ LEAST_BEST, LEAST_DEFAULT = 1.2, 2.0  # of the answers in time
 MOST_ADDED_US: Final = 300.0
 MOST_INLINE: Final = 1.1
 COSINE, COSINE_SHARE = 0.99, 0.98  # the gate's own condition for unit vectors
+COSINE_LEAST = 0.8  # what one text has with another is far below
 FP32_TOLERANCE: Final = 1e-4
 
 Rows = Sequence[Mapping[str, Any]]
@@ -64,12 +65,17 @@ def checks(rows: Rows, answers: Mapping[str, Answers], bare: Bare, chosen: str) 
     found += [
         _at_most("us that a request of one caller takes longer, p50", added.median, MOST_ADDED_US),
         _at_most("p50 in the stub, to one that returns a constant", times.median, MOST_INLINE),
-        _at_most("worst difference of an fp32 answer", answers["fp32"].worst, FP32_TOLERANCE),
     ]
-    cosines = np.concatenate(answers[chosen].cosines)
-    agree = float((cosines >= COSINE).mean())
-    name = f"share of {len(cosines):,} answers of {chosen} with cosine >= {COSINE}"
-    return [*found, _at_least(name, agree, COSINE_SHARE)]
+    for side, shown in answers.items():
+        if side.endswith("fp32"):
+            found.append(_at_most(f"{side}: worst difference", shown.worst, FP32_TOLERANCE))
+            continue
+        cosines = np.concatenate(shown.cosines)
+        name = f"{side}: share of {len(cosines):,} answers with cosine >= {COSINE}"
+        found.append(_at_least(name, float((cosines >= COSINE).mean()), COSINE_SHARE))
+        least = float(cosines.min())  # an answer that is another caller's
+        found.append(_at_least(f"{side}: least cosine of an answer", least, COSINE_LEAST))
+    return found
 
 
 def ratio(rows: Rows, one: str, other: str, lengths: str, callers: int) -> Interval:

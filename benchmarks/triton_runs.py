@@ -93,7 +93,7 @@ class Bench:
                 f"{entry.variant}, {entry.setting}: answered {figures.statuses}, "
                 f"{figures.first_error}"
             )
-        self.answers[entry.variant].add(figures)
+        self.answers[entry.side].add(figures)
         return figures
 
     def costed(
@@ -141,7 +141,7 @@ class Bench:
     ) -> tuple[float, Figures]:
         """Return the share of requests that are answered within the deadline `slo`, in seconds."""
         figures = self.load.open(entry.name, kind.name, arrivals, int(slo * 1e6))
-        self.answers[entry.variant].add(figures)
+        self.answers[entry.side].add(figures)
         return figures.in_time(slo), figures
 
     def overhead(self) -> list[dict[str, Any]]:
@@ -167,7 +167,8 @@ class Bench:
                     for entry in models:
                         costed = self.costed(entry, kind, 0, count, callers)
                         found[entry.name, callers].append(costed)
-        del self.answers["noop"]
+        for side in [side for side in self.answers if side.endswith("noop")]:
+            del self.answers[side]
         return [_overhead_row(who, callers, runs) for (who, callers), runs in found.items()]
 
     def cpu_seconds(self) -> dict[str, float]:
