@@ -46,6 +46,7 @@ QUICK: Final = Extent(
     workers=(1,),
     ours_too=(4,),
     swept=48,
+    tries=1,
     rounds=4,
     requests={1: 24, 8: 64, 32: 96},
 )
@@ -54,6 +55,7 @@ FULL: Final = Extent(
     workers=(1, 4),
     ours_too=(),
     swept=96,
+    tries=2,
     rounds=9,
     requests={1: 48, 8: 128, 32: 224},
 )

@@ -17,7 +17,6 @@ from benchmarks.kinds import Kind, share
 Costed = tuple[Figures, dict[str, float]]
 
 SWEPT_AT: Final = 32
-_TRIES: Final = 2  # of every way, in turns; the better one counts
 _MANY: Final = 8  # callers, from which on the best way is that for 32
 _OUTPUT: Final = "sentence_embedding"
 
@@ -30,7 +29,9 @@ class Extent:
         rows: Distinct ones, by kind of lengths.
         workers: Numbers of processes that take requests, of all sides.
         ours_too: Further ones of LRAI alone, for their memory.
-        swept: Requests of each try of a way; a quarter of them of the Azure conversations'.
+        swept: Requests of each try of a way; a quarter of them of the Azure conversations', and by
+            a single caller.
+        tries: Of every way, in turns; the best one counts.
         rounds: In which every side has its turn.
         requests: By callers, in a round; a quarter likewise.
     """
@@ -39,6 +40,7 @@ class Extent:
     workers: tuple[int, ...]
     ours_too: tuple[int, ...]
     swept: int
+    tries: int
     rounds: int
     requests: dict[int, int]
 
@@ -62,9 +64,9 @@ class Bench:
         """Return the rows of all kinds of lengths, and of memory."""
         found: list[dict[str, Any]] = []
         for kind in kinds:
-            few, many = (
+            many, few = (
                 {side: self._best(side, kind, callers) for side in self.sides}
-                for callers in (1, SWEPT_AT)
+                for callers in (SWEPT_AT, 1)
             )
             found += self._rounds(few, many, kind)
         for side in self.sides:
@@ -75,13 +77,12 @@ class Bench:
         return found
 
     def _best(self, side: Side, kind: Kind, callers: int) -> Way:
-        """Return the fastest way of a side for so many callers, having warmed up all."""
+        """Return the fastest way of a side for so many callers, first for many, which warms up."""
         count, rates = share(kind, self.extent.swept), defaultdict[Way, float](float)
-        if callers == 1:
-            count //= 2
-        for way in side.ways:
+        for way in side.ways if callers > 1 else ():
             self._closed(side, way, kind, 0, count, callers)
-        for turn in range(_TRIES if len(side.ways) > 1 else 0):
+        count = count if callers > 1 else -(-count // 4)
+        for turn in range(self.extent.tries if len(side.ways) > 1 else 0):
             for way in side.ways:
                 run, _ = self._closed(side, way, kind, turn * count, count, callers)
                 rates[way] = max(rates[way], run.rate)
