@@ -7,12 +7,16 @@ its deadline leaves room for a small call only, leading costs more than it is wo
 urgent are given up for a call that serves more per second (the early drop of Nexus, with the number
 dropped chosen by what it buys). Where coalescing does not pay, the plan is one by one.
 
-Source: Shen et al. 2019, "Nexus", section 4.3 (early drop).
+Where not all can be in time, those are left out first whose rows take longest: so most are.
+
+Sources: Shen et al. 2019, "Nexus", section 4.3 (early drop); Moore 1968, "An n job, one machine
+sequencing algorithm for minimizing the number of late jobs".
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -24,8 +28,12 @@ PROBE_SECONDS: Final = 1.0  # without an answer, after which what was learned is
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
 _SPARE: Final = 2.5  # durations of the call after the next that its deadline has to leave for it
 _MOST_GIVEN_UP: Final = 4096  # by one decision
+_AHEAD: Final = 24  # of the most urgent, among whom it is seen whether all can be in time,
+_ROOM: Final = 0.25  # with so much of their time left for what arrives meanwhile
 _PEERS: Final = 8  # of its own length a neighbour is thought to find, at most
 _OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more than its share
+_SHARED: Final = 3  # by so many a call is shared where time is short, if it takes them
+_NEARLY: Final = 1.5  # at most so many times what it takes each where all share it
 _MOST_SKIPPED: Final = 8  # neighbours too large for a call, before a side is left alone
 
 
@@ -129,11 +137,13 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
         late += 1
     if late == len(urgent):
         return Decision((), tuple(queue), 0.0)
-    situation = _Situation(queue, latency, now, bounds, late)
-    call, given_up = situation.lead(urgent[late]), 0
+    aside = _longest(queue, latency, now, bounds, late)
+    situation = _Situation(queue, latency, now, bounds, late, aside)
+    given_up: Sequence[Waiting] = ()
+    call = situation.lead(situation.able(1)[0])
     if call.short_of_time and not situation.rest_fits(call):
         call, given_up = situation.give_up(call)
-    drop = tuple(waiting.sequence for waiting in urgent[: late + given_up])
+    drop = tuple(waiting.sequence for waiting in (*urgent[:late], *given_up))
     return Decision(tuple(one.sequence for one in call.members), drop, call.seconds, call.due)
 
 
@@ -148,6 +158,42 @@ def probe(queue: Queue, latency: LatencyModel) -> Decision:
 
 def _is_late(one: Waiting, latency: LatencyModel, now: float) -> bool:
     return now + latency.call_seconds(one.rows, one.length) * latency.margin > one.deadline
+
+
+def _longest(
+    queue: Queue, latency: LatencyModel, now: float, bounds: Bounds, first: int
+) -> Set[int]:
+    """Return who is left aside, from the `first` on, so that as many as can be are in time.
+
+    In order of urgency: while they do not all end in time, in calls that they share, the longest is
+    left aside. Nobody is for one of a lower priority, or of no other length.
+    """
+    head = queue.urgent[first]
+    lane = queue.lanes[head.group]
+    if lane[0][0] == lane[-1][0]:
+        return frozenset()
+    predict, shared = latency.call_seconds, min(_AHEAD, len(lane), bounds.rows)
+    each = predict(shared * head.rows, head.length) / shared
+    if predict(_SHARED * head.rows, head.length) < _SHARED * _NEARLY * each:
+        shared = _SHARED
+    if now + _AHEAD * predict(shared * lane[-1][1].rows, lane[-1][0]) / shared < head.deadline:
+        return frozenset()  # there is time for all
+    ahead = queue.urgent[first : first + _AHEAD]
+    horizon = [one for one in ahead if one.priority == head.priority]
+    least = min(one.length for one in horizon)
+    kept: list[tuple[int, int, float]] = []  # a heap: the longest first
+    aside: set[int] = set()
+    end = now
+    for one in horizon:
+        seconds = predict(shared * one.rows, one.length) / shared * latency.margin
+        heapq.heappush(kept, (-one.length, one.sequence, seconds))
+        end += seconds
+        room = _ROOM * (one.deadline - now) if aside else 0.0
+        while end > one.deadline - room and kept and -kept[0][0] > least:
+            _, sequence, seconds = heapq.heappop(kept)
+            aside.add(sequence)
+            end -= seconds
+    return aside
 
 
 class Offer(NamedTuple):
@@ -203,13 +249,20 @@ class _Situation:
     now: float
     bounds: Bounds
     first: int
+    aside: Set[int]  # who neither leads nor joins a call now
+
+    def able(self, most: int) -> list[Waiting]:
+        """Return the most urgent of those who are not left aside."""
+        urgent = itertools.islice(self.queue.urgent, self.first, None)
+        return list(itertools.islice((w for w in urgent if w.sequence not in self.aside), most))
 
     def lead(self, head: Waiting, gone: Set[int] = frozenset(), wait_seconds: float = 0) -> _Call:
         """Grow a call from `head` to both sides in order of length while it saves time.
 
         Nobody is let in who would make another, or be made, miss a deadline, who is more urgent
-        than the head and so was given up, or who is `gone`.
+        than the head and so was given up, who is left aside or `gone`.
         """
+        gone = gone or self.aside
         predict, start = self.latency.call_seconds, self.now + wait_seconds
         seconds = predict(head.rows, head.length)
         call = _Call([head], head.rows, head.length, head.deadline, seconds)
@@ -254,7 +307,7 @@ class _Situation:
 
         Time to spare, since what arrives meanwhile will want the same.
         """
-        gone = {one.sequence for one in call.members}
+        gone = self.aside | {one.sequence for one in call.members}
         for index in range(self.first, len(self.queue)):
             if (waiting := self.queue.urgent[index]).sequence not in gone:
                 follows = self.lead(waiting, gone, call.seconds)
@@ -262,14 +315,14 @@ class _Situation:
                 return end <= follows.due and not follows.short_of_time
         return True
 
-    def give_up(self, call: _Call) -> tuple[_Call, int]:
-        """Return the call that serves the most per second, and how many are given up for it."""
+    def give_up(self, call: _Call) -> tuple[_Call, Sequence[Waiting]]:
+        """Return the call that serves the most per second, and who is given up for it."""
 
         def worth(call: _Call, given_up: int) -> tuple[float, int, _Call]:
             return (len(call.members) - _DROP_COST * given_up) / call.seconds, -given_up, call
 
         best, low, high, short = worth(call, 0), 0, 1, True
-        urgent = self.queue.urgent[self.first : self.first + _MOST_GIVEN_UP]
+        urgent = self.able(_MOST_GIVEN_UP)
         while short or high - low > 1:  # gallop to where time is no longer short, then bisect
             at = high if short else (low + high) // 2
             if at >= len(urgent) or urgent[at].priority != urgent[0].priority:
@@ -281,7 +334,7 @@ class _Situation:
                 low, high = (high, 2 * high) if short else (at, high)
             else:
                 short, high = False, at
-        return best[2], -best[1]
+        return best[2], urgent[: -best[1]] if best[1] else ()
 
 
 class _Side:

@@ -170,6 +170,33 @@ def test_nobody_is_given_up_where_a_larger_call_serves_no_more_per_second() -> N
     assert (decision.dispatch, decision.drop) == ((0,), ())
 
 
+def test_the_longest_waits_where_not_all_can_be_in_time() -> None:
+    latency = model(1e-6, 1e-3)  # a millisecond for each element: 64 for the long one
+    short = [waiting(8, left=0.080 + index / 1e4) for index in range(5)]
+    decision = decide([waiting(64, left=0.070), *short], latency)
+    assert (decision.dispatch[0], decision.drop) == (1, ())
+
+
+def test_the_longest_is_served_in_turn_where_all_can_be_in_time() -> None:
+    latency = model(1e-6, 1e-3)
+    short = [waiting(8, left=0.080 + index / 1e4) for index in range(2)]
+    assert decide([waiting(64, left=0.070), *short], latency).dispatch[0] == 0
+    late = [waiting(8, left=0.120 + index / 1e4) for index in range(5)]
+    assert decide([waiting(64, left=0.070), *late], latency).dispatch[0] == 0
+
+
+def test_the_longest_does_not_wait_for_those_of_a_lower_priority() -> None:
+    latency = model(1e-6, 1e-3)
+    short = [waiting(8, left=0.080 + index / 1e4, priority=1) for index in range(5)]
+    assert decide([waiting(64, left=0.070), *short], latency).dispatch[0] == 0
+
+
+def test_nobody_waits_because_of_equal_lengths_that_are_too_many() -> None:
+    latency = model(1e-6, 1e-3)
+    queue = [waiting(8, left=0.020 + index / 1e4) for index in range(9)]
+    assert decide(queue, latency).dispatch[0] == 0
+
+
 def test_the_queue_knows_its_deadlines_and_forgets_who_left() -> None:
     queue = queue_of(numbered([waiting(left=3), waiting(left=1), waiting(left=2)]))
     assert (list(queue), queue.next_deadline()) == ([1, 2, 0], NOW + 1)
@@ -229,6 +256,9 @@ def violations(
     apart = sum(latency.call_seconds(one.rows, one.length) for one in chosen)
     order = [one.sequence for one in sorted(queue)]
     several = len(chosen) > 1
+    before = order[: order.index(chosen[0].sequence)] if chosen else []
+    passed = [index for index in before if index not in decision.drop]
+    shortest = min((one.length for one in queue), default=0)
     needless = [
         index
         for index in decision.drop
@@ -239,9 +269,14 @@ def violations(
         "nothing is decided twice": len({*decision.dispatch, *decision.drop})
         == len(decision.dispatch) + len(decision.drop),
         "something happens": bool(decision.dispatch or decision.drop) == bool(queue),
-        "the most urgent are dropped": list(decision.drop) == order[: len(decision.drop)],
+        "the most urgent are dropped": list(decision.drop)
+        == [index for index in order if index not in passed][: len(decision.drop)],
         "the most urgent of the rest leads": not chosen
-        or decision.dispatch[0] == order[len(decision.drop)],
+        or decision.dispatch[0]
+        == [index for index in order if index not in passed][len(decision.drop)],
+        "only the longer are passed over": all(queue[index].length > shortest for index in passed),
+        "nobody is passed over for a lower priority": {queue[index].priority for index in passed}
+        <= {one.priority for one in chosen[:1]},
         "one group": len({one.group for one in chosen}) <= 1,
         "within the rows": not several or rows <= bounds.rows,
         "within the elements": not several
