@@ -23,7 +23,9 @@ from lrai_core.engine.engine import SHORT_CALL_MS, Engine, Session, find_engine
 from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
-ROUNDS: Final = 9
+ROUNDS: Final = 9  # at least,
+MOST_ROUNDS = 63  # and as many as fit into
+_ROUNDS_SECONDS: Final = 6.0  # a machine is slower and faster for seconds at a time
 _ALL_ROUNDS: Final = 3
 _SLOWER: Final = math.log(1.1)
 _ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
@@ -224,10 +226,11 @@ def profile(
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
-    `tick` is told of every round. Points of several rows that take over 0.3 s are left out: what
+    Points of several rows that take over 0.3 s are left out: what
     they take is told by smaller ones. After three rounds, what is a tenth slower than fp32, or than
     its form with other passes, is left out; and when the clock, `time.monotonic`, is past `until`,
-    there are no more rounds.
+    there are no more rounds. Short calls get more of them, as their forms differ by less than a
+    machine does from one second to the next. `tick` is told of the first nine.
     With several threads a session's go on waiting for its next call, and would slow down the next
     session: each gets its rounds in one go, when those of the one before have gone to sleep.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
@@ -239,11 +242,13 @@ def profile(
     sessions = [candidate.session for candidate in candidates]
     feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= _LONG}
     calls = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
-    taken = np.full((len(calls), ROUNDS, len(candidates)), np.nan)
+    taken = np.full((len(calls), MOST_ROUNDS, len(candidates)), np.nan)
     forms = [candidate.form for candidate in candidates]
     left = list(range(len(forms)))
-    for done in range(ROUNDS):  # from one point to the next, as traffic goes from shape to shape
-        if done >= _ALL_ROUNDS and time.monotonic() > until:
+    enough = time.monotonic() + _ROUNDS_SECONDS
+    for done in range(MOST_ROUNDS):  # from point to point, as traffic goes from shape to shape
+        last = until if done < ROUNDS else min(until, enough)
+        if done >= _ALL_ROUNDS and time.monotonic() > last:
             break
         if done == _ALL_ROUNDS:
             left = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
@@ -254,7 +259,8 @@ def profile(
                 time.sleep(_ASLEEP)
                 sessions[i].run(feed)
             taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
-        tick()
+        if done < ROUNDS:
+            tick()
     paces = np.log(taken).mean(axis=0)  # by round and candidate
     best = min(left, key=lambda i: (forms[i] != "fp32", float(np.nanmedian(paces[:, i]))))
     gains = np.exp(np.nanquantile(paces[:, [best]] - paces, 0.25, axis=0))

@@ -119,6 +119,20 @@ def test_when_the_time_is_up_three_rounds_have_been_made(monkeypatch: pytest.Mon
     assert found["int8"].speedup == pytest.approx(2)
 
 
+def test_short_calls_are_measured_in_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "MOST_ROUNDS", 36)
+    found = profiled(monkeypatch, fp32=[1.0] * 36, int8=[0.5] * 9 + [0.4] * 27)
+    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {0}
+    assert found["int8"].latency[0].median_ms == pytest.approx(400)
+
+
+def test_long_calls_are_measured_in_nine_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "MOST_ROUNDS", 36)
+    monkeypatch.setattr(search, "_ROUNDS_SECONDS", 0.0)
+    found = profiled(monkeypatch, fp32=[1.0] * 36, int8=[0.5] * 36)
+    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {27}
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_of_another_session_are_asleep_before_one_is_measured(
     monkeypatch: pytest.MonkeyPatch, threads: int
