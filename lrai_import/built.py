@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -29,10 +30,14 @@ def artifact_of(source: Path, config: LraiConfig) -> Artifact:
     """
     if source.is_dir():
         return Artifact.open(source, verify=False)  # the actor hashes what it opens
-    built = state_folder(config) / f"{_key(source)}.lrai"
+    key = _key(source)
+    built = state_folder(config) / f"{key}.lrai"
     with locked(built.with_suffix(".lock"), fcntl.LOCK_EX):  # of several instances one builds
         if not built.exists():
             _build(source, built)
+            if _key(source) != key:  # it is not kept as what it is not
+                shutil.rmtree(built)
+                raise ArtifactError(f"{source.name} changed while it was built")
     return Artifact.open(built, verify=False)
 
 
@@ -48,14 +53,15 @@ def state_folder(config: LraiConfig) -> Path:
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        info = folder.lstat()
+        own, above = folder.lstat(), state.stat()
     except OSError as error:
         raise EnvironmentProblem(
             f"no folder for state, runtime.state_dir: {error.strerror}"
         ) from None
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+    us = own.st_uid == above.st_uid == os.geteuid()  # who owns what is above could exchange it
+    if not stat.S_ISDIR(own.st_mode) or not us or own.st_mode & 0o077 or above.st_mode & 0o022:
         raise EnvironmentProblem(
-            "the folder built in runtime.state_dir has to be this user's alone"
+            "runtime.state_dir has to be this user's, and the folder built in it this user's alone"
         )
     return folder
 
@@ -75,6 +81,8 @@ def _key(source: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     for path in sorted(set(source.parent.rglob("*")) - {source}):  # weights in files of their own
+        if not path.is_file():
+            continue
         info = path.stat()
         digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]

@@ -97,10 +97,10 @@ def _read(path: Path, files: _Files) -> Described:
             if isinstance(spec, dict):
                 spec["type"] = "Text" if "tokenizer" in spec else "Pixels"
         return msgspec.convert(tree, Described)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CompileError(f"{path.name} is not TOML as expected: {str(error)[:200]}") from None
     except msgspec.ValidationError as error:
         raise CompileError(f"{path.name}: {str(error)[:300]}") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CompileError(f"{path.name} is not TOML as expected: {str(error)[:200]}") from None
 
 
 class _Files:

@@ -25,6 +25,7 @@ import onnxruntime as ort
 import typer
 from google.protobuf.message import EncodeError
 from onnx import helper, numpy_helper
+from onnx.version_converter import ConvertError
 from onnxruntime.capi.onnxruntime_pybind11_state import (
     Fail,
     InvalidArgument,
@@ -87,7 +88,7 @@ def fuse(models: Mapping[str, onnx.ModelProto]) -> Fused:
         if _opset(model) < opset:
             try:
                 model = onnx.version_converter.convert_version(model, opset)
-            except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
+            except (RuntimeError, ValueError, EncodeError, ConvertError) as error:
                 why = f"cannot be brought to opset {opset}: {str(error)[:200]}"
                 raise CompileError(f"{name} {why}") from None
         work.add(name, model)
@@ -118,7 +119,8 @@ class _Fusion:
 
     def add(self, name: str, model: onnx.ModelProto) -> None:
         """Add a model."""
-        for needed in model.opset_import:
+        used = {node.domain for node in model.graph.node} | {"", "ai.onnx"}
+        for needed in [one for one in model.opset_import if one.domain in used]:
             version = self.domains.setdefault(needed.domain or "", needed.version)
             if version != needed.version:
                 raise CompileError(f"{name} needs version {needed.version} of {needed.domain!r}")

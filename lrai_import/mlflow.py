@@ -35,6 +35,8 @@ _CONVERTERS: Final[dict[str, Converter]] = {  # by flavor; what is of several is
 _ONNX: Final = "onnx"
 _MEMORY_BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
 _TIMEOUT_SECONDS: Final = 900
+_PLAIN: Final = {"lightgbm": "lightgbm.basic.Booster", "xgboost": "xgboost.core.Booster"}
+_DATA: Final = ("pickled_model", "model_data", "data")  # where MLflow finds what it opens
 _PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".pt2", ".joblib", ".cloudpickle")
 _COLUMNS: Final = {
     DataType.boolean: "BOOL",
@@ -63,6 +65,7 @@ class Job(msgspec.Struct, frozen=True):
         inputs: What it takes.
         out: Where the ONNX file goes.
         scan: Whether there is something to look through first.
+        data: File or folder below `folder` that is opened.
     """
 
     folder: str
@@ -70,6 +73,7 @@ class Job(msgspec.Struct, frozen=True):
     inputs: tuple[TensorSpec, ...]
     out: str
     scan: bool
+    data: str = "data"
 
 
 def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
@@ -105,7 +109,8 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
             "allow_pickle=True (--allow-pickle) opens it in a child process, after picklescan"
         )
     made = out / "model.onnx"
-    job = Job(str(folder), flavor, inputs_of(model), str(made), bool(why))
+    own = next((str(configuration[key]) for key in _DATA if key in configuration), "data")
+    job = Job(str(folder), flavor, inputs_of(model), str(made), bool(why), own)
     try:
         run_task(
             open_and_convert, job, memory_bytes=_MEMORY_BYTES, timeout_seconds=_TIMEOUT_SECONDS
@@ -119,10 +124,12 @@ def runs_code(folder: Path, flavor: str, configuration: dict[str, Any]) -> str:
     """Return why opening a model could run code of whoever made it; empty if it could not."""
     if configuration.get("code"):
         return "it carries Python code of its own"
-    made_of = str(configuration.get("model_class", flavor))  # what xgboost's loader imports
-    # Of LightGBM, what is no plain booster is opened as models of scikit-learn are.
-    booster = flavor, "lightgbm.basic.Booster"
-    as_sklearn = flavor == "sklearn" or (flavor == "lightgbm" and made_of not in booster)
+    if flavor == "pytorch":  # every form that MLflow has is or holds a pickle
+        return f"it is or holds a pickle ({configuration.get('model_data', 'data')})"
+    # What xgboost's loader imports, and what LightGBM's takes for no plain booster but a model of
+    # scikit-learn; exactly as MLflow compares it.
+    made_of = str(configuration.get("model_class", _PLAIN.get(flavor, flavor)))
+    as_sklearn = flavor == "sklearn" or (flavor == "lightgbm" and made_of != _PLAIN[flavor])
     if as_sklearn and configuration.get("serialization_format", "pickle") != "skops":
         file = configuration.get("pickled_model", configuration.get("data", "model.pkl"))
         return f"it is a pickle ({file})"
@@ -168,7 +175,7 @@ def open_and_convert(job: Job) -> int:
         EnvironmentProblem: A library that it takes is not installed.
     """
     if job.scan:
-        _scan(Path(job.folder))
+        _scan(Path(job.folder), job.data)
     try:
         model = importlib.import_module(f"mlflow.{job.flavor}").load_model(job.folder)
     except ImportError as error:
@@ -177,13 +184,21 @@ def open_and_convert(job: Job) -> int:
     return Path(job.out).stat().st_size
 
 
-def _scan(folder: Path) -> None:
+def _scan(folder: Path, data: str) -> None:
+    own = (folder / data).resolve()
+    if not own.is_relative_to(folder.resolve()):
+        raise CompileError("the model's data lies outside of it")
     try:
-        from picklescan.scanner import SafetyLevel, scan_directory_path
+        from picklescan.scanner import SafetyLevel, scan_bytes, scan_directory_path
     except ImportError:
         needed = "picklescan is needed before a pickle is opened: pip install 'lrai[trees]'"
         raise EnvironmentProblem(needed) from None
     found = scan_directory_path(str(folder))
+    # It passes over names that it does not know, and MLflow opens what the model names.
+    for file in (own,) if own.is_file() else [path for path in own.rglob("*") if path.is_file()]:
+        if file.suffix != ".txt":
+            with file.open("rb") as stream:
+                found.merge(scan_bytes(stream, str(file), file.suffix.lower()))
     bad = [f"{g.module}.{g.name}" for g in found.globals if g.safety is SafetyLevel.Dangerous]
     if found.issues_count or found.scan_err:
         what = f"uses {', '.join(sorted(bad))[:200]}" if bad else "cannot be looked through"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnx
 import onnx.inliner
+from google.protobuf.message import EncodeError
 
-from lrai_core import Imported
+from lrai_core import CompileError, Imported
 from lrai_import.probe import MIN_OPSET, probe, upgrade
 
 
@@ -30,7 +31,11 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     model = onnx.load(path)
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        try:
+            model = onnx.inliner.inline_local_functions(model)
+        except (ValueError, EncodeError):
+            why = "over 2 GB with local functions: export it without them"
+            raise CompileError(why) from None
     if found.opset < MIN_OPSET:
         model = upgrade(model, found.opset)
         notify(f"opset {found.opset} upgraded to {MIN_OPSET}")

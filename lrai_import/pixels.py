@@ -31,10 +31,11 @@ class Pixels(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown
         crop: Height and width of the centre that is kept; a smaller picture is refused.
         interpolation: Of `resize`.
         scale: What a level is multiplied with.
-        mean: Taken away after that; one number, or one for each channel.
+        mean: Taken away after that; a list of one number, or of one for each channel.
         std: Divided by after that, likewise.
         layout: Of the model's input.
-        channels: Order that the model wants; given is red, green, blue.
+        channels: Order that the model wants; given is red, green, blue. Three, where their number
+            is free.
     """
 
     input: str
@@ -58,10 +59,12 @@ def put_pixels(around: Around, name: str, spec: Pixels) -> None:
     dims = given.type.tensor_type.shape.dim
     axes = (0, 2, 3, 1) if spec.layout == "NCHW" else (0, 1, 2, 3)
     batch, height, width, channels = (dims[axis] for axis in axes)
-    if (colours := channels.dim_value) not in (1, 3):
+    if (colours := channels.dim_value or 3) not in (1, 3):
         where = f"in the layout {spec.layout}"
         raise CompileError(f"input {spec.input!r} has {colours} channels {where}, not 1 or 3")
-    for what, values in (("mean", spec.mean), ("std", spec.std)):
+    for what, values in (("mean", spec.mean), ("std", spec.std), ("scale", (spec.scale,))):
+        if not np.isfinite(values).all():
+            raise CompileError(f"preprocess.{name}.{what} is {values}, not finite")
         if len(values) not in (1, colours):
             got = f"{len(values)} numbers for {colours} channels"
             raise CompileError(f"preprocess.{name}.{what} has {got}")

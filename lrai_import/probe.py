@@ -15,8 +15,9 @@ from typing import Final
 
 import msgspec
 import onnx
+import onnx.inliner
 import onnx.version_converter
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
 from lrai_core import (
@@ -33,6 +34,7 @@ MIN_OPSET: Final = 17
 _TIMEOUT_SECONDS: Final = 600
 _BASE_MEMORY_BYTES: Final = 8 << 30  # address space, of which libraries reserve much and use little
 _MEMORY_FACTOR: Final = 4  # the file, its parsed form, and the engine's packed copy
+_NOT_UPGRADED: Final = (RuntimeError, ValueError, EncodeError, onnx.version_converter.ConvertError)
 _MAX_PROTOBUF_BYTES: Final = 1 << 31
 _TOKENIZER: Final = ("ai.onnx.contrib", "BertTokenizer")  # what `described` puts before a model
 _ENGINE_DOMAINS: Final = {"com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
@@ -111,14 +113,15 @@ def inspect(model: bytes) -> Probe:
 
 def _check_operators(model: onnx.ModelProto) -> None:
     """Refuse the first operator that neither ONNX nor onnxruntime defines, by its name."""
-    versions = {o.domain: o.version for o in model.opset_import}
+    imported = model.opset_import
+    versions = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in imported}
     local = {(f.domain, f.name) for f in model.functions}
     for node in _nodes(model.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
         known = (node.domain, node.op_type)
         if known in local or known == _TOKENIZER or domain in _ENGINE_DOMAINS:
             continue
-        version = versions.get(node.domain, versions.get("", 0))
+        version = versions.get(domain, versions.get("", 0))
         if not onnx.defs.has(node.op_type, version, domain):
             name = f"{domain}:{node.op_type}" if domain else node.op_type
             raise UnsupportedOperator(
@@ -144,7 +147,7 @@ def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     try:
         upgraded = onnx.version_converter.convert_version(model, MIN_OPSET)
         onnx.checker.check_model(upgraded)
-    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+    except (*_NOT_UPGRADED, onnx.checker.ValidationError) as error:
         text = " ".join(str(error).split()).rpartition("failed: ")[2][:200]
         raise UnsupportedOperator(
             f"the model has opset {opset} and cannot be upgraded to {MIN_OPSET}: {text}"
@@ -156,6 +159,8 @@ def _open(path: Path, model: onnx.ModelProto, opset: int) -> None:
     """Load the model, upgraded where it has to be, as it is and optimised."""
     with tempfile.TemporaryDirectory(prefix="lrai-probe-") as folder:
         if opset < MIN_OPSET:
+            if model.functions:
+                model = onnx.inliner.inline_local_functions(model)
             path = Path(folder, path.name)
             path.write_bytes(upgrade(model, opset).SerializeToString())
         check_loads(path)

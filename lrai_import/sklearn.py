@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+import numpy as np
 import onnx
 
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec, UnsupportedOperator
 
 OPSET: Final = {"": 17, "ai.onnx.ml": 3}
 FEATURES: Final = "features"
-_INTEGERS: Final = ("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32")
+_INTEGERS: Final = (
+    "BOOL",
+    "INT8",
+    "INT16",
+    "INT32",
+    "INT64",
+    "UINT8",
+    "UINT16",
+    "UINT32",
+    "UINT64",
+)
 _REALS: Final = ("FP16", "FP32", "FP64")
 
 
@@ -35,6 +46,10 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         raise EnvironmentProblem("skl2onnx is needed: pip install 'lrai[trees]'") from None
     from sklearn.base import is_classifier
 
+    for part in _parts(model):
+        if np.any(getattr(part, "is_categorical_", None)):
+            what = f"{type(part).__name__} splits by categories"
+            raise CompileError(f"{what}, which its converter takes for numbers")
     options = {id(model): {"zipmap": False}} if is_classifier(model) else None
     try:
         found = skl2onnx.convert_sklearn(
@@ -71,11 +86,22 @@ def _types(model: Any, inputs: Sequence[TensorSpec]) -> list[tuple[str, Any]]:
     if numbers and not _asks_for_names(model):
         name = inputs[0].name if len(inputs) == 1 else FEATURES
         return [(name or FEATURES, kinds.FloatTensorType([None, width(inputs)]))]
-    width(inputs)
+    wide = width(inputs)
+    of_each = wide if len(inputs) == 1 and len(inputs[0].shape) == 2 else 1
     types = dict.fromkeys(_INTEGERS, kinds.Int64TensorType)
     types |= dict.fromkeys(_REALS, kinds.FloatTensorType)
     types["BYTES"] = kinds.StringTensorType
-    return [(spec.name, types[spec.datatype]([None, 1])) for spec in inputs]
+    return [(spec.name, types[spec.datatype]([None, of_each])) for spec in inputs]
+
+
+def _parts(model: Any) -> Iterator[Any]:
+    """Yield a model, and the models that it is made of."""
+    yield model
+    steps = [step for _, step, *_ in getattr(model, "steps", None) or ()]
+    fitted = np.ravel(np.array(getattr(model, "estimators_", None) or (), object)).tolist()
+    best = getattr(model, "best_estimator_", None)
+    for part in [*steps, *fitted, *([] if best is None else [best])]:
+        yield from _parts(part)
 
 
 def _asks_for_names(model: Any) -> bool:

@@ -72,7 +72,19 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             why = f"{type(model).__name__} cannot be converted: {lines[0][:300]}"
             raise CompileError(why) from None
-        return onnx.load(path)
+        made = onnx.load(path)
+    _check_free(made, inputs)
+    return made
+
+
+def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
+    """Refuse what takes the extents only that it was traced with."""
+    for spec, value in zip(inputs, made.graph.input, strict=True):
+        dims = value.type.tensor_type.shape.dim
+        for axis, (extent, dim) in enumerate(zip(spec.shape, dims, strict=True)):
+            if not isinstance(extent, int) and dim.HasField("dim_value"):
+                free = f"input {spec.name!r}: dimension {axis} is free in the signature"
+                raise CompileError(f"{free}; the module, traced, takes {dim.dim_value} only")
 
 
 def _made_up(spec: TensorSpec) -> np.ndarray[Any, Any]:

@@ -21,12 +21,16 @@ _SAME: Final = 0.95  # of them: a threshold in single precision may send a few e
 
 def convert_lightgbm(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     """Return a booster or an estimator of LightGBM in ONNX; see `lrai_import.sklearn.convert`."""
+    if getattr(getattr(model, "booster_", model), "pandas_categorical", None):
+        raise CompileError("it was fitted on categories of pandas, whose values ONNX does not have")
     return _convert("lightgbm", model, inputs, {"zipmap": False})
 
 
 def convert_xgboost(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     """Return a booster or an estimator of XGBoost in ONNX; see `lrai_import.sklearn.convert`."""
     booster = model.get_booster() if hasattr(model, "get_booster") else model
+    if "c" in (booster.feature_types or ()):
+        raise CompileError("it was fitted on categories, whose values ONNX does not have")
     booster.feature_names = None  # its converter knows numbered ones only
     return _convert("xgboost", model, inputs, {})
 
@@ -39,6 +43,8 @@ def _convert(
         from onnxmltools.convert.common.data_types import FloatTensorType
     except ImportError:
         raise EnvironmentProblem("onnxmltools is needed: pip install 'lrai[trees]'") from None
+    if any(spec.datatype == "BYTES" for spec in inputs):
+        raise CompileError("columns of text cannot be features of trees")
     features = width(inputs) if inputs else _features(model)
     converter: Callable[..., Any] = getattr(onnxmltools, f"convert_{kind}")
     name = inputs[0].name if len(inputs) == 1 and inputs[0].name else FEATURES

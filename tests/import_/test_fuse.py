@@ -151,6 +151,10 @@ def test_versions_of_a_domain_that_contradict_are_refused() -> None:
     one, two = headed(1, 50), headed(1, 60, prefix="z")
     for version, proto in ((1, one), (2, two)):
         proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", version))
+    fuse({"a": one, "b": two})  # neither uses it
+    for proto in (one, two):
+        name = proto.graph.input[0].name
+        proto.graph.node.append(helper.make_node("Scaler", [name], ["s"], domain="ai.onnx.ml"))
     with pytest.raises(CompileError, match=r"b needs version 2 of 'ai\.onnx\.ml'"):
         fuse({"a": one, "b": two})
 

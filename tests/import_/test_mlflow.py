@@ -49,10 +49,16 @@ from lrai_import.sklearn import width
             ["model.skops"],
             "",
         ),
+        (
+            "lightgbm",
+            {"model_class": "lightgbm", "data": "model.bin"},  # which MLflow opens as a pickle
+            ["model.bin"],
+            "a pickle (model.bin)",
+        ),
         ("xgboost", {"model_class": "xgboost.sklearn.XGBClassifier"}, ["model.ubj"], ""),
         ("xgboost", {"model_class": "subprocess.Popen"}, ["model.ubj"], "as a subprocess.Popen"),
-        ("pytorch", {}, ["data/model.pt2"], "a pickle (data/model.pt2)"),  # of its constants
-        ("pytorch", {}, ["data/model.PTH"], "a pickle (data/model.PTH)"),
+        ("pytorch", {}, ["data/model.pt2"], "a pickle (data)"),  # of its constants
+        ("pytorch", {"model_data": "data/w.bin"}, ["data/w.bin"], "a pickle (data/w.bin)"),
         ("pytorch", {"code": "code"}, ["data/model.pt2"], "Python code of its own"),
     ],
 )

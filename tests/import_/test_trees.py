@@ -7,10 +7,15 @@ from typing import Any
 import lightgbm
 import numpy as np
 import onnxruntime
+import pandas as pd
 import pytest
 import xgboost
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from lrai_core import CompileError
+from lrai_import.sklearn import convert as convert_sklearn
 from lrai_import.trees import convert_lightgbm, convert_xgboost
 
 RANDOM = np.random.default_rng(0)
@@ -26,6 +31,26 @@ def lgbm(kind: Any, labels: Any, **more: Any) -> Any:
 
 def xgb(kind: Any, labels: Any, **more: Any) -> Any:
     return kind(**(QUICK | {"random_state": 0} | more)).fit(ROWS, labels)
+
+
+def test_categories_of_a_table_are_refused() -> None:
+    """ONNX would take their codes, and callers send their values."""
+    column = pd.Series([10, 20, 30] * 100, dtype="category")
+    table = pd.DataFrame({"c": column, "x": ROWS[:, 0]})
+    model = lightgbm.LGBMClassifier(**QUICK, verbose=-1).fit(table, CLASSES)
+    with pytest.raises(CompileError, match="categories of pandas"):
+        convert_lightgbm(model, [])
+    other = xgboost.XGBClassifier(**QUICK, enable_categorical=True).fit(table, CLASSES)
+    with pytest.raises(CompileError, match="fitted on categories"):
+        convert_xgboost(other, [])
+
+
+def test_splits_by_categories_are_refused() -> None:
+    codes = np.abs(ROWS) % 5
+    model = HistGradientBoostingClassifier(categorical_features=[0], max_iter=3)
+    made = make_pipeline(FunctionTransformer(), model).fit(codes, CLASSES)
+    with pytest.raises(CompileError, match="HistGradientBoostingClassifier splits by categories"):
+        convert_sklearn(made, [])
 
 
 @pytest.mark.parametrize(
