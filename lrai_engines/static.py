@@ -152,10 +152,10 @@ def static_int8(
     report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
-    return _undefined_stays(quantised, sample.outputs), report
+    return undefined_stays(quantised, sample.outputs), report
 
 
-def _undefined_stays(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> onnx.ModelProto:
+def undefined_stays(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     """Return `model`, with NaN for what reads NaN or infinity: a row, or all without a batch axis.
 
     That an input of integers holds neither is known.
@@ -168,6 +168,7 @@ def _undefined_stays(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> o
     for node in model.graph.node:
         own = onnx.NodeProto()
         own.CopyFrom(node)
+        own.name = before.get(node.name, node.name)  # new nodes are named like their outputs
         own.input[:] = [before.get(name, name) for name in node.input]
         own.output[:] = [before.get(name, name) for name in node.output]
         graph.nodes.append(own)

@@ -21,10 +21,12 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from lrai_core.compiler.search import Quantized
 from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
+from lrai_core.protocol import TensorSpec
 from lrai_engines.blocks import matmul_nbits
 from lrai_engines.fusion import optimise
 from lrai_engines.mixed import mixed_int4, mixed_int8
 from lrai_engines.quantize import NothingToQuantize, dynamic_int8, dynamic_int8_per_row
+from lrai_engines.static import undefined_stays
 
 Array = npt.NDArray[Any]
 Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
@@ -493,3 +495,18 @@ def test_a_table_alone_is_no_reason_for_a_form() -> None:
     model.graph.node[-1].op_type = "Mod"
     with pytest.raises(NothingToQuantize, match="no MatMul or Gemm of 0"):
         dynamic_int8_per_row(model)
+
+
+@pytest.mark.parametrize("none", [np.nan, np.inf])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_what_is_no_number_makes_none(scheme: Scheme, none: float) -> None:
+    """Integers would have one for it, and nobody would be told."""
+    random = np.random.default_rng(0)
+    quantised, _ = scheme(linear(random.standard_normal((64, 32)).astype(np.float32)))
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
+    x = random.standard_normal((4, 64)).astype(np.float32)
+    before = run(quantised, x)
+    defined = undefined_stays(quantised, (spec,))
+    np.testing.assert_array_equal(run(defined, x), before)
+    x[1, 5] = none
+    assert np.isnan(run(defined, x)[1]).all()

@@ -184,6 +184,14 @@ def test_plain_layers_are_quantised_too() -> None:
     assert np.isnan(run(quantised, x)).all(axis=1).tolist() == [i == 3 for i in range(40)]
 
 
+def test_an_operator_named_like_its_output_is_quantised() -> None:
+    proto = network()
+    proto.graph.node[-1].name = proto.graph.output[0].name
+    x = np.random.default_rng(1).standard_normal((4, *SHAPE)).astype(np.float32)
+    quantised, _ = static_int8(proto, sample())
+    assert distance(run(quantised, x), run(proto, x)) < 0.1
+
+
 def test_what_multiplies_activations_has_other_forms() -> None:
     nodes = [
         helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
