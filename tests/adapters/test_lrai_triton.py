@@ -246,6 +246,26 @@ def test_a_full_list_leaves_others_waiting() -> None:
         assert first == pytest.approx(19.0 - waited)
 
 
+def test_a_list_is_full_by_its_rows() -> None:
+    clock = Clock()
+    queue = HostQueue(64, settings_of({"parameters": {}}), clock)
+    queue.take([20_000] * 4, [16] * 4)
+    for waited in (4, 8, 12):
+        clock.now += 0.004
+        queue.answered()
+        assert queue.take([20_000] * 4, [16] * 4)[0] == pytest.approx(19.0 - waited)
+
+
+def test_parameters_of_tritons_own_backend_are_left_to_it() -> None:
+    names = "memory.enable_memory_arena_shrinkage", "session.use_device_allocator"
+    given = {"parameters": {name: {"string_value": "1"} for name in names}}
+    assert not settings_of(given).asked.own
+
+
+def test_instances_are_counted_on_each_gpu() -> None:
+    assert settings_of({"instance_group": [{"count": 2, "gpus": [0, 1]}]}).instances == 4
+
+
 def test_a_promise_of_the_model_is_the_time_of_who_names_none() -> None:
     slo = {"scheduler.latency_slo_ms": {"string_value": "25"}}
     settings = settings_of({"parameters": slo})

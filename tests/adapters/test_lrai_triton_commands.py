@@ -618,21 +618,37 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert pbtxt.backend_of(switched) == "lrai"
 
 
-@pytest.mark.parametrize(("answers", "why"), [(1, ""), (0, "it gave two probes no answer")])
+@pytest.mark.parametrize(
+    ("answers", "silent_seconds", "usual_seconds", "dead"),
+    [(1, 0.0, 0, False), (0, 0.0, 0, True), (0, 30.0, 0, False), (0, 0.0, 60, False)],
+)
 def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
-    monkeypatch: pytest.MonkeyPatch, answers: int, why: str
+    monkeypatch: pytest.MonkeyPatch,
+    answers: int,
+    silent_seconds: float,
+    usual_seconds: int,
+    dead: bool,
 ) -> None:
     answered = itertools.count(step=answers) if answers else itertools.repeat(0)
 
     def ask(url: str, path: str, *rest: Any) -> tuple[int, Any]:
         if path.endswith("/infer"):
             raise TimeoutError
-        counts = {"success": {"count": next(answered)}, "fail": {"count": 0}}
+        success = {"count": next(answered), "ns": usual_seconds * 10**9}
+        counts = {"success": success, "fail": {"count": 0}}
         stats = [{"version": "1", "inference_stats": counts}]
         return 200, {"model_stats": stats} if path.endswith("/stats") else {"inputs": []}
 
     monkeypatch.setattr(supervise, "_ask", ask)
     monkeypatch.setattr(supervise._Model, "start", lambda model: None)
-    model = supervise._Model("http://nowhere", "m", 1.0)
-    first, second = (model._dead("1", model._count()["1"], 1) for _ in range(2))
-    assert (first, second) == ("", why)
+    model = supervise._Model("http://nowhere", "m", 1.0, silent_seconds)
+    found = [model._dead("1", model._count()["1"], 1) for _ in range(2)][-1]
+    assert ("it has given no answer for" in found) is dead
+
+
+def test_a_server_that_wants_another_key_is_said_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervise, "_ask", lambda *_: (403, {"error": "no"}))
+    with pytest.raises(lrai.EnvironmentProblem, match="TRITON_REPOSITORY_KEY"):
+        supervise.watch("http://nowhere", interval=0.01)

@@ -23,17 +23,24 @@ class HostQueue:
     def __init__(
         self, size: int, settings: Settings, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """See it through lists of at most `size` requests."""
+        """See it through lists of at most `size` rows."""
         self._size, self._alone = size, settings.instances == 1 and size > 1
         self._usual_ms, self._clock = settings.latency_slo_ms, clock
         self._since = self._answered = -math.inf
+        self._most_rows = 1  # of a request
 
-    def take(self, timeouts_us: Sequence[int]) -> list[float | None]:
-        """Return the ms that are left for each request of a list; None where nothing is said."""
+    def take(self, timeouts_us: Sequence[int], rows: Sequence[int] = ()) -> list[float | None]:
+        """Return the ms that are left for each request of a list; None where nothing is said.
+
+        Args:
+            timeouts_us: Of each; 0 for none.
+            rows: Of each, one by default: a list is full by its rows.
+        """
         now, count = self._clock(), len(timeouts_us)
         idle = now - self._answered > _IDLE_SECONDS
         since = now if idle or not self._alone else self._since
-        if idle or count < self._size:
+        self._most_rows = max(self._most_rows, *rows, 1)
+        if idle or (sum(rows) or count) + self._most_rows <= self._size:
             self._since = now
         left: list[float | None] = []
         for index, timeout_us in enumerate(timeouts_us):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
@@ -22,13 +23,16 @@ from typing import Any, Final
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, LraiError
+from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, LraiError, NotReady
 from lrai_import.built import artifact_of
 from lrai_triton.config import complete
 from lrai_triton.hostqueue import HostQueue
 from lrai_triton.metrics import Metrics
 from lrai_triton.served import Served, source_of
 from lrai_triton.settings import settings_of
+
+_MEMORY: Final = "/dev/shm"  # noqa: S108 - where Triton and its stubs have theirs
+_LARGE_BYTES: Final = 1 << 20  # of an answer; what there is room for is looked at
 
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
 _CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
@@ -68,6 +72,7 @@ class TritonPythonModel:
             self._served = Served(name, artifact, settings)
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
+        self._rows = int(model_config["max_batch_size"]) > 1  # requests have any number of them
         self._queue = HostQueue(int(model_config["max_batch_size"]), settings)
         self.execute = self._send_later if self._served.execution == "sender" else self._lists
 
@@ -99,10 +104,20 @@ class TritonPythonModel:
     def _send(self, request: Any, sender: Any, answer: Started) -> None:
         del request  # held until now: its tensors are read where they lie
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(self._response(_outcome(answer)), flags=done)
+        outcome = _outcome(answer)
+        # Once `send` has failed for want of memory nothing more can be sent, not even that.
+        outputs = {} if isinstance(outcome, LraiError) else outcome.outputs
+        needed = sum(array.nbytes for array in outputs.values())
+        if needed > _LARGE_BYTES and 2 * needed > shutil.disk_usage(_MEMORY).free:
+            outcome = NotReady("the server has no shared memory left for the answer")
+        try:
+            sender.send(self._response(outcome), flags=done)
+        except Exception as error:  # noqa: BLE001 - edge: this is nobody's call
+            pb_utils.Logger.log_error(f"an answer could not be sent: {type(error).__name__}")
 
     def _start(self, requests: Sequence[Any]) -> list[Started]:
-        allowed = self._queue.take([request.timeout() for request in requests])
+        rows = [int(request.inputs()[0].shape()[0]) for request in requests] if self._rows else ()
+        allowed = self._queue.take([request.timeout() for request in requests], rows)
         asked = [self._request(*pair) for pair in zip(requests, allowed, strict=True)]
         right = [one for one in asked if isinstance(one, InferenceRequest)]
         started = iter(self._served.runtime.start_all(right))

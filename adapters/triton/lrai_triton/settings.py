@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 from lrai_core import UsageError
 from lrai_import.hosted import Asked, asked
 
 Execution = Literal["auto", "lists", "sender", "inline"]
+
+_OTHERS: Final = ("session.", "memory.", "ep.")  # of Triton's onnxruntime backend, not for us
 
 
 class Settings(NamedTuple):
@@ -40,10 +42,11 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
     given = {
         key: str(value["string_value"])
         for key, value in model_config.get("parameters", {}).items()
-        if "." in key or key in ("variant", "execution")  # others are not meant for us
+        if ("." in key and not key.startswith(_OTHERS)) or key in ("variant", "execution")
     }
     execution = given.pop("execution", "auto")
     if execution not in (allowed := get_args(Execution)):
         raise UsageError(f"execution is {execution!r}, allowed: {', '.join(allowed)}")
-    instances = sum(group.get("count", 1) for group in model_config.get("instance_group", []))
+    groups = model_config.get("instance_group", [])  # each has so many instances on each GPU
+    instances = sum(one.get("count", 1) * max(1, len(one.get("gpus", []))) for one in groups)
     return Settings(asked(given), cast("Execution", execution), max(1, instances))

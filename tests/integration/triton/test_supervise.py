@@ -74,10 +74,13 @@ class Watch:
 
 
 @contextmanager
-def watching(triton: Triton, *models: str, interval: float = 1.0) -> Iterator[Watch]:
+def watching(
+    triton: Triton, *models: str, interval: float = 1.0, silent: float = 30.0
+) -> Iterator[Watch]:
     names = [word for model in models for word in ("--model", model)]
     url = f"http://{triton.server.http}"
-    watch = Watch("--url", url, "--interval", str(interval), *names)
+    seconds = ["--interval", str(interval), "--silent-seconds", str(silent)]
+    watch = Watch("--url", url, *seconds, *names)
     try:
         wait_until(lambda: watch.said("watching"))
         yield watch
@@ -138,9 +141,9 @@ def test_a_stub_that_hangs_is_reloaded(triton: Triton, tmp_path: Path) -> None:
     model = plain(tmp_path, f"while os.path.exists({str(held)!r}): time.sleep(0.05)")
     with triton.serving("hangs", {1: model}, config("python")):
         (stub,) = triton.server.stub_pids()["hangs"]
-        with watching(triton, "hangs", interval=0.1) as watch:
+        with watching(triton, "hangs", interval=0.1, silent=3.0) as watch:
             held.touch()
-            wait_until(lambda: watch.said("hangs: it gave two probes no answer; reloading it"), 30)
+            wait_until(lambda: watch.said("hangs: it has given no answer for"), 30)
             held.unlink()
             wait_until(lambda: watch.said("hangs: reloaded"), 30)
             assert answers(triton.server.http, "hangs")

@@ -33,6 +33,9 @@ _URL: Final = "http://127.0.0.1:8000"
 _LRAI: Final = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
 _HEADER, _KEY = "lrai-key", "TRITON_REPOSITORY_KEY"  # of who may load and unload models
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
+_TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
+_LOOK_SECONDS: Final = 0.2
+_GIVEN_UP: Final = 3  # exit status of a watch
 _SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
 _SIZES: Final = {"BOOL": 1, "BYTES": 4}  # of a zero, in bytes; of an empty text, its length
@@ -40,12 +43,17 @@ _SIZES: Final = {"BOOL": 1, "BYTES": 4}  # of a zero, in bytes; of an empty text
 Models = Annotated[list[str] | None, typer.Option(help="Model to watch; by default all of LRAI's.")]
 Url = Annotated[str, typer.Option(help="Where the server answers HTTP.")]
 Interval = Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")]
+Silent = Annotated[
+    float, typer.Option(min=1.0, help="Seconds without an answer after which a model is dead.")
+]
 Watched = Annotated[bool, typer.Option("--watch/--no-watch", help="Reload models that have died.")]
 Arguments = Annotated[list[str], typer.Argument(help="Those of tritonserver, after --.")]
 
 
 @app.command()
-def watch(url: Url = _URL, model: Models = None, interval: Interval = 1.0) -> None:
+def watch(
+    url: Url = _URL, model: Models = None, interval: Interval = 1.0, silent_seconds: Silent = 30.0
+) -> None:
     """Reload models whose process has died; needs a server with --model-control-mode=explicit.
 
     A model that gets its requests answered is left alone; else it is sent one, of zeros.
@@ -60,8 +68,13 @@ def watch(url: Url = _URL, model: Models = None, interval: Interval = 1.0) -> No
                 status, _ = _ask(url, "/repository/models/-/unload", b"{}")
                 if status == http.client.SERVICE_UNAVAILABLE:
                     raise EnvironmentProblem(f"{url} has not got --model-control-mode=explicit")
-            for name in model or _models(url):
-                watched[name] = watched.get(name) or _Model(url, name, interval)
+                if status == http.client.FORBIDDEN:
+                    raise EnvironmentProblem(f"{url} wants another {_HEADER}: set {_KEY} to it")
+            ready = _models(url)
+            for name in model or ready:
+                known = watched.get(name)  # one that was given up may have been loaded again
+                if known is None or (not known.is_alive() and name in ready):
+                    watched[name] = _Model(url, name, interval, silent_seconds)
         except _LOST as error:
             words = f"no answer from {url}: {error}"
         if words != said:
@@ -112,12 +125,13 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
 class _Model(threading.Thread):
     """A model that is watched, until reloading it helps no more. A slow load delays no other's."""
 
-    def __init__(self, url: str, name: str, interval: float) -> None:
+    def __init__(self, url: str, name: str, interval: float, silent_seconds: float) -> None:
         super().__init__(name=name, daemon=True)
         self._url, self._path, self._interval = url, f"/models/{quote(name)}", interval
         self._counts: dict[str, Any] = {}  # by version, as are the next two
         self._stubs = _stubs(name)
-        self._silent: set[str] = set()  # to the last probe
+        self._silent: dict[str, float] = {}  # since when probes got no answer
+        self._silent_seconds = silent_seconds
         self._reloads: list[float] = []
         self._unloaded = ""  # by this watch, and why
         self.start()
@@ -142,27 +156,30 @@ class _Model(threading.Thread):
 
     def _dead(self, version: str, now: Any, stubs: int) -> str:
         """Return in what way a version is dead, nothing if it lives."""
-        _, model = _ask(self._url, self._path)
+        _, model = _ask(self._url, f"{self._path}/versions/{version}")
         if self._stubs[version] and not stubs and model.get("platform") in {"lrai", "python"}:
             return "its stub is gone"  # a probe might wait behind many others that will fail
         before = self._counts.get(version, now)
         answered, failed = (now[k]["count"] - before[k]["count"] for k in ("success", "fail"))
         if answered > 0:  # however late
-            self._silent.discard(version)
+            self._silent.pop(version, None)
             if not failed:
                 return ""
-        body, headers = _zeros(model.get("inputs", []))
+        body, headers, asked = *_zeros(model.get("inputs", [])), time.monotonic()
         try:
             _, answer = _ask(self._url, f"{self._path}/versions/{version}/infer", body, headers)
         except TimeoutError:
             later = self._count().get(version, now)
-            if later["success"]["count"] > now["success"]["count"]:  # it is slow, not dead
-                self._silent.discard(version)
+            success = later["success"]
+            if success["count"] > now["success"]["count"]:  # it is slow, not dead
+                self._silent.pop(version, None)
                 return ""
-            why = "it gave two probes no answer" if version in self._silent else ""
-            self._silent.add(version)
-            return why
-        self._silent.discard(version)
+            usual = success["ns"] / 1e9 / max(1, success["count"])
+            since = self._silent.setdefault(version, asked)
+            silent = time.monotonic() - since
+            dead = silent > max(self._silent_seconds, _TIMES_USUAL * usual)
+            return f"it has given no answer for {silent:.0f} s" if dead else ""
+        self._silent.pop(version, None)
         return "its stub is not healthy" if "Stub process" in str(answer) else ""
 
     def _reload(self, why: str) -> bool:
@@ -207,7 +224,9 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
 
 def _models(url: str) -> list[str]:
     """Return the names of the models that are ready and LRAI's."""
-    _, index = _ask(url, "/repository/index", b'{"ready": true}')
+    status, index = _ask(url, "/repository/index", b'{"ready": true}')
+    if status != http.client.OK or not isinstance(index, list):
+        raise ValueError(f"status {status}")  # as of one that is no Triton
     paths = {each["name"]: f"/models/{quote(each['name'])}/config" for each in index}
     return [name for name, path in paths.items() if _ask(url, path)[1].get("backend") == "lrai"]
 
@@ -250,15 +269,23 @@ def _run_both(commands: list[list[str]]) -> int:
     environ, processes = {**os.environ, "PATH": path}, list[subprocess.Popen[bytes]]()
 
     def forward(number: int, _: object) -> None:
-        for process in processes:
-            process.send_signal(number)
+        for process in processes:  # a terminal that closes ends a server, as what stops one does
+            process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     try:
         for command in commands:  # in groups of their own: Ctrl-C comes from here alone
             processes.append(subprocess.Popen(command, env=environ, process_group=0))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, forward)
-        return processes[0].wait()
+        server, *watches = processes
+        while server.poll() is None:
+            if any(one.poll() == _GIVEN_UP for one in watches):  # whoever runs us starts us anew
+                say("no model is left: the server ends, too")
+                server.terminate()
+                server.wait()
+                return _GIVEN_UP
+            time.sleep(_LOOK_SECONDS)
+        return server.returncode
     finally:
         for process in processes:
             process.terminate()
