@@ -136,8 +136,8 @@ class Endpoint:
             if model.actor_pids != self._warm:
                 warm_up(self._runtime, name, self._manifest.signature)
                 self._warm = model.actor_pids
-        except lrai.LraiError as error:
-            return str(error)
+        except lrai.LraiError as error:  # of the first two: it answers others, and is full
+            return "" if isinstance(error, lrai.QueueFull | lrai.DeadlineExceeded) else str(error)
         return ""
 
     async def _changed(self, function: Callable[..., Any], *arguments: Any) -> Any:

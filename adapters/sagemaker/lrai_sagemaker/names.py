@@ -7,9 +7,9 @@ What it does not know, from which path a name came, is in a file per name that a
 from __future__ import annotations
 
 import fcntl
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -91,11 +91,12 @@ class Names:
         """
         with self._changing(name):
             named = self.find(name)
-            self._file(name, ".name").unlink()
-            try:
+            try:  # first: who is told that it failed asks again
                 self._runtime.unload(named.key)
             except ModelNotFound:
+                self._file(name, ".name").unlink()
                 raise unknown(name) from None
+            self._file(name, ".name").unlink()
 
     def find(self, name: str) -> Named:
         """Return what a name stands for; whether it is still in memory, the runtime says.
@@ -115,10 +116,10 @@ class Names:
             ModelNotFound: It was unloaded to make room.
         """
         if named.key not in self._signatures:
-            found = {model.name: model.signature for model in self._runtime.models()}
-            if named.key not in found:
+            found = (model.signature for model in self._runtime.models() if model.name == named.key)
+            if (signature := next(found, None)) is None:
                 raise unknown(named.name)
-            self._signatures[named.key] = found[named.key]
+            self._signatures[named.key] = signature
         return self._signatures[named.key]
 
     def loaded(self) -> list[Named]:
@@ -143,8 +144,7 @@ class Names:
         return sorted(found, key=lambda named: named.name)
 
     def _file(self, name: str, suffix: str) -> Path:
-        digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
-        return self._scratch / f"{digest}{suffix}"
+        return self._scratch / (sha256(name.encode(errors="surrogatepass")).hexdigest() + suffix)
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -43,14 +45,20 @@ def check(
     """
     body = payload.read_bytes() if payload else _zeros(artifact) if artifact else b""
     url, process = urlsplit(target[0]), None
-    host, port = url.hostname or "127.0.0.1", url.port or _free_port()
+    try:
+        port = url.port or (80 if url.scheme == "http" else _free_port())
+    except ValueError:
+        raise UsageError(f"{target[0][:80]!r} has no port from 0 to 65535") from None
+    host = url.hostname or "127.0.0.1"
     if url.scheme == "http" and target[1:]:
         raise UsageError(f"options come before the URL, not {target[1][:80]!r} behind it")
     if url.scheme != "http":
         environ = {**os.environ, "SAGEMAKER_BIND_TO_PORT": str(port)}
         environ |= {"SAGEMAKER_MULTI_MODEL": "true"} if model_url else {}
         try:
-            process = subprocess.Popen(target, env=environ, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                target, env=environ, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         except OSError as error:
             raise EnvironmentProblem(f"{target[0]!r} cannot be run: {error.strerror}") from None
     there = Container(host, port, (body, content_type), model_url, process)
@@ -58,7 +66,8 @@ def check(
         found = there.check(start_seconds, grace_seconds)
     finally:
         if process is not None:  # it may not have ended by itself
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it started, too
             process.wait()
     if not body:
         out.print("without --payload or --artifact nothing was asked that the model could answer")

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 PING_SECONDS: Final = 2.0
 _MOST_TRANSFORM_MB: Final = 100
 _NONE: Final = (b"", "")
+_BUSY: Final = (HTTPStatus.OK, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _AT_A_TIME: Final = 4
 _LISTENS: Final = "0A"  # the state, in /proc/net/tcp
 _BAD: Final[Mapping[str, Body]] = {
@@ -133,11 +134,15 @@ class Container:
         elif not answer.content_type:
             self._note(f"POST {path}", "an answer without Content-Type", "its media type")
         with ThreadPoolExecutor(_AT_A_TIME) as callers:
-            self._several(callers, path, _AT_A_TIME)
+            asked = self._several(callers, path, _AT_A_TIME)
             ping = self.ask("GET", "/ping", seconds=PING_SECONDS)
             if answer.status == HTTPStatus.OK and ping.status != HTTPStatus.OK:
                 said = f"{ping} while {_AT_A_TIME} requests were answered"
                 self._note("GET /ping", said, f"200 within {PING_SECONDS:g} s")
+            together = {str(found) for one in asked if (found := one.result()).status not in _BUSY}
+        if answer.status == HTTPStatus.OK and together:
+            where, wanted = f"POST {path}, {_AT_A_TIME} at a time", "200, as alone, or 429 or 503"
+            self._note(where, min(together), wanted)
 
     def _refuses(self, path: str) -> None:
         """What is wrong with a request is the caller's fault, and said without a stack."""

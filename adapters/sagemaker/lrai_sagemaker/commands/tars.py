@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 import shutil
 import tarfile
@@ -14,6 +15,8 @@ from typing import Final
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError
 
 _SUFFIXES: Final = (".tar.gz", ".tgz", ".tar")
+# Of compressions that end early, and of times and names that no file can have.
+_BAD_TARS: Final = (gzip.BadGzipFile, lzma.LZMAError, ValueError, OverflowError)
 _MOST_MEMBERS: Final = 10_000
 _FOLDER: Final = "model.lrai"
 
@@ -73,12 +76,12 @@ def _unpack(tar: Path, scratch: Path) -> Path:
         with tarfile.open(tar) as archive:
             for count, member in enumerate(archive, 1):
                 room -= member.size
-                plain = member.isreg() or member.isdir()
+                plain = (member.isreg() or member.isdir()) and member.sparse is None
                 if not plain or count > _MOST_MEMBERS or room < 0:
                     why = "too much for this disk" if plain else f"{member.name[:80]!r}, no file"
                     raise ArtifactError(f"{tar.name} holds {why}")
                 archive.extract(member, into, filter="data")  # refuses what leaves the folder
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, zlib.error, *_BAD_TARS) as error:
         raise ArtifactError(f"{tar.name} is no whole and safe tar: {error}") from None
     except OSError as error:
         raise EnvironmentProblem(f"{tar.name} cannot be unpacked: {error.strerror}") from None
