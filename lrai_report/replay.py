@@ -39,6 +39,8 @@ POLICIES: Final = {
     "fifo-8": "the classic dynamic batcher: what waits, in order of arrival, at most 8 rows a "
     "call, padded to the longest; it knows no deadlines",
 }
+# Nothing is kept of what is asked, and nobody is in a hurry but by the trace.
+_OWN: Final = {"runtime.state_dir": "", "runtime.capture_rows": 0, "scheduler.latency_slo_ms": 0}
 _FIFO_ROWS: Final = 8
 _CALLERS: Final = 4  # enough that a request waits whenever the actor is free
 _WINDOWS: Final = 3
@@ -113,9 +115,10 @@ class MadeUp:
 class Server:
     """A runtime that answers under one policy."""
 
-    def __init__(self, policy: str, runtime: Runtime, inputs: Sequence[TensorSpec]) -> None:
+    def __init__(self, policy: str, runtime: Runtime, signature: Signature) -> None:
         self.runtime = runtime
-        self._inputs = inputs
+        self._inputs = signature.inputs
+        self._most_rows = _FIFO_ROWS if signature.coalescible else 1
         self._room = runtime.config.scheduler.max_queue_rows
         self._fifo = policy.startswith("fifo")
         self._waiting: deque[tuple[Inputs, int, asyncio.Future[None]]] = deque()
@@ -126,9 +129,9 @@ class Server:
     def open(cls, policy: str, artifact: Artifact) -> Server:
         """Start a runtime for the policy and load the artifact; `close` ends it."""
         # What fifo puts together is one request, and one call, for the runtime.
-        settings = {} if policy == "planner" else {"scheduler.max_batch_rows": 1}
-        runtime = Runtime.open(artifact, config=load_config(call=settings))
-        return cls(policy, runtime, artifact.manifest.signature.inputs)
+        settings = dict(_OWN) if policy == "planner" else {**_OWN, "scheduler.max_batch_rows": 1}
+        runtime = Runtime.open(artifact, config=load_config(call=settings), address="embedded")
+        return cls(policy, runtime, artifact.manifest.signature)
 
     def close(self) -> None:
         """End the runtime and its actor."""
@@ -181,7 +184,7 @@ class Server:
         total = 0
         while self._waiting:
             inputs, rows, answered = self._waiting[0]
-            if taken and total + rows > _FIFO_ROWS:
+            if taken and total + rows > self._most_rows:
                 break
             self._waiting.popleft()
             self._waiting_rows -= rows

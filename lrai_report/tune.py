@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,6 +26,7 @@ from lrai_core import (
     ConditionNotMet,
     EnvironmentProblem,
     LraiError,
+    ModelNotFound,
     Runtime,
     Signature,
     UsageError,
@@ -37,6 +38,7 @@ from lrai_report.compare import Side, Worst, differing, measure, requests_of, si
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
+_TRIES: Final = 60  # once a second, to unload what got copies
 _LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
 _MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows of captured ones
 
@@ -54,12 +56,14 @@ class Target:
         requests: Rows that were asked, `.npz`; None where there are none.
         signature: Of the artifact that serves it; None for a file.
         name: Under which the runtime serves it; empty where none does.
+        served: The artifact that it serves under that name.
     """
 
     model: Path
     requests: Path | None
     signature: Signature | None
     name: str = ""
+    served: Artifact | None = None
 
 
 @app.command()
@@ -108,12 +112,14 @@ def tune(
     without --apply, and that is one command to go back from. No gain: exit status 3.
     """
     found = _find(target, requests, address)
+    if apply and not found.name:
+        raise UsageError("--apply is for a model that the runtime serves")
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
     stem = found.name.partition(":")[0] or found.model.stem
     written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
     if found.requests is None:
-        _without_requests(found, written, output_map, apply=apply)
+        _without_requests(found, written, output_map)
         return
     _say("requests", f"{found.requests}")
     artifact = _compile(found, written, output_map, engine or ())
@@ -126,15 +132,16 @@ def tune(
     rows = requests_of(evaluation(artifact), artifact)
     if not rows:
         raise ConditionNotMet("one row has over 16 MiB: the artifact keeps none to measure with")
-    with sides(artifact, ("fp32", "")) as both:
-        both[1].variant = chosen
+    # What it is to be better than is what serves, which need not be fp32.
+    before = (artifact, "fp32") if found.served is None else (found.served, "")
+    with sides((before, (artifact, ""))) as both:
         with _progress("measure", 2 * rounds) as tick:
             measure(both, rows, callers=callers, seconds=seconds, rounds=rounds, tick=tick)
         with _progress("compare", len(rows)) as tick:
             changed = differing(both, rows, artifact, tick)
         gains = [b / a for a, b in zip(*(s.requests_per_second for s in both), strict=True)]
         _show(both, price_per_hour)
-    _show_changed(changed, artifact)
+    _show_changed(changed, artifact, both[0].variant)
     if file is not None:
         _write(file, both, changed, gains)
     gain = statistics.median(gains)
@@ -184,7 +191,7 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
             "as by LRAI_RUNTIME_CAPTURE_ROWS=2000 where the runtime starts, or give --requests"
         )
     model = artifact.file(artifact.manifest.source.file)
-    return Target(model, requests or captured, artifact.manifest.signature, name)
+    return Target(model, requests or captured, artifact.manifest.signature, name, artifact)
 
 
 def _artifact_of(target: str) -> Artifact | None:
@@ -199,9 +206,7 @@ def _artifact_of(target: str) -> Artifact | None:
     return None
 
 
-def _without_requests(found: Target, written: Path, output_map: str, *, apply: bool) -> None:
-    if apply:
-        raise UsageError("--apply is for a model that the runtime serves")
+def _without_requests(found: Target, written: Path, output_map: str) -> None:
     _compile(found, written, output_map, ())
     _say("no requests", "fp32, optimised, is all that can be made without any (--requests)")
     _say("use it", f"serve {written}")
@@ -220,26 +225,21 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
                 words = shorten(f"{step.name} {step.detail}".strip())
                 bar.update(task, description=words, completed=step.done, total=step.total or None)
 
-        with _axes(found.signature) as axes:
-            kind = output_map or ("raw" if found.signature is None else _map_of(found.signature))
+        with _axes(found.signature, maps=not output_map) as axes:
             return compile_model(
                 found.model,
                 out=written,
                 evaluation=found.requests,
-                output_map=kind,  # type: ignore[arg-type] # checked where it is used
+                output_map=output_map or "raw",  # type: ignore[arg-type] # checked where it is used
                 axes=axes,
                 engines=engines,
                 progress=show,
             )
 
 
-def _map_of(signature: Signature) -> str:
-    return next((s.output_map for s in signature.outputs if s.output_map != "raw"), "raw")
-
-
 @contextmanager
-def _axes(signature: Signature | None) -> Iterator[Path | None]:
-    """Yield a file that states the axes that the artifact has which serves now."""
+def _axes(signature: Signature | None, *, maps: bool) -> Iterator[Path | None]:
+    """Yield a file that states the axes, and maps, that the artifact has which serves now."""
     if signature is None:
         yield None
         return
@@ -250,6 +250,7 @@ def _axes(signature: Signature | None) -> Iterator[Path | None]:
             lines += [f"batch = {spec.batch_axis}"] * (spec.batch_axis is not None)
             lines += [f"length = {spec.length_axis}"] * (spec.length_axis is not None)
             lines.append(f"pad = {spec.pad_value}")
+            lines += [f'map = "{spec.output_map}"'] * (maps and side == "outputs")
     with tempfile.TemporaryDirectory(prefix="lrai-tune-") as folder:
         path = Path(folder, "axes.toml")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -273,13 +274,13 @@ def _show(both: Sequence[Side], price_per_hour: float) -> None:
     out.print(table)
 
 
-def _show_changed(changed: Sequence[Worst], artifact: Artifact) -> None:
+def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> None:
     count = sum(not one.agrees for one in changed)
     gate = artifact.manifest.variant(artifact.manifest.chosen).gate
     measure_of = gate.measure if gate else ""
     words = f"{count} of {len(changed)} answers changed ({count / len(changed):.2%}): {measure_of}"
     _say("answers", words)
-    table = Table("row", "differs by", "", "fp32", "tuned", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("row", "differs by", "", before, "tuned", box=SIMPLE_HEAD, pad_edge=False)
     for one in changed[:_WORST]:
         said = "" if one.agrees else "changed"
         table.add_row(str(one.row), f"{one.gap:.3g}", said, one.first, one.second)
@@ -325,8 +326,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
                 tick()
         ended = runtime.stats()
     finally:
-        with suppress(LraiError):  # it never came so far
-            runtime.unload(name, version)
+        _unload(runtime, name, version)
     seen, differ, failed = (
         ended.get(kind, 0) - began.get(kind, 0)
         for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
@@ -335,6 +335,23 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
     if failed or differ > _MOST_CHANGED * seen:
         raise ConditionNotMet(f"on live requests {differ} of {seen} changed, {failed} failed")
     return seen
+
+
+def _unload(runtime: Runtime, name: str, version: str) -> None:
+    """End the version that got copies, though it may still be loading; say where it stays."""
+    problem: LraiError | None = None
+    for _ in range(_TRIES):
+        try:
+            runtime.unload(name, version)
+        except ModelNotFound:
+            return  # it never came so far
+        except LraiError as error:
+            problem = error
+            time.sleep(1)
+        else:
+            return
+    how = f"lrai runtime unload {name} --version {version}"
+    _say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
 
 
 def _deployment(runtime: Runtime, name: str) -> Any:

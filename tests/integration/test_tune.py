@@ -169,7 +169,7 @@ def test_both_sides_are_asked_in_turns_and_counted(
         for row in rows["features"][:8]
     ]
     ticks: list[int] = []
-    with sides(artifact, ("fp32", "")) as both:
+    with sides([(artifact, "fp32"), (artifact, "")]) as both:
         measure(both, asked, callers=2, seconds=0.05, rounds=3, tick=lambda: ticks.append(1))
         assert len(ticks) == 6
         for side in both:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from lrai_core import InferenceRequest, LraiConfig, Runtime, TensorSpec
+from lrai_core import InferenceRequest, LraiConfig, Runtime, Signature, TensorSpec
 from lrai_report.replay import Server
 
 IDS = TensorSpec(
@@ -37,4 +37,4 @@ class Played:
 
 
 def server(policy: str, runtime: Any) -> Server:
-    return Server(policy, cast("Runtime", runtime), (IDS,))
+    return Server(policy, cast("Runtime", runtime), Signature(inputs=(IDS,), outputs=()))

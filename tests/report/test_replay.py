@@ -183,7 +183,8 @@ def test_the_loop_sleeps_less_than_a_millisecond_where_that_is_asked_for() -> No
 def test_only_the_planner_may_share_calls_among_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[LraiConfig] = []
 
-    def fake(artifact: object, *, config: LraiConfig) -> object:
+    def fake(artifact: object, *, config: LraiConfig, address: str) -> object:
+        assert address == "embedded"  # whatever the environment says
         opened.append(config)
         return SimpleNamespace(config=config)
 
