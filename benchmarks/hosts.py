@@ -54,10 +54,10 @@ FULL: Final = Extent(
     rows={"search": 400, "fixed": 200, "azure": 120},
     workers=(1, 4),
     ours_too=(),
-    swept=96,
+    swept=64,
     tries=2,
-    rounds=9,
-    requests={1: 48, 8: 128, 32: 224},
+    rounds=7,
+    requests={1: 32, 8: 96, 32: 160},
 )
 
 

@@ -5,6 +5,7 @@
     - InvalidTensor              400
     - ModelNotFound              404
     - DeadlineExceeded           504
+      . Cancelled                504, nobody is told
     - QueueFull                  429
   + NotReady                     503
     - ActorError                 503
@@ -64,6 +65,10 @@ class DeadlineExceeded(RequestError):
 
     http_status = 504
     retry_after_seconds: float = 1.0
+
+
+class Cancelled(DeadlineExceeded):
+    """Whoever asked is gone, so nobody is told."""
 
 
 class QueueFull(RequestError):

@@ -90,6 +90,13 @@ class Combiner:
         self._leader: Helped | Loop | threading.Thread | None = None
         self._one_cpu: Final = available_cpus() == 1
         self._work, self._thread = threading.Semaphore(0), threading.Thread()
+        self._closed = False
+
+    def close(self) -> None:
+        """End the thread, once nothing waits: it would keep the engine for ever."""
+        with self.door:
+            self._closed = True
+        self._work.release()
 
     def wait(self, mine: Helped, timeout: float | None) -> None:
         """Return when a request is done, having led where nobody else did; or after the time."""
@@ -177,6 +184,9 @@ class Combiner:
                     self._step()
                 with self.door:
                     self._appoint()
+                    if self._closed and not self.waiting:
+                        self._thread = threading.Thread()
+                        return
         except BaseException:  # a bug, which is told of below; the next thread goes on
             with self.door:
                 self._thread = threading.Thread()

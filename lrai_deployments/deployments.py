@@ -6,6 +6,7 @@ as it was or as it will be. Whatever fails on the way leaves it as it was.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -30,10 +31,12 @@ from lrai_deployments.inline import InlinePool
 from lrai_deployments.measured import measured_here
 from lrai_deployments.routing import Route
 from lrai_deployments.state import How, Record, Store, now
-from lrai_deployments.traffic import Watch, watch
+from lrai_deployments.traffic import Watch, forget_aged, watch
 from lrai_deployments.warmup import warm_up
 
+_log = logging.getLogger(__name__)
 _STARTS: Final = 8  # versions that start at the same time
+_LOST: Final = (lrai.ArtifactError, lrai.ConditionNotMet, lrai.UsageError, TypeError)  # for good
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 
 
@@ -45,6 +48,7 @@ class Deployments(Embedded):
     def begin(self) -> None:
         """See `Embedded.begin`. Of what was kept, take over what is frozen."""
         self._store = Store(self.config.runtime.state_dir)
+        forget_aged(self.config.runtime)
         self._kept, self._stopped = self._store.read()
         self._records = {name: record for name, record in self._kept.items() if record.frozen}
         self._routes: dict[str, Route] = {}
@@ -65,14 +69,21 @@ class Deployments(Embedded):
         if not self._stopped:  # all of them: whoever is killed at it leaves the rest to the next
             self._records = dict(self._kept)
         for name, kept in {} if self._stopped else self._kept.items():
-            record = kept
+            record, missing = kept, False
             for label, how in kept.versions.items():
                 try:
                     with self._started(name, self._reopen(how), how, label):
                         pass
                 except (lrai.LraiError, TypeError) as error:  # whoever needs it is told, too
                     self.events.emit("deployment_changed", name, change="lost", reason=str(error))
-                    record = record.without(label)
+                    _log.warning("%s: version %s is not served again: %s", name, label, error)
+                    missing = missing or not isinstance(error, _LOST)
+                    if isinstance(error, _LOST):
+                        record = record.without(label)
+            if missing:  # for now: its share is kept for it, and others answer meanwhile
+                with self._store.lock:
+                    self._apply(name, record)
+                continue
             if not record.serves:  # what had no share is not switched to
                 record = record.without(*record.versions)
                 for version in self._served(name):
@@ -100,9 +111,7 @@ class Deployments(Embedded):
         name = name or opened.manifest.name
         with self.changing(name, wait=shared):
             if shared and self.scheduler.accepting:
-                same = [v for v in self._served(name) if v.artifact.version == opened.version]
-                for dead in [v for v in same if self._state(v) == "dead"]:
-                    self.remove(dead, drain=False)  # for good; whoever loads it wants it to serve
+                self._restart_dead(name, opened)
             served, record = self._served(name), self._records.get(name, Record())
             for one in served if shared else ():
                 # Who asks for the same again means what serves in its place, where it cannot.
@@ -112,10 +121,14 @@ class Deployments(Embedded):
             plain = share is None and require is None
             if shared and served and plain and record.was(opened.version):
                 return name  # whoever starts anew with what was replaced gets what replaced it
-            if record.frozen and not served and opened.version in record.versions:
+            kept = record.serving(opened.version)
+            if record.frozen and not served and kept and variant in {"", kept.variant}:
+                variant, require, settings = kept.variant, kept.require, kept.settings
                 record = Record(frozen=record.frozen)  # it serves again what it served
             else:
                 record = self._free(name)
+                record = record if served else Record(previous=record.previous)
+            self._is_alike(name, opened)
             if served and share is None:
                 many = "swap replaces it, a share has both serve"
                 raise lrai.UsageError(f"a model {name[:120]!r} is loaded already: {many}")
@@ -137,7 +150,12 @@ class Deployments(Embedded):
     ) -> str:
         """See `Runtime.swap`."""
         with self._changed(name) as (name, record):
-            how = How(variant, require, settings)
+            old = record.versions[record.stable]  # what is not said stays as it is
+            how = How(
+                variant,
+                old.require if require is None else require,
+                old.settings if settings is None else settings,
+            )
             return self._swap(name, record, self.open(artifact), how, "swap")
 
     def rollback(self, name: str) -> str:
@@ -146,7 +164,8 @@ class Deployments(Embedded):
             how = record.previous
             if not how.version:
                 raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
-            if how in record.versions.values():  # it is still loaded
+            there = self.versions.get((name, how.version))
+            if how in record.versions.values() and there and self._state(there) != "dead":
                 self._commit(name, record.shared_out({how.version: 1.0}), "rollback")
                 return how.version
             return self._swap(name, record, self._reopen(how), how, "rollback")
@@ -167,6 +186,9 @@ class Deployments(Embedded):
                 raise lrai.ModelNotFound(f"{name!r} has versions {known}, not {label[:40]!r}")
             if round(sum(given.values()), 6) != 1 or len(copies) > 1:
                 raise lrai.UsageError("shares that add up to 1, and at most one shadow, are needed")
+            for label in (label for label, share in given.items() if share):
+                if self._state(self.find(name, label)) == "dead":
+                    raise lrai.ConditionNotMet(f"version {label} of {name!r} does not run any more")
             if relief and any(map(self._is_deterministic, record.versions.values())):
                 raise lrai.UsageError(
                     "relief steps to another version under pressure, which a model with "
@@ -269,13 +291,15 @@ class Deployments(Embedded):
         """See `Runtime.close`. What is loaded is forgotten, what is frozen is not."""
         if self._closed or os.getpid() != self._owner:
             return
-        for watching in self._watches.values():
+        for watching in list(self._watches.values()):
             watching.save()
         if self.scheduler.thread.is_alive():  # else whoever comes next serves on
             frozen = {name: record for name, record in self._records.items() if record.frozen}
             with suppress(lrai.LraiError):
                 self._store.write(frozen, stopped=True)
         super().close()
+        for here in list(self._here.values()):
+            here.close()
         self._worker.shutdown(cancel_futures=True)
         self._store.close()
 
@@ -283,7 +307,8 @@ class Deployments(Embedded):
         """See `Embedded.remove`. What was seen of its traffic is written down."""
         serves = self.current.get(version.name) is version
         super().remove(version, drain=drain)
-        self._here.pop(version.key, None)
+        if (here := self._here.pop(version.key, None)) is not None:
+            here.close()
         watching = self._watches.pop(version.key, None)
         if watching and (serves or not self._served(version.name)):  # all of a name share a folder
             watching.save()
@@ -302,14 +327,28 @@ class Deployments(Embedded):
     def give_up(self, route: Route, version: Version, why: str) -> None:
         """Take all requests from a canary, and have it stay so."""
         name = version.name
-        if self._routes.get(name) is route:
+        with self._store.lock:
+            if self._routes.get(name) is not route:
+                return  # it was judged beside others than those that serve now
             del self._routes[name]  # at once; the rest may have to wait
-        with suppress(lrai.LraiError), self._changed(name, wait=True) as (_, record):
-            if record.shares.get(version.version):
-                by, back = "canary guard", record.shared_out({record.stable: 1.0})
-                self._commit(name, replace(back, frozen=_freeze(by, why)), "canary_failed", by, why)
+        with suppress(lrai.LraiError), self.changing(name, wait=True):
+            record = self._records.get(name, Record())
+            share = record.shares.get(version.version)
+            if name in self._routes or not share or record.stable == version.version:
+                return  # what was under way has changed who serves
+            by, back = "canary guard", record.shared_out({record.stable: 1.0})
+            back = replace(back, frozen=record.frozen or _freeze(by, why))
+            _log.warning("%s: %s", name, why)
+            try:
+                self._commit(name, back, "canary_failed", by, why)
+            except lrai.LraiError as error:  # a full disk: it is so until the end, and said
+                _log.warning("%s: that is not kept: %s", name, error)
+                with self._store.lock:
+                    self._records = self._records | {name: back}
+                    self._apply(name, back)
 
     def _swap(self, name: str, record: Record, new: lrai.Artifact, how: How, what: str) -> str:
+        self._is_alike(name, new)
         old, previous = self._served(name), record.versions[record.stable]
         with self._started(name, new, how) as (version, loaded):
             warm_up(self, version)
@@ -317,6 +356,31 @@ class Deployments(Embedded):
         for gone in old:
             self.remove(gone)
         return version.version
+
+    def _restart_dead(self, name: str, artifact: lrai.Artifact) -> None:
+        """Start what was given up of an artifact again: whoever loads it wants it to serve."""
+        record = self._records.get(name, Record())
+        same = [v for v in self._served(name) if v.artifact.version == artifact.version]
+        for dead in [v for v in same if self._state(v) == "dead"]:
+            self.remove(dead, drain=False)
+            if self._served(name):  # beside the others; else it is loaded as if for the first time
+                try:
+                    how = record.versions.get(dead.version, How())
+                    with self._started(name, artifact, how, dead.version):
+                        pass
+                finally:
+                    with self._store.lock:
+                        self._apply(name, record)
+
+    def _is_alike(self, name: str, artifact: lrai.Artifact) -> None:
+        """Raise where requests for a name would be none for the artifact."""
+        if (there := self.current.get(name)) is None:
+            return
+        old, new = there.signature, artifact.manifest.signature
+        outputs = {spec.name for spec in old.outputs} - {spec.name for spec in new.outputs}
+        if list(map(_form, old.inputs)) != list(map(_form, new.inputs)) or outputs:
+            takes = "takes other inputs, or has not all outputs of what serves"
+            raise lrai.ConditionNotMet(f"{artifact.version} {takes}; load it under another name")
 
     def _reopen(self, how: How) -> lrai.Artifact:
         artifact = self.open(how.artifact)
@@ -329,6 +393,7 @@ class Deployments(Embedded):
         """Hold a name that is loaded and may be changed; yield it and its record."""
         name = self.find(name).name
         with self.changing(name, wait=wait):
+            self.find(name)  # it may be gone by now
             yield name, self._free(name)
 
     @contextmanager
@@ -337,7 +402,12 @@ class Deployments(Embedded):
     ) -> Iterator[tuple[Version, How]]:
         """Yield a version that runs, and how it was loaded; end it if the block fails."""
         config = with_settings(self.config, how.settings or {})
-        watching = watch(name, artifact.manifest.signature, config.runtime, self.submit)
+        signature = artifact.manifest.signature
+        watching = watch(name, signature, config.runtime, self.submit)
+        others = [self._watches.get(version.key) for version in self._served(name)]
+        if watching is not None:  # all of a name share a folder, and so what is seen of it
+            alike = (one for one in others if one and one.captures == watching.captures)
+            watching = next(alike, watching)
         files = ChainMap(*map(artifact.files_of, artifact.manifest.serving(how.variant)))
         size = sum(entry.size_bytes for entry in files.values())
         with self._room:
@@ -361,11 +431,14 @@ class Deployments(Embedded):
         """Unload what was not used for longest, as far as a new version of a name needs it."""
         budget = self.config.runtime.memory_mib << 20
         while budget:
-            used = sum(memory_bytes(self.pids(v)) for v in list(self.versions.values()))
+            takes = {v: memory_bytes(self.pids(v)) for v in list(self.versions.values())}
+            used = sum(takes.values())
             if used + needed <= budget:
                 return
-            others = [version for version in self.versions.values() if version.name != name]
-            if not any(map(self._evict, sorted(others, key=lambda version: version.used_at))):
+            others = [version for version in takes if version.name != name and takes[version]]
+            enough = used + needed - sum(takes[version] for version in others) <= budget
+            others.sort(key=lambda version: version.used_at)
+            if not enough or not any(map(self._evict, others)):
                 have = f"{used >> 20} of {budget >> 20} MiB are in use, by it and by models at work"
                 needs = f"{name!r} needs {needed >> 20} MiB more"
                 raise lrai.MemoryBudgetExceeded(f"{needs}; {have}, frozen or needed")
@@ -451,6 +524,12 @@ def _shares(given: Mapping[str, Any]) -> dict[str, float]:
         return msgspec.convert(dict(given), _SHARES)
     except msgspec.ValidationError as error:
         raise lrai.UsageError(f"a share is a number from 0 to 1: {error}") from None
+
+
+def _form(spec: lrai.TensorSpec) -> tuple[object, ...]:
+    """Return what a request has to know of an input."""
+    fixed = tuple(size if isinstance(size, int) else "" for size in spec.shape)
+    return spec.name, spec.datatype, fixed, spec.batch_axis, spec.length_axis
 
 
 def _freeze(by: str, reason: str) -> Freeze:

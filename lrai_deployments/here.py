@@ -21,7 +21,14 @@ from typing import Final, NamedTuple
 
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.engine.engine import Session
-from lrai_core.errors import ActorError, DeadlineExceeded, LraiError, NotReady, RequestError
+from lrai_core.errors import (
+    ActorError,
+    Cancelled,
+    DeadlineExceeded,
+    LraiError,
+    NotReady,
+    RequestError,
+)
 from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
 from lrai_core.runtime.embedded import Embedded, priority_of
 from lrai_core.runtime.version import Started, Version
@@ -76,6 +83,10 @@ class Here:
         self._indices = itertools.count()
         self._queue, self._waits = Queue(), dict[int, _Accepted]()  # what its combiner waits for
         self._combiner = Combiner(self._step, self._withdraw)
+
+    def close(self) -> None:
+        """Let go of what ran requests, once nothing waits."""
+        self._combiner.close()
 
     def answer(self, requests: Sequence[InferenceRequest]) -> list[Started]:
         """Return the outcome of each request, in their order."""
@@ -180,7 +191,7 @@ class Here:
         with self._combiner.door:
             taken = self._take(index) if index in self._waits else None
         if taken is not None:
-            self._leave(taken[0], DeadlineExceeded("cancelled"))
+            self._leave(taken[0], Cancelled("cancelled"))
 
     def _take(self, index: int) -> tuple[_Accepted, Helped]:
         """Take a request out of what waits; the door is held."""

@@ -16,9 +16,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from lrai_core import InferenceRequest, InferenceResponse, LraiError, TensorSpec
+from lrai_core import (
+    DeadlineExceeded,
+    InferenceRequest,
+    InferenceResponse,
+    LraiError,
+    QueueFull,
+    TensorSpec,
+)
 from lrai_core.confidence import lower_bound, upper_bound
-from lrai_core.protocol import Array
+from lrai_core.errors import Cancelled
+from lrai_core.protocol import Array, ValidRequest
 from lrai_core.runtime.version import Ended, Version
 from lrai_core.scheduler.scheduler import Pending
 from lrai_core.verifier.spec import agreement, difference
@@ -64,7 +72,7 @@ class Route:
         self._shadow, self._sampled = next(iter(shadow), None), sum(shadow.values())
         self._lock = threading.Lock()
         self._answers, self._failures = Counter[Version](), Counter[Version]()
-        self._copied_rows = 0
+        self._copied_rows = self._copied_bytes = 0
 
     def accept(self, request: InferenceRequest, done: Ended) -> Pending:
         """See `Embedded.accept`."""
@@ -89,11 +97,11 @@ class Route:
         except LraiError as error:
             self._count(version, error)
             raise
-        if shadow is not None:
+        if shadow is not None and self._may_copy(pending.request):
             names = [spec.name for spec in version.signature.inputs]
             inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}
-            copy = replace(request, inputs=inputs, parameters={"priority": _LAST})
-            self._send(copy, pending.request.rows, original)
+            copy = replace(request, inputs=inputs, timeout_ms=None, parameters={"priority": _LAST})
+            self._send(copy, pending.request, original)
         return pending
 
     def _too_late(self, version: Version, request: InferenceRequest) -> bool:
@@ -101,18 +109,25 @@ class Route:
         allowed_ms = self._slo_ms if request.timeout_ms is None else request.timeout_ms
         return 0 < allowed_ms < (version.inside + 1) * self._alone_ms[version]
 
-    def _send(
-        self, copy: InferenceRequest, rows: int, original: Future[InferenceResponse | None]
-    ) -> None:
-        """Send a copy, unless too many are under way: callers must find room in the queue."""
+    def _may_copy(self, request: ValidRequest) -> bool:
+        """Take room for a copy, unless too many are under way: callers must find room, too."""
+        most = self._core.config.scheduler
         with self._lock:
-            if self._copied_rows + rows > self._core.config.scheduler.max_queue_rows // _COPIES:
-                return
-            self._copied_rows += rows
+            rows, nbytes = self._copied_rows + request.rows, self._copied_bytes + request.nbytes
+            if rows > most.max_queue_rows // _COPIES or nbytes > most.max_queue_bytes // _COPIES:
+                return False
+            self._copied_rows, self._copied_bytes = rows, nbytes
+        return True
 
+    def _send(
+        self,
+        copy: InferenceRequest,
+        request: ValidRequest,
+        original: Future[InferenceResponse | None],
+    ) -> None:
         def ended(outcome: Outcome) -> None:
             original.add_done_callback(
-                lambda first: self._core.submit(self._compare, first.result(), outcome, rows)
+                lambda first: self._core.submit(self._compare, first.result(), outcome, request)
             )
 
         try:
@@ -120,11 +135,14 @@ class Route:
         except LraiError as error:
             ended(error)
 
-    def _compare(self, original: InferenceResponse | None, copy: Outcome, rows: int) -> None:
+    def _compare(
+        self, original: InferenceResponse | None, copy: Outcome, request: ValidRequest
+    ) -> None:
         with self._lock:
-            self._copied_rows -= rows
-        if original is None:
-            return
+            self._copied_rows -= request.rows
+            self._copied_bytes -= request.nbytes
+        if original is None or isinstance(copy, DeadlineExceeded | QueueFull):
+            return  # that there was no time or room for a copy says nothing of the version
         emit, name = self._core.events.emit, original.model_name
         if isinstance(copy, LraiError) or copy.outputs.keys() != original.outputs.keys():
             emit("shadow_failed", name, reason=type(copy).__name__)
@@ -142,6 +160,8 @@ class Route:
 
     def _count(self, version: Version, outcome: Outcome) -> None:
         """Count an answer or a failure of the server, not of the caller; look into the latter."""
+        if isinstance(outcome, Cancelled):
+            return
         failed = isinstance(outcome, LraiError) and outcome.http_status >= 500
         with self._lock:
             self._answers[version] += 1

@@ -50,6 +50,11 @@ class Record(msgspec.Struct, frozen=True):
         """Return whether somebody answers, unless nobody is there at all."""
         return any(self.shares.values()) or not self.versions
 
+    def serving(self, version: str) -> How | None:
+        """Return how an artifact's version was loaded that has a share."""
+        shared = [self.versions[label] for label, share in self.shares.items() if share]
+        return next((how for how in shared if how.version.partition("-")[0] == version), None)
+
     def was(self, version: str) -> bool:
         """Return whether an artifact's version is the one that served before."""
         return self.previous.version.partition("-")[0] == version
@@ -58,7 +63,10 @@ class Record(msgspec.Struct, frozen=True):
         """Return the record with another version, whose share the others give up in proportion."""
         shares = {label: own * (1 - share) for label, own in self.shares.items()}
         versions = self.versions | {how.version: how}
-        return replace(self, versions=versions, shares=shares | {how.version: share})
+        new = replace(self, versions=versions, shares=shares | {how.version: share})
+        if self.versions and new.stable != self.stable:
+            return replace(new, previous=self.versions[self.stable])
+        return new
 
     def without(self, *labels: str) -> Record:
         """Return the record without versions, whose shares the others take in proportion."""

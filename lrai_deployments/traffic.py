@@ -87,6 +87,11 @@ class Traffic:
         self._sample: list[_Row] = []
         self._first_aged = 0.0  # no row is too old before
 
+    @property
+    def captures(self) -> tuple[int, float]:
+        """Return how many rows are kept at most, and for how many seconds."""
+        return self._capture_rows, self._ttl_seconds
+
     def see(self, request: ValidRequest) -> float:
         """Take note of a request, and return when; a few microseconds, unless it is looked into."""
         with self._lock:
@@ -145,6 +150,9 @@ class Traffic:
 
     def save(self, folder: Path) -> None:
         """Write `sketch.json` and, where rows are kept, `captured.npz` into `folder`, mode 0600."""
+        with self._lock:
+            if not self._requests:
+                return  # what lies there is of others
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replaced(folder / "sketch.json") as stream:
             stream.write(msgspec.json.format(msgspec.json.encode(self.sketch())))
@@ -152,8 +160,15 @@ class Traffic:
         if sample:
             with replaced(captured) as stream:
                 np.savez_compressed(stream, **sample)  # type: ignore[arg-type] # by names of inputs
+            oldest = time.time() - self._oldest_seconds()  # noqa: TID251 - for who finds it later
+            os.utime(captured, (oldest, oldest))
         elif self._capture_rows:  # what was kept has aged
             captured.unlink(missing_ok=True)
+
+    def _oldest_seconds(self) -> float:
+        with self._lock:
+            now = self._clock()
+            return max((now - row.seen for row in self._sample), default=0.0)
 
     def _consider(self, request: ValidRequest, row: int, now: float) -> None:
         """Keep the row with the chance that every row so far has (Vitter 1985, algorithm R)."""
@@ -168,6 +183,8 @@ class Traffic:
             array[None].copy() if spec.batch_axis is None else array[row : row + 1].copy()
             for spec, array in zip(self._signature.inputs, request.arrays, strict=True)
         )
+        if any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in arrays):
+            return  # what nobody could be judged by
         self._kept_bytes += _size(arrays)
         if place == len(self._sample):
             self._sample.append(_Row(now, arrays))
@@ -194,6 +211,7 @@ class Watch:
     ) -> None:
         """Keep `traffic` in `folder`; `later` runs what may wait for the disk."""
         self._traffic, self.folder, self._later = traffic, folder, later
+        self.captures = traffic.captures
         self._next_save = 0.0
 
     def see(self, request: ValidRequest) -> None:
@@ -229,6 +247,17 @@ def watch(
     hours = config.capture_ttl_hours
     traffic = Traffic(signature, capture_rows=config.capture_rows, ttl_hours=hours)
     return Watch(traffic, Path(config.state_dir, "traffic", quote(name, safe="")), later)
+
+
+def forget_aged(config: RuntimeConfig) -> None:
+    """Remove captured rows that a runtime left which has ended, once the oldest is too old."""
+    for folder in Path(config.state_dir, "traffic").glob("*") if config.state_dir else ():
+        with contextlib.suppress(OSError):
+            for half in folder.glob(".captured.npz.*"):  # whoever wrote it was killed at it
+                half.unlink()
+            captured, now = folder / "captured.npz", time.time()  # noqa: TID251 - as of the file
+            if captured.stat().st_mtime + config.capture_ttl_hours * _HOUR < now:
+                captured.unlink()
 
 
 def _size(arrays: tuple[Array, ...]) -> int:

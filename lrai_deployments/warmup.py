@@ -23,9 +23,10 @@ def warm_up(core: Embedded, version: Version) -> None:
         ConditionNotMet: It lost an actor, did not answer in time, or refused real rows.
     """
     artifact, signature, pids = version.artifact, version.signature, core.pids(version)
-    bounds = core.config.scheduler
+    bounds = version.limits
     most_rows = min(bounds.max_batch_rows, core.config.limits.request_rows)
     most_elements = bounds.max_batch_elements or MEASURED_ELEMENTS
+    most_bytes = min(core.config.limits.request_bytes, bounds.max_queue_bytes)
     measured = {(point.rows, point.length) for point in version.variant.latency}
     sizes = [(n, m) for n, m in measured if n <= most_rows and n * m <= most_elements]
     stored = EVALUATION in artifact.manifest.files
@@ -35,6 +36,8 @@ def warm_up(core: Embedded, version: Version) -> None:
     for i, (rows, length) in enumerate(sorted(sizes) or [(1, 0)]):
         row = real[i % len(real)] if real else synthetic_row(signature, length or _LENGTH)
         inputs = dict(zip(names, stretch(row, signature, rows, length or _LENGTH), strict=True))
+        if rows > 1 and sum(array.nbytes for array in inputs.values()) > most_bytes:
+            continue  # no request may have so many
         request = lrai.InferenceRequest(model_name="", inputs=inputs, timeout_ms=limit_ms)
         size = f"with {rows} row(s)" + f" of length {length}" * bool(length)
         try:

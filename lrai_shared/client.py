@@ -46,7 +46,8 @@ _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
 _LOG_BYTES: Final = 1 << 20  # of the log that a start goes on with
-_ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "unfreeze"})  # not done again
+# What is not done again where it is not known whether it was done.
+_ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "freeze", "unfreeze"})
 _UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
 _MOST_CUTS: Final = 3  # before it answers once; a daemon that starts or ends may cut a line
 

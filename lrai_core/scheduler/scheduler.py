@@ -24,6 +24,7 @@ from lrai_core.config import SchedulerConfig, available_cpus
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.errors import (
     ActorError,
+    Cancelled,
     DeadlineExceeded,
     LraiError,
     ModelNotFound,
@@ -297,7 +298,7 @@ class Scheduler:
             self._admission.enter(rows, request.nbytes, needed / rows)
 
     def _cancel(self, pending: Pending) -> None:
-        error = DeadlineExceeded("cancelled")
+        error = Cancelled("cancelled")
         self._tell(pending, None, error)
         if pending.place.sequence in pending.model.waiting:
             self._settle_with(self._take(pending.model, [pending.place.sequence]), error)

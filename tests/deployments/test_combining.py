@@ -120,6 +120,16 @@ def test_a_callback_has_it_run_in_a_thread() -> None:
     assert calls.threads != [threading.get_ident()]
 
 
+def test_its_thread_ends_with_it() -> None:
+    calls, told = Calls(), threading.Event()
+    calls.ask().add_done_callback(lambda _: told.set())
+    assert told.wait(10)
+    thread = calls.combiner._thread
+    calls.combiner.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 @pytest.mark.usefixtures("one_cpu")
 def test_on_one_cpu_coroutines_have_their_event_loop_compute() -> None:
     calls = Calls(most=4)

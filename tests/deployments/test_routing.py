@@ -18,6 +18,7 @@ from lrai_core import (
 )
 from lrai_core.artifact import Artifact
 from lrai_core.config import SchedulerConfig
+from lrai_core.errors import Cancelled
 from lrai_core.runtime.version import Version
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
@@ -90,7 +91,12 @@ def test_the_stable_version_is_never_given_up() -> None:
 
 @pytest.mark.parametrize(
     ("error", "counts"),
-    [(ActorError("x"), True), (DeadlineExceeded("x"), True), (InvalidTensor("x", "y"), False)],
+    [
+        (ActorError("x"), True),
+        (DeadlineExceeded("x"), True),
+        (Cancelled("x"), False),  # by the caller
+        (InvalidTensor("x", "y"), False),
+    ],
 )
 def test_only_faults_of_the_server_count(error: LraiError, counts: bool) -> None:
     core, made = route()

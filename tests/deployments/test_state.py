@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lrai_core import EnvironmentProblem
 from lrai_core.runtime.version import Freeze
@@ -23,7 +24,7 @@ def record(*labels: str) -> Record:
     made = Record()
     for label in reversed(labels):
         made = made.beside(How(version=label), 1.0)
-    return made
+    return replace(made, previous=How())
 
 
 @given(LABELS, st.lists(SHARE, min_size=5, max_size=5))
@@ -48,6 +49,12 @@ def test_another_stable_version_is_remembered_as_the_one_to_go_back_from() -> No
     assert made.shared_out({"a": 0.6, "b": 0.4}, {}).previous.version == ""
     assert made.shared_out({"a": 0.4, "b": 0.6}, {}).previous.version == "a"
     assert made.shared_out({"b": 1.0}, {"a": 0.5}).without("a").shadow == {}
+
+
+def test_who_overtakes_the_stable_version_is_one_to_go_back_from() -> None:
+    both = record("a").beside(How(version="b"), 0.9)
+    assert (both.stable, both.previous.version) == ("b", "a")
+    assert record("a").beside(How(version="b"), 0.1).previous.version == ""
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

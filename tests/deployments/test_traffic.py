@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrai_core as lrai
-from lrai_core.config import LimitsConfig
+from lrai_core.config import LimitsConfig, RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest, validate
 from lrai_core.verifier.sample import read_rows
-from lrai_deployments.traffic import Traffic, Watch
+from lrai_deployments.traffic import Traffic, Watch, forget_aged
 
 SIGNATURE = lrai.Signature(
     inputs=(
@@ -184,6 +186,39 @@ def test_what_is_seen_is_written_down_now_and_then(tmp_path: Path) -> None:
     later[-1]()
     sketch = msgspec.json.decode((tmp_path / "m" / "sketch.json").read_bytes())
     assert sketch["requests"] == 3
+
+
+def test_who_has_seen_nothing_leaves_what_others_kept(tmp_path: Path) -> None:
+    seen = Traffic(SIGNATURE, capture_rows=5)
+    seen.see(request(1))
+    seen.save(tmp_path)
+    left = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    Traffic(SIGNATURE, capture_rows=5).save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == left
+
+
+def test_rows_that_nobody_could_be_judged_by_are_not_kept() -> None:
+    traffic = Traffic(SIGNATURE, capture_rows=5)
+    traffic.see(request(1, x=math.nan))
+    assert traffic.sample() == {}
+    traffic.see(request(1))
+    assert len(next(iter(traffic.sample().values()))) == 1
+
+
+def test_what_an_ended_runtime_captured_is_removed_when_it_is_too_old(tmp_path: Path) -> None:
+    config = RuntimeConfig(state_dir=str(tmp_path), capture_ttl_hours=1.0)
+    folder, clock = tmp_path / "traffic" / "m", Clock()
+    traffic = Traffic(SIGNATURE, capture_rows=5, ttl_hours=1.0, clock=clock)
+    traffic.see(request(1))
+    clock.now += 1800
+    traffic.save(folder)
+    (folder / ".captured.npz.abc").touch()  # whoever wrote it was killed
+    forget_aged(config)
+    assert {file.name for file in folder.iterdir()} == {"sketch.json", "captured.npz"}
+    found = (folder / "captured.npz").stat()
+    os.utime(folder / "captured.npz", (found.st_mtime - 1801, found.st_mtime - 1801))
+    forget_aged(config)
+    assert {file.name for file in folder.iterdir()} == {"sketch.json"}
 
 
 def test_a_place_that_cannot_be_written_harms_nobody(

@@ -626,6 +626,138 @@ def test_who_loads_a_model_that_is_dead_has_it_started_anew(
         assert ask(runtime) == 2.0
 
 
+def test_a_dead_version_takes_its_place_among_the_others_again(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    python, become = strange
+    limits = {"actor.python": python, "actor.restart_limit": 1}
+    become("die")
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
+        (tmp_path / "how").unlink()
+        runtime.load(small[3.0], name="m", share=0.25)
+        shares = runtime.deployments()[0].shares
+        become("die")
+        with pytest.raises(lrai.ActorError):
+            ask(runtime, model_version=version(small[2.0]))
+        wait_until(lambda: "dead" in {model.state for model in runtime.models()})
+        (tmp_path / "how").unlink()
+        assert deployments(runtime).load(str(small[2.0]), name="m", shared=True) == "m"
+        assert ask(runtime, model_version=version(small[2.0])) == 2.0
+        assert runtime.deployments()[0].shares == shares
+        assert {ask(runtime) for _ in range(50)} == {2.0, 3.0}
+
+
+def test_nobody_goes_back_to_a_version_that_is_dead(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    python, become = strange
+    limits = {"actor.python": python, "actor.restart_limit": 1}
+    become("die")
+    old, new = version(small[2.0]), version(small[3.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
+        (tmp_path / "how").unlink()
+        runtime.load(small[3.0], name="m", share=0.25)
+        runtime.route("m", {new: 1.0})
+        become("die")
+        with pytest.raises(lrai.ActorError):
+            ask(runtime, model_version=old)
+        wait_until(lambda: "dead" in {model.state for model in runtime.models()})
+        (tmp_path / "how").unlink()
+        with pytest.raises(lrai.ConditionNotMet, match="does not run any more"):
+            runtime.route("m", {old: 1.0})
+        runtime.rollback("m")  # which starts it anew
+        assert ask(runtime) == 2.0
+
+
+def test_an_artifact_of_other_inputs_does_not_take_the_requests_of_a_name(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.lrai"
+    shutil.copytree(small[3.0], other)
+    signature = msgspec.json.decode((other / "manifest.json").read_bytes())["signature"]
+    signature["inputs"][0]["name"] = "z"
+    small_artifact.rewrite(other, {"signature": signature})
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        changes: list[Callable[[], object]] = [
+            lambda: runtime.swap("m", other),
+            lambda: runtime.load(other, name="m", share=0.5),
+        ]
+        for change in changes:
+            with pytest.raises(lrai.ConditionNotMet, match="takes other inputs"):
+                change()
+        assert [model.name for model in runtime.models()] == ["m"]
+
+
+def test_what_can_never_fit_costs_nobody_its_place(small: dict[float, Path]) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        core = deployments(runtime)
+        core.config = lrai.load_config(call={"runtime.memory_mib": 1_000})
+        with pytest.raises(lrai.MemoryBudgetExceeded):
+            core._make_room("huge", 5_000 << 20)
+        assert ask(runtime) == 2.0
+
+
+def test_a_frozen_name_takes_what_served_and_as_it_was_loaded(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    settings = {"runtime.state_dir": str(tmp_path)}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
+        runtime.load(small[3.0], name="m", share=0.25)
+        runtime.route("m", {version(small[2.0]): 1.0})
+        runtime.freeze("m", "ann", "audit week")
+    with lrai.Runtime(config(**settings)) as runtime:
+        for wrong, variant in ((small[3.0], ""), (small[2.0], "fp32")):
+            with pytest.raises(lrai.ConditionNotMet, match="frozen by ann"):
+                runtime.load(wrong, name="m", variant=variant)
+        runtime.load(small[2.0], name="m")
+        assert ask(runtime) == 2.0
+
+
+def test_a_canary_of_a_frozen_name_is_taken_back_and_a_late_verdict_does_nothing(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    old, new = version(small[2.0]), version(small[3.0])
+    settings = {"runtime.state_dir": str(tmp_path)}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
+        core = deployments(runtime)
+        runtime.load(small[3.0], name="m", share=0.25)
+        before, canary = core._routes["m"], core.find("m", new)
+        runtime.route("m", {old: 0.4, new: 0.6})
+        core.give_up(before, canary, "it failed when it was the canary")
+        assert runtime.deployments()[0].shares == {old: 0.4, new: 0.6}
+        runtime.freeze("m", "ann", "audit week")
+        core.give_up(core._routes["m"], core.find("m", old), "it failed")
+        (found,) = runtime.deployments()
+        assert found.shares == {old: 0.0, new: 1.0}
+        assert found.frozen is not None
+        assert found.frozen.by == "ann"
+
+
+def test_a_version_that_could_not_start_for_now_keeps_its_share_of_what_was_kept(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, add = version(small[2.0]), version(small[3.0]), Deployments.add
+    state = tmp_path / "state"
+    settings = {"runtime.state_dir": str(state)}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
+        runtime.load(small[3.0], name="m", share=0.25)
+        left = (state / "deployments.json").read_bytes()
+    (state / "deployments.json").write_bytes(left)  # as a kill would leave it
+
+    def fails(self: Deployments, artifact: lrai.Artifact, *more: Any) -> Any:
+        if artifact.version == old:
+            raise lrai.ActorError("it did not start in time")
+        return add(self, artifact, *more)
+
+    monkeypatch.setattr(Deployments, "add", fails)
+    with lrai.Runtime(config(**settings)) as runtime:
+        deployments(runtime).restore()
+        assert ask(runtime) == 3.0
+        assert runtime.deployments()[0].shares == {old: 0.75, new: 0.25}
+        kept = msgspec.json.decode((state / "deployments.json").read_bytes())
+        assert kept["deployments"]["m"]["shares"] == {old: 0.75, new: 0.25}
+
+
 def test_what_serves_in_place_of_a_variant_is_what_its_next_worker_means(
     small: dict[float, Path], tmp_path: Path
 ) -> None:
@@ -652,7 +784,7 @@ def test_a_swap_and_its_warm_up_leave_what_was_captured(
             ask(runtime)
         runtime.deployments()
         assert captured.is_file()
-        runtime.swap("m", small[3.0])  # captures nothing
+        runtime.swap("m", small[3.0], settings={})  # captures nothing
         assert ask(runtime) == 3.0
         wait_until(lambda: (captured.parent / "sketch.json").stat().st_size > 0)
     with np.load(captured, allow_pickle=False) as kept:
