@@ -81,8 +81,7 @@ class Deployments(Embedded):
                     if isinstance(error, _LOST):
                         record = record.without(label)
             if missing:  # for now: its share is kept for it, and others answer meanwhile
-                with self._store.lock:
-                    self._apply(name, record)
+                self._apply_what_runs(name, record)
                 continue
             if not record.serves:  # what had no share is not switched to
                 record = record.without(*record.versions)
@@ -123,7 +122,8 @@ class Deployments(Embedded):
                 return name  # whoever starts anew with what was replaced gets what replaced it
             kept = record.serving(opened.version)
             if record.frozen and not served and kept and variant in {"", kept.variant}:
-                variant, require, settings = kept.variant, kept.require, kept.settings
+                require = kept.require if require is None else require
+                variant, settings = kept.variant, kept.settings
                 record = Record(frozen=record.frozen)  # it serves again what it served
             else:
                 record = self._free(name)
@@ -227,8 +227,10 @@ class Deployments(Embedded):
     def unload(self, name: str, version: str = "") -> None:
         """See `Runtime.unload`."""
         with self._changed(name) as (name, record):
-            gone = [self.find(name, version)] if version else self._served(name)
-            left = record.without(*(one.version for one in gone))
+            gone = [one for one in self._served(name) if version in ("", one.version)]
+            if version not in ("", *record.versions):
+                self.find(name, version)  # for its error
+            left = record.without(version) if version else Record()
             if not left.serves:
                 raise lrai.UsageError(f"{version} answers for {name!r}: route requests elsewhere")
             self._commit(name, left, "unload")
@@ -369,8 +371,19 @@ class Deployments(Embedded):
                     with self._started(name, artifact, how, dead.version):
                         pass
                 finally:
-                    with self._store.lock:
-                        self._apply(name, record)
+                    self._apply_what_runs(name, record)
+
+    def _apply_what_runs(self, name: str, record: Record) -> None:
+        """Have requests go where the record says, though not all of it runs.
+
+        Where nobody has a share who runs, nobody stays loaded: who loads it then starts anew.
+        """
+        with self._store.lock:
+            self._apply(name, record)
+        there = self._served(name)
+        if not any(record.shares.get(version.version) for version in there):
+            for version in there:
+                self.remove(version, drain=False)
 
     def _is_alike(self, name: str, artifact: lrai.Artifact) -> None:
         """Raise where requests for a name would be none for the artifact."""
@@ -447,7 +460,10 @@ class Deployments(Embedded):
         """Unload a version if nobody needs it now; return whether it is gone."""
         with suppress(lrai.LraiError), self._changed(version.name) as (name, record):
             left = record.without(version.version)
-            if left.serves and version.retire(idle=True):
+            others = [one for one in self._served(name) if one is not version]
+            left = left if others else Record()  # what does not run goes with the last that does
+            serves = not others or any(left.shares[one.version] for one in others)
+            if serves and version.retire(idle=True):
                 try:
                     self._commit(name, left, "unload", why="runtime.memory_mib")
                 except BaseException:

@@ -19,7 +19,7 @@ from lrai_engines.blocks import matmul_nbits
 from lrai_engines.mixed import mixed_int4, mixed_int8
 from lrai_engines.quantize import dynamic_int8, dynamic_int8_per_row
 from lrai_engines.sensitivity import harms
-from lrai_engines.static import StaticForms, undefined_stays
+from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
 
 _SHARES: Final = (30, 50, 75)  # per cent of the harm that is kept closer
 # The same, and of this what is left in float32; all of it, where blocks are slow.
@@ -85,13 +85,14 @@ class OnnxRuntimeForms:
             reject("int8", str(error))
             return
         builds = forms(material.sample, material.threads, material.objective)
+        undefined = goes_undefined(basic, material.sample)
         for form, transform in builds.items():
             try:
                 graph, operators = transform(basic)
             except CompileError as error:
                 reject(form, str(error))
                 continue
-            if not form.startswith("int8-static"):  # which does it, as its own search runs it
+            if undefined and not form.startswith("int8-static"):  # which does it in its own search
                 graph = undefined_stays(graph, material.sample.outputs)
             yield from _under_each_pass_set(form, graph, operators, material, reject)
 

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import EncodeError
 from onnx import numpy_helper
+from onnxruntime import InferenceSession
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from lrai_core.compiler.search import Quantized, Sample
@@ -153,6 +154,21 @@ def static_int8(
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
     return undefined_stays(quantised, sample.outputs), report
+
+
+def goes_undefined(model: onnx.ModelProto, sample: Sample) -> bool:
+    """Return whether the model answers NaN with none, and not as one that looks for it."""
+    if not sample.rows:
+        return True
+    inputs = {}
+    for spec, array in zip(model.graph.input, sample.rows[0], strict=True):
+        inputs[spec.name] = np.full_like(array, np.nan) if array.dtype.kind == "f" else array
+    try:
+        session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        found = session.run(None, inputs)
+    except (*_FAULTS, EncodeError, ValueError):
+        return True
+    return any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in found)
 
 
 def undefined_stays(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> onnx.ModelProto:

@@ -58,10 +58,12 @@ def state_folder(config: LraiConfig) -> Path:
         raise EnvironmentProblem(
             f"no folder for state, runtime.state_dir: {error.strerror}"
         ) from None
-    us = own.st_uid == above.st_uid == os.geteuid()  # who owns what is above could exchange it
-    if not stat.S_ISDIR(own.st_mode) or not us or own.st_mode & 0o077 or above.st_mode & 0o022:
+    # A folder that is not configured lies where anybody may have made it, who could exchange it.
+    ours = config.runtime.state_dir or (above.st_uid == os.geteuid() and not above.st_mode & 0o022)
+    alone = own.st_uid == os.geteuid() and not own.st_mode & 0o077
+    if not stat.S_ISDIR(own.st_mode) or not alone or not ours:
         raise EnvironmentProblem(
-            "runtime.state_dir has to be this user's, and the folder built in it this user's alone"
+            "the folder built in runtime.state_dir has to be this user's alone"
         )
     return folder
 

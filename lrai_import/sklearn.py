@@ -11,6 +11,7 @@ import onnx
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec, UnsupportedOperator
 
 OPSET: Final = {"": 17, "ai.onnx.ml": 3}
+_HELD: Final = ("best_estimator_", "final_estimator_", "estimator")
 FEATURES: Final = "features"
 _INTEGERS: Final = (
     "BOOL",
@@ -97,11 +98,14 @@ def _types(model: Any, inputs: Sequence[TensorSpec]) -> list[tuple[str, Any]]:
 def _parts(model: Any) -> Iterator[Any]:
     """Yield a model, and the models that it is made of."""
     yield model
-    steps = [step for _, step, *_ in getattr(model, "steps", None) or ()]
-    fitted = np.ravel(np.array(getattr(model, "estimators_", None) or (), object)).tolist()
-    best = getattr(model, "best_estimator_", None)
-    for part in [*steps, *fitted, *([] if best is None else [best])]:
-        yield from _parts(part)
+    steps = [*getattr(model, "steps", []), *getattr(model, "transformers_", [])]
+    held = [getattr(model, name, None) for name in _HELD]
+    held += [step for _, step, *_ in steps]
+    for name in ("estimators_", "calibrated_classifiers_"):  # lists, or arrays of several axes
+        held += np.ravel(np.array(getattr(model, name, []), object)).tolist()
+    for part in held:
+        if part is not None and not isinstance(part, str):  # "passthrough", "drop"
+            yield from _parts(part)
 
 
 def _asks_for_names(model: Any) -> bool:

@@ -56,7 +56,8 @@ class Target:
         requests: Rows that were asked, `.npz`; None where there are none.
         signature: Of the artifact that serves it; None for a file.
         name: Under which the runtime serves it; empty where none does.
-        served: The artifact that it serves under that name.
+        served: The artifact that it serves under that name,
+        variant: and which variant of it.
     """
 
     model: Path
@@ -64,6 +65,7 @@ class Target:
     signature: Signature | None
     name: str = ""
     served: Artifact | None = None
+    variant: str = ""
 
 
 @app.command()
@@ -133,8 +135,10 @@ def tune(
     if not rows:
         raise ConditionNotMet("one row has over 16 MiB: the artifact keeps none to measure with")
     # What it is to be better than is what serves, which need not be fp32.
-    before = (artifact, "fp32") if found.served is None else (found.served, "")
+    before = (artifact, "fp32") if found.served is None else (found.served, found.variant)
     with sides((before, (artifact, ""))) as both:
+        if both[0].variant == both[1].variant:
+            both[0].variant += " (serves)"
         with _progress("measure", 2 * rounds) as tick:
             measure(both, rows, callers=callers, seconds=seconds, rounds=rounds, tick=tick)
         with _progress("compare", len(rows)) as tick:
@@ -169,6 +173,7 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
         return Target(path, requests, None)
     with Runtime(address=address) as runtime:
         served = {one.name: one for one in runtime.deployments()}
+        loaded = [(one.name, one.version, one.variant) for one in runtime.models()]
     # Hosts add a version to the name: search for search:4f0c, and for the folder models/search.
     alike = [name for name in served if name.partition(":")[0] == path.name]
     if named:
@@ -191,7 +196,9 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
             "as by LRAI_RUNTIME_CAPTURE_ROWS=2000 where the runtime starts, or give --requests"
         )
     model = artifact.file(artifact.manifest.source.file)
-    return Target(model, requests or captured, artifact.manifest.signature, name, artifact)
+    mine = [v for at, label, v in loaded if at == name and label.startswith(artifact.version)]
+    signature, variant = artifact.manifest.signature, mine[0] if mine else ""
+    return Target(model, requests or captured, signature, name, artifact, variant)
 
 
 def _artifact_of(target: str) -> Artifact | None:
@@ -310,8 +317,10 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
         ConditionNotMet: It fails, or says something else more often than the gate allows.
     """
     version, began = Artifact.open(written, verify=False).version, runtime.stats()
+    loaded = False
     try:
         runtime.load(written.absolute(), name=name, share=0.0)
+        loaded = True
         now = _deployment(runtime, name)
         if copied := [one.name for one in runtime.deployments() if one.shadow]:
             raise ConditionNotMet(  # what copies say is counted for all together
@@ -326,7 +335,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
                 tick()
         ended = runtime.stats()
     finally:
-        _unload(runtime, name, version)
+        _unload(runtime, name, version, loaded=loaded)
     seen, differ, failed = (
         ended.get(kind, 0) - began.get(kind, 0)
         for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
@@ -337,19 +346,24 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
     return seen
 
 
-def _unload(runtime: Runtime, name: str, version: str) -> None:
+def _unload(runtime: Runtime, name: str, version: str, *, loaded: bool) -> None:
     """End the version that got copies, though it may still be loading; say where it stays."""
     problem: LraiError | None = None
     for _ in range(_TRIES):
         try:
             runtime.unload(name, version)
+        except UsageError as error:  # another change is under way, which may be its loading
+            problem = error
+            time.sleep(1)
         except ModelNotFound:
             return  # it never came so far
         except LraiError as error:
             problem = error
-            time.sleep(1)
+            break
         else:
             return
+    if not loaded and not isinstance(problem, UsageError):
+        return
     how = f"lrai runtime unload {name} --version {version}"
     _say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
 

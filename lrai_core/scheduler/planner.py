@@ -55,6 +55,7 @@ class Bounds:
 
     rows: int
     elements: int = 0  # padded rows x length; 0 for none
+    actors: int = 1  # that run calls at the same time
 
     def allow(self, rows: int, length: int) -> bool:
         """Return whether a call may have so many rows, padded to `length`."""
@@ -172,27 +173,31 @@ def _longest(
     lane = queue.lanes[head.group]
     if lane[0][0] == lane[-1][0]:
         return frozenset()
-    predict, shared = latency.call_seconds, min(_AHEAD, len(lane), bounds.rows)
+    most = max(1, bounds.rows // head.rows)
+    predict, shared, few = latency.call_seconds, min(_AHEAD, len(lane), most), min(_SHARED, most)
     each = predict(shared * head.rows, head.length) / shared
-    if predict(_SHARED * head.rows, head.length) < _SHARED * _NEARLY * each:
-        shared = _SHARED
+    if predict(few * head.rows, head.length) < few * _NEARLY * each:
+        shared = few
     if now + _AHEAD * predict(shared * lane[-1][1].rows, lane[-1][0]) / shared < head.deadline:
         return frozenset()  # there is time for all
     ahead = queue.urgent[first : first + _AHEAD]
     horizon = [one for one in ahead if one.priority == head.priority]
-    least = min(one.length for one in horizon)
-    kept: list[tuple[int, int, float]] = []  # a heap: the longest first
+    in_turn = latency.margin / shared / bounds.actors
+    takes = [predict(shared * one.rows, one.length) * in_turn for one in horizon]
+    kept: list[tuple[float, int]] = []  # a heap: what takes longest first
     aside: set[int] = set()
-    end = now
-    for one in horizon:
-        seconds = predict(shared * one.rows, one.length) / shared * latency.margin
-        heapq.heappush(kept, (-one.length, one.sequence, seconds))
+    end, least = now, min(takes)
+    for one, seconds in zip(horizon, takes, strict=True):
+        if seconds > least and _is_late(one, latency, now):
+            aside.add(one.sequence)
+            continue
+        heapq.heappush(kept, (-seconds, one.sequence))
         end += seconds
         room = _ROOM * (one.deadline - now) if aside else 0.0
         while end > one.deadline - room and kept and -kept[0][0] > least:
-            _, sequence, seconds = heapq.heappop(kept)
+            longest, sequence = heapq.heappop(kept)
             aside.add(sequence)
-            end -= seconds
+            end += longest
     return aside
 
 

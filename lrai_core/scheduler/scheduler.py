@@ -175,7 +175,8 @@ class Scheduler:
             config: Settings of this model, where they are not those of all.
         """
         own, by_actor = config or self._config, {replica.actor: replica for replica in replicas}
-        bounds = Bounds(own.max_batch_rows, own.max_batch_elements or MEASURED_ELEMENTS)
+        elements = own.max_batch_elements or MEASURED_ELEMENTS
+        bounds = Bounds(own.max_batch_rows, elements, len(replicas))
         alone_ms = 1e3 * min(replica.latency.engine_seconds(1, 1) for replica in replicas)
         slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = own.latency_slo_ms or own.default_timeout_ms

@@ -256,6 +256,18 @@ def test_a_list_is_full_by_its_rows() -> None:
         assert queue.take([20_000] * 4, [16] * 4)[0] == pytest.approx(19.0 - waited)
 
 
+def test_one_large_request_is_soon_forgotten() -> None:
+    clock = Clock()
+    queue = HostQueue(64, settings_of({"parameters": {}}), clock)
+    queue.take([20_000], [64])
+    left = []
+    for _ in range(4):
+        clock.now += 0.004
+        queue.answered()
+        left.append(queue.take([20_000] * 2, [1, 1])[0])
+    assert left[-2:] == pytest.approx([15.0, 15.0])
+
+
 def test_parameters_of_tritons_own_backend_are_left_to_it() -> None:
     names = "memory.enable_memory_arena_shrinkage", "session.use_device_allocator"
     given = {"parameters": {name: {"string_value": "1"} for name in names}}

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from lrai_core.compiler.search import Quantized
+from lrai_core.compiler.search import Quantized, Sample
 from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
 from lrai_core.protocol import TensorSpec
@@ -26,7 +26,7 @@ from lrai_engines.blocks import matmul_nbits
 from lrai_engines.fusion import optimise
 from lrai_engines.mixed import mixed_int4, mixed_int8
 from lrai_engines.quantize import NothingToQuantize, dynamic_int8, dynamic_int8_per_row
-from lrai_engines.static import undefined_stays
+from lrai_engines.static import goes_undefined, undefined_stays
 
 Array = npt.NDArray[Any]
 Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
@@ -510,3 +510,17 @@ def test_what_is_no_number_makes_none(scheme: Scheme, none: float) -> None:
     np.testing.assert_array_equal(run(defined, x), before)
     x[1, 5] = none
     assert np.isnan(run(defined, x)[1]).all()
+
+
+def test_a_model_that_looks_for_what_is_no_number_is_left_to_it() -> None:
+    nodes = [
+        helper.make_node("IsNaN", ["x"], ["none"]),
+        helper.make_node("Where", ["none", "zero", "x"], ["known"]),
+        helper.make_node("MatMul", ["known", "w"], ["y"], "linear"),
+    ]
+    matrix = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    imputing = graph(nodes, {"w": matrix, "zero": np.zeros(1, np.float32)}, (None, 64))
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
+    rows = Sample([[np.ones((1, 64), np.float32)]], (spec,))
+    assert not goes_undefined(imputing, rows)
+    assert goes_undefined(linear(matrix), rows)

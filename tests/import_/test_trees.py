@@ -10,7 +10,14 @@ import onnxruntime
 import pandas as pd
 import pytest
 import xgboost
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+    StackingClassifier,
+)
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
@@ -51,6 +58,23 @@ def test_splits_by_categories_are_refused() -> None:
     made = make_pipeline(FunctionTransformer(), model).fit(codes, CLASSES)
     with pytest.raises(CompileError, match="HistGradientBoostingClassifier splits by categories"):
         convert_sklearn(made, [])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GradientBoostingClassifier(n_estimators=3),
+        CalibratedClassifierCV(RandomForestClassifier(n_estimators=3), cv=2),
+        StackingClassifier([("a", GradientBoostingClassifier(n_estimators=3))], cv=2),
+        GridSearchCV(RandomForestClassifier(n_estimators=3), {"max_depth": [2]}, cv=2),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_models_of_models_are_converted(model: Any) -> None:
+    made = convert_sklearn(model.fit(ROWS, CLASSES), [])
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    label, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
+    assert np.mean(label == model.predict(ROWS)) > 0.98
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class HostQueue:
         self._size, self._alone = size, settings.instances == 1 and size > 1
         self._usual_ms, self._clock = settings.latency_slo_ms, clock
         self._since = self._answered = -math.inf
-        self._most_rows = 1  # of a request
+        self._largest = 1  # rows of a request in the last list
 
     def take(self, timeouts_us: Sequence[int], rows: Sequence[int] = ()) -> list[float | None]:
         """Return the ms that are left for each request of a list; None where nothing is said.
@@ -39,8 +39,8 @@ class HostQueue:
         now, count = self._clock(), len(timeouts_us)
         idle = now - self._answered > _IDLE_SECONDS
         since = now if idle or not self._alone else self._since
-        self._most_rows = max(self._most_rows, *rows, 1)
-        if idle or (sum(rows) or count) + self._most_rows <= self._size:
+        before, self._largest = self._largest, max(rows, default=1)
+        if idle or (sum(rows) or count) + max(before, self._largest) <= self._size:
             self._since = now
         left: list[float | None] = []
         for index, timeout_us in enumerate(timeouts_us):

@@ -32,7 +32,7 @@ from lrai_triton.served import Served, source_of
 from lrai_triton.settings import settings_of
 
 _MEMORY: Final = "/dev/shm"  # noqa: S108 - where Triton and its stubs have theirs
-_LARGE_BYTES: Final = 1 << 20  # of an answer; what there is room for is looked at
+_LARGE_BYTES: Final = 1 << 20  # of an answer: what there is room for is looked at from here on
 
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
 _CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
@@ -72,6 +72,7 @@ class TritonPythonModel:
             self._served = Served(name, artifact, settings)
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
+        self._sent_bytes = _LARGE_BYTES  # at most, of an answer
         self._rows = int(model_config["max_batch_size"]) > 1  # requests have any number of them
         self._queue = HostQueue(int(model_config["max_batch_size"]), settings)
         self.execute = self._send_later if self._served.execution == "sender" else self._lists
@@ -105,13 +106,15 @@ class TritonPythonModel:
         del request  # held until now: its tensors are read where they lie
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         outcome = _outcome(answer)
-        # Once `send` has failed for want of memory nothing more can be sent, not even that.
         outputs = {} if isinstance(outcome, LraiError) else outcome.outputs
         needed = sum(array.nbytes for array in outputs.values())
-        if needed > _LARGE_BYTES and 2 * needed > shutil.disk_usage(_MEMORY).free:
-            outcome = NotReady("the server has no shared memory left for the answer")
         try:
+            # Once `send` has failed for want of memory nothing more can be sent, not even that.
+            # What has gone through once has its place in Triton's pool, which never shrinks.
+            if needed > self._sent_bytes and 2 * needed > shutil.disk_usage(_MEMORY).free:
+                outcome = NotReady("the server has no shared memory left for the answer")
             sender.send(self._response(outcome), flags=done)
+            self._sent_bytes = max(self._sent_bytes, needed)
         except Exception as error:  # noqa: BLE001 - edge: this is nobody's call
             pb_utils.Logger.log_error(f"an answer could not be sent: {type(error).__name__}")
 

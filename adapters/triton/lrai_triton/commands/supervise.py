@@ -61,7 +61,7 @@ def watch(
     if urlsplit(url).scheme != "http":
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
     watched, said = dict[str, _Model](), ""
-    while not watched or any(each.is_alive() for each in watched.values()):
+    while True:
         words = f"watching {url}"
         try:
             if words != said:  # a server has come up: does it let models be unloaded?
@@ -71,6 +71,9 @@ def watch(
                 if status == http.client.FORBIDDEN:
                     raise EnvironmentProblem(f"{url} wants another {_HEADER}: set {_KEY} to it")
             ready = _models(url)
+            alive = not watched or any(each.is_alive() for each in watched.values())
+            if not alive and (model or not _ready(url)):  # what others serve is not ours to end
+                break
             for name in model or ready:
                 known = watched.get(name)  # one that was given up may have been loaded again
                 if known is None or (not known.is_alive() and name in ready):
@@ -140,13 +143,15 @@ class _Model(threading.Thread):
         """Look and reload until it is given up."""
         say(f"{self.name} is watched")
         while True:
-            with contextlib.suppress(*_LOST):  # `watch` says so
+            try:
                 stubs, counts = _stubs(self.name), self._count()  # one that is loaded has a stub
                 deaths = [self._dead(each, counts[each], stubs[each]) for each in counts]
                 self._counts, self._stubs = self._count(), stubs  # with the probes
                 why = next(filter(None, deaths), "" if counts else self._unloaded)
                 if why and not self._reload(why):
                     return
+            except _LOST:  # `watch` says so
+                self._silent.clear()  # what comes back has its time
             time.sleep(self._interval)
 
     def _count(self) -> dict[str, Any]:
@@ -198,6 +203,7 @@ class _Model(threading.Thread):
         say(f"{self.name}: {why}; reloading it")
         _ask(self._url, f"{path}/unload", b"{}")
         status, answer = _ask(self._url, f"{path}/load", b"{}")
+        self._silent.clear()
         self._unloaded = "" if status == http.client.OK else f"it did not load: {answer}"
         say(f"{self.name}: {self._unloaded or f'reloaded in {time.monotonic() - begun:.1f} s'}")
         return True
@@ -224,11 +230,16 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
 
 def _models(url: str) -> list[str]:
     """Return the names of the models that are ready and LRAI's."""
+    paths = {name: f"/models/{quote(name)}/config" for name in _ready(url)}
+    return [name for name, path in paths.items() if _ask(url, path)[1].get("backend") == "lrai"]
+
+
+def _ready(url: str) -> list[str]:
+    """Return the names of the models that are ready."""
     status, index = _ask(url, "/repository/index", b'{"ready": true}')
     if status != http.client.OK or not isinstance(index, list):
         raise ValueError(f"status {status}")  # as of one that is no Triton
-    paths = {each["name"]: f"/models/{quote(each['name'])}/config" for each in index}
-    return [name for name, path in paths.items() if _ask(url, path)[1].get("backend") == "lrai"]
+    return [each["name"] for each in index]
 
 
 def _stubs(model: str) -> Counter[str]:
@@ -276,7 +287,8 @@ def _run_both(commands: list[list[str]]) -> int:
         for command in commands:  # in groups of their own: Ctrl-C comes from here alone
             processes.append(subprocess.Popen(command, env=environ, process_group=0))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, forward)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, forward)
         server, *watches = processes
         while server.poll() is None:
             if any(one.poll() == _GIVEN_UP for one in watches):  # whoever runs us starts us anew
