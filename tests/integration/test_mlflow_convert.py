@@ -174,8 +174,7 @@ def test_a_module_of_torch_answers_as_before(form: str) -> None:
         serialization_format=form,
         **options,
     )
-    file = {"pickle": "pth", "pt2": "pt2"}[form]
-    with pytest.raises(MlflowException, match=rf"holds a pickle \(data/model\.{file}\)"):
+    with pytest.raises(MlflowException, match=r"holds a pickle \(data\)"):
         lrai_mlflow.convert(source.model_uri)
     made = lrai_mlflow.convert(source.model_uri, allow_pickle=True, threads=1)
     (found,) = mlflow.pyfunc.load_model(made.model_uri).predict(rows).values()
