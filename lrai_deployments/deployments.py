@@ -545,7 +545,7 @@ def _shares(given: Mapping[str, Any]) -> dict[str, float]:
 def _form(spec: lrai.TensorSpec) -> tuple[object, ...]:
     """Return what a request has to know of an input."""
     fixed = tuple(size if isinstance(size, int) else "" for size in spec.shape)
-    return spec.name, spec.datatype, fixed, spec.batch_axis, spec.length_axis
+    return spec.name, spec.datatype, fixed
 
 
 def _freeze(by: str, reason: str) -> Freeze:

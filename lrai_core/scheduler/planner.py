@@ -166,8 +166,8 @@ def _longest(
 ) -> Set[int]:
     """Return who is left aside, from the `first` on, so that as many as can be are in time.
 
-    In order of urgency: while they do not all end in time, in calls that they share, the longest is
-    left aside. Nobody is for one of a lower priority, or of no other length.
+    In order of urgency: while they do not all end in time, in calls that they share, what takes
+    longest is left aside. Nobody is for one of a lower priority, or where all are of one length.
     """
     head = queue.urgent[first]
     lane = queue.lanes[head.group]
