@@ -626,21 +626,30 @@ def test_who_loads_a_model_that_is_dead_has_it_started_anew(
         assert ask(runtime) == 2.0
 
 
-def test_a_dead_version_takes_its_place_among_the_others_again(
+@contextmanager
+def one_of_two_dead(
     small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
-) -> None:
+) -> Iterator[lrai.Runtime]:
+    """Yield a runtime in which the version with three quarters of the requests is given up."""
     python, become = strange
     limits = {"actor.python": python, "actor.restart_limit": 1}
     become("die")
     with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
         (tmp_path / "how").unlink()
         runtime.load(small[3.0], name="m", share=0.25)
-        shares = runtime.deployments()[0].shares
         become("die")
         with pytest.raises(lrai.ActorError):
             ask(runtime, model_version=version(small[2.0]))
         wait_until(lambda: "dead" in {model.state for model in runtime.models()})
         (tmp_path / "how").unlink()
+        yield runtime
+
+
+def test_a_dead_version_takes_its_place_among_the_others_again(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    with one_of_two_dead(small, strange, tmp_path) as runtime:
+        shares = runtime.deployments()[0].shares
         assert deployments(runtime).load(str(small[2.0]), name="m", shared=True) == "m"
         assert ask(runtime, model_version=version(small[2.0])) == 2.0
         assert runtime.deployments()[0].shares == shares
@@ -650,21 +659,10 @@ def test_a_dead_version_takes_its_place_among_the_others_again(
 def test_nobody_goes_back_to_a_version_that_is_dead(
     small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
 ) -> None:
-    python, become = strange
-    limits = {"actor.python": python, "actor.restart_limit": 1}
-    become("die")
-    old, new = version(small[2.0]), version(small[3.0])
-    with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
-        (tmp_path / "how").unlink()
-        runtime.load(small[3.0], name="m", share=0.25)
-        runtime.route("m", {new: 1.0})
-        become("die")
-        with pytest.raises(lrai.ActorError):
-            ask(runtime, model_version=old)
-        wait_until(lambda: "dead" in {model.state for model in runtime.models()})
-        (tmp_path / "how").unlink()
+    with one_of_two_dead(small, strange, tmp_path) as runtime:
+        runtime.route("m", {version(small[3.0]): 1.0})
         with pytest.raises(lrai.ConditionNotMet, match="does not run any more"):
-            runtime.route("m", {old: 1.0})
+            runtime.route("m", {version(small[2.0]): 1.0})
         runtime.rollback("m")  # which starts it anew
         assert ask(runtime) == 2.0
 
