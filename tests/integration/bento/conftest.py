@@ -17,6 +17,7 @@ import pytest
 import lrai_bentoml
 import lrai_core as lrai
 from benchmarks.host import Host
+from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server
 from tests.tiny_models import token_model
 
@@ -104,6 +105,12 @@ def start(project: Path, host: Host, **variables: str) -> Server:
 @pytest.fixture(scope="session")
 def token_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return token_model(tmp_path_factory.mktemp("tokens") / "tokens.onnx")
+
+
+@pytest.fixture(scope="session")
+def classifier_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    # Wide enough for int8 to be faster on any processor.
+    return classifier(tmp_path_factory.mktemp("classifier") / "wide.onnx", seed=0, hidden=1024)
 
 
 @pytest.fixture(scope="session")
