@@ -45,7 +45,8 @@ from lrai_core.artifact import LatencyPoint  # noqa: E402
 from lrai_core.config import SchedulerConfig  # noqa: E402
 from lrai_core.engine.batching import MEASURED_ELEMENTS  # noqa: E402
 from lrai_core.scheduler.latency import LatencyModel  # noqa: E402
-from lrai_core.scheduler.planner import Bounds, Queue, Waiting, plan  # noqa: E402
+from lrai_core.scheduler.planner import Bounds, plan  # noqa: E402
+from lrai_core.scheduler.waiting import Queue, Waiting  # noqa: E402
 
 Row = dict[str, Any]
 

@@ -16,7 +16,8 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from benchmarks.simulation import TICK, Server
-from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting, choose, plan
+from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan
+from lrai_core.scheduler.waiting import Queue, Waiting
 
 _SHARE_SECONDS: Final = 1.0  # the scheduler's: over which a model's use is remembered
 _RATED_ROWS: Final = 8  # a mix at load 1 keeps the processor busy with calls of that many

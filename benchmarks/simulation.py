@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import Bounds, Queue, Waiting, plan
+from lrai_core.scheduler.planner import Bounds, plan
+from lrai_core.scheduler.waiting import Queue, Waiting
 
 Times = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

@@ -34,7 +34,8 @@ from lrai_core.runtime.embedded import Embedded, priority_of
 from lrai_core.runtime.version import Started, Version
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel, latency_of
-from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Queue, Waiting, plan, probe
+from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, plan, probe
+from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load, Refused
 from lrai_core.wire.workers import Answered

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterator, Sequence, Set
+from bisect import bisect_left
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from lrai_core.scheduler.latency import LatencyModel
+from lrai_core.scheduler.waiting import Queue, Waiting
 
 PROBE_SECONDS: Final = 1.0  # without an answer, after which what was learned is not trusted
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
@@ -35,18 +36,6 @@ _OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more t
 _SHARED: Final = 3  # by so many a call is shared where time is short, if it takes them
 _NEARLY: Final = 1.5  # at most so many times what it takes each where all share it
 _MOST_SKIPPED: Final = 8  # neighbours too large for a call, before a side is left alone
-
-
-class Waiting(NamedTuple):
-    """One queued request as the planner sees it; compares by urgency."""
-
-    priority: int  # lower is served first
-    urgency: float  # of two the lower is served first: the deadline, or when nobody waits longer
-    sequence: int  # unique, in order of arrival
-    deadline: float  # on the clock of `now`
-    group: Hashable  # requests of one group may share a call
-    rows: int
-    length: int  # 0 where there is no length axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,58 +59,6 @@ class Decision:
     drop: tuple[int, ...]
     predicted_seconds: float
     due: float = 0.0  # the earliest deadline among what runs
-
-
-class Queue:
-    """Requests of one model, by urgency and, per group, by length; every change is O(log n)."""
-
-    def __init__(self) -> None:
-        self.urgent: list[Waiting] = []
-        self.lanes: dict[Hashable, list[tuple[int, Waiting]]] = {}  # of groups, by length
-        self._known: dict[int, Waiting] = {}
-        self._deadlines: list[tuple[float, int]] = []  # a heap, with what has left meanwhile
-
-    def __len__(self) -> int:
-        """Return how many requests wait."""
-        return len(self.urgent)
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the sequences, the most urgent first."""
-        return (waiting.sequence for waiting in self.urgent)
-
-    def add(self, waiting: Waiting) -> None:
-        """Let a request wait."""
-        self._known[waiting.sequence] = waiting
-        insort(self.urgent, waiting)
-        insort(self.lanes.setdefault(waiting.group, []), (waiting.length, waiting))
-        heapq.heappush(self._deadlines, (waiting.deadline, waiting.sequence))
-
-    def remove(self, sequence: int) -> bool:
-        """Take a request out; return whether it waited."""
-        waiting = self._known.pop(sequence, None)
-        if waiting is None:
-            return False
-        del self.urgent[bisect_left(self.urgent, waiting)]
-        lane = self.lanes[waiting.group]
-        del lane[bisect_left(lane, (waiting.length, waiting))]
-        if not lane:
-            del self.lanes[waiting.group]
-        return True
-
-    def next_deadline(self) -> float:
-        """Return the earliest deadline, infinity where nothing waits."""
-        heap = self._deadlines
-        while heap and heap[0][1] not in self._known:
-            heapq.heappop(heap)
-        return heap[0][0] if heap else float("inf")
-
-    def expire(self, now: float) -> list[int]:
-        """Take out and return what is past its deadline."""
-        late = []
-        while self.next_deadline() <= now:
-            late.append(self._deadlines[0][1])
-            self.remove(late[-1])
-        return late
 
 
 def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Decision:

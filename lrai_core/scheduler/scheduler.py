@@ -34,10 +34,10 @@ from lrai_core.errors import (
 )
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
-from lrai_core.scheduler import planner
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import latency_of
-from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting, choose, plan
+from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Offer, choose, plan, probe
+from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Workers
 
@@ -89,7 +89,7 @@ class _Model:
 
     def is_known(self, now: float) -> bool:
         """Whether it was seen of late what its calls take."""
-        return now - self.seen < planner.PROBE_SECONDS
+        return now - self.seen < PROBE_SECONDS
 
 
 @dataclass(slots=True, eq=False)
@@ -486,7 +486,7 @@ class Scheduler:
             self._events.emit("planner_failed", model.name, reason=repr(error))
             return Decision((next(iter(model.queue)),), (), 0.0)
         if decision.drop and not (decision.dispatch or replica.calls or model.is_known(start)):
-            return planner.probe(model.queue, replica.latency)
+            return probe(model.queue, replica.latency)
         late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
         self._settle_with(self._take(model, decision.drop), late)
         return decision

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import Waiting
+from lrai_core.scheduler.waiting import Waiting
 from lrai_deployments.here import choose_together
 
 NOW = 100.0

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import Bounds, Decision, Offer, Queue, Waiting, choose, plan
+from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan
+from lrai_core.scheduler.waiting import Queue, Waiting
 
 NOW = 100.0
 WIDE = Bounds(rows=1000)
