@@ -79,7 +79,8 @@ constraints:  ## resolve every dependency afresh, on the oldest Python, into con
 	rm -rf build/constraints
 	$(PYTHON) -m venv build/constraints
 	build/constraints/bin/pip install -q -e '.[demo,dev]'
-	{ sed -n '/^#/p' constraints.txt; build/constraints/bin/pip freeze --exclude-editable; } > build/constraints.txt
+	{ sed -n '/^#/p' constraints.txt; build/constraints/bin/pip freeze --exclude-editable | \
+	    sed -E '/^(triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/d; s/^torch==.*/torch>=2.6,<3/'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 $(READY): pyproject.toml constraints.txt

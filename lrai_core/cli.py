@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import signal
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +25,10 @@ _COMMANDS = "lrai.commands"  # entry points, of functions of the arguments
 
 @app.callback()
 def lrai() -> None:
-    """Coalesced, compiled and certified inference inside the serving stack you already run."""
+    """Coalesced, compiled and certified inference inside the serving stack you already run.
+
+    `lrai --version` says which version this is.
+    """
 
 
 def main() -> NoReturn:
@@ -36,6 +39,8 @@ def main() -> NoReturn:
         found = {entry.name: entry for entry in entry_points(group=_COMMANDS)}
         if sys.argv[1:2] and sys.argv[1] in found:
             found[sys.argv[1]].load()(sys.argv[2:])
+        elif sys.argv[1:] == ["--version"]:
+            typer.echo(f"lrai {version('lrai')}")
         else:
             for name in sorted(found):  # for the help alone
                 app.command(name, help=_about(found[name]))(lambda: None)
@@ -52,13 +57,17 @@ def main() -> NoReturn:
 
 
 def _about(command: EntryPoint) -> str:
-    """Return what the file of a command says of itself first, without running it."""
+    """Return what a command's function or file says of it first, without running it."""
     package, *names = command.module.split(".")
     spec = find_spec(package)  # of the package alone: what lies above a module would be run
     path = Path(spec.origin if spec and spec.origin else "").parent.joinpath(*names)
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    said = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0]
-    words = said.partition(": ")[2]
+    module = ast.parse(file.read_text())
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    docs = [ast.get_docstring(node) for node in functions if node.name == command.attr]
+    docs.append(ast.get_docstring(module))
+    said = [(text or "").partition("\n\n")[0].partition(": ") for text in docs]
+    words = next((words for _, _, words in said if words), "")
     return words[:1].upper() + words[1:]
 
 

@@ -91,6 +91,7 @@ class NotReady(LraiError):
     """The runtime is loading, draining or closed."""
 
     http_status = 503
+    exit_code = 5
     retry_after_seconds: float = 1.0
 
 

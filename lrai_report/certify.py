@@ -22,12 +22,12 @@ _LINE: Final = 2000
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run `lrai verify`; what `lrai` says of errors is its own business."""
+    """`lrai verify`: issue a certificate of an artifact on rows of your own."""
     app(args=list(arguments), prog_name="lrai verify")
 
 
 def main_certificate(arguments: Sequence[str]) -> None:
-    """Run `lrai certificate`, likewise."""
+    """`lrai certificate`: check a certificate again, on any machine."""
     certificate_app(args=list(arguments), prog_name="lrai certificate")
 
 

@@ -46,7 +46,9 @@ def compile(
         list[str] | None, typer.Option(help="Array of groups to treat alike; repeatable.")
     ] = None,
     max_disparity: Annotated[float, typer.Option(help="Most by which groups may part.")] = 0.01,
-    axes: Annotated[Path | None, typer.Option(help="TOML that states the axes.")] = None,
+    axes: Annotated[
+        Path | None, typer.Option(help="TOML that states the axes; see docs/architecture.md.")
+    ] = None,
     objective: Annotated[str, typer.Option(help="latency, or memory: least of it.")] = "latency",
     keep: Annotated[int, typer.Option(help="Variants to keep, fp32 too; 3: two serve.")] = 2,
     engine: Annotated[

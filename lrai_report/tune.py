@@ -30,6 +30,7 @@ from lrai_core import (
     Runtime,
     Signature,
     UsageError,
+    load_config,
 )
 from lrai_core import compile as compile_model
 from lrai_core.errors import shorten
@@ -104,7 +105,9 @@ def tune(
     file: Annotated[
         Path | None, typer.Option("--json", help="File to write all figures to.")
     ] = None,
-    address: Annotated[str, typer.Option(help="Of the runtime: its folder, or tcp://….")] = "auto",
+    address: Annotated[
+        str, typer.Option(help="Of the runtime; by default as LRAI_RUNTIME says, or auto.")
+    ] = "",
 ) -> None:
     """Try faster forms of TARGET on its own requests; say what is gained, and what changes.
 
@@ -171,7 +174,7 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
         return Target(model, requests, artifact.manifest.signature)
     if path.is_file() and not named:
         return Target(path, requests, None)
-    with Runtime(address=address) as runtime:
+    with _runtime(address) as runtime:
         served = {one.name: one for one in runtime.deployments()}
         loaded = [(one.name, one.version, one.variant) for one in runtime.models()]
     # Hosts add a version to the name: search for search:4f0c, and for the folder models/search.
@@ -295,13 +298,19 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> 
     out.print(table)
 
 
+def _runtime(address: str) -> Runtime:
+    """Return the shared runtime that is meant where none is said to be."""
+    own = load_config().runtime.address
+    return Runtime(address=address or ("auto" if own == "embedded" else own))
+
+
 def _in_the_runtime(name: str, written: Path, minutes: float, address: str, *, apply: bool) -> None:
     """Copy live requests to it for a while; switch to it, or say how."""
-    with Runtime(address=address) as runtime:
-        if minutes and not _shadow(runtime, name, written, minutes) and apply:
+    place = f" --address {address}" if address else ""
+    with _runtime(address) as runtime:
+        if minutes and not _shadow(runtime, name, written, minutes, place) and apply:
             why = "no live request came, so none was compared: --minutes 0 applies without"
             raise ConditionNotMet(f"not applied: {why}")
-        place = "" if address == "auto" else f" --address {address}"
         if apply:
             version = runtime.swap(name, written.absolute())
             _say("applied", f"{name} is served by {version}")
@@ -310,7 +319,7 @@ def _in_the_runtime(name: str, written: Path, minutes: float, address: str, *, a
         _say("switch back", f"lrai runtime rollback {name}{place}")
 
 
-def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
+def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: str) -> int:
     """Have copies of the live requests answered by it; return how many rows were compared.
 
     Raises:
@@ -335,7 +344,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
                 tick()
         ended = runtime.stats()
     finally:
-        _unload(runtime, name, version, loaded=loaded)
+        _unload(runtime, name, version, place, loaded=loaded)
     seen, differ, failed = (
         ended.get(kind, 0) - began.get(kind, 0)
         for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
@@ -346,7 +355,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float) -> int:
     return seen
 
 
-def _unload(runtime: Runtime, name: str, version: str, *, loaded: bool) -> None:
+def _unload(runtime: Runtime, name: str, version: str, place: str, *, loaded: bool) -> None:
     """End the version that got copies, though it may still be loading; say where it stays."""
     problem: LraiError | None = None
     for _ in range(_TRIES):
@@ -364,7 +373,7 @@ def _unload(runtime: Runtime, name: str, version: str, *, loaded: bool) -> None:
             return
     if not loaded and not isinstance(problem, UsageError):
         return
-    how = f"lrai runtime unload {name} --version {version}"
+    how = f"lrai runtime unload {name} --version {version}{place}"
     _say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
 
 

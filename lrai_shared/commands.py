@@ -20,7 +20,9 @@ _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 
 app = typer.Typer(help="The shared runtime.", no_args_is_help=True, add_completion=False)
 out = Console(highlight=False, markup=False, emoji=False)
-Address = Annotated[str, typer.Option(help="Its folder or tcp://HOST:PORT?keys=FOLDER.")]
+_WHERE: Final = "by default as LRAI_RUNTIME says, or this user's (auto)"
+Folder = Annotated[str, typer.Option("--address", help=f"Its folder; {_WHERE}.")]
+Address = Annotated[str, typer.Option(help=f"Its folder or tcp://HOST:PORT?keys=FOLDER; {_WHERE}.")]
 Listen = Annotated[str, typer.Option(help="tcp://HOST:PORT for other machines, with --keys.")]
 Keys = Annotated[Path | None, typer.Option(help="Folder that lrai runtime keys has made.")]
 Client = Annotated[str, typer.Option(help="Name of a client to make keys for.")]
@@ -34,7 +36,7 @@ Relief = Annotated[str, typer.Option(help="VERSION that takes what would be late
 
 
 @app.command()
-def start(address: Address = "auto", listen: Listen = "", keys: Keys = None) -> None:
+def start(address: Folder = "", listen: Listen = "", keys: Keys = None) -> None:
     """Start the runtime, to stay until it is stopped; do nothing where one runs."""
     config, folder = _place(address)
     how = listen + (f"?keys={keys.absolute()}" if keys else "") or "stay"
@@ -56,34 +58,36 @@ def keys(folder: Path, client: Client = "") -> None:
 
 
 @app.command()
-def status(address: Address = "auto") -> None:
+def status(address: Address = "") -> None:
     """Show what is loaded, how it is, and what has happened so far."""
     with _running(address) as runtime:
-        table = Table("model", "version", "variant", "state", "pid", title=runtime.ready())
-        for model in runtime.models():
-            pid = str(model.actor_pid or "")
-            table.add_row(model.name, model.version, model.variant, model.state, pid)
+        columns = "model", "version", "variant", "certificate", "state", "pids"
+        table = Table(*columns, title=runtime.ready())
+        for one in runtime.models():
+            pids = " ".join(map(str, one.actor_pids))
+            known = one.certificate or ""
+            table.add_row(one.name, one.version, one.variant, known, one.state, pids)
         out.print(table)
         for event, count in sorted(runtime.stats().items()):
             out.print(f"{count:>12,} {event}")
 
 
 @app.command()
-def load(artifact: Path, name: Name = "", share: Share = None, address: Address = "auto") -> None:
+def load(artifact: Path, name: Name = "", share: Share = None, address: Address = "") -> None:
     """Load ARTIFACT, a directory NAME.lrai, into the runtime that runs."""
     with _running(address) as runtime:
         out.print(f"{runtime.load(artifact, name=name, share=share)} is loaded")
 
 
 @app.command()
-def unload(model: str, version: str = "", address: Address = "auto") -> None:
+def unload(model: str, version: str = "", address: Address = "") -> None:
     """Stop serving MODEL, or one version of it; its unanswered requests end with an error."""
     with _running(address) as runtime:
         runtime.unload(model, version)
 
 
 @app.command()
-def swap(model: str, artifact: Path, address: Address = "auto") -> None:
+def swap(model: str, artifact: Path, address: Address = "") -> None:
     """Have ARTIFACT serve in place of what serves as MODEL, without losing a request."""
     with _running(address) as runtime:
         out.print(f"{model} is served by {runtime.swap(model, artifact)}")
@@ -91,7 +95,7 @@ def swap(model: str, artifact: Path, address: Address = "auto") -> None:
 
 @app.command()
 def route(
-    model: str, shares: Shares, shadow: Shadow = "", relief: Relief = "", address: Address = "auto"
+    model: str, shares: Shares, shadow: Shadow = "", relief: Relief = "", address: Address = ""
 ) -> None:
     """Share out the requests for MODEL among versions that are loaded."""
     with _running(address) as runtime:
@@ -100,28 +104,28 @@ def route(
 
 
 @app.command()
-def rollback(model: str, address: Address = "auto") -> None:
+def rollback(model: str, address: Address = "") -> None:
     """Go back to the version that served as MODEL before."""
     with _running(address) as runtime:
         out.print(f"{model} is served by {runtime.rollback(model)}")
 
 
 @app.command()
-def freeze(model: str, by: By, reason: Reason, address: Address = "auto") -> None:
+def freeze(model: str, by: By, reason: Reason, address: Address = "") -> None:
     """Have MODEL stay as it is deployed until it is unfrozen."""
     with _running(address) as runtime:
         runtime.freeze(model, by, reason)
 
 
 @app.command()
-def unfreeze(model: str, by: By, reason: Reason, address: Address = "auto") -> None:
+def unfreeze(model: str, by: By, reason: Reason, address: Address = "") -> None:
     """Let the deployment of MODEL be changed again."""
     with _running(address) as runtime:
         runtime.unfreeze(model, by, reason)
 
 
 @app.command()
-def deployments(address: Address = "auto") -> None:
+def deployments(address: Address = "") -> None:
     """Show every name with its versions, and what is frozen."""
     table = Table("model", "version", "share", "copies", "goes back to", "frozen")
     with _running(address) as runtime:
@@ -134,14 +138,14 @@ def deployments(address: Address = "auto") -> None:
 
 
 @app.command()
-def drain(address: Address = "auto") -> None:
+def drain(address: Address = "") -> None:
     """Refuse new requests for good, and wait for the accepted ones."""
     if not _call(address, "drain"):
         raise ConditionNotMet("not all requests have ended in time")
 
 
 @app.command()
-def stop(address: Address = "auto") -> None:
+def stop(address: Folder = "") -> None:
     """Refuse new requests, wait for the accepted ones, and end."""
     config, folder = _place(address)
     _call(address, "stop")
@@ -161,16 +165,24 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _place(address: str) -> tuple[LraiConfig, Path]:
+    config, address = _meant(address)
     if "://" in address:
         raise typer.BadParameter("a runtime is started and stopped on its own machine")
-    config = load_config()
     return config, shared_folder(config, "" if address == "auto" else address)
+
+
+def _meant(address: str) -> tuple[LraiConfig, str]:
+    """Return the settings, and the address that is meant where none is given."""
+    config = load_config()
+    own = config.runtime.address
+    return config, address or ("auto" if own == "embedded" else own)
 
 
 def _find(address: str) -> tuple[LraiConfig, str]:
     """Return where a runtime runs; none is started to be asked."""
+    config, address = _meant(address)
     if "://" in address:
-        return load_config(), address
+        return config, address
     config, folder = _place(address)
     if not is_running(folder):
         raise EnvironmentProblem(f"no runtime runs in {folder}; lrai runtime start starts one")
@@ -194,10 +206,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def main_freeze(arguments: Sequence[str]) -> None:
-    """Run `lrai freeze`, short for `lrai runtime freeze`."""
+    """`lrai freeze`: have a deployment stay as it is until it is unfrozen."""
     main(["freeze", *arguments])
 
 
 def main_unfreeze(arguments: Sequence[str]) -> None:
-    """Run `lrai unfreeze`, likewise."""
+    """`lrai unfreeze`: let a deployment be changed again."""
     main(["unfreeze", *arguments])

@@ -14,11 +14,11 @@ ROW = re.compile(r"^\| `([a-z_.]+)`( \*)? \| `(LRAI_[A-Z_]+)`[^|]* \| ([^|]*)\|"
 
 def test_every_setting_is_on_the_page_with_its_variable_and_default() -> None:
     said = {key: (variable, default.strip()) for key, _, variable, default in ROW.findall(PAGE)}
-    known = {
-        one.key: (f"LRAI_{one.key.upper().replace('.', '_')}", str(one.value))
-        for one in explain_config(environ={})
-    }
-    assert said == known
+    known = {one.key: str(one.value) for one in explain_config(environ={})}
+    assert {key: default for key, (_, default) in said.items()} == known
+    for key, (variable, default) in said.items():
+        origins = {s.key: s.origin for s in explain_config(environ={variable: default or "/x"})}
+        assert origins[key] == variable
 
 
 def test_those_that_can_be_a_models_own_are_marked() -> None:

@@ -535,7 +535,7 @@ def test_a_cap_that_keeps_calls_small_is_told(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr("sys.argv", ["uvicorn", "--workers", workers, "app"])
     tell_cap(dataclasses.replace(artifact, manifest=manifest), "fp32")
-    assert ("at most 6 requests at a time (CPUs + 4)" in caplog.text) == told
+    assert ("at most 6 requests at a time (CPUs + 4, to 32)" in caplog.text) == told
     assert ("--workers 11 reaches them" in caplog.text) == told
 
 

@@ -69,6 +69,7 @@ def test_hosts_answer_the_statuses_that_the_architecture_promises(name: str, sta
         ("ArtifactError", 4),
         ("VerificationError", 4),
         ("EnvironmentProblem", 5),
+        ("NotReady", 5),
     ],
 )
 def test_the_command_line_ends_with_the_codes_that_the_architecture_promises(

@@ -247,8 +247,10 @@ def test_help_says_of_every_command_what_it_is_for() -> None:
     for said in (
         "compile Fp32, and the fastest forms of a model that pass the gate",
         "config Every setting, its value",
-        "certificate Certificates, made and looked at again",
+        "certificate Check a certificate again",
         "mlflow Models of MLflow",
-        "triton Everything around the backend",
+        "freeze Have a deployment stay as it is",
+        "triton Install the backend",
     ):
         assert said in shown
+    assert run("--version", code=0) == f"lrai {lrai.__version__}\n"

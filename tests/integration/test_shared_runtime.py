@@ -902,6 +902,22 @@ def test_the_command_to_stop_returns_when_the_daemon_has_ended(
         assert not is_running(folder)
 
 
+def test_the_command_line_asks_the_runtime_that_the_variable_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = folder.parent / "other"
+    monkeypatch.setenv("LRAI_RUNTIME", str(other))
+    assert f"no runtime runs in {other}" in run("runtime", "status", code=5)
+    assert f"was started in {other}" in run("runtime", "start", code=0)
+    run("runtime", "status", code=0)
+    run("runtime", "stop", code=0)
+    assert not daemons(other)
+    monkeypatch.setenv("LRAI_RUNTIME", "embedded")  # of hosts; a command still means the shared one
+    assert f"no runtime runs in {folder}" in run("runtime", "status", code=5)
+    monkeypatch.setenv("LRAI_RUNTIME", "tcp://127.0.0.1:1?keys=/nowhere")
+    assert "on its own machine" in run("runtime", "stop", code=2)
+
+
 def test_an_operation_that_comes_while_the_daemon_ends_harms_nobody() -> None:
     daemon, replies = object.__new__(Daemon), list[Any]()
     daemon._quick = ThreadPoolExecutor(1)

@@ -54,8 +54,8 @@ def tell_cap(artifact: Artifact, variant: str) -> None:
     if here and best > here and speed[best] >= _WORTH * speed[here]:
         gain = speed[best] / speed[here]
         _log.warning(
-            "MLflow hands a worker at most %d requests at a time (CPUs + 4), and there are %d "
-            "worker(s); calls of %d rows would serve %.1f times as many a second. All workers "
+            "MLflow hands a worker at most %d requests at a time (CPUs + 4, to 32), and there are "
+            "%d worker(s); calls of %d rows would serve %.1f times as many a second. All workers "
             "share one runtime: %s %d reaches them, or several rows in a request",
             *(threads, workers, best, gain, _WORKERS, -(-best // threads)),
         )

@@ -21,7 +21,7 @@ from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, u
 from lrai_import.hosted import warm_up
 from lrai_sagemaker.logs import log, one_line
 from lrai_sagemaker.names import Names, unknown
-from lrai_sagemaker.settings import Settings
+from lrai_sagemaker.settings import MEBIBYTE, Settings
 
 ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
 _TARGET: Final = "x-amzn-sagemaker-target-model"
@@ -119,7 +119,7 @@ class Endpoint:
             {
                 "MaxConcurrentTransforms": self._settings.concurrency,
                 "BatchStrategy": self._settings.strategy,
-                "MaxPayloadInMB": self._settings.payload_mb,
+                "MaxPayloadInMB": self._most_bytes // MEBIBYTE,
             }
         )
 

@@ -41,7 +41,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_seconds: float = 25.0
     concurrency: int = 16
     strategy: Strategy = "MULTI_RECORD"
-    log_level: str = "INFO"
+    log_level: str = "info"
     scratch: str = ""
     model: str = ""
     artifact: str = ""

@@ -1,4 +1,4 @@
-"""`lrai bentoml …`: what a person does around the runner."""
+"""`lrai bentoml …`: write a service around a model, to be built into a Bento."""
 
 from __future__ import annotations
 

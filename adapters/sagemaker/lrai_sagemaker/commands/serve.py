@@ -6,17 +6,18 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import typer
 
-from lrai_core import Artifact, EnvironmentProblem
+from lrai_core import Artifact, EnvironmentProblem, load_config
 from lrai_import.hosted import asked
 from lrai_sagemaker.commands.app import app, out
 from lrai_sagemaker.commands.tars import package as package_artifact
 from lrai_sagemaker.settings import MEBIBYTE, Settings, Strategy
 
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 _MODEL: Final = "/opt/ml/model"
 _MODELS: Final = "/opt/ml/models"
 _MOST_MB: Final = 100  # of all bodies that batch transform has on their way
@@ -35,7 +36,7 @@ Drain = Annotated[float, typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=
 Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch transform.")]
 Concurrency = Annotated[int, typer.Option(envvar="SAGEMAKER_MAX_CONCURRENT_TRANSFORMS", min=0)]
 Strategies = Annotated[Strategy, typer.Option(envvar="SAGEMAKER_BATCH_STRATEGY")]
-Level = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_LOG_LEVEL", help="info, warning, …")]
+Level = Annotated[LogLevel, typer.Option(envvar="LRAI_SAGEMAKER_LOG_LEVEL", case_sensitive=False)]
 
 
 @app.command()
@@ -59,6 +60,7 @@ def serve(
     Each option is also a variable, those that the platform sets among them. Several workers share a
     runtime. Without --host only this machine is answered.
     """
+    largest_mb = max_payload_mb or load_config().limits.request_bytes // MEBIBYTE
     settings = Settings(
         folder=str(folder or (_MODELS if multi_model else _MODEL)),
         multi_model=multi_model,
@@ -69,7 +71,7 @@ def serve(
         payload_mb=max_payload_mb,
         answer_seconds=timeout_seconds or (3600.0 if batch else 60.0),
         drain_seconds=drain_seconds,
-        concurrency=max_concurrent_transforms or min(16, _MOST_MB // max(1, max_payload_mb)) or 1,
+        concurrency=max_concurrent_transforms or min(16, _MOST_MB // max(1, largest_mb)) or 1,
         strategy=batch_strategy,
         log_level=log_level,
     )

@@ -1,4 +1,4 @@
-"""`lrai triton …`: everything around the backend that a person does, or a container."""
+"""`lrai triton …`: install the backend, add and compile models, serve and watch a Triton."""
 
 from __future__ import annotations
 

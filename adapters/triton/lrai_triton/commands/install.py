@@ -120,7 +120,9 @@ def _check_python(backends: Path, python: str) -> Path:
     less = "" if b"NumpyVersion" in stub else " 'numpy<2'"
     why = done.stderr.strip().rpartition("\n")[2][:200]
     lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: {why};"
-    _demand(done.returncode == 0, f"{lacks} {path} -m pip install 'lrai[triton]'{less}")
+    _demand(
+        done.returncode == 0, f"{lacks} {path} -m pip install 'lrai[triton]'{less}, or lrai's wheel"
+    )
     newer = f"numpy {numpy} is newer than the stub, which gives wrong values with it;"
     _demand(not less or numpy.startswith("1."), f"{newer} {path} -m pip install{less}")
     return path

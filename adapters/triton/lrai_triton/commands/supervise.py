@@ -112,16 +112,17 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         commands.append([*_LRAI, "triton", "watch", "--url", url])
     # Not left to the first stub: like this the runtime's settings are those given here, whatever
     # model loads first, what is wrong with it is said at once, and it lives on during reloads.
-    runtime, address = [*_LRAI, "runtime"], load_config().runtime.address
-    place = ["--address", "auto" if address == "embedded" else address]
-    done = subprocess.run([*runtime, "start", *place], stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise EnvironmentProblem("the shared runtime cannot be started, for the reason above")
+    runtime, said = [*_LRAI, "runtime"], b""
+    if "://" not in load_config().runtime.address:  # else it runs on another machine
+        done = subprocess.run([*runtime, "start"], stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            raise EnvironmentProblem("the shared runtime cannot be started, for the reason above")
+        said = done.stdout
     try:
         status = _run_both(commands)
     finally:
-        if b"was started" in done.stdout:
-            subprocess.run([*runtime, "stop", *place], check=False)
+        if b"was started" in said:
+            subprocess.run([*runtime, "stop"], check=False)
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 
