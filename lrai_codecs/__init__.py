@@ -21,6 +21,8 @@ from lrai_codecs.http import respond as respond
 from lrai_codecs.http import unless_gone as unless_gone
 from lrai_codecs.protocol import declared as declared
 from lrai_codecs.rows import in_parts as in_parts
+from lrai_codecs.rows import in_turn as in_turn
+from lrai_codecs.rows import rows_at_a_time as rows_at_a_time
 from lrai_codecs.tensors import by_name as by_name
 from lrai_codecs.tensors import dtype_of as dtype_of
 from lrai_codecs.tensors import fit as fit

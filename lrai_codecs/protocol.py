@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -18,6 +18,8 @@ from lrai_core import (
     Tensor,
     TensorSpec,
 )
+
+_MOST_DIMENSIONS: Final = 16  # as of binary tensors
 
 
 class _Tensor(msgspec.Struct):
@@ -69,7 +71,8 @@ def read_protocol(data: Any, behind: bytes = b"") -> tuple[InferenceRequest, For
             continue
         if type(size) is not int or not 0 <= size <= len(view) - position:
             left = len(view) - position
-            raise InvalidTensor(tensor.name, f"binary_data_size {size}, {left} bytes are left")
+            given = str(size)[:40]
+            raise InvalidTensor(tensor.name, f"binary_data_size {given}, {left} bytes are left")
         tensors[tensor.name] = Tensor(
             name=tensor.name,
             datatype=tensor.datatype,
@@ -94,6 +97,9 @@ def read_protocol(data: Any, behind: bytes = b"") -> tuple[InferenceRequest, For
 def _listed(tensor: _Tensor) -> Array:
     if tensor.data is None:
         raise InvalidTensor(tensor.name, "has neither data nor binary_data_size")
+    if len(tensor.shape) > _MOST_DIMENSIONS:  # before their product, which takes hours of so many
+        problem = f"{len(tensor.shape)} dimensions, at most {_MOST_DIMENSIONS} are allowed"
+        raise InvalidTensor(tensor.name, problem)
     wanted = dtype_of(tensor.datatype)
     array = array_of(tensor.name, tensor.data, wanted)
     if array.dtype != wanted and array.size:
@@ -112,7 +118,8 @@ def _timeout(parameters: Mapping[str, Any]) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int) or not 0 < timeout < 1 << 63:
-        raise RequestError(f"timeout {timeout!r}: a number of microseconds is needed")
+        given = repr(timeout)[:40]
+        raise RequestError(f"timeout {given}: a number of microseconds is needed")
     return timeout / 1000
 
 

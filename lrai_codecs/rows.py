@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from lrai_core import InferenceRequest, InferenceResponse, Signature
+from lrai_core import InferenceRequest, InferenceResponse, LraiConfig, Signature
 
 _AT_A_TIME: Final = 2  # one runs, one waits; the queue is not for one caller alone
 
@@ -34,14 +34,11 @@ async def in_parts(
     several = parts(request, signature, most_rows)
     if len(several) == 1:
         return await infer(request)
-    begun, turn, given_ms = time.monotonic(), asyncio.Semaphore(_AT_A_TIME), request.timeout_ms
+    begun, turn = time.monotonic(), asyncio.Semaphore(_AT_A_TIME)
 
     async def one(part: InferenceRequest) -> InferenceResponse:
         async with turn:
-            if given_ms is not None:
-                left_ms = given_ms - (time.monotonic() - begun) * 1e3
-                part = msgspec.structs.replace(part, timeout_ms=max(0.0, left_ms))
-            return await infer(part)
+            return await infer(_within(part, begun))
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -49,6 +46,34 @@ async def in_parts(
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return joined([task.result() for task in tasks])
+
+
+def in_turn(
+    infer: Callable[[InferenceRequest], InferenceResponse],
+    request: InferenceRequest,
+    signature: Signature,
+    most_rows: int,
+) -> InferenceResponse:
+    """Return the same as `in_parts`, where nothing is awaited: one part after the other."""
+    begun = time.monotonic()
+    answers = [infer(_within(one, begun)) for one in parts(request, signature, most_rows)]
+    return joined(answers) if len(answers) > 1 else answers[0]
+
+
+def rows_at_a_time(request: InferenceRequest, config: LraiConfig) -> int:
+    """Return of how many rows a part may be that is within the limits, with room for others."""
+    arrays = [array for array in request.inputs.values() if isinstance(array, np.ndarray)]
+    row_bytes = sum(array.nbytes / max(1, len(array)) for array in arrays if array.ndim)
+    most = min(config.limits.request_rows, config.scheduler.max_queue_rows)
+    return max(1, int(min(most, config.limits.request_bytes / max(1, row_bytes)) / 4))
+
+
+def _within(part: InferenceRequest, begun: float) -> InferenceRequest:
+    """Return a part with what is left of the time that the whole was given, if it was."""
+    if part.timeout_ms is None:
+        return part
+    left_ms = part.timeout_ms - (time.monotonic() - begun) * 1e3
+    return msgspec.structs.replace(part, timeout_ms=max(0.0, left_ms))
 
 
 def parts(

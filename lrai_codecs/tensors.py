@@ -101,6 +101,8 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
             return np.asarray(value, dtype=np.object_)  # numpy's own texts lose NULs at their ends
         array = np.asarray(value)
         if array.dtype.kind == "O" and wanted.kind == "f":
+            if any(isinstance(one, str | bytes) for one in array.flat):  # as where no null is there
+                raise InvalidTensor(name, f"holds text, and no {wanted}")
             array = np.asarray(value, dtype=np.float64)
         elif array.dtype.kind in "iu" and wanted.kind == "f":
             array = array.astype(np.float64)  # JSON has one kind of number, whoever has parsed it

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -259,6 +260,38 @@ def test_errors_keep_their_status(error: lrai.LraiError, status: int) -> None:
     assert (wait is not None) == (status in (429, 503, 504))
 
 
+def test_any_number_of_rows_is_scored_and_no_row_at_all(
+    saved: Path, sources: dict[str, Path]
+) -> None:
+    model = mlflow.pyfunc.load_model(str(saved))
+    features = rows(5000)  # more than a request may have
+    found = model.predict({"features": features})["logits"]
+    session = onnxruntime.InferenceSession(sources["classifier"])
+    (expected,) = session.run(None, {"features": features})
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_no_rows_get_no_answers(artifacts: dict[str, lrai.Artifact], tmp_path: Path) -> None:
+    lrai_mlflow.save_model(artifacts["columns"], tmp_path / "model", signature=False)
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    names = [spec.name for spec in artifacts["columns"].manifest.signature.inputs]
+    answer = model.predict(pd.DataFrame({name: [] for name in names}))
+    outputs = artifacts["columns"].manifest.signature.outputs
+    assert list(answer.columns) == [spec.name for spec in outputs]
+    assert len(answer) == 0
+
+
+def test_a_model_that_could_not_be_saved_can_be_saved_again(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="Only one of"):
+        lrai_mlflow.save_model(
+            artifact, tmp_path / "m", conda_env={"name": "x"}, pip_requirements=["numpy"]
+        )
+    assert not (tmp_path / "m").exists()
+    lrai_mlflow.save_model(artifact, tmp_path / "m")
+
+
 def test_a_deadline_is_a_parameter(saved: Path) -> None:
     served = ServedModel(saved / "model.lrai", {})
     with pytest.raises(MlflowException, match="allowed") as late:
@@ -456,8 +489,12 @@ def test_a_model_that_is_let_go_leaves_no_process(artifact: lrai.Artifact, tmp_p
 
 
 def test_a_logged_model_is_tried_with_its_example_and_loaded_by_its_address(
-    artifact: lrai.Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    artifact: lrai.Artifact,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
 ) -> None:
+    request.addfinalizer(partial(mlflow.set_tracking_uri, mlflow.get_tracking_uri()))
     mlflow.set_tracking_uri((tmp_path / "tracking").as_uri())
     with mlflow.start_run():
         logged = lrai_mlflow.log_model(

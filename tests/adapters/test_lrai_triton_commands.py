@@ -388,6 +388,7 @@ def test_what_is_not_there_is_named(repository: Path, tmp_path: Path, run: Run) 
 # --- switching one line, compile, and back
 
 
+@pytest.mark.timeout(180)  # with the training and compiling of `judged`
 def test_compile_adds_a_version_that_answers_as_the_model_does(
     repository: Path, judged: tuple[Path, Path], run: Run
 ) -> None:

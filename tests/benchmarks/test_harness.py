@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -91,13 +92,14 @@ def test_a_server_is_pinned_measured_and_ended_with_its_children(tmp_path: Path)
         " http.server.SimpleHTTPRequestHandler).serve_forever()\n"
     )
     command = [sys.executable, str(program), "{port}"]
-    with Server(command, tmp_path / "log", cpus=[0]) as server:
+    cpu = min(os.sched_getaffinity(0))
+    with Server(command, tmp_path / "log", cpus=[cpu]) as server:
         server.wait_until_ready("/")
         pids = server.processes()
         assert len(pids) == 2
         for pid in pids:
             status = Path(f"/proc/{pid}/status").read_text()
-            assert "Cpus_allowed_list:\t0\n" in status
+            assert f"Cpus_allowed_list:\t{cpu}\n" in status
         assert server.memory_bytes() > 1 << 20
         assert server.stop(grace_seconds=0.5) == pids[1:]  # the child had not been told
     assert not Path(f"/proc/{pids[1]}").exists() or state(pids[1]) == "Z"

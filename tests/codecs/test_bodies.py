@@ -142,7 +142,8 @@ def test_the_protocols_timeout_is_in_microseconds() -> None:
         (protocol(data=["1"] * 6), "", "its data is no FP32"),
         (protocol(data=[[1], [1, 2]]), "", "different shapes"),
         (protocol(shape=[0, 1 << 63], data=[]), "", "its shape is no array's"),
-        (protocol(shape=[1] * 65, data=[1]), "", "its shape is no array's"),
+        (protocol(shape=[1] * 17, data=[1]), "", "17 dimensions, at most 16"),
+        (protocol(shape=[(1 << 63) - 1] * 20_000), "", "20000 dimensions, at most 16"),
         (protocol()[:-1] + b', "parameters": {"timeout": ' + b"9" * 400 + b"}}", "", "timeout"),
         (protocol(parameters={"binary_data_size": 24}), "", "binary_data_size 24, 0 bytes"),
         (protocol(parameters={"binary_data_size": -1}), "", "binary_data_size -1"),
@@ -161,6 +162,43 @@ def test_malformed_bodies_say_what_is_wrong(body: bytes, kind: str, problem: str
     with pytest.raises(RequestError, match=problem) as caught:
         decode(body, kind, [X])
     assert caught.value.http_status == 400
+
+
+@pytest.mark.parametrize(
+    ("header", "other"),
+    [
+        (b"{'descr': '<f8', ", b"{'descr': ('<f8',), "),
+        (b"}  ", b"   "),
+        (b"'shape': (3,)", b"'shape': " + b"-" * 3000 + b"1"),
+        (b"'shape': (3,)", b"'shape': (-1, -3)"),
+    ],
+)
+def test_a_damaged_npy_file_is_the_callers_fault(header: bytes, other: bytes) -> None:
+    whole = npy(np.zeros(3))
+    assert header in whole
+    length = int.from_bytes(whole[8:10], "little")
+    text = whole[10 : 10 + length].replace(header, other)
+    body = whole[:8] + len(text).to_bytes(2, "little") + text + whole[10 + length :]
+    with pytest.raises(RequestError, match=r"no npy file|does not fit"):
+        decode(body, "application/x-npy", [X])
+
+
+def test_csv_is_read_as_pandas_writes_it() -> None:
+    flags = TensorSpec(name="f", datatype="BOOL", shape=("n", 2), batch_axis=0)
+    pairs = TensorSpec(name="i", datatype="INT64", shape=("n", 2), batch_axis=0)
+    (found,) = values(b"1,,3\n4,5,nan\n", "text/csv", [X])
+    np.testing.assert_array_equal(found, [[1, np.nan, 3], [4, 5, np.nan]])
+    assert values(b"True,False\n0,1\n", "text/csv", [flags]) == [[[True, False], [False, True]]]
+    assert values(b"1.0,-2\n3,4.0\n", "text/csv", [pairs]) == [[[1, -2], [3, 4]]]
+    assert values(b"a\n\nb\n\n", "text/csv", [JOB]) == [["a", "", "b"]]
+    for body, spec in (
+        (b"True,yes\n", flags),
+        (b"True,\n", flags),
+        (b"1,\n", pairs),
+        (b"1,9007199254740994.0\n", pairs),
+    ):
+        with pytest.raises(RequestError):
+            values(body, "text/csv", [spec])
 
 
 def test_bytes_behind_the_tensors_are_refused() -> None:

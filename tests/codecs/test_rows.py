@@ -12,8 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrai_codecs import in_parts
-from lrai_core import InferenceRequest, InferenceResponse, QueueFull, Signature, Tensor, TensorSpec
+from lrai_codecs import in_parts, in_turn, rows_at_a_time
+from lrai_core import (
+    InferenceRequest,
+    InferenceResponse,
+    QueueFull,
+    Signature,
+    Tensor,
+    TensorSpec,
+    load_config,
+)
 
 
 def spec(name: str, axis: int | None = 0) -> TensorSpec:
@@ -84,6 +92,35 @@ def test_all_parts_share_the_time_of_the_request() -> None:
     assert first is not None
     assert last is not None
     assert 1000 - spent_ms <= last <= 1000 - 50 < first <= 1000
+
+
+def test_without_a_loop_the_parts_are_asked_one_after_the_other() -> None:
+    model = Model(seconds=0.02)
+
+    def infer(part: InferenceRequest) -> InferenceResponse:
+        return asyncio.run(model.infer(part))
+
+    asked = request(11, timeout_ms=5000)
+    found = in_turn(infer, asked, SIGNATURE, 4).outputs["y"]
+    np.testing.assert_array_equal(found, np.asarray(asked.inputs["x"]) * 3)
+    times = [part.timeout_ms or 0.0 for part in model.asked]
+    assert len(times) == 3
+    assert times == sorted(times, reverse=True)
+    assert times[0] - times[-1] >= 40
+    assert model.most_at_once == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "rows"),
+    [
+        ({}, 1024),
+        ({"limits.request_rows": 100}, 25),
+        ({"scheduler.max_queue_rows": 2}, 1),
+        ({"limits.request_bytes": 24 * 64}, 16),
+    ],
+)
+def test_a_part_is_within_every_limit_and_leaves_room(limits: dict[str, Any], rows: int) -> None:
+    assert rows_at_a_time(request(50), load_config(environ={}, call=limits)) == rows
 
 
 def test_the_error_of_a_part_is_the_error_of_all_and_ends_the_others() -> None:

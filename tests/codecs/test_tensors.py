@@ -9,7 +9,9 @@ import pytest
 
 from lrai_codecs import by_name, dtype_of, fit
 from lrai_codecs.tensors import array_of
-from lrai_core import InvalidTensor, RequestError, TensorSpec
+from lrai_core import InferenceRequest, InvalidTensor, RequestError, Signature, TensorSpec
+from lrai_core.config import LimitsConfig
+from lrai_core.protocol import validate
 
 IDS = TensorSpec(name="ids", datatype="INT64", shape=("n", "length"), batch_axis=0)
 AGE = TensorSpec(name="age", datatype="FP32", shape=("n", 1), batch_axis=0)
@@ -66,6 +68,19 @@ def test_large_integers_are_those_that_were_sent() -> None:
 def test_null_among_real_numbers_is_nan_and_nothing_else_is() -> None:
     assert np.isnan(fit({"age": [None, 1.5]}, [AGE])["age"]).tolist() == [[True], [False]]
     assert fit({"ids": [[None, 1]]}, [IDS])["ids"].dtype == np.object_
+
+
+def validate_alone(given: dict[str, Any]) -> None:
+    request = InferenceRequest(model_name="", inputs=fit(given, [AGE]))
+    validate(request, Signature(inputs=(AGE,), outputs=()), LimitsConfig())
+
+
+@pytest.mark.parametrize("value", [["1", 2.0], ["1", None], [None, b"1"], [1, 2, "inf"]])
+def test_text_is_no_number_whatever_stands_beside_it(value: Any) -> None:
+    with pytest.raises(InvalidTensor, match="age"):
+        validate_alone({"age": value})
+    with pytest.raises(InvalidTensor, match="age"):
+        validate_alone({"age": np.array(value, dtype=object)})
 
 
 @pytest.mark.parametrize("value", [[[1.5]], [[2**63]], [[-(2**70)]], [["1"]]])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
-from lrai_deployments.deployments import Deployments
+from lrai_deployments.deployments import Deployments, memory_bytes
 from tests.core import small_artifact
 from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import Load, config, kill, pid_of, wait_until
@@ -350,12 +351,12 @@ def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
                 assert ask(runtime) == 2.0
             except lrai.ActorError:
                 failed += 1
-        assert 20 <= failed < 40
+        assert 20 <= failed < 100  # of some 150, had nobody stopped it
         (deployment,) = runtime.deployments()
         assert deployment.shares == {version(small[2.0]): 1.0, version(small[3.0]): 0.0}
         assert deployment.frozen is not None
         assert deployment.frozen.by == "canary guard"
-        assert f"{version(small[3.0])} failed 2" in deployment.frozen.reason
+        assert re.search(rf"{version(small[3.0])} failed \d+ of", deployment.frozen.reason)
         with pytest.raises(lrai.ConditionNotMet, match="frozen by canary guard"):
             runtime.swap("m", small[4.0])
     with lrai.Runtime(config(**settings)) as runtime:
@@ -453,13 +454,15 @@ def test_what_a_killed_daemon_served_the_next_one_serves_and_keeps_frozen(
     assert all(line["when"].endswith("+00:00") and line["by"] for line in lines)
 
 
-def test_what_was_used_longest_ago_makes_room(small: dict[float, Path]) -> None:
-    needed = []  # by one, two and three of them, which share libraries
-    with lrai.Runtime(config()) as runtime:
-        for name in "xyz":
-            runtime.load(small[2.0], name=name)
-            needed.append(sum(pss_mib(pid_of(runtime, model.name)) for model in runtime.models()))
-    budget = round((needed[1] + needed[2]) / 2)
+def test_what_was_used_longest_ago_makes_room(
+    small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(pids: Sequence[int]) -> int:  # how much they share depends on who else runs
+        assert all(memory_bytes([pid]) > 1 << 20 for pid in pids)
+        return len(pids) * 100 << 20
+
+    monkeypatch.setattr("lrai_deployments.deployments.memory_bytes", counted)
+    budget = 250  # MiB, for two of them
     with lrai.Runtime(config(**{"runtime.memory_mib": budget})) as runtime:
         for name, times in (("a", 2.0), ("b", 3.0)):
             runtime.load(small[times], name=name)

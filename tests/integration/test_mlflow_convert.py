@@ -31,7 +31,9 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+import lrai_core as lrai
 import lrai_mlflow
+from lrai_mlflow.commands.convert import _rows
 from tests.integration.mlflow_server import own_store
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model
@@ -135,6 +137,39 @@ def test_rows_to_evaluate_on_can_be_the_table_itself() -> None:
     made = lrai_mlflow.convert(source.model_uri, evaluation=TABLE, threads=1)
     assert made.metadata is not None
     assert made.metadata["lrai"]["gate"]["rows"] > 100
+
+
+def test_a_table_to_evaluate_on_goes_by_its_names(tmp_path: Path) -> None:
+    source = tmp_path / "m.onnx"
+    nodes = [onnx.helper.make_node("Identity", ["x"], ["y"])]
+    x, y = (onnx.helper.make_tensor_value_info(n, 1, ["n", 4]) for n in "xy")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y])), source)
+    turned = TABLE[list("dcba")].assign(label=LABELS)
+    rows: Any = _rows(turned, source, infer_signature(TABLE, LABELS))
+    np.testing.assert_array_equal(rows["x"], TABLE.to_numpy(np.float32))
+    with pytest.raises(lrai.UsageError, match=r"no columns \['a'\]"):
+        _rows(TABLE.drop(columns="a"), source, infer_signature(TABLE, LABELS))
+
+
+def test_several_numbers_a_row_stay_one_row() -> None:
+    targets = np.stack([TABLE.a, TABLE.b - TABLE.c], axis=1)
+    model = LinearRegression().fit(TABLE, targets)
+    source = log_sklearn(model, serialization_format="skops")
+    answer = answers(lrai_mlflow.convert(source.model_uri, threads=1), TABLE)
+    (column,) = answer.columns
+    np.testing.assert_allclose(np.stack(list(answer[column])), model.predict(TABLE), atol=1e-4)
+
+
+def test_a_model_without_a_signature_takes_tables_as_before() -> None:
+    model = pipeline()
+    log = mlflow.sklearn.log_model
+    source = logged_by(log, model, serialization_format="skops")
+    made = lrai_mlflow.convert(source.model_uri, threads=1)
+    assert made.signature is None
+    tables: list[Any] = [TABLE, TABLE.to_numpy()]
+    for table in tables:
+        answer = answers(made, table)
+        assert list(answer["label"]) == model.predict(TABLE).tolist()
 
 
 def boosted() -> dict[str, tuple[Callable[..., ModelInfo], Any]]:

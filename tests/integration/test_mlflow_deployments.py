@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow.deployments import cli
 from mlflow.exceptions import MlflowException
+from onnx import numpy_helper
 
 import lrai_core as lrai
 import lrai_mlflow
@@ -83,6 +84,41 @@ def test_the_columns_of_a_table_go_by_their_names(sources: list[Path], tmp_path:
             client.predict("named", table.drop(columns="pixel 3"))
     finally:
         client.delete_deployment("named")
+
+
+@pytest.mark.usefixtures("sockets")
+def test_versions_with_other_columns_each_get_theirs(sources: list[Path], tmp_path: Path) -> None:
+    names = [f"pixel {number}" for number in range(64)]
+    table = pd.DataFrame(ROWS, columns=names)
+    turned = onnx.load(sources[0])  # takes the columns the other way round, and says the same
+    nodes = turned.graph.node
+    (first,) = [i for i, node in enumerate(nodes) if "features" in node.input]
+    order = numpy_helper.from_array(np.arange(63, -1, -1), "order")
+    turned.graph.initializer.append(order)
+    nodes[first].input[list(nodes[first].input).index("features")] = "given"
+    gather = onnx.helper.make_node("Gather", ["features", "order"], ["given"], axis=1)
+    nodes.insert(0, gather)
+    onnx.save(turned, tmp_path / "turned.onnx")
+    for label, source, columns in (
+        ("one", sources[0], names),
+        ("two", tmp_path / "turned.onnx", names[::-1]),
+    ):
+        artifact = lrai.compile(source, out=tmp_path / f"{label}.lrai", threads=1)
+        signature = mlflow.models.infer_signature(table[columns], pd.DataFrame({"logits": [0.5]}))
+        lrai_mlflow.save_model(artifact, tmp_path / label, signature=signature)
+    client = mlflow.deployments.get_deploy_client("lrai")
+    client.create_deployment("both", str(tmp_path / "one"))
+    try:
+        right = client.predict("both", table).get_predictions()
+        client.update_deployment("both", str(tmp_path / "two"), config={"canary": 0.5})
+        for _ in range(30):
+            found = client.predict("both", table).get_predictions()
+            assert len(found) == len(table)
+            np.testing.assert_allclose(
+                np.stack(list(found["logits"])), np.stack(list(right["logits"])), atol=1e-4
+            )
+    finally:
+        client.delete_deployment("both")
 
 
 @pytest.mark.usefixtures("registry", "sockets")

@@ -115,13 +115,16 @@ def test_sagemaker(artifact: lrai.Artifact, expected: Any, tmp_path: Path, socke
         container.wait_until_ready()
         answers = many(container.port, "/invocations", {"inputs": BODY})
         assert daemon_pids(sockets) == []
-        (worker,) = container.workers()
-        os.kill(worker, signal.SIGKILL)  # with the model in it
-        begun = time.monotonic()
-        container.wait_until_ready()
-        assert time.monotonic() - begun < 2
+        taken = []
+        for _ in range(2):
+            (worker,) = container.workers()
+            os.kill(worker, signal.SIGKILL)  # with the model in it
+            begun = time.monotonic()
+            container.wait_until_ready()
+            taken.append(time.monotonic() - begun)
+            assert container.workers() != [worker]
+        assert min(taken) < 2, taken  # one may meet what else this machine does
         answers += many(container.port, "/invocations", {"inputs": BODY})
-        assert container.workers() != [worker]
         assert container.stop() == 0
     for answer in answers:
         np.testing.assert_allclose(answer["outputs"]["mean"], expected, atol=1e-5)

@@ -417,7 +417,7 @@ def test_a_client_behind_a_slow_line_is_given_more_time_and_a_killed_one_not_for
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes = ("daemon._SILENT_SECONDS = 1.5", "daemon._FAR_SILENT_SECONDS = 5")
+    changes = ("daemon._SILENT_SECONDS = 3", "daemon._FAR_SILENT_SECONDS = 8")
     daemon_with(tmp_path, monkeypatch, *changes)
     site.start()
     monkeypatch.setenv("LRAI_RUNTIME", site.client("ann", line.endpoint))
@@ -426,7 +426,7 @@ def test_a_client_behind_a_slow_line_is_given_more_time_and_a_killed_one_not_for
         queued = program(QUEUE)
         wait_until(lambda: outstanding(near) == 11)
         line.cut()
-        time.sleep(3)
+        time.sleep(4.5)
         assert outstanding(near) == 11
         line.heal()
         time.sleep(1)

@@ -277,15 +277,16 @@ def test_the_same_session_is_sent_nothing_twice(daemon: Daemon, attached: Attach
 
 
 def test_a_cancelled_request_is_cancelled_at_the_daemon_at_once(
-    daemon: Daemon, attached: Attached
+    daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(client, "_LIFE_SECONDS", 30)  # what would send it along next
     future = attached.start(request())
     (item,) = daemon.take(1)
     time.sleep(0.3)  # nothing else is to be sent now
     started = time.monotonic()
     assert future.cancel()
     assert daemon.cancelled() == (item.key,)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 10
     daemon.send(Replies(failures=(Failure(item.key, "DeadlineExceeded", "cancelled", {}),)))
     assert attached.drain()
 
@@ -308,12 +309,12 @@ def test_a_daemon_that_does_not_answer_is_waited_for_until_the_deadline(
     daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_GRACE_SECONDS", 0.1)
-    future = attached.start(request(timeout_ms=50))
+    future = attached.start(request(timeout_ms=1000))
     (item,) = daemon.take(1)
     assert item.timeout_ms is not None
-    assert 0 < item.timeout_ms <= 50
+    assert 0 < item.timeout_ms <= 1000
     with pytest.raises(lrai.DeadlineExceeded, match="did not answer in time"):
-        future.result(3)
+        future.result(10)
     daemon.answer(item)  # too late, and harmless
     later = attached.start(request())
     daemon.answer(*daemon.take(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -82,35 +83,45 @@ def save_model(
     target = Path(path).absolute()
     if target.exists() and any(target.iterdir()):
         raise MlflowException(f"{target} exists and is not empty", RESOURCE_ALREADY_EXISTS)
-    target.mkdir(parents=True, exist_ok=True)
-    code = _validate_and_copy_code_paths(code_paths, target)
-    shutil.copytree(artifact.path, target / DATA)
+    with ExitStack() as undone:
+        undone.callback(
+            shutil.rmtree, target, ignore_errors=True
+        )  # else a second try finds it full
+        target.mkdir(parents=True, exist_ok=True)
+        code = _validate_and_copy_code_paths(code_paths, target)
+        shutil.copytree(artifact.path, target / DATA)
 
-    model = Model() if mlflow_model is None else mlflow_model
-    if signature is not False:
-        model.signature = signature or signature_of(artifact)
-    if example is not None and example is not False:
-        _save_example(model, example, str(target))
-    model.metadata = {"lrai": facts} | (model.metadata or {}) | (metadata or {})
-    environment = write_environment(
-        target, pip_requirements, extra_pip_requirements, conda_env, artifact
-    )
-    pyfunc.add_to_model(
-        model, loader_module=_MODULE, data=DATA, code=code, model_config=model_config, **environment
-    )
-    model.add_flavor(
-        FLAVOR_NAME,
-        data=DATA,
-        code=code,
-        lrai_version=facts["lrai_version"],
-        artifact_version=artifact.version,
-        manifest_sha256=artifact.sha256,
-        variant=facts["variant"],
-        certificate=facts["certificates"][0]["id"] if facts["certificates"] else None,
-        **_copy_extra_files(extra_files, str(target)),
-    )
-    model.model_size_bytes = get_total_file_size(target)
-    model.save(str(target / MLMODEL_FILE_NAME))
+        model = Model() if mlflow_model is None else mlflow_model
+        if signature is not False:
+            model.signature = signature or signature_of(artifact)
+        if example is not None and example is not False:
+            _save_example(model, example, str(target))
+        model.metadata = {"lrai": facts} | (model.metadata or {}) | (metadata or {})
+        environment = write_environment(
+            target, pip_requirements, extra_pip_requirements, conda_env, artifact
+        )
+        pyfunc.add_to_model(
+            model,
+            loader_module=_MODULE,
+            data=DATA,
+            code=code,
+            model_config=model_config,
+            **environment,
+        )
+        model.add_flavor(
+            FLAVOR_NAME,
+            data=DATA,
+            code=code,
+            lrai_version=facts["lrai_version"],
+            artifact_version=artifact.version,
+            manifest_sha256=artifact.sha256,
+            variant=facts["variant"],
+            certificate=facts["certificates"][0]["id"] if facts["certificates"] else None,
+            **_copy_extra_files(extra_files, str(target)),
+        )
+        model.model_size_bytes = get_total_file_size(target)
+        model.save(str(target / MLMODEL_FILE_NAME))
+        undone.pop_all()
 
 
 def log_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import yaml  # type: ignore[import-untyped]
 from mlflow.exceptions import MlflowException, get_error_code
 from mlflow.models.model import MLMODEL_FILE_NAME
 from numpy.typing import NDArray
 
 import lrai_core as lrai
-from lrai_codecs import by_name, fit, text
+from lrai_codecs import by_name, dtype_of, fit, in_turn, rows_at_a_time, text
 from lrai_import.held import Held
 from lrai_mlflow.settings import settings_of
 from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
@@ -48,8 +50,9 @@ class ServedModel:
             artifact = lrai.Artifact.open(data)  # every file hashed, for it may be found loaded
             workers = workers_told() if is_worker() else 0
             held = Held(artifact, asked.placed(artifact, workers))
-        self.held = held
-        self._inputs = artifact.manifest.signature.inputs
+        self.held, self._signature = held, artifact.manifest.signature
+        self._limits = None if is_worker() else asked.config  # of who asks over the network
+        self._by_row = not _is_onnx(data.with_name(MLMODEL_FILE_NAME))
         weakref.finalize(self, held.close)
         if is_worker():
             tell_cap(artifact, held.variant)
@@ -57,6 +60,8 @@ class ServedModel:
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Answer:
         """Return the outputs by name: arrays, or for a DataFrame a DataFrame.
+
+        Any number of rows, but in a server's worker, where `limits.request_rows` is the most.
 
         Args:
             data: Arrays or lists by input name; for a model with one input also the array itself;
@@ -68,9 +73,13 @@ class ServedModel:
             MlflowException: The request was refused, with the status that says why.
         """
         with mlflow_errors():
-            request = to_lrai(data, self._inputs, params or {}, self.held.name)
-            response = self.held.runtime.infer(request)
-        return from_lrai(response, data)
+            if isinstance(data, pd.DataFrame) and not len(data):
+                outputs = self._signature.outputs
+                return pd.DataFrame({o.name: np.zeros(0, dtype_of(o.datatype)) for o in outputs})
+            request = to_lrai(data, self._signature.inputs, params or {}, self.held.name)
+            most = rows_at_a_time(request, self._limits) if self._limits else sys.maxsize
+            response = in_turn(self.held.runtime.infer, request, self._signature, most)
+        return from_lrai(response, data, by_row=self._by_row)
 
 
 @contextlib.contextmanager
@@ -99,19 +108,28 @@ def to_lrai(
     )
 
 
-def from_lrai(response: lrai.InferenceResponse, data: Any) -> Answer:
+def from_lrai(response: lrai.InferenceResponse, data: Any, *, by_row: bool = False) -> Answer:
     """Return the answer in the form that `mlflow.onnx` gives to a request of this form.
 
-    That is, for a DataFrame of scalars, each output flattened into a column. A DataFrame with lists
-    in its cells, which `mlflow.onnx` refuses, is answered row by row with arrays in the cells.
+    That is, for a DataFrame of scalars, each output flattened into a column: of k numbers a row
+    there are k times as many rows. A DataFrame with lists in its cells, which `mlflow.onnx`
+    refuses, is answered row by row with arrays in the cells, and so is any other `by_row`.
     """
     outputs = {name: text(output) for name, output in response.outputs.items()}
     if not isinstance(data, pd.DataFrame):
         return outputs
     sizes = {output.size for output in outputs.values()}
-    if len(sizes) == 1 and not any(map(_holds_lists, map(data.get, data.columns))):
+    flat = len(sizes) == 1 and not any(map(_holds_lists, map(data.get, data.columns)))
+    if flat and (not by_row or sizes == {len(data)}):
         return pd.DataFrame({name: output.reshape(-1) for name, output in outputs.items()})
     return pd.DataFrame({name: list(output) for name, output in outputs.items()})
+
+
+def _is_onnx(file: Path) -> bool:
+    """Return whether a saved model takes the place of one of `mlflow.onnx`, or of none."""
+    metadata = yaml.safe_load(file.read_text(encoding="utf-8")).get("metadata") or {}
+    origin: dict[str, str] = metadata.get("lrai_origin") or {}
+    return origin.get("source_flavor", "onnx") == "onnx"
 
 
 def _by_name(data: Any, inputs: Sequence[lrai.TensorSpec]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from onnx import helper, numpy_helper
 
 import lrai_core as lrai
 from benchmarks import models
+from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler import search
 from lrai_core.compiler.compiler import Step
 from lrai_core.errors import CalibrationError, UnsupportedOperator
 from tests.core.compiler.onnx_files import linear, model, save, value
@@ -42,6 +44,12 @@ def make(tmp_path: Path) -> Compile:
 def log(artifact: lrai.Artifact) -> list[dict[str, Any]]:
     text = (artifact.path / "quantization.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def judged_and_refused(artifact: lrai.Artifact) -> list[str]:
+    """Return the forms that were fast enough for the gate, and did not pass it."""
+    lines = [line for line in log(artifact) if line["event"] == "candidate" and not line["kept"]]
+    return [line["form"] for line in lines if line["why"].endswith("98% needed")]
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -97,6 +105,20 @@ def test_where_memory_is_wanted_forms_with_four_bits_are_tried(tmp_path: Path) -
     assert artifact.manifest.together == ()
 
 
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form of int8 is twice as fast as fp32, and more so the further it is built from it."""
+
+    def profile(candidates: Sequence[search.Candidate], *_: object) -> None:
+        for place, one in enumerate(candidates):
+            one.speedup = 1.0 if one.form == "fp32" else 2.0 + place
+            ms = 1 / one.speedup
+            one.latency = [LatencyPoint(rows=1, length=0, median_ms=ms, spread_ms=0.0)]
+
+    monkeypatch.setattr(search, "profile", profile)
+
+
+@pytest.mark.usefixtures("fast")
 def test_a_form_that_is_worse_than_the_gate_is_not_kept(make: Compile, rows: Rows) -> None:
     """An outlier in one column ruins int8: the other weights of a block or column vanish."""
     proto = linear()
@@ -106,8 +128,7 @@ def test_a_form_that_is_worse_than_the_gate_is_not_kept(make: Compile, rows: Row
     rows["x"][:, 0] = 0  # the outlier decides the scale and says nothing
     artifact = make(proto=proto, evaluation=rows)
     assert [variant.id for variant in artifact.variants] == ["fp32"]
-    refused = [line["why"] for line in log(artifact) if line["event"] == "candidate"]
-    assert any("needed" in why or "slower" in why for why in refused)
+    assert judged_and_refused(artifact)
 
 
 def test_a_slower_form_is_not_kept(make: Compile, rows: Rows) -> None:
@@ -208,16 +229,19 @@ def test_ctrl_c_in_any_pass_leaves_nothing_behind(
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.usefixtures("fast")
 def test_epsilon_is_demanded_and_certified(make: Compile, rows: Rows) -> None:
     artifact = make(evaluation=rows, epsilon=1e-9, delta=0.05)
     assert artifact.manifest.chosen == "fp32"
-    refused = [line["why"] for line in log(artifact) if line["event"] == "candidate"]
-    assert any("epsilon 1e-09" in why or "slower" in why for why in refused)
+    assert judged_and_refused(artifact)
+    (certificate,) = lrai.certificates(artifact)
+    assert (certificate.variant, certificate.epsilon) == ("fp32", 1e-9)
 
 
 GROUPED = 3000
 
 
+@pytest.mark.timeout(180)
 def test_a_form_that_widens_what_lies_between_groups_is_not_kept(tmp_path: Path) -> None:
     """With the same margin of accuracy, groups refuse the form that is taken without them."""
     source, rows = models.unequal(tmp_path / "m.onnx", 2_000)
@@ -299,8 +323,8 @@ def test_wrong_arguments_are_refused_with_what_is_allowed(make: Compile, rows: R
 
 
 def test_a_model_that_needs_more_memory_than_there_is_is_refused(make: Compile, rows: Rows) -> None:
-    """Its constant has 64 TB."""
-    shape = numpy_helper.from_array(np.array([1 << 22, 1 << 22]), "shape")
+    """Its constant has a petabyte, more than addresses there are."""
+    shape = numpy_helper.from_array(np.array([1 << 24, 1 << 24]), "shape")
     nodes = [
         helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
         helper.make_node("ReduceSum", ["zeros"], ["total"], keepdims=0),

@@ -314,7 +314,7 @@ def test_who_hangs_up_leaves_nothing_behind(served: Served, path: str) -> None:
     _wait_until(lambda: _outstanding(served) > 8 * CALLERS / 2)
     for line in lines:
         line.close()
-    _wait_until(lambda: _outstanding(served) == 0)  # what was left would take far longer
+    _wait_until(lambda: _outstanding(served) == 0, 12)  # what was left would take far longer
     left = f'endpoint="{path}",http_response_code="499"'
     _wait_until(lambda: left in served.get("/metrics").content.decode())
     assert "Exception in ASGI application" not in served.server.log.read_text()

@@ -74,7 +74,8 @@ def test_boto3_gets_the_answers_of_a_compiled_model_within_its_gate(
     artifact = lrai.compile(
         source, out=tmp_path / "c.lrai", evaluation=rows, output_map="softmax", threads=1
     )
-    (certificate,) = lrai.certificates(artifact)
+    known = {one.variant: one for one in lrai.certificates(artifact)}  # fp32 may serve beside it
+    certificate = known[artifact.manifest.chosen]
     gate = artifact.manifest.variant(artifact.manifest.chosen).gate
     assert gate is not None
     assert artifact.manifest.chosen != "fp32"
@@ -88,7 +89,8 @@ def test_boto3_gets_the_answers_of_a_compiled_model_within_its_gate(
             EndpointName="any", Body=body.getvalue(), ContentType="application/x-npy"
         )
         answer = np.load(io.BytesIO(reply["Body"].read()))
-        assert f"certificate={certificate.id}" in reply["CustomAttributes"]
+        said = reply["CustomAttributes"]
+        assert any(f"certificate={one.id}" in said for one in known.values())
     expected = session(source).run(None, {"features": rows["features"][:2000]})[0]
     differences = np.abs(softmax(answer) - softmax(expected)).max(axis=1)
     assert np.mean(differences > certificate.epsilon) < 0.05
@@ -346,7 +348,7 @@ def test_ping_is_false_until_the_model_is_loaded_and_while_it_is_stopped(
         while pings != {200, 503} and time.monotonic() < deadline:
             begun = time.monotonic()
             pings.add(container.get("/ping").status)
-            assert time.monotonic() - begun < 2
+            assert time.monotonic() - begun < 4
             time.sleep(0.05)
         for thread in threads:
             thread.join()
@@ -489,7 +491,8 @@ def test_sigterm_has_what_was_accepted_answered(
         ]
         for thread in threads:
             thread.start()
-        time.sleep(0.4)
+        with container.runtime() as runtime:
+            wait_until(lambda: runtime.stats()["outstanding_rows"] == 4 * 24)
         begun = time.monotonic()
         assert container.stop() == 0
         assert time.monotonic() - begun < 30
@@ -553,8 +556,7 @@ def test_workers_do_not_outlive_their_supervisor(
         container.process.kill()
         container.process.wait()
         deadline = time.monotonic() + 10
-        while Path(f"/proc/{worker}/cmdline").exists() and (
-            Path(f"/proc/{worker}/cmdline").read_bytes()
-        ):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        with contextlib.suppress(OSError):  # gone
+            while Path(f"/proc/{worker}/cmdline").read_bytes():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)

@@ -353,10 +353,11 @@ def test_two_versions_serve_side_by_side(triton: Triton, tmp_path: Path) -> None
 
 def test_clients_may_hand_tensors_over_in_shared_memory(triton: Triton, doubler: str) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    region = shm.create_shared_memory_region("in", "/lrai_test_in", x.nbytes)
+    name = f"/lrai_test_in_{os.getpid()}"
+    region = shm.create_shared_memory_region("in", name, x.nbytes)
     try:
         shm.set_shared_memory_region(region, [x])
-        triton.http.register_system_shared_memory("in", "/lrai_test_in", x.nbytes)
+        triton.http.register_system_shared_memory("in", name, x.nbytes)
         given = triton_http.InferInput("x", list(x.shape), "FP32")
         given.set_shared_memory("in", x.nbytes)
         answer = triton.http.infer(doubler, [given]).as_numpy("y")
@@ -383,12 +384,12 @@ def test_instances_and_models_share_one_runtime_and_the_last_one_unloads(
 def test_what_lrai_counts_stands_beside_tritons_own_figures(triton: Triton, doubler: str) -> None:
     for _ in range(3):
         triton.ask(doubler, {"x": np.ones((1, 3), np.float32)})
-    time.sleep(1.5)
-    with urllib.request.urlopen(f"http://{triton.metrics}/metrics") as reply:
-        text = reply.read().decode()
-    found = re.search(rf'lrai_answered_total{{[^}}]*model="{doubler}"[^}}]*}} ([\d.e+]+)', text)
-    assert found, "the family is there"
-    assert float(found[1]) >= 3
+    answered = rf'lrai_answered_total{{[^}}]*model="{doubler}"[^}}]*}} ([\d.e+]+)'
+    text, deadline = "", time.monotonic() + 20  # a stub writes once a second
+    while not (found := re.search(answered, text)) or float(found[1]) < 3:
+        assert time.monotonic() < deadline
+        with urllib.request.urlopen(f"http://{triton.metrics}/metrics") as reply:
+            text = reply.read().decode()
     assert "nv_inference_request_success" in text
 
 
@@ -536,10 +537,18 @@ def test_an_actor_that_is_killed_costs_time_and_no_answer(triton: Triton, minilm
             for _ in range(2):
                 time.sleep(1.0)
                 os.kill(triton.actor_pid(name), signal.SIGKILL)
-            time.sleep(3.0)
+                _wait_until_grown(load)
     assert load.failures == []
     assert load.answered > 20
     assert load.longest_seconds < 2.0, "back within two seconds"
+
+
+def _wait_until_grown(load: Load) -> None:
+    """Return once it is answered again: one who asks may still have had the answer from before."""
+    wanted, deadline = load.answered + 20, time.monotonic() + 30
+    while load.answered < wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_reloads_and_another_version_under_load_fail_nobody(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -173,12 +174,12 @@ def test_a_model_that_answers_its_requests_is_not_probed(triton: Triton, tmp_pat
     asked, ended = 0, time.monotonic() + 3
     with (
         triton.serving("busy", {1: plain(tmp_path)}, config("python")),
-        watching(triton, "busy", interval=0.3),
+        watching(triton, "busy", interval=1.0),
     ):
         while time.monotonic() < ended:
             assert answers(triton.server.http, "busy")
             asked += 1
-        assert counted(triton, "busy", "success") <= asked + 2  # before it knew
+        assert counted(triton, "busy", "success") <= asked + 2  # before it knew, of four
 
 
 def counted(triton: Triton, model: str, what: str) -> int:
@@ -316,7 +317,9 @@ def test_serve_ends_as_the_server_ends_and_leaves_a_runtime_that_ran_before(
 
 
 def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    with contextlib.suppress(OSError):  # it has just ended
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    return ""
 
 
 def test_serve_says_what_is_missing(

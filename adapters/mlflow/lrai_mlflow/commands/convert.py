@@ -35,8 +35,9 @@ def convert(
 ) -> ModelInfo:
     """Compile a logged model of another flavor, log it as one of lrai's, and return that.
 
-    It keeps the inputs of its signature, so that it takes the requests that it took; its outputs
-    are those of the ONNX model. Tags name what it was made of (`lrai.source_…`), metadata too.
+    It keeps the inputs of its signature, or that it has none, so that it takes the requests that it
+    took; its outputs are those of the ONNX model, a row of them for a row. Tags name what it was
+    made of (`lrai.source_…`), metadata too.
 
     Args:
         model_uri: Of a model of onnx, pytorch, sklearn, lightgbm or xgboost.
@@ -44,7 +45,7 @@ def convert(
         registered_model_name: Where it becomes a new version; by default the registered model that
             `model_uri` names, if it names one.
         evaluation: See `lrai_core.compile`; without it only fp32 is kept. A DataFrame has the
-            columns of a request.
+            columns of a request, in any order, and may have others.
         metric: See `lrai_core.compile`, as for the two that follow.
         output_map: How outputs are compared.
         threads: To measure with.
@@ -65,7 +66,7 @@ def convert(
         artifact = lrai.compile(
             source,
             out=Path(scratch, re.sub(r"[^\w.-]", "_", called) + ".lrai"),
-            evaluation=_rows(evaluation, source),
+            evaluation=_rows(evaluation, source, model.signature),
             metric=metric,
             output_map=output_map,
             threads=threads,
@@ -80,25 +81,33 @@ def convert(
             artifact,
             name=called,
             registered_model_name=registered,
-            signature=_signature(model, artifact),
+            signature=_signature(model, artifact) if model.signature else False,
             metadata={"lrai_origin": origin},
             tags={f"lrai.{key}": str(value) for key, value in origin.items() if value},
         )
 
 
 def _rows(
-    given: str | Path | Mapping[str, Any] | pd.DataFrame | None, source: Path
+    given: str | Path | Mapping[str, Any] | pd.DataFrame | None,
+    source: Path,
+    signature: ModelSignature | None,
 ) -> str | Path | Mapping[str, Any] | None:
+    """Return rows to judge on; of a table the columns of the signature, as requests have them."""
     if not isinstance(given, pd.DataFrame):
         return given
+    if signature and signature.inputs and signature.inputs.has_input_names():
+        names = signature.inputs.input_names()
+        if missing := [name for name in names if name not in given.columns]:
+            raise lrai.UsageError(f"evaluation has no columns {missing}; the model takes {names}")
+        given = given[names]
     declared = lrai.declared(onnx.load(source, load_external_data=False))
     return to_lrai(given, declared.inputs, {}, "").inputs
 
 
 def _signature(model: Model, artifact: lrai.Artifact) -> ModelSignature:
     own = signature_of(artifact)
-    given = model.signature.inputs if model.signature is not None else None
-    return ModelSignature(inputs=given or own.inputs, outputs=own.outputs, params=own.params)
+    given = model.signature.inputs or own.inputs
+    return ModelSignature(inputs=given, outputs=own.outputs, params=own.params)
 
 
 def _registered(model_uri: str) -> str | None:

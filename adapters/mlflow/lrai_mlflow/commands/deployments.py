@@ -26,10 +26,12 @@ import contextlib
 import fcntl
 import io
 import json
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +47,7 @@ from mlflow.pyfunc.backend import PyFuncBackend
 from mlflow.pyfunc.scoring_server import predictions_to_json
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
+from msgspec.structs import replace
 
 from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
 from lrai_import.held import lock_folder
@@ -168,27 +171,24 @@ class Client(BaseDeploymentClient):
         del endpoint
         name = deployment_name or ""
         with mlflow_errors():
+            shares = {version: share for version, share in self._known(name).items() if share}
+            version = random.choices([*shares], [*shares.values()])[0]
             served = [model for model in self._runtime.models() if model.name == name]
-            declared = served[0].signature.inputs if self._known(name) and served else ()
-            inputs = self._ordered(inputs, served[0].version) if served else inputs
-            response = self._runtime.infer(to_lrai(inputs, declared, {}, name))
+            served.sort(key=lambda model: model.version != version)  # which may be gone by now
+            declared = served[0].signature.inputs if served else ()
+            columns = {one: self._columns(one) for one in shares}
+            request = to_lrai(_ordered(inputs, columns[version]), declared, {}, name)
+            if len(set(columns.values())) > 1:  # what is in order for one is not for the others
+                request = replace(request, model_version=version)
+            response = self._runtime.infer(request)
         content = io.StringIO()
-        predictions_to_json(from_lrai(response, inputs), content)
+        predictions_to_json(from_lrai(response, inputs, by_row=bool(columns[version])), content)
         return PredictionsResponse(json.loads(content.getvalue()))
 
-    def _ordered(self, inputs: Any, version: str) -> Any:
-        """Return a table with the columns of the model's signature, in its order, if it has names.
-
-        Raises:
-            UsageError: Some are missing.
-        """
+    def _columns(self, version: str) -> tuple[str, ...]:
+        """Return the columns of the signature of a version's model; none where it has no names."""
         file = self._copies and self._copies / f"{version.partition('-')[0]}.columns"
-        if not isinstance(inputs, pd.DataFrame) or not file or not file.is_file():
-            return inputs
-        columns = json.loads(file.read_text(encoding="utf-8"))
-        if missing := [name for name in columns if name not in inputs.columns]:
-            raise UsageError(f"columns {missing} are missing; the model takes {columns}")
-        return inputs[columns]
+        return tuple(json.loads(file.read_text("utf-8"))) if file and file.is_file() else ()
 
     @cached_property
     def _settings(self) -> Asked:
@@ -211,7 +211,9 @@ class Client(BaseDeploymentClient):
             )  # fmt: skip
             if done.returncode:
                 raise UsageError(f"the runtime cannot be started: {done.stderr.strip()[-300:]}")
-        return Runtime(config)
+        runtime = Runtime(config)
+        weakref.finalize(self, runtime.close)  # MLflow makes a client for each who wants one
+        return runtime
 
     def _shares(self) -> dict[str, dict[str, float]]:
         found = self._runtime.deployments()
@@ -344,3 +346,16 @@ def _number(text: Any) -> float:
         return float(text)
     except (TypeError, ValueError):
         raise UsageError(f"{text!r} is no number") from None
+
+
+def _ordered(inputs: Any, columns: tuple[str, ...]) -> Any:
+    """Return a table with these columns, in this order, where there are any.
+
+    Raises:
+        UsageError: Some are missing.
+    """
+    if not isinstance(inputs, pd.DataFrame) or not columns:
+        return inputs
+    if missing := [name for name in columns if name not in inputs.columns]:
+        raise UsageError(f"columns {missing} are missing; the model takes {list(columns)}")
+    return inputs[list(columns)]
