@@ -19,8 +19,6 @@ from rich.console import Console
 from lrai_core.errors import LraiError, shorten
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_CTRL_C = 130
-_COMMANDS = "lrai.commands"  # entry points, of functions of the arguments
 
 
 @app.callback()
@@ -36,7 +34,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)  # cleans up like Ctrl-C
     error_console = Console(stderr=True, soft_wrap=True)
     try:
-        found = {entry.name: entry for entry in entry_points(group=_COMMANDS)}
+        # Functions of the arguments.
+        found = {entry.name: entry for entry in entry_points(group="lrai.commands")}
         if sys.argv[1:2] and sys.argv[1] in found:
             found[sys.argv[1]].load()(sys.argv[2:])
         elif sys.argv[1:] == ["--version"]:
@@ -50,7 +49,7 @@ def main() -> NoReturn:
         error_console.print(words, style="red", markup=False, highlight=False, emoji=False)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == _CTRL_C:
+        if end.code == 130:  # Ctrl-C
             error_console.print("lrai: interrupted; nothing was left behind")
         raise
     sys.exit(0)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -69,7 +70,7 @@ class EventBus:
         if len(self._queue) == self._queue.maxlen:
             self._counts["events_dropped"] += 1
         self._queue.append(Event(kind, model, attributes))
-        with self._lock:
+        with self._lock, suppress(RuntimeError):  # where no thread can be had, the next one tries
             if not self._thread.ident:  # most runtimes have nothing to tell
                 self._thread.start()
         self._wake.set()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Final
@@ -23,7 +25,7 @@ from msgspec.structs import replace
 
 import lrai_core as lrai
 from lrai_core.config import SchedulerConfig, with_settings
-from lrai_core.runtime.embedded import Embedded
+from lrai_core.runtime.embedded import Embedded, Terms
 from lrai_core.runtime.version import Deployment, Ended, Freeze, Started, State, Version, started
 from lrai_core.scheduler.scheduler import Pending
 from lrai_deployments.here import Here
@@ -47,6 +49,9 @@ class Deployments(Embedded):
 
     def begin(self) -> None:
         """See `Embedded.begin`. Of what was kept, take over what is frozen."""
+        # Who connects while no descriptor is left would end this process: libzmq asserts.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._store = Store(self.config.runtime.state_dir)
         forget_aged(self.config.runtime)
         self._kept, self._stopped = self._store.read()
@@ -64,35 +69,63 @@ class Deployments(Embedded):
         """See `Embedded.open`. What was measured of it on this machine counts."""
         return measured_here(super().open(artifact), self.config)
 
-    def restore(self) -> None:
-        """Serve again what was served when the runtime before this one was killed."""
-        if not self._stopped:  # all of them: whoever is killed at it leaves the rest to the next
-            self._records = dict(self._kept)
-        for name, kept in {} if self._stopped else self._kept.items():
-            record, missing = kept, False
-            for label, how in kept.versions.items():
-                try:
-                    with self._started(name, self._reopen(how), how, label):
-                        pass
-                except (lrai.LraiError, TypeError) as error:  # whoever needs it is told, too
-                    self.events.emit("deployment_changed", name, change="lost", reason=str(error))
-                    _log.warning("%s: version %s is not served again: %s", name, label, error)
-                    missing = missing or not isinstance(error, _LOST)
-                    if isinstance(error, _LOST):
-                        record = record.without(label)
-            if missing:  # for now: its share is kept for it, and others answer meanwhile
-                self._apply_what_runs(name, record)
-                continue
-            if not record.serves:  # what had no share is not switched to
-                record = record.without(*record.versions)
-                for version in self._served(name):
-                    self.remove(version)
-            if record.versions or not record.frozen:
-                try:
-                    self._commit(name, record, "restore")
-                except lrai.EnvironmentProblem:  # a full disk; what it holds is right but for this
-                    with self._store.lock:
-                        self._apply(name, record)
+    def restore(self, ending: Callable[[], bool] = bool) -> None:
+        """Serve again what was served when the runtime before this one was killed.
+
+        `ending`: whether it is to end; what has not begun by then is left to the next runtime.
+        """
+        if self._stopped:
+            return
+        self._records = dict(self._kept)  # all: whoever is killed at it leaves the rest to the next
+        with ThreadPoolExecutor(_STARTS) as threads:
+            for _ in threads.map(partial(self._restore, ending), self._kept.items()):
+                pass
+
+    def _restore(self, ending: Callable[[], bool], kept_as: tuple[str, Record]) -> None:
+        name, kept = kept_as
+        record, missing = kept, False
+        for label, how in kept.versions.items():
+            if ending():
+                return
+            try:
+                with self._started(name, self._reopen(how), how, label):
+                    pass
+            except (lrai.LraiError, TypeError) as error:  # whoever needs it is told, too
+                self.events.emit("deployment_changed", name, change="lost", reason=str(error))
+                _log.warning("%s: version %s is not served again: %s", name, label, error)
+                missing = missing or not isinstance(error, _LOST)
+                if isinstance(error, _LOST):
+                    record = record.without(label)
+        if missing:  # for now: its share is kept for it, and others answer meanwhile
+            self._apply_what_runs(name, record)
+            return
+        if not record.serves:  # what had no share is not switched to
+            record = record.without(*record.versions)
+            for version in self._served(name):
+                self.remove(version)
+        if record.versions or not record.frozen:
+            try:
+                self._commit(name, record, "restore")
+            except lrai.EnvironmentProblem:  # a full disk; what it holds is right but for this
+                with self._store.lock:
+                    self._apply(name, record)
+
+    def _is_served(
+        self, known: Version, artifact: lrai.Artifact, variant: str, terms: Terms
+    ) -> bool:
+        """Return whether a version is the artifact's, and of this variant if one is named.
+
+        Raises:
+            ConditionNotMet: It is, but does not meet the terms.
+        """
+        same = known.artifact.version == artifact.version
+        if not same or variant not in ("", known.variant.id):
+            return False
+        if terms is not None:
+            if known.certificate is None:  # the source model may serve in its place
+                raise lrai.ConditionNotMet(f"no certificate speaks of what serves {known.name!r}")
+            self._certificate(artifact, known.variant, terms)
+        return True
 
     def load(
         self,
@@ -115,7 +148,7 @@ class Deployments(Embedded):
             for one in served if shared else ():
                 # Who asks for the same again means what serves in its place, where it cannot.
                 again = record.versions.get(one.version, How()).variant == variant
-                if self.is_served(one, opened, "" if again else variant, require):
+                if self._is_served(one, opened, "" if again else variant, require):
                     return name
             plain = share is None and require is None
             if shared and served and plain and record.was(opened.version):

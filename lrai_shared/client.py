@@ -51,6 +51,8 @@ _ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "freeze", "unfr
 _UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
 _MOST_CUTS: Final = 3  # before it answers once; a daemon that starts or ends may cut a line
 
+_left: Final = set[int]()  # daemons of this process that it is no longer attached to
+
 T = TypeVar("T")
 
 
@@ -121,7 +123,8 @@ class Attached:
         self._calls: dict[int, tuple[Call, Future[Any]]] = {}
         # Keys of requests to be sent, of calls, and of requests that nobody waits for any more.
         self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
-        self._session, self._credit, self._on_wire = "", 0, set[int]()
+        self._session, self._credit = "", 0
+        self._on_wire, self._inline = dict[int, int](), 0  # bytes outside the arena, by key; of all
         self._process: Popen[bytes] | None = None
         self._logged = 0  # bytes of the log before it was started
         self._owner = os.getpid()
@@ -254,6 +257,7 @@ class Attached:
             os.close(self._wake_write)
             if self._process is not None:
                 self._process.returncode = 0  # it lives on, as it should; Popen would warn of that
+                _left.add(self._process.pid)
 
     def _serve(self) -> None:
         poller, next_sign = zmq.Poller(), 0.0
@@ -289,7 +293,7 @@ class Attached:
     def _lose(self, event: int) -> None:
         """Begin anew: the line has ended, or was refused."""
         self._session, self._greeted, self._sharing = "", False, False
-        self._on_wire.clear()
+        self._on_wire, self._inline = {}, 0
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # and then the line ends
             self._fail("it does not know this client, whose NAME.key has to lie in its clients")
         elif self._far:  # ZeroMQ does not always try again; and what waits there would pile up
@@ -331,7 +335,7 @@ class Attached:
                 self._fail(f"{its}, this process {wire.PROTOCOL_VERSION}: stop it first")
             elif message.session != self._session:  # it knows of nothing that was asked
                 self._session, self._credit = message.session, message.credit
-                self._on_wire.clear()
+                self._on_wire, self._inline = {}, 0
                 with self._lock:
                     self._outbox.clear()
                     self._outbox.extend(sorted(self._asked))
@@ -366,7 +370,7 @@ class Attached:
 
     def _end(self, key: int, outcome: Any) -> None:
         """Tell whoever waits for this key; an answer that comes too late counts no more."""
-        self._on_wire.discard(key)
+        self._inline -= self._on_wire.pop(key, 0)
         if call := self._calls.get(key):
             _settle(call[1], outcome)
         elif asked := self._asked.pop(key, None):
@@ -386,13 +390,17 @@ class Attached:
                 cancelled.append(key)  # and is answered like any other
             else:
                 self._asked.pop(key, None)
+        most = self._config.scheduler.max_queue_bytes  # the daemon holds them before it counts them
         while self._outbox and len(self._on_wire) < self._credit and len(items) < _MOST_ITEMS:
+            if self._on_wire and self._inline >= most:
+                break
             key = self._outbox.popleft()
             if (asked := self._asked.get(key)) is not None:
-                self._on_wire.add(key)
                 left_ms = max(0.0, (asked.deadline - now) * 1e3) if asked.stated else None
                 places = tuple([packer.place(data) for data in asked.tensors])
                 items.append(Infer(key, asked.form, left_ms, places))
+                self._on_wire[key] = sum([size for frame, _, size in places if frame >= 0])
+                self._inline += self._on_wire[key]
         if items or cancelled:
             packer.send(self._socket, Requests(tuple(items), tuple(cancelled)))
         return len(items) == _MOST_ITEMS
@@ -426,6 +434,11 @@ def start_daemon(
     with (folder / "lock").open("ab") as lock:
         if not _take(lock):
             return None
+        for pid in list(_left):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    continue
+            _left.discard(pid)
         with (folder / "log").open("ab") as log:
             if log.tell() > _LOG_BYTES:
                 log.truncate(0)

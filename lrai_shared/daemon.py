@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import math
-import resource
+import os
 import secrets
 import signal
 import sys
@@ -48,12 +49,15 @@ _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone;
 _FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors on a slow line
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
+_MOST_HEARD: Final = 100  # messages of one door, before actors and deadlines have their turn
+_TOUCH_SECONDS: Final = 3600.0  # what is old in the temporary folder is deleted where days are few
 _CHANGES: Final = 256  # that may be under way; most wait for another one of the same name
 _MOST_OUTCOMES: Final = 500  # of one message
 _QUICK: Final = frozenset({"models", "ready", "stats", "stay", "stop"})
 _SLOW: Final = frozenset(
     {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain", "deployments"}
 )
+_CHANGING: Final = _SLOW - {"drain", "deployments"}
 
 Peer = tuple[wire.Line, bytes]  # by which socket, and who there
 
@@ -95,6 +99,7 @@ class Door(Pool):
         self._daemon, self._clients = daemon, dict[Peer, _Client]()
         self._said: deque[tuple[Peer, messages.ToClient]] = deque()
         self._door = self.lines["client"] = wire.listen(f"ipc://{address}")
+        self._own = address.stat().st_ino  # where files are deleted by age, another may be there
         self.lines |= {name: gate.line for name, gate in daemon.gates.items()}
         self._doors = [line for peer, line in self.lines.items() if peer != "actor"]
         self.opened, self.idle_since = False, time.monotonic()
@@ -120,14 +125,16 @@ class Door(Pool):
         for gate in self._daemon.gates.values():
             gate.close(_LAST_WORDS_MS)
         self._door.context.destroy(linger=_LAST_WORDS_MS)
-        self._address_of_clients.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._address_of_clients.stat().st_ino == self._own:
+                self._address_of_clients.unlink()
 
     def poll(self, now: float) -> list[Outcome]:
         """See `Workers.poll`."""
         for client in self._clients.values():
             client.heard += self.slept(now)
         for door in self._doors if self.opened else ():
-            for sender, *frames in wire.receive(door):
+            for sender, *frames in itertools.islice(wire.receive(door), _MOST_HEARD):
                 try:
                     self._hear((door, bytes(sender)), frames, now)
                 except (wire.BadFrames, IndexError):
@@ -151,19 +158,11 @@ class Door(Pool):
     def _hear(self, sender: Peer, frames: list[memoryview], now: float) -> None:
         message = messages.decode_from_client(frames[0])
         client = self._clients.get(sender)
-        if isinstance(message, Attach):
-            if message.version != wire.PROTOCOL_VERSION:
-                self.say(sender, self._daemon.welcome)
-                raise wire.BadFrames("another version")
-            if client is None:
-                client = self._clients[sender] = _Client(now)
-            if sender[0] is self._door:  # else its numbers are of another machine
-                self._adopt(client, message.arena)
-            arena = client.arena.id if client.arena and client.memory else b""
-            own = msgspec.structs.replace(self._daemon.welcome, session=client.session, arena=arena)
-            self.say(sender, own)
+        if isinstance(message, Attach) and (client or not self._daemon.ending):
+            client = client or _Client(now)
+            self._attach(sender, client, message)
         if client is None:
-            return  # it attaches again, and sends again what it asked
+            return  # it attaches again, to the next one, and sends again what it asked
         client.heard = now
         if isinstance(message, Requests):
             for item in message.items:
@@ -174,6 +173,17 @@ class Door(Pool):
                     self._daemon.runtime.scheduler.cancel(client.running[key])
         elif isinstance(message, Call):
             self._daemon.operate(message, partial(self.say, sender))
+
+    def _attach(self, sender: Peer, client: _Client, message: Attach) -> None:
+        if message.version != wire.PROTOCOL_VERSION:
+            self.say(sender, self._daemon.welcome)
+            raise wire.BadFrames("another version")
+        self._clients[sender] = client
+        if sender[0] is self._door:  # else its numbers are of another machine
+            self._adopt(client, message.arena)
+        arena = client.arena.id if client.arena and client.memory else b""
+        own = msgspec.structs.replace(self._daemon.welcome, session=client.session, arena=arena)
+        self.say(sender, own)
 
     def say(self, receiver: Peer, message: messages.ToClient) -> None:
         """Send a message without tensors, soon. Any thread may call it."""
@@ -234,7 +244,8 @@ class Daemon:
         """Serve what the last daemon served when it was killed, then open the doors."""
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
         self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit)
-        self._stay, self._ended = stay, False
+        self._stay, self.ending = stay, False
+        self._folder, self._under_way = folder, set[Future[Any]]()
         self.gates = {"remote": Gate(stay, config)} if "://" in stay else {}
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end())
@@ -244,7 +255,7 @@ class Daemon:
         config = replace(config, runtime=runtime)
         make_door = partial(self._make_door, folder / "clients")
         self.runtime: Embedded = find_backend("deployments")(config, pool=make_door)
-        self.runtime.call("restore", {}, object)
+        self.runtime.call("restore", {"ending": lambda: self.ending}, object)
         self.runtime.scheduler.call(self._door.open)
 
     def _make_door(self, *arguments: Any) -> Door:
@@ -253,9 +264,14 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to stop, or until nobody needs it any more."""
-        while self.runtime.scheduler.thread.is_alive() and not self._ended:
+        touched = -math.inf
+        while self.runtime.scheduler.thread.is_alive() and not self.ending:
             time.sleep(0.1)
-            idle = time.monotonic() - self._door.idle_since
+            now = time.monotonic()
+            if now - touched > _TOUCH_SECONDS:
+                touched = now
+                _touch(self._folder)
+            idle = self._door.opened and not self._under_way and now - self._door.idle_since
             if idle > _IDLE_SECONDS and self._stay == "end":
                 self._door.opened = False  # who comes now is not refused: it starts the next one
                 break
@@ -269,7 +285,9 @@ class Daemon:
         executor = self._slow if call.operation in _SLOW else self._quick
         with contextlib.suppress(RuntimeError):  # it is closing, and its clients find out
             work = executor.submit(self._operate, call.operation, call.arguments)
+            self._under_way.add(work)
             work.add_done_callback(partial(self._reply, call.key, reply))
+            work.add_done_callback(self._under_way.discard)
 
     def _operate(self, operation: str, arguments: dict[str, Any]) -> Any:
         if operation not in _QUICK | _SLOW:
@@ -277,6 +295,8 @@ class Daemon:
             raise UsageError(f"operation {shorten(operation)!r} is unknown; known: {known}")
         if operation == "stop":
             return self._end()
+        if self.ending and operation in _CHANGING:
+            raise NotReady("the runtime is ending")  # what it says now, the next one does not know
         if operation == "stay":
             if arguments["how"] not in ("stay", self._stay):
                 raise UsageError("a runtime runs that does not listen there: stop it first")
@@ -286,7 +306,7 @@ class Daemon:
         return self.runtime.call(operation, arguments, object)
 
     def _end(self) -> None:
-        self._ended = True  # no more: signals interrupt anything
+        self.ending = True  # no more: signals interrupt anything
 
     def _reply(self, key: int, reply: Any, work: Future[Any]) -> None:
         if error := work.exception():
@@ -295,13 +315,18 @@ class Daemon:
             reply(messages.Returned(key, work.result()))
 
 
+def _touch(folder: Path) -> None:
+    """Make what lies in a folder look as it is: in use."""
+    with contextlib.suppress(OSError):
+        for path in (folder, *folder.iterdir()):
+            os.utime(path)
+
+
 def main(argv: list[str]) -> None:
     """Run the daemon."""
     folder, stay = argv
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=LraiConfig)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")  # to the file `log`
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a client takes two descriptors
     daemon = Daemon(Path(folder), config, stay=stay)
     # Requests are many small objects without cycles: looking for these took a twelfth of the time.
     gc.freeze()

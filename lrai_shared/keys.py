@@ -27,6 +27,9 @@ _DOMAIN: Final = "lrai"
 _TCP: Final[wire.Options] = {zmq.HEARTBEAT_IVL: 5000, zmq.HEARTBEAT_TIMEOUT: 30_000}
 
 
+_HEADER_BYTES: Final = 16 << 20  # of a message, beside its largest tensor
+
+
 class Gate:
     """A daemon's socket for other machines, and the thread that asks who may come in."""
 
@@ -56,7 +59,9 @@ class Gate:
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Return whether to let in who has proved this key; for `zmq.auth`, in its thread."""
-        return any(_load(file)[0] == key for file in self._clients.glob("*.key"))
+        with suppress(OSError):  # one would end the thread, and nobody got in any more
+            return any(_load(file)[0] == key for file in self._clients.glob("*.key"))
+        return False
 
 
 def server_end(address: str, config: LraiConfig) -> tuple[str, Path, wire.Options]:
@@ -67,10 +72,14 @@ def server_end(address: str, config: LraiConfig) -> tuple[str, Path, wire.Option
         EnvironmentProblem: The server's keys are not there, or others may read or add some.
     """
     endpoint, folder = _parse(address)
-    if not config.runtime.model_roots:
-        raise UsageError("to listen, set runtime.model_roots to the folders artifacts may lie in")
+    roots = [Path(root) for root in config.runtime.model_roots.split(":") if root]
+    if not roots or not all(root.is_absolute() for root in roots):
+        raise UsageError(
+            "to listen, set runtime.model_roots to the folders artifacts may lie in, from / on"
+        )
     options: wire.Options = {
         **_load_pair(folder / "server.key_secret"),
+        zmq.MAXMSGSIZE: config.limits.request_bytes + _HEADER_BYTES,  # until a key is proved, too
         zmq.HANDSHAKE_IVL: 5000,  # who has not proved a key by then is cut off
         zmq.CURVE_SERVER: 1,
         zmq.ZAP_DOMAIN: _DOMAIN.encode(),

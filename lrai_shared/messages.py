@@ -178,6 +178,8 @@ def decode_form(encoded: bytes) -> Form:
     Raises:
         BadFrames: It is none.
     """
+    if len(encoded) > _FORM_BYTES:
+        raise wire.BadFrames("form too large")
     form = wire.decode(_form, encoded)
     if not len(form.names) == len(form.datatypes) == len(form.shapes):
         raise wire.BadFrames("names and tensors differ")

@@ -50,7 +50,8 @@ class Actor:
 
     def _load(self, load: Load) -> None:
         started, self._signature = time.monotonic(), load.signature
-        if load.cpus:  # before the engine starts its threads, which inherit it
+        # Before the engine starts its threads, which inherit it.
+        with contextlib.suppress(OSError):  # it names none, or those are gone by now
             os.sched_setaffinity(0, load.cpus)
         try:
             self._sessions = open_sessions(load)

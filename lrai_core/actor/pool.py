@@ -25,7 +25,7 @@ import zmq
 
 from lrai_core.config import ActorConfig
 from lrai_core.engine.batching import coalesce, split
-from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError
+from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, NotReady
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.wire import messages
@@ -35,6 +35,7 @@ from lrai_core.wire.workers import Batch, GaveUp, Lost, Outcome
 
 _STOPPED_SECONDS: Final = 2.0  # between looks, where one is due every second at the latest
 _REAP_SECONDS: Final = 0.005  # between looks whether a killed process has ended
+_SIGNALS: Final = {one.value: one.name for one in signal.Signals}  # others have numbers only
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
 
 
@@ -83,6 +84,8 @@ class Pool:
         """Kill the actor, if there is one; a batch in it is lost."""
         if actor := self._actors.pop(name, None):
             self._kill(actor, "the actor was removed")
+            if not actor.loaded.done():
+                actor.loaded.set_exception(NotReady("the runtime was closed, or the model removed"))
 
     def close(self) -> None:
         """Kill every actor, wait until all are gone, and close the socket."""
@@ -207,7 +210,7 @@ class Pool:
     def _ended(self, actor: _Actor, status: int, now: float) -> None:
         """Take note of a death, and plan the next life if one is wanted."""
         del self._lives[actor.identity]
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        how = f"signal {_SIGNALS.get(-status, -status)}" if status < 0 else f"exit status {status}"
         why = actor.why or f"the model's process ended with {how}"
         self._outcomes += [Lost(b.number, why, begun=i == 0) for i, b in enumerate(actor.batches)]
         if self._actors.get(actor.name) is not actor:  # removed or given up: nobody misses it
@@ -230,11 +233,11 @@ class Pool:
 
     def _give_up(self, actor: _Actor, error: LraiError) -> None:
         """Stop for good, and say why: to the scheduler, the first time to the loader too."""
+        if not actor.loaded.done():
+            actor.loaded.set_exception(error)
         self.remove(actor.name)
         self._events.emit("model_failed", actor.name, reason=str(error))
         self._outcomes.append(GaveUp(actor.name, str(error)))
-        if not actor.loaded.done():
-            actor.loaded.set_exception(error)
 
     def _enlist(self, actor: _Actor) -> None:
         self._actors[actor.name] = self._lives[actor.identity] = actor

@@ -95,27 +95,12 @@ class Embedded:
         path, roots = Path(artifact), self.config.runtime.model_roots
         if roots:
             path = path.resolve()  # where links and dots lead to, and what is opened then
-            if not any(path.is_relative_to(Path(root).resolve()) for root in roots.split(":")):
+            if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):
                 raise ConditionNotMet(
                     f"{shorten(artifact)!r} lies in none of the folders that artifacts may be "
                     "loaded from, see runtime.model_roots"
                 )
         return Artifact.open(path, verify=False)  # the actor hashes what it opens
-
-    def is_served(self, known: Version, artifact: Artifact, variant: str, terms: Terms) -> bool:
-        """Return whether a version is the artifact's, and of this variant if one is named.
-
-        Raises:
-            ConditionNotMet: It is, but does not meet the terms.
-        """
-        same = known.artifact.version == artifact.version
-        if not same or variant not in ("", known.variant.id):
-            return False
-        if terms is not None:
-            if known.certificate is None:  # the source model may serve in its place
-                raise ConditionNotMet(f"no certificate speaks of what serves {known.name!r}")
-            require_certificate(artifact, known.variant.id, terms)
-        return True
 
     @contextmanager
     def changing(self, name: str, *, wait: bool = False) -> Iterator[None]:

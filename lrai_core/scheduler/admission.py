@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from lrai_core.config import SchedulerConfig
-from lrai_core.errors import QueueFull
+from lrai_core.errors import QueueFull, RequestError
 
 
 class Admission:
@@ -21,6 +21,7 @@ class Admission:
         """Count a request in.
 
         Raises:
+            RequestError: It is larger than the queue.
             QueueFull: No room; `retry_after_seconds` is when a tenth of the queue will have run.
         """
         limits = self._config
@@ -28,6 +29,8 @@ class Admission:
             by_rows = (self.rows, rows, limits.max_queue_rows, "rows")
             by_bytes = (self.nbytes, nbytes, limits.max_queue_bytes, "bytes")
             for inside, more, limit, unit in (by_rows, by_bytes):
+                if more > limit:  # coming again is no help
+                    raise RequestError(f"{more} {unit}, more than the {limit} that may wait")
                 if inside + more > limit:
                     full = f"the queue holds {inside} {unit}, {more} more exceed its {limit}"
                     wait = max(0.1, self.rows * seconds_per_row / 10)

@@ -497,7 +497,7 @@ def test_artifacts_come_from_the_folders_that_are_allowed(
     there = small_artifact.build(inside / "m.lrai")
     (inside / "link.lrai").symlink_to(small[3.0])
     (inside / "folder").symlink_to(small[3.0].parent)
-    roots = {"runtime.model_roots": f"/nowhere:{inside}"}
+    roots = {"runtime.model_roots": f":/nowhere:{inside}:"}  # of which the empty ones are none
     with lrai.Runtime.open(there, name="m", config=config(**roots)) as runtime:
         for path in (
             small[3.0],

@@ -29,7 +29,7 @@ from lrai_deployments.deployments import Deployments
 from lrai_shared import messages
 from lrai_shared.arena import Arena
 from lrai_shared.client import is_running, start_daemon
-from lrai_shared.daemon import Daemon
+from lrai_shared.daemon import Daemon, _touch
 from tests.integration.test_cli import LRAI, run
 from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
 
@@ -915,6 +915,49 @@ def test_the_command_line_asks_the_runtime_that_the_variable_names(
     assert f"no runtime runs in {folder}" in run("runtime", "status", code=5)
     monkeypatch.setenv("LRAI_RUNTIME", "tcp://127.0.0.1:1?keys=/nowhere")
     assert "on its own machine" in run("runtime", "stop", code=2)
+
+
+def test_a_runtime_that_ends_takes_on_nothing_more() -> None:
+    daemon = object.__new__(Daemon)
+    daemon.ending = True
+    for operation in ("load", "swap", "route", "unload", "freeze"):
+        with pytest.raises(lrai.NotReady, match="is ending"):
+            daemon._operate(operation, {})
+
+
+def test_what_lies_in_the_folder_is_kept_young(folder: Path) -> None:
+    for name in ("lock", "deployments.json"):
+        (folder / name).touch()
+        os.utime(folder / name, (0, 0))
+    _touch(folder)
+    assert all(time.time() - path.stat().st_mtime < 60 for path in folder.iterdir())  # noqa: TID251
+
+
+def test_a_runtime_that_ends_leaves_the_socket_of_the_next_one(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    """As when its files were deleted by age, and another runtime was started."""
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (folder / "clients").unlink()
+        (folder / "clients").touch()
+        backend: Any = runtime._backend
+        backend.call("stop", {}, object)
+        wait_until(lambda: not daemons(folder))
+        assert (folder / "clients").exists()
+        (folder / "clients").unlink()
+
+
+def test_a_process_is_left_with_no_dead_daemons(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    before = set[int]()
+    for _ in range(2):
+        with lrai.Runtime.open(classifier_fp32, address="auto"):
+            (daemon,) = daemons(folder)
+            assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+        kill(daemon)
+        wait_until(lambda: not daemons(folder))
+        before.add(daemon)
 
 
 def test_an_operation_that_comes_while_the_daemon_ends_harms_nobody() -> None:

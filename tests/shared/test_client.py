@@ -169,6 +169,26 @@ def test_every_caller_gets_its_own_answer_in_whatever_order_they_come(
     assert [f.result().id for f in futures] == ["0", "1", "2", "3", "4"]
 
 
+def test_large_tensors_outside_the_arena_wait_for_the_room_that_the_queue_has(
+    daemon: Daemon, parent: Path
+) -> None:
+    attached = attach(daemon, parent, **{"scheduler.max_queue_bytes": 1 << 20})
+    large = {"x": np.zeros(1 << 17, np.float32)}  # half of it
+    futures = [attached.start(request(inputs=large)) for _ in range(5)]
+    first = daemon.take(2)
+    assert daemon.quiet()
+    daemon.answer(first[0])
+    third = daemon.take(1)
+    assert daemon.quiet()
+    daemon.answer(first[1], *third)
+    daemon.answer(*daemon.take(2))
+    assert [value(future) for future in futures] == [1, 2, 3, 4, 5]
+    huge = attached.start(request(inputs={"x": np.zeros(1 << 20, np.float32)}))
+    daemon.answer(*daemon.take(1))  # alone it may
+    value(huge)
+    attached.close()
+
+
 def test_what_waits_together_is_sent_together_but_never_too_much(
     daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:

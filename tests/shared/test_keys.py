@@ -128,6 +128,17 @@ def test_a_server_lets_nobody_in_where_nobody_asks_for_keys(keys: Path) -> None:
     assert options[zmq.ZAP_DOMAIN]
 
 
+@pytest.mark.parametrize("roots", ["", ":", "::", "models", "/models:models"])
+def test_a_server_says_from_where_models_may_come(keys: Path, roots: str) -> None:
+    with pytest.raises(lrai.UsageError, match=r"runtime\.model_roots .* from / on"):
+        server_end(f"tcp://127.0.0.1:7000?keys={keys}", config(roots))
+
+
+def test_nobody_can_fill_the_memory_with_a_frame(keys: Path) -> None:
+    *_, options = server_end(f"tcp://127.0.0.1:7000?keys={keys}", config("/models:"))
+    assert int(options[zmq.MAXMSGSIZE]) < 100 << 20
+
+
 def test_a_client_needs_two_files_that_hold_keys(machine: Path) -> None:
     address = f"tcp://:5000?keys={machine}"
     secret, server = machine / "ann.key_secret", machine / "server.key"

@@ -5,7 +5,7 @@ import pytest
 
 import lrai_core as lrai
 from lrai_core.errors import EngineError
-from lrai_core.wire.messages import Packer, Place, encode
+from lrai_core.wire.messages import BadFrames, Packer, Place, encode
 from lrai_shared import messages
 
 
@@ -61,6 +61,12 @@ def test_a_request_and_its_answer_survive_the_wire() -> None:
     np.testing.assert_array_equal(arrived.outputs["y"], x)
     arrived.outputs["y"][0] = 0  # the caller's own
     assert (arrived.id, arrived.model_name, arrived.parameters) == ("7", "m", {"variant": "int8"})
+
+
+def test_a_form_that_no_client_would_send_is_not_kept() -> None:
+    form = messages.Form("m", "", ("y" * 100,) * 1000, {}, (), (), ())
+    with pytest.raises(BadFrames, match="form too large"):
+        messages.decode_form(encode(form))
 
 
 def test_a_hundred_of_the_largest_requests_fit_a_header() -> None:

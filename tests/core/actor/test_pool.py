@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ import zmq
 from lrai_core.actor import pool as module
 from lrai_core.actor.pool import Pool
 from lrai_core.config import ActorConfig
+from lrai_core.errors import NotReady
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
@@ -60,7 +62,7 @@ class Process:
         return messages.decode_to_actor(found[0]), [*found, b""][1]
 
     def kill(self) -> None:
-        self.status = -9
+        self.status = -9 if self.status is None else self.status
         self.line.close()
         self.socket.context.destroy(linger=0)
 
@@ -137,6 +139,28 @@ def test_of_two_batches_in_an_actor_that_dies_the_second_was_not_begun(bench: Be
     bench.process.kill()
     why = "the model's process ended with signal SIGKILL"
     assert bench.poll() == [Lost(1, why, begun=True), Lost(2, why, begun=False)]
+
+
+@pytest.mark.parametrize(
+    ("status", "how"),
+    [(-signal.SIGTERM, "signal SIGTERM"), (-40, "signal 40"), (3, "exit status 3")],
+)
+def test_a_death_is_told_as_what_it_was(bench: Bench, status: int, how: str) -> None:
+    bench.dispatch(1)
+    bench.process.status = status
+    bench.process.kill()
+    (lost,) = bench.poll()
+    assert isinstance(lost, Lost)
+    assert lost.message == f"the model's process ended with {how}"
+
+
+def test_who_waits_for_an_actor_that_is_removed_is_told(bench: Bench) -> None:
+    loaded: Future[None] = Future()
+    bench.pool.add("n", LOAD, loaded)
+    bench.poll()
+    bench.pool.remove("n")
+    with pytest.raises(NotReady, match="closed, or the model removed"):
+        loaded.result(0)
 
 
 def test_after_the_first_was_answered_the_second_was_begun(bench: Bench) -> None:

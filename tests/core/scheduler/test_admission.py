@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrai_core.config import SchedulerConfig
-from lrai_core.errors import QueueFull
+from lrai_core.errors import QueueFull, RequestError
 from lrai_core.scheduler.admission import Admission
 
 
@@ -34,8 +34,21 @@ def test_bytes_are_bounded_like_rows() -> None:
 
 def test_a_refused_request_leaves_no_trace() -> None:
     admission = door()
+    admission.enter(1, 50, 0.0)
     with pytest.raises(QueueFull):
-        admission.enter(1, 101, 0.0)
+        admission.enter(1, 60, 0.0)
+    assert (admission.rows, admission.nbytes) == (1, 50)
+
+
+def test_what_is_larger_than_the_queue_is_not_told_to_come_again() -> None:
+    admission = door(rows=4)
+    for rows, nbytes, words in (
+        (5, 1, "5 rows, more than the 4"),
+        (1, 101, "101 bytes, more than"),
+    ):
+        with pytest.raises(RequestError, match=words) as caught:
+            admission.enter(rows, nbytes, 0.0)
+        assert caught.value.http_status == 400
     assert (admission.rows, admission.nbytes) == (0, 0)
 
 
