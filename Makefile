@@ -80,7 +80,7 @@ constraints:  ## resolve every dependency afresh, on the oldest Python, into con
 	$(PYTHON) -m venv build/constraints
 	build/constraints/bin/pip install -q -e '.[demo,dev]'
 	{ sed -n '/^#/p' constraints.txt; build/constraints/bin/pip freeze --exclude-editable | \
-	    sed -E '/^(triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/d; s/^torch==.*/torch>=2.6,<3/'; } > build/constraints.txt
+	    sed -E '/^nvidia-ml-py==/b; /^(triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/d; s/^torch==.*/torch>=2.6,<3/'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 $(READY): pyproject.toml constraints.txt

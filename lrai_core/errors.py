@@ -7,8 +7,8 @@
     - DeadlineExceeded           504
       . Cancelled                504, nobody is told
     - QueueFull                  429
-  + NotReady                     503
-    - ActorError                 503
+  + NotReady                     503, exit 5
+    - ActorError                 503, exit 5
   + EngineError                  400, exit 4, the engine cannot run these inputs
   + UsageError                   exit 2
   + ConditionNotMet              exit 3, a gate, certificate or freeze says no

@@ -24,7 +24,7 @@ import msgspec
 from msgspec.structs import replace
 
 import lrai_core as lrai
-from lrai_core.config import SchedulerConfig, with_settings
+from lrai_core.config import SchedulerConfig, available_cpus, with_settings
 from lrai_core.runtime.embedded import Embedded, Terms
 from lrai_core.runtime.version import Deployment, Ended, Freeze, Started, State, Version, started
 from lrai_core.scheduler.scheduler import Pending
@@ -51,7 +51,8 @@ class Deployments(Embedded):
         """See `Embedded.begin`. Of what was kept, take over what is frozen."""
         # Who connects while no descriptor is left would end this process: libzmq asserts.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._store = Store(self.config.runtime.state_dir)
         forget_aged(self.config.runtime)
         self._kept, self._stopped = self._store.read()
@@ -72,17 +73,22 @@ class Deployments(Embedded):
     def restore(self, ending: Callable[[], bool] = bool) -> None:
         """Serve again what was served when the runtime before this one was killed.
 
-        `ending`: whether it is to end; what has not begun by then is left to the next runtime.
+        `ending`: whether it is to end; what has not begun by then is not started.
         """
         if self._stopped:
             return
         self._records = dict(self._kept)  # all: whoever is killed at it leaves the rest to the next
-        with ThreadPoolExecutor(_STARTS) as threads:
+        # Each is given so long to open, and all the memory that there is: not all of them at once.
+        with ThreadPoolExecutor(min(_STARTS, available_cpus())) as threads:
             for _ in threads.map(partial(self._restore, ending), self._kept.items()):
                 pass
 
     def _restore(self, ending: Callable[[], bool], kept_as: tuple[str, Record]) -> None:
         name, kept = kept_as
+        with self.changing(name):  # who starts beside it has so many CPUs less
+            self._restore_name(ending, name, kept)
+
+    def _restore_name(self, ending: Callable[[], bool], name: str, kept: Record) -> None:
         record, missing = kept, False
         for label, how in kept.versions.items():
             if ending():
@@ -109,6 +115,28 @@ class Deployments(Embedded):
             except lrai.EnvironmentProblem:  # a full disk; what it holds is right but for this
                 with self._store.lock:
                     self._apply(name, record)
+
+    @contextmanager
+    def changing(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """Hold a name while it is being changed.
+
+        Raises:
+            UsageError: Another thread is at it, and `wait` is not set.
+        """
+        if self._closed or os.getpid() != self._owner:
+            raise lrai.NotReady("the runtime is closed, or another process's")
+        with self._condition:
+            while wait and name in self._changing:
+                self._condition.wait()
+            if name in self._changing:
+                raise lrai.UsageError(f"another change of {name[:120]!r} is under way")
+            self._changing.add(name)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._changing.discard(name)
+                self._condition.notify_all()
 
     def _is_served(
         self, known: Version, artifact: lrai.Artifact, variant: str, terms: Terms

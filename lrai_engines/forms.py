@@ -77,15 +77,15 @@ class OnnxRuntimeForms:
     def build(self, material: Material, reject: Reject) -> Iterator[Built]:
         """Yield fp32, and with a sample the other forms, each under every pass set that differs."""
         yield from _under_each_pass_set("fp32", material.model, [], material, reject)
-        if material.sample is None:
+        if (sample := material.sample) is None:
             return
         try:
             basic = standard(material)
         except CompileError as error:
             reject("int8", str(error))
             return
-        builds = forms(material.sample, material.threads, material.objective)
-        undefined = goes_undefined(basic, material.sample)
+        builds = forms(sample, material.threads, material.objective)
+        undefined = goes_undefined(basic, sample)
         for form, transform in builds.items():
             try:
                 graph, operators = transform(basic)
@@ -93,7 +93,7 @@ class OnnxRuntimeForms:
                 reject(form, str(error))
                 continue
             if undefined and not form.startswith("int8-static"):  # which does it in its own search
-                graph = undefined_stays(graph, material.sample.outputs)
+                graph = undefined_stays(graph, sample.outputs, sample.inputs)
             yield from _under_each_pass_set(form, graph, operators, material, reject)
 
 

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 import onnx
 import openvino as ov
+from google.protobuf.message import EncodeError
 
 from lrai_core.compiler.search import Built, Material, Reject
 from lrai_core.errors import CompileError
@@ -87,7 +88,7 @@ class OpenVinoForms:
                 ov.save_model(network, graph, compress_to_fp16=False)
             except CompileError as error:
                 reject(name, str(error))
-            except REFUSALS as error:
+            except (*REFUSALS, EncodeError) as error:
                 reject(name, f"openvino cannot read the model: {reason(error)}")
             else:
                 size = sum(file.stat().st_size for file in graph.parent.iterdir())

@@ -31,6 +31,7 @@ BITS: Final = 8
 FLOAT32: Final = "float32"  # the scheme of what is left alone
 INT4: Final = "matmul_4_bits"
 _TABLE_ELEMENTS: Final = 1 << 18  # of the smallest table worth it: 1 MB
+_MOST = float(np.finfo(np.float32).max) / 256  # of what integers and a scale can give back
 _TINY = 1e-20  # keeps the scale of an all-zero row finite
 
 
@@ -205,17 +206,18 @@ def _int8_table(graph: Graph, node: onnx.NodeProto, tensor: onnx.TensorProto) ->
     """Read rows as int8, and give them their scales after."""
     name, ids, y = tensor.name, node.input[1], node.output[0]
     table = numpy_helper.to_array(tensor)
-    if not np.isfinite(table).all():
+    if not (np.abs(table) < _MOST).all():
         graph.nodes.append(node)
-        why = "the table is not finite"
+        why = "the table is not finite, or nearly so"
         return Quantized(node=node.name, op_type="Gather", why=why)
     scale = scale_of(np.abs(table).max(axis=1, keepdims=True), 127)
     integers = np.rint(table / scale)
-    graph.constant(f"{name}:int8", integers, np.int8)
-    graph.constant(f"{name}:scale", scale, np.float32)
-    rows = graph.add("Gather", [f"{name}:int8", ids], f"{y}:int8")
+    # By names of their own: a product of the same table has scales per column.
+    whole = graph.constant(f"{name}:rows:int8", integers, np.int8)
+    scales = graph.constant(f"{name}:rows:scale", scale, np.float32)
+    rows = graph.add("Gather", [whole, ids], f"{y}:int8")
     rows = graph.add("Cast", [rows], f"{y}:float", to=onnx.TensorProto.FLOAT)
-    graph.add("Mul", [rows, graph.add("Gather", [f"{name}:scale", ids], f"{y}:rescale")], y)
+    graph.add("Mul", [rows, graph.add("Gather", [scales, ids], f"{y}:rescale")], y)
     return Quantized(
         node=node.name,
         op_type="Gather",
@@ -330,8 +332,9 @@ def scale_of(peak: Float32, levels: int) -> Float32:
 
 def relative_error(weight: Float32, restored: Float32) -> float:
     """Return the L2 norm of the difference over that of the weight, 0 where that is 0."""
-    norm = float(np.linalg.norm(weight))
-    return float(np.linalg.norm(weight - restored)) / norm if norm else 0.0
+    norm = float(np.linalg.norm(weight.astype(np.float64)))
+    difference = np.linalg.norm(weight.astype(np.float64) - restored)
+    return float(difference) / norm if norm else 0.0
 
 
 def assemble(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:

@@ -102,7 +102,14 @@ def _exchange(new: Path, old: Path) -> None:
     except (EnvironmentProblem, OSError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise EnvironmentProblem(f"{old.name} cannot be replaced, use -o: {error}") from None
-    shutil.rmtree(aside)
+    try:
+        shutil.rmtree(aside)
+    except BaseException as error:  # an interrupt, too: it is done by now
+        shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        if aside.exists():
+            raise EnvironmentProblem(f"{old.name} is slim, but {aside} cannot be removed") from None
 
 
 def _write(artifact: Artifact, folder: Path) -> None:

@@ -38,7 +38,9 @@ from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
 _MOST: Final = 128  # rows
 _NARROW: Final = 128  # columns of a matrix whose product costs less than their sum
+_MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
 _FLOAT: Final = onnx.TensorProto.FLOAT
+_REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 
@@ -153,7 +155,7 @@ def static_int8(
     report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
-    return undefined_stays(quantised, sample.outputs), report
+    return undefined_stays(quantised, sample.outputs, sample.inputs), report
 
 
 def goes_undefined(model: onnx.ModelProto, sample: Sample) -> bool:
@@ -171,63 +173,86 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> bool:
     return any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in found)
 
 
-def undefined_stays(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> onnx.ModelProto:
+def undefined_stays(
+    model: onnx.ModelProto, outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec] = ()
+) -> onnx.ModelProto:
     """Return `model`, with NaN for what reads NaN or infinity: a row, or all without a batch axis.
 
-    That an input of integers holds neither is known.
+    That an input of integers holds neither is known. `inputs`: by default all have rows.
     """
     graph = Graph(0)
     types = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
-    inputs = [v.name for v in model.graph.input if types[v.name].elem_type == _FLOAT]
-    given = [spec for spec in outputs if inputs and types[spec.name].elem_type == _FLOAT]
+    real = [v.name for v in model.graph.input if types[v.name].elem_type in _REAL]
+    made = {name for node in model.graph.node for name in node.output}
+    given = [s for s in outputs if real and s.name in made and types[s.name].elem_type in _REAL]
     before = {spec.name: f"{spec.name}:defined" for spec in given}
+    whole = {spec.name for spec in inputs if spec.batch_axis is None}
     for node in model.graph.node:
         own = onnx.NodeProto()
         own.CopyFrom(node)
-        own.name = before.get(node.name, node.name)  # new nodes are named like their outputs
         own.input[:] = [before.get(name, name) for name in node.input]
         own.output[:] = [before.get(name, name) for name in node.output]
         graph.nodes.append(own)
     for spec in given:
-        value, rank, first = before[spec.name], len(spec.shape), int(spec.batch_axis == 0)
-        for x in inputs:
-            end = spec.name if x == inputs[-1] else f"{spec.name}:{x}"
+        value, rank, kind = before[spec.name], len(spec.shape), types[spec.name].elem_type
+        for x in real:
+            end = spec.name if x == real[-1] else f"{spec.name}:{x}"
+            first = int(spec.batch_axis == 0 and x not in whole)
             dims = [dim.dim_value for dim in types[x].shape.dim]
             if first and rank == 2 and isinstance(spec.shape[1], int) and len(dims) > 1:
-                sums = _sums(graph, x, dims)
+                plain = types[x].elem_type == kind == _FLOAT
+                sums = _sums(graph, x, dims, spec.shape[1]) if plain else None
                 if sums is not None:  # one operator for three, at half of what they cost
-                    noughts = np.zeros((sums[1], spec.shape[1]))
+                    noughts = np.zeros((sums[1], spec.shape[1]), np.float32)
                     name = graph.constant(f"{x}:noughts:{spec.shape[1]}", noughts, np.float32)
                     value = graph.add("Gemm", [sums[0], name, value], end)
+                    graph.nodes[-1].name = f"{end}:stays"  # what gave it may be named like it
                     continue
-            axes = graph.constant(f"axes:{x}:{first}", list(range(first, len(dims))), np.int64)
-            total = f"{x}:total:{first}"
-            graph.add("ReduceSum", [x, axes], total, keepdims=0, noop_with_empty_axes=1)
-            nought = graph.add("Sub", [total, total], f"{x}:nought:{first}")
+            nought = _nought(graph, x, types[x].elem_type, first, len(dims))
             if first and rank > 1:
                 shape = graph.constant(f"rows:{rank}", [-1] + [1] * (rank - 1), np.int64)
-                nought = graph.add("Reshape", [nought, shape], f"{x}:nought:{first}:{rank}")
+                nought = graph.add("Reshape", [nought, shape], f"{nought}:{rank}")
+            if kind != _FLOAT:
+                nought = graph.add("Cast", [nought], f"{nought}:as {kind}", to=kind)
             value = graph.add("Add", [value, nought], end)
+            graph.nodes[-1].name = f"{end}:stays"
     return assemble(model, graph)
 
 
-def _sums(graph: Graph, x: str, dims: Sequence[int]) -> tuple[str, int] | None:
+def _nought(graph: Graph, x: str, kind: int, first: int, rank: int) -> str:
+    """Add what is 0, or NaN where `x` holds what is none: float32, of its rows or of it all."""
+    total, source = f"{x}:total:{first}", x
+    if kind == onnx.TensorProto.FLOAT16:  # whose sum could be too large for it
+        source = graph.add("Cast", [x], f"{x}:wide", to=_FLOAT)
+    axes = graph.constant(f"axes:{x}:{first}", list(range(first, rank)), np.int64)
+    graph.add("ReduceSum", [source, axes], total, keepdims=0, noop_with_empty_axes=1)
+    nought = graph.add("Sub", [total, total], f"{x}:nought:{first}")
+    if kind == onnx.TensorProto.DOUBLE:
+        nought = graph.add("Cast", [nought], f"{nought}:float", to=_FLOAT)
+    return nought
+
+
+def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str, int] | None:
     """Have sums [rows, width] of `x` that hold what is none where `x` does; None: not in one step.
 
     Args:
         graph: Where they are written.
         x: A tensor of rows.
         dims: Of it, 0 where one is free.
+        columns: Of what they are multiplied to: with many that costs more than it saves.
     """
     narrow = next((axis for axis in range(1, len(dims)) if 0 < dims[axis] <= _NARROW), None)
     if narrow is None and len(dims) > 2:
         return None
     over = [axis for axis in range(1, len(dims)) if axis != narrow]
+    width = 1 if narrow is None else dims[narrow]
+    if width * columns > _MOST_NOUGHTS:
+        return None
     if not over:
-        return x, dims[1]
+        return x, width
     axes = graph.constant(f"axes:{x}:sums", over, np.int64)
     sums = graph.add("ReduceSum", [x, axes], f"{x}:sums", keepdims=int(narrow is None))
-    return sums, 1 if narrow is None else dims[narrow]
+    return sums, width
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc] # without types

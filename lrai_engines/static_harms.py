@@ -57,7 +57,7 @@ def restored(quantised: onnx.ModelProto) -> dict[str, Float32]:
     """Return by operator the float32 weights that its int8 weights stand for."""
     constants = {tensor.name: tensor for tensor in quantised.graph.initializer}
     linear = [n for n in quantised.graph.node if n.op_type == "DequantizeLinear"]
-    found = {n.output[0]: n for n in linear if n.input[0] in constants}
+    found = {n.output[0]: n for n in linear if _is_plain(n, constants)}
     return {
         node.name: _restored(found[node.input[1]], constants)
         for node in quantised.graph.node
@@ -65,9 +65,16 @@ def restored(quantised: onnx.ModelProto) -> dict[str, Float32]:
     }
 
 
+def _is_plain(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Return whether it gives a weight: of constants, with one scale or one of a channel."""
+    known = all(name in constants for name in node.input if name)
+    return known and len(constants[node.input[1]].dims) < 2
+
+
 def _restored(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> Float32:
     """Return what a DequantizeLinear gives."""
-    integers, scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[:3])
+    integers, scale, *zeros = (numpy_helper.to_array(constants[n]) for n in node.input if n)
+    zero = zeros[0] if zeros else np.zeros_like(scale)
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     shape = [1] * integers.ndim
     if scale.ndim:
@@ -97,6 +104,7 @@ def _switched(
     rounds: dict[str, str] = {}  # values that an operator in int8 rounds, and its switch
     for node in model.graph.node:
         own, value = _copy(node), node.output[0]
+        own.ClearField("name")  # which may be that of what it gives, as new nodes have it
         switch = ""
         if (name := node.name) in weights:
             place = graph.constant(f"{name}:place", [names.index(name)], np.int64)

@@ -39,4 +39,11 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
     if found.opset < MIN_OPSET:
         model = upgrade(model, found.opset)
         notify(f"opset {found.opset} upgraded to {MIN_OPSET}")
+    # Until IR 4 every weight was an input, too; what has a value here is none.
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) < len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        model.ir_version = max(4, model.ir_version)
     return Imported(model=model, sha256=digest.hexdigest(), opset=max(found.opset, MIN_OPSET))

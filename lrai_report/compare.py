@@ -18,6 +18,7 @@ from lrai_core import Artifact, InferenceRequest, InferenceResponse, Runtime, lo
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import agreement, difference
 
+_SHOWN: Final = 8  # numbers of an answer
 _WARM: Final = 32  # requests
 
 
@@ -141,4 +142,5 @@ def _short(answer: InferenceResponse) -> str:
     if values.dtype.kind == "f" and len(values) > 1:
         best = int(values.argmax())
         return f"[{best}] {values[best]:.4g}"
-    return ", ".join(f"{value:.4g}" if values.dtype.kind == "f" else str(value) for value in values)
+    some = [f"{v:.4g}" if values.dtype.kind == "f" else str(v)[:60] for v in values[:_SHOWN]]
+    return ", ".join(some) + ", …" * (len(values) > _SHOWN)

@@ -66,7 +66,8 @@ def read_trace(path: Path) -> Trace:
     Columns are found by name, whatever their case: `timestamp` or `time` (ISO 8601, without a zone
     in UTC, or seconds as a number), and, where there are such, `length`, `tokens` or
     `ContextTokens`, and `rows`. A single column of another name, or of none, holds requests per
-    second. Lines need not be in order of time.
+    second. Lines need not be in order of time; where all times are whole seconds, the requests of
+    one are spread over it.
 
     Raises:
         TraceError: It cannot be used; names the line.
@@ -224,7 +225,17 @@ def _arrivals(columns: Sequence[str], lines: Iterator[list[str]]) -> Trace:
     seconds = np.asarray(times)
     order = np.argsort(seconds, kind="stable")
     sizes = (np.asarray(found)[order].astype(np.int64) for found in (lengths, rows))
-    return Arrivals(seconds[order] - seconds.min(), *sizes)
+    return Arrivals(_spread(seconds[order] - seconds.min()), *sizes)
+
+
+def _spread(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return moments, those of a log of whole seconds evenly within theirs: it cut them off."""
+    if np.any(seconds % 1):
+        return seconds
+    _, of, counts = np.unique(seconds, return_inverse=True, return_counts=True)
+    place = np.arange(len(seconds)) - (np.cumsum(counts) - counts)[of]
+    spread: NDArray[np.float64] = seconds + place / counts[of]
+    return spread
 
 
 def _counts(column: str, lines: Iterator[list[str]]) -> Trace:

@@ -124,6 +124,7 @@ class Attached:
         # Keys of requests to be sent, of calls, and of requests that nobody waits for any more.
         self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
         self._session, self._credit = "", 0
+        self._most_bytes = 0  # of a request, as the daemon says
         self._on_wire, self._inline = dict[int, int](), 0  # bytes outside the arena, by key; of all
         self._process: Popen[bytes] | None = None
         self._logged = 0  # bytes of the log before it was started
@@ -162,6 +163,8 @@ class Attached:
             tuple([shape for _, shape, _ in tensors]),
         )
         contents = [data for _, _, data in tensors]
+        if sum(map(len, contents)) > self._most_bytes:  # else the line is cut for it, and again
+            raise lrai.RequestError(f"over {self._most_bytes} bytes, the limit of one request")
         encoded, stated = messages.encode_form(form), given is not None
         asked = _Asked(self, encoded, contents, request.id, timeout_ms, stated=stated)
         asked.key = self._post(self._asked, self._outbox, asked)
@@ -335,6 +338,7 @@ class Attached:
                 self._fail(f"{its}, this process {wire.PROTOCOL_VERSION}: stop it first")
             elif message.session != self._session:  # it knows of nothing that was asked
                 self._session, self._credit = message.session, message.credit
+                self._most_bytes = message.request_bytes
                 self._on_wire, self._inline = {}, 0
                 with self._lock:
                     self._outbox.clear()

@@ -158,11 +158,11 @@ class Door(Pool):
     def _hear(self, sender: Peer, frames: list[memoryview], now: float) -> None:
         message = messages.decode_from_client(frames[0])
         client = self._clients.get(sender)
-        if isinstance(message, Attach) and (client or not self._daemon.ending):
+        if isinstance(message, Attach):
             client = client or _Client(now)
             self._attach(sender, client, message)
         if client is None:
-            return  # it attaches again, to the next one, and sends again what it asked
+            return  # it attaches again, and sends again what it asked
         client.heard = now
         if isinstance(message, Requests):
             for item in message.items:
@@ -243,7 +243,8 @@ class Daemon:
     def __init__(self, folder: Path, config: LraiConfig, *, stay: str) -> None:
         """Serve what the last daemon served when it was killed, then open the doors."""
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
-        self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit)
+        most = config.limits.request_bytes
+        self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit, request_bytes=most)
         self._stay, self.ending = stay, False
         self._folder, self._under_way = folder, set[Future[Any]]()
         self.gates = {"remote": Gate(stay, config)} if "://" in stay else {}
@@ -316,10 +317,10 @@ class Daemon:
 
 
 def _touch(folder: Path) -> None:
-    """Make what lies in a folder look as it is: in use."""
-    with contextlib.suppress(OSError):
-        for path in (folder, *folder.iterdir()):
-            os.utime(path)
+    """Make what lies in a folder look as it is: in use. When it was written stays."""
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):  # some come and go
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def main(argv: list[str]) -> None:

@@ -31,7 +31,8 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
 
     A session begins when the daemon first hears of a client, or hears of it again after having
     given it up: where it is another than before, what was not answered has to be sent again.
-    `arena`: the id of the arena that it reads from now on, empty for none.
+    `arena`: the id of the arena that it reads from now on, empty for none. `request_bytes`: the
+    most that a request may have.
     """
 
     version: int
@@ -39,6 +40,7 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
     session: str
     credit: int
     arena: bytes = b""
+    request_bytes: int = 1 << 62
 
 
 class Form(msgspec.Struct, frozen=True, array_like=True):

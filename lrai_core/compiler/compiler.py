@@ -249,8 +249,8 @@ class _Compilation:
 
     def build(self, builders: Sequence[Builder]) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
-        rows = self.sample
-        sample = None if rows is None else Sample(rows.inputs, self.signature.outputs)
+        rows, sides = self.sample, (self.signature.outputs, self.signature.inputs)
+        sample = None if rows is None else Sample(rows.inputs, *sides)
         material = Material(
             self.proto, self.shared, self.scratch, sample, self.threads, self.objective
         )
@@ -266,6 +266,9 @@ class _Compilation:
         points = search.points(self.signature, rows)
         tick = self._begin("profile", search.ROUNDS, f"{len(self.candidates)} candidates")
         try:
+            for candidate, why in search.refusing(self.candidates, self.signature, rows, points):
+                self.candidates.remove(candidate)
+                self._reject(candidate.name, why)
             search.profile(
                 self.candidates, self.signature, rows, points, self.threads, tick, self._at(0.5)
             )

@@ -20,7 +20,7 @@ from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler.model import SharedWeights
 from lrai_core.engine.batching import length_of, stretch, synthetic_row
 from lrai_core.engine.engine import SHORT_CALL_MS, Engine, Session, find_engine
-from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
+from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
 ROUNDS: Final = 9  # at least,
@@ -126,6 +126,7 @@ class Sample:
 
     rows: Sequence[list[Array]]
     outputs: Sequence[TensorSpec]
+    inputs: Sequence[TensorSpec] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,25 @@ def build(
             reject(f"what follows {made.form}", _LATE)
             break
     return candidates
+
+
+def refusing(
+    candidates: Sequence[Candidate],
+    signature: Signature,
+    rows: Sequence[list[Array]],
+    points: Sequence[tuple[int, int]],
+) -> list[tuple[Candidate, str]]:
+    """Return what does not run at the point with the most rows, and why; fp32 is not asked."""
+    most, length = max(points)
+    row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
+    feed, found = stretch(row or synthetic_row(signature, length or 1), signature, most, length), []
+    for candidate in candidates:
+        try:
+            if candidate.form != "fp32":
+                candidate.session.run(feed)
+        except EngineError as error:
+            found.append((candidate, str(error)))
+    return found
 
 
 def profile(

@@ -10,9 +10,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
@@ -32,7 +31,6 @@ from lrai_core.errors import (
     ModelNotFound,
     NotReady,
     RequestError,
-    UsageError,
     shorten,
 )
 from lrai_core.events import EventBus, Observer
@@ -71,7 +69,7 @@ class Embedded:
         self.events = EventBus(observers)
         self.folder = _socket_folder(config.runtime.socket_dir)
         self._finalizer = weakref.finalize(self, _forget, self.folder, os.getpid())
-        self._condition = threading.Condition()  # of what is being changed
+        self._condition = threading.Condition()  # of what is being changed, by what builds on this
         self._changing: set[str] = set()
         self.current: dict[str, Version] = {}  # what serves who asks for no version
         self.versions: dict[tuple[str, str], Version] = {}  # what may be asked for
@@ -101,28 +99,6 @@ class Embedded:
                     "loaded from, see runtime.model_roots"
                 )
         return Artifact.open(path, verify=False)  # the actor hashes what it opens
-
-    @contextmanager
-    def changing(self, name: str, *, wait: bool = False) -> Iterator[None]:
-        """Hold a name while it is being changed.
-
-        Raises:
-            UsageError: Another thread is at it, and `wait` is not set.
-        """
-        if self._closed or os.getpid() != self._owner:
-            raise NotReady("the runtime is closed, or another process's")
-        with self._condition:
-            while wait and name in self._changing:
-                self._condition.wait()
-            if name in self._changing:
-                raise UsageError(f"another change of {shorten(name)!r} is under way")
-            self._changing.add(name)
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._changing.discard(name)
-                self._condition.notify_all()
 
     def add(
         self, artifact: Artifact, name: str, variant: str, terms: Terms, own: LraiConfig, label: str
@@ -346,7 +322,8 @@ class Embedded:
         """Return the engine threads of an actor: a share of the CPUs, one where calls are short."""
         if max((point.median_ms for point in variant.latency), default=math.inf) < SHORT_CALL_MS:
             return 1
-        return max(1, available_cpus() // len(self.current.keys() | {name}) // replicas)
+        names = self.current.keys() | self._changing | {name}
+        return max(1, available_cpus() // len(names) // replicas)
 
     def _start_actors(self, actors: Sequence[str], load: Load) -> None:
         """Start the actors of a version, each on CPUs of its own where there are enough."""

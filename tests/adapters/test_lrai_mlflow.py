@@ -260,9 +260,7 @@ def test_errors_keep_their_status(error: lrai.LraiError, status: int) -> None:
     assert (wait is not None) == (status in (429, 503, 504))
 
 
-def test_any_number_of_rows_is_scored_and_no_row_at_all(
-    saved: Path, sources: dict[str, Path]
-) -> None:
+def test_any_number_of_rows_is_scored(saved: Path, sources: dict[str, Path]) -> None:
     model = mlflow.pyfunc.load_model(str(saved))
     features = rows(5000)  # more than a request may have
     found = model.predict({"features": features})["logits"]

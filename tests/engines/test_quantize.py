@@ -512,6 +512,124 @@ def test_what_is_no_number_makes_none(scheme: Scheme, none: float) -> None:
     assert np.isnan(run(defined, x)[1]).all()
 
 
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_what_is_no_number_makes_none_in_every_precision(
+    scheme: Scheme, side: str, kind: int
+) -> None:
+    """And no sum of halves becomes infinite by itself."""
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((64, 32)).astype(np.float32)
+    given, told = ("x0", "y") if side == "input" else ("x", "y0")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "linear")]
+    if side == "input":
+        nodes.insert(0, helper.make_node("Cast", ["x0"], ["x"], to=TensorProto.FLOAT))
+    else:
+        nodes.append(helper.make_node("Cast", ["y"], ["y0"], to=kind))
+    proto = graph(nodes, {"w": matrix}, (None, 64))
+    proto.graph.input[0].CopyFrom(
+        helper.make_tensor_value_info(
+            given, kind if side == "input" else TensorProto.FLOAT, ["n", 64]
+        )
+    )
+    proto.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info(
+            told, kind if side == "output" else TensorProto.FLOAT, ["n", 32]
+        )
+    )
+    dtype = helper.tensor_dtype_to_np_dtype(proto.graph.input[0].type.tensor_type.elem_type)
+    x = (1e4 * random.random((4, 64))).astype(dtype)
+    rows = Sample(
+        [[x[:1]]], (TensorSpec(name=told, datatype="FP32", shape=("n", 32), batch_axis=0),)
+    )
+    assert goes_undefined(proto, rows)
+    quantised, _ = scheme(proto)
+    defined = optimise(undefined_stays(quantised, rows.outputs), level="all")
+    session = ort.InferenceSession(defined.SerializeToString())
+    before = session.run(None, {given: x})[0]
+    assert np.isfinite(before).all() or dtype == np.float32
+    x[1, 5] = np.nan
+    own = session.run(None, {given: x})[0]
+    assert np.isnan(own[1]).all()
+    np.testing.assert_array_equal(own[::2], before[::2])
+
+
+@pytest.mark.parametrize("columns", [32, 20_000])
+def test_what_keeps_a_row_undefined_takes_less_than_what_int8_saves(columns: int) -> None:
+    random = np.random.default_rng(0)
+    proto = linear(random.standard_normal((100, columns)).astype(np.float32))
+    quantised, _ = dynamic_int8_per_row(proto)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", columns), batch_axis=0)
+    defined = undefined_stays(quantised, (spec,))
+    assert defined.ByteSize() - quantised.ByteSize() <= 300_000
+    x = random.standard_normal((3, 100)).astype(np.float32)
+    x[1, 5] = np.nan
+    assert np.isnan(run(defined, x)).all(axis=1).tolist() == [False, True, False]
+
+
+def test_an_input_without_rows_makes_no_rows() -> None:
+    """All are undefined where it is, and otherwise the answer has as many as there were."""
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((16, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("Mul", ["x", "t"], ["scaled"]),
+        helper.make_node("MatMul", ["scaled", "w"], ["y"], "linear"),
+    ]
+    proto = graph(nodes, {"w": matrix}, (None, 16))
+    proto.graph.input.append(helper.make_tensor_value_info("t", TensorProto.FLOAT, [16]))
+    y = TensorSpec(name="y", datatype="FP32", shape=("n", 8), batch_axis=0)
+    x = TensorSpec(name="x", datatype="FP32", shape=("n", 16), batch_axis=0)
+    t = TensorSpec(name="t", datatype="FP32", shape=(16,), batch_axis=None)
+    quantised, _ = dynamic_int8_per_row(proto)
+    session = ort.InferenceSession(undefined_stays(quantised, (y,), (x, t)).SerializeToString())
+    feeds = {"x": random.standard_normal((3, 16)).astype(np.float32), "t": np.ones(16, np.float32)}
+    assert session.run(None, feeds)[0].shape == (3, 8)
+    feeds["t"][3] = np.inf
+    assert np.isnan(session.run(None, feeds)[0]).all()
+
+
+def test_an_output_that_no_operator_gives_stays_as_it_is() -> None:
+    matrix = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    proto = linear(matrix)
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "priors"))
+    proto.graph.output.append(helper.make_tensor_value_info("priors", TensorProto.FLOAT, [3]))
+    y = TensorSpec(name="y", datatype="FP32", shape=("n", 32), batch_axis=0)
+    priors = TensorSpec(name="priors", datatype="FP32", shape=(3,))
+    quantised, _ = dynamic_int8_per_row(proto)
+    session = ort.InferenceSession(undefined_stays(quantised, (y, priors)).SerializeToString())
+    found = session.run(["priors"], {"x": np.zeros((2, 64), np.float32)})[0]
+    np.testing.assert_array_equal(found, np.ones(3))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_table_that_is_multiplied_too_has_scales_of_both_kinds(scheme: Scheme) -> None:
+    random = np.random.default_rng(0)
+    table = random.standard_normal((1024, 256)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["ids"], to=TensorProto.INT64),
+        helper.make_node("ReduceMax", ["ids"], ["one"], axes=[1], keepdims=0),
+        helper.make_node("Gather", ["table", "one"], ["a"], "look"),
+        helper.make_node("MatMul", ["x", "table"], ["b"], "mix"),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    proto = graph(nodes, {"table": table}, (None, 1024))
+    x = random.random((5, 1024)).astype(np.float32)
+    assert relative_error(run(scheme(proto)[0], x), run(proto, x)) < 0.05
+
+
+def test_a_table_of_the_largest_numbers_there_are_is_left_alone() -> None:
+    """As a mask of attention is: its integers times a scale would be infinite."""
+    mask = np.triu(np.full((512, 512), np.finfo(np.float32).min, np.float32), 1)
+    model = encoder(512, 512)
+    (table,) = [tensor for tensor in model.graph.initializer if tensor.name == "table"]
+    table.CopyFrom(numpy_helper.from_array(mask, "table"))
+    _, report = dynamic_int8_per_row(model)
+    (line,) = [line for line in report if line.op_type == "Gather"]
+    assert line.bits == 32
+    assert line.why == "the table is not finite, or nearly so"
+
+
 def test_a_model_that_looks_for_what_is_no_number_is_left_to_it() -> None:
     nodes = [
         helper.make_node("IsNaN", ["x"], ["none"]),

@@ -272,6 +272,35 @@ def test_every_row_of_the_sample_tells_of_the_activations(count: int) -> None:
     assert distance(own, right) < 0.1
 
 
+def test_weights_that_are_int8_already_may_have_no_zero_point() -> None:
+    random = np.random.default_rng(0)
+    integers = random.integers(-127, 127, (8, 3, 3, 3)).astype(np.int8)
+    constants: dict[str, Array] = {"wq": integers, "ws": np.full(8, 0.01, np.float32)}
+    constants["last"] = random.standard_normal((8, 10)).astype(np.float32)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["wq", "ws"], ["w"], "weights", axis=0),
+        helper.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["f"], "flat"),
+        helper.make_node("MatMul", ["f", "last"], ["y"], "classes"),
+    ]
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    proto = model(nodes, [value("x", ["batch", *SHAPE])], [value("y", ["batch", 10])], weights)
+    quantised, report = static_int8(proto, sample())
+    assert {line.node: line.bits for line in report} == {"conv": 32, "classes": 8}
+    assert distance(run(quantised, images(4, 3)), run(proto, images(4, 3))) < 0.1
+
+
+def test_an_operator_may_be_named_like_what_it_gives() -> None:
+    proto = network()
+    for node in proto.graph.node:
+        node.name = node.output[0]
+    whole, _ = static_int8(proto, sample())
+    found = harms(proto, whole, sample())
+    assert set(found) == {"c1", "c2", "y"}
+    assert min(found.values()) > 0
+
+
 def test_where_all_is_kept_nothing_is_left() -> None:
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], "only")]
     weight = numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "w")

@@ -60,6 +60,17 @@ def test_an_older_opset_is_upgraded_and_told(tmp_path: Path) -> None:
     assert [(o.domain, o.version) for o in found.model.opset_import] == [("", 17)]
 
 
+def test_weights_that_are_inputs_too_are_weights(tmp_path: Path) -> None:
+    """As in every file before version 4 of the format."""
+    proto = linear(opset=9)
+    proto.graph.input.append(value("w", [8, 4]))
+    proto.ir_version = 3
+    imported = load(save(proto, tmp_path / "m.onnx"), list[str]().append)
+    assert [given.name for given in imported.model.graph.input] == ["x"]
+    assert imported.model.ir_version >= 4
+    onnx.checker.check_model(imported.model)
+
+
 def test_an_opset_that_cannot_be_upgraded_is_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("Cast", ["x"], ["y"], to="INT64")]
     outputs = [value("y", ["n"], onnx.TensorProto.INT64)]

@@ -52,7 +52,7 @@ class ServedModel:
             held = Held(artifact, asked.placed(artifact, workers))
         self.held, self._signature = held, artifact.manifest.signature
         self._limits = None if is_worker() else asked.config  # of who asks over the network
-        self._by_row = not _is_onnx(data.with_name(MLMODEL_FILE_NAME))
+        self._by_row = not is_onnx(data.with_name(MLMODEL_FILE_NAME))
         weakref.finalize(self, held.close)
         if is_worker():
             tell_cap(artifact, held.variant)
@@ -125,7 +125,7 @@ def from_lrai(response: lrai.InferenceResponse, data: Any, *, by_row: bool = Fal
     return pd.DataFrame({name: list(output) for name, output in outputs.items()})
 
 
-def _is_onnx(file: Path) -> bool:
+def is_onnx(file: Path) -> bool:
     """Return whether a saved model takes the place of one of `mlflow.onnx`, or of none."""
     metadata = yaml.safe_load(file.read_text(encoding="utf-8")).get("metadata") or {}
     origin: dict[str, str] = metadata.get("lrai_origin") or {}

@@ -18,7 +18,8 @@ from benchmarks import models
 from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_core.compiler.compiler import Step
-from lrai_core.errors import CalibrationError, UnsupportedOperator
+from lrai_core.engine.onnxruntime import OnnxRuntimeSession
+from lrai_core.errors import CalibrationError, EngineError, UnsupportedOperator
 from tests.core.compiler.onnx_files import linear, model, save, value
 
 Rows = dict[str, Any]
@@ -131,6 +132,32 @@ def test_a_form_that_is_worse_than_the_gate_is_not_kept(make: Compile, rows: Row
     assert judged_and_refused(artifact)
 
 
+def test_a_form_that_does_not_run_in_batches_is_refused_and_the_others_go_on(
+    make: Compile, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, refused = OnnxRuntimeSession.run, list[object]()
+
+    def picky(self: Any, inputs: list[Any], outputs: Any = None) -> Any:
+        if self in refused and len(inputs[0]) > 1:
+            raise EngineError("two rows are too many", invalid=True)
+        return run(self, inputs, outputs)
+
+    build = search.build
+
+    def marked(*arguments: Any) -> list[search.Candidate]:
+        found = build(*arguments)
+        refused.extend(one.session for one in found if one.form == "int8-row")
+        return found
+
+    monkeypatch.setattr(OnnxRuntimeSession, "run", picky)
+    monkeypatch.setattr(search, "build", marked)
+    artifact = make(evaluation=rows)
+    assert refused
+    why = {line["form"]: line["why"] for line in log(artifact) if line["event"] == "candidate"}
+    assert "two rows are too many" in why["int8-row"]
+    assert "x fp32" in why["int8-dynamic"]
+
+
 def test_a_slower_form_is_not_kept(make: Compile, rows: Rows) -> None:
     artifact = make(evaluation=rows, keep=9)
     assert all(variant.speedup > 1 for variant in artifact.variants if variant.id != "fp32")
@@ -231,9 +258,11 @@ def test_ctrl_c_in_any_pass_leaves_nothing_behind(
 
 @pytest.mark.usefixtures("fast")
 def test_epsilon_is_demanded_and_certified(make: Compile, rows: Rows) -> None:
-    artifact = make(evaluation=rows, epsilon=1e-9, delta=0.05)
+    artifact = make(evaluation=rows, epsilon=1e-9, delta=0.05, output_map="softmax")
     assert artifact.manifest.chosen == "fp32"
-    assert judged_and_refused(artifact)
+    lines = [line for line in log(artifact) if line["event"] == "candidate"]
+    refused = [line["why"] for line in lines if line["form"] != "fp32"]
+    assert any("more than epsilon 1e-09" in why for why in refused), refused
     (certificate,) = lrai.certificates(artifact)
     assert (certificate.variant, certificate.epsilon) == ("fp32", 1e-9)
 

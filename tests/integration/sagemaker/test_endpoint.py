@@ -489,10 +489,14 @@ def test_sigterm_has_what_was_accepted_answered(
             threading.Thread(target=lambda: replies.append(container.post(body).status))
             for _ in range(4)
         ]
-        for thread in threads:
-            thread.start()
         with container.runtime() as runtime:
+            (actor,) = [model.actor_pid for model in runtime.models()]
+            assert actor is not None
+            os.kill(actor, signal.SIGSTOP)
+            for thread in threads:
+                thread.start()
             wait_until(lambda: runtime.stats()["outstanding_rows"] == 4 * 24)
+            os.kill(actor, signal.SIGCONT)
         begun = time.monotonic()
         assert container.stop() == 0
         assert time.monotonic() - begun < 30

@@ -95,8 +95,9 @@ def _rows(
     """Return rows to judge on; of a table the columns of the signature, as requests have them."""
     if not isinstance(given, pd.DataFrame):
         return given
-    if signature and signature.inputs and signature.inputs.has_input_names():
-        names = signature.inputs.input_names()
+    inputs = signature and signature.inputs
+    if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
+        names = [one.name for one in inputs.inputs if one.required or one.name in given.columns]
         if missing := [name for name in names if name not in given.columns]:
             raise lrai.UsageError(f"evaluation has no columns {missing}; the model takes {names}")
         given = given[names]

@@ -42,6 +42,7 @@ import pandas as pd
 from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 from mlflow.pyfunc.backend import PyFuncBackend
 from mlflow.pyfunc.scoring_server import predictions_to_json
@@ -53,7 +54,7 @@ from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
 from lrai_import.held import lock_folder
 from lrai_import.hosted import Asked, load
 from lrai_mlflow.flavor import FLAVOR_NAME
-from lrai_mlflow.serving import DATA, from_lrai, mlflow_errors, to_lrai
+from lrai_mlflow.serving import DATA, from_lrai, is_onnx, mlflow_errors, to_lrai
 from lrai_mlflow.settings import settings_of
 
 _SCHEMES: Final = ("", "file", "models", "runs", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
@@ -176,19 +177,23 @@ class Client(BaseDeploymentClient):
             served = [model for model in self._runtime.models() if model.name == name]
             served.sort(key=lambda model: model.version != version)  # which may be gone by now
             declared = served[0].signature.inputs if served else ()
-            columns = {one: self._columns(one) for one in shares}
-            request = to_lrai(_ordered(inputs, columns[version]), declared, {}, name)
-            if len(set(columns.values())) > 1:  # what is in order for one is not for the others
+            known = {one: self._known_of(one) for one in shares}
+            columns, by_row = known[version]
+            request = to_lrai(_ordered(inputs, columns), declared, {}, name)
+            if len(set(known.values())) > 1:  # what is in order for one is not for the others
                 request = replace(request, model_version=version)
             response = self._runtime.infer(request)
         content = io.StringIO()
-        predictions_to_json(from_lrai(response, inputs, by_row=bool(columns[version])), content)
+        predictions_to_json(from_lrai(response, inputs, by_row=by_row), content)
         return PredictionsResponse(json.loads(content.getvalue()))
 
-    def _columns(self, version: str) -> tuple[str, ...]:
-        """Return the columns of the signature of a version's model; none where it has no names."""
+    def _known_of(self, version: str) -> tuple[tuple[str, ...], bool]:
+        """Return the columns of a version's model, if it has names, and `by_row` of `from_lrai`."""
         file = self._copies and self._copies / f"{version.partition('-')[0]}.columns"
-        return tuple(json.loads(file.read_text("utf-8"))) if file and file.is_file() else ()
+        if not file or not file.is_file():
+            return (), False
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(kept["columns"]), kept["by_row"]
 
     @cached_property
     def _settings(self) -> Asked:
@@ -271,10 +276,11 @@ class Client(BaseDeploymentClient):
             artifact, signature = _artifact(model), Model.load(model).signature
             kept = self._copies / f"{artifact.version}.lrai"
             self._copies.mkdir(mode=0o700, exist_ok=True)
-            inputs = signature and signature.inputs
+            inputs, columns = signature and signature.inputs, list[str]()
             if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
-                columns = json.dumps(inputs.input_names())
-                kept.with_suffix(".columns").write_text(columns, encoding="utf-8")
+                columns = inputs.input_names()
+            said = {"columns": columns, "by_row": not is_onnx(Path(model, MLMODEL_FILE_NAME))}
+            kept.with_suffix(".columns").write_text(json.dumps(said), encoding="utf-8")
             if not kept.exists():
                 partial = kept.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
