@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Final
@@ -25,6 +27,7 @@ from lrai_core.config import available_cpus
 Loop = asyncio.AbstractEventLoop
 # Of an event loop, between two calls: an HTTP request has some ten from its first byte to its last.
 _ROUNDS: Final = 5
+_LOOP_SECONDS: Final = 0.05  # between looks whether a loop that leads does
 
 
 class Helped(Future[InferenceResponse]):
@@ -90,7 +93,7 @@ class Combiner:
         self._leader: Helped | Loop | threading.Thread | None = None
         self._one_cpu: Final = available_cpus() == 1
         self._work, self._thread = threading.Semaphore(0), threading.Thread()
-        self._closed = False
+        self._closed, self._running, self._steps = False, False, 0  # calls that were run
 
     def close(self) -> None:
         """End the thread, once nothing waits: it would keep the engine for ever."""
@@ -99,30 +102,47 @@ class Combiner:
         self._work.release()
 
     def wait(self, mine: Helped, timeout: float | None) -> None:
-        """Return when a request is done, having led where nobody else did; or after the time."""
+        """Return when a request is done, having led where nobody else did; or after the time.
+
+        Who leads in a loop may be kept from it, by other work there or by waiting for this thread:
+        where nothing has run for a while, this thread leads instead.
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        stuck: Loop | None = None
         while not mine.done():
             with self.door:
                 lead = not self._is_led() or (self._leader is mine and not mine.leading)
-                lead = lead or self._leader is _loop_here()  # which this would keep from leading
+                lead = lead or self._leader in (_loop_here(), stuck)
                 if lead:
                     self._leader, mine.leading = mine, True
                 mine.woken.clear()
                 mine.waiters += 1
-            called = False
+                loop, steps = self._leader if isinstance(self._leader, Loop) else None, self._steps
+            late = True  # nobody may come back to wait
             try:
-                while lead and not mine.done():
-                    self._step()
-                called = mine.done() or mine.woken.wait(timeout)
+                while lead and not mine.done() and time.monotonic() < end:
+                    self._run()
+                left = min(end - time.monotonic(), math.inf if loop is None else _LOOP_SECONDS)
+                woken = mine.done() or mine.woken.wait(None if left == math.inf else max(0.0, left))
+                late = not woken and time.monotonic() >= end
             finally:
                 with self.door:
                     mine.waiters -= 1
                     mine.leading = mine.leading and not lead
-                    mine.told = mine.told or not called  # nobody may come back to wait
-                    gone = mine.done() or not (called or mine.waiters)
+                    mine.told = mine.told or late
+                    gone = mine.done() or (late and not mine.waiters)
                     if (self._leader is mine and (lead or gone)) or not self._is_led():
                         self._appoint()
-            if not called:
+            if late:
                 return
+            stuck = None if woken or self._running or steps != self._steps else loop
+
+    def _run(self) -> None:
+        self._running = True
+        try:
+            self._step()
+        finally:
+            self._running, self._steps = False, self._steps + 1
 
     def run_soon(self, mine: Helped) -> None:
         """Have a request run that somebody is to be told of."""
@@ -171,7 +191,7 @@ class Combiner:
             loop.call_soon(self._lead_in, loop, rounds - 1)
             return
         try:
-            self._step()
+            self._run()
         finally:
             with self.door:
                 self._appoint()
@@ -181,7 +201,7 @@ class Combiner:
             while True:
                 self._work.acquire()
                 while self.waiting:
-                    self._step()
+                    self._run()
                 with self.door:
                     self._appoint()
                     if self._closed and not self.waiting:

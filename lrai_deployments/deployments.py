@@ -378,8 +378,7 @@ class Deployments(Embedded):
 
     def _state(self, version: Version) -> State:
         here = self._here.get(version.key)
-        hangs = here is not None and here.busy_seconds() > self.config.actor.hang_seconds
-        state = "stalled" if hangs else super()._state(version)
+        state = "stalled" if here is not None and here.hangs() else super()._state(version)
         return "ok" if state == "idle" and here is not None and here.outstanding() else state
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from statistics import median
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.engine.engine import Session
@@ -79,7 +79,8 @@ class Here:
         self._latency = latency_of([first, *(variant.latency for variant, _ in version.beside)])
         self._lock = threading.Lock()
         self._calls, self._seen = 0, time.monotonic()  # when an answer came, or it was loaded
-        self._began = 0.0  # of the call that runs, 0 for none
+        self._overdue = math.inf  # when the call that runs counts as hung
+        self._together = 0  # rows that are answered together
         self._admission = Admission(limits)
         self._indices = itertools.count()
         self._queue, self._waits = Queue(), dict[int, _Accepted]()  # what its combiner waits for
@@ -96,14 +97,21 @@ class Here:
         inside = {index: one for index, one in enumerate(asked) if isinstance(one, _Accepted)}
         not_run = NotReady("it was not run")
         ended: list[Started] = [not_run if isinstance(o, _Accepted) else o for o in asked]
+        rows = sum(one.valid.rows for one in inside.values())
+        self._count(rows)
         try:
             with self._lock:
                 for index, outcome in self._run(dict(inside)):
                     ended[index] = self._end(inside.pop(index), outcome)
         finally:
+            self._count(-rows)
             for one in inside.values():  # a bug: they are counted out, and it is not hidden
                 self._end(one, not_run)
         return ended
+
+    def _count(self, rows: int) -> None:
+        with self._combiner.door:
+            self._together += rows
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Accept a request; see `Helped` for who runs it.
@@ -131,18 +139,21 @@ class Here:
 
     def outstanding(self) -> int:
         """Return the rows that were started, and have not ended."""
-        return self._admission.rows
+        return self._admission.rows + self._together
 
-    def busy_seconds(self) -> float:
-        """Return for how long the call has run that runs now, 0 where none does."""
-        began = self._began
-        return time.monotonic() - began if began else 0.0
+    def hangs(self) -> bool:
+        """Return whether the call that runs now has taken longer than one may."""
+        return time.monotonic() > self._overdue
 
     def _accept(self, index: int, request: InferenceRequest, now: float) -> _Accepted | Started:
         """Return a request that is checked and counted in, or what became of it."""
         runtime, version = self._runtime, self._version
         try:
             priority = priority_of(request)
+            given: Any = request.timeout_ms
+            if not isinstance(given, int | float | None):
+                kind = type(given).__name__
+                raise RequestError(f"timeout_ms is a {kind}, a number is needed")
             valid = validate_by_form(request, version.signature, runtime.config.limits)
             if not runtime.scheduler.accepting:
                 raise NotReady("the runtime is draining")
@@ -154,7 +165,6 @@ class Here:
             version.watch(valid)
         version.used_at = now
         runtime.events.emit("request_accepted", version.key, rows=valid.rows)
-        given = request.timeout_ms
         timeout_ms = self._timeout_ms if given is None else max(0.0, given)  # NaN is no time, too
         deadline = now + timeout_ms / 1e3
         size = (valid.group, valid.rows, valid.length)
@@ -167,6 +177,7 @@ class Here:
     def _step(self) -> None:
         """Run the next call of what waits, and drop what would be late."""
         left: dict[int, tuple[_Accepted, Helped]] = {}
+        ended: list[tuple[int, list[Array] | LraiError]] = []
         try:
             with self._lock:
                 with self._combiner.door:
@@ -175,15 +186,13 @@ class Here:
                     decision = self._decide(self._queue) if some else Decision((), (), 0.0)
                     for index in (*late, *decision.drop, *decision.dispatch):
                         left[index] = self._take(index)
-                for index in (*late, *decision.drop):
-                    self._settle(*left[index], DeadlineExceeded(_LATE))
-                    del left[index]
+                ended += [(index, DeadlineExceeded(_LATE)) for index in (*late, *decision.drop)]
                 if decision.dispatch:
                     inside = {index: one for index, (one, _) in left.items()}
-                    for index, outcome in self._call(decision.dispatch, inside):
-                        self._settle(*left[index], outcome)
-                        del left[index]
-        finally:
+                    ended += self._call(decision.dispatch, inside)
+        finally:  # without the lock: what is told of it may ask for more
+            for index, outcome in ended:
+                self._settle(*left.pop(index), outcome)
             for one, future in left.values():  # as above
                 self._settle(one, future, NotReady("it was not run"))
 
@@ -193,6 +202,7 @@ class Here:
             taken = self._take(index) if index in self._waits else None
         if taken is not None:
             self._leave(taken[0], Cancelled("cancelled"))
+            taken[1].set_running_or_notify_cancel()  # which tells those who wait for several
 
     def _take(self, index: int) -> tuple[_Accepted, Helped]:
         """Take a request out of what waits; the door is held."""
@@ -277,11 +287,13 @@ class Here:
             inside[index].variant = variant
         name, emit = self._version.key, self._runtime.events.emit
         emit("batch_dispatched", name, requests=len(valid), rows=rows, length=length)
-        self._began = began = time.monotonic()
+        began, actor = time.monotonic(), self._runtime.config.actor
+        predicted = self._latency.engine_seconds(rows, length)
+        self._overdue = began + max(actor.hang_seconds, actor.hang_factor * predicted)
         try:
             outcome = run(self._load, self._sessions[variant], 0, valid)
         finally:
-            self._began = 0.0
+            self._overdue = math.inf
         match outcome:
             case Answered(answers=answers, engine_seconds=seconds):
                 self._calls, self._seen = self._calls + 1, time.monotonic()

@@ -137,10 +137,17 @@ class Traffic:
             }
 
     def sample(self) -> dict[str, Array]:
-        """Return the kept rows, one array per input, rows along its first axis, padded; or none."""
+        """Return the kept rows, one array per input, rows along its first axis, padded; or none.
+
+        Without the longest, where all padded to them would be too large.
+        """
         with self._lock:
             self._forget(self._clock())
             rows = list(self._sample)
+        widths = sorted(_width(row.arrays) for row in rows)
+        while widths and len(widths) * widths[-1] > _MOST_BYTES:
+            widths.pop()  # all are padded to the longest
+        rows = [row for row in rows if widths and _width(row.arrays) <= widths[-1]]
         if not rows:
             return {}
         return {
@@ -160,8 +167,9 @@ class Traffic:
         if sample:
             with replaced(captured) as stream:
                 np.savez_compressed(stream, **sample)  # type: ignore[arg-type] # by names of inputs
-            oldest = time.time() - self._oldest_seconds()  # noqa: TID251 - for who finds it later
-            os.utime(captured, (oldest, oldest))
+            # Until when it may be kept, for who finds it later.
+            until = time.time() - self._oldest_seconds() + self._ttl_seconds  # noqa: TID251
+            os.utime(captured, (until, until))
         elif self._capture_rows:  # what was kept has aged
             captured.unlink(missing_ok=True)
 
@@ -185,12 +193,13 @@ class Traffic:
         )
         if any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in arrays):
             return  # what nobody could be judged by
-        self._kept_bytes += _size(arrays)
-        if place == len(self._sample):
-            self._sample.append(_Row(now, arrays))
-        else:
-            self._kept_bytes -= _size(self._sample[place].arrays)
-            self._sample[place] = _Row(now, arrays)
+        more = _size(arrays)
+        if place < len(self._sample):
+            more -= _size(self._sample[place].arrays)
+        if more > 0 and self._kept_bytes + more > 2 * _MOST_BYTES:
+            return
+        self._kept_bytes += more
+        self._sample[place : place + 1] = [_Row(now, arrays)]
 
     def _forget(self, now: float) -> None:
         """Let go of what is too old; those that stay stand for as many as there are."""
@@ -225,7 +234,8 @@ class Watch:
         """Write down what is known; a disk that is full costs no more than that."""
         try:
             self._traffic.save(self.folder)
-        except (OSError, ValueError) as error:  # or rows whose shapes do not go into one array
+        # ValueError: rows whose shapes do not go into one array.
+        except (OSError, MemoryError, ValueError) as error:
             logging.getLogger(__name__).warning("traffic is not kept: %s", error)
 
 
@@ -250,19 +260,28 @@ def watch(
 
 
 def forget_aged(config: RuntimeConfig) -> None:
-    """Remove captured rows that a runtime left which has ended, once the oldest is too old."""
+    """Remove captured rows that a runtime left which has ended, once the oldest is too old.
+
+    Their file says until when, as the model's own settings had it.
+    """
     for folder in Path(config.state_dir, "traffic").glob("*") if config.state_dir else ():
         with contextlib.suppress(OSError):
             for half in folder.glob(".captured.npz.*"):  # whoever wrote it was killed at it
                 half.unlink()
-            captured, now = folder / "captured.npz", time.time()  # noqa: TID251 - as of the file
-            if captured.stat().st_mtime + config.capture_ttl_hours * _HOUR < now:
+            captured = folder / "captured.npz"
+            if captured.stat().st_mtime < time.time():  # noqa: TID251 - as of the file
                 captured.unlink()
 
 
 def _size(arrays: tuple[Array, ...]) -> int:
     texts = [array for array in arrays if array.dtype == object]
     return sum(array.nbytes for array in arrays) + sum(len(t) for a in texts for t in a.flat)
+
+
+def _width(arrays: tuple[Array, ...]) -> int:
+    """Return the bytes that a row takes as `_stacked` has it; of text, four a character."""
+    longest = [4 * max(map(len, a.flat), default=0) * a.size for a in arrays if a.dtype == object]
+    return sum(longest) + sum(array.nbytes for array in arrays if array.dtype != object)
 
 
 def _histogram(counts: Counter[int]) -> list[int]:

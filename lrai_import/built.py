@@ -33,7 +33,8 @@ def artifact_of(source: Path, config: LraiConfig) -> Artifact:
     key = _key(source)
     built = state_folder(config) / f"{key}.lrai"
     with locked(built.with_suffix(".lock"), fcntl.LOCK_EX):  # of several instances one builds
-        if not built.exists():
+        if not (built / "manifest.json").exists():
+            shutil.rmtree(built, ignore_errors=True)  # what is left where files go by their age
             _build(source, built)
             if _key(source) != key:  # it is not kept as what it is not
                 shutil.rmtree(built)

@@ -50,8 +50,7 @@ class Held:
         try:
             if self._locks is not None:
                 file = self._locks / f"{_digest(self.name)[:32]}.held"
-                self._lock = file.open("ab")
-                fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits while another one unloads it
+                self._lock = _held(file)
                 file.write_text(self.name, encoding="utf-8")
             self.variant = load(self.runtime, artifact, self.name, **settings.how)
             self._sweep()
@@ -89,6 +88,17 @@ class Held:
                     with contextlib.suppress(ModelNotFound):
                         self.runtime.unload(name)
                     lock.truncate(0)
+
+
+def _held(file: Path) -> BinaryIO:
+    """Return a lock on a file, which is made; not on one that was deleted meanwhile, by its age."""
+    while True:
+        lock = file.open("ab")
+        fcntl.flock(lock, fcntl.LOCK_SH)  # waits while another one unloads it
+        with contextlib.suppress(OSError):
+            if file.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                return lock
+        lock.close()
 
 
 def lock_folder(config: LraiConfig) -> Path | None:

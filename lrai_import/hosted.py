@@ -39,6 +39,7 @@ _QUICK_MS: Final = 10.0  # the way to an actor adds about one
 _REQUIRE: Final = "require."
 _WHERE: Final = (  # who sets one of these wants processes of the model's own
     *("runtime.address", "runtime.memory_mib", "runtime.capture_rows"),  # who tunes asks that one
+    "runtime.state_dir",  # which is one runtime's, and a host has one for each model in itself
     *("actor.isolation", "actor.replicas", "actor.python"),
 )
 # Of zeros, which a model need not take; not those of a queue that is full, or of no such model.

@@ -78,8 +78,9 @@ class _Asked(Future[lrai.InferenceResponse]):
 
     def cancel(self) -> bool:
         """Cancel the request at the daemon, too."""
-        cancelled = super().cancel()
-        if cancelled:
+        before, cancelled = self.cancelled(), super().cancel()
+        if cancelled and not before:
+            self.set_running_or_notify_cancel()  # which tells those who wait for several
             self._client.cancel(self.key)
         return cancelled
 

@@ -206,7 +206,7 @@ class Embedded:
 
         try:
             pending = self.scheduler.accept(model.key, valid, ended, request.timeout_ms, priority)
-        except LraiError:
+        except BaseException:
             model.leave()
             raise
         model.used_at = pending.arrival

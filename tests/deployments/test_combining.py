@@ -211,6 +211,53 @@ def test_a_loop_that_leads_does_its_other_work_too() -> None:
     assert asyncio.run(ask()) <= 3
 
 
+@pytest.mark.usefixtures("one_cpu")
+def test_a_loop_that_is_kept_from_leading_is_replaced_by_who_waits() -> None:
+    """Even where it waits for that thread itself."""
+    calls = Calls(most=1)
+
+    async def ask() -> None:
+        asyncio.wrap_future(calls.ask()).add_done_callback(lambda _: None)  # has the loop lead
+        with ThreadPoolExecutor(1) as pool:  # and now it waits in there
+            assert pool.submit(lambda: calls.ask().result(10)).result(10) is ANSWER
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_a_loop_that_has_ended_keeps_nobody_waiting() -> None:
+    calls, waits = Calls(most=1), list[object]()
+    loop = asyncio.new_event_loop()
+
+    async def leave() -> None:
+        first = asyncio.wrap_future(calls.ask())
+        with calls.combiner.door:
+            other = calls.combiner.waiting[99] = Helped(calls.combiner, 99)
+        waits.append(pool.submit(lambda: other.result(10)))
+        while not other.waiters:  # noqa: ASYNC110 - it is another thread
+            await asyncio.sleep(0)
+        first.cancel()
+
+    with ThreadPoolExecutor(1) as pool:
+        loop.run_until_complete(leave())
+        loop.close()
+        (waiting,) = waits
+        assert waiting.result(10) is ANSWER  # type: ignore[attr-defined]
+
+
+def test_who_leads_does_so_no_longer_than_he_waits() -> None:
+    calls = Calls(most=1, seconds=0.05)
+    others = [calls.ask() for _ in range(40)]
+    mine = calls.ask()
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError):
+        mine.result(0.1)
+    assert time.monotonic() - begun < 1.5  # two seconds, were he to wait for his own
+    for one in others:
+        one.add_done_callback(lambda _: None)
+    assert mine.result(30) is ANSWER
+
+
 def test_an_heir_that_is_cancelled_hands_on() -> None:
     calls = Calls(most=1, seconds=0.05)
     with ThreadPoolExecutor(3) as pool:

@@ -149,6 +149,26 @@ def test_large_rows_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) 
     assert 3 <= len(kept(traffic)) <= 5
 
 
+def test_one_long_row_does_not_make_the_others_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 100_000)
+    traffic = Traffic(SIGNATURE, capture_rows=100)
+    for first in range(50):
+        traffic.see(request(first, length=3))
+    traffic.see(request(50, length=2_000))
+    assert kept(traffic) == list(range(50))
+    assert sum(array.nbytes for array in traffic.sample().values()) <= 100_000
+
+
+def test_a_full_sample_does_not_grow_by_what_takes_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 10_000)
+    traffic = Traffic(SIGNATURE, capture_rows=20, seed=0)
+    for first in range(20):
+        traffic.see(request(first, length=3))
+    for first in range(2000):
+        traffic.see(request(first, length=300))
+    assert traffic._kept_bytes <= 20_000
+
+
 def test_what_is_written_is_the_owners_alone_and_judges_a_model(tmp_path: Path) -> None:
     traffic = Traffic(SIGNATURE, capture_rows=100)
     for first, length in [(10, 2), (20, 5), (30, 3)]:
@@ -206,7 +226,7 @@ def test_rows_that_nobody_could_be_judged_by_are_not_kept() -> None:
 
 
 def test_what_an_ended_runtime_captured_is_removed_when_it_is_too_old(tmp_path: Path) -> None:
-    config = RuntimeConfig(state_dir=str(tmp_path), capture_ttl_hours=1.0)
+    config = RuntimeConfig(state_dir=str(tmp_path), capture_ttl_hours=24.0)  # the model's is one
     folder, clock = tmp_path / "traffic" / "m", Clock()
     traffic = Traffic(SIGNATURE, capture_rows=5, ttl_hours=1.0, clock=clock)
     traffic.see(request(1))

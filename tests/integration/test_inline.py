@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,12 +231,11 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lrai_deployments.here.run", slow)
+        hang = replace(inline.config.actor, hang_seconds=0.5)
+        patch.setattr(inline._backend, "config", replace(inline.config, actor=hang))
         caller = threading.Thread(target=together, args=(inline, [request(1.0)]))
         caller.start()
         assert began.wait(10)
-        assert inline.ready() != "stalled"
-        hang = replace(inline.config.actor, hang_seconds=0.5)
-        patch.setattr(inline._backend, "config", replace(inline.config, actor=hang))
         deadline = time.monotonic() + 10
         while inline.ready() != "stalled" and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -244,6 +243,83 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
         go_on.set()
         caller.join()
     assert inline.ready() == "idle"
+
+
+def test_a_long_call_that_was_foreseen_is_no_hang(inline: lrai.Runtime) -> None:
+    (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
+    here._latency.scale = 1e6
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        began.set()
+        go_on.wait(30)
+        return run(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrai_deployments.here.run", slow)
+        hang = replace(inline.config.actor, hang_seconds=0.5)
+        patch.setattr(inline._backend, "config", replace(inline.config, actor=hang))
+        caller = threading.Thread(target=inline.infer, args=(request(1.0),))
+        caller.start()
+        assert began.wait(10)
+        time.sleep(0.8)
+        assert inline.ready() == "ok"
+        go_on.set()
+        caller.join()
+
+
+def test_who_waits_for_several_hears_of_what_was_cancelled(inline: lrai.Runtime) -> None:
+    futures = [inline._backend.start(request(1.0)) for _ in range(2)]
+    assert futures[0].cancel()
+    assert futures[0].cancel()
+    assert not wait(futures[:1], timeout=5).not_done
+    assert futures[1].result(5).outputs["logits"].shape == (1, 10)
+    assert inline.stats()["outstanding_rows"] == 0
+
+
+def test_draining_waits_for_what_was_brought_together(inline: lrai.Runtime) -> None:
+    began, go_on, answers = threading.Event(), threading.Event(), list[Any]()
+
+    def slow(*arguments: Any) -> Any:
+        began.set()
+        go_on.wait(30)
+        return run(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrai_deployments.here.run", slow)
+        some = [request(float(i)) for i in range(3)]
+        caller = threading.Thread(target=lambda: answers.extend(together(inline, some)))
+        caller.start()
+        assert began.wait(10)
+        assert inline.stats()["outstanding_rows"] == 3
+        threading.Timer(0.5, go_on.set).start()
+        assert inline.drain()
+        caller.join(5)
+    assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
+
+
+def test_what_is_told_of_an_answer_may_ask_for_more(inline: lrai.Runtime) -> None:
+    more, done = list[Any](), threading.Event()
+
+    def ask_again(_: object) -> None:
+        more.extend(together(inline, [request(2.0)]))
+        done.set()
+
+    future = inline._backend.start(request(1.0))
+    future.add_done_callback(ask_again)
+    assert done.wait(10)
+    assert isinstance(more[0], lrai.InferenceResponse)
+
+
+def test_a_time_that_is_text_is_refused_and_nobody_counts_it(inline: lrai.Runtime) -> None:
+    wrong: Any = "100"
+    bad = msgspec.structs.replace(request(1.0), timeout_ms=wrong)
+    for outcome in together(inline, [bad, request(1.0)]):
+        assert isinstance(outcome, lrai.RequestError | lrai.InferenceResponse)
+    with pytest.raises(lrai.RequestError, match="timeout_ms is a str"):
+        inline.infer(bad)
+    (version,) = inline._backend.versions.values()  # type: ignore[attr-defined]
+    assert version.inside == 0
 
 
 def test_who_waits_behind_others_is_told_in_time_and_nothing_is_left_of_anybody(

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +309,18 @@ def test_a_cancelled_request_is_cancelled_at_the_daemon_at_once(
     assert time.monotonic() - started < 10
     daemon.send(Replies(failures=(Failure(item.key, "DeadlineExceeded", "cancelled", {}),)))
     assert attached.drain()
+
+
+def test_who_waits_for_several_hears_of_what_was_cancelled(
+    daemon: Daemon, attached: Attached
+) -> None:
+    first, second = attached.start(request()), attached.start(request())
+    items = daemon.take(2)
+    assert first.cancel()
+    assert first.cancel()
+    assert not wait([first], timeout=5).not_done
+    daemon.answer(*items)
+    value(second)
 
 
 def test_what_is_cancelled_before_it_is_sent_is_never_sent_and_not_waited_for(
