@@ -193,6 +193,8 @@ class Client(BaseDeploymentClient):
         if not file or not file.is_file():
             return (), False
         kept = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(kept, list):  # as an earlier version wrote it
+            return tuple(kept), False
         return tuple(kept["columns"]), kept["by_row"]
 
     @cached_property
