@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from threading import get_ident
 from typing import Any, Final
 
 from lrai_core import InferenceResponse
@@ -93,7 +94,8 @@ class Combiner:
         self._leader: Helped | Loop | threading.Thread | None = None
         self._one_cpu: Final = available_cpus() == 1
         self._work, self._thread = threading.Semaphore(0), threading.Thread()
-        self._closed, self._running, self._steps = False, False, 0  # calls that were run
+        self._closed, self._steps, self._turn = False, 0, 0  # calls that were run; loops that led
+        self._inside = set[int]()  # threads that run a call, or tell of one
 
     def close(self) -> None:
         """End the thread, once nothing waits: it would keep the engine for ever."""
@@ -112,7 +114,8 @@ class Combiner:
         while not mine.done():
             with self.door:
                 lead = not self._is_led() or (self._leader is mine and not mine.leading)
-                lead = lead or self._leader in (_loop_here(), stuck)
+                # Or what is told of an answer asks in here for another.
+                lead = lead or self._leader in (_loop_here(), stuck) or get_ident() in self._inside
                 if lead:
                     self._leader, mine.leading = mine, True
                 mine.woken.clear()
@@ -135,14 +138,17 @@ class Combiner:
                         self._appoint()
             if late:
                 return
-            stuck = None if woken or self._running or steps != self._steps else loop
+            stuck = None if woken or self._inside or steps != self._steps else loop
 
     def _run(self) -> None:
-        self._running = True
+        here, first = get_ident(), get_ident() not in self._inside
+        self._inside.add(here)
         try:
             self._step()
         finally:
-            self._running, self._steps = False, self._steps + 1
+            self._steps += 1
+            if first:
+                self._inside.discard(here)
 
     def run_soon(self, mine: Helped) -> None:
         """Have a request run that somebody is to be told of."""
@@ -170,10 +176,10 @@ class Combiner:
             self._leader = heir
             heir.woken.set()
         elif loop is not None:
-            self._leader = loop
+            self._leader, self._turn = loop, self._turn + 1
             # In its own thread it need not be woken, which takes two calls of the system.
             soon = loop.call_soon if _loop_here() is loop else loop.call_soon_threadsafe
-            soon(self._lead_in, loop)
+            soon(self._lead_in, loop, self._turn)
         elif told:
             if not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._lead, name="lrai-lead", daemon=True)
@@ -183,12 +189,12 @@ class Combiner:
         else:
             self._leader = None
 
-    def _lead_in(self, loop: Loop, rounds: int = _ROUNDS) -> None:
+    def _lead_in(self, loop: Loop, turn: int, rounds: int = _ROUNDS) -> None:
         """Run a call in an event loop, and let that do what else it has to before the next."""
-        if self._leader is not loop:
+        if self._leader is not loop or turn != self._turn:
             return
         if rounds:
-            loop.call_soon(self._lead_in, loop, rounds - 1)
+            loop.call_soon(self._lead_in, loop, turn, rounds - 1)
             return
         try:
             self._run()

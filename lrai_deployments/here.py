@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import numbers
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -151,7 +152,7 @@ class Here:
         try:
             priority = priority_of(request)
             given: Any = request.timeout_ms
-            if not isinstance(given, int | float | None):
+            if not (given is None or _is_number(given)):
                 kind = type(given).__name__
                 raise RequestError(f"timeout_ms is a {kind}, a number is needed")
             valid = validate_by_form(request, version.signature, runtime.config.limits)
@@ -184,17 +185,21 @@ class Here:
                     late = self._queue.expire(time.monotonic())  # wherever in the order they stand
                     some = len(self._queue)
                     decision = self._decide(self._queue) if some else Decision((), (), 0.0)
-                    for index in (*late, *decision.drop, *decision.dispatch):
+                    gone = (*late, *decision.drop)
+                    for index in gone or decision.dispatch:
                         left[index] = self._take(index)
-                ended += [(index, DeadlineExceeded(_LATE)) for index in (*late, *decision.drop)]
-                if decision.dispatch:
+                ended += [(index, DeadlineExceeded(_LATE)) for index in gone]
+                if not gone and decision.dispatch:  # who is late is told before a call
                     inside = {index: one for index, (one, _) in left.items()}
                     ended += self._call(decision.dispatch, inside)
         finally:  # without the lock: what is told of it may ask for more
-            for index, outcome in ended:
-                self._settle(*left.pop(index), outcome)
-            for one, future in left.values():  # as above
-                self._settle(one, future, NotReady("it was not run"))
+            try:
+                for index, outcome in ended:
+                    self._settle(*left[index], outcome)
+                    del left[index]
+            finally:
+                for one, future in left.values():  # as above
+                    self._settle(one, future, NotReady("it was not run"))
 
     def _withdraw(self, index: int) -> None:
         """Take out what was cancelled, if it has not begun."""
@@ -322,6 +327,10 @@ class Here:
         seconds = time.monotonic() - one.began
         emit("request_answered", version.key, seconds=seconds, rows=one.valid.rows)
         return version.response(one.request.id, one.valid.outputs, outcome, one.variant)
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, numbers.Real)
 
 
 def choose_together(waiting: Sequence[Waiting], latency: LatencyModel, now: float) -> set[int]:

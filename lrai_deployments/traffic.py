@@ -27,6 +27,8 @@ from lrai_core import Signature, TensorSpec, UsageError
 from lrai_core.config import RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest
 
+CAPTURED: Final = "captured.npz"
+_TTL: Final = "capture_ttl_hours"
 _LOOKS: Final = 64  # one request of so many is looked at for its values, from the first one on
 _MOST_BYTES: Final = 64 << 20  # of one sample
 _HOUR: Final = 3600.0
@@ -162,14 +164,14 @@ class Traffic:
                 return  # what lies there is of others
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with replaced(folder / "sketch.json") as stream:
-            stream.write(msgspec.json.format(msgspec.json.encode(self.sketch())))
-        captured, sample = folder / "captured.npz", self.sample()
+            said = self.sketch() | {_TTL: self._ttl_seconds / _HOUR}
+            stream.write(msgspec.json.format(msgspec.json.encode(said)))
+        captured, sample = folder / CAPTURED, self.sample()
         if sample:
             with replaced(captured) as stream:
                 np.savez_compressed(stream, **sample)  # type: ignore[arg-type] # by names of inputs
-            # Until when it may be kept, for who finds it later.
-            until = time.time() - self._oldest_seconds() + self._ttl_seconds  # noqa: TID251
-            os.utime(captured, (until, until))
+            oldest = time.time() - self._oldest_seconds()  # noqa: TID251 - for who finds it later
+            os.utime(captured, (oldest, oldest))
         elif self._capture_rows:  # what was kept has aged
             captured.unlink(missing_ok=True)
 
@@ -262,14 +264,16 @@ def watch(
 def forget_aged(config: RuntimeConfig) -> None:
     """Remove captured rows that a runtime left which has ended, once the oldest is too old.
 
-    Their file says until when, as the model's own settings had it.
+    How old that is the model's own settings said, and the sketch beside it does.
     """
     for folder in Path(config.state_dir, "traffic").glob("*") if config.state_dir else ():
         with contextlib.suppress(OSError):
             for half in folder.glob(".captured.npz.*"):  # whoever wrote it was killed at it
                 half.unlink()
-            captured = folder / "captured.npz"
-            if captured.stat().st_mtime < time.time():  # noqa: TID251 - as of the file
+            captured, now, hours = folder / CAPTURED, time.time(), config.capture_ttl_hours  # noqa: TID251
+            with contextlib.suppress(OSError, msgspec.DecodeError, KeyError, TypeError):
+                hours = float(msgspec.json.decode((folder / "sketch.json").read_bytes())[_TTL])
+            if captured.stat().st_mtime + hours * _HOUR < now:
                 captured.unlink()
 
 

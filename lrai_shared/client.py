@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures._base import CANCELLED
 from importlib.metadata import version
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
@@ -78,9 +79,12 @@ class _Asked(Future[lrai.InferenceResponse]):
 
     def cancel(self) -> bool:
         """Cancel the request at the daemon, too."""
-        before, cancelled = self.cancelled(), super().cancel()
-        if cancelled and not before:
-            self.set_running_or_notify_cancel()  # which tells those who wait for several
+        cancelled = super().cancel()
+        with self._condition:  # as `_settle` does: of two one comes first
+            first = self._state == CANCELLED
+            if first:
+                self.set_running_or_notify_cancel()  # which tells those who wait for several
+        if first:
             self._client.cancel(self.key)
         return cancelled
 
@@ -492,8 +496,9 @@ def _last_line(log: Path, before: int) -> str:
 
 
 def _settle(future: Future[Any], outcome: Any = None) -> None:
-    if future.done() or not future.set_running_or_notify_cancel():
-        return
+    with future._condition:  # noqa: SLF001 - else it could be cancelled between these two
+        if future.done() or not future.set_running_or_notify_cancel():
+            return
     if isinstance(outcome, lrai.LraiError):
         future.set_exception(outcome)
     else:

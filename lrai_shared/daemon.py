@@ -51,6 +51,7 @@ _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _MOST_HEARD: Final = 100  # messages of one door, before actors and deadlines have their turn
 _TOUCH_SECONDS: Final = 3600.0  # what is old in the temporary folder is deleted where days are few
+_CAPTURED: Final = "captured.npz"  # as `lrai_deployments.traffic` has it
 _CHANGES: Final = 256  # that may be under way; most wait for another one of the same name
 _MOST_OUTCOMES: Final = 500  # of one message
 _QUICK: Final = frozenset({"models", "ready", "stats", "stay", "stop"})
@@ -283,6 +284,8 @@ class Daemon:
 
     def operate(self, call: Call, reply: Any) -> None:
         """Run an operation beside the scheduler's thread, and reply."""
+        if self.ending and call.operation == "load":
+            return  # its client asks the next one
         executor = self._slow if call.operation in _SLOW else self._quick
         with contextlib.suppress(RuntimeError):  # it is closing, and its clients find out
             work = executor.submit(self._operate, call.operation, call.arguments)
@@ -317,10 +320,12 @@ class Daemon:
 
 
 def _touch(folder: Path) -> None:
-    """Make what lies in a folder look as it is: in use. When it was written stays."""
-    for path in (folder, *folder.rglob("*")):
-        with contextlib.suppress(OSError):  # some come and go
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    """Make what lies in a folder look as it is: in use. Of users' rows the age counts."""
+    for inside, _, names in os.walk(folder):
+        for path in (Path(inside), *(Path(inside, name) for name in names)):
+            with contextlib.suppress(OSError):  # some come and go
+                if path.name != _CAPTURED:
+                    os.utime(path)
 
 
 def main(argv: list[str]) -> None:

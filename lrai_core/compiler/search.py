@@ -221,8 +221,8 @@ def refusing(
     rows: Sequence[list[Array]],
     points: Sequence[tuple[int, int]],
 ) -> list[tuple[Candidate, str]]:
-    """Return what does not run at the point with the most rows, and why; fp32 is not asked."""
-    most, length = max(points)
+    """Return what does not run in a call of several rows, and why; fp32 is not asked."""
+    most, length = min((at for at in points if at[0] > 1), default=points[0])
     row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
     feed, found = stretch(row or synthetic_row(signature, length or 1), signature, most, length), []
     for candidate in candidates:

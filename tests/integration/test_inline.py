@@ -247,7 +247,7 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
 
 def test_a_long_call_that_was_foreseen_is_no_hang(inline: lrai.Runtime) -> None:
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
-    here._latency.scale = 1e6
+    here._latency.scale = 1e5
     began, go_on = threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> Any:
@@ -299,16 +299,22 @@ def test_draining_waits_for_what_was_brought_together(inline: lrai.Runtime) -> N
 
 
 def test_what_is_told_of_an_answer_may_ask_for_more(inline: lrai.Runtime) -> None:
-    more, done = list[Any](), threading.Event()
+    more, done = list[Any](), threading.Semaphore(0)
 
     def ask_again(_: object) -> None:
-        more.extend(together(inline, [request(2.0)]))
-        done.set()
+        more.extend([*together(inline, [request(2.0)]), inline.infer(request(3.0))])
+        done.release()
 
     future = inline._backend.start(request(1.0))
     future.add_done_callback(ask_again)
-    assert done.wait(10)
-    assert isinstance(more[0], lrai.InferenceResponse)
+    assert done.acquire(timeout=10)
+    waiting = [inline._backend.start(request(1.0)) for _ in range(2)]
+    for one in waiting:
+        one.add_done_callback(ask_again)
+    assert waiting[0].result(10).outputs["logits"].shape == (1, 10)
+    for _ in waiting:
+        assert done.acquire(timeout=10)
+    assert all(isinstance(answer, lrai.InferenceResponse) for answer in more)
 
 
 def test_a_time_that_is_text_is_refused_and_nobody_counts_it(inline: lrai.Runtime) -> None:

@@ -194,7 +194,7 @@ class Client(BaseDeploymentClient):
             return (), False
         kept = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(kept, list):  # as an earlier version wrote it
-            return tuple(kept), False
+            return tuple(kept), bool(kept)
         return tuple(kept["columns"]), kept["by_row"]
 
     @cached_property
