@@ -23,6 +23,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +38,7 @@ sys.path[:] = [
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402 - after the lines above
+import onnx  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 from onnxruntime.quantization import CalibrationDataReader  # noqa: E402
 
@@ -44,6 +46,7 @@ import lrai_core as lrai  # noqa: E402
 from benchmarks import compiler_memory, harness  # noqa: E402
 from benchmarks.compiler_models import Array, Feed, Model, made  # noqa: E402
 from benchmarks.harness import Check, Interval, console, interval  # noqa: E402
+from benchmarks.host import end_on_sigterm  # noqa: E402
 from lrai_core import fairness  # noqa: E402
 from lrai_core.confidence import paired_loss_bound, upper_bound  # noqa: E402
 from lrai_core.engine.engine import find_engine  # noqa: E402
@@ -108,6 +111,7 @@ class Form:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, judge, measure, print, write; return 1 where a check does not hold."""
     arguments = _arguments(argv)
+    end_on_sigterm()
     rounds = 5 if arguments.quick else 30
     cpus = sorted(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
@@ -137,17 +141,24 @@ def _mb(file: Path) -> float:
 
 
 def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Form]:
-    """Return every form that can be made, the reference first and ours last."""
+    """Return every form that can be made, the reference first and ours last.
+
+    Each once: of several copies of one graph the luckiest would be the fastest.
+    """
     made = [Form(REFERENCE, partial(_ort, model.source, threads), _mb(model.source), 0.0)]
     made[0].memory_mb = compiler_memory.loaded_mb(model.source, optimise=True)
-    tuned = partial(_ort, model.source, threads, TUNED)
-    made.append(Form(f"{REFERENCE}, tuned", tuned, _mb(model.source), 0.0))
+    settings = [((), ""), (TUNED, ", tuned")][: 1 + _is_tunable(model.source)]
+    for passes, words in settings[1:]:
+        tuned = partial(_ort, model.source, threads, passes)
+        made.append(Form(f"{REFERENCE}{words}", tuned, _mb(model.source), 0.0))
     for kind, build in (("dynamic int8", _dynamic), ("static int8", _static), ("blocks", _blocks)):
         file, began = folder / f"{kind.replace(' ', '-')}.onnx", time.perf_counter()
         with console.status(f"{model.name}: onnxruntime's quantiser, {kind}"):
             build(model, file)
         seconds = time.perf_counter() - began
-        for passes, words in (((), ""), (TUNED, ", tuned")):
+        if _operators(file) == _operators(model.source):
+            continue  # it has found nothing to do
+        for passes, words in settings:
             opens = partial(_ort, file, threads, passes)
             made.append(Form(f"onnxruntime {kind}{words}", opens, _mb(file), seconds))
     if model.module is not None:
@@ -180,6 +191,16 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Fo
             made[-1].memory_mb, made[-1].beside_mb = each[0], sum(each[1:])
             made[-1].beside_file_mb = sum(variant.size_bytes for variant in serving[1:]) / 1e6
     return made
+
+
+def _operators(file: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
+
+
+def _is_tunable(source: Path) -> bool:
+    """Return whether there is a layer norm, which is all that `TUNED` says anything of."""
+    kinds = _operators(source)
+    return bool(kinds["LayerNormalization"] or (kinds["ReduceMean"] and kinds["Sqrt"]))
 
 
 def _ours(name: str, artifact: lrai.Artifact, seconds: float) -> Form:
@@ -246,7 +267,6 @@ def _dynamic(model: Model, out: Path) -> None:
 
 def _blocks(model: Model, out: Path) -> None:
     """Weights and activations in int8 by blocks of 32: the closest that onnxruntime has."""
-    import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantiser = MatMulNBitsQuantizer(

@@ -32,6 +32,8 @@ class Kind:
 def open_encoder(given: Path | None, scratch: Path, cpu: int) -> tuple[lrai.Artifact, Path]:
     """Return the artifact of MiniLM, compiled on one CPU unless it is given, and the ONNX file."""
     artifact = lrai.Artifact.open(given or realtime.compile_minilm(scratch, cpu))
+    if artifact.manifest.chosen == "fp32":
+        raise SystemExit("fp32 was chosen here: there is no variant to compare it with")
     source = scratch / "minilm.onnx"
     return artifact, source if source.exists() else models.minilm_onnx(source)
 

@@ -43,6 +43,7 @@ from numpy.typing import NDArray  # noqa: E402
 import lrai_core as lrai  # noqa: E402
 from benchmarks import harness, models  # noqa: E402
 from benchmarks.harness import Check, console, interval  # noqa: E402
+from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.one_by_one import memory_mb  # noqa: E402
 
 Row = dict[str, Any]
@@ -87,6 +88,7 @@ FULL: Final = Extent(9, {"search": 800, "azure": 300}, 9, 5.0, 2, fp32=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, measure, print, write; return 1 where a check does not hold."""
     arguments = _arguments(argv)
+    end_on_sigterm()
     extent = QUICK if arguments.quick else FULL
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
@@ -392,10 +394,10 @@ def opened(
     rates: list[float] = []
     p95: list[float] = []
 
-    def in_time(setting: tuple[int | None, float | None] | None) -> float:
+    def in_time(setting: tuple[int | None, float | None] | None, turn: int) -> float:
         rate = len(requests) / alone.ask(do="closed", batch=1, pad=0)["seconds"]
         rates.append(rate)
-        slo, random = SLO_CALLS / rate, np.random.default_rng(SEED + len(rates))
+        slo, random = SLO_CALLS / rate, np.random.default_rng([SEED, turn + 99])  # alike in a turn
         asked = int(OVERLOAD * rate * extent.open_seconds)
         arrivals = np.cumsum(random.exponential(1 / (OVERLOAD * rate), asked)).tolist()
         if setting is None:
@@ -409,7 +411,7 @@ def opened(
         return float(np.sum(np.asarray(latencies) <= slo) / asked)
 
     with console.status(f"open loop: {what}"):
-        swept = [[in_time(setting) for setting in SETTINGS] for _ in range(extent.sweeps)]
+        swept = [[in_time(one, -1 - turn) for one in SETTINGS] for turn in range(extent.sweeps)]
         best = SETTINGS[int(np.median(swept, axis=0).argmax())]
         sides = (None, best, SETTINGS[0])
         shares: list[list[float]] = []
@@ -417,7 +419,7 @@ def opened(
             row = [0.0, 0.0, 0.0]
             for at in range(3):  # who is first, is so a third of the times
                 side = (at + turn) % 3
-                row[side] = in_time(sides[side])
+                row[side] = in_time(sides[side], turn)
             shares.append(row)
     ratios = [interval([mine / max(row[at], 1e-3) for mine, *row in shares]) for at in range(2)]
     mine, peer, default = np.median(shares, axis=0).tolist()

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +38,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 import lrai_core as lrai  # noqa: E402
 from benchmarks import harness  # noqa: E402
 from benchmarks.harness import Check  # noqa: E402
+from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.processes import cpu_seconds  # noqa: E402
 
 Array = npt.NDArray[Any]
@@ -75,6 +76,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; return 1 where a check does not hold."""
     arguments = _arguments(argv)
+    end_on_sigterm()
     seconds = 4.0 if arguments.quick else 15.0
     rounds = 1 if arguments.quick else 3
     small = np.zeros((1, 256), np.float32)
@@ -160,8 +162,10 @@ def serve(folder: Path, model: Path) -> Iterator[lrai.Runtime]:
     sockets = folder / f"{model.stem}.d"
     config = lrai.load_config(call={"actor.threads": 1})
     with lrai.Runtime.open(artifact, address=str(sockets), config=config) as runtime:
-        yield runtime
-        runtime._backend.call("stop", {}, type(None))  # noqa: SLF001 - what `lrai runtime stop` does
+        try:
+            yield runtime
+        finally:
+            runtime._backend.call("stop", {}, type(None))  # noqa: SLF001 - as `lrai runtime stop`
 
 
 def open_loop(
@@ -169,14 +173,13 @@ def open_loop(
 ) -> Run:
     """Send requests at their times, and say what became of them."""
     count = int(rate * seconds)
-    latencies, refused, left = np.zeros(count), 0, threading.Semaphore(0)
+    latencies, left = np.full(count, np.nan), threading.Semaphore(0)
     request = _request(runtime, row)
     before, start = _used(runtime), time.perf_counter() + 0.05
 
     def ended(index: int, future: Future[Any]) -> None:
-        nonlocal refused
-        refused += future.exception() is not None
-        latencies[index] = time.perf_counter() - start - index / rate
+        if future.exception() is None:
+            latencies[index] = time.perf_counter() - start - index / rate
         left.release()
 
     for index in range(count):
@@ -185,9 +188,10 @@ def open_loop(
         sent = runtime._backend.start(request)  # noqa: SLF001 - what `infer` waits for
         sent.add_done_callback(partial(ended, index))
     for _ in range(count):
-        left.acquire(timeout=30)
+        if not left.acquire(timeout=30):
+            raise RuntimeError("a request was neither answered nor refused")
     elapsed = time.perf_counter() - start
-    return _run(runtime, model, payload, rate, row, latencies, refused, elapsed, before)
+    return _run(runtime, model, payload, rate, row, latencies, elapsed, before)
 
 
 def closed_loop(
@@ -204,7 +208,7 @@ def closed_loop(
             future.result()
             latencies.append(time.perf_counter() - sent)
     elapsed = time.perf_counter() - start
-    return _run(runtime, model, payload, 0, row, np.array(latencies), 0, elapsed, before)
+    return _run(runtime, model, payload, 0, row, np.array(latencies), elapsed, before)
 
 
 def _at_least(name: str, value: float, goal: float) -> Check:
@@ -218,11 +222,11 @@ def _run(
     rate: float,
     row: Array,
     latencies: npt.NDArray[np.float64],
-    refused: int,
     elapsed: float,
     before: dict[str, float],
 ) -> Run:
-    after, count = _used(runtime), len(latencies)
+    after, count = _used(runtime), len(latencies)  # NaN for what was refused
+    refused = int(np.isnan(latencies).sum())
     used = {name: (after[name] - before[name]) / count * 1e6 for name in after}
     batches = after["batches"] - before["batches"]
     return Run(
@@ -230,8 +234,8 @@ def _run(
         payload=payload,
         asked_per_s=rate,
         answered_per_s=(count - refused) / elapsed,
-        p50_ms=float(np.quantile(latencies, 0.5)) * 1e3,
-        p95_ms=float(np.quantile(latencies, 0.95)) * 1e3,
+        p50_ms=float(np.nanquantile(latencies, 0.5)) * 1e3,
+        p95_ms=float(np.nanquantile(latencies, 0.95)) * 1e3,
         refused=refused,
         rows_per_batch=count / max(1.0, batches),
         client_us=used["client"],
@@ -271,11 +275,17 @@ def _request(runtime: lrai.Runtime, row: Array) -> lrai.InferenceRequest:
 
 
 def _medians(runs: Sequence[Run]) -> list[Run]:
-    """Return the round with the median p95 of every load."""
+    """Return the round with the median p95 of every load, with what all of them refused."""
     loads: dict[tuple[str, str, float], list[Run]] = {}
     for run in runs:
         loads.setdefault((run.model, run.payload, run.asked_per_s), []).append(run)
-    return [sorted(group, key=lambda run: run.p95_ms)[len(group) // 2] for group in loads.values()]
+    return [
+        replace(
+            sorted(group, key=lambda run: run.p95_ms)[len(group) // 2],
+            refused=sum(run.refused for run in group),
+        )
+        for group in loads.values()
+    ]
 
 
 def _first_element(path: Path, dtype: npt.DTypeLike, shape: Sequence[int]) -> Path:

@@ -98,10 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = [_tokens(np.asarray(one).ravel()) for one in ids]
         right = [row[0] for row in run_alone(source, asked, optimise=True)]
         minutes = 0.1 if arguments.quick else 0.5
-        hosts = {"mlflow": _mlflow} if arguments.quick else {"mlflow": _mlflow, "triton": _triton}
-        for name, serve in hosts.items():
-            if arguments.only not in ("", name):
-                continue
+        hosts = {"mlflow": _mlflow, "triton": _triton}
+        wanted = [arguments.only] if arguments.only else list(hosts)[: 1 if arguments.quick else 2]
+        for serve in (hosts[name] for name in wanted):
             with serve(source, scratch, cpus[0]) as served:
                 found = _tuned(served, asked, right, scratch, cpus[-1], minutes)
                 rows.append(found)
@@ -294,6 +293,7 @@ def _checks(found: dict[str, Any]) -> list[Check]:
     status = float(found["exit_status"])
     return [
         Check(f"{host}: exit status of lrai tune --apply", status, "0", status == 0),
+        Check(f"{host}: switched over", float(found["applied"]), "1", found["applied"]),
         Check(f"{host}: failed of {asked} requests", failed, "0", failed == 0),
         Check(f"{host}: times as many requests/s", found["gain"], f"> {LEAST_GAIN}",
               found["gain"] > LEAST_GAIN),
@@ -323,7 +323,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="folder of benchmark data: real sentences")
     parser.add_argument("--quick", action="store_true", help="MLflow only, and a shorter shadow")
-    parser.add_argument("--only", default="", help="mlflow or triton")
+    parser.add_argument("--only", choices=["mlflow", "triton"], default="", help="mlflow or triton")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
     return parser.parse_args(argv)
 

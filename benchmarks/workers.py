@@ -316,9 +316,9 @@ def checks_of(variant: str, ratios: Ratios) -> list[Check]:
     """Return what has to hold for one variant."""
     rows, speed = ratios[ONE]["rows_per_call"], ratios[ONE]["requests_per_second"]
     return [
-        Check(f"{variant}: rows per call, ratio", rows.median, "interval > 1", rows.low > 1),
+        Check(f"{variant}, {ONE}: rows per call, ratio", rows.median, "interval > 1", rows.low > 1),
         Check(
-            f"{variant}: requests/s, ratio",
+            f"{variant}, {ONE}: requests/s, ratio",
             speed.median,
             f"interval reaches {NOT_BEHIND}",
             speed.high >= NOT_BEHIND,
