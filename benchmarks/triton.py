@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from benchmarks import triton_report as report  # noqa: E402
 from benchmarks.harness import console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.kinds import Kind, make_kinds, measure_bare, open_encoder, share  # noqa: E402
-from benchmarks.triton_entries import Entry, Ours, Peer, Repository  # noqa: E402
+from benchmarks.triton_entries import AS_GIVEN, Entry, Ours, Peer, Repository  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
 from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, measure_open, median_parts  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, prepare  # noqa: E402
@@ -161,20 +160,18 @@ def measure(
     console.print("overhead: a model that computes nothing")
     found += bench.overhead()
     peers: dict[tuple[str, str], Peer] = {}  # the best setting by variant and kind of lengths
-    ours: dict[str, Ours] = {}
     for variant in (chosen, "fp32") if bench.extent.sweep_fp32 else (chosen,):
         console.print(f"sweep of settings: {variant}")
-        best, ours[variant] = sweep(bench, kinds, variant, found)
+        best = sweep(bench, kinds, variant, found)
         peers |= {(variant, name): setting for name, setting in best.items()}
-    ours.setdefault("fp32", ours[chosen])
     peers = {("fp32", name): setting for (_, name), setting in peers.items()} | peers
     for kind in kinds:
         console.print(f"closed loop: {kind.name}")
         who = {
             "peer fp32": bench.peer("fp32", peers["fp32", kind.name]),
             "peer variant": bench.peer(chosen, peers[chosen, kind.name]),
-            "lrai fp32": bench.ours("fp32", ours["fp32"]),
-            "lrai": bench.ours(chosen, ours[chosen]),
+            "lrai fp32": bench.ours("fp32", AS_GIVEN),
+            "lrai": bench.ours(chosen, AS_GIVEN),
         }
         if len(bench.extent.instances) > 1:
             who["lrai, shared"] = bench.ours(chosen, Ours("lists", 2))
@@ -187,13 +184,16 @@ def measure(
                 tries = [bench.closed(alone, kind, 0, share(kind, 160), 32).rate for _ in range(3)]
             rate = float(np.median(tries))
             found += measure_open(bench, kind, peers[chosen, kind.name], chosen, rate)
-    return [bench.peer(chosen, peers[chosen, kinds[0].name]), bench.ours(chosen, ours[chosen])]
+    return [bench.peer(chosen, peers[chosen, kinds[0].name]), bench.ours(chosen, AS_GIVEN)]
 
 
 def sweep(
     bench: Bench, kinds: Sequence[Kind], variant: str, found: list[dict[str, Any]]
-) -> tuple[dict[str, Peer], Ours]:
-    """Return the peer's best setting for each kind of lengths, and ours for all of them."""
+) -> dict[str, Peer]:
+    """Return the peer's best setting for each kind of lengths.
+
+    LRAI has the one that it takes by itself; what the others give is shown.
+    """
     peers, ours = dict[Peer, Rates](), dict[Ours, Rates]()
     for setting in entries.peers_of(bench.extent.ways, bench.extent.instances):
         peers[setting] = bench.sweep(bench.peer(variant, setting), kinds)
@@ -211,11 +211,7 @@ def sweep(
     for kind in kinds:
         of_kind = {setting: rates[kind.name][0] for setting, rates in peers.items()}
         best[kind.name] = max(of_kind, key=of_kind.__getitem__)
-    means = {
-        setting: statistics.geometric_mean(rate for rate, _ in rates.values())
-        for setting, rates in ours.items()
-    }
-    return best, max(means, key=means.__getitem__)
+    return best
 
 
 def closed(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str, Any]]:

@@ -112,6 +112,7 @@ QUEUES: Final = (
 )
 QUICK_QUEUES: Final = (QUEUES[1],)
 EXECUTIONS: Final = ("inline", "lists", "sender")
+AS_GIVEN: Final = Ours("auto")  # by the one line, without another setting
 
 
 class Repository:

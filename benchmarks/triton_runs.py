@@ -227,9 +227,8 @@ def measure_open(
     """
     extent, slo = bench.extent, SLO_CALLS / rate
     best = _best_queue(bench, kind, default, variant, rate)
-    ours = _best_execution(bench, kind, variant, rate)
     models = [
-        bench.ours(variant, ours),
+        bench.ours(variant, entries.AS_GIVEN),
         bench.peer(variant, best, slo * 1e6),
         bench.peer(variant, default),
     ]
@@ -262,7 +261,7 @@ def measure_open(
                     "in_time": {name: float(np.median(v)) for name, v in shares.items()},
                     "p95_ms": {name: float(np.median(v)) for name, v in p95.items()},
                     "statuses": statuses,
-                    "lrai": str(ours),
+                    "lrai": str(entries.AS_GIVEN),
                     "best": str(best),
                     "default": str(default),
                 }
@@ -285,18 +284,6 @@ def _best_queue(bench: Bench, kind: Kind, default: Peer, variant: str, rate: flo
         f"  {kind.name}: the best of {len(found)} queues is {best}, {found[best]:.0%} in time"
     )
     return best
-
-
-def _best_execution(bench: Bench, kind: Kind, variant: str, rate: float) -> Ours:
-    """Likewise LRAI's."""
-    settings = [Ours(execution) for execution in bench.extent.executions]
-    found = {
-        setting: _overloaded(bench, kind, bench.ours(variant, setting), rate)
-        for setting in settings
-    }
-    said = ", ".join(f"{setting} {part:.0%}" for setting, part in found.items())
-    console.print(f"  {kind.name}: lrai in time: {said}")
-    return max(found, key=found.__getitem__)
 
 
 def _overloaded(bench: Bench, kind: Kind, entry: Entry, rate: float) -> float:
