@@ -258,7 +258,7 @@ def test_a_line_of_the_log_is_one() -> None:
             {"SAGEMAKER_BATCH": "true", "SAGEMAKER_MAX_PAYLOAD_IN_MB": "20"},
             {"answer_seconds": 3600, "payload_mb": 20, "concurrency": 5},
         ),
-        ({"SAGEMAKER_MAX_PAYLOAD_IN_MB": "0"}, {"payload_mb": 0, "concurrency": 16}),
+        ({"SAGEMAKER_MAX_PAYLOAD_IN_MB": "0"}, {"payload_mb": 0, "concurrency": 1}),
         ({"SAGEMAKER_MAX_PAYLOAD_IN_MB": "500"}, {"payload_mb": 500, "concurrency": 1}),
         ({"SAGEMAKER_MODEL_SERVER_TIMEOUT": "20"}, {"answer_seconds": 20}),
         ({"LRAI_SAGEMAKER_REQUIRE": "epsilon=1"}, {"require": {"epsilon": 1.0}}),

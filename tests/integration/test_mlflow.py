@@ -169,8 +169,8 @@ def test_records_of_token_lists_are_answered_row_by_row(served: Mapping[str, Ser
         ({"input_ids": [[1000]], "attention_mask": [[1]]}, 400, "the engine refused the request"),
         (
             {name: [[1]] * (MAX_QUEUE_ROWS + 1) for name in ("input_ids", "attention_mask")},
-            429,
-            f"exceed its {MAX_QUEUE_ROWS}",
+            400,
+            f"more than the {MAX_QUEUE_ROWS} that may wait",
         ),
     ],
 )

@@ -467,9 +467,8 @@ def test_errors_are_the_same_as_in_one_process(
     with lrai.Runtime.open(classifier_fp32, address="auto") as attached:
         here = list(errors(attached))
     assert here == there
-    full = here[0]
-    assert full[0] is lrai.QueueFull
-    assert full[1] == {"limit": 4, "retry_after_seconds": 0.1}
+    assert here[0][0] is lrai.RequestError
+    assert here[0][2] == "5 rows, more than the 4 that may wait"
     assert here[1][:2] == (lrai.InvalidTensor, {"tensor": "featurez"})
 
 
@@ -968,7 +967,7 @@ def test_a_process_is_left_with_no_dead_daemons(
 
 def test_an_operation_that_comes_while_the_daemon_ends_harms_nobody() -> None:
     daemon, replies = object.__new__(Daemon), list[Any]()
-    daemon._quick = ThreadPoolExecutor(1)
+    daemon.ending, daemon._quick = True, ThreadPoolExecutor(1)
     daemon._quick.shutdown()
     daemon.operate(messages.Call(1, "ready", {}), replies.append)
     assert not replies
