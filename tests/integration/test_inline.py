@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,12 @@ def test_together_they_follow_a_swap_a_canary_and_an_end(
     assert all(isinstance(answer, lrai.ModelNotFound) for answer in together(inline, good))
 
 
-def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
+@contextmanager
+def held_up(inline: lrai.Runtime) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Have calls wait; yield what says that one has begun, and what lets them go on.
+
+    Half a second of one is a hang, unless it was foreseen.
+    """
     began, go_on = threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> Any:
@@ -233,6 +239,11 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
         patch.setattr("lrai_deployments.here.run", slow)
         hang = replace(inline.config.actor, hang_seconds=0.5)
         patch.setattr(inline._backend, "config", replace(inline.config, actor=hang))
+        yield began, go_on
+
+
+def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
+    with held_up(inline) as (began, go_on):
         caller = threading.Thread(target=together, args=(inline, [request(1.0)]))
         caller.start()
         assert began.wait(10)
@@ -248,17 +259,7 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
 def test_a_long_call_that_was_foreseen_is_no_hang(inline: lrai.Runtime) -> None:
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
     here._latency.scale = 1e5
-    began, go_on = threading.Event(), threading.Event()
-
-    def slow(*arguments: Any) -> Any:
-        began.set()
-        go_on.wait(30)
-        return run(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrai_deployments.here.run", slow)
-        hang = replace(inline.config.actor, hang_seconds=0.5)
-        patch.setattr(inline._backend, "config", replace(inline.config, actor=hang))
+    with held_up(inline) as (began, go_on):
         caller = threading.Thread(target=inline.infer, args=(request(1.0),))
         caller.start()
         assert began.wait(10)
@@ -278,15 +279,8 @@ def test_who_waits_for_several_hears_of_what_was_cancelled(inline: lrai.Runtime)
 
 
 def test_draining_waits_for_what_was_brought_together(inline: lrai.Runtime) -> None:
-    began, go_on, answers = threading.Event(), threading.Event(), list[Any]()
-
-    def slow(*arguments: Any) -> Any:
-        began.set()
-        go_on.wait(30)
-        return run(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrai_deployments.here.run", slow)
+    answers = list[Any]()
+    with held_up(inline) as (began, go_on):
         some = [request(float(i)) for i in range(3)]
         caller = threading.Thread(target=lambda: answers.extend(together(inline, some)))
         caller.start()
