@@ -21,6 +21,7 @@ import sys
 import time
 import weakref
 from collections import deque
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -130,11 +131,11 @@ class Door(Pool):
             if self._address_of_clients.stat().st_ino == self._own:
                 self._address_of_clients.unlink()
 
-    def poll(self, now: float) -> list[Outcome]:
+    def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
         """See `Workers.poll`."""
         for client in self._clients.values():
             client.heard += self.slept(now)
-        for door in self._doors if self.opened else ():
+        for door in [door for door in self._doors if self.opened and door in ready]:
             for sender, *frames in itertools.islice(wire.receive(door), _MOST_HEARD):
                 try:
                     self._hear((door, bytes(sender)), frames, now)
@@ -148,13 +149,12 @@ class Door(Pool):
                 for pending in list(client.running.values()):
                     self._daemon.runtime.scheduler.cancel(pending)
         self.idle_since = math.inf if self._clients else min(self.idle_since, now)
-        self._flush()
-        return super().poll(now)
+        return super().poll(now, ready)
 
     def next_check(self, now: float) -> float:
-        """See `Workers.next_check`."""
-        waits = any(client.waits() for client in self._clients.values())
-        return now if waits else super().next_check(now)
+        """See `Workers.next_check`; before it waits, everybody is told what there is to tell."""
+        self._flush()
+        return super().next_check(now)
 
     def _hear(self, sender: Peer, frames: list[memoryview], now: float) -> None:
         message = messages.decode_from_client(frames[0])

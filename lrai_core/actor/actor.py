@@ -39,7 +39,7 @@ class Actor:
         """Serve until killed. What does not decode is not from a parent of this version: raise."""
         self._socket.say(messages.Hello(messages.PROTOCOL_VERSION))
         while True:
-            header, *frames = [part.buffer for part in self._socket.recv_multipart(copy=False)]
+            header, *frames = self._socket.hear()
             message = messages.decode_to_actor(header)
             if isinstance(message, Load):
                 self._load(message)

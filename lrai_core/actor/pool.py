@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,15 +134,15 @@ class Pool:
         execute = messages.Execute(batch, outputs, tensors, packer.segments, variant)
         packer.send(self._socket, execute, actor.identity)
 
-    def poll(self, now: float) -> list[Outcome]:
+    def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
         """See `Workers.poll`."""
         slept, self._polled = self.slept(now), now
         for actor in self._lives.values():  # before what they say now gives them their time anew
             actor.due += slept
-        readable = dict(self._poller.poll(0))
-        self._receive()  # before the lines: an answer counts though its actor died after it
+        if ready:
+            self._receive()  # before the lines: an answer counts though its actor died after it
         for actor in list(self._lives.values()):
-            if actor.line is not None and actor.line.fileno() in readable:
+            if actor.line is not None and actor.line.fileno() in ready:
                 if not actor.line.recv(4096):
                     self._kill(actor, "")  # the line ended, so it is dead or as good as that
                 elif actor.state == "ready" and not actor.batches:

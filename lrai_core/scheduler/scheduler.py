@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -130,6 +130,9 @@ class Replica:
         self.latency = latency_of(profiles)
         self.threads = threads
         self.calls: deque[_Call] = deque()  # the first one runs
+
+
+Wanted = Sequence[tuple[_Model, Sequence[Replica]]]
 
 
 class Scheduler:
@@ -324,12 +327,12 @@ class Scheduler:
         try:
             while not self._closed:
                 now = time.monotonic()
-                pause = 0.0 if self._arrived else max(0.0, self._next_check(now) - now)
-                self._poller.poll(math.ceil(pause * 1e3))
+                pause = max(0.0, self._next_check(now) - now) * (not self._arrived)
+                ready = dict(self._poller.poll(math.ceil(pause * 1e3)))
                 if self._awake:
                     os.read(self._wake_read, 1)  # first: who comes from here on writes again
                     self._awake = False
-                self._step()
+                self._step(ready)
         except BaseException as bug:
             end = NotReady(f"the scheduler failed: {type(bug).__name__}")
             raise
@@ -347,9 +350,9 @@ class Scheduler:
             model.waiting.clear()
         self._settle_with(inside, error)
 
-    def _step(self) -> None:
+    def _step(self, ready: Collection[object]) -> None:
         now = time.monotonic()
-        outcomes = self._workers.poll(now)  # a daemon's hear of requests, too
+        outcomes = self._workers.poll(now, ready)  # a daemon's hear of requests, too
         while self._arrived:
             item = self._arrived.popleft()
             if isinstance(item, Pending):
@@ -363,8 +366,9 @@ class Scheduler:
         for model in list(self._models.values()):  # `add` runs in other threads
             late = self._take(model, model.queue.expire(now))
             self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
-        while self._dispatch_one(now) or self._dispatch_next(now):
-            pass
+        while wanted := self._wanted():
+            if not (self._dispatch_one(wanted, now) or self._dispatch_next(wanted, now)):
+                break
         while self._ended:  # told after the engines have their calls
             self._end(*self._ended.popleft(), None)
 
@@ -395,7 +399,7 @@ class Scheduler:
             if pending.place.deadline <= now:
                 self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
 
-    def _dispatch_one(self, now: float) -> bool:
+    def _dispatch_one(self, wanted: Wanted, now: float) -> bool:
         """Start the call that is due first among those there are CPUs for; return whether one was.
 
         More calls than CPUs would only make one another late.
@@ -403,8 +407,8 @@ class Scheduler:
         calls = self._calls.values()
         busy = sum(call.replica.threads for call in calls if now < call.overdue)
         offers: list[tuple[_Model, Replica, Decision]] = []
-        for model in list(self._models.values()):
-            if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
+        for model, replicas in wanted:
+            if idle := [r for r in replicas if not r.calls and busy < self._cpus]:
                 replica = min(idle, key=lambda r: r.latency.engine_seconds(1, 1))
                 decision = self._decide(model, replica, now)
                 if decision.dispatch:
@@ -417,13 +421,13 @@ class Scheduler:
         self._start(*first, now)
         return True
 
-    def _dispatch_next(self, now: float) -> bool:
+    def _dispatch_next(self, wanted: Wanted, now: float) -> bool:
         """Hand an actor that is almost done its next call, lest it wait for one; say whether.
 
         Not while an idle one waits for a CPU: whose turn is next is decided when one is free. What
         may be to blame for a death has the actor for itself, so that nobody else is blamed.
         """
-        busy = [(m, r) for m in list(self._models.values()) for r in self._wanted(m)]
+        busy = [(m, replica) for m, replicas in wanted if len(m.queue) for replica in replicas]
         if not all(replica.calls for _, replica in busy):
             return False
         for model, replica in busy:
@@ -435,10 +439,11 @@ class Scheduler:
                     return True
         return False
 
-    def _wanted(self, model: _Model) -> list[Replica]:
-        """Return the actors that are up, none where nothing waits for them."""
-        replicas = model.replicas.values() if len(model.queue) else ()
-        return [replica for replica in replicas if self._workers.state(replica.actor)[0] == "ready"]
+    def _wanted(self) -> Wanted:
+        """Return the models for which something waits, and their actors that are up."""
+        state, models = self._workers.state, list(self._models.values())  # `add` runs elsewhere
+        waited = [(model, model.replicas.values()) for model in models if len(model.queue)]
+        return [(m, [r for r in of if state(r.actor)[0] == "ready"]) for m, of in waited]
 
     def _choose(self, offers: Sequence[tuple[_Model, Replica, Decision]], now: float) -> int:
         fade = math.exp((self._used_at - now) / _SHARE_SECONDS)

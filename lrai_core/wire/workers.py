@@ -6,7 +6,7 @@ batch that was dispatched has exactly one outcome.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -69,11 +69,17 @@ class Workers(Protocol):
     def register(self, poller: zmq.Poller) -> None:
         """Register whatever wakes `poll`, now and whenever it changes."""
 
-    def poll(self, now: float) -> list[Outcome]:
-        """Receive, supervise, restart; never wait. Return what came of dispatched batches."""
+    def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
+        """Receive, supervise, restart; never wait. Return what came of dispatched batches.
+
+        `ready`: the sockets, and numbers of files, of which the poller has said so.
+        """
 
     def next_check(self, now: float) -> float:
-        """Return when `poll` must run again even if nothing wakes it, on the monotonic clock."""
+        """Return when `poll` must run again even if nothing wakes it, on the monotonic clock.
+
+        The scheduler asks before it waits, and has told everybody what there was to tell.
+        """
 
     def state(self, name: str) -> tuple[str, int | None]:
         """Return what the actor is at, and its process id if any.

@@ -81,9 +81,10 @@ class Bench:
         self.events = EventBus()
         config = ActorConfig(hang_seconds=HANG_SECONDS, hang_factor=10, heartbeat_ms=100)
         self.pool = Pool(folder, config, self.events)
-        self.pool.register(zmq.Poller())
+        self.poller = zmq.Poller()
+        self.pool.register(self.poller)
         self.pool.add("m", LOAD, Future())
-        self.pool.poll(clock.monotonic())  # starts it
+        self.look()  # starts it
         self.hear(Hello(PROTOCOL_VERSION))
         self.hear(Ready(0.1))
         assert self.pool.state("m")[0] == "ready"
@@ -102,8 +103,11 @@ class Bench:
     def poll(self, seconds: float = 0.0) -> list[Outcome]:
         """Return what came of batches, that much later."""
         self.clock.now += seconds
-        outcomes = self.pool.poll(self.clock.now)
-        return outcomes + self.pool.poll(self.clock.now)  # what was killed is gone by now
+        outcomes = self.look()
+        return outcomes + self.look()  # what was killed is gone by now
+
+    def look(self) -> list[Outcome]:
+        return self.pool.poll(self.clock.now, dict(self.poller.poll(0)))
 
     def dispatch(self, *batches: int) -> None:
         one = ValidRequest((np.zeros((1, 1), np.float32),), 1, 0, (), ("g",), 4)

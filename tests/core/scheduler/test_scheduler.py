@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -74,7 +74,7 @@ class FakeWorkers:
     def register(self, poller: zmq.Poller) -> None:
         pass
 
-    def poll(self, now: float) -> list[Outcome]:
+    def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
         found, self.outcomes = self.outcomes, []
         return found
 
@@ -173,7 +173,7 @@ class Bench:
         return submit(self.scheduler, model, one or request(), timeout_ms)
 
     def step(self) -> None:
-        self.scheduler._step()
+        self.scheduler._step({})
 
     def latency(self) -> LatencyModel:
         return self.scheduler._models["m"].replicas["m"].latency
@@ -958,7 +958,7 @@ class PromptWorkers(FakeWorkers):
         super().__init__()
         self.failing = failing
 
-    def poll(self, now: float) -> list[Outcome]:
+    def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
         for model in list(self.calls):
             turn = len(self.dispatched)
             if self.failing and turn % 7 == 3:
@@ -967,7 +967,7 @@ class PromptWorkers(FakeWorkers):
                 self.refuse(model)
             else:
                 self.answer(model)
-        return super().poll(now)
+        return super().poll(now, ready)
 
     def next_check(self, now: float) -> float:
         return now if self.calls else now + 1
