@@ -83,7 +83,7 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """What was valid so far, without arrays, by form; see `wire.forms`."""
         return {}
 
-    @property
+    @cached_property
     def coalescible(self) -> bool:
         """Whether rows of different requests may share a call: every tensor has a batch axis."""
         return all(spec.batch_axis == 0 for spec in (*self.inputs, *self.outputs))

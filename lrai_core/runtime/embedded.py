@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -285,11 +286,9 @@ class Embedded:
 
     def _unique(self, name: str, artifact: Artifact) -> str:
         """Return the artifact's version, with a number where it is loaded under this name."""
-        version, number = artifact.version, 1
-        while (name, version) in self.versions:
-            number += 1
-            version = f"{artifact.version}-{number}"
-        return version
+        again = (f"{artifact.version}-{number}" for number in itertools.count(2))
+        labels = itertools.chain([artifact.version], again)
+        return next(label for label in labels if (name, label) not in self.versions)
 
     def _choose(self, artifact: Artifact, name: str, variant: str) -> list[Variant]:
         """Return the variants that serve here: those that were made for this machine.
@@ -409,8 +408,5 @@ def _socket_folder(parent: str) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix="lrai-", dir=parent or None))  # mode 0700
     except OSError as error:
-        where = parent or tempfile.gettempdir()
-        raise EnvironmentProblem(
-            f"no folder for sockets can be made in {where}: {error.strerror}; "
-            "set runtime.socket_dir"
-        ) from None
+        why = f"no folder for sockets can be made in {parent or tempfile.gettempdir()}"
+        raise EnvironmentProblem(f"{why}: {error.strerror}; set runtime.socket_dir") from None

@@ -132,9 +132,6 @@ class Replica:
         self.calls: deque[_Call] = deque()  # the first one runs
 
 
-Wanted = Sequence[tuple[_Model, Sequence[Replica]]]
-
-
 class Scheduler:
     """Queues, plans and settles requests of all models of a runtime."""
 
@@ -288,12 +285,12 @@ class Scheduler:
         if not allowed > needed * model.is_known(pending.arrival):
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
-        # Those before it are like it in calls of the best size, or as they have been of late.
-        most = max(1, model.bounds.rows // rows)
-        each = [m.call_seconds(n * rows, request.length) / n for m in models for n in (1, most)]
-        before = bisect_left(model.queue.urgent, pending.place)
-        if before * min(model.pace, *each) > allowed * len(models) * _HOPE:
-            raise DeadlineExceeded(f"{before} requests have to be answered before it")
+        if before := bisect_left(model.queue.urgent, pending.place):
+            # They are like it in calls of the best size, or as they have been of late.
+            most = max(1, model.bounds.rows // rows)
+            each = [m.call_seconds(n * rows, request.length) / n for m in models for n in (1, most)]
+            if before * min(model.pace, *each) > allowed * len(models) * _HOPE:
+                raise DeadlineExceeded(f"{before} requests have to be answered before it")
         with self._state_lock:  # `drain` sees a request either refused or counted
             if not self.accepting:
                 raise NotReady("the runtime is draining")
@@ -327,8 +324,8 @@ class Scheduler:
         try:
             while not self._closed:
                 now = time.monotonic()
-                pause = max(0.0, self._next_check(now) - now) * (not self._arrived)
-                ready = dict(self._poller.poll(math.ceil(pause * 1e3)))
+                pause = max(0.0, self._next_check(now) - now)
+                ready = dict(self._poller.poll(0 if self._arrived else math.ceil(pause * 1e3)))
                 if self._awake:
                     os.read(self._wake_read, 1)  # first: who comes from here on writes again
                     self._awake = False
@@ -363,11 +360,12 @@ class Scheduler:
             self._settle(outcome)
         now = self._looked = time.monotonic()  # a call that begins here may have its next one here
         self._expire_running(now)
-        for model in list(self._models.values()):  # `add` runs in other threads
+        models = list(self._models.values())  # `add` runs in other threads
+        for model in models:
             late = self._take(model, model.queue.expire(now))
             self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
-        while wanted := self._wanted():
-            if not (self._dispatch_one(wanted, now) or self._dispatch_next(wanted, now)):
+        while any(model.waiting for model in models):
+            if not (self._dispatch_one(now) or self._dispatch_next(now)):
                 break
         while self._ended:  # told after the engines have their calls
             self._end(*self._ended.popleft(), None)
@@ -399,7 +397,7 @@ class Scheduler:
             if pending.place.deadline <= now:
                 self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
 
-    def _dispatch_one(self, wanted: Wanted, now: float) -> bool:
+    def _dispatch_one(self, now: float) -> bool:
         """Start the call that is due first among those there are CPUs for; return whether one was.
 
         More calls than CPUs would only make one another late.
@@ -407,8 +405,8 @@ class Scheduler:
         calls = self._calls.values()
         busy = sum(call.replica.threads for call in calls if now < call.overdue)
         offers: list[tuple[_Model, Replica, Decision]] = []
-        for model, replicas in wanted:
-            if idle := [r for r in replicas if not r.calls and busy < self._cpus]:
+        for model in list(self._models.values()):
+            if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
                 replica = min(idle, key=lambda r: r.latency.engine_seconds(1, 1))
                 decision = self._decide(model, replica, now)
                 if decision.dispatch:
@@ -421,13 +419,13 @@ class Scheduler:
         self._start(*first, now)
         return True
 
-    def _dispatch_next(self, wanted: Wanted, now: float) -> bool:
+    def _dispatch_next(self, now: float) -> bool:
         """Hand an actor that is almost done its next call, lest it wait for one; say whether.
 
         Not while an idle one waits for a CPU: whose turn is next is decided when one is free. What
         may be to blame for a death has the actor for itself, so that nobody else is blamed.
         """
-        busy = [(m, replica) for m, replicas in wanted if len(m.queue) for replica in replicas]
+        busy = [(m, r) for m in list(self._models.values()) for r in self._wanted(m)]
         if not all(replica.calls for _, replica in busy):
             return False
         for model, replica in busy:
@@ -439,11 +437,10 @@ class Scheduler:
                     return True
         return False
 
-    def _wanted(self) -> Wanted:
-        """Return the models for which something waits, and their actors that are up."""
-        state, models = self._workers.state, list(self._models.values())  # `add` runs elsewhere
-        waited = [(model, model.replicas.values()) for model in models if len(model.queue)]
-        return [(m, [r for r in of if state(r.actor)[0] == "ready"]) for m, of in waited]
+    def _wanted(self, model: _Model) -> list[Replica]:
+        """Return the actors that are up, none where nothing waits for them."""
+        replicas = model.replicas.values() if len(model.queue) else ()
+        return [replica for replica in replicas if self._workers.state(replica.actor)[0] == "ready"]
 
     def _choose(self, offers: Sequence[tuple[_Model, Replica, Decision]], now: float) -> int:
         fade = math.exp((self._used_at - now) / _SHARE_SECONDS)

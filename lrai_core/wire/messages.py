@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from errno import ENAMETOOLONG
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -26,6 +26,8 @@ PROTOCOL_VERSION: Final = 4
 OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
 _COUNTED: Final = ("messages_sent", "messages_received", "copied_bytes", "inline_large")
+_send: Final[Any] = zmq.backend.Socket.send
+_receive: Final[Any] = zmq.backend.Socket.recv
 _MORE, _NOW = int(zmq.SNDMORE), int(zmq.NOBLOCK)  # as members of an enum they take microseconds
 _datatype_of: Final = lru_cache(256)(datatype_of)
 
@@ -161,14 +163,8 @@ def decode(decoder: msgspec.msgpack.Decoder[_Message], header: Buffer) -> _Messa
         raise BadFrames(str(error)) from None
 
 
-def decode_to_actor(header: Buffer) -> ToActor:
-    """Return the message to an actor that `header` holds."""
-    return decode(_to_actor, header)
-
-
-def decode_from_actor(header: Buffer) -> FromActor:
-    """Return the message from an actor that `header` holds."""
-    return decode(_from_actor, header)
+decode_to_actor: Final = partial(decode, _to_actor)
+decode_from_actor: Final = partial(decode, _from_actor)
 
 
 class Line(zmq.Socket[bytes]):
@@ -177,10 +173,7 @@ class Line(zmq.Socket[bytes]):
     It asks ZeroMQ itself: what Python puts around that takes several times as long.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        """See `zmq.Socket`."""
-        super().__init__(*arguments, **options)
-        self.__dict__["tally"] = dict.fromkeys(_COUNTED, 0)
+    tally: dict[str, int]
 
     def counts(self, peer: str) -> dict[str, int]:
         """Return the messages to and from `peer`, and how tensors went: copied, or inline."""
@@ -194,18 +187,16 @@ class Line(zmq.Socket[bytes]):
         """Send frames as one message."""
         self.tally["messages_sent"] += 1
         for frame in frames[:-1]:
-            zmq.backend.Socket.send(self, frame, _MORE, copy)
-        zmq.backend.Socket.send(self, frames[-1], 0, copy)
+            _send(self, frame, _MORE, copy)
+        _send(self, frames[-1], 0, copy)
 
     def hear(self, flags: int = 0) -> list[memoryview]:
         """Return the frames of the next message."""
-        part = zmq.backend.Socket.recv(self, flags, copy=False)
+        parts = [_receive(self, flags, copy=False)]
+        while parts[-1].more:
+            parts.append(_receive(self, 0, copy=False))
         self.tally["messages_received"] += 1
-        frames = [part.buffer]
-        while part.more:
-            part = zmq.backend.Socket.recv(self, 0, copy=False)
-            frames.append(part.buffer)
-        return frames
+        return [part.buffer for part in parts]
 
 
 def listen(address: str, options: Options | None = None) -> Line:
@@ -337,6 +328,7 @@ def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
 
 def _open(kind: int, bind_or_connect: str, address: str, options: Options) -> Line:
     socket = cast("Line", zmq.Context().socket(kind, socket_class=Line))
+    socket.__dict__["tally"] = dict.fromkeys(_COUNTED, 0)
     socket.setsockopt(zmq.LINGER, 0)
     # Bounded by credit, by admission (one batch per actor), and by the one batch that is answered.
     socket.setsockopt(zmq.SNDHWM, 0)
