@@ -56,7 +56,7 @@ FULL: Final = Extent(
     ours_too=(),
     swept=64,
     tries=2,
-    rounds=7,
+    rounds=9,
     requests={1: 32, 8: 96, 32: 160},
 )
 

@@ -96,9 +96,10 @@ class Bench:
         sides = [side for side in self.sides if side.workers in self.extent.workers]
         for turn in range(self.extent.rounds):
             first = turn % len(sides)
+            order = [*sides[first:], *sides[:first]][:: -1 if turn % 2 else 1]
             for callers, requests in self.extent.requests.items():
                 count = share(kind, requests)
-                for side in [*sides[first:], *sides[:first]]:
+                for side in order:
                     ways = many if callers >= _MANY else few
                     costed = self._closed(side, ways[side], kind, turn * count, count, callers)
                     figures[side, callers].append(costed)
