@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiConfig
+from lrai_core.engine.engine import installed_version, isa_class
 
 _BUILD_SECONDS: Final = 900
 
@@ -33,13 +34,14 @@ def artifact_of(source: Path, config: LraiConfig) -> Artifact:
     key = _key(source)
     built = state_folder(config) / f"{key}.lrai"
     with locked(built.with_suffix(".lock"), fcntl.LOCK_EX):  # of several instances one builds
-        if not (built / "manifest.json").exists():
-            shutil.rmtree(built, ignore_errors=True)  # what is left where files go by their age
-            _build(source, built)
-            if _key(source) != key:  # it is not kept as what it is not
-                shutil.rmtree(built)
-                raise ArtifactError(f"{source.name} changed while it was built")
-    return Artifact.open(built, verify=False)
+        with contextlib.suppress(ArtifactError):
+            return Artifact.open(built, verify=False)
+        shutil.rmtree(built, ignore_errors=True)  # what is left where files go by their age
+        _build(source, built)
+        if _key(source) != key:  # it is not kept as what it is not
+            shutil.rmtree(built)
+            raise ArtifactError(f"{source.name} changed while it was built")
+        return Artifact.open(built, verify=False)
 
 
 def state_folder(config: LraiConfig) -> Path:
@@ -78,8 +80,9 @@ def locked(path: Path, how: int) -> Iterator[BinaryIO]:
 
 
 def _key(source: Path) -> str:
-    """Return a name for what is built from a model file: its bytes, and what lies beside it."""
-    digest = hashlib.sha256(version("lrai").encode())
+    """Return a name for what is built here from a model file: its bytes, what lies beside it."""
+    made_for = f"{version('lrai')} {isa_class()} {installed_version('onnxruntime')}"
+    digest = hashlib.sha256(made_for.encode())
     with source.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

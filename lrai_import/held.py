@@ -12,13 +12,17 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import tempfile
+import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from lrai_core import Artifact, LraiConfig, LraiError, ModelNotFound, Runtime
 from lrai_import.hosted import Asked, load
+
+_log: Final = logging.getLogger("lrai.hosted")
 
 
 class Held:
@@ -44,6 +48,7 @@ class Held:
         asked = json.dumps([settings.own, settings.require, settings.variant], sort_keys=True)
         self.name = name or f"{artifact.manifest.name}:{artifact.version}-{_digest(asked)[:8]}"
         self.runtime = Runtime(settings.config)
+        self._artifact, self._settings, self._loads = artifact, settings, threading.Lock()
         self._locks = lock_folder(settings.config)
         self._lock: BinaryIO | None = None
         self._closed = False
@@ -52,7 +57,7 @@ class Held:
                 file = self._locks / f"{_digest(self.name)[:32]}.held"
                 self._lock = _held(file)
                 file.write_text(self.name, encoding="utf-8")
-            self.variant = load(self.runtime, artifact, self.name, **settings.how)
+            self._load()
             self._sweep()
             atexit.register(self.close)  # where nobody does, as in the process that only checks
         except BaseException:
@@ -67,6 +72,25 @@ class Held:
         """
         states = [model.state for model in self.runtime.models() if model.name == self.name]
         return states[0] if states else "dead"
+
+    def load_again(self) -> None:
+        """Have a model loaded again that the runtime has unloaded, for others or by hand.
+
+        Beside what else is done; who asks meanwhile finds it so.
+        """
+        if self._loads.acquire(blocking=False):
+            threading.Thread(target=self._load_again, daemon=True).start()
+
+    def _load_again(self) -> None:
+        try:
+            self._load()
+        except LraiError as error:  # who asks for the model next tries again
+            _log.warning("model %s cannot be loaded again: %s", self.name, error)
+        finally:
+            self._loads.release()
+
+    def _load(self) -> None:
+        self.variant = load(self.runtime, self._artifact, self.name, **self._settings.how)
 
     def close(self) -> None:
         """Let go of the model; where nobody else holds it, it is unloaded."""

@@ -89,9 +89,12 @@ class Asked(NamedTuple):
             artifact: Of the model.
             processes: That serve it, 0 where that is not known.
         """
-        if not self.free or processes != 1 or not is_quick(artifact, self.variant):
-            return self
-        runtime = replace(self.config.runtime, address="embedded")
+        wanted = self.free and processes == 1 and is_quick(artifact, self.variant)
+        return self.in_process() if wanted else self
+
+    def in_process(self) -> Asked:
+        """Return the same, with the model in this process, which keeps no state of its own."""
+        runtime = replace(self.config.runtime, address="embedded", state_dir="")
         own = {**self.own, "actor.isolation": "inline"}
         return self._replace(config=replace(self.config, runtime=runtime), own=own)
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import lrai_core as lrai
 from benchmarks.models import classifier
 from lrai_triton.commands import main, pbtxt, supervise
+from lrai_triton.served import source_of
 from tests.core import small_artifact
 from tests.tiny_models import token_model
 
@@ -266,6 +267,18 @@ def test_the_doctor_finds_what_is_wrong_with_a_model(
     assert "1 to put right" in said
 
 
+def test_the_doctor_looks_at_models_that_are_served_as_they_are(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    text = 'backend: "lrai"\ninput { name: "nope" data_type: TYPE_FP64 dims: [77] }\n'
+    (entry / "config.pbtxt").write_text(text)
+    said = run("doctor", "--model-repository", repository, code=3)
+    assert "input 'nope' is none of the model's" in said
+    (entry / "config.pbtxt").write_text('backend: "lrai"\n')
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
+    (entry / "1" / "model.onnx").write_text("no model")
+    assert "model.onnx cannot be used" in run("doctor", "--model-repository", repository, code=3)
+
+
 HOST_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "library": (lambda b: (b / "python" / "libtriton_python.so").unlink(), "it has lrai, python"),
     "no stub": (
@@ -483,6 +496,52 @@ def test_an_entry_without_a_config_has_none_again(repository: Path, run: Run) ->
     assert 'backend: "lrai"' in (entry / "config.pbtxt").read_text()
     assert "config.pbtxt.lrai now" in run("remove", entry)
     assert not (entry / "config.pbtxt").exists()
+
+
+def test_what_lrai_wrote_is_renamed_over_nothing_that_is_there(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    (entry / "config.pbtxt").unlink()
+    for n, name in enumerate(("config.pbtxt.lrai", "config.pbtxt.lrai-2")):
+        run("compile", entry, "--switch", "--threads", "1")
+        text = (entry / "config.pbtxt").read_text() + f"max_batch_size: {n + 1}  # by hand\n"
+        (entry / "config.pbtxt").write_text(text)
+        assert f"{name} now" in run("remove", entry)
+        assert (entry / name).read_text() == text
+    assert "max_batch_size: 1 " in (entry / "config.pbtxt.lrai").read_text()
+
+
+def test_a_configuration_that_lies_elsewhere_stays_there(
+    repository: Path, tmp_path: Path, run: Run
+) -> None:
+    config = repository / "m" / "config.pbtxt"
+    real = config.rename(tmp_path / "kept.pbtxt")
+    real.chmod(0o600)
+    config.symlink_to(real)
+    run("compile", config.parent, "--switch", "--threads", "1")
+    assert config.is_symlink()
+    assert 'backend: "lrai"' in real.read_text()
+    assert real.stat().st_mode & 0o777 == 0o600
+
+
+def test_who_changed_the_backend_back_by_hand_can_begin_anew(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    run("compile", entry, "--switch", "--threads", "1")
+    shutil.rmtree(entry / "2")
+    (entry / "config.pbtxt").write_text(ONNX)
+    assert "lrai triton remove" in run("compile", entry, "--switch", "--threads", "1", code=2)
+    run("remove", entry)
+    assert (entry / "config.pbtxt").read_text() == ONNX
+    assert "version 2 is there" in run("compile", entry, "--switch", "--threads", "1")
+
+
+def test_a_model_of_several_files_lies_in_a_folder_of_its_name(repository: Path, run: Run) -> None:
+    entry = repository / "m"
+    model = (entry / "1" / "model.onnx").rename(entry / "aside")
+    (entry / "1" / "model.onnx").mkdir()
+    model.rename(entry / "1" / "model.onnx" / "model.onnx")
+    assert source_of(entry / "1").is_file()
+    assert "version 2 is there" in run("compile", entry, "--switch", "--threads", "1")
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
 
 
 def test_what_onnxruntime_could_not_serve_is_not_given_back(

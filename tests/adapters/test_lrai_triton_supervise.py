@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+import lrai_core as lrai
 from lrai_triton.commands import supervise
+from tests.own_runtime import daemon_pids, own_runtime
 
 
 def tensor(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
@@ -45,3 +50,36 @@ def test_a_zero_has_the_size_of_its_datatype(datatype: str, size: int) -> None:
 )
 def test_options_of_the_server_are_read_in_both_forms(arguments: list[str], value: str) -> None:
     assert supervise._given(arguments, "http-port", "80") == value
+
+
+def started(folder: Path, *arguments: str, watched: bool = True, status: int = 7) -> list[str]:
+    """Return what `serve` starts a server with; that is one which ends at once, with `status`."""
+    backend = folder / "backends" / "lrai"
+    backend.mkdir(parents=True, exist_ok=True)
+    (backend / "model.py").touch()
+    program = folder / "bin" / "tritonserver"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/given\nexit {status}\n')
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    with own_runtime(PATH=path) as sockets:
+        given = [f"--backend-directory={backend.parent}", *arguments]
+        with pytest.raises(typer.Exit) as ended:
+            supervise.serve(given, watched=watched)
+        assert ended.value.exit_code == status
+        assert daemon_pids(sockets) == [], "the runtime that it started ends with it"
+    return (folder / "given").read_text().splitlines()[1:]
+
+
+def test_all_models_are_loaded_unless_some_are_named(tmp_path: Path) -> None:
+    assert started(tmp_path)[:2] == ["--model-control-mode=explicit", "--load-model=*"]
+    given = started(tmp_path, "--load-model=m")
+    assert given[:2] == ["--load-model=m", "--model-control-mode=explicit"]
+    assert "--load-model=*" not in given
+    assert started(tmp_path, watched=False) == []
+
+
+def test_a_server_that_the_watch_could_not_ask_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(lrai.UsageError, match="--no-watch"):
+        started(tmp_path, "--allow-http=false")
+    assert started(tmp_path, "--allow-http=false", watched=False) == ["--allow-http=false"]

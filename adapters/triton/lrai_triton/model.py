@@ -15,7 +15,7 @@ import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,12 +23,19 @@ from typing import Any, Final
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, LraiError, NotReady
+from lrai_core import (
+    InferenceRequest,
+    InferenceResponse,
+    InvalidTensor,
+    LraiError,
+    ModelNotFound,
+    NotReady,
+)
 from lrai_import.built import artifact_of
 from lrai_triton.config import complete
 from lrai_triton.hostqueue import HostQueue
 from lrai_triton.metrics import Metrics
-from lrai_triton.served import Served, source_of
+from lrai_triton.served import execution_of, hold, source_of
 from lrai_triton.settings import settings_of
 
 _MEMORY: Final = "/dev/shm"  # noqa: S108 - where Triton and its stubs have theirs
@@ -69,21 +76,24 @@ class TritonPythonModel:
             signature = artifact.manifest.signature
             complete(pb_utils.ModelConfig(args["model_config"]), signature)  # for its errors
             name = f"{args['model_name']}:{args['model_version']}"
-            self._served = Served(name, artifact, settings)
+            execution = execution_of(artifact, settings)
+            self._held = hold(name, artifact, settings, execution)
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
         self._sent_bytes = _LARGE_BYTES  # at most, of an answer
         self._rows = int(model_config["max_batch_size"]) > 1  # requests have any number of them
         self._queue = HostQueue(int(model_config["max_batch_size"]), settings)
-        self.execute = self._send_later if self._served.execution == "sender" else self._lists
+        self.execute = self._send_later if execution == "sender" else self._lists
 
     def is_ready(self) -> bool:
         """Return whether the model makes progress; servers that know this hook ask it."""
-        return self._served.ready()
+        with suppress(LraiError):
+            return self._held.state() in ("ok", "idle")
+        return False
 
     def finalize(self) -> None:
         """Let go of the model."""
-        self._served.close()
+        self._held.close()
         self._metrics.close()
 
     def _lists(self, requests: Sequence[Any]) -> list[Any]:
@@ -123,7 +133,7 @@ class TritonPythonModel:
         allowed = self._queue.take([request.timeout() for request in requests], rows)
         asked = [self._request(*pair) for pair in zip(requests, allowed, strict=True)]
         right = [one for one in asked if isinstance(one, InferenceRequest)]
-        started = iter(self._served.runtime.start_all(right))
+        started = iter(self._held.runtime.start_all(right))
         return [one if isinstance(one, LraiError) else next(started) for one in asked]
 
     def _request(self, request: Any, timeout_ms: float | None) -> InferenceRequest | LraiError:
@@ -132,7 +142,7 @@ class TritonPythonModel:
         except LraiError as error:
             return error
         return InferenceRequest(
-            model_name=self._served.name,
+            model_name=self._held.name,
             inputs=inputs,
             outputs=tuple(request.requested_output_names()),
             timeout_ms=timeout_ms,
@@ -149,6 +159,9 @@ class TritonPythonModel:
         return array
 
     def _response(self, outcome: InferenceResponse | LraiError) -> Any:
+        if isinstance(outcome, ModelNotFound):  # the runtime has unloaded it: it is Triton's yet
+            self._held.load_again()
+            outcome = NotReady("the runtime had unloaded the model, which is loaded again")
         self._metrics.count(outcome)
         if isinstance(outcome, LraiError):
             code = getattr(pb_utils.TritonError, _CODES.get(outcome.http_status, "INTERNAL"))

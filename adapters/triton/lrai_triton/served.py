@@ -1,68 +1,26 @@
-"""A model of this stub, loaded in a runtime, for as long as Triton wants it.
-
-Every instance and every reload of one artifact under one name and version finds it loaded; the last
-one that lets go unloads it. A lock on a file says who holds it, so that a stub that was killed does
-not.
-"""
+"""Which file a version of a model is served from, and in what way."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 from pathlib import Path
 
-from lrai_core import Artifact, ArtifactError, LraiError, Runtime
-from lrai_import.built import state_folder
-from lrai_import.hosted import is_quick, load
+from lrai_core import Artifact, ArtifactError
+from lrai_import.held import Held
+from lrai_import.hosted import is_quick
 from lrai_triton.settings import Settings
 
 
-class Served:
-    """One model in a runtime.
+def hold(name: str, artifact: Artifact, settings: Settings, execution: str) -> Held:
+    """Return the model of this stub, loaded in a runtime, or found loaded there by others.
 
-    Attributes:
-        name: Under which the runtime knows it.
-        runtime: That serves it.
-        execution: How requests are answered: `lists`, `sender` or `inline`.
+    Every instance and every reload of one artifact under one name and version finds it; the last
+    one that lets go unloads it.
+
+    Raises:
+        LraiError: It cannot be served as the settings demand.
     """
-
-    def __init__(self, name: str, artifact: Artifact, settings: Settings) -> None:
-        """Load it, or find it loaded.
-
-        Raises:
-            LraiError: It cannot be served as the settings demand.
-        """
-        self.execution = execution_of(artifact, settings)
-        asked = settings.asked
-        own, config = dict(asked.own), asked.config
-        self.name = f"{name}:{artifact.version[:12]}{asked.mark}"
-        if self.execution == "inline":
-            own["actor.isolation"] = "inline"
-        held = hashlib.sha256(self.name.encode()).hexdigest()[:32]
-        self._lock = (state_folder(config) / f"{held}.held").open("ab")
-        self.runtime = Runtime(config, address="embedded" if self.execution == "inline" else "")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits while another one unloads it
-            load(self.runtime, artifact, self.name, **{**asked.how, "settings": own})
-        except BaseException:
-            self.close()
-            raise
-
-    def ready(self) -> bool:
-        """Return whether the runtime answers, and the model makes progress or has nothing to do."""
-        with contextlib.suppress(LraiError):
-            mine = [model for model in self.runtime.models() if model.name == self.name]
-            return any(model.state in ("ok", "idle") for model in mine)
-        return False
-
-    def close(self) -> None:
-        """Let go of the model; where nobody else holds it, it is unloaded."""
-        with contextlib.suppress(BlockingIOError, LraiError):  # others do, or it is gone
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.runtime.unload(self.name)
-        self.runtime.close()
-        self._lock.close()
+    own = settings.asked.in_process() if execution == "inline" else settings.asked
+    return Held(artifact, own, f"{name}:{artifact.version[:12]}{settings.asked.mark}")
 
 
 def execution_of(artifact: Artifact, settings: Settings) -> str:
@@ -84,8 +42,17 @@ def source_of(folder: Path) -> Path:
     Raises:
         ArtifactError: There is neither, or both.
     """
-    found = [path for path in (folder / "model.onnx", folder / "model.lrai") if path.exists()]
+    found = [path for path in (onnx_of(folder), folder / "model.lrai") if path.exists()]
     if len(found) != 1:
         what = "both model.onnx and model.lrai" if found else "neither model.onnx nor model.lrai"
         raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")
     return found[0]
+
+
+def onnx_of(folder: Path) -> Path:
+    """Return where the ONNX model of a version directory is, if it has one.
+
+    One with weights in files of their own lies with them in a folder of that name.
+    """
+    model = folder / "model.onnx"
+    return model / model.name if model.is_dir() else model

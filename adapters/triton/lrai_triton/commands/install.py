@@ -13,7 +13,7 @@ import typer
 import lrai_core as lrai
 from lrai_core.artifact import disk_errors
 from lrai_core.verifier.verifier import environment
-from lrai_import.built import state_folder
+from lrai_import.built import artifact_of, state_folder
 from lrai_triton.commands.app import app, out
 from lrai_triton.commands.pbtxt import backend_of, config_of
 from lrai_triton.commands.repository import CONFIG, text_of, versions_of
@@ -140,7 +140,10 @@ def _check_version(folder: Path) -> None:
         return
     config = config_of(text)
     settings, source = settings_of(config), source_of(folder)
-    if source.name == "model.lrai":
+    if source.name != "model.lrai":
+        manifest = artifact_of(source, settings.asked.config).manifest
+        complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
+    else:
         manifest = lrai.Artifact.open(source).manifest
         complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
         chosen = manifest.variant(settings.asked.variant or manifest.chosen)

@@ -6,6 +6,7 @@ being written, or was moved aside, is named otherwise.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from lrai_core import Artifact, UsageError
 from lrai_core.artifact import disk_errors, writing
 from lrai_triton.commands.app import app, out
 from lrai_triton.commands.pbtxt import LRAI, backend_of, switched, switched_back
+from lrai_triton.served import onnx_of
 from lrai_triton.settings import settings_of
 
 CONFIG: Final = "config.pbtxt"
@@ -32,6 +34,12 @@ _COMPILE: Final = "from lrai_core.cli import main; main()"
 Repository = Annotated[Path, typer.Option(exists=True, help="Folder that tritonserver serves.")]
 Settings = Annotated[list[str], typer.Option(help="KEY=VALUE, see `lrai config`; repeat for more.")]
 Entry = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a model.")]
+Compiled = Annotated[
+    Path,
+    typer.Argument(
+        exists=True, file_okay=False, metavar="ENTRY [OPTIONS]", help="Folder of a model, first."
+    ),
+]
 Switch = Annotated[bool, typer.Option("--switch", help="Take the entry over from onnxruntime.")]
 
 
@@ -65,20 +73,22 @@ def add(
     _publish(entry, version or 1, model, _new_config(name, settings))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def compile(context: typer.Context, entry: Entry, *, switch: Switch = False) -> None:
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, options_metavar=""
+)
+def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) -> None:
     """Compile an entry's newest model.onnx, and add the artifact as its next version.
 
-    Every option of `lrai compile` can be given: --evaluation FILE, --calibration, --metric,
-    --output-map, --epsilon, --delta, --threads, --keep and so on. Where no form passes the gate,
-    the exit code is 3 and the repository is as it was.
+    Behind ENTRY every option of `lrai compile` can be given: --evaluation FILE, --calibration,
+    --metric, --output-map, --epsilon, --delta, --threads, --keep and so on. Where no form passes
+    the gate, the exit code is 3 and the repository is as it was.
     """
     versions = versions_of(entry)
-    sources = [v for v in versions if (entry / str(v) / "model.onnx").is_file()]
+    sources = [one for v in versions if (one := onnx_of(entry / str(v))).is_file()]
     if not sources:
         raise UsageError(f"no version of {entry} holds a model.onnx to compile")
     _check_backend(entry, switch=switch)
-    source, name = entry / str(max(sources)) / "model.onnx", entry.absolute().name
+    source, name = sources[-1], entry.absolute().name
     # Elsewhere, since a server that polls the repository reloads an entry that changes.
     with tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
         made = Path(scratch, f"{name}.lrai")
@@ -102,7 +112,8 @@ def remove(entry: Entry) -> None:
     ours = [v for v in versions if (entry / str(v) / "model.lrai").exists()]
     if ours == versions:
         raise UsageError(f"{entry} has nothing that onnxruntime can serve; delete the folder")
-    if not ours and backend_of(text_of(entry / CONFIG)) != "lrai":
+    kept = (entry / _ORIGINAL).exists()  # though the backend was changed back by hand
+    if not (ours or kept) and backend_of(text_of(entry / CONFIG)) != "lrai":
         raise UsageError(f"{entry} has nothing of lrai's")
     with disk_errors(entry):
         for version in ours:
@@ -174,8 +185,10 @@ def _switch_back(entry: Path) -> str:
         original.replace(config)
         return "is what it was before"
     if text.startswith(_WRITTEN):
-        config.replace(entry / f"{CONFIG}.lrai")
-        return f"was written by lrai, and is {CONFIG}.lrai now"
+        names = (f"{CONFIG}.lrai{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1))
+        aside = next(entry / name for name in names if not (entry / name).exists())
+        config.replace(aside)
+        return f"was written by lrai, and is {aside.name} now"
     if backend_of(text) == "lrai":
         _replace(config, switched_back(text, was))
     original.unlink(missing_ok=True)
@@ -183,7 +196,10 @@ def _switch_back(entry: Path) -> str:
 
 
 def _replace(config: Path, text: str) -> None:
-    """Replace the content at once: a server may be reading."""
+    """Replace the content at once: a server may be reading. It keeps its place, and its mode."""
+    config = config.resolve()
     temporary = config.with_name(f".{CONFIG}")
     temporary.write_bytes(text.encode(errors="surrogateescape"))
+    if config.exists():
+        shutil.copymode(config, temporary)
     temporary.replace(config)

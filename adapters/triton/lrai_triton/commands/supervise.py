@@ -99,8 +99,14 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
     backends = _given(arguments, "backend-directory", "/opt/tritonserver/backends")
     if not Path(backends, "lrai", "model.py").is_file():
         raise EnvironmentProblem(f"no backend: lrai triton install --backend-directory {backends}")
-    if watched and not _given(arguments, "model-control-mode"):  # and load all, as without a mode
-        arguments = [*arguments, "--model-control-mode=explicit", "--load-model=*"]
+    if watched and _given(arguments, "allow-http").lower() in ("false", "0"):
+        raise UsageError(
+            "--allow-http is false, but the watch asks by HTTP; --no-watch does without"
+        )
+    if watched and not _given(arguments, "model-control-mode"):
+        arguments = [*arguments, "--model-control-mode=explicit"]
+        if not _given(arguments, "load-model"):
+            arguments.append("--load-model=*")  # as without a mode
         if not any("-restricted-" in one for one in arguments):  # else whoever asks could load code
             os.environ[_KEY] = key = os.environ.get(_KEY) or secrets.token_hex(16)
             for what in ("http-restricted-api", "grpc-restricted-protocol"):
@@ -112,17 +118,21 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         commands.append([*_LRAI, "triton", "watch", "--url", url])
     # Not left to the first stub: like this the runtime's settings are those given here, whatever
     # model loads first, what is wrong with it is said at once, and it lives on during reloads.
-    runtime, said = [*_LRAI, "runtime"], b""
-    if "://" not in load_config().runtime.address:  # else it runs on another machine
-        done = subprocess.run([*runtime, "start"], stdout=subprocess.PIPE, check=False)
-        if done.returncode:
-            raise EnvironmentProblem("the shared runtime cannot be started, for the reason above")
-        said = done.stdout
+    runtime, ours = [*_LRAI, "runtime"], False
     try:
+        if "://" not in load_config().runtime.address:  # else it runs on another machine
+            ours = (
+                subprocess.run([*runtime, "status"], capture_output=True, check=False).returncode
+                != 0
+            )
+            if subprocess.run(
+                [*runtime, "start"], stdout=subprocess.DEVNULL, check=False
+            ).returncode:
+                raise EnvironmentProblem("the shared runtime cannot be started, see above")
         status = _run_both(commands)
     finally:
-        if b"was started" in said:
-            subprocess.run([*runtime, "stop"], check=False)
+        if ours:
+            subprocess.run([*runtime, "stop"], capture_output=True, check=False)
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 
@@ -292,11 +302,19 @@ def _run_both(commands: list[list[str]]) -> int:
                 signal.signal(number, forward)
         server, *watches = processes
         while server.poll() is None:
-            if any(one.poll() == _GIVEN_UP for one in watches):  # whoever runs us starts us anew
+            ended = watches[0].poll() if watches else None
+            if ended == _GIVEN_UP:  # whoever runs us starts us anew
                 say("no model is left: the server ends, too")
                 server.terminate()
                 server.wait()
                 return _GIVEN_UP
+            if ended == EnvironmentProblem.exit_code:
+                say("nothing is watched, for the reason above")
+                watches = []
+            elif ended is not None:
+                say(f"the watch has ended with status {ended}: it is started again")
+                processes[1] = subprocess.Popen(commands[1], env=environ, process_group=0)
+                watches = processes[1:]
             time.sleep(_LOOK_SECONDS)
         return server.returncode
     finally:

@@ -1,0 +1,84 @@
+"""A model that a host's process holds in a runtime; and what was built for one, kept by content."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lrai_core as lrai
+from lrai_import.built import artifact_of, state_folder
+from lrai_import.held import Held
+from lrai_import.hosted import asked
+from tests.core import small_artifact
+from tests.own_runtime import own_runtime
+from tests.tiny_models import token_model
+
+ROW = {"x": np.ones((1, 3), np.float32)}
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Iterator[lrai.Artifact]:
+    with own_runtime():
+        yield lrai.Artifact.open(small_artifact.build(tmp_path / "small.lrai"))
+
+
+def answers(held: Held) -> bool:
+    try:
+        held.runtime.infer(lrai.InferenceRequest(model_name=held.name, inputs=ROW))
+    except lrai.ModelNotFound:
+        return False
+    return True
+
+
+def test_a_lock_that_was_deleted_by_its_age_takes_no_model_from_who_came_later(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    first = Held(artifact, asked({}), "m")
+    folder = lrai.load_config().runtime.socket_dir
+    for lock in Path(folder).glob("*/held/*.held"):
+        lock.unlink()
+    second = Held(artifact, asked({}), "m")
+    first.close()
+    assert answers(second)
+    second.close()
+    with lrai.Runtime() as runtime:
+        assert runtime.models() == []
+
+
+def test_what_the_runtime_has_unloaded_is_loaded_again(artifact: lrai.Artifact) -> None:
+    held = Held(artifact, asked({}), "m")
+    held.runtime.unload("m")
+    assert not answers(held)
+    held.load_again()
+    deadline = time.monotonic() + 30
+    while not answers(held):
+        held.load_again()  # while it is under way, that is all
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    held.close()
+
+
+def test_in_a_process_of_its_own_a_model_leaves_what_others_keep_alone(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    settings = asked({"runtime.state_dir": str(tmp_path / "state")})
+    helds = [Held(artifact, settings.in_process(), name) for name in ("m", "n")]
+    assert all(map(answers, helds))
+    for held in helds:
+        held.close()
+
+
+def test_what_was_built_is_built_again_where_a_part_of_it_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source = token_model(tmp_path / "source" / "model.onnx")
+    config = lrai.load_config(call={"runtime.socket_dir": str(tmp_path)})
+    built = artifact_of(source, config)
+    assert artifact_of(source, config).sha256 == built.sha256
+    (only,) = state_folder(config).glob("*.lrai")
+    next((only / "source").iterdir()).unlink()
+    assert artifact_of(source, config).path == built.path
+    lrai.Artifact.open(only)
