@@ -31,7 +31,9 @@ def lrai() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    signal.signal(signal.SIGTERM, _interrupt)  # cleans up like Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # clean up like Ctrl-C, but under nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     error_console = Console(stderr=True, soft_wrap=True)
     try:
         # Functions of the arguments.
@@ -50,7 +52,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C
-            error_console.print("lrai: interrupted; nothing was left behind")
+            error_console.print("lrai: interrupted")
         raise
     sys.exit(0)
 

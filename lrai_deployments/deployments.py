@@ -54,7 +54,7 @@ class Deployments(Embedded):
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._store = Store(self.config.runtime.state_dir)
-        forget_aged(self.config.runtime)
+        forget_aged(self.config.runtime, halves=True)
         self._kept, self._stopped = self._store.read()
         self._records = {name: record for name, record in self._kept.items() if record.frozen}
         self._routes: dict[str, Route] = {}
@@ -194,7 +194,8 @@ class Deployments(Embedded):
                 many = "swap replaces it, a share has both serve"
                 raise lrai.UsageError(f"a model {name[:120]!r} is loaded already: {many}")
             part = _shares({"share": share})["share"] if served else 1.0
-            with self._started(name, opened, How(variant, require, settings)) as (new, loaded):
+            how = How(variant, require, settings)
+            with self._started(name, opened, how, tried=not part) as (new, loaded):
                 if served:
                     warm_up(self, new)
                 self._commit(name, record.beside(loaded, part), "load")
@@ -275,6 +276,7 @@ class Deployments(Embedded):
     def deployments(self) -> list[Deployment]:
         """See `Runtime.deployments`."""
         found = []
+        forget_aged(self.config.runtime)
         for name, record in list(self._records.items()):
             version = self.current.get(name)
             if watching := self._watches.get(version.key) if version else None:
@@ -471,9 +473,12 @@ class Deployments(Embedded):
 
     @contextmanager
     def _started(
-        self, name: str, artifact: lrai.Artifact, how: How, label: str = ""
+        self, name: str, artifact: lrai.Artifact, how: How, label: str = "", *, tried: bool = False
     ) -> Iterator[tuple[Version, How]]:
-        """Yield a version that runs, and how it was loaded; end it if the block fails."""
+        """Yield a version that runs, and how it was loaded; end it if the block fails.
+
+        `tried`: it answers nobody, and so nobody else is unloaded for it.
+        """
         config = with_settings(self.config, how.settings or {})
         signature = artifact.manifest.signature
         watching = watch(name, signature, config.runtime, self.submit)
@@ -484,7 +489,7 @@ class Deployments(Embedded):
         files = ChainMap(*map(artifact.files_of, artifact.manifest.serving(how.variant)))
         size = sum(entry.size_bytes for entry in files.values())
         with self._room:
-            self._make_room(name, config.actor.replicas * size)
+            self._make_room(name, config.actor.replicas * size, tried=tried)
             new = self.add(artifact, name, how.variant, how.require, config, label)
             pool = self._pool
             if isinstance(pool, InlinePool) and (opened := pool.opened(new.key)):
@@ -494,13 +499,13 @@ class Deployments(Embedded):
             self.show(new)
         try:
             with self._room if self.config.runtime.memory_mib else nullcontext():
-                self._make_room(name, 0)  # now that it is known what it takes
+                self._make_room(name, 0, tried=tried)  # now that it is known what it takes
             yield new, replace(how, version=new.version, artifact=str(artifact.path.absolute()))
         except BaseException:
             self.remove(new, drain=False)
             raise
 
-    def _make_room(self, name: str, needed: int) -> None:
+    def _make_room(self, name: str, needed: int, *, tried: bool) -> None:
         """Unload what was not used for longest, as far as a new version of a name needs it."""
         budget = self.config.runtime.memory_mib << 20
         while budget:
@@ -508,7 +513,7 @@ class Deployments(Embedded):
             used = sum(takes.values())
             if used + needed <= budget:
                 return
-            others = [version for version in takes if version.name != name and takes[version]]
+            others = [v for v in takes if v.name != name and takes[v] and not tried]
             enough = used + needed - sum(takes[version] for version in others) <= budget
             others.sort(key=lambda version: version.used_at)
             if not enough or not any(map(self._evict, others)):

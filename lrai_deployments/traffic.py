@@ -14,8 +14,9 @@ import random
 import tempfile
 import threading
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 from urllib.parse import quote
@@ -30,7 +31,8 @@ from lrai_core.protocol import Array, ValidRequest
 CAPTURED: Final = "captured.npz"
 _TTL: Final = "capture_ttl_hours"
 _LOOKS: Final = 64  # one request of so many is looked at for its values, from the first one on
-_MOST_BYTES: Final = 64 << 20  # of one sample
+_MOST_BYTES: Final = 64 << 20  # of one sample; of large rows so many, but no more than that
+_FEW_ROWS, _MOST_BYTES_OF_FEW = 256, 256 << 20
 _HOUR: Final = 3600.0
 _SAVE_SECONDS: Final = 60.0
 
@@ -82,6 +84,7 @@ class Traffic:
         self._random, self._clock = random.Random(seed), clock
         self._lock = threading.Lock()
         self._requests = self._candidates = self._kept_bytes = 0
+        self._most_bytes = _MOST_BYTES
         self._began = self._last = clock()
         # By number of binary digits: 1, 2..3, 4..7, and so on; of gaps in microseconds.
         self._rows, self._lengths, self._gaps = Counter[int](), Counter[int](), Counter[int]()
@@ -146,8 +149,12 @@ class Traffic:
         with self._lock:
             self._forget(self._clock())
             rows = list(self._sample)
+        forms = Counter(self._form(row) for row in rows)
+        if len(forms) > 1:  # they go into one array
+            usual = max(forms, key=forms.__getitem__)
+            rows = [row for row in rows if self._form(row) == usual]
         widths = sorted(_width(row.arrays) for row in rows)
-        while widths and len(widths) * widths[-1] > _MOST_BYTES:
+        while widths and len(widths) * widths[-1] > self._most_bytes:
             widths.pop()  # all are padded to the longest
         rows = [row for row in rows if widths and _width(row.arrays) <= widths[-1]]
         if not rows:
@@ -156,6 +163,14 @@ class Traffic:
             spec.name: _stacked([row.arrays[index] for row in rows], spec)
             for index, spec in enumerate(self._signature.inputs)
         }
+
+    def _form(self, row: _Row) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of a row, but for its length."""
+        pairs = zip(row.arrays, self._signature.inputs, strict=True)
+        return tuple(
+            tuple(n for axis, n in enumerate(array.shape) if axis != spec.length_axis)
+            for array, spec in pairs
+        )
 
     def save(self, folder: Path) -> None:
         """Write `sketch.json` and, where rows are kept, `captured.npz` into `folder`, mode 0600."""
@@ -169,7 +184,7 @@ class Traffic:
         captured, sample = folder / CAPTURED, self.sample()
         if sample:
             with replaced(captured) as stream:
-                np.savez_compressed(stream, **sample)  # type: ignore[arg-type] # by names of inputs
+                _write(stream, sample)
             oldest = time.time() - self._oldest_seconds()  # noqa: TID251 - for who finds it later
             os.utime(captured, (oldest, oldest))
         elif self._capture_rows:  # what was kept has aged
@@ -185,7 +200,7 @@ class Traffic:
         self._forget(now)
         self._candidates += 1
         place = len(self._sample)
-        if place >= self._capture_rows or self._kept_bytes >= _MOST_BYTES:
+        if place >= self._capture_rows or self._kept_bytes >= self._most_bytes:
             place = self._random.randrange(self._candidates)
             if place >= len(self._sample):
                 return
@@ -196,9 +211,10 @@ class Traffic:
         if any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in arrays):
             return  # what nobody could be judged by
         more = _size(arrays)
+        self._most_bytes = max(self._most_bytes, min(_FEW_ROWS * more, _MOST_BYTES_OF_FEW))
         if place < len(self._sample):
             more -= _size(self._sample[place].arrays)
-        if more > 0 and self._kept_bytes + more > 2 * _MOST_BYTES:
+        if more > 0 and self._kept_bytes + more > 2 * self._most_bytes:
             return
         self._kept_bytes += more
         self._sample[place : place + 1] = [_Row(now, arrays)]
@@ -209,7 +225,8 @@ class Traffic:
             return
         kept = [row for row in self._sample if now - row.seen < self._ttl_seconds]
         if len(kept) < len(self._sample):
-            self._sample, self._candidates = kept, len(kept)
+            share = len(kept) / len(self._sample)
+            self._sample, self._candidates = kept, max(len(kept), round(share * self._candidates))
             self._kept_bytes = sum(_size(row.arrays) for row in kept)
         self._first_aged = min((row.seen for row in kept), default=now) + self._ttl_seconds
 
@@ -261,14 +278,15 @@ def watch(
     return Watch(traffic, Path(config.state_dir, "traffic", quote(name, safe="")), later)
 
 
-def forget_aged(config: RuntimeConfig) -> None:
-    """Remove captured rows that a runtime left which has ended, once the oldest is too old.
+def forget_aged(config: RuntimeConfig, *, halves: bool = False) -> None:
+    """Remove captured rows that nobody adds to any more, once the oldest is too old.
 
-    How old that is the model's own settings said, and the sketch beside it does.
+    How old that is the model's own settings said, and the sketch beside it does. `halves`: those
+    too whose writer was killed at it; there is no other.
     """
     for folder in Path(config.state_dir, "traffic").glob("*") if config.state_dir else ():
         with contextlib.suppress(OSError):
-            for half in folder.glob(".captured.npz.*"):  # whoever wrote it was killed at it
+            for half in folder.glob(".captured.npz.*") if halves else ():
                 half.unlink()
             captured, now, hours = folder / CAPTURED, time.time(), config.capture_ttl_hours  # noqa: TID251
             with contextlib.suppress(OSError, msgspec.DecodeError, KeyError, TypeError):
@@ -301,6 +319,14 @@ def _stacked(rows: list[Array], spec: TensorSpec) -> Array:
             rows[index] = np.pad(row, widths, constant_values=spec.pad_value)
     stacked = np.concatenate(rows)
     return stacked.astype(np.str_) if stacked.dtype == object else stacked
+
+
+def _write(stream: IO[bytes], arrays: Mapping[str, Array]) -> None:
+    """Write what `np.savez_compressed` would, whatever the names are."""
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 @contextlib.contextmanager

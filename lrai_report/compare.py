@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lrai_core import Artifact, InferenceRequest, InferenceResponse, Runtime, load_config
+from lrai_core import Artifact, InferenceRequest, InferenceResponse, LraiError, Runtime, load_config
+from lrai_core.errors import shorten
 from lrai_core.verifier.sample import Rows
-from lrai_core.verifier.spec import agreement, difference
+from lrai_core.verifier.spec import MEASURES, agreement, difference
 
 _SHOWN: Final = 8  # numbers of an answer
 _WARM: Final = 32  # requests
@@ -25,7 +27,6 @@ _WARM: Final = 32  # requests
 class Worst(NamedTuple):
     """A request that two variants answer differently."""
 
-    row: int
     gap: float
     agrees: bool
     first: str
@@ -61,17 +62,47 @@ class Side:
 def sides(pairs: Sequence[tuple[Artifact, str]]) -> Iterator[list[Side]]:
     """Serve each of these variants; an empty name is what the artifact serves by itself."""
     # Nothing is kept of what is asked, and nobody is in a hurry.
-    own = {"runtime.capture_rows": 0, "runtime.state_dir": "", "scheduler.latency_slo_ms": 0}
+    own: dict[str, Any] = {"runtime.capture_rows": 0, "runtime.state_dir": ""}
+    own |= {"scheduler.latency_slo_ms": 0, "actor.isolation": "process"}  # whose memory is its own
     opened: list[Side] = []
     try:
         for artifact, variant in pairs:
             runtime = Runtime(load_config(call=own), address="embedded")
-            opened.append(Side(variant or artifact.manifest.chosen, runtime))
-            opened[-1].runtime.load(artifact, variant=variant)
+            opened.append(Side(variant, runtime))
+            runtime.load(artifact, variant=variant)
+            opened[-1].variant = runtime.models()[0].variant  # it may be for other machines
         yield opened
     finally:
         for side in opened:
             side.runtime.close()
+
+
+def answered(artifact: Artifact, file: Path, tick: Callable[[], None]) -> dict[str, NDArray[Any]]:
+    """Return the captured rows that the model answers: what it refused was captured, too.
+
+    Args:
+        artifact: That served them.
+        file: `captured.npz`.
+        tick: Called after each row.
+    """
+    with np.load(file, allow_pickle=False) as archive:
+        columns = {name: archive[name] for name in archive}
+    kept, specs = [], artifact.manifest.signature.inputs
+    with sides([(artifact, "")]) as (side,):
+        for row in range(len(next(iter(columns.values())))):
+            inputs = {s.name: columns[s.name][row : row + 1] for s in specs}
+            flat = {s.name: inputs[s.name][0] for s in specs if s.batch_axis is None}
+            with suppress(LraiError):
+                side.runtime.infer(InferenceRequest(model_name="", inputs=inputs | flat))
+                kept.append(row)
+            tick()
+    return {name: column[kept] for name, column in columns.items()}
+
+
+def measure_of(artifact: Artifact) -> str:
+    """Return what answers that agree have in common."""
+    maps = [spec.output_map for spec in artifact.manifest.signature.outputs]
+    return ", ".join(dict.fromkeys(MEASURES[one] for one in maps))
 
 
 def requests_of(rows: Rows, artifact: Artifact) -> list[InferenceRequest]:
@@ -127,11 +158,11 @@ def differing(
 ) -> list[Worst]:
     """Return every request with what the two say to it, the farthest apart first."""
     specs, found = artifact.manifest.signature.outputs, []
-    for row, request in enumerate(requests):
+    for request in requests:
         first, second = (side.runtime.infer(request) for side in both)
         f, g = ([answer.outputs[spec.name] for spec in specs] for answer in (first, second))
         gap, agrees = difference(f, g, specs), agreement(f, g, specs)
-        found.append(Worst(row, gap, agrees, _short(first), _short(second)))
+        found.append(Worst(gap, agrees, _short(first), _short(second)))
         tick()
     return sorted(found, key=lambda one: (one.agrees, -one.gap))
 
@@ -142,5 +173,5 @@ def _short(answer: InferenceResponse) -> str:
     if values.dtype.kind == "f" and len(values) > 1:
         best = int(values.argmax())
         return f"[{best}] {values[best]:.4g}"
-    some = [f"{v:.4g}" if values.dtype.kind == "f" else str(v)[:60] for v in values[:_SHOWN]]
+    some = [f"{v:.4g}" if values.dtype.kind == "f" else shorten(v, 60) for v in values[:_SHOWN]]
     return ", ".join(some) + ", …" * (len(values) > _SHOWN)

@@ -47,7 +47,7 @@ def figures(outcome: Outcome, deadline_seconds: float) -> Figures:
         p50_ms=float(p50),
         p95_ms=float(p95),
         p99_ms=float(p99),
-        answered_per_second=answered / outcome.seconds,
+        answered_per_second=answered / max(outcome.seconds, 1e-9),
         refused=outcome.refused / count,
         rows_per_call=outcome.rows / max(outcome.calls, 1),
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -26,6 +27,7 @@ from lrai_core import (
     ConditionNotMet,
     EnvironmentProblem,
     LraiError,
+    MemoryBudgetExceeded,
     ModelNotFound,
     Runtime,
     Signature,
@@ -34,8 +36,18 @@ from lrai_core import (
 )
 from lrai_core import compile as compile_model
 from lrai_core.errors import shorten
+from lrai_core.runtime.embedded import find_backend
 from lrai_core.verifier.verifier import evaluation
-from lrai_report.compare import Side, Worst, differing, measure, requests_of, sides
+from lrai_report.compare import (
+    Side,
+    Worst,
+    answered,
+    differing,
+    measure,
+    measure_of,
+    requests_of,
+    sides,
+)
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
@@ -55,18 +67,20 @@ class Target:
     Attributes:
         model: File to compile.
         requests: Rows that were asked, `.npz`; None where there are none.
-        signature: Of the artifact that serves it; None for a file.
+        served: The artifact that is to be better than; None for a file.
         name: Under which the runtime serves it; empty where none does.
-        served: The artifact that it serves under that name,
-        variant: and which variant of it.
+        variant: Of it that serves; empty for what it serves by itself.
+        shares: Of the versions of that name.
+        captured: The rows are those that the runtime has captured.
     """
 
     model: Path
     requests: Path | None
-    signature: Signature | None
-    name: str = ""
     served: Artifact | None = None
+    name: str = ""
     variant: str = ""
+    shares: dict[str, float] = field(default_factory=dict)
+    captured: bool = False
 
 
 @app.command()
@@ -121,13 +135,46 @@ def tune(
         raise UsageError("--apply is for a model that the runtime serves")
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
-    stem = found.name.partition(":")[0] or found.model.stem
+    plain = found.served.manifest.name if found.served else found.model.stem
+    stem = found.name.partition(":")[0] or plain
     written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
     if found.requests is None:
+        if found.served:
+            raise UsageError(f"{target} is not served, so nothing is captured: give --requests")
         _without_requests(found, written, output_map)
         return
-    _say("requests", f"{found.requests}")
+    _say("requests", f"{found.requests}, each row as a request")
     artifact = _compile(found, written, output_map, engine or ())
+    try:
+        if found.captured:
+            written.chmod(0o700)  # it keeps some of the rows
+        _judge(target, found, artifact, written, callers, seconds, rounds, price_per_hour, file)
+        if found.name:
+            _in_the_runtime(found, written, minutes, address, apply=apply)
+        else:
+            _say("use it", f"serve {written}; to go back, serve {target}")
+    except KeyboardInterrupt:
+        if not apply:
+            shutil.rmtree(written)
+        raise
+
+
+def _judge(
+    target: str,
+    found: Target,
+    artifact: Artifact,
+    written: Path,
+    callers: int,
+    seconds: float,
+    rounds: int,
+    price_per_hour: float,
+    file: Path | None,
+) -> None:
+    """Compare what was made with what serves.
+
+    Raises:
+        ConditionNotMet: Nothing is gained.
+    """
     chosen = artifact.manifest.chosen
     if chosen == "fp32":
         raise ConditionNotMet(
@@ -138,7 +185,7 @@ def tune(
     if not rows:
         raise ConditionNotMet("one row has over 16 MiB: the artifact keeps none to measure with")
     # What it is to be better than is what serves, which need not be fp32.
-    before = (artifact, "fp32") if found.served is None else (found.served, found.variant)
+    before = (found.served, found.variant) if found.served else (artifact, "fp32")
     with sides((before, (artifact, ""))) as both:
         if both[0].variant == both[1].variant:
             both[0].variant += " (serves)"
@@ -155,10 +202,6 @@ def tune(
     if gain < _GAIN or min(gains) <= 1:
         raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second")
     _say("gain", f"{gain:.2f} times as many requests per second", style="bold")
-    if found.name:
-        _in_the_runtime(found.name, written, minutes, address, apply=apply)
-    else:
-        _say("use it", f"serve {written}; to go back, serve {found.model}")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -167,14 +210,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _find(target: str, requests: Path | None, address: str) -> Target:
-    path, named = Path(target), _artifact_of(target)
-    if (path / "manifest.json").is_file():
-        artifact = Artifact.open(path)
-        model = artifact.file(artifact.manifest.source.file)
-        return Target(model, requests, artifact.manifest.signature)
-    if path.is_file() and not named:
-        return Target(path, requests, None)
-    with _runtime(address) as runtime:
+    path, alone = Path(target), None
+    named = Artifact.open(path) if (path / "manifest.json").is_file() else _artifact_of(target)
+    if named:
+        alone = Target(named.file(named.manifest.source.file), requests, named)
+    elif path.is_file():
+        return Target(path, requests)
+    try:
+        runtime = _runtime(address)
+    except EnvironmentProblem as error:
+        if alone:
+            return alone
+        raise UsageError(f"{shorten(target)!r} is no file or artifact, and {error}") from None
+    with runtime:
         served = {one.name: one for one in runtime.deployments()}
         loaded = [(one.name, one.version, one.variant) for one in runtime.models()]
     # Hosts add a version to the name: search for search:4f0c, and for the folder models/search.
@@ -182,9 +230,8 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
     if named:
         known_as = {name: {v.partition("-")[0] for v in one.shares} for name, one in served.items()}
         alike = [name for name, versions in known_as.items() if named.version in versions]
-        if not alike and requests:
-            source = named.file(named.manifest.source.file)
-            return Target(source, requests, named.manifest.signature)
+        if alone and not alike:
+            return alone
     name = target if target in served else alike[0] if len(alike) == 1 else ""
     if not name:
         known = ", ".join(map(repr, alike or served)) or "no model"
@@ -200,8 +247,11 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
         )
     model = artifact.file(artifact.manifest.source.file)
     mine = [v for at, label, v in loaded if at == name and label.startswith(artifact.version)]
-    signature, variant = artifact.manifest.signature, mine[0] if mine else ""
-    return Target(model, requests or captured, signature, name, artifact, variant)
+    # By itself it may serve by several.
+    variant = mine[0] if mine and mine[0] != artifact.manifest.chosen else ""
+    shares = dict(served[name].shares)
+    rows, own = requests or captured, requests is None
+    return Target(model, rows, artifact, name, variant, shares, captured=own)
 
 
 def _artifact_of(target: str) -> Artifact | None:
@@ -235,11 +285,17 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
                 words = shorten(f"{step.name} {step.detail}".strip())
                 bar.update(task, description=words, completed=step.done, total=step.total or None)
 
-        with _axes(found.signature, maps=not output_map) as axes:
+        evaluation: Any = found.requests
+        if found.served and found.captured and found.requests:
+            evaluation = answered(found.served, found.requests, lambda: None)
+            if not len(next(iter(evaluation.values()))):
+                raise ConditionNotMet("the model answers none of the requests that were captured")
+        signature = found.served.manifest.signature if found.served else None
+        with _axes(signature, maps=not output_map) as axes:
             return compile_model(
                 found.model,
                 out=written,
-                evaluation=found.requests,
+                evaluation=evaluation,
                 output_map=output_map or "raw",  # type: ignore[arg-type] # checked where it is used
                 axes=axes,
                 engines=engines,
@@ -286,37 +342,58 @@ def _show(both: Sequence[Side], price_per_hour: float) -> None:
 
 def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> None:
     count = sum(not one.agrees for one in changed)
-    gate = artifact.manifest.variant(artifact.manifest.chosen).gate
-    measure_of = gate.measure if gate else ""
-    words = f"{count} of {len(changed)} answers changed ({count / len(changed):.2%}): {measure_of}"
-    _say("answers", words)
-    table = Table("row", "differs by", "", before, "tuned", box=SIMPLE_HEAD, pad_edge=False)
+    share, alike = f"({count / len(changed):.2%})", measure_of(artifact)
+    _say("answers", f"{count} of {len(changed)} answers changed {share}; alike is {alike}")
+    table = Table("differs by", "", before, "tuned", box=SIMPLE_HEAD, pad_edge=False)
     for one in changed[:_WORST]:
         said = "" if one.agrees else "changed"
-        table.add_row(str(one.row), f"{one.gap:.3g}", said, one.first, one.second)
+        table.add_row(f"{one.gap:.3g}", said, one.first, one.second)
     out.print(Text(f"the {min(_WORST, len(changed))} farthest apart", style="bold"))
     out.print(table)
 
 
 def _runtime(address: str) -> Runtime:
-    """Return the shared runtime that is meant where none is said to be."""
-    own = load_config().runtime.address
-    return Runtime(address=address or ("auto" if own == "embedded" else own))
+    """Return the shared runtime that is meant where none is said to be; none is started for this.
+
+    Raises:
+        EnvironmentProblem: None runs.
+    """
+    config = load_config()
+    own = config.runtime.address
+    where = address or ("auto" if own == "embedded" else own)
+    if not find_backend("ipc").runs(config, where):
+        raise EnvironmentProblem("no runtime runs that could serve it")
+    return Runtime(config, address=where)
 
 
-def _in_the_runtime(name: str, written: Path, minutes: float, address: str, *, apply: bool) -> None:
-    """Copy live requests to it for a while; switch to it, or say how."""
-    place = f" --address {address}" if address else ""
+def _in_the_runtime(
+    found: Target, written: Path, minutes: float, address: str, *, apply: bool
+) -> None:
+    """Copy live requests to it for a while; switch to it, or say how.
+
+    Raises:
+        ConditionNotMet: The name was changed meanwhile, or live requests say no.
+    """
+    name, place = found.name, f" --address {address}" if address else ""
     with _runtime(address) as runtime:
+        _check_same(runtime, found)
         if minutes and not _shadow(runtime, name, written, minutes, place) and apply:
-            why = "no live request came, so none was compared: --minutes 0 applies without"
+            why = "no live request was compared: --minutes 0 applies without"
             raise ConditionNotMet(f"not applied: {why}")
         if apply:
+            _check_same(runtime, found)
             version = runtime.swap(name, written.absolute())
             _say("applied", f"{name} is served by {version}")
         else:
             _say("switch on", f"lrai runtime swap {name} {written}{place}")
         _say("switch back", f"lrai runtime rollback {name}{place}")
+
+
+def _check_same(runtime: Runtime, found: Target) -> None:
+    now = {v: share for v, share in _deployment(runtime, found.name).shares.items() if share}
+    if now != {v: share for v, share in found.shares.items() if share}:
+        served = ", ".join(now)
+        raise ConditionNotMet(f"{found.name!r} was changed meanwhile: {served} serves; tune that")
 
 
 def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: str) -> int:
@@ -331,10 +408,10 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: s
         runtime.load(written.absolute(), name=name, share=0.0)
         loaded = True
         now = _deployment(runtime, name)
-        if copied := [one.name for one in runtime.deployments() if one.shadow]:
-            raise ConditionNotMet(  # what copies say is counted for all together
-                f"copies of requests to {', '.join(copied)} are compared already; end that first"
-            )
+        for one in runtime.deployments():  # what copies say is counted for all together
+            for copied in one.shadow:
+                end = f"lrai runtime unload {one.name} --version {copied}{place} ends that"
+                raise ConditionNotMet(f"requests to {one.name} are copied to {copied}: {end}")
         shares = {label: share for label, share in now.shares.items() if label != version}
         runtime.route(name, shares, {version: 1.0}, now.relief)
         total = math.ceil(minutes * 60 / _LIVE_SECONDS)
@@ -343,6 +420,9 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: s
                 time.sleep(_LIVE_SECONDS)
                 tick()
         ended = runtime.stats()
+    except MemoryBudgetExceeded as error:  # nobody else is unloaded for a trial
+        _say("live", f"not compared: {error}")
+        return 0
     finally:
         _unload(runtime, name, version, place, loaded=loaded)
     seen, differ, failed = (

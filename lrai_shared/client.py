@@ -145,6 +145,12 @@ class Attached:
             why = str(error) or f"it did not answer within {patience:g} s"
             raise lrai.EnvironmentProblem(f"no runtime at {self._endpoint}: {why}") from None
 
+    @staticmethod
+    def runs(config: lrai.LraiConfig, address: str) -> bool:
+        """Return whether a daemon is there already; of another machine that is not known before."""
+        own = "" if address == "auto" else address
+        return "://" in address or is_running(shared_folder(config, own))
+
     def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
         """See `Runtime.start_all`."""
         return [started(self.start, request) for request in requests]

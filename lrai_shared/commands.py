@@ -16,6 +16,7 @@ from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, 
 from lrai_shared.client import Attached, is_running, shared_folder
 from lrai_shared.keys import make_keys, server_end
 
+_INTERRUPTED: Final = 130  # exit status
 _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 
 app = typer.Typer(help="The shared runtime.", no_args_is_help=True, add_completion=False)
@@ -202,7 +203,12 @@ def _call(address: str, operation: str) -> object:
 
 def main(arguments: Sequence[str]) -> None:
     """Run a command; what `lrai` says of errors is its own business."""
-    app(args=list(arguments), prog_name="lrai runtime")
+    try:
+        app(args=list(arguments), prog_name="lrai runtime")
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            out.print("the runtime goes on with it, see lrai runtime deployments")
+        raise
 
 
 def main_freeze(arguments: Sequence[str]) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ def test_rows_are_copies_and_age(tmp_path: Path) -> None:
 
 def test_large_rows_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 1000)
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES_OF_FEW", 1000)
     traffic = Traffic(SIGNATURE, capture_rows=100)
     for first in range(50):
         traffic.see(request(first, length=30))
@@ -151,6 +152,7 @@ def test_large_rows_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_long_row_does_not_make_the_others_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 100_000)
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES_OF_FEW", 100_000)
     traffic = Traffic(SIGNATURE, capture_rows=100)
     for first in range(50):
         traffic.see(request(first, length=3))
@@ -161,6 +163,7 @@ def test_one_long_row_does_not_make_the_others_as_long(monkeypatch: pytest.Monke
 
 def test_a_full_sample_does_not_grow_by_what_takes_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 10_000)
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES_OF_FEW", 10_000)
     traffic = Traffic(SIGNATURE, capture_rows=20, seed=0)
     for first in range(20):
         traffic.see(request(first, length=3))
@@ -233,7 +236,9 @@ def test_what_an_ended_runtime_captured_is_removed_when_it_is_too_old(tmp_path: 
     clock.now += 1800
     traffic.save(folder)
     (folder / ".captured.npz.abc").touch()  # whoever wrote it was killed
-    forget_aged(config)
+    forget_aged(config)  # somebody may be at it
+    assert (folder / ".captured.npz.abc").exists()
+    forget_aged(config, halves=True)
     assert {file.name for file in folder.iterdir()} == {"sketch.json", "captured.npz"}
     found = (folder / "captured.npz").stat()
     os.utime(folder / "captured.npz", (found.st_mtime - 1801, found.st_mtime - 1801))
@@ -250,17 +255,47 @@ def test_a_place_that_cannot_be_written_harms_nobody(
     assert "traffic is not kept" in caplog.text
 
 
-def test_rows_that_go_into_no_array_are_told_of_and_harm_nobody(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of a model whose inputs have free dimensions that are no length axis."""
-    free = lrai.TensorSpec(name="x", datatype="FP32", shape=("batch", "width"), batch_axis=0)
+def free_rows(folder: Path, name: str, widths: Sequence[int]) -> Array:
+    """Return what is kept of rows of these widths, which is no length axis."""
+    free = lrai.TensorSpec(name=name, datatype="FP32", shape=("batch", "width"), batch_axis=0)
     signature = lrai.Signature(inputs=(free,), outputs=())
-    traffic = Traffic(signature, capture_rows=10)
-    watch = Watch(traffic, tmp_path / "m", lambda _: None)
-    for width in (2, 3):
-        inputs = {"x": np.zeros((1, width), np.float32)}
+    watch = Watch(Traffic(signature, capture_rows=10), folder, lambda _: None)
+    for width in widths:
+        inputs = {name: np.zeros((1, width), np.float32)}
         asked = lrai.InferenceRequest(model_name="m", inputs=inputs)
         watch.see(validate(asked, signature, LimitsConfig()))
     watch.save()
-    assert "traffic is not kept" in caplog.text
+    with np.load(folder / "captured.npz", allow_pickle=False) as saved:
+        found: Array = saved[name]
+    return found
+
+
+def test_rows_that_do_not_go_into_the_array_of_the_others_are_left_out(tmp_path: Path) -> None:
+    assert free_rows(tmp_path, "x", [3, 2, 3]).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "self", "a/b"])
+def test_inputs_may_have_any_name(tmp_path: Path, name: str) -> None:
+    assert free_rows(tmp_path, name, [3]).shape == (1, 3)
+
+
+def test_large_rows_are_enough_to_judge_by() -> None:
+    wide = lrai.TensorSpec(name="x", datatype="FP32", shape=("batch", 200_000), batch_axis=0)
+    signature = lrai.Signature(inputs=(wide,), outputs=())
+    traffic = Traffic(signature, capture_rows=2000)
+    asked = lrai.InferenceRequest(model_name="m", inputs={"x": np.zeros((1, 200_000), np.float32)})
+    valid = validate(asked, signature, LimitsConfig())
+    for _ in range(300):
+        traffic.see(valid)
+    assert 250 <= len(traffic._sample) <= 300
+
+
+def test_the_sample_stays_one_of_all_that_came_when_rows_age() -> None:
+    clock = Clock()
+    traffic = Traffic(SIGNATURE, capture_rows=100, ttl_hours=1, seed=0, clock=clock)
+    for first in range(12_000):  # for two hours
+        clock.now += 0.6
+        traffic.see(request(first))
+    ages = sorted(clock.now - row.seen for row in traffic._sample)
+    assert ages[-1] <= 3600
+    assert ages[len(ages) // 2] > 600  # a fair median is 1800

@@ -482,6 +482,9 @@ def test_what_was_used_longest_ago_makes_room(
         assert runtime.result(identity).outputs["y"][0, 0] == 2.0
         assert {model.name for model in runtime.models()} == {"a", "d"}
         assert [deployment.name for deployment in runtime.deployments()] == ["a", "d"]
+        with pytest.raises(lrai.MemoryBudgetExceeded):  # of what answers nobody yet
+            runtime.load(small[3.0], name="d", share=0.0)
+        assert {model.name for model in runtime.models()} == {"a", "d"}
 
 
 def pss_mib(pid: int) -> float:

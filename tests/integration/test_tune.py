@@ -18,10 +18,11 @@ from benchmarks import models
 from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
-from lrai_report.compare import Side, differing, measure, sides
-from lrai_report.tune import main
+from lrai_report.compare import Side, answered, differing, measure, sides
+from lrai_report.tune import Target, _in_the_runtime, main
 from tests.core.compiler.onnx_files import linear, save
-from tests.own_runtime import own_runtime
+from tests.own_runtime import daemon_pids, own_runtime
+from tests.tiny_models import token_model
 
 pytestmark = pytest.mark.server
 
@@ -204,3 +205,43 @@ def test_a_name_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path
         found = cli("nobody", cwd=tmp_path)
     assert found.returncode == 2
     assert "'nobody' is no file, artifact or name: there is 'm'" in found.stderr
+
+
+def test_a_folder_that_is_served_means_what_serves(tmp_path: Path) -> None:
+    lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai")
+    alone = cli(tmp_path / "m.lrai", cwd=tmp_path)
+    assert alone.returncode == 2
+    assert "is not served, so nothing is captured: give --requests" in alone.stderr
+    with own_runtime(), lrai.Runtime() as runtime:
+        runtime.load(tmp_path / "m.lrai", name="other")
+        found = cli(tmp_path / "m.lrai", cwd=tmp_path)
+    assert found.returncode == 3
+    assert "of the requests to 'other' none are captured" in found.stderr
+
+
+def test_no_runtime_is_started_to_be_asked(tmp_path: Path) -> None:
+    with own_runtime() as sockets:
+        found = cli("nobody", cwd=tmp_path)
+        assert daemon_pids(sockets) == []
+    assert found.returncode == 2
+    assert "'nobody' is no file or artifact, and no runtime runs" in found.stderr
+
+
+def test_what_was_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    artifact = lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai")
+    with own_runtime(), lrai.Runtime() as runtime:
+        runtime.load(artifact, name="m")
+        before = Target(tmp_path / "m.onnx", None, artifact, "m", shares={"0" * 12: 1.0})
+        with pytest.raises(lrai.ConditionNotMet, match="'m' was changed meanwhile"):
+            _in_the_runtime(before, tmp_path / "m.lrai", 0, "", apply=True)
+        assert runtime.deployments()[0].previous == ""
+
+
+def test_captured_requests_that_the_model_refuses_are_left_out(tmp_path: Path) -> None:
+    artifact = lrai.compile(token_model(tmp_path / "m.onnx"), out=tmp_path / "m.lrai")
+    ids = np.array([[1, 2], [5000, 1], [3, 0]])
+    np.savez(tmp_path / "captured.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    ticks: list[int] = []
+    kept = answered(artifact, tmp_path / "captured.npz", lambda: ticks.append(1))
+    assert kept["input_ids"].tolist() == [[1, 2], [3, 0]]
+    assert len(ticks) == 3

@@ -177,7 +177,7 @@ def test_an_interrupted_replay_ends_with_130_and_leaves_no_process(
             child.kill()
     assert child.returncode == 130
     assert "Traceback" not in said
-    assert "lrai: interrupted; nothing was left behind" in said
+    assert "lrai: interrupted" in said
     assert [pid for pid in actors if Path(f"/proc/{pid}").exists()] == []
 
 
