@@ -276,8 +276,7 @@ class Artifact:
         return {
             name: entry
             for name, entry in self.manifest.files.items()
-            if name == variant.model
-            or (str(PurePosixPath(name).parent) in folders and not name.endswith(".onnx"))
+            if name == variant.model or str(PurePosixPath(name).parent) in folders
         }
 
 

@@ -36,9 +36,8 @@ class _Section:
                 raise ValueError(f"{section}.{item.name} is {value}, at least {least} is needed")
             allowed = typing.get_args(typing.get_type_hints(type(self))[item.name])
             if allowed and value not in allowed:
-                raise ValueError(
-                    f"{section}.{item.name} is {value!r}, allowed: {', '.join(allowed)}"
-                )
+                words = f"{section}.{item.name} is {value!r}, allowed: {', '.join(allowed)}"
+                raise ValueError(words)
 
 
 def _least(least: float, default: Any) -> Any:
@@ -77,10 +76,8 @@ class ActorConfig(_Section):
         """Check the bounds, and that an actor is heard of often enough."""
         _Section.__post_init__(self)
         if self.heartbeat_ms >= self.hang_seconds * 500:
-            raise ValueError(
-                f"actor.heartbeat_ms is {self.heartbeat_ms}, at most half of actor.hang_seconds "
-                f"({self.hang_seconds:g} s) is needed"
-            )
+            most = f"at most half of actor.hang_seconds ({self.hang_seconds:g} s) is needed"
+            raise ValueError(f"actor.heartbeat_ms is {self.heartbeat_ms}, {most}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,10 +248,9 @@ def _from_file(file: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
             raise UsageError(f"{found}: {shorten(section)!r} stands outside a section")
         flat |= {f"{section}.{name}": value for name, value in content.items()}
     if file is None and "actor.python" in flat:
-        raise UsageError(
-            f"{found} sets actor.python, which would run a program that the working folder "
-            "names; set it where you name the file, in LRAI_ACTOR_PYTHON or in code"
-        )
+        why = "sets actor.python, which would run a program that the working folder names"
+        where = "set it where you name the file, in LRAI_ACTOR_PYTHON or in code"
+        raise UsageError(f"{found} {why}; {where}")
     return [(found.name, flat)]
 
 

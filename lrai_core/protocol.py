@@ -307,9 +307,8 @@ def _check_shape(
             fixed, by = extents.setdefault(allowed, (got, spec.name))
             if fixed != got:
                 symbol = shorten(allowed, 40)
-                raise ValueError(
-                    f"dimension {axis} ({symbol}) is {got}, but {fixed} in tensor {by!r}"
-                )
+                words = f"dimension {axis} ({symbol}) is {got}, but {fixed} in tensor {by!r}"
+                raise ValueError(words)
 
 
 def check_values(array: Array, spec: TensorSpec, limits: LimitsConfig) -> None:

@@ -172,7 +172,9 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
     reference = gate.run_alone(engine.load(source, threads=threads), rows, threads, tick)
     judged: dict[str, tuple[Candidate, Judged]] = {}
-    parts = iter(gate.errors(rows, conditions, sum(c.form != "fp32" for c in candidates)))
+    # As many as were judged on these rows at home: what is here was chosen among them.
+    forms = max(manifest.candidates - 1, sum(c.form != "fp32" for c in candidates))
+    parts = iter(gate.errors(rows, conditions, forms))
     chance, failed = 0.0, ""  # how surely who is judged has to pass, as at home
     for candidate in candidates[1:]:
         form, fp32 = candidate.form, candidate.form == "fp32"

@@ -19,12 +19,13 @@ import typer
 from onnx.external_data_helper import load_external_data_for_model
 from rich.console import Console
 
-from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
+from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError, load_config
 from lrai_core import artifact as store
 from lrai_core.artifact import Variant, disk_errors
 from lrai_core.compiler.model import SharedWeights
 from lrai_core.verifier.certificate import certificates, write_certificate
 from lrai_core.verifier.verifier import environment, evaluation, failing, gaps, issue
+from lrai_deployments.measured import measured_here
 
 out: Final = Console(highlight=False, markup=False, emoji=False)
 _MOST_DRAWS: Final = 100_000  # of a certificate that is to be issued again
@@ -73,6 +74,10 @@ def slim(path: str | Path, to: str | Path | None = None) -> Artifact:
     if (made_for := artifact.manifest.made_for(chosen)) != (here := environment(chosen)):
         why = "slim it there, it would serve nowhere else"
         raise ConditionNotMet(f"{chosen.id} was made for {made_for}, this is {here}: {why}")
+    serves = measured_here(artifact, load_config()).manifest.chosen
+    if serves != chosen.id:
+        why = "compile it here, and slim that"
+        raise ConditionNotMet(f"lrai requalify found that {serves} is to serve here: {why}")
     folder = artifact.path.absolute()
     written = Path(to) if to else folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.slim")
     with store.writing(written) as made:

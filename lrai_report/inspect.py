@@ -46,7 +46,8 @@ def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAM
         table.add_row(label, *(shorten(column.get(label, ""), _CELL) for column in columns))
     out.print(table)
     for c in certificates(artifact):
-        _say(f"certificate {c.id}, issued {c.created} by {c.issuer}: {c.statement()}")
+        said = f"issued {c.created} by {c.issuer}, says (lrai certificate check finds out)"
+        _say(f"certificate {c.id}, {said}: {c.statement()}")
 
 
 def _column(variant: Variant, serves: str) -> dict[str, str]:

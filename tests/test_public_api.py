@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def members(kind: type) -> list[str]:
             continue
         if inspect.isfunction(inner):
             found.append(f"{name}{parameters(inner)}")
-        elif isinstance(value, property):
+        elif isinstance(value, property | cached_property):
             found.append(name)
     return found
 

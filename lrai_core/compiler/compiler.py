@@ -121,14 +121,8 @@ def compile(
         EnvironmentProblem: The disk is full or read-only, or an engine is not installed.
     """
     model, out = Path(model), Path(out)
-    conditions = Conditions(
-        metric=metric,
-        max_accuracy_loss=max_accuracy_loss,
-        epsilon=epsilon,
-        delta=delta,
-        groups=tuple(groups),
-        max_disparity=max_disparity,
-    )
+    demanded = (metric, max_accuracy_loss, epsilon, delta, tuple(groups), max_disparity)
+    conditions = Conditions(*demanded)
     choices = {"output_map": (output_map, MEASURES), "objective": (objective, search.OBJECTIVES)}
     for name, (got, known) in choices.items():
         if got not in known:
@@ -381,10 +375,9 @@ class _Compilation:
             self._reject(candidate.name, str(error))
             return None
         if fp32 and not found.result.passed:
-            raise CompileError(
-                "the optimised fp32 model does not give the source model's answers: "
-                f"{found.result.why}; if --axes was given, its axes are wrong"
-            )
+            wrong = "the optimised fp32 model does not give the source model's answers"
+            axes = "if --axes was given, its axes are wrong"
+            raise CompileError(f"{wrong}: {found.result.why}; {axes}")
         self._record(
             "candidate",
             form=candidate.name,

@@ -42,7 +42,7 @@ Outputs = list[list[Array]]
 Tick = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Conditions:
     """What must hold.
 
@@ -132,7 +132,10 @@ def judge(
     conditions: Conditions,
     level: float = LEVEL,
 ) -> Judged:
-    """Return what the gate says of a form, by its `run` of the rows and the source's outputs."""
+    """Return what the gate says of a form, by its `run` of the rows and the source's outputs.
+
+    Labels judge the first output with scores; the others are to agree, as all without labels.
+    """
     specs, labels, effect = signature.outputs, rows.labels, 0.0
     if len(runs) > 1:
         unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
@@ -141,6 +144,14 @@ def judge(
         found = _agreement_result(reference, runs, specs, level)
     else:
         found = _label_result(reference, runs, labels, conditions, level)
+        scored, *others = [
+            i for i, a in enumerate(reference[0]) if a.dtype.kind == "f" and a.size > 1
+        ]
+        if found.passed and others:  # no label speaks of them
+            parts = [[[row[i] for i in others] for row in one] for one in (reference, *runs)]
+            rest = _agreement_result(parts[0], parts[1:], [specs[i] for i in others], level)
+            why = f"{found.why}; other outputs than {specs[scored].name}: {rest.why}"
+            found = msgspec.structs.replace(found, passed=rest.passed, why=why)
     gaps = _gaps(reference, runs[0], specs)
     if labels is not None and rows.groups:
         found = _fair_enough(found, reference, runs, rows, conditions.max_disparity)
@@ -173,10 +184,9 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
                 f"{split_off} of all rows are the search's, the gate has {seen}"
             )
     if len(rows) < needed:
-        raise CalibrationError(
-            f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search; "
-            f"the gate is left with {len(rows)} and needs {needed} even for a form without a fault"
-        )
+        there = f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search"
+        needs = f"is left with {len(rows)} and needs {needed} even for a form without a fault"
+        raise CalibrationError(f"{there}; the gate {needs}")
 
 
 def errors(rows: Rows, conditions: Conditions, forms: int) -> list[float]:

@@ -95,10 +95,9 @@ class Embedded:
         if roots:
             path = path.resolve()  # where links and dots lead to, and what is opened then
             if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):
-                raise ConditionNotMet(
-                    f"{shorten(artifact)!r} lies in none of the folders that artifacts may be "
-                    "loaded from, see runtime.model_roots"
-                )
+                where = "none of the folders that artifacts may be loaded from"
+                given = shorten(artifact)
+                raise ConditionNotMet(f"{given!r} lies in {where}, see runtime.model_roots")
         return Artifact.open(path, verify=False)  # the actor hashes what it opens
 
     def add(
@@ -113,10 +112,9 @@ class Embedded:
         chosen, *others = self._choose(artifact, name, variant) or (None,)
         # A certificate speaks of the graph as it was compiled, not of one optimised at load.
         if chosen is None and (terms is not None or not artifact.manifest.source.file):
-            raise ConditionNotMet(
-                "the variant was made for another processor class or engine version, and the source"
-                " model cannot serve in its place: no certificate speaks of it, or it was left out"
-            )
+            made = "the variant was made for another processor class or engine version"
+            why = "no certificate speaks of it, or it was left out"
+            raise ConditionNotMet(f"{made}, and the source model cannot serve in its place: {why}")
         beside: list[tuple[Variant, str | None]] = []
         for one in () if chosen is None or limits.deterministic else others:
             with contextlib.suppress(ConditionNotMet):  # the chosen one may meet it alone

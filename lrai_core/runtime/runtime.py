@@ -274,9 +274,8 @@ class Runtime:
             if identity in self._results:
                 raise RequestError(f"a request with id {shorten(identity)!r} is outstanding")
             if len(self._results) >= limit:
-                raise QueueFull(
-                    f"{limit} results wait to be fetched", limit=limit, retry_after_seconds=1.0
-                )
+                words = f"{limit} results wait to be fetched"
+                raise QueueFull(words, limit=limit, retry_after_seconds=1.0)
             self._results[identity] = self.start(request)
         return identity
 
@@ -287,10 +286,8 @@ class Runtime:
             TimeoutError: It is not there yet; ask again.
             RequestError: No such request, or its answer was fetched already.
         """
-        try:
-            future = self._results[identity]
-        except KeyError:
-            raise RequestError(f"no request {shorten(identity)!r} is outstanding") from None
+        if (future := self._results.get(identity)) is None:
+            raise RequestError(f"no request {shorten(identity)!r} is outstanding")
         try:
             return future.result(timeout_seconds)
         finally:

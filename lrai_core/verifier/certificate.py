@@ -11,6 +11,7 @@ from typing import Final, Literal
 import msgspec
 
 from lrai_core.artifact import CERTIFICATES, SCHEMA_VERSION, Artifact, disk_errors, read_record
+from lrai_core.confidence import upper_bound
 from lrai_core.errors import ArtifactError, UsageError, VerificationError, shorten
 from lrai_core.protocol import OutputMap
 from lrai_core.verifier.spec import round_up
@@ -153,7 +154,8 @@ def certificates(artifact: Artifact, variant: str = "") -> list[Certificate]:
     """Return the certificates that name the artifact's manifest, the most telling first.
 
     On the evaluation rows before a box around them, then a bound that is not vacuous, then the
-    smallest epsilon, then the smallest bound. Whether they hold is for `check` to say.
+    smallest epsilon, then the smallest bound. Whether they hold is for `check` to say; what claims
+    a bound below that of its own failures is passed over.
 
     Args:
         artifact: Beside which they lie. Files that this version cannot read are passed over.
@@ -164,5 +166,7 @@ def certificates(artifact: Artifact, variant: str = "") -> list[Certificate]:
         with contextlib.suppress(VerificationError):  # a tier or schema of another version
             found.append(read_certificate(path))
     mine = [c for c in found if c.manifest_sha256 == artifact.sha256 and variant in ("", c.variant)]
+    own = [upper_bound(min(len(c.failures), c.samples), c.samples, c.confidence) for c in mine]
+    mine = [c for c, least in zip(mine, own, strict=True) if c.upper_bound >= least * (1 - 1e-9)]
     mine.sort(key=lambda c: (c.radius > 0, c.upper_bound > _VACUOUS, c.epsilon, c.upper_bound))
     return mine

@@ -19,7 +19,7 @@ from lrai_core.verifier import verifier
 from lrai_core.verifier.certificate import CONFIDENCE, Certificate, certificates, read_certificate
 from lrai_core.verifier.sample import Rows
 
-_ALL = 2048  # up to so many draws are all run again;
+_ALL = 1 << 15  # up to so many draws are all run again;
 _PART = 512  # of more a random part, and the recorded failures up to as many
 
 
@@ -82,20 +82,20 @@ def require_certificate(
 ) -> Certificate:
     """Return a certificate of the variant that meets `require`, and follows from the files.
 
-    Its sample is not run again: that is for `check`.
+    Its sample is not run again, and it could have been forged: that is for `check`.
 
     Args:
         artifact: Opened; its evaluation rows are hashed again, its models are not.
         variant: The variant about to be served.
-        require: `tier` and `sampler` (by default `evaluation`): exactly; `epsilon`, `delta`: at
-            most; `confidence` (by default 0.95): at least.
+        require: `tier` and `sampler` (by default `evaluation`): exactly; `epsilon` (by default
+            any) and `delta` (0.1): at most; `confidence` (0.95): at least.
 
     Raises:
         ConditionNotMet: There is none; the message says what there is.
         UsageError: An unknown key, or a value that is no number.
         VerificationError: The evaluation rows cannot be read.
     """
-    wanted: dict[str, Any] = {"tier": "STATISTICAL", "epsilon": math.inf, "delta": 1.0}
+    wanted: dict[str, Any] = {"tier": "STATISTICAL", "epsilon": math.inf, "delta": 0.1}
     wanted |= {"confidence": CONFIDENCE, "sampler": "evaluation"}
     for key, value in require.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -114,9 +114,8 @@ def require_certificate(
             return c
     there = "; ".join(c.statement() for c in own) or "it has none that follows from the files"
     asked = ", ".join(f"{key}={value}" for key, value in require.items()) or "any"
-    raise ConditionNotMet(
-        f"variant {variant} has no certificate that meets the requirement ({asked}): {there}"
-    )
+    lacks = f"variant {variant} has no certificate that meets the requirement"
+    raise ConditionNotMet(f"{lacks} ({asked}): {there}")
 
 
 def _objections(c: Certificate, artifact: Artifact, rows: Rows) -> list[str]:
@@ -160,4 +159,4 @@ def _rerun(
     ran = f"{len(draws)} of {c.samples} draws, run again here, came out as it says"
     if wrong:
         raise VerificationError(f"{ran}, but for {len(wrong)}: {wrong[:5]}")
-    return ran
+    return f"{ran}, to within {rounding:.1g} of epsilon"

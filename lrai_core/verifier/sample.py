@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -30,7 +30,9 @@ _UNREADABLE: Final = (  # what numpy and zipfile raise on bytes that are not the
     OSError, ValueError, EOFError, LookupError, TypeError, RuntimeError, SyntaxError, MemoryError,
     OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+_KEPT_ROWS: Final = 1 << 16
 _Stored = tuple[tuple[tuple[int, ...], bytes], ...]  # an empty tuple takes no memory when read
+_AtMost = Annotated[tuple[_Stored, ...], msgspec.Meta(max_length=_KEPT_ROWS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def save_rows(path: Path, rows: Rows, most: int | None = None) -> Rows:
     The file is gzipped msgpack: per row and input the shape, and the content as on the wire.
     """
     sizes = accumulate(len(_encode(row)) for row in rows.inputs)
-    kept = rows.take(range(sum(size <= _KEPT_BYTES for size in sizes))[:most])
+    kept = rows.take(range(sum(size <= _KEPT_BYTES for size in sizes))[:_KEPT_ROWS][:most])
     stored = msgspec.msgpack.encode([msgspec.Raw(_encode(row)) for row in kept.inputs])
     path.write_bytes(gzip.compress(stored, compresslevel=6, mtime=0))
     return kept
@@ -124,7 +126,7 @@ def load_rows(path: Path, signature: Signature) -> Rows:
     try:
         with gzip.open(path) as stream:
             content = stream.read(_KEPT_BYTES + 64)  # what is longer is cut, and so refused
-        stored = msgspec.msgpack.decode(content, type=tuple[_Stored, ...])
+        stored = msgspec.msgpack.decode(content, type=_AtMost)
         tensors = (_tensors(row, signature) for row in stored)
         rows, repeated = _distinct(tensors, None, signature, path.name)
     except (OSError, EOFError, ValueError, zlib.error, msgspec.MsgspecError, CalibrationError) as e:
@@ -178,9 +180,8 @@ def _groups(column: Array, name: str, what: str) -> Array:
         raise CalibrationError(f"{what}: {name!r} must be one text or integer per row, got {got}")
     values = [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in column]
     if not 2 <= (count := len(set(values))) <= _MOST_GROUPS:
-        raise CalibrationError(
-            f"{what}: {name!r} has {count} groups, 2 to {_MOST_GROUPS} are allowed"
-        )
+        allowed = f"2 to {_MOST_GROUPS} are allowed"
+        raise CalibrationError(f"{what}: {name!r} has {count} groups, {allowed}")
     return np.array(values)
 
 

@@ -15,22 +15,26 @@ FAR: Final = sys.float_info.max  # infinity, but for JSON, which has none
 
 
 def mapped(output: Array, output_map: OutputMap) -> Array:
-    """Return an output in float64 after its map, which works along the last axis."""
+    """Return an output in float64 after its map, which works along the last axis.
+
+    Of a single element a map would leave nothing, or its sign: it stays as it is.
+    """
     values = output.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        if output_map == "softmax":
+        if output_map == "softmax" and values.shape[-1:] != (1,):
             values = np.exp(values - values.max(axis=-1, keepdims=True))
             values /= values.sum(axis=-1, keepdims=True)
-        elif output_map == "l2_normalised":
-            values /= np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-30)
+        elif output_map == "l2_normalised" and values.shape[-1:] != (1,):
+            size = np.linalg.norm(values, axis=-1, keepdims=True)
+            values /= np.where(np.isfinite(size), np.maximum(size, 1e-30), np.nan)
     return values
 
 
 def difference(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpec]) -> float:
     """Return the largest absolute element difference of one row after each output's map.
 
-    A shape that differs, a NaN on one side only, and a map that is undefined where the outputs
-    differ, count as infinity.
+    A shape that differs, a NaN on one side only, a map that is undefined where the outputs differ,
+    and integers that only float64 takes for the same, count as infinity.
     """
     worst = 0.0
     for a, b, spec in zip(f, g, specs, strict=True):
@@ -40,7 +44,8 @@ def difference(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpe
         x, y = mapped(a, spec.output_map), mapped(b, spec.output_map)
         with np.errstate(invalid="ignore", over="ignore"):
             if math.isfinite(most := float(np.abs(x - y).max(initial=0.0))):
-                worst = max(worst, most)
+                blind = not most and a.dtype.kind in "iu" and not np.array_equal(a, b)
+                worst = max(worst, FAR if blind else most)
                 continue
             same = (a == b) | ((a != a) & (b != b))  # NaN alone differs from itself
             gap = np.where((x == y) | (np.isnan(x) & np.isnan(y) & same), 0.0, np.abs(x - y))
@@ -64,6 +69,7 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
     if (same := np.array_equal(a, b)) or a.shape != b.shape or a.dtype.kind in "OSUbi":
         return same  # a label, or the number of one; pixels may differ
     x, y = a.astype(np.float64), b.astype(np.float64)
+    output_map = "raw" if a.shape[-1:] == (1,) else output_map  # as `mapped`
     if output_map == "softmax":
         sound = np.isfinite(y) | (x == y)  # a masked class is minus infinity on both sides
         return bool((x.argmax(axis=-1) == y.argmax(axis=-1)).all() and sound.all())

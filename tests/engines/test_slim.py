@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import lrai_core as lrai
 from benchmarks.models import classifier
 from lrai_core.verifier.certificate import Spec, write_certificate
+from lrai_deployments.measured import keep
 from lrai_engines import slim as command
 from lrai_engines.requalify import requalify
 from lrai_engines.slim import slim
@@ -167,3 +168,15 @@ def test_what_it_needs_is_still_told(slimmed: lrai.Artifact) -> None:
 def _target() -> dict[str, object]:
     target = small_artifact.manifest().target
     return {name: getattr(target, name) for name in target.__struct_fields__}
+
+
+def test_what_was_found_wrong_here_is_not_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path / "state"))
+    artifact = lrai.Artifact.open(small_artifact.build(tmp_path / "m.lrai"))
+    assert artifact.manifest.chosen == "int8"
+    found = msgspec.structs.replace(artifact.manifest, chosen="fp32")
+    keep(artifact, found, lrai.load_config())
+    with pytest.raises(lrai.ConditionNotMet, match="requalify found that fp32 is to serve here"):
+        slim(artifact.path, tmp_path / "slim.lrai")

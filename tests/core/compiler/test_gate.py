@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -223,3 +224,19 @@ def test_a_row_of_nan_hits_no_label() -> None:
 def test_an_epsilon_that_is_infinite_is_refused() -> None:
     with pytest.raises(UsageError, match="epsilon is inf, it must be above 0, and finite"):
         Conditions(epsilon=float("inf"))
+
+
+@pytest.mark.parametrize(("second", "passes"), [(1.0, True), (-1.0, False), (np.nan, False)])
+def test_outputs_of_which_no_label_speaks_have_to_agree(second: float, passes: bool) -> None:
+    sample = rows(600, labelled=True)
+    (scores,) = signature("softmax").outputs
+    model = Signature(
+        inputs=signature("softmax").inputs,
+        outputs=(scores, msgspec.structs.replace(scores, name="embedding", output_map="raw")),
+    )
+    reference = [[row[0], row[0]] for row in sample.inputs]
+    own = [[row[0], row[0] * np.float32(second)] for row in sample.inputs]
+    found = judge([own], reference, sample, model, Conditions()).result
+    assert found.passed is passes
+    assert "top1 loss is 0.00%" in found.why
+    assert "other outputs than y: " in found.why

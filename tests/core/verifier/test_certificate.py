@@ -165,14 +165,15 @@ def test_only_certificates_of_this_manifest_are_listed_most_telling_first(
     assert certificates(artifact) == []
     ranked = [
         certificate(artifact.sha256, upper_bound=0.1, epsilon=0.001),
-        certificate(artifact.sha256, upper_bound=0.01, epsilon=0.01),
+        certificate(artifact.sha256, upper_bound=0.01, epsilon=0.01, samples=10_000),
         certificate(artifact.sha256, upper_bound=0.02, epsilon=0.01),
-        certificate(artifact.sha256, upper_bound=0.001, epsilon=0.02),
+        certificate(artifact.sha256, upper_bound=0.001, epsilon=0.02, samples=10_000),
         certificate(artifact.sha256, upper_bound=0.11, epsilon=1e-6),  # says next to nothing
-        certificate(artifact.sha256, upper_bound=0.001, epsilon=1e-6, radius=0.25),
+        certificate(artifact.sha256, upper_bound=0.001, epsilon=1e-6, radius=0.25, samples=10_000),
         certificate(artifact.sha256, upper_bound=1.0, epsilon=1e-9, radius=0.25),
     ]
-    for one in (*ranked, certificate("f" * 64, upper_bound=0.001)):
+    false = certificate(artifact.sha256, upper_bound=1e-4, epsilon=1e-9)  # fewer than that allow
+    for one in (*ranked, false, certificate("f" * 64, upper_bound=0.001)):
         write_certificate(artifact.path, one)
     assert certificates(artifact) == ranked
 

@@ -267,6 +267,7 @@ def test_one_hidden_failure_is_found_however_the_seed_is_chosen(
 def test_of_a_large_sample_another_part_is_run_each_time(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lrai_core.verifier.check._ALL", 2048)
     certificate = verify(artifact, Spec(epsilon=0.0015, radius=0.1, samples=4000))[0]
     drawn: list[int] = []
     draw = verifier.draw
@@ -565,3 +566,11 @@ def test_the_chosen_variant_is_certified_unless_another_is_named(
     assert (exact.variant, exact.failures) == ("fp32", ())
     assert check(exact, artifact).holds
     assert exact.assumption == verifier.ASSUMPTIONS["evaluation"]
+
+
+def test_a_certificate_that_says_next_to_nothing_meets_no_demand(artifact: Artifact) -> None:
+    vacuous = verify(artifact, Spec(epsilon=1e-9))[0]
+    assert vacuous.upper_bound == 1.0
+    with pytest.raises(ConditionNotMet, match="no certificate that meets"):
+        require_certificate(artifact, "int8", {"epsilon": 1e-9})
+    assert require_certificate(artifact, "int8", {"epsilon": 1e-9, "delta": 1.0}) == vacuous

@@ -204,3 +204,23 @@ def test_rounding_up_to_two_digits(value: float, expected: float) -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf])
 def test_what_has_no_digits_is_not_rounded(value: float) -> None:
     assert round_up(value) == value
+
+
+@pytest.mark.parametrize("output_map", ["softmax", "l2_normalised"])
+def test_a_single_element_is_compared_as_it_is(output_map: OutputMap) -> None:
+    """Its softmax is one, and its direction a sign, whatever it is."""
+    assert gap([[3.0]], [[-4.0]], output_map) == 7.0
+    assert not agrees([[3.0]], [[-4.0]], output_map)
+    assert gap([[3.0, 0.0]], [[3.0, 0.0]], output_map) == 0.0
+
+
+def test_integers_that_a_double_takes_for_the_same_are_told_apart() -> None:
+    large = np.array([[2**53]])
+    assert difference([large], [large + 1], [output("raw")]) == FAR
+    assert difference([large], [large], [output("raw")]) == 0.0
+
+
+def test_a_length_that_no_double_holds_hides_no_direction() -> None:
+    assert gap([[math.inf, 1.0]], [[math.inf, -500.0]], "l2_normalised") == FAR
+    assert gap([[1e200, 0.0]], [[0.0, 1e200]], "l2_normalised") == FAR
+    assert gap([[1e200, 1.0]], [[1e200, 1.0]], "l2_normalised") == 0.0
