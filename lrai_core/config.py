@@ -32,12 +32,12 @@ class _Section:
         section = type(self).__name__.removesuffix("Config").lower()
         for item in dataclasses.fields(self):
             value, least = getattr(self, item.name), item.metadata.get("least")
-            if least is not None and not value >= least:
-                raise ValueError(f"{section}.{item.name} is {value}, at least {least} is needed")
+            name, most = f"{section}.{item.name}", 1e9 if isinstance(value, float) else 1 << 62
+            if least is not None and not least <= value <= most:
+                raise ValueError(f"{name} is {value}, at least {least} is needed, at most {most:g}")
             allowed = typing.get_args(typing.get_type_hints(type(self))[item.name])
             if allowed and value not in allowed:
-                words = f"{section}.{item.name} is {value!r}, allowed: {', '.join(allowed)}"
-                raise ValueError(words)
+                raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
 
 
 def _least(least: float, default: Any) -> Any:

@@ -38,6 +38,7 @@ DATATYPES: Final[Mapping[str, np.dtype[Any]]] = {
 }
 _DATATYPE_OF: Final = {dtype: name for name, dtype in DATATYPES.items()}
 _MAX_DIMENSIONS: Final = 16
+_TEXT_BYTES: Final = 64  # of memory, at least, that an element of a BYTES tensor takes
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -282,6 +283,10 @@ def _decode(tensor: Tensor, room_bytes: int) -> Array:
     if size > room_bytes:
         raise ValueError(f"{size} bytes, at most {max(room_bytes, 0)} are left for this request")
     if tensor.datatype == "BYTES":
+        if count > (
+            most := max(room_bytes, 0) // _TEXT_BYTES
+        ):  # whoever reads them has no other work
+            raise ValueError(f"{count} elements, at most {most} are left for this request")
         return decode_bytes(tensor.data, count).reshape(shape)
     if count * dtype.itemsize != size:
         need = "more than memory" if count >> 63 else f"{count} elements of {dtype.itemsize} bytes"

@@ -46,6 +46,16 @@ class Deployments(Embedded):
     """An embedded runtime whose names have versions; thread-safe."""
 
     pool = InlinePool
+    keeps = False  # at its end, what it serves for the next one, as if it had been killed
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """See `Embedded`."""
+        try:
+            super().__init__(*arguments, **options)
+        except BaseException:
+            with suppress(AttributeError):  # it did not come so far
+                self._store.close()
+            raise
 
     def begin(self) -> None:
         """See `Embedded.begin`. Of what was kept, take over what is frozen."""
@@ -99,8 +109,9 @@ class Deployments(Embedded):
             except (lrai.LraiError, TypeError) as error:  # whoever needs it is told, too
                 self.events.emit("deployment_changed", name, change="lost", reason=str(error))
                 _log.warning("%s: version %s is not served again: %s", name, label, error)
-                missing = missing or not isinstance(error, _LOST)
-                if isinstance(error, _LOST):
+                lost = isinstance(error, _LOST) and not kept.frozen  # which stays as it is
+                missing = missing or not lost
+                if lost:
                     record = record.without(label)
         if missing:  # for now: its share is kept for it, and others answer meanwhile
             self._apply_what_runs(name, record)
@@ -168,7 +179,7 @@ class Deployments(Embedded):
     ) -> str:
         """See `Runtime.load`. `shared`: to find the same version and variant loaded is no error."""
         opened = self.open(artifact)
-        name = name or opened.manifest.name
+        name, part = name or opened.manifest.name, _shares({"share": share or 0.0})["share"]
         with self.changing(name, wait=shared):
             if shared and self.scheduler.accepting:
                 self._restart_dead(name, opened)
@@ -177,23 +188,30 @@ class Deployments(Embedded):
                 # Who asks for the same again means what serves in its place, where it cannot.
                 again = record.versions.get(one.version, How()).variant == variant
                 if self._is_served(one, opened, "" if again else variant, require):
+                    has_now = record.shares.get(one.version, 0.0)
+                    if share is not None and has_now != part:
+                        has = f"{one.version} is loaded with a share of {has_now:g}"
+                        raise lrai.UsageError(f"{has}: route gives it another one")
                     return name
             plain = share is None and require is None
             if shared and served and plain and record.was(opened.version):
                 return name  # whoever starts anew with what was replaced gets what replaced it
             kept = record.serving(opened.version)
-            if record.frozen and not served and kept and variant in {"", kept.variant}:
-                require = kept.require if require is None else require
-                variant, settings = kept.variant, kept.settings
-                record = Record(frozen=record.frozen)  # it serves again what it served
-            else:
-                record = self._free(name)
-                record = record if served else Record(previous=record.previous)
+            if record.frozen and kept and variant in {"", kept.variant}:
+                own = replace(kept, require=kept.require if require is None else require)
+                with self._started(name, opened, own, kept.version):
+                    self._commit(name, record, "load")  # it serves again as it served
+                return name
+            record = self._free(name)
+            record = record if served else Record(previous=record.previous)
+            if share is not None and not served:
+                none = f"no version of {name[:120]!r} serves"
+                raise lrai.UsageError(f"{none} beside which it could have a share: load without")
             self._is_alike(name, opened)
             if served and share is None:
                 many = "swap replaces it, a share has both serve"
                 raise lrai.UsageError(f"a model {name[:120]!r} is loaded already: {many}")
-            part = _shares({"share": share})["share"] if served else 1.0
+            part = part if served else 1.0
             how = How(variant, require, settings)
             with self._started(name, opened, how, tried=not part) as (new, loaded):
                 if served:
@@ -248,8 +266,8 @@ class Deployments(Embedded):
                 raise lrai.ModelNotFound(f"{name!r} has versions {known}, not {label[:40]!r}")
             if round(sum(given.values()), 6) != 1 or len(copies) > 1:
                 raise lrai.UsageError("shares that add up to 1, and at most one shadow, are needed")
-            for label in (label for label, share in given.items() if share):
-                if self._state(self.find(name, label)) == "dead":
+            for label in {label for label, share in given.items() if share} | named - given.keys():
+                if not self.runs(self.find(name, label)):
                     raise lrai.ConditionNotMet(f"version {label} of {name!r} does not run any more")
             if relief and any(map(self._is_deterministic, record.versions.values())):
                 raise lrai.UsageError(
@@ -358,7 +376,7 @@ class Deployments(Embedded):
             return
         for watching in list(self._watches.values()):
             watching.save()
-        if self.scheduler.thread.is_alive():  # else whoever comes next serves on
+        if self.scheduler.thread.is_alive() and not self.keeps:  # else who comes next serves on
             frozen = {name: record for name, record in self._records.items() if record.frozen}
             with suppress(lrai.LraiError):
                 self._store.write(frozen, stopped=True)
@@ -382,6 +400,10 @@ class Deployments(Embedded):
         here = self._here.get(version.key)
         state = "stalled" if here is not None and here.hangs() else super()._state(version)
         return "ok" if state == "idle" and here is not None and here.outstanding() else state
+
+    def runs(self, version: Version) -> bool:
+        """Return whether a version was not given up."""
+        return self._state(version) != "dead"
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run a function soon, in a thread that no request waits for."""
@@ -505,7 +527,7 @@ class Deployments(Embedded):
             self.remove(new, drain=False)
             raise
 
-    def _make_room(self, name: str, needed: int, *, tried: bool) -> None:
+    def _make_room(self, name: str, needed: int, *, tried: bool = False) -> None:
         """Unload what was not used for longest, as far as a new version of a name needs it."""
         budget = self.config.runtime.memory_mib << 20
         while budget:
@@ -566,8 +588,13 @@ class Deployments(Embedded):
             records = {**self._records, name: record}
             if not record.versions:
                 del records[name]
-            self._store.note(change=what, model=name, by=by, reason=why, shares=record.shares)
             self._store.write(records)
+            try:
+                self._store.note(change=what, model=name, by=by, reason=why, shares=record.shares)
+            except lrai.EnvironmentProblem:
+                with suppress(lrai.EnvironmentProblem):
+                    self._store.write(self._records)  # what is not told of is not done
+                raise
             self._records = records
             self._apply(name, record)
         self.events.emit("deployment_changed", name, change=what, by=by, reason=why)

@@ -79,7 +79,7 @@ class Route:
         random, original = self._core.random, Future[InferenceResponse | None]()
         (version,) = random.choices(self._versions, cum_weights=self._cumulative)
         if self._relief is not None and self._too_late(version, request):
-            version = self._relief
+            version = self._relief if self._core.runs(self._relief) else version
         shadow = self._shadow if random.random() < self._sampled else None
 
         def ended(outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from lrai_core import EnvironmentProblem
+from lrai_core import EnvironmentProblem, UsageError
 from lrai_core.artifact import disk_errors
 from lrai_core.runtime.version import Freeze
 from lrai_deployments.traffic import replaced
@@ -140,7 +140,12 @@ class Store:
         """Keep this in place of what was kept, whole or not at all."""
         if self._folder is not None:
             with disk_errors(self._folder), replaced(self._folder / _FILE) as stream:
-                stream.write(msgspec.json.encode(_File(stopped, deployments)))
+                content = msgspec.json.encode(_File(stopped, deployments))
+                try:  # what nobody could read would cost all names
+                    msgspec.json.decode(content, type=_File)
+                except msgspec.ValidationError as error:
+                    raise UsageError(f"an argument is none that can be kept: {error}") from None
+                stream.write(content)
 
     def note(self, **line: Any) -> None:
         """Append a line about a change."""

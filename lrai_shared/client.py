@@ -46,6 +46,8 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
+_MOST_JOINT: Final = 8 << 20  # bytes of theirs outside shared memory, after which it goes
+SETTINGS: Final = "settings"  # of a daemon that runs, or was killed
 _LOG_BYTES: Final = 1 << 20  # of the log that a start goes on with
 # What is not done again where it is not known whether it was done.
 _ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "freeze", "unfreeze"})
@@ -132,6 +134,7 @@ class Attached:
         self._most_bytes = 0  # of a request, as the daemon says
         self._on_wire, self._inline = dict[int, int](), 0  # bytes outside the arena, by key; of all
         self._process: Popen[bytes] | None = None
+        self._failures, self._start_at = 0, 0.0  # of daemons, and when to start the next one
         self._logged = 0  # bytes of the log before it was started
         self._owner = os.getpid()
         self._attached: Future[None] = Future()
@@ -176,6 +179,10 @@ class Attached:
         contents = [data for _, _, data in tensors]
         if sum(map(len, contents)) > self._most_bytes:  # else the line is cut for it, and again
             raise lrai.RequestError(f"over {self._most_bytes} bytes, the limit of one request")
+        most = self._config.scheduler.max_queue_rows
+        if len(self._outbox) >= most:  # beside those on their way
+            words = f"{most} requests of this process wait to be sent, the most that may"
+            raise lrai.QueueFull(words, limit=most, retry_after_seconds=1.0)
         encoded, stated = messages.encode_form(form), given is not None
         asked = _Asked(self, encoded, contents, request.id, timeout_ms, stated=stated)
         asked.key = self._post(self._asked, self._outbox, asked)
@@ -324,8 +331,12 @@ class Attached:
         if status:
             said = _last_line(self._folder / "log", self._logged)
             self._fail(f"it ended with exit status {status}: {said}")
+            self._process = None
+            self._start_at = time.monotonic() + min(5.0, _SEARCH_SECONDS * 2**self._failures)
+            self._failures += 1
         wanted = self._asked or self._calls or not self._attached.done()
-        if status is not None and wanted and not self._session and not self._far:
+        due = status is not None and time.monotonic() >= self._start_at
+        if due and wanted and not self._session and not self._far:
             try:
                 with contextlib.suppress(OSError):
                     self._logged = (self._folder / "log").stat().st_size
@@ -348,7 +359,7 @@ class Attached:
                 its = f"it speaks protocol {message.version} of lrai {message.lrai}"
                 self._fail(f"{its}, this process {wire.PROTOCOL_VERSION}: stop it first")
             elif message.session != self._session:  # it knows of nothing that was asked
-                self._session, self._credit = message.session, message.credit
+                self._session, self._credit, self._failures = message.session, message.credit, 0
                 self._most_bytes = message.request_bytes
                 self._on_wire, self._inline = {}, 0
                 with self._lock:
@@ -394,7 +405,7 @@ class Attached:
     def _send(self) -> bool:
         """Send what waits, as far as the daemon has given credit; return whether to go on."""
         packer = wire.Packer(self._arena.put if self._sharing else None)
-        items, cancelled, now = list[Infer](), list[int](), time.monotonic()
+        items, cancelled, now, joint = list[Infer](), list[int](), time.monotonic(), 0
         while self._outcalls:  # without credit: they are few, and tell how things are
             key = self._outcalls.popleft()
             if (call := self._calls.get(key)) is not None:
@@ -407,7 +418,7 @@ class Attached:
                 self._asked.pop(key, None)
         most = self._config.scheduler.max_queue_bytes  # the daemon holds them before it counts them
         while self._outbox and len(self._on_wire) < self._credit and len(items) < _MOST_ITEMS:
-            if self._on_wire and self._inline >= most:
+            if (self._on_wire and self._inline >= most) or joint >= _MOST_JOINT:
                 break
             key = self._outbox.popleft()
             if (asked := self._asked.get(key)) is not None:
@@ -416,9 +427,10 @@ class Attached:
                 items.append(Infer(key, asked.form, left_ms, places))
                 self._on_wire[key] = sum([size for frame, _, size in places if frame >= 0])
                 self._inline += self._on_wire[key]
+                joint += self._on_wire[key]
         if items or cancelled:
             packer.send(self._socket, Requests(tuple(items), tuple(cancelled)))
-        return len(items) == _MOST_ITEMS
+        return len(items) == _MOST_ITEMS or joint >= _MOST_JOINT
 
 
 def shared_folder(config: lrai.LraiConfig, address: str = "") -> Path:
@@ -443,12 +455,14 @@ def start_daemon(
     Args:
         folder: From `shared_folder`.
         config: Its settings.
-        stay: Until when: `end` with its last client; or `stay`; or stay and listen for other
-            machines, at `tcp://HOST:PORT?keys=FOLDER`.
+        stay: Until when: `end` with its last client, unless one was killed that was to stay, as
+            which it is started, with the settings of that one; or `stay`; or stay and listen for
+            other machines, at `tcp://HOST:PORT?keys=FOLDER`.
     """
     with (folder / "lock").open("ab") as lock:
         if not _take(lock):
             return None
+        config, stay = (config, stay) if stay != "end" else _as_before(folder, config)
         for pid in list(_left):
             with contextlib.suppress(ChildProcessError):
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
@@ -465,6 +479,14 @@ def start_daemon(
     with daemon.stdin as stream:  # type: ignore[union-attr] # a pipe
         stream.write(msgspec.msgpack.encode(config))
     return daemon
+
+
+def _as_before(folder: Path, config: lrai.LraiConfig) -> tuple[lrai.LraiConfig, str]:
+    """Return the settings of the daemon that was killed there, so that the next one has them."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):
+        content = (folder / SETTINGS).read_bytes()
+        return msgspec.msgpack.decode(content, type=tuple[lrai.LraiConfig, str])
+    return config, "end"
 
 
 def is_running(folder: Path) -> bool:

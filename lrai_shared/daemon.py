@@ -38,11 +38,12 @@ from lrai_core.engine.engine import installed_version
 from lrai_core.errors import LraiError, NotReady, UsageError, shorten
 from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
-from lrai_core.runtime.embedded import Embedded, find_backend
+from lrai_core.runtime.embedded import find_backend
 from lrai_core.scheduler.scheduler import Pending
 from lrai_core.wire import messages as wire
 from lrai_core.wire.workers import Outcome
 from lrai_shared import messages
+from lrai_shared.client import SETTINGS
 from lrai_shared.keys import Gate
 from lrai_shared.messages import Attach, Attached, Call, Requests
 
@@ -250,19 +251,26 @@ class Daemon:
         self._folder, self._under_way = folder, set[Future[Any]]()
         self.gates = {"remote": Gate(stay, config)} if "://" in stay else {}
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._end())
+            signal.signal(number, lambda *_: self._end(told=False))
         # Of many threads: a model that is being loaded must not keep another from being frozen.
         self._quick, self._slow = ThreadPoolExecutor(1), ThreadPoolExecutor(_CHANGES)
         runtime = replace(config.runtime, state_dir=config.runtime.state_dir or str(folder))
         config = replace(config, runtime=runtime)
         make_door = partial(self._make_door, folder / "clients")
-        self.runtime: Embedded = find_backend("deployments")(config, pool=make_door)
+        self.runtime: Any = find_backend("deployments")(config, pool=make_door)
         self.runtime.call("restore", {"ending": lambda: self.ending}, object)
+        self._given = config
+        self._keep_settings()
         self.runtime.scheduler.call(self._door.open)
 
     def _make_door(self, *arguments: Any) -> Door:
         self._door = Door(self, *arguments)
         return self._door
+
+    def _keep_settings(self) -> None:
+        """Have who starts the next one, should this one be killed, start it as this one was."""
+        with contextlib.suppress(OSError), (self._folder / SETTINGS).open("wb") as file:
+            file.write(msgspec.msgpack.encode((self._given, self._stay)))
 
     def run(self) -> None:
         """Serve until told to stop, or until nobody needs it any more."""
@@ -280,6 +288,7 @@ class Daemon:
         self.runtime.drain()
         self._quick.shutdown()
         self._slow.shutdown()
+        (self._folder / SETTINGS).unlink(missing_ok=True)
         self.runtime.close()
 
     def operate(self, call: Call, reply: Any) -> None:
@@ -305,12 +314,19 @@ class Daemon:
             if arguments["how"] not in ("stay", self._stay):
                 raise UsageError("a runtime runs that does not listen there: stop it first")
             self._stay = "stay" if self._stay == "end" else self._stay
+            self._keep_settings()
             return None
         arguments |= {"shared": True} if operation == "load" else {}
         return self.runtime.call(operation, arguments, object)
 
-    def _end(self) -> None:
-        self.ending = True  # no more: signals interrupt anything
+    def _end(self, *, told: bool = True) -> None:
+        """End soon; no more is done here, for signals interrupt anything.
+
+        `told`: by somebody who wants an end; else a machine goes down, or a service is started
+        anew, and one that was to stay has the next one serve what it served.
+        """
+        self.ending = True
+        self.runtime.keeps = not told and self._stay != "end"
 
     def _reply(self, key: int, reply: Any, work: Future[Any]) -> None:
         if error := work.exception():

@@ -23,6 +23,7 @@ from lrai_core.wire import messages as wire
 
 _ADDRESS: Final = re.compile(r"tcp://([\w.*-]*):([1-9]\d{0,4})\?keys=(.+)", re.ASCII)
 _DOMAIN: Final = "lrai"
+_MOST_PORT: Final = 65_535
 # A line on which the other end does not answer is given up. Its answer may be behind large tensors.
 _TCP: Final[wire.Options] = {zmq.HEARTBEAT_IVL: 5000, zmq.HEARTBEAT_TIMEOUT: 30_000}
 
@@ -54,12 +55,13 @@ class Gate:
 
     def close(self, linger_ms: int) -> None:
         """Let nobody in any more, and close the socket when what is left has been sent."""
-        self._guard.stop()
+        if self._guard.is_alive():  # else it would be waited for, for ever
+            self._guard.stop()
         self.line.context.destroy(linger=linger_ms)
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Return whether to let in who has proved this key; for `zmq.auth`, in its thread."""
-        with suppress(OSError):  # one would end the thread, and nobody got in any more
+        with suppress(Exception):  # one would end the thread, and nobody got in any more
             return any(_load(file)[0] == key for file in self._clients.glob("*.key"))
         return False
 
@@ -148,12 +150,14 @@ def _parse(address: str) -> tuple[str, Path]:
         needed = "tcp://HOST:PORT?keys=FOLDER is needed, nothing goes without keys"
         raise UsageError(f"{shorten(address)!r}: {needed}; see lrai runtime keys")
     host, port, folder = match.groups()
+    if int(port) > _MOST_PORT:
+        raise UsageError(f"port {port}: at most {_MOST_PORT} is possible")
     return f"tcp://{host or '127.0.0.1'}:{port}", Path(folder)
 
 
 def _load(file: Path) -> tuple[bytes, bytes]:
     """Return the public and the secret key that a file holds, each empty where it holds none."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, IndexError):  # the last of a line that was cut
         public, secret = load_certificate(file)
         return public, secret or b""
     return b"", b""

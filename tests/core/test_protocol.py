@@ -402,3 +402,14 @@ def test_an_output_without_a_batch_axis_makes_a_model_uncoalescible() -> None:
 def test_a_spec_has_only_axes_that_its_shape_has(axes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="axis"):
         TensorSpec(name="x", datatype="FP32", shape=("n", 3), **axes)  # type: ignore[arg-type]
+
+
+def test_texts_are_counted_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes its time and memory, though it be empty."""
+    text = TensorSpec(name="s", datatype="BYTES", shape=("n", 1), batch_axis=0)
+    signature = Signature(inputs=(text,), outputs=())
+    count = 1 << 21
+    many = Tensor(name="s", datatype="BYTES", shape=(count, 1), data=bytes(4 * count))
+    monkeypatch.setattr("lrai_core.protocol.decode_bytes", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(InvalidTensor, match="2097152 elements, at most 1048576 are left"):
+        validate(InferenceRequest(model_name="", inputs={"s": many}), signature, LimitsConfig())

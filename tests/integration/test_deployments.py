@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 
 import lrai_core as lrai
 from lrai_deployments.deployments import Deployments, memory_bytes
+from lrai_deployments.routing import Route
 from tests.core import small_artifact
 from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import Load, config, kill, pid_of, wait_until
@@ -715,6 +717,96 @@ def test_a_frozen_name_takes_what_served_and_as_it_was_loaded(
                 runtime.load(wrong, name="m", variant=variant)
         runtime.load(small[2.0], name="m")
         assert ask(runtime) == 2.0
+
+
+def test_a_frozen_canary_stays_one_whoever_loads_first(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    settings = {"runtime.state_dir": str(tmp_path)}
+    stable, canary = version(small[2.0]), version(small[3.0])
+    shares = {stable: 0.75, canary: 0.25}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
+        runtime.load(small[3.0], name="m", share=0.25)
+        runtime.freeze("m", "ann", "audit week")
+    with lrai.Runtime(config(**settings)) as runtime:
+        runtime.load(small[3.0], name="m")
+        assert runtime.deployments()[0].shares == shares
+        assert ask(runtime) == 3.0, "who is there answers"
+        runtime.load(small[2.0], name="m")
+        (found,) = runtime.deployments()
+        assert found.shares == shares
+        assert found.frozen is not None
+        assert {ask(runtime) for _ in range(100)} == {2.0, 3.0}
+
+
+def test_a_frozen_version_that_is_away_keeps_its_share(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    settings = {"runtime.state_dir": str(tmp_path / "state")}
+    away = Path(shutil.copytree(small[2.0], tmp_path / "away.lrai"))
+    shares = {version(away): 0.75, version(small[3.0]): 0.25}
+    with lrai.Runtime.open(away, name="m", config=config(**settings)) as runtime:
+        runtime.load(small[3.0], name="m", share=0.25)
+        runtime.freeze("m", "ann", "audit week")
+        kept = (tmp_path / "state" / "deployments.json").read_bytes()
+    (tmp_path / "state" / "deployments.json").write_bytes(kept)  # as after a kill
+    shutil.rmtree(away)
+    for _ in range(2):
+        with lrai.Runtime(config(**settings)) as runtime:
+            deployments(runtime).restore()
+            assert runtime.deployments()[0].shares == shares
+            assert ask(runtime) == 3.0
+        (tmp_path / "state" / "deployments.json").write_bytes(kept)
+    shutil.copytree(small[2.0], away)
+    with lrai.Runtime(config(**settings)) as runtime:
+        deployments(runtime).restore()
+        assert {ask(runtime) for _ in range(100)} == {2.0, 3.0}
+
+
+def test_a_share_is_given_to_what_comes_beside_others_and_nothing_else(
+    small: dict[float, Path],
+) -> None:
+    with lrai.Runtime(config()) as runtime:
+        with pytest.raises(lrai.UsageError, match="no version of 'm' serves"):
+            runtime.load(small[2.0], name="m", share=0.05)
+        with pytest.raises(lrai.UsageError, match="a share is a number from 0 to 1"):
+            runtime.load(small[2.0], name="m", share=7)
+        assert runtime.models() == []
+        runtime.load(small[2.0], name="m")
+        load = partial(deployments(runtime).load, str(small[3.0]), name="m", shared=True)
+        load(share=0.25)
+        load(share=0.25)
+        with pytest.raises(lrai.UsageError, match=r"a share of 0.25: route gives it another"):
+            load(share=0.05)
+
+
+def test_what_cannot_be_kept_costs_nobody_what_is(small: dict[float, Path], tmp_path: Path) -> None:
+    settings = {"runtime.state_dir": str(tmp_path)}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
+        runtime.freeze("m", "ann", "audit week")
+        wrong: Any = None
+        with pytest.raises(lrai.UsageError, match="an argument is none that can be kept"):
+            deployments(runtime).load(str(small[3.0]), name="n", variant=wrong)
+        assert [one.name for one in runtime.models()] == ["m"]
+    with lrai.Runtime(config(**settings)) as runtime:
+        assert [one.name for one in runtime.deployments()] == ["m"]
+
+
+def test_a_version_that_was_given_up_relieves_nobody(
+    small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two, three = version(small[2.0]), version(small[3.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.load(small[3.0], name="m", share=0.0)
+        core = deployments(runtime)
+        runtime.route("m", {two: 1.0}, relief=three)
+        monkeypatch.setattr(Route, "_too_late", lambda *_: True)
+        assert ask(runtime) == 3.0
+        monkeypatch.setattr(core, "runs", lambda version: version.version != three)
+        assert ask(runtime) == 2.0
+        for more in ({"relief": three}, {"shadow": {three: 1.0}}):
+            with pytest.raises(lrai.ConditionNotMet, match="does not run any more"):
+                runtime.route("m", {two: 1.0}, **more)
 
 
 def test_a_canary_of_a_frozen_name_is_taken_back_and_a_late_verdict_does_nothing(

@@ -323,6 +323,7 @@ def test_keys_that_come_and_go_count_at_once_and_rubbish_beside_them_shuts_nobod
     clients = site.keys / "clients"
     lrai.Runtime(address=site.client("ann")).close()
     (clients / "rubbish.key").write_bytes(b"\xff\x00")
+    (clients / "cut.key").write_text("curve\n    public-key\n")
     (clients / "folder.key").mkdir()
     address = site.client("bob")  # made after the daemon has started
     lrai.Runtime(address=address).close()

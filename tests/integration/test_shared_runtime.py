@@ -998,3 +998,40 @@ def test_the_command_line_starts_shows_and_stops_the_runtime(
         with pytest.raises(lrai.ModelNotFound, match="loaded: none"):
             runtime.infer(request(model_name="m"))  # which starts the next one, with nothing in it
     assert len(daemons(folder)) == 1
+
+
+def test_what_takes_the_place_of_a_killed_runtime_is_as_that_was(
+    folder: Path, classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_MODEL_ROOTS", str(classifier_fp32.path.parent))
+    run("runtime", "start", code=0)
+    monkeypatch.delenv("LRAI_RUNTIME_MODEL_ROOTS")
+    (before,) = daemons(folder)
+    kill(before)
+    with lrai.Runtime(address="auto") as runtime:
+        runtime.load(classifier_fp32)
+        with pytest.raises(lrai.ConditionNotMet, match="model_roots"):
+            runtime.load(folder / "elsewhere.lrai")
+    (after,) = daemons(folder)
+    assert b"\0stay\0" in Path(f"/proc/{after}/cmdline").read_bytes()
+    run("runtime", "stop", code=0)
+    with lrai.Runtime(address="auto"):  # which was told to end: the next one is anybody's
+        (last,) = daemons(folder)
+        assert b"\0end\0" in Path(f"/proc/{last}/cmdline").read_bytes()
+
+
+def test_a_runtime_that_was_to_stay_serves_on_after_a_machine_went_down(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    run("runtime", "start", code=0)
+    run("runtime", "load", classifier_fp32.path, code=0)
+    (daemon,) = daemons(folder)
+    kill(daemon, signal.SIGTERM)
+    wait_until(lambda: daemons(folder) == [], 20)
+    run("runtime", "start", code=0)
+    with lrai.Runtime(address="auto") as runtime:
+        assert [model.name for model in runtime.models()] == ["classifier"]
+    run("runtime", "stop", code=0)
+    run("runtime", "start", code=0)
+    with lrai.Runtime(address="auto") as runtime:
+        assert runtime.models() == []

@@ -220,6 +220,18 @@ def test_no_more_requests_are_on_their_way_than_there_is_credit(
     attached.close()
 
 
+def test_no_more_requests_wait_to_be_sent_than_a_queue_takes(daemon: Daemon, parent: Path) -> None:
+    daemon.credit = 2
+    attached = attach(daemon, parent, **{"scheduler.max_queue_rows": 3})
+    waiting = [attached.start(request()) for _ in range(2)]
+    daemon.take(2)
+    waiting += [attached.start(request()) for _ in range(3)]
+    with pytest.raises(lrai.QueueFull, match="3 requests of this process wait to be sent") as full:
+        attached.start(request())
+    assert full.value.limit == 3
+    waiting[-1].cancel()
+
+
 def test_operations_use_up_no_credit_and_need_none(daemon: Daemon, parent: Path) -> None:
     daemon.credit = 1
     attached = attach(daemon, parent)

@@ -114,6 +114,11 @@ def test_what_is_no_address_with_keys_is_refused_by_both_ends(address: str) -> N
             attempt()
 
 
+def test_a_port_that_no_machine_has_is_refused(keys: Path) -> None:
+    with pytest.raises(lrai.UsageError, match="port 99999: at most 65535 is possible"):
+        client_end(f"tcp://127.0.0.1:99999?keys={keys}")
+
+
 def test_without_a_host_it_is_this_one(keys: Path, machine: Path) -> None:
     assert client_end(f"tcp://:5000?keys={machine}")[0] == "tcp://127.0.0.1:5000"
     assert client_end(f"tcp://far-1.example:5000?keys={machine}")[0] == "tcp://far-1.example:5000"
