@@ -80,17 +80,15 @@ def locked(path: Path, how: int) -> Iterator[BinaryIO]:
 
 
 def _key(source: Path) -> str:
-    """Return a name for what is built here from a model file: its bytes, what lies beside it."""
+    """Return a name for what is built here from a model file: its bytes, and those beside it."""
     made_for = f"{version('lrai')} {isa_class()} {installed_version('onnxruntime')}"
     digest = hashlib.sha256(made_for.encode())
-    with source.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    for path in sorted(set(source.parent.rglob("*")) - {source}):  # weights in files of their own
-        if not path.is_file():
-            continue
-        info = path.stat()
-        digest.update(f"{path.name} {info.st_size} {info.st_mtime_ns}".encode())
+    beside = sorted(set(source.parent.rglob("*")) - {source})  # weights in files of their own
+    for path in (source, *beside):
+        if path.is_file():  # by its content: there are folders in which all times are the same
+            digest.update(f"{path.name} {path.stat().st_size}".encode() * (path != source))
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]
 
 

@@ -75,8 +75,9 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
             put_text(around, name, spec, tokenizer)
             if tokenizer.attributes["do_lower_case"] or tokenizer.attributes["strip_accents"]:
                 notify(
-                    "capitals and accents become plain small letters in Latin-1 and Cyrillic only; "
-                    "in other scripts the tokens differ from the library's: send such texts lower"
+                    "capitals and accents become plain small letters in Latin-1, and Cyrillic but "
+                    "for й and ё; in other scripts the tokens differ from the library's: send such "
+                    "texts in lower case, as NFD without combining marks"
                 )
         else:
             put_pixels(around, name, spec)

@@ -26,6 +26,8 @@ from lrai_import import sklearn, torch, trees
 
 Converter = Callable[[Any, Sequence[TensorSpec]], onnx.ModelProto]
 
+# Which extra of ours brings what opens them.
+_EXTRAS: Final = {"pytorch": "torch", "sklearn": "trees", "lightgbm": "trees", "xgboost": "trees"}
 _CONVERTERS: Final[dict[str, Converter]] = {  # by flavor; what is of several is of the first
     "pytorch": torch.convert,
     "lightgbm": trees.convert_lightgbm,
@@ -179,7 +181,9 @@ def open_and_convert(job: Job) -> int:
     try:
         model = importlib.import_module(f"mlflow.{job.flavor}").load_model(job.folder)
     except ImportError as error:
-        raise EnvironmentProblem(f"{error.name} is needed to open it: {error}") from None
+        needed = f"{error.name} is needed to open it: pip install 'lrai[{_EXTRAS[job.flavor]}]'"
+        own = f" and {job.flavor}" * (job.flavor in ("lightgbm", "xgboost"))
+        raise EnvironmentProblem(f"{needed}{own} ({error})") from None
     onnx.save(_CONVERTERS[job.flavor](model, job.inputs), job.out)
     return Path(job.out).stat().st_size
 
@@ -191,7 +195,10 @@ def _scan(folder: Path, data: str) -> None:
     try:
         from picklescan.scanner import SafetyLevel, scan_bytes, scan_directory_path
     except ImportError:
-        needed = "picklescan is needed before a pickle is opened: pip install 'lrai[trees]'"
+        needed = (
+            "picklescan is needed before a pickle is opened: pip install 'lrai[trees]', or "
+            "'lrai[torch]' for a model of PyTorch"
+        )
         raise EnvironmentProblem(needed) from None
     found = scan_directory_path(str(folder))
     # It passes over names that it does not know, and MLflow opens what the model names.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx.helper
 import onnx.inliner
 from google.protobuf.message import EncodeError
 
@@ -30,6 +31,12 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     model = onnx.load(path)
+    if not any(opset.domain in ("", "ai.onnx") for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid("", MIN_OPSET))  # it uses none of it
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:  # as some exporters write what is free
+                dim.Clear()
     if model.functions:
         try:
             model = onnx.inliner.inline_local_functions(model)

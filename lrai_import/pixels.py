@@ -15,7 +15,7 @@ from lrai_import.around import Around, extent
 MOST: Final = 16_384  # pixels of a side
 _RESIZES: Final = 18  # the operator set whose Resize looks at all pixels that it shrinks
 _MODES: Final[dict[str, dict[str, Any]]] = {
-    "bilinear": {"mode": "linear"},
+    "bilinear": {"mode": "linear", "exclude_outside": 1},
     "bicubic": {"mode": "cubic", "cubic_coeff_a": -0.5, "exclude_outside": 1},  # Pillow's own
 }
 _Side = Annotated[int, Meta(ge=1, le=MOST)]
@@ -26,8 +26,9 @@ class Pixels(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown
 
     Attributes:
         input: Of the model: float32, four dimensions.
-        resize: The shorter side, or height and width. As Pillow does it, within one of 255 levels;
-            no side gets longer than 16,384.
+        resize: The shorter side, or height and width. As Pillow does it, within one of 255 levels
+            (bicubic: at hard edges of pictures that shrink to a third or less, up to 20); no side
+            gets longer than 16,384.
         crop: Height and width of the centre that is kept; a smaller picture is refused.
         interpolation: Of `resize`.
         scale: What a level is multiplied with.

@@ -10,13 +10,17 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
+import numpy as np
 import onnx
+import onnx.helper
 import onnx.inliner
 import onnx.version_converter
+import onnxruntime
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
@@ -36,6 +40,8 @@ _BASE_MEMORY_BYTES: Final = 8 << 30  # address space, of which libraries reserve
 _MEMORY_FACTOR: Final = 4  # the file, its parsed form, and the engine's packed copy
 _NOT_UPGRADED: Final = (RuntimeError, ValueError, EncodeError, onnx.version_converter.ConvertError)
 _MAX_PROTOBUF_BYTES: Final = 1 << 31
+_RESIZES: Final = 11  # the first operator set whose Resize knows other coordinates than asymmetric
+_PROVIDERS: Final = ("CPUExecutionProvider",)
 _TOKENIZER: Final = ("ai.onnx.contrib", "BertTokenizer")  # what `described` puts before a model
 _ENGINE_DOMAINS: Final = {"com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 
@@ -90,7 +96,8 @@ def inspect(model: bytes) -> Probe:
         raise CompileError("over 2 GB in one file: store its weights as external data")
     try:
         proto = onnx.load(path, load_external_data=False)
-        opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+        own = MIN_OPSET if proto.opset_import else 0  # of one that uses other operators alone
+        opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), own)
         if not (proto.graph.node and proto.graph.output and opset):
             raise CompileError("not an ONNX model: no operators, outputs or opset")
         _check_operators(proto)
@@ -146,6 +153,10 @@ def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """
     try:
         upgraded = onnx.version_converter.convert_version(model, MIN_OPSET)
+        for node in _nodes(upgraded.graph) if opset < _RESIZES else ():
+            if node.op_type == "Resize":  # which its converter takes for today's
+                how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+                node.attribute.extend(onnx.helper.make_attribute(*pair) for pair in how.items())
         onnx.checker.check_model(upgraded)
     except (*_NOT_UPGRADED, onnx.checker.ValidationError) as error:
         text = " ".join(str(error).split()).rpartition("failed: ")[2][:200]
@@ -161,9 +172,45 @@ def _open(path: Path, model: onnx.ModelProto, opset: int) -> None:
         if opset < MIN_OPSET:
             if model.functions:
                 model = onnx.inliner.inline_local_functions(model)
-            path = Path(folder, path.name)
+            before, path = path, Path(folder, path.name)
             path.write_bytes(upgrade(model, opset).SerializeToString())
-        check_loads(path)
+            check_loads(path)
+            _compare(before, path)
+        else:
+            check_loads(path)
+
+
+def _compare(model: Path, upgraded: Path) -> None:
+    """Refuse what answers otherwise at opset 17, on made-up values where it takes such.
+
+    Raises:
+        UnsupportedOperator: It does.
+    """
+    sessions = [
+        onnxruntime.InferenceSession(path, providers=_PROVIDERS) for path in (model, upgraded)
+    ]
+    random = np.random.default_rng(0)
+    for extent in (8, 32):  # of what is free
+        feeds = {}
+        for given in sessions[0].get_inputs():
+            shape = [n if isinstance(n, int) and n > 0 else extent for n in given.shape]
+            if given.type not in ("tensor(float)", "tensor(int64)", "tensor(int32)"):
+                return
+            kind = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}.get(
+                given.type, np.float32
+            )
+            floats = random.standard_normal(shape)
+            feeds[given.name] = (floats if kind is np.float32 else np.zeros(shape)).astype(kind)
+        answers = list[list[Any]]()
+        with suppress(Exception):  # a model need not take what is made up
+            answers += (session.run(None, feeds) for session in sessions)
+        for a, b in zip(*answers, strict=True) if len(answers) == len(sessions) else ():
+            numbers = isinstance(a, np.ndarray) and a.dtype.kind in "fiub"
+            if numbers and not (
+                a.shape == b.shape and np.allclose(a, b, 1e-3, 1e-4, equal_nan=True)
+            ):
+                words = f"brought to opset {MIN_OPSET} the model answers otherwise"
+                raise UnsupportedOperator(f"{words}: export it with opset {MIN_OPSET} or later")
 
 
 def _memory_bytes(model_bytes: int) -> int:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
 import onnx
+import onnx.helper
 
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec, UnsupportedOperator
 
 OPSET: Final = {"": 17, "ai.onnx.ml": 3}
 _HELD: Final = ("best_estimator_", "final_estimator_", "estimator")
 FEATURES: Final = "features"
+_ROWS: Final = 256  # on which what was made is compared with the model
+_SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
+_INTS: Final = onnx.AttributeProto.INTS
+_MISSING: Final = 0.2  # of the numbers, where some are
 _INTEGERS: Final = (
     "BOOL",
     "INT8",
@@ -48,20 +55,129 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     from sklearn.base import is_classifier
 
     for part in _parts(model):
-        if np.any(getattr(part, "is_categorical_", None)):
-            what = f"{type(part).__name__} splits by categories"
-            raise CompileError(f"{what}, which its converter takes for numbers")
-    options = {id(model): {"zipmap": False}} if is_classifier(model) else None
-    try:
-        found = skl2onnx.convert_sklearn(
-            model, initial_types=_types(model, inputs), options=options, target_opset=OPSET
-        )
-    except (MissingConverter, MissingShapeCalculator) as error:
-        raise UnsupportedOperator(f"{type(model).__name__}: {_first_line(error)}") from None
-    except (RuntimeError, ValueError, TypeError) as error:
-        why = f"{type(model).__name__} cannot be converted: {_first_line(error)}"
-        raise CompileError(why) from None
-    return _checked(found)
+        if words := _not_converted(part):
+            raise CompileError(f"{type(part).__name__} {words}, which its converter does not know")
+        if hasattr(part, "flatten_transform"):
+            part.flatten_transform = False  # of no matter for what it predicts
+    plain = {id(model): {"zipmap": False}} if is_classifier(model) else None
+    problem: Exception | None = None
+    # Some know no such option, and some take no whole numbers beside others.
+    for options, reals in ((plain, False), (None, False), (plain, True)):
+        types = _types(model, inputs, reals=reals)
+        try:
+            found = skl2onnx.convert_sklearn(
+                model, initial_types=types, options=options, target_opset=OPSET
+            )
+        except (MissingConverter, MissingShapeCalculator) as error:
+            raise UnsupportedOperator(f"{type(model).__name__}: {_first_line(error)}") from None
+        except (RuntimeError, ValueError, TypeError, NameError, AssertionError) as error:
+            problem = problem or error
+        else:
+            made = _checked(found)
+            _send_missing(model, made)
+            _compare(model, made, types)
+            return made
+    why = f"{type(model).__name__} cannot be converted: {_first_line(problem or CompileError())}"
+    raise CompileError(why)
+
+
+def _not_converted(part: Any) -> str:
+    """Return what of a part skl2onnx passes over, so that its graph answers otherwise."""
+    losses = ("poisson", "gamma")
+    infrequent = getattr(part, "_infrequent_indices", None) or ()
+    known = {
+        "splits by categories": np.any(getattr(part, "is_categorical_", None)),
+        "has add_indicator": getattr(part, "add_indicator", False),
+        "has a loss with a logarithm": hasattr(part, "_predictors") and part.loss in losses,
+        "weighs neighbours": getattr(part, "weights", None) == "distance",
+        "has infrequent categories": any(one is not None for one in infrequent),
+    }
+    return next((words for words, holds in known.items() if holds), "")
+
+
+def _send_missing(model: Any, made: onnx.ModelProto) -> None:
+    """Have every tree send missing values where the model does; its converter says nothing of it.
+
+    Trees stand in the graph in their order in the model, under their nodes' own numbers.
+    """
+    trees = [part.tree_ for part in _parts(model) if hasattr(part, "tree_")]
+    left = iter([getattr(tree, "missing_go_to_left", None) for tree in trees])
+    for node in made.graph.node:
+        if not node.op_type.startswith("TreeEnsemble"):
+            continue
+        given = {one.name: one for one in node.attribute}
+        numbers, nodes = given["nodes_treeids"].ints, given["nodes_nodeids"].ints
+        own = dict(zip(dict.fromkeys(numbers), left, strict=False))
+        tracks = given.get("nodes_missing_value_tracks_true")
+        if len(own) < len(set(numbers)) or any(one is None for one in own.values()):
+            return
+        pairs = list(zip(numbers, nodes, strict=True))
+        if any(at >= len(own[number]) for number, at in pairs):
+            return
+        if tracks is None:
+            tracks = node.attribute.add(name="nodes_missing_value_tracks_true", type=_INTS)
+        tracks.ints[:] = [int(own[number][at]) for number, at in pairs]
+
+
+def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]) -> None:
+    """Refuse what answers otherwise than the model: converters pass over what they do not know.
+
+    On made-up numbers, and apart from these on missing ones; where the model does not take them,
+    as where there are texts, nothing is compared.
+    """
+    import onnxruntime
+    from skl2onnx.common.data_types import Int64TensorType, StringTensorType
+
+    if any(isinstance(kind, StringTensorType) for _, kind in types):
+        return
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names, widths = [name for name, _ in types], [kind.shape[1] for _, kind in types]
+    whole = {name for name, kind in types if isinstance(kind, Int64TensorType)}
+    random = np.random.default_rng(0)
+    table = random.standard_normal((_ROWS, sum(widths))) * 10.0 ** random.integers(0, 4, (_ROWS, 1))
+    table[: _ROWS // 2] = np.rint(table[: _ROWS // 2])
+    holes = np.where(random.random(table.shape) < _MISSING, np.nan, table)
+    for rows in (table,) if whole else (table, holes):
+        columns = np.split(rows.astype(np.float32), np.cumsum(widths)[:-1], axis=1)
+        pairs = zip(names, columns, strict=True)
+        feeds = {name: own.astype(np.int64) if name in whole else own for name, own in pairs}
+        expected: Any = None
+        with warnings.catch_warnings(), suppress(Exception):  # a model need not take these
+            warnings.simplefilter("ignore")
+            expected = _predicted(model, feeds)
+        if expected is None:
+            continue
+        found: Any = None
+        with suppress(Exception):
+            found = session.run(None, feeds)[-1 if hasattr(model, "predict_proba") else 0]
+        if found is None or not _is_same(expected, found):
+            kind = f"{type(model).__name__} with these parameters"
+            raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
+
+
+def _predicted(model: Any, feeds: Mapping[str, Any]) -> Any:
+    table: Any = next(iter(feeds.values()))
+    if len(feeds) > 1:
+        import pandas as pd
+
+        table = pd.DataFrame({name: column[:, 0] for name, column in feeds.items()})
+    if hasattr(model, "predict_proba"):
+        return model.predict_proba(table)
+    return model.predict(table)
+
+
+def _is_same(expected: Any, found: Any) -> bool:
+    """Return whether nearly all rows are; what is no number is compared as it is."""
+    first, second = (np.asarray(one).reshape(_ROWS, -1) for one in (expected, found))
+    if first.shape != second.shape:
+        return True  # decisions, where the graph has probabilities
+    texts = {first.dtype.kind, second.dtype.kind} & set("OSU")
+    same = (
+        first.astype(str) == second.astype(str) if texts else np.isclose(second, first, 1e-3, 1e-4)
+    )
+    return bool(same.all(axis=1).mean() >= _SAME)
 
 
 def width(inputs: Sequence[TensorSpec]) -> int:
@@ -78,7 +194,10 @@ def width(inputs: Sequence[TensorSpec]) -> int:
     raise CompileError(f"columns, or one table of known width, are needed; the inputs: {shapes}")
 
 
-def _types(model: Any, inputs: Sequence[TensorSpec]) -> list[tuple[str, Any]]:
+def _types(
+    model: Any, inputs: Sequence[TensorSpec], *, reals: bool = False
+) -> list[tuple[str, Any]]:
+    """Return what skl2onnx is told of the inputs; `reals`: every number has a fraction."""
     from skl2onnx.common import data_types as kinds
 
     if not inputs:
@@ -89,7 +208,7 @@ def _types(model: Any, inputs: Sequence[TensorSpec]) -> list[tuple[str, Any]]:
         return [(name or FEATURES, kinds.FloatTensorType([None, width(inputs)]))]
     wide = width(inputs)
     of_each = wide if len(inputs) == 1 and len(inputs[0].shape) == 2 else 1
-    types = dict.fromkeys(_INTEGERS, kinds.Int64TensorType)
+    types = dict.fromkeys(_INTEGERS, kinds.FloatTensorType if reals else kinds.Int64TensorType)
     types |= dict.fromkeys(_REALS, kinds.FloatTensorType)
     types["BYTES"] = kinds.StringTensorType
     return [(spec.name, types[spec.datatype]([None, of_each])) for spec in inputs]
@@ -110,15 +229,16 @@ def _parts(model: Any) -> Iterator[Any]:
 
 def _asks_for_names(model: Any) -> bool:
     from sklearn.compose import ColumnTransformer
-    from sklearn.pipeline import Pipeline
 
-    steps = [step for _, step in model.steps] if isinstance(model, Pipeline) else [model]
-    return any(isinstance(step, ColumnTransformer) for step in steps)
+    return any(isinstance(part, ColumnTransformer) for part in _parts(model))
 
 
 def _checked(found: Any) -> onnx.ModelProto:
     if not isinstance(found, onnx.ModelProto):
         raise CompileError(f"the converter gave a {type(found).__name__}")
+    for node in found.graph.node:
+        if node.op_type == "StringNormalizer":  # else of a locale that few images have
+            node.attribute.append(onnx.helper.make_attribute("locale", "C.UTF-8"))
     return found
 
 

@@ -26,7 +26,7 @@ class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_f
             the same tokens, but for a word with a character that the vocabulary lacks: that is its
             known beginning and [UNK], and for the library [UNK] alone; and but for capitals and
             accents beyond Latin-1 and base Cyrillic, which an uncased tokenizer of the library
-            makes plain (Č, Ł, Θ, ё) and the graph leaves. Special tokens that stand
+            makes plain (Č, Ł, Θ, ё, й, Korean) and the graph leaves. Special tokens that stand
             in the text are text; control characters become [UNK]; NUL ends the text.
         ids: Input of the model that takes the tokens, integers [batch, length].
         mask: The one that takes 1 for a token and 0 for padding, if there is one.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +18,8 @@ from lrai_core import CompileError, EnvironmentProblem, TensorSpec
 _OPSET: Final = 18
 _ROWS: Final = 2  # torch takes a free dimension of 1 for a fixed one
 _EXTENT: Final = 8
+_OTHERS: Final = ((1, 5), (3, 40))  # rows and extents at which it is compared with the module
+_ESCAPES: Final = re.compile("\x1b\\[[0-9;]*m")
 _DTYPES: Final = {
     "BOOL": np.bool_,
     "UINT8": np.uint8,
@@ -69,12 +73,65 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
                 raise CompileError("torch gave no program")
             program.save(path)
         except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            cause = error.__cause__ or error
+            plain = _ESCAPES.sub("", str(cause)).strip()
+            lines = plain.splitlines() or [type(cause).__name__]
             why = f"{type(model).__name__} cannot be converted: {lines[0][:300]}"
             raise CompileError(why) from None
         made = onnx.load(path)
-    _check_free(made, inputs)
+        _check_free(made, inputs)
+        _compare(model, path, inputs)
     return made
+
+
+def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
+    """Refuse what was traced at one size and answers otherwise at others.
+
+    A module that branches on an extent has one branch in its graph. Sizes that it refuses itself
+    are passed over, and so is one that answers the same input twice differently.
+    """
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    for rows, extent in _OTHERS:
+        values = [_made_up(spec, rows, extent) for spec in inputs]
+        feeds = {s.name: v for s, v in zip(inputs, values, strict=True) if s.name in names}
+        answers = list[list[Any]]()
+        with torch.no_grad(), suppress(Exception):  # of a module anything may come
+            answers += (_arrays(model(*map(torch.from_numpy, values))) for _ in range(2))
+        if len(answers) < 2 or not _alike(*answers):
+            continue
+        made: list[Any] | None = None
+        with suppress(Exception):  # the graph refuses what the module takes
+            made = session.run(None, feeds)
+        if made is None or not _alike(answers[0], made):
+            size = f"{rows} rows and free extents of {extent}"
+            why = "it may branch on an extent; use torch.cond, or fix it in the signature"
+            raise CompileError(
+                f"{type(model).__name__}, traced, answers otherwise for {size}: {why}"
+            )
+
+
+def _arrays(answer: Any) -> list[Any]:
+    """Return the tensors in what a module gives, in order."""
+    if isinstance(answer, Mapping):
+        answer = list(answer.values())
+    if isinstance(answer, list | tuple):
+        return [array for part in answer for array in _arrays(part)]
+    return [answer.numpy()] if hasattr(answer, "numpy") else []
+
+
+def _alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Return whether they are the same but for rounding; what graphs lack, as caches, is not."""
+    if len(first) != len(second):
+        return True
+    for a, b in zip(first, second, strict=True):
+        size = float(np.abs(a.astype(np.float64)).max(initial=1.0, where=np.isfinite(a)))
+        if a.shape != b.shape or not np.allclose(a, b, 1e-3, 1e-3 * size, equal_nan=True):
+            return False
+    return True
 
 
 def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
@@ -87,11 +144,11 @@ def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
                 raise CompileError(f"{free}; the module, traced, takes {dim.dim_value} only")
 
 
-def _made_up(spec: TensorSpec) -> np.ndarray[Any, Any]:
+def _made_up(spec: TensorSpec, rows: int = _ROWS, free: int = _EXTENT) -> np.ndarray[Any, Any]:
     if spec.datatype not in _DTYPES:
         raise CompileError(f"input {spec.name!r} is of {spec.datatype}, which torch does not have")
     shape = [
-        extent if isinstance(extent, int) else (_EXTENT if i else _ROWS)
+        extent if isinstance(extent, int) else (free if i else rows)
         for i, extent in enumerate(spec.shape)
     ]
     if spec.datatype.startswith("FP"):

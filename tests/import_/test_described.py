@@ -104,6 +104,19 @@ def test_pixels_are_resized_as_pillow_does_it(
     assert np.abs(got[0].transpose(1, 2, 0) - right).max() <= 1, "a level of 255"
 
 
+def test_the_border_of_a_picture_is_resized_as_pillow_does_it(picture: Path) -> None:
+    graph = onnx.load(picture / "model.onnx")
+    image = onnx.helper.make_tensor_value_info("image", 1, ["batch", 3, 8, 8])
+    graph.graph.output.extend([image])
+    onnx.save(graph, picture / "model.onnx")
+    file = describe(picture, "model.onnx", f"{PIXELS}resize = [8, 8]\nscale = 1\n")
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    _, got = run(file, picture, pixels[np.newaxis])
+    small = Image.fromarray(pixels).resize((8, 8), Image.Resampling.BILINEAR)
+    right = np.asarray(small, np.float32)
+    assert np.abs(got[0].transpose(1, 2, 0) - right).max() <= 1, "a level of 255"
+
+
 def test_the_whole_is_compiled_gated_and_served(picture: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (400, 12, 12, 3), np.uint8)
     artifact = lrai.compile(

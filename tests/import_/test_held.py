@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from lrai_import.built import artifact_of, state_folder
 from lrai_import.held import Held
 from lrai_import.hosted import asked
 from tests.core import small_artifact
+from tests.core.compiler.onnx_files import with_external_data
 from tests.own_runtime import own_runtime
 from tests.tiny_models import token_model
 
@@ -82,3 +84,17 @@ def test_what_was_built_is_built_again_where_a_part_of_it_is_gone(tmp_path: Path
     next((only / "source").iterdir()).unlink()
     assert artifact_of(source, config).path == built.path
     lrai.Artifact.open(only)
+
+
+def test_other_weights_in_a_file_of_their_own_are_another_model(tmp_path: Path) -> None:
+    """Where an image gives all files one time, and a graph is as large as before."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "w.bin").write_bytes(np.ones(32, np.float32).tobytes())
+    source = with_external_data(tmp_path / "source" / "model.onnx", "w.bin")
+    config = lrai.load_config(call={"runtime.socket_dir": str(tmp_path)})
+    found = []
+    for _ in range(2):
+        os.utime(tmp_path / "source" / "w.bin", (0, 0))
+        found.append(artifact_of(source, config).sha256)
+        (tmp_path / "source" / "w.bin").write_bytes(np.zeros(32, np.float32).tobytes())
+    assert found[0] != found[1]

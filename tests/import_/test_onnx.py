@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
@@ -89,3 +90,42 @@ def test_what_the_child_refuses_is_not_read(
     monkeypatch.setattr(onnx, "load", read)
     with pytest.raises(CompileError, match="not an ONNX model"):
         load(tmp_path / "m.onnx", print)
+
+
+@pytest.mark.parametrize(
+    ("opset", "mode", "scale"),
+    [
+        *((9, "linear", 1.7), (9, "nearest", 2.0)),  # Upsample, which does not shrink
+        *((10, "linear", 1.7), (10, "linear", 0.5), (10, "nearest", 2.0)),
+    ],
+)
+def test_old_resizing_stays_as_it_was(tmp_path: Path, opset: int, mode: str, scale: float) -> None:
+    """Before opset 11 coordinates were asymmetric, which onnx's converter does not say."""
+    kind = "Upsample" if opset < 10 else "Resize"
+    scales = numpy_helper.from_array(np.array([1, 1, scale, scale], np.float32), "scales")
+    node = helper.make_node(kind, ["x", "scales"], ["y"], mode=mode)
+    given, made_of = value("x", ["n", 1, 12, 12]), value("y", ["n", 1, "h", "w"])
+    proto = model([node], [given], [made_of], [scales], opset=opset)
+    path = save(proto, tmp_path / "m.onnx")
+    x = np.random.default_rng(0).normal(size=(1, 1, 12, 12)).astype(np.float32)
+    (right,) = onnxruntime.InferenceSession(path).run(None, {"x": x})
+    made = load(path, list[str]().append).model.SerializeToString()
+    (found,) = onnxruntime.InferenceSession(made).run(None, {"x": x})
+    np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+def test_what_answers_otherwise_at_a_newer_opset_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("Hardmax", ["x"], ["y"], axis=1)
+    inputs, outputs = [value("x", ["n", 3, 4])], [value("y", ["n", 3, 4])]
+    proto = model([node], inputs, outputs, opset=11)
+    with pytest.raises(
+        UnsupportedOperator, match="brought to opset 17 the model answers otherwise"
+    ):
+        load(save(proto, tmp_path / "m.onnx"), print)
+
+
+def test_a_negative_extent_is_a_free_one(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    found = load(save(proto, tmp_path / "m.onnx"), print).model
+    assert not found.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightgbm
@@ -11,17 +12,28 @@ import pandas as pd
 import pytest
 import xgboost
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import (
+    ExtraTreesRegressor,
     GradientBoostingClassifier,
     HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
     RandomForestClassifier,
     StackingClassifier,
+    VotingClassifier,
 )
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
+from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 
-from lrai_core import CompileError
+from lrai_core import CompileError, TensorSpec
+from lrai_import.onnx import load
 from lrai_import.sklearn import convert as convert_sklearn
 from lrai_import.trees import convert_lightgbm, convert_xgboost
 
@@ -115,3 +127,98 @@ def test_what_is_converted_answers_as_before(convert: Any, model: Any) -> None:
 def test_what_the_converter_gets_wrong_is_refused(convert: Any, model: Any) -> None:
     with pytest.raises(CompileError, match="answers otherwise once it is converted"):
         convert(model(), [])
+
+
+HOLES = np.where(RANDOM.random(ROWS.shape) < 0.2, np.nan, ROWS).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DecisionTreeClassifier(max_depth=5),
+        RandomForestClassifier(n_estimators=5),
+        ExtraTreesRegressor(n_estimators=5),
+        HistGradientBoostingClassifier(max_iter=5),
+        CalibratedClassifierCV(DecisionTreeClassifier(max_depth=3), cv=2),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_missing_values_go_where_the_model_sends_them(model: Any) -> None:
+    trained = model.fit(HOLES, CLASSES)
+    session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
+    *_, found = session.run(None, {session.get_inputs()[0].name: HOLES})
+    right = getattr(trained, "predict_proba", trained.predict)(HOLES)
+    np.testing.assert_allclose(np.reshape(found, right.shape), right, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (make_pipeline(SimpleImputer(add_indicator=True), LogisticRegression()), "add_indicator"),
+        (HistGradientBoostingRegressor(loss="poisson", max_iter=3), "a loss with a logarithm"),
+        (KNeighborsClassifier(weights="distance"), "weighs neighbours"),
+        (
+            make_pipeline(
+                OneHotEncoder(handle_unknown="infrequent_if_exist", min_frequency=30),
+                LogisticRegression(),
+            ),
+            "infrequent categories",
+        ),
+    ],
+)
+def test_what_the_converter_of_sklearn_passes_over_is_refused(model: Any, words: str) -> None:
+    table = HOLES if "imputer" in str(model).lower() else ROWS
+    with pytest.raises(CompileError, match=words):
+        convert_sklearn(model.fit(table, CLASSES), [])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [LinearSVC(), VotingClassifier([("a", LogisticRegression()), ("b", DecisionTreeClassifier())])],
+    ids=["LinearSVC", "VotingClassifier"],
+)
+def test_options_that_a_converter_lacks_keep_no_model_out(model: Any) -> None:
+    trained = model.fit(ROWS, CLASSES)
+    session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
+    label, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
+    assert np.mean(label == trained.predict(ROWS)) > 0.98
+
+
+def test_whole_numbers_beside_others_are_taken() -> None:
+    columns = (
+        TensorSpec(name="a", datatype="INT64", shape=("n",)),
+        TensorSpec(name="b", datatype="FP32", shape=("n",)),
+    )
+    table = pd.DataFrame({"a": ROWS[:, 0].astype(int), "b": ROWS[:, 1]})
+    kinds = ColumnTransformer([("all", SimpleImputer(), ["a", "b"])])
+    model = make_pipeline(kinds, LogisticRegression()).fit(table, CLASSES)
+    made = convert_sklearn(GridSearchCV(model, {}, cv=2).fit(table, CLASSES), columns)
+    assert [given.name for given in made.graph.input] == ["a", "b"]
+
+
+def test_texts_ask_for_no_locale_that_an_image_lacks() -> None:
+    texts = np.array(["Grün ist gut", "rot ist schlecht"] * 20)[:, None]
+    made = convert_sklearn(
+        make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts.ravel(), [0, 1] * 20),
+        (TensorSpec(name="text", datatype="BYTES", shape=("n",)),),
+    )
+    locales = [
+        attribute.s
+        for node in made.graph.node
+        for attribute in node.attribute
+        if (node.op_type, attribute.name) == ("StringNormalizer", "locale")
+    ]
+    assert locales == [b"C.UTF-8"]
+    onnxruntime.InferenceSession(made.SerializeToString())
+
+
+def test_a_model_that_names_no_operator_set_of_onnx_is_one(tmp_path: Path) -> None:
+    """As XGBoost's own export is."""
+    made = convert_xgboost(xgb(xgboost.XGBClassifier, VALUES > 0), [])
+    kept = [opset for opset in made.opset_import if opset.domain == "ai.onnx.ml"]
+    del made.opset_import[:]
+    made.opset_import.extend(kept)
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    found = load(tmp_path / "m.onnx", print)
+    assert {opset.domain for opset in found.model.opset_import} == {"ai.onnx.ml", ""}
