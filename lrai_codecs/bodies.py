@@ -27,6 +27,7 @@ from lrai_codecs.protocol import is_protocol, read_protocol, write_protocol
 from lrai_codecs.tensors import Array, by_name, dtype_of, fit, text
 from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, TensorSpec
 
+_TRITON: Final = "application/vnd.sagemaker-triton.binary+json"  # what BINARY is called there
 _any_decoder: Final = msgspec.json.Decoder()
 _LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
 _TRUTHS: Final = {"true": "1", "false": "0"}
@@ -70,7 +71,7 @@ def decode(
         rows = [_parsed(line) for line in body.splitlines() if line.strip()]
         return _request(by_name(rows, inputs), inputs), form
     if media == CSV:
-        return _request(_csv(body, inputs), inputs), form
+        return _request(_csv(body, inputs, content_type.lower()), inputs), form
     if media == NPY:
         return _request(by_name(_npy(body), inputs), inputs), form
     raise UnsupportedMediaType(f"{media[:60]!r} is not read here: " + ", ".join(MEDIA_TYPES))
@@ -99,6 +100,8 @@ def encode(
     if media == LINES:
         lines = [msgspec.json.encode(row) for row in _rows(outputs)]
         return b"\n".join([*lines, b""]), {"Content-Type": LINES}
+    if media == BINARY:
+        return write_protocol(response, outputs, None)
     if form.layout == "protocol":
         return write_protocol(response, outputs, form.binary)
     if form.layout == "instances":
@@ -135,10 +138,11 @@ def _request(given: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Inferenc
     return InferenceRequest(model_name="", inputs=fit(given, inputs))
 
 
-def _csv(body: bytes, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
+def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[str, Any]:
     """Return the columns of the inputs, in the model's order or that of a line of their names.
 
-    For a model with one input of two dimensions, a line is a row of features.
+    For a model with one input of two dimensions, a line is a row of features. For one of a text
+    alone a first line is one of names where the type says so: text/csv; header=present.
     """
     try:
         reader = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
@@ -150,7 +154,9 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec]) -> dict[str, Any]:
     names, texts = [spec.name for spec in inputs], [spec.datatype == "BYTES" for spec in inputs]
     # A line without anything is a text for a model that takes one; for others it is none.
     lines = [line or [""] for line in lines if line or texts == [True]]
-    if lines and set(lines[0]) == set(names):
+    # One text alone may be any text, the name of the input too.
+    header = texts != [True] or "header=present" in content_type.replace(" ", "")
+    if lines and header and sorted(lines[0]) == sorted(names):
         names = lines.pop(0)
     if not lines:
         raise RequestError("the body has no line of values")
@@ -227,6 +233,8 @@ def _accepted(accept: str, form: Form) -> str:
             return JSON if form.media_type == BINARY else form.media_type
         if media in MEDIA_TYPES:
             return media
+        if media == _TRITON:
+            return BINARY
     raise NotAcceptable(f"{accept[:60]!r} is not written here: " + ", ".join(MEDIA_TYPES))
 
 

@@ -28,7 +28,9 @@ T = TypeVar("T")
 _AUTOMATIC: Final = zlib.MAX_WBITS | 32  # gzip or zlib, as its first bytes say
 # Where headers of one's own do not come through, as in SageMaker, the type says how long the JSON
 # before binary tensors is: application/vnd.sagemaker-triton.binary+json;json-header-size=NUMBER.
-_JSON_SIZE: Final = ";json-header-size="
+_JSON_SIZE: Final = "json-header-size="
+# What is compressed more than so many times is no data of a model; little of it does no harm.
+_MOST_TIMES, _PLAIN_BYTES = 100, 4 << 20
 _LOOK_SECONDS: Final = 0.02  # until somebody looks whether the caller is still there
 _THREAD_ABOVE_BYTES: Final = 1 << 18  # parsing that takes milliseconds must not hold the event loop
 
@@ -112,6 +114,8 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
         size += len(part)
         if max(size, received) > limit_bytes:
             raise PayloadTooLarge(f"the body has more than the {limit_bytes} bytes allowed")
+        if size > _PLAIN_BYTES and size > _MOST_TIMES * received:
+            raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
         parts.append(part)
     if inflate is not None and (not inflate.eof or inflate.unused_data):
         raise RequestError(f"the body is no whole {coding}")
@@ -135,7 +139,9 @@ async def respond(
     Raises:
         LraiError: The request cannot be answered; `failure` says it in HTTP.
     """
-    kind, _, size = headers.get("content-type", "").partition(_JSON_SIZE)
+    parts = [part.strip() for part in headers.get("content-type", "").split(";")]
+    sizes = [part.removeprefix(_JSON_SIZE) for part in parts if part.startswith(_JSON_SIZE)]
+    kind, size = ";".join(p for p in parts if not p.startswith(_JSON_SIZE)), "".join(sizes[:1])
     stated = size if size else headers.get("inference-header-content-length")
     if stated is not None and not (stated.isdecimal() and len(stated) < 16):
         raise RequestError("inference-header-content-length is no number of bytes")
@@ -154,7 +160,7 @@ async def respond(
     large = sum(output.nbytes for output in response.outputs.values()) > _THREAD_ABOVE_BYTES
     content, more = await asyncio.to_thread(written) if large else written()
     if size and "Inference-Header-Content-Length" in more:
-        more["Content-Type"] = kind + _JSON_SIZE + more["Inference-Header-Content-Length"]
+        more["Content-Type"] = f"{kind};{_JSON_SIZE}{more['Inference-Header-Content-Length']}"
     return Reply(headers=more, body=content)
 
 

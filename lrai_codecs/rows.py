@@ -18,19 +18,20 @@ Infer = Callable[[InferenceRequest], Awaitable[InferenceResponse]]
 
 
 async def in_parts(
-    infer: Infer, request: InferenceRequest, signature: Signature, most_rows: int
+    infer: Infer, request: InferenceRequest, signature: Signature, config: LraiConfig
 ) -> InferenceResponse:
-    """Return the answer to a request that is asked in parts of at most so many rows.
+    """Return the answer to a request that is asked in parts: calls of their own, within the limits.
 
     Args:
         infer: Answers a request.
         request: Its time, if it states one, is that of all parts together.
         signature: Of the model.
-        most_rows: Of one part; what cannot be divided is asked as it is.
+        config: Its limits and `scheduler.max_batch_rows`; what cannot be divided is asked as it is.
 
     Raises:
         LraiError: The first that a part ended with; the others are cancelled.
     """
+    most_rows = min(config.scheduler.max_batch_rows, rows_at_a_time(request, config))
     several = parts(request, signature, most_rows)
     if len(several) == 1:
         return await infer(request)

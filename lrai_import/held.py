@@ -7,6 +7,7 @@ or goes next, and with the runtime at the latest.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import fcntl
@@ -16,10 +17,21 @@ import logging
 import os
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
-from lrai_core import Artifact, LraiConfig, LraiError, ModelNotFound, Runtime
+from lrai_core import (
+    Artifact,
+    InferenceRequest,
+    InferenceResponse,
+    LraiConfig,
+    LraiError,
+    ModelNotFound,
+    NotReady,
+    Runtime,
+)
 from lrai_import.hosted import Asked, load
 
 _log: Final = logging.getLogger("lrai.hosted")
@@ -73,6 +85,28 @@ class Held:
         states = [model.state for model in self.runtime.models() if model.name == self.name]
         return states[0] if states else "dead"
 
+    def infer(self, request: InferenceRequest) -> InferenceResponse:
+        """Return the answer of the runtime; where it has unloaded the model, see `load_again`.
+
+        Raises:
+            NotReady: It has: what it says of it names the models of others.
+        """
+        with self._there():
+            return self.runtime.infer(request)
+
+    async def infer_async(self, request: InferenceRequest) -> InferenceResponse:
+        """Return the same without blocking the event loop."""
+        with self._there():
+            return await self.runtime.infer_async(request)
+
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        try:
+            yield
+        except ModelNotFound:
+            self.load_again()
+            raise NotReady("the runtime had unloaded the model, which is loaded again") from None
+
     def load_again(self) -> None:
         """Have a model loaded again that the runtime has unloaded, for others or by hand.
 
@@ -112,6 +146,37 @@ class Held:
                     with contextlib.suppress(ModelNotFound):
                         self.runtime.unload(name)
                     lock.truncate(0)
+
+
+class Questions:
+    """What hosts ask of a runtime that may hang: each question in a thread of its own, once.
+
+    The threads hold up neither the host's pool nor the end of the process.
+    """
+
+    def __init__(self) -> None:
+        """Ask nothing yet."""
+        self._asking: dict[Callable[[], Any], Future[Any]] = {}
+
+    async def soon(self, question: Callable[[], Any], seconds: float) -> Any:
+        """Return the answer, of the same question that is under way if one is.
+
+        Raises:
+            TimeoutError: There is none so soon.
+            Exception: What the question raises.
+        """
+        known = self._asking.get(question)
+        if known is None or known.done():
+            known = self._asking[question] = Future[Any]()
+            threading.Thread(target=_answer, args=(question, known), daemon=True).start()
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(known)), seconds)
+
+
+def _answer(question: Callable[[], Any], answer: Future[Any]) -> None:
+    try:
+        answer.set_result(question())
+    except Exception as error:  # noqa: BLE001 - edge: it is told to who asks
+        answer.set_exception(error)
 
 
 def _held(file: Path) -> BinaryIO:

@@ -263,7 +263,7 @@ class TestRunner:
 
     def test_a_dead_runtime_is_not_ready(self, stored: bentoml.Model) -> None:
         one = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED)
-        one.load().runtime.unload(one.load().held.name)
+        one.load().held.runtime.unload(one.load().held.name)
         assert one.state() == "dead"
         one.close()
 

@@ -96,6 +96,8 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
         (member("disk", tarfile.BLKTYPE), "'disk', no file"),
         (member("large", size=1 << 50), "too much for this disk"),
         (member("short", size=100_000), "no whole and safe tar"),
+        (member("long", tarfile.XHDTYPE, size=1 << 30), "an attribute has 1073741824 bytes"),
+        (member("long", tarfile.GNUTYPE_LONGNAME, size=1 << 30), "an attribute has"),
         (b"no tar", "no whole and safe tar"),
         (b"", "no whole and safe tar"),
         (b"\x1f\x8b\x08\x00cut", "no whole and safe tar"),

@@ -201,6 +201,37 @@ def test_csv_is_read_as_pandas_writes_it() -> None:
             values(body, "text/csv", [spec])
 
 
+def test_a_text_that_is_the_name_of_its_input_is_a_text() -> None:
+    name = JOB.name.encode()
+    assert values(name + b"\nb\n", "text/csv", [JOB]) == [[JOB.name, "b"]]
+    assert values(name + b"\nb\n", "text/csv; Header=present", [JOB]) == [["b"]]
+
+
+def test_a_header_that_names_a_column_twice_is_none() -> None:
+    a, b = (TensorSpec(name=one, datatype="FP32", shape=("n",), batch_axis=0) for one in "ab")
+    with pytest.raises(RequestError):
+        values(b"a,b,a\n1,2,3\n", "text/csv", [a, b])
+    assert values(b"b,a\n1,2\n", "text/csv", [a, b]) == [[2], [1]]
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/octet-stream", "application/vnd.sagemaker-triton.binary+json"]
+)
+def test_who_accepts_binary_tensors_alone_gets_them(accept: str) -> None:
+    _, form = decode(b'{"instances": [[1, 2, 3]]}', "application/json", [X])
+    answer = InferenceResponse(
+        model_name="m",
+        model_version="1",
+        id="",
+        outputs={"y": np.ones((1, 3), np.float32)},
+        parameters={},
+    )
+    body, headers = encode(answer, form, accept)
+    length = int(headers["Inference-Header-Content-Length"])
+    assert headers["Content-Type"] == "application/octet-stream"
+    assert body[length:] == np.ones(3, np.float32).tobytes()
+
+
 def test_bytes_behind_the_tensors_are_refused() -> None:
     head = protocol(data=None, parameters={"binary_data_size": 24})
     for extra, length in ((b"x", len(head)), (b"", 0), (b"", len(head) + 25)):

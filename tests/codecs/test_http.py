@@ -134,7 +134,7 @@ def test_the_length_of_the_json_may_stand_in_the_type() -> None:
     wanted = {"binary_data_output": True}
     head = json.dumps({"inputs": [tensor], "parameters": wanted}).encode()
     kind = "application/vnd.sagemaker-triton.binary+json"
-    headers = {"content-type": f"{kind};json-header-size={len(head)}"}
+    headers = {"content-type": f"{kind}; json-header-size={len(head)}"}
     body = head + np.array([[1, 2, 3]], np.float32).tobytes()
     reply = asyncio.run(respond(double, [X], headers, body))
     media, _, length = reply.headers["Content-Type"].partition(";json-header-size=")
@@ -242,3 +242,12 @@ def test_what_an_answer_ends_with_is_passed_on() -> None:
 
     with pytest.raises(NotReady, match="draining"):
         asyncio.run(unless_gone(stays, fails()))
+
+
+def test_what_is_compressed_beyond_measure_is_no_data() -> None:
+    body = gzip.compress(bytes(20 << 20), mtime=0)
+    with pytest.raises(PayloadTooLarge, match="over 100 times as large as it was sent"):
+        read_all(body, {"content-encoding": "gzip"}, limit=64 << 20, step=1 << 16)
+    plain = np.random.default_rng(0).integers(0, 4, 8 << 20, np.uint8).tobytes()
+    packed = gzip.compress(plain, mtime=0)
+    assert read_all(packed, {"content-encoding": "gzip"}, limit=64 << 20, step=1 << 16) == plain

@@ -28,6 +28,7 @@ def spec(name: str, axis: int | None = 0) -> TensorSpec:
     return TensorSpec(name=name, datatype="FP32", shape=("n", 3), batch_axis=axis)
 
 
+FOUR = load_config(call={"scheduler.max_batch_rows": 4})
 SIGNATURE = Signature(inputs=(spec("x"), spec("z")), outputs=(spec("y"),))
 TOGETHER = Signature(inputs=(spec("x"), spec("z")), outputs=(spec("y", None),))
 
@@ -58,7 +59,7 @@ class Model:
 
 
 def ask(model: Model, request: InferenceRequest, signature: Signature = SIGNATURE) -> Any:
-    return asyncio.run(in_parts(model.infer, request, signature, 4)).outputs["y"]
+    return asyncio.run(in_parts(model.infer, request, signature, FOUR)).outputs["y"]
 
 
 def request(rows: int, **more: Any) -> InferenceRequest:
@@ -144,7 +145,7 @@ def test_what_cannot_be_divided_is_asked_as_it_is(
     model = Model()
     whole = InferenceRequest(model_name="m", inputs=inputs)
     with contextlib.suppress(ValueError):  # of the model, which has no rules for rows that differ
-        asyncio.run(in_parts(model.infer, whole, signature, 4))
+        asyncio.run(in_parts(model.infer, whole, signature, FOUR))
     assert model.asked == [whole]
 
 
@@ -159,5 +160,24 @@ def test_binary_tensors_are_left_to_the_runtime() -> None:
 
     binary = Tensor(name="x", datatype="FP32", shape=(9, 3), data=bytes(108))
     whole = InferenceRequest(model_name="m", inputs={"x": binary})
-    asyncio.run(in_parts(infer, whole, SIGNATURE, 4))
+    asyncio.run(in_parts(infer, whole, SIGNATURE, FOUR))
     assert asked == [whole]
+
+
+def test_parts_are_within_the_bytes_of_a_request() -> None:
+    """However few rows a call might have."""
+    own = load_config(call={"limits.request_bytes": 4096, "scheduler.max_batch_rows": 64})
+    sizes = list[int]()
+
+    async def infer(asked: InferenceRequest) -> InferenceResponse:
+        sizes.append(sum(np.asarray(array).nbytes for array in asked.inputs.values()))
+        outputs = {"y": np.asarray(asked.inputs["x"])}
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs=outputs, parameters={}
+        )
+
+    wide = {name: np.ones((40, 64), np.float32) for name in ("x", "z")}
+    whole = InferenceRequest(model_name="m", inputs=wide)
+    found = asyncio.run(in_parts(infer, whole, SIGNATURE, own)).outputs["y"]
+    assert found.shape == (40, 64)
+    assert max(sizes) <= 4096

@@ -23,7 +23,7 @@ import lrai_core as lrai
 from lrai_bentoml.guard import CLIENT_LEFT, TooLarge
 from lrai_bentoml.hooks import progress
 from lrai_bentoml.runner import Runner, Serving
-from lrai_codecs import PayloadTooLarge, Reply, declared, failure, read, respond
+from lrai_codecs import PayloadTooLarge, Reply, Room, declared, failure, read, respond
 
 Endpoint = Callable[[Request], Awaitable[Reply]]
 
@@ -31,7 +31,10 @@ Endpoint = Callable[[Request], Awaitable[Reply]]
 def asgi_app(*runners: Runner) -> Starlette:
     """Return an application that answers for these models, each under the name of its tag."""
     by_name = {runner.tag.name: runner for runner in runners}
-    limit_bytes = lrai.load_config().limits.request_bytes
+    if len(by_name) < len(runners):
+        raise lrai.UsageError("a name is there twice: each model of an app has its own")
+    config = lrai.load_config()
+    limit_bytes, room = config.limits.request_bytes, Room(config.scheduler.max_queue_bytes)
 
     async def named(request: Request) -> tuple[Runner, Serving]:
         name, version = request.path_params["model"], request.path_params.get("version")
@@ -39,14 +42,14 @@ def asgi_app(*runners: Runner) -> Starlette:
             raise lrai.ModelNotFound(f"model {name[:120]!r}: there are {sorted(by_name)}")
         serving = await by_name[name].attach()
         if version not in (None, serving.tag.version):
-            there = serving.tag.version
-            raise lrai.ModelNotFound(f"version {version[:120]!r}: there is {there!r}")
+            raise lrai.ModelNotFound(f"version {version[:120]!r}: there is {serving.tag.version!r}")
         return by_name[name], serving
 
     async def infer(request: Request) -> Reply:
         (runner, serving), headers = await named(request), dict(request.headers)
-        body = await read(request.stream(), headers, limit_bytes)
-        return await respond(runner.ask, serving.signature.inputs, headers, body)
+        with room.held(headers, limit_bytes):
+            body = await read(request.stream(), headers, limit_bytes)
+            return await respond(runner.ask, serving.signature.inputs, headers, body)
 
     async def model(request: Request) -> Reply:
         _, serving = await named(request)
@@ -63,8 +66,8 @@ def asgi_app(*runners: Runner) -> Starlette:
         return _json({"live": True})
 
     async def server(_: Request) -> Reply:
-        extensions = ["binary_tensor_data"]
-        return _json({"name": "lrai", "version": lrai.__version__, "extensions": extensions})
+        about = {"name": "lrai", "version": lrai.__version__}
+        return _json(about | {"extensions": ["binary_tensor_data"]})
 
     endpoints = {"/v2": server, "/v2/health/live": live, "/v2/health/ready": ready}
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):

@@ -12,10 +12,12 @@ import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
 
 import lrai_core as lrai
+from lrai_import.held import Questions
 
 if TYPE_CHECKING:
     from lrai_bentoml.runner import Runner
 
+_questions: Final = Questions()
 _PROBE_SECONDS: Final = 5.0  # a runtime that says nothing for that long is not in good health
 
 
@@ -44,8 +46,7 @@ def workers_of(owners: Sequence[type]) -> int:
 
 async def progress(runners: Sequence[Runner], *more: str) -> bool:
     """Return whether every model makes progress, or is in one of `more` states."""
-    states = await asyncio.gather(*[_soon(one.state) for one in runners])
-    return {"ok", "idle", *more}.issuperset(states)
+    return {"ok", "idle", *more} >= set(await asyncio.gather(*[_soon(r.state) for r in runners]))
 
 
 async def _is_ready(self: Any) -> bool:
@@ -73,5 +74,5 @@ async def _metrics(self: Any, own: str) -> str:
 async def _soon(question: Callable[[], Any]) -> Any:
     """Return the answer, None where there is none in time; the event loop goes on meanwhile."""
     with contextlib.suppress(TimeoutError, lrai.LraiError, bentoml.exceptions.BentoMLException):
-        return await asyncio.wait_for(asyncio.to_thread(question), _PROBE_SECONDS)
+        return await _questions.soon(question, _PROBE_SECONDS)
     return None

@@ -37,11 +37,6 @@ class Serving:
     tag: bentoml.Tag
     signature: lrai.Signature
 
-    @property
-    def runtime(self) -> lrai.Runtime:
-        """Return what serves it."""
-        return self.held.runtime
-
     def request(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> lrai.InferenceRequest:
         """Return the request that values state, in the order of the model's inputs or by name."""
         names = [spec.name for spec in self.signature.inputs]
@@ -109,7 +104,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """Return the same, for an API that is no coroutine."""
         with bento_errors():
             serving = self.load()
-            return _outputs(serving.runtime.infer(serving.request(args, inputs)))
+            return _outputs(serving.held.infer(serving.request(args, inputs)))
 
     async def infer_async(self, request: lrai.InferenceRequest) -> lrai.InferenceResponse:
         """Return the answer to a request that may name outputs, a timeout or a priority.
@@ -123,18 +118,18 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """Return the same, blocking."""
         with bento_errors():
             serving = self.load()
-            return serving.named(serving.runtime.infer(serving.addressed(request)))
+            return serving.named(serving.held.infer(serving.addressed(request)))
 
     async def ask(self, request: lrai.InferenceRequest) -> lrai.InferenceResponse:
         """Return the same as `infer_async`, with LRAI's errors as they are."""
         serving = await self.attach()
-        return serving.named(await serving.runtime.infer_async(serving.addressed(request)))
+        return serving.named(await serving.held.infer_async(serving.addressed(request)))
 
     @property
     def shared(self) -> bool:
         """Whether the runtime is that of other processes too."""
         known = self._here.serving
-        config = known.runtime.config if known else self._asked().config
+        config = known.held.runtime.config if known else self._asked().config
         return config.runtime.address != "embedded"
 
     def state(self) -> str:
@@ -144,13 +139,13 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """
         with contextlib.suppress(lrai.LraiError, BentoMLException):
             serving = self.load()
-            mine = [m.state for m in serving.runtime.models() if m.name == serving.held.name]
+            mine = [m.state for m in serving.held.runtime.models() if m.name == serving.held.name]
             return next((state for state in ("ok", "idle", "stalled") if state in mine), "dead")
         return "dead"
 
     def stats(self) -> dict[str, int]:
         """Return what the runtime has counted, over all its models."""
-        return self.load().runtime.stats()
+        return self.load().held.runtime.stats()
 
     def check(self) -> None:
         """Check every file of the model, and load it once, before workers start.

@@ -78,7 +78,7 @@ class ServedModel:
                 return pd.DataFrame({o.name: np.zeros(0, dtype_of(o.datatype)) for o in outputs})
             request = to_lrai(data, self._signature.inputs, params or {}, self.held.name)
             most = rows_at_a_time(request, self._limits) if self._limits else sys.maxsize
-            response = in_turn(self.held.runtime.infer, request, self._signature, most)
+            response = in_turn(self.held.infer, request, self._signature, most)
         return from_lrai(response, data, by_row=self._by_row)
 
 

@@ -119,7 +119,7 @@ class Endpoint:
             {
                 "MaxConcurrentTransforms": self._settings.concurrency,
                 "BatchStrategy": self._settings.strategy,
-                "MaxPayloadInMB": self._most_bytes // MEBIBYTE,
+                "MaxPayloadInMB": max(1, min(100, self._most_bytes // MEBIBYTE)),
             }
         )
 
@@ -148,7 +148,7 @@ class Endpoint:
     ) -> Response:
         begun, headers = time.monotonic(), request.headers
         outputs, timeout_ms = _wanted(request.headers.get(ATTRIBUTES, ""))
-        most_rows, given = self._runtime.config.scheduler.max_batch_rows, dict[str, Any]()
+        given = dict[str, Any]()
 
         async def infer(asked: lrai.InferenceRequest) -> lrai.InferenceResponse:
             stated = [ms for ms in (asked.timeout_ms, timeout_ms) if ms is not None]
@@ -159,7 +159,8 @@ class Endpoint:
                 outputs=outputs or asked.outputs,
                 timeout_ms=max(0.0, min(stated) - spent_ms) if stated else None,
             )
-            answer = await in_parts(self._runtime.infer_async, asked, signature, most_rows)
+            config = self._runtime.config
+            answer = await in_parts(self._runtime.infer_async, asked, signature, config)
             given.update(answer.parameters, version=answer.model_version)
             return msgspec.structs.replace(answer, model_name=name)
 
@@ -222,8 +223,7 @@ def _wanted(attributes: str) -> tuple[tuple[str, ...], float | None]:
         timeout_ms = 0.0
     if timeout_ms is not None and not timeout_ms > 0:
         raise lrai.RequestError(f"{ATTRIBUTES}: timeout_ms has to be a number above 0")
-    names = [part.strip() for part in said.get("outputs", "").split(",")]
-    return tuple(filter(None, names)), timeout_ms
+    return tuple(filter(None, map(str.strip, said.get("outputs", "").split(",")))), timeout_ms
 
 
 async def _refused(request: Request, error: Any) -> Response:

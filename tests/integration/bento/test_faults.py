@@ -211,7 +211,7 @@ def ended(served: Served) -> set[int]:
 
 
 @pytest.mark.usefixtures("ended")  # so that its runtime is idle meanwhile
-def test_a_model_that_was_unloaded_is_not_said_to_be_ready(project: Path) -> None:
+def test_a_model_that_was_unloaded_is_not_said_to_be_ready_until_it_is_back(project: Path) -> None:
     import lrai_core as lrai
 
     with Host() as host, start(project, host) as server:
@@ -221,7 +221,14 @@ def test_a_model_that_was_unloaded_is_not_said_to_be_ready(project: Path) -> Non
             (name,) = [m.name for m in runtime.models() if m.name.startswith("classifier:")]
             runtime.unload(name)
         assert one.get("/readyz").status == one.get("/livez").status == 503
-        assert one.ask("/classify", {"features": [[0.0] * 64]}).status == 404
+        refused = one.ask("/classify", {"features": [[0.0] * 64]})
+        assert refused.status == 503
+        assert "loaded:" not in str(refused.content), "what others have loaded is their business"
+        deadline = time.monotonic() + 30
+        while one.ask("/classify", {"features": [[0.0] * 64]}).status != 200:
+            assert time.monotonic() < deadline, "who asks has it loaded again"
+            time.sleep(0.05)
+        assert one.get("/readyz").status == 200
 
 
 def test_it_is_not_ready_before_every_model_is(project: Path) -> None:

@@ -342,7 +342,9 @@ class TestRunner:
 
 def actor(one: lrai_bentoml.Runner) -> int:
     """Return the process that computes for a runner."""
-    (pid,) = (m.actor_pid for m in one.load().runtime.models() if m.name == one.load().held.name)
+    (pid,) = (
+        m.actor_pid for m in one.load().held.runtime.models() if m.name == one.load().held.name
+    )
     assert pid
     return pid
 

@@ -49,7 +49,7 @@ class {service}:
 
 {service}.add_asgi_middleware(lrai_bentoml.Guard)  # limits, callers who leave, Retry-After
 '''
-_IGNORED: Final = (".venv/", "wheels/", "*.lrai/", "__pycache__/")
+_IGNORED: Final = (".venv/", "venv/", "env/", "fresh/", "wheels/", "*.lrai/", "__pycache__/")
 _LINE: Final = 50  # characters of arguments in one
 # Names that BentoML gives a meaning, or that are used above.
 _TAKEN: Final = frozenset({"self", "ctx", "context", "np", "names", "outputs", "dict", "zip"})
@@ -76,6 +76,11 @@ def init(
             tag = f"{stored.tag.name}:latest"
         elif name:
             raise UsageError(f"--name {name!r} is for an artifact; {model!r} is saved already")
+        elif "/" in model or model.endswith((".onnx", ".lrai")):
+            what = (
+                "is a file: lrai compile makes an artifact of it" if Path(model).is_file() else ""
+            )
+            raise UsageError(f"{model!r} {what or 'is no artifact, and no tag'}")
         else:
             stored, tag = get(model), model if ":" in model else f"{model}:latest"
             artifact = artifact_of(stored)

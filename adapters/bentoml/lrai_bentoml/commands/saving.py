@@ -86,7 +86,7 @@ def import_model(
     if not isinstance(source, bentoml.Tag | bentoml.Model | str | Path):
         raise TypeError(f"{type(source).__name__} is neither a file nor a saved model")
     lineage = dict(metadata or {})
-    if isinstance(source, Path) or (isinstance(source, str) and Path(source).is_file()):
+    if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
         file = Path(source)
         if not file.is_file():
             raise NotFound(f"no file {file}")
@@ -99,6 +99,11 @@ def import_model(
         out = Path(folder) / f"{bentoml.Tag.from_taglike(name).name}.lrai"
         artifact = lrai.compile(file, out=out, **(options or {}))
         return save_model(name, artifact, labels=labels, metadata=lineage)
+
+
+def _is_path(text: str) -> bool:
+    """Return whether it can be no tag of BentoML, or is a file."""
+    return "/" in text or text.endswith((".onnx", ".lrai")) or Path(text).is_file()
 
 
 def _labels(artifact: lrai.Artifact, proofs: Sequence[lrai.Certificate]) -> dict[str, str]:

@@ -22,7 +22,10 @@ from lrai_sagemaker.commands.contract import Container
 
 Target = Annotated[list[str], typer.Argument(help="URL, or a command, which is started and ended.")]
 Sample = Annotated[Path | None, typer.Option("--artifact", help="Model, to ask it for zeros.")]
-Payload = Annotated[Path | None, typer.Option(exists=True, help="A body that the model takes.")]
+Payload = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, readable=True, help="A body that the model takes."),
+]
 ContentType = Annotated[str, typer.Option(help="Of the payload.")]
 ModelUrl = Annotated[str, typer.Option(help="Path of a model, there: checks a multi-model one.")]
 Start = Annotated[float, typer.Option(help="Until /ping has to say 200.")]
@@ -60,7 +63,10 @@ def check(
                 target, env=environ, stdin=subprocess.DEVNULL, start_new_session=True
             )
         except OSError as error:
-            raise EnvironmentProblem(f"{target[0]!r} cannot be run: {error.strerror}") from None
+            hint = ", and http://HOST:PORT is needed for what runs" * (":" in target[0])
+            raise EnvironmentProblem(
+                f"{target[0]!r} cannot be run: {error.strerror}{hint}"
+            ) from None
     there = Container(host, port, (body, content_type), model_url, process)
     try:
         found = there.check(start_seconds, grace_seconds)

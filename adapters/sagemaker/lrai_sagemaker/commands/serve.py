@@ -60,7 +60,7 @@ def serve(
     Each option is also a variable, those that the platform sets among them. Several workers share a
     runtime. Without --host only this machine is answered.
     """
-    largest_mb = max_payload_mb or load_config().limits.request_bytes // MEBIBYTE
+    largest_mb = max_payload_mb or min(100, load_config().limits.request_bytes // MEBIBYTE)
     settings = Settings(
         folder=str(folder or (_MODELS if multi_model else _MODEL)),
         multi_model=multi_model,

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -105,6 +105,7 @@ class Supervisor:
 
     def _end(self) -> None:
         """Have the workers answer what they have accepted, and end them."""
+        self._listening.close()  # else who comes now is accepted, and answered by nobody
         for worker in self._workers:
             worker.terminate()
         deadline = time.monotonic() + self._settings.drain_seconds + _GRACE_SECONDS
@@ -139,7 +140,19 @@ def serve(given: Settings) -> int:
         given = msgspec.structs.replace(given, **own)
         with nullcontext() if asked_of(given).here else Runtime(config) as runtime:
             log.info("serving on %s:%d", *listening.getsockname()[:2])
-            return Supervisor(given, runtime, listening).run()
+            try:
+                return Supervisor(given, runtime, listening).run()
+            finally:
+                _unload(runtime, Path(folder).name)
+
+
+def _unload(runtime: Runtime | None, scratch: str) -> None:
+    """Unload the models of a multi-model endpoint, which nobody else can find; see `Names.load`."""
+    with suppress(LraiError):  # it is gone, or does not answer
+        for model in runtime.models() if runtime else ():
+            if model.name.endswith(f":{scratch.rpartition('-')[2]}"):
+                with suppress(LraiError):
+                    runtime.unload(model.name)  # type: ignore[union-attr] # it has told of one
 
 
 def main(settings: Settings) -> int:

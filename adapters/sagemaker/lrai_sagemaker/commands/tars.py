@@ -18,7 +18,17 @@ _SUFFIXES: Final = (".tar.gz", ".tgz", ".tar")
 # Of compressions that end early, and of times and names that no file can have.
 _BAD_TARS: Final = (gzip.BadGzipFile, lzma.LZMAError, ValueError, OverflowError)
 _MOST_MEMBERS: Final = 10_000
+_MOST_HEADER_BYTES: Final = 1 << 20
 _FOLDER: Final = "model.lrai"
+
+
+class _Entry(tarfile.TarInfo):
+    """An entry whose long names and attributes, which are read whole, are not too long."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if not (self.isreg() or self.isdir()) and self.size > _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"an attribute has {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return] # is not in typeshed
 
 
 def package(artifact: Artifact, out: Path) -> None:
@@ -73,7 +83,7 @@ def _unpack(tar: Path, scratch: Path) -> Path:
     try:
         into = Path(tempfile.mkdtemp(prefix="model-", dir=scratch))
         room = shutil.disk_usage(into).free
-        with tarfile.open(tar) as archive:
+        with tarfile.open(tar, tarinfo=_Entry) as archive:
             for count, member in enumerate(archive, 1):
                 room -= member.size
                 plain = (member.isreg() or member.isdir()) and member.sparse is None
