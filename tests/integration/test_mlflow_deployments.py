@@ -29,7 +29,7 @@ import lrai_mlflow
 from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server
 from lrai_mlflow.commands.deployments import Client
-from lrai_report.tune import _find
+from lrai_report.tune import _find, main
 from tests.integration.mlflow_server import own_store, post
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import column_model
@@ -134,10 +134,12 @@ def test_tune_finds_what_serves_by_the_uri_of_its_model(
             _find("models:/tuned/1", None, "auto")
         runtime.unload("tuned:4f0c")
         alone = _find("models:/tuned/1", requests, "auto")
-        with pytest.raises(lrai.UsageError, match="is no file, artifact or name"):
-            _find("models:/tuned/1", None, "auto")
+        with pytest.raises(lrai.UsageError, match="is not served, so nothing is captured"):
+            main(["models:/tuned/1"])
     assert (served.name, alone.name) == ("tuned:4f0c", "")
-    assert served.signature == alone.signature == artifact.manifest.signature
+    for one in (served, alone):
+        assert one.served is not None
+        assert one.served.manifest.signature == artifact.manifest.signature
     assert alone.model.read_bytes() == artifact.file(artifact.manifest.source.file).read_bytes()
     with pytest.raises(lrai.ConditionNotMet, match="not found"):
         _find("models:/none/1", requests, "auto")
