@@ -56,7 +56,7 @@ FULL: Final = Extent(
     ours_too=(),
     swept=64,
     tries=2,
-    rounds=9,
+    rounds=8,
     requests={1: 32, 8: 96, 32: 160},
 )
 

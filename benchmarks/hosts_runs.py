@@ -95,7 +95,7 @@ class Bench:
         figures: dict[tuple[Side, int], list[Costed]] = defaultdict(list)
         sides = [side for side in self.sides if side.workers in self.extent.workers]
         for turn in range(self.extent.rounds):
-            first = turn % len(sides)
+            first = turn // 2 % len(sides)
             order = [*sides[first:], *sides[:first]][:: -1 if turn % 2 else 1]
             for callers, requests in self.extent.requests.items():
                 count = share(kind, requests)

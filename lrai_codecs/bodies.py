@@ -18,6 +18,7 @@ from lrai_codecs.forms import (
     LINES,
     MEDIA_TYPES,
     NPY,
+    TRITON,
     Form,
     Layout,
     NotAcceptable,
@@ -27,7 +28,6 @@ from lrai_codecs.protocol import is_protocol, read_protocol, write_protocol
 from lrai_codecs.tensors import Array, by_name, dtype_of, fit, text
 from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, TensorSpec
 
-_TRITON: Final = "application/vnd.sagemaker-triton.binary+json"  # what BINARY is called there
 _any_decoder: Final = msgspec.json.Decoder()
 _LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
 _TRUTHS: Final = {"true": "1", "false": "0"}
@@ -101,7 +101,7 @@ def encode(
         lines = [msgspec.json.encode(row) for row in _rows(outputs)]
         return b"\n".join([*lines, b""]), {"Content-Type": LINES}
     if media == BINARY:
-        return write_protocol(response, outputs, None)
+        return write_protocol(response, outputs, form.binary or None)
     if form.layout == "protocol":
         return write_protocol(response, outputs, form.binary)
     if form.layout == "instances":
@@ -233,7 +233,7 @@ def _accepted(accept: str, form: Form) -> str:
             return JSON if form.media_type == BINARY else form.media_type
         if media in MEDIA_TYPES:
             return media
-        if media == _TRITON:
+        if media == TRITON:
             return BINARY
     raise NotAcceptable(f"{accept[:60]!r} is not written here: " + ", ".join(MEDIA_TYPES))
 

@@ -11,6 +11,7 @@ JSON: Final = "application/json"
 LINES: Final = "application/jsonlines"
 CSV: Final = "text/csv"
 NPY: Final = "application/x-npy"
+TRITON: Final = "application/vnd.sagemaker-triton.binary+json"  # what SageMaker calls BINARY
 BINARY: Final = "application/octet-stream"  # the protocol's binary tensor data extension
 MEDIA_TYPES: Final = (JSON, LINES, CSV, NPY, BINARY)
 

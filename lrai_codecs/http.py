@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from lrai_codecs.bodies import decode, encode
-from lrai_codecs.forms import Form, UnsupportedMediaType
+from lrai_codecs.forms import TRITON, Form, UnsupportedMediaType
 from lrai_core import (
     InferenceRequest,
     InferenceResponse,
@@ -61,8 +61,10 @@ class Room:
             QueueFull: There is no room for it beside the others.
         """
         stated, size = headers.get("content-length", ""), limit_bytes
-        if stated.isdecimal() and "content-encoding" not in headers:
-            size = min(int(stated), size)
+        if stated.isdecimal():
+            coded = "content-encoding" in headers
+            most = max(_PLAIN_BYTES, _MOST_TIMES * int(stated)) if coded else int(stated)
+            size = min(most, size)
         if self._held_bytes and self._held_bytes + size > self._most_bytes:
             full = f"bodies of {self._held_bytes} bytes are here, {self._most_bytes} are allowed"
             raise QueueFull(full, limit=self._most_bytes, retry_after_seconds=1.0)
@@ -114,9 +116,9 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
         size += len(part)
         if max(size, received) > limit_bytes:
             raise PayloadTooLarge(f"the body has more than the {limit_bytes} bytes allowed")
-        if size > _PLAIN_BYTES and size > _MOST_TIMES * received:
-            raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
         parts.append(part)
+    if size > max(_PLAIN_BYTES, _MOST_TIMES * received):
+        raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
     if inflate is not None and (not inflate.eof or inflate.unused_data):
         raise RequestError(f"the body is no whole {coding}")
     return b"".join(parts)
@@ -159,8 +161,10 @@ async def respond(
 
     large = sum(output.nbytes for output in response.outputs.values()) > _THREAD_ABOVE_BYTES
     content, more = await asyncio.to_thread(written) if large else written()
-    if size and "Inference-Header-Content-Length" in more:
-        more["Content-Type"] = f"{kind};{_JSON_SIZE}{more['Inference-Header-Content-Length']}"
+    # By its type the caller finds out where tensors begin, if he has asked, or asks, like that.
+    wanted = TRITON if TRITON in headers.get("accept", "").lower() else kind if size else ""
+    if wanted and "Inference-Header-Content-Length" in more:
+        more["Content-Type"] = f"{wanted};{_JSON_SIZE}{more['Inference-Header-Content-Length']}"
     return Reply(headers=more, body=content)
 
 

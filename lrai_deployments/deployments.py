@@ -197,7 +197,8 @@ class Deployments(Embedded):
             if shared and served and plain and record.was(opened.version):
                 return name  # whoever starts anew with what was replaced gets what replaced it
             kept = record.serving(opened.version)
-            if record.frozen and kept and variant in {"", kept.variant}:
+            there = kept is not None and (name, kept.version) in self.versions
+            if record.frozen and kept and not there and variant in {"", kept.variant}:
                 own = replace(kept, require=kept.require if require is None else require)
                 with self._started(name, opened, own, kept.version):
                     self._commit(name, record, "load")  # it serves again as it served

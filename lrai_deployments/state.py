@@ -51,8 +51,13 @@ class Record(msgspec.Struct, frozen=True):
         return any(self.shares.values()) or not self.versions
 
     def serving(self, version: str) -> How | None:
-        """Return how an artifact's version was loaded that has a share."""
-        shared = [self.versions[label] for label, share in self.shares.items() if share]
+        """Return how an artifact's version was loaded that has a share, gets copies or relieves."""
+        serves = {
+            *(label for label, share in self.shares.items() if share),
+            *self.shadow,
+            self.relief,
+        }
+        shared = [how for label, how in self.versions.items() if label in serves]
         return next((how for how in shared if how.version.partition("-")[0] == version), None)
 
     def was(self, version: str) -> bool:

@@ -84,7 +84,7 @@ class Traffic:
         self._random, self._clock = random.Random(seed), clock
         self._lock = threading.Lock()
         self._requests = self._candidates = self._kept_bytes = 0
-        self._most_bytes = _MOST_BYTES
+        self._most_bytes: float = _MOST_BYTES
         self._began = self._last = clock()
         # By number of binary digits: 1, 2..3, 4..7, and so on; of gaps in microseconds.
         self._rows, self._lengths, self._gaps = Counter[int](), Counter[int](), Counter[int]()
@@ -211,7 +211,8 @@ class Traffic:
         if any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in arrays):
             return  # what nobody could be judged by
         more = _size(arrays)
-        self._most_bytes = max(self._most_bytes, min(_FEW_ROWS * more, _MOST_BYTES_OF_FEW))
+        usual = (self._kept_bytes + more) / (len(self._sample) + 1)
+        self._most_bytes = max(_MOST_BYTES, min(_FEW_ROWS * usual, _MOST_BYTES_OF_FEW))
         if place < len(self._sample):
             more -= _size(self._sample[place].arrays)
         if more > 0 and self._kept_bytes + more > 2 * self._most_bytes:

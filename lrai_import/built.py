@@ -86,9 +86,13 @@ def _key(source: Path) -> str:
     beside = sorted(set(source.parent.rglob("*")) - {source})  # weights in files of their own
     for path in (source, *beside):
         if path.is_file():  # by its content: there are folders in which all times are the same
-            digest.update(f"{path.name} {path.stat().st_size}".encode() * (path != source))
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() * (path != source))
+            try:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                if path == source:
+                    raise ArtifactError(f"{path.name}: {error.strerror}") from None
     return digest.hexdigest()[:32]
 
 

@@ -34,6 +34,7 @@ from lrai_core import (
 )
 from lrai_import.hosted import Asked, load
 
+_LOAD_SECONDS: Final = 60.0
 _log: Final = logging.getLogger("lrai.hosted")
 
 
@@ -131,6 +132,7 @@ class Held:
         if self._closed:
             return
         self._closed = True
+        self._loads.acquire(timeout=_LOAD_SECONDS)  # else what is being loaded again is not found
         atexit.unregister(self.close)
         if self._lock is not None:
             self._lock.close()
@@ -167,8 +169,9 @@ class Questions:
         """
         known = self._asking.get(question)
         if known is None or known.done():
-            known = self._asking[question] = Future[Any]()
+            known = Future[Any]()
             threading.Thread(target=_answer, args=(question, known), daemon=True).start()
+            self._asking[question] = known
         return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(known)), seconds)
 
 

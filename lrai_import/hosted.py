@@ -94,7 +94,7 @@ class Asked(NamedTuple):
 
     def in_process(self) -> Asked:
         """Return the same, with the model in this process, which keeps no state of its own."""
-        runtime = replace(self.config.runtime, address="embedded", state_dir="")
+        runtime = replace(self.config.runtime, address="embedded", state_dir="", capture_rows=0)
         own = {**self.own, "actor.isolation": "inline"}
         return self._replace(config=replace(self.config, runtime=runtime), own=own)
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import statistics
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,15 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lrai_core import Artifact, InferenceRequest, InferenceResponse, LraiError, Runtime, load_config
+from lrai_core import (
+    Artifact,
+    ConditionNotMet,
+    InferenceRequest,
+    InferenceResponse,
+    LraiError,
+    Runtime,
+    load_config,
+)
 from lrai_core.errors import shorten
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import MEASURES, agreement, difference
@@ -85,9 +94,14 @@ def answered(artifact: Artifact, file: Path, tick: Callable[[], None]) -> dict[s
         file: `captured.npz`.
         tick: Called after each row.
     """
-    with np.load(file, allow_pickle=False) as archive:
-        columns = {name: archive[name] for name in archive}
     kept, specs = [], artifact.manifest.signature.inputs
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            columns = {name: archive[name] for name in archive}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConditionNotMet(f"{file.name} cannot be read, it may have aged: {error}") from None
+    if columns.keys() != {spec.name for spec in specs}:
+        raise ConditionNotMet(f"{file.name} holds the requests of another model: {sorted(columns)}")
     with sides([(artifact, "")]) as (side,):
         for row in range(len(next(iter(columns.values())))):
             inputs = {s.name: columns[s.name][row : row + 1] for s in specs}
@@ -173,5 +187,7 @@ def _short(answer: InferenceResponse) -> str:
     if values.dtype.kind == "f" and len(values) > 1:
         best = int(values.argmax())
         return f"[{best}] {values[best]:.4g}"
-    some = [f"{v:.4g}" if values.dtype.kind == "f" else shorten(v, 60) for v in values[:_SHOWN]]
+    some = [
+        f"{v:.4g}" if values.dtype.kind == "f" else shorten(str(v), 60) for v in values[:_SHOWN]
+    ]
     return ", ".join(some) + ", …" * (len(values) > _SHOWN)

@@ -144,17 +144,19 @@ def tune(
         _without_requests(found, written, output_map)
         return
     _say("requests", f"{found.requests}, each row as a request")
-    artifact = _compile(found, written, output_map, engine or ())
+    artifact, applied = _compile(found, written, output_map, engine or ()), False
     try:
         if found.captured:
             written.chmod(0o700)  # it keeps some of the rows
         _judge(target, found, artifact, written, callers, seconds, rounds, price_per_hour, file)
         if found.name:
-            _in_the_runtime(found, written, minutes, address, apply=apply)
+            _compare_live(found, written, minutes, address, apply=apply)
+            applied = apply
+            _switch(found, written, address, apply=apply)
         else:
             _say("use it", f"serve {written}; to go back, serve {target}")
     except KeyboardInterrupt:
-        if not apply:
+        if not applied:
             shutil.rmtree(written)
         raise
 
@@ -366,10 +368,10 @@ def _runtime(address: str) -> Runtime:
     return Runtime(config, address=where)
 
 
-def _in_the_runtime(
+def _compare_live(
     found: Target, written: Path, minutes: float, address: str, *, apply: bool
 ) -> None:
-    """Copy live requests to it for a while; switch to it, or say how.
+    """Copy live requests to it for a while.
 
     Raises:
         ConditionNotMet: The name was changed meanwhile, or live requests say no.
@@ -380,6 +382,16 @@ def _in_the_runtime(
         if minutes and not _shadow(runtime, name, written, minutes, place) and apply:
             why = "no live request was compared: --minutes 0 applies without"
             raise ConditionNotMet(f"not applied: {why}")
+
+
+def _switch(found: Target, written: Path, address: str, *, apply: bool) -> None:
+    """Switch to it, or say how.
+
+    Raises:
+        ConditionNotMet: The name was changed meanwhile.
+    """
+    name, place = found.name, f" --address {address}" if address else ""
+    with _runtime(address) as runtime:
         if apply:
             _check_same(runtime, found)
             version = runtime.swap(name, written.absolute())
@@ -390,8 +402,9 @@ def _in_the_runtime(
 
 
 def _check_same(runtime: Runtime, found: Target) -> None:
-    now = {v: share for v, share in _deployment(runtime, found.name).shares.items() if share}
-    if now != {v: share for v, share in found.shares.items() if share}:
+    shares = _deployment(runtime, found.name).shares
+    now, before = ({v: round(n, 6) for v, n in s.items() if n} for s in (shares, found.shares))
+    if now != before:
         served = ", ".join(now)
         raise ConditionNotMet(f"{found.name!r} was changed meanwhile: {served} serves; tune that")
 

@@ -46,6 +46,7 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
+_MOST_FAILURES: Final = 6  # after which they are no longer waited for
 _MOST_JOINT: Final = 8 << 20  # bytes of theirs outside shared memory, after which it goes
 SETTINGS: Final = "settings"  # of a daemon that runs, or was killed
 _LOG_BYTES: Final = 1 << 20  # of the log that a start goes on with
@@ -180,7 +181,7 @@ class Attached:
         if sum(map(len, contents)) > self._most_bytes:  # else the line is cut for it, and again
             raise lrai.RequestError(f"over {self._most_bytes} bytes, the limit of one request")
         most = self._config.scheduler.max_queue_rows
-        if len(self._outbox) >= most:  # beside those on their way
+        if len(self._asked) - len(self._on_wire) >= most:  # beside those on their way
             words = f"{most} requests of this process wait to be sent, the most that may"
             raise lrai.QueueFull(words, limit=most, retry_after_seconds=1.0)
         encoded, stated = messages.encode_form(form), given is not None
@@ -332,8 +333,8 @@ class Attached:
             said = _last_line(self._folder / "log", self._logged)
             self._fail(f"it ended with exit status {status}: {said}")
             self._process = None
-            self._start_at = time.monotonic() + min(5.0, _SEARCH_SECONDS * 2**self._failures)
-            self._failures += 1
+            self._start_at = time.monotonic() + _SEARCH_SECONDS * 2**self._failures
+            self._failures = min(_MOST_FAILURES, self._failures + 1)
         wanted = self._asked or self._calls or not self._attached.done()
         due = status is not None and time.monotonic() >= self._start_at
         if due and wanted and not self._session and not self._far:

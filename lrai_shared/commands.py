@@ -17,6 +17,7 @@ from lrai_shared.client import Attached, is_running, shared_folder
 from lrai_shared.keys import make_keys, server_end
 
 _INTERRUPTED: Final = 130  # exit status
+_GOES_ON: Final = ("load", "unload", "swap", "route", "rollback", "freeze", "unfreeze")
 _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 
 app = typer.Typer(help="The shared runtime.", no_args_is_help=True, add_completion=False)
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         app(args=list(arguments), prog_name="lrai runtime")
     except SystemExit as end:
-        if end.code == _INTERRUPTED:
+        if end.code == _INTERRUPTED and arguments[0] in _GOES_ON:
             out.print("the runtime goes on with it, see lrai runtime deployments")
         raise
 

@@ -247,7 +247,7 @@ class Daemon:
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
         most = config.limits.request_bytes
         self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit, request_bytes=most)
-        self._stay, self.ending = stay, False
+        self._stay, self.ending, self._keeps = stay, False, False
         self._folder, self._under_way = folder, set[Future[Any]]()
         self.gates = {"remote": Gate(stay, config)} if "://" in stay else {}
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -281,6 +281,7 @@ class Daemon:
             if now - touched > _TOUCH_SECONDS:
                 touched = now
                 _touch(self._folder)
+                self.runtime.deployments()  # which lets go of captured requests that are too old
             idle = self._door.opened and not self._under_way and now - self._door.idle_since
             if idle > _IDLE_SECONDS and self._stay == "end":
                 self._door.opened = False  # who comes now is not refused: it starts the next one
@@ -288,7 +289,9 @@ class Daemon:
         self.runtime.drain()
         self._quick.shutdown()
         self._slow.shutdown()
-        (self._folder / SETTINGS).unlink(missing_ok=True)
+        if self.runtime.scheduler.thread.is_alive():  # else it failed, and the next one is to be it
+            (self._folder / SETTINGS).unlink(missing_ok=True)
+        self.runtime.keeps = self._keeps
         self.runtime.close()
 
     def operate(self, call: Call, reply: Any) -> None:
@@ -325,8 +328,8 @@ class Daemon:
         `told`: by somebody who wants an end; else a machine goes down, or a service is started
         anew, and one that was to stay has the next one serve what it served.
         """
+        self._keeps = not told and self._stay != "end" and (self._keeps or not self.ending)
         self.ending = True
-        self.runtime.keeps = not told and self._stay != "end"
 
     def _reply(self, key: int, reply: Any, work: Future[Any]) -> None:
         if error := work.exception():

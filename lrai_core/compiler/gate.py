@@ -134,7 +134,8 @@ def judge(
 ) -> Judged:
     """Return what the gate says of a form, by its `run` of the rows and the source's outputs.
 
-    Labels judge the first output with scores; the others are to agree, as all without labels.
+    Labels judge the first output with scores; the other numbers with fractions have to agree, all
+    of them where rows are too few to tell; without labels all outputs have to.
     """
     specs, labels, effect = signature.outputs, rows.labels, 0.0
     if len(runs) > 1:
@@ -144,14 +145,16 @@ def judge(
         found = _agreement_result(reference, runs, specs, level)
     else:
         found = _label_result(reference, runs, labels, conditions, level)
-        scored, *others = [
-            i for i, a in enumerate(reference[0]) if a.dtype.kind == "f" and a.size > 1
-        ]
+        first = next(i for i, a in enumerate(reference[0]) if a.dtype.kind == "f" and a.size > 1)
+        others = [i for i, a in enumerate(reference[0]) if a.dtype.kind == "f" and i != first]
         if found.passed and others:  # no label speaks of them
             parts = [[[row[i] for i in others] for row in one] for one in (reference, *runs)]
             rest = _agreement_result(parts[0], parts[1:], [specs[i] for i in others], level)
-            why = f"{found.why}; other outputs than {specs[scored].name}: {rest.why}"
-            found = msgspec.structs.replace(found, passed=rest.passed, why=why)
+            why = f"{found.why}; other outputs than {specs[first].name}: {rest.why}"
+            alike = (rest.agreement_bound or 0) >= confidence.lower_bound(
+                rest.rows, rest.rows, level
+            )
+            found = msgspec.structs.replace(found, passed=rest.passed or alike, why=why)
     gaps = _gaps(reference, runs[0], specs)
     if labels is not None and rows.groups:
         found = _fair_enough(found, reference, runs, rows, conditions.max_disparity)

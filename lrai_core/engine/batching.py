@@ -58,8 +58,7 @@ def split(
     total = sum(rows)
     for output, spec in zip(outputs, specs, strict=True):
         if output.shape[:1] != (total,):
-            shape = list(output.shape)
-            raise ValueError(f"output {spec.name!r} has shape {shape} for {total} rows")
+            raise ValueError(f"output {spec.name!r} has shape {[*output.shape]} for {total} rows")
     answers, start = [], 0
     for count, length in zip(rows, lengths, strict=True):
         own = [output[start : start + count] for output in outputs]

@@ -95,9 +95,8 @@ class Embedded:
         if roots:
             path = path.resolve()  # where links and dots lead to, and what is opened then
             if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):
-                where = "none of the folders that artifacts may be loaded from"
-                given = shorten(artifact)
-                raise ConditionNotMet(f"{given!r} lies in {where}, see runtime.model_roots")
+                where = "in none of the folders to load from, see runtime.model_roots"
+                raise ConditionNotMet(f"{shorten(artifact)!r} lies {where}")
         return Artifact.open(path, verify=False)  # the actor hashes what it opens
 
     def add(

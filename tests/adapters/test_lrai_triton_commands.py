@@ -521,6 +521,9 @@ def test_a_configuration_that_lies_elsewhere_stays_there(
     assert config.is_symlink()
     assert 'backend: "lrai"' in real.read_text()
     assert real.stat().st_mode & 0o777 == 0o600
+    run("remove", config.parent)
+    assert config.is_symlink()
+    assert real.read_text() == ONNX
 
 
 def test_who_changed_the_backend_back_by_hand_can_begin_anew(repository: Path, run: Run) -> None:

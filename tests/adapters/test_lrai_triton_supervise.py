@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,26 @@ def started(folder: Path, *arguments: str, watched: bool = True, status: int = 7
     return (folder / "given").read_text().splitlines()[1:]
 
 
-def test_all_models_are_loaded_unless_some_are_named(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_REPOSITORY_KEY", "k")  # else it stays behind
+
+
+@pytest.mark.timeout(180)
+def test_all_models_are_loaded_where_none_is_named(tmp_path: Path) -> None:
     assert started(tmp_path)[:2] == ["--model-control-mode=explicit", "--load-model=*"]
+    kept = signal.getsignal(signal.SIGTERM)
+    assert getattr(kept, "__name__", "") != "forward", "the process is as it was"
+
+
+@pytest.mark.timeout(180)
+def test_where_some_are_named_these_are_loaded(tmp_path: Path) -> None:
     given = started(tmp_path, "--load-model=m")
     assert given[:2] == ["--load-model=m", "--model-control-mode=explicit"]
     assert "--load-model=*" not in given
-    assert started(tmp_path, watched=False) == []
 
 
+@pytest.mark.timeout(180)
 def test_a_server_that_the_watch_could_not_ask_is_refused(tmp_path: Path) -> None:
     with pytest.raises(lrai.UsageError, match="--no-watch"):
         started(tmp_path, "--allow-http=false")

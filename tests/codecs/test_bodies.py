@@ -228,7 +228,7 @@ def test_who_accepts_binary_tensors_alone_gets_them(accept: str) -> None:
     )
     body, headers = encode(answer, form, accept)
     length = int(headers["Inference-Header-Content-Length"])
-    assert headers["Content-Type"] == "application/octet-stream"
+    assert headers["Content-Type"] == "application/octet-stream", "`respond` says more"
     assert body[length:] == np.ones(3, np.float32).tobytes()
 
 

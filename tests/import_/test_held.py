@@ -41,8 +41,8 @@ def test_a_lock_that_was_deleted_by_its_age_takes_no_model_from_who_came_later(
 ) -> None:
     first = Held(artifact, asked({}), "m")
     folder = lrai.load_config().runtime.socket_dir
-    for lock in Path(folder).glob("*/held/*.held"):
-        lock.unlink()
+    (lock,) = Path(folder).glob("*/held/*.held")
+    lock.unlink()
     second = Held(artifact, asked({}), "m")
     first.close()
     assert answers(second)

@@ -24,7 +24,7 @@ from sklearn.ensemble import (
 )
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, PoissonRegressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -183,6 +183,20 @@ def test_options_that_a_converter_lacks_keep_no_model_out(model: Any) -> None:
     session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
     label, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
     assert np.mean(label == trained.predict(ROWS)) > 0.98
+
+
+def test_what_is_infinite_in_single_precision_is_no_other_answer() -> None:
+    model = PoissonRegressor().fit(ROWS, np.abs(VALUES))
+    made = convert_sklearn(model, [])
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: ROWS})
+    np.testing.assert_allclose(found[:, 0], model.predict(ROWS), rtol=1e-4)
+
+
+def test_weights_of_voters_are_none_of_neighbours() -> None:
+    voters = [("a", LogisticRegression()), ("b", DecisionTreeClassifier())]
+    model = VotingClassifier(voters, weights=np.array([1, 2])).fit(ROWS, CLASSES)
+    convert_sklearn(model, [])
 
 
 def test_whole_numbers_beside_others_are_taken() -> None:

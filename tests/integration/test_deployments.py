@@ -739,6 +739,17 @@ def test_a_frozen_canary_stays_one_whoever_loads_first(
         assert {ask(runtime) for _ in range(100)} == {2.0, 3.0}
 
 
+def test_a_frozen_version_that_is_there_is_not_started_twice(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.freeze("m", "ann", "audit week")
+        with pytest.raises(lrai.ConditionNotMet, match="frozen by ann"):
+            runtime.load(small[2.0], name="m")
+        assert len(runtime.models()) == 1
+        assert ask(runtime) == 2.0
+
+
 def test_a_frozen_version_that_is_away_keeps_its_share(
     small: dict[float, Path], tmp_path: Path
 ) -> None:

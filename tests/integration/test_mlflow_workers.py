@@ -124,6 +124,16 @@ def test_a_worker_that_is_killed_costs_what_it_had_and_nothing_more(
     assert ledger.recovery_seconds(at) <= 2
 
 
+def test_a_model_that_somebody_unloads_is_back_where_it_is_asked_for(
+    server: Server, sockets: Path
+) -> None:
+    with runtime_of(sockets) as runtime:
+        wait_for(lambda: bool(runtime.models()))
+        runtime.unload(runtime.models()[0].name)
+    assert post(server.port, BODIES[0]).status == 503
+    wait_for(lambda: post_or_none(server.port) == 200, seconds=30)
+
+
 def test_a_model_that_somebody_unloads_is_back_with_new_workers(
     server: Server, sockets: Path, expected: list[Any]
 ) -> None:
@@ -131,7 +141,6 @@ def test_a_model_that_somebody_unloads_is_back_with_new_workers(
     with runtime_of(sockets) as runtime:
         wait_for(lambda: bool(runtime.models()))
         runtime.unload(runtime.models()[0].name)
-    assert post(server.port, BODIES[0]).status == 404
     wait_for(lambda: not before & set(workers(server)), seconds=30)
     wait_for(lambda: post_or_none(server.port) == 200, seconds=30)
     wait_for(lambda: len(workers(server)) == WORKERS)

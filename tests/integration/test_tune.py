@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
 from lrai_report.compare import Side, answered, differing, measure, sides
-from lrai_report.tune import Target, _in_the_runtime, main
+from lrai_report.tune import Target, _compare_live, _switch, main
 from tests.core.compiler.onnx_files import linear, save
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import token_model
@@ -232,8 +233,9 @@ def test_what_was_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with own_runtime(), lrai.Runtime() as runtime:
         runtime.load(artifact, name="m")
         before = Target(tmp_path / "m.onnx", None, artifact, "m", shares={"0" * 12: 1.0})
-        with pytest.raises(lrai.ConditionNotMet, match="'m' was changed meanwhile"):
-            _in_the_runtime(before, tmp_path / "m.lrai", 0, "", apply=True)
+        for step in (partial(_compare_live, minutes=0), _switch):
+            with pytest.raises(lrai.ConditionNotMet, match="'m' was changed meanwhile"):
+                step(before, tmp_path / "m.lrai", address="", apply=True)
         assert runtime.deployments()[0].previous == ""
 
 

@@ -36,7 +36,7 @@ from lrai_triton.config import complete
 from lrai_triton.hostqueue import HostQueue
 from lrai_triton.metrics import Metrics
 from lrai_triton.served import execution_of, hold, source_of
-from lrai_triton.settings import settings_of
+from lrai_triton.settings import WATCH, settings_of
 
 _MEMORY: Final = "/dev/shm"  # noqa: S108 - where Triton and its stubs have theirs
 _LARGE_BYTES: Final = 1 << 20  # of an answer: what there is room for is looked at from here on
@@ -101,7 +101,8 @@ class TritonPythonModel:
         answers = self._start(requests)
         _wait(requests, answers)
         self._queue.answered()
-        return [self._response(_outcome(answer)) for answer in answers]
+        pairs = zip(requests, answers, strict=True)
+        return [self._response(request, _outcome(answer)) for request, answer in pairs]
 
     def _send_later(self, requests: Sequence[Any]) -> None:
         """Have each request answered when its answer is there, and take the next list at once."""
@@ -113,7 +114,6 @@ class TritonPythonModel:
                 send(answer)
 
     def _send(self, request: Any, sender: Any, answer: Started) -> None:
-        del request  # held until now: its tensors are read where they lie
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         outcome = _outcome(answer)
         outputs = {} if isinstance(outcome, LraiError) else outcome.outputs
@@ -123,7 +123,7 @@ class TritonPythonModel:
             # What has gone through once has its place in Triton's pool, which never shrinks.
             if needed > self._sent_bytes and 2 * needed > shutil.disk_usage(_MEMORY).free:
                 outcome = NotReady("the server has no shared memory left for the answer")
-            sender.send(self._response(outcome), flags=done)
+            sender.send(self._response(request, outcome), flags=done)
             self._sent_bytes = max(self._sent_bytes, needed)
         except Exception as error:  # noqa: BLE001 - edge: this is nobody's call
             pb_utils.Logger.log_error(f"an answer could not be sent: {type(error).__name__}")
@@ -158,9 +158,10 @@ class TritonPythonModel:
             array = np.array([*texts, None], object)[:-1].reshape(array.shape)
         return array
 
-    def _response(self, outcome: InferenceResponse | LraiError) -> Any:
+    def _response(self, request: Any, outcome: InferenceResponse | LraiError) -> Any:
         if isinstance(outcome, ModelNotFound):  # the runtime has unloaded it: it is Triton's yet
-            self._held.load_again()
+            if request.request_id() != WATCH:  # who looks after all models wants none of them
+                self._held.load_again()
             outcome = NotReady("the runtime had unloaded the model, which is loaded again")
         self._metrics.count(outcome)
         if isinstance(outcome, LraiError):

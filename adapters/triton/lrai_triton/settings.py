@@ -10,6 +10,7 @@ from lrai_import.hosted import Asked, asked
 
 Execution = Literal["auto", "lists", "sender", "inline"]
 
+WATCH: Final = "lrai-watch"  # id of the requests by which `lrai triton watch` asks who is alive
 _OTHERS: Final = ("session.", "memory.", "ep.")  # of Triton's onnxruntime backend, not for us
 
 

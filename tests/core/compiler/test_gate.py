@@ -226,6 +226,19 @@ def test_an_epsilon_that_is_infinite_is_refused() -> None:
         Conditions(epsilon=float("inf"))
 
 
+def test_few_rows_that_all_agree_are_enough_for_what_no_label_speaks_of() -> None:
+    sample = rows(100, labelled=True)
+    model = signature("softmax")
+    model = Signature(inputs=model.inputs, outputs=model.outputs * 2)
+    reference = [[row[0], row[0][:, :1]] for row in sample.inputs]
+    allowed = Conditions(max_accuracy_loss=0.05)
+    assert judge([reference], reference, sample, model, allowed).result.passed
+    own = [
+        [scores, other * np.float32(1 + (i == 7))] for i, (scores, other) in enumerate(reference)
+    ]
+    assert not judge([own], reference, sample, model, allowed).result.passed
+
+
 @pytest.mark.parametrize(("second", "passes"), [(1.0, True), (-1.0, False), (np.nan, False)])
 def test_outputs_of_which_no_label_speaks_have_to_agree(second: float, passes: bool) -> None:
     sample = rows(600, labelled=True)

@@ -74,13 +74,11 @@ def init(
             artifact = Artifact.open(model)
             stored = save_model(name or _tag_name(artifact.manifest.name), artifact)
             tag = f"{stored.tag.name}:latest"
+        elif "/" in model or Path(model).is_file():
+            what = "a file: lrai compile makes an artifact of it" if Path(model).is_file() else ""
+            raise UsageError(f"{model!r} is {what or 'no artifact, and no tag'}")
         elif name:
             raise UsageError(f"--name {name!r} is for an artifact; {model!r} is saved already")
-        elif "/" in model or model.endswith((".onnx", ".lrai")):
-            what = (
-                "is a file: lrai compile makes an artifact of it" if Path(model).is_file() else ""
-            )
-            raise UsageError(f"{model!r} {what or 'is no artifact, and no tag'}")
         else:
             stored, tag = get(model), model if ":" in model else f"{model}:latest"
             artifact = artifact_of(stored)

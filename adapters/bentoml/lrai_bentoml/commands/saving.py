@@ -102,8 +102,8 @@ def import_model(
 
 
 def _is_path(text: str) -> bool:
-    """Return whether it can be no tag of BentoML, or is a file."""
-    return "/" in text or text.endswith((".onnx", ".lrai")) or Path(text).is_file()
+    """Return whether it is a file, or can be no tag of BentoML."""
+    return "/" in text or Path(text).is_file()
 
 
 def _labels(artifact: lrai.Artifact, proofs: Sequence[lrai.Certificate]) -> dict[str, str]:

@@ -143,7 +143,11 @@ def serve(given: Settings) -> int:
             try:
                 return Supervisor(given, runtime, listening).run()
             finally:
-                _unload(runtime, Path(folder).name)
+                if given.multi_model:  # for so long, as a runtime may hang, and the platform kills
+                    told = (runtime, Path(folder).name)
+                    last = threading.Thread(target=_unload, args=told, daemon=True)
+                    last.start()
+                    last.join(_GRACE_SECONDS)
 
 
 def _unload(runtime: Runtime | None, scratch: str) -> None:

@@ -16,7 +16,10 @@ from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError
 
 _SUFFIXES: Final = (".tar.gz", ".tgz", ".tar")
 # Of compressions that end early, and of times and names that no file can have.
-_BAD_TARS: Final = (gzip.BadGzipFile, lzma.LZMAError, ValueError, OverflowError)
+_BAD_TARS: Final = (
+    *(gzip.BadGzipFile, lzma.LZMAError, ValueError, OverflowError),
+    RecursionError,  # of attributes of attributes
+)
 _MOST_MEMBERS: Final = 10_000
 _MOST_HEADER_BYTES: Final = 1 << 20
 _FOLDER: Final = "model.lrai"
@@ -26,9 +29,15 @@ class _Entry(tarfile.TarInfo):
     """An entry whose long names and attributes, which are read whole, are not too long."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if not (self.isreg() or self.isdir()) and self.size > _MOST_HEADER_BYTES:
+        plain = self.type in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE)
+        if not plain and self.size > _MOST_HEADER_BYTES:
             raise tarfile.ReadError(f"an attribute has {self.size} bytes")
+        if self.type in (tarfile.GNUTYPE_SPARSE, tarfile.XGLTYPE):
+            raise tarfile.ReadError("it has files with holes, or attributes of all files")
         return super()._proc_member(archive)  # type: ignore[misc,no-any-return] # is not in typeshed
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise tarfile.ReadError("it has files with holes")
 
 
 def package(artifact: Artifact, out: Path) -> None:

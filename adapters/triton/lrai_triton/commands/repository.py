@@ -182,15 +182,21 @@ def _switch_back(entry: Path) -> str:
     config, original = entry / CONFIG, entry / _ORIGINAL
     text, was = text_of(config), text_of(original)
     if original.exists() and text in ("", switched(was)):
-        original.replace(config)
+        if config.is_symlink():  # which stays one
+            _replace(config, was)
+            original.unlink()
+        else:
+            original.replace(config)
         return "is what it was before"
     if text.startswith(_WRITTEN):
         names = (f"{CONFIG}.lrai{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1))
         aside = next(entry / name for name in names if not (entry / name).exists())
         config.replace(aside)
         return f"was written by lrai, and is {aside.name} now"
-    if backend_of(text) == "lrai":
-        _replace(config, switched_back(text, was))
+    if backend_of(text) != "lrai":
+        original.unlink(missing_ok=True)
+        return "had been changed back by hand"
+    _replace(config, switched_back(text, was))
     original.unlink(missing_ok=True)
     return "was edited, so only its backend was changed back"
 

@@ -28,6 +28,7 @@ import typer
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, UsageError, load_config
 from lrai_triton.commands.app import app, out
+from lrai_triton.settings import WATCH
 
 _URL: Final = "http://127.0.0.1:8000"
 _LRAI: Final = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
@@ -35,6 +36,7 @@ _HEADER, _KEY = "lrai-key", "TRITON_REPOSITORY_KEY"  # of who may load and unloa
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
 _LOOK_SECONDS: Final = 0.2
+_RESTART_SECONDS: Final = 2.0  # before a watch that has ended is started again
 _GIVEN_UP: Final = 3  # exit status of a watch
 _SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
@@ -121,14 +123,12 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
     runtime, ours = [*_LRAI, "runtime"], False
     try:
         if "://" not in load_config().runtime.address:  # else it runs on another machine
-            ours = (
-                subprocess.run([*runtime, "status"], capture_output=True, check=False).returncode
-                != 0
-            )
-            if subprocess.run(
-                [*runtime, "start"], stdout=subprocess.DEVNULL, check=False
-            ).returncode:
+            known = subprocess.run([*runtime, "status"], capture_output=True, check=False)
+            ours = known.returncode != 0  # unless somebody else is quicker
+            done = subprocess.run([*runtime, "start"], stdout=subprocess.PIPE, check=False)
+            if done.returncode:
                 raise EnvironmentProblem("the shared runtime cannot be started, see above")
+            ours = ours and b"was started" in done.stdout
         status = _run_both(commands)
     finally:
         if ours:
@@ -274,7 +274,7 @@ def _zeros(inputs: list[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
         tensors.append(given | {"shape": shape, "parameters": {"binary_data_size": size}})
         total += size
     answer = {"binary_data_output": True}  # JSON would have no half-precision numbers
-    text = json.dumps({"inputs": tensors, "parameters": answer}).encode()
+    text = json.dumps({"id": WATCH, "inputs": tensors, "parameters": answer}).encode()
     return text + bytes(total), {"Inference-Header-Content-Length": str(len(text))}
 
 
@@ -289,8 +289,10 @@ def _run_both(commands: list[list[str]]) -> int:
     # The stub is the first python3 on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environ, processes = {**os.environ, "PATH": path}, list[subprocess.Popen[bytes]]()
+    told, before = list[int](), dict[int, Any]()
 
     def forward(number: int, _: object) -> None:
+        told.append(number)
         for process in processes:  # a terminal that closes ends a server, as what stops one does
             process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
@@ -299,7 +301,7 @@ def _run_both(commands: list[list[str]]) -> int:
             processes.append(subprocess.Popen(command, env=environ, process_group=0))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, forward)
+                before[number] = signal.signal(number, forward)
         server, *watches = processes
         while server.poll() is None:
             ended = watches[0].poll() if watches else None
@@ -311,8 +313,9 @@ def _run_both(commands: list[list[str]]) -> int:
             if ended == EnvironmentProblem.exit_code:
                 say("nothing is watched, for the reason above")
                 watches = []
-            elif ended is not None:
+            elif ended is not None and not told:
                 say(f"the watch has ended with status {ended}: it is started again")
+                time.sleep(_RESTART_SECONDS)
                 processes[1] = subprocess.Popen(commands[1], env=environ, process_group=0)
                 watches = processes[1:]
             time.sleep(_LOOK_SECONDS)
@@ -321,6 +324,8 @@ def _run_both(commands: list[list[str]]) -> int:
         for process in processes:
             process.terminate()
             process.wait()
+        for kept, handler in before.items():
+            signal.signal(kept, handler)
 
 
 def say(words: str) -> None:
