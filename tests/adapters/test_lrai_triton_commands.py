@@ -424,6 +424,11 @@ def test_compile_adds_a_version_that_answers_as_the_model_does(
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+def test_options_before_the_entry_are_told_where_they_belong(repository: Path, run: Run) -> None:
+    said = run("compile", "--threads", "1", "--switch", repository / "m", code=2)
+    assert "--threads is no folder of a model, which comes before all options" in said
+
+
 def test_a_failing_gate_leaves_the_repository_as_it_was(
     repository: Path, judged: tuple[Path, Path], run: Run
 ) -> None:

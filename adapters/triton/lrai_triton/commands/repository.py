@@ -34,12 +34,7 @@ _COMPILE: Final = "from lrai_core.cli import main; main()"
 Repository = Annotated[Path, typer.Option(exists=True, help="Folder that tritonserver serves.")]
 Settings = Annotated[list[str], typer.Option(help="KEY=VALUE, see `lrai config`; repeat for more.")]
 Entry = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a model.")]
-Compiled = Annotated[
-    Path,
-    typer.Argument(
-        exists=True, file_okay=False, metavar="ENTRY [OPTIONS]", help="Folder of a model, first."
-    ),
-]
+Compiled = Annotated[Path, typer.Argument(help="Folder of a model; all options come behind it.")]
 Switch = Annotated[bool, typer.Option("--switch", help="Take the entry over from onnxruntime.")]
 
 
@@ -73,9 +68,7 @@ def add(
     _publish(entry, version or 1, model, _new_config(name, settings))
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, options_metavar=""
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) -> None:
     """Compile an entry's newest model.onnx, and add the artifact as its next version.
 
@@ -83,6 +76,8 @@ def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) 
     --metric, --output-map, --epsilon, --delta, --threads, --keep and so on. Where no form passes
     the gate, the exit code is 3 and the repository is as it was.
     """
+    if not entry.is_dir():
+        raise UsageError(f"{entry} is no folder of a model, which comes before all options")
     versions = versions_of(entry)
     sources = [one for v in versions if (one := onnx_of(entry / str(v))).is_file()]
     if not sources:
