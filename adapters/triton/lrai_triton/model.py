@@ -114,6 +114,7 @@ class TritonPythonModel:
                 send(answer)
 
     def _send(self, request: Any, sender: Any, answer: Started) -> None:
+        # The request is held until now, as its tensors are read where they lie.
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         outcome = _outcome(answer)
         outputs = {} if isinstance(outcome, LraiError) else outcome.outputs

@@ -140,14 +140,13 @@ def _check_version(folder: Path) -> None:
         return
     config = config_of(text)
     settings, source = settings_of(config), source_of(folder)
-    if source.name != "model.lrai":
-        if int(folder.name) < versions_of(folder.parent)[-1]:
-            return  # it would have to be built
-        manifest = artifact_of(source, settings.asked.config).manifest
-        complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
-    else:
-        manifest = lrai.Artifact.open(source).manifest
-        complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
+    compiled = source.name == "model.lrai"
+    if not compiled and int(folder.name) < versions_of(folder.parent)[-1]:
+        return  # it would have to be built
+    found = lrai.Artifact.open(source) if compiled else artifact_of(source, settings.asked.config)
+    manifest = found.manifest
+    complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
+    if compiled:
         chosen = manifest.variant(settings.asked.variant or manifest.chosen)
         made, here = manifest.made_for(chosen), environment(chosen)
         words = "fp32 serves, unless lrai requalify has found better"
