@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import msgspec
@@ -31,6 +32,7 @@ from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, Reques
 _any_decoder: Final = msgspec.json.Decoder()
 _LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
 _TRUTHS: Final = {"true": "1", "false": "0"}
+_MOST_LINES: Final = 1 << 21  # of CSV: even those of nothing take memory
 _EXACT: Final = 1 << 53  # whole numbers up to here are float64's own
 _NPY_HEADERS: Final = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -144,16 +146,19 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
     For a model with one input of two dimensions, a line is a row of features. For one of a text
     alone a first line is one of names where the type says so: text/csv; header=present.
     """
+    names, texts = [spec.name for spec in inputs], [spec.datatype == "BYTES" for spec in inputs]
     try:
         reader = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
-        lines = list(reader)
+        # A line without anything is a text for a model that takes one; for others it is none.
+        there = (line for line in reader if line or texts == [True])
+        lines = list(islice(there, _MOST_LINES + 1))
     except (csv.Error, UnicodeError) as error:
         raise RequestError(f"the body is no CSV in UTF-8: {error}") from None
+    if len(lines) > _MOST_LINES:
+        raise RequestError(f"the body has over {_MOST_LINES} lines")
     while lines and not lines[-1]:
         lines.pop()
-    names, texts = [spec.name for spec in inputs], [spec.datatype == "BYTES" for spec in inputs]
-    # A line without anything is a text for a model that takes one; for others it is none.
-    lines = [line or [""] for line in lines if line or texts == [True]]
+    lines = [line or [""] for line in lines]
     # One text alone may be any text, the name of the input too.
     header = texts != [True] or "header=present" in content_type.replace(" ", "")
     if lines and header and sorted(lines[0]) == sorted(names):
@@ -229,10 +234,12 @@ def _npy(body: bytes) -> Array:
 def _accepted(accept: str, form: Form) -> str:
     wanted = [one.partition(";")[0].strip().lower() for one in accept.split(",") if one.strip()]
     for media in wanted or ["*/*"]:
-        if media in ("*/*", "application/*"):
-            return JSON if form.media_type == BINARY else form.media_type
-        if media in MEDIA_TYPES:
-            return media
+        own = JSON if form.media_type == BINARY else form.media_type
+        if media == "*/*":
+            return own
+        for known in (own, *MEDIA_TYPES):  # that of the request before others of its kind
+            if media == known or (media.endswith("/*") and known.startswith(media[:-1])):
+                return known
         if media == TRITON:
             return BINARY
     raise NotAcceptable(f"{accept[:60]!r} is not written here: " + ", ".join(MEDIA_TYPES))

@@ -110,15 +110,16 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
         part = chunk
         if inflate is not None:
             try:
-                part = inflate.decompress(chunk, limit_bytes - size + 1)
+                most = min(limit_bytes, max(_PLAIN_BYTES, _MOST_TIMES * received))
+                part = inflate.decompress(chunk, most - size + 1)
             except zlib.error:
                 raise RequestError(f"the body is no {coding}") from None
         size += len(part)
         if max(size, received) > limit_bytes:
             raise PayloadTooLarge(f"the body has more than the {limit_bytes} bytes allowed")
+        if size > max(_PLAIN_BYTES, _MOST_TIMES * received):
+            raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
         parts.append(part)
-    if size > max(_PLAIN_BYTES, _MOST_TIMES * received):
-        raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
     if inflate is not None and (not inflate.eof or inflate.unused_data):
         raise RequestError(f"the body is no whole {coding}")
     return b"".join(parts)

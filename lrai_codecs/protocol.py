@@ -83,7 +83,7 @@ def read_protocol(data: Any, behind: bytes = b"") -> tuple[InferenceRequest, For
     if position != len(view):
         raise RequestError(f"{len(view) - position} bytes are left over behind the tensors")
     every = stated.parameters.get("binary_data_output") is True
-    named = {one.name for one in stated.outputs if one.parameters.get("binary_data") is True}
+    named = {o.name for o in stated.outputs if o.parameters.get("binary_data", every) is True}
     request = InferenceRequest(
         model_name="",
         id=stated.id,

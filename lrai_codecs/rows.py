@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from lrai_core import InferenceRequest, InferenceResponse, LraiConfig, Signature
+from lrai_core import InferenceRequest, InferenceResponse, LraiConfig, QueueFull, Signature
 
 _AT_A_TIME: Final = 2  # one runs, one waits; the queue is not for one caller alone
 
@@ -55,18 +57,35 @@ def in_turn(
     signature: Signature,
     most_rows: int,
 ) -> InferenceResponse:
-    """Return the same as `in_parts`, where nothing is awaited: one part after the other."""
-    begun = time.monotonic()
-    answers = [infer(_within(one, begun)) for one in parts(request, signature, most_rows)]
+    """Return the same as `in_parts`, where nothing is awaited: one part after the other.
+
+    A part of several that finds the queue full comes again, as long as there is time.
+    """
+    begun, answers = time.monotonic(), list[InferenceResponse]()
+    several = parts(request, signature, most_rows)
+    while len(answers) < len(several):
+        try:
+            answers.append(infer(_within(several[len(answers)], begun)))
+        except QueueFull as full:
+            taken_ms = (time.monotonic() - begun + full.retry_after_seconds) * 1e3
+            if len(several) == 1 or taken_ms > (request.timeout_ms or math.inf):
+                raise
+            time.sleep(full.retry_after_seconds)
     return joined(answers) if len(answers) > 1 else answers[0]
 
 
 def rows_at_a_time(request: InferenceRequest, config: LraiConfig) -> int:
     """Return of how many rows a part may be that is within the limits, with room for others."""
     arrays = [array for array in request.inputs.values() if isinstance(array, np.ndarray)]
-    row_bytes = sum(array.nbytes / max(1, len(array)) for array in arrays if array.ndim)
+    row_bytes = sum(_bytes(array) / max(1, len(array)) for array in arrays if array.ndim)
     most = min(config.limits.request_rows, config.scheduler.max_queue_rows)
     return max(1, int(min(most, config.limits.request_bytes / max(1, row_bytes)) / 4))
+
+
+def _bytes(array: NDArray[Any]) -> int:
+    if array.dtype.kind != "O":
+        return array.nbytes
+    return sum(len(one) if isinstance(one, str | bytes) else 0 for one in array.flat)
 
 
 def _within(part: InferenceRequest, begun: float) -> InferenceRequest:

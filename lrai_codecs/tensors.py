@@ -99,10 +99,10 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
     try:
         if wanted.kind == "O" and not isinstance(value, np.ndarray):
             return np.asarray(value, dtype=np.object_)  # numpy's own texts lose NULs at their ends
+        if wanted.kind != "O" and _holds_text(value):  # of which numpy makes each as long as any
+            return np.asarray(value, None if isinstance(value, np.ndarray) else np.object_)
         array = np.asarray(value)
         if array.dtype.kind == "O" and wanted.kind == "f":
-            if any(isinstance(one, str | bytes) for one in array.flat):  # as where no null is there
-                raise InvalidTensor(name, f"holds text, and no {wanted}")
             array = np.asarray(value, dtype=np.float64)
         elif array.dtype.kind in "iu" and wanted.kind == "f":
             array = array.astype(np.float64)  # JSON has one kind of number, whoever has parsed it
@@ -110,7 +110,7 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
             exact = np.asarray(value, dtype=np.object_)  # of which float64 would round some
             cast = exact.astype(wanted)
             return cast if (cast.astype(np.object_) == exact).all() else array
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, MemoryError) as error:
         if "inhomogeneous" in str(error):
             raise InvalidTensor(name, "its rows have different shapes") from None
         raise InvalidTensor(name, f"holds what is no {wanted}") from None
@@ -118,6 +118,21 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
     if fitted is not array and np.any(np.isinf(fitted) & np.isfinite(array)):
         raise InvalidTensor(name, f"holds a number beyond what {wanted} can")
     return fitted
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        known = value.dtype.kind
+        return known in "US" or (
+            known == "O" and any(isinstance(v, str | bytes) for v in value.flat)
+        )
+    if not isinstance(value, list | tuple):
+        return isinstance(value, str | bytes)
+    kinds = set(map(type, value))
+    if any(issubclass(kind, str | bytes) for kind in kinds):
+        return True
+    nested = any(issubclass(kind, list | tuple | np.ndarray) for kind in kinds)
+    return nested and any(map(_holds_text, value))
 
 
 def text(output: Array) -> Array:
