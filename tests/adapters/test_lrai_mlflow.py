@@ -510,7 +510,7 @@ class Looked:
     says: str | lrai.LraiError
     name: str = "model"
 
-    def state(self) -> str:
+    def kept_state(self) -> str:
         if isinstance(self.says, lrai.LraiError):
             raise self.says
         return self.says
@@ -525,7 +525,7 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("says", "patience_seconds", "why"),
     [
-        ("dead", 60.0, "it failed beyond repair, or is not loaded any more"),
+        ("dead", 60.0, "it failed beyond repair, or cannot be loaded again"),
         ("stalled", 0.2, "it was not ready for"),
         (lrai.NotReady("no answer"), 0.2, "it was not ready for"),
     ],

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,6 +52,7 @@ class ServedModel:
             workers = workers_told() if is_worker() else 0
             held = Held(artifact, asked.placed(artifact, workers))
         self.held, self._signature = held, artifact.manifest.signature
+        self._rows_a_second = rows_a_second(artifact, held.variant)
         self._limits = None if is_worker() else asked.config  # of who asks over the network
         self._by_row = not is_onnx(data.with_name(MLMODEL_FILE_NAME))
         weakref.finalize(self, held.close)
@@ -77,9 +79,18 @@ class ServedModel:
                 outputs = self._signature.outputs
                 return pd.DataFrame({o.name: np.zeros(0, dtype_of(o.datatype)) for o in outputs})
             request = to_lrai(data, self._signature.inputs, params or {}, self.held.name)
-            most = rows_at_a_time(request, self._limits) if self._limits else sys.maxsize
+            most = sys.maxsize
+            if self._limits:  # calls of about a second, of one of which nobody has to wait for long
+                most = min(rows_at_a_time(request, self._limits), self._rows_a_second)
             response = in_turn(self.held.infer, request, self._signature, most)
         return from_lrai(response, data, by_row=self._by_row)
+
+
+def rows_a_second(artifact: lrai.Artifact, variant: str) -> int:
+    """Return how many rows a call has that takes a second, as the profile tells; one at least."""
+    points = artifact.manifest.variant(variant).latency
+    rows, ms = max(((one.rows, one.median_ms) for one in points), key=itemgetter(1), default=(1, 0))
+    return max(1, int(rows / ms * 1e3)) if ms else sys.maxsize
 
 
 @contextlib.contextmanager
@@ -137,7 +148,9 @@ def _by_name(data: Any, inputs: Sequence[lrai.TensorSpec]) -> dict[str, Any]:
         return by_name(data, inputs)
     names = [spec.name for spec in inputs]
     if len(names) == 1 and list(data.columns) != names:
-        return {names[0]: data.to_numpy()}
+        mixed = inputs[0].datatype.strip("U").startswith("INT") and data.dtypes.nunique() > 1
+        # Of columns of several kinds numpy makes real numbers, which not all whole ones are.
+        return {names[0]: data.to_numpy(dtype=object).tolist() if mixed else data.to_numpy()}
     return {name: _column(data[name]) for name in names if name in data.columns}
 
 

@@ -88,7 +88,7 @@ class Watch:
     def _ask(self) -> None:
         while not self._over:
             try:
-                state = self._held.state()
+                state = self._held.kept_state()
             except LraiError:
                 state = "silent"
             self._dead = self._dead + 1 if state == "dead" else 0
@@ -98,10 +98,15 @@ class Watch:
 
     def _judge(self) -> None:
         while not self._over:
+            began = time.monotonic()
             time.sleep(_LOOK_SECONDS)
+            late = time.monotonic() - began - _LOOK_SECONDS
+            self._well_at += (
+                late if late > _LOOK_SECONDS else 0.0
+            )  # it was stopped, not the runtime
             silent = time.monotonic() - self._well_at
             if self._dead >= _DEAD_LOOKS or silent > self._patience:
-                dead = "it failed beyond repair, or is not loaded any more"
+                dead = "it failed beyond repair, or cannot be loaded again"
                 why = dead if self._dead else f"it was not ready for {silent:.0f} s"
                 self._over = True
                 self._end(f"model {self._held.name!r} will not come back: {why}")

@@ -26,6 +26,7 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
 from msgspec.structs import replace
 
-from lrai_core import Artifact, ModelNotFound, Runtime, UsageError
+from lrai_core import Artifact, ArtifactError, ModelNotFound, NotReady, Runtime, UsageError
 from lrai_import.held import lock_folder
 from lrai_import.hosted import Asked, load
 from lrai_mlflow.flavor import FLAVOR_NAME
@@ -110,6 +111,9 @@ class Client(BaseDeploymentClient):
         with mlflow_errors(), self._alone():
             shares = self._known(name)
             asked = settings_of(options)
+            if options and model_uri is None:
+                given = ", ".join(map(str, options))
+                raise UsageError(f"{given}: goes with a model (-m), not with what serves already")
             if back is not None:
                 if str(back).lower() != "true" or model_uri or share is not None:
                     raise UsageError("rollback is true or absent, and goes with nothing else")
@@ -127,7 +131,8 @@ class Client(BaseDeploymentClient):
         """Stop serving under a name, if it is served."""
         del config, endpoint
         with mlflow_errors(), contextlib.suppress(ModelNotFound), self._alone():
-            self._runtime.unload(name)
+            if ":" not in name:  # those of others are no deployments
+                self._runtime.unload(name)
             self._forget()
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
@@ -145,7 +150,9 @@ class Client(BaseDeploymentClient):
         del endpoint
         with mlflow_errors():
             self._known(name)
-            found = next(one for one in self._runtime.deployments() if one.name == name)
+            found = next((o for o in self._runtime.deployments() if o.name == name), None)
+            if found is None:  # deleted meanwhile
+                raise MlflowException(f"no deployment {name[:120]!r}", RESOURCE_DOES_NOT_EXIST)
             versions = {
                 model.version: {"share": found.shares.get(model.version, 0.0)}
                 | {what: getattr(model, what) for what in ("variant", "certificate", "state")}
@@ -212,10 +219,13 @@ class Client(BaseDeploymentClient):
         if "://" not in address:
             program = "from lrai_core.cli import main; main()"
             command = [sys.executable, "-P", "-c", program, "runtime", "start"]
-            done = subprocess.run(
-                [*command, "--address", address], stdin=subprocess.DEVNULL, capture_output=True,
-                text=True, timeout=_START_SECONDS, check=False,
-            )  # fmt: skip
+            try:
+                done = subprocess.run(
+                    [*command, "--address", address], stdin=subprocess.DEVNULL, capture_output=True,
+                    text=True, timeout=_START_SECONDS, check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                raise NotReady(f"the runtime did not start in {_START_SECONDS} s") from None
             if done.returncode:
                 raise UsageError(f"the runtime cannot be started: {done.stderr.strip()[-300:]}")
         runtime = Runtime(config)
@@ -253,12 +263,12 @@ class Client(BaseDeploymentClient):
                     self._runtime.unload(name, other)
 
     def _weigh(self, name: str, shares: dict[str, float], share: float, canary: str = "") -> None:
-        """Give the canary, the one with less, its share; what is left goes to the other."""
+        """Give the canary, the one that came later, its share; what is left goes to the other."""
         if len(shares) != 2:
             raise UsageError(
                 f"{name!r} has {len(shares)} version(s), a canary is needed beside one"
             )
-        canary = canary or min(shares, key=shares.__getitem__)
+        canary = canary or [*shares][-1]  # which came later: it may have the most by now
         (stable,) = shares.keys() - {canary}
         self._runtime.route(name, {canary: share, stable: 1.0 - share})
 
@@ -282,12 +292,19 @@ class Client(BaseDeploymentClient):
             if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
                 columns = inputs.input_names()
             said = {"columns": columns, "by_row": not is_onnx(Path(model, MLMODEL_FILE_NAME))}
-            kept.with_suffix(".columns").write_text(json.dumps(said), encoding="utf-8")
+            partial = kept.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            written = kept.with_suffix(".new")
+            written.write_text(json.dumps(said), encoding="utf-8")
+            written.replace(kept.with_suffix(".columns"))  # which others may be reading
+            if kept.exists() and not _is_whole(kept):  # in a temporary folder: a part may be gone
+                shutil.rmtree(kept)
             if not kept.exists():
-                partial = kept.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(artifact.path, partial)
                 partial.rename(kept)
+            issued = artifact.path / "certificates"  # of which there may be more by now
+            if issued.is_dir():
+                shutil.copytree(issued, kept / issued.name, dirs_exist_ok=True)
         return Artifact.open(kept)
 
     @contextlib.contextmanager
@@ -313,6 +330,13 @@ class Client(BaseDeploymentClient):
             if kept.stem not in needed:
                 shutil.rmtree(kept)
                 kept.with_suffix(".columns").unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(Artifact.open(path))
+    except ArtifactError:
+        return False
 
 
 def _artifact(model: str) -> Artifact:
@@ -350,10 +374,10 @@ def target_help() -> str:
 
 
 def _number(text: Any) -> float:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        raise UsageError(f"{text!r} is no number") from None
+    with contextlib.suppress(TypeError, ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise UsageError(f"{text!r} is no number")
 
 
 def _ordered(inputs: Any, columns: tuple[str, ...]) -> Any:
