@@ -14,9 +14,11 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -35,6 +37,7 @@ from lrai_core import (
 from lrai_import.hosted import Asked, load
 
 _LOAD_SECONDS: Final = 60.0
+_MOST_PAUSE_SECONDS: Final = 60.0
 _log: Final = logging.getLogger("lrai.hosted")
 
 
@@ -64,7 +67,8 @@ class Held:
         self._artifact, self._settings, self._loads = artifact, settings, threading.Lock()
         self._locks = lock_folder(settings.config)
         self._lock: BinaryIO | None = None
-        self._closed = False
+        self._closed = self._failed = False
+        self._pause, self._looks_at = 1.0, -math.inf
         try:
             if self._locks is not None:
                 file = self._locks / f"{_digest(self.name)[:32]}.held"
@@ -83,8 +87,25 @@ class Held:
         Raises:
             NotReady: The runtime does not answer.
         """
-        states = [model.state for model in self.runtime.models() if model.name == self.name]
-        return states[0] if states else "dead"
+        return self._state() or "dead"
+
+    def kept_state(self) -> str:
+        """Return the same, and have a model that is gone loaded again: it is `stalled` meanwhile.
+
+        For hosts of one model, whose traffic stops as long as it is not ready. It is `dead` where
+        loading it again has failed, which is tried once more. More and more rarely, where it goes
+        again each time: models that do not fit beside one another would take turns for ever.
+        """
+        state, now = self._state(), time.monotonic()
+        if not state and now >= self._looks_at:
+            stayed = now - self._looks_at > _MOST_PAUSE_SECONDS
+            self._pause = 1.0 if stayed else min(2 * self._pause, _MOST_PAUSE_SECONDS)
+            self._looks_at = now + self._pause
+            self.load_again()
+        return state or ("dead" if self._failed else "stalled")
+
+    def _state(self) -> str:
+        return next((one.state for one in self.runtime.models() if one.name == self.name), "")
 
     def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer of the runtime; where it has unloaded the model, see `load_again`.
@@ -119,7 +140,9 @@ class Held:
     def _load_again(self) -> None:
         try:
             self._load()
+            self._failed = False
         except LraiError as error:  # who asks for the model next tries again
+            self._failed = True
             _log.warning("model %s cannot be loaded again: %s", self.name, error)
         finally:
             self._loads.release()

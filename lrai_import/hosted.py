@@ -71,7 +71,7 @@ class Asked(NamedTuple):
     @property
     def how(self) -> Any:
         """Return what `Runtime.load` and `swap` want to be told by name."""
-        return {"variant": self.variant, "require": self.require, "settings": self.own}
+        return {"variant": self.variant, "require": self.require, "settings": self.own or None}
 
     @property
     def mark(self) -> str:

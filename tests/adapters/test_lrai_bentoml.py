@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from http import HTTPStatus
 from pathlib import Path
@@ -261,10 +262,17 @@ class TestRunner:
             one.close()
         assert refused.value.error_code == HTTPStatus.BAD_REQUEST
 
-    def test_a_dead_runtime_is_not_ready(self, stored: bentoml.Model) -> None:
+    def test_what_was_unloaded_is_not_ready_until_it_is_loaded_again(
+        self, stored: bentoml.Model
+    ) -> None:
         one = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED)
         one.load().held.runtime.unload(one.load().held.name)
-        assert one.state() == "dead"
+        assert one.state() == "stalled"
+        deadline = time.monotonic() + 30
+        while one.state() == "stalled":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert one.state() in {"ok", "idle"}
         one.close()
 
     def test_a_missing_model_is_named_and_nothing_is_loaded_before(self) -> None:
@@ -328,6 +336,10 @@ class TestService:
     def test_a_runtime_that_does_not_answer_is_said_to_be_down(self) -> None:
         assert "lrai_runtime_up 0.0" in exposition(None)
         assert "arena" not in exposition({"arena_blocks": 1, "request_answered": 2})
+
+    def test_what_alerts_go_by_is_there_before_it_happens(self) -> None:
+        for name in ("actor_lost", "request_refused"):
+            assert f"lrai_{name}_total 0.0" in exposition({"outstanding_rows": 0})
 
 
 def client(app: Any) -> httpx.AsyncClient:

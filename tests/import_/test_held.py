@@ -64,6 +64,34 @@ def test_what_the_runtime_has_unloaded_is_loaded_again(artifact: lrai.Artifact) 
     held.close()
 
 
+def test_what_is_gone_is_loaded_again_where_its_state_is_asked_for(artifact: lrai.Artifact) -> None:
+    held = Held(artifact, asked({}), "m")
+    assert held.kept_state() in {"ok", "idle"}
+    held.runtime.unload("m")
+    assert held.state() == "dead"
+    assert held.kept_state() == "stalled"
+    assert state_after_loading(held) in {"ok", "idle"}
+    aside = artifact.path.rename(artifact.path.with_suffix(".aside"))
+    held.runtime.unload("m")
+    assert held.kept_state() == "stalled"
+    assert state_after_loading(held) == "dead"
+    aside.rename(artifact.path)
+    deadline = time.monotonic() + 30
+    while held.kept_state() == "dead":  # it is tried again
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert state_after_loading(held) in {"ok", "idle"}
+    held.close()
+
+
+def state_after_loading(held: Held) -> str:
+    deadline = time.monotonic() + 30
+    while (state := held.kept_state()) == "stalled":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return state
+
+
 def test_in_a_process_of_its_own_a_model_leaves_what_others_keep_alone(
     artifact: lrai.Artifact, tmp_path: Path
 ) -> None:

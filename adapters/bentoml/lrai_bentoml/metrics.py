@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+# What alerts go by is there before it happens: a rate of what comes from nothing is no rate.
+_ALWAYS: Final = dict.fromkeys(["actor_hung", "actor_lost", "model_failed", "request_refused"], 0)
 
 
 def exposition(stats: Mapping[str, int] | None) -> str:
@@ -15,7 +19,7 @@ def exposition(stats: Mapping[str, int] | None) -> str:
     class Counts(Collector):
         def collect(self) -> Iterator[Metric]:
             yield GaugeMetricFamily("lrai_runtime_up", "Whether it answers", stats is not None)
-            for name, value in sorted((stats or {}).items()):
+            for name, value in sorted((_ALWAYS | dict(stats) if stats else {}).items()):
                 if not name.startswith(("arena_", "daemon_")):  # of the worker that is asked
                     kind = GaugeMetricFamily if name == "outstanding_rows" else CounterMetricFamily
                     yield kind(f"lrai_{name}", f"`{name}`, of all workers", value=value)

@@ -135,12 +135,11 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     def state(self) -> str:
         """Return `ok` or `idle` for a model that makes progress, `stalled` for one that will again.
 
-        `dead`: it is not loaded, or the runtime cannot be reached.
+        A model that the runtime has unloaded is loaded again. `dead`: that failed, the model has
+        beyond repair, or the runtime cannot be reached.
         """
         with contextlib.suppress(lrai.LraiError, BentoMLException):
-            serving = self.load()
-            mine = [m.state for m in serving.held.runtime.models() if m.name == serving.held.name]
-            return next((state for state in ("ok", "idle", "stalled") if state in mine), "dead")
+            return self.load().held.kept_state()
         return "dead"
 
     def stats(self) -> dict[str, int]:
