@@ -139,6 +139,8 @@ class Deployments(Embedded):
         with self._condition:
             while wait and name in self._changing:
                 self._condition.wait()
+            if wait and not self.scheduler.accepting:  # it ends meanwhile
+                raise lrai.NotReady("the runtime is draining")
             if name in self._changing:
                 raise lrai.UsageError(f"another change of {name[:120]!r} is under way")
             self._changing.add(name)
@@ -213,7 +215,13 @@ class Deployments(Embedded):
                 many = "swap replaces it, a share has both serve"
                 raise lrai.UsageError(f"a model {name[:120]!r} is loaded already: {many}")
             part = part if served else 1.0
-            how = How(variant, require, settings)
+            # Beside others it is to be as good as they are, and what is not said stays as it is.
+            old = record.versions[record.stable] if record.versions else How()
+            how = How(
+                variant,
+                old.require if require is None else require,
+                old.settings if settings is None else settings,
+            )
             with self._started(name, opened, how, tried=not part) as (new, loaded):
                 if served:
                     warm_up(self, new)
@@ -243,6 +251,10 @@ class Deployments(Embedded):
         """See `Runtime.rollback`."""
         with self._changed(name) as (name, record):
             how = record.previous
+            sharing = [version for version, share in record.shares.items() if share]
+            if len(sharing) > 1 and how.version not in sharing:  # the last change was the canary
+                self._commit(name, record.shared_out({record.stable: 1.0}), "rollback")
+                return record.stable
             if not how.version:
                 raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
             there = self.versions.get((name, how.version))
@@ -317,7 +329,7 @@ class Deployments(Embedded):
                 raise lrai.UsageError(f"{version} answers for {name!r}: route requests elsewhere")
             self._commit(name, left, "unload")
             for one in gone:
-                self.remove(one, drain=False)
+                self.remove(one, drain=bool(left.versions))  # who stays takes over
 
     def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
         """See `Runtime.start_all`. Requests for one version that is here run on this thread."""
