@@ -70,6 +70,9 @@ class Arena:
         """Let a block be taken again; nobody reads it any more."""
         if (size := self.blocks.pop(offset, None)) is not None:
             self._free[size].append(offset)
+        if not self.blocks:  # then all of it is there for blocks of any size
+            self._free.clear()
+            self._end = _ALIGNMENT
 
     def close(self) -> None:
         """Give it up; it is there for those who map it until they are done."""

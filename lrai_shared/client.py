@@ -46,6 +46,7 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
+_MOST_LOSSES: Final = 3  # of runtimes, after which a request is not sent to another one
 _MOST_FAILURES: Final = 6  # after which they are no longer waited for
 _MOST_JOINT: Final = 8 << 20  # bytes of theirs outside shared memory, after which it goes
 SETTINGS: Final = "settings"  # of a daemon that runs, or was killed
@@ -64,6 +65,7 @@ class _Asked(Future[lrai.InferenceResponse]):
     """A request until it is answered."""
 
     key = 0
+    losses = 0  # of runtimes that it was sent to
 
     def __init__(
         self,
@@ -109,7 +111,8 @@ class Attached:
                 folder is unsafe.
         """
         self._config, self._stay = config, stay
-        self._patience = config.actor.start_timeout_seconds + _ANSWER_SECONDS
+        takes = config.actor.start_timeout_seconds + config.runtime.drain_seconds  # a swap
+        self._patience = takes + _ANSWER_SECONDS
         self._far = "://" in address
         if self._far:
             self._folder, (self._endpoint, options) = Path(), client_end(address)
@@ -310,10 +313,17 @@ class Attached:
         for key, asked in list(self._asked.items()):
             if now > asked.deadline + (_GRACE_SECONDS if key in self._on_wire else 0.0):
                 del self._asked[key]
+                self._cancelled.append(key)  # nobody waits for what may be going on there
                 _settle(asked, lrai.DeadlineExceeded("the runtime did not answer in time"))
 
     def _lose(self, event: int) -> None:
         """Begin anew: the line has ended, or was refused."""
+        for key in self._on_wire:
+            if asked := self._asked.get(key):
+                asked.losses += 1
+                if asked.losses == _MOST_LOSSES:  # it may be what ends them
+                    self._asked.pop(key)
+                    _settle(asked, lrai.NotReady(f"{_MOST_LOSSES} runtimes ended while it ran"))
         self._session, self._greeted, self._sharing = "", False, False
         self._on_wire, self._inline = {}, 0
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # and then the line ends
@@ -344,6 +354,8 @@ class Attached:
                 self._process = start_daemon(self._folder, self._config, stay=self._stay)
             except OSError as error:
                 self._fail(f"it cannot be started: {error.strerror}")
+                self._start_at = time.monotonic() + _SEARCH_SECONDS * 2**self._failures
+                self._failures = min(_MOST_FAILURES, self._failures + 1)
         if not self._greeted:  # else they would pile up where nobody hears them
             self._greet()
 

@@ -25,11 +25,19 @@ out = Console(highlight=False, markup=False, emoji=False)
 _WHERE: Final = "by default as LRAI_RUNTIME says, or this user's (auto)"
 Folder = Annotated[str, typer.Option("--address", help=f"Its folder; {_WHERE}.")]
 Address = Annotated[str, typer.Option(help=f"Its folder or tcp://HOST:PORT?keys=FOLDER; {_WHERE}.")]
-Listen = Annotated[str, typer.Option(help="tcp://HOST:PORT for other machines, with --keys.")]
+Listen = Annotated[
+    str,
+    typer.Option(help="tcp://HOST:PORT for other machines, with --keys and runtime.model_roots."),
+]
 Keys = Annotated[Path | None, typer.Option(help="Folder that lrai runtime keys has made.")]
 Client = Annotated[str, typer.Option(help="Name of a client to make keys for.")]
 Name = Annotated[str, typer.Option(help="Model name; by default the artifact's.")]
-Share = Annotated[float | None, typer.Option(help="Of a name that serves already.")]
+Share = Annotated[
+    float | None,
+    typer.Option(help="Of the requests for a name that serves already, 0 to 1: a canary."),
+]
+Model = Annotated[str, typer.Argument(help="Name, as lrai runtime status shows it.")]
+Version = Annotated[str, typer.Option(help="One of its versions; by default all.")]
 By = Annotated[str, typer.Option(help="Who says so.")]
 Reason = Annotated[str, typer.Option(help="And why.")]
 Shares = Annotated[list[str], typer.Argument(help="VERSION=SHARE …, together 1.")]
@@ -82,14 +90,14 @@ def load(artifact: Path, name: Name = "", share: Share = None, address: Address 
 
 
 @app.command()
-def unload(model: str, version: str = "", address: Address = "") -> None:
+def unload(model: Model, version: Version = "", address: Address = "") -> None:
     """Stop serving MODEL, or one version of it; its unanswered requests end with an error."""
     with _running(address) as runtime:
         runtime.unload(model, version)
 
 
 @app.command()
-def swap(model: str, artifact: Path, address: Address = "") -> None:
+def swap(model: Model, artifact: Path, address: Address = "") -> None:
     """Have ARTIFACT serve in place of what serves as MODEL, without losing a request."""
     with _running(address) as runtime:
         out.print(f"{model} is served by {runtime.swap(model, artifact)}")
@@ -97,7 +105,7 @@ def swap(model: str, artifact: Path, address: Address = "") -> None:
 
 @app.command()
 def route(
-    model: str, shares: Shares, shadow: Shadow = "", relief: Relief = "", address: Address = ""
+    model: Model, shares: Shares, shadow: Shadow = "", relief: Relief = "", address: Address = ""
 ) -> None:
     """Share out the requests for MODEL among versions that are loaded."""
     with _running(address) as runtime:
@@ -106,21 +114,21 @@ def route(
 
 
 @app.command()
-def rollback(model: str, address: Address = "") -> None:
+def rollback(model: Model, address: Address = "") -> None:
     """Go back to the version that served as MODEL before."""
     with _running(address) as runtime:
         out.print(f"{model} is served by {runtime.rollback(model)}")
 
 
 @app.command()
-def freeze(model: str, by: By, reason: Reason, address: Address = "") -> None:
+def freeze(model: Model, by: By, reason: Reason, address: Address = "") -> None:
     """Have MODEL stay as it is deployed until it is unfrozen."""
     with _running(address) as runtime:
         runtime.freeze(model, by, reason)
 
 
 @app.command()
-def unfreeze(model: str, by: By, reason: Reason, address: Address = "") -> None:
+def unfreeze(model: Model, by: By, reason: Reason, address: Address = "") -> None:
     """Let the deployment of MODEL be changed again."""
     with _running(address) as runtime:
         runtime.unfreeze(model, by, reason)
@@ -129,7 +137,7 @@ def unfreeze(model: str, by: By, reason: Reason, address: Address = "") -> None:
 @app.command()
 def deployments(address: Address = "") -> None:
     """Show every name with its versions, and what is frozen."""
-    table = Table("model", "version", "share", "copies", "goes back to", "frozen")
+    table = Table("model", "version", "share", "shadow", "goes back to", "frozen")
     with _running(address) as runtime:
         for found in runtime.deployments():
             frozen = f"by {found.frozen.by}: {found.frozen.reason}" if found.frozen else ""

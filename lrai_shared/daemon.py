@@ -44,13 +44,14 @@ from lrai_core.wire import messages as wire
 from lrai_core.wire.workers import Outcome
 from lrai_shared import messages
 from lrai_shared.client import SETTINGS
-from lrai_shared.keys import Gate
+from lrai_shared.keys import Listener
 from lrai_shared.messages import Attach, Attached, Call, Requests
 
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone;
 _FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors on a slow line
 _IDLE_SECONDS: Final = 30.0
 _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
+_MOST_ITEMS: Final = 1_000  # of a message; a client sends a tenth of it
 _MOST_HEARD: Final = 100  # messages of one door, before actors and deadlines have their turn
 _TOUCH_SECONDS: Final = 3600.0  # what is old in the temporary folder is deleted where days are few
 _CAPTURED: Final = "captured.npz"  # as `lrai_deployments.traffic` has it
@@ -103,7 +104,7 @@ class Door(Pool):
         self._said: deque[tuple[Peer, messages.ToClient]] = deque()
         self._door = self.lines["client"] = wire.listen(f"ipc://{address}")
         self._own = address.stat().st_ino  # where files are deleted by age, another may be there
-        self.lines |= {name: gate.line for name, gate in daemon.gates.items()}
+        self.lines |= {name: one.line for name, one in daemon.listeners.items()}
         self._doors = [line for peer, line in self.lines.items() if peer != "actor"]
         self.opened, self.idle_since = False, time.monotonic()
 
@@ -125,8 +126,8 @@ class Door(Pool):
         """Send what is left to send, end every actor, and close all sockets."""
         self._flush()
         super().close()
-        for gate in self._daemon.gates.values():
-            gate.close(_LAST_WORDS_MS)
+        for listener in self._daemon.listeners.values():
+            listener.close(_LAST_WORDS_MS)
         self._door.context.destroy(linger=_LAST_WORDS_MS)
         with contextlib.suppress(OSError):
             if self._address_of_clients.stat().st_ino == self._own:
@@ -167,6 +168,8 @@ class Door(Pool):
             return  # it attaches again, and sends again what it asked
         client.heard = now
         if isinstance(message, Requests):
+            if len(message.items) > _MOST_ITEMS:
+                raise wire.BadFrames("more requests than a message has")
             for item in message.items:
                 if item.key not in client.running:
                     self._start(client, item, frames[1:])
@@ -249,7 +252,7 @@ class Daemon:
         self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit, request_bytes=most)
         self._stay, self.ending, self._keeps = stay, False, False
         self._folder, self._under_way = folder, set[Future[Any]]()
-        self.gates = {"remote": Gate(stay, config)} if "://" in stay else {}
+        self.listeners = {"remote": Listener(stay, config)} if "://" in stay else {}
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end(told=False))
         # Of many threads: a model that is being loaded must not keep another from being frozen.

@@ -31,7 +31,7 @@ _TCP: Final[wire.Options] = {zmq.HEARTBEAT_IVL: 5000, zmq.HEARTBEAT_TIMEOUT: 30_
 _HEADER_BYTES: Final = 16 << 20  # of a message, beside its largest tensor
 
 
-class Gate:
+class Listener:
     """A daemon's socket for other machines, and the thread that asks who may come in."""
 
     def __init__(self, address: str, config: LraiConfig) -> None:
