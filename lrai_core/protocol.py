@@ -344,6 +344,8 @@ def _extents(arrays: Iterable[Array], specs: tuple[TensorSpec, ...]) -> tuple[in
 
 def _outputs(wanted: tuple[str, ...], signature: Signature) -> tuple[int, ...]:
     index = {spec.name: i for i, spec in enumerate(signature.outputs)}
+    if len(wanted) > len({*wanted}):  # each would be copied
+        raise RequestError(f"{len(wanted)} outputs are named, {len({*wanted})} different ones")
     for name in wanted:
         if name not in index:
             raise RequestError(f"the model has no output {shorten(name)!r}; it has {_names(index)}")

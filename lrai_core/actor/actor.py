@@ -47,6 +47,7 @@ class Actor:
                 self._execute(message, frames)
             else:
                 self._arenas.forget(message.segment)
+            del message, frames  # an idle actor keeps no tensors
 
     def _load(self, load: Load) -> None:
         started, self._signature = time.monotonic(), load.signature

@@ -181,6 +181,8 @@ class Pool:
                 self._events.emit("actor_ready", actor.name, load_seconds=seconds)
                 if not actor.loaded.done():
                     actor.loaded.set_result(None)
+            case messages.LoadFailed(message=text) if actor.loaded.done():
+                self._kill(actor, text)  # it could be opened before: that counts as a death
             case messages.LoadFailed(message=text, environment=here):
                 self._give_up(actor, EnvironmentProblem(text) if here else ArtifactError(text))
             case Executed() | Refused():
@@ -248,9 +250,8 @@ class Pool:
         try:
             actor.line, theirs = socket.socketpair()
             with theirs:  # in a session of its own, out of reach of a terminal's signals
-                actor.process = Popen(
-                    command, stdin=theirs.fileno(), stdout=DEVNULL, start_new_session=True
-                )
+                end = theirs.fileno()
+                actor.process = Popen(command, stdin=end, stdout=DEVNULL, start_new_session=True)
         except OSError as error:
             if actor.line is not None:
                 actor.line.close()
@@ -294,5 +295,5 @@ def answered(batch: Batch, outputs: Sequence[Array], seconds: float, load: Load)
     rows, lengths = [r.rows for r in batch.requests], [r.length for r in batch.requests]
     try:
         return batch.answered(split(outputs, specs, rows, lengths), seconds)
-    except (ValueError, IndexError) as error:  # not what the model declares
+    except (ValueError, IndexError, MemoryError) as error:  # not what the model declares
         return Refused(batch.number, str(error), invalid=False)

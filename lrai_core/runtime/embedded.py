@@ -353,7 +353,7 @@ class Embedded:
         states = {self._pool.state(actor)[0] for actor in version.actors}
         if states == {"failed"} or not self.scheduler.accepting:
             return "dead"
-        waited = self.scheduler.idle_seconds()
+        waited = self.scheduler.idle_seconds() if version.inside else 0.0
         if "ready" not in states or waited > self.config.actor.hang_seconds:
             return "stalled"
         return "ok" if self.scheduler.outstanding() else "idle"

@@ -126,8 +126,8 @@ class LatencyModel:
         self.fixed_seconds = fixed * self._unit
 
     def _learn_overhead(self, around: float) -> None:
-        if self.overhead_seconds == 0.0:
-            self.overhead_seconds = around
+        if self.overhead_seconds == 0.0:  # of the first alone it is not known what it was
+            self.overhead_seconds = min(around, 50 * _UNKNOWN_SECONDS)
         # What else the machine did meanwhile is not the cost of a call, so the estimate follows the
         # cheap calls quickly and the dear ones slowly.
         weight = _DOWN if around < self.overhead_seconds else _UP

@@ -498,6 +498,7 @@ class Scheduler:
             for model in list(self._models.values()):
                 if len(model.replicas) > 1:
                     model.replicas.pop(outcome.actor, None)  # the others go on
+                    model.bounds = replace(model.bounds, actors=len(model.replicas))
                 elif outcome.actor in model.replicas:
                     self._fail(model, outcome.message)
         elif call := self._calls.pop(outcome.batch, None):
@@ -521,12 +522,13 @@ class Scheduler:
                 self._last_answer = call.model.seen = now
                 self._ended += zip(call.pending, answers, strict=True)
             case Refused(message=message, invalid=invalid):
-                kind = RequestError if invalid else ActorError
+                kind, self._last_answer = (RequestError if invalid else ActorError), now
                 error = kind(f"the engine refused the request: {message}")
                 # One that was refused alone is refused for good: it is the request's own fault.
                 self._again(call, error, _ATTEMPTS if len(call.pending) == 1 else 1)
                 if not invalid and len(call.pending) > 1:  # it had not the memory for so many
-                    call.model.bounds = replace(call.model.bounds, rows=call.rows // 2)
+                    rows = max(2, min(call.model.bounds.rows, call.rows)) // 2
+                    call.model.bounds = replace(call.model.bounds, rows=rows)
             case Lost(message=message, begun=begun):
                 error = ActorError(f"the request could not be answered: {message}")
                 self._again(call, error, int(begun))

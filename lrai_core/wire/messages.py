@@ -321,8 +321,8 @@ def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
     """Return dtype and number of elements; few pairs are in use at a time."""
     if datatype not in DATATYPES:
         raise BadFrames("unknown datatype")
-    if any(extent < 0 for extent in shape):
-        raise BadFrames("negative extent")
+    if len(shape) > 64 or any(extent < 0 for extent in shape):
+        raise BadFrames("a negative extent, or too many")
     return DATATYPES[datatype], math.prod(shape)
 
 
