@@ -34,14 +34,17 @@ Scheme = Callable[..., Made]
 
 def forms(sample: Sample, threads: int, objective: str = "latency") -> dict[str, Build]:
     """Return every form beside fp32 and what builds it; what the sample tells is found once."""
-    known, static = dict[str, float](), StaticForms(sample, threads)
+    known, static, failed = dict[str, float](), StaticForms(sample, threads), list[str]()
 
     def mixed(model: onnx.ModelProto, *, scheme: Scheme = mixed_int8, **shares: float) -> Made:
+        if failed:  # it would again
+            raise CompileError(failed[0])
         if not known:
             try:
                 known.update(harms(model, sample, threads))
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
-                raise CompileError(f"what each matrix does cannot be told: {error}") from None
+                failed.append(f"what each matrix does cannot be told: {error}")
+                raise CompileError(failed[0]) from None
         return scheme(model, known, **shares)
 
     return {
@@ -92,7 +95,7 @@ class OnnxRuntimeForms:
             except CompileError as error:
                 reject(form, str(error))
                 continue
-            if undefined and not form.startswith("int8-static"):  # which does it in its own search
+            if undefined and not form.startswith("int8-static"):  # which looks for itself
                 graph = undefined_stays(graph, sample.outputs, sample.inputs)
             yield from _under_each_pass_set(form, graph, operators, material, reject)
 

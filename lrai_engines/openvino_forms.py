@@ -22,7 +22,7 @@ from lrai_core.errors import CompileError
 from lrai_engines.forms import Build, standard
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import weights_int8
-from lrai_engines.static import StaticForms
+from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
 
 _GROUPS: Final = (64, 128)  # columns with one scale
 _KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that float32 undoes
@@ -68,6 +68,8 @@ class OpenVinoForms:
             return
         able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         static = StaticForms(material.sample, material.threads)
+        sides, looks = (material.sample.outputs, material.sample.inputs), "int8-static"
+        undefined = goes_undefined(model, material.sample)
         forms = _FORMS | {
             "openvino-int8-static" + f"-{kept}" * bool(kept): _Form(
                 "int8", {}, partial(static.build, share=kept / 100)
@@ -80,6 +82,8 @@ class OpenVinoForms:
                 continue
             try:
                 proto, operators = form.transform(model) if form.transform else (model, [])
+                if undefined and form.transform and looks not in name:  # those look for themselves
+                    proto = undefined_stays(proto, *sides)
                 network = self.engine.core.read_model(proto.SerializeToString(), b"")
                 notes = Notes(FLOAT32 | form.settings, _bounds(model))
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)

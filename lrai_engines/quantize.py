@@ -292,7 +292,7 @@ def int8_per_row(graph: Graph, layer: Linear) -> str:
     attributes: dict[str, Any] = {} if axes else {"axes": [-1]}
     peak = graph.add("Abs", [x], f"{x}:magnitude")
     peak = graph.add("ReduceMax", [peak, *axes], f"{x}:largest", keepdims=1, **attributes)
-    peak = graph.add("Max", [peak, graph.constant("tiny", _TINY, np.float32)], f"{x}:peak")
+    peak = graph.add("Max", [peak, graph.constant("float32:tiny", _TINY, np.float32)], f"{x}:peak")
     unit = graph.add("Mul", [x, graph.add("Reciprocal", [peak], f"{x}:inverse")], f"{x}:unit")
     integers = graph.add("QuantizeLinear", [unit, step, middle], f"{x}:row_uint8")
     product = graph.add(

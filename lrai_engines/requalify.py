@@ -157,16 +157,11 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     epsilon, delta = manifest.demanded or (None, 0.01)
     conditions = Conditions(epsilon=epsilon, delta=delta)
     gate.check_row_count(rows, conditions, 0)
-    engine, verdicts = find_engine("onnxruntime"), dict[str, str]()
+    engine, points = find_engine("onnxruntime"), search.points(signature, rows.inputs)
     threads = threads or _threads(engine.load(source, threads=1, optimise=True), rows, signature)
     plain = engine.load(source, threads=threads, optimise=True)
-    candidates = [_candidate("fp32", source, plain, engine)]
-    for variant in sorted(manifest.variants, key=_closeness(artifact)):
-        try:
-            candidates.append(_loaded(artifact, variant, threads, rows.inputs[0]))
-        except (LraiError, ValueError) as error:
-            verdicts[variant.id] = str(error)
-    points = search.points(signature, rows.inputs)
+    there, verdicts = _those_that_run(artifact, threads, rows, points)
+    candidates = [_candidate("fp32", source, plain, engine), *there]
     tick = _ticking(report, "measure", search.ROUNDS)
     search.profile(candidates, signature, rows.inputs, points, threads, tick)
     tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
@@ -207,6 +202,21 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     changed = Artifact(artifact.path, found.manifest, artifact.sha256)
     found.certificates = list(_certified(changed, rows, judged, names))
     return found
+
+
+def _those_that_run(
+    artifact: Artifact, threads: int, rows: Rows, points: Sequence[tuple[int, int]]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Return what runs here of one row and of several, the closest first, and why others do not."""
+    candidates, verdicts = list[Candidate](), dict[str, str]()
+    for variant in sorted(artifact.manifest.variants, key=_closeness(artifact)):
+        try:
+            candidates.append(_loaded(artifact, variant, threads, rows.inputs[0]))
+        except (LraiError, ValueError) as error:
+            verdicts[variant.id] = str(error)
+    refusing = search.refusing(candidates, artifact.manifest.signature, rows.inputs, points)
+    verdicts |= {candidate.form: why for candidate, why in refusing}
+    return [one for one in candidates if one.form not in verdicts], verdicts
 
 
 def _threads(alone: Session, rows: Rows, signature: Signature) -> int:

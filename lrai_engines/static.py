@@ -11,6 +11,7 @@ import inspect
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -59,6 +60,8 @@ class StaticForms:
         self._harms: dict[str, float] = {}
         self._work: dict[str, float] = {}
         self._tried: list[set[str]] = [set()]
+        self._guard: bool | None = None
+        self._failed = ""
 
     def build(
         self, model: onnx.ModelProto, *, share: float
@@ -71,21 +74,27 @@ class StaticForms:
             NothingToQuantize: See `static_int8`; or the same as before would be made.
             CompileError: It cannot be done, or it cannot be told what int8 does to the outputs.
         """
+        if self._guard is None:
+            self._guard = goes_undefined(model, self._sample)
+        make = partial(static_int8, model, self._sample, ranges=self._ranges, guard=self._guard)
         if not share:
-            return static_int8(model, self._sample, ranges=self._ranges)
+            return make()
+        if self._failed:
+            raise CompileError(self._failed)
         if not self._harms:
             named = _named(model)
-            whole, _ = static_int8(model, self._sample, ranges=self._ranges)
+            whole, _ = make()
             try:
                 self._harms = harms(named, whole, self._sample, self._threads)
                 self._work = work(named)
             except (ArtifactError, EngineError, EncodeError, ValueError) as error:
-                raise CompileError(f"what each operator does cannot be told: {error}") from None
+                self._failed = f"what each operator does cannot be told: {error}"
+                raise CompileError(self._failed) from None
         keep = worst(self._harms, self._work, share)
         if keep in self._tried:
             raise NothingToQuantize("the same operators as before would be kept closer")
         self._tried.append(keep)
-        made, report = static_int8(model, self._sample, keep=keep, ranges=self._ranges)
+        made, report = make(keep=keep)
         every = sum(self._harms.values()) or 1.0
         told = [replace(line, harm=self._harms.get(line.node, 0.0) / every) for line in report]
         return made, told
@@ -97,6 +106,7 @@ def static_int8(
     *,
     keep: Collection[str] = (),
     ranges: bytearray | None = None,
+    guard: bool = True,
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return `model` with QuantizeLinear and DequantizeLinear around what onnxruntime can quantise.
 
@@ -110,9 +120,9 @@ def static_int8(
             weights and computes with what they give.
         ranges: Of the activations, in onnxruntime's words, if they were found before; else they
             are written there.
-
-    Integers have no value for what is none. The answer to a row that holds NaN or infinity is NaN,
-    as float32's is: the row's sum less itself is added to it.
+        guard: Integers have no value for what is none. With it the answer to a row that holds NaN
+            or infinity is NaN, as float32's is (`goes_undefined`): the row's sum less itself is
+            added to it.
 
     Raises:
         NothingToQuantize: It multiplies activations with one another, as transformers do, or all
@@ -155,7 +165,9 @@ def static_int8(
     report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
-    return undefined_stays(quantised, sample.outputs, sample.inputs), report
+    if guard:
+        quantised = undefined_stays(quantised, sample.outputs, sample.inputs)
+    return quantised, report
 
 
 def goes_undefined(model: onnx.ModelProto, sample: Sample) -> bool:
@@ -297,11 +309,13 @@ def _report(
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which every operator has a name: the quantiser knows them by it."""
-    named = onnx.ModelProto()
+    """Return a copy in which every operator has a name of its own: by it they are told apart."""
+    named, seen = onnx.ModelProto(), {""}
     named.CopyFrom(model)
     for index, node in enumerate(named.graph.node):
-        node.name = node.name or f"lrai:{index}"
+        if node.name in seen:
+            node.name = f"lrai:{index}"
+        seen.add(node.name)
     return named
 
 

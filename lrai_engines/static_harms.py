@@ -42,12 +42,17 @@ def work(model: onnx.ModelProto) -> dict[str, float]:
     """Return for each operator with weights how many products it computes for one row."""
     model = onnx.shape_inference.infer_shapes(model)
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
-    places: dict[str, int] = {}
+    places: dict[str, list[int]] = {}
     for value in (*model.graph.value_info, *model.graph.output):
         extents = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
-        places[value.name] = math.prod(extents[2:])
+        places[value.name] = extents
+
+    def count(node: onnx.NodeProto) -> int:
+        extents = places.get(node.output[0], [])  # a convolution's places come last, else columns
+        return math.prod(extents[2:] if "Conv" in node.op_type else extents[1:-1])
+
     return {
-        node.name: float(sizes.get(node.input[1], 1) * places.get(node.output[0], 1))
+        node.name: float(sizes.get(node.input[1], 1) * count(node))
         for node in model.graph.node
         if node.op_type in WEIGHTED
     }

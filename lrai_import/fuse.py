@@ -37,7 +37,7 @@ from lrai_core import CompileError, ConditionNotMet, UsageError
 from lrai_import.onnx import load
 
 _RANDOM: Final = ("Bernoulli", "Multinomial")  # and what begins with Random
-_REFUSALS: Final = (Fail, InvalidArgument, NotImplemented, RuntimeException, EncodeError)
+_REFUSALS: Final = (Fail, InvalidArgument, NotImplemented, RuntimeException)
 _ROUNDS: Final = 15
 _FREE: Final = 8  # extent of a free dimension while it is timed
 _GAIN: Final = 1.05
@@ -323,6 +323,8 @@ def command(
     )
     try:
         apart, together = _times([*models.values()], fused.model)
+    except EncodeError:
+        raise CompileError("together they have over 2 GB, which is more than one file") from None
     except _REFUSALS as error:
         why = str(error).partition("\n")[0][:300]
         raise CompileError(f"they do not run on ones, so nothing can be measured: {why}") from None

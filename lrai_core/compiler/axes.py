@@ -6,6 +6,7 @@ gives alone, and padding with 0 changes nothing. A file can state the axes inste
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from msgspec.structs import asdict, replace
 
 from lrai_core.engine.batching import length_of, run_together, stretch, synthetic_row
 from lrai_core.engine.engine import Session
-from lrai_core.errors import UsageError, shorten
+from lrai_core.errors import EngineError, UsageError, shorten
 from lrai_core.protocol import Array, OutputMap, Signature
 
 _SAME: Final = 1e-4
@@ -69,6 +70,7 @@ def confirm_axes(
     if assumed.inputs[0].batch_axis is None:
         return signature, "no batch axis: the inputs share no free first dimension"
     pairs = _pairs(assumed, rows)
+    session.run(pairs[0][1])  # what does not run at all is no question of axes
     single = _with_axes(signature, [None] * len(signature.inputs))
     alike = [(stretch(a, assumed, 1, length_of(b, assumed)), b) for a, b in pairs]
     if not all(_together_as_alone(single, session, pair) for pair in alike):
@@ -141,7 +143,7 @@ def _pairs(signature: Signature, rows: list[Row]) -> list[tuple[Row, Row]]:
     ordered = sorted(rows, key=lambda row: length_of(row, signature))
     pairs = []
     for short in (ordered[0], ordered[len(rows) // 2]):
-        length = min(length_of(short, signature), max(1, length_of(ordered[-1], signature) - 1))
+        length = min(length_of(short, signature), max(1, length_of(ordered[-1], signature) // 2))
         pairs.append((stretch(short, signature, 1, length), ordered[-1]))
     return pairs
 
@@ -149,16 +151,21 @@ def _pairs(signature: Signature, rows: list[Row]) -> list[tuple[Row, Row]]:
 def _together_as_alone(signature: Signature, session: Session, pair: tuple[Row, Row]) -> bool:
     try:
         parts = run_together(session, pair, signature)
-    except ValueError:
+        return all(_same(session.run(row), part) for row, part in zip(pair, parts, strict=True))
+    except (ValueError, EngineError):
         return False
-    return all(_same(session.run(row), part) for row, part in zip(pair, parts, strict=True))
 
 
 def _output_lengths(signature: Signature, session: Session, pair: tuple[Row, Row]) -> Signature:
-    """Return the signature with a length axis on each output that grows with the inputs'."""
+    """Return the signature with a length axis on each output that grows with the inputs'.
+
+    Of a model that does not run on the shorter row, none does.
+    """
     lengths = tuple(length_of(row, signature) for row in pair)
-    outputs = []
-    for a, b, spec in zip(*map(session.run, pair), signature.outputs, strict=True):
+    outputs, answers = [], [session.run(pair[1])] * 2
+    with suppress(EngineError):
+        answers[0] = session.run(pair[0])
+    for a, b, spec in zip(*answers, signature.outputs, strict=True):
         moved = [axis for axis in range(1, a.ndim) if (a.shape[axis], b.shape[axis]) == lengths]
         axis = moved[0] if len(moved) == 1 else None
         outputs.append(replace(spec, length_axis=axis))

@@ -128,8 +128,8 @@ def compile(
         if got not in known:
             allowed = ", ".join(known)
             raise UsageError(f"{name} {shorten(str(got))!r} is unknown; known: {allowed}")
-    if keep < 1 or (keep_evaluation or 0) < 0:
-        counts = f"keep is {keep} and keep_evaluation {keep_evaluation}"
+    if keep < 1 or min(keep_evaluation or 0, seed, threads) < 0:
+        counts = f"keep {keep}, seed {seed}, threads {threads}, keep_evaluation {keep_evaluation}"
         raise UsageError(f"{counts}; at least 1 is needed, for fp32 is always kept, and 0")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"minutes is {minutes}, it must be above 0")
@@ -219,10 +219,7 @@ class _Compilation:
         read = partial(read_rows, signature=self.signature, what="calibration")
         given = None if calibration is None else read(calibration)[0]
         if self.rows is None or evaluation is None:
-            self._notify(
-                "no evaluation data: only fp32 is kept, optimised; a file of rows (--evaluation) "
-                "buys int8 forms, judged on them, and a certificate"
-            )
+            self._notify("no evaluation data: fp32 alone; rows (--evaluation) buy int8, certified")
             return
         if given is not None:
             disjoint(given, self.rows, "calibration and evaluation")
@@ -245,27 +242,24 @@ class _Compilation:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
         rows, sides = self.sample, (self.signature.outputs, self.signature.inputs)
         sample = None if rows is None else Sample(rows.inputs, *sides)
-        material = Material(
-            self.proto, self.shared, self.scratch, sample, self.threads, self.objective
-        )
+        of = Material(self.proto, self.shared, self.scratch, sample, self.threads, self.objective)
         tick = self._begin("build", sum(builder.steps for builder in builders), "fp32")
         for builder in builders:
-            self.candidates += search.build(builder, material, tick, self._reject, self._at(0.25))
+            self.candidates += search.build(builder, of, tick, self._reject, self._at(0.25))
         if not self.candidates or self.candidates[0].form != "fp32":
-            raise CompileError("onnxruntime cannot run an optimised form of the model")
+            raise CompileError(f"onnxruntime runs no optimised form: {self.log[-1]['why']}")
 
     def measure(self) -> None:
         """Require: candidates. Ensure: latency of each, one pass set per form: the fastest."""
         rows = self.search.inputs if self.search else []
         points = search.points(self.signature, rows)
+        given = self.candidates, self.signature, rows, points
         tick = self._begin("profile", search.ROUNDS, f"{len(self.candidates)} candidates")
         try:
-            for candidate, why in search.refusing(self.candidates, self.signature, rows, points):
+            for candidate, why in search.refusing(*given):
                 self.candidates.remove(candidate)
                 self._reject(candidate.name, why)
-            search.profile(
-                self.candidates, self.signature, rows, points, self.threads, tick, self._at(0.5)
-            )
+            search.profile(*given, self.threads, tick, self._at(0.5))
         except EngineError as error:
             if rows:
                 raise
@@ -356,9 +350,10 @@ class _Compilation:
         if self.objective == "latency":
             return candidate.gain(others) if others else candidate.speedup
         others = others or [one for one in self.candidates if one.form == "fp32"]
-        smaller = min(other.size_bytes for other in others) / candidate.size_bytes
+        smallest = min(other.size_bytes for other in others)
+        smaller = smallest / candidate.size_bytes * (candidate.speedup >= 1)
         if smaller >= search.WORTH or smaller * search.WORTH < 1:
-            return smaller * (candidate.speedup >= 1)
+            return smaller
         return candidate.gain([one for one in others if _alike(one, candidate)])
 
     def _judge(
@@ -409,9 +404,8 @@ class _Compilation:
         if self.gate is not None:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
             self.gate = save_rows(self.folder / store.EVALUATION, self.gate, keep_evaluation)
-        target = Target(
-            isa=isa_class(), engine=engine.name, engine_version=engine.version, threads=self.threads
-        )
+        isa, threads = isa_class(), self.threads
+        target = Target(isa=isa, engine=engine.name, engine_version=engine.version, threads=threads)
         store.write_manifest(
             self.folder,
             Manifest(
@@ -475,9 +469,8 @@ class _Compilation:
 
     def _read(self, evaluation: Data | None, signature: Signature) -> None:
         if evaluation is not None:
-            self.rows, repeated = read_rows(
-                evaluation, signature, "evaluation", self.conditions.groups
-            )
+            groups = self.conditions.groups
+            self.rows, repeated = read_rows(evaluation, signature, "evaluation", groups)
             if repeated:
                 self._notify(f"evaluation: {repeated} repeated rows left out")
 

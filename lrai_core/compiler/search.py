@@ -46,7 +46,7 @@ class Quantized:
     Attributes:
         bits: Of the stored weight; 32 where the operator was left alone.
         scheme: What was done to it; "float32" where the operator was left alone.
-        weight_elements: 0 where the operator was left alone.
+        weight_elements: 0 where the operator was left alone as it was.
         error: Relative L2 error of the dequantised weight.
         harm: Its share of what int8 with a scale per row does to the outputs, where that is known.
         why: Reason for leaving it alone, empty otherwise.
@@ -316,11 +316,11 @@ def beside(first: Candidate, others: Iterable[Candidate], threads: int) -> list[
 def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int, int]]:
     """Return (rows, length) of every point worth measuring, given rows as long as those served."""
     if not signature.coalescible:
-        return [(1, 0)]
+        return [(1, max((length_of(row, signature) for row in rows), default=0))]
     if all(spec.length_axis is None for spec in signature.inputs):
         return [(count, 0) for count in (1, 2, 4, 8, 16, 32)]
-    longest = max((length_of(row, signature) for row in rows), default=128)
-    lengths = [length for length in _LENGTHS if length < longest] + [longest]
+    seen = [length_of(row, signature) for row in rows] or [128]  # shorter ones may not run at all
+    lengths = [n for n in _LENGTHS if min(seen) // 16 <= n < max(seen)] + [max(seen)]
     return [(n, at) for at in lengths for n in (1, 4, 16) if n * at <= max(at, _POINT_ELEMENTS)]
 
 

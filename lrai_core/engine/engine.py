@@ -16,7 +16,7 @@ SHORT_CALL_MS: Final = 2.0  # who takes less for any call is served with one thr
 
 
 class Session(Protocol):
-    """A loaded variant. Not shared between threads."""
+    """A loaded variant. While a model is compiled, several threads run it at the same time."""
 
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
         """Return the outputs at these indices (None: all) for one array per input, in order."""
