@@ -45,17 +45,32 @@ def compile(
     group: Annotated[
         list[str] | None, typer.Option(help="Array of groups to treat alike; repeatable.")
     ] = None,
-    max_disparity: Annotated[float, typer.Option(help="Most by which groups may part.")] = 0.01,
+    max_disparity: Annotated[
+        float,
+        typer.Option(help="Most, as a share, by which a form may widen what groups differ by."),
+    ] = 0.01,
     axes: Annotated[
         Path | None, typer.Option(help="TOML that states the axes; see docs/architecture.md.")
     ] = None,
     objective: Annotated[str, typer.Option(help="latency, or memory: least of it.")] = "latency",
-    keep: Annotated[int, typer.Option(help="Variants to keep, fp32 too; 3: two serve.")] = 2,
+    keep: Annotated[
+        int, typer.Option(help="Variants to keep, fp32 among them; 3: two that share the calls.")
+    ] = 2,
     engine: Annotated[
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Engine threads; 0: as served.")] = 0,
-    keep_evaluation: Annotated[int | None, typer.Option(help="Gate rows to keep in it.")] = None,
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="Of the engine, as it is served; 0: as many as this machine would serve with."
+        ),
+    ] = 0,
+    keep_evaluation: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of the gate to keep in the artifact; 0: none. By default what 16 MiB hold."
+        ),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="About so long, then the best so far.")
     ] = None,

@@ -106,9 +106,15 @@ def tune(
     engine: Annotated[
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
     ] = None,
-    callers: Annotated[int, typer.Option(min=1, max=512, help="Who ask at the same time.")] = 8,
-    seconds: Annotated[float, typer.Option(min=0.2, max=600, help="Of a round.")] = 3.0,
-    rounds: Annotated[int, typer.Option(min=3, max=99, help="Of each side, in turns.")] = 5,
+    callers: Annotated[
+        int, typer.Option(min=1, max=512, help="Requests at the same time while it measures.")
+    ] = 8,
+    seconds: Annotated[
+        float, typer.Option(min=0.2, max=600, help="That a round of measuring takes.")
+    ] = 3.0,
+    rounds: Annotated[
+        int, typer.Option(min=3, max=99, help="Of measuring each side, in turns.")
+    ] = 5,
     minutes: Annotated[
         float, typer.Option(min=0, max=1440, help="For which live requests are copied to it.")
     ] = 1.0,

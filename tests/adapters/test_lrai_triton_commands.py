@@ -157,7 +157,7 @@ def test_the_first_python3_on_the_path_is_the_one_that_counts(
     monkeypatch.setenv("PATH", f"{other.parent}{os.pathsep}{os.environ['PATH']}")
     said = run("install", "--backend-directory", backends, code=5)
     assert "No module named 'lrai_triton'" in said
-    assert f"{other} -m pip install 'lrai[triton]'" in said
+    assert f"{other} -m pip install '.[triton]' in lrai's checkout" in said
     assert not (backends / "lrai").exists()
     run("install", "--backend-directory", backends, "--python", sys.executable)
 

@@ -160,11 +160,13 @@ class TritonPythonModel:
         return array
 
     def _response(self, request: Any, outcome: InferenceResponse | LraiError) -> Any:
+        asked = request.request_id() != WATCH  # who looks after all models wants none of them
         if isinstance(outcome, ModelNotFound):  # the runtime has unloaded it: it is Triton's yet
-            if request.request_id() != WATCH:  # who looks after all models wants none of them
+            if asked:
                 self._held.load_again()
             outcome = NotReady("the runtime had unloaded the model, which is loaded again")
-        self._metrics.count(outcome)
+        if asked:
+            self._metrics.count(outcome)
         if isinstance(outcome, LraiError):
             code = getattr(pb_utils.TritonError, _CODES.get(outcome.http_status, "INTERNAL"))
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), code))

@@ -25,7 +25,7 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, sockets: Path) -> None:
             script.append(block)
         elif language == "python":
             script.append(f"python - <<'PYTHON'\n{block}PYTHON\n")
-    assert len(script) == 7
+    assert len(script) == 6
     text = "\n".join(script).replace("8080", str(free_port()))
     place = [str(Path(sys.executable).parent), os.environ["PATH"]]
     done = subprocess.run(

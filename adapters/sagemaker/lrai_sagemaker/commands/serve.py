@@ -27,16 +27,36 @@ _CERTIFICATE: Final = "To demand, as in epsilon=0.1,delta=0.01."
 Folder = Annotated[Path | None, typer.Argument(help=f"{_MODEL}, or {_MODELS} of many models.")]
 Multi = Annotated[bool, typer.Option(envvar="SAGEMAKER_MULTI_MODEL", help="Many models.")]
 Host = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_HOST", help="A container's is 0.0.0.0.")]
-Port = Annotated[int, typer.Option(envvar="SAGEMAKER_BIND_TO_PORT", min=0, max=65535)]
-Workers = Annotated[int, typer.Option(envvar="SAGEMAKER_MODEL_SERVER_WORKERS", min=1)]
+Port = Annotated[
+    int, typer.Option(envvar="SAGEMAKER_BIND_TO_PORT", min=0, max=65535, help="0: any free one.")
+]
+Workers = Annotated[
+    int, typer.Option(envvar="SAGEMAKER_MODEL_SERVER_WORKERS", min=1, help="Processes of HTTP.")
+]
 Require = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_REQUIRE", help=_CERTIFICATE)]
-Payload = Annotated[int, typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0)]
-Seconds = Annotated[float, typer.Option(envvar=_TIMEOUT, min=0, help="0: 60; batch: 3600.")]
-Drain = Annotated[float, typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=28, help="At end.")]
+Payload = Annotated[
+    int, typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0, help="MiB of a body; 0: any.")
+]
+Seconds = Annotated[
+    float, typer.Option(envvar=_TIMEOUT, min=0, help="Per answer; 0: 60, batch 3600.")
+]
+Drain = Annotated[
+    float,
+    typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=28, help="For answers after SIGTERM."),
+]
 Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch transform.")]
-Concurrency = Annotated[int, typer.Option(envvar="SAGEMAKER_MAX_CONCURRENT_TRANSFORMS", min=0)]
-Strategies = Annotated[Strategy, typer.Option(envvar="SAGEMAKER_BATCH_STRATEGY")]
-Level = Annotated[LogLevel, typer.Option(envvar="LRAI_SAGEMAKER_LOG_LEVEL", case_sensitive=False)]
+_ADVISED: Final = "What /execution-parameters advises"
+_TRANSFORMS: Final = "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS"
+_LEVEL: Final = "LRAI_SAGEMAKER_LOG_LEVEL"
+Concurrency = Annotated[
+    int, typer.Option(envvar=_TRANSFORMS, min=0, help=f"{_ADVISED}; 0: as 100 MB of bodies allow.")
+]
+Strategies = Annotated[
+    Strategy, typer.Option(envvar="SAGEMAKER_BATCH_STRATEGY", help=f"{_ADVISED}.")
+]
+Level = Annotated[
+    LogLevel, typer.Option(envvar=_LEVEL, case_sensitive=False, help="Least that is logged.")
+]
 
 
 @app.command()

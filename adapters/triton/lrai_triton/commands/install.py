@@ -56,8 +56,12 @@ def install(backend_directory: Backends, python: Python = "", *, force: Force = 
 
 @app.command()
 def doctor(
-    backend_directory: Annotated[Path | None, typer.Option(help="As of install.")] = None,
-    model_repository: Annotated[Path | None, typer.Option(exists=True, help="As of add.")] = None,
+    backend_directory: Annotated[
+        Path | None, typer.Option(help="Triton's folder of backends, with lrai/ in it.")
+    ] = None,
+    model_repository: Annotated[
+        Path | None, typer.Option(exists=True, help="Folder of model entries to look at.")
+    ] = None,
     python: Python = "",
 ) -> None:
     """Say what is wrong with an installation and with the models of a repository.
@@ -121,7 +125,7 @@ def _check_python(backends: Path, python: str) -> Path:
     why = done.stderr.strip().rpartition("\n")[2][:200]
     lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: {why};"
     _demand(
-        done.returncode == 0, f"{lacks} {path} -m pip install 'lrai[triton]'{less}, or lrai's wheel"
+        done.returncode == 0, f"{lacks} {path} -m pip install '.[triton]'{less} in lrai's checkout"
     )
     newer = f"numpy {numpy} is newer than the stub, which gives wrong values with it;"
     _demand(not less or numpy.startswith("1."), f"{newer} {path} -m pip install{less}")
