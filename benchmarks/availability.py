@@ -54,6 +54,7 @@ DEADLINE_MS: Final = 5_000.0
 ANSWERED: Final = 0.9999  # of the admitted
 ADMITTED: Final = 0.99  # within capacity
 EXCEPTED_SECONDS: Final = 2.0  # after each kill
+BACK_SECONDS: Final = {"actor": 2.0, "daemon": 5.0}  # until an answer, in the median
 REFUSED_SECONDS: Final = 0.5
 TOLERANCE: Final = 1e-4  # of unit vectors' elements, as for fp32 in the other benchmarks
 SEED: Final = 0
@@ -500,6 +501,17 @@ def report(
             len(switches) == planned["switch"],
         ),
         Check("answers of the version served less", min(served), "> 0", min(served) > 0),
+        *(
+            Check(
+                f"s from killing the {kind} to an answer, median",
+                median,
+                f"<= {most:g}",
+                median <= most,
+            )
+            for kind, most in BACK_SECONDS.items()
+            if times[kind]
+            for median in [float(np.median(times[kind]))]
+        ),
     ]
     return harness.conclude(
         "availability",
@@ -513,6 +525,7 @@ def report(
         errors=dict(ledger.errors),
         recovery_seconds=times,
         problems=list(problems),
+        quick=arguments.quick,
     )
 
 

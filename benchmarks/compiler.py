@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     packages = ["lrai", "onnxruntime", "numpy", *(["openvino"] if arguments.extras else [])]
     checks += _together(rows, extras=arguments.extras)
     environment = harness.environment(1, packages)
-    return harness.conclude("compiler", arguments.out, environment, rows, checks, rounds=rounds)
+    return harness.conclude(
+        "compiler", arguments.out, environment, rows, checks, rounds=rounds, quick=arguments.quick
+    )
 
 
 def _mb(file: Path) -> float:
@@ -184,7 +186,7 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Fo
                 seed=SEED,  # and as many threads as are served, of the CPUs that there are
             )
         seconds = time.perf_counter() - began
-        made.append(_ours(name, artifact, seconds))
+        made.append(_ours(name, artifact, threads, seconds))
         if name == "lrai":
             serving = artifact.manifest.serving()
             each = [compiler_memory.variant_mb(artifact, variant) for variant in serving]
@@ -203,9 +205,10 @@ def _is_tunable(source: Path) -> bool:
     return bool(kinds["LayerNormalization"] or (kinds["ReduceMean"] and kinds["Sqrt"]))
 
 
-def _ours(name: str, artifact: lrai.Artifact, seconds: float) -> Form:
-    serving = artifact.manifest.serving()
+def _ours(name: str, artifact: lrai.Artifact, threads: int, seconds: float) -> Form:
+    serving, own = artifact.manifest.serving(), artifact.manifest.target.threads
     ids = " + ".join(variant.id for variant in serving)
+    ids += f", {own} thread(s)" * (own != threads)  # what is quick is served with one
     opens = partial(_serve, artifact)
     return Form(f"{name}: {ids}", opens, serving[0].size_bytes / 1e6, seconds)
 

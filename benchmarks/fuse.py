@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"medians of {rounds} rounds in turns, 95 % bootstrap intervals",
     )
     environment = harness.environment(1, ["lrai", "onnxruntime", "numpy"])
-    return harness.conclude("fuse", arguments.out, environment, rows, checks)
+    return harness.conclude("fuse", arguments.out, environment, rows, checks, quick=arguments.quick)
 
 
 def _heads(folder: Path) -> dict[str, onnx.ModelProto]:

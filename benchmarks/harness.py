@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from lrai_core.engine.engine import isa_class
 
 _RESAMPLES: Final = 10_000
 _LEVEL: Final = 0.95
+_ENOUGH: Final = 6  # rounds, below which the interval is from the least of them to the most
+_CPUS: Final = len(os.sched_getaffinity(0))  # before any process is put on one of them
 _COLOURS: Final = ("#9aa5b1", "#e0a458", "#2a6f97", "#7a4f9a")
 
 _WIDTH: Final = None if Console().is_terminal else 160  # of a pipe, which would cut tables at 80
@@ -29,7 +32,7 @@ console: Final = Console(highlight=False, soft_wrap=_WIDTH is not None, width=_W
 
 
 class Interval(NamedTuple):
-    """A median over rounds with its 95 % bootstrap interval."""
+    """A median over rounds with its 95 % bootstrap interval; of fewer than six, from end to end."""
 
     median: float
     low: float
@@ -65,7 +68,7 @@ def environment(threads: int, packages: Sequence[str]) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "isa": isa_class(),
         "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": _CPUS,
         "threads": threads,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
@@ -100,24 +103,41 @@ def conclude(
     environment: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     checks: Sequence[Check],
+    *,
+    quick: bool = False,
     **more: Any,
 ) -> int:
-    """Print the checks, write `NAME.json` into `out`, return the exit status: 1 where one fails."""
+    """Print the checks, write `NAME.json` into `out`, return the exit status: 1 where one fails.
+
+    `quick` is written, too: a quick look takes no whole run's place.
+    """
     width = max(len(check.name) for check in checks)
     for check in checks:
         mark = "[green]holds[/]" if check.holds else "[bold red]FAILS[/]"
         console.print(f"{mark}  {check.name:{width}}  {check.value:.4g} (goal: {check.goal})")
     content = {
         "environment": environment,
+        "quick": quick,
         **more,
         "rows": list(rows),
         "checks": [asdict(check) for check in checks],
     }
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
+    if quick:
+        console.print(f"a quick look: intervals of fewer than {_ENOUGH} rounds are from end to end")
     console.print(f"figures: {path}")
     return 0 if all(check.holds for check in checks) else 1
+
+
+def _finite(value: Any) -> Any:
+    """Return it with None for what is no number, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bar_chart(

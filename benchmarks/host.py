@@ -92,6 +92,15 @@ class Host:
         self.close()
 
 
+class ProcessError(RuntimeError):
+    """A process of the benchmark's own has ended, failed, or says nothing."""
+
+    def __init__(self, why: str, *, failed: bool = False) -> None:
+        """Say why; `failed` where it has raised."""
+        super().__init__(why)
+        self.failed = failed
+
+
 class Helper:
     """A process of the benchmark's own with a line to it. Leaving it as a context ends it."""
 
@@ -118,16 +127,16 @@ class Helper:
         """Return the next thing that it sends.
 
         Raises:
-            RuntimeError: It has ended, failed, or says nothing.
+            ProcessError: It has ended, failed, or says nothing.
         """
         try:
             if not self.line.poll(seconds):
-                raise RuntimeError(f"process {self.pid} said nothing for {seconds:g} s")
+                raise ProcessError(f"process {self.pid} said nothing for {seconds:g} s")
             said = self.line.recv()
         except (EOFError, ConnectionResetError):
-            raise RuntimeError(f"process {self.pid} has ended") from None
+            raise ProcessError(f"process {self.pid} has ended") from None
         if isinstance(said, Failed):
-            raise RuntimeError(f"process {self.pid} failed: {said.why}")  # noqa: TRY004 - no bad type
+            raise ProcessError(f"process {self.pid} failed: {said.why}", failed=True)
         return said
 
     def wait(self, seconds: float) -> bool:

@@ -89,7 +89,7 @@ def run(
     with console.status("what fp32 answers alone"):
         kinds = make_kinds(source, arguments.data, extent.rows)
     with console.status(f"bare ONNX Runtime, {chosen} against fp32"):
-        alone = measure_bare(artifact, kinds, extent.rounds, cpus[0], scratch)
+        alone = measure_bare(artifact, source, kinds, extent.rounds, cpus[0], scratch)
     bare = {
         ("fp32" if file == "fp32" else "variant", lengths): rates
         for (file, lengths), rates in alone.items()
@@ -120,6 +120,7 @@ def run(
         parts_us={f"{host}, {form}": one._asdict() for (host, form), one in taken.items()},
         azure="trace" if arguments.data else "lognormal of the same median and 99th percentile",
         answers={who: {"checked": one.count, "worst": one.worst} for who, one in answers.items()},
+        quick=arguments.quick,
     )
 
 

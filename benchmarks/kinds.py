@@ -69,11 +69,19 @@ def make_kinds(source: Path, data: Path | None, counts: Mapping[str, int]) -> li
 
 
 def measure_bare(
-    artifact: lrai.Artifact, kinds: Sequence[Kind], rounds: int, cpu: int, scratch: Path
+    artifact: lrai.Artifact,
+    source: Path,
+    kinds: Sequence[Kind],
+    rounds: int,
+    cpu: int,
+    scratch: Path,
 ) -> dict[tuple[str, str], list[float]]:
-    """Return rows a second of ONNX Runtime in a plain loop, by variant and lengths, each round."""
+    """Return rows a second of ONNX Runtime in a plain loop, by variant and lengths, each round.
+
+    fp32 is the source as ONNX Runtime opens it by default, which is what the hosts' peers serve.
+    """
     found: dict[tuple[str, str], list[float]] = {}
-    variants = ["fp32", artifact.manifest.chosen]
+    variants = {"fp32": source, artifact.manifest.chosen: None}
     files = {kind.name: scratch / f"{kind.name}.npz" for kind in kinds}
     for kind in kinds:
         ids = [row["input_ids"][0] for row in kind.rows]
@@ -82,9 +90,9 @@ def measure_bare(
     with contextlib.ExitStack() as stack:
         peers = {
             variant: stack.enter_context(
-                realtime.Peer(artifact, variant, cpu, files[kinds[0].name])
+                realtime.Peer(artifact, variant, cpu, files[kinds[0].name], plain)
             )
-            for variant in variants
+            for variant, plain in variants.items()
         }
         for kind in kinds:
             for peer in peers.values():

@@ -165,6 +165,7 @@ def run(arguments: argparse.Namespace, scratch: Path, stack: contextlib.ExitStac
             {"of": key[0], "to": key[1], "concurrency": key[2], "figure": key[3], **value._asdict()}
             for key, value in ratios.items()
         ],
+        quick=arguments.quick,
     )
 
 

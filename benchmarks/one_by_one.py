@@ -28,7 +28,7 @@ def main() -> None:
     """Serve standard input: the first line names CPU, model, weights and the file of requests."""
     first = json.loads(sys.stdin.readline())
     os.sched_setaffinity(0, {first["cpu"]})
-    session = _open(first["model"], first["weights"])
+    session = _open(first["model"], first["weights"], optimised=first["optimised"])
     rows = _requests(first["requests"])
     for row in rows[:32]:
         session.run(None, row)
@@ -53,11 +53,15 @@ def memory_mb(pid: int) -> dict[str, float]:
     return {"rss_mb": found["Rss"], "pss_mb": found["Pss"]}
 
 
-def _open(model: str, weights: str) -> ort.InferenceSession:
-    """Return a session as the engine of LRAI opens it: one thread, stored as executed."""
+def _open(model: str, weights: str, *, optimised: bool) -> ort.InferenceSession:
+    """Return a session of one thread, as the engine of LRAI opens what is stored as executed.
+
+    What is not `optimised` is, as by default.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if weights:
         folder = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder, weights)

@@ -99,7 +99,10 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         """End it; then the runtime that it started, which would wait for another client."""
-        if self._process.poll() is None:
+        if self._process.poll() is not None:  # its workers may have outlived it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:
             tree = self.processes()
             runtimes = [pid for pid in tree if _is_runtime(pid)]
             theirs = {pid for runtime in runtimes for pid in _tree(runtime)}

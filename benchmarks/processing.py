@@ -78,15 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gaps.append(float(np.abs(got - right).max()))
                 same += int(got.argmax() == right.argmax())
             worst = max(gaps)
-            checks.append(Check(f"{name}: largest difference", worst, f"<= {most}", worst <= most))
             if name == "photographs":
                 share = same / len(inputs)
                 checks.append(Check(f"{name}: same label", share, ">= 0.995", share >= 0.995))
             for count in (1, 8):
                 batch = inputs[:: len(_SIZES)][:count]  # of one size
+                worst = max(worst, float(np.abs(inside(batch) - outside(batch)).max()))
                 ratios = _ratios(inside, outside, batch, rounds)
                 lines.append([name, f"{len(inputs)}", f"{worst:.1e}", f"{count}", str(ratios)])
                 rows.append({"case": name, "rows": count, "gap": worst, "ratio": list(ratios)})
+            checks.append(Check(f"{name}: largest difference", worst, f"<= {most}", worst <= most))
     harness.show(
         "in the graph, against in front of it; float32, one thread",
         ["", "rows compared", "largest difference", "at a time", "time to the library's"],
@@ -95,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     packages = ["lrai", "onnxruntime", "onnxruntime-extensions", "tokenizers", "pillow", "numpy"]
     environment = harness.environment(1, packages)
-    return harness.conclude("processing", arguments.out, environment, rows, checks)
+    return harness.conclude(
+        "processing", arguments.out, environment, rows, checks, quick=arguments.quick
+    )
 
 
 Case = tuple[str, list[Any], tuple[Answer, Answer], float]
@@ -133,7 +136,8 @@ def _photographs(folder: Path, data: Path | None, most: int | None) -> Case:
     if data is None:
         images.efficientnet_lite0_onnx(folder / "efficientnet.onnx")
         random = np.random.default_rng(0)
-        pictures = [Image.fromarray(random.integers(0, 256, (99, 88, 3), np.uint8))] * 60
+        drawn = random.integers(0, 256, (60, 99, 88, 3), np.uint8)
+        pictures = [Image.fromarray(one) for one in drawn]
     else:
         sample = np.zeros((2, 3, 224, 224), np.float32)
         images.export(images.efficientnet_lite0(), sample, folder / "efficientnet.onnx")

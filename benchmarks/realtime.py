@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checks,
         azure="trace" if arguments.data else "lognormal of the same median and 99th percentile",
         peers="no transport: requests lie in their memory, arrivals come from the same schedule",
+        quick=arguments.quick,
     )
 
 
@@ -202,8 +203,15 @@ def measure(
 class Peer:
     """A process with ONNX Runtime in a plain loop."""
 
-    def __init__(self, artifact: lrai.Artifact, variant: str, cpu: int, requests: Path) -> None:
-        """Start it and wait until it has loaded the variant."""
+    def __init__(
+        self,
+        artifact: lrai.Artifact,
+        variant: str,
+        cpu: int,
+        requests: Path,
+        plain: Path | None = None,
+    ) -> None:
+        """Start it and wait until it has loaded the variant, or a `plain` file in its place."""
         chosen = artifact.manifest.variant(variant)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from benchmarks.one_by_one import main; main()"],
@@ -214,8 +222,9 @@ class Peer:
         )
         self.ask(
             cpu=cpu,
-            model=str(artifact.path / chosen.model),
-            weights=str(artifact.path / chosen.weights) if chosen.weights else "",
+            model=str(plain or artifact.path / chosen.model),
+            weights=str(artifact.path / chosen.weights) if chosen.weights and not plain else "",
+            optimised=plain is None,
             requests=str(requests),
         )
 
@@ -342,16 +351,25 @@ def closed(
     kind = what.rpartition(" ")[2]
     pad = models.Tokenizer().pad_id
     ours.closed(requests)  # so that its model of the latency is that of this machine
+    ask: dict[str, Callable[[], float]] = {
+        "alone": lambda: alone.ask(do="closed", batch=1, pad=pad)["seconds"],
+        "fifo": lambda: fifo.ask(do="closed", batch=FIFO_ROWS, pad=pad)["seconds"],
+    }
+    for peer in ask.values():
+        peer()  # as warm
     rates: list[tuple[float, float, float]] = []
     figures: list[tuple[float, float, float]] = []
     with console.status(f"closed loop: {what}"):
-        for _ in range(extent.rounds):
-            figures.append(ours.closed(requests))
-            seconds = [
-                peer.ask(do="closed", batch=batch, pad=pad)["seconds"]
-                for peer, batch in ((alone, 1), (fifo, FIFO_ROWS))
-            ]
-            rates.append((figures[-1][0], *(len(requests) / taken for taken in seconds)))
+        for turn in range(extent.rounds):
+            seconds = {}
+            for at in range(3):  # who is first, is so a third of the times
+                who = ("ours", "alone", "fifo")[(at + turn) % 3]
+                if who == "ours":
+                    figures.append(ours.closed(requests))
+                else:
+                    seconds[who] = ask[who]()
+            alone_s, fifo_s = seconds["alone"], seconds["fifo"]
+            rates.append((figures[-1][0], len(requests) / alone_s, len(requests) / fifo_s))
     to_alone = interval([mine / one for mine, one, _ in rates])
     to_fifo = interval([mine / eight for mine, _, eight in rates])
     mine, one, eight = (float(np.median(column)) for column in zip(*rates, strict=True))

@@ -379,10 +379,9 @@ def learning(
     for which in LEARNING:
         recovered = [row["recovered"] for row in rows if row["wrong"] == which]
         counted = [share for share in recovered if share is not None]
-        if counted:
-            name = f"share of the loss recovered, {which}, least of {len(counted)} cases"
-            least = min(counted)
-            checks.append(Check(name, least, f">= {LEAST_RECOVERED}", least >= LEAST_RECOVERED))
+        name = f"share of the loss recovered, {which}, least of {len(counted)} cases"
+        least = min(counted, default=0.0)  # of none it is not shown
+        checks.append(Check(name, least, f">= {LEAST_RECOVERED}", least >= LEAST_RECOVERED))
     return rows, checks
 
 

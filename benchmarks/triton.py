@@ -117,7 +117,7 @@ def run(
     repository = Repository(scratch / "models", source, artifact, noop)
     console.print(f"bare ONNX Runtime, {chosen} against fp32")
     compared = kinds if not arguments.quick else [kind for kind in kinds if kind.name == "search"]
-    bare = measure_bare(artifact, compared, extent.rounds, cpus[0], scratch)
+    bare = measure_bare(artifact, source, compared, extent.rounds, cpus[0], scratch)
 
     made = prepared(arguments.environment, scratch)
     server = stack.enter_context(one_core_server(repository.folder, made, cpus[0], scratch))
@@ -146,6 +146,7 @@ def run(
         bare={f"{v}, {n}": values for (v, n), values in bare.items()},
         azure="trace" if arguments.data else "lognormal of the same median and 99th percentile",
         answers={v: {"checked": a.count, "worst": a.worst} for v, a in bench.answers.items()},
+        quick=arguments.quick,
     )
 
 

@@ -30,7 +30,8 @@ Bare = Mapping[tuple[str, str], Sequence[float]]
 def checks(rows: Rows, answers: Mapping[str, Answers], bare: Bare, chosen: str) -> list[Check]:
     """Return what has to hold."""
     speed = ratio(rows, "lrai", "peer fp32", "search", SWEPT_AT)
-    alone = float(np.median(bare[chosen, "search"]) / np.median(bare["fp32", "search"]))
+    in_turns = zip(bare[chosen, "search"], bare["fp32", "search"], strict=True)
+    alone = float(np.median([quick / slow for quick, slow in in_turns]))
     of_bare = speed.median / alone
     variant = ratio(rows, "lrai", "peer variant", "search", SWEPT_AT)
     found = [
@@ -56,7 +57,7 @@ def checks(rows: Rows, answers: Mapping[str, Answers], bare: Bare, chosen: str) 
         if row["loop"] == "open" and row["load"] == OVERLOAD:
             what = f"{row['lengths']}, {row['arrivals']} at {OVERLOAD:g} x: in time, to"
             for who, least in (("best", LEAST_BEST), ("default", LEAST_DEFAULT)):
-                value = row["in_time"]["lrai"] / max(row["in_time"][who], 1e-3)
+                value = row["times_in_time"][who]
                 found.append(_at_least(f"{what} the {who} peer", value, least))
     bare_p50, lists, inline = (
         np.array(_overhead(rows, who)) for who in ("constant", "lrai-lists", "lrai-inline")

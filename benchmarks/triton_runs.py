@@ -245,7 +245,8 @@ def measure_open(
             statuses: dict[str, dict[int, int]] = {}
             for turn in range(extent.open_rounds):
                 arrivals = arrivals_of(load * rate, extent.open_seconds, turn, bursts=bursts)
-                for name, entry in zip(names, models, strict=True):
+                sides, first = list(zip(names, models, strict=True)), turn % len(names)
+                for name, entry in [*sides[first:], *sides[:first]]:
                     value, figures = bench.in_time(entry, kind, arrivals, slo)
                     shares[name].append(value)
                     p95[name].append(figures.percentile_ms(0.95))
@@ -258,7 +259,8 @@ def measure_open(
                     "load": load,
                     "slo_ms": slo * 1e3,
                     "asked_per_s": load * rate,
-                    "in_time": {name: float(np.median(v)) for name, v in shares.items()},
+                    "in_time": {name: float(np.median(shares[name])) for name in names},
+                    "times_in_time": {name: _times(shares, name) for name in names[1:]},
                     "p95_ms": {name: float(np.median(v)) for name, v in p95.items()},
                     "statuses": statuses,
                     "lrai": str(entries.AS_GIVEN),
@@ -267,6 +269,12 @@ def measure_open(
                 }
             )
     return rows
+
+
+def _times(shares: dict[str, list[float]], peer: str) -> float:
+    """Return how many times as many are in time as of a peer, the median over the rounds."""
+    pairs = zip(shares["lrai"], shares[peer], strict=True)
+    return float(np.median([mine / max(theirs, 1e-3) for mine, theirs in pairs]))
 
 
 def _best_queue(bench: Bench, kind: Kind, default: Peer, variant: str, rate: float) -> Peer:

@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         harness.environment(1, ["numpy", "onnxruntime", "pyzmq", "msgspec"]),
         [*content, {"memory_bytes": memory, "first_answer_seconds": first}],
         checks,
+        quick=arguments.quick,
     )
 
 
@@ -268,12 +269,15 @@ def ask(
     runtime: lrai.Runtime, requests: Sequence[lrai.InferenceRequest], seconds: float
 ) -> list[float]:
     """Return the latencies of what `CALLERS` threads asked in that time, one after the other."""
-    latencies, end = list[float](), time.monotonic() + seconds
+    latencies, end, failed = list[float](), time.monotonic() + seconds, list[Exception]()
 
     def caller(first: int) -> None:
         index = first * len(requests) // CALLERS
-        while (begun := time.monotonic()) < end:
-            runtime.infer(requests[index % len(requests)])
+        while not failed and (begun := time.monotonic()) < end:
+            try:
+                runtime.infer(requests[index % len(requests)])
+            except lrai.LraiError as error:
+                failed.append(error)
             latencies.append(time.monotonic() - begun)
             index += 1
 
@@ -282,6 +286,8 @@ def ask(
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:  # a round of fewer callers is none
+        raise failed[0]
     return latencies
 
 
