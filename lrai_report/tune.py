@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,26 +15,13 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from lrai_core import (
-    Artifact,
-    ConditionNotMet,
-    EnvironmentProblem,
-    LraiError,
-    MemoryBudgetExceeded,
-    ModelNotFound,
-    Runtime,
-    Signature,
-    UsageError,
-    load_config,
-)
+from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, Signature, UsageError
 from lrai_core import compile as compile_model
 from lrai_core.errors import shorten
-from lrai_core.runtime.embedded import find_backend
 from lrai_core.verifier.verifier import evaluation
 from lrai_report.compare import (
     Side,
@@ -48,15 +33,13 @@ from lrai_report.compare import (
     requests_of,
     sides,
 )
+from lrai_report.live import compare_live, runtime_of, switch
+from lrai_report.terminal import out, progress, say
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
-_TRIES: Final = 60  # once a second, to unload what got copies
-_LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
-_MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows of captured ones
 
 Apply = Annotated[bool, typer.Option("--apply", help="Have it serve, if it is better.")]
-out = Console(highlight=False, markup=False, emoji=False)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -149,18 +132,18 @@ def tune(
             raise UsageError(f"{target} is not served, so nothing is captured: give --requests")
         _without_requests(found, written, output_map)
         return
-    _say("requests", f"{found.requests}, each row as a request")
+    say("requests", f"{found.requests}, each row as a request")
     artifact, applied = _compile(found, written, output_map, engine or ()), False
     try:
         if found.captured:
             written.chmod(0o700)  # it keeps some of the rows
         _judge(target, found, artifact, written, callers, seconds, rounds, price_per_hour, file)
         if found.name:
-            _compare_live(found, written, minutes, address, apply=apply)
+            compare_live(found.name, found.shares, written, minutes, address, apply=apply)
             applied = apply
-            _switch(found, written, address, apply=apply)
+            switch(found.name, found.shares, written, address, apply=apply)
         else:
-            _say("use it", f"serve {written}; to go back, serve {target}")
+            say("use it", f"serve {written}; to go back, serve {target}")
     except KeyboardInterrupt:
         if not applied:
             shutil.rmtree(written)
@@ -197,9 +180,9 @@ def _judge(
     with sides((before, (artifact, ""))) as both:
         if both[0].variant == both[1].variant:
             both[0].variant += " (serves)"
-        with _progress("measure", 2 * rounds) as tick:
+        with progress("measure", 2 * rounds) as tick:
             measure(both, rows, callers=callers, seconds=seconds, rounds=rounds, tick=tick)
-        with _progress("compare", len(rows)) as tick:
+        with progress("compare", len(rows)) as tick:
             changed = differing(both, rows, artifact, tick)
         gains = [b / a for a, b in zip(*(s.requests_per_second for s in both), strict=True)]
         _show(both, price_per_hour)
@@ -209,7 +192,7 @@ def _judge(
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:
         raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second")
-    _say("gain", f"{gain:.2f} times as many requests per second", style="bold")
+    say("gain", f"{gain:.2f} times as many requests per second", style="bold")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -225,7 +208,7 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
     elif path.is_file():
         return Target(path, requests)
     try:
-        runtime = _runtime(address)
+        runtime = runtime_of(address)
     except EnvironmentProblem as error:
         if alone:
             return alone
@@ -276,8 +259,8 @@ def _artifact_of(target: str) -> Artifact | None:
 
 def _without_requests(found: Target, written: Path, output_map: str) -> None:
     _compile(found, written, output_map, ())
-    _say("no requests", "fp32, optimised, is all that can be made without any (--requests)")
-    _say("use it", f"serve {written}")
+    say("no requests", "fp32, optimised, is all that can be made without any (--requests)")
+    say("use it", f"serve {written}")
 
 
 def _compile(found: Target, written: Path, output_map: str, engines: Sequence[str]) -> Artifact:
@@ -351,146 +334,13 @@ def _show(both: Sequence[Side], price_per_hour: float) -> None:
 def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> None:
     count = sum(not one.agrees for one in changed)
     share, alike = f"({count / len(changed):.2%})", measure_of(artifact)
-    _say("answers", f"{count} of {len(changed)} answers changed {share}; alike is {alike}")
+    say("answers", f"{count} of {len(changed)} answers changed {share}; alike is {alike}")
     table = Table("differs by", "", before, "tuned", box=SIMPLE_HEAD, pad_edge=False)
     for one in changed[:_WORST]:
         said = "" if one.agrees else "changed"
         table.add_row(f"{one.gap:.3g}", said, one.first, one.second)
     out.print(Text(f"the {min(_WORST, len(changed))} farthest apart", style="bold"))
     out.print(table)
-
-
-def _runtime(address: str) -> Runtime:
-    """Return the shared runtime that is meant where none is said to be; none is started for this.
-
-    Raises:
-        EnvironmentProblem: None runs.
-    """
-    config = load_config()
-    own = config.runtime.address
-    where = address or ("auto" if own == "embedded" else own)
-    if not find_backend("ipc").runs(config, where):
-        raise EnvironmentProblem("no runtime runs that could serve it")
-    return Runtime(config, address=where)
-
-
-def _compare_live(
-    found: Target, written: Path, minutes: float, address: str, *, apply: bool
-) -> None:
-    """Copy live requests to it for a while.
-
-    Raises:
-        ConditionNotMet: The name was changed meanwhile, or live requests say no.
-    """
-    name, place = found.name, f" --address {address}" if address else ""
-    with _runtime(address) as runtime:
-        _check_same(runtime, found)
-        if minutes and not _shadow(runtime, name, written, minutes, place) and apply:
-            why = "no live request was compared: --minutes 0 applies without"
-            raise ConditionNotMet(f"not applied: {why}")
-
-
-def _switch(found: Target, written: Path, address: str, *, apply: bool) -> None:
-    """Switch to it, or say how.
-
-    Raises:
-        ConditionNotMet: The name was changed meanwhile.
-    """
-    name, place = found.name, f" --address {address}" if address else ""
-    with _runtime(address) as runtime:
-        if apply:
-            _check_same(runtime, found)
-            version = runtime.swap(name, written.absolute())
-            _say("applied", f"{name} is served by {version}")
-        else:
-            _say("switch on", f"lrai runtime swap {name} {written}{place}")
-        _say("switch back", f"lrai runtime rollback {name}{place}")
-
-
-def _check_same(runtime: Runtime, found: Target) -> None:
-    shares = _deployment(runtime, found.name).shares
-    now, before = ({v: round(n, 6) for v, n in s.items() if n} for s in (shares, found.shares))
-    if now != before:
-        served = ", ".join(now)
-        raise ConditionNotMet(f"{found.name!r} was changed meanwhile: {served} serves; tune that")
-
-
-def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: str) -> int:
-    """Have copies of the live requests answered by it; return how many rows were compared.
-
-    Raises:
-        ConditionNotMet: It fails, or says something else more often than the gate allows.
-    """
-    version, began = Artifact.open(written, verify=False).version, runtime.stats()
-    loaded = False
-    try:
-        runtime.load(written.absolute(), name=name, share=0.0)
-        loaded = True
-        now = _deployment(runtime, name)
-        for one in runtime.deployments():  # what copies say is counted for all together
-            for copied in one.shadow:
-                end = f"lrai runtime unload {one.name} --version {copied}{place} ends that"
-                raise ConditionNotMet(f"requests to {one.name} are copied to {copied}: {end}")
-        shares = {label: share for label, share in now.shares.items() if label != version}
-        runtime.route(name, shares, {version: 1.0}, now.relief)
-        total = math.ceil(minutes * 60 / _LIVE_SECONDS)
-        with _progress("live requests, copied", total) as tick:
-            for _ in range(total):
-                time.sleep(_LIVE_SECONDS)
-                tick()
-        ended = runtime.stats()
-    except MemoryBudgetExceeded as error:  # nobody else is unloaded for a trial
-        _say("live", f"not compared: {error}")
-        return 0
-    finally:
-        _unload(runtime, name, version, place, loaded=loaded)
-    seen, differ, failed = (
-        ended.get(kind, 0) - began.get(kind, 0)
-        for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
-    )
-    _say("live", f"{seen} rows compared, {differ} changed, {failed} failed")
-    if failed or differ > _MOST_CHANGED * seen:
-        raise ConditionNotMet(f"on live requests {differ} of {seen} changed, {failed} failed")
-    return seen
-
-
-def _unload(runtime: Runtime, name: str, version: str, place: str, *, loaded: bool) -> None:
-    """End the version that got copies, though it may still be loading; say where it stays."""
-    problem: LraiError | None = None
-    for _ in range(_TRIES):
-        try:
-            runtime.unload(name, version)
-        except UsageError as error:  # another change is under way, which may be its loading
-            problem = error
-            time.sleep(1)
-        except ModelNotFound:
-            return  # it never came so far
-        except LraiError as error:
-            problem = error
-            break
-        else:
-            return
-    if not loaded and not isinstance(problem, UsageError):
-        return
-    how = f"lrai runtime unload {name} --version {version}{place}"
-    _say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
-
-
-def _deployment(runtime: Runtime, name: str) -> Any:
-    for found in runtime.deployments():
-        if found.name == name:
-            return found
-    raise ConditionNotMet(f"{name!r} is no longer served")
-
-
-@contextmanager
-def _progress(words: str, total: int) -> Iterator[Callable[[], None]]:
-    with Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(),
-        console=out, transient=True, refresh_per_second=2, disable=not out.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task(words, total=total or None)
-        yield lambda: bar.advance(task)
 
 
 def _write(
@@ -509,7 +359,3 @@ def _write(
         file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
     except OSError as error:
         raise EnvironmentProblem(f"--json {file}: {error.strerror}") from None
-
-
-def _say(label: str, words: str, style: str = "") -> None:
-    out.print(Text.assemble((f"{label:<12}", "bold"), (shorten(words, 2000), style)))

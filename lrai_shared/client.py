@@ -9,12 +9,9 @@ machine nobody can start one: there a client goes on looking.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
 import secrets
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -23,8 +20,8 @@ from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED
 from importlib.metadata import version
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
-from typing import Any, BinaryIO, Final, TypeVar
+from subprocess import Popen
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -38,8 +35,9 @@ from lrai_core.wire import messages as wire
 from lrai_core.wire.messages import contents
 from lrai_shared import messages
 from lrai_shared.arena import Arena
-from lrai_shared.keys import client_end, private_folder
+from lrai_shared.keys import client_end
 from lrai_shared.messages import Attach, Call, Infer, Requests
+from lrai_shared.starting import is_running, last_line, leave, shared_folder, start_daemon
 
 _LIFE_SECONDS: Final = 1.0  # between signs of life
 _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
@@ -49,14 +47,10 @@ _MOST_ITEMS: Final = 100  # of one message
 _MOST_LOSSES: Final = 3  # of runtimes, after which a request is not sent to another one
 _MOST_FAILURES: Final = 6  # after which they are no longer waited for
 _MOST_JOINT: Final = 8 << 20  # bytes of theirs outside shared memory, after which it goes
-SETTINGS: Final = "settings"  # of a daemon that runs, or was killed
-_LOG_BYTES: Final = 1 << 20  # of the log that a start goes on with
 # What is not done again where it is not known whether it was done.
 _ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "freeze", "unfreeze"})
 _UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
 _MOST_CUTS: Final = 3  # before it answers once; a daemon that starts or ends may cut a line
-
-_left: Final = set[int]()  # daemons of this process that it is no longer attached to
 
 T = TypeVar("T")
 
@@ -282,7 +276,7 @@ class Attached:
             os.close(self._wake_write)
             if self._process is not None:
                 self._process.returncode = 0  # it lives on, as it should; Popen would warn of that
-                _left.add(self._process.pid)
+                leave(self._process.pid)
 
     def _serve(self) -> None:
         poller, next_sign = zmq.Poller(), 0.0
@@ -340,7 +334,7 @@ class Attached:
         """Tell the daemon that this client is there; start it where it is not and is needed."""
         status = self._process.poll() if self._process else 0
         if status:
-            said = _last_line(self._folder / "log", self._logged)
+            said = last_line(self._folder / "log", self._logged)
             self._fail(f"it ended with exit status {status}: {said}")
             self._process = None
             self._start_at = time.monotonic() + _SEARCH_SECONDS * 2**self._failures
@@ -446,75 +440,6 @@ class Attached:
         return len(items) == _MOST_ITEMS or joint >= _MOST_JOINT
 
 
-def shared_folder(config: lrai.LraiConfig, address: str = "") -> Path:
-    """Return the folder of the daemon's socket and lock, made if it is not there.
-
-    Args:
-        config: Its `runtime.socket_dir` holds the folder of each user.
-        address: Another folder, for a daemon beside this user's first one; empty for that.
-
-    Raises:
-        EnvironmentProblem: It is not this user's alone: what lies there could be anybody's.
-    """
-    parent = config.runtime.socket_dir or tempfile.gettempdir()
-    return private_folder(Path(address or Path(parent, f"lrai-{os.geteuid()}")).absolute())
-
-
-def start_daemon(
-    folder: Path, config: lrai.LraiConfig, *, stay: str = "end"
-) -> Popen[bytes] | None:
-    """Start the daemon if its lock is free; return its process, None where another one runs.
-
-    Args:
-        folder: From `shared_folder`.
-        config: Its settings.
-        stay: Until when: `end` with its last client, unless one was killed that was to stay, as
-            which it is started, with the settings of that one; or `stay`; or stay and listen for
-            other machines, at `tcp://HOST:PORT?keys=FOLDER`.
-    """
-    with (folder / "lock").open("ab") as lock:
-        if not _take(lock):
-            return None
-        config, stay = (config, stay) if stay != "end" else _as_before(folder, config)
-        for pid in list(_left):
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                    continue
-            _left.discard(pid)
-        with (folder / "log").open("ab") as log:
-            if log.tell() > _LOG_BYTES:
-                log.truncate(0)
-            argv = [sys.executable, "-P", "-m", "lrai_shared.daemon", str(folder), stay]
-            held = (lock.fileno(),)  # it belongs to the open file, which the daemon keeps for life
-            daemon = Popen(
-                argv, stdin=PIPE, stdout=DEVNULL, stderr=log, start_new_session=True, pass_fds=held
-            )
-    with daemon.stdin as stream:  # type: ignore[union-attr] # a pipe
-        stream.write(msgspec.msgpack.encode(config))
-    return daemon
-
-
-def _as_before(folder: Path, config: lrai.LraiConfig) -> tuple[lrai.LraiConfig, str]:
-    """Return the settings of the daemon that was killed there, so that the next one has them."""
-    with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):
-        content = (folder / SETTINGS).read_bytes()
-        return msgspec.msgpack.decode(content, type=tuple[lrai.LraiConfig, str])
-    return config, "end"
-
-
-def is_running(folder: Path) -> bool:
-    """Return whether a daemon holds the lock of the folder."""
-    with (folder / "lock").open("ab") as lock:
-        return not _take(lock)
-
-
-def _take(lock: BinaryIO) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
 def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], wire.Buffer]:
     if isinstance(given, lrai.Tensor):
         data = given.data if isinstance(given.data, bytes) else given.data.tobytes()
@@ -525,15 +450,6 @@ def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], wire.Buffer]
         return contents(given)
     except ValueError as error:
         raise lrai.InvalidTensor(name, str(error)) from None
-
-
-def _last_line(log: Path, before: int) -> str:
-    """Return the last line behind what earlier daemons have said."""
-    with contextlib.suppress(OSError, IndexError):
-        content = log.read_bytes()
-        own = content[before:] if len(content) >= before else content  # it was begun anew
-        return own.decode("utf-8", "replace").splitlines()[-1][:300]
-    return "it said nothing"
 
 
 def _settle(future: Future[Any], outcome: Any = None) -> None:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, load_config
-from lrai_shared.client import Attached, is_running, shared_folder
+from lrai_shared.client import Attached
 from lrai_shared.keys import make_keys, server_end
+from lrai_shared.starting import is_running, shared_folder
 
 _INTERRUPTED: Final = 130  # exit status
 _GOES_ON: Final = ("load", "unload", "swap", "route", "rollback", "freeze", "unfreeze")

@@ -43,9 +43,9 @@ from lrai_core.scheduler.scheduler import Pending
 from lrai_core.wire import messages as wire
 from lrai_core.wire.workers import Outcome
 from lrai_shared import messages
-from lrai_shared.client import SETTINGS
 from lrai_shared.keys import Listener
 from lrai_shared.messages import Attach, Attached, Call, Requests
+from lrai_shared.starting import SETTINGS
 
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone;
 _FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors on a slow line

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import lrai_core as lrai
-from lrai_shared.client import Attached, is_running, shared_folder
+from lrai_shared.client import Attached
+from lrai_shared.starting import is_running, shared_folder
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,44 @@ def test_who_accepts_binary_tensors_alone_gets_them(accept: str) -> None:
     assert body[length:] == np.ones(3, np.float32).tobytes()
 
 
+def test_an_output_says_otherwise_than_all_of_them() -> None:
+    body = {
+        "inputs": [{"name": "x", "shape": [2, 3], "datatype": "FP32", "data": ROWS}],
+        "outputs": [{"name": "y"}, {"name": "t", "parameters": {"binary_data": False}}],
+        "parameters": {"binary_data_output": True},
+    }
+    _, form = decode(json.dumps(body).encode(), "application/json", [X])
+    assert form.binary == {"y"}
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/jsonlines"])
+def test_text_for_numbers_takes_no_more_memory_than_it_has(kind: str) -> None:
+    """An array of texts has room for the longest at each place."""
+    rows = ["A" * 1_000_000, *[""] * 2_000]
+    lines = "\n".join(map(json.dumps, rows))
+    body = json.dumps({"instances": rows}) if kind == "application/json" else lines
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidTensor, match="'x'"):
+            values(body.encode(), kind, [X])
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_lines_of_nothing_take_no_memory() -> None:
+    body = b"\n" * 2_200_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="no line of values"):
+            decode(body, "text/csv", [X])
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(RequestError, match="over 2097152 lines"):
+        decode(body, "text/csv", [JOB])
+
+
 def test_bytes_behind_the_tensors_are_refused() -> None:
     head = protocol(data=None, parameters={"binary_data_size": 24})
     for extra, length in ((b"x", len(head)), (b"", 0), (b"", len(head) + 25)):
@@ -295,6 +334,14 @@ NUMBERS = answer({"a": np.array(1.5), "b": np.array(2)})
         (ONE, Form(), "application/x-npy", npy(ONE.outputs["y"])),
         (NONE, Form(), "text/csv", b""),
         (NUMBERS, Form(layout="instances"), "", b'{"predictions":[{"a":1.5,"b":2}]}'),
+        (TWO, Form(layout="instances"), "text/*", b"1,a\n2,b\n"),
+        (TWO, Form(media_type="text/csv"), "text/*", b"1,a\n2,b\n"),
+        (
+            TWO,
+            Form(media_type="text/csv", layout="inputs"),
+            "application/*",
+            b'{"outputs":{"y":[1,2],"t":["a","b"]}}',
+        ),
     ],
 )
 def test_answers_are_written_as_asked(

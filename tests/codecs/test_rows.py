@@ -111,6 +111,34 @@ def test_without_a_loop_the_parts_are_asked_one_after_the_other() -> None:
     assert model.most_at_once == 1
 
 
+@pytest.mark.parametrize(("rows", "timeout_ms"), [(3, None), (11, 200), (11, None)])
+def test_a_part_that_finds_the_queue_full_comes_again_while_there_is_time(
+    rows: int, timeout_ms: float | None
+) -> None:
+    model, full = Model(), iter([True, False, True, True])
+
+    def infer(part: InferenceRequest) -> InferenceResponse:
+        if next(full, False):
+            raise QueueFull("full", limit=1, retry_after_seconds=0.15)
+        return asyncio.run(model.infer(part))
+
+    asked = request(rows, timeout_ms=timeout_ms)
+    if (rows, timeout_ms) != (11, None):
+        with pytest.raises(QueueFull):
+            in_turn(infer, asked, SIGNATURE, 4)
+        return
+    found = in_turn(infer, asked, SIGNATURE, 4).outputs["y"]
+    np.testing.assert_array_equal(found, np.asarray(asked.inputs["x"]) * 3)
+
+
+def test_long_texts_make_parts_of_few_rows() -> None:
+    texts = np.array(["a" * 1_000] * 50, np.object_)
+    asked = InferenceRequest(model_name="m", inputs={"x": texts})
+    assert (
+        rows_at_a_time(asked, load_config(environ={}, call={"limits.request_bytes": 16_000})) == 4
+    )
+
+
 @pytest.mark.parametrize(
     ("limits", "rows"),
     [

@@ -413,3 +413,9 @@ def test_texts_are_counted_before_they_are_looked_at(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("lrai_core.protocol.decode_bytes", lambda *_: pytest.fail("it was read"))
     with pytest.raises(InvalidTensor, match="2097152 elements, at most 1048576 are left"):
         validate(InferenceRequest(model_name="", inputs={"s": many}), signature, LimitsConfig())
+
+
+def test_an_output_is_named_once() -> None:
+    """Each name would be a copy of it."""
+    message = refusal({"x": np.zeros((1, 3), np.float32)}, outputs=("y",) * 1_000 + ("z",))
+    assert message == "1001 outputs are named, 2 different ones"

@@ -336,3 +336,29 @@ def test_a_constant_sample_does_not_divide_by_nothing() -> None:
     rows = [[np.zeros((1, *SHAPE), np.float32)] for _ in range(3)]
     quantised, _ = static_int8(network(), Sample(rows, (OUTPUT,)))
     assert np.isfinite(run(quantised, images(4, 3))).all()
+
+
+def test_a_model_that_looks_for_what_is_no_number_does_so_in_int8_too() -> None:
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("IsNaN", ["x"], ["none"], "look"),
+        helper.make_node("Where", ["none", "zero", "x"], ["known"], "fill"),
+        helper.make_node("Gemm", ["known", "w"], ["y"], "linear"),
+    ]
+    weights = {"w": random.standard_normal((64, 32)), "zero": np.zeros(1)}
+    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    ends = [value("x", ["batch", 64])], [value("y", ["batch", 32])]
+    proto = model(nodes, *ends, constants)
+    rows = random.standard_normal((40, 64)).astype(np.float32)
+    output = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
+    forms = StaticForms(Sample([[row[None]] for row in rows], (output,)), 1)
+    quantised, _ = forms.build(proto, share=0)
+    rows[3, 7] = np.nan
+    assert distance(run(quantised, rows), run(proto, rows)) < 0.05
+    plain = model(nodes[2:], [value("known", ["batch", 64])], ends[1], constants[:1])
+    forms = StaticForms(Sample([[row[None]] for row in rows[:3]], (output,)), 1)
+    quantised, _ = forms.build(plain, share=0)
+    session = ort.InferenceSession(quantised.SerializeToString())
+    (found,) = session.run(None, {"known": rows})
+    assert np.isnan(found[3]).all()
+    assert np.isfinite(found[:3]).all()

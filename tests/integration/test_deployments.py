@@ -254,6 +254,44 @@ def test_a_version_goes_back_to_the_one_before(small: dict[float, Path]) -> None
         assert deployment.previous == version(small[3.0])
 
 
+def test_what_goes_back_while_there_is_a_canary_is_the_canary(small: dict[float, Path]) -> None:
+    two, three = version(small[2.0]), version(small[3.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.load(small[3.0], name="m", share=0.25)
+        assert runtime.rollback("m") == two
+        assert {ask(runtime) for _ in range(30)} == {2.0}
+        runtime.route("m", {two: 0.25, three: 0.75})  # and now it is the one that serves
+        assert runtime.rollback("m") == two
+
+
+def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(small: dict[float, Path]) -> None:
+    three = version(small[3.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.load(small[3.0], name="m", share=0.5)
+        (actor,) = [m.actor_pid for m in runtime.models() if m.version == three]
+        assert actor is not None
+        kill(actor, signal.SIGSTOP)
+        asked = lrai.InferenceRequest(model_name="m", model_version=three, inputs=ONES)
+        ids = [runtime.submit(asked) for _ in range(9)]
+        unload = threading.Thread(target=runtime.unload, args=("m", three))
+        unload.start()
+        wait_until(lambda: len(runtime.models()) == 1)
+        assert ask(runtime) == 2.0
+        kill(actor, signal.SIGCONT)
+        assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {3.0}
+        unload.join(10)
+        assert not unload.is_alive()
+
+
+def test_a_canary_is_held_to_what_the_version_beside_it_is(small: dict[float, Path]) -> None:
+    with lrai.Runtime(config()) as runtime:
+        runtime.load(small[2.0], name="m", settings={"scheduler.max_batch_rows": 3})
+        runtime.load(small[3.0], name="m", share=0.5)
+        (record,) = deployments(runtime)._records.values()
+        kept = {how.settings["scheduler.max_batch_rows"] for how in record.versions.values()}  # type: ignore[index]
+        assert kept == {3}
+
+
 def test_requests_are_shared_out_as_the_shares_say(small: dict[float, Path]) -> None:
     two, three = version(small[2.0]), version(small[3.0])
     with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
@@ -314,6 +352,7 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
         assert runtime.stats()["shadow_compared"] == count
         told = [e.attributes for e in heard if e.kind == "shadow_compared"]
         assert told == [{"version": three, "difference": 1.0}] * count
+        assert runtime.stats()["shadow_differs"] == count
         shadow = next(m.actor_pid for m in runtime.models() if m.version == three)
         assert shadow is not None
         kill(shadow, signal.SIGSTOP)  # nobody waits for a shadow

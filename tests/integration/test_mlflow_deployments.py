@@ -209,8 +209,9 @@ def test_a_canary_gets_its_share_and_is_promoted(client: Client, saved: list[Pat
     client.create_deployment("search", str(saved[0]))
     client.update_deployment("search", str(saved[1]), config={"canary": "0.25"})
     assert shares(client) == {first: 0.75, second: 0.25}
-    client.update_deployment("search", config={"canary": "0.4"})
-    assert shares(client) == {first: 0.6, second: 0.4}
+    for share in ("0.4", "0.5", "0.8", "0.75"):
+        client.update_deployment("search", config={"canary": share})
+        assert shares(client) == {first: 1 - float(share), second: float(share)}
     client.update_deployment("search", str(saved[1]))
     assert shares(client) == {second: 1.0}
 
@@ -238,6 +239,12 @@ def test_a_canary_gets_its_share_and_is_promoted(client: Client, saved: list[Pat
             "a canary is needed beside one",
         ),
         (lambda c, m: c.update_deployment("search", m, config={"canary": "x"}), 400, "no number"),
+        (lambda c, m: c.update_deployment("search", m, config={"canary": "nan"}), 400, "no number"),
+        (
+            lambda c, m: c.update_deployment("search", config={"require.delta": "0.01"}),
+            400,
+            "require.delta: goes with a model",
+        ),
         (lambda c, m: c.update_deployment("search", config={"rollback": "no"}), 400, "rollback is"),
         (lambda c, m: c.update_deployment("search", config={"rollback": "true"}), 400, "go back"),
         (lambda c, m: c.get_deployment("nobody"), 404, "no deployment 'nobody'"),

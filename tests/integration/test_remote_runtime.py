@@ -26,8 +26,8 @@ import lrai_core as lrai
 from lrai_core.wire.messages import PROTOCOL_VERSION, encode
 from lrai_shared import client, keys, messages
 from lrai_shared.arena import Arena
-from lrai_shared.client import is_running, start_daemon
 from lrai_shared.keys import client_end, make_keys
+from lrai_shared.starting import is_running, start_daemon
 from tests.integration.test_cli import LRAI, run
 from tests.integration.test_runtime_faults import kill, pid_of, wait_until
 from tests.integration.test_shared_runtime import (

@@ -28,8 +28,8 @@ from lrai_core.wire.messages import PROTOCOL_VERSION, Segment, encode
 from lrai_deployments.deployments import Deployments
 from lrai_shared import messages
 from lrai_shared.arena import Arena
-from lrai_shared.client import is_running, start_daemon
 from lrai_shared.daemon import Daemon, _touch
+from lrai_shared.starting import is_running, start_daemon
 from tests.integration.test_cli import LRAI, run
 from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
 
@@ -225,6 +225,16 @@ def test_killed_daemons_cost_no_request(
     for index, outputs in ledger.answered[::7]:
         np.testing.assert_allclose(outputs["logits"], expected(session, index), atol=1e-4)
     assert [path.name for path in folder.parent.glob("lrai-*/actors")] == ["actors"]  # of the last
+
+
+def test_a_request_that_ends_runtimes_is_not_sent_to_a_fourth(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon_with(tmp_path, monkeypatch, "daemon.Door._start = lambda *_: daemon.os._exit(9)")
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        with pytest.raises(lrai.NotReady, match="3 runtimes ended while it ran"):
+            runtime.infer(request(1.0))
+        assert runtime.models()
 
 
 def test_what_a_killed_client_had_queued_is_dropped(

@@ -20,7 +20,8 @@ from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
 from lrai_report.compare import Side, answered, differing, measure, sides
-from lrai_report.tune import Target, _compare_live, _switch, main
+from lrai_report.live import compare_live, switch
+from lrai_report.tune import main
 from tests.core.compiler.onnx_files import linear, save
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import token_model
@@ -232,10 +233,10 @@ def test_what_was_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     artifact = lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai")
     with own_runtime(), lrai.Runtime() as runtime:
         runtime.load(artifact, name="m")
-        before = Target(tmp_path / "m.onnx", None, artifact, "m", shares={"0" * 12: 1.0})
-        for step in (partial(_compare_live, minutes=0), _switch):
+        before = "m", {"0" * 12: 1.0}
+        for step in (partial(compare_live, minutes=0), switch):
             with pytest.raises(lrai.ConditionNotMet, match="'m' was changed meanwhile"):
-                step(before, tmp_path / "m.lrai", address="", apply=True)
+                step(*before, tmp_path / "m.lrai", address="", apply=True)
         assert runtime.deployments()[0].previous == ""
 
 

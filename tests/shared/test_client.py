@@ -29,8 +29,9 @@ from lrai_core.wire.messages import (
 )
 from lrai_shared import client, messages
 from lrai_shared.arena import Arena
-from lrai_shared.client import Attached, is_running, shared_folder, start_daemon
+from lrai_shared.client import Attached
 from lrai_shared.messages import Answer, Call, Failure, Replies, Requests, Returned, decode_form
+from lrai_shared.starting import is_running, shared_folder, start_daemon
 
 
 class Daemon:

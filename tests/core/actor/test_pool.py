@@ -27,6 +27,7 @@ from lrai_core.wire.messages import (
     Executed,
     Hello,
     Load,
+    LoadFailed,
     Ready,
     Refused,
     TensorFrame,
@@ -286,6 +287,25 @@ def test_an_actor_that_cannot_be_started_again_at_once_is_started_later(
             bench.poll(1.0)
     assert bench.events.counts()["actor_lost"] >= 2
     assert "model_failed" not in bench.events.counts()
+    while bench.pool.state("m")[0] == "waiting":
+        bench.poll(1.0)
+    bench.hear(Hello(PROTOCOL_VERSION))
+    bench.hear(Ready(0.1))
+    assert bench.pool.state("m")[0] == "ready"
+
+
+def test_a_model_that_could_be_opened_before_is_opened_again(bench: Bench) -> None:
+    """What it lacks for a moment, memory say, is no reason to give it up."""
+    bench.process.kill()
+    bench.poll()
+    for _ in range(2):
+        while bench.pool.state("m")[0] == "waiting":
+            bench.poll(1.0)
+        bench.hear(Hello(PROTOCOL_VERSION))
+        bench.hear(LoadFailed("cannot allocate memory", environment=True))
+        bench.poll()
+        assert bench.pool.state("m")[0] != "failed"
+    assert bench.events.counts()["actor_lost"] == 3
     while bench.pool.state("m")[0] == "waiting":
         bench.poll(1.0)
     bench.hear(Hello(PROTOCOL_VERSION))

@@ -83,6 +83,29 @@ def test_real_rows_of_one_length_still_show_that_padding_matters(tmp_path: Path)
     assert signature.inputs[0].length_axis is None
 
 
+def test_a_difference_that_one_place_hardly_makes_is_found(tmp_path: Path) -> None:
+    """Rows of one length, over which a mean is taken: one place of many is a small part of it."""
+    nodes = [helper.make_node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=1)]
+    proto = model(nodes, [value("x", ["batch", "samples"])], [value("y", ["batch", 1])])
+    random = np.random.default_rng(0)
+    rows = [[1 + random.random((1, 30_000), np.float32) / 9] for _ in range(8)]
+    signature, _ = found(proto, tmp_path, rows)
+    assert signature.inputs[0].length_axis is None
+
+
+@pytest.mark.parametrize("shape", [[1, -1], [0, 12]])
+def test_a_model_that_refuses_what_an_axis_would_allow_has_not_got_it(
+    tmp_path: Path, shape: list[int]
+) -> None:
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    constants = [numpy_helper.from_array(np.array(shape), "shape")]
+    proto = model(nodes, [value("x", ["batch", "n"])], [value("y", ["batch", "m"])], constants)
+    rows = [[np.full((1, 12), i, np.float32)] for i in range(1, 9)]
+    signature, _ = found(proto, tmp_path, rows)
+    assert signature.coalescible == (shape[0] == 0)
+    assert signature.inputs[0].length_axis is None
+
+
 def test_rows_that_depend_on_one_another_have_no_batch_axis(tmp_path: Path) -> None:
     signature, why = found(row_softmax(), tmp_path)
     assert not signature.coalescible

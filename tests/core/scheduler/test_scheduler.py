@@ -423,6 +423,23 @@ def test_what_failed_is_not_handed_over_behind_others(bench: Bench, clock: Clock
     assert len(bench.workers.dispatched) == 3
 
 
+def test_a_machine_that_gets_slower_is_told_of(bench: Bench, clock: Clock) -> None:
+    def run(seconds: float) -> None:
+        bench.submit()
+        bench.step()
+        batch, asked = bench.workers.end("m")
+        clock.now += seconds
+        bench.workers.outcomes.append(Answered(batch, [[one.arrays[0]] for one in asked], seconds))
+        bench.step()
+
+    for _ in range(40):
+        run(0.01)
+    assert bench.counts("speed_changed") == (0,)
+    for _ in range(40):
+        run(0.03)
+    assert bench.counts("speed_changed") == (1,)
+
+
 # Failures of a call
 
 

@@ -381,12 +381,23 @@ def test_instances_and_models_share_one_runtime_and_the_last_one_unloads(
         time.sleep(0.1)
 
 
-def test_what_lrai_counts_stands_beside_tritons_own_figures(triton: Triton, doubler: str) -> None:
+def test_what_lrai_counts_stands_beside_tritons_own_figures(
+    triton: Triton, doubler: str, encoder: str
+) -> None:
     for _ in range(3):
         triton.ask(doubler, {"x": np.ones((1, 3), np.float32)})
+    parted = sentence(np.random.default_rng(6), 1, 8)
+    parted["attention_mask"] = parted["attention_mask"][:, :5]
+    with pytest.raises(InferenceServerException, match="length"):
+        triton.ask(encoder, parted)
     answered = rf'lrai_answered_total{{[^}}]*model="{doubler}"[^}}]*}} ([\d.e+]+)'
+    refused = rf'lrai_refused_total{{[^}}]*model="{encoder}"[^}}]*reason="InvalidTensor"[^}}]*}} '
     text, deadline = "", time.monotonic() + 20  # a stub writes once a second
-    while not (found := re.search(answered, text)) or float(found[1]) < 3:
+    while (
+        not (found := re.search(answered, text))
+        or float(found[1]) < 3
+        or not re.search(refused, text)
+    ):
         assert time.monotonic() < deadline
         with urllib.request.urlopen(f"http://{triton.metrics}/metrics") as reply:
             text = reply.read().decode()

@@ -1,0 +1,166 @@
+"""What `lrai tune` does with a runtime that serves: copies of live requests, and the switch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lrai_core import (
+    Artifact,
+    ConditionNotMet,
+    EnvironmentProblem,
+    LraiError,
+    MemoryBudgetExceeded,
+    ModelNotFound,
+    Runtime,
+    UsageError,
+    load_config,
+)
+from lrai_core.runtime.embedded import find_backend
+from lrai_report.terminal import progress, say
+
+_TRIES: Final = 60  # once a second, to unload what got copies
+_LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
+_MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows of captured ones
+
+
+def runtime_of(address: str) -> Runtime:
+    """Return the shared runtime that is meant where none is said to be; none is started for this.
+
+    Raises:
+        EnvironmentProblem: None runs.
+    """
+    config = load_config()
+    own = config.runtime.address
+    where = address or ("auto" if own == "embedded" else own)
+    if not find_backend("ipc").runs(config, where):
+        raise EnvironmentProblem("no runtime runs that could serve it")
+    return Runtime(config, address=where)
+
+
+def compare_live(
+    name: str,
+    before: Mapping[str, float],
+    written: Path,
+    minutes: float,
+    address: str,
+    *,
+    apply: bool,
+) -> None:
+    """Copy live requests to a new artifact for a while.
+
+    Args:
+        name: Under which the runtime serves.
+        before: The shares of its versions, when it was begun.
+        written: The artifact.
+        minutes: For which requests are copied; 0 for none.
+        address: Of the runtime; empty for the usual one.
+        apply: It is to serve, so something has to be compared.
+
+    Raises:
+        ConditionNotMet: The name was changed meanwhile, or live requests say no.
+    """
+    place = f" --address {address}" if address else ""
+    with runtime_of(address) as runtime:
+        _check_same(runtime, name, before)
+        if minutes and not _shadow(runtime, name, written, minutes, place) and apply:
+            why = "no live request was compared: --minutes 0 applies without"
+            raise ConditionNotMet(f"not applied: {why}")
+
+
+def switch(
+    name: str, before: Mapping[str, float], written: Path, address: str, *, apply: bool
+) -> None:
+    """Switch to it, or say how; see `compare_live`.
+
+    Raises:
+        ConditionNotMet: The name was changed meanwhile.
+    """
+    place = f" --address {address}" if address else ""
+    with runtime_of(address) as runtime:
+        if apply:
+            _check_same(runtime, name, before)
+            version = runtime.swap(name, written.absolute())
+            say("applied", f"{name} is served by {version}")
+        else:
+            say("switch on", f"lrai runtime swap {name} {written}{place}")
+        say("switch back", f"lrai runtime rollback {name}{place}")
+
+
+def _check_same(runtime: Runtime, name: str, before: Mapping[str, float]) -> None:
+    shares = _deployment(runtime, name).shares
+    now, then = ({v: round(n, 6) for v, n in s.items() if n} for s in (shares, before))
+    if now != then:
+        served = ", ".join(now)
+        raise ConditionNotMet(f"{name!r} was changed meanwhile: {served} serves; tune that")
+
+
+def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: str) -> int:
+    """Have copies of the live requests answered by it; return how many rows were compared.
+
+    Raises:
+        ConditionNotMet: It fails, or says something else more often than the gate allows.
+    """
+    version, began = Artifact.open(written, verify=False).version, runtime.stats()
+    loaded = False
+    try:
+        runtime.load(written.absolute(), name=name, share=0.0)
+        loaded = True
+        now = _deployment(runtime, name)
+        for one in runtime.deployments():  # what copies say is counted for all together
+            for copied in one.shadow:
+                end = f"lrai runtime unload {one.name} --version {copied}{place} ends that"
+                raise ConditionNotMet(f"requests to {one.name} are copied to {copied}: {end}")
+        shares = {label: share for label, share in now.shares.items() if label != version}
+        runtime.route(name, shares, {version: 1.0}, now.relief)
+        total = math.ceil(minutes * 60 / _LIVE_SECONDS)
+        with progress("live requests, copied", total) as tick:
+            for _ in range(total):
+                time.sleep(_LIVE_SECONDS)
+                tick()
+        ended = runtime.stats()
+    except MemoryBudgetExceeded as error:  # nobody else is unloaded for a trial
+        say("live", f"not compared: {error}")
+        return 0
+    finally:
+        _unload(runtime, name, version, place, loaded=loaded)
+    seen, differ, failed = (
+        ended.get(kind, 0) - began.get(kind, 0)
+        for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
+    )
+    say("live", f"{seen} rows compared, {differ} changed, {failed} failed")
+    if failed or differ > _MOST_CHANGED * seen:
+        raise ConditionNotMet(f"on live requests {differ} of {seen} changed, {failed} failed")
+    return seen
+
+
+def _unload(runtime: Runtime, name: str, version: str, place: str, *, loaded: bool) -> None:
+    """End the version that got copies, though it may still be loading; say where it stays."""
+    problem: LraiError | None = None
+    for _ in range(_TRIES):
+        try:
+            runtime.unload(name, version)
+        except UsageError as error:  # another change is under way, which may be its loading
+            problem = error
+            time.sleep(1)
+        except ModelNotFound:
+            return  # it never came so far
+        except LraiError as error:
+            problem = error
+            break
+        else:
+            return
+    if not loaded and not isinstance(problem, UsageError):
+        return
+    how = f"lrai runtime unload {name} --version {version}{place}"
+    say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
+
+
+def _deployment(runtime: Runtime, name: str) -> Any:
+    for found in runtime.deployments():
+        if found.name == name:
+            return found
+    raise ConditionNotMet(f"{name!r} is no longer served")
