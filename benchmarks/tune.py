@@ -282,9 +282,9 @@ def _tuned(
         "deployments": now,
         "requests": {which: len(ledger.cosines) for which, ledger in ledgers.items()},
         "failures": [why for ledger in ledgers.values() for why in ledger.failures],
-        "least_cosine": min(min(ledger.cosines) for ledger in ledgers.values()),
+        "least_cosine": min(min(ledger.cosines, default=-1.0) for ledger in ledgers.values()),
         "alike": {
-            which: float(np.mean(np.array(ledger.cosines) >= COSINE))
+            which: float(np.mean(np.array(ledger.cosines or [-1.0]) >= COSINE))
             for which, ledger in ledgers.items()
         },
     }

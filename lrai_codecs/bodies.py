@@ -6,7 +6,6 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any, Final
 
 import msgspec
@@ -32,7 +31,7 @@ from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, Reques
 _any_decoder: Final = msgspec.json.Decoder()
 _LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
 _TRUTHS: Final = {"true": "1", "false": "0"}
-_MOST_LINES: Final = 1 << 21  # of CSV: even those of nothing take memory
+_MOST_EMPTY: Final = 1 << 20  # lines of CSV, each of which takes memory
 _EXACT: Final = 1 << 53  # whole numbers up to here are float64's own
 _NPY_HEADERS: Final = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -149,13 +148,16 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
     names, texts = [spec.name for spec in inputs], [spec.datatype == "BYTES" for spec in inputs]
     try:
         reader = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
-        # A line without anything is a text for a model that takes one; for others it is none.
-        there = (line for line in reader if line or texts == [True])
-        lines = list(islice(there, _MOST_LINES + 1))
+        lines, empty = list[list[str]](), 0
+        for line in reader:
+            # One without anything is a text for a model that takes one; for others it is none.
+            empty += not line
+            if line or (texts == [True] and empty <= _MOST_EMPTY):
+                lines.append(line)
     except (csv.Error, UnicodeError) as error:
         raise RequestError(f"the body is no CSV in UTF-8: {error}") from None
-    if len(lines) > _MOST_LINES:
-        raise RequestError(f"the body has over {_MOST_LINES} lines")
+    if texts == [True] and empty > _MOST_EMPTY:
+        raise RequestError(f"the body has {empty} lines of nothing, {_MOST_EMPTY} are allowed")
     while lines and not lines[-1]:
         lines.pop()
     lines = [line or [""] for line in lines]

@@ -105,19 +105,20 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
         raise UnsupportedMediaType(f"content coding {coding[:40]!r}; read are gzip and deflate")
     inflate = None if coding in ("identity", "") else zlib.decompressobj(_AUTOMATIC)
     parts, received, size = list[bytes](), 0, 0
+    sent = int(declared) if declared.isdecimal() else 0  # which is what a room was held for
     async for chunk in chunks:
         received += len(chunk)
         part = chunk
         if inflate is not None:
             try:
-                most = min(limit_bytes, max(_PLAIN_BYTES, _MOST_TIMES * received))
+                most = min(limit_bytes, max(_PLAIN_BYTES, _MOST_TIMES * max(sent, received)))
                 part = inflate.decompress(chunk, most - size + 1)
             except zlib.error:
                 raise RequestError(f"the body is no {coding}") from None
         size += len(part)
         if max(size, received) > limit_bytes:
             raise PayloadTooLarge(f"the body has more than the {limit_bytes} bytes allowed")
-        if size > max(_PLAIN_BYTES, _MOST_TIMES * received):
+        if size > max(_PLAIN_BYTES, _MOST_TIMES * max(sent, received)):
             raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
         parts.append(part)
     if inflate is not None and (not inflate.eof or inflate.unused_data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from lrai_core import InvalidTensor, RequestError, TensorSpec
 Array = NDArray[Any]
 
 _INTEGERS: Final = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+_MOST_DEPTH: Final = 64  # of lists in lists: numpy's most dimensions
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
     "BYTES": np.dtype(np.object_),
@@ -121,18 +123,23 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
 
 
 def _holds_text(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        known = value.dtype.kind
-        return known in "US" or (
-            known == "O" and any(isinstance(v, str | bytes) for v in value.flat)
-        )
-    if not isinstance(value, list | tuple):
-        return isinstance(value, str | bytes)
-    kinds = set(map(type, value))
-    if any(issubclass(kind, str | bytes) for kind in kinds):
-        return True
-    nested = any(issubclass(kind, list | tuple | np.ndarray) for kind in kinds)
-    return nested and any(map(_holds_text, value))
+    level, depth = [value], 0
+    while depth <= _MOST_DEPTH:  # deeper, it is no array
+        kinds = set(map(type, level))
+        if any(issubclass(kind, str | bytes | np.str_ | np.bytes_) for kind in kinds):
+            return True
+        if np.ndarray in kinds and any(_is_text(v) for v in level if isinstance(v, np.ndarray)):
+            return True
+        if not kinds & {list, tuple}:
+            return False
+        lists = (one for one in level if isinstance(one, list | tuple))
+        level, depth = list(chain.from_iterable(lists)), depth + 1
+    return False
+
+
+def _is_text(array: Array) -> bool:
+    kind = array.dtype.kind
+    return kind in "US" or (kind == "O" and any(isinstance(v, str | bytes) for v in array.flat))
 
 
 def text(output: Array) -> Array:

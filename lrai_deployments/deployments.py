@@ -139,8 +139,6 @@ class Deployments(Embedded):
         with self._condition:
             while wait and name in self._changing:
                 self._condition.wait()
-            if wait and not self.scheduler.accepting:  # it ends meanwhile
-                raise lrai.NotReady("the runtime is draining")
             if name in self._changing:
                 raise lrai.UsageError(f"another change of {name[:120]!r} is under way")
             self._changing.add(name)
@@ -183,6 +181,8 @@ class Deployments(Embedded):
         opened = self.open(artifact)
         name, part = name or opened.manifest.name, _shares({"share": share or 0.0})["share"]
         with self.changing(name, wait=shared):
+            if shared and not self.scheduler.accepting:  # it has ended meanwhile
+                raise lrai.NotReady("the runtime is draining")
             if shared and self.scheduler.accepting:
                 self._restart_dead(name, opened)
             served, record = self._served(name), self._records.get(name, Record())
@@ -250,11 +250,7 @@ class Deployments(Embedded):
     def rollback(self, name: str) -> str:
         """See `Runtime.rollback`."""
         with self._changed(name) as (name, record):
-            how = record.previous
-            sharing = [version for version, share in record.shares.items() if share]
-            if len(sharing) > 1 and how.version not in sharing:  # the last change was the canary
-                self._commit(name, record.shared_out({record.stable: 1.0}), "rollback")
-                return record.stable
+            how = record.versions.get(record.alone, record.previous)  # first, others go again
             if not how.version:
                 raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
             there = self.versions.get((name, how.version))
@@ -328,8 +324,9 @@ class Deployments(Embedded):
             if not left.serves:
                 raise lrai.UsageError(f"{version} answers for {name!r}: route requests elsewhere")
             self._commit(name, left, "unload")
-            for one in gone:
-                self.remove(one, drain=bool(left.versions))  # who stays takes over
+            answers = {*record.sharing, record.relief}
+            for one in gone:  # where others stay; copies nobody waits for
+                self.remove(one, drain=bool(left.versions) and one.version in answers)
 
     def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
         """See `Runtime.start_all`. Requests for one version that is here run on this thread."""

@@ -39,6 +39,12 @@ class Record(msgspec.Struct, frozen=True):
     relief: str = ""
     previous: How = How()
     frozen: Freeze | None = None
+    alone: str = ""  # the version that had all requests before others got a share
+
+    @property
+    def sharing(self) -> list[str]:
+        """Return the versions that have a share."""
+        return [version for version, share in self.shares.items() if share]
 
     @property
     def stable(self) -> str:
@@ -68,17 +74,22 @@ class Record(msgspec.Struct, frozen=True):
         """Return the record with another version, whose share the others give up in proportion."""
         shares = {label: own * (1 - share) for label, own in self.shares.items()}
         versions = self.versions | {how.version: how}
-        new = replace(self, versions=versions, shares=shares | {how.version: share})
+        new = self._with(versions=versions, shares=shares | {how.version: share})
         if self.versions and new.stable != self.stable:
             return replace(new, previous=self.versions[self.stable])
         return new
+
+    def _with(self, **changes: Any) -> Record:
+        """Return the record with other shares, which takes note of who had all of them."""
+        before, new = self.sharing, replace(self, **changes)
+        alone = before[0] if len(before) == 1 else self.alone
+        return replace(new, alone=alone if len(new.sharing) > 1 else "")
 
     def without(self, *labels: str) -> Record:
         """Return the record without versions, whose shares the others take in proportion."""
         left = {known: share for known, share in self.shares.items() if known not in labels}
         total = sum(left.values()) or 1.0
-        return replace(
-            self,
+        return self._with(
             versions={known: self.versions[known] for known in left},
             shares={known: share / total for known, share in left.items()},
             shadow={known: share for known, share in self.shadow.items() if known in left},
@@ -90,7 +101,7 @@ class Record(msgspec.Struct, frozen=True):
     ) -> Record:
         """Return the record with these shares; another stable version is one to go back from."""
         shares = dict.fromkeys(self.versions, 0.0) | shares
-        new = replace(self, shares=shares, shadow=shadow or {}, relief=relief)
+        new = self._with(shares=shares, shadow=shadow or {}, relief=relief)
         if new.stable == self.stable:
             return new
         return replace(new, previous=self.versions[self.stable])

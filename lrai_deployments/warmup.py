@@ -8,7 +8,7 @@ from typing import Final
 
 import lrai_core as lrai
 from lrai_core.artifact import EVALUATION
-from lrai_core.engine.batching import MEASURED_ELEMENTS, stretch, synthetic_row
+from lrai_core.engine.batching import MEASURED_ELEMENTS, length_of, stretch, synthetic_row
 from lrai_core.runtime.embedded import Embedded
 from lrai_core.runtime.version import Version
 from lrai_core.verifier.sample import load_rows
@@ -28,14 +28,16 @@ def warm_up(core: Embedded, version: Version) -> None:
     most_elements = bounds.max_batch_elements or MEASURED_ELEMENTS
     most_bytes = min(core.config.limits.request_bytes, bounds.max_queue_bytes)
     measured = {(point.rows, point.length) for point in version.variant.latency}
-    sizes = [(n, m) for n, m in measured if n <= most_rows and n * m <= most_elements]
+    fits = ((n, m) for n, m in measured if n <= most_rows)  # a row alone runs, however long
+    sizes = [(n, m) for n, m in fits if n == 1 or n * m <= most_elements]
     stored = EVALUATION in artifact.manifest.files
     real = load_rows(artifact.file(EVALUATION), signature).inputs if stored else []
     names = [spec.name for spec in signature.inputs]
     limit_ms = core.config.actor.start_timeout_seconds * 1e3
     for i, (rows, length) in enumerate(sorted(sizes) or [(1, 0)]):
         row = real[i % len(real)] if real else synthetic_row(signature, length or _LENGTH)
-        inputs = dict(zip(names, stretch(row, signature, rows, length or _LENGTH), strict=True))
+        extent = length or (length_of(row, signature) if real else _LENGTH)
+        inputs = dict(zip(names, stretch(row, signature, rows, extent), strict=True))
         if rows > 1 and sum(array.nbytes for array in inputs.values()) > most_bytes:
             continue  # no request may have so many
         request = lrai.InferenceRequest(model_name="", inputs=inputs, timeout_ms=limit_ms)

@@ -96,13 +96,15 @@ class Held:
         loading it again has failed, which is tried once more. More and more rarely, where it goes
         again each time: models that do not fit beside one another would take turns for ever.
         """
-        state, now = self._state(), time.monotonic()
+        state, now, under_way = self._state(), time.monotonic(), self._loads.locked()
         if not state and now >= self._looks_at:
             stayed = now - self._looks_at > _MOST_PAUSE_SECONDS
             self._pause = 1.0 if stayed else min(2 * self._pause, _MOST_PAUSE_SECONDS)
             self._looks_at = now + self._pause
             self.load_again()
-        return state or ("dead" if self._failed else "stalled")
+        if state:  # whoever has loaded it
+            self._failed = False
+        return state or ("dead" if self._failed and not under_way else "stalled")
 
     def _state(self) -> str:
         return next((one.state for one in self.runtime.models() if one.name == self.name), "")
@@ -142,7 +144,7 @@ class Held:
             self._load()
             self._failed = False
         except LraiError as error:  # who asks for the model next tries again
-            self._failed = True
+            self._failed, self._looks_at = True, min(self._looks_at, time.monotonic() + 1.0)
             _log.warning("model %s cannot be loaded again: %s", self.name, error)
         finally:
             self._loads.release()

@@ -312,7 +312,7 @@ class Attached:
 
     def _lose(self, event: int) -> None:
         """Begin anew: the line has ended, or was refused."""
-        for key in self._on_wire:
+        for key in () if self._far else self._on_wire:  # there a line is cut, and no more
             if asked := self._asked.get(key):
                 asked.losses += 1
                 if asked.losses == _MOST_LOSSES:  # it may be what ends them

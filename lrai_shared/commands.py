@@ -92,7 +92,7 @@ def load(artifact: Path, name: Name = "", share: Share = None, address: Address 
 
 @app.command()
 def unload(model: Model, version: Version = "", address: Address = "") -> None:
-    """Stop serving MODEL, or one version of it; its unanswered requests end with an error."""
+    """Stop serving MODEL; or one version of it, which answers what it has where others stay."""
     with _running(address) as runtime:
         runtime.unload(model, version)
 
@@ -116,7 +116,7 @@ def route(
 
 @app.command()
 def rollback(model: Model, address: Address = "") -> None:
-    """Go back to the version that served as MODEL before."""
+    """Go back to the version that served as MODEL before: a canary is taken back."""
     with _running(address) as runtime:
         out.print(f"{model} is served by {runtime.rollback(model)}")
 

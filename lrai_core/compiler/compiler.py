@@ -247,7 +247,7 @@ class _Compilation:
         for builder in builders:
             self.candidates += search.build(builder, of, tick, self._reject, self._at(0.25))
         if not self.candidates or self.candidates[0].form != "fp32":
-            raise CompileError(f"onnxruntime runs no optimised form: {self.log[-1]['why']}")
+            raise CompileError(f"no form runs: {next(x['why'] for x in self.log if 'kept' in x)}")
 
     def measure(self) -> None:
         """Require: candidates. Ensure: latency of each, one pass set per form: the fastest."""

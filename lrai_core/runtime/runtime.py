@@ -213,7 +213,10 @@ class Runtime:
         self._backend.call("route", arguments | {"relief": relief}, type(None))
 
     def rollback(self, name: str) -> str:
-        """Go back to the version before the last `swap` or `route`; return it."""
+        """Go back to the version before the last `swap` or `route`; return it.
+
+        While several share the requests, to the one that was there before the others came.
+        """
         return self._backend.call("rollback", {"name": name}, str)
 
     def freeze(self, name: str, by: str, reason: str) -> None:
@@ -229,7 +232,10 @@ class Runtime:
         return self._backend.call("deployments", {}, list[Deployment])
 
     def unload(self, name: str, version: str = "") -> None:
-        """Stop serving a model, or one version of it; its unanswered requests end with an error."""
+        """Stop serving a model, or one version of it.
+
+        One version of several answers what it has accepted; else that ends with an error.
+        """
         self._backend.call("unload", {"name": name, "version": version}, type(None))
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:

@@ -194,7 +194,7 @@ def _fit(profile: Sequence[LatencyPoint]) -> tuple[float, float, float]:
     lengths = np.array([float(point.length) for point in profile])
     terms = np.stack([np.ones_like(elements), elements, elements * lengths], axis=1)
     weighted = terms / seconds[:, None]
-    active = [0, 1, 2]
+    active = [0, 1, 2][: max(2, len(profile))]  # of few points there is no telling a square
     while active:
         found = np.linalg.lstsq(weighted[:, active], np.ones(len(seconds)), rcond=None)[0]
         if (found >= 0).all():

@@ -240,7 +240,7 @@ def test_an_output_says_otherwise_than_all_of_them() -> None:
         "parameters": {"binary_data_output": True},
     }
     _, form = decode(json.dumps(body).encode(), "application/json", [X])
-    assert form.binary == {"y"}
+    assert form.binary == frozenset({"y"})
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/jsonlines"])
@@ -258,6 +258,13 @@ def test_text_for_numbers_takes_no_more_memory_than_it_has(kind: str) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("levels", [70, 500, 900])
+def test_lists_in_lists_are_no_tensor_however_deep(levels: int) -> None:
+    body = b'{"instances": ' + b"[" * levels + b"1" + b"]" * levels + b"}"
+    with pytest.raises(RequestError):
+        values(body, "application/json", [X])
+
+
 def test_lines_of_nothing_take_no_memory() -> None:
     body = b"\n" * 2_200_000
     tracemalloc.start()
@@ -267,7 +274,7 @@ def test_lines_of_nothing_take_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:
         tracemalloc.stop()
-    with pytest.raises(RequestError, match="over 2097152 lines"):
+    with pytest.raises(RequestError, match="2200000 lines of nothing, 1048576 are allowed"):
         decode(body, "text/csv", [JOB])
 
 

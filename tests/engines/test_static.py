@@ -131,6 +131,21 @@ def test_the_more_harm_is_kept_out_the_closer_the_form_is() -> None:
         forms.build(proto, share=0.85)
 
 
+def test_operators_of_one_name_are_told_apart() -> None:
+    proto = network()
+    proto.graph.node[2].name = proto.graph.node[0].name
+    made, report = StaticForms(sample(), 1).build(proto, share=0.5)
+    assert len({line.node for line in report}) == 3
+    assert distance(run(made, images(20, 3)), run(network(), images(20, 3))) < 0.2
+
+
+def test_work_of_a_matrix_at_every_place_is_that_of_all_places() -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "each")]
+    weights = [numpy_helper.from_array(np.zeros((8, 5), np.float32), "w")]
+    ends = [value("x", ["batch", 7, 8])], [value("y", ["batch", 7, 5])]
+    assert work(model(nodes, *ends, weights)) == {"each": 7 * 8 * 5}
+
+
 def test_work_is_how_often_a_weight_is_used() -> None:
     assert work(network()) == {"conv1": 16 * 27 * 256, "conv2": 32 * 144 * 256, "classes": 320}
 

@@ -260,8 +260,15 @@ def test_what_goes_back_while_there_is_a_canary_is_the_canary(small: dict[float,
         runtime.load(small[3.0], name="m", share=0.25)
         assert runtime.rollback("m") == two
         assert {ask(runtime) for _ in range(30)} == {2.0}
-        runtime.route("m", {two: 0.25, three: 0.75})  # and now it is the one that serves
+        for three_has in (0.75, 0.4):  # up, and down again
+            runtime.route("m", {two: 1 - three_has, three: three_has})
         assert runtime.rollback("m") == two
+        runtime.route("m", {three: 1.0})
+        runtime.route("m", {two: 0.1, three: 0.9})  # the one that was loaded first is the canary
+        assert runtime.rollback("m") == three
+        runtime.route("m", {two: 0.1, three: 0.9})
+        runtime.unload("m", two)
+        assert runtime.rollback("m") == two, "what served before, when only one serves"
 
 
 def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(small: dict[float, Path]) -> None:

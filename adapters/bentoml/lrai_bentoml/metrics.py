@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 # What alerts go by is there before it happens: a rate of what comes from nothing is no rate.
-_ALWAYS: Final = dict.fromkeys(["actor_hung", "actor_lost", "model_failed", "request_refused"], 0)
+_TOLD = ["actor_hung", "actor_lost", "model_failed", "variant_refused"]
+_ALWAYS = dict.fromkeys([*_TOLD, "request_failed", "request_refused"], 0)
 
 
 def exposition(stats: Mapping[str, int] | None) -> str:

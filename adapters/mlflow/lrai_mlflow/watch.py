@@ -101,9 +101,8 @@ class Watch:
             began = time.monotonic()
             time.sleep(_LOOK_SECONDS)
             late = time.monotonic() - began - _LOOK_SECONDS
-            self._well_at += (
-                late if late > _LOOK_SECONDS else 0.0
-            )  # it was stopped, not the runtime
+            if late > _LOOK_SECONDS:  # it was stopped, not the runtime
+                self._well_at = min(time.monotonic(), self._well_at + late)
             silent = time.monotonic() - self._well_at
             if self._dead >= _DEAD_LOOKS or silent > self._patience:
                 dead = "it failed beyond repair, or cannot be loaded again"

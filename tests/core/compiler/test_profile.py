@@ -152,6 +152,15 @@ def test_of_rows_that_differ_utterly_the_number_counts() -> None:
     assert 0 < few.distance < many.distance < math.inf
 
 
+def test_lengths_far_below_those_that_are_served_are_not_measured() -> None:
+    shape = ("batch", "samples")
+    spec = TensorSpec(name="x", datatype="FP32", shape=shape, batch_axis=0, length_axis=1)
+    signature = Signature(inputs=(spec,), outputs=(spec,))
+    assert points(signature, [[np.ones((1, 16_000), np.float32)]]) == [(1, 16_000)]
+    alone = Signature(inputs=(msgspec.structs.replace(spec, batch_axis=None),), outputs=(spec,))
+    assert points(alone, [[np.ones((1, 40), np.float32)]]) == [(1, 40)]
+
+
 def test_lengths_are_measured_whichever_input_has_them() -> None:
     image = TensorSpec(name="image", datatype="FP32", shape=("n", 3), batch_axis=0)
     ids = TensorSpec(name="ids", datatype="INT64", shape=("n", "l"), batch_axis=0, length_axis=1)

@@ -110,6 +110,17 @@ def test_a_full_arena_says_so_and_has_room_again(arena: Arena) -> None:
     assert arena.put(data) is None
 
 
+def test_an_arena_in_which_nothing_is_left_has_room_for_any_size(arena: Arena) -> None:
+    small = bytes(SIZE // 16)
+    placed = [place[1] for _ in range(20) if (place := arena.put(small))]
+    assert arena.put(bytes(SIZE // 2)) is None
+    for offset in placed[1:]:
+        arena.give_back(offset)
+    assert arena.put(bytes(SIZE // 2)) is None, "one is still read"
+    arena.give_back(placed[0])
+    assert arena.put(bytes(SIZE // 2)) is not None
+
+
 def test_without_such_memory_everything_is_inline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(12, "Cannot allocate memory")
