@@ -42,6 +42,7 @@ Rows = dict[str, NDArray[Any]]
 
 SEED: Final = 0
 CONFIDENCE: Final = 0.95
+LEAST_ROWS: Final = 150  # of a group and kind, to be compared on unseen rows
 HIDDEN: Final = (1024, 1024)  # so that int8 is worth it on any CPU
 
 
@@ -184,8 +185,7 @@ def _unseen(case: Case, artifact: lrai.Artifact, attribute: str) -> list[fairnes
         for variant in ("fp32", artifact.manifest.chosen)
     )
     members = {str(group): values == group for group in np.unique(values)}
-    least = fairness.rows_needed(case.margin, CONFIDENCE)
-    return fairness.disparities(attribute, members, labels, before, after, least, CONFIDENCE)
+    return fairness.disparities(attribute, members, labels, before, after, LEAST_ROWS, CONFIDENCE)
 
 
 def _logits(artifact: lrai.Artifact, variant: str, case: Case) -> Iterator[NDArray[np.float32]]:

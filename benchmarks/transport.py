@@ -188,8 +188,12 @@ def open_loop(
     for index in range(count):
         if (early := start + index / rate - time.perf_counter()) > _TICK_SECONDS:
             time.sleep(early)
-        sent = runtime._backend.start(request)  # noqa: SLF001 - what `infer` waits for
-        sent.add_done_callback(partial(ended, index))
+        try:
+            sent = runtime._backend.start(request)  # noqa: SLF001 - what `infer` waits for
+        except lrai.LraiError:  # refused at once, as too many wait here
+            left.release()
+        else:
+            sent.add_done_callback(partial(ended, index))
     for _ in range(count):
         if not left.acquire(timeout=30):
             raise RuntimeError("a request was neither answered nor refused")

@@ -212,6 +212,9 @@ def test_a_canary_gets_its_share_and_is_promoted(client: Client, saved: list[Pat
     for share in ("0.4", "0.5", "0.8", "0.75"):
         client.update_deployment("search", config={"canary": share})
         assert shares(client) == {first: 1 - float(share), second: float(share)}
+    client.update_deployment("search", config={"rollback": "true"})
+    assert shares(client) == {first: 1.0}
+    client.update_deployment("search", str(saved[1]), config={"canary": "0.25"})
     client.update_deployment("search", str(saved[1]))
     assert shares(client) == {second: 1.0}
 

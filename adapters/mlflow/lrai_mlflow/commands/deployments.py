@@ -17,7 +17,8 @@ The model is of the flavor lrai; `lrai mlflow convert URI` makes one of others.
 * `actor.threads=N`, or another setting of one model: `lrai config` lists them all.
 
 `update --name NAME -C canary=SHARE` changes the share of a canary that is there already, and
-`update --name NAME -C rollback=true` goes back to what served before the last change.
+`update --name NAME -C rollback=true` goes back to what served before the last change: while there
+is a canary, to the version beside it.
 """
 
 from __future__ import annotations
@@ -118,6 +119,9 @@ class Client(BaseDeploymentClient):
                 if str(back).lower() != "true" or model_uri or share is not None:
                     raise UsageError("rollback is true or absent, and goes with nothing else")
                 self._runtime.rollback(name)
+                left = [version for version, has in self._known(name).items() if not has]
+                for version in left:  # a canary that was there; it can be loaded again
+                    self._runtime.unload(name, version)
             elif model_uri is None:
                 self._weigh(name, shares, _number(share))
             else:
