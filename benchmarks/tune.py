@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = models.minilm_onnx(scratch / "minilm.onnx")
         data = arguments.data
         texts = models.sst2(data, "test")[0] if data else models.sentences(2 * SENTENCES, 3)
-        ids = models.Tokenizer().encode(list(dict.fromkeys(texts))[: 2 * SENTENCES])
+        count = 2 * (SENTENCES // 3 if arguments.quick else SENTENCES)
+        ids = models.Tokenizer().encode(list(dict.fromkeys(texts))[:count])
         asked = [_tokens(np.asarray(one).ravel()) for one in ids]
         right = [row[0] for row in run_alone(source, asked, optimise=True)]
         minutes = 0.1 if arguments.quick else 0.5
@@ -244,7 +245,7 @@ def _tuned(
 ) -> dict[str, Any]:
     """Ask, tune, switch, go back; return what was seen."""
     before, pairs = Ledger(), list(zip(asked, right, strict=True))
-    alone, together = pairs[:SENTENCES], pairs[SENTENCES:]
+    alone, together = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
     with console.status(f"{served.host}: {len(pairs)} sentences"):
         for row, expected in alone:
             _ask(served, row, expected, before)
