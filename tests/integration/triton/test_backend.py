@@ -389,7 +389,7 @@ def test_what_lrai_counts_stands_beside_tritons_own_figures(
     parted = sentence(np.random.default_rng(6), 1, 8)
     parted["attention_mask"] = parted["attention_mask"][:, :5]
     with pytest.raises(InferenceServerException, match="attention_mask"):
-        triton.ask(encoder, parted)
+        triton.ask(encoder, parted, protocol="grpc")
     answered = rf'lrai_answered_total{{[^}}]*model="{doubler}"[^}}]*}} ([\d.e+]+)'
     refused = rf'lrai_refused_total{{[^}}]*model="{encoder}"[^}}]*reason="InvalidTensor"[^}}]*}} '
     text, deadline = "", time.monotonic() + 20  # a stub writes once a second
