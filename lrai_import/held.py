@@ -7,6 +7,7 @@ or goes next, and with the runtime at the latest.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import atexit
 import contextlib
@@ -19,6 +20,7 @@ import os
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -173,6 +175,14 @@ class Held:
                     with contextlib.suppress(ModelNotFound):
                         self.runtime.unload(name)
                     lock.truncate(0)
+
+
+def when_gone(owner: object, close: Callable[[], object]) -> None:
+    """Have `close` run when nobody has the owner any more, in a thread of its own.
+
+    Garbage is found in any thread, whatever lock it holds: also in the one that `close` waits for.
+    """
+    weakref.finalize(owner, _thread.start_new_thread, close, ()).atexit = False
 
 
 class Questions:

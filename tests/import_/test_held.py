@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 import lrai_core as lrai
 from lrai_import.built import artifact_of, state_folder
-from lrai_import.held import Held
+from lrai_import.held import Held, when_gone
 from lrai_import.hosted import asked
 from tests.core import small_artifact
 from tests.core.compiler.onnx_files import with_external_data
@@ -126,3 +128,14 @@ def test_other_weights_in_a_file_of_their_own_are_another_model(tmp_path: Path) 
         found.append(artifact_of(source, config).sha256)
         (tmp_path / "source" / "w.bin").write_bytes(np.zeros(32, np.float32).tobytes())
     assert found[0] != found[1]
+
+
+def test_what_nobody_has_any_more_is_closed_by_a_thread_of_its_own() -> None:
+    class Owner:
+        pass
+
+    closed = queue.Queue[int]()
+    owner = Owner()
+    when_gone(owner, lambda: closed.put(threading.get_ident()))
+    del owner
+    assert closed.get(timeout=10) != threading.get_ident()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 import lrai_core as lrai
 from lrai_codecs import by_name, dtype_of, fit, in_turn, rows_at_a_time, text
-from lrai_import.held import Held
+from lrai_import.held import Held, when_gone
 from lrai_mlflow.settings import settings_of
 from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 
@@ -55,7 +54,7 @@ class ServedModel:
         self._rows_a_second = rows_a_second(artifact, held.variant)
         self._limits = None if is_worker() else asked.config  # of who asks over the network
         self._by_row = not is_onnx(data.with_name(MLMODEL_FILE_NAME))
-        weakref.finalize(self, held.close)
+        when_gone(self, held.close)
         if is_worker():
             tell_cap(artifact, held.variant)
             Watch(held, asked.config.actor.start_timeout_seconds)

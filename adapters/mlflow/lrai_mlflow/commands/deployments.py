@@ -33,7 +33,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +52,7 @@ from mlflow.utils import env_manager
 from msgspec.structs import replace
 
 from lrai_core import Artifact, ArtifactError, ModelNotFound, NotReady, Runtime, UsageError
-from lrai_import.held import lock_folder
+from lrai_import.held import lock_folder, when_gone
 from lrai_import.hosted import Asked, load
 from lrai_mlflow.flavor import FLAVOR_NAME
 from lrai_mlflow.serving import DATA, from_lrai, is_onnx, mlflow_errors, to_lrai
@@ -233,7 +232,7 @@ class Client(BaseDeploymentClient):
             if done.returncode:
                 raise UsageError(f"the runtime cannot be started: {done.stderr.strip()[-300:]}")
         runtime = Runtime(config)
-        weakref.finalize(self, runtime.close)  # MLflow makes a client for each who wants one
+        when_gone(self, runtime.close)  # MLflow makes a client for each who wants one
         return runtime
 
     def _shares(self) -> dict[str, dict[str, float]]:
