@@ -248,27 +248,15 @@ def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
         Check(f"{row['what']}: requests that failed", row["failed"], "0", row["failed"] == 0)
         for row in changes
     ]
-    return (
-        found
-        + [
-            Check(
-                f"{row['what']}: answers with cosine >= {COSINE}",
-                row["agree"],
-                f">= {COSINE_SHARE}",
-                row["agree"] >= COSINE_SHARE,
-            )
+    for name, key, least in (
+        (f"answers with cosine >= {COSINE}", "agree", COSINE_SHARE),
+        ("least cosine of an answer", "least_cosine", COSINE_LEAST),
+    ):
+        found += [
+            Check(f"{row['what']}: {name}", row[key], f">= {least}", row[key] >= least)
             for row in rows
         ]
-        + [
-            Check(
-                f"{row['what']}: least cosine of an answer",
-                row["least_cosine"],
-                f">= {COSINE_LEAST}",
-                row["least_cosine"] >= COSINE_LEAST,
-            )
-            for row in rows
-        ]
-    )
+    return found
 
 
 def report(rows: Sequence[dict[str, Any]]) -> None:

@@ -35,7 +35,8 @@ Workers = Annotated[
 ]
 Require = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_REQUIRE", help=_CERTIFICATE)]
 Payload = Annotated[
-    int, typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0, help="MiB of a body; 0: any.")
+    int,
+    typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0, help="MiB; 0: limits.request_bytes."),
 ]
 Seconds = Annotated[
     float, typer.Option(envvar=_TIMEOUT, min=0, help="Per answer; 0: 60, batch 3600.")
