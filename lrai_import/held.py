@@ -98,8 +98,9 @@ class Held:
         loading it again has failed, which is tried once more. More and more rarely, where it goes
         again each time: models that do not fit beside one another would take turns for ever.
         """
-        state, now, under_way = self._state(), time.monotonic(), self._loads.locked()
-        if not state and now >= self._looks_at:
+        under_way = self._loads.locked()  # asked first: what ends now has not been seen
+        state, now = self._state(), time.monotonic()
+        if not state and not under_way and now >= self._looks_at:
             stayed = now - self._looks_at > _MOST_PAUSE_SECONDS
             self._pause = 1.0 if stayed else min(2 * self._pause, _MOST_PAUSE_SECONDS)
             self._looks_at = now + self._pause

@@ -213,7 +213,7 @@ class Embedded:
     def models(self) -> list[LoadedModel]:
         """See `Runtime.models`."""
         found = []
-        for model in list(self.versions.values()):
+        for model in [one for one in list(self.versions.values()) if one.name in self.current]:
             known = (model.name, model.version, model.variant.id, model.certificate)
             found.append(LoadedModel(*known, model.signature, self._state(model), self.pids(model)))
         return found

@@ -328,8 +328,9 @@ def _wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 def _outstanding(served: Served) -> float:
-    text = served.get("/metrics").content.decode()
-    families = {one.name: one for one in text_string_to_metric_families(text)}
+    reply = served.get("/metrics")
+    assert reply.status == 200, served.server.log.read_text()[-4000:]
+    families = {one.name: one for one in text_string_to_metric_families(reply.content.decode())}
     return float(families["lrai_outstanding_rows"].samples[0].value)
 
 
