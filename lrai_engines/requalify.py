@@ -140,8 +140,8 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
 
     Args:
         artifact: Its files are as the manifest says.
-        threads: Engine threads to measure with; 0 for the CPUs that there are, or one where any
-            call takes less than 2 ms.
+        threads: Engine threads to measure with; 0 for the CPUs that there are, or one where all
+            calls take less than 2 ms.
         report: Told of every step.
 
     Raises:

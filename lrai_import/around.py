@@ -26,8 +26,8 @@ class Post(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
         output: The first by default.
         pool: Of an output [batch, length, width] for text: the mean of its tokens, or the first.
-        map: Along the last axis; the output keeps its name. The gate then compares it as it is:
-            `--output-map raw`.
+        map: Along the last axis; the output keeps its name. Say the same to the gate, as
+            `--output-map`: by default that compares numbers, to 1 %.
         labels: File with a label in each line. Adds the outputs `label` and `score`.
         top_k: How many, the best first: [batch, top_k]. To the gate another label is as far as can
             be, whatever its rank: with more than one, few forms are close enough.

@@ -105,8 +105,8 @@ def compile(
             calls of some size than the chosen one serves those, and is loaded beside it.
         engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
             need them where it serves; where they are not, the next variant that can serves.
-        threads: Engine threads to measure with; 0 for the CPUs that there are, or one where any
-            call takes less than 2 ms, as it is served then.
+        threads: Engine threads to measure with; 0 for the CPUs that there are, or one where all
+            calls take less than 2 ms, as it is served then.
         keep_evaluation: Gate rows to keep in the artifact, for certificates and for measuring it
             elsewhere; by default as many as fit 16 MiB, which is the most.
         seed: Of the split of the evaluation rows.
