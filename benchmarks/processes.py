@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -45,7 +46,7 @@ class Server:
             cpus: The CPUs that the tree may use; empty for all.
             variables: Added to the environment.
         """
-        self.port = _free_port()
+        (self.port,) = free_ports(1)
         self.log = log
         arguments = [part.format(port=self.port) for part in command]
         if cpus:
@@ -147,11 +148,29 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _ports() -> Iterator[int]:
+    """Yield ports in turn, of those that the kernel gives to nobody by itself.
+
+    Of tests that run beside one another each process has its own, so that what is free is free yet
+    when a server listens there.
+    """
+    first = 10_000 + 5_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw2")[2:])
+    begin = os.getpid() * 97 % 5_000
+    for number in itertools.count(begin):
+        yield first + number % 5_000
+
+
+_in_turn: Final = _ports()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that are free and differ."""
+    found = list[int]()
+    while len(found) < count:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port := next(_in_turn)))
+            found.append(port)
+    return found
 
 
 def _tree(root: int) -> list[int]:

@@ -16,7 +16,6 @@ import hashlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from benchmarks.host import Host, end_on_sigterm
-from benchmarks.processes import HOST, Server
+from benchmarks.processes import HOST, Server, free_ports
 from lrai_core import EnvironmentProblem, LraiError
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -230,15 +229,6 @@ def stubs(pids: Iterable[int]) -> dict[str, list[int]]:
                 model = Path(os.fsdecode(words[1])).parents[1].name
                 found.setdefault(model, []).append(pid)
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free and differ."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def main() -> int:

@@ -316,7 +316,7 @@ class Deployments(Embedded):
 
     def unload(self, name: str, version: str = "") -> None:
         """See `Runtime.unload`."""
-        with self._changed(name) as (name, record):
+        with self._changed(name, wait=True) as (name, record):
             gone = [one for one in self._served(name) if version in ("", one.version)]
             if version not in ("", *record.versions):
                 self.find(name, version)  # for its error

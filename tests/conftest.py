@@ -10,7 +10,8 @@ import tempfile
 import pytest
 from hypothesis import settings
 
-settings.register_profile("lrai", deadline=None)  # a busy machine is no failure
+settings.register_profile("lrai", deadline=None, derandomize=True)  # a busy machine is no failure
+settings.register_profile("search", deadline=None, max_examples=2000)  # --hypothesis-profile
 settings.load_profile("lrai")
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported, here and in children
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -24,7 +25,7 @@ from lrai_core.compiler import search  # noqa: E402 - after the lines above
 
 search.MOST_ROUNDS = search.ROUNDS  # what models of a test take matters to none
 
-_SERVER_SECONDS = 300
+_SERVER_SECONDS = 600
 _SHARING = "triton", "bento", "sagemaker"  # folders of tests that share one server
 
 

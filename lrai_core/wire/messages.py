@@ -159,7 +159,7 @@ def decode(decoder: msgspec.msgpack.Decoder[_Message], header: Buffer) -> _Messa
         raise BadFrames("header too large")
     try:
         return decoder.decode(header)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError) as error:
         raise BadFrames(str(error)) from None
 
 

@@ -466,6 +466,19 @@ class TestGuard:
         assert ended == ["cancelled"]
         assert sent[0] == {"type": "http.response.start", "status": 499, "headers": []}
 
+    def test_an_error_that_nobody_answers_is_a_500_at_once_and_goes_to_the_log(self) -> None:
+        sent = list[dict[str, Any]]()
+
+        async def broken(scope: Any, receive: Any, send: Any) -> None:
+            raise KeyError("a bug")
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(dict(message))
+
+        with pytest.raises(KeyError):
+            asyncio.run(Guard(broken)({"type": "http"}, asyncio.Event().wait, send))  # type: ignore[arg-type]
+        assert [message.get("status") for message in sent] == [500, None]
+
     def test_what_begins_after_the_answer_is_not_cancelled(self) -> None:
         ended = list[str]()
 

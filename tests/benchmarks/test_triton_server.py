@@ -10,6 +10,7 @@ import pytest
 
 import lrai_core as lrai
 from benchmarks import triton_server
+from benchmarks.processes import free_ports
 
 
 @pytest.fixture
@@ -85,4 +86,4 @@ def test_a_python_that_has_its_own_libpython_lends_it_to_the_stub(tmp_path: Path
 
 
 def test_ports_are_free_and_differ() -> None:
-    assert len(set(triton_server.free_ports(20))) == 20
+    assert len(set(free_ports(20))) == 20

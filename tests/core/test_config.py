@@ -177,7 +177,7 @@ def test_whatever_is_given_makes_a_config_or_a_usage_error(layer: dict[str, obje
         load_config(call=layer, environ={})
     except UsageError:
         return
-    assert layer == {}
+    assert layer.keys() <= {setting.key for setting in explain_config(environ={})}
 
 
 def test_cpus_are_those_of_the_affinity_mask(

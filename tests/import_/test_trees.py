@@ -76,9 +76,11 @@ def test_splits_by_categories_are_refused() -> None:
     "model",
     [
         GradientBoostingClassifier(n_estimators=3),
-        CalibratedClassifierCV(RandomForestClassifier(n_estimators=3), cv=2),
+        CalibratedClassifierCV(RandomForestClassifier(n_estimators=3, random_state=0), cv=2),
         StackingClassifier([("a", GradientBoostingClassifier(n_estimators=3))], cv=2),
-        GridSearchCV(RandomForestClassifier(n_estimators=3), {"max_depth": [2]}, cv=2),
+        GridSearchCV(
+            RandomForestClassifier(n_estimators=3, random_state=0), {"max_depth": [2]}, cv=2
+        ),
     ],
     ids=lambda model: type(model).__name__,
 )
@@ -136,7 +138,7 @@ HOLES = np.where(RANDOM.random(ROWS.shape) < 0.2, np.nan, ROWS).astype(np.float3
     "model",
     [
         DecisionTreeClassifier(max_depth=5),
-        RandomForestClassifier(n_estimators=5),
+        RandomForestClassifier(n_estimators=5, random_state=0),
         ExtraTreesRegressor(n_estimators=5),
         HistGradientBoostingClassifier(max_iter=5),
         CalibratedClassifierCV(DecisionTreeClassifier(max_depth=3), cv=2),

@@ -115,8 +115,12 @@ class Ledger:
         found = {outcome for _, _, outcome in self.lines if outcome != "ok"}
         return {outcome: self.count(outcome) for outcome in sorted(found)}
 
+    def answered_since(self, at: float) -> bool:
+        """Return whether a request was answered well that began after a moment."""
+        return any(begun > at and how == "ok" for begun, _, how in self.lines)
+
     def recovery_seconds(self, at: float) -> float:
-        """Return how long after a moment a request that began later was answered well."""
+        """Return how long after a moment such a request was answered."""
         return min(end for begun, end, how in self.lines if begun > at and how == "ok") - at
 
 

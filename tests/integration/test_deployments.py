@@ -365,7 +365,7 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
         kill(shadow, signal.SIGSTOP)  # nobody waits for a shadow
         started = time.monotonic()
         assert {ask(runtime) for _ in range(600)} == {2.0}  # more than copies may wait
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 20
         assert runtime.stats()["outstanding_rows"] <= 512
         kill(shadow, signal.SIGCONT)
 

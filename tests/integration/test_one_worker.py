@@ -24,7 +24,9 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.processes import HOST, Server
 from tests.integration import mlflow_server
+from tests.integration.quick import until_quick
 from tests.integration.sagemaker.conftest import Container
+from tests.integration.test_inline import held_up
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import token_model
 
@@ -115,15 +117,14 @@ def test_sagemaker(artifact: lrai.Artifact, expected: Any, tmp_path: Path, socke
         container.wait_until_ready()
         answers = many(container.port, "/invocations", {"inputs": BODY})
         assert daemon_pids(sockets) == []
-        taken = []
-        for _ in range(2):
+        taken = list[float]()
+        for _ in until_quick(taken, 2):
             (worker,) = container.workers()
             os.kill(worker, signal.SIGKILL)  # with the model in it
             begun = time.monotonic()
             container.wait_until_ready()
             taken.append(time.monotonic() - begun)
             assert container.workers() != [worker]
-        assert min(taken) < 2, taken  # one may meet what else this machine does
         answers += many(container.port, "/invocations", {"inputs": BODY})
         assert container.stop() == 0
     for answer in answers:
@@ -168,11 +169,15 @@ def test_what_a_loop_and_threads_ask_of_a_runtime_shares_calls(artifact: lrai.Ar
         assert runtime.stats()["outstanding_rows"] == 0
         identity = runtime.submit(request)
         assert runtime.result(identity, 10).model_name == "tokens"
-        refused = [runtime.start(request) for _ in range(64)]
-        with pytest.raises(lrai.QueueFull):
-            runtime.start(request)
-        assert runtime.ready() == "ok"
-        assert [future.cancel() for future in refused[1:]] == [True] * 63
-        assert runtime.stats()["outstanding_rows"] == 1
-        assert refused[0].result().outputs
+        with held_up(runtime) as (began, go_on):
+            first = runtime.start(request)
+            assert began.wait(10)
+            waiting = [runtime.start(request) for _ in range(63)]
+            with pytest.raises(lrai.QueueFull):
+                runtime.start(request)
+            assert runtime.ready() == "ok"
+            assert [future.cancel() for future in waiting] == [True] * 63
+            assert runtime.stats()["outstanding_rows"] == 1
+            go_on.set()
+            assert first.result().outputs
         assert runtime.drain()

@@ -23,6 +23,7 @@ import pytest
 import zmq
 
 import lrai_core as lrai
+from benchmarks.processes import free_ports
 from lrai_core.wire.messages import PROTOCOL_VERSION, encode
 from lrai_shared import client, keys, messages
 from lrai_shared.arena import Arena
@@ -72,9 +73,7 @@ time.sleep(60)
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def listeners(endpoint: str) -> set[str]:

@@ -285,7 +285,7 @@ def test_a_daemon_ends_by_itself_after_its_last_client(
         time.sleep(4)  # at rest, and yet there
         assert pid_of(runtime, "classifier") == actor
         assert (folder / "deployments.json").is_file()
-    wait_until(lambda: not daemons(folder), 5)
+    wait_until(lambda: not daemons(folder), 20)
     assert_gone(folder, actor)
 
 

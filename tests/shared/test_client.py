@@ -231,6 +231,7 @@ def test_no_more_requests_wait_to_be_sent_than_a_queue_takes(daemon: Daemon, par
         attached.start(request())
     assert full.value.limit == 3
     waiting[-1].cancel()
+    attached.close()
 
 
 def test_operations_use_up_no_credit_and_need_none(daemon: Daemon, parent: Path) -> None:
@@ -593,7 +594,8 @@ def test_draining_refuses_requests_waits_for_the_accepted_and_answers_questions(
     ended: list[bool] = []
     thread = threading.Thread(target=lambda: ended.append(attached.drain()))
     thread.start()
-    time.sleep(0.1)
+    while not attached._refusing:
+        time.sleep(0.01)
     with pytest.raises(lrai.NotReady, match="draining"):
         attached.start(request())
     assert attached.call("ready", {}, str) == "dead"
@@ -749,7 +751,7 @@ def test_a_stopped_daemon_blocks_no_client(
         attached.start(request(inputs={"x": large}))
     started = time.monotonic()
     attached.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_the_socket_is_not_polled_by_a_client_at_rest(attached: Attached) -> None:

@@ -53,13 +53,16 @@ class Guard:
 
         try:
             await self._app(scope, body.receive, sending)
-        except asyncio.CancelledError:
-            if not body.left:
-                raise  # it is the server that gives up
-            body.task.uncancel()
-            if not body.begun:  # else BentoML's own timer would wait for a beginning
-                await send({"type": "http.response.start", "status": CLIENT_LEFT, "headers": []})
+        except (asyncio.CancelledError, Exception) as error:
+            left = body.left and isinstance(error, asyncio.CancelledError)
+            if not body.begun and (left or isinstance(error, Exception)):
+                # Else BentoML's own timer would wait for a beginning.
+                status = CLIENT_LEFT if left else 500
+                await send({"type": "http.response.start", "status": status, "headers": []})
                 await send({"type": "http.response.body"})
+            if not left:
+                raise  # it is the server that gives up, or a bug
+            body.task.uncancel()
         finally:
             body.close()
 

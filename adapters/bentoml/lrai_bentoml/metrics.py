@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -24,6 +24,4 @@ def exposition(stats: Mapping[str, int] | None) -> str:
                     kind = GaugeMetricFamily if name == "outstanding_rows" else CounterMetricFamily
                     yield kind(f"lrai_{name}", f"`{name}`, of all workers", value=value)
 
-    registry = CollectorRegistry()
-    registry.register(Counts())
-    return generate_latest(registry).decode()
+    return generate_latest(Counts()).decode()

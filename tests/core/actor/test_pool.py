@@ -58,7 +58,7 @@ class Process:
     def heard(self) -> tuple[messages.ToActor, bytes]:
         """Return the last message that it was sent, and its first frame of tensors."""
         found: list[bytes] = []
-        while self.socket.poll(5000 if not found else 100):
+        while self.socket.poll(5000 if not found else 500):
             found = self.socket.recv_multipart()
         return messages.decode_to_actor(found[0]), [*found, b""][1]
 

@@ -259,7 +259,7 @@ def violations(
     several = len(chosen) > 1
     before = order[: order.index(chosen[0].sequence)] if chosen else []
     passed = [index for index in before if index not in decision.drop]
-    takes = [latency.call_seconds(one.rows, one.length) for one in queue]
+    work = [(one.rows * one.length, one.rows * one.length**2) for one in queue]
     needless = [
         index
         for index in decision.drop
@@ -275,7 +275,12 @@ def violations(
         "the most urgent of the rest leads": not chosen
         or decision.dispatch[0]
         == [index for index in order if index not in passed][len(decision.drop)],
-        "only what takes longer is passed over": all(takes[index] > min(takes) for index in passed),
+        "only what is more work is passed over": all(
+            any(
+                less < more for other in work for less, more in zip(other, work[index], strict=True)
+            )
+            for index in passed
+        ),
         "nobody is passed over for a lower priority": {queue[index].priority for index in passed}
         <= {one.priority for one in chosen[:1]},
         "one group": len({one.group for one in chosen}) <= 1,

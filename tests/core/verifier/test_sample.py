@@ -281,7 +281,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(data=st.data())
-@pytest.mark.filterwarnings("ignore::UserWarning")  # numpy, of headers it repairs
+@pytest.mark.filterwarnings("ignore")  # numpy, of headers it repairs and old names of types
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(
     saved: Path, data: st.DataObject
 ) -> None:

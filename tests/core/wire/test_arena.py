@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import resource
 import socket
@@ -125,6 +126,7 @@ def test_without_such_memory_everything_is_inline(monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object) -> int:
         raise OSError(12, "Cannot allocate memory")
 
+    gc.collect()  # of earlier tests: it would close files
     for name in ("memfd_create", "ftruncate", "posix_fallocate"):
         before = descriptors()
         with monkeypatch.context() as patch:
@@ -177,6 +179,7 @@ def test_nobody_can_pull_the_memory_away(arena: Arena) -> None:
 
 
 def test_numbers_that_are_no_arena_are_refused(arena: Arena, tmp_path: Path) -> None:
+    gc.collect()
     good, before = segment_of(arena), descriptors()
     # Each is an arena but for one thing.
     plain = (tmp_path / "plain").open("w+b", buffering=0)

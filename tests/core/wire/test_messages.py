@@ -180,6 +180,7 @@ def read_every_way(header: bytes) -> None:
 @example(b"\x80\x04\x95\x10\0\0\0\0\0\0\0\x8c\x05posix\x8c\x06system\x93.")  # a pickle
 @example(b"\xa1\xff")
 @example(b"")
+@example(messages.encode(FROM_CLIENT[2]).replace(b"\xa5delta", b"\x80delta"))  # a map as a key
 def test_any_bytes_are_a_message_or_bad_frames_and_nothing_else(header: bytes) -> None:
     read_every_way(header)
 

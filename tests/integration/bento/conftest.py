@@ -58,7 +58,7 @@ class Served:
     ) -> Reply:
         """Return the answer to a body, which is JSON unless it is bytes."""
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        connection = http.client.HTTPConnection(HOST, self.server.port, timeout=60)
+        connection = http.client.HTTPConnection(HOST, self.server.port, timeout=290)
         try:
             given = {"Content-Type": "application/json", **(headers or {})}
             connection.request(method, path, content, given)

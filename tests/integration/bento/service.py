@@ -14,7 +14,7 @@ classifier = lrai_bentoml.runner("classifier:latest")
 minilm = lrai_bentoml.runner("minilm:latest")
 
 
-@bentoml.service(workers=3, traffic={"timeout": 60})
+@bentoml.service(workers=3, traffic={"timeout": 280})
 @bentoml.asgi_app(lrai_bentoml.asgi_app(tokens, classifier, minilm))
 class Shop:
     """Three models, asked in each way that there is."""

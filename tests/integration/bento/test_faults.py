@@ -25,6 +25,7 @@ from benchmarks.host import Host
 from benchmarks.processes import HOST, Server
 from tests.integration.bento.conftest import WORKERS, Served, start
 from tests.integration.conftest import sentence
+from tests.integration.quick import until_quick
 
 pytestmark = pytest.mark.server
 
@@ -66,15 +67,20 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def back_after(self, begun_s: float, seconds: float) -> float:
+    def back_after(self, begun_s: float) -> float:
         """Wait; return the longest time without an answer, or until the last that was none."""
-        time.sleep(seconds + QUIET_SECONDS)
+        wait_until(lambda: self._answered(begun_s) > 4 * CALLERS)
+        time.sleep(QUIET_SECONDS)
         with self._lock:
             late = [entry.ended_s for entry in self.entries if entry.end != 200]
             ends = [e.ended_s for e in self.entries if e.end == 200 and e.ended_s > begun_s]
         moments = [begun_s, *sorted(ends), time.monotonic()]
         silences = [after - before for before, after in pairwise(moments)]
         return max([*silences, *[moment - begun_s for moment in late if moment > begun_s]])
+
+    def _answered(self, begun_s: float) -> int:
+        with self._lock:
+            return sum(e.end == 200 and e.ended_s > begun_s for e in self.entries)
 
     def _call(self, number: int) -> None:
         chance = np.random.default_rng(number)
@@ -131,46 +137,46 @@ def minilm_actor(served: Served) -> int:
 
 
 def test_a_killed_actor_is_a_delay(served: Served, load: Load) -> None:
-    before, taken = served.host.actors(), []
-    for _ in range(2):
+    before, taken = served.host.actors(), list[float]()
+    for _ in until_quick(taken, ACTOR_SECONDS):
         begun = time.monotonic()
         os.kill(minilm_actor(served), signal.SIGKILL)
-        taken.append(load.back_after(begun, ACTOR_SECONDS))
-    assert min(taken) <= ACTOR_SECONDS, taken  # one may meet what else this machine does
+        taken.append(load.back_after(begun))
     assert ends(load) == {200}
     assert len(served.host.actors()) == len(before)
 
 
 def test_a_killed_runtime_is_a_delay(served: Served, load: Load) -> None:
-    (before,) = served.host.daemons()
-    begun = time.monotonic()
-    os.kill(before, signal.SIGKILL)
-    back = load.back_after(begun, RUNTIME_SECONDS)
-    assert back <= RUNTIME_SECONDS
+    taken = list[float]()
+    for _ in until_quick(taken, RUNTIME_SECONDS):
+        (before,) = served.host.daemons()
+        begun = time.monotonic()
+        os.kill(before, signal.SIGKILL)
+        taken.append(load.back_after(begun))
+        assert served.host.daemons() != [before]
     assert ends(load) == {200}
-    assert served.host.daemons() != [before]
 
 
 def test_a_killed_worker_takes_only_its_own_requests_along(served: Served, load: Load) -> None:
-    for victim in served.workers()[:2]:
+    taken = list[float]()
+    for _ in until_quick(taken, ACTOR_SECONDS):
         runtime = served.host.daemons()
         begun = time.monotonic()
-        os.kill(victim, signal.SIGKILL)
-        back = load.back_after(begun, ACTOR_SECONDS)
-        assert back <= ACTOR_SECONDS
+        os.kill(served.workers()[0], signal.SIGKILL)
+        taken.append(load.back_after(begun))
         assert served.host.daemons() == runtime
         wait_until(lambda: len(served.workers()) == WORKERS)
     cut = [entry for entry in load.entries if entry.end != 200]
     broken = {"BrokenPipeError", "ConnectionResetError", "RemoteDisconnected", "IncompleteRead"}
     assert ends(load) <= {200, *broken}
-    assert len(cut) <= 2 * CALLERS
+    assert len(cut) <= len(taken) * CALLERS
 
 
 def test_readiness_tells_when_a_model_hangs_and_when_it_is_back(served: Served, load: Load) -> None:
     os.kill(minilm_actor(served), signal.SIGSTOP)
-    wait_until(lambda: served.get("/readyz").status == 503)
-    assert served.get("/livez").status == 200  # it heals by itself
-    assert served.get("/v2/models/minilm/ready").status == 503
+    # It heals by itself; asked together, as it may be back by the next question.
+    paths = ("/readyz", "/livez", "/v2/models/minilm/ready")
+    wait_until(lambda: [served.get(path).status for path in paths] == [503, 200, 503])
     wait_until(lambda: served.get("/readyz").status == 200)
     assert ends(load) == {200}
 
@@ -197,7 +203,7 @@ def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
         log = project.parent / "taken.log"
         sockets = {"LRAI_RUNTIME_SOCKET_DIR": str(host.folder)}
         with Server([*command, "-p", port], log, variables=sockets) as second:
-            wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text())
+            wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text(), 120)
     assert served.get("/readyz").status == 200
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import lrai_bentoml
 from benchmarks.host import Host
-from benchmarks.processes import _free_port
+from benchmarks.processes import free_ports
 
 pytestmark = pytest.mark.server
 
@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
 def test_its_commands_run_from_the_top_in_an_empty_folder(tmp_path: Path) -> None:
     commands = [block for block in blocks("sh") if "pip install" not in block]
     script = "set -eux -o pipefail\n" + "\n".join(commands)
-    script = script.replace("3000", str(_free_port()))
+    script = script.replace("3000", str(*free_ports(1)))
     with Host() as host:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         variables = {

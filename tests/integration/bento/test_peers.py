@@ -41,7 +41,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -321,9 +321,9 @@ class TestRunner:
     async def crowd(self, one: lrai_bentoml.Runner, cancelled: range) -> list[Any]:
         """Have a call begin, ten wait behind it, and some of them give up meanwhile."""
 
-        async def until(outstanding: int) -> None:
-            async with asyncio.timeout(5):
-                while one.stats()["outstanding_rows"] != outstanding:  # noqa: ASYNC110 - polled
+        async def until(holds: Callable[[], bool]) -> None:
+            async with asyncio.timeout(30):
+                while not holds():  # noqa: ASYNC110 - polled
                     await asyncio.sleep(0.005)
 
         pid, calls = actor(one), list[asyncio.Task[Any]]()
@@ -331,10 +331,12 @@ class TestRunner:
         try:
             for n in range(11):
                 calls.append(asyncio.create_task(one.async_run([float(n)], [2])))
-                await until(n + 1)
+                await until(lambda: one.stats()["outstanding_rows"] == len(calls))
+                await until(lambda: one.stats().get("batch_dispatched") == 1)  # the first alone
             for n in cancelled:
                 calls[n].cancel()
-            await until(11 - len(set(cancelled) - {0}))  # an engine does not stop halfway
+            left = 11 - len(set(cancelled) - {0})  # an engine does not stop halfway
+            await until(lambda: one.stats()["outstanding_rows"] == left)
         finally:
             os.kill(pid, signal.SIGCONT)
         return await asyncio.gather(*calls, return_exceptions=True)

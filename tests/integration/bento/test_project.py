@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import venv
@@ -22,7 +21,7 @@ import pytest
 import lrai_bentoml
 import lrai_core as lrai
 from benchmarks.host import Host
-from benchmarks.processes import HOST
+from benchmarks.processes import HOST, free_ports
 from lrai_wheel.pins import pins
 from tests.integration.bento import wheelhouse
 
@@ -141,9 +140,7 @@ def serve(
 ) -> dict[str, Any]:
     """Return what a server without a network answered."""
     python, program = environment / "bin" / "python", Path(__file__).with_name("ask_inside.py")
-    with socket.socket() as probe:  # for where the network cannot be cut
-        probe.bind((HOST, 0))
-        port = str(probe.getsockname()[1])
+    port = str(*free_ports(1))  # for where the network cannot be cut
     with Host() as host:
         variables = {
             **there,

@@ -327,11 +327,10 @@ def _wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
         time.sleep(0.02)
 
 
-def _outstanding(served: Served) -> float:
-    reply = served.get("/metrics")
-    assert reply.status == 200, served.server.log.read_text()[-4000:]
-    families = {one.name: one for one in text_string_to_metric_families(reply.content.decode())}
-    return float(families["lrai_outstanding_rows"].samples[0].value)
+def _outstanding(served: Served) -> int:
+    config = lrai.load_config(call={"runtime.socket_dir": str(served.host.folder)})
+    with lrai.Runtime(config, address="auto") as runtime:
+        return runtime.stats()["outstanding_rows"]
 
 
 def test_ten_thousand_at_once_are_answered_or_told_to_come_again(served: Served) -> None:

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import pytest
 from botocore.config import Config
 
 import lrai_core as lrai
+from benchmarks.processes import free_ports
 from tests.own_runtime import end_runtime
 from tests.tiny_models import column_model, token_model
 
@@ -47,9 +47,7 @@ class Reply:
 
 
 def free_port() -> int:
-    with socket.create_server((HOST, 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:

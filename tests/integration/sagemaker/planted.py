@@ -2,7 +2,7 @@
 
     SAGEMAKER_BIND_TO_PORT=8080 python planted.py FAULT
 
-It answers `{"x": …}` with `{"y": …}`, a tenth of a second later.
+It answers `{"x": …}` with `{"y": …}`, a second and a half later.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             said = TRACE if FAULT == "stack trace" else str(error)
             status = {"bad is fine": 200, "bad is an own fault": 500}.get(FAULT, 400)
             return self.answer(status, {"error": said})
-        time.sleep(2.5 if FAULT == "ping waits" else 0.3)
+        time.sleep(2.5 if FAULT == "ping waits" else 1.5)
         return self.answer(200, {"y": value})
 
     def do_DELETE(self) -> None:
@@ -95,7 +95,7 @@ def main() -> None:
             return
         if FAULT in ("requests dropped", "wrong status"):
             if FAULT == "wrong status":
-                time.sleep(0.5)
+                time.sleep(3)
             os._exit(1 if FAULT == "wrong status" else 0)
         threading.Thread(target=server.shutdown).start()
 

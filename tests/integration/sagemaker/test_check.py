@@ -60,6 +60,7 @@ PLANTED_FAULTS = (
     ("wrong status", "SIGTERM", "exit status 1"),
     ("requests dropped", "SIGTERM", "requests lost"),
 )
+NEVER_READY = ("ping missing", "ping slow", "port ignored")
 FAULTS_OF_MANY_MODELS = (
     ("loaded twice", "POST /models", "200"),
     ("every model known", "GET /models/check-2", "200"),
@@ -73,15 +74,18 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, C
     """Yield what each fault comes to, some ahead of the tests: most of a check is waiting."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "row.json").write_text('{"x": 1}')
-    limits = ["--payload", "row.json", "--start-seconds", "4"]
+    given = ["--payload", "row.json"]
     with ThreadPoolExecutor(3) as pool:
         begun = {}
         for faults, more in (
-            (PLANTED_FAULTS, ["--grace-seconds", "3"]),
+            (PLANTED_FAULTS, []),
             (FAULTS_OF_MANY_MODELS, ["--model-url", "/opt/ml/models/x"]),
         ):
             for fault, _, _ in faults:
-                begun[fault] = pool.submit(check, folder, *limits, *more, *PLANTED, fault)
+                start = 4 if fault in NEVER_READY else 30  # which is waited for to the end
+                grace = 3 if fault == "sigterm ignored" else 30
+                limits = ["--start-seconds", str(start), "--grace-seconds", str(grace)]
+                begun[fault] = pool.submit(check, folder, *given, *limits, *more, *PLANTED, fault)
         yield begun
         pool.shutdown(cancel_futures=True)
 

@@ -138,7 +138,7 @@ def test_names_outlive_the_runtime(many: Container, root: Path) -> None:
     begun = time.monotonic()
     assert many.post({"inputs": TOKENS}, "/models/a/invoke").status == 200
     assert many.post(COLUMNS, "/models/b/invoke").status == 200
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert names(many) == ["a", "b"]
     assert many.get("/ping").status == 200
 

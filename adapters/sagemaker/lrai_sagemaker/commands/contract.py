@@ -213,5 +213,5 @@ class Container:
 
     def _several(self, pool: ThreadPoolExecutor, path: str, count: int) -> list[Future[Answer]]:
         asked = [pool.submit(self.ask, "POST", path, self.payload) for _ in range(count)]
-        time.sleep(0.1)  # they are on their way
+        time.sleep(0.5)  # they are on their way, and taken
         return asked
