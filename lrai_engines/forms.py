@@ -96,7 +96,7 @@ class OnnxRuntimeForms:
                 reject(form, str(error))
                 continue
             if undefined and not form.startswith("int8-static"):  # which looks for itself
-                graph = undefined_stays(graph, sample.outputs, sample.inputs)
+                graph = undefined_stays(graph, sample.outputs, sample.inputs, undefined)
             yield from _under_each_pass_set(form, graph, operators, material, reject)
 
 

@@ -6,7 +6,7 @@ and one that the call before did not have about one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Final
@@ -41,10 +41,12 @@ class Notes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         settings: A value for each key of `FLOAT32`, whose defaults depend on the CPU.
         bounds: The least and the largest index that an input may hold. Beyond a table the engine
             reads rows of zeros, where onnxruntime refuses the input.
+        rows: All inputs have as many rows, along their first axis.
     """
 
     settings: dict[str, str]
     bounds: dict[str, tuple[int, int]]
+    rows: bool = False
 
 
 _notes: Final = msgspec.json.Decoder(Notes)
@@ -73,7 +75,7 @@ class OpenVino:
             compiled = self.core.compile_model(network, "CPU", settings)
         except (*REFUSALS, KeyError, msgspec.MsgspecError) as error:
             raise ArtifactError(f"openvino cannot open {model.name}: {reason(error)}") from None
-        return OpenVinoSession(network, compiled, notes.bounds)
+        return OpenVinoSession(network, compiled, notes)
 
 
 class OpenVinoSession:
@@ -83,16 +85,15 @@ class OpenVinoSession:
     given, and reads beyond what it has where shapes do not agree. So each is checked before.
     """
 
-    def __init__(
-        self, network: ov.Model, compiled: ov.CompiledModel, bounds: Mapping[str, tuple[int, int]]
-    ) -> None:
+    def __init__(self, network: ov.Model, compiled: ov.CompiledModel, notes: Notes) -> None:
         self._network, self._request = network, compiled.create_infer_request()
         self._outputs = list(compiled.outputs)
         self._inputs = [
-            (i.element_type.to_dtype(), len(i.partial_shape), bounds.get(i.any_name))
+            (i.element_type.to_dtype(), len(i.partial_shape), notes.bounds.get(i.any_name))
             for i in compiled.inputs
         ]
-        self._fit: set[tuple[tuple[int, ...], ...]] = set()  # shapes but for the first axis
+        self._first = int(notes.rows)
+        self._fit: set[tuple[tuple[int, ...], ...]] = set()  # shapes but for rows
         self._one_at_a_time = Lock()
 
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
@@ -109,7 +110,8 @@ class OpenVinoSession:
         chosen = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
         try:
             with self._one_at_a_time:
-                if (shapes := tuple(array.shape[1:] for array in arrays)) not in self._fit:
+                shapes = tuple(array.shape[self._first :] for array in arrays)
+                if shapes not in self._fit:
                     self._network.reshape({i: list(a.shape) for i, a in enumerate(arrays)})
                     if len(self._fit) < _MOST_SHAPES:
                         self._fit.add(shapes)

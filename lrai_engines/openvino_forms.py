@@ -70,6 +70,7 @@ class OpenVinoForms:
         static = StaticForms(material.sample, material.threads)
         sides, looks = (material.sample.outputs, material.sample.inputs), "int8-static"
         undefined = goes_undefined(model, material.sample)
+        rows = {spec.batch_axis for spec in material.sample.inputs} == {0}
         forms = _FORMS | {
             "openvino-int8-static" + f"-{kept}" * bool(kept): _Form(
                 "int8", {}, partial(static.build, share=kept / 100)
@@ -83,9 +84,9 @@ class OpenVinoForms:
             try:
                 proto, operators = form.transform(model) if form.transform else (model, [])
                 if undefined and form.transform and looks not in name:  # those look for themselves
-                    proto = undefined_stays(proto, *sides)
+                    proto = undefined_stays(proto, *sides, undefined)
                 network = self.engine.core.read_model(proto.SerializeToString(), b"")
-                notes = Notes(FLOAT32 | form.settings, _bounds(model))
+                notes = Notes(FLOAT32 | form.settings, _bounds(model), rows)
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
                 graph = material.folder / name / "model.xml"
                 graph.parent.mkdir()

@@ -26,7 +26,7 @@ Float32 = npt.NDArray[np.float32]
 _ONNX = ("", "ai.onnx")  # both name the standard's own operators
 _OPSET: Final = 13  # the first whose QuantizeLinear is the one written here
 # On these, kernels of uint8 x int8 add two products in int16: 2 * 255 * 64 is the most that fits.
-SATURATING = ("avx2", "x86_64")
+SATURATING = ("avx512", "avx2", "x86_64")
 BITS: Final = 8
 FLOAT32: Final = "float32"  # the scheme of what is left alone
 INT4: Final = "matmul_4_bits"

@@ -8,6 +8,7 @@ transformers neither is true, and they have forms of their own.
 from __future__ import annotations
 
 import inspect
+import itertools
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -37,6 +38,8 @@ from lrai_engines.quantize import (
 )  # fmt: skip
 from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
+Pairs = frozenset[tuple[str, str]]  # of an input and an output
+
 _MOST: Final = 128  # rows
 _NARROW: Final = 128  # columns of a matrix whose product costs less than their sum
 _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
@@ -60,7 +63,7 @@ class StaticForms:
         self._harms: dict[str, float] = {}
         self._work: dict[str, float] = {}
         self._tried: list[set[str]] = [set()]
-        self._guard: bool | None = None
+        self._guard: Pairs | None = None
         self._failed = ""
 
     def build(
@@ -106,7 +109,7 @@ def static_int8(
     *,
     keep: Collection[str] = (),
     ranges: bytearray | None = None,
-    guard: bool = True,
+    guard: Pairs | None = None,
 ) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return `model` with QuantizeLinear and DequantizeLinear around what onnxruntime can quantise.
 
@@ -120,9 +123,9 @@ def static_int8(
             weights and computes with what they give.
         ranges: Of the activations, in onnxruntime's words, if they were found before; else they
             are written there.
-        guard: Integers have no value for what is none. With it the answer to a row that holds NaN
-            or infinity is NaN, as float32's is (`goes_undefined`): the row's sum less itself is
-            added to it.
+        guard: Integers have no value for what is none. Where float32's answer is NaN then, which
+            these say (`goes_undefined`; by default everywhere), to a row that holds NaN or infinity
+            it is NaN here: the row's sum less itself is added to it.
 
     Raises:
         NothingToQuantize: It multiplies activations with one another, as transformers do, or all
@@ -165,38 +168,48 @@ def static_int8(
     report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
-    if guard:
-        quantised = undefined_stays(quantised, sample.outputs, sample.inputs)
+    if guard is None or guard:
+        quantised = undefined_stays(quantised, sample.outputs, sample.inputs, guard)
     return quantised, report
 
 
-def goes_undefined(model: onnx.ModelProto, sample: Sample) -> bool:
-    """Return whether the model answers NaN with none, and not as one that looks for it."""
+def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
+    """Return where the model answers NaN with NaN, and not as one that looks for it."""
+    inputs, outputs = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
+    everything = frozenset(itertools.product(inputs, outputs))
     if not sample.rows:
-        return True
-    inputs = {}
-    for spec, array in zip(model.graph.input, sample.rows[0], strict=True):
-        inputs[spec.name] = np.full_like(array, np.nan) if array.dtype.kind == "f" else array
+        return everything
+    given, found = dict(zip(inputs, sample.rows[0], strict=True)), set[tuple[str, str]]()
     try:
         session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        found = session.run(None, inputs)
+        for name, array in given.items():
+            if array.dtype.kind == "f":
+                answer = session.run(outputs, given | {name: np.full_like(array, np.nan)})
+                told = zip(outputs, answer, strict=True)
+                found |= {(name, y) for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()}
     except (*_FAULTS, EncodeError, ValueError):
-        return True
-    return any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in found)
+        return everything
+    return frozenset(found)
 
 
 def undefined_stays(
-    model: onnx.ModelProto, outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec] = ()
+    model: onnx.ModelProto,
+    outputs: Sequence[TensorSpec],
+    inputs: Sequence[TensorSpec] = (),
+    pairs: Pairs | None = None,
 ) -> onnx.ModelProto:
     """Return `model`, with NaN for what reads NaN or infinity: a row, or all without a batch axis.
 
-    That an input of integers holds neither is known. `inputs`: by default all have rows.
+    That an input of integers holds neither is known. `inputs`: by default all have rows. `pairs`:
+    of input and output where that is so; by default in all.
     """
     graph = Graph(0)
     types = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
-    real = [v.name for v in model.graph.input if types[v.name].elem_type in _REAL]
+    floats = [v.name for v in model.graph.input if types[v.name].elem_type in _REAL]
+    reads = {s.name: [x for x in floats if pairs is None or (x, s.name) in pairs] for s in outputs}
     made = {name for node in model.graph.node for name in node.output}
-    given = [s for s in outputs if real and s.name in made and types[s.name].elem_type in _REAL]
+    given = [s for s in outputs if s.name in made and types[s.name].elem_type in _REAL]
+    given = [s for s in given if reads[s.name]]
     before = {spec.name: f"{spec.name}:defined" for spec in given}
     whole = {spec.name for spec in inputs if spec.batch_axis is None}
     for node in model.graph.node:
@@ -207,8 +220,8 @@ def undefined_stays(
         graph.nodes.append(own)
     for spec in given:
         value, rank, kind = before[spec.name], len(spec.shape), types[spec.name].elem_type
-        for x in real:
-            end = spec.name if x == real[-1] else f"{spec.name}:{x}"
+        for x in reads[spec.name]:
+            end = spec.name if x == reads[spec.name][-1] else f"{spec.name}:{x}"
             first = int(spec.batch_axis == 0 and x not in whole)
             dims = [dim.dim_value for dim in types[x].shape.dim]
             if first and rank == 2 and isinstance(spec.shape[1], int) and len(dims) > 1:

@@ -51,7 +51,7 @@ def assume_axes(signature: Signature) -> Signature:
     batch = {symbol for symbol in common if all(symbols[symbol] == 0 for symbols in free)}
     if not batch:
         return signature
-    others = common - batch
+    others = {s for s in common - batch if all(i.shape.count(s) == 1 for i in signature.inputs)}
     symbol = others.pop() if len(others) == 1 else ""
     return _with_axes(signature, [symbols.get(symbol) for symbols in free])
 
@@ -138,8 +138,9 @@ def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
 def _pairs(signature: Signature, rows: list[Row]) -> list[tuple[Row, Row]]:
     """Return pairs of single rows, of different lengths where there is a length axis."""
     if len(rows) < 2:
-        lengths = ((3, 8), (5, 6))
-        return [(synthetic_row(signature, a), synthetic_row(signature, b)) for a, b in lengths]
+        short, long, short_2, long_2 = (synthetic_row(signature, n) for n in (3, 8, 5, 6))
+        ones = [np.ones_like(x) if x.dtype.kind in "iub" else x for x in short_2]
+        return [(short, long), (ones, long_2)]  # in which padding is a token that was not there
     ordered = sorted(rows, key=lambda row: length_of(row, signature))
     pairs = []
     for short in (ordered[0], ordered[len(rows) // 2]):

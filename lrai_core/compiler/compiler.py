@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -138,7 +138,8 @@ def compile(
             raise UsageError(f"{name} needs evaluation rows to be judged on")
     builders = list(map(search.find_builder, dict.fromkeys(("onnxruntime", *engines))))
     report = progress or (lambda _: None)
-    with store.writing(out) as folder, tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
+    # On the disk of the artifact, which is the one that is said to be full.
+    with store.writing(out) as folder, TemporaryDirectory("", ".lrai-", folder.parent) as scratch:
         work = _Compilation(folder, Path(scratch), conditions, threads or available_cpus(), report)
         work.seconds, work.objective = 60 * (minutes or math.inf), objective
         work.load(model)
@@ -184,11 +185,11 @@ class _Compilation:
         """Ensure: source stored, its graph referring to the weights' file; a session on it."""
         self.progress(Step("load", path.name))
         self.proto, self.source = load_model(path, self._notify)
-        self.signature = declared(self.proto)
         graph = self.folder / self.source.file
         graph.parent.mkdir()
         self.shared = SharedWeights(graph.parent)
         self.shared.write(self.proto, graph)
+        self.signature = declared(self.proto)  # its weights are elsewhere
         self.reference = self.engine.load(graph, weights=graph.parent, threads=self.threads)
 
     def find_axes(

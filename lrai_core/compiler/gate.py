@@ -327,8 +327,8 @@ def _fair_enough(
 def _scores(outputs: Outputs, what: str) -> NDArray[np.float64]:
     """Return the scores of every row's classes, from the first output that has some."""
     first = next((i for i, a in enumerate(outputs[0]) if a.dtype.kind == "f" and a.size > 1), None)
-    if first is None:
-        raise CalibrationError(f"{what} needs an output with a score per class, there is none")
+    if first is None or len({row[first].size for row in outputs}) > 1:
+        raise CalibrationError(f"{what} needs a first float output with one score per class")
     return np.stack([row[first].reshape(-1) for row in outputs]).astype(np.float64)
 
 

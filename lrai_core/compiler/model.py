@@ -94,8 +94,10 @@ def declared(model: onnx.ModelProto) -> Signature:
             raise CompileError(f"{shorten(value.name)!r} is a {kind}, no tensor{remedy}")
         if value in inputs and not value.type.tensor_type.HasField("shape"):
             raise CompileError(f"input {shorten(value.name)!r} has a dynamic rank; give it a shape")
-    outputs = map(_spec, model.graph.output)
-    return Signature(inputs=tuple(map(_spec, inputs)), outputs=tuple(outputs))
+    outputs = model.graph.output
+    if not all(value.type.tensor_type.HasField("shape") for value in outputs):
+        outputs = onnx.shape_inference.infer_shapes(model).graph.output
+    return Signature(inputs=tuple(map(_spec, inputs)), outputs=tuple(map(_spec, outputs)))
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

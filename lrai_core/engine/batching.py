@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from lrai_core.engine.engine import Session
+from lrai_core.errors import EngineError
 from lrai_core.protocol import DATATYPES, Array, Signature, TensorSpec
 
 MEASURED_ELEMENTS: Final = 512
@@ -22,6 +23,7 @@ On CPUs calls of more elements run no faster per element (MiniLM: from 256 token
 slower), and what they need stays with the process: twice as many cost a sentence encoder 20 MB.
 """
 _BATCH_ROWS: Final = (2, 3, 5, 8, 13, 64)
+_MOST_ELEMENTS: Final = 1 << 28
 
 
 def coalesce(requests: Sequence[Sequence[Array]], signature: Signature) -> list[Array]:
@@ -108,14 +110,15 @@ def synthetic_row(signature: Signature, length: int) -> list[Array]:
         for axis, extent in ((spec.batch_axis, 1), (spec.length_axis, length)):
             if axis is not None:
                 shape[axis] = extent
-        count, last = math.prod(shape), shape[-1] if shape else 1
-        if (dtype := DATATYPES[spec.datatype]).kind == "f":
-            values: list[Any] = [random.gauss() for _ in range(count)]
-        elif dtype.kind == "O":
-            values = ["a"] * count
-        else:  # nought and one are tokens, segments and masks alike; the first is never masked
-            values = [i % last == 0 or random.getrandbits(1) for i in range(count)]
-        row.append(np.array(values, dtype).reshape(shape))
+        if (count := math.prod(shape)) > _MOST_ELEMENTS:
+            raise EngineError(f"input {spec.name!r}: a row of {shape} is too large")
+        kind = (dtype := DATATYPES[spec.datatype]).kind
+        # Nought and one are tokens, segments and masks alike.
+        draw = random.gauss if kind == "f" else lambda: random.getrandbits(1)
+        values: list[Any] = ["a"] if kind == "O" else [draw() for _ in range(min(count, 4096))]
+        row.append(np.resize(np.array(values, dtype), shape))
+        if kind in "iub":
+            row[-1][..., :1] = 1  # the first is never masked
     return row
 
 

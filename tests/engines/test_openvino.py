@@ -185,6 +185,17 @@ def test_a_shape_that_fits_what_is_declared_but_not_the_weights_is_refused(tmp_p
     assert session.run([np.zeros((2, 8), np.float32)])[0].shape == (2, 4)
 
 
+def test_a_first_axis_that_is_no_batch_is_checked_at_every_call(tmp_path: Path) -> None:
+    table = numpy_helper.from_array(np.ones((4, 2), np.float32), "table")
+    nodes = [helper.make_node("Add", ["x", "table"], ["y"])]
+    session = session_of(
+        model(nodes, [value("x", ["n", 2])], [value("y", ["n", 2])], [table]), tmp_path
+    )
+    assert session.run([np.zeros((4, 2), np.float32)])[0].tolist() == [[1, 1]] * 4
+    with pytest.raises(EngineError, match="openvino cannot run the model"):
+        session.run([np.zeros((5, 2), np.float32)])
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 

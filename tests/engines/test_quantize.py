@@ -31,7 +31,7 @@ from lrai_engines.static import goes_undefined, undefined_stays
 Array = npt.NDArray[Any]
 Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
-SATURATES = isa_class() in ("avx2", "x86_64")  # so weights have 7 bits
+SATURATES = isa_class() in ("avx512", "avx2", "x86_64")  # so weights have 7 bits
 PER_ROW: dict[str, Scheme] = {"per_row": dynamic_int8_per_row}
 SCHEMES: dict[str, Scheme] = {
     "dynamic": dynamic_int8,
@@ -642,3 +642,36 @@ def test_a_model_that_looks_for_what_is_no_number_is_left_to_it() -> None:
     rows = Sample([[np.ones((1, 64), np.float32)]], (spec,))
     assert not goes_undefined(imputing, rows)
     assert goes_undefined(linear(matrix), rows)
+
+
+def test_what_is_no_number_for_one_of_two_towers_leaves_the_other_alone() -> None:
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal((64, 32)).astype(np.float32) for name in "uv"}
+    nodes = [helper.make_node("MatMul", [side, w], [f"{side}:out"], side)
+             for side, w in zip(("user", "item"), "uv", strict=True)]  # fmt: skip
+    value = helper.make_tensor_value_info
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes, "towers",
+            [value(side, TensorProto.FLOAT, ["n", 64]) for side in ("user", "item")],
+            [value(f"{side}:out", TensorProto.FLOAT, ["n", 32]) for side in ("user", "item")],
+            [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    x = random.standard_normal((2, 64)).astype(np.float32)
+    specs = tuple(
+        TensorSpec(name=f"{side}:out", datatype="FP32", shape=("n", 32), batch_axis=0)
+        for side in ("user", "item")
+    )
+    pairs = goes_undefined(proto, Sample([[x[:1], x[:1]]], specs))
+    assert pairs == {("user", "user:out"), ("item", "item:out")}
+    quantised, _ = dynamic_int8_per_row(proto)
+    guarded = undefined_stays(quantised, specs, (), pairs)
+    session = ort.InferenceSession(guarded.SerializeToString(), providers=["CPUExecutionProvider"])
+    none = x.copy()
+    none[0, 3] = np.nan
+    user, item = session.run(None, {"user": x, "item": none})
+    assert np.isfinite(user).all()
+    assert np.isnan(item[0]).all()
+    assert np.isfinite(item[1]).all()

@@ -77,6 +77,38 @@ def test_padding_that_changes_outputs_is_no_length_axis(tmp_path: Path) -> None:
     assert "padding with 0 changes the outputs" in why
 
 
+def test_padding_that_only_the_largest_of_all_tokens_shows_is_no_length_axis(
+    tmp_path: Path,
+) -> None:
+    nodes = [LOOK_UP, helper.make_node("ReduceMax", ["words"], ["y"], axes=[1], keepdims=0)]
+    proto = model(nodes, [IDS], [value("y", ["batch", 4])], [TABLE])
+    signature, why = found(proto, tmp_path)  # of two tokens, one of which is the padding
+    assert signature.inputs[0].length_axis is None
+    assert "padding with 0 changes the outputs" in why
+
+
+def test_an_extent_that_an_input_has_twice_is_no_length(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["mask"], ["weights"], to=TensorProto.FLOAT),
+        LOOK_UP,
+        helper.make_node("MatMul", ["weights", "words"], ["y"]),
+    ]
+    mask = value("mask", ["batch", "sequence", "sequence"], TensorProto.INT64)
+    proto = model(nodes, [IDS, mask], [value("y", ["batch", "sequence", 4])], [TABLE])
+    assert assume_axes(declared(proto)).inputs[0].length_axis is None
+    signature, why = found(proto, tmp_path, [[np.ones((1, 6), int), np.ones((1, 6, 6), int)]] * 3)
+    assert signature.inputs[0].batch_axis == 0
+    assert "no length axis" in why
+
+
+def test_an_output_without_a_shape_has_the_one_that_follows(tmp_path: Path) -> None:
+    proto = masked_sum()
+    proto.graph.output[1].type.tensor_type.ClearField("shape")
+    signature, _ = found(proto, tmp_path)
+    assert [spec.shape[1:] for spec in signature.outputs] == [("sequence", 4), (4,)]
+    assert signature.coalescible
+
+
 def test_real_rows_of_one_length_still_show_that_padding_matters(tmp_path: Path) -> None:
     rows = [[np.full((1, 6), i, np.int64)] for i in range(1, 20)]
     signature, _ = found(plain_mean(), tmp_path, rows)

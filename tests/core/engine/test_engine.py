@@ -72,7 +72,9 @@ def test_the_gpu_build_of_an_engine_counts_as_it(monkeypatch: pytest.MonkeyPatch
     [
         ("model name: x\nflags : fpu avx2 avx512_vnni amx_int8\n", "amx"),
         ("flags\t\t: fpu avx2 avx512_vnni\n", "vnni"),
-        ("flags : fpu avx2 avx_vnni\n", "vnni"),
+        ("flags : fpu avx2 avx512f avx512_vnni avx_vnni\n", "vnni"),
+        ("flags : fpu avx2 avx512f\n", "avx512"),
+        ("flags : fpu avx2 avx_vnni\n", "avx-vnni"),
         ("flags : fpu avx2\n", "avx2"),
         ("Features : fp asimd asimddp\n", "neon-dot"),
         ("flags : fpu sse2\n", "the machine"),
