@@ -601,13 +601,14 @@ def decision_cost(inputs: str, slo: float | None, bounds: Bounds) -> Row:
     """
     latency = COSTS[inputs]()
     lengths = range(4, 65) if inputs == "mixed lengths" else range(1)
-    drawn = random.Random(0)
-    queue = Queue()
-    now, sequences = 0.0, itertools.count()
+    drawn, most = random.Random(0), 2 * QUEUED + bounds.rows + 4096  # of one decision at the end
+    times = [3_600.0 if slo is None else slo * drawn.uniform(0.2, 1.0) for _ in range(most)]
+    arrivals = zip(itertools.count(), times, drawn.choices(lengths, k=most), strict=False)
+    queue, now = Queue(), 0.0
 
     def add() -> None:
-        due = now + (3_600.0 if slo is None else slo * drawn.uniform(0.2, 1.0))
-        queue.add(Waiting(0, due, next(sequences), due, 0, 1, drawn.choice(lengths)))
+        sequence, left, length = next(arrivals)
+        queue.add(Waiting(0, now + left, sequence, now + left, 0, 1, length))
 
     for _ in range(QUEUED):
         add()

@@ -16,7 +16,6 @@ sequencing algorithm for minimizing the number of late jobs".
 from __future__ import annotations
 
 import heapq
-import itertools
 from bisect import bisect_left
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -51,8 +50,7 @@ class Bounds:
         return rows <= self.rows and (not self.elements or rows * length <= self.elements)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Sequences of what runs now as one call, and of what is not worth running any more."""
 
     dispatch: tuple[int, ...]
@@ -182,7 +180,7 @@ class _Call:
     short_of_time: bool = False  # it would have grown further, but for `due`
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Situation:
     """What a decision is made from; `first`: index of the most urgent who can be answered."""
 
@@ -195,8 +193,8 @@ class _Situation:
 
     def able(self, most: int) -> list[Waiting]:
         """Return the most urgent of those who are not left aside."""
-        urgent = itertools.islice(self.queue.urgent, self.first, None)
-        return list(itertools.islice((w for w in urgent if w.sequence not in self.aside), most))
+        urgent = self.queue.urgent[self.first : self.first + most + len(self.aside)]
+        return [w for w in urgent if w.sequence not in self.aside][:most] if self.aside else urgent
 
     def lead(self, head: Waiting, gone: Set[int] = frozenset(), wait_seconds: float = 0) -> _Call:
         """Grow a call from `head` to both sides in order of length while it saves time.
