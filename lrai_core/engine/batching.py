@@ -118,7 +118,7 @@ def synthetic_row(signature: Signature, length: int) -> list[Array]:
         values: list[Any] = ["a"] if kind == "O" else [draw() for _ in range(min(count, 4096))]
         row.append(np.resize(np.array(values, dtype), shape))
         if kind in "iub":
-            row[-1][..., :1] = 1  # the first is never masked
+            row[-1][(..., slice(1)) if shape else ()] = 1  # the first is never masked
     return row
 
 

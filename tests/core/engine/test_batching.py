@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrai_core.engine.batching import coalesce, length_of, split, stretch
+from lrai_core.engine.batching import coalesce, length_of, split, stretch, synthetic_row
+from lrai_core.errors import EngineError
 from lrai_core.protocol import Array, Signature, TensorSpec
 
 FREE = ("batch", "sequence")
@@ -192,6 +193,25 @@ def test_an_output_without_the_rows_that_went_in_is_refused(shape: tuple[int, ..
 def test_too_few_outputs_are_refused() -> None:
     with pytest.raises(ValueError, match="argument 2 is longer"):
         split([np.zeros((3, 2))], TOKENS.outputs, [1, 2], [0, 0])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), ("n",), ("n", "l"), (1, 0), (3, 5000), ("n", 2, 3)])
+@pytest.mark.parametrize("datatype", ["INT64", "BOOL", "UINT8", "FP16", "FP32", "BYTES"])
+def test_a_made_up_row_has_the_shape_that_is_declared(
+    shape: tuple[int | str, ...], datatype: str
+) -> None:
+    spec = TensorSpec(name="x", datatype=datatype, shape=shape)
+    (row,) = synthetic_row(Signature(inputs=(spec,), outputs=()), 7)
+    assert row.shape == tuple(4 if isinstance(extent, str) else extent for extent in shape)
+    if row.dtype.kind in "iub" and row.size:
+        assert set(row.ravel().tolist()) <= {0, 1}
+        assert np.all(row[..., 0] if shape else row), "the first is never masked"
+
+
+def test_a_row_that_no_memory_holds_is_not_made() -> None:
+    spec = TensorSpec(name="x", datatype="FP32", shape=("n", 1 << 40))
+    with pytest.raises(EngineError, match="is too large"):
+        synthetic_row(Signature(inputs=(spec,), outputs=()), 1)
 
 
 def test_stretch_repeats_rows_and_cuts_or_repeats_lengths() -> None:
