@@ -71,4 +71,4 @@ def test_ten_thousand_mapped_rows_take_as_much_as_three_hundred(tmp_path: Path) 
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
-    assert peaks[1] <= 1.2 * peaks[0], peaks  # the rows alone would double it
+    assert peaks[1] - peaks[0] < 40_000, peaks  # KiB; the rows alone are 164 MB

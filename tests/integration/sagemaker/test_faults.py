@@ -88,8 +88,8 @@ def test_what_is_killed_under_load_is_back_in_time(
     assert load.sent == len(load.statuses) + len(load.lost)  # nobody was forgotten
     assert load.wrong == 0
     assert set(load.statuses) <= {200, 503}
-    assert max(silences) < 30, silences
-    assert pings.slow <= len(pings.said) / 20
+    assert max(silences) < 5 * seconds, silences
+    assert pings.slow <= 1  # as above
     assert set(pings.said) <= {200, 503, 0}
     if victim == "worker":
         assert (
