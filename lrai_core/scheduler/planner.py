@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from math import inf
 from typing import Final, NamedTuple
 
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.waiting import Queue, Waiting
+from lrai_core.scheduler.waiting import Lane, Queue, Waiting
 
 PROBE_SECONDS: Final = 1.0  # without an answer, after which what was learned is not trusted
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
@@ -45,10 +46,6 @@ class Bounds:
     elements: int = 0  # padded rows x length; 0 for none
     actors: int = 1  # that run calls at the same time
 
-    def allow(self, rows: int, length: int) -> bool:
-        """Return whether a call may have so many rows, padded to `length`."""
-        return rows <= self.rows and (not self.elements or rows * length <= self.elements)
-
 
 class Decision(NamedTuple):
     """Sequences of what runs now as one call, and of what is not worth running any more."""
@@ -68,19 +65,21 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
         now: The clock of the deadlines, in seconds.
         bounds: Limits of a call; a single request that exceeds them runs alone.
     """
-    urgent, late = queue.urgent, 0
-    while late < len(urgent) and _is_late(urgent[late], latency, now):
+    urgent, late, costs = queue.urgent, 0, _Costs(latency)
+    while late < len(urgent) and costs.late(urgent[late], now):
         late += 1
     if late == len(urgent):
         return Decision((), tuple(queue), 0.0)
-    aside = _longest(queue, latency, now, bounds, late)
-    situation = _Situation(queue, latency, now, bounds, late, aside)
-    given_up: Sequence[Waiting] = ()
-    call = situation.lead(situation.able(1)[0])
+    near = urgent[late : late + _AHEAD]
+    aside = _longest(queue.lanes[near[0].group], near, costs, now, bounds)
+    if aside:
+        near = [one for one in near if one.sequence not in aside]
+    situation = _Situation(queue, costs, now, bounds, late, aside, near)
+    call, given_up = situation.lead(near[0]), list[Waiting]()
     if call.short_of_time and not situation.rest_fits(call):
         call, given_up = situation.give_up(call)
-    drop = tuple(waiting.sequence for waiting in (*urgent[:late], *given_up))
-    return Decision(tuple(one.sequence for one in call.members), drop, call.seconds, call.due)
+    drop = tuple([waiting.sequence for waiting in (*urgent[:late], *given_up)])
+    return Decision(tuple([one.sequence for one in call.members]), drop, call.seconds, call.due)
 
 
 def probe(queue: Queue, latency: LatencyModel) -> Decision:
@@ -92,38 +91,49 @@ def probe(queue: Queue, latency: LatencyModel) -> Decision:
     return Decision((one.sequence,), (), latency.call_seconds(one.rows, one.length), one.deadline)
 
 
-def _is_late(one: Waiting, latency: LatencyModel, now: float) -> bool:
-    return now + latency.call_seconds(one.rows, one.length) * latency.margin > one.deadline
+class _Costs(dict[tuple[int, int], float]):
+    """What calls of rows and length take, in seconds: a decision asks for the same ones often."""
+
+    __slots__ = ("_predict", "margin")
+
+    def __init__(self, latency: LatencyModel) -> None:
+        self._predict, self.margin = latency.call_seconds, latency.margin
+
+    def __missing__(self, call: tuple[int, int]) -> float:
+        self[call] = seconds = self._predict(*call)
+        return seconds
+
+    def late(self, one: Waiting, now: float) -> bool:
+        """Return whether a request is late even if it runs now and alone."""
+        return now + self[one.rows, one.length] * self.margin > one.deadline
 
 
 def _longest(
-    queue: Queue, latency: LatencyModel, now: float, bounds: Bounds, first: int
+    lane: Lane, ahead: Sequence[Waiting], costs: _Costs, now: float, bounds: Bounds
 ) -> Set[int]:
-    """Return who is left aside, from the `first` on, so that as many as can be are in time.
+    """Return who is left aside of those `ahead`, so that as many as can be are in time.
 
     In order of urgency: while they do not all end in time, in calls that they share, what takes
     longest is left aside. Nobody is for one of a lower priority, or where all are of one length.
     """
-    head = queue.urgent[first]
-    lane = queue.lanes[head.group]
     if lane[0][0] == lane[-1][0]:
         return frozenset()
+    head = ahead[0]
     most = max(1, bounds.rows // head.rows)
-    predict, shared, few = latency.call_seconds, min(_AHEAD, len(lane), most), min(_SHARED, most)
-    each = predict(shared * head.rows, head.length) / shared
-    if predict(few * head.rows, head.length) < few * _NEARLY * each:
+    shared, few = min(_AHEAD, len(lane), most), min(_SHARED, most)
+    each = costs[shared * head.rows, head.length] / shared
+    if costs[few * head.rows, head.length] < few * _NEARLY * each:
         shared = few
-    if now + _AHEAD * predict(shared * lane[-1][1].rows, lane[-1][0]) / shared < head.deadline:
+    if now + _AHEAD * costs[shared * lane[-1][1].rows, lane[-1][0]] / shared < head.deadline:
         return frozenset()  # there is time for all
-    ahead = queue.urgent[first : first + _AHEAD]
     horizon = [one for one in ahead if one.priority == head.priority]
-    in_turn = latency.margin / shared / bounds.actors
-    takes = [predict(shared * one.rows, one.length) * in_turn for one in horizon]
+    in_turn = costs.margin / shared / bounds.actors
+    takes = [costs[shared * one.rows, one.length] * in_turn for one in horizon]
     kept: list[tuple[float, int]] = []  # a heap: what takes longest first
     aside: set[int] = set()
     end, least = now, min(takes)
     for one, seconds in zip(horizon, takes, strict=True):
-        if seconds > least and _is_late(one, latency, now):
+        if seconds > least and costs.late(one, now):
             aside.add(one.sequence)
             continue
         heapq.heappush(kept, (-seconds, one.sequence))
@@ -168,13 +178,10 @@ def choose(offers: Sequence[Offer], now: float) -> int:
     return kept[0] if kept else order[0]
 
 
-@dataclass(slots=True)
-class _Call:
-    """A call while it grows."""
+class _Call(NamedTuple):
+    """A call that has grown."""
 
     members: list[Waiting]
-    rows: int
-    length: int
     due: float  # the earliest deadline
     seconds: float  # predicted
     short_of_time: bool = False  # it would have grown further, but for `due`
@@ -185,16 +192,17 @@ class _Situation:
     """What a decision is made from; `first`: index of the most urgent who can be answered."""
 
     queue: Queue
-    latency: LatencyModel
+    costs: _Costs
     now: float
     bounds: Bounds
     first: int
     aside: Set[int]  # who neither leads nor joins a call now
+    near: Sequence[Waiting]  # of the first `_AHEAD`, who are not left aside: the others are none
 
-    def able(self, most: int) -> list[Waiting]:
-        """Return the most urgent of those who are not left aside."""
-        urgent = self.queue.urgent[self.first : self.first + most + len(self.aside)]
-        return [w for w in urgent if w.sequence not in self.aside][:most] if self.aside else urgent
+    def able(self, at: int) -> Waiting:
+        """Return who is in place `at` of urgency among those who are not left aside."""
+        behind = at - len(self.near)
+        return self.near[at] if behind < 0 else self.queue.urgent[self.first + _AHEAD + behind]
 
     def lead(self, head: Waiting, gone: Set[int] = frozenset(), wait_seconds: float = 0) -> _Call:
         """Grow a call from `head` to both sides in order of length while it saves time.
@@ -202,45 +210,50 @@ class _Situation:
         Nobody is let in who would make another, or be made, miss a deadline, who is more urgent
         than the head and so was given up, who is left aside or `gone`.
         """
-        gone = gone or self.aside
-        predict, start = self.latency.call_seconds, self.now + wait_seconds
-        seconds = predict(head.rows, head.length)
-        call = _Call([head], head.rows, head.length, head.deadline, seconds)
+        gone, costs = gone or self.aside, self.costs
+        most_rows, most_elements = self.bounds.rows, self.bounds.elements or inf
+        start, margin = self.now + wait_seconds, costs.margin
+        members, rows, length, due = [head], head.rows, head.length, head.deadline
+        seconds, short_of_time = costs[rows, length], False
         lane = self.queue.lanes[head.group]
         # Left of the head only shorter ones: those of its length that are more urgent are given up.
-        shorter, at = bisect_left(lane, (head.length,)), bisect_left(lane, (head.length, head))
-        places = range(shorter - 1, -1, -1), range(at + 1, len(lane))
-        sides = [_Side(lane, side, head, gone) for side in places]
+        shorter = bisect_left(lane, (length,)) if lane[0][0] < length else 0
+        at = bisect_left(lane, (length, head), shorter)
         # The more wait, the likelier each finds others of its own length to share a call with.
-        others = min(_PEERS, len(lane))
-        while call.rows < self.bounds.rows:
-            best: _Side | None = None
-            best_saving = best_seconds = 0.0
-            for side in sides:
-                while (other := side.next) is not None:
-                    rows, length = call.rows + other.rows, max(call.length, other.length)
-                    if self.bounds.allow(rows, length):
-                        seconds, alone = predict(rows, length), predict(other.rows, other.length)
-                        peers = predict(others * other.rows, other.length) / others
-                        saving = call.seconds + min(alone, peers) - seconds
+        peers = min(_PEERS, len(lane))
+        places = range(shorter - 1, -1, -1), range(at + 1, len(lane))
+        sides = [_neighbours(lane, side, head, gone, peers, costs) for side in places if side]
+        nearest, skipped = [next(side, None) for side in sides], [0, 0]
+        while rows < most_rows:
+            best, best_saving, best_seconds = None, 0.0, 0.0
+            for side, neighbours in enumerate(sides):
+                while (neighbour := nearest[side]) is not None:
+                    other, alone, apart = neighbour
+                    joint, padded = rows + other.rows, max(length, other.length)
+                    if joint <= most_rows and joint * padded <= most_elements:
+                        takes = costs[joint, padded]
+                        saving = seconds + apart - takes
                         if saving <= 0:
-                            side.next = None  # those behind are longer, or padded more
+                            nearest[side] = None  # those behind are longer, or padded more
                             break
-                        due = min(call.due, other.deadline)
-                        if start + seconds * self.latency.margin <= due:
+                        if (end := start + takes * margin) <= due and end <= other.deadline:
                             if saving > best_saving:
-                                best, best_saving, best_seconds = side, saving, seconds
+                                best, best_saving, best_seconds = side, saving, takes
                             break
                         if start + alone <= other.deadline:  # else it is late whatever is done
-                            call.short_of_time = True
-                    side.skip()  # a call only grows: who may not join now never may
-            if best is None or (other := best.next) is None:
+                            short_of_time = True
+                    # A call only grows: who may not join now never may. After some it is let be.
+                    skipped[side] += 1
+                    nearest[side] = (
+                        next(neighbours, None) if skipped[side] <= _MOST_SKIPPED else None
+                    )
+            if best is None or (neighbour := nearest[best]) is None:
                 break
-            best.advance()
-            call.members.append(other)
-            call.rows, call.length = call.rows + other.rows, max(call.length, other.length)
-            call.due, call.seconds = min(call.due, other.deadline), best_seconds
-        return call
+            nearest[best] = next(sides[best], None)
+            members.append(other := neighbour[0])
+            rows, length, seconds = rows + other.rows, max(length, other.length), best_seconds
+            due = min(due, other.deadline)
+        return _Call(members, due, seconds, short_of_time)
 
     def rest_fits(self, call: _Call) -> bool:
         """Return whether what `call` leaves behind can follow whole, with time to spare.
@@ -255,46 +268,34 @@ class _Situation:
                 return end <= follows.due and not follows.short_of_time
         return True
 
-    def give_up(self, call: _Call) -> tuple[_Call, Sequence[Waiting]]:
+    def give_up(self, call: _Call) -> tuple[_Call, list[Waiting]]:
         """Return the call that serves the most per second, and who is given up for it."""
 
         def worth(call: _Call, given_up: int) -> tuple[float, int, _Call]:
             return (len(call.members) - _DROP_COST * given_up) / call.seconds, -given_up, call
 
-        best, low, high, short = worth(call, 0), 0, 1, True
-        urgent = self.able(_MOST_GIVEN_UP)
+        best, low, high, short = worth(call, 0), 0, 4, True
+        most = min(_MOST_GIVEN_UP, len(self.queue) - self.first - len(self.aside))
         while short or high - low > 1:  # gallop to where time is no longer short, then bisect
             at = high if short else (low + high) // 2
-            if at >= len(urgent) or urgent[at].priority != urgent[0].priority:
-                break  # nobody is given up for those of a lower priority
-            found = worth(self.lead(urgent[at]), at)
-            if len(found[2].members) > len(call.members):
-                best = max(best, found, key=lambda one: one[:2])
-            if found[2].short_of_time:
-                low, high = (high, 2 * high) if short else (at, high)
-            else:
-                short, high = False, at
-        return best[2], urgent[: -best[1]] if best[1] else ()
+            still_short = False
+            # Nobody is given up for those of a lower priority.
+            if at < most and (head := self.able(at)).priority == self.near[0].priority:
+                found = worth(self.lead(head), at)
+                if len(found[2].members) > len(call.members):
+                    best = max(best, found, key=lambda one: one[:2])
+                still_short = found[2].short_of_time
+            short = short and still_short
+            low, high = (at, 2 * at if short else high) if still_short else (low, at)
+        return best[2], [self.able(at) for at in range(-best[1])]
 
 
-class _Side:
-    """The neighbours of a request in one direction of its lane."""
-
-    __slots__ = ("_others", "_skipped", "next")
-
-    def __init__(
-        self, lane: list[tuple[int, Waiting]], places: range, head: Waiting, gone: Set[int]
-    ) -> None:
-        others = (lane[place][1] for place in places)
-        self._others = (one for one in others if one > head and one.sequence not in gone)
-        self._skipped = 0
-        self.next = next(self._others, None)
-
-    def skip(self) -> None:
-        """Go on without the next neighbour; after some the side is closed."""
-        self._skipped += 1
-        self.next = None if self._skipped > _MOST_SKIPPED else next(self._others, None)
-
-    def advance(self) -> None:
-        """Go on to the neighbour behind the next."""
-        self.next = next(self._others, None)
+def _neighbours(
+    lane: Lane, places: range, head: Waiting, gone: Set[int], peers: int, costs: _Costs
+) -> Iterator[tuple[Waiting, float, float]]:
+    """Yield who may join `head`, with what each takes alone and with so many of its own length."""
+    for place in places:
+        one = lane[place][1]
+        if one > head and one.sequence not in gone:
+            alone = costs[one.rows, one.length]
+            yield one, alone, min(alone, costs[peers * one.rows, one.length] / peers)

@@ -20,12 +20,15 @@ class Waiting(NamedTuple):
     length: int  # 0 where there is no length axis
 
 
+Lane = list[tuple[int, Waiting]]  # of one group, by length
+
+
 class Queue:
     """Requests of one model, by urgency and, per group, by length; every change is O(log n)."""
 
     def __init__(self) -> None:
         self.urgent: list[Waiting] = []
-        self.lanes: dict[Hashable, list[tuple[int, Waiting]]] = {}  # of groups, by length
+        self.lanes: dict[Hashable, Lane] = {}
         self._known: dict[int, Waiting] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap, with what has left meanwhile
 
