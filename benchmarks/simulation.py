@@ -28,6 +28,8 @@ Actual = Callable[[int, float], float]  # rows and start of a call to the second
 
 PROFILED_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 TICK: Final = 1e-9  # what rounding may add to a time
+_NOISE_SLOTS: Final = 1 << 20
+_NOISE_SLOT_SECONDS: Final = 1e-4  # a call takes a hundred, so no two of one server share a draw
 _DRAWN_RATE: Final = 2000.0  # requests per second at which bursts last what `arrivals_of` says
 
 
@@ -120,12 +122,16 @@ def simulate(policy: Policy, arrivals: Times, server: Server, actual: Actual) ->
 
 
 def actual_of(server: Server, noise: float = 0.0, seed: int = 0) -> Actual:
-    """Return calls that take tau(b), times a draw of mean 1 and standard deviation `noise`."""
-    random = np.random.default_rng(seed)
+    """Return calls that take tau(b), times a draw of mean 1 and standard deviation `noise`.
+
+    The draw belongs to the moment of the start (common random numbers): where two policies start a
+    call at the same time they meet the same noise, whatever they did before, so that they differ by
+    what they decide and not by luck. Calls of one policy are far enough apart to be independent.
+    """
+    draws = np.random.default_rng(seed).standard_normal(_NOISE_SLOTS) if noise else np.zeros(1)
 
     def actual(rows: int, start: float) -> float:
-        del start
-        factor = 1 + noise * random.standard_normal() if noise else 1.0
+        factor = 1 + noise * float(draws[int(start / _NOISE_SLOT_SECONDS) % len(draws)])
         return server.tau(rows) * max(0.3, factor)
 
     return actual

@@ -208,10 +208,17 @@ def test_a_late_answer_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.15])
-def test_noise_keeps_the_mean_and_comes_again_with_its_seed(noise: float) -> None:
-    first, again = actual_of(SERVER, noise, 3), actual_of(SERVER, noise, 3)
-    drawn = [first(8, 0.0) / SERVER.tau(8) for _ in range(4_000)]
-    assert drawn == [again(8, 1.0) / SERVER.tau(8) for _ in range(4_000)]
+def test_noise_keeps_the_mean_and_belongs_to_the_seed_and_the_moment(noise: float) -> None:
+    first, again, other = (
+        actual_of(SERVER, noise, 3),
+        actual_of(SERVER, noise, 3),
+        actual_of(SERVER, noise, 4),
+    )
+    starts = [0.003 * call for call in range(4_000)]
+    drawn = [first(8, start) / SERVER.tau(8) for start in starts]
+    backwards = [again(4, start) / SERVER.tau(4) for start in reversed(starts)]
+    assert drawn == pytest.approx(backwards[::-1])
+    assert drawn != pytest.approx([other(8, start) / SERVER.tau(8) for start in starts], rel=0.01)
     assert np.mean(drawn) == pytest.approx(1, abs=0.01)
     assert np.std(drawn) == pytest.approx(noise, rel=0.1)
 
