@@ -221,32 +221,34 @@ class _Situation:
         at = bisect_left(lane, (length, head), shorter)
         # The more wait, the likelier each finds others of its own length to share a call with.
         peers = min(_PEERS, len(lane))
-        places = range(shorter - 1, -1, -1), range(at + 1, len(lane))
+        places = range(at + 1, len(lane)), range(shorter - 1, -1, -1)
         sides = [_neighbours(lane, side, head, gone, peers, costs) for side in places if side]
         nearest, skipped = [next(side, None) for side in sides], [0, 0]
         while rows < most_rows:
-            best, best_saving, best_seconds = None, 0.0, 0.0
+            best, best_saving, best_seconds, padded = None, 0.0, 0.0, length
             for side, neighbours in enumerate(sides):
+                if best_saving and padded == length:
+                    break  # who is shorter saves less than who is not padded
                 while (neighbour := nearest[side]) is not None:
                     other, alone, apart = neighbour
                     joint, padded = rows + other.rows, max(length, other.length)
-                    if joint <= most_rows and joint * padded <= most_elements:
-                        takes = costs[joint, padded]
-                        saving = seconds + apart - takes
-                        if saving <= 0:
-                            nearest[side] = None  # those behind are longer, or padded more
-                            break
-                        if (end := start + takes * margin) <= due and end <= other.deadline:
-                            if saving > best_saving:
-                                best, best_saving, best_seconds = side, saving, takes
-                            break
-                        if start + alone <= other.deadline:  # else it is late whatever is done
-                            short_of_time = True
-                    # A call only grows: who may not join now never may. After some it is let be.
-                    skipped[side] += 1
-                    nearest[side] = (
-                        next(neighbours, None) if skipped[side] <= _MOST_SKIPPED else None
-                    )
+                    takes = costs[joint, padded]
+                    fits = joint <= most_rows and joint * padded <= most_elements
+                    if fits and (saving := seconds + apart - takes) <= 0:
+                        nearest[side] = None  # those behind are longer, or padded more
+                        break
+                    end = start + takes * margin
+                    if fits and end <= due and end <= other.deadline:
+                        if saving > best_saving:
+                            best, best_saving, best_seconds = side, saving, takes
+                        break
+                    if fits and start + alone <= other.deadline:  # else it is late whatever is done
+                        short_of_time = True
+                    # A call only grows: who may not join now never may, nor who is behind and takes
+                    # as much. After some it is let be.
+                    skipped[side] += 1 if other.rows > 1 or end > other.deadline else _MOST_SKIPPED
+                    let_be = skipped[side] >= _MOST_SKIPPED
+                    nearest[side] = None if let_be else next(neighbours, None)
             if best is None or (neighbour := nearest[best]) is None:
                 break
             nearest[best] = next(sides[best], None)

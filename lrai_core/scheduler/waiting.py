@@ -52,7 +52,8 @@ class Queue:
         waiting = self._known.pop(sequence, None)
         if waiting is None:
             return False
-        del self.urgent[bisect_left(self.urgent, waiting)]
+        # Most are at the front when they leave.
+        del self.urgent[0 if self.urgent[0] is waiting else bisect_left(self.urgent, waiting)]
         lane = self.lanes[waiting.group]
         del lane[bisect_left(lane, (waiting.length, waiting))]
         if not lane:
