@@ -179,13 +179,12 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
         if name not in known:
             raise InvalidTensor(name, f"the model has no such input; it has {_names(known)}")
     arrays, nbytes = list[Array](), 0
-    extents: dict[str, tuple[int, str]] = {}  # symbol -> (extent, tensor that fixed it)
     for name, spec in known.items():
         if name not in request.inputs:
             raise InvalidTensor(name, "missing")
         try:
             array = _array(request.inputs[name], spec, limits.request_bytes - nbytes)
-            _check_shape(array.shape, spec, extents)
+            _check_shape(array.shape, spec)
         except ValueError as error:
             raise InvalidTensor(name, str(error)) from None
         nbytes += array.nbytes
@@ -297,9 +296,11 @@ def _decode(tensor: Tensor, room_bytes: int) -> Array:
         raise ValueError(f"shape {list(shape)} is out of range") from None
 
 
-def _check_shape(
-    shape: tuple[int, ...], spec: TensorSpec, extents: dict[str, tuple[int, str]]
-) -> None:
+def _check_shape(shape: tuple[int, ...], spec: TensorSpec) -> None:
+    """Refuse what the declaration rules out; that symbols agree is the engine's to say.
+
+    Exporters give one to extents that may differ: two texts' lengths, or height and width.
+    """
     if len(shape) != len(spec.shape):
         need = f"{len(shape)} dimensions, {_shape(spec)} is needed"
         raise ValueError(f"shape {list(shape)} has {need}")
@@ -308,12 +309,6 @@ def _check_shape(
             raise ValueError(f"dimension {axis} is {got}, {_shape(spec)} is needed")
         if got == 0 and axis in (spec.batch_axis, spec.length_axis):
             raise ValueError(f"dimension {axis} is 0, at least 1 is needed")
-        if isinstance(allowed, str) and allowed:
-            fixed, by = extents.setdefault(allowed, (got, spec.name))
-            if fixed != got:
-                symbol = shorten(allowed, 40)
-                words = f"dimension {axis} ({symbol}) is {got}, but {fixed} in tensor {by!r}"
-                raise ValueError(words)
 
 
 def check_values(array: Array, spec: TensorSpec, limits: LimitsConfig) -> None:

@@ -7,6 +7,7 @@ gives alone, and padding with 0 changes nothing. A file can state the axes inste
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from lrai_core.errors import EngineError, UsageError, shorten
 from lrai_core.protocol import Array, OutputMap, Signature
 
 _SAME: Final = 1e-4
+_MOST_SPLITS: Final = 64  # of inputs into shorter and longer ones
 Row = list[Array]
 
 
@@ -40,8 +42,8 @@ class _AxesFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def assume_axes(signature: Signature) -> Signature:
     """Return the signature with the axes that the inputs' free dimensions suggest.
 
-    A free dimension 0 common to all inputs is taken for the batch axis, the one other free
-    dimension common to all inputs for the length axis.
+    A free dimension 0 common to all inputs, or without a name in all of them, is taken for the
+    batch axis, the one other free dimension common to all inputs for the length axis.
     """
     free = [
         {symbol: axis for axis, symbol in enumerate(spec.shape) if isinstance(symbol, str)}
@@ -49,7 +51,7 @@ def assume_axes(signature: Signature) -> Signature:
     ]
     common = set.intersection(*(set(symbols) for symbols in free))
     batch = {symbol for symbol in common if all(symbols[symbol] == 0 for symbols in free)}
-    if not batch:
+    if not batch and any(s.shape[:1] != (f"{s.name}.0",) for s in signature.inputs):
         return signature
     others = {s for s in common - batch if all(i.shape.count(s) == 1 for i in signature.inputs)}
     symbol = others.pop() if len(others) == 1 else ""
@@ -78,9 +80,13 @@ def confirm_axes(
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
     padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
-    if all(_together_as_alone(padded, session, pair) for pair in pairs):
-        return padded, "batch axis 0, length axis found: padding with 0 changes no output"
-    return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
+    if not all(_together_as_alone(padded, session, pair) for pair in pairs):
+        return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
+    if _apart(session, assumed, pairs[0][1]):
+        return single, "batch axis 0; no length axis: the inputs need not be of one length"
+    if len(rows) < 2 and not any(_tells(session, pair) for pair in pairs):
+        return single, "batch axis 0; no length axis: made-up rows do not tell; give --evaluation"
+    return padded, "batch axis 0, length axis found: padding with 0 changes no output"
 
 
 def apply_axes(signature: Signature, file: Path) -> Signature:
@@ -142,11 +148,9 @@ def _pairs(signature: Signature, rows: list[Row]) -> list[tuple[Row, Row]]:
         ones = [np.ones_like(x) if x.dtype.kind in "iub" else x for x in short_2]
         return [(short, long), (ones, long_2)]  # in which padding is a token that was not there
     ordered = sorted(rows, key=lambda row: length_of(row, signature))
-    pairs = []
-    for short in (ordered[0], ordered[len(rows) // 2]):
-        length = min(length_of(short, signature), max(1, length_of(ordered[-1], signature) // 2))
-        pairs.append((stretch(short, signature, 1, length), ordered[-1]))
-    return pairs
+    half = max(1, length_of(ordered[-1], signature) // 2)
+    cut = [(row, min(length_of(row, signature), half)) for row in ordered[:: len(rows) // 2][:2]]
+    return [(stretch(row, signature, 1, length), ordered[-1]) for row, length in cut]
 
 
 def _together_as_alone(signature: Signature, session: Session, pair: tuple[Row, Row]) -> bool:
@@ -168,18 +172,29 @@ def _output_lengths(signature: Signature, session: Session, pair: tuple[Row, Row
         answers[0] = session.run(pair[0])
     for a, b, spec in zip(*answers, signature.outputs, strict=True):
         moved = [axis for axis in range(1, a.ndim) if (a.shape[axis], b.shape[axis]) == lengths]
-        axis = moved[0] if len(moved) == 1 else None
-        outputs.append(replace(spec, length_axis=axis))
+        outputs.append(replace(spec, length_axis=moved[0] if len(moved) == 1 else None))
     return Signature(inputs=signature.inputs, outputs=tuple(outputs))
 
 
 def _same(first: Row, second: Row) -> bool:
-    return all(
-        a.shape == b.shape
-        and (
-            np.allclose(a, b, rtol=_SAME, atol=_SAME, equal_nan=True)
-            if a.dtype.kind in "fiub"
-            else np.array_equal(a, b)
-        )
-        for a, b in zip(first, second, strict=True)
+    pairs = list(zip(first, second, strict=True))
+    return all(a.shape == b.shape for a, b in pairs) and all(
+        (a == b).all() if a.dtype == np.object_ else np.allclose(a, b, _SAME, _SAME, equal_nan=True)
+        for a, b in pairs
     )
+
+
+def _apart(session: Session, signature: Signature, row: Row) -> bool:
+    """Return whether some inputs may be longer than others, as of two texts, whatever is said."""
+    both = list(zip(*(stretch(row, signature, 1, length) for length in (2, 3)), strict=True))
+    for longer in islice(product((0, 1), repeat=len(row) - 1), 1, _MOST_SPLITS):
+        with suppress(EngineError):
+            session.run([pair[i] for pair, i in zip(both, (0, *longer), strict=True)])
+            return True
+    return False
+
+
+def _tells(session: Session, pair: tuple[Row, Row]) -> bool:
+    """Return whether numbers with fractions differ between rows: labels may stay, come what may."""
+    outputs = zip(*map(session.run, pair), strict=True)
+    return any(a.dtype.kind == "f" and not _same([a], [b]) for a, b in outputs)

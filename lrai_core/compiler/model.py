@@ -108,7 +108,8 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     shape: list[int | str] = []
     for index, dim in enumerate(tensor.shape.dim):
         fixed = dim.dim_value if dim.HasField("dim_value") else 0
-        shape.append(fixed or dim.dim_param or f"{value.name}.{index}")
+        name = not dim.dim_param.startswith("unk__") and dim.dim_param  # which tf2onnx makes up
+        shape.append(fixed or name or f"{value.name}.{index}")
     return TensorSpec(name=value.name, datatype=_DATATYPES[tensor.elem_type], shape=tuple(shape))
 
 

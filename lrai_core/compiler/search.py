@@ -223,8 +223,7 @@ def refusing(
 ) -> list[tuple[Candidate, str]]:
     """Return what does not run in a call of several rows, and why; fp32 is not asked."""
     most, length = min((at for at in points if at[0] > 1), default=points[0])
-    row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
-    feed, found = stretch(row or synthetic_row(signature, length or 1), signature, most, length), []
+    feed, found = stretch(_longest(rows, signature, length), signature, most, length), []
     for candidate in candidates:
         try:
             if candidate.form != "fp32":
@@ -256,8 +255,7 @@ def profile(
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
     of four rounds: the luckiest of many would win by their median, and be slower when it serves.
     """
-    row = max(rows, key=lambda r: length_of(r, signature)) if rows else None
-    bases = (row or synthetic_row(signature, max(length, 1)) for _, length in points)
+    bases = [_longest(rows, signature, length) for _, length in points]
     feeds = {at: stretch(base, signature, *at) for base, at in zip(bases, points, strict=True)}
     sessions = [candidate.session for candidate in candidates]
     feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= _LONG}
@@ -326,11 +324,15 @@ def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int,
 
 def is_short(session: Session, rows: Sequence[list[Array]], signature: Signature) -> bool:
     """Return whether even the largest call takes so little that it is served with one thread."""
-    row = max(rows, key=lambda one: length_of(one, signature))
     at = max(points(signature, rows), key=lambda at: (at[0] * max(at[1], 1), at))
-    feed = stretch(row, signature, *at)
+    feed = stretch(_longest(rows, signature, at[1]), signature, *at)
     each = [_seconds(session, feed, _repeats(session, feed)) for _ in range(_ALL_ROUNDS)]
     return statistics.median(each) < SHORT_CALL_MS / 1e3
+
+
+def _longest(rows: Sequence[list[Array]], signature: Signature, length: int) -> list[Array]:
+    made_up = None if rows else synthetic_row(signature, max(length, 1))
+    return made_up or max(rows, key=lambda row: length_of(row, signature))
 
 
 def _repeats(session: Session, feed: list[Array]) -> int:

@@ -70,6 +70,24 @@ def test_a_masked_model_has_batch_and_length_axes(tmp_path: Path) -> None:
     assert signature.coalescible
 
 
+def test_two_texts_of_one_symbol_need_not_be_of_one_length(tmp_path: Path) -> None:
+    """As exporters write two towers: `sequence` is that of each."""
+    proto, other = masked_sum(), masked_sum()
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    for node in other.graph.node:
+        node.input[:] = [name if name in constants else f"{name}2" for name in node.input]
+        node.output[:] = [f"{name}2" for name in node.output]
+    for entry in (*other.graph.input, *other.graph.output):
+        entry.name += "2"
+    proto.graph.node.extend(other.graph.node)
+    proto.graph.input.extend(other.graph.input)
+    proto.graph.output.extend(other.graph.output)
+    signature, why = found(proto, tmp_path)
+    assert signature.coalescible
+    assert [spec.length_axis for spec in signature.inputs] == [None] * 4
+    assert "need not be of one length" in why
+
+
 def test_padding_that_changes_outputs_is_no_length_axis(tmp_path: Path) -> None:
     signature, why = found(plain_mean(), tmp_path)
     assert signature.inputs[0].batch_axis == 0
@@ -163,12 +181,57 @@ def test_a_fixed_first_dimension_is_no_batch_axis(tmp_path: Path) -> None:
     assert "no free first dimension" in why
 
 
-def test_unnamed_free_dimensions_of_two_inputs_are_not_taken_for_the_same() -> None:
+@pytest.mark.parametrize("made_up", ["", "unk__495"])
+def test_first_dimensions_without_a_name_are_the_batch_if_they_behave_so(
+    tmp_path: Path, made_up: str
+) -> None:
     proto = masked_sum()
-    for entry in proto.graph.input:
-        for dim in entry.type.tensor_type.shape.dim:
-            dim.ClearField("dim_param")
+    for number, entry in enumerate(proto.graph.input):
+        for axis, dim in enumerate(entry.type.tensor_type.shape.dim):
+            dim.dim_param = made_up and f"{made_up}{number}{axis}"
+    signature, _ = found(proto, tmp_path)
+    assert [spec.batch_axis for spec in signature.inputs] == [0, 0]
+    assert [spec.length_axis for spec in signature.inputs] == [None, None]
+    scores = model(
+        [
+            helper.make_node("Transpose", ["b"], ["c"], perm=[1, 0]),
+            helper.make_node("MatMul", ["a", "c"], ["y"]),
+        ],
+        [value("a", ["", 4]), value("b", ["", 4])],
+        [value("y", ["", ""])],
+    )
+    for dims in (d for v in scores.graph.input for d in v.type.tensor_type.shape.dim):
+        if not dims.dim_value:
+            dims.ClearField("dim_param")
+    signature, _ = found(scores, tmp_path)  # each of one with each of the other
+    assert not signature.coalescible
+
+
+def test_first_dimensions_of_different_names_are_not_taken_for_the_same() -> None:
+    proto = masked_sum()
+    proto.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "masks"
     assert assume_axes(declared(proto)).inputs[0].batch_axis is None
+
+
+def test_labels_that_stay_whatever_is_padded_show_no_length_axis(tmp_path: Path) -> None:
+    """Nor does a score that is 1 for whatever is made up."""
+    weights = numpy_helper.from_array(np.array([[0.0, 90.0]] * 4, np.float32), "weights")
+    nodes = [
+        LOOK_UP,
+        helper.make_node("ReduceMean", ["words"], ["mean"], axes=[1], keepdims=0),
+        helper.make_node("Abs", ["mean"], ["size"]),
+        helper.make_node("MatMul", ["size", "weights"], ["scores"]),
+    ]
+    last = {
+        "ArgMax": (helper.make_node("ArgMax", ["scores"], ["y"], axis=1), TensorProto.INT64),
+        "Softmax": (helper.make_node("Softmax", ["scores"], ["y"], axis=1), TensorProto.FLOAT),
+    }
+    for node, kind in last.values():
+        out = value("y", ["batch", 1 if kind == TensorProto.INT64 else 2], kind)
+        signature, why = found(model([*nodes, node], [IDS], [out], [TABLE, weights]), tmp_path)
+        assert signature.coalescible
+        assert signature.inputs[0].length_axis is None
+        assert "made-up rows do not tell" in why
 
 
 def test_a_file_states_axes_pad_value_and_map(tmp_path: Path) -> None:
