@@ -124,12 +124,11 @@ _KINDS: Final = {  # dotted key to type, in the order of the tree
 }
 
 
-_OWN: Final = {
-    "actor": ("isolation", "replicas", "threads"),
-    "runtime": ("capture_rows", "capture_ttl_hours"),
-    "scheduler": ("deterministic", "latency_slo_ms", "max_batch_elements", "max_batch_rows"),
-}
-OWN_SETTINGS: Final = {f"{section}.{name}" for section, names in _OWN.items() for name in names}
+OWN_SETTINGS: Final = {  # of one model
+    "actor.isolation", "actor.replicas", "actor.threads",
+    "runtime.capture_rows", "runtime.capture_ttl_hours", "scheduler.deterministic",
+    "scheduler.latency_slo_ms", "scheduler.max_batch_elements", "scheduler.max_batch_rows",
+}  # fmt: skip
 
 
 class Setting(NamedTuple):

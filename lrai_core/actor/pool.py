@@ -225,7 +225,9 @@ class Pool:
             pause = min(_BACKOFF_SECONDS * 2 ** len(deaths), _MAX_BACKOFF_SECONDS)
         deaths = [*deaths, now]
         if not actor.loaded.done():
-            self._give_up(actor, ArtifactError(f"{why} while it opened the model"))
+            # Killed for want of memory, or of time: that may be another time.
+            kind = EnvironmentProblem if status == -signal.SIGKILL else ArtifactError
+            self._give_up(actor, kind(f"{why} while it opened the model"))
         elif len(deaths) > self._config.restart_limit:
             span = max(window, now - deaths[0])
             loop = f"crash loop: {len(deaths)} deaths within {span:.0f} s; the last: {why}"

@@ -16,6 +16,7 @@ _ERRORS = (v for v in vars(state).values() if isinstance(v, type) and issubclass
 # onnxruntime's have no base of their own.
 REFUSALS: Final[tuple[type[Exception], ...]] = (*_ERRORS, RuntimeError, ValueError)
 _LACKING: Final = ("not a registered", "No Op registered", "implementation for")
+_MEMORY_LACKS: Final = ("Failed to allocate", "bad_alloc", "bad allocation")
 _LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
 
 
@@ -56,7 +57,8 @@ class OnnxRuntimeSession:
         except REFUSALS as error:
             raise EngineError(
                 f"onnxruntime cannot run the model: {reason(error)}",
-                invalid="alloc" not in str(error),  # what is no lack of memory is in the inputs
+                # What is no lack of memory is in the inputs.
+                invalid=not any(lack in str(error) for lack in _MEMORY_LACKS),
             ) from None
 
 

@@ -97,6 +97,8 @@ class Embedded:
             if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):
                 where = "in none of the folders to load from, see runtime.model_roots"
                 raise ConditionNotMet(f"{shorten(artifact)!r} lies {where}")
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # cannot be told an actor
+            raise ConditionNotMet(f"{shorten(str(path))!r}: a path has to be UTF-8")
         return Artifact.open(path, verify=False)  # the actor hashes what it opens
 
     def add(
@@ -270,8 +272,8 @@ class Embedded:
         Raises:
             ModelNotFound: There is none.
         """
-        if not name and len(self.current) == 1:
-            name = next(iter(self.current))
+        if not name and len(names := list(self.current)) == 1:  # another thread may unload it
+            name = names[0]
         if (model := self.current.get(name)) is None:
             known = ", ".join(map(repr, self.current)) or "none"
             raise ModelNotFound(f"no model {shorten(name)!r} is loaded; loaded: {known}")

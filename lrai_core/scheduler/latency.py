@@ -24,8 +24,9 @@ _MOST_KNOWN: Final = 1 << 14
 _DOWN, _UP = 0.2, 0.005
 _MEMORY: Final = 0.98  # weight of a call after the next one: about fifty count
 _FADE: Final = 0.99  # what is left of it for each call that another variant takes
-_PRIOR_CALLS: Final = 2.0  # weight of the profile at first, which fades like that of a call,
-_RIDGE: Final = 0.1  # and what stays of it, so that calls of one size only still have a solution
+# Weight of the profile at first, of two calls, which fades like that of a call; see `_normal`.
+_PRIOR: Final = (2.0, 0.0, 2.0, 2.0, 0.0)
+_RIDGE: Final = 0.1  # what stays of it, so that calls of one size only still have a solution
 _SHIFT: Final = 0.1  # mean relative error of late that means another speed
 _SHIFT_CALLS: Final = 6.0  # that many calls decide what is "of late"
 _MOST_WRONG: Final = 1.0  # of one call's relative error: a pause of the machine is no speed
@@ -49,7 +50,7 @@ class LatencyModel:
         self._known: dict[tuple[int, int], float] = {}  # a plan asks for the same ones often
         self._unit = max(self._profile_seconds(1, 32), _LEAST_SECONDS)
         # Sums of 1, x, x^2, y, xy over calls, with x = unit / profile and y = seconds / profile.
-        self._normal = [_PRIOR_CALLS, 0.0, _PRIOR_CALLS, _PRIOR_CALLS, 0.0]
+        self._normal = list(_PRIOR)
         self._variance = 0.0
         self._drift = 0.0
 
@@ -112,8 +113,7 @@ class LatencyModel:
 
         What made it seem slow may be over; it is seen again once it seems worth it.
         """
-        prior = (_PRIOR_CALLS, 0.0, _PRIOR_CALLS, _PRIOR_CALLS, 0.0)
-        self._normal = [p + _FADE * (n - p) for p, n in zip(prior, self._normal, strict=True)]
+        self._normal = [p + _FADE * (n - p) for p, n in zip(_PRIOR, self._normal, strict=True)]
         self._solve()
 
     def _solve(self) -> None:

@@ -118,8 +118,7 @@ def _longest(
     """
     if lane[0][0] == lane[-1][0]:
         return frozenset()
-    head = ahead[0]
-    most = max(1, bounds.rows // head.rows)
+    head, most = ahead[0], max(1, bounds.rows // ahead[0].rows)
     shared, few = min(_AHEAD, len(lane), most), min(_SHARED, most)
     each = costs[shared * head.rows, head.length] / shared
     if costs[few * head.rows, head.length] < few * _NEARLY * each:
@@ -129,8 +128,7 @@ def _longest(
     horizon = [one for one in ahead if one.priority == head.priority]
     in_turn = costs.margin / shared / bounds.actors
     takes = [costs[shared * one.rows, one.length] * in_turn for one in horizon]
-    kept: list[tuple[float, int]] = []  # a heap: what takes longest first
-    aside: set[int] = set()
+    kept, aside = list[tuple[float, int]](), set[int]()  # a heap: what takes longest first
     end, least = now, min(takes)
     for one, seconds in zip(horizon, takes, strict=True):
         if seconds > least and costs.late(one, now):
@@ -166,8 +164,7 @@ def choose(offers: Sequence[Offer], now: float) -> int:
     """
     order = sorted(range(len(offers)), key=lambda index: offers[index].due)
     worth = [o.requests * _OVER_SHARE**o.over_share / (o.seconds or 1e-9) for o in offers]
-    kept: list[int] = []
-    end = now
+    kept, end = list[int](), now
     for index in order:
         kept.append(index)
         end += offers[index].seconds
@@ -185,6 +182,9 @@ class _Call(NamedTuple):
     due: float  # the earliest deadline
     seconds: float  # predicted
     short_of_time: bool = False  # it would have grown further, but for `due`
+
+
+_Other = tuple[Waiting, float, float]  # who may join a call, and seconds; see `_others`
 
 
 @dataclass(slots=True)
@@ -219,10 +219,8 @@ class _Situation:
         # Left of the head only shorter ones: those of its length that are more urgent are given up.
         shorter = bisect_left(lane, (length,)) if lane[0][0] < length else 0
         at = bisect_left(lane, (length, head), shorter)
-        # The more wait, the likelier each finds others of its own length to share a call with.
-        peers = min(_PEERS, len(lane))
         places = range(at + 1, len(lane)), range(shorter - 1, -1, -1)
-        sides = [_neighbours(lane, side, head, gone, peers, costs) for side in places if side]
+        sides = [self._others(lane, side, head, gone) for side in places if side]
         nearest, skipped = [next(side, None) for side in sides], [0, 0]
         while rows < most_rows:
             best, best_saving, best_seconds, padded = None, 0.0, 0.0, length
@@ -257,6 +255,16 @@ class _Situation:
             due = min(due, other.deadline)
         return _Call(members, due, seconds, short_of_time)
 
+    def _others(self, lane: Lane, places: range, head: Waiting, gone: Set[int]) -> Iterator[_Other]:
+        """Yield who may join `head`, with what each takes alone, and in a call without it."""
+        # The more wait, the likelier each finds others of its own length to share a call with.
+        costs, peers = self.costs, min(_PEERS, len(lane))
+        for place in places:
+            one = lane[place][1]
+            if one > head and one.sequence not in gone:
+                alone = costs[one.rows, one.length]
+                yield one, alone, min(alone, costs[peers * one.rows, one.length] / peers)
+
     def rest_fits(self, call: _Call) -> bool:
         """Return whether what `call` leaves behind can follow whole, with time to spare.
 
@@ -290,14 +298,3 @@ class _Situation:
             short = short and still_short
             low, high = (at, 2 * at if short else high) if still_short else (low, at)
         return best[2], [self.able(at) for at in range(-best[1])]
-
-
-def _neighbours(
-    lane: Lane, places: range, head: Waiting, gone: Set[int], peers: int, costs: _Costs
-) -> Iterator[tuple[Waiting, float, float]]:
-    """Yield who may join `head`, with what each takes alone and with so many of its own length."""
-    for place in places:
-        one = lane[place][1]
-        if one > head and one.sequence not in gone:
-            alone = costs[one.rows, one.length]
-            yield one, alone, min(alone, costs[peers * one.rows, one.length] / peers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,12 +22,15 @@ SIGNATURE = Signature(
 )
 
 
-def graph(factor: float) -> bytes:
+def graph(factor: float, more_outputs: Sequence[str] = ()) -> bytes:
     """Return an ONNX model that multiplies float32 [batch, 3] by `factor`."""
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
+    names = ("x", "y", *more_outputs)
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in names
+    ]
     constant = helper.make_tensor("k", TensorProto.FLOAT, [], [factor])
-    node = helper.make_node("Mul", ["x", "k"], ["y"])
-    made = helper.make_graph([node], "g", values[:1], values[1:], [constant])
+    nodes = [helper.make_node("Mul", ["x", "k"], [name]) for name in names[1:]]
+    made = helper.make_graph(nodes, "g", values[:1], values[1:], [constant])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
@@ -83,16 +87,21 @@ def build(
     evaluation: Rows | None = None,
     output_map: OutputMap = "raw",
     candidates: int = 1,
+    more_outputs: Sequence[str] = (),
 ) -> Path:
     """Write an artifact whose source doubles its input and whose `int8` multiplies by `factor`."""
     with store.writing(out) as folder:
         for name, times in (("source", 2.0), ("variants/fp32", 2.0), ("variants/int8", factor)):
             (folder / name).mkdir(parents=True)
-            (folder / name / "model.onnx").write_bytes(graph(times))
+            (folder / name / "model.onnx").write_bytes(graph(times, more_outputs))
         (folder / "source" / "weights.bin").write_bytes(bytes(range(256)))
         if evaluation is not None:
             save_rows(folder / store.EVALUATION, evaluation)
-        store.write_manifest(folder, manifest(output_map=output_map, candidates=candidates))
+        made = manifest(output_map=output_map, candidates=candidates)
+        (output,) = made.signature.outputs
+        outputs = (output, *(msgspec.structs.replace(output, name=name) for name in more_outputs))
+        signature = msgspec.structs.replace(made.signature, outputs=outputs)
+        store.write_manifest(folder, msgspec.structs.replace(made, signature=signature))
     return out
 
 

@@ -18,7 +18,7 @@ import zmq
 from lrai_core.actor import pool as module
 from lrai_core.actor.pool import Pool
 from lrai_core.config import ActorConfig
-from lrai_core.errors import NotReady
+from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, NotReady
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
@@ -311,3 +311,21 @@ def test_a_model_that_could_be_opened_before_is_opened_again(bench: Bench) -> No
     bench.hear(Hello(PROTOCOL_VERSION))
     bench.hear(Ready(0.1))
     assert bench.pool.state("m")[0] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(-signal.SIGKILL, EnvironmentProblem), (-signal.SIGSEGV, ArtifactError)]
+)
+def test_who_is_killed_while_it_opens_a_model_may_open_it_another_time(
+    bench: Bench, status: int, kind: type[LraiError]
+) -> None:
+    loaded: Future[None] = Future()
+    bench.pool.add("n", LOAD, loaded)
+    bench.poll()
+    process: Any = bench.pool._actors["n"].process
+    process.status = status
+    process.kill()
+    bench.poll()
+    with pytest.raises(kind, match="while it opened the model") as raised:
+        loaded.result(0)
+    assert type(raised.value) is kind

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from lrai_core.engine.engine import find_engine, installed_version, isa_class
 from lrai_core.errors import EngineError, EnvironmentProblem
@@ -115,3 +115,29 @@ def test_inputs_that_the_graph_cannot_take_are_to_blame_for_it(tmp_path: Path) -
     with pytest.raises(EngineError) as refused:
         session.run([np.ones((2, 4), np.float32)])
     assert refused.value.invalid
+
+
+def test_a_name_in_the_graph_is_no_lack_of_memory(tmp_path: Path) -> None:
+    table = numpy_helper.from_array(np.ones((4, 3), np.float32), "table")
+    graph = model(
+        [helper.make_node("Gather", ["table", "x"], ["y"], name="/asset_allocation/Gather")],
+        [value("x", ["n"], TensorProto.INT64)],
+        [value("y", ["n", 3])],
+        [table],
+    )
+    session = find_engine("onnxruntime").load(save(graph, tmp_path / "m.onnx"), threads=1)
+    with pytest.raises(EngineError, match="out of data bounds") as refused:
+        session.run([np.array([99])])
+    assert refused.value.invalid
+
+
+def test_a_tensor_that_no_memory_holds_is_a_lack_of_it(tmp_path: Path) -> None:
+    graph = model(
+        [helper.make_node("ConstantOfShape", ["x"], ["y"])],
+        [value("x", ["n"], TensorProto.INT64)],
+        [value("y", ["a", "b"])],
+    )
+    session = find_engine("onnxruntime").load(save(graph, tmp_path / "m.onnx"), threads=1)
+    with pytest.raises(EngineError) as refused:
+        session.run([np.array([1 << 30, 1 << 20])])
+    assert not refused.value.invalid
