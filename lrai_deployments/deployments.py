@@ -200,7 +200,13 @@ class Deployments(Embedded):
                 return name  # whoever starts anew with what was replaced gets what replaced it
             kept = record.serving(opened.version)
             there = kept is not None and (name, kept.version) in self.versions
-            if record.frozen and kept and not there and variant in {"", kept.variant}:
+            meanwhile = bool(served) and share is None  # others answer for it
+            if (
+                (record.frozen or meanwhile)
+                and kept
+                and not there
+                and variant in {"", kept.variant}
+            ):
                 own = replace(kept, require=kept.require if require is None else require)
                 with self._started(name, opened, own, kept.version):
                     self._commit(name, record, "load")  # it serves again as it served
@@ -444,7 +450,7 @@ class Deployments(Embedded):
                     self._apply(name, back)
 
     def _swap(self, name: str, record: Record, new: lrai.Artifact, how: How, what: str) -> str:
-        self._is_alike(name, new)
+        self._is_alike(name, new, back=what == "rollback")
         old, previous = self._served(name), record.versions[record.stable]
         with self._started(name, new, how) as (version, loaded):
             warm_up(self, version)
@@ -479,13 +485,16 @@ class Deployments(Embedded):
             for version in there:
                 self.remove(version, drain=False)
 
-    def _is_alike(self, name: str, artifact: lrai.Artifact) -> None:
-        """Raise where requests for a name would be none for the artifact."""
+    def _is_alike(self, name: str, artifact: lrai.Artifact, *, back: bool = False) -> None:
+        """Raise where requests for a name would be none for the artifact.
+
+        `back`: it served them before, so that it need not have the outputs that came after it.
+        """
         if (there := self.current.get(name)) is None:
             return
         old, new = there.signature, artifact.manifest.signature
         outputs = {spec.name for spec in old.outputs} - {spec.name for spec in new.outputs}
-        if list(map(_form, old.inputs)) != list(map(_form, new.inputs)) or outputs:
+        if list(map(_form, old.inputs)) != list(map(_form, new.inputs)) or (outputs and not back):
             takes = "takes other inputs, or has not all outputs of what serves"
             raise lrai.ConditionNotMet(f"{artifact.version} {takes}; load it under another name")
 

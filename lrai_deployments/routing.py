@@ -144,7 +144,7 @@ class Route:
         if original is None or isinstance(copy, DeadlineExceeded | QueueFull):
             return  # that there was no time or room for a copy says nothing of the version
         emit, name = self._core.events.emit, original.model_name
-        if isinstance(copy, LraiError) or copy.outputs.keys() != original.outputs.keys():
+        if isinstance(copy, LraiError) or not original.outputs.keys() <= copy.outputs.keys():
             emit("shadow_failed", name, reason=type(copy).__name__)
             return
         judged = self._shadow or self._stable  # after the maps that the copy's version declares

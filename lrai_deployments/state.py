@@ -130,12 +130,12 @@ class Store:
             return
         with disk_errors(self._folder):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
-            self._audit = os.open(self._folder / "audit.jsonl", flags, 0o600)
+            # A file of its own: the log may be rotated.
+            self._held = os.open(self._folder / "state.lock", os.O_CREAT | os.O_WRONLY, 0o600)
         try:
-            fcntl.flock(self._audit, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._audit)
+            os.close(self._held)
             why = "holds the state of another runtime; set runtime.state_dir"
             raise EnvironmentProblem(f"{folder} {why}") from None
 
@@ -166,13 +166,24 @@ class Store:
     def note(self, **line: Any) -> None:
         """Append a line about a change."""
         if self._folder is not None:
-            with disk_errors(self._folder):
-                os.write(self._audit, msgspec.json.encode({"when": now()} | line) + b"\n")
+            path, encoded = (
+                self._folder / "audit.jsonl",
+                msgspec.json.encode({"when": now()} | line),
+            )
+            with disk_errors(self._folder), open(path, "a+b", opener=_opened) as log:
+                log.seek(max(0, log.tell() - 1))
+                cut = log.read(1) not in (b"", b"\n")  # the last line, by a full disk or a kill
+                log.write(b"\n" * cut + encoded + b"\n")
 
     def close(self) -> None:
         """Leave the folder to the next one."""
         if self._folder is not None:
-            os.close(self._audit)
+            fcntl.flock(self._held, fcntl.LOCK_UN)  # a fork's copy of it would go on holding it
+            os.close(self._held)
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def now() -> str:

@@ -34,6 +34,9 @@ _LOOKS: Final = 64  # one request of so many is looked at for its values, from t
 _MOST_BYTES: Final = 64 << 20  # of one sample; of large rows so many, but no more than that
 _FEW_ROWS, _MOST_BYTES_OF_FEW = 256, 256 << 20
 _HOUR: Final = 3600.0
+_UNREADABLE: Final = (  # what a damaged file raises
+    OSError, msgspec.DecodeError, KeyError, TypeError, ValueError, OverflowError, RecursionError
+)  # fmt: skip
 _SAVE_SECONDS: Final = 60.0
 
 
@@ -290,7 +293,7 @@ def forget_aged(config: RuntimeConfig, *, halves: bool = False) -> None:
             for half in folder.glob(".captured.npz.*") if halves else ():
                 half.unlink()
             captured, now, hours = folder / CAPTURED, time.time(), config.capture_ttl_hours  # noqa: TID251
-            with contextlib.suppress(OSError, msgspec.DecodeError, KeyError, TypeError):
+            with contextlib.suppress(*_UNREADABLE):
                 hours = float(msgspec.json.decode((folder / "sketch.json").read_bytes())[_TTL])
             if captured.stat().st_mtime + hours * _HOUR < now:
                 captured.unlink()

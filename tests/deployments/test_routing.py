@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from lrai_core import (
@@ -19,6 +21,7 @@ from lrai_core import (
 from lrai_core.artifact import Artifact
 from lrai_core.config import SchedulerConfig
 from lrai_core.errors import Cancelled
+from lrai_core.protocol import ValidRequest
 from lrai_core.runtime.version import Version
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
@@ -155,3 +158,21 @@ def test_relief_takes_what_would_be_late_and_nothing_else() -> None:
 
 def request(timeout_ms: float | None) -> InferenceRequest:
     return InferenceRequest(model_name="m", inputs={}, timeout_ms=timeout_ms)
+
+
+def test_a_shadow_may_have_one_output_more() -> None:
+    _, made = route()
+    told = list[str]()
+    made._core.events = cast("Any", SimpleNamespace(emit=lambda kind, *_, **__: told.append(kind)))
+
+    def said(*names: str) -> InferenceResponse:
+        outputs: dict[str, Any] = dict.fromkeys(names, np.ones((1, 3), np.float32))
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs=outputs, parameters={}
+        )
+
+    request = ValidRequest((), 1, 0, (), (), 0)
+    made._compare(said("y"), said("y", "z"), request)
+    assert told == ["shadow_compared"]
+    made._compare(said("y", "z"), said("y"), request)
+    assert told[1:] == ["shadow_failed"]

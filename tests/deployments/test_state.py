@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert store.read() == ({}, True)
     store.note(change="unload", model="m")
     files = list((tmp_path / "state").iterdir())
-    assert {file.name for file in files} == {"deployments.json", "audit.jsonl"}
+    assert {file.name for file in files} == {"deployments.json", "audit.jsonl", "state.lock"}
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     lines = (tmp_path / "state" / "audit.jsonl").read_text().splitlines()
     assert [json.loads(line)["model"] for line in lines] == ["m\n", "m"]
@@ -82,8 +84,27 @@ def test_one_runtime_at_a_time_keeps_its_state_in_a_folder(tmp_path: Path) -> No
     first = Store(str(tmp_path))
     with pytest.raises(EnvironmentProblem, match="holds the state of another runtime"):
         Store(str(tmp_path))
-    first.close()
-    Store(str(tmp_path)).close()
+    first.note(model="m")
+    (tmp_path / "audit.jsonl").rename(tmp_path / "audit.jsonl.1")  # as who rotates logs does
+    with pytest.raises(EnvironmentProblem, match="holds the state of another runtime"):
+        Store(str(tmp_path))
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(sleeps, pass_fds=[first._held]) as child:  # has it as a fork has
+        first.close()
+        Store(str(tmp_path)).close()
+        child.kill()
+
+
+def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path: Path) -> None:
+    store, log = Store(str(tmp_path)), tmp_path / "audit.jsonl"
+    store.note(model="a")
+    with log.open("ab") as stream:
+        stream.write(b'{"model": "cut')  # as a kill or a full disk leaves it
+    store.note(model="b")
+    store.note(model="c")
+    lines = log.read_text().splitlines()
+    assert [json.loads(lines[at])["model"] for at in (0, 2, 3)] == ["a", "b", "c"]
+    store.close()
 
 
 @pytest.mark.parametrize(

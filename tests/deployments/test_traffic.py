@@ -246,6 +246,24 @@ def test_what_an_ended_runtime_captured_is_removed_when_it_is_too_old(tmp_path: 
     assert {file.name for file in folder.iterdir()} == {"sketch.json"}
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"capture_ttl_hours": "x"}', b'{"capture_ttl_hours": null}', b"\xff", b"[" * 100_000,
+        b'{"a": "\xff"}', b'{"capture_ttl_hours": 1' + b"0" * 400 + b"}",
+    ],
+)  # fmt: skip
+def test_a_damaged_sketch_keeps_nobody_from_starting(tmp_path: Path, content: bytes) -> None:
+    config, folder = RuntimeConfig(state_dir=str(tmp_path)), tmp_path / "traffic" / "m"
+    folder.mkdir(parents=True)
+    (folder / "sketch.json").write_bytes(content)
+    (folder / "captured.npz").touch()
+    forget_aged(config)
+    assert (folder / "captured.npz").exists()
+    os.utime(folder / "captured.npz", (0, 0))
+    forget_aged(config)
+
+
 def test_a_place_that_cannot_be_written_harms_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

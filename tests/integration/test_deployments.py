@@ -254,6 +254,18 @@ def test_a_version_goes_back_to_the_one_before(small: dict[float, Path]) -> None
         assert deployment.previous == version(small[3.0])
 
 
+def test_a_version_goes_back_to_one_that_has_not_its_new_output(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    more = small_artifact.build(tmp_path / "more.lrai", factor=3.0, more_outputs=("z",))
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.swap("m", more)
+        with pytest.raises(lrai.ConditionNotMet, match="not all outputs"):
+            runtime.swap("m", small[4.0])
+        assert runtime.rollback("m") == version(small[2.0])
+        assert ask(runtime) == 2.0
+
+
 def test_what_goes_back_while_there_is_a_canary_is_the_canary(small: dict[float, Path]) -> None:
     two, three = version(small[2.0]), version(small[3.0])
     with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
@@ -899,7 +911,7 @@ def test_a_version_that_could_not_start_for_now_keeps_its_share_of_what_was_kept
 
     def fails(self: Deployments, artifact: lrai.Artifact, *more: Any) -> Any:
         if artifact.version == old:
-            raise lrai.ActorError("it did not start in time")
+            raise lrai.EnvironmentProblem("the model was not loaded in time")
         return add(self, artifact, *more)
 
     monkeypatch.setattr(Deployments, "add", fails)
@@ -909,6 +921,10 @@ def test_a_version_that_could_not_start_for_now_keeps_its_share_of_what_was_kept
         assert runtime.deployments()[0].shares == {old: 0.75, new: 0.25}
         kept = msgspec.json.decode((state / "deployments.json").read_bytes())
         assert kept["deployments"]["m"]["shares"] == {old: 0.75, new: 0.25}
+        monkeypatch.setattr(Deployments, "add", add)
+        runtime.load(small[2.0], name="m")  # whoever wants it has it back
+        assert {ask(runtime) for _ in range(60)} == {2.0, 3.0}
+        assert runtime.deployments()[0].shares == {old: 0.75, new: 0.25}
 
 
 def test_what_serves_in_place_of_a_variant_is_what_its_next_worker_means(
@@ -942,3 +958,19 @@ def test_a_swap_and_its_warm_up_leave_what_was_captured(
         wait_until(lambda: (captured.parent / "sketch.json").stat().st_size > 0)
     with np.load(captured, allow_pickle=False) as kept:
         assert kept["x"].shape == (5, 3)
+
+
+def test_a_path_that_is_no_utf_8_is_refused_and_ends_nothing(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe9l.lrai")
+    shutil.copytree(small[3.0], strange)
+    (tmp_path / "link.lrai").symlink_to(strange)
+    settings = {"runtime.model_roots": str(tmp_path)}
+    with lrai.Runtime(config(**settings)) as runtime:
+        shutil.copytree(small[2.0], tmp_path / "small.lrai")
+        runtime.load(tmp_path / "small.lrai", name="m")
+        for path in (strange, tmp_path / "link.lrai"):
+            with pytest.raises(lrai.ConditionNotMet, match="has to be UTF-8"):
+                runtime.load(path, name="n")
+        assert ask(runtime) == 2.0
