@@ -44,6 +44,7 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
+_MOST_STALE: Final = 1000  # keys to be sent of requests that nobody waits for any more
 _MOST_LOSSES: Final = 3  # of runtimes, after which a request is not sent to another one
 _MOST_FAILURES: Final = 6  # after which they are no longer waited for
 _MOST_JOINT: Final = 8 << 20  # bytes of theirs outside shared memory, after which it goes
@@ -104,7 +105,7 @@ class Attached:
             EnvironmentProblem: It does not answer, is of another version, knows other keys, or the
                 folder is unsafe.
         """
-        self._config, self._stay = config, stay
+        self._config, self._stay, self._version = config, stay, version("lrai")
         takes = config.actor.start_timeout_seconds + config.runtime.drain_seconds  # a swap
         self._patience = takes + _ANSWER_SECONDS
         self._far = "://" in address
@@ -307,8 +308,16 @@ class Attached:
         for key, asked in list(self._asked.items()):
             if now > asked.deadline + (_GRACE_SECONDS if key in self._on_wire else 0.0):
                 del self._asked[key]
-                self._cancelled.append(key)  # nobody waits for what may be going on there
+                if key in self._on_wire:
+                    self._cancelled.append(key)  # nobody waits for what may be going on there
                 _settle(asked, lrai.DeadlineExceeded("the runtime did not answer in time"))
+        while self._cancelled and not self._session:  # nothing is on its way
+            self._asked.pop(self._cancelled.popleft(), None)
+        if len(self._outbox) > 2 * len(self._asked) + _MOST_STALE:  # nobody takes them
+            with self._lock:
+                waiting = [key for key in self._outbox if key in self._asked]
+                self._outbox.clear()
+                self._outbox.extend(waiting)
 
     def _lose(self, event: int) -> None:
         """Begin anew: the line has ended, or was refused."""
@@ -355,7 +364,7 @@ class Attached:
 
     def _greet(self) -> None:
         with contextlib.suppress(zmq.Again):  # the line has just ended, and will be lost
-            self._socket.say(Attach(wire.PROTOCOL_VERSION, version("lrai"), self._arena.segment))
+            self._socket.say(Attach(wire.PROTOCOL_VERSION, self._version, self._arena.segment))
             self._greeted = True
 
     def _hear(self, frames: list[memoryview]) -> None:

@@ -219,6 +219,10 @@ class Door(Pool):
             client.running[item.key] = self._daemon.runtime.accept(request, ended)
         except LraiError as error:
             ended(error)
+        except (wire.BadFrames, IndexError):  # no request: the frame is dropped
+            raise
+        except Exception as bug:  # noqa: BLE001 - edge: one request must not end everybody's runtime
+            ended(LraiError(f"the runtime failed: {type(bug).__name__}"))
 
     def _settle(self, client: _Client, key: int, outcome: InferenceResponse | LraiError) -> None:
         client.running.pop(key, None)
@@ -272,8 +276,10 @@ class Daemon:
 
     def _keep_settings(self) -> None:
         """Have who starts the next one, should this one be killed, start it as this one was."""
-        with contextlib.suppress(OSError), (self._folder / SETTINGS).open("wb") as file:
-            file.write(msgspec.msgpack.encode((self._given, self._stay)))
+        half = self._folder / f".{SETTINGS}"
+        with contextlib.suppress(OSError):  # on a full disk what is there stays whole
+            half.write_bytes(msgspec.msgpack.encode((self._given, self._stay)))
+            half.replace(self._folder / SETTINGS)
 
     def run(self) -> None:
         """Serve until told to stop, or until nobody needs it any more."""

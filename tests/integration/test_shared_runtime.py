@@ -331,6 +331,7 @@ def assert_gone(folder: Path, actor: int) -> None:
         "log",
         "audit.jsonl",
         "deployments.json",
+        "state.lock",
         *(["traffic"] if (folder / "traffic").exists() else []),
     }
     assert (folder / "log").read_text() == ""

@@ -740,6 +740,31 @@ def test_a_client_that_waits_for_long_piles_up_nothing(
     successor.close()
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_nobody_waits_for_any_more_takes_no_memory(
+    daemon: Daemon, parent: Path, monkeypatch: pytest.MonkeyPatch, *, gone: bool
+) -> None:
+    monkeypatch.setattr(client, "_SEARCH_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_LIFE_SECONDS", 0.001)
+    monkeypatch.setattr(client, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(client, "_MOST_STALE", 10)
+    monkeypatch.setattr(client, "start_daemon", lambda *_, **__: None)
+    daemon.credit = 1
+    attached = attach(daemon, parent)
+    first = attached.start(request())  # uses up the credit
+    assert len(daemon.take(1)) == 1
+    if gone:
+        daemon.close()
+    ended = [attached.start(request(timeout_ms=1)) for _ in range(100)]
+    ended[0].cancel()
+    deadline = time.monotonic() + 10
+    while len(attached._outbox) > 15 or attached._cancelled:
+        assert time.monotonic() < deadline, (len(attached._outbox), attached._cancelled)
+        time.sleep(0.01)
+    assert not first.done()
+    attached.close()
+
+
 def test_a_stopped_daemon_blocks_no_client(
     daemon: Daemon, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
