@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -24,7 +26,7 @@ from lrai_codecs.forms import (
     NotAcceptable,
     UnsupportedMediaType,
 )
-from lrai_codecs.protocol import is_protocol, read_protocol, write_protocol
+from lrai_codecs.protocol import is_protocol, json_bytes, read_protocol, write_protocol
 from lrai_codecs.tensors import Array, by_name, dtype_of, fit, text
 from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, TensorSpec
 
@@ -99,22 +101,25 @@ def encode(
     if media == NPY:
         return _npy_of(outputs), {"Content-Type": NPY}
     if media == LINES:
-        lines = [msgspec.json.encode(row) for row in _rows(outputs)]
+        lines = [json_bytes(row, outputs) for row in _rows(outputs)]
         return b"\n".join([*lines, b""]), {"Content-Type": LINES}
     if media == BINARY:
         return write_protocol(response, outputs, form.binary or None)
     if form.layout == "protocol":
         return write_protocol(response, outputs, form.binary)
     if form.layout == "instances":
-        return msgspec.json.encode({"predictions": _rows(outputs)}), {"Content-Type": JSON}
+        return json_bytes({"predictions": _rows(outputs)}, outputs), {"Content-Type": JSON}
     columns = {name: output.tolist() for name, output in outputs.items()}
-    return msgspec.json.encode({"outputs": columns}), {"Content-Type": JSON}
+    return json_bytes({"outputs": columns}, outputs), {"Content-Type": JSON}
 
 
 def _parsed(body: bytes) -> Any:
     try:
         return _any_decoder.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        if b"NaN" in body or b"Infinity" in body:  # as Python and numpy's users write them
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(body)
         raise RequestError(f"the body is no JSON: {error}") from None
 
 
@@ -142,10 +147,12 @@ def _request(given: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Inferenc
 def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[str, Any]:
     """Return the columns of the inputs, in the model's order or that of a line of their names.
 
-    For a model with one input of two dimensions, a line is a row of features. For one of a text
-    alone a first line is one of names where the type says so: text/csv; header=present.
+    For a model with one input of two dimensions, a line is a row of features. A first line is one
+    of names where the type says so, text/csv; header=present, and where it names the inputs, but
+    for a model of a text alone.
     """
     names, texts = [spec.name for spec in inputs], [spec.datatype == "BYTES" for spec in inputs]
+    csv.field_size_limit(max(csv.field_size_limit(), len(body)))  # a long text is one, too
     try:
         reader = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
         lines, empty = list[list[str]](), 0
@@ -158,12 +165,11 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
         raise RequestError(f"the body is no CSV in UTF-8: {error}") from None
     if texts == [True] and empty > _MOST_EMPTY:
         raise RequestError(f"the body has {empty} lines of nothing, {_MOST_EMPTY} are allowed")
-    while lines and not lines[-1]:
-        lines.pop()
-    lines = [line or [""] for line in lines]
+    lines = [line or [""] for line in _ended(lines)]
     # One text alone may be any text, the name of the input too.
-    header = texts != [True] or "header=present" in content_type.replace(" ", "")
-    if lines and header and sorted(lines[0]) == sorted(names):
+    if lines and "header=present" in content_type.replace(" ", ""):
+        names = _header(lines.pop(0), names)
+    elif lines and texts != [True] and sorted(lines[0]) == sorted(names):
         names = lines.pop(0)
     if not lines:
         raise RequestError("the body has no line of values")
@@ -181,6 +187,22 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
         name: _numbers(list(column), known[name])
         for name, column in zip(names, columns, strict=True)
     }
+
+
+def _ended(lines: list[list[str]]) -> list[list[str]]:
+    """Return the lines without the empty ones at their end."""
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _header(first: list[str], names: list[str]) -> list[str]:
+    """Return the inputs in the order of a line of names; of one input, whatever it is called."""
+    if len(names) == 1:
+        return names
+    if sorted(first) != sorted(names):
+        raise RequestError(f"the first line names {str(first)[:200]}, the model has {names}")
+    return first
 
 
 def _numbers(values: list[Any], spec: TensorSpec) -> Array:

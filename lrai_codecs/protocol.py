@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from lrai_codecs.forms import BINARY, JSON, Form
 from lrai_codecs.tensors import Array, array_of, datatype_of, dtype_of
@@ -137,19 +139,31 @@ def write_protocol(
         else:
             tensor["data"] = array.ravel().tolist()
         stated.append(tensor)
-    head = msgspec.json.encode(
+    head = json_bytes(
         {
             "model_name": response.model_name,
             "model_version": response.model_version,
             "id": response.id,
             "parameters": {k: v for k, v in response.parameters.items() if v is not None},
             "outputs": stated,
-        }
+        },
+        outputs,
     )
     if not behind:
         return head, {"Content-Type": JSON}
     headers = {"Content-Type": BINARY, "Inference-Header-Content-Length": str(len(head))}
     return b"".join([head, *behind]), headers
+
+
+def json_bytes(content: Any, outputs: Mapping[str, Array]) -> bytes:
+    """Return content made of these outputs as JSON; NaN is null.
+
+    Where there is infinity, which JSON has not, it is `Infinity`, and NaN `NaN`, as Python's own
+    module and TensorFlow Serving write them: null would be read as NaN.
+    """
+    if any(array.dtype.kind == "f" and np.isinf(array).any() for array in outputs.values()):
+        return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    return msgspec.json.encode(content)
 
 
 def _bytes_of(array: Array) -> bytes:

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lrai_core import InferenceRequest, InferenceResponse, LraiConfig, QueueFull, Signature
+from lrai_codecs.tensors import dtype_of
+from lrai_core import InferenceRequest, InferenceResponse, LraiConfig, QueueFull, Signature, Tensor
 
 _AT_A_TIME: Final = 2  # one runs, one waits; the queue is not for one caller alone
 
@@ -76,13 +77,15 @@ def in_turn(
 
 def rows_at_a_time(request: InferenceRequest, config: LraiConfig) -> int:
     """Return of how many rows a part may be that is within the limits, with room for others."""
-    arrays = [array for array in request.inputs.values() if isinstance(array, np.ndarray)]
-    row_bytes = sum(_bytes(array) / max(1, len(array)) for array in arrays if array.ndim)
+    given = request.inputs.values()
+    row_bytes = sum(_bytes(one) / max(1, one.shape[0]) for one in given if one.shape)
     most = min(config.limits.request_rows, config.scheduler.max_queue_rows)
     return max(1, int(min(most, config.limits.request_bytes / max(1, row_bytes)) / 4))
 
 
-def _bytes(array: NDArray[Any]) -> int:
+def _bytes(array: NDArray[Any] | Tensor) -> int:
+    if isinstance(array, Tensor):
+        return memoryview(array.data).nbytes
     if array.dtype.kind != "O":
         return array.nbytes
     return sum(len(one) if isinstance(one, str | bytes) else 0 for one in array.flat)
@@ -101,12 +104,11 @@ def parts(
 ) -> list[InferenceRequest]:
     """Return requests of at most so many rows; the request alone where it cannot be divided.
 
-    That is one for a model whose rows belong together, one of binary tensors that nobody has
-    checked yet, or one whose tensors differ in rows, which the runtime refuses.
+    That is one for a model whose rows belong together, one of binary texts, or one whose tensors
+    differ in rows or are not as they say, which the runtime refuses.
     """
-    arrays = [array for array in request.inputs.values() if isinstance(array, np.ndarray)]
-    counts = {len(array) if array.ndim else 0 for array in arrays}
-    if not signature.coalescible or len(arrays) != len(request.inputs) or len(counts) != 1:
+    counts = {_count(given) for given in request.inputs.values()}
+    if not signature.coalescible or len(counts) != 1:
         return [request]
     (count,) = counts
     if count <= most_rows:
@@ -115,13 +117,29 @@ def parts(
         msgspec.structs.replace(
             request,
             inputs={
-                name: array[start : start + most_rows]
-                for name, array in request.inputs.items()
-                if isinstance(array, np.ndarray)
+                name: _cut(given, start, min(count, start + most_rows))
+                for name, given in request.inputs.items()
             },
         )
         for start in range(0, count, most_rows)
     ]
+
+
+def _count(given: NDArray[Any] | Tensor) -> int:
+    """Return the rows, 0 where they cannot be told apart."""
+    if isinstance(given, Tensor):
+        each = 0 if given.datatype == "BYTES" else dtype_of(given.datatype).itemsize
+        if min(given.shape, default=0) < 1 or each * math.prod(given.shape) != _bytes(given):
+            return 0
+    return int(given.shape[0]) if given.shape else 0
+
+
+def _cut(given: NDArray[Any] | Tensor, start: int, end: int) -> NDArray[Any] | Tensor:
+    if not isinstance(given, Tensor):
+        return given[start:end]
+    row = memoryview(given.data).nbytes // given.shape[0]
+    data = memoryview(given.data).cast("B")[start * row : end * row]
+    return msgspec.structs.replace(given, shape=(end - start, *given.shape[1:]), data=data)
 
 
 def joined(answers: Sequence[InferenceResponse]) -> InferenceResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import tracemalloc
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_the_protocols_timeout_is_in_microseconds() -> None:
         (b"{", "application/json", "no JSON"),
         (b'"\xff"', "application/json", "no JSON"),
         (b"[" * 100_000, "application/json", "no JSON"),
-        (b"[NaN]", "application/json", "no JSON"),
+        (b"[NaN", "application/json", "no JSON"),
         (b"3", "application/json", "got a int"),
         (b'{"rows": [[1]]}', "application/json", "neither inputs of the Open"),
         (protocol(shape=[2, 2]), "", "shape \\[2, 2\\], but 6 elements"),
@@ -206,6 +207,39 @@ def test_a_text_that_is_the_name_of_its_input_is_a_text() -> None:
     name = JOB.name.encode()
     assert values(name + b"\nb\n", "text/csv", [JOB]) == [[JOB.name, "b"]]
     assert values(name + b"\nb\n", "text/csv; Header=present", [JOB]) == [["b"]]
+    assert values(b"review\nb\n", "text/csv; header=present", [JOB]) == [["b"]]
+
+
+def test_a_header_that_is_said_to_be_there_is_no_row() -> None:
+    table, present = b"width,height,depth\n1,2,3\n", "text/csv;header=present"
+    assert values(table, present, [X]) == [[[1, 2, 3]]]
+    assert values(b"job,age\na,1\n", present, [AGE, JOB]) == [[1], ["a"]]
+    with pytest.raises(RequestError, match=r"names \['a', 'b'\], the model has \['age', 'job'\]"):
+        values(b"a,b\n1,x\n", present, [AGE, JOB])
+
+
+def test_a_long_text_in_csv_is_a_text() -> None:
+    text = "a" * 200_000
+    assert values(text.encode(), "text/csv", [JOB]) == [[text]]
+
+
+def test_what_python_writes_of_numbers_that_are_none_is_read() -> None:
+    body = json.dumps({"instances": [[math.nan, math.inf, -math.inf]]}).encode()
+    (found,) = values(body, "application/json", [X])
+    np.testing.assert_array_equal(found, [[np.nan, np.inf, -np.inf]])
+    with pytest.raises(RequestError):
+        values(b'{"age": [NaN], "job": ["a"]}', "application/json", [AGE, JOB])
+    with pytest.raises(RequestError, match="no JSON"):
+        values(b'{"x": [NaN', "application/json", [X])
+
+
+@pytest.mark.parametrize("form", [Form(), Form(layout="instances"), Form(layout="inputs")])
+def test_infinity_is_not_written_as_what_is_missing(form: Form) -> None:
+    given = answer({"y": np.array([1, np.inf, -np.inf, np.nan], np.float32)})
+    body, _ = encode(given, form)
+    assert b"[1.0,Infinity,-Infinity,NaN]" in body
+    lines, _ = encode(given, form, "application/jsonlines")
+    assert lines == b"1.0\nInfinity\n-Infinity\nNaN\n"
 
 
 def test_a_header_that_names_a_column_twice_is_none() -> None:

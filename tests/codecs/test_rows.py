@@ -7,6 +7,7 @@ import contextlib
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -177,21 +178,6 @@ def test_what_cannot_be_divided_is_asked_as_it_is(
     assert model.asked == [whole]
 
 
-def test_binary_tensors_are_left_to_the_runtime() -> None:
-    asked = list[InferenceRequest]()
-
-    async def infer(given: InferenceRequest) -> InferenceResponse:
-        asked.append(given)
-        return InferenceResponse(
-            model_name="m", model_version="1", id="", outputs={}, parameters={}
-        )
-
-    binary = Tensor(name="x", datatype="FP32", shape=(9, 3), data=bytes(108))
-    whole = InferenceRequest(model_name="m", inputs={"x": binary})
-    asyncio.run(in_parts(infer, whole, SIGNATURE, FOUR))
-    assert asked == [whole]
-
-
 def test_parts_are_within_the_bytes_of_a_request() -> None:
     """However few rows a call might have."""
     own = load_config(call={"limits.request_bytes": 4096, "scheduler.max_batch_rows": 64})
@@ -209,3 +195,45 @@ def test_parts_are_within_the_bytes_of_a_request() -> None:
     found = asyncio.run(in_parts(infer, whole, SIGNATURE, own)).outputs["y"]
     assert found.shape == (40, 64)
     assert max(sizes) <= 4096
+
+
+def tensor(name: str, rows: int, **more: Any) -> Tensor:
+    data = np.arange(rows * 3, dtype="<f4").tobytes()
+    given: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": (rows, 3), "data": data}
+    return Tensor(**(given | more))
+
+
+def test_binary_tensors_are_divided_like_arrays() -> None:
+    class Counts(Model):
+        async def infer(self, request: InferenceRequest) -> InferenceResponse:
+            arrays = {
+                name: np.frombuffer(given.data, "<f4").reshape(given.shape)
+                for name, given in request.inputs.items()
+                if isinstance(given, Tensor)
+            }
+            return await Model.infer(self, msgspec.structs.replace(request, inputs=arrays))
+
+    inputs = {"x": tensor("x", 10), "z": tensor("z", 10)}
+    model = Counts()
+    answer = ask(model, InferenceRequest(model_name="m", inputs=inputs))
+    np.testing.assert_array_equal(answer, np.arange(30).reshape(10, 3) * 2)
+    assert [len(part.inputs["x"]) for part in model.asked] == [4, 4, 2]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "more", [{"data": b"abc"}, {"shape": (10, -3)}, {"shape": ()}, {"datatype": "BYTES"}]
+)
+def test_a_binary_tensor_that_is_not_as_it_says_is_for_the_runtime_to_refuse(
+    more: dict[str, Any],
+) -> None:
+    inputs = {"x": tensor("x", 10), "z": tensor("z", 10, **more)}
+    given, seen = InferenceRequest(model_name="m", inputs=inputs), list[InferenceRequest]()
+
+    async def infer(request: InferenceRequest) -> InferenceResponse:
+        seen.append(request)
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs={"y": np.zeros(1)}, parameters={}
+        )
+
+    asyncio.run(in_parts(infer, given, SIGNATURE, FOUR))
+    assert seen == [given]
