@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, Final
 
 from lrai_core import (
     Artifact,
+    ArtifactError,
     InferenceRequest,
     InferenceResponse,
     LraiConfig,
@@ -153,6 +154,9 @@ class Held:
             self._loads.release()
 
     def _load(self) -> None:
+        there = Artifact.open(self._artifact.path, verify=False).version
+        if there != self._artifact.version:  # the name says which one it is
+            raise ArtifactError(f"its artifact was replaced: {there[:12]} lies there now")
         self.variant = load(self.runtime, self._artifact, self.name, **self._settings.how)
 
     def close(self) -> None:

@@ -421,8 +421,7 @@ class TestGuard:
         async def send(message: MutableMapping[str, Any]) -> None:
             sent.append(dict(message))
 
-        guard = Guard(app)
-        guard._limit = limit or guard._limit
+        guard = Guard(app, limit or 0)
         await guard({"type": "http"}, receive, send)
         return sent
 

@@ -132,6 +132,12 @@ def test_another_scheduler_is_left_alone() -> None:
             r"reshape are \[5\]",
         ),
         (ENCODER, {"input": [{"name": "ids", "dims": [-1, -1]}]}, "input 'flag' of the model"),
+        (ENCODER, {"model_transaction_policy": {"decoupled": True}}, "decoupled"),
+        (
+            ENCODER,
+            {"sequence_batching": {"control_input": [{"name": "START"}]}},
+            "sequence_batching: control_input",
+        ),
     ],
 )  # fmt: skip
 def test_a_contradiction_names_the_field(

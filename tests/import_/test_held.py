@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -138,3 +139,16 @@ def test_what_nobody_has_any_more_is_closed_by_a_thread_of_its_own() -> None:
     when_gone(owner, lambda: closed.put(threading.get_ident()))
     del owner
     assert closed.get(timeout=10) != threading.get_ident()
+
+
+def test_what_was_replaced_is_not_loaded_under_the_name_of_what_was_there(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    held = Held(artifact, asked({}), "m")
+    held.runtime.unload("m")
+    shutil.rmtree(artifact.path)
+    small_artifact.build(tmp_path / "small.lrai", factor=3.0)
+    with pytest.raises(lrai.ArtifactError, match="was replaced"):
+        held._load()
+    assert not answers(held)
+    held.close()

@@ -86,6 +86,10 @@ def test_columns_and_tensors_of_a_signature_become_inputs() -> None:
     unnamed = Schema([MlflowTensorSpec(np.dtype("float32"), (-1, 4))])
     assert inputs_of(Model(signature=ModelSignature(inputs=unnamed)))[0].name == "input_0"
     assert inputs_of(Model()) == ()
+    torch = Model(signature=ModelSignature(inputs=columns), flavors={"pytorch": {}})
+    assert inputs_of(torch) == (  # which MLflow gives all columns as one tensor
+        TensorSpec(name="features", datatype="FP32", shape=("batch", 2)),
+    )
 
 
 def test_a_column_that_no_tensor_can_hold_is_named() -> None:

@@ -163,7 +163,7 @@ def test_records_of_token_lists_are_answered_row_by_row(served: Mapping[str, Ser
     ("inputs", "status", "message"),
     [
         ({"input_ids": [[1, 2]]}, 400, "'attention_mask': missing"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, 400, "dimension 1"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, 400, "has length 1"),
         ({"input_ids": [[1.5]], "attention_mask": [[1]]}, 400, "the model takes INT64"),
         ({"input_ids": [["a"]], "attention_mask": [[1]]}, 400, "the model takes INT64"),
         ({"input_ids": [[1000]], "attention_mask": [[1]]}, 400, "the engine refused the request"),

@@ -216,6 +216,18 @@ def test_a_module_of_torch_answers_as_before(form: str) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_module_of_torch_that_takes_a_table_answers_as_before() -> None:
+    module = torch.nn.Sequential(network(), torch.nn.Linear(2, 1)).eval()
+    expected = module(torch.from_numpy(TABLE.to_numpy(np.float32))).detach().numpy()
+    signature = infer_signature(TABLE, pd.DataFrame({"score": expected[:, 0]}))
+    source = logged_by(
+        mlflow.pytorch.log_model, module, signature=signature, serialization_format="pickle"
+    )
+    made = lrai_mlflow.convert(source.model_uri, allow_pickle=True, threads=1)
+    found = mlflow.pyfunc.load_model(made.model_uri).predict(TABLE)
+    np.testing.assert_allclose(found.to_numpy().ravel().tolist(), expected[:, 0], atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["pickle", "cloudpickle"])
 def test_a_pickle_is_opened_only_if_that_is_allowed(form: str) -> None:
     source = log_sklearn(pipeline(), serialization_format=form)

@@ -29,6 +29,7 @@ import lrai_mlflow
 from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server
 from lrai_mlflow.commands.deployments import Client
+from lrai_mlflow.serving import DATA
 from lrai_report.tune import _find, main
 from tests.integration.mlflow_server import own_store, post
 from tests.own_runtime import daemon_pids, own_runtime
@@ -186,6 +187,29 @@ def test_a_deployment_is_made_updated_rolled_back_and_deleted(
     client.delete_deployment("search")  # what is gone already is no error
     assert client.list_deployments() == []
     assert not list(sockets.rglob("*.lrai"))  # nor is a copy left
+
+
+def test_what_was_saved_with_a_model_counts_for_its_deployment(
+    client: Client, saved: list[Path], tmp_path: Path
+) -> None:
+    strict = {"require": {"delta": 0.5}, "actor": {"threads": 1}}
+    lrai_mlflow.save_model(saved[0] / DATA, tmp_path / "strict", model_config=strict)
+    with pytest.raises(MlflowException, match="certificate"):
+        client.create_deployment("search", str(tmp_path / "strict"))
+    client.create_deployment("search", str(saved[1]))
+    with pytest.raises(MlflowException, match="certificate"):
+        client.update_deployment("search", str(tmp_path / "strict"), config={"canary": "0.5"})
+    assert shares(client) == {version_of(saved[1]): 1.0}
+
+
+def test_a_deployment_answers_more_rows_than_a_request_may_have(
+    client: Client, saved: list[Path]
+) -> None:
+    client.create_deployment("search", str(saved[0]))
+    rows = np.tile(ROWS, (1250, 1))
+    many = client.predict("search", {"features": rows})["predictions"]["logits"]
+    assert len(many) == 5000
+    np.testing.assert_allclose(many[4996:], logits(client), atol=1e-5)
 
 
 def test_other_options_for_what_serves_take_effect_and_loads_leave_nothing_behind(

@@ -28,13 +28,17 @@ from lrai_codecs import PayloadTooLarge, Reply, Room, declared, failure, read, r
 Endpoint = Callable[[Request], Awaitable[Reply]]
 
 
-def asgi_app(*runners: Runner) -> Starlette:
-    """Return an application that answers for these models, each under the name of its tag."""
+def asgi_app(*runners: Runner, limit_bytes: int = 0) -> Starlette:
+    """Return an application that answers for these models, each under the name of its tag.
+
+    `limit_bytes`: of a body, by default `limits.request_bytes` of `LRAI_*` and `lrai.toml`.
+    """
     by_name = {runner.tag.name: runner for runner in runners}
     if len(by_name) < len(runners):
         raise lrai.UsageError("a name is there twice: each model of an app has its own")
     config = lrai.load_config()
-    limit_bytes, room = config.limits.request_bytes, Room(config.scheduler.max_queue_bytes)
+    limit_bytes = limit_bytes or config.limits.request_bytes
+    room = Room(max(limit_bytes, config.scheduler.max_queue_bytes))
 
     async def named(request: Request) -> tuple[Runner, Serving]:
         name, version = request.path_params["model"], request.path_params.get("version")

@@ -25,14 +25,16 @@ class TooLarge(BentoMLException):
 class Guard:
     """Middleware of a service: `Service.add_asgi_middleware(lrai_bentoml.Guard)`.
 
+    `limit_bytes` after it: of a body, by default `limits.request_bytes` of `LRAI_*`, `lrai.toml`.
+
     A body over the limit is refused with 413 before it is in memory. A caller who leaves takes the
     request along, out of the queue if it has not begun. An error says in `Retry-After` when trying
     again makes sense.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int = 0) -> None:
         """Stand before `app`, the rest of the service."""
-        self._app, self._limit = app, lrai.load_config().limits.request_bytes
+        self._app, self._limit = app, limit_bytes or lrai.load_config().limits.request_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have a request answered, or dropped where nobody waits for the answer any more."""

@@ -128,8 +128,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     @property
     def shared(self) -> bool:
         """Whether the runtime is that of other processes too."""
-        known = self._here.serving
-        config = known.held.runtime.config if known else self._asked().config
+        config = one.held.runtime.config if (one := self._here.serving) else self._asked().config
         return config.runtime.address != "embedded"
 
     def state(self) -> str:

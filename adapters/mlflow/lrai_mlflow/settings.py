@@ -8,13 +8,15 @@ from typing import Any
 from lrai_import.hosted import Asked, asked
 
 
-def settings_of(tree: Mapping[str, Any] | None) -> Asked:
+def settings_of(tree: Mapping[str, Any] | None, saved: Mapping[str, Any] | None = None) -> Asked:
     """Return what a tree of any depth, or dotted names, say; values may be text.
+
+    `saved`: what was saved with the model, of the same kind; it counts where `tree` says nothing.
 
     Raises:
         UsageError: An unknown setting, or a value that is not allowed.
     """
-    return asked(_flat(tree or {}))
+    return asked(_flat(saved or {}) | _flat(tree or {}))
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,13 +115,11 @@ class Endpoint:
 
     async def advice(self, _: Request) -> Response:
         """Say how batch transform does best: many rows to a body, and bodies side by side."""
-        return _json(
-            {
-                "MaxConcurrentTransforms": self._settings.concurrency,
-                "BatchStrategy": self._settings.strategy,
-                "MaxPayloadInMB": max(1, min(100, self._most_bytes // MEBIBYTE)),
-            }
-        )
+        mebibytes, how = max(1, min(100, self._most_bytes // MEBIBYTE)), self._settings.strategy
+        if not (self._settings.multi_model or self._manifest.signature.coalescible):
+            how = "SINGLE_RECORD"  # the model takes no more at a time
+        said = {"MaxConcurrentTransforms": self._settings.concurrency, "BatchStrategy": how}
+        return _json(said | {"MaxPayloadInMB": mebibytes})
 
     def _unready(self) -> str:
         name = self._settings.model

@@ -53,6 +53,12 @@ def complete(config: ModelConfig, signature: Signature) -> None:
             for tensor in given[kind]:
                 # Requests of different lengths come in one list: it is padded where it is planned.
                 tensor["allow_ragged_batch"] = tensor["name"] in lengths
+    if given.get("model_transaction_policy", {}).get("decoupled"):
+        raise UsageError(
+            "model_transaction_policy: decoupled models are not served, a request has one answer"
+        )
+    if given.get("sequence_batching", {}).get("control_input"):
+        raise UsageError("sequence_batching: control_input is no input of the model")
     if missing := {s.name for s in signature.inputs} - {t["name"] for t in given["input"]}:
         raise UsageError(f"input {min(missing)!r} of the model is not in the configuration")
 

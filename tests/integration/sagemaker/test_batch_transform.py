@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lrai_core as lrai
+from tests.core.compiler.onnx_files import linear, save
 from tests.integration.sagemaker.conftest import Container, Reply
 
 pytestmark = pytest.mark.server
@@ -64,3 +66,13 @@ def test_the_advice_is_what_the_platform_sets_or_within_its_bounds(
             "BatchStrategy": "SINGLE_RECORD",
             "MaxPayloadInMB": 50,
         }
+
+
+def test_of_a_model_of_one_row_lines_come_one_by_one(tmp_path: Path, sockets: Path) -> None:
+    proto = linear()
+    for entry in (*proto.graph.input, *proto.graph.output):
+        entry.type.tensor_type.shape.dim[0].dim_value = 1
+    lrai.compile(save(proto, tmp_path / "one.onnx"), out=tmp_path / "columns.lrai", threads=1)
+    with serve(tmp_path, tmp_path, sockets) as container:
+        container.wait_until_ready()
+        assert container.get("/execution-parameters").json["BatchStrategy"] == "SINGLE_RECORD"

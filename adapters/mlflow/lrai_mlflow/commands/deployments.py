@@ -51,6 +51,7 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
 from msgspec.structs import replace
 
+from lrai_codecs import in_turn, rows_at_a_time
 from lrai_core import Artifact, ArtifactError, ModelNotFound, NotReady, Runtime, UsageError
 from lrai_import.held import lock_folder, when_gone
 from lrai_import.hosted import Asked, load
@@ -83,11 +84,12 @@ class Client(BaseDeploymentClient):
         with mlflow_errors():
             if not name or ":" in name or not name.isprintable():
                 raise UsageError(f"{name!r} is no name of a deployment: printable, without ':'")
-            asked = settings_of(config)
+            settings_of(config)  # for its errors
             if name in self._shares():
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
             with self._alone():
-                load(self._runtime, self._keep(model_uri), name, **asked.how)
+                artifact, saved = self._keep(model_uri)
+                load(self._runtime, artifact, name, **settings_of(config, saved).how)
                 self._forget()
         return self.get_deployment(name)
 
@@ -110,7 +112,7 @@ class Client(BaseDeploymentClient):
         share, back = options.pop("canary", None), options.pop("rollback", None)
         with mlflow_errors(), self._alone():
             shares = self._known(name)
-            asked = settings_of(options)
+            settings_of(options)  # for its errors
             if options and model_uri is None:
                 given = ", ".join(map(str, options))
                 raise UsageError(f"{given}: goes with a model (-m), not with what serves already")
@@ -124,7 +126,10 @@ class Client(BaseDeploymentClient):
             elif model_uri is None:
                 self._weigh(name, shares, _number(share))
             else:
-                self._serve(name, shares, self._keep(model_uri), share, asked)
+                artifact, saved = self._keep(model_uri)
+                there = artifact.version in shares and not options  # else it is to serve otherwise
+                how = settings_of(options, saved).how
+                self._serve(name, shares, artifact, share, {} if there else how, there=there)
             self._forget()
         return self.get_deployment(name)
 
@@ -192,7 +197,10 @@ class Client(BaseDeploymentClient):
             request = to_lrai(_ordered(inputs, columns), declared, {}, name)
             if len(set(known.values())) > 1:  # what is in order for one is not for the others
                 request = replace(request, model_version=version)
-            response = self._runtime.infer(request)
+            most, infer = rows_at_a_time(request, self._runtime.config), self._runtime.infer
+            response = (
+                in_turn(infer, request, served[0].signature, most) if served else infer(request)
+            )
         content = io.StringIO()
         predictions_to_json(from_lrai(response, inputs, by_row=by_row), content)
         return PredictionsResponse(json.loads(content.getvalue()))
@@ -247,19 +255,25 @@ class Client(BaseDeploymentClient):
         return shares[name]
 
     def _serve(
-        self, name: str, shares: dict[str, float], artifact: Artifact, share: Any, asked: Asked
+        self,
+        name: str,
+        shares: dict[str, float],
+        artifact: Artifact,
+        share: Any,
+        how: Mapping[str, Any],
+        *,
+        there: bool,
     ) -> None:
-        """Have a version serve all requests, or a share of them."""
+        """Have a version serve all requests, or a share of them; `there`: as it is loaded."""
         version = artifact.version
-        there = version in shares and not any(asked.how.values())  # else it is to serve otherwise
         if there and share is not None:
             self._weigh(name, shares, _number(share), version)
         elif there:
             self._runtime.route(name, {version: 1.0})
         elif share is None:
-            self._runtime.swap(name, artifact, **asked.how)
+            self._runtime.swap(name, artifact, **how)
         else:
-            self._runtime.load(artifact, name=name, share=_number(share), **asked.how)
+            self._runtime.load(artifact, name=name, share=_number(share), **how)
         if share is None:
             for other in shares.keys() - {version}:
                 with contextlib.suppress(ModelNotFound):  # a swap ends those that served
@@ -275,8 +289,8 @@ class Client(BaseDeploymentClient):
         (stable,) = shares.keys() - {canary}
         self._runtime.route(name, {canary: share, stable: 1.0 - share})
 
-    def _keep(self, model_uri: str) -> Artifact:
-        """Return the artifact of a model, copied to where it stays as long as it is needed.
+    def _keep(self, model_uri: str) -> tuple[Artifact, dict[str, Any]]:
+        """Return the artifact of a model, copied to where it stays, and the settings saved with it.
 
         Raises:
             UsageError: The address is of no kind that is read here.
@@ -288,7 +302,7 @@ class Client(BaseDeploymentClient):
             return _artifact(_download_artifact_from_uri(str(model_uri)))
         with tempfile.TemporaryDirectory(prefix="lrai-deploy-") as scratch:
             model = _download_artifact_from_uri(str(model_uri), output_path=scratch)
-            artifact, signature = _artifact(model), Model.load(model).signature
+            (artifact, saved), signature = _artifact(model), Model.load(model).signature
             kept = self._copies / f"{artifact.version}.lrai"
             self._copies.mkdir(mode=0o700, exist_ok=True)
             inputs, columns = signature and signature.inputs, list[str]()
@@ -308,7 +322,7 @@ class Client(BaseDeploymentClient):
             issued = artifact.path / "certificates"  # of which there may be more by now
             if issued.is_dir():
                 shutil.copytree(issued, kept / issued.name, dirs_exist_ok=True)
-        return Artifact.open(kept)
+        return Artifact.open(kept), saved
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -342,14 +356,15 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _artifact(model: str) -> Artifact:
+def _artifact(model: str) -> tuple[Artifact, dict[str, Any]]:
     flavors = Model.load(model).flavors
     if FLAVOR_NAME not in flavors:
         raise UsageError(
             f"the model has the flavors {', '.join(flavors)}, lrai is needed: "
             "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
         )
-    return Artifact.open(Path(model, DATA))
+    saved = flavors.get("python_function", {}).get("config") or {}  # MLflow's `model_config`
+    return Artifact.open(Path(model, DATA)), saved
 
 
 def run_local(

@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from lrai_core import EnvironmentProblem, LraiError, Runtime, UsageError
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiError, Runtime, UsageError
 from lrai_import.hosted import load
 from lrai_sagemaker.commands.tars import unpacked
 from lrai_sagemaker.logs import log, one_line, set_up_log
@@ -90,12 +90,16 @@ class Supervisor:
 
     def _keep_loaded(self) -> None:
         """Load the model, and again where somebody has stopped the runtime or unloaded it."""
-        runtime, name, loaded = self._runtime, self._settings.model, False
+        runtime, name, loaded = self._runtime, self._settings.model, ""
         while runtime is not None and not self._signal:
             try:
                 if not loaded or name not in {model.name for model in runtime.models()}:
                     artifact, require = self._settings.artifact, self._settings.require
-                    loaded = bool(load(runtime, artifact, name, require=require))
+                    there = Artifact.open(artifact, verify=False)
+                    if loaded not in ("", there.version):  # the workers know the one before
+                        raise ArtifactError("the artifact was replaced: start the container anew")
+                    load(runtime, there, name, require=require)
+                    loaded = there.version
             except LraiError as error:
                 if not loaded:
                     self._problem = error
