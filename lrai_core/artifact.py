@@ -397,10 +397,9 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
         if stat.S_ISLNK((folder / MANIFEST).lstat().st_mode):
             raise ArtifactError(f"{folder}: {MANIFEST} is not a plain file")
         return read_record(folder / MANIFEST, Manifest, _MAX_MANIFEST_BYTES)
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} is not an artifact: there is no {MANIFEST}") from None
-    except NotADirectoryError:
-        raise ArtifactError(f"{folder} is not an artifact: it is a file") from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        why = f"there is no {MANIFEST}" if error.errno == errno.ENOENT else "it is a file"
+        raise ArtifactError(f"{folder} is not an artifact: {why}") from None
     except PermissionError:
         raise EnvironmentProblem(f"{folder}: no permission to read it") from None
 

@@ -30,10 +30,8 @@ def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
     low, high = 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2
-        if _cdf(failures, n, middle) > 1 - confidence:
-            low = middle
-        else:
-            high = middle
+        over = _cdf(failures, n, middle) > 1 - confidence
+        low, high = (middle, high) if over else (low, middle)
         if high - low <= 1e-15 * high:
             break
     return high

@@ -23,7 +23,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "core: artifact": (380, ["lrai_core/artifact", "lrai_core/executor"]),
     "core: wire": (315, ["lrai_core/wire"]),
     "core: engine": (260, ["lrai_core/engine"]),
-    "core: compiler": (1110, ["lrai_core/compiler"]),
+    "core: compiler": (1115, ["lrai_core/compiler"]),
     "core: verifier": (495, ["lrai_core/verifier"]),
     "core: scheduler": (865, ["lrai_core/scheduler"]),
     "core: actor": (330, ["lrai_core/actor"]),
@@ -41,7 +41,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "wheel": (120, ["lrai_wheel"]),
 }
 ADAPTER_BUDGET = 400  # what the host loads
-COMMANDS_BUDGET = 600  # an adapter's commands/ folder
+COMMANDS_BUDGET = 610  # an adapter's commands/ folder
 
 COLUMNS = "{:<22}{:>6}{:>7}{:>7}{:>8}{:>6}"
 

@@ -21,7 +21,7 @@ from lrai_core.errors import EngineError, UsageError, shorten
 from lrai_core.protocol import Array, OutputMap, Signature
 
 _SAME: Final = 1e-4
-_MOST_SPLITS: Final = 64  # of inputs into shorter and longer ones
+_MOST_SPLITS: Final = 256  # of inputs into shorter and longer ones
 Row = list[Array]
 
 
@@ -42,8 +42,8 @@ class _AxesFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def assume_axes(signature: Signature) -> Signature:
     """Return the signature with the axes that the inputs' free dimensions suggest.
 
-    A free dimension 0 common to all inputs, or without a name in all of them, is taken for the
-    batch axis, the one other free dimension common to all inputs for the length axis.
+    A free dimension 0 common to all inputs, or of matrices and more that have no name for it, is
+    taken for the batch axis, the one other free dimension common to all inputs for the length axis.
     """
     free = [
         {symbol: axis for axis, symbol in enumerate(spec.shape) if isinstance(symbol, str)}
@@ -51,7 +51,7 @@ def assume_axes(signature: Signature) -> Signature:
     ]
     common = set.intersection(*(set(symbols) for symbols in free))
     batch = {symbol for symbol in common if all(symbols[symbol] == 0 for symbols in free)}
-    if not batch and any(s.shape[:1] != (f"{s.name}.0",) for s in signature.inputs):
+    if not batch and any(s.shape[:-1][:1] != (f"{s.name}.0",) for s in signature.inputs):
         return signature
     others = {s for s in common - batch if all(i.shape.count(s) == 1 for i in signature.inputs)}
     symbol = others.pop() if len(others) == 1 else ""
@@ -185,16 +185,21 @@ def _same(first: Row, second: Row) -> bool:
 
 
 def _apart(session: Session, signature: Signature, row: Row) -> bool:
-    """Return whether some inputs may be longer than others, as of two texts, whatever is said."""
+    """Return whether some inputs may be longer than others, as of two texts, and it matters."""
     both = list(zip(*(stretch(row, signature, 1, length) for length in (2, 3)), strict=True))
+    alike = session.run([short for short, _ in both])
     for longer in islice(product((0, 1), repeat=len(row) - 1), 1, _MOST_SPLITS):
         with suppress(EngineError):
-            session.run([pair[i] for pair, i in zip(both, (0, *longer), strict=True)])
-            return True
+            split = [pair[i] for pair, i in zip(both, (0, *longer), strict=True)]
+            if not _same(session.run(split), alike):  # else nothing reads the longer ones
+                return True
     return False
 
 
 def _tells(session: Session, pair: tuple[Row, Row]) -> bool:
     """Return whether numbers with fractions differ between rows: labels may stay, come what may."""
-    outputs = zip(*map(session.run, pair), strict=True)
-    return any(a.dtype.kind == "f" and not _same([a], [b]) for a, b in outputs)
+    for a, b in zip(*map(session.run, pair), strict=True):
+        both = tuple(map(slice, map(min, a.shape, b.shape)))  # one is longer
+        if a.dtype.kind == "f" and not _same([a[both]], [b[both]]):
+            return True
+    return False

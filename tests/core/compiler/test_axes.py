@@ -88,6 +88,13 @@ def test_two_texts_of_one_symbol_need_not_be_of_one_length(tmp_path: Path) -> No
     assert "need not be of one length" in why
 
 
+def test_an_input_that_nothing_reads_is_of_any_length(tmp_path: Path) -> None:
+    proto = masked_sum()
+    proto.graph.input.append(value("types", ["batch", "sequence"], TensorProto.INT64))
+    signature, _ = found(proto, tmp_path)
+    assert [spec.length_axis for spec in signature.inputs] == [1, 1, 1]
+
+
 def test_padding_that_changes_outputs_is_no_length_axis(tmp_path: Path) -> None:
     signature, why = found(plain_mean(), tmp_path)
     assert signature.inputs[0].batch_axis == 0
@@ -226,6 +233,15 @@ def test_labels_that_stay_whatever_is_padded_show_no_length_axis(tmp_path: Path)
         "ArgMax": (helper.make_node("ArgMax", ["scores"], ["y"], axis=1), TensorProto.INT64),
         "Softmax": (helper.make_node("Softmax", ["scores"], ["y"], axis=1), TensorProto.FLOAT),
     }
+    each = [
+        LOOK_UP,
+        helper.make_node("Abs", ["words"], ["sizes"]),
+        helper.make_node("MatMul", ["sizes", "weights"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["y"], axis=2),
+    ]
+    tokens = value("y", ["batch", "sequence", 2])  # of each token, and of one shape a length
+    signature, _ = found(model(each, [IDS], [tokens], [TABLE, weights]), tmp_path)
+    assert signature.inputs[0].length_axis is None
     for node, kind in last.values():
         out = value("y", ["batch", 1 if kind == TensorProto.INT64 else 2], kind)
         signature, why = found(model([*nodes, node], [IDS], [out], [TABLE, weights]), tmp_path)

@@ -160,7 +160,7 @@ def test_without_a_batch_axis_rows_are_stacked_in_front() -> None:
 
 def test_inputs_of_one_row_that_contradict_each_other_are_refused() -> None:
     data = {"ids": np.ones((2, 3), int), "mask": np.ones((2, 4), int)}
-    assert "row 0: tensor 'mask': dimension 1 (sequence) is 4, but 3" in refusal(data, TOKENS)
+    assert "row 0: tensor 'mask': has length 4, other inputs have 3" in refusal(data, TOKENS)
 
 
 def test_an_input_may_be_called_label() -> None:
