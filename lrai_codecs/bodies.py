@@ -26,12 +26,13 @@ from lrai_codecs.forms import (
     NotAcceptable,
     UnsupportedMediaType,
 )
-from lrai_codecs.protocol import is_protocol, json_bytes, read_protocol, write_protocol
+from lrai_codecs.protocol import is_protocol, json_encoder, read_protocol, write_protocol
 from lrai_codecs.tensors import Array, by_name, dtype_of, fit, text
 from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, TensorSpec
 
 _any_decoder: Final = msgspec.json.Decoder()
 _LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
+csv.field_size_limit(1 << 30)  # a long text is one, too; bodies are bounded before
 _TRUTHS: Final = {"true": "1", "false": "0"}
 _MOST_EMPTY: Final = 1 << 20  # lines of CSV, each of which takes memory
 _EXACT: Final = 1 << 53  # whole numbers up to here are float64's own
@@ -101,16 +102,16 @@ def encode(
     if media == NPY:
         return _npy_of(outputs), {"Content-Type": NPY}
     if media == LINES:
-        lines = [json_bytes(row, outputs) for row in _rows(outputs)]
+        lines = list(map(json_encoder(outputs), _rows(outputs)))
         return b"\n".join([*lines, b""]), {"Content-Type": LINES}
     if media == BINARY:
         return write_protocol(response, outputs, form.binary or None)
     if form.layout == "protocol":
         return write_protocol(response, outputs, form.binary)
     if form.layout == "instances":
-        return json_bytes({"predictions": _rows(outputs)}, outputs), {"Content-Type": JSON}
+        return json_encoder(outputs)({"predictions": _rows(outputs)}), {"Content-Type": JSON}
     columns = {name: output.tolist() for name, output in outputs.items()}
-    return json_bytes({"outputs": columns}, outputs), {"Content-Type": JSON}
+    return json_encoder(outputs)({"outputs": columns}), {"Content-Type": JSON}
 
 
 def _parsed(body: bytes) -> Any:
@@ -119,7 +120,9 @@ def _parsed(body: bytes) -> Any:
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         if b"NaN" in body or b"Infinity" in body:  # as Python and numpy's users write them
             with contextlib.suppress(ValueError, RecursionError):
-                return json.loads(body)
+                found = json.loads(body)
+                json.dumps(found, ensure_ascii=False).encode()  # UTF-8 throughout
+                return found
         raise RequestError(f"the body is no JSON: {error}") from None
 
 
@@ -152,7 +155,6 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
     for a model of a text alone.
     """
     names, texts = [spec.name for spec in inputs], [spec.datatype == "BYTES" for spec in inputs]
-    csv.field_size_limit(max(csv.field_size_limit(), len(body)))  # a long text is one, too
     try:
         reader = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
         lines, empty = list[list[str]](), 0

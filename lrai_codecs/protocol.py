@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -139,15 +139,14 @@ def write_protocol(
         else:
             tensor["data"] = array.ravel().tolist()
         stated.append(tensor)
-    head = json_bytes(
+    head = json_encoder(outputs)(
         {
             "model_name": response.model_name,
             "model_version": response.model_version,
             "id": response.id,
             "parameters": {k: v for k, v in response.parameters.items() if v is not None},
             "outputs": stated,
-        },
-        outputs,
+        }
     )
     if not behind:
         return head, {"Content-Type": JSON}
@@ -155,15 +154,19 @@ def write_protocol(
     return b"".join([head, *behind]), headers
 
 
-def json_bytes(content: Any, outputs: Mapping[str, Array]) -> bytes:
-    """Return content made of these outputs as JSON; NaN is null.
+def json_encoder(outputs: Mapping[str, Array]) -> Callable[[Any], bytes]:
+    """Return what writes content made of these outputs as JSON; NaN is null.
 
     Where there is infinity, which JSON has not, it is `Infinity`, and NaN `NaN`, as Python's own
     module and TensorFlow Serving write them: null would be read as NaN.
     """
     if any(array.dtype.kind == "f" and np.isinf(array).any() for array in outputs.values()):
-        return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    return msgspec.json.encode(content)
+        return _with_infinity
+    return msgspec.json.encode
+
+
+def _with_infinity(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _bytes_of(array: Array) -> bytes:

@@ -242,6 +242,25 @@ def test_infinity_is_not_written_as_what_is_missing(form: Form) -> None:
     assert lines == b"1.0\nInfinity\n-Infinity\nNaN\n"
 
 
+def test_an_answer_of_many_lines_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, isinf = list[int](), np.isinf
+
+    def looking(array: np.ndarray[Any, Any]) -> Any:
+        looked.append(array.size)
+        return isinf(array)
+
+    monkeypatch.setattr(np, "isinf", looking)
+    many = answer({"y": np.zeros((4000, 8), np.float32)})
+    body, _ = encode(many, Form(), "application/jsonlines")
+    assert body.count(b"\n") == 4000
+    assert looked == [32_000]
+
+
+def test_a_body_with_half_a_character_is_refused_whatever_else_it_holds() -> None:
+    with pytest.raises(RequestError, match="no JSON"):
+        decode(b'{"id": "NaN\\ud800", "inputs": []}', "application/json", [X])
+
+
 def test_a_header_that_names_a_column_twice_is_none() -> None:
     a, b = (TensorSpec(name=one, datatype="FP32", shape=("n",), batch_axis=0) for one in "ab")
     with pytest.raises(RequestError):
