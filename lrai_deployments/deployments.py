@@ -196,11 +196,11 @@ class Deployments(Embedded):
                         raise lrai.UsageError(f"{has}: route gives it another one")
                     return name
             plain = share is None and require is None
-            if shared and served and plain and record.was(opened.version):
-                return name  # whoever starts anew with what was replaced gets what replaced it
             kept = record.serving(opened.version)
+            if shared and served and plain and record.was(opened.version) and not kept:
+                return name  # whoever starts anew with what was replaced gets what replaced it
             there = kept is not None and (name, kept.version) in self.versions
-            meanwhile = bool(served) and share is None  # others answer for it
+            meanwhile = bool(served) and plain and settings is None  # others answer for it
             if (
                 (record.frozen or meanwhile)
                 and kept

@@ -90,9 +90,11 @@ def test_one_runtime_at_a_time_keeps_its_state_in_a_folder(tmp_path: Path) -> No
         Store(str(tmp_path))
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(sleeps, pass_fds=[first._held]) as child:  # has it as a fork has
-        first.close()
-        Store(str(tmp_path)).close()
-        child.kill()
+        try:
+            first.close()
+            Store(str(tmp_path)).close()
+        finally:
+            child.kill()
 
 
 def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path: Path) -> None:

@@ -922,7 +922,10 @@ def test_a_version_that_could_not_start_for_now_keeps_its_share_of_what_was_kept
         kept = msgspec.json.decode((state / "deployments.json").read_bytes())
         assert kept["deployments"]["m"]["shares"] == {old: 0.75, new: 0.25}
         monkeypatch.setattr(Deployments, "add", add)
-        runtime.load(small[2.0], name="m")  # whoever wants it has it back
+        with pytest.raises(lrai.UsageError, match="is loaded already"):
+            runtime.load(small[2.0], name="m", settings={"actor.threads": 1})  # not as it was
+        # Whoever wants it has it back, a worker of a host too.
+        deployments(runtime).load(str(small[2.0]), name="m", shared=True)
         assert {ask(runtime) for _ in range(60)} == {2.0, 3.0}
         assert runtime.deployments()[0].shares == {old: 0.75, new: 0.25}
 
