@@ -200,6 +200,15 @@ def test_what_was_saved_with_a_model_counts_for_its_deployment(
     with pytest.raises(MlflowException, match="certificate"):
         client.update_deployment("search", str(tmp_path / "strict"), config={"canary": "0.5"})
     assert shares(client) == {version_of(saved[1]): 1.0}
+    client.update_deployment("search", str(saved[0]))
+    for _ in range(2):  # the same artifact, of which more is demanded now
+        with pytest.raises(MlflowException, match="certificate"):
+            client.update_deployment("search", str(tmp_path / "strict"))
+    loose = {"actor": {"threads": 1}}
+    lrai_mlflow.save_model(saved[0] / DATA, tmp_path / "loose", model_config=loose)
+    for _ in range(2):  # it serves so from the first time on
+        client.update_deployment("search", str(tmp_path / "loose"))
+        assert shares(client) == {f"{version_of(saved[0])}-2": 1.0}
 
 
 def test_a_deployment_answers_more_rows_than_a_request_may_have(

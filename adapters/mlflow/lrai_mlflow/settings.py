@@ -16,14 +16,15 @@ def settings_of(tree: Mapping[str, Any] | None, saved: Mapping[str, Any] | None 
     Raises:
         UsageError: An unknown setting, or a value that is not allowed.
     """
-    return asked(_flat(saved or {}) | _flat(tree or {}))
+    return asked(flat(saved or {}) | flat(tree or {}))
 
 
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree's values by their dotted names."""
+    found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}.{below}": deep for below, deep in _flat(value).items()}
+            found |= {f"{name}.{below}": deep for below, deep in flat(value).items()}
         else:
-            flat[name] = value
-    return flat
+            found[name] = value
+    return found

@@ -57,7 +57,7 @@ from lrai_import.held import lock_folder, when_gone
 from lrai_import.hosted import Asked, load
 from lrai_mlflow.flavor import FLAVOR_NAME
 from lrai_mlflow.serving import DATA, from_lrai, is_onnx, mlflow_errors, to_lrai
-from lrai_mlflow.settings import settings_of
+from lrai_mlflow.settings import flat, settings_of
 
 _SCHEMES: Final = ("", "file", "models", "runs", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
 _READ: Final = ", ".join(f"{name}:" for name in _SCHEMES if name)
@@ -90,6 +90,7 @@ class Client(BaseDeploymentClient):
             with self._alone():
                 artifact, saved = self._keep(model_uri)
                 load(self._runtime, artifact, name, **settings_of(config, saved).how)
+                self._say(artifact.version, saved=saved)
                 self._forget()
         return self.get_deployment(name)
 
@@ -127,9 +128,12 @@ class Client(BaseDeploymentClient):
                 self._weigh(name, shares, _number(share))
             else:
                 artifact, saved = self._keep(model_uri)
-                there = artifact.version in shares and not options  # else it is to serve otherwise
+                same = self._said_of(artifact.version).get("saved", {}) == saved
+                loaded = [one for one in shares if one.partition("-")[0] == artifact.version]
+                there = "".join(loaded[-1:]) if same and not options else ""  # else otherwise
                 how = settings_of(options, saved).how
-                self._serve(name, shares, artifact, share, {} if there else how, there=there)
+                self._serve(name, shares, artifact, share, how, there)
+                self._say(artifact.version, saved=saved)
             self._forget()
         return self.get_deployment(name)
 
@@ -198,6 +202,8 @@ class Client(BaseDeploymentClient):
             if len(set(known.values())) > 1:  # what is in order for one is not for the others
                 request = replace(request, model_version=version)
             most, infer = rows_at_a_time(request, self._runtime.config), self._runtime.infer
+            if len(shares) > 1 and any(a.shape[:1] > (most,) for a in request.inputs.values()):
+                request = replace(request, model_version=version)  # one answers all parts
             response = (
                 in_turn(infer, request, served[0].signature, most) if served else infer(request)
             )
@@ -207,13 +213,18 @@ class Client(BaseDeploymentClient):
 
     def _known_of(self, version: str) -> tuple[tuple[str, ...], bool]:
         """Return the columns of a version's model, if it has names, and `by_row` of `from_lrai`."""
+        said = self._said_of(version)
+        return tuple(said.get("columns", ())), said.get("by_row", False)
+
+    def _said_of(self, version: str) -> dict[str, Any]:
+        """Return what was kept beside the copy of a version's artifact."""
         file = self._copies and self._copies / f"{version.partition('-')[0]}.columns"
         if not file or not file.is_file():
-            return (), False
+            return {}
         kept = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(kept, list):  # as an earlier version wrote it
-            return tuple(kept), bool(kept)
-        return tuple(kept["columns"]), kept["by_row"]
+            return {"columns": kept, "by_row": bool(kept)}
+        return dict(kept)
 
     @cached_property
     def _settings(self) -> Asked:
@@ -261,11 +272,10 @@ class Client(BaseDeploymentClient):
         artifact: Artifact,
         share: Any,
         how: Mapping[str, Any],
-        *,
-        there: bool,
+        there: str,
     ) -> None:
-        """Have a version serve all requests, or a share of them; `there`: as it is loaded."""
-        version = artifact.version
+        """Have a version serve all requests, or a share; `there`: the one that is loaded so."""
+        version = there or artifact.version
         if there and share is not None:
             self._weigh(name, shares, _number(share), version)
         elif there:
@@ -308,12 +318,10 @@ class Client(BaseDeploymentClient):
             inputs, columns = signature and signature.inputs, list[str]()
             if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
                 columns = inputs.input_names()
-            said = {"columns": columns, "by_row": not is_onnx(Path(model, MLMODEL_FILE_NAME))}
+            by_row = not is_onnx(Path(model, MLMODEL_FILE_NAME))
+            self._say(artifact.version, columns=columns, by_row=by_row)
             partial = kept.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            written = kept.with_suffix(".new")
-            written.write_text(json.dumps(said), encoding="utf-8")
-            written.replace(kept.with_suffix(".columns"))  # which others may be reading
             if kept.exists() and not _is_whole(kept):  # in a temporary folder: a part may be gone
                 shutil.rmtree(kept)
             if not kept.exists():
@@ -323,6 +331,13 @@ class Client(BaseDeploymentClient):
             if issued.is_dir():
                 shutil.copytree(issued, kept / issued.name, dirs_exist_ok=True)
         return Artifact.open(kept), saved
+
+    def _say(self, version: str, **more: Any) -> None:
+        """Keep something beside the copy of a version's artifact."""
+        if self._copies is not None:
+            written = self._copies / f"{version}.new"
+            written.write_text(json.dumps(self._said_of(version) | more), encoding="utf-8")
+            written.replace(written.with_suffix(".columns"))  # which others may be reading
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -363,7 +378,8 @@ def _artifact(model: str) -> tuple[Artifact, dict[str, Any]]:
             f"the model has the flavors {', '.join(flavors)}, lrai is needed: "
             "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
         )
-    saved = flavors.get("python_function", {}).get("config") or {}  # MLflow's `model_config`
+    saved = flat(flavors.get("python_function", {}).get("config") or {})  # its `model_config`
+    saved.pop("actor.isolation", None)  # in a runtime of many it is for all of them
     return Artifact.open(Path(model, DATA)), saved
 
 
