@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -32,7 +33,7 @@ from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, Reques
 
 _any_decoder: Final = msgspec.json.Decoder()
 _LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
-csv.field_size_limit(1 << 30)  # a long text is one, too; bodies are bounded before
+_fields: Final = threading.Lock()  # of csv's limit, which is the process's
 _TRUTHS: Final = {"true": "1", "false": "0"}
 _MOST_EMPTY: Final = 1 << 20  # lines of CSV, each of which takes memory
 _EXACT: Final = 1 << 53  # whole numbers up to here are float64's own
@@ -158,11 +159,12 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
     try:
         reader = csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
         lines, empty = list[list[str]](), 0
-        for line in reader:
-            # One without anything is a text for a model that takes one; for others it is none.
-            empty += not line
-            if line or (texts == [True] and empty <= _MOST_EMPTY):
-                lines.append(line)
+        with _long_fields(len(body)):
+            for line in reader:
+                # One without anything is a text for a model that takes one; for others it is none.
+                empty += not line
+                if line or (texts == [True] and empty <= _MOST_EMPTY):
+                    lines.append(line)
     except (csv.Error, UnicodeError) as error:
         raise RequestError(f"the body is no CSV in UTF-8: {error}") from None
     if texts == [True] and empty > _MOST_EMPTY:
@@ -189,6 +191,18 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
         name: _numbers(list(column), known[name])
         for name, column in zip(names, columns, strict=True)
     }
+
+
+@contextlib.contextmanager
+def _long_fields(most: int) -> Iterator[None]:
+    """Let a text in CSV be as long as its body, here and now."""
+    with _fields:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, most))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 def _ended(lines: list[list[str]]) -> list[list[str]]:

@@ -287,7 +287,7 @@ def test_an_actor_of_another_version_is_refused_with_the_setting_to_look_at(
         "main(sys.argv[1:])\n",
     )
     with pytest.raises(
-        lrai.ArtifactError, match=rf"version 99, not {PROTOCOL_VERSION}: actor\.python"
+        lrai.EnvironmentProblem, match=rf"version 99, not {PROTOCOL_VERSION}: actor\.python"
     ):
         lrai.Runtime.open(classifier_fp32, config=config(**{"actor.python": other}))
 

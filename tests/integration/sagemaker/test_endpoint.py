@@ -205,7 +205,7 @@ DEEP = b'{"inputs": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
         ({"inputs": {"input_ids": [[1]]}}, {}, 400, "'attention_mask': missing"),
         ({"inputs": {**TOKENS, "more": [1]}}, {}, 400, "no such input"),
         ({"inputs": {**TOKENS, "input_ids": [["a"]]}}, {}, 400, "input_ids"),
-        (b'{"inputs": {"input_ids": [[NaN]], "attention_mask": [[1]]}}', {}, 400, "no JSON"),
+        (b'{"inputs": {"input_ids": [[NaN]], "attention_mask": [[1]]}}', {}, 400, "no int64"),
         ({"inputs": {**TOKENS, "input_ids": [[10**6, 1, 1]]}}, {}, 400, "refused"),
         (b"<a/>", {"Content-Type": "text/xml"}, 415, "'text/xml' is not read"),
         (b"", {"Content-Encoding": "br"}, 415, "'br'"),
