@@ -154,9 +154,10 @@ class Held:
             self._loads.release()
 
     def _load(self) -> None:
-        there, built = Artifact.open(self._artifact.path, verify=False).version, "built"
-        # The name says which one it is; what was built goes by its source's content, see `built`.
-        if there != self._artifact.version and self._artifact.path.parent.name != built:
+        folder = self._artifact.path
+        there = Artifact.open(folder, verify=False).version
+        # The name says which one it is; the folder of what was built is named by its source's hash.
+        if there != self._artifact.version and folder.parent.name != "built":
             raise ArtifactError(f"its artifact was replaced: {there[:12]} lies there now")
         self.variant = load(self.runtime, self._artifact, self.name, **self._settings.how)
 
