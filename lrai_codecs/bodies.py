@@ -173,7 +173,7 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
     # One text alone may be any text, the name of the input too.
     if lines and "header=present" in content_type.replace(" ", ""):
         names = _header(lines.pop(0), names)
-    elif lines and texts != [True] and sorted(lines[0]) == sorted(names):
+    elif lines and texts != [True] and _names(lines[0], names):
         names = lines.pop(0)
     if not lines:
         raise RequestError("the body has no line of values")
@@ -210,6 +210,11 @@ def _ended(lines: list[list[str]]) -> list[list[str]]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
+
+
+def _names(first: list[str], names: list[str]) -> bool:
+    """Return whether a line names the inputs; numbers in another order are values."""
+    return first == names or (sorted(first) == sorted(names) and not all(map(str.isdecimal, names)))
 
 
 def _header(first: list[str], names: list[str]) -> list[str]:

@@ -54,8 +54,12 @@ class Room:
         self._most_bytes, self._held_bytes = most_bytes, 0
 
     @contextmanager
-    def held(self, headers: Mapping[str, str], limit_bytes: int) -> Iterator[None]:
+    def held(
+        self, headers: Mapping[str, str], limit_bytes: int
+    ) -> Iterator[Callable[[bytes], None]]:
         """Count a body, as long as it states, or else the most that it may have.
+
+        What it yields is told the body, once that is here: then it counts as it is.
 
         Raises:
             QueueFull: There is no room for it beside the others.
@@ -69,8 +73,14 @@ class Room:
             full = f"bodies of {self._held_bytes} bytes are here, {self._most_bytes} are allowed"
             raise QueueFull(full, limit=self._most_bytes, retry_after_seconds=1.0)
         self._held_bytes += size
+
+        def settle(body: bytes) -> None:
+            nonlocal size
+            self._held_bytes += len(body) - size
+            size = len(body)
+
         try:
-            yield
+            yield settle
         finally:
             self._held_bytes -= size
 
@@ -154,7 +164,8 @@ async def respond(
     def parsed() -> tuple[InferenceRequest, Form]:
         return decode(body, kind, inputs, header_length=length)
 
-    large = len(body) > _THREAD_ABOVE_BYTES
+    # One of CSV may wait for others: the longest field is a setting of the process.
+    large = len(body) > _THREAD_ABOVE_BYTES or kind.lower().startswith("text/csv")
     request, form = await asyncio.to_thread(parsed) if large else parsed()
     response = await infer(request)
 

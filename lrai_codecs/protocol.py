@@ -67,6 +67,9 @@ def read_protocol(data: Any, behind: bytes = b"") -> tuple[InferenceRequest, For
     for tensor in stated.inputs:
         if tensor.name in tensors:
             raise InvalidTensor(tensor.name, "given twice")
+        if len(tensor.shape) > _MOST_DIMENSIONS:  # before their product, which takes hours
+            problem = f"{len(tensor.shape)} dimensions, at most {_MOST_DIMENSIONS} are allowed"
+            raise InvalidTensor(tensor.name, problem)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             tensors[tensor.name] = _listed(tensor)
@@ -99,9 +102,6 @@ def read_protocol(data: Any, behind: bytes = b"") -> tuple[InferenceRequest, For
 def _listed(tensor: _Tensor) -> Array:
     if tensor.data is None:
         raise InvalidTensor(tensor.name, "has neither data nor binary_data_size")
-    if len(tensor.shape) > _MOST_DIMENSIONS:  # before their product, which takes hours of so many
-        problem = f"{len(tensor.shape)} dimensions, at most {_MOST_DIMENSIONS} are allowed"
-        raise InvalidTensor(tensor.name, problem)
     wanted = dtype_of(tensor.datatype)
     array = array_of(tensor.name, tensor.data, wanted)
     if array.dtype != wanted and array.size:

@@ -32,17 +32,30 @@ async def in_parts(
         config: Its limits and `scheduler.max_batch_rows`; what cannot be divided is asked as it is.
 
     Raises:
-        LraiError: The first that a part ended with; the others are cancelled.
+        LraiError: The first that a part ended with; the others are cancelled. Where the queue is
+            full after some were answered, a part comes again, as long as there is time.
     """
     most_rows = min(config.scheduler.max_batch_rows, rows_at_a_time(request, config))
     several = parts(request, signature, most_rows)
     if len(several) == 1:
         return await infer(request)
-    begun, turn = time.monotonic(), asyncio.Semaphore(_AT_A_TIME)
+    begun, turn, answered = time.monotonic(), asyncio.Semaphore(_AT_A_TIME), 0
+    most_ms = request.timeout_ms or config.scheduler.default_timeout_ms
 
     async def one(part: InferenceRequest) -> InferenceResponse:
+        nonlocal answered
         async with turn:
-            return await infer(_within(part, begun))
+            while True:
+                try:
+                    answer = await infer(_within(part, begun))
+                except QueueFull as full:  # for those that were answered it comes again
+                    wait = full.retry_after_seconds
+                    if not answered or (time.monotonic() - begun + wait) * 1e3 > most_ms:
+                        raise
+                    await asyncio.sleep(wait)
+                else:
+                    answered += 1
+                    return answer
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -126,12 +139,14 @@ def parts(
 
 
 def _count(given: NDArray[Any] | Tensor) -> int:
-    """Return the rows, 0 where they cannot be told apart."""
+    """Return the rows, 0 where they cannot be told apart, or there is nothing in them."""
+    if min(given.shape, default=0) < 1:  # of nothing there may be any number of rows
+        return 0
     if isinstance(given, Tensor):
         each = 0 if given.datatype == "BYTES" else dtype_of(given.datatype).itemsize
-        if min(given.shape, default=0) < 1 or each * math.prod(given.shape) != _bytes(given):
+        if each * math.prod(given.shape) != _bytes(given):
             return 0
-    return int(given.shape[0]) if given.shape else 0
+    return int(given.shape[0])
 
 
 def _cut(given: NDArray[Any] | Tensor, start: int, end: int) -> NDArray[Any] | Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median_low
 from typing import Any, Final, NamedTuple
@@ -28,6 +28,7 @@ from lrai_core import (
     LraiError,
     Runtime,
     Signature,
+    TensorSpec,
     UsageError,
     explain_config,
     load_config,
@@ -143,14 +144,18 @@ def load(runtime: Runtime, artifact: Artifact | str, name: str, **how: Any) -> s
 
 
 def is_quick(artifact: Artifact, variant: str = "") -> bool:
-    """Return whether one row takes less than ten milliseconds by the variant's profile."""
+    """Return whether one row takes less than ten milliseconds by the variant's profile.
+
+    Of one that was made for other machines, in whose place another one serves, nobody knows.
+    """
     manifest = artifact.manifest
-    profile = manifest.variant(variant or manifest.chosen).latency
-    alone = [point.median_ms for point in profile if point.rows == 1]
-    return bool(alone) and median_low(alone) < _QUICK_MS
+    wanted = manifest.variant(variant or manifest.chosen)
+    alone = [point.median_ms for point in wanted.latency if point.rows == 1]
+    mine = manifest.made_for(wanted) == environment(wanted)
+    return mine and bool(alone) and median_low(alone) < _QUICK_MS
 
 
-def zeros(signature: Signature) -> dict[str, NDArray[Any]]:
+def zeros(specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
     """Return one row of zeros and empty texts, of the smallest shape."""
     return {
         spec.name: np.full(
@@ -158,7 +163,7 @@ def zeros(signature: Signature) -> dict[str, NDArray[Any]]:
             "" if spec.datatype == "BYTES" else 0,
             dtype_of(spec.datatype),
         )
-        for spec in signature.inputs
+        for spec in specs
     }
 
 
@@ -169,7 +174,7 @@ def warm_up(runtime: Runtime, name: str, signature: Signature) -> None:
         LraiError: It does not answer.
     """
     try:
-        runtime.infer(InferenceRequest(model_name=name, inputs=zeros(signature)))
+        runtime.infer(InferenceRequest(model_name=name, inputs=zeros(signature.inputs)))
     except LraiError as error:
         if error.http_status not in _REFUSALS:
             raise

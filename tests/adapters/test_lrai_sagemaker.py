@@ -155,7 +155,7 @@ def test_a_model_behind_a_link_is_refused(artifact: lrai.Artifact, tmp_path: Pat
 def test_zeros_are_of_the_smallest_shape_and_the_right_type() -> None:
     specs = [("a", "INT64", ("n", 3)), ("b", "BYTES", ("n",)), ("c", "BOOL", (2, "m"))]
     inputs = tuple(lrai.TensorSpec(name=n, datatype=d, shape=s) for n, d, s in specs)
-    found = zeros(lrai.Signature(inputs=inputs, outputs=()))
+    found = zeros(inputs)
     assert {name: array.tolist() for name, array in found.items()} == {
         "a": [[0, 0, 0]],
         "b": [""],

@@ -219,6 +219,23 @@ def test_a_header_that_is_said_to_be_there_is_no_row() -> None:
         values(b"a,b\n1,x\n", present, [AGE, JOB])
 
 
+def test_a_line_of_numbers_that_are_names_in_another_order_is_a_row() -> None:
+    inputs = [TensorSpec(name=name, datatype="FP32", shape=("n",)) for name in "01"]
+    assert values(b"1,0\n3,4\n", "text/csv", inputs) == [[1, 3], [0, 4]]
+    assert values(b"0,1\n3,4\n", "text/csv", inputs) == [[3], [4]]  # as pandas names columns
+    assert values(b"1,0\n3,4\n", "text/csv; header=present", inputs) == [[4], [3]]
+
+
+@pytest.mark.parametrize("more", [{"data": []}, {"parameters": {"binary_data_size": 0}}])
+def test_a_tensor_of_very_many_dimensions_is_refused_before_they_are_multiplied(
+    more: dict[str, Any],
+) -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [2**63 - 1] * 200_000} | more
+    body = json.dumps({"inputs": [tensor]}).encode()
+    with pytest.raises(InvalidTensor, match="200000 dimensions, at most 16"):
+        values(body, "application/json", [TensorSpec(name="x", datatype="FP32", shape=("n",))])
+
+
 def test_a_long_text_in_csv_is_a_text() -> None:
     text, before = "a" * 200_000, csv.field_size_limit()
     assert values(text.encode(), "text/csv", [JOB]) == [[text]]

@@ -185,6 +185,12 @@ def test_bodies_beyond_what_a_process_may_hold_are_refused() -> None:
                 raise AssertionError
     with room.held({}, 5000):  # one alone is for the limit of one to refuse
         pass
+    with room.held({}, 800) as settle:  # as a proxy sends it, in chunks
+        settle(b"short")
+        with room.held({"content-length": "995"}, 800):
+            pass
+    with room.held({"content-length": "1000"}, 1000):
+        pass
 
 
 def test_an_answer_is_cancelled_when_its_caller_hangs_up() -> None:

@@ -17,6 +17,8 @@ from lrai_codecs import in_parts, in_turn, rows_at_a_time
 from lrai_core import (
     InferenceRequest,
     InferenceResponse,
+    LraiError,
+    NotReady,
     QueueFull,
     Signature,
     Tensor,
@@ -37,9 +39,11 @@ TOGETHER = Signature(inputs=(spec("x"), spec("z")), outputs=(spec("y", None),))
 class Model:
     """Adds its inputs, and remembers what it was asked."""
 
-    def __init__(self, seconds: float = 0.0, fails_at: int = -1) -> None:
+    def __init__(
+        self, seconds: float = 0.0, fails_at: int = -1, error: LraiError | None = None
+    ) -> None:
         self.asked, self.at_once, self.most_at_once = list[InferenceRequest](), 0, 0
-        self._seconds, self._fails_at = seconds, fails_at
+        self._seconds, self._fails_at, self._error = seconds, fails_at, error
 
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
         self.asked.append(request)
@@ -48,8 +52,8 @@ class Model:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             await asyncio.sleep(self._seconds)
-            if number == self._fails_at:
-                raise QueueFull("full", limit=1, retry_after_seconds=1)
+            if number == self._fails_at and self._error is not None:
+                raise self._error
         finally:
             self.at_once -= 1
         x: Any = request.inputs["x"]
@@ -154,10 +158,33 @@ def test_a_part_is_within_every_limit_and_leaves_room(limits: dict[str, Any], ro
 
 
 def test_the_error_of_a_part_is_the_error_of_all_and_ends_the_others() -> None:
-    model = Model(seconds=0.01, fails_at=2)
-    with pytest.raises(QueueFull, match="full"):
+    model = Model(seconds=0.01, fails_at=2, error=NotReady("no"))
+    with pytest.raises(NotReady, match="no"):
         ask(model, request(400))
     assert len(model.asked) < 10
+
+
+@pytest.mark.parametrize(("fails_at", "timeout_ms"), [(1, None), (9, 5.0), (9, None)])
+def test_for_parts_that_were_answered_a_full_queue_is_waited_for(
+    fails_at: int, timeout_ms: float | None
+) -> None:
+    full = QueueFull("full", limit=1, retry_after_seconds=0.05)
+    model, asked = Model(fails_at=fails_at, error=full), request(40, timeout_ms=timeout_ms)
+    if (fails_at, timeout_ms) == (9, None):
+        np.testing.assert_array_equal(ask(model, asked), np.asarray(asked.inputs["x"]) * 3)
+        assert len(model.asked) == 11
+        return
+    with pytest.raises(QueueFull):
+        ask(model, asked)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 0), (0, 3)])
+def test_of_nothing_there_are_no_parts(shape: tuple[int, ...]) -> None:
+    """However many rows of nothing there are said to be: they are for the runtime to refuse."""
+    nothing = np.zeros(0, np.float32).reshape(shape)
+    model = Model()
+    ask(model, InferenceRequest(model_name="m", inputs={"x": nothing, "z": nothing}))
+    assert len(model.asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """Take what is asked for.
 
         Args:
-            tag: Of a model that `save_model` has saved, or the alias that a Bento gives to one.
+            tag: Of a model that `save_model` has saved.
             variant: Serve this variant instead of the chosen one.
             require: Refuse to serve unless its certificate is at least this good, see
                 `Runtime.open`.

@@ -91,7 +91,10 @@ class Endpoint:
         except lrai.LraiError as error:
             # With its paths: those are for the log.
             log.warning("model %r: %s", given.model_name, one_line(error))
-            raise lrai.RequestError("the model cannot be loaded; the log says why") from None
+            # At 507 the platform unloads another one; at 400 it tells whoever asked.
+            lack = isinstance(error, lrai.EnvironmentProblem)
+            kind = lrai.MemoryBudgetExceeded if lack else lrai.RequestError
+            raise kind("the model cannot be loaded; the log says why") from None
         log.info("model %r is loaded", given.model_name)
         return _json({"status": f"model {given.model_name!r} is loaded"})
 
@@ -163,8 +166,8 @@ class Endpoint:
             return msgspec.structs.replace(answer, model_name=name)
 
         try:
-            with self._room.held(headers, self._most_bytes):
-                body = await self._read(request, self._most_bytes)
+            with self._room.held(headers, self._most_bytes) as settle:
+                settle(body := await self._read(request, self._most_bytes))
                 answer = respond(infer, signature.inputs, headers, body)
                 response = _sent(await unless_gone(request.receive, answer))
         except lrai.ModelNotFound:  # whose words name other models

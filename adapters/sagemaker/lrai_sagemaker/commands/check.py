@@ -92,5 +92,5 @@ def _free_port() -> int:
 
 
 def _zeros(path: Path) -> bytes:
-    rows = zeros(Artifact.open(path).manifest.signature)
+    rows = zeros(Artifact.open(path).manifest.signature.inputs)
     return msgspec.json.encode({"inputs": {name: array.tolist() for name, array in rows.items()}})

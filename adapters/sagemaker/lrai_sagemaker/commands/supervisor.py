@@ -83,7 +83,7 @@ class Supervisor:
         if not self._runtime and worker.returncode in _SAID and len(self._deaths) == 1:
             self._problem = EnvironmentProblem("the model cannot be served, see above")
             self._problem.exit_code = worker.returncode
-        elif len(self._deaths) > _MOST_DEATHS:
+        elif len(self._deaths) > max(_MOST_DEATHS, 3 * self._settings.workers):
             often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
             self._problem = EnvironmentProblem(often)
         return self._start()
