@@ -197,8 +197,10 @@ class Deployments(Embedded):
                     return name
             plain = share is None and require is None
             kept = record.serving(opened.version)
-            if shared and served and plain and record.was(opened.version) and not kept:
-                return name  # whoever starts anew with what was replaced gets what replaced it
+            if shared and served and share is None and record.was(opened.version) and not kept:
+                # Whoever starts anew with what was replaced gets what replaced it.
+                self._is_served(now := self.current[name], now.artifact, "", require)
+                return name
             there = kept is not None and (name, kept.version) in self.versions
             meanwhile = bool(served) and plain and settings is None  # others answer for it
             if (
@@ -212,7 +214,7 @@ class Deployments(Embedded):
                     self._commit(name, record, "load")  # it serves again as it served
                 return name
             record = self._free(name)
-            record = record if served else Record(previous=record.previous)
+            record = record if served else Record(previous=record.previous, before=record.before)
             if share is not None and not served:
                 none = f"no version of {name[:120]!r} serves"
                 raise lrai.UsageError(f"{none} beside which it could have a share: load without")
@@ -380,10 +382,12 @@ class Deployments(Embedded):
         self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
     ) -> Pending:
         """See `Embedded.accept`."""
-        if version is None and self._routes and not request.model_version:
-            route = self._routes.get(request.model_name or self.find("").name)
-            if route is not None:
-                return route.accept(request, done)
+        if version is None and self._routes:
+            name, asked = request.model_name or self.find("").name, request.model_version
+            named = self.versions.get((name, asked)) if asked else None
+            # What is asked of one of several counts for it, too.
+            if (route := self._routes.get(name)) is not None and (named or not asked):
+                return route.accept(request, done, named)
         return super().accept(request, done, version)
 
     def close(self) -> None:
@@ -451,24 +455,26 @@ class Deployments(Embedded):
 
     def _swap(self, name: str, record: Record, new: lrai.Artifact, how: How, what: str) -> str:
         self._is_alike(name, new, back=what == "rollback")
-        old, previous = self._served(name), record.versions[record.stable]
+        old = self._served(name)
         with self._started(name, new, how) as (version, loaded):
             warm_up(self, version)
-            self._commit(name, Record(previous=previous).beside(loaded, 1.0), what)
+            self._commit(name, Record().beside(loaded, 1.0).follows(record), what)
         for gone in old:
             self.remove(gone)
         return version.version
 
     def _restart_dead(self, name: str, artifact: lrai.Artifact) -> None:
-        """Start what was given up of an artifact again: whoever loads it wants it to serve."""
-        record = self._records.get(name, Record())
-        same = [v for v in self._served(name) if v.artifact.version == artifact.version]
+        """Start what was given up again, or what is in its place: it is wanted by who loads it."""
+        record, version = self._records.get(name, Record()), artifact.version
+        replaced = record.was(version)
+        same = [v for v in self._served(name) if replaced or v.artifact.version == version]
         for dead in [v for v in same if self._state(v) == "dead"]:
             self.remove(dead, drain=False)
             if self._served(name):  # beside the others; else it is loaded as if for the first time
                 try:
                     how = record.versions.get(dead.version, How())
-                    with self._started(name, artifact, how, dead.version):
+                    own = self._reopen(how) if dead.artifact.version != version else artifact
+                    with self._started(name, own, how, dead.version):
                         pass
                 finally:
                     self._apply_what_runs(name, record)
@@ -555,6 +561,8 @@ class Deployments(Embedded):
             if used + needed <= budget:
                 return
             others = [v for v in takes if v.name != name and takes[v] and not tried]
+            frozen = {name for name, record in self._records.items() if record.frozen}
+            others = [v for v in others if not v.inside and v.name not in frozen]
             enough = used + needed - sum(takes[version] for version in others) <= budget
             others.sort(key=lambda version: version.used_at)
             if not enough or not any(map(self._evict, others)):

@@ -74,11 +74,13 @@ class Route:
         self._answers, self._failures = Counter[Version](), Counter[Version]()
         self._copied_rows = self._copied_bytes = 0
 
-    def accept(self, request: InferenceRequest, done: Ended) -> Pending:
-        """See `Embedded.accept`."""
+    def accept(
+        self, request: InferenceRequest, done: Ended, named: Version | None = None
+    ) -> Pending:
+        """See `Embedded.accept`. `named`: who is to answer, whatever its share."""
         random, original = self._core.random, Future[InferenceResponse | None]()
-        (version,) = random.choices(self._versions, cum_weights=self._cumulative)
-        if self._relief is not None and self._too_late(version, request):
+        version = named or random.choices(self._versions, cum_weights=self._cumulative)[0]
+        if self._relief is not None and not named and self._too_late(version, request):
             version = self._relief if self._core.runs(self._relief) else version
         shadow = self._shadow if random.random() < self._sampled else None
 

@@ -19,6 +19,8 @@ from lrai_core.artifact import disk_errors
 from lrai_core.runtime.version import Freeze
 from lrai_deployments.traffic import replaced
 
+_MOST_BEFORE: Final = 32  # versions that are known to have served
+
 
 class How(msgspec.Struct, frozen=True):
     """How a version was loaded, so that it can be loaded again."""
@@ -40,6 +42,7 @@ class Record(msgspec.Struct, frozen=True):
     previous: How = How()
     frozen: Freeze | None = None
     alone: str = ""  # the version that had all requests before others got a share
+    before: tuple[str, ...] = ()  # what was `previous` earlier
 
     @property
     def sharing(self) -> list[str]:
@@ -67,17 +70,21 @@ class Record(msgspec.Struct, frozen=True):
         return next((how for how in shared if how.version.partition("-")[0] == version), None)
 
     def was(self, version: str) -> bool:
-        """Return whether an artifact's version is the one that served before."""
-        return self.previous.version.partition("-")[0] == version
+        """Return whether an artifact's version is one that served before."""
+        labels = (*self.before, self.previous.version)
+        return version in {label.partition("-")[0] for label in labels}
+
+    def follows(self, record: Record) -> Record:
+        """Return the record, which comes after another one whose stable version goes."""
+        before = tuple(filter(None, (*record.before, record.previous.version)))[-_MOST_BEFORE:]
+        return replace(self, previous=record.versions[record.stable], before=before)
 
     def beside(self, how: How, share: float) -> Record:
         """Return the record with another version, whose share the others give up in proportion."""
         shares = {label: own * (1 - share) for label, own in self.shares.items()}
         versions = self.versions | {how.version: how}
         new = self._with(versions=versions, shares=shares | {how.version: share})
-        if self.versions and new.stable != self.stable:
-            return replace(new, previous=self.versions[self.stable])
-        return new
+        return new.follows(self) if self.versions and new.stable != self.stable else new
 
     def _with(self, **changes: Any) -> Record:
         """Return the record with other shares, which takes note of who had all of them."""
@@ -102,9 +109,7 @@ class Record(msgspec.Struct, frozen=True):
         """Return the record with these shares; another stable version is one to go back from."""
         shares = dict.fromkeys(self.versions, 0.0) | shares
         new = self._with(shares=shares, shadow=shadow or {}, relief=relief)
-        if new.stable == self.stable:
-            return new
-        return replace(new, previous=self.versions[self.stable])
+        return new if new.stable == self.stable else new.follows(self)
 
 
 _FILE: Final = "deployments.json"

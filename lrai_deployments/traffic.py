@@ -94,6 +94,7 @@ class Traffic:
         self._ranges = [_Range() for _ in signature.inputs]
         self._sample: list[_Row] = []
         self._first_aged = 0.0  # no row is too old before
+        self._full = False  # it was: from then on each row has the same chance
 
     @property
     def captures(self) -> tuple[int, float]:
@@ -203,7 +204,9 @@ class Traffic:
         self._forget(now)
         self._candidates += 1
         place = len(self._sample)
-        if place >= self._capture_rows or self._kept_bytes >= self._most_bytes:
+        full = place >= self._capture_rows or self._kept_bytes >= self._most_bytes
+        self._full = self._full or full
+        if self._full:
             place = self._random.randrange(self._candidates)
             if place >= len(self._sample):
                 return
@@ -230,7 +233,11 @@ class Traffic:
         kept = [row for row in self._sample if now - row.seen < self._ttl_seconds]
         if len(kept) < len(self._sample):
             share = len(kept) / len(self._sample)
-            self._sample, self._candidates = kept, max(len(kept), round(share * self._candidates))
+            self._full, self._sample, self._candidates = (
+                False,
+                kept,
+                max(len(kept), round(share * self._candidates)),
+            )
             self._kept_bytes = sum(_size(row.arrays) for row in kept)
         self._first_aged = min((row.seen for row in kept), default=now) + self._ttl_seconds
 

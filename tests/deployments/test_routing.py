@@ -22,7 +22,7 @@ from lrai_core.artifact import Artifact
 from lrai_core.config import SchedulerConfig
 from lrai_core.errors import Cancelled
 from lrai_core.protocol import ValidRequest
-from lrai_core.runtime.version import Version
+from lrai_core.runtime.version import Ended, Version
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
 
@@ -35,6 +35,9 @@ class Core:
 
     def submit(self, function: Any, *arguments: Any) -> None:
         function(*arguments)
+
+    def accept(self, request: InferenceRequest, done: Ended, version: Version) -> None:
+        done(ActorError("no") if version.version == "canary" else ANSWER)
 
     def give_up(self, route: Route, version: Version, why: str) -> None:
         self.given_up.append((version.version, why))
@@ -130,6 +133,13 @@ def test_a_canary_that_fails_more_often_is_given_up_soon() -> None:
             break
     assert core.given_up
     assert count < 1500
+
+
+def test_what_is_asked_of_a_canary_by_name_counts_for_it() -> None:
+    core, made = route()
+    for named in [STABLE] * 300 + [CANARY] * 20:
+        made.accept(request(None), lambda _: None, named)
+    assert core.given_up == [("canary", "canary failed 20 of 20 requests, stable 0 of 300")]
 
 
 def test_the_guard_still_decides_after_very_many_failures() -> None:

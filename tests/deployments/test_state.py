@@ -53,6 +53,15 @@ def test_another_stable_version_is_remembered_as_the_one_to_go_back_from() -> No
     assert made.shared_out({"b": 1.0}, {"a": 0.5}).without("a").shadow == {}
 
 
+def test_all_that_served_is_known_to_have_served() -> None:
+    made = record("a-2")
+    for label in "bcd":
+        made = Record().beside(How(version=label), 1.0).follows(made)
+    assert made.previous.version == "c"
+    assert [made.was(label) for label in "abcde"] == [True, True, True, False, False]
+    assert made.beside(How(version="e"), 0.9).was("d")
+
+
 def test_who_overtakes_the_stable_version_is_one_to_go_back_from() -> None:
     both = record("a").beside(How(version="b"), 0.9)
     assert (both.stable, both.previous.version) == ("b", "a")

@@ -172,6 +172,22 @@ def test_a_full_sample_does_not_grow_by_what_takes_a_place(monkeypatch: pytest.M
     assert traffic._kept_bytes <= 20_000
 
 
+def test_a_sample_that_is_bounded_by_its_bytes_favours_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a small row takes the place of a large one there is room again, for no one in turn."""
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 10_000)
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES_OF_FEW", 10_000)
+    late = total = 0
+    for seed in range(40):
+        traffic = Traffic(SIGNATURE, capture_rows=1000, seed=seed)
+        for first in range(400):
+            traffic.see(request(first, length=(100, 1)[first % 2]))
+        late += sum(row >= 200 for row in kept(traffic))
+        total += len(kept(traffic))
+    assert 0.4 <= late / total <= 0.6
+
+
 def test_what_is_written_is_the_owners_alone_and_judges_a_model(tmp_path: Path) -> None:
     traffic = Traffic(SIGNATURE, capture_rows=100)
     for first, length in [(10, 2), (20, 5), (30, 3)]:

@@ -237,8 +237,12 @@ def test_who_starts_anew_with_what_was_replaced_is_served_by_what_replaced_it(
             assert ask(worker) == 3.0
         with pytest.raises(lrai.UsageError, match="loaded already"):
             runtime.load(small[4.0], name="m")
-        with pytest.raises(lrai.UsageError, match="loaded already"):  # of it more was known
+        with pytest.raises(lrai.ConditionNotMet, match="no certificate"):
             runtime.load(small[2.0], name="m", require={"tier": "STATISTICAL", "epsilon": 1e-9})
+        runtime.swap("m", small[4.0])
+        for earlier in (2.0, 3.0):
+            with lrai.Runtime.open(small[earlier], name="m", address="auto") as worker:
+                assert ask(worker) == 4.0
 
 
 def test_a_version_goes_back_to_the_one_before(small: dict[float, Path]) -> None:
@@ -547,6 +551,28 @@ def test_what_was_used_longest_ago_makes_room(
         assert {model.name for model in runtime.models()} == {"a", "d"}
 
 
+def test_what_can_make_no_room_for_it_costs_nobody_its_place(
+    small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "lrai_deployments.deployments.memory_bytes", lambda pids: len(pids) * 100 << 20
+    )
+    with lrai.Runtime(config(**{"runtime.memory_mib": 350})) as runtime:
+        for name, times in (("idle", 2.0), ("kept", 3.0), ("busy", 4.0)):
+            runtime.load(small[times], name=name)
+        runtime.freeze("kept", "ann", "it is needed")
+        actor = pid_of(runtime, "busy")
+        kill(actor, signal.SIGSTOP)
+        runtime.submit(lrai.InferenceRequest(model_name="busy", inputs=ONES))
+        monkeypatch.setattr(
+            "lrai_deployments.deployments.memory_bytes", lambda pids: len(pids) * 200 << 20
+        )
+        with pytest.raises(lrai.MemoryBudgetExceeded):
+            runtime.load(small[5.0], name="more")
+        assert {model.name for model in runtime.models()} == {"idle", "kept", "busy"}
+        kill(actor, signal.SIGCONT)
+
+
 def pss_mib(pid: int) -> float:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(text.partition("\nPss:")[2].split()[0]) / 1024
@@ -684,6 +710,23 @@ def test_who_loads_a_model_that_is_dead_has_it_started_anew(
     limits = {"actor.python": python, "actor.restart_limit": 1}
     become("die")
     with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
+        with pytest.raises(lrai.ActorError):
+            ask(runtime)
+        wait_until(lambda: runtime.models()[0].state == "dead")
+        (tmp_path / "how").unlink()
+        assert deployments(runtime).load(str(small[2.0]), name="m", shared=True) == "m"
+        assert ask(runtime) == 2.0
+
+
+def test_who_loads_what_was_replaced_by_what_is_dead_has_it_back(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    python, become = strange
+    limits = {"actor.python": python, "actor.restart_limit": 1}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
+        runtime.swap("m", small[3.0])
+        become("die")
+        kill(pid_of(runtime, "m"))
         with pytest.raises(lrai.ActorError):
             ask(runtime)
         wait_until(lambda: runtime.models()[0].state == "dead")
