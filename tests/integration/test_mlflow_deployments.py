@@ -83,8 +83,38 @@ def test_the_columns_of_a_table_go_by_their_names(sources: list[Path], tmp_path:
         pd.testing.assert_frame_equal(turned, right)
         with pytest.raises(MlflowException, match=r"columns \['pixel 3'\] are missing"):
             client.predict("named", table.drop(columns="pixel 3"))
+        # Another deployment of the artifact, by places, is none of its business.
+        lrai_mlflow.save_model(artifact, tmp_path / "plain")
+        client.create_deployment("plain", str(tmp_path / "plain"))
+        client.delete_deployment("plain")
+        config = {"require.delta": "0.5"}
+        with pytest.raises(MlflowException, match="certificate"):
+            client.update_deployment("named", str(tmp_path / "plain"), config=config)
+        again = client.predict("named", table[names[::-1]]).get_predictions()
+        pd.testing.assert_frame_equal(again, right)
+        other = lrai.compile(sources[1], out=tmp_path / "other.lrai", threads=1)
+        with lrai.Runtime(address="auto") as runtime:  # as `lrai tune --apply` does
+            runtime.swap("named", other)
+        right = client.predict("named", table).get_predictions()
+        turned = client.predict("named", table[names[::-1]]).get_predictions()
+        pd.testing.assert_frame_equal(turned, right)
     finally:
         client.delete_deployment("named")
+
+
+def test_copies_last_as_long_as_the_deployments_do(
+    saved: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path / "state"))
+    with own_runtime() as folder:
+        client = mlflow.deployments.get_deploy_client("lrai")
+        client.create_deployment("search", str(saved[0]))
+        kept = [path for path in tmp_path.rglob("*.lrai") if path.is_dir()]
+        assert [path.parent for path in kept] == [tmp_path / "state" / "deployed"]
+        assert not list(folder.rglob("*.lrai"))
+        client.delete_deployment("search")
+        assert not list(tmp_path.rglob("*.lrai"))
+        assert not list(tmp_path.rglob("*.said"))
 
 
 @pytest.mark.usefixtures("sockets")

@@ -59,7 +59,8 @@ def save_model(
         signature: The artifact's own by default; False for none. MLflow refuses a DataFrame where a
             signature has another free dimension than the rows, which a model without one takes.
         input_example: Stored, and tried when the model is logged; by default the first row of the
-            artifact's evaluation sample, if it has one; False for none.
+            artifact's evaluation sample, if it has one and the signature is of tensors; False for
+            none.
         pip_requirements: In place of the default ones; lrai's wheel is added if they lack lrai.
         extra_pip_requirements: In addition to the default ones.
         conda_env: In place of both: an environment of conda, or the path of one.
@@ -79,7 +80,10 @@ def save_model(
         settings_of(model_config)
         artifact = opened(lrai_model)
         facts = facts_of(artifact)
-        example = example_of(artifact) if input_example is None else input_example
+        example = input_example
+        columns = signature and signature.inputs and not signature.inputs.is_tensor_spec()
+        if example is None and not columns:  # of tensors, which such a signature refuses
+            example = example_of(artifact)
     target = Path(path).absolute()
     if target.exists() and any(target.iterdir()):
         raise MlflowException(f"{target} exists and is not empty", RESOURCE_ALREADY_EXISTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -25,6 +26,7 @@ from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 Array = NDArray[Any]
 Answer = dict[str, Array] | pd.DataFrame
 DATA: Final = "model.lrai"  # beside MLmodel
+_log: Final = logging.getLogger("mlflow.lrai")  # of those that MLflow shows in its servers
 
 
 class ServedModel:
@@ -56,6 +58,7 @@ class ServedModel:
         self._by_row = not is_onnx(data.with_name(MLMODEL_FILE_NAME))
         when_gone(self, held.close)
         if is_worker():
+            _log.info("LRAI serves %s: %s", artifact.manifest.name, held.variant)
             tell_cap(artifact, held.variant)
             Watch(held, asked.config.actor.start_timeout_seconds)
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import onnx
 import pandas as pd
@@ -20,6 +20,9 @@ import lrai_core as lrai
 from lrai_mlflow.commands.facts import signature_of
 from lrai_mlflow.flavor import log_model
 from lrai_mlflow.serving import mlflow_errors, to_lrai
+
+_MEMORY_BYTES: Final = 8 << 30  # address space, of which libraries reserve much and use little
+_SECONDS: Final = 300.0
 
 
 def convert(
@@ -101,8 +104,14 @@ def _rows(
         if missing := [name for name in names if name not in given.columns]:
             raise lrai.UsageError(f"evaluation has no columns {missing}; the model takes {names}")
         given = given[names]
-    declared = lrai.declared(onnx.load(source, load_external_data=False))
-    return to_lrai(given, declared.inputs, {}, "").inputs
+    memory_bytes = _MEMORY_BYTES + 4 * source.stat().st_size
+    told = lrai.run_task(told_by, str(source), memory_bytes=memory_bytes, timeout_seconds=_SECONDS)
+    return to_lrai(given, told.inputs, {}, "").inputs
+
+
+def told_by(source: str) -> lrai.Signature:
+    """Return what an ONNX file declares. In a child process, which it may kill."""
+    return lrai.declared(onnx.load(source, load_external_data=False))
 
 
 def _signature(model: Model, artifact: lrai.Artifact) -> ModelSignature:

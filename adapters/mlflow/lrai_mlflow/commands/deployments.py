@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -62,6 +63,7 @@ from lrai_mlflow.settings import flat, settings_of
 _SCHEMES: Final = ("", "file", "models", "runs", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
 _READ: Final = ", ".join(f"{name}:" for name in _SCHEMES if name)
 _START_SECONDS: Final = 60
+_MOST_SAID: Final = 32  # versions of a deployment of which it is kept what they take
 
 
 class Client(BaseDeploymentClient):
@@ -88,9 +90,9 @@ class Client(BaseDeploymentClient):
             if name in self._shares():
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
             with self._alone():
-                artifact, saved = self._keep(model_uri)
-                load(self._runtime, artifact, name, **settings_of(config, saved).how)
-                self._say(artifact.version, saved=saved)
+                artifact, said = self._keep(model_uri)
+                with self._saying(name, artifact.version, said):
+                    load(self._runtime, artifact, name, **settings_of(config, said["saved"]).how)
                 self._forget()
         return self.get_deployment(name)
 
@@ -127,13 +129,14 @@ class Client(BaseDeploymentClient):
             elif model_uri is None:
                 self._weigh(name, shares, _number(share))
             else:
-                artifact, saved = self._keep(model_uri)
-                same = self._said_of(artifact.version).get("saved", {}) == saved
+                artifact, said = self._keep(model_uri)
+                known = self._said(name).get(artifact.version, {})
+                same = known.get("saved", {}) == said["saved"]
                 loaded = [one for one in shares if one.partition("-")[0] == artifact.version]
                 there = "".join(loaded[-1:]) if same and not options else ""  # else otherwise
-                how = settings_of(options, saved).how
-                self._serve(name, shares, artifact, share, how, there)
-                self._say(artifact.version, saved=saved)
+                how = settings_of(options, said["saved"]).how
+                with self._saying(name, artifact.version, said):
+                    self._serve(name, shares, artifact, share, how, there)
             self._forget()
         return self.get_deployment(name)
 
@@ -189,42 +192,49 @@ class Client(BaseDeploymentClient):
             MlflowException: There is no such deployment, or the request was refused.
         """
         del endpoint
-        name = deployment_name or ""
+        name, content = deployment_name or "", io.StringIO()
         with mlflow_errors():
-            shares = {version: share for version, share in self._known(name).items() if share}
-            version = random.choices([*shares], [*shares.values()])[0]
-            served = [model for model in self._runtime.models() if model.name == name]
-            served.sort(key=lambda model: model.version != version)  # which may be gone by now
-            declared = served[0].signature.inputs if served else ()
-            known = {one: self._known_of(one) for one in shares}
-            columns, by_row = known[version]
-            request = to_lrai(_ordered(inputs, columns), declared, {}, name)
-            if len(set(known.values())) > 1:  # what is in order for one is not for the others
-                request = replace(request, model_version=version)
-            most, infer = rows_at_a_time(request, self._runtime.config), self._runtime.infer
-            if len(shares) > 1 and any(a.shape[:1] > (most,) for a in request.inputs.values()):
-                request = replace(request, model_version=version)  # one answers all parts
-            response = (
-                in_turn(infer, request, served[0].signature, most) if served else infer(request)
-            )
-        content = io.StringIO()
-        predictions_to_json(from_lrai(response, inputs, by_row=by_row), content)
+            try:
+                answer = self._answer(name, inputs)
+            except ModelNotFound:  # an update has just ended the version that was to answer
+                answer = self._answer(name, inputs)
+        predictions_to_json(answer, content)
         return PredictionsResponse(json.loads(content.getvalue()))
 
-    def _known_of(self, version: str) -> tuple[tuple[str, ...], bool]:
-        """Return the columns of a version's model, if it has names, and `by_row` of `from_lrai`."""
-        said = self._said_of(version)
-        return tuple(said.get("columns", ())), said.get("by_row", False)
+    def _answer(self, name: str, inputs: Any) -> Any:
+        shares = {version: share for version, share in self._known(name).items() if share}
+        version = random.choices([*shares], [*shares.values()])[0]
+        served = {one.version: one for one in self._runtime.models() if one.name == name}
+        if version not in served:
+            raise ModelNotFound(f"version {version} of {name!r} has just ended")
+        said = self._said(name)
+        # What others have put in the place of a version, as `lrai tune`, takes what that took.
+        said = said.get(version.partition("-")[0], next(reversed(said.values()), {}))
+        ordered, signature = _ordered(inputs, said.get("columns", [])), served[version].signature
+        # One version answers all parts: what is in order for one is not for the others.
+        request = replace(to_lrai(ordered, signature.inputs, {}, name), model_version=version)
+        most = rows_at_a_time(request, self._runtime.config)
+        response = in_turn(self._runtime.infer, request, signature, most)
+        return from_lrai(response, inputs, by_row=said.get("by_row", False))
 
-    def _said_of(self, version: str) -> dict[str, Any]:
-        """Return what was kept beside the copy of a version's artifact."""
-        file = self._copies and self._copies / f"{version.partition('-')[0]}.columns"
-        if not file or not file.is_file():
-            return {}
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(kept, list):  # as an earlier version wrote it
-            return {"columns": kept, "by_row": bool(kept)}
+    def _said(self, name: str) -> dict[str, Any]:
+        """Return what is known of a deployment's models, by version, the latest last."""
+        file = self._file(name)
+        kept = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
         return dict(kept)
+
+    @contextlib.contextmanager
+    def _saying(self, name: str, version: str, said: Mapping[str, Any]) -> Iterator[None]:
+        """Keep what is known of a version's model, if the block has it serve."""
+        before = self._said(name)
+        self._write(name, {version: said} | before)  # what serves already is what it was
+        try:
+            yield
+        except BaseException:
+            self._write(name, before)
+            raise
+        rest = {one: known for one, known in before.items() if one != version}
+        self._write(name, dict([*rest.items(), (version, said)][-_MOST_SAID:]))
 
     @cached_property
     def _settings(self) -> Asked:
@@ -300,7 +310,10 @@ class Client(BaseDeploymentClient):
         self._runtime.route(name, {canary: share, stable: 1.0 - share})
 
     def _keep(self, model_uri: str) -> tuple[Artifact, dict[str, Any]]:
-        """Return the artifact of a model, copied to where it stays, and the settings saved with it.
+        """Return the artifact of a model, copied to where it stays, and what else it says.
+
+        That is its `columns`, if it has names for them, `by_row` of `from_lrai`, and the settings
+        `saved` with it.
 
         Raises:
             UsageError: The address is of no kind that is read here.
@@ -309,17 +322,17 @@ class Client(BaseDeploymentClient):
         if scheme not in _SCHEMES:
             raise UsageError(f"{scheme[:40]}: is not read here, but a path and {_READ}")
         if self._copies is None:  # the runtime of another machine
-            return _artifact(_download_artifact_from_uri(str(model_uri)))
+            artifact, saved = _artifact(_download_artifact_from_uri(str(model_uri)))
+            return artifact, {"saved": saved}
         with tempfile.TemporaryDirectory(prefix="lrai-deploy-") as scratch:
             model = _download_artifact_from_uri(str(model_uri), output_path=scratch)
             (artifact, saved), signature = _artifact(model), Model.load(model).signature
             kept = self._copies / f"{artifact.version}.lrai"
-            self._copies.mkdir(mode=0o700, exist_ok=True)
+            self._copies.mkdir(mode=0o700, parents=True, exist_ok=True)
             inputs, columns = signature and signature.inputs, list[str]()
             if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
                 columns = inputs.input_names()
             by_row = not is_onnx(Path(model, MLMODEL_FILE_NAME))
-            self._say(artifact.version, columns=columns, by_row=by_row)
             partial = kept.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             if kept.exists() and not _is_whole(kept):  # in a temporary folder: a part may be gone
@@ -330,14 +343,17 @@ class Client(BaseDeploymentClient):
             issued = artifact.path / "certificates"  # of which there may be more by now
             if issued.is_dir():
                 shutil.copytree(issued, kept / issued.name, dirs_exist_ok=True)
-        return Artifact.open(kept), saved
+        return Artifact.open(kept), {"columns": columns, "by_row": by_row, "saved": saved}
 
-    def _say(self, version: str, **more: Any) -> None:
-        """Keep something beside the copy of a version's artifact."""
-        if self._copies is not None:
-            written = self._copies / f"{version}.new"
-            written.write_text(json.dumps(self._said_of(version) | more), encoding="utf-8")
-            written.replace(written.with_suffix(".columns"))  # which others may be reading
+    def _file(self, name: str) -> Path | None:
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+        return self._copies and self._copies / f"{digest[:32]}.said"
+
+    def _write(self, name: str, said: Mapping[str, Any]) -> None:
+        if (file := self._file(name)) is not None:
+            written = file.with_suffix(".new")
+            written.write_text(json.dumps(said), encoding="utf-8")
+            written.replace(file)  # which others may be reading
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -350,8 +366,9 @@ class Client(BaseDeploymentClient):
 
     @cached_property
     def _copies(self) -> Path | None:
-        locks = lock_folder(self._runtime.config)  # the runtime has made the folder
-        return locks / "deployed" if locks else None
+        config = self._runtime.config
+        locks, state = lock_folder(config), config.runtime.state_dir  # the runtime has made them
+        return (Path(state).absolute() if state else locks) / "deployed" if locks else None
 
     def _forget(self) -> None:
         """Remove the copies that no deployment serves, or could go back to."""
@@ -361,7 +378,10 @@ class Client(BaseDeploymentClient):
         for kept in self._copies.glob("*.lrai") if self._copies else ():
             if kept.stem not in needed:
                 shutil.rmtree(kept)
-                kept.with_suffix(".columns").unlink(missing_ok=True)
+        files = {self._file(one.name) for one in found}
+        for kept in self._copies.glob("*.said") if self._copies else ():
+            if kept not in files:
+                kept.unlink()
 
 
 def _is_whole(path: Path) -> bool:
@@ -414,7 +434,7 @@ def _number(text: Any) -> float:
     raise UsageError(f"{text!r} is no number")
 
 
-def _ordered(inputs: Any, columns: tuple[str, ...]) -> Any:
+def _ordered(inputs: Any, columns: list[str]) -> Any:
     """Return a table with these columns, in this order, where there are any.
 
     Raises:
@@ -423,5 +443,5 @@ def _ordered(inputs: Any, columns: tuple[str, ...]) -> Any:
     if not isinstance(inputs, pd.DataFrame) or not columns:
         return inputs
     if missing := [name for name in columns if name not in inputs.columns]:
-        raise UsageError(f"columns {missing} are missing; the model takes {list(columns)}")
-    return inputs[list(columns)]
+        raise UsageError(f"columns {missing} are missing; the model takes {columns}")
+    return inputs[columns]
