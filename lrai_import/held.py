@@ -84,13 +84,13 @@ class Held:
             self.close()
             raise
 
-    def state(self) -> str:
-        """Return the model's state: `ok`, `idle`, `stalled`, `dead`; `dead` too if it is gone.
+    def state(self, gone: str = "dead") -> str:
+        """Return the model's state: `ok`, `idle`, `stalled`, `dead`; `gone` if it is not there.
 
         Raises:
             NotReady: The runtime does not answer.
         """
-        return self._state() or "dead"
+        return self._state() or gone
 
     def kept_state(self) -> str:
         """Return the same, and have a model that is gone loaded again: it is `stalled` meanwhile.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,6 +17,7 @@ from lrai_core.artifact import LatencyPoint
 from lrai_import.built import state_folder
 from lrai_triton.config import MAX_BATCH_SIZE, complete
 from lrai_triton.hostqueue import HostQueue
+from lrai_triton.metrics import Metrics
 from lrai_triton.served import execution_of, source_of
 from lrai_triton.settings import settings_of
 from tests.core import small_artifact
@@ -195,6 +199,41 @@ def test_a_variable_says_which_runtime_unless_a_parameter_does(
 def test_a_parameter_that_is_not_allowed_is_named(given: dict[str, str], message: str) -> None:
     with pytest.raises(lrai.UsageError, match=message):
         settings_of(parameters(**given))
+
+
+class Families:
+    """Stands for Triton's metrics, which have no memory at first."""
+
+    COUNTER = "counter"
+
+    def __init__(self) -> None:
+        self.fails, self.told = 2, Counter[str]()
+
+    def __call__(self, *, name: str, description: str, kind: str) -> SimpleNamespace:
+        assert name in ("lrai_answered_total", "lrai_refused_total"), description
+        assert kind == self.COUNTER
+        return SimpleNamespace(Metric=self._metric)
+
+    def _metric(self, *, labels: dict[str, str]) -> SimpleNamespace:
+        def increment(number: int) -> None:
+            self.fails -= 1
+            if self.fails >= 0:
+                raise RuntimeError("no memory")
+            self.told[labels["reason"]] += number
+
+        return SimpleNamespace(increment=increment)
+
+
+def test_what_could_not_be_told_is_told_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_triton.metrics._WRITE_SECONDS", 0.005)
+    made = Metrics(SimpleNamespace(MetricFamily=(families := Families())), "m", "1")
+    for _ in range(3):
+        made.count(lrai.NotReady("no"))
+    while families.fails > -1:
+        time.sleep(0.005)
+    made.count(lrai.NotReady("no"))
+    made.close()
+    assert families.told == {"NotReady": 4}
 
 
 def test_a_version_directory_holds_one_model(tmp_path: Path) -> None:

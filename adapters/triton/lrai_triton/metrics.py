@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import suppress
 from typing import Any, Final
 
 from lrai_core import InferenceResponse, LraiError
@@ -49,15 +50,20 @@ class Metrics:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(_WRITE_SECONDS):
-            self._write()
-        self._write()
+        ended = False
+        while not ended:
+            ended = self._ended.wait(_WRITE_SECONDS)
+            with suppress(Exception):  # edge: where Triton lacks the memory, next time
+                self._write()
 
     def _write(self) -> None:
         with self._lock:
-            counts, self._counts = self._counts, Counter()
+            counts = self._counts.copy()
         for (label, value), number in counts.items():
             if (label, value) not in self._metrics:
                 labels = self._labels | {label: value}
                 self._metrics[label, value] = self._families[label].Metric(labels=labels)
-            self._metrics[label, value].increment(number)
+            if number:
+                self._metrics[label, value].increment(number)
+            with self._lock:  # only what was told is not told again
+                self._counts[label, value] -= number

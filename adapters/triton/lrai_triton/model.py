@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -32,6 +32,7 @@ from lrai_core import (
     NotReady,
 )
 from lrai_import.built import artifact_of
+from lrai_import.hosted import zeros
 from lrai_triton.config import complete
 from lrai_triton.hostqueue import HostQueue
 from lrai_triton.metrics import Metrics
@@ -79,6 +80,8 @@ class TritonPythonModel:
             execution = execution_of(artifact, settings)
             self._held = hold(name, artifact, settings, execution)
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
+        told: dict[str, Any] = {"model_version": "", "id": "", "parameters": {}, "model_name": name}
+        self._alive = InferenceResponse(outputs=zeros(signature.outputs), **told)
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
         self._sent_bytes = _LARGE_BYTES  # at most, of an answer
         self._rows = int(model_config["max_batch_size"]) > 1  # requests have any number of them
@@ -88,7 +91,8 @@ class TritonPythonModel:
     def is_ready(self) -> bool:
         """Return whether the model makes progress; servers that know this hook ask it."""
         with suppress(LraiError):
-            return self._held.state() in ("ok", "idle")
+            # One that was unloaded for others is loaded again by the request that comes next.
+            return self._held.state(gone="idle") in ("ok", "idle")
         return False
 
     def finalize(self) -> None:
@@ -101,8 +105,9 @@ class TritonPythonModel:
         answers = self._start(requests)
         _wait(requests, answers)
         self._queue.answered()
-        pairs = zip(requests, answers, strict=True)
-        return [self._response(request, _outcome(answer)) for request, answer in pairs]
+        outcomes, self._sent_bytes = self._with_room(map(_outcome, answers))
+        pairs = zip(requests, outcomes, strict=True)
+        return [self._response(request, outcome) for request, outcome in pairs]
 
     def _send_later(self, requests: Sequence[Any]) -> None:
         """Have each request answered when its answer is there, and take the next list at once."""
@@ -116,18 +121,33 @@ class TritonPythonModel:
     def _send(self, request: Any, sender: Any, answer: Started) -> None:
         # The request is held until now, as its tensors are read where they lie.
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        outcome = _outcome(answer)
-        outputs = {} if isinstance(outcome, LraiError) else outcome.outputs
-        needed = sum(array.nbytes for array in outputs.values())
         try:
             # Once `send` has failed for want of memory nothing more can be sent, not even that.
-            # What has gone through once has its place in Triton's pool, which never shrinks.
-            if needed > self._sent_bytes and 2 * needed > shutil.disk_usage(_MEMORY).free:
-                outcome = NotReady("the server has no shared memory left for the answer")
+            (outcome,), sent_bytes = self._with_room([_outcome(answer)])
             sender.send(self._response(request, outcome), flags=done)
-            self._sent_bytes = max(self._sent_bytes, needed)
+            self._sent_bytes = max(self._sent_bytes, sent_bytes)
         except Exception as error:  # noqa: BLE001 - edge: this is nobody's call
             pb_utils.Logger.log_error(f"an answer could not be sent: {type(error).__name__}")
+
+    def _with_room(
+        self, outcomes: Iterable[InferenceResponse | LraiError]
+    ) -> tuple[list[InferenceResponse | LraiError], int]:
+        """Return what there is shared memory for, errors for the rest, and how much that takes.
+
+        What has gone through once has its place in Triton's pool, which never shrinks. Where one
+        answer does not fit, Triton would refuse all that go with it, and say where its memory is.
+        """
+        fitting, total = list[InferenceResponse | LraiError](), 0
+        for outcome in outcomes:
+            outputs = {} if isinstance(outcome, LraiError) else outcome.outputs
+            more = total + sum(array.nbytes for array in outputs.values())
+            if more > self._sent_bytes and 2 * more > shutil.disk_usage(_MEMORY).free:
+                lacks = "the server has no shared memory left for the answer"
+                fitting.append(NotReady(lacks))
+                continue
+            fitting.append(outcome)
+            total = more
+        return fitting, max(self._sent_bytes, total)
 
     def _start(self, requests: Sequence[Any]) -> list[Started]:
         rows = [int(request.inputs()[0].shape()[0]) for request in requests] if self._rows else ()
@@ -135,9 +155,13 @@ class TritonPythonModel:
         asked = [self._request(*pair) for pair in zip(requests, allowed, strict=True)]
         right = [one for one in asked if isinstance(one, InferenceRequest)]
         started = iter(self._held.runtime.start_all(right))
-        return [one if isinstance(one, LraiError) else next(started) for one in asked]
+        return [next(started) if isinstance(one, InferenceRequest) else one for one in asked]
 
-    def _request(self, request: Any, timeout_ms: float | None) -> InferenceRequest | LraiError:
+    def _request(
+        self, request: Any, timeout_ms: float | None
+    ) -> InferenceRequest | InferenceResponse | LraiError:
+        if request.request_id() == WATCH:  # no request of a user's: the model is not asked, and
+            return self._alive  # nothing of it captured; an actor that hangs is found without
         try:
             inputs = {tensor.name(): self._array(tensor) for tensor in request.inputs()}
         except LraiError as error:

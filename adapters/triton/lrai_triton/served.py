@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from pathlib import Path
 
 from lrai_core import Artifact, ArtifactError
@@ -20,7 +22,10 @@ def hold(name: str, artifact: Artifact, settings: Settings, execution: str) -> H
         LraiError: It cannot be served as the settings demand.
     """
     own = settings.asked.in_process() if execution == "inline" else settings.asked
-    return Held(artifact, own, f"{name}:{artifact.version[:12]}{settings.asked.mark}")
+    # Of a repository in a cloud each load has a copy of its own, which goes with it.
+    copied = artifact.path.parent.parent.parent == Path(tempfile.gettempdir())
+    place = hashlib.sha256(bytes(artifact.path)).hexdigest()[:6] if copied else ""
+    return Held(artifact, own, f"{name}:{artifact.version[:12]}{place}{settings.asked.mark}")
 
 
 def execution_of(artifact: Artifact, settings: Settings) -> str:

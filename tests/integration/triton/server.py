@@ -87,6 +87,11 @@ class Triton:
         with self._runtime() as runtime:
             return [model.name for model in runtime.models()]
 
+    def stats(self) -> dict[str, int]:
+        """Return what the runtime of the stubs has counted."""
+        with self._runtime() as runtime:
+            return runtime.stats()
+
     def actor_pid(self, name: str) -> int:
         """Return the process that runs a model."""
         with self._runtime() as runtime:

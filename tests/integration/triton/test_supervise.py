@@ -171,6 +171,42 @@ def test_a_model_that_refuses_the_probe_lives(triton: Triton, tmp_path: Path) ->
         assert not watch.said("reloading")
 
 
+def test_a_probe_is_for_the_stub_and_not_for_the_model(triton: Triton, tmp_path: Path) -> None:
+    """What is captured, and what is unloaded for want of use, goes by what users ask."""
+    text = config("lrai") + 'parameters { key: "execution" value { string_value: "lists" } }\n'
+    with triton.serving("asked", {1: identity(tmp_path / "m.onnx")}, text):
+        assert answers(triton.server.http, "asked")
+        before = triton.stats()["request_accepted"]
+        with watching(triton, "asked", interval=0.1) as watch:
+            probed = counted(triton, "asked", "success") + 5
+            wait_until(lambda: counted(triton, "asked", "success") > probed)
+            assert triton.stats()["request_accepted"] == before
+            kill(*triton.server.stub_pids()["asked"])
+            wait_until(lambda: answers(triton.server.http, "asked"), 30)
+        assert watch.said("asked: its stub is gone; reloading it")
+
+
+def test_one_of_two_stubs_that_dies_is_found(triton: Triton, tmp_path: Path) -> None:
+    text = config("lrai") + "instance_group [{ count: 2 kind: KIND_CPU }]\n"
+    with (
+        triton.serving("two", {1: identity(tmp_path / "m.onnx")}, text),
+        watching(triton, "two", silent=2.0) as watch,
+    ):
+        first, second = triton.server.stub_pids()["two"]
+        kill(first)
+
+        def found() -> bool:  # the one that lives answers, the other one's fail
+            answers(triton.server.http, "two")
+            return watch.said("two: one of its stubs is gone; reloading it")
+
+        wait_until(found, 60)
+        wait_until(lambda: watch.said("two: reloaded"), 30)
+        # The other one Triton forgets.
+        wait_until(lambda: {first, second}.isdisjoint(triton.server.stub_pids()["two"]), 60)
+        assert len(triton.server.stub_pids()["two"]) == 2
+        assert answers(triton.server.http, "two")
+
+
 def test_a_model_that_answers_its_requests_is_not_probed(triton: Triton, tmp_path: Path) -> None:
     asked, ended = 0, time.monotonic() + 3
     with (

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -58,7 +59,8 @@ def watch(
 ) -> None:
     """Reload models whose process has died; needs a server with --model-control-mode=explicit.
 
-    A model that gets its requests answered is left alone; else it is sent one, of zeros.
+    A model that gets its requests answered is left alone; else it is sent one, which its stub
+    answers by itself.
     """
     if urlsplit(url).scheme != "http":
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
@@ -144,6 +146,7 @@ class _Model(threading.Thread):
         self._url, self._path, self._interval = url, f"/models/{quote(name)}", interval
         self._counts: dict[str, Any] = {}  # by version, as are the next two
         self._stubs = _stubs(name)
+        self._left, self._left_until = set[int](), 0.0  # stubs of before a reload, and their time
         self._silent: dict[str, float] = {}  # since when probes got no answer
         self._silent_seconds = silent_seconds
         self._reloads: list[float] = []
@@ -156,6 +159,7 @@ class _Model(threading.Thread):
         while True:
             try:
                 stubs, counts = _stubs(self.name), self._count()  # one that is loaded has a stub
+                self._end_left(stubs)
                 deaths = [self._dead(each, counts[each], stubs[each]) for each in counts]
                 self._counts, self._stubs = self._count(), stubs  # with the probes
                 why = next(filter(None, deaths), "" if counts else self._unloaded)
@@ -170,13 +174,23 @@ class _Model(threading.Thread):
         _, found = _ask(self._url, f"{self._path}/stats")
         return {each["version"]: each["inference_stats"] for each in found.get("model_stats", [])}
 
-    def _dead(self, version: str, now: Any, stubs: int) -> str:
+    def _end_left(self, stubs: Mapping[str, Collection[int]]) -> None:
+        """End what Triton forgets, which unloads a model of several stubs of which one is dead."""
+        self._left &= {pid for pids in stubs.values() for pid in pids}
+        if self._left and time.monotonic() > self._left_until:
+            for pid in self._left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _dead(self, version: str, now: Any, stubs: Collection[int]) -> str:
         """Return in what way a version is dead, nothing if it lives."""
         _, model = _ask(self._url, f"{self._path}/versions/{version}")
         if self._stubs[version] and not stubs and model.get("platform") in {"lrai", "python"}:
             return "its stub is gone"  # a probe might wait behind many others that will fail
         before = self._counts.get(version, now)
         answered, failed = (now[k]["count"] - before[k]["count"] for k in ("success", "fail"))
+        if failed and 0 < len(stubs) < self._instances(version):
+            return "one of its stubs is gone"  # of several: hardly a probe would come to that one
         if answered > 0:  # however late
             self._silent.pop(version, None)
             if not failed:
@@ -198,6 +212,11 @@ class _Model(threading.Thread):
         self._silent.pop(version, None)
         return "its stub is not healthy" if "Stub process" in str(answer) else ""
 
+    def _instances(self, version: str) -> int:
+        _, config = _ask(self._url, f"{self._path}/versions/{version}/config")
+        groups = config.get("instance_group", [])
+        return sum(one.get("count", 1) * max(1, len(one.get("gpus", []))) for one in groups)
+
     def _reload(self, why: str) -> bool:
         """Unload and load the model; return False where that was done too often."""
         now, path = time.monotonic(), f"/repository{self._path}"
@@ -210,11 +229,13 @@ class _Model(threading.Thread):
         if self._reloads:
             time.sleep(max(0.0, self._reloads[-1] + 2 ** (len(self._reloads) - 1) - now))
         self._unloaded, begun = why, time.monotonic()
+        self._left = {pid for pids in _stubs(self.name).values() for pid in pids}
         self._reloads.append(begun)
         say(f"{self.name}: {why}; reloading it")
         _ask(self._url, f"{path}/unload", b"{}")
         status, answer = _ask(self._url, f"{path}/load", b"{}")
         self._silent.clear()
+        self._left_until = time.monotonic() + self._silent_seconds  # to answer what they have
         self._unloaded = "" if status == http.client.OK else f"it did not load: {answer}"
         say(f"{self.name}: {self._unloaded or f'reloaded in {time.monotonic() - begun:.1f} s'}")
         return True
@@ -253,14 +274,15 @@ def _ready(url: str) -> list[str]:
     return [each["name"] for each in index]
 
 
-def _stubs(model: str) -> Counter[str]:
-    """Return how many stubs of a model run on this machine, by version."""
-    found = Counter[str]()
+def _stubs(model: str) -> defaultdict[str, list[int]]:
+    """Return the stubs of a model that run on this machine, by version."""
+    found = defaultdict[str, list[int]](list)
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError, ValueError):  # it has ended
             program, file = process.read_text(errors="replace").split("\0")[:2]
             *_, name, version, _ = Path(file).parts  # REPOSITORY/MODEL/VERSION/model.py
-            found[version] += program.endswith("python_backend_stub") and name == model
+            if program.endswith("python_backend_stub") and name == model:
+                found[version].append(int(process.parent.name))
     return found
 
 
