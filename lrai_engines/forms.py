@@ -27,6 +27,8 @@ _EXACT: Final = ((95, 60), (98, 70), (90, 90), (93, 93))
 _KEPT: Final = (50, 80, 95)  # the same, in float32
 _WIDER: Final = (0, 30, 50, 75, 90)  # the same, in int8 where the others have 4 bits
 
+_FLOATS: Final = ("FP16", "FP32", "FP64")
+
 Made = tuple[onnx.ModelProto, list[Quantized]]
 Build = Callable[[onnx.ModelProto], Made]
 Scheme = Callable[..., Made]
@@ -88,11 +90,18 @@ class OnnxRuntimeForms:
             reject("int8", str(error))
             return
         builds = forms(sample, material.threads, material.objective)
-        undefined = goes_undefined(basic, sample)
+        try:
+            undefined = goes_undefined(basic, sample)
+        except CompileError as error:
+            reject("int8", str(error))
+            return
+        if any(x.batch_axis == 0 and x.datatype in _FLOATS for x in sample.inputs):
+            del builds["int8-dynamic"]
+            reject("int8-dynamic", "the largest number of a call sets the scale of all rows in it")
         for form, transform in builds.items():
             try:
                 graph, operators = transform(basic)
-            except CompileError as error:
+            except (CompileError, OSError) as error:  # a temporary folder may be full
                 reject(form, str(error))
                 continue
             if undefined and not form.startswith("int8-static"):  # which looks for itself

@@ -14,13 +14,15 @@ from typing import Final
 import msgspec
 
 from lrai_core.engine.engine import installed_version
+from lrai_core.engine.onnxruntime import MEMORY_LACKS
 from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem
 from lrai_core.protocol import Array
 
 try:
     import openvino as ov
-except ImportError:
-    raise EnvironmentProblem("openvino is not installed: pip install 'lrai[openvino]'") from None
+except ImportError as error:
+    why = f"openvino is not installed, or does not load: pip install 'lrai[openvino]' ({error})"
+    raise EnvironmentProblem(why) from None
 
 NOTES: Final = "lrai"  # the name in a model under which its `Notes` are
 REFUSALS: Final = (RuntimeError, TypeError, ValueError)  # openvino's errors have no base
@@ -117,12 +119,13 @@ class OpenVinoSession:
                         self._fit.add(shapes)
                 results = self._request.infer(list(arrays))
         except REFUSALS as error:
-            raise _refused(reason(error)) from None
+            why = reason(error)
+            raise _refused(why, invalid=not any(lack in why for lack in MEMORY_LACKS)) from None
         return [results[output] for output in chosen]
 
 
-def _refused(why: str) -> EngineError:
-    return EngineError(f"openvino cannot run the model: {why}", invalid=True)
+def _refused(why: str, *, invalid: bool = True) -> EngineError:
+    return EngineError(f"openvino cannot run the model: {why}", invalid=invalid)
 
 
 def reason(error: BaseException) -> str:

@@ -25,6 +25,9 @@ from lrai_engines.quantize import weights_int8
 from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
 
 _GROUPS: Final = (64, 128)  # columns with one scale
+_SAME: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+_INDEXED: Final = ("Gather", "GatherND", "ScatterND")
+_GRAPHS: Final = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that float32 undoes
 
 
@@ -69,7 +72,11 @@ class OpenVinoForms:
         able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         static = StaticForms(material.sample, material.threads)
         sides, looks = (material.sample.outputs, material.sample.inputs), "int8-static"
-        undefined = goes_undefined(model, material.sample)
+        try:
+            bounds = _bounds(model)
+        except CompileError as error:
+            reject(self.engine.name, str(error))
+            return
         rows = {spec.batch_axis for spec in material.sample.inputs} == {0}
         forms = _FORMS | {
             "openvino-int8-static" + f"-{kept}" * bool(kept): _Form(
@@ -77,6 +84,12 @@ class OpenVinoForms:
             )
             for kept in _KEPT
         }
+        try:
+            undefined = goes_undefined(model, material.sample)
+        except CompileError as error:
+            reject(f"{self.engine.name}-int8", str(error))
+            undefined = frozenset()
+            forms = {name: form for name, form in forms.items() if form.transform is None}
         for name, form in forms.items():
             if form.precision.upper() not in able:
                 reject(name, f"this CPU has no {form.precision}")
@@ -86,12 +99,12 @@ class OpenVinoForms:
                 if undefined and form.transform and looks not in name:  # those look for themselves
                     proto = undefined_stays(proto, *sides, undefined)
                 network = self.engine.core.read_model(proto.SerializeToString(), b"")
-                notes = Notes(FLOAT32 | form.settings, _bounds(model), rows)
+                notes = Notes(FLOAT32 | form.settings, bounds, rows)
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
                 graph = material.folder / name / "model.xml"
                 graph.parent.mkdir()
                 ov.save_model(network, graph, compress_to_fp16=False)
-            except CompileError as error:
+            except (CompileError, OSError) as error:  # a temporary folder may be full
                 reject(name, str(error))
             except (*REFUSALS, EncodeError) as error:
                 reject(name, f"openvino cannot read the model: {reason(error)}")
@@ -101,16 +114,30 @@ class OpenVinoForms:
 
 
 def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    """Return what every input may hold that goes into a table as an index, straight or cast."""
+    """Return what every input may hold that goes into a table as an index, as it is.
+
+    Raises:
+        CompileError: An index is computed of what callers send, or of how much: beyond its table
+            the engine reads rows of zeros, or memory that is not the table's.
+    """
     inputs = {value.name: value.name for value in model.graph.input}
     tables = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    found: dict[str, tuple[int, int]] = {}
+    found, told = dict[str, tuple[int, int]](), set(inputs)
     for node in model.graph.node:
-        if node.op_type == "Cast" and node.input[0] in inputs:
+        if node.op_type in _SAME and node.input[0] in inputs:
             inputs[node.output[0]] = inputs[node.input[0]]
         elif node.op_type == "Gather" and node.input[0] in tables and node.input[1] in inputs:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
             extent, name = tables[node.input[0]][axis], inputs[node.input[1]]
             low, high = found.get(name, (-extent, extent - 1))
             found[name] = max(low, -extent), min(high, extent - 1)
+        elif node.op_type in _INDEXED and node.input[1] in told:
+            raise CompileError(f"{node.op_type} by an index that is computed: it is not checked")
+        inside = any(attribute.type in _GRAPHS for attribute in node.attribute)
+        if (
+            node.op_type == "Range"
+            or inside
+            or (node.op_type not in ("Shape", "Size") and not told.isdisjoint(node.input))
+        ):
+            told.update(node.output)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,7 @@ def slim(path: str | Path, to: str | Path | None = None) -> Artifact:
     folder = artifact.path.absolute()
     written = Path(to) if to else folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.slim")
     with store.writing(written) as made:
+        made.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o700)  # it may hold requests of users
         _write(artifact, made)
     try:
         made_anew = Artifact.open(written)  # before what it is made of is gone

@@ -42,6 +42,7 @@ Pairs = frozenset[tuple[str, str]]  # of an input and an output
 
 _MOST: Final = 128  # rows
 _NARROW: Final = 128  # columns of a matrix whose product costs less than their sum
+_MOST_PLACES: Final = 256  # that are looked into one by one
 _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
 _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -174,22 +175,45 @@ def static_int8(
 
 
 def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
-    """Return where the model answers NaN with NaN, and not as one that looks for it."""
+    """Return where the model answers NaN with NaN, and not as one that looks for it.
+
+    Raises:
+        CompileError: It does so for some columns and not for others, as where these are imputed.
+    """
     inputs, outputs = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
     everything = frozenset(itertools.product(inputs, outputs))
     if not sample.rows:
         return everything
     given, found = dict(zip(inputs, sample.rows[0], strict=True)), set[tuple[str, str]]()
+    floats = {name: array for name, array in given.items() if array.dtype.kind == "f"}
     try:
         session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        for name, array in given.items():
-            if array.dtype.kind == "f":
-                answer = session.run(outputs, given | {name: np.full_like(array, np.nan)})
-                told = zip(outputs, answer, strict=True)
-                found |= {(name, y) for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()}
+        for name, array in floats.items():
+            seen = set[frozenset[tuple[str, str]]]()
+            for probe in _no_numbers(array):
+                told = zip(outputs, session.run(outputs, given | {name: probe}), strict=True)
+                nan = [y for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()]
+                seen.add(frozenset((name, y) for y in nan))
+            if len(seen) > 1:
+                why = "float32 answers NaN where some of its values are NaN, not where others are"
+                raise CompileError(f"input {name!r}: {why}; int8 would not tell them apart")
+            found |= seen.pop()
     except (*_FAULTS, EncodeError, ValueError):
         return everything
     return frozenset(found)
+
+
+def _no_numbers(array: Array) -> Iterator[Array]:
+    """Yield the array without a number in it, and with NaN in single places.
+
+    These are the columns of a row; of pictures and series the first place and the last.
+    """
+    yield np.full_like(array, np.nan)
+    places = range(array.size) if array.ndim < 3 else {0, array.size - 1} if array.size else ()
+    for place in itertools.islice(places, _MOST_PLACES):
+        probe = array.copy()
+        probe.flat[place] = np.nan
+        yield probe
 
 
 def undefined_stays(
@@ -246,13 +270,11 @@ def undefined_stays(
 
 def _nought(graph: Graph, x: str, kind: int, first: int, rank: int) -> str:
     """Add what is 0, or NaN where `x` holds what is none: float32, of its rows or of it all."""
-    total, source = f"{x}:total:{first}", x
-    if kind == onnx.TensorProto.FLOAT16:  # whose sum could be too large for it
-        source = graph.add("Cast", [x], f"{x}:wide", to=_FLOAT)
     axes = graph.constant(f"axes:{x}:{first}", list(range(first, rank)), np.int64)
-    graph.add("ReduceSum", [source, axes], total, keepdims=0, noop_with_empty_axes=1)
-    nought = graph.add("Sub", [total, total], f"{x}:nought:{first}")
-    if kind == onnx.TensorProto.DOUBLE:
+    noughts = graph.add("Sub", [x, x], f"{x}:noughts")  # before the sum, which could be too large
+    nought = f"{x}:nought:{first}"
+    graph.add("ReduceSum", [noughts, axes], nought, keepdims=0, noop_with_empty_axes=1)
+    if kind != _FLOAT:
         nought = graph.add("Cast", [nought], f"{nought}:float", to=_FLOAT)
     return nought
 
@@ -276,7 +298,8 @@ def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str,
     if not over:
         return x, width
     axes = graph.constant(f"axes:{x}:sums", over, np.int64)
-    sums = graph.add("ReduceSum", [x, axes], f"{x}:sums", keepdims=int(narrow is None))
+    noughts = graph.add("Sub", [x, x], f"{x}:noughts")  # what is finite may have no finite sum
+    sums = graph.add("ReduceSum", [noughts, axes], f"{x}:sums", keepdims=int(narrow is None))
     return sums, width
 
 

@@ -644,6 +644,52 @@ def test_a_model_that_looks_for_what_is_no_number_is_left_to_it() -> None:
     assert goes_undefined(linear(matrix), rows)
 
 
+def test_a_model_that_looks_for_it_in_some_columns_only_stays_as_it_is() -> None:
+    """What int8 answers would be NaN to a row to which float32 has an answer."""
+    nodes = [
+        helper.make_node("IsNaN", ["x"], ["none"]),
+        helper.make_node("And", ["none", "imputed"], ["filled"]),
+        helper.make_node("Where", ["filled", "zero", "x"], ["known"]),
+        helper.make_node("MatMul", ["known", "w"], ["y"], "linear"),
+    ]
+    weights = {
+        "w": np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32),
+        "zero": np.zeros(1, np.float32),
+        "imputed": np.arange(64) < 10,
+    }
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
+    rows = Sample([[np.ones((1, 64), np.float32)]], (spec,))
+    with pytest.raises(CompileError, match="answers NaN where some of its values are NaN"):
+        goes_undefined(graph(nodes, weights, (None, 64)), rows)
+
+
+@pytest.mark.parametrize("columns", [32, 20_000])
+@pytest.mark.parametrize("shape", [(100,), (50, 2), (3, 8, 8)])
+def test_large_numbers_are_numbers_whatever_they_add_up_to(
+    shape: tuple[int, ...], columns: int
+) -> None:
+    """As a mask of attention holds, or what a raster has where there is nothing."""
+    x = np.full((3, *shape), np.finfo(np.float32).min, np.float32)
+    size, random = int(np.prod(shape)), np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Clip", ["flat", "low", "high"], ["near"]),
+        helper.make_node("MatMul", ["near", "w"], ["y"], "linear"),
+    ]
+    weights = {
+        "w": random.standard_normal((size, columns)).astype(np.float32),
+        "low": np.array(-1, np.float32),
+        "high": np.array(1, np.float32),
+    }
+    proto = graph(nodes, weights, (None, *shape))
+    quantised, _ = dynamic_int8_per_row(proto)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", columns), batch_axis=0)
+    defined = undefined_stays(quantised, (spec,))
+    np.testing.assert_array_equal(run(defined, x), run(quantised, x))
+    x[1].flat[5] = np.nan
+    assert np.isnan(run(defined, x)).all(axis=1).tolist() == [False, True, False]
+
+
 def test_what_is_no_number_for_one_of_two_towers_leaves_the_other_alone() -> None:
     random = np.random.default_rng(0)
     weights = {name: random.standard_normal((64, 32)).astype(np.float32) for name in "uv"}
