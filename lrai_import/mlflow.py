@@ -182,8 +182,9 @@ def open_and_convert(job: Job) -> int:
     """
     if job.scan:
         _scan(Path(job.folder), job.data)
+    how = {"map_location": "cpu"} if job.flavor == "pytorch" else {}  # wherever it was trained
     try:
-        model = importlib.import_module(f"mlflow.{job.flavor}").load_model(job.folder)
+        model = importlib.import_module(f"mlflow.{job.flavor}").load_model(job.folder, **how)
     except ImportError as error:
         needed = f"{error.name} is needed to open it: pip install 'lrai[{_EXTRAS[job.flavor]}]'"
         own = f" and {job.flavor}" * (job.flavor in ("lightgbm", "xgboost"))

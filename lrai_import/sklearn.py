@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -14,11 +15,16 @@ import onnx.helper
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec, UnsupportedOperator
 
 OPSET: Final = {"": 17, "ai.onnx.ml": 3}
-_HELD: Final = ("best_estimator_", "final_estimator_", "estimator")
+_HELD: Final = ("best_estimator_", "estimator")
 FEATURES: Final = "features"
 _ROWS: Final = 256  # on which what was made is compared with the model
 _SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
 _INTS: Final = onnx.AttributeProto.INTS
+_FAULTS: Final = (
+    *(RuntimeError, ValueError, TypeError, NameError, AssertionError),
+    *(AttributeError, LookupError),
+)
+_TORN: Final = 1e-3
 _MISSING: Final = 0.2  # of the numbers, where some are
 _INTEGERS: Final = (
     "BOOL",
@@ -70,7 +76,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             )
         except (MissingConverter, MissingShapeCalculator) as error:
             raise UnsupportedOperator(f"{type(model).__name__}: {_first_line(error)}") from None
-        except (RuntimeError, ValueError, TypeError, NameError, AssertionError) as error:
+        except _FAULTS as error:
             problem = problem or error
         else:
             made = _checked(found)
@@ -90,7 +96,12 @@ def _not_converted(part: Any) -> str:
         "has add_indicator": getattr(part, "add_indicator", False),
         "has a loss with a logarithm": hasattr(part, "_predictors") and part.loss in losses,
         "weighs neighbours": str(getattr(part, "weights", "")) == "distance",
+        "calibrates in steps": getattr(part, "method", "") == "isotonic",
         "has infrequent categories": any(one is not None for one in infrequent),
+        "has a category for what is missing": any(
+            len(own) and (own[-1] is None or own[-1] != own[-1])  # as NaN is
+            for own in getattr(part, "categories_", None) or ()
+        ),
     }
     return next((words for words, holds in known.items() if holds), "")
 
@@ -98,79 +109,132 @@ def _not_converted(part: Any) -> str:
 def _send_missing(model: Any, made: onnx.ModelProto) -> None:
     """Have every tree send missing values where the model does; its converter says nothing of it.
 
-    Trees stand in the graph in their order in the model, under their nodes' own numbers.
+    Trees stand in the graph in their order in the model, under their nodes' own numbers; those of
+    another kind stand between them, and have the right ones.
     """
     trees = [part.tree_ for part in _parts(model) if hasattr(part, "tree_")]
-    left = iter([getattr(tree, "missing_go_to_left", None) for tree in trees])
     for node in made.graph.node:
         if not node.op_type.startswith("TreeEnsemble"):
             continue
         given = {one.name: one for one in node.attribute}
         numbers, nodes = given["nodes_treeids"].ints, given["nodes_nodeids"].ints
-        own = dict(zip(dict.fromkeys(numbers), left, strict=False))
+        own = dict(zip(sizes := Counter(numbers), trees, strict=False))
+        if [tree.node_count for tree in own.values()] != [*sizes.values()]:
+            continue
+        del trees[: len(own)]
+        left: dict[int, Any] = {
+            number: getattr(tree, "missing_go_to_left", None) for number, tree in own.items()
+        }
+        if any(one is None for one in left.values()):
+            return
         tracks = given.get("nodes_missing_value_tracks_true")
-        if len(own) < len(set(numbers)) or any(one is None for one in own.values()):
-            return
-        pairs = list(zip(numbers, nodes, strict=True))
-        if any(at >= len(own[number]) for number, at in pairs):
-            return
         if tracks is None:
             tracks = node.attribute.add(name="nodes_missing_value_tracks_true", type=_INTS)
-        tracks.ints[:] = [int(own[number][at]) for number, at in pairs]
+        pairs = zip(numbers, nodes, strict=True)
+        tracks.ints[:] = [int(left[number][at]) for number, at in pairs]
 
 
 def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]) -> None:
     """Refuse what answers otherwise than the model: converters pass over what they do not know.
 
-    On made-up numbers, and apart from these on missing ones; where the model does not take them,
-    as where there are texts, nothing is compared.
+    On what its encoders were fitted on, and made-up numbers, and apart from these on missing ones;
+    where the model does not take them nothing is compared.
     """
     import onnxruntime
     from skl2onnx.common.data_types import Int64TensorType, StringTensorType
 
-    if any(isinstance(kind, StringTensorType) for _, kind in types):
-        return
     session = onnxruntime.InferenceSession(
         made.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     names, widths = [name for name, _ in types], [kind.shape[1] for _, kind in types]
     whole = {name for name, kind in types if isinstance(kind, Int64TensorType)}
+    texts = {name for name, kind in types if isinstance(kind, StringTensorType)}
+    known = _known(model, names, sum(widths))
     random = np.random.default_rng(0)
     table = random.standard_normal((_ROWS, sum(widths))) * 10.0 ** random.integers(0, 4, (_ROWS, 1))
     table[: _ROWS // 2] = np.rint(table[: _ROWS // 2])
     holes = np.where(random.random(table.shape) < _MISSING, np.nan, table)
-    for rows in (table,) if whole else (table, holes):
-        columns = np.split(rows.astype(np.float32), np.cumsum(widths)[:-1], axis=1)
-        pairs = zip(names, columns, strict=True)
-        feeds = {name: own.astype(np.int64) if name in whole else own for name, own in pairs}
-        expected: Any = None
+    for rows in (table,) if whole or texts else (table, holes):
+        cells = rows.astype(np.float32).astype(object)
+        for place, values in known.items():
+            cells[:, place] = values[random.integers(0, len(values), _ROWS)]
+        columns = np.split(cells, np.cumsum(widths)[:-1], axis=1)
+        kinds = {**dict.fromkeys(whole, np.int64), **dict.fromkeys(texts, object)}
+        expected, feeds = list[Any](), dict[str, Any]()
         with warnings.catch_warnings(), suppress(Exception):  # a model need not take these
             warnings.simplefilter("ignore")
-            expected = np.asarray(_predicted(model, feeds)).reshape(_ROWS, -1)
-        if expected is None:
+            for name, own in zip(names, columns, strict=True):
+                feeds[name] = own.astype(kinds.get(name, np.float32))
+            expected = [np.asarray(a).reshape(_ROWS, -1) for a in _predicted(model, feeds)]
+        if not expected:
             continue
-        found: Any = None
+        found = list[Any]()
         with suppress(Exception):
-            found = session.run(None, feeds)[-1 if hasattr(model, "predict_proba") else 0]
-        if found is None or not _is_same(expected, found):
+            found = session.run(None, feeds)
+        # First what it predicts, where it is not torn, and at last how sure it is.
+        torn = [_torn(expected[-1]) if len(expected) > 1 else False, False]
+        if not found or not all(map(_is_same, expected, (found[0], found[-1]), torn)):
             kind = f"{type(model).__name__} with these parameters"
             raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
 
 
-def _predicted(model: Any, feeds: Mapping[str, Any]) -> Any:
+def _known(model: Any, names: Sequence[str], width: int) -> dict[int, Any]:
+    """Return values that columns were fitted on, by place, where parts of the model tell them."""
+    places: dict[Any, int] = dict(zip(names, range(width), strict=False))
+    places = places if len(names) == width else {}
+    found, whole = dict[int, Any](), list(range(width))
+    for part in _parts(model):
+        steps = getattr(part, "transformers_", None) or [("", part, whole)]
+        for _, step, columns in steps:
+            own = [columns] if isinstance(columns, str | int) else list(columns)
+            at: list[Any] = [places.get(one, one) for one in own]
+            if not isinstance(step, str) and all(one in whole for one in at):
+                told = [each for inner in _parts(step) for each in _told(inner, len(at))]
+                found |= dict(zip(at, told, strict=False))
+    return found
+
+
+def _told(part: Any, count: int) -> list[Any]:
+    """Return values that a part was fitted on, for each of so many columns; [] if it says none."""
+    categories = getattr(part, "categories_", None)
+    if categories is not None and len(categories) == count:
+        return [np.asarray(own, object) for own in categories]
+    words = [str(word) for word in getattr(part, "vocabulary_", {})]
+    if count != 1 or not words:
+        return []
+    random = np.random.default_rng(1)
+    made = list[str]()
+    for _ in range(_ROWS):  # of few, so that some come again, also with what is no word between
+        text = " ".join(random.choice(random.choice(words, 3), 6))
+        made.append(f"{text} {text.replace(' ', ' a ')}")
+    return [np.array(made, object)]
+
+
+def _predicted(model: Any, feeds: Mapping[str, Any]) -> list[Any]:
+    """Return what it predicts and, if it tells, how sure it is."""
     table: Any = next(iter(feeds.values()))
-    if len(feeds) > 1:
+    if len(feeds) > 1 or _asks_for_names(model):
         import pandas as pd
 
         table = pd.DataFrame({name: column[:, 0] for name, column in feeds.items()})
-    if hasattr(model, "predict_proba"):
-        return model.predict_proba(table)
-    return model.predict(table)
+    elif table.dtype == object and any(hasattr(part, "vocabulary_") for part in _parts(model)):
+        table = table[:, 0]  # texts, one after the other
+    how = (model.predict, getattr(model, "predict_proba", None))
+    return [ask(table) for ask in how if ask is not None]
 
 
-def _is_same(expected: Any, found: Any) -> bool:
-    """Return whether nearly all rows are; what is no number is compared as it is."""
+def _torn(scores: Any) -> Any:
+    """Return which rows have two best classes: which one is told is chance."""
+    if scores.dtype.kind != "f" or scores.shape[1] < 2:
+        return False
+    *_, second, best = np.sort(scores, axis=1).T
+    return best - second < _TORN
+
+
+def _is_same(expected: Any, found: Any, torn: Any) -> bool:
+    """Return whether nearly all rows are, or are torn; what is no number is compared as it is."""
     first, second = expected, np.asarray(found).reshape(_ROWS, -1)
+    first, second = (a.astype(int) if a.dtype == bool else a for a in (first, second))
     if first.shape != second.shape:
         return True  # decisions, where the graph has probabilities
     if first.dtype.kind == second.dtype.kind == "f":
@@ -180,7 +244,7 @@ def _is_same(expected: Any, found: Any) -> bool:
     same = (
         first.astype(str) == second.astype(str) if texts else np.isclose(second, first, 1e-3, 1e-4)
     )
-    return bool(same.all(axis=1).mean() >= _SAME)
+    return bool((same.all(axis=1) | torn).mean() >= _SAME)
 
 
 def width(inputs: Sequence[TensorSpec]) -> int:
@@ -204,7 +268,10 @@ def _types(
     from skl2onnx.common import data_types as kinds
 
     if not inputs:
-        return [(FEATURES, kinds.FloatTensorType([None, int(model.n_features_in_)]))]
+        if (wide := getattr(model, "n_features_in_", None)) is None:
+            why = "the model does not say how many columns it takes: a signature is needed"
+            raise CompileError(why)
+        return [(FEATURES, kinds.FloatTensorType([None, int(wide)]))]
     numbers = all(spec.datatype in (*_INTEGERS, *_REALS) for spec in inputs)
     if numbers and not _asks_for_names(model):
         name = inputs[0].name if len(inputs) == 1 else FEATURES
@@ -225,6 +292,7 @@ def _parts(model: Any) -> Iterator[Any]:
     held += [step for _, step, *_ in steps]
     for name in ("estimators_", "calibrated_classifiers_"):  # lists, or arrays of several axes
         held += np.ravel(np.array(getattr(model, name, []), object)).tolist()
+    held.append(getattr(model, "final_estimator_", None))  # behind the others, as in the graph
     for part in held:
         if part is not None and not isinstance(part, str):  # "passthrough", "drop"
             yield from _parts(part)

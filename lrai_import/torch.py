@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,8 +96,9 @@ def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
-    for rows, extent in _OTHERS:
-        values = [_made_up(spec, rows, extent) for spec in inputs]
+    # Whole numbers of 1 too: a mask of 0 would hide everything, and 1 may be beyond a table.
+    for (rows, extent), fill in product(_OTHERS, (0, 1)):
+        values = [_made_up(spec, rows, extent, fill) for spec in inputs]
         feeds = {s.name: v for s, v in zip(inputs, values, strict=True) if s.name in names}
         answers = list[list[Any]]()
         with torch.no_grad(), suppress(Exception):  # of a module anything may come
@@ -144,7 +146,9 @@ def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
                 raise CompileError(f"{free}; the module, traced, takes {dim.dim_value} only")
 
 
-def _made_up(spec: TensorSpec, rows: int = _ROWS, free: int = _EXTENT) -> np.ndarray[Any, Any]:
+def _made_up(
+    spec: TensorSpec, rows: int = _ROWS, free: int = _EXTENT, fill: int = 0
+) -> np.ndarray[Any, Any]:
     if spec.datatype not in _DTYPES:
         raise CompileError(f"input {spec.name!r} is of {spec.datatype}, which torch does not have")
     shape = [
@@ -154,4 +158,4 @@ def _made_up(spec: TensorSpec, rows: int = _ROWS, free: int = _EXTENT) -> np.nda
     if spec.datatype.startswith("FP"):
         values = np.random.default_rng(0).normal(size=shape)
         return values.astype(_DTYPES[spec.datatype])
-    return np.zeros(shape, _DTYPES[spec.datatype])
+    return np.full(shape, fill, _DTYPES[spec.datatype])

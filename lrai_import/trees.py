@@ -23,6 +23,8 @@ def convert_lightgbm(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProt
     """Return a booster or an estimator of LightGBM in ONNX; see `lrai_import.sklearn.convert`."""
     if getattr(getattr(model, "booster_", model), "pandas_categorical", None):
         raise CompileError("it was fitted on categories of pandas, whose values ONNX does not have")
+    if (classes := getattr(model, "_classes", None)) is not None and classes.dtype.kind in "bu":
+        vars(model)["_classes"] = classes.astype(int)  # its converter takes these for texts
     return _convert("lightgbm", model, inputs, {"zipmap": False})
 
 

@@ -22,13 +22,13 @@ from sklearn.ensemble import (
     StackingClassifier,
     VotingClassifier,
 )
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, PoissonRegressor
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, TunedThresholdClassifierCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
@@ -214,7 +214,7 @@ def test_whole_numbers_beside_others_are_taken() -> None:
 
 
 def test_texts_ask_for_no_locale_that_an_image_lacks() -> None:
-    texts = np.array(["Grün ist gut", "rot ist schlecht"] * 20)[:, None]
+    texts = np.array(["green is good", "red is bad"] * 20)[:, None]
     made = convert_sklearn(
         make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts.ravel(), [0, 1] * 20),
         (TensorSpec(name="text", datatype="BYTES", shape=("n",)),),
@@ -227,6 +227,95 @@ def test_texts_ask_for_no_locale_that_an_image_lacks() -> None:
     ]
     assert locales == [b"C.UTF-8"]
     onnxruntime.InferenceSession(made.SerializeToString())
+
+
+TEXTS = ["one word is enough", "two words are not", "a third of them", "none at all, they say"] * 10
+
+
+@pytest.mark.parametrize(
+    ("vectorizer", "texts"),
+    [
+        (TfidfVectorizer(sublinear_tf=True), TEXTS),
+        (TfidfVectorizer(ngram_range=(1, 2)), [text.replace(" ", " a ") for text in TEXTS]),
+        (CountVectorizer(), [text.replace("o", "ö").replace("a", "ä") for text in TEXTS]),
+    ],
+    ids=["logarithms", "pairs", "letters"],
+)
+def test_texts_are_compared_too(vectorizer: Any, texts: list[str]) -> None:
+    model = make_pipeline(vectorizer, LogisticRegression()).fit(texts, [0, 1, 1, 0] * 10)
+    columns = (TensorSpec(name="text", datatype="BYTES", shape=("n",)),)
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(model, columns)
+    plain = make_pipeline(CountVectorizer(), LogisticRegression()).fit(TEXTS, [0, 1, 1, 0] * 10)
+    session = onnxruntime.InferenceSession(convert_sklearn(plain, columns).SerializeToString())
+    label, *_ = session.run(None, {"text": np.array(TEXTS, object)[:, None]})
+    np.testing.assert_array_equal(label, plain.predict(TEXTS))
+
+
+def test_columns_of_text_are_compared_by_what_their_encoders_know() -> None:
+    table = pd.DataFrame({"kind": ["a", "b", "c"] * 100, "x": ROWS[:, 0]})
+    kinds = ColumnTransformer([("kind", OneHotEncoder(), ["kind"]), ("x", "passthrough", ["x"])])
+    columns = (
+        TensorSpec(name="kind", datatype="BYTES", shape=("n",)),
+        TensorSpec(name="x", datatype="FP32", shape=("n",)),
+    )
+    labels = (table["kind"] == "a") ^ (table["x"] > 0)
+    good = make_pipeline(kinds, RandomForestClassifier(n_estimators=5)).fit(table, labels)
+    session = onnxruntime.InferenceSession(convert_sklearn(good, columns).SerializeToString())
+    feeds = {"kind": np.array(table[["kind"]], object), "x": np.array(table[["x"]])}
+    np.testing.assert_array_equal(session.run(None, feeds)[0], good.predict(table))
+    steps = CalibratedClassifierCV(LogisticRegression(), method="isotonic", cv=2)
+    with pytest.raises(CompileError, match="calibrates in steps"):
+        convert_sklearn(make_pipeline(kinds, steps).fit(table, labels), columns)
+
+
+def test_labels_are_compared_beside_what_they_are_made_of() -> None:
+    tuned = TunedThresholdClassifierCV(LogisticRegression(), scoring="recall", cv=3)
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(tuned.fit(ROWS, (VALUES > 8).astype(int)), [])
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_trees_of_several_kinds_send_missing_values_their_own_way() -> None:
+    voters = [
+        ("boosted", HistGradientBoostingClassifier(max_iter=3)),
+        ("forest", RandomForestClassifier(n_estimators=3, random_state=0)),
+    ]
+    stack = StackingClassifier(voters[1:], DecisionTreeClassifier(max_depth=3), cv=2)
+    for model in (VotingClassifier(voters, voting="soft"), stack):
+        trained = model.fit(HOLES, CLASSES)
+        session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
+        *_, found = session.run(None, {session.get_inputs()[0].name: HOLES})
+        np.testing.assert_allclose(found, trained.predict_proba(HOLES), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "column"),
+    [
+        (OneHotEncoder(handle_unknown="ignore", sparse_output=False), ["C", "Q", np.nan]),
+        (OrdinalEncoder(), [1.0, 2.0, np.nan]),
+    ],
+)
+def test_a_category_for_what_is_missing_is_refused(encoder: Any, column: list[Any]) -> None:
+    table = pd.DataFrame({"port": column * 100})
+    model = make_pipeline(encoder, HistGradientBoostingClassifier(max_iter=3)).fit(table, CLASSES)
+    kind = "BYTES" if isinstance(column[0], str) else "FP32"
+    with pytest.raises(CompileError, match="has a category for what is missing"):
+        convert_sklearn(model, (TensorSpec(name="port", datatype=kind, shape=("n",)),))
+
+
+def test_without_a_signature_a_model_of_texts_says_what_it_lacks() -> None:
+    model = make_pipeline(CountVectorizer(), LogisticRegression()).fit(TEXTS, [0, 1, 1, 0] * 10)
+    with pytest.raises(CompileError, match="a signature is needed"):
+        convert_sklearn(model, [])
+
+
+def test_classes_may_be_true_and_false() -> None:
+    trained = lgbm(lightgbm.LGBMClassifier, VALUES > 0)
+    session = onnxruntime.InferenceSession(convert_lightgbm(trained, []).SerializeToString())
+    label, scores = session.run(None, {session.get_inputs()[0].name: ROWS})
+    np.testing.assert_array_equal(label, trained.predict(ROWS).astype(int))
+    np.testing.assert_allclose(scores, trained.predict_proba(ROWS), atol=1e-4)
 
 
 def test_a_model_that_names_no_operator_set_of_onnx_is_one(tmp_path: Path) -> None:
