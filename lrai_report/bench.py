@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -29,11 +30,22 @@ from lrai_core import (
     RequestError,
     UsageError,
     __version__,
+    load_config,
 )
+from lrai_core.verifier.verifier import evaluation
 from lrai_report.chart import MARGIN, bar_line, load_line, panel
 from lrai_report.figures import Figures, figures, load_over_time, median, p95_over_time, verdict
 from lrai_report.plan import Plan, check_size, parse_range, sized, suggest_deadline
-from lrai_report.replay import POLICIES, MadeUp, Outcome, Server, capacity, precise_loop, replay
+from lrai_report.replay import (
+    POLICIES,
+    MadeUp,
+    Outcome,
+    Server,
+    capacity,
+    is_told,
+    precise_loop,
+    replay,
+)
 from lrai_report.trace import Arrivals, part, read_trace, slices
 
 _ALONE: Final = "one-by-one"
@@ -47,6 +59,8 @@ _LAG_SHARE: Final = 0.1  # of the deadline; what is sent later than that tells o
 
 _WIDEST: Final = 96
 
+Kept = Sequence[Sequence[NDArray[Any]]]  # rows that the artifact was judged on
+
 out = Console(highlight=False, markup=False, emoji=False)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -56,7 +70,8 @@ _HELP: Final = """Replay the traffic of TRACE against ARTIFACT, and compare poli
 TRACE is a CSV file with a column timestamp or time (ISO 8601, or seconds as a number) and, where
 you have them, length (or tokens, ContextTokens) and rows; or with a single column, of requests per
 second. Moments and sizes are the trace's, scaled to the rate and the lengths that you ask for. What
-is in the requests is made up; the answers are really computed.
+is in the requests is made up, but for texts and sizes that the trace does not tell: those are of
+rows that the artifact kept. The answers are really computed.
 
 The policies take turns at the same requests, round by round:
 
@@ -123,15 +138,20 @@ def bench(
 ) -> None:
     """Compare the policies; `_HELP` is what a person reads."""
     names = _names(policies)
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UsageError(f"--json {file}: its folder does not exist")
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
     check_size(rate or 0, seconds, rounds)
     opened = Artifact.open(artifact)
+    kept = evaluation(opened).inputs
     traffic, drawn, words = sized(read_trace(trace), opened, parse_range(lengths))
     _say("trace", f"{trace.name}: {words}")
     minutes = len(names) * rounds * seconds / 60
     parts_of = f"{len(names)} policies, {rounds} rounds of {seconds:g} s each; --seconds, --rounds"
     _say("takes", f"about {minutes:.2g} minutes: {parts_of}")
+    if not kept and not all(map(is_told, opened.manifest.signature.inputs)):
+        _say(
+            "note", "texts of one letter and small sizes are asked: the artifact kept no real rows"
+        )
     cpus, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if busy > _BUSY * cpus:
         _say("note", f"other work is going on (load {busy:.1f} on {cpus} CPUs), and will tell")
@@ -146,7 +166,7 @@ def bench(
         bar.update(task, description="warm up")
         whole = seconds * rounds
         sample = part(traffic, _SAMPLE / whole, whole, lengths=drawn)  # seconds may be silent
-        measured = runner.run(_measure(servers, sample, opened, wanted=rate is None))
+        measured = runner.run(_measure(servers, sample, opened, kept, wanted=rate is None))
         rate = rate or _SHARE_OF_CAPACITY * measured
         check_size(rate, seconds, rounds)
         arrivals = part(traffic, rate, whole, lengths=drawn)
@@ -165,16 +185,18 @@ def bench(
         )
         _say_plan(plan)
         chosen = {name: servers[name] for name in names}
-        results = runner.run(_play(chosen, plan, bar, task))
-        elsewhere = any(s.runtime.stats().get("variant_refused") for s in servers.values())
+        results = runner.run(_play(chosen, plan, kept, bar, task))
+        one = next(iter(servers.values())).runtime
+        served = one.models()[0].variant if one.stats().get("variant_refused") else ""
     found = {
         name: [figures(outcome, plan.deadline_ms / 1e3) for outcome in outcomes]
         for name, outcomes in results.items()
     }
     said = verdict(found, plan.rate, plan.deadline_ms)
     _show(results, found, plan)
-    if elsewhere:
-        _say("note", "made for another processor or engine version: the source model served")
+    if served:
+        made = f"{opened.manifest.chosen} was made for another processor or engine version"
+        _say("note", f"{made}: {served} served")
     out.print(Text(said, style="bold"))
     if file is not None:
         _write(file, trace, plan, found, said)
@@ -195,7 +217,7 @@ def _names(policies: str) -> list[str]:
 
 
 async def _measure(
-    servers: Mapping[str, Server], sample: Arrivals, artifact: Artifact, *, wanted: bool
+    servers: Mapping[str, Server], sample: Arrivals, artifact: Artifact, kept: Kept, *, wanted: bool
 ) -> float:
     """Warm the servers up, and return how many requests per second one by one answers.
 
@@ -204,7 +226,7 @@ async def _measure(
     Raises:
         ArtifactError: The model does not answer made-up inputs.
     """
-    made_up = _made_up(artifact, servers, sample)
+    made_up = _made_up(artifact, kept, sample)
     try:
         for server in servers.values():
             await capacity(server, sample, made_up, _WARM_UP_SECONDS)
@@ -214,14 +236,14 @@ async def _measure(
 
 
 async def _play(
-    servers: Mapping[str, Server], plan: Plan, bar: Progress, task: TaskID
+    servers: Mapping[str, Server], plan: Plan, kept: Kept, bar: Progress, task: TaskID
 ) -> dict[str, list[Outcome]]:
     """Return what became of each round under each policy; they take turns, and in going first."""
     results: dict[str, list[Outcome]] = {name: [] for name in servers}
     names, over = list(servers), 0.0
     bar.update(task, total=len(plan.rounds) * len(names) * plan.seconds)
     for index, arrivals in enumerate(plan.rounds):
-        made_up = _made_up(plan.artifact, servers, arrivals)
+        made_up = _made_up(plan.artifact, kept, arrivals)
         for turn in range(len(names)):
             name = names[(index + turn) % len(names)]
             bar.update(task, description=f"round {index + 1} of {len(plan.rounds)}: {name}")
@@ -241,9 +263,9 @@ def _advance(bar: Progress, task: TaskID, before: float, seconds: float) -> None
     bar.update(task, completed=before + seconds)
 
 
-def _made_up(artifact: Artifact, servers: Mapping[str, Server], arrivals: Arrivals) -> MadeUp:
-    limits = next(iter(servers.values())).runtime.config.limits
-    return MadeUp(artifact.manifest.signature, arrivals, limits.request_bytes)
+def _made_up(artifact: Artifact, kept: Kept, arrivals: Arrivals) -> MadeUp:
+    most_bytes = load_config().limits.request_bytes
+    return MadeUp(artifact.manifest.signature, arrivals, most_bytes, kept)
 
 
 def _progress() -> Progress:

@@ -23,11 +23,11 @@ from lrai_core import (
     InferenceResponse,
     LraiError,
     Runtime,
-    load_config,
 )
 from lrai_core.errors import shorten
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import MEASURES, agreement, difference
+from lrai_report.own import own_config
 
 _SHOWN: Final = 8  # numbers of an answer
 _WARM: Final = 32  # requests
@@ -70,13 +70,11 @@ class Side:
 @contextmanager
 def sides(pairs: Sequence[tuple[Artifact, str]]) -> Iterator[list[Side]]:
     """Serve each of these variants; an empty name is what the artifact serves by itself."""
-    # Nothing is kept of what is asked, and nobody is in a hurry.
-    own: dict[str, Any] = {"runtime.capture_rows": 0, "runtime.state_dir": ""}
-    own |= {"scheduler.latency_slo_ms": 0, "actor.isolation": "process"}  # whose memory is its own
+    config = own_config({"actor.isolation": "process"})  # whose memory is its own
     opened: list[Side] = []
     try:
         for artifact, variant in pairs:
-            runtime = Runtime(load_config(call=own), address="embedded")
+            runtime = Runtime(config, address="embedded")
             opened.append(Side(variant, runtime))
             runtime.load(artifact, variant=variant)
             opened[-1].variant = runtime.models()[0].variant  # it may be for other machines

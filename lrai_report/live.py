@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,10 +64,9 @@ def compare_live(
     Raises:
         ConditionNotMet: The name was changed meanwhile, or live requests say no.
     """
-    place = f" --address {address}" if address else ""
     with runtime_of(address) as runtime:
         _check_same(runtime, name, before)
-        if minutes and not _shadow(runtime, name, written, minutes, place) and apply:
+        if minutes and not _shadow(runtime, name, written, minutes, address) and apply:
             why = "no live request was compared: --minutes 0 applies without"
             raise ConditionNotMet(f"not applied: {why}")
 
@@ -79,15 +79,14 @@ def switch(
     Raises:
         ConditionNotMet: The name was changed meanwhile.
     """
-    place = f" --address {address}" if address else ""
     with runtime_of(address) as runtime:
         if apply:
             _check_same(runtime, name, before)
             version = runtime.swap(name, written.absolute())
             say("applied", f"{name} is served by {version}")
         else:
-            say("switch on", f"lrai runtime swap {name} {written}{place}")
-        say("switch back", f"lrai runtime rollback {name}{place}")
+            say("switch on", _command("swap", name, str(written), address=address))
+        say("switch back", _command("rollback", name, address=address))
 
 
 def _check_same(runtime: Runtime, name: str, before: Mapping[str, float]) -> None:
@@ -98,7 +97,7 @@ def _check_same(runtime: Runtime, name: str, before: Mapping[str, float]) -> Non
         raise ConditionNotMet(f"{name!r} was changed meanwhile: {served} serves; tune that")
 
 
-def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: str) -> int:
+def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address: str) -> int:
     """Have copies of the live requests answered by it; return how many rows were compared.
 
     Raises:
@@ -112,8 +111,9 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: s
         now = _deployment(runtime, name)
         for one in runtime.deployments():  # what copies say is counted for all together
             for copied in one.shadow:
-                end = f"lrai runtime unload {one.name} --version {copied}{place} ends that"
-                raise ConditionNotMet(f"requests to {one.name} are copied to {copied}: {end}")
+                end = _command("unload", one.name, "--version", copied, address=address)
+                why = f"requests to {one.name} are copied to {copied}"
+                raise ConditionNotMet(f"{why}; this ends it: {end}")
         shares = {label: share for label, share in now.shares.items() if label != version}
         runtime.route(name, shares, {version: 1.0}, now.relief)
         total = math.ceil(minutes * 60 / _LIVE_SECONDS)
@@ -126,7 +126,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: s
         say("live", f"not compared: {error}")
         return 0
     finally:
-        _unload(runtime, name, version, place, loaded=loaded)
+        _unload(runtime, name, version, address, loaded=loaded)
     seen, differ, failed = (
         ended.get(kind, 0) - began.get(kind, 0)
         for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
@@ -137,7 +137,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, place: s
     return seen
 
 
-def _unload(runtime: Runtime, name: str, version: str, place: str, *, loaded: bool) -> None:
+def _unload(runtime: Runtime, name: str, version: str, address: str, *, loaded: bool) -> None:
     """End the version that got copies, though it may still be loading; say where it stays."""
     problem: LraiError | None = None
     for _ in range(_TRIES):
@@ -155,8 +155,13 @@ def _unload(runtime: Runtime, name: str, version: str, place: str, *, loaded: bo
             return
     if not loaded and not isinstance(problem, UsageError):
         return
-    how = f"lrai runtime unload {name} --version {version}{place}"
+    how = _command("unload", name, "--version", version, address=address)
     say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
+
+
+def _command(*words: str, address: str) -> str:
+    """Return a command of `lrai runtime`, to be pasted."""
+    return shlex.join(["lrai", "runtime", *words, *(["--address", address] if address else [])])
 
 
 def _deployment(runtime: Runtime, name: str) -> Any:

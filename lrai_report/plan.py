@@ -85,7 +85,8 @@ def sized(
     if not any(spec.length_axis is not None for spec in inputs):
         if wanted is not None:
             raise UsageError("--lengths: the model has no length axis")
-        if isinstance(trace, Arrivals):
+        if isinstance(trace, Arrivals) and trace.lengths.any():
+            words += "; its lengths are not used, for the model has no length axis"
             trace = replace(trace, lengths=np.zeros_like(trace.lengths))
         return trace, None, words
     low, high = wanted or _profiled(artifact)

@@ -28,8 +28,8 @@ from lrai_core import (
     Signature,
     TensorSpec,
     UsageError,
-    load_config,
 )
+from lrai_report.own import own_config
 from lrai_report.trace import Arrivals
 
 POLICIES: Final = {
@@ -39,9 +39,11 @@ POLICIES: Final = {
     "fifo-8": "the classic dynamic batcher: what waits, in order of arrival, at most 8 rows a "
     "call, padded to the longest; it knows no deadlines",
 }
-# Nothing is kept of what is asked, and nobody is in a hurry but by the trace.
-_OWN: Final = {"runtime.state_dir": "", "runtime.capture_rows": 0, "scheduler.latency_slo_ms": 0}
 _FIFO_ROWS: Final = 8
+# What fifo puts together is one request for the runtime: the limits of one are for its parts.
+_JOINED: Final = dict.fromkeys(("limits.request_bytes", "scheduler.max_queue_bytes"), 1 << 40) | {
+    "limits.request_rows": 1 << 20
+}
 _CALLERS: Final = 4  # enough that a request waits whenever the actor is free
 _WINDOWS: Final = 3
 _OTHER_EXTENT: Final = 4  # of a free dimension that is neither batch nor length
@@ -76,15 +78,34 @@ class Outcome:
 class MadeUp:
     """Inputs that most models accept, of any size up to a largest: cut from one set of arrays."""
 
-    def __init__(self, signature: Signature, arrivals: Arrivals, most_bytes: int) -> None:
+    def __init__(
+        self,
+        signature: Signature,
+        arrivals: Arrivals,
+        most_bytes: int,
+        kept: Sequence[Sequence[NDArray[Any]]] = (),
+    ) -> None:
         """Make the largest that these need.
+
+        Args:
+            signature: Of the model.
+            arrivals: Whose sizes are made.
+            most_bytes: Of a request.
+            kept: Rows that the artifact was judged on. Of texts, and of inputs with free sizes that
+                the trace does not tell, these are asked: what they take depends on what they hold.
 
         Raises:
             UsageError: It has over `most_bytes`.
         """
         rows, length = int(arrivals.rows.max()), int(arrivals.lengths.max())
-        self._specs = signature.inputs
-        shapes = [_shape(spec, rows, length) for spec in self._specs]
+        self._specs, self._turn = signature.inputs, itertools.count()
+        self._real = _real(kept, self._specs, rows)
+        shapes = [
+            [rows, *self._real[spec.name].shape[1:]]
+            if spec.name in self._real
+            else _shape(spec, rows, length)
+            for spec in self._specs
+        ]
         kinds = [_dtype(spec) for spec in self._specs]
         size = sum(
             math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)
@@ -101,10 +122,14 @@ class MadeUp:
 
     def cut(self, rows: int, length: int) -> Inputs:
         """Return inputs of that size; views."""
-        cuts = {}
-        for array, spec in zip(self._arrays, self._specs, strict=True):
+        cuts, turn = {}, next(self._turn)
+        for made, spec in zip(self._arrays, self._specs, strict=True):
+            array = self._real.get(spec.name, made)
             window = [slice(None)] * array.ndim
-            if spec.batch_axis is not None:
+            if spec.name in self._real:
+                start = turn % (len(array) - rows + 1)
+                window[0] = slice(start, start + rows)
+            elif spec.batch_axis is not None:
                 window[spec.batch_axis] = slice(rows)
             if spec.length_axis is not None:
                 window[spec.length_axis] = slice(length)
@@ -128,9 +153,10 @@ class Server:
     @classmethod
     def open(cls, policy: str, artifact: Artifact) -> Server:
         """Start a runtime for the policy and load the artifact; `close` ends it."""
-        # What fifo puts together is one request, and one call, for the runtime.
-        settings = dict(_OWN) if policy == "planner" else {**_OWN, "scheduler.max_batch_rows": 1}
-        runtime = Runtime.open(artifact, config=load_config(call=settings), address="embedded")
+        settings = {"actor.replicas": 1} | (_JOINED if policy.startswith("fifo") else {})
+        if policy != "planner":
+            settings["scheduler.max_batch_rows"] = 1
+        runtime = Runtime.open(artifact, config=own_config(settings), address="embedded")
         return cls(policy, runtime, artifact.manifest.signature)
 
     def close(self) -> None:
@@ -319,6 +345,28 @@ def _shape(spec: TensorSpec, rows: int, length: int) -> list[int]:
         if axis is not None:
             shape[axis] = extent
     return shape
+
+
+def is_told(spec: TensorSpec) -> bool:
+    """Return whether a trace tells the size of an input: no text, no size but rows and length."""
+    free = [axis for axis, extent in enumerate(spec.shape) if not isinstance(extent, int)]
+    return spec.datatype != "BYTES" and set(free) <= {spec.batch_axis, spec.length_axis}
+
+
+def _real(
+    kept: Sequence[Sequence[NDArray[Any]]], specs: Sequence[TensorSpec], rows: int
+) -> dict[str, NDArray[Any]]:
+    """Return real values of the inputs whose sizes are not told, over again where rows are few."""
+    wanted = [i for i, s in enumerate(specs) if not is_told(s) and s.batch_axis == 0]
+    wanted = [i for i in wanted if specs[i].length_axis is None] if kept else []
+    alike = [row for row in kept if all(row[i].shape == kept[0][i].shape for i in wanted)]
+    count = max(rows, len(alike))
+    return {
+        specs[i].name: np.resize(
+            np.concatenate([row[i] for row in alike]), (count, *alike[0][i].shape[1:])
+        )
+        for i in wanted
+    }
 
 
 def _dtype(spec: TensorSpec) -> np.dtype[Any]:

@@ -135,9 +135,10 @@ own.</p>{% else %}<p class="dim">It was not measured: {{ unknown }}.</p>{% endif
 {% endfor %}</table>
 <h2>Again, as far as the artifact tells</h2>
 <pre>{{ command }}
-{% set name = manifest.name ~ ".lrai" %}lrai inspect {{ name|quote }}
+{% set name = artifact.path.absolute().name %}lrai inspect {{ name|quote }}
 {% for id, _ in certificates %}lrai certificate check {{ (name ~ "/certificates/" ~ id ~
- ".json")|quote }} --artifact {{ name|quote }}
+ ".json")|quote }} --artifact {{ name|quote }}{% if not manifest.source.file %} --source MODEL
+{%- endif %}
 {% endfor %}</pre>
 </body></html>
 """

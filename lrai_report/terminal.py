@@ -27,4 +27,7 @@ def progress(words: str, total: int) -> Iterator[Callable[[], None]]:
 
 def say(label: str, words: str, style: str = "") -> None:
     """Print a line behind its label."""
-    out.print(Text.assemble((f"{label:<12}", "bold"), (shorten(words, 2000), style)))
+    # Commands among the words are to be pasted: no line is broken.
+    out.print(
+        Text.assemble((f"{label:<12}", "bold"), (shorten(words, 2000), style)), soft_wrap=True
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -55,6 +56,7 @@ class Target:
         variant: Of it that serves; empty for what it serves by itself.
         shares: Of the versions of that name.
         captured: The rows are those that the runtime has captured.
+        frozen: The name may not be changed.
     """
 
     model: Path
@@ -64,6 +66,7 @@ class Target:
     variant: str = ""
     shares: dict[str, float] = field(default_factory=dict)
     captured: bool = False
+    frozen: bool = False
 
 
 @app.command()
@@ -116,10 +119,14 @@ def tune(
 
     Requests are captured where runtime.capture_rows says how many (LRAI_RUNTIME_CAPTURE_ROWS=2000):
     a random sample of real ones, in the runtime's state_dir. A part of them is what forms are made
-    for, another what they are judged on, by agreement with fp32. Nothing that serves is touched
-    without --apply, and that is one command to go back from. No gain: exit status 3.
+    for, another what they are judged on, by agreement with fp32. Callers are answered as before
+    without --apply, though live requests are copied to it for --minutes; one command goes back. No
+    gain: exit status 3.
     """
     found = _find(target, requests, address)
+    if found.frozen and (apply or minutes):
+        how = "lrai unfreeze ends that; --minutes 0 without --apply compares all the same"
+        raise ConditionNotMet(f"{found.name!r} is frozen: {how}")
     if apply and not found.name:
         raise UsageError("--apply is for a model that the runtime serves")
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
@@ -127,16 +134,20 @@ def tune(
     plain = found.served.manifest.name if found.served else found.model.stem
     stem = found.name.partition(":")[0] or plain
     written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
+    if os.path.lexists(written):
+        raise UsageError(f"{written} exists; choose another name (-o), or remove it")
     if found.requests is None:
         if found.served:
             raise UsageError(f"{target} is not served, so nothing is captured: give --requests")
         _without_requests(found, written, output_map)
         return
     say("requests", f"{found.requests}, each row as a request")
+    judged = [variant.gate for variant in found.served.variants] if found.served else []
+    if apply and any(gate and gate.disparities for gate in judged):
+        why = "captured requests do not tell groups of people, by which what serves was judged"
+        raise ConditionNotMet(f"{why}: compile it anew with --group, and swap")
     artifact, applied = _compile(found, written, output_map, engine or ()), False
     try:
-        if found.captured:
-            written.chmod(0o700)  # it keeps some of the rows
         _judge(target, found, artifact, written, callers, seconds, rounds, price_per_hour, file)
         if found.name:
             compare_live(found.name, found.shares, written, minutes, address, apply=apply)
@@ -242,7 +253,8 @@ def _find(target: str, requests: Path | None, address: str) -> Target:
     variant = mine[0] if mine and mine[0] != artifact.manifest.chosen else ""
     shares = dict(served[name].shares)
     rows, own = requests or captured, requests is None
-    return Target(model, rows, artifact, name, variant, shares, captured=own)
+    frozen = served[name].frozen is not None
+    return Target(model, rows, artifact, name, variant, shares, captured=own, frozen=frozen)
 
 
 def _artifact_of(target: str) -> Artifact | None:
@@ -281,8 +293,10 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
             evaluation = answered(found.served, found.requests, lambda: None)
             if not len(next(iter(evaluation.values()))):
                 raise ConditionNotMet("the model answers none of the requests that were captured")
-        signature = found.served.manifest.signature if found.served else None
-        with _axes(signature, maps=not output_map) as axes:
+        served = found.served.manifest if found.served else None
+        signature = served.signature if served else None
+        epsilon, delta = (served and served.demanded) or (None, 0.01)
+        with _axes(signature, maps=not output_map) as axes, _private(on=found.captured):
             return compile_model(
                 found.model,
                 out=written,
@@ -290,8 +304,22 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
                 output_map=output_map or "raw",  # type: ignore[arg-type] # checked where it is used
                 axes=axes,
                 engines=engines,
+                epsilon=epsilon,  # what serves may have been made to be so close, or so small
+                delta=delta,
+                objective=served.objective if served else "latency",
                 progress=show,
             )
+
+
+@contextmanager
+def _private(*, on: bool) -> Iterator[None]:
+    """Have what is written be this user's alone: it keeps some of the captured rows."""
+    mask = os.umask(0o077) if on else None
+    try:
+        yield
+    finally:
+        if mask is not None:
+            os.umask(mask)
 
 
 @contextmanager
@@ -303,7 +331,7 @@ def _axes(signature: Signature | None, *, maps: bool) -> Iterator[Path | None]:
     lines = []
     for side, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
         for spec in specs:
-            lines.append(f"[{side}.{json.dumps(spec.name)}]")
+            lines.append(f"[{side}.{json.dumps(spec.name, ensure_ascii=False)}]")
             lines += [f"batch = {spec.batch_axis}"] * (spec.batch_axis is not None)
             lines += [f"length = {spec.length_axis}"] * (spec.length_axis is not None)
             lines.append(f"pad = {spec.pad_value}")

@@ -201,6 +201,23 @@ def test_without_requests_fp32_is_what_there_is(tmp_path: Path) -> None:
     assert lrai.Artifact.open(tmp_path / "small-tuned.lrai").manifest.chosen == "fp32"
 
 
+def test_what_would_be_refused_at_the_end_is_refused_at_once(tmp_path: Path) -> None:
+    artifact = lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai")
+    np.savez(tmp_path / "rows.npz", x=np.ones((4, 3), np.float32))
+    with own_runtime(), lrai.Runtime() as runtime:
+        runtime.load(artifact, name="m")
+        (tmp_path / "m-tuned.lrai").mkdir()
+        again = cli("m", "--requests", tmp_path / "rows.npz", cwd=tmp_path)
+        (tmp_path / "m-tuned.lrai").rmdir()
+        runtime.freeze("m", by="ann", reason="audit week")
+        frozen = cli("m", "--requests", tmp_path / "rows.npz", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "m-tuned.lrai exists" in again.stderr
+    assert frozen.returncode == 3
+    assert "'m' is frozen: lrai unfreeze ends that" in frozen.stderr
+    assert not (tmp_path / "m-tuned.lrai").exists()
+
+
 def test_a_name_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path) -> None:
     with own_runtime(), lrai.Runtime() as runtime:
         runtime.load(lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai"))

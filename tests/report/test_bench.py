@@ -108,7 +108,8 @@ def test_the_rate_is_a_share_of_what_one_by_one_answers_where_none_is_given(
     assert rate == pytest.approx(0.7 * capacity, rel=0.01)
     assert "deadline  10 ms: 10 x a large request (p95) alone, 1 ms by the profile" in shown
     assert "note      other work is going on (load 77.7 on " in shown
-    assert "note      made for another processor or engine version" in shown
+    assert "made for another processor or engine version: the source model served" not in shown
+    assert "int8 was made for another processor or engine version: fp32 served" in shown
     assert "planner: " in shown.splitlines()[-1]
 
 
@@ -127,7 +128,7 @@ def test_the_policies_take_turns_and_do_so_in_going_first(artifact: Path) -> Non
     plan = Plan(Artifact.open(artifact), 1.0, 0.0, 10.0, "as asked", 0.5, [one] * 4)
     servers = {name: server("planner", Logged(name)) for name in "abc"}
     with Progress(disable=True) as bar:
-        results = asyncio.run(bench._play(servers, plan, bar, bar.add_task("")))
+        results = asyncio.run(bench._play(servers, plan, [], bar, bar.add_task("")))
     assert "".join(log) == "abc" + "bca" + "cab" + "abc"
     assert [len(outcomes) for outcomes in results.values()] == [4, 4, 4]
 
@@ -138,7 +139,7 @@ def test_a_model_that_takes_no_made_up_inputs_is_said_to_be_one(
 ) -> None:
     one = Arrivals(np.array([0.0]), np.array([4]), np.array([1]))
     servers = {"planner": server("planner", Played(error=error))}
-    measured = bench._measure(servers, one, Artifact.open(artifact), wanted=False)
+    measured = bench._measure(servers, one, Artifact.open(artifact), [], wanted=False)
     with pytest.raises(ArtifactError, match=f"does not answer made-up inputs: {error}"):
         asyncio.run(measured)
 
@@ -198,7 +199,8 @@ def children(pid: int) -> set[int]:
         (["--lengths", "0..4"], UsageError, r"--lengths is '0..4'"),
         (["--lengths", "9..4"], UsageError, r"--lengths is '9..4'"),
         (["--lengths", "4..9"], UsageError, "the model has no length axis"),
-        (["--json", "nowhere/figures.json"], UsageError, "its folder does not exist"),
+        (["--json", "nowhere/figures.json"], UsageError, "or its own does not exist"),
+        (["--json", "."], UsageError, "it is a folder"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_anything_is_loaded(

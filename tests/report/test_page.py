@@ -92,6 +92,13 @@ def test_a_page_says_what_was_tried_and_measured(artifact: lrai.Artifact) -> Non
     assert "script" not in reader.tags
 
 
+def test_its_commands_name_the_artifact_as_it_is_called(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    text = read(page(changed(artifact, tmp_path, lambda _: None))).text
+    assert "lrai inspect copy.lrai" in text
+
+
 def test_what_stands_in_a_log_is_text(artifact: lrai.Artifact, tmp_path: Path) -> None:
     def spoil(lines: list[dict[str, Any]]) -> None:
         hostile = "<script>alert(1)</script>{{ 7 * 7 }}"

@@ -75,7 +75,7 @@ def test_a_model_without_the_axes_gets_neither_lengths_nor_rows() -> None:
     fitted, drawn, words = sized(arrivals([5, 9], rows=[1, 3]), plain, None)
     assert isinstance(fitted, Arrivals)
     assert (fitted.lengths.tolist(), fitted.rows.tolist(), drawn) == ([0, 0], [1, 3], None)
-    assert words == "2 requests in 1 s"
+    assert words == "2 requests in 1 s; its lengths are not used, for the model has no length axis"
     (spec,) = plain.manifest.signature.inputs
     spec = msgspec.structs.replace(spec, batch_axis=None)
     signature = msgspec.structs.replace(plain.manifest.signature, inputs=(spec,))

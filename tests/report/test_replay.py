@@ -64,6 +64,27 @@ def test_made_up_inputs_of_every_size_are_valid_requests() -> None:
         assert inputs["ids"][:, 0].all(), "the first of a mask is one"
 
 
+def test_texts_and_sizes_that_no_trace_tells_are_those_of_real_rows() -> None:
+    def row(size: int, text: str) -> list[np.ndarray[Any, Any]]:
+        noise, flag = np.full((1, 2, size), size, np.float16), np.array([True])
+        return [np.zeros((1, 5), np.int64), noise, flag, np.array([[text]], object)]
+
+    kept = [row(30, "a long text"), row(8, "of another size"), row(30, "another one")]
+    made_up = MadeUp(SIGNATURE, arrivals([0, 1], lengths=7, rows=[1, 3]), 1 << 20, kept)
+    texts = set()
+    for rows, length in ((3, 7), (1, 7), (1, 2), (1, 2)):
+        inputs = made_up.cut(rows, length)
+        request = InferenceRequest(model_name="", inputs=inputs)
+        valid = validate(request, SIGNATURE, load_config().limits)
+        assert (valid.rows, valid.length) == (rows, length)
+        assert inputs["noise"].shape == (rows, 2, 30)
+        assert (inputs["noise"] == 30).all()
+        texts |= set(inputs["word"].ravel())
+    assert texts == {"a long text", "another one"}
+    with pytest.raises(UsageError, match="1000 rows of length 1"):
+        MadeUp(SIGNATURE, arrivals([0], lengths=1, rows=[1000]), 100_000, kept)
+
+
 def test_a_request_that_no_runtime_takes_is_refused_before_it_is_made() -> None:
     with pytest.raises(UsageError, match=r"1000 rows of length 1000 has .* allows 1,000,000"):
         MadeUp(SIGNATURE, arrivals([0], lengths=1000, rows=[1000]), 1_000_000)
@@ -189,8 +210,13 @@ def test_only_the_planner_may_share_calls_among_requests(monkeypatch: pytest.Mon
         return SimpleNamespace(config=config)
 
     monkeypatch.setattr(Runtime, "open", fake)
+    monkeypatch.setenv("LRAI_ACTOR_REPLICAS", "2")  # fifo has one call at a time, whatever there is
     manifest = SimpleNamespace(signature=SIGNATURE)
     for policy in ("planner", "one-by-one", "fifo-8"):
         Server.open(policy, cast("Any", SimpleNamespace(manifest=manifest)))
     default = LraiConfig().scheduler.max_batch_rows
     assert [config.scheduler.max_batch_rows for config in opened] == [default, 1, 1]
+    # What fifo puts together is no request of one caller.
+    limits = LraiConfig().limits
+    assert [config.limits == limits for config in opened] == [True, True, False]
+    assert {config.actor.replicas for config in opened} == {1}
