@@ -50,10 +50,11 @@ def main() -> NoReturn:
         words = shorten(f"lrai: {error}", 2000)
         error_console.print(words, style="red", markup=False, highlight=False, emoji=False)
         sys.exit(error.exit_code)
-    except SystemExit as end:
-        if end.code == 130:  # Ctrl-C
+    except (SystemExit, KeyboardInterrupt) as end:
+        code = getattr(end, "code", 130)
+        if code == 130:  # Ctrl-C
             error_console.print("lrai: interrupted")
-        raise
+        sys.exit(code)
     sys.exit(0)
 
 

@@ -233,7 +233,7 @@ def _build(settings: list[Setting]) -> LraiConfig:
 def _from_file(file: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
     """Return the layer of the file, none where no file was named and none lies here."""
     found = Path("lrai.toml") if file is None else file
-    if file is None and not found.is_file():
+    if file is None and not (os.access(found, os.F_OK) and found.is_file()):  # nor may look
         return []
     try:
         tree = tomllib.loads(found.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> NoReturn:
     # A private copy: what the engine starts must not keep the line open after this process.
     line = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to a whole service: its runtime drains first
     threading.Thread(target=_beat, args=(line, address, int(heartbeat_ms)), daemon=True).start()
     Actor(address, bytes.fromhex(identity)).run()
 

@@ -136,6 +136,8 @@ def compile(
     for name in ("epsilon", "groups"):
         if getattr(conditions, name) and evaluation is None:
             raise UsageError(f"{name} needs evaluation rows to be judged on")
+    if not out.name.isprintable():
+        raise UsageError(f"{shorten(repr(out.name))}: a name of an artifact is printable UTF-8")
     builders = list(map(search.find_builder, dict.fromkeys(("onnxruntime", *engines))))
     report = progress or (lambda _: None)
     # On the disk of the artifact, which is the one that is said to be full.
@@ -374,15 +376,10 @@ class _Compilation:
             wrong = "the optimised fp32 model does not give the source model's answers"
             axes = "if --axes was given, its axes are wrong"
             raise CompileError(f"{wrong}: {found.result.why}; {axes}")
-        self._record(
-            "candidate",
-            form=candidate.name,
-            kept=found.result.passed,
-            why=f"{candidate.pace}; {found.result.why}",
-            speedup=round(candidate.speedup, 4),
-            batch_effect=found.batch_effect,
-            difference=found.result.difference,
-        )
+        result, why = found.result, f"{candidate.pace}; {found.result.why}"
+        measured = {"batch_effect": found.batch_effect, "difference": result.difference}
+        measured["speedup"] = round(candidate.speedup, 4)
+        self._record("candidate", form=candidate.name, kept=result.passed, why=why, **measured)
         return found
 
     def write(self, name: str, keep_evaluation: int | None) -> None:

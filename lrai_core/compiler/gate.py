@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -239,14 +239,9 @@ def _label_result(
     why = f"{conditions.metric} loss is {loss:.2%}, at most {bound:.2%}; {allowed:.2%} allowed"
     if bound > allowed and loss < allowed and needed > n:
         why += f"; at this rate about {needed} rows would show it"
-    return GateResult(
-        passed=bound <= allowed,
-        why=why,
-        rows=n,
-        measure=f"{conditions.metric} on labels",
-        accuracy_loss=loss,
-        accuracy_loss_bound=bound,
-    )
+    rates: dict[str, Any] = {"accuracy_loss": loss, "accuracy_loss_bound": bound}
+    measure = f"{conditions.metric} on labels"
+    return GateResult(passed=bound <= allowed, why=why, rows=n, measure=measure, **rates)
 
 
 def _label_rows_needed(lost: float, won: float, allowed: float, level: float) -> int:
@@ -274,14 +269,8 @@ def _agreement_result(
     if bound < AGREEMENT:
         needed = confidence.rows_needed(1 - AGREEMENT, level, 1 - worst)
         why += f"; at this rate about {needed} rows would show it" if needed > n else ""
-    return GateResult(
-        passed=bound >= AGREEMENT,
-        why=why,
-        rows=n,
-        measure=measure,
-        agreement=share,
-        agreement_bound=bound,
-    )
+    rates: dict[str, Any] = {"agreement": share, "agreement_bound": bound}
+    return GateResult(passed=bound >= AGREEMENT, why=why, rows=n, measure=measure, **rates)
 
 
 def _close_enough(
@@ -293,7 +282,7 @@ def _close_enough(
         f"{failures} of {len(gaps)} rows differ by more than epsilon {epsilon:g}, "
         f"at most {bound:.2%}; delta {delta:.2%} allowed"
     )
-    return msgspec.structs.replace(found, passed=bound <= delta, why=why)
+    return msgspec.structs.replace(found, passed=bound <= delta, why=f"{found.why}; {why}")
 
 
 def _fair_enough(

@@ -370,11 +370,10 @@ def _load(artifact: Artifact, chosen: Variant | None, beside: Sequence[Variant])
     files = {model: manifest.files[model]}
     for variant in (first, *beside):
         files |= artifact.files_of(variant)
+    known: dict[str, Any] = {"model": model, "weights": weights, "engine": first.engine}
     return Load(
+        **known,
         folder=str(artifact.path.absolute()),
-        model=model,
-        weights=weights,
-        engine=first.engine,
         optimise=chosen is None,
         threads=0,  # as its settings say
         files={file: (entry.sha256, entry.size_bytes) for file, entry in files.items()},

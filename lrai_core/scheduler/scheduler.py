@@ -445,7 +445,7 @@ class Scheduler:
     def _choose(self, offers: Sequence[tuple[_Model, Replica, Decision]], now: float) -> int:
         fade = math.exp((self._used_at - now) / _SHARE_SECONDS)
         self._used_at = now
-        for model in self._models.values():
+        for model in list(self._models.values()):  # `add` runs in other threads
             model.used_seconds *= fade
         share = sum(model.used_seconds for model, _, _ in offers) / len(offers)
         calls = [
@@ -544,7 +544,7 @@ class Scheduler:
         retried = 0
         for pending in call.pending:
             pending.attempts += attempts
-            if pending.attempts >= _ATTEMPTS or call.model.failed:
+            if pending.done is None or pending.attempts >= _ATTEMPTS or call.model.failed:
                 self._settle_with([pending], error)
             else:
                 # Its own group: what ruined a call must not ruin others again.

@@ -110,7 +110,7 @@ class Certificate(Spec, frozen=True, kw_only=True):
         return (
             f"with {100 * self.confidence:.10g}% confidence, for all but {share} of inputs "
             f"{inputs} no element of {maps} of variant {self.variant} differs from the source "
-            f"model by more than {self.epsilon:g} "
+            f"model by more than {self.epsilon!r} "
             f"({len(self.failures)} failures in {self.samples}, {self.environment})"
         )
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from lrai_core.artifact import Artifact
+from lrai_core.confidence import upper_bound
 from lrai_core.errors import ConditionNotMet, EngineError, UsageError, VerificationError, shorten
 from lrai_core.verifier import verifier
 from lrai_core.verifier.certificate import CONFIDENCE, Certificate, certificates, read_certificate
 from lrai_core.verifier.sample import Rows
 
 _ALL = 1 << 15  # up to so many draws are all run again;
-_PART = 512  # of more a random part, and the recorded failures up to as many
+_FAILURES = 512  # of more a random part, as many, and of the recorded failures so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +143,15 @@ def _rerun(
         VerificationError: One did not.
     """
     draws: Sequence[int] = range(c.samples)
+    failures, alone = set(c.failures), ""
     if c.samples > _ALL:
-        part = np.random.default_rng(seed).choice(c.samples, _PART, replace=False)
-        draws = sorted({*part.tolist(), *c.failures[:_PART]})
+        part = np.random.default_rng(seed).choice(c.samples, _ALL, replace=False).tolist()
+        draws = sorted({*part, *c.failures[:_FAILURES]})
+        shown = upper_bound(len(failures.intersection(part)), _ALL, c.confidence)
+        alone = f"; by themselves they bound the share by {shown:.2g}"
     gaps = verifier.gaps(artifact, c, rows, draws, None if source is None else Path(source))
     # How near epsilon a difference may lie and, rounded otherwise, fall on the other side.
-    rounding, epsilon, failures = min(1e-6, 0.01 * c.epsilon), c.epsilon, set(c.failures)
+    rounding, epsilon = min(1e-6, 0.01 * c.epsilon), c.epsilon
     try:
         wrong = [
             i
@@ -159,4 +163,4 @@ def _rerun(
     ran = f"{len(draws)} of {c.samples} draws, run again here, came out as it says"
     if wrong:
         raise VerificationError(f"{ran}, but for {len(wrong)}: {wrong[:5]}")
-    return f"{ran}, to within {rounding:.1g} of epsilon"
+    return f"{ran}, to within {rounding:.1g} of epsilon{alone}"

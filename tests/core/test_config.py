@@ -84,6 +84,17 @@ def test_the_file_in_the_working_directory_is_read_without_being_named() -> None
     assert load_config(environ={}).limits.nan_policy == "reject"
 
 
+def test_a_working_directory_that_may_not_be_looked_into_has_no_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(path: Path) -> bool:  # as of a service's user in another one's home
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert load_config(environ={}) == LraiConfig()
+
+
 def test_the_process_environment_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "77")
     assert load_config().scheduler.max_queue_rows == 77

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
+from lrai_core import cli
 from tests.core import small_artifact
 from tests.core.compiler.onnx_files import linear, save
 
@@ -215,6 +216,20 @@ def test_an_interrupted_compilation_leaves_nothing_behind(
     assert child.returncode == 130
     assert said.decode().strip() == "lrai: interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_before_a_command_has_begun_ends_with_130_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "entry_points", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "lrai: interrupted\n"
 
 
 def test_config_says_where_every_value_comes_from(

@@ -155,7 +155,8 @@ def test_a_form_that_does_not_run_in_batches_is_refused_and_the_others_go_on(
     assert refused
     why = {line["form"]: line["why"] for line in log(artifact) if line["event"] == "candidate"}
     assert "two rows are too many" in why["int8-row"]
-    assert "x fp32" in why["int8-dynamic"]
+    assert "x fp32" in why["int8-block128"]
+    assert "sets the scale of all rows in it" in why["int8-dynamic"]
 
 
 def test_a_slower_form_is_not_kept(make: Compile, rows: Rows) -> None:

@@ -671,6 +671,17 @@ def test_a_lost_request_past_its_deadline_is_not_run_again(bench: Bench, clock: 
     assert bench.scheduler.outstanding() == 0
 
 
+def test_a_lost_request_that_nobody_waits_for_is_not_run_again(bench: Bench) -> None:
+    left = bench.submit()
+    bench.step()
+    left.cancel()
+    bench.step()
+    bench.workers.lose()
+    bench.step()
+    assert len(bench.workers.dispatched) == 1
+    assert bench.scheduler.outstanding() == 0
+
+
 def test_without_a_timeout_the_configured_one_holds(clock: Clock) -> None:
     bench = Bench(default_timeout_ms=100)
     bench.workers.down.add("m")
@@ -1037,6 +1048,43 @@ def test_a_model_may_be_added_while_the_scheduler_goes_through_the_others(bench:
     bench.workers.answer("new")
     bench.step()
     assert late.exception(0) is None
+
+
+def test_a_model_may_be_added_while_one_of_several_is_chosen(bench: Bench) -> None:
+    """Another thread may come between any two models that are looked at."""
+
+    class Watched(dict[str, Any]):
+        def values(self) -> Any:
+            return Looked(super().values(), self)
+
+    class Looked(list[Any]):
+        def __init__(self, values: Any, models: Watched) -> None:
+            super().__init__(values)
+            self._models, self._seen = models, set(models)
+
+        def __iter__(self) -> Iterator[Any]:
+            for value in super().__iter__():
+                yield value
+                if set(self._models) != self._seen:
+                    raise RuntimeError("dictionary changed size during iteration")
+
+    bench.add("other")
+    bench.scheduler._models = Watched(bench.scheduler._models)
+    added = iter(range(9))
+
+    class Used(float):
+        def __mul__(self, factor: Any) -> float:
+            bench.add(f"new {next(added)}")
+            return 0.0
+
+    for model in list(bench.scheduler._models.values()):
+        model.used_seconds = Used()
+    futures = [bench.submit(model=name) for name in ("m", "other")]
+    bench.step()
+    for name in ("m", "other"):
+        bench.workers.answer(name)
+    bench.step()
+    assert [future.exception(0) for future in futures] == [None, None]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

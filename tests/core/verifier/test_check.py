@@ -283,11 +283,17 @@ def test_of_a_large_sample_another_part_is_run_each_time(
         verdict = check(certificate, artifact, seed=seed)
         assert verdict.holds
         assert f"{len(drawn)} of 4000 draws, run again here" in verdict.confirmed[-1]
+        assert "by themselves they bound the share by" in verdict.confirmed[-1]
         assert set(certificate.failures[:512]) <= set(drawn)
         runs.append(set(drawn))
     assert runs[0] != runs[1]
     assert runs[2] == runs[3]
-    assert all(512 <= len(run) <= 1024 for run in runs)
+    assert all(2048 <= len(run) <= 2048 + 512 for run in runs)
+
+
+def test_what_was_demanded_is_stated_to_the_last_digit(artifact: Artifact) -> None:
+    certificate = verify(artifact, Spec(epsilon=0.12345649, radius=0.1, samples=50))[0]
+    assert "by more than 0.12345649 (" in certificate.statement()
 
 
 def with_rows(artifact: Artifact, path: Path, rows: Rows) -> Artifact:
