@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from benchmarks import datasets, images, models
@@ -190,7 +191,7 @@ def _random(name: str, source: Path, cells: Sequence[tuple[int, int]], **more: A
     return Model(
         name,
         source,
-        {"image": rows, "label": np.zeros(len(rows), np.int64)},
+        _labelled(source, {"image": rows}),
         [{"image": row[None]} for row in rows[:8]],
         "softmax",
         cells,
@@ -201,16 +202,22 @@ def _random(name: str, source: Path, cells: Sequence[tuple[int, int]], **more: A
     )
 
 
+def _labelled(source: Path, rows: Feed) -> Feed:
+    """Return the rows with the class that a network of random weights itself says each is of."""
+    session = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    count = len(next(iter(rows.values())))
+    feeds = [{name: array[at : at + 1] for name, array in rows.items()} for at in range(count)]
+    classes = [int(np.argmax(session.run(None, feed)[0])) for feed in feeds]
+    return {**rows, "label": np.array(classes)}
+
+
 def _bert(scratch: Path) -> Model:
     ids = np.random.default_rng(SEED).integers(1_000, 30_000, (30, 64))
+    source = models.bert_base_onnx(scratch / "bert.onnx")
     return Model(
         "bert-base",
-        models.bert_base_onnx(scratch / "bert.onnx"),
-        {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "label": np.zeros(len(ids), np.int64),
-        },
+        source,
+        _labelled(source, {"input_ids": ids, "attention_mask": np.ones_like(ids)}),
         [_tokens(row) for row in ids[:8]],
         "l2_normalised",
         [(1, 128), (8, 64)],
