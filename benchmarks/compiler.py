@@ -181,7 +181,6 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Fo
                 max_accuracy_loss=model.max_accuracy_loss,
                 groups=model.groups,
                 engines=engines,
-                keep=3 if engines else 2,  # each engine is the faster one for calls of its sizes
                 epsilon=epsilon,
                 delta=model.delta or 0.01,
                 seed=SEED,  # and as many threads as are served, of the CPUs that there are

@@ -26,6 +26,7 @@ from lrai_core.errors import LraiError as LraiError
 from lrai_core.errors import MemoryBudgetExceeded as MemoryBudgetExceeded
 from lrai_core.errors import ModelNotFound as ModelNotFound
 from lrai_core.errors import NotReady as NotReady
+from lrai_core.errors import OutOfResources as OutOfResources
 from lrai_core.errors import QueueFull as QueueFull
 from lrai_core.errors import RequestError as RequestError
 from lrai_core.errors import UnsupportedOperator as UnsupportedOperator

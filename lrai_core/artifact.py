@@ -21,7 +21,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
-from lrai_core.errors import ArtifactError, EnvironmentProblem, UsageError, shorten
+from lrai_core.errors import ArtifactError, EnvironmentProblem, OutOfResources, UsageError, shorten
 from lrai_core.fairness import Disparity
 from lrai_core.protocol import Signature
 
@@ -340,7 +340,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentProblem(f"{target}: the disk is full") from error
+            raise OutOfResources(f"{target}: the disk is full") from error
         if error.errno in _REFUSALS:
             raise EnvironmentProblem(f"{target}: cannot be written: {error.strerror}") from error
         raise

@@ -158,10 +158,14 @@ class EnvironmentProblem(LraiError):
     exit_code = 5
 
 
-class MemoryBudgetExceeded(EnvironmentProblem):
-    """A model does not fit `runtime.memory_mib` beside those that cannot be unloaded for it."""
+class OutOfResources(EnvironmentProblem):
+    """There is too little memory or disk for it at the moment."""
 
     http_status = 507
+
+
+class MemoryBudgetExceeded(OutOfResources):
+    """A model does not fit `runtime.memory_mib` beside those that cannot be unloaded for it."""
 
 
 def shorten(text: str, limit: int = 120) -> str:

@@ -8,44 +8,33 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import threading
-import time
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
-from random import Random
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec.structs import replace
 
 import lrai_core as lrai
-from lrai_core.config import SchedulerConfig, available_cpus, with_settings
-from lrai_core.runtime.embedded import Embedded, Terms
-from lrai_core.runtime.version import Deployment, Ended, Freeze, Started, State, Version, started
-from lrai_core.scheduler.scheduler import Pending
-from lrai_deployments.here import Here
-from lrai_deployments.inline import InlinePool
-from lrai_deployments.measured import measured_here
+from lrai_core.config import available_cpus
+from lrai_core.runtime.embedded import Terms
+from lrai_core.runtime.version import Deployment, Freeze, Version
 from lrai_deployments.routing import Route
+from lrai_deployments.running import STARTS, Running
 from lrai_deployments.state import How, Record, Store, now
-from lrai_deployments.traffic import Watch, forget_aged, watch
+from lrai_deployments.traffic import forget_aged
 from lrai_deployments.warmup import warm_up
 
 _log = logging.getLogger(__name__)
-_STARTS: Final = 8  # versions that start at the same time
 _LOST: Final = (lrai.ArtifactError, lrai.ConditionNotMet, lrai.UsageError, TypeError)  # for good
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 
 
-class Deployments(Embedded):
+class Deployments(Running):
     """An embedded runtime whose names have versions; thread-safe."""
 
-    pool = InlinePool
     keeps = False  # at its end, what it serves for the next one, as if it had been killed
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -59,26 +48,11 @@ class Deployments(Embedded):
 
     def begin(self) -> None:
         """See `Embedded.begin`. Of what was kept, take over what is frozen."""
-        # Who connects while no descriptor is left would end this process: libzmq asserts.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        super().begin()
         self._store = Store(self.config.runtime.state_dir)
         forget_aged(self.config.runtime, halves=True)
         self._kept, self._stopped = self._store.read()
         self._records = {name: record for name, record in self._kept.items() if record.frozen}
-        self._routes: dict[str, Route] = {}
-        self._watches: dict[str, Watch] = {}  # by key of the version
-        self._here: dict[str, Here] = {}  # the same, of those that run in this process
-        self.random = Random()
-        # With a budget one version starts at a time, so that what it takes can be counted.
-        at_a_time = 1 if self.config.runtime.memory_mib else _STARTS
-        self._room = threading.Semaphore(at_a_time)
-        self._worker = ThreadPoolExecutor(1, "lrai-deployments")
-
-    def open(self, artifact: str) -> lrai.Artifact:
-        """See `Embedded.open`. What was measured of it on this machine counts."""
-        return measured_here(super().open(artifact), self.config)
 
     def restore(self, ending: Callable[[], bool] = bool) -> None:
         """Serve again what was served when the runtime before this one was killed.
@@ -89,7 +63,7 @@ class Deployments(Embedded):
             return
         self._records = dict(self._kept)  # all: whoever is killed at it leaves the rest to the next
         # Each is given so long to open, and all the memory that there is: not all of them at once.
-        with ThreadPoolExecutor(min(_STARTS, available_cpus())) as threads:
+        with ThreadPoolExecutor(min(STARTS, available_cpus())) as threads:
             for _ in threads.map(partial(self._restore, ending), self._kept.items()):
                 pass
 
@@ -214,7 +188,9 @@ class Deployments(Embedded):
                     self._commit(name, record, "load")  # it serves again as it served
                 return name
             record = self._free(name)
-            record = record if served else Record(previous=record.previous, before=record.before)
+            if not served:  # nobody who runs: what was there, if anything, is what served before
+                fresh = Record(previous=record.previous, before=record.before)
+                record = Record().follows(record) if record.versions else fresh
             if share is not None and not served:
                 none = f"no version of {name[:120]!r} serves"
                 raise lrai.UsageError(f"{none} beside which it could have a share: load without")
@@ -336,60 +312,6 @@ class Deployments(Embedded):
             for one in gone:  # where others stay; copies nobody waits for
                 self.remove(one, drain=bool(left.versions) and one.version in answers)
 
-    def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
-        """See `Runtime.start_all`. Requests for one version that is here run on this thread."""
-        asked = {(request.model_name, request.model_version) for request in requests}
-        here = self._here_for(*asked.pop()) if len(asked) == 1 else None
-        return here.answer(requests) if here else [started(self._begin, one) for one in requests]
-
-    def start(
-        self, request: lrai.InferenceRequest, version: Version | None = None
-    ) -> Future[lrai.InferenceResponse]:
-        """See `Embedded.start`. What a version that is here answers, who waits for it runs."""
-        here = None if version else self._here_for(request.model_name, request.model_version)
-        return here.start(request) if here else super().start(request, version)
-
-    def _begin(self, request: lrai.InferenceRequest) -> Future[lrai.InferenceResponse]:
-        """Start a request, and have it run although nobody waits for it."""
-        future = self.start(request)
-        future.add_done_callback(lambda _: None)
-        return future
-
-    def _here_for(self, name: str, label: str) -> Here | None:
-        """Return who answers such requests, if it is one version, and that is here."""
-        if self._here and os.getpid() == self._owner:
-            with suppress(lrai.ModelNotFound):  # which each of them is told
-                version = self.find(name, label)
-                if label or version.name not in self._routes:
-                    return self._here.get(version.key)
-        return None
-
-    def stats(self) -> dict[str, int]:
-        """See `Runtime.stats`."""
-        stats = super().stats()
-        stats["outstanding_rows"] += sum(here.outstanding() for here in list(self._here.values()))
-        return stats
-
-    def drain(self) -> bool:
-        """See `Runtime.drain`."""
-        deadline = time.monotonic() + self.config.runtime.drain_seconds
-        drained = super().drain()
-        while (inside := self.stats()["outstanding_rows"]) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return drained and not inside
-
-    def accept(
-        self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
-    ) -> Pending:
-        """See `Embedded.accept`."""
-        if version is None and self._routes:
-            name, asked = request.model_name or self.find("").name, request.model_version
-            named = self.versions.get((name, asked)) if asked else None
-            # What is asked of one of several counts for it, too.
-            if (route := self._routes.get(name)) is not None and (named or not asked):
-                return route.accept(request, done, named)
-        return super().accept(request, done, version)
-
     def close(self) -> None:
         """See `Runtime.close`. What is loaded is forgotten, what is frozen is not."""
         if self._closed or os.getpid() != self._owner:
@@ -405,30 +327,6 @@ class Deployments(Embedded):
             here.close()
         self._worker.shutdown(cancel_futures=True)
         self._store.close()
-
-    def remove(self, version: Version, *, drain: bool = True) -> None:
-        """See `Embedded.remove`. What was seen of its traffic is written down."""
-        serves = self.current.get(version.name) is version
-        super().remove(version, drain=drain)
-        if (here := self._here.pop(version.key, None)) is not None:
-            here.close()
-        watching = self._watches.pop(version.key, None)
-        if watching and (serves or not self._served(version.name)):  # all of a name share a folder
-            watching.save()
-
-    def _state(self, version: Version) -> State:
-        here = self._here.get(version.key)
-        state = "stalled" if here is not None and here.hangs() else super()._state(version)
-        return "ok" if state == "idle" and here is not None and here.outstanding() else state
-
-    def runs(self, version: Version) -> bool:
-        """Return whether a version was not given up."""
-        return self._state(version) != "dead"
-
-    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run a function soon, in a thread that no request waits for."""
-        with suppress(RuntimeError):  # it is closing
-            self._worker.submit(function, *arguments)
 
     def give_up(self, route: Route, version: Version, why: str) -> None:
         """Take all requests from a canary, and have it stay so."""
@@ -466,7 +364,7 @@ class Deployments(Embedded):
     def _restart_dead(self, name: str, artifact: lrai.Artifact) -> None:
         """Start what was given up again, or what is in its place: it is wanted by who loads it."""
         record, version = self._records.get(name, Record()), artifact.version
-        replaced = record.was(version)
+        replaced = record.was(version) and not record.serving(version)
         same = [v for v in self._served(name) if replaced or v.artifact.version == version]
         for dead in [v for v in same if self._state(v) == "dead"]:
             self.remove(dead, drain=False)
@@ -518,60 +416,13 @@ class Deployments(Embedded):
             self.find(name)  # it may be gone by now
             yield name, self._free(name)
 
-    @contextmanager
-    def _started(
-        self, name: str, artifact: lrai.Artifact, how: How, label: str = "", *, tried: bool = False
-    ) -> Iterator[tuple[Version, How]]:
-        """Yield a version that runs, and how it was loaded; end it if the block fails.
+    def may_go(self, version: Version) -> bool:
+        """See `Running.may_go`. One that is frozen may not."""
+        record = self._records.get(version.name, Record())
+        return record.frozen is None and super().may_go(version)
 
-        `tried`: it answers nobody, and so nobody else is unloaded for it.
-        """
-        config = with_settings(self.config, how.settings or {})
-        signature = artifact.manifest.signature
-        watching = watch(name, signature, config.runtime, self.submit)
-        others = [self._watches.get(version.key) for version in self._served(name)]
-        if watching is not None:  # all of a name share a folder, and so what is seen of it
-            alike = (one for one in others if one and one.captures == watching.captures)
-            watching = next(alike, watching)
-        files = ChainMap(*map(artifact.files_of, artifact.manifest.serving(how.variant)))
-        size = sum(entry.size_bytes for entry in files.values())
-        with self._room:
-            self._make_room(name, config.actor.replicas * size, tried=tried)
-            new = self.add(artifact, name, how.variant, how.require, config, label)
-            pool = self._pool
-            if isinstance(pool, InlinePool) and (opened := pool.opened(new.key)):
-                self._here[new.key] = Here(self, new, *opened)
-            if watching is not None:
-                self._watches[new.key] = watching
-            self.show(new)
-        try:
-            with self._room if self.config.runtime.memory_mib else nullcontext():
-                self._make_room(name, 0, tried=tried)  # now that it is known what it takes
-            yield new, replace(how, version=new.version, artifact=str(artifact.path.absolute()))
-        except BaseException:
-            self.remove(new, drain=False)
-            raise
-
-    def _make_room(self, name: str, needed: int, *, tried: bool = False) -> None:
-        """Unload what was not used for longest, as far as a new version of a name needs it."""
-        budget = self.config.runtime.memory_mib << 20
-        while budget:
-            takes = {v: memory_bytes(self.pids(v)) for v in list(self.versions.values())}
-            used = sum(takes.values())
-            if used + needed <= budget:
-                return
-            others = [v for v in takes if v.name != name and takes[v] and not tried]
-            frozen = {name for name, record in self._records.items() if record.frozen}
-            others = [v for v in others if not v.inside and v.name not in frozen]
-            enough = used + needed - sum(takes[version] for version in others) <= budget
-            others.sort(key=lambda version: version.used_at)
-            if not enough or not any(map(self._evict, others)):
-                have = f"{used >> 20} of {budget >> 20} MiB are in use, by it and by models at work"
-                needs = f"{name!r} needs {needed >> 20} MiB more"
-                raise lrai.MemoryBudgetExceeded(f"{needs}; {have}, frozen or needed")
-
-    def _evict(self, version: Version) -> bool:
-        """Unload a version if nobody needs it now; return whether it is gone."""
+    def evict(self, version: Version) -> bool:
+        """See `Running.evict`."""
         with suppress(lrai.LraiError), self._changed(version.name) as (name, record):
             left = record.without(version.version)
             others = [one for one in self._served(name) if one is not version]
@@ -589,12 +440,6 @@ class Deployments(Embedded):
 
     def _is_deterministic(self, how: How) -> bool:
         return self._limits(how).deterministic
-
-    def _limits(self, how: How) -> SchedulerConfig:
-        return with_settings(self.config, how.settings or {}).scheduler
-
-    def _served(self, name: str) -> list[Version]:
-        return [version for (known, _), version in list(self.versions.items()) if known == name]
 
     def _free(self, name: str) -> Record:
         """Return the record of a name, empty where there is none.
@@ -642,16 +487,6 @@ class Deployments(Embedded):
             self._routes[name] = Route(self, shares, shadow, relief, slo_ms)
         else:
             self._routes.pop(name, None)
-
-
-def memory_bytes(pids: Sequence[int]) -> int:
-    """Return the memory of processes, what they share with others in proportion."""
-    total = 0
-    for pid in pids:
-        with suppress(OSError):  # it has just ended
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-            total += int(text.partition("\nPss:")[2].split()[0]) << 10
-    return total
 
 
 def _shares(given: Mapping[str, Any]) -> dict[str, float]:

@@ -83,6 +83,7 @@ class Route:
         if self._relief is not None and not named and self._too_late(version, request):
             version = self._relief if self._core.runs(self._relief) else version
         shadow = self._shadow if random.random() < self._sampled else None
+        shadow = None if shadow is version else shadow  # which would agree with itself
 
         def ended(outcome: Outcome) -> None:
             if shadow is not None:

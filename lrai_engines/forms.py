@@ -27,7 +27,8 @@ _EXACT: Final = ((95, 60), (98, 70), (90, 90), (93, 93))
 _KEPT: Final = (50, 80, 95)  # the same, in float32
 _WIDER: Final = (0, 30, 50, 75, 90)  # the same, in int8 where the others have 4 bits
 
-_FLOATS: Final = ("FP16", "FP32", "FP64")
+_SMALL: Final = ("UINT8", "INT8", "BOOL", "BYTES")
+SAME: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")  # the values are
 
 Made = tuple[onnx.ModelProto, list[Quantized]]
 Build = Callable[[onnx.ModelProto], Made]
@@ -95,7 +96,7 @@ class OnnxRuntimeForms:
         except CompileError as error:
             reject("int8", str(error))
             return
-        if any(x.batch_axis == 0 and x.datatype in _FLOATS for x in sample.inputs):
+        if _may_spoil(basic, sample):
             del builds["int8-dynamic"]
             reject("int8-dynamic", "the largest number of a call sets the scale of all rows in it")
         for form, transform in builds.items():
@@ -107,6 +108,24 @@ class OnnxRuntimeForms:
             if undefined and not form.startswith("int8-static"):  # which looks for itself
                 graph = undefined_stays(graph, sample.outputs, sample.inputs, undefined)
             yield from _under_each_pass_set(form, graph, operators, material, reject)
+
+
+def _may_spoil(model: onnx.ModelProto, sample: Sample) -> bool:
+    """Return whether a caller may send numbers so large that others in the call are rounded off.
+
+    That is where rows share calls and an input has more than 8 bits, unless it only says which row
+    of a table is meant.
+    """
+    if any(spec.batch_axis != 0 for spec in (*sample.inputs, *sample.outputs)):
+        return False
+    large = {spec.name for spec in sample.inputs if spec.datatype not in _SMALL}
+    for node in model.graph.node:
+        used = large.intersection(node.input)
+        if node.op_type in SAME and used:
+            large.update(node.output)
+        elif used and (node.op_type != "Gather" or node.input[0] in used):
+            return True
+    return False
 
 
 def standard(material: Material) -> onnx.ModelProto:

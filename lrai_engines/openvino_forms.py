@@ -19,15 +19,13 @@ from google.protobuf.message import EncodeError
 
 from lrai_core.compiler.search import Built, Material, Reject
 from lrai_core.errors import CompileError
-from lrai_engines.forms import Build, standard
+from lrai_engines.forms import SAME, Build, standard
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import weights_int8
 from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
 
 _GROUPS: Final = (64, 128)  # columns with one scale
-_SAME: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
-_INDEXED: Final = ("Gather", "GatherND", "ScatterND")
-_GRAPHS: Final = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+_INDEXED: Final = ("Gather", "GatherND", "ScatterElements", "ScatterND")
 _KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that float32 undoes
 
 
@@ -124,7 +122,7 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     tables = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     found, told = dict[str, tuple[int, int]](), set(inputs)
     for node in model.graph.node:
-        if node.op_type in _SAME and node.input[0] in inputs:
+        if node.op_type in SAME and node.input[0] in inputs:
             inputs[node.output[0]] = inputs[node.input[0]]
         elif node.op_type == "Gather" and node.input[0] in tables and node.input[1] in inputs:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
@@ -132,12 +130,13 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
             low, high = found.get(name, (-extent, extent - 1))
             found[name] = max(low, -extent), min(high, extent - 1)
         elif node.op_type in _INDEXED and node.input[1] in told:
-            raise CompileError(f"{node.op_type} by an index that is computed: it is not checked")
-        inside = any(attribute.type in _GRAPHS for attribute in node.attribute)
-        if (
-            node.op_type == "Range"
-            or inside
-            or (node.op_type not in ("Shape", "Size") and not told.isdisjoint(node.input))
-        ):
+            raise CompileError(f"{node.op_type} by an index that the engine does not check")
+        bodies = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+        if any(inner.op_type in _INDEXED for body in bodies for inner in body.node):
+            raise CompileError(
+                f"an index inside of {node.op_type}, which the engine does not check"
+            )
+        counts = node.op_type in ("Shape", "Size")  # what was sent, and not what it says
+        if node.op_type == "Range" or bodies or not (counts or told.isdisjoint(node.input)):
             told.update(node.output)
     return found

@@ -42,7 +42,7 @@ Pairs = frozenset[tuple[str, str]]  # of an input and an output
 
 _MOST: Final = 128  # rows
 _NARROW: Final = 128  # columns of a matrix whose product costs less than their sum
-_MOST_PLACES: Final = 256  # that are looked into one by one
+_LOOKING: Final = ("IsNaN", "Imputer")  # for what is no number, which others pass on
 _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
 _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -178,7 +178,7 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     """Return where the model answers NaN with NaN, and not as one that looks for it.
 
     Raises:
-        CompileError: It does so for some columns and not for others, as where these are imputed.
+        CompileError: It looks for NaN in some columns, and answers NaN to that in others.
     """
     inputs, outputs = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
     everything = frozenset(itertools.product(inputs, outputs))
@@ -188,29 +188,26 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     floats = {name: array for name, array in given.items() if array.dtype.kind == "f"}
     try:
         session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        looks = any(node.op_type in _LOOKING for node in model.graph.node)
         for name, array in floats.items():
             seen = set[frozenset[tuple[str, str]]]()
-            for probe in _no_numbers(array):
+            for probe in _no_numbers(array, columns=looks and array.ndim < 3):
                 told = zip(outputs, session.run(outputs, given | {name: probe}), strict=True)
                 nan = [y for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()]
                 seen.add(frozenset((name, y) for y in nan))
-            if len(seen) > 1:
-                why = "float32 answers NaN where some of its values are NaN, not where others are"
-                raise CompileError(f"input {name!r}: {why}; int8 would not tell them apart")
+                if len(seen) > 1:
+                    why = "float32 answers NaN where some of its columns are, not where others are"
+                    raise CompileError(f"input {name!r}: {why}; int8 would not tell them apart")
             found |= seen.pop()
     except (*_FAULTS, EncodeError, ValueError):
         return everything
     return frozenset(found)
 
 
-def _no_numbers(array: Array) -> Iterator[Array]:
-    """Yield the array without a number in it, and with NaN in single places.
-
-    These are the columns of a row; of pictures and series the first place and the last.
-    """
+def _no_numbers(array: Array, *, columns: bool) -> Iterator[Array]:
+    """Yield the array without a number in it and, if wanted, with NaN in one column each."""
     yield np.full_like(array, np.nan)
-    places = range(array.size) if array.ndim < 3 else {0, array.size - 1} if array.size else ()
-    for place in itertools.islice(places, _MOST_PLACES):
+    for place in range(array.size if columns else 0):
         probe = array.copy()
         probe.flat[place] = np.nan
         yield probe

@@ -87,10 +87,12 @@ class Held:
     def state(self, gone: str = "dead") -> str:
         """Return the model's state: `ok`, `idle`, `stalled`, `dead`; `gone` if it is not there.
 
+        `dead` too where it is not there and could not be loaded again.
+
         Raises:
             NotReady: The runtime does not answer.
         """
-        return self._state() or gone
+        return self._state() or ("dead" if self._failed else gone)
 
     def kept_state(self) -> str:
         """Return the same, and have a model that is gone loaded again: it is `stalled` meanwhile.

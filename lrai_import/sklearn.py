@@ -180,18 +180,27 @@ def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]
 
 def _known(model: Any, names: Sequence[str], width: int) -> dict[int, Any]:
     """Return values that columns were fitted on, by place, where parts of the model tell them."""
-    places: dict[Any, int] = dict(zip(names, range(width), strict=False))
-    places = places if len(names) == width else {}
-    found, whole = dict[int, Any](), list(range(width))
+    places = {name: at for at, name in enumerate(names)} if len(names) == width else {}
+    found = dict[int, Any]()
     for part in _parts(model):
-        steps = getattr(part, "transformers_", None) or [("", part, whole)]
+        steps = getattr(part, "transformers_", None) or [("", part, slice(None))]
         for _, step, columns in steps:
-            own = [columns] if isinstance(columns, str | int) else list(columns)
-            at: list[Any] = [places.get(one, one) for one in own]
-            if not isinstance(step, str) and all(one in whole for one in at):
+            if not isinstance(step, str):
+                at = _places(columns, places, width)
                 told = [each for inner in _parts(step) for each in _told(inner, len(at))]
                 found |= dict(zip(at, told, strict=False))
     return found
+
+
+def _places(columns: Any, places: Mapping[Any, int], width: int) -> list[int]:
+    """Return the places that a step takes; none where they are told in a way of its own."""
+    if isinstance(columns, slice):
+        return list(range(width))[columns]
+    listed = [columns] if np.isscalar(columns) else list(columns)
+    if listed and isinstance(listed[0], bool | np.bool_):
+        return [at for at, taken in enumerate(listed) if taken]
+    at: list[Any] = [places.get(one, one) for one in listed]
+    return at if all(one in range(width) for one in at) else []
 
 
 def _told(part: Any, count: int) -> list[Any]:
@@ -205,7 +214,7 @@ def _told(part: Any, count: int) -> list[Any]:
     random = np.random.default_rng(1)
     made = list[str]()
     for _ in range(_ROWS):  # of few, so that some come again, also with what is no word between
-        text = " ".join(random.choice(random.choice(words, 3), 6))
+        text = " ".join(" ".join(random.choice(random.choice(words, 3), 6)).split())
         made.append(f"{text} {text.replace(' ', ' a ')}")
     return [np.array(made, object)]
 
@@ -213,7 +222,7 @@ def _told(part: Any, count: int) -> list[Any]:
 def _predicted(model: Any, feeds: Mapping[str, Any]) -> list[Any]:
     """Return what it predicts and, if it tells, how sure it is."""
     table: Any = next(iter(feeds.values()))
-    if len(feeds) > 1 or _asks_for_names(model):
+    if len(feeds) > 1 or (table.shape[1] == 1 and _asks_for_names(model)):
         import pandas as pd
 
         table = pd.DataFrame({name: column[:, 0] for name, column in feeds.items()})

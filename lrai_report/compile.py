@@ -54,8 +54,13 @@ def compile(
     ] = None,
     objective: Annotated[str, typer.Option(help="latency, or memory: least of it.")] = "latency",
     keep: Annotated[
-        int, typer.Option(help="Variants to keep, fp32 among them; 3: two that share the calls.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            help="Variants to keep, fp32 among them; 3: two that share the calls. By default 2, "
+            "with --engine 3.",
+            show_default=False,
+        ),
+    ] = None,
     engine: Annotated[
         list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
     ] = None,
@@ -109,7 +114,7 @@ def compile(
     if slim:
         _run("slim", str(output))
     inspect(output)
-    if evaluation is not None and artifact.manifest.chosen == "fp32" and keep > 1:
+    if evaluation is not None and artifact.manifest.chosen == "fp32" and keep != 1:
         raise ConditionNotMet(
             "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
         )

@@ -33,8 +33,8 @@ from lrai_report.own import own_config
 from lrai_report.trace import Arrivals
 
 POLICIES: Final = {
-    "planner": "lrai as it is set here: calls are shared where that saves time, and the most "
-    "urgent request leads",
+    "planner": "lrai as it is set here, with one actor: calls are shared where that saves time, "
+    "and the most urgent request leads",
     "one-by-one": "lrai with scheduler.max_batch_rows = 1: each request in a call of its own",
     "fifo-8": "the classic dynamic batcher: what waits, in order of arrival, at most 8 rows a "
     "call, padded to the longest; it knows no deadlines",
@@ -98,7 +98,7 @@ class MadeUp:
             UsageError: It has over `most_bytes`.
         """
         rows, length = int(arrivals.rows.max()), int(arrivals.lengths.max())
-        self._specs, self._turn = signature.inputs, itertools.count()
+        self._specs = signature.inputs
         self._real = _real(kept, self._specs, rows)
         shapes = [
             [rows, *self._real[spec.name].shape[1:]]
@@ -120,9 +120,9 @@ class MadeUp:
             _values(shape, kind, random) for shape, kind in zip(shapes, kinds, strict=True)
         ]
 
-    def cut(self, rows: int, length: int) -> Inputs:
-        """Return inputs of that size; views."""
-        cuts, turn = {}, next(self._turn)
+    def cut(self, rows: int, length: int, turn: int = 0) -> Inputs:
+        """Return inputs of that size; views. Of real rows, others at every turn."""
+        cuts = {}
         for made, spec in zip(self._arrays, self._specs, strict=True):
             array = self._real.get(spec.name, made)
             window = [slice(None)] * array.ndim
@@ -242,13 +242,14 @@ def precise_loop() -> asyncio.AbstractEventLoop:
 async def capacity(server: Server, arrivals: Arrivals, made_up: MadeUp, seconds: float) -> float:
     """Return how many of these requests are answered per second while there are always some."""
     sizes = itertools.cycle(list(zip(arrivals.rows, arrivals.lengths, strict=True)))
+    turns = itertools.count()
     loop = asyncio.get_running_loop()
 
     async def caller(end: float) -> int:
         answered = 0
         while not answered or loop.time() < end:
             rows, length = map(int, next(sizes))
-            await server.infer(made_up.cut(rows, length), rows)
+            await server.infer(made_up.cut(rows, length, next(turns)), rows)
             answered += 1
         return answered
 
@@ -307,7 +308,7 @@ async def replay(
             ticked = now
             tick(now)
         lags[index] = now - at
-        inputs = made_up.cut(int(rows), int(length))
+        inputs = made_up.cut(int(rows), int(length), index)
         task = asyncio.create_task(ask(index, start + at, inputs, int(rows)))
         asking.add(task)
         task.add_done_callback(ended)

@@ -9,8 +9,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -34,7 +32,8 @@ from lrai_report.compare import (
     requests_of,
     sides,
 )
-from lrai_report.live import compare_live, runtime_of, switch
+from lrai_report.live import compare_live, switch
+from lrai_report.target import Target, find
 from lrai_report.terminal import out, progress, say
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
@@ -42,31 +41,6 @@ _WORST: Final = 20
 
 Apply = Annotated[bool, typer.Option("--apply", help="Have it serve, if it is better.")]
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is tuned.
-
-    Attributes:
-        model: File to compile.
-        requests: Rows that were asked, `.npz`; None where there are none.
-        served: The artifact that is to be better than; None for a file.
-        name: Under which the runtime serves it; empty where none does.
-        variant: Of it that serves; empty for what it serves by itself.
-        shares: Of the versions of that name.
-        captured: The rows are those that the runtime has captured.
-        frozen: The name may not be changed.
-    """
-
-    model: Path
-    requests: Path | None
-    served: Artifact | None = None
-    name: str = ""
-    variant: str = ""
-    shares: dict[str, float] = field(default_factory=dict)
-    captured: bool = False
-    frozen: bool = False
 
 
 @app.command()
@@ -123,7 +97,7 @@ def tune(
     without --apply, though live requests are copied to it for --minutes; one command goes back. No
     gain: exit status 3.
     """
-    found = _find(target, requests, address)
+    found = find(target, requests, address)
     if found.frozen and (apply or minutes):
         how = "lrai unfreeze ends that; --minutes 0 without --apply compares all the same"
         raise ConditionNotMet(f"{found.name!r} is frozen: {how}")
@@ -209,64 +183,6 @@ def _judge(
 def main(arguments: Sequence[str]) -> None:
     """Run the command; what `lrai` says of errors is its own business."""
     app(args=list(arguments), prog_name="lrai tune")
-
-
-def _find(target: str, requests: Path | None, address: str) -> Target:
-    path, alone = Path(target), None
-    named = Artifact.open(path) if (path / "manifest.json").is_file() else _artifact_of(target)
-    if named:
-        alone = Target(named.file(named.manifest.source.file), requests, named)
-    elif path.is_file():
-        return Target(path, requests)
-    try:
-        runtime = runtime_of(address)
-    except EnvironmentProblem as error:
-        if alone:
-            return alone
-        raise UsageError(f"{shorten(target)!r} is no file or artifact, and {error}") from None
-    with runtime:
-        served = {one.name: one for one in runtime.deployments()}
-        loaded = [(one.name, one.version, one.variant) for one in runtime.models()]
-    # Hosts add a version to the name: search for search:4f0c, and for the folder models/search.
-    alike = [name for name in served if name.partition(":")[0] == path.name]
-    if named:
-        known_as = {name: {v.partition("-")[0] for v in one.shares} for name, one in served.items()}
-        alike = [name for name, versions in known_as.items() if named.version in versions]
-        if alone and not alike:
-            return alone
-    name = target if target in served else alike[0] if len(alike) == 1 else ""
-    if not name:
-        known = ", ".join(map(repr, alike or served)) or "no model"
-        raise UsageError(f"{shorten(target)!r} is no file, artifact or name: there is {known}")
-    if not served[name].artifact:
-        raise ConditionNotMet(f"{name!r} is frozen, and not loaded")
-    artifact = Artifact.open(served[name].artifact)
-    captured = Path(served[name].traffic, "captured.npz")
-    if requests is None and not (served[name].traffic and captured.is_file()):
-        raise ConditionNotMet(
-            f"of the requests to {name!r} none are captured: set runtime.capture_rows, "
-            "as by LRAI_RUNTIME_CAPTURE_ROWS=2000 where the runtime starts, or give --requests"
-        )
-    model = artifact.file(artifact.manifest.source.file)
-    mine = [v for at, label, v in loaded if at == name and label.startswith(artifact.version)]
-    # By itself it may serve by several.
-    variant = mine[0] if mine and mine[0] != artifact.manifest.chosen else ""
-    shares = dict(served[name].shares)
-    rows, own = requests or captured, requests is None
-    frozen = served[name].frozen is not None
-    return Target(model, rows, artifact, name, variant, shares, captured=own, frozen=frozen)
-
-
-def _artifact_of(target: str) -> Artifact | None:
-    """Return the artifact that a URI names, by what its scheme has for an entry point."""
-    scheme, colon, _ = target.partition(":/")
-    for entry in entry_points(group="lrai.artifacts", name=scheme) if colon else ():
-        try:
-            found: Artifact = entry.load()(target)
-        except ImportError as error:
-            raise EnvironmentProblem(f"{shorten(target)} needs another package: {error}") from None
-        return found
-    return None
 
 
 def _without_requests(found: Target, written: Path, output_map: str) -> None:

@@ -25,7 +25,7 @@ import zmq
 
 from lrai_core.config import ActorConfig
 from lrai_core.engine.batching import coalesce, split
-from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, NotReady
+from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, NotReady, OutOfResources
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.wire import messages
@@ -226,7 +226,7 @@ class Pool:
         deaths = [*deaths, now]
         if not actor.loaded.done():
             # Killed for want of memory, or of time: that may be another time.
-            kind = EnvironmentProblem if status == -signal.SIGKILL else ArtifactError
+            kind = OutOfResources if status == -signal.SIGKILL else ArtifactError
             self._give_up(actor, kind(f"{why} while it opened the model"))
         elif len(deaths) > self._config.restart_limit:
             span = max(window, now - deaths[0])

@@ -69,7 +69,7 @@ def compile(
     max_disparity: float = 0.01,
     axes: str | Path | None = None,
     objective: str = "latency",
-    keep: int = 2,
+    keep: int | None = None,
     engines: Sequence[str] = (),
     threads: int = 0,
     keep_evaluation: int | None = None,
@@ -101,8 +101,9 @@ def compile(
         axes: TOML file that states batch and length axes instead of finding them.
         objective: What is wanted of forms that pass: least `latency`, or least `memory` of those
             that are not slower than fp32; then forms with 4 bits are tried, too.
-        keep: Variants to keep, fp32 among them; at least 1. With 3 or more, one that is faster for
-            calls of some size than the chosen one serves those, and is loaded beside it.
+        keep: Variants to keep, fp32 among them; at least 1, by default 2, or 3 where other engines
+            are tried. With 3 or more, one that is faster for calls of some size than the chosen one
+            serves those, and is loaded beside it.
         engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
             need them where it serves; where they are not, the next variant that can serves.
         threads: Engine threads to measure with; 0 for the CPUs that there are, or one where all
@@ -128,6 +129,7 @@ def compile(
         if got not in known:
             allowed = ", ".join(known)
             raise UsageError(f"{name} {shorten(str(got))!r} is unknown; known: {allowed}")
+    keep = (3 if engines else 2) if keep is None else keep
     if keep < 1 or min(keep_evaluation or 0, seed, threads) < 0:
         counts = f"keep {keep}, seed {seed}, threads {threads}, keep_evaluation {keep_evaluation}"
         raise UsageError(f"{counts}; at least 1 is needed, for fp32 is always kept, and 0")

@@ -17,9 +17,6 @@ _ERRORS = (v for v in vars(state).values() if isinstance(v, type) and issubclass
 REFUSALS: Final[tuple[type[Exception], ...]] = (*_ERRORS, RuntimeError, ValueError)
 _LACKING: Final = ("not a registered", "No Op registered", "implementation for")
 MEMORY_LACKS: Final = ("Failed to allocate", "bad_alloc", "bad allocation")
-_MANY_ROWS: Final = 256  # of one request: what such a call took is not kept for the next one
-_SHRINK: Final = ort.RunOptions()
-_SHRINK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 _LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
 
 
@@ -56,8 +53,7 @@ class OnnxRuntimeSession:
         names = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
         feeds = dict(zip(self._inputs, arrays, strict=True))
         try:
-            many = max((len(a) for a in arrays if a.ndim), default=0) > _MANY_ROWS
-            return list(self._session.run(names, feeds, _SHRINK if many else None))
+            return list(self._session.run(names, feeds))
         except REFUSALS as error:
             raise EngineError(
                 f"onnxruntime cannot run the model: {reason(error)}",

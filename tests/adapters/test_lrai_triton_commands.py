@@ -710,7 +710,7 @@ def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
     monkeypatch.setattr(supervise, "_ask", ask)
     monkeypatch.setattr(supervise._Model, "start", lambda model: None)
     model = supervise._Model("http://nowhere", "m", 1.0, silent_seconds)
-    found = [model._dead("1", model._count()["1"], 1) for _ in range(2)][-1]
+    found = [model._dead("1", model._count()["1"], [1]) for _ in range(2)][-1]
     assert ("it has given no answer for" in found) is dead
 
 

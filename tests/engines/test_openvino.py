@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -24,10 +25,10 @@ from lrai_core.compiler import search
 from lrai_core.compiler.model import SharedWeights
 from lrai_core.compiler.search import Candidate, Material, Sample
 from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
-from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem
+from lrai_core.errors import ArtifactError, CompileError, EngineError, EnvironmentProblem
 from lrai_core.protocol import Array
 from lrai_engines.openvino import OpenVino
-from lrai_engines.openvino_forms import OpenVinoForms
+from lrai_engines.openvino_forms import OpenVinoForms, _bounds
 from tests.core.compiler.onnx_files import linear, model, save, value
 from tests.core.small_artifact import rewrite
 from tests.engines.test_static import images, network
@@ -154,6 +155,69 @@ def test_an_index_beyond_the_smallest_table_is_refused_as_onnxruntime_does(
     assert caught.value.invalid
     assert len(session.run([np.array([[-5, 4]])])) == 2
     assert session.run([np.zeros((0, 3), np.int64)])[0].shape == (0, 3, 2)
+
+
+def computed(kind: str) -> onnx.ModelProto:
+    """Return a model that reads a table by what is computed of its ids."""
+    table = numpy_helper.from_array(np.ones((5, 2), np.float32), "t")
+    one, shape = (numpy_helper.from_array(np.array(v), n) for v, n in ((1, "one"), ([1], "last")))
+    ids, y = value("ids", ["batch", "length"], TensorProto.INT64), value("y", ["any"])
+    gather = helper.make_node("Gather", ["t", "at"], ["y"])
+    nodes = {
+        "sum": [helper.make_node("Add", ["ids", "one"], ["at"]), gather],
+        "GatherND": [
+            helper.make_node("Unsqueeze", ["ids", "last"], ["at"]),
+            helper.make_node("GatherND", ["t", "at"], ["y"]),
+        ],
+        "positions": [
+            helper.make_node("Size", ["ids"], ["count"]),
+            helper.make_node("Sub", ["one", "one"], ["none"]),
+            helper.make_node("Range", ["none", "count", "one"], ["at"]),
+            gather,
+        ],
+        "extent": [
+            helper.make_node("Shape", ["ids"], ["shape"]),
+            helper.make_node("Gather", ["shape", "one"], ["y0"]),
+            helper.make_node("Cast", ["y0"], ["y"], to=TensorProto.FLOAT),
+        ],
+        "reshaped": [helper.make_node("Reshape", ["ids", "last"], ["at"]), gather],
+    }
+    tables = [table, one, shape]
+    return model(nodes[kind], [ids], [y], tables)
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        ("sum", True),
+        ("GatherND", True),
+        ("positions", True),
+        ("extent", False),
+        ("reshaped", False),
+    ],
+)
+def test_an_index_that_nobody_could_check_is_refused(kind: str, refused: bool) -> None:
+    if refused:
+        with pytest.raises(CompileError, match="by an index that the engine does not check"):
+            _bounds(computed(kind))
+        return
+    assert _bounds(computed(kind)) == ({"ids": (-5, 4)} if kind == "reshaped" else {})
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_inputs(tmp_path: Path) -> None:
+    session = session_of(table_model(), tmp_path)
+    lacking = SimpleNamespace(infer=raising(RuntimeError("Exception: std::bad_alloc")))
+    session._request = lacking  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="bad_alloc") as caught:
+        session.run([np.zeros((1, 2), np.int64)])
+    assert not caught.value.invalid
+
+
+def raising(error: Exception) -> Callable[[object], None]:
+    def run(_: object) -> None:
+        raise error
+
+    return run
 
 
 @pytest.mark.parametrize(

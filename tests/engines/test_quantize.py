@@ -659,8 +659,26 @@ def test_a_model_that_looks_for_it_in_some_columns_only_stays_as_it_is() -> None
     }
     spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
     rows = Sample([[np.ones((1, 64), np.float32)]], (spec,))
-    with pytest.raises(CompileError, match="answers NaN where some of its values are NaN"):
+    with pytest.raises(CompileError, match="answers NaN where some of its columns are"):
         goes_undefined(graph(nodes, weights, (None, 64)), rows)
+
+
+def test_pictures_of_which_a_pool_drops_a_corner_have_static_forms() -> None:
+    """Its maximum of NaN and a number may be either: that is no imputing."""
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "k"], ["a"]),
+        helper.make_node("MaxPool", ["a"], ["b"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Flatten", ["b"], ["c"]),
+        helper.make_node("MatMul", ["c", "w"], ["y"], "linear"),
+    ]
+    weights = {
+        "k": random.standard_normal((4, 1, 3, 3)).astype(np.float32),
+        "w": random.standard_normal((4 * 13 * 13, 32)).astype(np.float32),
+    }
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
+    rows = Sample([[np.ones((1, 1, 28, 28), np.float32)]], (spec,))
+    assert goes_undefined(graph(nodes, weights, (None, 1, 28, 28)), rows)
 
 
 @pytest.mark.parametrize("columns", [32, 20_000])

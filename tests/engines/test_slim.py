@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 from pathlib import Path
 
 import msgspec
@@ -86,6 +87,13 @@ def test_it_holds_one_variant_and_what_speaks_of_it(slimmed: lrai.Artifact) -> N
     assert [f.name for f in slimmed.path.joinpath("variants").iterdir()] == [variant.id]
     assert variant.size_bytes == sum(file.stat().st_size for file in folder.iterdir())
     lrai.Artifact.open(slimmed.path)  # every hash
+
+
+def test_it_is_as_private_as_what_it_is_made_of(tmp_path: Path) -> None:
+    """Which may hold requests of users."""
+    small_artifact.build(tmp_path / "m.lrai").chmod(0o700)
+    assert stat.S_IMODE(slim(tmp_path / "m.lrai", tmp_path / "s.lrai").path.stat().st_mode) == 0o700
+    assert stat.S_IMODE(slim(tmp_path / "m.lrai").path.stat().st_mode) == 0o700
 
 
 def test_its_certificates_hold_against_the_original(

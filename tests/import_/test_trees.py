@@ -260,13 +260,56 @@ def test_columns_of_text_are_compared_by_what_their_encoders_know() -> None:
         TensorSpec(name="x", datatype="FP32", shape=("n",)),
     )
     labels = (table["kind"] == "a") ^ (table["x"] > 0)
-    good = make_pipeline(kinds, RandomForestClassifier(n_estimators=5)).fit(table, labels)
+    forest = RandomForestClassifier(n_estimators=5, random_state=0)
+    good = make_pipeline(kinds, forest).fit(table, labels)
     session = onnxruntime.InferenceSession(convert_sklearn(good, columns).SerializeToString())
     feeds = {"kind": np.array(table[["kind"]], object), "x": np.array(table[["x"]])}
     np.testing.assert_array_equal(session.run(None, feeds)[0], good.predict(table))
     steps = CalibratedClassifierCV(LogisticRegression(), method="isotonic", cv=2)
     with pytest.raises(CompileError, match="calibrates in steps"):
         convert_sklearn(make_pipeline(kinds, steps).fit(table, labels), columns)
+
+
+@pytest.mark.parametrize("columns", [slice(0, 2), [0, 1], ["a", "b"], "b"], ids=str)
+def test_columns_may_be_told_in_several_ways(columns: Any) -> None:
+    table = pd.DataFrame({"a": ROWS[:, 0], "b": ROWS[:, 1] > 0, "c": ROWS[:, 2]}).astype(np.float32)
+    step = OneHotEncoder(handle_unknown="ignore") if columns == "b" else SimpleImputer()
+    own = [columns] if columns == "b" else columns
+    kinds = ColumnTransformer([("some", step, own)], remainder="passthrough")
+    model = make_pipeline(kinds, LogisticRegression()).fit(table, CLASSES)
+    specs = tuple(TensorSpec(name=name, datatype="FP32", shape=("n",)) for name in "abc")
+    session = onnxruntime.InferenceSession(convert_sklearn(model, specs).SerializeToString())
+    feeds = {name: table[[name]].to_numpy() for name in "abc"}
+    np.testing.assert_array_equal(session.run(None, feeds)[0], model.predict(table))
+
+
+def test_columns_that_are_told_by_a_mask_are_refused() -> None:
+    """Their converter takes true and false for the second column and the first."""
+    table = pd.DataFrame(ROWS[:, :3], columns=[*"abc"])
+    kinds = ColumnTransformer([("some", SimpleImputer(), [False, True, True])])
+    model = make_pipeline(kinds, LogisticRegression()).fit(table, CLASSES)
+    specs = tuple(TensorSpec(name=name, datatype="FP32", shape=("n",)) for name in "abc")
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(model, specs)
+
+
+def test_a_table_whose_columns_have_no_names_is_compared_too() -> None:
+    kinds = ColumnTransformer([("all", SimpleImputer(), [0, 1, 2, 3])])
+    tuned = TunedThresholdClassifierCV(LogisticRegression(), scoring="recall", cv=3)
+    model = make_pipeline(kinds, tuned).fit(ROWS, (VALUES > 8).astype(int))
+    table = (TensorSpec(name="x", datatype="FP32", shape=("n", 4)),)
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(model, table)
+
+
+@pytest.mark.filterwarnings("ignore:The conversion of CountVectorizer")  # it is what is tried
+def test_letters_are_compared_as_texts_have_them() -> None:
+    letters = CountVectorizer(analyzer="char", ngram_range=(1, 2))
+    model = make_pipeline(letters, LogisticRegression()).fit(TEXTS, [0, 1, 1, 0] * 10)
+    columns = (TensorSpec(name="text", datatype="BYTES", shape=("n",)),)
+    session = onnxruntime.InferenceSession(convert_sklearn(model, columns).SerializeToString())
+    label, *_ = session.run(None, {"text": np.array(TEXTS, object)[:, None]})
+    np.testing.assert_array_equal(label, model.predict(TEXTS))
 
 
 def test_labels_are_compared_beside_what_they_are_made_of() -> None:

@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
-from lrai_deployments.deployments import Deployments, memory_bytes
+from lrai_deployments.deployments import Deployments
 from lrai_deployments.routing import Route
+from lrai_deployments.running import memory_bytes
 from tests.core import small_artifact
 from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import Load, config, kill, pid_of, wait_until
@@ -525,7 +526,7 @@ def test_what_was_used_longest_ago_makes_room(
         assert all(memory_bytes([pid]) > 1 << 20 for pid in pids)
         return len(pids) * 100 << 20
 
-    monkeypatch.setattr("lrai_deployments.deployments.memory_bytes", counted)
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", counted)
     budget = 250  # MiB, for two of them
     with lrai.Runtime(config(**{"runtime.memory_mib": budget})) as runtime:
         for name, times in (("a", 2.0), ("b", 3.0)):
@@ -554,9 +555,7 @@ def test_what_was_used_longest_ago_makes_room(
 def test_what_can_make_no_room_for_it_costs_nobody_its_place(
     small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "lrai_deployments.deployments.memory_bytes", lambda pids: len(pids) * 100 << 20
-    )
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
     with lrai.Runtime(config(**{"runtime.memory_mib": 350})) as runtime:
         for name, times in (("idle", 2.0), ("kept", 3.0), ("busy", 4.0)):
             runtime.load(small[times], name=name)
@@ -565,7 +564,7 @@ def test_what_can_make_no_room_for_it_costs_nobody_its_place(
         kill(actor, signal.SIGSTOP)
         runtime.submit(lrai.InferenceRequest(model_name="busy", inputs=ONES))
         monkeypatch.setattr(
-            "lrai_deployments.deployments.memory_bytes", lambda pids: len(pids) * 200 << 20
+            "lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 200 << 20
         )
         with pytest.raises(lrai.MemoryBudgetExceeded):
             runtime.load(small[5.0], name="more")

@@ -30,7 +30,8 @@ from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server
 from lrai_mlflow.commands.deployments import Client
 from lrai_mlflow.serving import DATA
-from lrai_report.tune import _find, main
+from lrai_report.target import find
+from lrai_report.tune import main
 from tests.integration.mlflow_server import own_store, post
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import column_model
@@ -98,6 +99,16 @@ def test_the_columns_of_a_table_go_by_their_names(sources: list[Path], tmp_path:
         right = client.predict("named", table).get_predictions()
         turned = client.predict("named", table[names[::-1]]).get_predictions()
         pd.testing.assert_frame_equal(turned, right)
+        # And goes on taking it when a version by places comes beside it.
+        client.update_deployment("named", str(tmp_path / "plain"), config={"canary": 0.0})
+        turned = client.predict("named", table[names[::-1]]).get_predictions()
+        pd.testing.assert_frame_equal(turned, right)
+        # Also for who has not the settings that the runtime was started with.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path / "elsewhere"))
+            other_client = mlflow.deployments.get_deploy_client("lrai")
+            turned = other_client.predict("named", table[names[::-1]]).get_predictions()
+            pd.testing.assert_frame_equal(turned, right)
     finally:
         client.delete_deployment("named")
 
@@ -110,7 +121,7 @@ def test_copies_last_as_long_as_the_deployments_do(
         client = mlflow.deployments.get_deploy_client("lrai")
         client.create_deployment("search", str(saved[0]))
         kept = [path for path in tmp_path.rglob("*.lrai") if path.is_dir()]
-        assert [path.parent for path in kept] == [tmp_path / "state" / "deployed"]
+        assert [path.parent.parent for path in kept] == [tmp_path / "state" / "deployed"]
         assert not list(folder.rglob("*.lrai"))
         client.delete_deployment("search")
         assert not list(tmp_path.rglob("*.lrai"))
@@ -160,11 +171,11 @@ def test_tune_finds_what_serves_by_the_uri_of_its_model(
     np.savez(requests, features=ROWS)
     with lrai.Runtime() as runtime:
         runtime.load(artifact.path, name="tuned:4f0c")
-        served = _find("models:/tuned/1", requests, "auto")
+        served = find("models:/tuned/1", requests, "auto")
         with pytest.raises(lrai.ConditionNotMet, match="none are captured"):
-            _find("models:/tuned/1", None, "auto")
+            find("models:/tuned/1", None, "auto")
         runtime.unload("tuned:4f0c")
-        alone = _find("models:/tuned/1", requests, "auto")
+        alone = find("models:/tuned/1", requests, "auto")
         with pytest.raises(lrai.UsageError, match="is not served, so nothing is captured"):
             main(["models:/tuned/1"])
     assert (served.name, alone.name) == ("tuned:4f0c", "")
@@ -173,7 +184,7 @@ def test_tune_finds_what_serves_by_the_uri_of_its_model(
         assert one.served.manifest.signature == artifact.manifest.signature
     assert alone.model.read_bytes() == artifact.file(artifact.manifest.source.file).read_bytes()
     with pytest.raises(lrai.ConditionNotMet, match="not found"):
-        _find("models:/none/1", requests, "auto")
+        find("models:/none/1", requests, "auto")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
 from lrai_report.compare import Side, answered, differing, measure, sides
 from lrai_report.live import compare_live, switch
-from lrai_report.tune import main
+from lrai_report.target import Target
+from lrai_report.tune import _compile, main
+from tests.core import small_artifact
 from tests.core.compiler.onnx_files import linear, save
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import token_model
@@ -216,6 +220,26 @@ def test_what_would_be_refused_at_the_end_is_refused_at_once(tmp_path: Path) -> 
     assert frozen.returncode == 3
     assert "'m' is frozen: lrai unfreeze ends that" in frozen.stderr
     assert not (tmp_path / "m-tuned.lrai").exists()
+
+
+def test_what_serves_says_what_is_demanded_of_what_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_artifact.build(tmp_path / "m.lrai")
+    small_artifact.rewrite(path, {"demanded": (0.02, 0.05), "objective": "memory"})
+    artifact, asked = lrai.Artifact.open(path), dict[str, Any]()
+
+    def compiled(model: Path, **arguments: Any) -> None:
+        asked.update(arguments, mask=os.umask(0o022))
+
+    monkeypatch.setattr("lrai_report.tune.compile_model", compiled)
+    monkeypatch.setattr("lrai_report.tune.answered", lambda *_: {"x": np.ones((1, 3))})
+    before = os.umask(0o022)
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", artifact, captured=True)
+    _compile(found, tmp_path / "m-tuned.lrai", "", ())
+    assert os.umask(before) == 0o022
+    demanded = {"epsilon": 0.02, "delta": 0.05, "objective": "memory", "mask": 0o077}
+    assert {key: asked[key] for key in demanded} == demanded
 
 
 def test_a_name_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path) -> None:

@@ -72,8 +72,10 @@ def test_texts_and_sizes_that_no_trace_tells_are_those_of_real_rows() -> None:
     kept = [row(30, "a long text"), row(8, "of another size"), row(30, "another one")]
     made_up = MadeUp(SIGNATURE, arrivals([0, 1], lengths=7, rows=[1, 3]), 1 << 20, kept)
     texts = set()
-    for rows, length in ((3, 7), (1, 7), (1, 2), (1, 2)):
-        inputs = made_up.cut(rows, length)
+    for turn, (rows, length) in enumerate(((3, 7), (1, 7), (1, 2), (1, 2))):
+        inputs = made_up.cut(rows, length, turn)
+        for name, array in made_up.cut(rows, length, turn).items():
+            np.testing.assert_array_equal(array, inputs[name])  # for every policy the same
         request = InferenceRequest(model_name="", inputs=inputs)
         valid = validate(request, SIGNATURE, load_config().limits)
         assert (valid.rows, valid.length) == (rows, length)

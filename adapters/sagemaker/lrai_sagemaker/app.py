@@ -92,8 +92,8 @@ class Endpoint:
             # With its paths: those are for the log.
             log.warning("model %r: %s", given.model_name, one_line(error))
             # At 507 the platform unloads another one; at 400 it tells whoever asked.
-            lack = isinstance(error, lrai.EnvironmentProblem)
-            kind = lrai.MemoryBudgetExceeded if lack else lrai.RequestError
+            lack = isinstance(error, lrai.OutOfResources)
+            kind = lrai.OutOfResources if lack else lrai.RequestError
             raise kind("the model cannot be loaded; the log says why") from None
         log.info("model %r is loaded", given.model_name)
         return _json({"status": f"model {given.model_name!r} is loaded"})

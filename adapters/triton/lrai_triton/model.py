@@ -141,7 +141,8 @@ class TritonPythonModel:
         for outcome in outcomes:
             outputs = {} if isinstance(outcome, LraiError) else outcome.outputs
             more = total + sum(array.nbytes for array in outputs.values())
-            if more > self._sent_bytes and 2 * more > shutil.disk_usage(_MEMORY).free:
+            lacks_bytes = more - self._sent_bytes
+            if lacks_bytes > 0 and 2 * lacks_bytes > shutil.disk_usage(_MEMORY).free:
                 lacks = "the server has no shared memory left for the answer"
                 fitting.append(NotReady(lacks))
                 continue

@@ -53,7 +53,15 @@ from mlflow.utils import env_manager
 from msgspec.structs import replace
 
 from lrai_codecs import in_turn, rows_at_a_time
-from lrai_core import Artifact, ArtifactError, ModelNotFound, NotReady, Runtime, UsageError
+from lrai_core import (
+    Artifact,
+    ArtifactError,
+    LraiError,
+    ModelNotFound,
+    NotReady,
+    Runtime,
+    UsageError,
+)
 from lrai_import.held import lock_folder, when_gone
 from lrai_import.hosted import Asked, load
 from lrai_mlflow.flavor import FLAVOR_NAME
@@ -202,11 +210,12 @@ class Client(BaseDeploymentClient):
         return PredictionsResponse(json.loads(content.getvalue()))
 
     def _answer(self, name: str, inputs: Any) -> Any:
-        shares = {version: share for version, share in self._known(name).items() if share}
-        version = random.choices([*shares], [*shares.values()])[0]
         served = {one.version: one for one in self._runtime.models() if one.name == name}
-        if version not in served:
-            raise ModelNotFound(f"version {version} of {name!r} has just ended")
+        known = self._known(name)  # what could not be started keeps its share, for later
+        shares = {version: share for version, share in known.items() if share and version in served}
+        if not shares:
+            raise ModelNotFound(f"what served {name!r} has just ended")
+        version = random.choices([*shares], [*shares.values()])[0]
         said = self._said(name)
         # What others have put in the place of a version, as `lrai tune`, takes what that took.
         said = said.get(version.partition("-")[0], next(reversed(said.values()), {}))
@@ -226,15 +235,25 @@ class Client(BaseDeploymentClient):
     @contextlib.contextmanager
     def _saying(self, name: str, version: str, said: Mapping[str, Any]) -> Iterator[None]:
         """Keep what is known of a version's model, if the block has it serve."""
-        before = self._said(name)
+        before, served = self._said(name), self._versions(name)
+        latest = next(reversed(before.values()), None)
+        # What others have put in the place of a version takes what that took, whatever comes later.
+        pinned = dict.fromkeys(served - before.keys(), latest) if latest else {}
+        before = pinned | before
         self._write(name, {version: said} | before)  # what serves already is what it was
         try:
             yield
         except BaseException:
-            self._write(name, before)
+            came = set[str]()
+            with contextlib.suppress(LraiError):  # it may serve all the same
+                came = self._versions(name) - served
+            self._write(name, before | {version: said} if version in came else before)
             raise
         rest = {one: known for one, known in before.items() if one != version}
         self._write(name, dict([*rest.items(), (version, said)][-_MOST_SAID:]))
+
+    def _versions(self, name: str) -> set[str]:
+        return {label.partition("-")[0] for label in self._shares().get(name, {})}
 
     @cached_property
     def _settings(self) -> Asked:
@@ -346,11 +365,16 @@ class Client(BaseDeploymentClient):
         return Artifact.open(kept), {"columns": columns, "by_row": by_row, "saved": saved}
 
     def _file(self, name: str) -> Path | None:
-        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
-        return self._copies and self._copies / f"{digest[:32]}.said"
+        """Return where it is kept what a deployment's models take: in the runtime's own state."""
+        if self._copies is None:
+            return None
+        found = [one.traffic for one in self._runtime.deployments() if one.name == name]
+        place = self._place(Path(found[0]).parents[1]) if any(found) else self._copies
+        return place / f"{_digest(name)}.said"
 
     def _write(self, name: str, said: Mapping[str, Any]) -> None:
         if (file := self._file(name)) is not None:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             written = file.with_suffix(".new")
             written.write_text(json.dumps(said), encoding="utf-8")
             written.replace(file)  # which others may be reading
@@ -359,29 +383,43 @@ class Client(BaseDeploymentClient):
     def _alone(self) -> Iterator[None]:
         """Hold the copies: what somebody is loading, the runtime does not list yet."""
         with contextlib.ExitStack() as stack:
-            if self._copies is not None:
-                lock = stack.enter_context(self._copies.with_suffix(".lock").open("ab"))
+            if self._locks is not None:
+                lock = stack.enter_context((self._locks / "deployed.lock").open("ab"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     @cached_property
+    def _locks(self) -> Path | None:
+        return lock_folder(self._runtime.config)  # the runtime has made it; None: another machine's
+
+    @cached_property
     def _copies(self) -> Path | None:
-        config = self._runtime.config
-        locks, state = lock_folder(config), config.runtime.state_dir  # the runtime has made them
-        return (Path(state).absolute() if state else locks) / "deployed" if locks else None
+        if self._locks is None:
+            return None
+        state = self._runtime.config.runtime.state_dir
+        return self._place(Path(state).absolute() if state else self._locks.parent)
+
+    def _place(self, state: Path) -> Path:
+        """Return the folder of this runtime's deployments in a state folder."""
+        return state / "deployed" / _digest(str(self._locks))[:8]
 
     def _forget(self) -> None:
         """Remove the copies that no deployment serves, or could go back to."""
         found = self._runtime.deployments()
         needed = {version.partition("-")[0] for one in found for version in one.shares}
         needed |= {one.previous.partition("-")[0] for one in found}
-        for kept in self._copies.glob("*.lrai") if self._copies else ():
-            if kept.stem not in needed:
+        names = {_digest(one.name) for one in found}
+        states = {Path(one.traffic).parents[1] for one in found if one.traffic}
+        places = {self._copies, *map(self._place, states)} if self._copies else set[Path]()
+        for kept in [path for place in places for path in place.glob("*")]:
+            if kept.suffix == ".lrai" and kept.stem not in needed:
                 shutil.rmtree(kept)
-        files = {self._file(one.name) for one in found}
-        for kept in self._copies.glob("*.said") if self._copies else ():
-            if kept not in files:
+            elif kept.suffix == ".said" and kept.stem not in names:
                 kept.unlink()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def _is_whole(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import re
 import secrets
@@ -146,7 +147,7 @@ class _Model(threading.Thread):
         self._url, self._path, self._interval = url, f"/models/{quote(name)}", interval
         self._counts: dict[str, Any] = {}  # by version, as are the next two
         self._stubs = _stubs(name)
-        self._left, self._left_until = set[int](), 0.0  # stubs of before a reload, and their time
+        self._left, self._left_until = set[int](), math.inf  # stubs of before a reload, their time
         self._silent: dict[str, float] = {}  # since when probes got no answer
         self._silent_seconds = silent_seconds
         self._reloads: list[float] = []
@@ -176,11 +177,12 @@ class _Model(threading.Thread):
 
     def _end_left(self, stubs: Mapping[str, Collection[int]]) -> None:
         """End what Triton forgets, which unloads a model of several stubs of which one is dead."""
-        self._left &= {pid for pids in stubs.values() for pid in pids}
+        self._left &= _pids(stubs)
         if self._left and time.monotonic() > self._left_until:
             for pid in self._left:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
                     os.kill(pid, signal.SIGKILL)
+            self._left.clear()
 
     def _dead(self, version: str, now: Any, stubs: Collection[int]) -> str:
         """Return in what way a version is dead, nothing if it lives."""
@@ -229,12 +231,15 @@ class _Model(threading.Thread):
         if self._reloads:
             time.sleep(max(0.0, self._reloads[-1] + 2 ** (len(self._reloads) - 1) - now))
         self._unloaded, begun = why, time.monotonic()
-        self._left = {pid for pids in _stubs(self.name).values() for pid in pids}
+        self._left_until, before = math.inf, _pids(_stubs(self.name))
         self._reloads.append(begun)
         say(f"{self.name}: {why}; reloading it")
         _ask(self._url, f"{path}/unload", b"{}")
         status, answer = _ask(self._url, f"{path}/load", b"{}")
         self._silent.clear()
+        now_there = _pids(_stubs(self.name))
+        servers = {_parent(pid) for pid in now_there - before}  # another one has stubs of its own
+        self._left = {pid for pid in now_there & before if _parent(pid) in servers}
         self._left_until = time.monotonic() + self._silent_seconds  # to answer what they have
         self._unloaded = "" if status == http.client.OK else f"it did not load: {answer}"
         say(f"{self.name}: {self._unloaded or f'reloaded in {time.monotonic() - begun:.1f} s'}")
@@ -284,6 +289,18 @@ def _stubs(model: str) -> defaultdict[str, list[int]]:
             if program.endswith("python_backend_stub") and name == model:
                 found[version].append(int(process.parent.name))
     return found
+
+
+def _pids(stubs: Mapping[str, Collection[int]]) -> set[int]:
+    return {pid for pids in stubs.values() for pid in pids}
+
+
+def _parent(pid: int) -> int:
+    """Return the process that has started it, 0 if it has ended."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return int(text.rpartition(")")[2].split()[1])
+    return 0
 
 
 def _zeros(inputs: list[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
