@@ -19,7 +19,8 @@
       . CalibrationError         exit 4
     - VerificationError          exit 4
   + EnvironmentProblem           exit 5, disk, permission, missing extra
-    - MemoryBudgetExceeded       507, exit 5
+    - OutOfResources             507, exit 5, of memory or disk
+      . MemoryBudgetExceeded     507, exit 5
 
 Messages state what was got and what was allowed; attributes carry the data. Nothing here names a
 path below the artifact or a memory name to a remote caller.

@@ -18,7 +18,7 @@ import zmq
 from lrai_core.actor import pool as module
 from lrai_core.actor.pool import Pool
 from lrai_core.config import ActorConfig
-from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, NotReady
+from lrai_core.errors import ArtifactError, LraiError, NotReady, OutOfResources
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
@@ -314,7 +314,7 @@ def test_a_model_that_could_be_opened_before_is_opened_again(bench: Bench) -> No
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(-signal.SIGKILL, EnvironmentProblem), (-signal.SIGSEGV, ArtifactError)]
+    ("status", "kind"), [(-signal.SIGKILL, OutOfResources), (-signal.SIGSEGV, ArtifactError)]
 )
 def test_who_is_killed_while_it_opens_a_model_may_open_it_another_time(
     bench: Bench, status: int, kind: type[LraiError]
