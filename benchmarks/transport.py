@@ -47,6 +47,7 @@ GOAL_RATE: Final = 10_000
 GOAL_P95_MS: Final = 20.0
 TARGET_P95_MS: Final = {8_000: 105.0}  # of the design
 IMAGE_RATE: Final = 2_000
+MORE: Final = 1.01  # is asked than has to be answered: arrivals are drawn
 _IMAGE: Final = (3, 224, 224)
 _TICK_SECONDS: Final = 0.001
 _MESSAGES: Final = tuple(
@@ -86,14 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
         folder = Path(scratch)
         with serve(folder, _first_element(folder / "noop.onnx", np.float32, [256])) as runtime:
-            rates = (5_000, 8_000, GOAL_RATE) * rounds
+            rates = (5_000, 8_000, int(MORE * GOAL_RATE)) * rounds
             runs += [open_loop(runtime, "no-op", "1 KB", small, rate, seconds) for rate in rates]
         with serve(folder, _mlp(folder / "adult.onnx")) as runtime:
             load: tuple[str, str, Array] = ("Adult MLP", "432 B", adult)
             runs += [open_loop(runtime, *load, rate, seconds) for rate in (5_000, 8_000) * rounds]
         with serve(folder, _first_element(folder / "image8.onnx", np.uint8, _IMAGE)) as runtime:
             load = ("no-op", "150 KB uint8", image8)
-            runs += [open_loop(runtime, *load, IMAGE_RATE, seconds) for _ in range(rounds)]
+            asked = int(MORE * IMAGE_RATE)
+            runs += [open_loop(runtime, *load, asked, seconds) for _ in range(rounds)]
         with serve(folder, _first_element(folder / "image32.onnx", np.float32, _IMAGE)) as runtime:
             load = ("no-op", "602 KB fp32", image32)
             runs += [closed_loop(runtime, *load, 16, seconds) for _ in range(rounds)]
@@ -126,11 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         "us of CPU time in all threads of the process; copies on the way in",
     )
-    goal = next(r for r in rows if r.asked_per_s == GOAL_RATE)
+    goal = next(r for r in rows if r.asked_per_s == int(MORE * GOAL_RATE))
     small_rows = [r for r in rows if r.payload == "1 KB"]
     image = next(r for r in rows if r.payload == "150 KB uint8")
     checks = [
-        _at_least("answered per second, 1 KB", goal.answered_per_s, 0.99 * GOAL_RATE),
+        _at_least("answered per second, 1 KB", goal.answered_per_s, GOAL_RATE),
         Check("refused, 1 KB", goal.refused, "0", goal.refused == 0),
         Check(
             f"p95 ms at {GOAL_RATE:,}/s, 1 KB",
@@ -148,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for rate, most in TARGET_P95_MS.items()
         ),
         Check("messages per request, 1 KB", goal.messages, "< 1", goal.messages < 1),
-        _at_least("answered per second, 150 KB", image.answered_per_s, 0.99 * IMAGE_RATE),
+        _at_least("answered per second, 150 KB", image.answered_per_s, IMAGE_RATE),
         Check("copies of an image", image.copies, "<= 1.01", image.copies <= 1.01),
     ]
     environment = harness.environment(1, ["numpy", "onnxruntime", "pyzmq", "msgspec"])
@@ -168,7 +170,7 @@ def serve(folder: Path, model: Path) -> Iterator[lrai.Runtime]:
         try:
             yield runtime
         finally:
-            runtime._backend.call("stop", {}, type(None))  # noqa: SLF001 - as `lrai runtime stop`
+            runtime._backend.call("stop", {}, int)  # noqa: SLF001 - as `lrai runtime stop`
 
 
 def open_loop(

@@ -156,7 +156,8 @@ class Combiner:
             mine.loop = _loop_here()
         with self.door:
             mine.told = True
-            if not mine.done() and not self._is_led():
+            other = isinstance(self._leader, Loop) and self._leader is not mine.loop
+            if not mine.done() and ((other and not self._inside) or not self._is_led()):
                 self._appoint()
 
     def _is_led(self) -> bool:
@@ -169,13 +170,14 @@ class Combiner:
     def _appoint(self) -> None:
         """Have somebody lead while something waits. The door is held."""
         waiting = self.waiting.values()
-        told = any(one.told for one in waiting)
         heir = next((one for one in waiting if one.waiters), None)
-        loop = next((one.loop for one in waiting if one.loop and one.loop.is_running()), None)
+        told = {one.loop for one in waiting if one.told}
+        # One that leads for another loop may itself be waiting for what only that one can do.
+        loop = next(iter(told)) if len(told) == 1 else None
         if heir is not None:
             self._leader = heir
             heir.woken.set()
-        elif loop is not None:
+        elif loop is not None and loop.is_running():
             self._leader, self._turn = loop, self._turn + 1
             # In its own thread it need not be woken, which takes two calls of the system.
             soon = loop.call_soon if _loop_here() is loop else loop.call_soon_threadsafe

@@ -74,7 +74,7 @@ class _Asked(Future[lrai.InferenceResponse]):
     ) -> None:
         super().__init__()
         self._client, self.form, self.tensors, self.id = client, form, tensors, name
-        self.deadline = time.monotonic() + timeout_ms / 1e3
+        self.deadline = time.monotonic() + float(timeout_ms) / 1e3  # of numpy it may be
         self.stated = stated  # else the daemon knows what the model promises everybody
 
     def cancel(self) -> bool:
@@ -305,7 +305,8 @@ class Attached:
 
     def _expire(self, now: float) -> None:
         """End what is long past its deadline; the daemon may be stopped, or not come back."""
-        for key, asked in list(self._asked.items()):
+        for key in list(self._asked):  # which callers add to, and this thread alone takes from
+            asked = self._asked[key]
             if now > asked.deadline + (_GRACE_SECONDS if key in self._on_wire else 0.0):
                 del self._asked[key]
                 if key in self._on_wire:

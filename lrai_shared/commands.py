@@ -159,9 +159,9 @@ def drain(address: Address = "") -> None:
 def stop(address: Folder = "") -> None:
     """Refuse new requests, wait for the accepted ones, and end."""
     config, folder = _place(address)
-    _call(address, "stop")
+    pid = _call(address, "stop")
     deadline = time.monotonic() + config.runtime.drain_seconds + _END_SECONDS
-    while is_running(folder):
+    while is_running(folder) and Path(f"/proc/{pid}/exe").exists():  # else it is the next one's
         if time.monotonic() > deadline:
             raise ConditionNotMet(f"the runtime in {folder} was told to end, and has not ended yet")
         time.sleep(0.01)

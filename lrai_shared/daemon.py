@@ -45,7 +45,7 @@ from lrai_core.wire.workers import Outcome
 from lrai_shared import messages
 from lrai_shared.keys import Listener
 from lrai_shared.messages import Attach, Attached, Call, Requests
-from lrai_shared.starting import SETTINGS
+from lrai_shared.starting import SETTINGS, shorten_log
 
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone;
 _FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors on a slow line
@@ -252,6 +252,7 @@ class Daemon:
     def __init__(self, folder: Path, config: LraiConfig, *, stay: str) -> None:
         """Serve what the last daemon served when it was killed, then open the doors."""
         version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
+        credit = max(1, credit // 2)  # what one process floods, others find room in
         most = config.limits.request_bytes
         self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit, request_bytes=most)
         self._stay, self.ending, self._keeps = stay, False, False
@@ -261,7 +262,10 @@ class Daemon:
             signal.signal(number, lambda *_: self._end(told=False))
         # Of many threads: a model that is being loaded must not keep another from being frozen.
         self._quick, self._slow = ThreadPoolExecutor(1), ThreadPoolExecutor(_CHANGES)
-        runtime = replace(config.runtime, state_dir=config.runtime.state_dir or str(folder))
+        # Absolute, for whoever starts the next one with these may do so from elsewhere.
+        state = str(Path(config.runtime.state_dir or folder).absolute())
+        roots = [str(Path(one).absolute()) for one in config.runtime.model_roots.split(":") if one]
+        runtime = replace(config.runtime, state_dir=state, model_roots=":".join(roots))
         config = replace(config, runtime=runtime)
         make_door = partial(self._make_door, folder / "clients")
         self.runtime: Any = find_backend("deployments")(config, pool=make_door)
@@ -290,6 +294,7 @@ class Daemon:
             if now - touched > _TOUCH_SECONDS:
                 touched = now
                 _touch(self._folder)
+                shorten_log(self._folder / "log")
                 self.runtime.deployments()  # which lets go of captured requests that are too old
             idle = self._door.opened and not self._under_way and now - self._door.idle_since
             if idle > _IDLE_SECONDS and self._stay == "end":
@@ -298,28 +303,35 @@ class Daemon:
         self.runtime.drain()
         self._quick.shutdown()
         self._slow.shutdown()
-        if self.runtime.scheduler.thread.is_alive():  # else it failed, and the next one is to be it
+        # If it failed, or is only started anew, the next one is to be what this one was.
+        if self.runtime.scheduler.thread.is_alive() and not self._keeps:
             (self._folder / SETTINGS).unlink(missing_ok=True)
         self.runtime.keeps = self._keeps
         self.runtime.close()
 
     def operate(self, call: Call, reply: Any) -> None:
         """Run an operation beside the scheduler's thread, and reply."""
-        if self.ending and call.operation == "load":
+        if self.ending and call.operation in ("load", "stay"):
             return  # its client asks the next one
         executor = self._slow if call.operation in _SLOW else self._quick
-        with contextlib.suppress(RuntimeError):  # it is closing, and its clients find out
+        try:
             work = executor.submit(self._operate, call.operation, call.arguments)
-            self._under_way.add(work)
-            work.add_done_callback(partial(self._reply, call.key, reply))
-            work.add_done_callback(self._under_way.discard)
+        except RuntimeError:  # it is closing, and its clients find out; or the system has no thread
+            if not self.ending:
+                full = NotReady("the runtime has no thread for it at the moment")
+                reply(messages.Replies(failures=(messages.failure(call.key, full),)))
+            return
+        self._under_way.add(work)
+        work.add_done_callback(partial(self._reply, call.key, reply))
+        work.add_done_callback(self._under_way.discard)
 
     def _operate(self, operation: str, arguments: dict[str, Any]) -> Any:
         if operation not in _QUICK | _SLOW:
             known = ", ".join(sorted(_QUICK | _SLOW))
             raise UsageError(f"operation {shorten(operation)!r} is unknown; known: {known}")
         if operation == "stop":
-            return self._end()
+            self._end()
+            return os.getpid()
         if self.ending and operation in _CHANGING:
             raise NotReady("the runtime is ending")  # what it says now, the next one does not know
         if operation == "stay":

@@ -7,6 +7,7 @@ import fcntl
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import BinaryIO, Final
@@ -20,6 +21,11 @@ SETTINGS: Final = "settings"  # of a daemon that runs, or was killed
 _LOG_BYTES: Final = 1 << 20  # of the log that a start goes on with
 
 _left: Final = set[int]()  # daemons of this process that it is no longer attached to
+# Held while a lock is open that a fork in another thread would keep: nobody is forked meanwhile.
+_gate: Final = threading.Lock()
+os.register_at_fork(
+    before=_gate.acquire, after_in_parent=_gate.release, after_in_child=_gate.release
+)
 
 
 def shared_folder(config: lrai.LraiConfig, address: str = "") -> Path:
@@ -48,7 +54,7 @@ def start_daemon(
             which it is started, with the settings of that one; or `stay`; or stay and listen for
             other machines, at `tcp://HOST:PORT?keys=FOLDER`.
     """
-    with (folder / "lock").open("ab") as lock:
+    with _gate, (folder / "lock").open("ab") as lock:
         if not _take(lock):
             return None
         config, stay = (config, stay) if stay != "end" else _as_before(folder, config)
@@ -57,9 +63,8 @@ def start_daemon(
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
                     continue
             _left.discard(pid)
+        shorten_log(folder / "log")
         with (folder / "log").open("ab") as log:
-            if log.tell() > _LOG_BYTES:
-                log.truncate(0)
             argv = [sys.executable, "-P", "-m", "lrai_shared.daemon", str(folder), stay]
             held = (lock.fileno(),)  # it belongs to the open file, which the daemon keeps for life
             daemon = Popen(
@@ -80,7 +85,7 @@ def _as_before(folder: Path, config: lrai.LraiConfig) -> tuple[lrai.LraiConfig, 
 
 def is_running(folder: Path) -> bool:
     """Return whether a daemon holds the lock of the folder."""
-    with (folder / "lock").open("ab") as lock:
+    with _gate, (folder / "lock").open("ab") as lock:
         return not _take(lock)
 
 
@@ -94,6 +99,13 @@ def _take(lock: BinaryIO) -> bool:
 def leave(pid: int) -> None:
     """Take note of a daemon of this process that lives on without it."""
     _left.add(pid)
+
+
+def shorten_log(log: Path) -> None:
+    """Begin a log anew that has become long."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > _LOG_BYTES:
+            os.truncate(log, 0)
 
 
 def last_line(log: Path, before: int) -> str:

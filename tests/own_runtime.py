@@ -41,7 +41,7 @@ def end_runtime(folder: Path) -> None:
     if own.exists() and is_running(shared_folder(config)):
         ending = set(daemon_pids(folder))
         with contextlib.closing(Attached(config)) as client:
-            client.call("stop", {}, type(None))
+            client.call("stop", {}, int)
         deadline = time.monotonic() + 20
         while ending.intersection(daemon_pids(folder)):
             assert time.monotonic() < deadline, "the runtime does not end"

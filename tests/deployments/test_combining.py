@@ -225,6 +225,23 @@ def test_a_loop_that_is_kept_from_leading_is_replaced_by_who_waits() -> None:
 
 
 @pytest.mark.usefixtures("one_cpu")
+def test_a_loop_that_waits_for_another_keeps_that_one_from_nothing() -> None:
+    """As code that runs a loop of its own in the thread of the first."""
+    calls = Calls(most=1)
+
+    async def other() -> InferenceResponse:
+        return await asyncio.wrap_future(calls.ask())
+
+    async def ask() -> None:
+        first = asyncio.wrap_future(calls.ask())  # has this loop lead
+        with ThreadPoolExecutor(1) as pool:  # and now it waits in there
+            assert pool.submit(asyncio.run, other()).result(10) is ANSWER
+        assert await first is ANSWER
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+@pytest.mark.usefixtures("one_cpu")
 def test_a_loop_that_has_ended_keeps_nobody_waiting() -> None:
     calls, waits = Calls(most=1), list[object]()
     loop = asyncio.new_event_loop()

@@ -278,6 +278,7 @@ def test_a_damaged_sketch_keeps_nobody_from_starting(tmp_path: Path, content: by
     assert (folder / "captured.npz").exists()
     os.utime(folder / "captured.npz", (0, 0))
     forget_aged(config)
+    assert not (folder / "captured.npz").exists()
 
 
 def test_a_place_that_cannot_be_written_harms_nobody(

@@ -935,7 +935,8 @@ def test_a_runtime_that_ends_takes_on_nothing_more() -> None:
         with pytest.raises(lrai.NotReady, match="is ending"):
             daemon._operate(operation, {})
     replies = list[Any]()
-    daemon.operate(messages.Call(1, "load", {}), replies.append)
+    for operation in ("load", "stay"):
+        daemon.operate(messages.Call(1, operation, {}), replies.append)
     assert not replies  # the client asks the next one
 
 
@@ -982,6 +983,10 @@ def test_an_operation_that_comes_while_the_daemon_ends_harms_nobody() -> None:
     daemon._quick.shutdown()
     daemon.operate(messages.Call(1, "ready", {}), replies.append)
     assert not replies
+    daemon.ending = False  # and where the system has no more threads
+    daemon.operate(messages.Call(1, "ready", {}), replies.append)
+    ((failure,),) = [reply.failures for reply in replies]
+    assert isinstance(messages.error_of(failure), lrai.NotReady)
 
 
 def test_the_command_line_starts_shows_and_stops_the_runtime(
@@ -1039,9 +1044,10 @@ def test_a_runtime_that_was_to_stay_serves_on_after_a_machine_went_down(
     (daemon,) = daemons(folder)
     kill(daemon, signal.SIGTERM)
     wait_until(lambda: daemons(folder) == [], 20)
-    run("runtime", "start", code=0)
-    with lrai.Runtime(address="auto") as runtime:
+    with lrai.Runtime(address="auto") as runtime:  # whoever comes first starts it as it was
         assert [model.name for model in runtime.models()] == ["classifier"]
+    (after,) = daemons(folder)
+    assert b"\0stay\0" in Path(f"/proc/{after}/cmdline").read_bytes()
     run("runtime", "stop", code=0)
     run("runtime", "start", code=0)
     with lrai.Runtime(address="auto") as runtime:

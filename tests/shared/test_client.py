@@ -221,6 +221,14 @@ def test_no_more_requests_are_on_their_way_than_there_is_credit(
     attached.close()
 
 
+def test_a_time_of_numpy_is_a_time_and_ends_nobody(daemon: Daemon, attached: Attached) -> None:
+    futures = [attached.start(request(timeout_ms=time)) for time in (np.float64(5e3), 5e3)]
+    items = daemon.take(2)
+    assert [type(item.timeout_ms) for item in items] == [float, float]
+    daemon.answer(*items)
+    assert len({value(future) for future in futures}) == 2
+
+
 def test_no_more_requests_wait_to_be_sent_than_a_queue_takes(daemon: Daemon, parent: Path) -> None:
     daemon.credit = 2
     attached = attach(daemon, parent, **{"scheduler.max_queue_rows": 3})
