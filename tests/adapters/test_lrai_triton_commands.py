@@ -419,9 +419,12 @@ def test_compile_adds_a_version_that_answers_as_the_model_does(
     assert not (entry / "2" / "model.onnx").exists()
     x = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
     (wanted,) = onnxruntime.InferenceSession(model).run(None, {"features": x})
-    source = artifact.file(artifact.manifest.source.file)
-    (got,) = onnxruntime.InferenceSession(source).run(None, {"features": x})
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    with lrai.Runtime.open(artifact, address="embedded") as runtime:
+        answer = runtime.infer(lrai.InferenceRequest(model_name="m", inputs={"features": x}))
+    assert answer.parameters["variant"] == artifact.manifest.chosen
+    (got,) = answer.outputs.values()
+    # It was judged by its softmax on rows of a class each, and these are noise: near, not equal.
+    assert np.linalg.norm(got - wanted) <= 0.2 * np.linalg.norm(wanted)
 
 
 def test_options_before_the_entry_are_told_where_they_belong(repository: Path, run: Run) -> None:

@@ -67,6 +67,20 @@ def test_what_the_runtime_has_unloaded_is_loaded_again(artifact: lrai.Artifact) 
     held.close()
 
 
+def test_what_is_gone_is_loaded_again_for_who_asks_it(artifact: lrai.Artifact) -> None:
+    held = Held(artifact, asked({}), "m")
+    held.runtime.unload("m")
+    request = lrai.InferenceRequest(model_name="m", inputs=ROW)
+    with pytest.raises(lrai.NotReady, match="had unloaded the model, which is loaded again"):
+        held.infer(request)
+    deadline = time.monotonic() + 30
+    while not answers(held):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert held.infer(request).outputs
+    held.close()
+
+
 def test_what_is_gone_is_loaded_again_where_its_state_is_asked_for(artifact: lrai.Artifact) -> None:
     held = Held(artifact, asked({}), "m")
     assert held.kept_state() in {"ok", "idle"}

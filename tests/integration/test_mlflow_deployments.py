@@ -355,9 +355,16 @@ def test_the_runtime_stays_when_it_dies_and_when_its_clients_are_gone(
     client.create_deployment("search", str(saved[0]))
     before = logits(client)
     (daemon,) = daemon_pids(sockets)
+    assert stays(daemon)
     os.kill(daemon, 9)
     assert logits(client) == before
     assert shares(client) == {version_of(saved[0]): 1.0}
+    assert all(map(stays, daemon_pids(sockets)))
+
+
+def stays(daemon: int) -> bool:
+    """Return whether a daemon does so without clients."""
+    return b"\0stay\0" in Path(f"/proc/{daemon}/cmdline").read_bytes()
 
 
 def test_the_commands_of_mlflow_do_it_too(saved: list[Path], sockets: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,23 @@ def test_mlflow(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets:
         np.testing.assert_allclose(answer["predictions"]["mean"], expected, atol=1e-5)
 
 
+def actors(pids: Sequence[int]) -> set[int]:
+    """Return which of these processes, or of what they have started, are actors."""
+    found = set[int]()
+    for task in Path("/proc").glob("[0-9]*/task/*/children"):
+        with contextlib.suppress(OSError):
+            if int(task.parts[2]) in pids:
+                found |= set(map(int, task.read_text().split()))
+    every = {*pids, *found}
+    return {pid for pid in every if b"lrai_core.actor.actor" in _command(pid)}
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def test_bentoml(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets: Path) -> None:
     lrai_bentoml.save_model("one", artifact)
     (tmp_path / "service.py").write_text(SERVICE)
@@ -107,6 +125,7 @@ def test_bentoml(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets
         with urllib.request.urlopen(metrics, timeout=60) as reply:
             figures = reply.read().decode()
         assert daemon_pids(sockets) == []
+        assert not actors(server.processes())
     for answer in answers:
         np.testing.assert_allclose(answer, expected, atol=1e-5)
     assert f"lrai_request_answered_total {len(answers)}" in figures
@@ -117,6 +136,8 @@ def test_sagemaker(artifact: lrai.Artifact, expected: Any, tmp_path: Path, socke
         container.wait_until_ready()
         answers = many(container.port, "/invocations", {"inputs": BODY})
         assert daemon_pids(sockets) == []
+        assert container.workers()
+        assert not actors(container.workers())
         taken = list[float]()
         for _ in until_quick(taken, 2):
             (worker,) = container.workers()

@@ -230,6 +230,12 @@ def test_nan_is_the_models_business_unless_it_is_to_be_refused(
 ) -> None:
     nan = {"x": np.full((1, 3), np.nan, np.float32)}
     assert np.isnan(triton.ask(doubler, nan)["y"]).all()
+    refusing = 'parameters { key: "limits.nan_policy" value { string_value: "reject" } }\n'
+    model = identity(tmp_path, TensorProto.FLOAT, ["n", 3])
+    with triton.serving("strict", {1: model}, LRAI + refusing + execution("inline")) as name:
+        with pytest.raises(InferenceServerException, match="NaN"):
+            triton.ask(name, nan)
+        assert triton.ask(name, {"x": np.ones((1, 3), np.float32)})["y"].shape == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -484,6 +490,7 @@ def test_warm_up_of_the_configuration_runs_before_the_first_caller(
 ) -> None:
     text = (
         LRAI
+        + execution("lists")
         + """
 max_batch_size: 4
 input { name: "x" data_type: TYPE_FP32 dims: [3] }
@@ -494,7 +501,9 @@ model_warmup {
 }
 """
     )
+    before = triton.stats()["request_accepted"]
     with triton.serving("warm", {1: identity(tmp_path, TensorProto.FLOAT, ["n", 3])}, text) as name:
+        assert triton.stats()["request_accepted"] > before
         assert triton.ask(name, {"x": np.ones((4, 3), np.float32)})["y"].shape == (4, 3)
 
 
