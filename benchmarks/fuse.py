@@ -133,15 +133,16 @@ def _compare(
     together.run(None, feed)
     repeats = max(1, int(5e-3 / (time.perf_counter() - began)))
     ratios = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        for _ in range(repeats):
-            for session in apart:
-                session.run(None, feed)
-        middle = time.perf_counter()
-        for _ in range(repeats):
-            together.run(None, feed)
-        ratios.append((middle - began) / (time.perf_counter() - middle))
+    sides = [apart, [together]]
+    for turn in range(rounds):
+        seconds = [0.0, 0.0]
+        for at in (0, 1)[:: -1 if turn % 2 else 1]:  # each goes first in turn
+            began = time.perf_counter()
+            for _ in range(repeats):
+                for session in sides[at]:
+                    session.run(None, feed)
+            seconds[at] = time.perf_counter() - began
+        ratios.append(seconds[0] / seconds[1])
     return interval(ratios), gap
 
 

@@ -128,7 +128,8 @@ class Files:
                 model = Path(self.served["fp32"].model)
                 if file == "variant":
                     model = with_mlflow.export(self.artifact, self.scratch / "variant.onnx")
-                found = with_mlflow.log_plain(model, self.artifact)
+                # The variant as it is to be executed: fused further it would be slower.
+                found = with_mlflow.log_plain(model, self.artifact, optimise=file == "fp32")
             self._logged[file] = found
         return self._logged[file]
 

@@ -184,12 +184,13 @@ def _sessions(folder: Path, name: str, description: str) -> tuple[Session, Sessi
 
 def _ratios(inside: Answer, outside: Answer, batch: Sequence[Any], rounds: int) -> harness.Interval:
     ratios = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        inside(batch)
-        middle = time.perf_counter()
-        outside(batch)
-        ratios.append((middle - began) / (time.perf_counter() - middle))
+    for turn in range(rounds):
+        seconds = [0.0, 0.0]
+        for at in (0, 1)[:: -1 if turn % 2 else 1]:  # each goes first in turn
+            began = time.perf_counter()
+            (inside, outside)[at](batch)
+            seconds[at] = time.perf_counter() - began
+        ratios.append(seconds[0] / seconds[1])
     return interval(ratios)
 
 

@@ -162,9 +162,10 @@ class Bench:
         with self.loaded(*models):
             for entry in models:
                 self.closed(entry, kind, 0, 200, 1)
-            for _ in range(self.extent.overhead_rounds):
+            for turn in range(self.extent.overhead_rounds):
+                order = models[turn % len(models) :] + models[: turn % len(models)]
                 for callers, count in self.extent.overhead_requests.items():
-                    for entry in models:
+                    for entry in order:
                         costed = self.costed(entry, kind, 0, count, callers)
                         found[entry.name, callers].append(costed)
         for side in [side for side in self.answers if side.endswith("noop")]:
