@@ -27,7 +27,7 @@ folder = Path(weights) if weights else None
 session = find_engine(engine).load(Path(model), weights=folder, optimise=optimise == "True")
 kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
 inputs = session._session.get_inputs() if engine == "onnxruntime" else []
-feed = [np.ones([n if isinstance(n, int) else 8 for n in v.shape], kinds[v.type]) for v in inputs]
+feed = [np.ones([n if isinstance(n, int) else 1 for n in v.shape], kinds[v.type]) for v in inputs]
 for _ in range(3 * bool(feed)):  # so that what is mapped is there
     session.run(feed)
 text = Path("/proc/self/smaps_rollup").read_text()

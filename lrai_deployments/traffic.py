@@ -15,8 +15,9 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 from urllib.parse import quote
@@ -35,7 +36,8 @@ _MOST_BYTES: Final = 64 << 20  # of one sample; of large rows so many, but no mo
 _FEW_ROWS, _MOST_BYTES_OF_FEW = 256, 256 << 20
 _HOUR: Final = 3600.0
 _UNREADABLE: Final = (  # what a damaged file raises
-    OSError, msgspec.DecodeError, KeyError, TypeError, ValueError, OverflowError, RecursionError
+    OSError, EOFError, KeyError, TypeError, ValueError, OverflowError, RecursionError,
+    msgspec.DecodeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 _SAVE_SECONDS: Final = 60.0
 
@@ -95,6 +97,7 @@ class Traffic:
         self._sample: list[_Row] = []
         self._first_aged = 0.0  # no row is too old before
         self._full = False  # it was: from then on each row has the same chance
+        self._adopts = True  # what the runtime before has kept, once there is a row to compare with
 
     @property
     def captures(self) -> tuple[int, float]:
@@ -185,14 +188,51 @@ class Traffic:
         with replaced(folder / "sketch.json") as stream:
             said = self.sketch() | {_TTL: self._ttl_seconds / _HOUR}
             stream.write(msgspec.json.format(msgspec.json.encode(said)))
-        captured, sample = folder / CAPTURED, self.sample()
+        captured = folder / CAPTURED
+        if self._adopts and self._sample:
+            self._adopts = False
+            self._adopt(captured)
+        sample = self.sample()
         if sample:
             with replaced(captured) as stream:
                 _write(stream, sample)
             oldest = time.time() - self._oldest_seconds()  # noqa: TID251 - for who finds it later
             os.utime(captured, (oldest, oldest))
-        elif self._capture_rows:  # what was kept has aged
+        elif self._capture_rows and not self._adopts:  # what was kept has aged
             captured.unlink(missing_ok=True)
+
+    def _adopt(self, captured: Path) -> None:
+        """Go on with the rows of a file, if they are of such a model; each as old as the oldest."""
+        before, age = list[Array](), 0.0
+        with contextlib.suppress(*_UNREADABLE), captured.open("rb") as file, np.load(file) as found:
+            age = time.time() - os.fstat(file.fileno()).st_mtime  # noqa: TID251 - of a file
+            before = [found[spec.name] for spec in self._signature.inputs]
+        before = [array.astype(object) if array.dtype.kind == "U" else array for array in before]
+        with self._lock:
+            if not (before and before[0].ndim and self._sample and self._are_rows(before)):
+                return
+            order, seen = list(range(len(before[0]))), self._clock() - age
+            self._random.shuffle(order)
+            for row in order[: max(0, self._capture_rows - len(self._sample))]:
+                arrays = tuple(array[row : row + 1].copy() for array in before)
+                if self._kept_bytes + _size(arrays) > self._most_bytes:
+                    break
+                self._kept_bytes += _size(arrays)
+                self._sample.append(_Row(seen, arrays))
+            self._candidates += len(order)
+            self._first_aged = 0.0
+
+    def _are_rows(self, before: Sequence[Array]) -> bool:
+        """Return whether arrays can be of rows for this model. The lock is held."""
+        for array, spec, ours in zip(
+            before, self._signature.inputs, self._sample[0].arrays, strict=True
+        ):
+            shape = (*before[0].shape[:1], *spec.shape[spec.batch_axis is not None :])
+            dims = zip(array.shape, shape, strict=False)
+            known = all(isinstance(one, str) or n == one for n, one in dims)
+            if array.dtype != ours.dtype or array.ndim != len(shape) or not known:
+                return False
+        return True
 
     def _oldest_seconds(self) -> float:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -159,9 +160,10 @@ def drain(address: Address = "") -> None:
 def stop(address: Folder = "") -> None:
     """Refuse new requests, wait for the accepted ones, and end."""
     config, folder = _place(address)
-    pid = _call(address, "stop")
+    program = f"/proc/{_call(address, 'stop')}/exe"
+    seen = os.path.lexists(program)  # it may run in another container
     deadline = time.monotonic() + config.runtime.drain_seconds + _END_SECONDS
-    while is_running(folder) and Path(f"/proc/{pid}/exe").exists():  # else it is the next one's
+    while is_running(folder) and (not seen or os.path.lexists(program)):  # else the next one runs
         if time.monotonic() > deadline:
             raise ConditionNotMet(f"the runtime in {folder} was told to end, and has not ended yet")
         time.sleep(0.01)

@@ -251,8 +251,9 @@ class Daemon:
 
     def __init__(self, folder: Path, config: LraiConfig, *, stay: str) -> None:
         """Serve what the last daemon served when it was killed, then open the doors."""
-        version, credit = installed_version("lrai"), config.scheduler.max_queue_rows
-        credit = max(1, credit // 2)  # what one process floods, others find room in
+        version, rows = installed_version("lrai"), config.scheduler.max_queue_rows
+        # Requests of a row each from one process leave room for others, and fill a call.
+        credit = max(rows // 2, min(rows, config.scheduler.max_batch_rows))
         most = config.limits.request_bytes
         self.welcome = Attached(wire.PROTOCOL_VERSION, version, "", credit, request_bytes=most)
         self._stay, self.ending, self._keeps = stay, False, False
@@ -314,16 +315,11 @@ class Daemon:
         if self.ending and call.operation in ("load", "stay"):
             return  # its client asks the next one
         executor = self._slow if call.operation in _SLOW else self._quick
-        try:
+        with contextlib.suppress(RuntimeError):  # it is closing, and its clients find out
             work = executor.submit(self._operate, call.operation, call.arguments)
-        except RuntimeError:  # it is closing, and its clients find out; or the system has no thread
-            if not self.ending:
-                full = NotReady("the runtime has no thread for it at the moment")
-                reply(messages.Replies(failures=(messages.failure(call.key, full),)))
-            return
-        self._under_way.add(work)
-        work.add_done_callback(partial(self._reply, call.key, reply))
-        work.add_done_callback(self._under_way.discard)
+            self._under_way.add(work)
+            work.add_done_callback(partial(self._reply, call.key, reply))
+            work.add_done_callback(self._under_way.discard)
 
     def _operate(self, operation: str, arguments: dict[str, Any]) -> Any:
         if operation not in _QUICK | _SLOW:

@@ -22,7 +22,7 @@ _LOG_BYTES: Final = 1 << 20  # of the log that a start goes on with
 
 _left: Final = set[int]()  # daemons of this process that it is no longer attached to
 # Held while a lock is open that a fork in another thread would keep: nobody is forked meanwhile.
-_gate: Final = threading.Lock()
+_gate: Final = threading.RLock()  # of which a handler of a signal, or gevent's Popen, may fork
 os.register_at_fork(
     before=_gate.acquire, after_in_parent=_gate.release, after_in_child=_gate.release
 )

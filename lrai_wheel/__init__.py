@@ -51,7 +51,7 @@ def build_wheel(folder: Path) -> Path:
         content.update(f"{name}\0{len(data)}\0".encode() + data)
     version = f"{installed.version.partition('+')[0]}+g{content.hexdigest()[:_HASH_DIGITS]}"
     told["METADATA"] += f"Version: {version}\n".encode()
-    made_by = f"Wheel-Version: 1.0\nGenerator: lrai {installed.version}"
+    made_by = f"Wheel-Version: 1.0\nGenerator: lrai {installed.version.partition('+')[0]}"
     told["WHEEL"] = f"{made_by}\nRoot-Is-Purelib: true\nTag: {_TAG}\n".encode()
     info = f"{_DISTRIBUTION}-{version}.dist-info"
     files = code | {f"{info}/{name}": data for name, data in told.items()}
@@ -60,12 +60,16 @@ def build_wheel(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_DISTRIBUTION}-{version}-{_TAG}.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            entry = zipfile.ZipInfo(name, _EPOCH)
-            entry.external_attr = 0o100644 << 16
-            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
-    return path
+    half = path.with_suffix(".part")
+    try:
+        with zipfile.ZipFile(half, "w") as archive:
+            for name, data in files.items():
+                entry = zipfile.ZipInfo(name, _EPOCH)
+                entry.external_attr = 0o100644 << 16
+                archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+        return half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def _code() -> dict[str, bytes]:
@@ -87,8 +91,10 @@ def _metadata(installed: Distribution) -> dict[str, bytes]:
     for path in sorted(installed.files or []):
         if path.parts[0].endswith(".dist-info"):
             name = path.relative_to(path.parts[0]).as_posix()
-            if name.startswith("licenses/") or name == _ENTRY_POINTS:
+            if name.startswith("licenses/"):
                 files[name] = path.read_binary()
+    # Without them lrai finds no part of its own; some packagers leave no list of files.
+    files[_ENTRY_POINTS] = (installed.read_text(_ENTRY_POINTS) or "").encode()
     return files
 
 

@@ -51,9 +51,10 @@ def test_an_installed_wheel_builds_itself_and_other_code_gets_another_name(tmp_p
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*install, "--target", str(target), str(wheel)], check=True)
     program = (
-        "import lrai_wheel as w, pathlib, sys;"
+        "import lrai_wheel as w, hashlib, pathlib, sys;"
         "assert w.__file__.startswith(sys.argv[1]), w.__file__;"
-        "sys.stdout.write(w.build_wheel(pathlib.Path(sys.argv[1], 'wheels')).name)"
+        "built = w.build_wheel(pathlib.Path(sys.argv[1], 'wheels'));"
+        "sys.stdout.write(f'{built.name} {hashlib.sha256(built.read_bytes()).hexdigest()}')"
     )
 
     def build_there() -> str:
@@ -66,10 +67,11 @@ def test_an_installed_wheel_builds_itself_and_other_code_gets_another_name(tmp_p
             text=True,
         ).stdout
 
-    assert build_there() == wheel.name
+    assert build_there() == f"{wheel.name} {hashlib.sha256(wheel.read_bytes()).hexdigest()}"
     with (target / "lrai_core" / "errors.py").open("a") as module:
         module.write("# changed\n")
-    assert build_there() != wheel.name
+    assert build_there().split()[0] != wheel.name
+    assert not list((target / "wheels").glob("*.part"))
 
 
 def test_pins_are_the_versions_of_what_an_extra_brings_here() -> None:

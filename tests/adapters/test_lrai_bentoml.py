@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bentoml
@@ -30,6 +31,7 @@ import lrai_bentoml
 import lrai_core as lrai
 from lrai_bentoml.errors import bento_errors, waiting
 from lrai_bentoml.guard import Guard
+from lrai_bentoml.hooks import _metrics
 from lrai_bentoml.metrics import exposition
 from tests.tiny_models import column_model, token_model
 
@@ -335,6 +337,19 @@ class TestService:
 
     def test_a_runtime_that_does_not_answer_is_said_to_be_down(self) -> None:
         assert "lrai_runtime_up 0.0" in exposition(None)
+
+        def silent() -> dict[str, int]:
+            raise lrai.NotReady("the runtime did not answer")
+
+        class Partly:  # counters without those of the silent one would have gone down
+            lrai_runners = (
+                SimpleNamespace(shared=False, stats=lambda: {"request_answered": 2}),
+                SimpleNamespace(shared=False, stats=silent),
+            )
+
+        text = asyncio.run(_metrics(Partly(), ""))
+        assert "lrai_runtime_up 0.0" in text
+        assert "request_answered" not in text
         assert "arena" not in exposition({"arena_blocks": 1, "request_answered": 2})
 
     def test_what_alerts_go_by_is_there_before_it_happens(self) -> None:

@@ -163,6 +163,19 @@ def test_extra_files_code_and_a_conda_environment_are_kept(
     assert (tmp_path / "model" / "requirements.txt").read_text().split("\n")[:-1] == pip
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["lrai @ git+https://host/x.git", "git+https://host/lrai.git@v1#egg=lrai", "./lrai-0.1.whl"],
+)
+def test_who_names_an_lrai_gets_no_second_one(
+    artifact: lrai.Artifact, tmp_path: Path, address: str
+) -> None:
+    lrai_mlflow.save_model(artifact, tmp_path / "model", pip_requirements=["numpy", address])
+    lines = (tmp_path / "model" / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if "lrai" in line] == [address]
+    assert not (tmp_path / "model" / "wheels").exists()
+
+
 def test_two_environments_are_refused(artifact: lrai.Artifact, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Only one of `conda_env`"):
         lrai_mlflow.save_model(

@@ -227,6 +227,53 @@ def test_what_is_seen_is_written_down_now_and_then(tmp_path: Path) -> None:
     assert sketch["requests"] == 3
 
 
+def test_the_next_runtime_goes_on_with_what_was_kept(tmp_path: Path) -> None:
+    before = Traffic(SIGNATURE, capture_rows=10, seed=1)
+    for first in range(8):
+        before.see(request(first))
+    before.save(tmp_path)
+    file = tmp_path / "captured.npz"
+    noon = file.stat().st_mtime - 1800
+    os.utime(file, (noon, noon))
+    clock = Clock()
+    after = Traffic(SIGNATURE, capture_rows=6, ttl_hours=1, clock=clock)
+    after.see(request(100, x=math.nan))
+    after.save(tmp_path)  # there is no row yet to compare with
+    assert len(np.load(file)["ids"]) == 8
+    after.see(request(101))
+    after.save(tmp_path)
+    assert 101 in kept(after)
+    assert len(set(kept(after))) == 6
+    assert abs(file.stat().st_mtime - noon) < 60
+    clock.now += 1860  # those of before are an hour old
+    after.save(tmp_path)
+    assert kept(after) == [101]
+    assert len(np.load(file)["ids"]) == 1
+
+
+def test_rows_of_another_model_and_damaged_ones_are_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "captured.npz"
+    ids = np.zeros((4, 3), np.int64)
+    for content in (
+        b"",
+        b"PK\3\4 damaged",
+        {"other": ids},
+        {"ids": ids, "x": np.zeros((4, 1), np.float32)},
+        {"ids": ids.astype(np.int32), "x": np.zeros((4, 2), np.float32)},
+        {"ids": ids, "x": np.zeros((3, 2), np.float32)},
+        {"ids": np.int64(1), "x": np.zeros((3, 2), np.float32)},
+    ):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            np.savez(file, **content)
+        traffic = Traffic(SIGNATURE, capture_rows=10)
+        traffic.see(request(7))
+        traffic.save(tmp_path)
+        assert kept(traffic) == [7]
+        assert np.load(file)["ids"][:, 0].tolist() == [7]
+
+
 def test_who_has_seen_nothing_leaves_what_others_kept(tmp_path: Path) -> None:
     seen = Traffic(SIGNATURE, capture_rows=5)
     seen.see(request(1))

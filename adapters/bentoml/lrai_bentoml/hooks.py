@@ -68,7 +68,8 @@ async def _metrics(self: Any, own: str) -> str:
     together = Counter[str]()
     for stats in heard:
         together.update(stats or {})  # adding counters would lose the zeros
-    return own + exposition(together or None)
+    # Without those of one all would seem to have gone down, and then to jump.
+    return own + exposition(None if None in heard else together or None)
 
 
 async def _soon(question: Callable[[], Any]) -> Any:

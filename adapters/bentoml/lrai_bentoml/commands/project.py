@@ -111,7 +111,8 @@ def _explained() -> Iterator[None]:
     except ValueError as error:  # of a tag that can be none
         raise UsageError(str(error)) from None
     except OSError as error:
-        raise EnvironmentProblem(f"{error.filename}: {error.strerror}") from None
+        where = f"{error.filename}: " if error.filename else ""  # of a full disk it is not known
+        raise EnvironmentProblem(f"{where}{error.strerror or error}") from None
 
 
 def _service(service: str, name: str, tag: str, workers: int, artifact: Artifact) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -89,7 +90,7 @@ def _name(requirement: str) -> str:
     try:
         return canonicalize_name(Requirement(requirement).name)
     except InvalidRequirement:  # a path or an address
-        return Path(requirement).name.partition("-")[0]
+        return re.split(r"[-.@]", Path(requirement.partition("#")[0]).name)[0]
 
 
 def _lines(requirements: Sequence[str] | str) -> list[str]:

@@ -1,0 +1,62 @@
+"""The lock of a daemon's folder, beside processes that fork."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lrai_shared import starting
+from lrai_shared.starting import is_running
+
+# Its children do nothing but wait, or look at a file.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def test_a_process_that_is_forked_meanwhile_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, found, ended = starting._take, list[bool](), threading.Event()
+
+    def slowly(lock: object) -> bool:
+        taken = take(lock)  # type: ignore[arg-type]
+        time.sleep(0.002)
+        return taken
+
+    def look() -> None:
+        while not ended.is_set():
+            found.append(is_running(tmp_path))
+
+    monkeypatch.setattr(starting, "_take", slowly)
+    looking = threading.Thread(target=look)
+    looking.start()
+    children = list[int]()
+    for _ in range(10):
+        if not (child := os.fork()):
+            time.sleep(1)
+            os._exit(0)
+        children.append(child)
+    ended.set()
+    looking.join()
+    found.append(is_running(tmp_path))
+    for child in children:
+        os.waitpid(child, 0)
+    assert not any(found)
+
+
+def test_who_forks_while_he_looks_is_not_kept_waiting(tmp_path: Path) -> None:
+    with starting._gate:  # as a handler of a signal
+        if not (child := os.fork()):
+            os._exit(is_running(tmp_path))
+    assert os.waitpid(child, 0) == (child, 0)
+
+
+def test_a_long_log_is_begun_anew(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for size, left in ((starting._LOG_BYTES, starting._LOG_BYTES), (starting._LOG_BYTES + 1, 0)):
+        log.write_bytes(bytes(size))
+        starting.shorten_log(log)
+        assert log.stat().st_size == left
