@@ -702,6 +702,16 @@ def test_a_version_that_cannot_be_written_off_serves_on(
         assert ask(runtime) == 2.0
 
 
+def assert_a_load_brings_back(runtime: lrai.Runtime, twice: Path, how: Path) -> None:
+    """Wait until `m` is dead, let its actors live, and have `twice` loaded under its name."""
+    with pytest.raises(lrai.ActorError):
+        ask(runtime)
+    wait_until(lambda: runtime.models()[0].state == "dead")
+    how.unlink()
+    assert deployments(runtime).load(str(twice), name="m", shared=True) == "m"
+    assert ask(runtime) == 2.0
+
+
 def test_who_loads_a_model_that_is_dead_has_it_started_anew(
     small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
 ) -> None:
@@ -709,12 +719,7 @@ def test_who_loads_a_model_that_is_dead_has_it_started_anew(
     limits = {"actor.python": python, "actor.restart_limit": 1}
     become("die")
     with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
-        with pytest.raises(lrai.ActorError):
-            ask(runtime)
-        wait_until(lambda: runtime.models()[0].state == "dead")
-        (tmp_path / "how").unlink()
-        assert deployments(runtime).load(str(small[2.0]), name="m", shared=True) == "m"
-        assert ask(runtime) == 2.0
+        assert_a_load_brings_back(runtime, small[2.0], tmp_path / "how")
 
 
 def test_who_loads_what_was_replaced_by_what_is_dead_has_it_back(
@@ -726,12 +731,7 @@ def test_who_loads_what_was_replaced_by_what_is_dead_has_it_back(
         runtime.swap("m", small[3.0])
         become("die")
         kill(pid_of(runtime, "m"))
-        with pytest.raises(lrai.ActorError):
-            ask(runtime)
-        wait_until(lambda: runtime.models()[0].state == "dead")
-        (tmp_path / "how").unlink()
-        assert deployments(runtime).load(str(small[2.0]), name="m", shared=True) == "m"
-        assert ask(runtime) == 2.0
+        assert_a_load_brings_back(runtime, small[2.0], tmp_path / "how")
 
 
 @contextmanager
