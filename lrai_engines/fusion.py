@@ -18,12 +18,12 @@ from lrai_core.engine.onnxruntime import REFUSALS, open_session, reason, refusal
 
 DISABLEABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("default", ()),
-    ("no-skip-layernorm", ("SkipLayerNormFusion",)),
+    ("unfused", ("SkipLayerNormFusion", "BiasGeluFusion")),
 )
 """Sets of optimizer passes to switch off, each a candidate to measure: (name, `disabled`).
 
-SkipLayerNormFusion makes MiniLM-L6 slower (float32 3 to 8 %, int8 10 to 20 %; onnxruntime 1.32,
-Zen 4). Leaving out the fusions of GELU, scales and transposes as well changed 1 to 2 %, either way.
+SkipLayerNormFusion makes MiniLM-L6 slower (float32 3 to 8 %, int8 10 to 20 %), and BiasGeluFusion
+(float32 1 to 3 %, int8 2 to 5 % where its bias is apart; onnxruntime 1.32, AMX-class Xeon).
 """
 _NEVER = ("WeightBiasQuantization",)  # quantises, per tensor, what a form keeps in float32
 

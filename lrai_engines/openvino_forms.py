@@ -19,12 +19,13 @@ from google.protobuf.message import EncodeError
 
 from lrai_core.compiler.search import Built, Material, Reject
 from lrai_core.errors import CompileError
-from lrai_engines.forms import SAME, Build, standard
+from lrai_engines.forms import Build, standard
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import weights_int8
 from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
 
 _GROUPS: Final = (64, 128)  # columns with one scale
+_SAME: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")  # the values are
 _INDEXED: Final = ("Gather", "GatherND", "ScatterElements", "ScatterND")
 _KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that float32 undoes
 
@@ -122,7 +123,7 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     tables = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     found, told = dict[str, tuple[int, int]](), set(inputs)
     for node in model.graph.node:
-        if node.op_type in SAME and node.input[0] in inputs:
+        if node.op_type in _SAME and node.input[0] in inputs:
             inputs[node.output[0]] = inputs[node.input[0]]
         elif node.op_type == "Gather" and node.input[0] in tables and node.input[1] in inputs:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,26 +39,6 @@ class NothingToQuantize(CompileError):
     """The model holds no MatMul or Gemm with a constant float32 matrix."""
 
 
-def dynamic_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
-    """Return `model` with int8 weights, a scale per column, and one scale per activation tensor.
-
-    The operators are those that `onnxruntime.quantization.quantize_dynamic(per_channel=True)`
-    writes, which onnxruntime fuses. A row's answer depends on the rows it is batched with. On CPUs
-    without VNNI or AMX weights have 7 bits, see `SATURATING`.
-
-    Args:
-        model: Weights inline, opset 13 or later. Not modified.
-
-    Raises:
-        NothingToQuantize: No operator qualifies.
-        CompileError: The opset is too old.
-
-    Source: onnxruntime 1.32 `quantization/operators/matmul.py`; ONNX DynamicQuantizeLinear,
-    opset 11.
-    """
-    return rewrite(model, _dynamic_int8)
-
-
 def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return `model` with int8 weights, a scale per column, and one activation scale per row.
 
@@ -81,9 +61,9 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
 
 def linears(model: onnx.ModelProto) -> list[Linear]:
     """Return every operator that qualifies."""
-    constants = _constants(model)
+    known = constants(model)
     nodes = (node for node in model.graph.node if _is_linear(node))
-    found = (_linear(node, constants) for node in nodes)
+    found = (_linear(node, known) for node in nodes)
     return [layer for layer in found if isinstance(layer, Linear)]
 
 
@@ -102,6 +82,20 @@ def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
     Source: ONNX DequantizeLinear, opset 13.
     """
     return rewrite(model, _weights_int8)
+
+
+class Smoothing(NamedTuple):
+    """How an activation becomes integers.
+
+    Attributes:
+        factor: What its columns are divided by before, float32 [K]; None for nothing.
+        step: Of the integers, where it is known before.
+        zero: The integer that is 0, likewise.
+    """
+
+    factor: Float32 | None
+    step: float
+    zero: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +138,11 @@ class Graph:
         return outputs[0]
 
 
-def rewrite(
-    model: onnx.ModelProto, emit: Callable[[Graph, Linear], str]
-) -> tuple[onnx.ModelProto, list[Quantized]]:
+Emit = Callable[[Graph, Linear], str]
+"""Writes a layer, and returns the name of the scheme."""
+
+
+def rewrite(model: onnx.ModelProto, emit: Emit) -> tuple[onnx.ModelProto, list[Quantized]]:
     """Return a copy of `model` with what qualifies written by `emit`, and a line per operator.
 
     Large tables of embeddings become int8 too, with a scale per row: what is read of them is few
@@ -155,15 +151,15 @@ def rewrite(
     graph = Graph(next((o.version for o in model.opset_import if o.domain in _ONNX), 0))
     if graph.opset < _OPSET:
         raise CompileError(f"this form needs opset {_OPSET} or later, the model has {graph.opset}")
-    constants, report = _constants(model), []
+    known, report = constants(model), []
     for node in model.graph.node:
-        if (table := _table(node, constants)) is not None:
+        if (table := _table(node, known)) is not None:
             report.append(_int8_table(graph, node, table))
             continue
         if not _is_linear(node):
             graph.nodes.append(node)
             continue
-        layer = _linear(node, constants)
+        layer = _linear(node, known)
         if isinstance(layer, str):
             graph.nodes.append(node)
             report.append(Quantized(node=node.name, op_type=node.op_type, why=layer))
@@ -232,11 +228,11 @@ def _is_linear(node: onnx.NodeProto) -> bool:
     return node.domain in _ONNX and node.op_type in ("MatMul", "Gemm")
 
 
-def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Return what no caller can override, by name."""
     overridable = {i.name for i in model.graph.input}
-    constants = {t.name: t for t in model.graph.initializer if t.name not in overridable}
-    return constants | {
+    known = {t.name: t for t in model.graph.initializer if t.name not in overridable}
+    return known | {
         n.output[0]: n.attribute[0].t
         for n in model.graph.node
         if n.op_type == "Constant" and n.attribute[0].name == "value"
@@ -271,20 +267,13 @@ def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> 
     )
 
 
-def _dynamic_int8(graph: Graph, layer: Linear) -> str:
-    x, y = layer.activation, layer.product
-    weight, scale = _int8_weight(graph, layer)
-    graph.add("DynamicQuantizeLinear", [x], f"{x}:uint8", f"{x}:scale", f"{x}:zero_point")
-    product = graph.add("MatMulInteger", [f"{x}:uint8", weight, f"{x}:zero_point"], f"{y}:int32")
-    product = graph.add("Cast", [product], f"{y}:float", to=onnx.TensorProto.FLOAT)
-    graph.add("Mul", [product, graph.add("Mul", [f"{x}:scale", scale], f"{y}:rescale")], y)
-    return "dynamic_int8"
+def int8_per_row(graph: Graph, layer: Linear, factor: Float32 | None = None) -> str:
+    """Write a layer as `dynamic_int8_per_row` does; return the scheme's name.
 
-
-def int8_per_row(graph: Graph, layer: Linear) -> str:
-    """Write a layer as `dynamic_int8_per_row` does; return the scheme's name."""
-    x, y = layer.activation, layer.product
-    weight, scale = _int8_weight(graph, layer)
+    `factor`: float32 [K], by which the activation's columns are divided first.
+    """
+    x, y = _divided(graph, layer.activation, factor), layer.product
+    weight, scale = _int8_weight(graph, layer, factor)
     step = graph.constant("int8:step", 1 / 127, np.float32)
     middle = graph.constant("uint8:middle", 128, np.uint8)  # onnxruntime is slow on int8 x int8
     # opset 18 moved the axes of ReduceMax from an attribute to an input
@@ -305,6 +294,27 @@ def int8_per_row(graph: Graph, layer: Linear) -> str:
     return "dynamic_int8_per_row"
 
 
+def int8_static(graph: Graph, layer: Linear, smoothing: Smoothing) -> str:
+    """Write a layer with a scale for its activation that is known before; return the name.
+
+    What lies beyond the range that was seen counts as its end.
+    """
+    x = _divided(graph, layer.activation, smoothing.factor)
+    weight, scale = _int8_weight(graph, layer, smoothing.factor)
+    step = graph.constant(f"{x}:static:step", smoothing.step, np.float32)
+    zero = graph.constant(f"{x}:static:zero", smoothing.zero, np.uint8)
+    integers = graph.add("QuantizeLinear", [x, step, zero], f"{x}:static:uint8")
+    inputs = [integers, weight, step, scale, zero]
+    graph.add("MatMulIntegerToFloat", inputs, layer.product, domain="com.microsoft")
+    return "static_int8"
+
+
+def _divided(graph: Graph, x: str, factor: Float32 | None) -> str:
+    if factor is None:
+        return x
+    return graph.add("Mul", [x, graph.constant(f"{x}:factor", 1 / factor, np.float32)], f"{x}:even")
+
+
 def _weights_int8(graph: Graph, layer: Linear) -> str:
     restored = f"{layer.weight}:restored"
     graph.add("DequantizeLinear", [*_int8_weight(graph, layer)], restored, axis=1)
@@ -312,16 +322,25 @@ def _weights_int8(graph: Graph, layer: Linear) -> str:
     return "weights_int8"
 
 
-def _int8_weight(graph: Graph, layer: Linear) -> tuple[str, str]:
-    """Add the matrix as int8 [K, N] with a scale per column; return the names of both."""
-    name = layer.weight
-    if name not in graph.errors:
-        scale = scale_of(np.abs(layer.matrix).max(axis=0), 64 if isa_class() in SATURATING else 127)
-        integers = np.rint(layer.matrix / scale)
-        graph.errors[name] = relative_error(layer.matrix, integers * scale)
+def _int8_weight(graph: Graph, layer: Linear, factor: Float32 | None = None) -> tuple[str, str]:
+    """Add the matrix as int8 [K, N] with a scale per column; return the names of both.
+
+    `factor`: float32 [K], by which its rows are multiplied.
+    """
+    name = layer.weight if factor is None else f"{layer.weight}:{layer.activation}"
+    if f"{name}:int8" not in graph.initializers:
+        unit = np.float32(1) if factor is None else factor[:, None]
+        integers, scale = int8_weight(layer.matrix * unit)
+        graph.errors[layer.weight] = relative_error(layer.matrix, integers * scale / unit)
         graph.constant(f"{name}:int8", integers, np.int8)
         graph.constant(f"{name}:scale", scale, np.float32)
     return f"{name}:int8", f"{name}:scale"
+
+
+def int8_weight(matrix: Float32) -> tuple[Float32, Float32]:
+    """Return a matrix [K, N] as integers, and the scale of each column [N]."""
+    scale = scale_of(np.abs(matrix).max(axis=0), 64 if isa_class() in SATURATING else 127)
+    return np.rint(matrix / scale), scale
 
 
 def scale_of(peak: Float32, levels: int) -> Float32:
@@ -339,7 +358,7 @@ def relative_error(weight: Float32, restored: Float32) -> float:
 
 def assemble(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     """Return `model` around the nodes of `graph`, without the weights that nothing reads."""
-    read = {o.name for o in model.graph.output}.union(*map(_read, graph.nodes))
+    used = {o.name for o in model.graph.output}.union(*map(read, graph.nodes))
     # built field by field: copying the model first would copy the weights that are dropped here
     result = onnx.ModelProto(
         ir_version=model.ir_version,
@@ -356,18 +375,18 @@ def assemble(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     result.graph.value_info.extend(model.graph.value_info)
     result.graph.sparse_initializer.extend(model.graph.sparse_initializer)
     result.graph.node.extend(
-        n for n in graph.nodes if n.op_type != "Constant" or n.output[0] in read
+        n for n in graph.nodes if n.op_type != "Constant" or n.output[0] in used
     )
     initializers = {t.name: t for t in model.graph.initializer} | graph.initializers
-    result.graph.initializer.extend(t for name, t in initializers.items() if name in read)
+    result.graph.initializer.extend(t for name, t in initializers.items() if name in used)
     return result
 
 
-def _read(node: onnx.NodeProto) -> Iterator[str]:
+def read(node: onnx.NodeProto) -> Iterator[str]:
     """Yield what `node` reads, the bodies of If, Loop and Scan included."""
     yield from node.input
     for attribute in node.attribute:
         for body in (attribute.g, *attribute.graphs):
             yield from (o.name for o in body.output)
             for inner in body.node:
-                yield from _read(inner)
+                yield from read(inner)

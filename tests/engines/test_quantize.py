@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from lrai_core.compiler.search import Quantized, Sample
 from lrai_core.engine.engine import isa_class
@@ -24,8 +22,8 @@ from lrai_core.errors import CompileError
 from lrai_core.protocol import TensorSpec
 from lrai_engines.blocks import matmul_nbits
 from lrai_engines.fusion import optimise
-from lrai_engines.mixed import mixed_int4, mixed_int8
-from lrai_engines.quantize import NothingToQuantize, dynamic_int8, dynamic_int8_per_row
+from lrai_engines.mixed import mixed_int4
+from lrai_engines.quantize import NothingToQuantize, dynamic_int8_per_row
 from lrai_engines.static import goes_undefined, undefined_stays
 
 Array = npt.NDArray[Any]
@@ -34,7 +32,6 @@ Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 SATURATES = isa_class() in ("avx512", "avx2", "x86_64")  # so weights have 7 bits
 PER_ROW: dict[str, Scheme] = {"per_row": dynamic_int8_per_row}
 SCHEMES: dict[str, Scheme] = {
-    "dynamic": dynamic_int8,
     **PER_ROW,
     "nbits_32": lambda model: matmul_nbits(model, block_size=32),
     "nbits_64": lambda model: matmul_nbits(model, block_size=64),
@@ -218,18 +215,6 @@ def test_blocks_of_weights_come_back_within_half_a_step(matrix: Array, block_siz
         assert report[0].error == pytest.approx(relative_error(got, matrix), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["matmul", "gemm", "transposed"])
-def test_dynamic_int8_computes_what_onnxruntimes_quantiser_computes(
-    kind: str, tmp_path: Path
-) -> None:
-    model = mlp(kind)
-    oracle = tmp_path / "oracle.onnx"
-    how = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": SATURATES}
-    quantize_dynamic(model, oracle, **how)
-    x = rows(16, 48)
-    assert relative_error(run(dynamic_int8(model)[0], x), run(onnx.load(oracle), x)) < 1e-6
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_products_of_two_activations_stay_in_float32(scheme: str) -> None:
     matrix = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
@@ -244,7 +229,7 @@ def test_products_of_two_activations_stay_in_float32(scheme: str) -> None:
     assert (report[1].bits, report[1].why) == (32, "the second operand is not constant")
 
 
-@pytest.mark.parametrize("scheme", ["dynamic", *PER_ROW])
+@pytest.mark.parametrize("scheme", PER_ROW)
 def test_layers_that_share_an_activation_or_a_weight_share_its_integers(scheme: str) -> None:
     matrix = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
     nodes = [
@@ -255,7 +240,7 @@ def test_layers_that_share_an_activation_or_a_weight_share_its_integers(scheme: 
     ]
     model, _ = SCHEMES[scheme](graph(nodes, {"w": matrix, "v": matrix}, (None, 8)))
     count = Counter(node.op_type for node in model.graph.node)
-    assert count["QuantizeLinear"] + count["DynamicQuantizeLinear"] == 2
+    assert count["QuantizeLinear"] == 2
     stored = [t for t in model.graph.initializer if t.data_type == TensorProto.INT8]
     assert len(stored) == 2
     assert run(model, rows(4, 8)).shape == (4, 8)
@@ -359,26 +344,6 @@ def two_layers() -> onnx.ModelProto:
     return graph(nodes, weights, (None, 32))
 
 
-@pytest.mark.parametrize(
-    ("harms", "share", "closer"),
-    [
-        ({"small": 1.0, "large": 3.0}, 0.5, "large"),  # most harm for its size
-        ({"small": 1.0, "large": 1.0}, 0.5, "small"),  # as much harm, and smaller
-        ({"small": 1.0, "large": 9.0}, 0.9, "large"),
-    ],
-)
-def test_the_mixed_form_keeps_what_harms_most_for_its_size_closer(
-    harms: dict[str, float], share: float, closer: str
-) -> None:
-    model, kept = two_layers(), {True: "matmul_nbits_64", False: "dynamic_int8_per_row"}
-    mixed, report = mixed_int8(model, harms, share=share)
-    assert [line.scheme for line in report] == [kept[n == closer] for n in ("small", "large")]
-    total = sum(harms.values())
-    assert [line.harm for line in report] == [harms[n] / total for n in ("small", "large")]
-    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
-    assert relative_error(run(mixed, x), run(model, x)) < 0.02
-
-
 def test_four_bits_restore_what_they_can_hold_and_are_half_of_eight() -> None:
     """Odd numbers of rows too: a block of 32 is filled up with noughts."""
     random = np.random.default_rng(0)
@@ -413,31 +378,6 @@ def test_a_range_that_ends_early_is_closer_than_one_that_holds_all() -> None:
     step = np.take_along_axis(blocks, at, axis=2) / -8
     usual = np.clip(np.rint(blocks / step), -8, 7) * step
     assert report[0].error < 0.99 * relative_error(usual, blocks)
-
-
-def test_what_harms_most_of_all_is_left_in_float32() -> None:
-    model, harms = two_layers(), {"small": 3.0, "large": 1.0}
-    mixed, report = mixed_int8(model, harms, share=0.5, exact=0.5)
-    assert [(line.bits, line.scheme) for line in report] == [
-        (32, "float32"),
-        (8, "dynamic_int8_per_row"),
-    ]
-    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
-    whole, _ = dynamic_int8_per_row(model)
-    assert relative_error(run(mixed, x), run(model, x)) > 0
-    assert relative_error(run(mixed, x), run(model, x)) < relative_error(
-        run(whole, x), run(model, x)
-    )
-
-
-def test_where_nothing_does_harm_there_is_nothing_to_keep_closer() -> None:
-    with pytest.raises(NothingToQuantize, match="every matrix would be kept closer"):
-        mixed_int8(two_layers(), {"small": 0.0, "large": 0.0}, share=0.3)
-
-
-def test_a_single_matrix_has_no_mixed_form() -> None:
-    with pytest.raises(NothingToQuantize, match="every matrix would be kept closer"):
-        mixed_int8(linear(np.eye(4, dtype=np.float32)), {"w": 1.0}, share=0.3)
 
 
 def encoder(rows_: int, columns: int, *, axis: int = 0, reads: int = 1) -> onnx.ModelProto:

@@ -11,10 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from lrai_core.compiler.search import Sample
-from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_core.verifier.spec import difference
-from lrai_engines.forms import forms
 from lrai_engines.quantize import dynamic_int8_per_row
 from lrai_engines.sensitivity import harms
 from tests.core.compiler.onnx_files import model, value
@@ -91,24 +89,3 @@ def test_it_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrai_engines.sensitivity.difference", counted)
     harms(three_layers(), sample(32))
     assert 4 * 3 <= len(runs) < 32 * 3
-
-
-def test_it_is_found_once_for_all_mixed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def counted(proto: onnx.ModelProto, given: Sample, threads: int) -> dict[str, float]:
-        calls.append(1)
-        return harms(proto, given, threads)
-
-    monkeypatch.setattr("lrai_engines.forms.harms", counted)
-    found = forms(sample(), 1)
-    for share in (30, 50, 75):
-        _, report = found[f"int8-mixed-{share}"](three_layers())
-        assert {line.scheme for line in report} == {"matmul_nbits_64", "dynamic_int8_per_row"}
-    assert len(calls) == 1
-
-
-def test_rows_that_the_model_does_not_take_are_a_reason_not_a_crash() -> None:
-    wrong = Sample([[np.zeros((1, 3), np.float32)]], (OUTPUT,))
-    with pytest.raises(CompileError, match="what each matrix does cannot be told"):
-        forms(wrong, 1)["int8-mixed-30"](three_layers())

@@ -83,7 +83,7 @@ def read(text: str) -> Reader:
 
 def test_a_page_says_what_was_tried_and_measured(artifact: lrai.Artifact) -> None:
     reader = read(page(artifact))
-    for words in ("int8-dynamic", "int8-row", "fp32", "opset", artifact.version, "--output-map"):
+    for words in ("int8-smooth", "int8-row", "fp32", "opset", artifact.version, "--output-map"):
         assert words in reader.text
     assert artifact.manifest.variant("fp32").gate is not None
     lines = (artifact.path / "quantization.jsonl").read_text().splitlines()

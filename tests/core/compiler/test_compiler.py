@@ -84,8 +84,9 @@ def test_what_is_kept_gives_the_source_models_answers(make: Compile, rows: Rows)
 def test_every_decision_is_in_the_log(make: Compile, rows: Rows) -> None:
     artifact = make(evaluation=rows, keep=9)
     forms = {line["form"].split()[0] for line in log(artifact) if line["event"] == "candidate"}
-    mixed = {f"int8-mixed-{share}" for share in (30, 50, 75, "95-60", "98-70", "90-90", "93-93")}
-    others = {"int8-dynamic", "int8-row", "int8-block32", "int8-block128"}
+    mixed = {f"int8-smooth-{share}" for share in (30, 60)}
+    mixed |= {f"int8-row-{share}" for share in (75, 85, 92)}
+    others = {"int8-smooth", "int8-row", "int8-block32", "int8-block128"}
     others |= {"int8-static", *(f"int8-static-{share}" for share in (50, 80, 95))}
     assert forms == {"fp32"} | mixed | others
     assert all(line["why"] for line in log(artifact) if line["event"] == "candidate")
@@ -156,7 +157,6 @@ def test_a_form_that_does_not_run_in_batches_is_refused_and_the_others_go_on(
     why = {line["form"]: line["why"] for line in log(artifact) if line["event"] == "candidate"}
     assert "two rows are too many" in why["int8-row"]
     assert "x fp32" in why["int8-block128"]
-    assert "sets the scale of all rows in it" in why["int8-dynamic"]
 
 
 def test_a_slower_form_is_not_kept(make: Compile, rows: Rows) -> None:

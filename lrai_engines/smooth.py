@@ -1,0 +1,285 @@
+"""Int8 of matrices whose activations were smoothed: what their columns differ by is in the weights.
+
+Some columns of a transformer's activations are many times as large as the others, and one scale
+leaves the others few steps. Divided by a factor per column, with which the weights' rows are
+multiplied, activations are easier to round, and weights harder: how far to go is measured (Xiao et
+al. 2023, "SmoothQuant", arXiv:2211.10438).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from google.protobuf.message import EncodeError
+from onnx import TensorProto, helper
+
+from lrai_core.compiler.search import Quantized, Sample
+from lrai_core.errors import ArtifactError, CompileError, EngineError
+from lrai_core.protocol import Array
+from lrai_core.verifier.spec import difference
+from lrai_engines.mixed import worst
+from lrai_engines.quantize import (
+    FLOAT32,
+    Emit,
+    Float32,
+    Graph,
+    Linear,
+    NothingToQuantize,
+    Smoothing,
+    constants,
+    int8_per_row,
+    int8_static,
+    linears,
+    read,
+    rewrite,
+)
+from lrai_engines.sensitivity import LARGEST, harms, opened
+
+ROW: Final = "row"
+STATIC: Final = "static"
+
+_STRENGTHS: Final = (0.0, 0.5, 0.6, 0.7, 0.8)  # of the factors; 0 for none
+_LEAST: Final = 0.25  # of the mean range: a column that was never seen may be used all the same
+_MOST: Final = 128  # rows of the sample
+_FEWEST: Final = 2
+_JUDGED: Final = 32  # of them, for each strength
+_SECONDS: Final = 10.0  # for the first, and about that for the second
+_LEVELS: Final = 255
+
+Ranges = dict[str, tuple[Float32, Float32]]  # by activation, of each column
+
+
+class SmoothForms:
+    """Smoothed int8 of one model; ranges, factors and harms are found once.
+
+    Args:
+        sample: Rows to see the activations of; nothing is judged on them.
+        threads: Of the engine.
+    """
+
+    def __init__(self, sample: Sample, threads: int) -> None:
+        self._sample, self._threads = sample, threads
+        self._found: dict[str, Any] = {}
+        self._tried: dict[str, list[set[str]]] = {ROW: [set()], STATIC: [set()]}
+
+    def build(
+        self, model: onnx.ModelProto, *, scheme: str, share: float = 0.0
+    ) -> tuple[onnx.ModelProto, list[Quantized]]:
+        """Return `model` in int8, but closer where this share of the harm is done.
+
+        Args:
+            model: Weights inline, opset 13 or later. Not modified.
+            scheme: Of the activations: `ROW` gives each row a scale of its own when it runs, and
+                leaves what harms most in float32. `STATIC` has scales that were found on the
+                sample, and gives what harms most a scale per row.
+            share: Of the harm, 0 or more, below 1.
+
+        Raises:
+            NothingToQuantize: No operator qualifies, all would be kept closer, or the same as
+                before would be made.
+            CompileError: It cannot be told what the activations are, or what int8 does.
+        """
+        emit = self._emit(model, scheme)
+        if not share:
+            return _with_biases(*rewrite(model, emit))
+        known = self.harms(model, scheme)
+        keep = worst(known, {one.weight: one.matrix.size for one in linears(model)}, share)
+        if keep in self._tried[scheme] or len(keep) == len(known):
+            raise NothingToQuantize("the same as before, or every matrix, would be kept closer")
+        self._tried[scheme].append(keep)
+        closer = _float32 if scheme == ROW else self._emit(model, ROW)
+        total = sum(known.values())
+
+        def mixed(graph: Graph, layer: Linear) -> str:
+            graph.harms[layer.weight] = known[layer.weight] / total
+            return (closer if layer.weight in keep else emit)(graph, layer)
+
+        return _with_biases(*rewrite(model, mixed))
+
+    def harms(self, model: onnx.ModelProto, scheme: str = ROW) -> dict[str, float]:
+        """Return what int8 of each matrix does to the outputs, see `sensitivity.harms`.
+
+        Raises:
+            CompileError: It cannot be told.
+        """
+        emit = self._emit(model, scheme)
+        find = partial(harms, model, self._sample, self._threads, emit)
+        found: dict[str, float] = self._once(
+            f"what each matrix does cannot be told, {scheme}", find
+        )
+        return found
+
+    def _emit(self, model: onnx.ModelProto, scheme: str) -> Emit:
+        find = partial(smoothings, model, self._sample, self._threads)
+        by = self._once("the activations cannot be seen", find)
+        return partial(_smoothed, by=by, scheme=scheme)
+
+    def _once(self, what: str, find: Callable[[], object]) -> Any:
+        """Return what was found, or raise why not: it could not be found another time either."""
+        if what not in self._found:
+            try:
+                self._found[what] = find()
+            except (ArtifactError, CompileError, EngineError, EncodeError, ValueError) as error:
+                self._found[what] = CompileError(f"{what}: {error}")
+        if isinstance(found := self._found[what], CompileError):
+            raise found
+        return found
+
+
+def smoothings(model: onnx.ModelProto, sample: Sample, threads: int) -> dict[str, Smoothing]:
+    """Return how each activation becomes integers, with the strength that the outputs err least by.
+
+    Ranges are those of one half of the rows while a strength is found on the other. What no
+    operator gives, or what holds what is no number, has no smoothing.
+
+    Args:
+        model: Standard operators, weights inline. Not modified.
+        sample: Of its rows at most 128 are seen, or as many as 10 seconds allow.
+        threads: Of the engine.
+
+    Raises:
+        NothingToQuantize: No operator qualifies.
+        CompileError: Rows are too few.
+        ArtifactError, EncodeError, ValueError: onnxruntime does not take the graph.
+        EngineError: The model does not run on the sample.
+    """
+    peaks = dict[str, Float32]()  # of the weights that an activation's columns meet
+    for layer in linears(model):
+        own = np.abs(layer.matrix).max(axis=1)
+        peaks[layer.activation] = np.maximum(own, peaks.get(layer.activation, own))
+    if not peaks:
+        raise NothingToQuantize("no MatMul or Gemm has a constant float32 matrix")
+    rows = [row for row in sample.rows if all(map(_finite, row))][:_MOST]
+    if len(rows) < _FEWEST:
+        raise CompileError(
+            f"of {len(sample.rows)} rows {len(rows)} are finite, {_FEWEST} are needed"
+        )
+    seen = [_ranges(model, list(peaks), rows[half::2], threads) for half in (0, 1)]
+    held, session = rows[1::2][:_JUDGED], opened(model, threads)
+    pairs = [(row, session.run(row)) for row in held]
+    errors = [
+        sum(
+            _error(model, _smoothing_of(seen[0], peaks, strength), scheme, pairs, sample, threads)
+            for scheme in (ROW, STATIC)
+        )
+        for strength in _STRENGTHS
+    ]
+    low_high = {name: (*one, *seen[1].get(name, one)) for name, one in seen[0].items()}
+    whole = {n: (np.minimum(a, c), np.maximum(b, d)) for n, (a, b, c, d) in low_high.items()}
+    return _smoothing_of(whole, peaks, _STRENGTHS[int(np.argmin(errors))])
+
+
+def _ranges(
+    model: onnx.ModelProto, names: Sequence[str], rows: Sequence[list[Array]], threads: int
+) -> Ranges:
+    """Return the range of these activations' columns, where the graph gives or is given them."""
+    inputs = [value.name for value in model.graph.input]
+    there = {value.name for value in model.graph.output}
+    made = there.union(*(node.output for node in model.graph.node))
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    probe.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        for name in names
+        if name in made and name not in there
+    )
+    outputs = [value.name for value in probe.graph.output]
+    session, found, began = opened(probe, threads), Ranges(), time.perf_counter()
+    for done, row in enumerate(rows):
+        if done and (time.perf_counter() - began) * (done + 1) / done > _SECONDS / 2:
+            break
+        arrays = dict(zip([*inputs, *outputs], [*row, *session.run(row)], strict=True))
+        for name in names:
+            array = arrays.get(name)
+            if array is not None and array.size:
+                vectors = array.reshape(-1, array.shape[-1])
+                low, high = vectors.min(axis=0), vectors.max(axis=0)
+                least, most = found.get(name, (low, high))
+                found[name] = np.minimum(least, low), np.maximum(most, high)
+    return {name: one for name, one in found.items() if np.isfinite(one).all()}
+
+
+def _finite(array: Array) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def _error(
+    model: onnx.ModelProto,
+    by: Mapping[str, Smoothing],
+    scheme: str,
+    pairs: Sequence[tuple[list[Array], list[Array]]],
+    sample: Sample,
+    threads: int,
+) -> float:
+    """Return the logarithm of the mean squared difference to what the rows' answers are."""
+    session = opened(rewrite(model, partial(_smoothed, by=by, scheme=scheme))[0], threads)
+    told = [difference(right, session.run(row), sample.outputs) for row, right in pairs]
+    return math.log(sum(min(gap, LARGEST) ** 2 for gap in told) / len(told) + 1e-30)
+
+
+def _smoothing_of(
+    ranges: Ranges, peaks: Mapping[str, Float32], strength: float
+) -> dict[str, Smoothing]:
+    """Return the smoothing of each activation.
+
+    Columns are divided by their range to the power of `strength`, and by the weights' to the rest.
+
+    Source: Xiao et al. 2023, equation 4; here with a geometric mean of 1.
+    """
+    found = dict[str, Smoothing]()
+    for name, (low, high) in ranges.items():
+        most, weights = np.maximum(high, -low), peaks[name]
+        factor = np.ones_like(weights)
+        if strength and most.any() and weights.any():
+            most, weights = (np.maximum(one, _LEAST * one.mean()) for one in (most, weights))
+            powers = strength * np.log(most) - (1 - strength) * np.log(weights)
+            factor = np.exp(powers - powers.mean()).astype(np.float32)
+        least = min(float((low / factor).min()), 0.0)
+        step = max((max(float((high / factor).max()), 0.0) - least) / _LEVELS, 1e-20)
+        found[name] = Smoothing(factor if strength else None, step, round(-least / step))
+    return found
+
+
+def _smoothed(graph: Graph, layer: Linear, *, by: Mapping[str, Smoothing], scheme: str) -> str:
+    """Write a layer in int8; where its activation was not seen, as int8 can without."""
+    smoothing = by.get(layer.activation)
+    if smoothing is None:
+        return int8_per_row(graph, layer)
+    if scheme == ROW:
+        return int8_per_row(graph, layer, smoothing.factor)
+    return int8_static(graph, layer, smoothing)
+
+
+def _float32(graph: Graph, layer: Linear) -> str:
+    graph.errors[layer.weight] = 0.0
+    weight = graph.constant(f"{layer.weight}:float32", layer.matrix, np.float32)
+    graph.add("MatMul", [layer.activation, weight], layer.product)
+    return FLOAT32
+
+
+def _with_biases(
+    model: onnx.ModelProto, report: list[Quantized]
+) -> tuple[onnx.ModelProto, list[Quantized]]:
+    """Let products add the vector that is added to them next: one operator for two."""
+    known, nodes = constants(model), model.graph.node
+    readers = Counter(name for node in nodes for name in read(node))
+    readers.update(value.name for value in model.graph.output)
+    products = {n.output[0]: n for n in nodes if n.op_type == "MatMulIntegerToFloat"}
+    for node in [node for node in nodes if node.op_type == "Add"]:
+        for product, vector in (node.input, reversed(node.input)):
+            of, bias = products.get(product), known.get(vector)
+            if of is None or bias is None or readers[product] > 1 or len(of.input) > 5:
+                continue
+            if list(bias.dims) == list(known[of.input[3]].dims):  # one scale per column
+                of.input.extend(["", vector])
+                of.output[0] = node.output[0]
+                nodes.remove(node)
+                break
+    return model, report
