@@ -210,9 +210,10 @@ def _operators(file: Path) -> Counter[str]:
 
 
 def _is_tunable(source: Path) -> bool:
-    """Return whether there is a layer norm, which is all that `TUNED` says anything of."""
+    """Return whether there is a layer norm or a GELU, all that `TUNED` says anything of."""
     kinds = _operators(source)
-    return bool(kinds["LayerNormalization"] or (kinds["ReduceMean"] and kinds["Sqrt"]))
+    norms = kinds["LayerNormalization"] or (kinds["ReduceMean"] and kinds["Sqrt"])
+    return bool(norms or kinds["Gelu"] or kinds["Erf"])
 
 
 def _ours(name: str, artifact: lrai.Artifact, threads: int, seconds: float) -> Form:

@@ -59,12 +59,12 @@ def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[
     return rewrite(model, int8_per_row)
 
 
-def linears(model: onnx.ModelProto) -> list[Linear]:
-    """Return every operator that qualifies."""
+def linears(model: onnx.ModelProto) -> Iterator[Linear]:
+    """Yield every operator that qualifies, with its matrix."""
     known = constants(model)
     nodes = (node for node in model.graph.node if _is_linear(node))
     found = (_linear(node, known) for node in nodes)
-    return [layer for layer in found if isinstance(layer, Linear)]
+    return (layer for layer in found if isinstance(layer, Linear))
 
 
 def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:

@@ -21,6 +21,7 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto, helper
 
 from lrai_core.compiler.search import Quantized, Sample
+from lrai_core.engine.engine import Session
 from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_core.protocol import Array
 from lrai_core.verifier.spec import difference
@@ -46,13 +47,16 @@ ROW: Final = "row"
 STATIC: Final = "static"
 
 _STRENGTHS: Final = (0.0, 0.5, 0.6, 0.7, 0.8)  # of the factors; 0 for none
-_LEAST: Final = 0.25  # of the mean range: a column that was never seen may be used all the same
+_LEAST: Final = 0.25  # of the mean range: what was small in the sample need not stay so
 _MOST: Final = 128  # rows of the sample
 _FEWEST: Final = 2
 _JUDGED: Final = 32  # of them, for each strength
 _SECONDS: Final = 10.0  # for the first, and about that for the second
 _LEVELS: Final = 255
+_INPUTS: Final = 5  # of a product as `int8_static` writes it
+_SMALLEST, _LARGEST = 1e-20, 1e30  # of a step, and of a weight: beyond, float32 has too few
 
+Pair = tuple[list[Array], list[Array]]  # a row, and what float32 answers
 Ranges = dict[str, tuple[Float32, Float32]]  # by activation, of each column
 
 
@@ -67,7 +71,7 @@ class SmoothForms:
     def __init__(self, sample: Sample, threads: int) -> None:
         self._sample, self._threads = sample, threads
         self._found: dict[str, Any] = {}
-        self._tried: dict[str, list[set[str]]] = {ROW: [set()], STATIC: [set()]}
+        self._tried: dict[str, list[set[str]]] = {ROW: [], STATIC: []}
 
     def build(
         self, model: onnx.ModelProto, *, scheme: str, share: float = 0.0
@@ -89,10 +93,12 @@ class SmoothForms:
         emit = self._emit(model, scheme)
         if not share:
             return _with_biases(*rewrite(model, emit))
-        known = self.harms(model, scheme)
+        known = self.harms(model)
         keep = worst(known, {one.weight: one.matrix.size for one in linears(model)}, share)
-        if keep in self._tried[scheme] or len(keep) == len(known):
-            raise NothingToQuantize("the same as before, or every matrix, would be kept closer")
+        if len(keep) in (0, len(known)):
+            raise NothingToQuantize("no matrix, or every matrix would be kept closer")
+        if keep in self._tried[scheme]:
+            raise NothingToQuantize("the same matrices as before would be kept closer")
         self._tried[scheme].append(keep)
         closer = _float32 if scheme == ROW else self._emit(model, ROW)
         total = sum(known.values())
@@ -103,22 +109,28 @@ class SmoothForms:
 
         return _with_biases(*rewrite(model, mixed))
 
-    def harms(self, model: onnx.ModelProto, scheme: str = ROW) -> dict[str, float]:
-        """Return what int8 of each matrix does to the outputs, see `sensitivity.harms`.
+    def harms(self, model: onnx.ModelProto) -> dict[str, float]:
+        """Return what int8 by row of each matrix does to the outputs, see `sensitivity.harms`.
+
+        With static scales the same matrices do most.
 
         Raises:
             CompileError: It cannot be told.
         """
-        emit = self._emit(model, scheme)
-        find = partial(harms, model, self._sample, self._threads, emit)
-        found: dict[str, float] = self._once(
-            f"what each matrix does cannot be told, {scheme}", find
-        )
+        find = partial(harms, model, self._sample, self._threads, self._emit(model, ROW))
+        found: dict[str, float] = self._once("what each matrix does cannot be told", find)
         return found
 
     def _emit(self, model: onnx.ModelProto, scheme: str) -> Emit:
         find = partial(smoothings, model, self._sample, self._threads)
-        by = self._once("the activations cannot be seen", find)
+        try:
+            by, why = self._once("the activations cannot be seen", find)
+        except CompileError:
+            if scheme == STATIC:
+                raise
+            return int8_per_row
+        if why and scheme == STATIC:
+            raise CompileError(why)
         return partial(_smoothed, by=by, scheme=scheme)
 
     def _once(self, what: str, find: Callable[[], object]) -> Any:
@@ -133,15 +145,19 @@ class SmoothForms:
         return found
 
 
-def smoothings(model: onnx.ModelProto, sample: Sample, threads: int) -> dict[str, Smoothing]:
-    """Return how each activation becomes integers, with the strength that the outputs err least by.
+def smoothings(
+    model: onnx.ModelProto, sample: Sample, threads: int
+) -> tuple[dict[str, Smoothing], str]:
+    """Return how each activation becomes integers, and why none may have a static scale, or "".
 
-    Ranges are those of one half of the rows while a strength is found on the other. What no
-    operator gives, or what holds what is no number, has no smoothing.
+    The strength is the one that the outputs err least by. Ranges are those of one half of the rows
+    while it is found on the other. What no operator gives, what was always 0, or what holds what is
+    no number, has no smoothing.
 
     Args:
         model: Standard operators, weights inline. Not modified.
-        sample: Of its rows at most 128 are seen, or as many as 10 seconds allow.
+        sample: Of its rows at most 128 are seen, or as many as 10 seconds allow; as long, beside
+            what making ten models takes, may the strength take.
         threads: Of the engine.
 
     Raises:
@@ -162,8 +178,14 @@ def smoothings(model: onnx.ModelProto, sample: Sample, threads: int) -> dict[str
             f"of {len(sample.rows)} rows {len(rows)} are finite, {_FEWEST} are needed"
         )
     seen = [_ranges(model, list(peaks), rows[half::2], threads) for half in (0, 1)]
-    held, session = rows[1::2][:_JUDGED], opened(model, threads)
-    pairs = [(row, session.run(row)) for row in held]
+    session, pairs, began = opened(model, threads), list[Pair](), time.perf_counter()
+    for row in rows[1::2][:_JUDGED]:
+        pairs.append((row, session.run(row)))
+        spent = (time.perf_counter() - began) * 2 * len(_STRENGTHS)
+        if len(pairs) >= _FEWEST and spent * (len(pairs) + 1) / len(pairs) > _SECONDS:
+            break
+    why = _undefined(session, pairs[0])
+    del session  # its weights
     errors = [
         sum(
             _error(model, _smoothing_of(seen[0], peaks, strength), scheme, pairs, sample, threads)
@@ -171,9 +193,22 @@ def smoothings(model: onnx.ModelProto, sample: Sample, threads: int) -> dict[str
         )
         for strength in _STRENGTHS
     ]
-    low_high = {name: (*one, *seen[1].get(name, one)) for name, one in seen[0].items()}
-    whole = {n: (np.minimum(a, c), np.maximum(b, d)) for n, (a, b, c, d) in low_high.items()}
-    return _smoothing_of(whole, peaks, _STRENGTHS[int(np.argmin(errors))])
+    both = {name: (*one, *seen[1][name]) for name, one in seen[0].items() if name in seen[1]}
+    whole = {n: (np.minimum(a, c), np.maximum(b, d)) for n, (a, b, c, d) in both.items()}
+    return _smoothing_of(whole, peaks, _STRENGTHS[int(np.argmin(errors))]), why
+
+
+def _undefined(session: Session, pair: Pair) -> str:
+    """Return why integers would not do, "" if they do: they have no value for what is no number.
+
+    Noughts are what makes it of what is none: a mask of nothing but minus infinity, a mean of none.
+    """
+    row, _ = pair
+    for place, array in enumerate(row):
+        told = session.run([*row[:place], np.zeros_like(array), *row[place + 1 :]])
+        if not all(map(_finite, told)):
+            return "float32 answers noughts with what is no number, which static scales would not"
+    return ""
 
 
 def _ranges(
@@ -214,7 +249,7 @@ def _error(
     model: onnx.ModelProto,
     by: Mapping[str, Smoothing],
     scheme: str,
-    pairs: Sequence[tuple[list[Array], list[Array]]],
+    pairs: Sequence[Pair],
     sample: Sample,
     threads: int,
 ) -> float:
@@ -230,20 +265,27 @@ def _smoothing_of(
     """Return the smoothing of each activation.
 
     Columns are divided by their range to the power of `strength`, and by the weights' to the rest.
+    A column that was never seen counts as the mean one: it may be used all the same.
 
-    Source: Xiao et al. 2023, equation 4; here with a geometric mean of 1.
+    Source: Xiao et al. 2023, equation 4; here at least 1, so that nothing grows too large.
     """
     found = dict[str, Smoothing]()
     for name, (low, high) in ranges.items():
-        most, weights = np.maximum(high, -low), peaks[name]
+        most, weights = np.maximum(high, -low).astype(float), peaks[name].astype(float)
+        if not most.any():
+            continue
         factor = np.ones_like(weights)
-        if strength and most.any() and weights.any():
-            most, weights = (np.maximum(one, _LEAST * one.mean()) for one in (most, weights))
+        if strength and weights.any():
+            seen = most[most > 0].mean()
+            most = np.where(most > 0, np.maximum(most, _LEAST * seen), seen)
+            weights = np.maximum(weights, _LEAST * weights.mean())
             powers = strength * np.log(most) - (1 - strength) * np.log(weights)
-            factor = np.exp(powers - powers.mean()).astype(np.float32)
-        least = min(float((low / factor).min()), 0.0)
-        step = max((max(float((high / factor).max()), 0.0) - least) / _LEVELS, 1e-20)
-        found[name] = Smoothing(factor if strength else None, step, round(-least / step))
+            factor = np.exp(powers - powers.min())
+        least = min((low / factor).min(), 0.0)
+        step = (max((high / factor).max(), 0.0) - least) / _LEVELS
+        if step > _SMALLEST and (peaks[name] * factor).max() < _LARGEST:
+            own = factor.astype(np.float32) if strength else None
+            found[name] = Smoothing(own, float(step), round(-least / step))
     return found
 
 
@@ -275,9 +317,10 @@ def _with_biases(
     for node in [node for node in nodes if node.op_type == "Add"]:
         for product, vector in (node.input, reversed(node.input)):
             of, bias = products.get(product), known.get(vector)
-            if of is None or bias is None or readers[product] > 1 or len(of.input) > 5:
+            if of is None or bias is None or readers[product] > 1 or len(of.input) != _INPUTS:
                 continue
-            if list(bias.dims) == list(known[of.input[3]].dims):  # one scale per column
+            weight = known.get(of.input[1])  # another's product may have none that is known
+            if weight is not None and list(bias.dims) == list(weight.dims[1:]):
                 of.input.extend(["", vector])
                 of.output[0] = node.output[0]
                 nodes.remove(node)
