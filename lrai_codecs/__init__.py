@@ -12,6 +12,7 @@ from lrai_codecs.forms import Form as Form
 from lrai_codecs.forms import NotAcceptable as NotAcceptable
 from lrai_codecs.forms import UnsupportedMediaType as UnsupportedMediaType
 from lrai_codecs.http import HungUp as HungUp
+from lrai_codecs.http import Later as Later
 from lrai_codecs.http import PayloadTooLarge as PayloadTooLarge
 from lrai_codecs.http import Reply as Reply
 from lrai_codecs.http import Room as Room

@@ -47,6 +47,37 @@ class HungUp(RequestError):
     http_status = 499
 
 
+class Later:
+    """What is asked for in an event loop only where the answer takes long, or somebody wants it.
+
+    An answer that is there sooner is not worth the task.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[], Awaitable[Any]],
+        done: Callable[[asyncio.Future[Any]], None] | None = None,
+    ) -> None:
+        """Ask in 20 ms; `done`: told when it is answered or cancelled."""
+        self._ask, self._done = ask, done
+        self._task: asyncio.Future[Any] | None = None
+        self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self.now)
+
+    def now(self) -> asyncio.Future[Any]:
+        """Ask, if it was not yet."""
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._ask())
+            if self._done is not None:
+                self._task.add_done_callback(self._done)
+        return self._task
+
+    def cancel(self) -> None:
+        """Want it no more."""
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+
 class Room:
     """The bytes of bodies that may be in this process together; for one event loop."""
 
@@ -193,9 +224,7 @@ async def unless_gone(
     Raises:
         HungUp: The caller is gone.
     """
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    leaving: asyncio.Task[None] | None = None
-    gone = False
+    task, gone = asyncio.current_task(), False
 
     async def leave() -> None:
         nonlocal gone
@@ -203,12 +232,7 @@ async def unless_gone(
             pass
         gone = task is not None and task.cancel()
 
-    def look() -> None:
-        nonlocal leaving
-        leaving = loop.create_task(leave())
-
-    # An answer that is there sooner is not worth a task that looks for who has left.
-    soon = loop.call_later(_LOOK_SECONDS, look)
+    leaving = Later(leave)
     try:
         return await answer
     except asyncio.CancelledError:
@@ -216,9 +240,7 @@ async def unless_gone(
             raise
         raise HungUp("the caller has hung up") from None
     finally:
-        soon.cancel()
-        if leaving is not None:
-            leaving.cancel()
+        leaving.cancel()
 
 
 def failure(error: LraiError) -> Reply:

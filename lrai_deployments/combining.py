@@ -13,11 +13,10 @@ tradeoff".
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from threading import get_ident
 from typing import Any, Final
@@ -64,6 +63,34 @@ class Helped(Future[InferenceResponse]):
         """See `Future.add_done_callback`."""
         super().add_done_callback(fn)
         self._combiner.run_soon(self)
+
+    def __await__(self) -> Generator[Any, None, InferenceResponse]:
+        """Wait in an event loop, as `asyncio.wrap_future` does.
+
+        Where that loop computed the answer it need not be woken, which takes calls of the system.
+        """
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+
+        def tell() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        def done(_: object) -> None:
+            if _loop_here() is loop:
+                tell()
+            elif not loop.is_closed():
+                loop.call_soon_threadsafe(tell)
+
+        self.add_done_callback(done)
+        try:
+            yield from waiter
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if self.cancelled():
+            raise asyncio.CancelledError
+        return super().result(0)
 
     def cancel(self) -> bool:
         """See `Future.cancel`."""
@@ -224,6 +251,7 @@ class Combiner:
 
 def _loop_here() -> Loop | None:
     """Return the event loop that runs in this thread."""
-    with contextlib.suppress(RuntimeError):
+    try:
         return asyncio.get_running_loop()
-    return None
+    except RuntimeError:
+        return None

@@ -35,9 +35,9 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "report": (2290, ["lrai_report"]),
     "import": (1990, ["lrai_import"]),
     "shared": (1225, ["lrai_shared"]),
-    "deployments": (1805, ["lrai_deployments"]),
+    "deployments": (1825, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
-    "codecs": (790, ["lrai_codecs"]),
+    "codecs": (815, ["lrai_codecs"]),
     "wheel": (120, ["lrai_wheel"]),
 }
 ADAPTER_BUDGET = 400  # what the host loads

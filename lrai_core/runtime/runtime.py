@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
@@ -270,7 +270,8 @@ class Runtime:
 
     async def infer_async(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer without blocking the event loop; cancelling it cancels the request."""
-        return await asyncio.wrap_future(self._backend.start(request))
+        future = self._backend.start(request)
+        return await (future if isinstance(future, Awaitable) else asyncio.wrap_future(future))
 
     def submit(self, request: InferenceRequest) -> str:
         """Accept a request and return the id under which `result` gives its answer, once."""

@@ -323,3 +323,76 @@ def test_what_nobody_waits_for_any_more_is_run_all_the_same() -> None:
     while not left.done():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+async def answer_of(future: Helped) -> InferenceResponse:
+    return await future
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_a_loop_that_computed_the_answer_is_not_woken_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = Calls(most=4)
+    woken = list[object]()
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "call_soon_threadsafe", woken.append)
+        found = await asyncio.gather(*[answer_of(calls.ask()) for _ in range(10)])
+        assert found == [ANSWER] * 10
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+    assert (calls.sizes, woken) == ([4, 4, 2], [])
+
+
+def test_a_loop_is_woken_by_the_thread_that_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_deployments.combining.available_cpus", lambda: 2)
+    calls = Calls(most=2)
+
+    async def ask() -> None:
+        assert await asyncio.gather(*[answer_of(calls.ask()) for _ in range(5)]) == [ANSWER] * 5
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+    assert threading.get_ident() not in calls.threads
+
+
+def test_who_is_cancelled_in_a_loop_takes_the_request_along() -> None:
+    calls = Calls()
+
+    async def ask() -> None:
+        calls.combiner._leader = asyncio.get_running_loop()  # which computes nothing yet
+        future = calls.ask()
+        asked = asyncio.ensure_future(answer_of(future))
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert future.cancelled()
+        assert not calls.combiner.waiting
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+    assert calls.sizes == []
+
+
+def test_a_request_that_another_cancels_ends_who_awaits_it() -> None:
+    calls = Calls()
+
+    async def ask() -> None:
+        calls.combiner._leader = asyncio.get_running_loop()  # which computes nothing yet
+        future = calls.ask()
+        asked = asyncio.ensure_future(answer_of(future))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(future.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_who_awaits_a_request_that_fails_is_told_why() -> None:
+    calls = Calls()
+    future = calls.ask()
+    future.set_exception(TimeoutError("too late"))
+    with pytest.raises(TimeoutError, match="too late"):
+        asyncio.run(answer_of(future))

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lrai_core as lrai
 from lrai_bentoml.errors import waiting
+from lrai_codecs import Later
 
 CLIENT_LEFT: Final = 499  # nginx's; only logs and metrics hear it
 
@@ -80,20 +81,19 @@ class _Body:
 
     def __init__(self, receive: Receive, limit_bytes: int) -> None:
         self._receive, self._limit, self._size = receive, limit_bytes, 0
-        self._leaving: asyncio.Future[Message] | None = None
+        self._leaving: Later | None = None
         self.wanted, self.begun, self.left = True, False, False
         self.task = cast("asyncio.Task[None]", asyncio.current_task())
 
     async def receive(self) -> Message:
         if self._leaving is not None:
-            return await asyncio.shield(self._leaving)
+            return cast("Message", await asyncio.shield(self._leaving.now()))
         message = await self._receive()
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             raise TooLarge(f"the body has more than the {self._limit} bytes allowed")
         if not message.get("more_body", False):
-            self._leaving = asyncio.ensure_future(self._receive())
-            self._leaving.add_done_callback(self._cancel)
+            self._leaving = Later(self._receive, self._cancel)
         return message
 
     def close(self) -> None:

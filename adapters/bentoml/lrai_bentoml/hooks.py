@@ -39,8 +39,7 @@ def install(owner: Any, name: str, runner: Runner) -> None:
 def workers_of(owners: Sequence[type]) -> int:
     """Return how many workers the one service has that these classes are; 0: not known."""
     services = BentoMLContainer.config.get().get("services", {})
-    known = [services[one.__name__] for one in owners if one.__name__ in services]
-    counts = [service.get("workers") or 1 for service in known]
+    counts = [services[o.__name__].get("workers") or 1 for o in owners if o.__name__ in services]
     return counts[0] if len(counts) == 1 and isinstance(counts[0], int) else 0
 
 

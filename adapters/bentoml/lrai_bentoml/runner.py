@@ -97,8 +97,8 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
             BentoMLException: The request was refused, with the status that says why.
         """
         with bento_errors():
-            request = (await self.attach()).request(args, inputs)
-            return _outputs(await self.ask(request))
+            serving = await self.attach()
+            return _outputs(await serving.held.infer_async(serving.request(args, inputs)))
 
     def run(self, *args: Any, **inputs: Any) -> Any:
         """Return the same, for an API that is no coroutine."""
