@@ -27,7 +27,7 @@ ROUNDS: Final = 9  # at least,
 MOST_ROUNDS = 63  # and as many as fit into
 _ROUNDS_SECONDS: Final = 6.0  # a machine is slower and faster for seconds at a time
 _ALL_ROUNDS: Final = 3
-_SLOWER: Final = math.log(1.1)
+_SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its form otherwise
 _ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
 WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not worth its difference
 _SMALL_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
@@ -245,11 +245,11 @@ def profile(
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
-    Points of several rows that take over 0.3 s are left out: what
-    they take is told by smaller ones. After three rounds, what is a tenth slower than fp32, or than
-    its form with other passes, is left out; and when the clock, `time.monotonic`, is past `until`,
-    there are no more rounds. Short calls get more of them, as their forms differ by less than a
-    machine does from one second to the next. `tick` is told of the first nine.
+    Points of several rows that take over 0.3 s are left out: what they take is told by smaller
+    ones. After three rounds, what is a tenth slower than fp32, or 3 % than its form with other
+    passes, is left out; and when the clock, `time.monotonic`, is past `until`, there are no more
+    rounds. Short calls get more of them, as their forms differ by less than a machine does from one
+    second to the next. `tick` is told of the first nine.
     With several threads a session's go on waiting for its next call, and would slow down the next
     session: each gets its rounds in one go, when those of the one before have gone to sleep.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
@@ -292,7 +292,7 @@ def _promising(forms: Sequence[str], paces: Array) -> list[int]:
     """Return who may be the fastest of its form, and faster than fp32; paces are logarithms."""
     pairs = list(zip(forms, paces.tolist(), strict=True))
     best = {form: min(pace for other, pace in pairs if other == form) for form in forms}
-    most = [min(best[form], best["fp32"]) + _SLOWER for form in forms]
+    most = [min(best[form] + _SLOWER_TWIN, best["fp32"] + _SLOWER) for form in forms]
     return [i for i, (_, pace) in enumerate(pairs) if pace <= most[i]]
 
 
