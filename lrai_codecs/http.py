@@ -59,7 +59,7 @@ class Later:
         done: Callable[[asyncio.Future[Any]], None] | None = None,
     ) -> None:
         """Ask in 20 ms; `done`: told when it is answered or cancelled."""
-        self._ask, self._done = ask, done
+        self._ask, self._done, self._wanted = ask, done, True
         self._task: asyncio.Future[Any] | None = None
         self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self.now)
 
@@ -69,10 +69,13 @@ class Later:
             self._task = asyncio.ensure_future(self._ask())
             if self._done is not None:
                 self._task.add_done_callback(self._done)
+            if not self._wanted:
+                self._task.cancel()
         return self._task
 
     def cancel(self) -> None:
         """Want it no more."""
+        self._wanted = False
         self._timer.cancel()
         if self._task is not None:
             self._task.cancel()

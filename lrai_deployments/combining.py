@@ -90,7 +90,10 @@ class Helped(Future[InferenceResponse]):
             raise
         if self.cancelled():
             raise asyncio.CancelledError
-        return super().result(0)
+        try:
+            return super().result(0)
+        finally:  # an error's traceback would keep the request until the collector comes
+            del self
 
     def cancel(self) -> bool:
         """See `Future.cancel`."""

@@ -184,7 +184,7 @@ def smoothings(
         spent = (time.perf_counter() - began) * 2 * len(_STRENGTHS)
         if len(pairs) >= _FEWEST and spent * (len(pairs) + 1) / len(pairs) > _SECONDS:
             break
-    why = _undefined(session, pairs[0])
+    why = _undefined(session, max(pairs, key=lambda pair: sum(map(_finite, pair[1]))))
     del session  # its weights
     errors = [
         sum(
@@ -203,10 +203,13 @@ def _undefined(session: Session, pair: Pair) -> str:
 
     Noughts are what makes it of what is none: a mask of nothing but minus infinity, a mean of none.
     """
-    row, _ = pair
+    row, right = pair
     for place, array in enumerate(row):
-        told = session.run([*row[:place], np.zeros_like(array), *row[place + 1 :]])
-        if not all(map(_finite, told)):
+        try:
+            told = session.run([*row[:place], np.zeros_like(array), *row[place + 1 :]])
+        except EngineError:
+            continue  # then int8 refuses them too
+        if any(_finite(own) and not _finite(one) for own, one in zip(right, told, strict=True)):
             return "float32 answers noughts with what is no number, which static scales would not"
     return ""
 

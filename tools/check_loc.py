@@ -35,7 +35,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "report": (2290, ["lrai_report"]),
     "import": (1990, ["lrai_import"]),
     "shared": (1225, ["lrai_shared"]),
-    "deployments": (1825, ["lrai_deployments"]),
+    "deployments": (1830, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
     "codecs": (815, ["lrai_codecs"]),
     "wheel": (120, ["lrai_wheel"]),

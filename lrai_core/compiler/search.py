@@ -30,6 +30,7 @@ _ALL_ROUNDS: Final = 3
 _SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its form otherwise
 _ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
 WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not worth its difference
+_WORTH_SOME: Final = 1.2  # that calls of one size get, which is more than noise
 _SMALL_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
@@ -94,14 +95,15 @@ class Candidate:
         """Return the form with the passes left out, for logs."""
         return self.form + "".join(f" without {name}" for name in self.passes_off)
 
-    def gain(self, others: Sequence[Candidate]) -> float:
-        """Return how many times as fast these get where it takes the calls that it is faster at.
-
-        The geometric mean over the profile, as of `speedup`: single points are noisy.
-        """
+    def gains(self, others: Sequence[Candidate]) -> list[float]:
+        """Return by point how many times as fast these get where it takes what it is faster at."""
         points = zip(self.latency, *(other.latency for other in others), strict=True)
-        gains = [min(o.median_ms for o in theirs) / own.median_ms for own, *theirs in points]
-        return math.exp(statistics.fmean(math.log(max(1.0, g)) for g in gains)) if gains else 1.0
+        found = [min(o.median_ms for o in theirs) / own.median_ms for own, *theirs in points]
+        return [max(1.0, gain) for gain in found] or [1.0]
+
+    def gain(self, others: Sequence[Candidate]) -> float:
+        """Return the geometric mean of that, as of `speedup`: single points are noisy."""
+        return statistics.geometric_mean(self.gains(others))
 
     def gap(self, share: float) -> float:
         """Return what this share of the search rows do not exceed."""
@@ -299,14 +301,15 @@ def _promising(forms: Sequence[str], paces: Array) -> list[int]:
 def beside(first: Candidate, others: Iterable[Candidate], threads: int) -> list[Candidate]:
     """Return which others serve beside the first, each the calls that it is fastest at.
 
-    fp32 is one of them where its weights are few. With several threads there are none: those of one
+    What is worth it is a gain of 4 % in the mean, or of a fifth for calls of some size. fp32 is one
+    of them where its weights are few. With several threads there are none: those of one
     session wait for its next call for 45 ms, and made the other's take 2.4 times as long where
     sizes alternate.
     """
     serving = [first]
     for one in others if threads == 1 else ():
         small = one.form != "fp32" or one.size_bytes <= _SMALL_BYTES
-        if small and one.gain(serving) >= WORTH:
+        if small and (one.gain(serving) >= WORTH or max(one.gains(serving)) >= _WORTH_SOME):
             serving.append(one)
     return serving[1:]
 

@@ -270,8 +270,7 @@ class Runtime:
 
     async def infer_async(self, request: InferenceRequest) -> InferenceResponse:
         """Return the answer without blocking the event loop; cancelling it cancels the request."""
-        future = self._backend.start(request)
-        return await (future if isinstance(future, Awaitable) else asyncio.wrap_future(future))
+        return await _awaitable(self._backend.start(request))
 
     def submit(self, request: InferenceRequest) -> str:
         """Accept a request and return the id under which `result` gives its answer, once."""
@@ -335,6 +334,11 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
+
+
+def _awaitable(future: Future[InferenceResponse]) -> Awaitable[InferenceResponse]:
+    # Not in there: of a request that fails the error's traceback would keep it.
+    return future if isinstance(future, Awaitable) else asyncio.wrap_future(future)
 
 
 def _folder(artifact: str | Path | Artifact) -> str:

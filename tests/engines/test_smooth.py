@@ -325,6 +325,39 @@ def test_static_scales_are_not_for_what_answers_noughts_with_no_number() -> None
     assert off(made, logarithm(), x) < 0.03
 
 
+def test_noughts_that_float32_refuses_say_nothing() -> None:
+    """As where they are no index."""
+    nodes = [
+        helper.make_node("Sub", ["ids", "one"], ["i"]),
+        helper.make_node("Gather", ["table", "i"], ["row"]),
+        helper.make_node("MatMul", ["row", "w"], ["y"], "product"),
+    ]
+    random, kind = np.random.default_rng(0), onnx.TensorProto.INT64
+    weights = [
+        numpy_helper.from_array(np.array(100, np.int64), "one"),
+        numpy_helper.from_array(random.standard_normal((8, 16)).astype(np.float32), "table"),
+        numpy_helper.from_array(random.standard_normal((16, 4)).astype(np.float32), "w"),
+    ]
+    proto = model(nodes, [value("ids", ["batch"], kind)], [value("y", ["batch", 4])], weights)
+    rows: list[list[Array]] = [[np.full(1, 100 + i % 8)] for i in range(16)]
+    made, report = SmoothForms(Sample(rows, sample_of(uneven(1, 1), 4).outputs), 1).build(
+        proto, scheme=STATIC
+    )
+    assert [line.scheme for line in report] == ["static_int8"]
+    assert made.graph.node[-1].op_type == "MatMulIntegerToFloat"
+
+
+def test_outputs_that_are_no_numbers_anyway_say_nothing() -> None:
+    """As scores of classes that are masked."""
+    proto = two_layers()
+    proto.graph.node[-1].output[0] = "z"
+    mask = np.where(np.arange(16) < 4, -np.inf, 0).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(mask, "mask"))
+    proto.graph.node.append(helper.make_node("Add", ["z", "mask"], ["y"]))
+    _, report = SmoothForms(sample_of(uneven(16, 1)), 1).build(proto, scheme=STATIC)
+    assert {line.scheme for line in report} == {"static_int8"}
+
+
 def test_numbers_so_large_that_their_mean_is_none_are_no_reason_to_give_up() -> None:
     """A raster has them where it has nothing; the other activation is smoothed all the same."""
     x = uneven(32, 1)

@@ -113,6 +113,22 @@ def test_others_serve_beside_what_is_chosen_where_that_makes_calls_faster() -> N
     assert search.beside(near, [slow, far, fp32], 1) == [far]
 
 
+@pytest.mark.parametrize(("some", "serves"), [(0.8, True), (0.9, False)])
+def test_a_gain_for_calls_of_some_size_is_worth_it_beside_the_chosen(
+    some: float, *, serves: bool
+) -> None:
+    """In the mean over the profile it is below what is worth it."""
+    work = compilation([("near", 2, 0.01, 0), ("large", 2, 0.02, 0)])
+    for candidate, last in zip(work.candidates[1:], (1.0, some), strict=True):
+        candidate.latency = [
+            LatencyPoint(rows=rows, length=0, median_ms=last if rows == 8 else 1, spread_ms=0)
+            for rows in range(1, 9)
+        ]
+    _, near, large = work.candidates
+    assert large.gain([near]) < search.WORTH
+    assert search.beside(near, [large], 1) == [large] * serves
+
+
 def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
     work = compilation([("wild", 4, 0.08, 0.6), ("near", 2, 0.01, 0), ("nearer", 1.5, 0.001, 0)])
     work.judge(2)
