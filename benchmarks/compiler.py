@@ -69,6 +69,7 @@ _CLOSE_TOO: Final = f"lrai with openvino within {EPSILON}"
 _ASLEEP: Final = 0.06  # seconds
 MOST_DISPARITY: Final = 0.01  # the default of `lrai.compile`
 _SMALL_MB: Final = 30.0
+_QUICK_MINUTES: Final = 0.75
 _ALL_ROUNDS: Final = 5  # then who takes twice as long as the fastest drops out
 
 
@@ -126,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder.mkdir()
                 os.sched_setaffinity(0, cpus[:threads])
                 try:
-                    forms = _forms(model, folder, threads, extras=arguments.extras)
+                    forms = _forms(
+                        model, folder, threads, extras=arguments.extras, quick=arguments.quick
+                    )
                     _judge(model, forms)
                     _measure(model, forms, rounds, threads)
                 except lrai.LraiError as error:  # the other models are measured all the same
@@ -149,7 +152,7 @@ def _mb(file: Path) -> float:
     return file.stat().st_size / 1e6
 
 
-def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Form]:
+def _forms(model: Model, folder: Path, threads: int, *, extras: bool, quick: bool) -> list[Form]:
     """Return every form that can be made, the reference first and ours last.
 
     Each once: of several copies of one graph the luckiest would be the fastest.
@@ -175,9 +178,10 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Fo
     if extras:
         made += _openvino(model, threads)
     kinds: list[tuple[str, tuple[str, ...], float | None]] = [("lrai", (), None)]
-    kinds += [(_CLOSE, (), EPSILON)] * (model.delta > 0 and threads == 1)
+    close = model.delta > 0 and threads == 1 and not quick
+    kinds += [(_CLOSE, (), EPSILON)] * close
     kinds += [("lrai with openvino", ("openvino",), None)] * extras
-    if extras and model.delta > 0 and threads == 1:
+    if extras and close:
         kinds.append((_CLOSE_TOO, ("openvino",), EPSILON))
     for name, engines, epsilon in kinds:
         out, began = folder / f"{name.replace(' ', '-')}.lrai", time.perf_counter()
@@ -192,6 +196,7 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool) -> list[Fo
                 engines=engines,
                 epsilon=epsilon,
                 delta=model.delta or 0.01,
+                minutes=_QUICK_MINUTES if quick else None,
                 seed=SEED,  # and as many threads as are served, of the CPUs that there are
             )
         seconds = time.perf_counter() - began
