@@ -69,7 +69,7 @@ _CLOSE_TOO: Final = f"lrai with openvino within {EPSILON}"
 _ASLEEP: Final = 0.06  # seconds
 MOST_DISPARITY: Final = 0.01  # the default of `lrai.compile`
 _SMALL_MB: Final = 30.0
-_QUICK_MINUTES: Final = 0.75
+_QUICK_MINUTES: Final = 1.5
 _ALL_ROUNDS: Final = 5  # then who takes twice as long as the fastest drops out
 
 

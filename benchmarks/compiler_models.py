@@ -92,7 +92,7 @@ def _minilm(scratch: Path, data: Path | None, *, quick: bool) -> Model:
     tokenizer = models.Tokenizer()
     seen = models.sst2(data, "train")[0] if data else models.sentences(3_000, SEED + 5)
     other = models.sst2(data, "test")[0] if data else models.sentences(3_000, SEED + 9)
-    requests = models.requests(1_200, SEED + 5, seen)
+    requests = models.requests(600 if quick else 1_200, SEED + 5, seen)
     unseen = models.requests(300 if quick else 1_000, SEED + 9, other)
     distinct = {one["input_ids"].tobytes(): one for one in unseen}  # as the gate's rows are
     return Model(
