@@ -39,26 +39,6 @@ class NothingToQuantize(CompileError):
     """The model holds no MatMul or Gemm with a constant float32 matrix."""
 
 
-def dynamic_int8_per_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
-    """Return `model` with int8 weights, a scale per column, and one activation scale per row.
-
-    A row is what the last axis spans. Its scale, max |x| / 127, comes from that row alone, so its
-    product has the same bits alone and in any batch. A row whose largest magnitude is below 1e-20
-    counts as zero. On CPUs without VNNI or AMX weights have 7 bits, see `SATURATING`.
-
-    Args:
-        model: Weights inline, opset 13 or later. Not modified.
-
-    Raises:
-        NothingToQuantize: No operator qualifies.
-        CompileError: The opset is too old.
-
-    Source: row-wise scales as in Dettmers et al. 2022, section 2.1 (arXiv:2208.07339), without the
-    outlier path; ONNX QuantizeLinear, opset 13.
-    """
-    return rewrite(model, int8_per_row)
-
-
 def linears(model: onnx.ModelProto) -> Iterator[Linear]:
     """Yield every operator that qualifies, with its matrix."""
     known = constants(model)
@@ -268,9 +248,22 @@ def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> 
 
 
 def int8_per_row(graph: Graph, layer: Linear, factor: Float32 | None = None) -> str:
-    """Write a layer as `dynamic_int8_per_row` does; return the scheme's name.
+    """Write a layer with int8 weights, a scale per column, and one activation scale per row.
 
-    `factor`: float32 [K], by which the activation's columns are divided first.
+    A row is what the last axis spans. Its scale, max |x| / 127, comes from that row alone, so its
+    product has the same bits alone and in any batch. A row whose largest magnitude is below 1e-20
+    counts as zero. On CPUs without VNNI or AMX weights have 7 bits, see `SATURATING`.
+
+    Args:
+        graph: Where it is written.
+        layer: What is written.
+        factor: float32 [K], by which the activation's columns are divided first.
+
+    Returns:
+        The scheme's name.
+
+    Source: row-wise scales as in Dettmers et al. 2022, section 2.1 (arXiv:2208.07339), without the
+    outlier path; ONNX QuantizeLinear, opset 13.
     """
     x, y = _divided(graph, layer.activation, factor), layer.product
     weight, scale = _int8_weight(graph, layer, factor)

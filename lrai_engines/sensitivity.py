@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from lrai_core.compiler.search import Sample
 from lrai_core.engine.engine import Session, find_engine
 from lrai_core.executor import on_all_cpus
+from lrai_core.protocol import Array
 from lrai_core.verifier.spec import difference
 from lrai_engines.quantize import Emit, Graph, Linear, int8_per_row, linears, rewrite
 
@@ -77,6 +78,11 @@ def switched_on(
         for own, outputs in zip(squares, on_all_cpus(session.run, each, threads), strict=True):
             own.append(min(difference(right, outputs, sample.outputs), LARGEST) ** 2)
     return {name: statistics.fmean(own) for name, own in zip(names, squares, strict=True)}
+
+
+def finite(array: Array) -> bool:
+    """Return whether it holds numbers alone."""
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def opened(model: onnx.ModelProto, threads: int) -> Session:

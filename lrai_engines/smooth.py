@@ -41,7 +41,7 @@ from lrai_engines.quantize import (
     read,
     rewrite,
 )
-from lrai_engines.sensitivity import LARGEST, harms, opened
+from lrai_engines.sensitivity import LARGEST, finite, harms, opened
 
 ROW: Final = "row"
 STATIC: Final = "static"
@@ -172,7 +172,7 @@ def smoothings(
         peaks[layer.activation] = np.maximum(own, peaks.get(layer.activation, own))
     if not peaks:
         raise NothingToQuantize("no MatMul or Gemm has a constant float32 matrix")
-    rows = [row for row in sample.rows if all(map(_finite, row))][:_MOST]
+    rows = [row for row in sample.rows if all(map(finite, row))][:_MOST]
     if len(rows) < _FEWEST:
         raise CompileError(
             f"of {len(sample.rows)} rows {len(rows)} are finite, {_FEWEST} are needed"
@@ -184,7 +184,7 @@ def smoothings(
         spent = (time.perf_counter() - began) * 2 * len(_STRENGTHS)
         if len(pairs) >= _FEWEST and spent * (len(pairs) + 1) / len(pairs) > _SECONDS:
             break
-    why = _undefined(session, max(pairs, key=lambda pair: sum(map(_finite, pair[1]))))
+    why = _undefined(session, max(pairs, key=lambda pair: sum(map(finite, pair[1]))))
     del session  # its weights
     errors = [
         sum(
@@ -209,7 +209,7 @@ def _undefined(session: Session, pair: Pair) -> str:
             told = session.run([*row[:place], np.zeros_like(array), *row[place + 1 :]])
         except EngineError:
             continue  # then int8 refuses them too
-        if any(_finite(own) and not _finite(one) for own, one in zip(right, told, strict=True)):
+        if any(finite(own) and not finite(one) for own, one in zip(right, told, strict=True)):
             return "float32 answers noughts with what is no number, which static scales would not"
     return ""
 
@@ -242,10 +242,6 @@ def _ranges(
                 least, most = found.get(name, (low, high))
                 found[name] = np.minimum(least, low), np.maximum(most, high)
     return {name: one for name, one in found.items() if np.isfinite(one).all()}
-
-
-def _finite(array: Array) -> bool:
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _error(

@@ -36,6 +36,7 @@ from lrai_engines.quantize import (
     assemble,
     relative_error,
 )  # fmt: skip
+from lrai_engines.sensitivity import finite
 from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
 Pairs = frozenset[tuple[str, str]]  # of an input and an output
@@ -141,7 +142,7 @@ def static_int8(
     constants = {tensor.name for tensor in marked.graph.initializer}
     if any(node.op_type == "MatMul" and node.input[1] not in constants for node in weighted):
         raise NothingToQuantize("static scales are not for what multiplies activations")
-    rows = [row for row in sample.rows if all(map(_finite, row))][:_MOST]
+    rows = [row for row in sample.rows if all(map(finite, row))][:_MOST]
     if not rows:
         raise CompileError("no row to see activations of: none is there, or none is finite")
     with tempfile.TemporaryDirectory(prefix="lrai-static-") as folder:
@@ -309,10 +310,6 @@ class _Rows(CalibrationDataReader):  # type: ignore[misc] # without types
     def get_next(self) -> dict[str, Array] | None:
         """Return the next row, None where there is none."""
         return next(self._feeds, None)
-
-
-def _finite(array: Array) -> bool:
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _report(

@@ -23,14 +23,21 @@ from lrai_core.protocol import TensorSpec
 from lrai_engines.blocks import matmul_nbits
 from lrai_engines.fusion import optimise
 from lrai_engines.mixed import mixed_int4
-from lrai_engines.quantize import NothingToQuantize, dynamic_int8_per_row
+from lrai_engines.quantize import NothingToQuantize, int8_per_row, rewrite
 from lrai_engines.static import goes_undefined, undefined_stays
+from tests.core.compiler.onnx_files import sharing
 
 Array = npt.NDArray[Any]
 Scheme = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, list[Quantized]]]
 
 SATURATES = isa_class() in ("avx512", "avx2", "x86_64")  # so weights have 7 bits
-PER_ROW: dict[str, Scheme] = {"per_row": dynamic_int8_per_row}
+
+
+def by_row(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
+    return rewrite(model, int8_per_row)
+
+
+PER_ROW: dict[str, Scheme] = {"per_row": by_row}
 SCHEMES: dict[str, Scheme] = {
     **PER_ROW,
     "nbits_32": lambda model: matmul_nbits(model, block_size=32),
@@ -232,13 +239,7 @@ def test_products_of_two_activations_stay_in_float32(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", PER_ROW)
 def test_layers_that_share_an_activation_or_a_weight_share_its_integers(scheme: str) -> None:
     matrix = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["a"], "first"),
-        helper.make_node("MatMul", ["x", "v"], ["b"], "second"),
-        helper.make_node("Add", ["a", "b"], ["c"]),
-        helper.make_node("MatMul", ["c", "w"], ["y"], "third"),
-    ]
-    model, _ = SCHEMES[scheme](graph(nodes, {"w": matrix, "v": matrix}, (None, 8)))
+    model, _ = SCHEMES[scheme](graph(sharing(), {"w": matrix, "v": matrix}, (None, 8)))
     count = Counter(node.op_type for node in model.graph.node)
     assert count["QuantizeLinear"] == 2
     stored = [t for t in model.graph.initializer if t.data_type == TensorProto.INT8]
@@ -276,7 +277,7 @@ def test_a_weight_in_a_constant_node_is_quantised_and_the_node_dropped() -> None
         helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(matrix)),
         helper.make_node("MatMul", ["x", "w"], ["y"], "linear"),
     ]
-    model, report = dynamic_int8_per_row(graph(nodes, {}, (None, 8)))
+    model, report = by_row(graph(nodes, {}, (None, 8)))
     assert report[0].bits == 8
     assert "Constant" not in {node.op_type for node in model.graph.node}
 
@@ -301,7 +302,7 @@ def test_a_scaled_or_transposed_gemm_is_left_alone(attributes: dict[str, Any]) -
     node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], "gemm", **attributes)
     model = graph([node], {"w": matrix, "b": matrix[0]}, (4, 4))
     with pytest.raises(NothingToQuantize):
-        dynamic_int8_per_row(model)
+        by_row(model)
 
 
 @pytest.mark.parametrize(
@@ -309,26 +310,26 @@ def test_a_scaled_or_transposed_gemm_is_left_alone(attributes: dict[str, Any]) -
 )
 def test_weights_that_are_no_finite_float32_matrix_are_left_alone(matrix: Array) -> None:
     with pytest.raises(NothingToQuantize):
-        dynamic_int8_per_row(linear(matrix))
+        by_row(linear(matrix))
 
 
 def test_a_weight_that_a_caller_may_override_is_left_alone() -> None:
     model = linear(np.eye(4, dtype=np.float32))
     model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4]))
     with pytest.raises(NothingToQuantize):
-        dynamic_int8_per_row(model)
+        by_row(model)
 
 
 def test_a_weight_outside_the_model_is_left_alone() -> None:
     model = linear(np.eye(4, dtype=np.float32))
     onnx.external_data_helper.set_external_data(model.graph.initializer[0], "weights.bin")
     with pytest.raises(NothingToQuantize):
-        dynamic_int8_per_row(model)
+        by_row(model)
 
 
 def test_an_opset_without_the_operators_is_refused() -> None:
     with pytest.raises(CompileError, match="needs opset 13 or later, the model has 12"):
-        dynamic_int8_per_row(mlp("matmul", opset=12))
+        by_row(mlp("matmul", opset=12))
 
 
 def two_layers() -> onnx.ModelProto:
@@ -416,7 +417,7 @@ def test_a_large_table_of_embeddings_is_int8_with_a_scale_per_row(
 
 
 def test_an_index_beyond_the_table_is_still_refused() -> None:
-    quantised, _ = dynamic_int8_per_row(encoder(4096, 64))
+    quantised, _ = by_row(encoder(4096, 64))
     with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of data"):
         run(quantised, np.array([4096], np.float32))
 
@@ -425,7 +426,7 @@ def test_an_index_beyond_the_table_is_still_refused() -> None:
 def test_a_small_table_or_one_that_columns_are_read_of_is_left_alone(
     model: onnx.ModelProto,
 ) -> None:
-    quantised, report = dynamic_int8_per_row(model)
+    quantised, report = by_row(model)
     assert [(line.op_type, line.bits) for line in report] == [("MatMul", 8)]
     assert "table" in {tensor.name for tensor in quantised.graph.initializer}
 
@@ -434,7 +435,7 @@ def test_a_table_alone_is_no_reason_for_a_form() -> None:
     model = encoder(4096, 64)
     model.graph.node[-1].op_type = "Mod"
     with pytest.raises(NothingToQuantize, match="no MatMul or Gemm of 0"):
-        dynamic_int8_per_row(model)
+        by_row(model)
 
 
 @pytest.mark.parametrize("none", [np.nan, np.inf])
@@ -499,7 +500,7 @@ def test_what_is_no_number_makes_none_in_every_precision(
 def test_what_keeps_a_row_undefined_takes_less_than_what_int8_saves(columns: int) -> None:
     random = np.random.default_rng(0)
     proto = linear(random.standard_normal((100, columns)).astype(np.float32))
-    quantised, _ = dynamic_int8_per_row(proto)
+    quantised, _ = by_row(proto)
     spec = TensorSpec(name="y", datatype="FP32", shape=("batch", columns), batch_axis=0)
     defined = undefined_stays(quantised, (spec,))
     assert defined.ByteSize() - quantised.ByteSize() <= 300_000
@@ -521,7 +522,7 @@ def test_an_input_without_rows_makes_no_rows() -> None:
     y = TensorSpec(name="y", datatype="FP32", shape=("n", 8), batch_axis=0)
     x = TensorSpec(name="x", datatype="FP32", shape=("n", 16), batch_axis=0)
     t = TensorSpec(name="t", datatype="FP32", shape=(16,), batch_axis=None)
-    quantised, _ = dynamic_int8_per_row(proto)
+    quantised, _ = by_row(proto)
     session = ort.InferenceSession(undefined_stays(quantised, (y,), (x, t)).SerializeToString())
     feeds = {"x": random.standard_normal((3, 16)).astype(np.float32), "t": np.ones(16, np.float32)}
     assert session.run(None, feeds)[0].shape == (3, 8)
@@ -536,7 +537,7 @@ def test_an_output_that_no_operator_gives_stays_as_it_is() -> None:
     proto.graph.output.append(helper.make_tensor_value_info("priors", TensorProto.FLOAT, [3]))
     y = TensorSpec(name="y", datatype="FP32", shape=("n", 32), batch_axis=0)
     priors = TensorSpec(name="priors", datatype="FP32", shape=(3,))
-    quantised, _ = dynamic_int8_per_row(proto)
+    quantised, _ = by_row(proto)
     session = ort.InferenceSession(undefined_stays(quantised, (y, priors)).SerializeToString())
     found = session.run(["priors"], {"x": np.zeros((2, 64), np.float32)})[0]
     np.testing.assert_array_equal(found, np.ones(3))
@@ -564,7 +565,7 @@ def test_a_table_of_the_largest_numbers_there_are_is_left_alone() -> None:
     model = encoder(512, 512)
     (table,) = [tensor for tensor in model.graph.initializer if tensor.name == "table"]
     table.CopyFrom(numpy_helper.from_array(mask, "table"))
-    _, report = dynamic_int8_per_row(model)
+    _, report = by_row(model)
     (line,) = [line for line in report if line.op_type == "Gather"]
     assert line.bits == 32
     assert line.why == "the table is not finite, or nearly so"
@@ -640,7 +641,7 @@ def test_large_numbers_are_numbers_whatever_they_add_up_to(
         "high": np.array(1, np.float32),
     }
     proto = graph(nodes, weights, (None, *shape))
-    quantised, _ = dynamic_int8_per_row(proto)
+    quantised, _ = by_row(proto)
     spec = TensorSpec(name="y", datatype="FP32", shape=("batch", columns), batch_axis=0)
     defined = undefined_stays(quantised, (spec,))
     np.testing.assert_array_equal(run(defined, x), run(quantised, x))
@@ -670,7 +671,7 @@ def test_what_is_no_number_for_one_of_two_towers_leaves_the_other_alone() -> Non
     )
     pairs = goes_undefined(proto, Sample([[x[:1], x[:1]]], specs))
     assert pairs == {("user", "user:out"), ("item", "item:out")}
-    quantised, _ = dynamic_int8_per_row(proto)
+    quantised, _ = by_row(proto)
     guarded = undefined_stays(quantised, specs, (), pairs)
     session = ort.InferenceSession(guarded.SerializeToString(), providers=["CPUExecutionProvider"])
     none = x.copy()

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from lrai_core.compiler.search import Sample
 from lrai_core.protocol import Array, TensorSpec
 from lrai_core.verifier.spec import difference
-from lrai_engines.quantize import dynamic_int8_per_row
+from lrai_engines.quantize import int8_per_row, rewrite
 from lrai_engines.sensitivity import harms
 from tests.core.compiler.onnx_files import model, value
 
@@ -57,7 +57,7 @@ def test_the_harms_of_all_are_about_that_of_all_together() -> None:
     proto, rows = three_layers(), sample()
     sessions = [
         ort.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"])
-        for one in (proto, dynamic_int8_per_row(proto)[0])
+        for one in (proto, rewrite(proto, int8_per_row)[0])
     ]
     gaps = []
     for (x,) in rows.rows:

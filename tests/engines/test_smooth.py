@@ -19,17 +19,11 @@ from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines import smooth
 from lrai_engines.fusion import optimise
-from lrai_engines.quantize import (
-    NothingToQuantize,
-    Smoothing,
-    dynamic_int8_per_row,
-    int8_static,
-    rewrite,
-)
+from lrai_engines.quantize import NothingToQuantize, Smoothing, int8_per_row, int8_static, rewrite
 from lrai_engines.sensitivity import harms
 from lrai_engines.smooth import ROW, STATIC, SmoothForms, smoothings
 from lrai_engines.static import undefined_stays
-from tests.core.compiler.onnx_files import linear, model, value
+from tests.core.compiler.onnx_files import linear, model, sharing, value
 from tests.engines.test_sensitivity import sample as layered_sample
 from tests.engines.test_sensitivity import three_layers
 
@@ -87,7 +81,7 @@ def test_smoothing_undoes_what_uneven_columns_cost(scheme: str, opset: int) -> N
     proto, x = two_layers(opset=opset), uneven(64, 5)
     made, report = SmoothForms(sample_of(uneven(64, 1)), 1).build(proto, scheme=scheme)
     onnx.checker.check_model(made)
-    plain, _ = dynamic_int8_per_row(proto)
+    plain, _ = rewrite(proto, int8_per_row)
     assert off(optimise(made, level="all"), proto, x) < min(0.03, off(plain, proto, x) / 4)
     assert [(line.node, line.bits) for line in report] == [("first", 8), ("second", 8)]
     assert all(0 < line.error < 0.03 for line in report)
@@ -199,14 +193,8 @@ def test_a_vector_that_is_no_bias_is_added_as_it_was() -> None:
 
 def test_layers_that_share_an_activation_or_a_weight_share_its_integers() -> None:
     matrix = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["a"], "first"),
-        helper.make_node("MatMul", ["x", "v"], ["b"], "second"),
-        helper.make_node("Add", ["a", "b"], ["c"]),
-        helper.make_node("MatMul", ["c", "w"], ["y"], "third"),
-    ]
     weights = [numpy_helper.from_array(matrix, name) for name in "wv"]
-    proto = model(nodes, [value("x", ["batch", 8])], [value("y", ["batch", 8])], weights)
+    proto = model(sharing(), [value("x", ["batch", 8])], [value("y", ["batch", 8])], weights)
     x = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
     for scheme in (ROW, STATIC):
         made, _ = SmoothForms(sample_of(x, 8), 1).build(proto, scheme=scheme)
@@ -290,7 +278,7 @@ def test_rows_that_are_no_numbers_are_not_looked_at() -> None:
     with pytest.raises(CompileError, match="of 32 rows 0 are finite, 2 are needed"):
         forms.build(two_layers(), scheme=STATIC)
     made, _ = forms.build(two_layers(), scheme=ROW)
-    assert made == dynamic_int8_per_row(two_layers())[0], "which takes no sample"
+    assert made == rewrite(two_layers(), int8_per_row)[0], "which takes no sample"
 
 
 @pytest.mark.parametrize("row", [0, 1])

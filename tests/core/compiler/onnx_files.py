@@ -42,6 +42,16 @@ def linear(features: int = 8, classes: int = 4, *, opset: int = 17) -> onnx.Mode
     )
 
 
+def sharing() -> list[onnx.NodeProto]:
+    """Return (x w + x v) w: layers that share an activation, and two that share a weight."""
+    return [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "first"),
+        helper.make_node("MatMul", ["x", "v"], ["b"], "second"),
+        helper.make_node("Add", ["a", "b"], ["c"]),
+        helper.make_node("MatMul", ["c", "w"], ["y"], "third"),
+    ]
+
+
 def save(proto: onnx.ModelProto, path: Path) -> Path:
     path.write_bytes(proto.SerializeToString())
     return path
