@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -142,9 +141,10 @@ def compile(
         raise UsageError(f"{shorten(repr(out.name))}: a name of an artifact is printable UTF-8")
     builders = list(map(search.find_builder, dict.fromkeys(("onnxruntime", *engines))))
     report = progress or (lambda _: None)
-    # On the disk of the artifact, which is the one that is said to be full.
-    with store.writing(out) as folder, TemporaryDirectory("", ".lrai-", folder.parent) as scratch:
-        work = _Compilation(folder, Path(scratch), conditions, threads or available_cpus(), report)
+    with store.writing(out) as folder:
+        # On the disk of the artifact, which is the one that is said to be full, and gone with it.
+        (scratch := folder / ".scratch").mkdir()
+        work = _Compilation(folder, scratch, conditions, threads or available_cpus(), report)
         work.seconds, work.objective = 60 * (minutes or math.inf), objective
         work.load(model)
         work.find_axes(axes, evaluation, output_map)
@@ -388,6 +388,7 @@ class _Compilation:
         """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
+        shutil.rmtree(self.scratch)
         chosen = variants[0]
         asked, engine = self.conditions, self.engine
         self._record("decision", chosen=chosen.id, why=chosen.why)
@@ -447,7 +448,6 @@ class _Compilation:
         shutil.copytree(candidate.graph.parent, graph.parent)
         if candidate.shared:  # its own weights, too, are mapped by who loads them, and not copied
             self.shared.write(onnx.load(graph, load_external_data=False), graph)
-        first = self.kept[0][0] is candidate
         why = candidate.pace if candidate.form != "fp32" else "always kept"
         if found is not None:
             why += f"; {found.result.why}"
@@ -464,7 +464,7 @@ class _Compilation:
             speedup=candidate.speedup,
             gate=found.result if found else None,
             batch_effect=found.batch_effect if found else gate.EFFECT_FLOOR,
-            why=f"chosen: {why}" if first else why,
+            why=f"chosen: {why}" if self.kept[0][0] is candidate else why,
         )
 
     def _read(self, evaluation: Data | None, signature: Signature) -> None:
