@@ -23,9 +23,9 @@ from lrai_core.engine.engine import SHORT_CALL_MS, Engine, Session, find_engine
 from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
-ROUNDS: Final = 9  # at least,
+ROUNDS: Final = 5  # at least,
 MOST_ROUNDS = 63  # and as many as fit into
-_ROUNDS_SECONDS: Final = 6.0  # a machine is slower and faster for seconds at a time
+_ROUNDS_SECONDS: Final = 12.0  # a machine is slower and faster for seconds at a time
 _ALL_ROUNDS: Final = 3
 _SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its form otherwise
 _ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
@@ -35,9 +35,8 @@ _SMALL_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what
 _POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
-_LATE: Final = "not made: the minutes are up"
 OBJECTIVES: Final = ("latency", "memory")
-_LONG: Final = 0.3  # seconds of a call of several rows: longer ones are not worth the time
+_LONG: Final = 0.2  # seconds of a call of several rows: longer ones are not worth the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +211,7 @@ def build(
         candidates.append(Candidate(**made._asdict(), session=session, engine=builder.engine))
         tick(candidates[-1].name)
         if time.monotonic() > until:
-            reject(f"what follows {made.form}", _LATE)
+            reject(f"what follows {made.form}", "not made: the minutes are up")
             break
     return candidates
 
@@ -247,11 +246,11 @@ def profile(
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
-    Points of several rows that take over 0.3 s are left out: what they take is told by smaller
+    Points of several rows that take over 0.2 s are left out: what they take is told by smaller
     ones. After three rounds, what is a tenth slower than fp32, or 3 % than its form with other
     passes, is left out; and when the clock, `time.monotonic`, is past `until`, there are no more
     rounds. Short calls get more of them, as their forms differ by less than a machine does from one
-    second to the next. `tick` is told of the first nine.
+    second to the next. `tick` is told of the first five.
     With several threads a session's go on waiting for its next call, and would slow down the next
     session: each gets its rounds in one go, when those of the one before have gone to sleep.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
@@ -339,7 +338,8 @@ def _longest(rows: Sequence[list[Array]], signature: Signature, length: int) -> 
 
 
 def _repeats(session: Session, feed: list[Array]) -> int:
-    session.run(feed)
+    if _seconds(session, feed, 1) > 10 * _LEAST_SECONDS:  # the first takes longer, but not so much
+        return 1
     return max(1, int(_LEAST_SECONDS / max(_seconds(session, feed, 1), 1e-7)))
 
 

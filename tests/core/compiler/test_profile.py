@@ -66,14 +66,13 @@ def profiled(
 def test_a_form_that_is_lucky_in_half_of_the_rounds_is_not_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lucky = [0.5, 1, 0.5, 1, 0.5, 1, 0.5, 1, 0.5]
-    found = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS, int8=lucky)
+    found = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS, int8=[0.5, 1, 0.5, 1, 0.5])
     assert found["int8"].latency[0].median_ms == 500
     assert found["int8"].speedup == pytest.approx(1)
 
 
 def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    slower = [1.0, 1, 1, 2, 2, 2, 3, 3, 3]
+    slower = [1.0, 1, 2, 2, 3]
     found = profiled(monkeypatch, fp32=slower, int8=[one / 2 for one in slower])
     assert found["fp32"].speedup == pytest.approx(1)
     assert found["int8"].speedup == pytest.approx(2)
@@ -107,7 +106,7 @@ def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.Monkey
     given = {name: [took] * rounds for name, took in times.items()}
     found = profiled(monkeypatch, 1, **given)
     left = {name: len(cast("Told", one.session).seconds) for name, one in found.items()}
-    assert left == {"fp32": 0, "fp32_b": 6, "int8": 0, "int8_b": 6, "int8_c": 0, "slow": 6}
+    assert left == {"fp32": 0, "fp32_b": 2, "int8": 0, "int8_b": 2, "int8_c": 0, "slow": 2}
     assert found["slow"].speedup == pytest.approx(1 / 1.11)
     assert found["int8_b"].latency[0].median_ms == pytest.approx(520)
 
@@ -115,22 +114,22 @@ def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.Monkey
 def test_when_the_time_is_up_three_rounds_have_been_made(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"fp32": [1.0] * search.ROUNDS, "int8": [0.5] * search.ROUNDS}
     found = profiled(monkeypatch, 1, 0.0, **given)
-    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {6}
+    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {2}
     assert found["int8"].speedup == pytest.approx(2)
 
 
 def test_short_calls_are_measured_in_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MOST_ROUNDS", 36)
-    found = profiled(monkeypatch, fp32=[1.0] * 36, int8=[0.5] * 9 + [0.4] * 27)
+    found = profiled(monkeypatch, fp32=[1.0] * 36, int8=[0.5] * 5 + [0.4] * 31)
     assert {len(cast("Told", one.session).seconds) for one in found.values()} == {0}
     assert found["int8"].latency[0].median_ms == pytest.approx(400)
 
 
-def test_long_calls_are_measured_in_nine_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_calls_are_measured_in_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MOST_ROUNDS", 36)
     monkeypatch.setattr(search, "_ROUNDS_SECONDS", 0.0)
     found = profiled(monkeypatch, fp32=[1.0] * 36, int8=[0.5] * 36)
-    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {27}
+    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {31}
 
 
 @pytest.mark.parametrize("threads", [1, 2])
