@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import onnx
@@ -15,6 +16,7 @@ from lrai_core.engine.engine import Engine
 from lrai_core.errors import CompileError
 from lrai_engines import fusion
 from lrai_engines.blocks import matmul_nbits
+from lrai_engines.kept import Kept
 from lrai_engines.mixed import mixed_int4
 from lrai_engines.smooth import ROW, STATIC, SmoothForms
 from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
@@ -70,7 +72,10 @@ class OnnxRuntimeForms:
 
     def build(self, material: Material, reject: Reject) -> Iterator[Built]:
         """Yield fp32, and with a sample the other forms, each under every pass set that differs."""
-        yield from _under_each_pass_set("fp32", material.model, [], material, reject)
+        kept, plain = Kept(material, self.engine), (material.model, list[Quantized]())
+        yield from kept.forms(
+            "fp32", partial(_under_each_pass_set, "fp32", plain, material), reject
+        )
         if (sample := material.sample) is None:
             return
         try:
@@ -84,15 +89,19 @@ class OnnxRuntimeForms:
         except CompileError as error:
             reject("int8", str(error))
             return
-        for form, transform in builds.items():
+
+        def make(form: str, home: Path, reject: Reject) -> Iterator[Built]:
             try:
-                graph, operators = transform(basic)
-            except (CompileError, OSError) as error:  # a temporary folder may be full
+                graph, operators = builds[form](basic)
+            except CompileError as error:
                 reject(form, str(error))
-                continue
+                return
             if undefined and not form.startswith("int8-static"):  # which looks for itself
                 graph = undefined_stays(graph, sample.outputs, sample.inputs, undefined)
-            yield from _under_each_pass_set(form, graph, operators, material, reject)
+            yield from _under_each_pass_set(form, (graph, operators), material, home, reject)
+
+        for form in builds:
+            yield from kept.forms(form, partial(make, form), reject)
 
 
 def standard(material: Material) -> onnx.ModelProto:
@@ -110,18 +119,14 @@ def standard(material: Material) -> onnx.ModelProto:
 
 
 def _under_each_pass_set(
-    form: str,
-    graph: onnx.ModelProto,
-    operators: list[Quantized],
-    material: Material,
-    reject: Reject,
+    form: str, made: Made, material: Material, home: Path, reject: Reject
 ) -> Iterator[Built]:
-    seen: list[Counter[str]] = []
+    (graph, operators), seen = made, list[Counter[str]]()
     bits = min((line.bits for line in operators), default=32)
     precision = f"int{bits}" if bits < 32 else "fp32"
     weights, threads = material.shared.folder, material.threads
     for name, passes_off in fusion.DISABLEABLE:
-        file = material.folder / f"{form}.{name}" / "model.onnx"
+        file = home / name / "model.onnx"
         file.parent.mkdir()
         try:
             optimised = fusion.optimise(

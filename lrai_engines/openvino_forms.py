@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -20,6 +21,7 @@ from google.protobuf.message import EncodeError
 from lrai_core.compiler.search import Built, Material, Reject
 from lrai_core.errors import CompileError
 from lrai_engines.forms import Build, standard
+from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import weights_int8
 from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
@@ -89,10 +91,9 @@ class OpenVinoForms:
             reject(f"{self.engine.name}-int8", str(error))
             undefined = frozenset()
             forms = {name: form for name, form in forms.items() if form.transform is None}
-        for name, form in forms.items():
-            if form.precision.upper() not in able:
-                reject(name, f"this CPU has no {form.precision}")
-                continue
+
+        def make(name: str, home: Path, reject: Reject) -> Iterator[Built]:
+            form, graph = forms[name], home / "model.xml"
             try:
                 proto, operators = form.transform(model) if form.transform else (model, [])
                 if undefined and form.transform and looks not in name:  # those look for themselves
@@ -100,16 +101,21 @@ class OpenVinoForms:
                 network = self.engine.core.read_model(proto.SerializeToString(), b"")
                 notes = Notes(FLOAT32 | form.settings, bounds, rows)
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
-                graph = material.folder / name / "model.xml"
-                graph.parent.mkdir()
                 ov.save_model(network, graph, compress_to_fp16=False)
-            except (CompileError, OSError) as error:  # a temporary folder may be full
+            except CompileError as error:
                 reject(name, str(error))
             except (*REFUSALS, EncodeError) as error:
                 reject(name, f"openvino cannot read the model: {reason(error)}")
             else:
-                size = sum(file.stat().st_size for file in graph.parent.iterdir())
+                size = sum(file.stat().st_size for file in home.iterdir())
                 yield Built(name, form.precision, graph, size, operators)
+
+        kept = Kept(material, self.engine)
+        for name, form in forms.items():
+            if form.precision.upper() in able:
+                yield from kept.forms(name, partial(make, name), reject)
+            else:
+                reject(name, f"this CPU has no {form.precision}")
 
 
 def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:

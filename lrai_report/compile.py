@@ -79,6 +79,14 @@ def compile(
     minutes: Annotated[
         float | None, typer.Option(help="About so long, then the best so far.")
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Keep the forms that are made in this folder, and take those that are there, "
+            "after an interrupt or for other conditions. What is measured is measured anew.",
+        ),
+    ] = None,
     fuse: Fuse = False,  # noqa: FBT002 - typer's way
     slim: Slim = False,  # noqa: FBT002 - likewise
 ) -> None:
@@ -110,6 +118,7 @@ def compile(
             threads=threads,
             keep_evaluation=keep_evaluation,
             minutes=minutes,
+            cache=cache,
         )
     if slim:
         _run("slim", str(output))

@@ -74,6 +74,7 @@ def compile(
     keep_evaluation: int | None = None,
     seed: int = 0,
     minutes: float | None = None,
+    cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile an ONNX model into an artifact: fp32, and the fastest forms that pass the gate.
@@ -113,6 +114,9 @@ def compile(
         minutes: About how long it may take, the best so far is kept then: a quarter of it serves to
             make forms, half of it is gone when they have been measured, in three rounds at least.
             What has not been judged when they are up is not kept. fp32 is always made and judged.
+        cache: Folder that keeps the forms that are made: another compilation of the same model with
+            the same rows, engines and threads, after this one or instead of it, finds them there.
+            What was measured is measured anew: figures of two times cannot be compared.
         progress: Told of every step.
 
     Raises:
@@ -121,8 +125,7 @@ def compile(
         EnvironmentProblem: The disk is full or read-only, or an engine is not installed.
     """
     model, out = Path(model), Path(out)
-    demanded = (metric, max_accuracy_loss, epsilon, delta, tuple(groups), max_disparity)
-    conditions = Conditions(*demanded)
+    conditions = Conditions(metric, max_accuracy_loss, epsilon, delta, tuple(groups), max_disparity)
     choices = {"output_map": (output_map, MEASURES), "objective": (objective, search.OBJECTIVES)}
     for name, (got, known) in choices.items():
         if got not in known:
@@ -143,7 +146,8 @@ def compile(
     report = progress or (lambda _: None)
     with store.writing(out) as folder:
         # On the disk of the artifact, which is the one that is said to be full, and gone with it.
-        (scratch := folder / ".scratch").mkdir()
+        scratch = Path(cache) if cache else folder / ".scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
         work = _Compilation(folder, scratch, conditions, threads or available_cpus(), report)
         work.seconds, work.objective = 60 * (minutes or math.inf), objective
         work.load(model)
@@ -388,9 +392,9 @@ class _Compilation:
         """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
-        shutil.rmtree(self.scratch)
+        shutil.rmtree(self.folder / ".scratch", ignore_errors=True)
         chosen = variants[0]
-        asked, engine = self.conditions, self.engine
+        asked, engine, isa, threads = self.conditions, self.engine, isa_class(), self.threads
         self._record("decision", chosen=chosen.id, why=chosen.why)
         first, *others = [candidate for candidate, _ in self.kept]
         beside = [] if self.objective == "memory" else search.beside(first, others, self.threads)
@@ -405,7 +409,6 @@ class _Compilation:
         if self.gate is not None:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
             self.gate = save_rows(self.folder / store.EVALUATION, self.gate, keep_evaluation)
-        isa, threads = isa_class(), self.threads
         target = Target(isa=isa, engine=engine.name, engine_version=engine.version, threads=threads)
         store.write_manifest(
             self.folder,
