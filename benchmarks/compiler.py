@@ -125,11 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 folder = Path(scratch, f"{model.name}-{threads}")
                 folder.mkdir()
+                os.sched_setaffinity(0, cpus[:threads])
                 try:
                     forms = _forms(
-                        model, folder, threads, extras=arguments.extras, quick=arguments.quick
+                        model, folder, threads, cpus, extras=arguments.extras, quick=arguments.quick
                     )
-                    os.sched_setaffinity(0, cpus[:threads])
                     _judge(model, forms)
                     _measure(model, forms, rounds, threads)
                 except lrai.LraiError as error:  # the other models are measured all the same
@@ -152,10 +152,13 @@ def _mb(file: Path) -> float:
     return file.stat().st_size / 1e6
 
 
-def _forms(model: Model, folder: Path, threads: int, *, extras: bool, quick: bool) -> list[Form]:
+def _forms(
+    model: Model, folder: Path, threads: int, cpus: Sequence[int], *, extras: bool, quick: bool
+) -> list[Form]:
     """Return every form that can be made, the reference first and ours last.
 
-    Each once: of several copies of one graph the luckiest would be the fastest.
+    Each once: of several copies of one graph the luckiest would be the fastest. Ours are compiled
+    on all CPUs.
     """
     made = [Form(REFERENCE, partial(_ort, model.source, threads), _mb(model.source), 0.0)]
     made[0].memory_mb = compiler_memory.loaded_mb(model.source, optimise=True)
@@ -183,6 +186,7 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool, quick: boo
         kinds.append((_CLOSE_TOO, ("openvino",), EPSILON) if extras else (_CLOSE, (), EPSILON))
     for name, engines, epsilon in kinds:
         out, began = folder / f"{name.replace(' ', '-')}.lrai", time.perf_counter()
+        os.sched_setaffinity(0, cpus)
         with console.status(f"{model.name}: lrai compiles"):
             artifact = lrai.compile(
                 model.source,
@@ -199,6 +203,7 @@ def _forms(model: Model, folder: Path, threads: int, *, extras: bool, quick: boo
                 threads=1 if threads == 1 else 0,
                 seed=SEED,
             )
+        os.sched_setaffinity(0, cpus[:threads])
         seconds = time.perf_counter() - began
         serving, each = artifact.manifest.serving(), list[float]()
         if name == "lrai":  # before this process maps the same file, and shares it

@@ -18,6 +18,7 @@ from lrai_engines import fusion
 from lrai_engines.blocks import matmul_nbits
 from lrai_engines.kept import Kept
 from lrai_engines.mixed import mixed_int4
+from lrai_engines.quantize import NothingToQuantize
 from lrai_engines.smooth import ROW, STATIC, SmoothForms
 from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
 
@@ -93,7 +94,9 @@ class OnnxRuntimeForms:
         def make(form: str, home: Path, reject: Reject) -> Iterator[Built]:
             try:
                 graph, operators = builds[form](basic)
-            except CompileError as error:
+            except NothingToQuantize:
+                raise
+            except (CompileError, OSError) as error:  # a temporary folder may be full
                 reject(form, str(error))
                 return
             if undefined and not form.startswith("int8-static"):  # which looks for itself

@@ -1,7 +1,8 @@
 """The forms that a folder keeps, so that another compilation of the same model need not make them.
 
-Each lies in a folder of its own. What is told of it lies beside that, and is written last: what an
-interrupt left half made is made again.
+Each lies in a folder of its own name, which nothing changes or removes: who uses it may be another
+process. What is told of it is written last, so what an interrupt left half made is made again. What
+is kept is loaded here, as the model is: both have to come from somebody who is trusted.
 """
 
 from __future__ import annotations
@@ -9,24 +10,34 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from lrai_core.compiler.search import Built, Material, Reject
 from lrai_core.engine.engine import Engine, installed_version, isa_class
+from lrai_engines.quantize import NothingToQuantize
 
 Make = Callable[[Path, Reject], Iterable[Built]]
 
+_LIBRARIES = ("lrai", "onnx", "onnxruntime", "numpy")
 
-class _Form(msgspec.Struct):
-    """What became of a form: one file for each set of passes, and what was refused, and why."""
 
+class _Told(msgspec.Struct, forbid_unknown_fields=True):
+    """What became of a form.
+
+    Attributes:
+        folder: Its name.
+        size_bytes: Of all that lies there.
+        built: For each set of passes; paths are relative to the folder.
+        why: There is nothing to make.
+    """
+
+    folder: str
+    size_bytes: int
     built: list[Built]
-    refused: list[tuple[str, str]]
+    why: str = ""
 
 
 class Kept:
@@ -34,63 +45,78 @@ class Kept:
 
     def __init__(self, material: Material, engine: Engine) -> None:
         """Find the folder for what is made of this."""
-        self._folder = material.folder / _digest(material, engine)
+        self._home = material.folder / _digest(material, engine)
 
     def forms(self, name: str, make: Make, reject: Reject) -> Iterator[Built]:
-        """Yield what was made of a form before, or else what `make` makes in an empty folder."""
-        home = self._folder / name
+        """Yield what was made of a form before, or else what `make` makes in an empty folder.
+
+        What failed is tried another time, unless it has said that there is nothing to quantise.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        told = self._find(name) or self._made(name, make, reject)
+        if told.why:
+            reject(name, told.why)
+        for built in told.built:
+            yield built._replace(graph=self._home / told.folder / built.graph)
+
+    def _find(self, name: str) -> _Told | None:
+        """Return what is told of a form that is whole, and lies where it should."""
         try:
-            form = msgspec.json.decode(_told(home).read_bytes(), type=_Form, dec_hook=_path)
-        except (OSError, msgspec.DecodeError):
-            try:
-                form = self._made(home, make)
-            except OSError as error:  # the disk may be full
-                reject(name, str(error))
-                return
-        for refused in form.refused:
-            reject(*refused)
-        for built in form.built:
-            yield built._replace(graph=home / built.graph)
+            content = (self._home / f"{name}.json").read_bytes()
+            told = msgspec.json.decode(
+                content, type=_Told, dec_hook=lambda kind, value: kind(value)
+            )
+        except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
+            return None
+        inside = Path(told.folder).name == told.folder and all(
+            built.form == name and not built.graph.is_absolute() and ".." not in built.graph.parts
+            for built in told.built
+        )
+        whole = inside and _size(self._home / told.folder) == told.size_bytes
+        return told if whole else None
 
-    def _made(self, home: Path, make: Make) -> _Form:
-        form, draft = _Form([], []), home.with_name(f".{home.name}.{secrets.token_hex(4)}")
-        draft.mkdir(parents=True)
+    def _made(self, name: str, make: Make, reject: Reject) -> _Told:
+        folder, failed = self._home / f"{name}.{secrets.token_hex(4)}", list[str]()
+        folder.mkdir(parents=True)
+
+        def refuse(form: str, why: str) -> None:
+            failed.append(form)
+            reject(form, why)
+
+        told = _Told(folder.name, 0, [])
         try:
-            for built in make(draft, lambda *refused: form.refused.append(refused)):
-                form.built.append(built._replace(graph=built.graph.relative_to(draft)))
-            told = _told(draft)
-            told.write_bytes(msgspec.json.encode(form, enc_hook=os.fspath))
-            shutil.rmtree(home, ignore_errors=True)
-            draft.rename(home)
-            told.rename(_told(home))
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-            _told(draft).unlink(missing_ok=True)
-        return form
+            for built in make(folder, refuse):
+                told.built.append(built._replace(graph=built.graph.relative_to(folder)))
+        except NothingToQuantize as error:
+            told.why = str(error)
+        if not failed:
+            told.size_bytes = _size(folder)
+            draft = self._home / f"{folder.name}.draft"
+            draft.write_bytes(msgspec.json.encode(told, enc_hook=os.fspath))
+            draft.rename(self._home / f"{name}.json")
+        return told
 
 
-def _told(home: Path) -> Path:
-    return home.with_name(f"{home.name}.json")
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _digest(material: Material, engine: Engine) -> str:
-    """Return what tells apart what forms are made of."""
-    made_by = (installed_version("lrai"), installed_version("onnxruntime"))
-    told: tuple[Any, ...] = (*made_by, engine.name, engine.version, isa_class(), material.threads)
+    """Return what tells apart what forms are made of, and by what."""
+    sample, versions = material.sample, [installed_version(name) for name in _LIBRARIES]
+    sides = (sample.inputs, sample.outputs) if sample else ()
+    told = (versions, engine.name, engine.version, isa_class(), material.threads, sides)
     found = hashlib.sha256(repr(told).encode())
-    for file in sorted(material.shared.folder.iterdir()):
+    sources = Path(__file__).parent.glob("*.py")
+    for file in (*sorted(sources), *sorted(material.shared.folder.iterdir())):
         with file.open("rb") as content:
             found.update(hashlib.file_digest(content, "sha256").digest())
-    for row in material.sample.rows if material.sample else ():
+    for row in sample.rows if sample else ():
         for array in row:
             found.update(f"{array.dtype}{array.shape}".encode())
             found.update(
                 repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
             )
     return found.hexdigest()[:16]
-
-
-def _path(kind: type[Any], value: object) -> Any:
-    if kind is not Path or not isinstance(value, str):
-        raise NotImplementedError(f"{kind} is never kept")
-    return Path(value)

@@ -23,7 +23,7 @@ from lrai_core.errors import CompileError
 from lrai_engines.forms import Build, standard
 from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
-from lrai_engines.quantize import weights_int8
+from lrai_engines.quantize import NothingToQuantize, weights_int8
 from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
 
 _GROUPS: Final = (64, 128)  # columns with one scale
@@ -67,17 +67,13 @@ class OpenVinoForms:
             return
         try:
             model = standard(material)
+            bounds = _bounds(model)
         except CompileError as error:
             reject(self.engine.name, str(error))
             return
         able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         static = StaticForms(material.sample, material.threads)
         sides, looks = (material.sample.outputs, material.sample.inputs), "int8-static"
-        try:
-            bounds = _bounds(model)
-        except CompileError as error:
-            reject(self.engine.name, str(error))
-            return
         rows = {spec.batch_axis for spec in material.sample.inputs} == {0}
         forms = _FORMS | {
             "openvino-int8-static" + f"-{kept}" * bool(kept): _Form(
@@ -102,7 +98,9 @@ class OpenVinoForms:
                 notes = Notes(FLOAT32 | form.settings, bounds, rows)
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
                 ov.save_model(network, graph, compress_to_fp16=False)
-            except CompileError as error:
+            except NothingToQuantize:
+                raise
+            except (CompileError, OSError) as error:  # a temporary folder may be full
                 reject(name, str(error))
             except (*REFUSALS, EncodeError) as error:
                 reject(name, f"openvino cannot read the model: {reason(error)}")

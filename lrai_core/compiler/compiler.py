@@ -392,7 +392,7 @@ class _Compilation:
         """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
         self.progress(Step("write", name))
         variants = [self._variant(candidate, found) for candidate, found in self.kept]
-        shutil.rmtree(self.folder / ".scratch", ignore_errors=True)
+        shutil.rmtree(self.folder / ".scratch", ignore_errors=self.scratch.parent != self.folder)
         chosen = variants[0]
         asked, engine, isa, threads = self.conditions, self.engine, isa_class(), self.threads
         self._record("decision", chosen=chosen.id, why=chosen.why)

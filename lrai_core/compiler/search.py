@@ -338,7 +338,7 @@ def _longest(rows: Sequence[list[Array]], signature: Signature, length: int) -> 
 
 
 def _repeats(session: Session, feed: list[Array]) -> int:
-    if _seconds(session, feed, 1) > 10 * _LEAST_SECONDS:  # the first takes longer, but not so much
+    if _seconds(session, feed, 1) > 200 * _LEAST_SECONDS:  # the first takes longer, but not so much
         return 1
     return max(1, int(_LEAST_SECONDS / max(_seconds(session, feed, 1), 1e-7)))
 

@@ -2,139 +2,274 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import onnx
+import openvino as ov
 import pytest
 
 import lrai_core as lrai
+from lrai_core.compiler.model import SharedWeights, declared
+from lrai_core.compiler.search import Builder, Built, Material, Sample, find_builder
 from lrai_engines import fusion
 from tests.core.compiler.onnx_files import linear, save
 
-Compile = Callable[..., lrai.Artifact]
+Refused = list[tuple[str, str]]
+
+
+class Asked:
+    """A model and rows, of which forms are wanted in a folder that keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.proto, self.rows = folder, linear(64, 32), 20
+        self.changes: dict[str, Any] = {}
+        self.axis: int | None = 0
+        self.output_map = "raw"
+
+    def material(self) -> Material:
+        """Write the source anew, as each compilation does, and return what forms are made of."""
+        source = self.folder / "sources" / str(len(list(self.folder.rglob("source.onnx"))))
+        source.mkdir(parents=True)
+        proto, shared = onnx.ModelProto(), SharedWeights(source)
+        proto.CopyFrom(self.proto)
+        shared.write(proto, source / "source.onnx")
+        drawn = np.random.default_rng(1).standard_normal((self.rows, 1, 64)).astype(np.float32)
+        signature = declared(proto)
+        outputs, inputs = (
+            [msgspec.structs.replace(spec, batch_axis=self.axis, **more) for spec in side]
+            for side, more in (
+                (signature.outputs, {"output_map": self.output_map}),
+                (signature.inputs, {}),
+            )
+        )
+        sample = Sample([[row] for row in drawn], outputs, inputs)
+        made_of = Material(proto, shared, self.folder / "cache", sample, 1)
+        return dataclasses.replace(made_of, **self.changes)
+
+    def forms(self, builder: Builder) -> tuple[list[Built], Refused]:
+        refused: Refused = []
+        return list(builder.build(self.material(), lambda *why: refused.append(why))), refused
 
 
 @pytest.fixture
-def compiled(tmp_path: Path) -> Compile:
-    """Compile `linear()` on 400 rows into a folder of its own, with a cache beside it."""
-    model = save(linear(), tmp_path / "m.onnx")
-    rows = np.random.default_rng(1).standard_normal((400, 8)).astype(np.float32)
-    numbers = iter(range(100))
+def asked(tmp_path: Path) -> Asked:
+    return Asked(tmp_path)
 
-    def once(**arguments: Any) -> lrai.Artifact:
-        out = tmp_path / f"{next(numbers)}.lrai"
-        given: dict[str, Any] = {"threads": 1, "cache": tmp_path / "cache"} | arguments
-        return lrai.compile(model, out=out, evaluation={"x": rows}, **given)
 
-    return once
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def builder(request: pytest.FixtureRequest) -> Builder:
+    return find_builder(request.param)
 
 
 @pytest.fixture
-def optimised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list of the graphs that the optimizer is given from now on."""
-    seen, optimise = list[str](), fusion.optimise
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list of what is optimised, or saved by OpenVINO, from now on."""
+    seen, optimise, save_model = list[str](), fusion.optimise, ov.save_model
 
-    def counted(model: Any, **options: Any) -> Any:
+    def optimised(model: Any, **options: Any) -> Any:
         if options["level"] == "all":
-            seen.append(str(options.get("disabled", ())))
+            seen.append("optimised")
         return optimise(model, **options)
 
-    monkeypatch.setattr(fusion, "optimise", counted)
+    def saved(network: Any, file: Path, **options: Any) -> None:
+        seen.append(file.parent.name)
+        save_model(network, file, **options)
+
+    monkeypatch.setattr(fusion, "optimise", optimised)
+    monkeypatch.setattr(ov, "save_model", saved)
     return seen
 
 
-def files(folder: Path) -> set[Path]:
-    return {path for path in folder.rglob("*") if path.is_file()}
+def notes(asked: Asked) -> list[Path]:
+    return sorted((asked.folder / "cache").glob("*/*.json"))
 
 
-def test_what_was_made_is_not_made_again(
-    compiled: Compile, optimised: list[str], tmp_path: Path
+def test_what_was_made_is_found_again_and_why_there_is_nothing_to_make(
+    asked: Asked, builder: Builder, written: list[str]
 ) -> None:
-    first = compiled()
-    assert optimised
-    optimised.clear()
-    kept = files(tmp_path / "cache")
-    second = compiled(max_accuracy_loss=0.02)
-    assert not optimised
-    assert files(tmp_path / "cache") == kept
-    assert {v.id for v in second.manifest.variants} >= {"fp32"}
-    assert files(first.path / "source") != files(second.path / "source")
-    x = np.ones((1, 8), np.float32)
-    with lrai.Runtime.open(second, name="m") as runtime:
-        asked = lrai.InferenceRequest(model_name="m", inputs={"x": x})
-        answer = runtime.infer(asked).outputs
-    with lrai.Runtime.open(first, name="m") as runtime:
-        for name, array in runtime.infer(asked).outputs.items():
-            np.testing.assert_allclose(answer[name], array, rtol=0.1, atol=0.1)
+    first = asked.forms(builder)
+    assert first[0]
+    assert first[1]
+    made = len(written)
+    assert asked.forms(builder) == first
+    assert len(written) == made > 0
 
 
-def test_an_artifact_holds_nothing_of_the_cache(compiled: Compile) -> None:
-    with_cache, without = compiled(keep=1), compiled(keep=1, cache=None)
-    names = [
-        {path.relative_to(a.path).parts for path in files(a.path)} for a in (with_cache, without)
-    ]
-    assert len(names[0] ^ names[1]) == 2  # the certificates, which have their own names
+def test_what_is_found_runs_with_the_weights_of_another_compilation(
+    asked: Asked, builder: Builder
+) -> None:
+    asked.forms(builder)
+    material, told = asked.material(), dict[str, Any]()
+    assert material.sample is not None
+    row = material.sample.rows[0][0]
+    for built in builder.build(material, lambda *_: None):
+        weights = material.shared.folder if built.shared else None
+        session = builder.engine.load(built.graph, weights=weights, threads=1)
+        told[built.form] = session.run([row])[0]
+    exact = row @ onnx.numpy_helper.to_array(linear(64, 32).graph.initializer[0])
+    for answer in told.values():
+        np.testing.assert_allclose(answer, exact, atol=0.5)
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"threads": 2}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"proto": linear(64, 31)},
+        {"rows": 21},
+        {"axis": None},
+        {"output_map": "softmax"},
+        {"changes": {"threads": 2}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
 def test_what_was_made_of_something_else_is_not_taken(
-    compiled: Compile, optimised: list[str], other: dict[str, Any]
+    asked: Asked, builder: Builder, written: list[str], other: dict[str, Any]
 ) -> None:
-    compiled()
-    optimised.clear()
-    compiled(**other)
-    assert optimised
+    asked.forms(builder)
+    before = set(notes(asked))
+    written.clear()
+    for name, value in other.items():
+        setattr(asked, name, value)
+    asked.forms(builder)
+    assert written
+    assert before.isdisjoint(set(notes(asked)) - before)
 
 
 def test_what_an_interrupt_left_half_made_is_made_again(
-    compiled: Compile, optimised: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    asked: Asked, written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, counted = 0, fusion.optimise
+    builder, counted = find_builder("onnxruntime"), fusion.optimise
 
     def interrupted(model: Any, **options: Any) -> Any:
-        nonlocal count
-        count += options["level"] == "all"
-        if count > 3:
+        if len(written) > 3:
             raise KeyboardInterrupt
         return counted(model, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(fusion, "optimise", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compiled()
-    assert not list(tmp_path.glob("*.lrai"))
-    kept, begun = files(tmp_path / "cache"), len(optimised)
+            asked.forms(builder)
+    begun, kept = len(written), notes(asked)
     assert kept
-    assert not [path for path in kept if any(part.startswith(".") for part in path.parts)]
-    compiled()
-    again = len(optimised) - begun
-    assert files(tmp_path / "cache") > kept
-    optimised.clear()
-    compiled(cache=tmp_path / "other")
-    assert 0 < again < len(optimised)
+    found = asked.forms(builder)
+    again = len(written) - begun
+    asked.folder /= "elsewhere"
+    written.clear()
+    whole = asked.forms(builder)
+    assert [built.form for built in found[0]] == [built.form for built in whole[0]]
+    assert 0 < again < len(written)
 
 
-def test_a_damaged_note_means_that_the_form_is_made_again(
-    compiled: Compile, optimised: list[str], tmp_path: Path
+def empty(note: Path) -> None:
+    note.write_bytes(b"")
+
+
+def of_another_kind(note: Path) -> None:
+    note.write_bytes(note.read_bytes().replace(b'"built":[', b'"built":[3,'))
+
+
+def no_utf8(note: Path) -> None:
+    note.write_bytes(note.read_bytes().replace(b'"built":[["', b'"built":[["\xff'))
+
+
+def a_path_that_is_a_number(note: Path) -> None:
+    of = msgspec.json.decode(note.read_bytes())
+    of["built"] = [[*one[:2], 3, *one[3:]] for one in of["built"]]
+    note.write_bytes(msgspec.json.encode(of))
+
+
+def a_path_above(note: Path) -> None:
+    note.write_bytes(note.read_bytes().replace(b"model.", b"../../../model."))
+
+
+def a_folder_above(note: Path) -> None:
+    note.write_bytes(note.read_bytes().replace(b'"folder":"', b'"folder":"../'))
+
+
+def of_another_form(note: Path) -> None:
+    of = msgspec.json.decode(note.read_bytes())
+    of["built"] = [["../../x", *one[1:]] for one in of["built"]]
+    note.write_bytes(msgspec.json.encode(of))
+
+
+def without_its_files(note: Path) -> None:
+    folder = note.parent / msgspec.json.decode(note.read_bytes())["folder"]
+    next(folder.rglob("model.*")).unlink()
+
+
+def cut_off(note: Path) -> None:
+    folder = note.parent / msgspec.json.decode(note.read_bytes())["folder"]
+    file = next(folder.rglob("model.*"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        empty,
+        of_another_kind,
+        no_utf8,
+        a_path_that_is_a_number,
+        a_path_above,
+        a_folder_above,
+        of_another_form,
+        without_its_files,
+        cut_off,
+    ],
+)
+def test_what_is_damaged_is_made_again(
+    asked: Asked, builder: Builder, written: list[str], damage: Callable[[Path], None]
 ) -> None:
-    compiled()
-    optimised.clear()
-    for number, note in enumerate(sorted((tmp_path / "cache").glob("*/*.json"))):
-        note.write_bytes([b"", b"{", b'{"built": 3, "refused": []}', b"\xff"][number % 4])
-    compiled()
-    assert optimised
+    first = asked.forms(builder)
+    for note in notes(asked):
+        if b'"built":[]' not in note.read_bytes():
+            damage(note)
+    made = len(written)
+    second = asked.forms(builder)
+    assert len(written) == 2 * made
+    assert [built.form for built in second[0]] == [built.form for built in first[0]]
+    assert all(built.graph.is_file() for built in second[0])
 
 
-def test_why_a_form_was_refused_is_told_again(compiled: Compile) -> None:
-    def refused(artifact: lrai.Artifact) -> set[str]:
-        text = (artifact.path / "quantization.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines()]
-        every = [one for one in lines if one["event"] == "candidate" and not one["kept"]]
-        return {one["form"] for one in every if " x fp32" not in one["why"]}
+def test_what_failed_is_tried_another_time(
+    asked: Asked, builder: Builder, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **options: Any) -> Any:
+        if options.get("level") != "basic":
+            raise RuntimeError if "compress_to_fp16" in options else lrai.CompileError("no memory")
+        return optimise(*_, **options)
 
-    first = refused(compiled())
-    assert first
-    assert refused(compiled()) == first
+    optimise = fusion.optimise
+    with monkeypatch.context() as patched:
+        patched.setattr(fusion, "optimise", failing)
+        patched.setattr(ov, "save_model", failing)
+        built, refused = asked.forms(builder)
+    assert not built
+    assert refused
+    assert asked.forms(builder)[0]
+
+
+def test_a_compilation_finds_what_another_has_made(tmp_path: Path, written: list[str]) -> None:
+    model = save(linear(64, 32), tmp_path / "m.onnx")
+    rows = {"x": np.random.default_rng(1).standard_normal((400, 64)).astype(np.float32)}
+
+    def compiled(name: str, cache: Path | None) -> lrai.Artifact:
+        return lrai.compile(model, out=tmp_path / name, evaluation=rows, cache=cache, threads=1)
+
+    compiled("first.lrai", tmp_path / "cache")
+    made = len(written)
+    second = compiled("second.lrai", tmp_path / "cache")
+    assert len(written) == made
+    assert {path.name for path in second.path.iterdir()} == {
+        path.name for path in compiled("third.lrai", None).path.iterdir()
+    }
+    x = np.ones((1, 64), np.float32)
+    with lrai.Runtime.open(second, name="m") as runtime:
+        asked = lrai.InferenceRequest(model_name="m", inputs={"x": x})
+        exact = x @ onnx.numpy_helper.to_array(linear(64, 32).graph.initializer[0])
+        np.testing.assert_allclose(runtime.infer(asked).outputs["y"], exact, atol=0.5)
