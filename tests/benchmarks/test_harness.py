@@ -101,8 +101,8 @@ def test_a_server_is_pinned_measured_and_ended_with_its_children(tmp_path: Path)
             status = Path(f"/proc/{pid}/status").read_text()
             assert f"Cpus_allowed_list:\t{cpu}\n" in status
         assert server.memory_bytes() > 1 << 20
-        assert server.stop(grace_seconds=0.5) == pids[1:]  # the child had not been told
-    assert not Path(f"/proc/{pids[1]}").exists() or state(pids[1]) == "Z"
+        assert server.stop(grace_seconds=3) == pids[1:]  # the child had not been told
+    assert state(pids[1]) == "Z"
 
 
 @pytest.mark.server
@@ -116,4 +116,8 @@ def test_a_server_that_ends_shows_its_log(tmp_path: Path) -> None:
 
 
 def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    """Return what a process does; one that is gone is as dead as one that was not reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

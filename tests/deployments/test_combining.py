@@ -12,6 +12,7 @@ import pytest
 
 from lrai_core import InferenceResponse
 from lrai_deployments.combining import Combiner, Helped
+from tests.integration.test_runtime_faults import wait_until
 
 ANSWER = InferenceResponse(model_name="m", model_version="1", id="", outputs={}, parameters={})
 
@@ -25,6 +26,8 @@ class Calls:
         self.threads: list[int] = []
         self.sizes: list[int] = []
         self.inside = threading.Lock()
+        self.may_end = threading.Event()  # calls do
+        self.may_end.set()
 
     def ask(self) -> Helped:
         with self.combiner.door:
@@ -39,6 +42,7 @@ class Calls:
         self.threads.append(threading.get_ident())
         self.sizes.append(len(taken))
         time.sleep(self.seconds)
+        assert self.may_end.wait(30)
         self.inside.release()
         for future in taken:
             if future.set_running_or_notify_cancel():
@@ -266,27 +270,28 @@ def test_who_leads_does_so_no_longer_than_he_waits() -> None:
     calls = Calls(most=1, seconds=0.05)
     others = [calls.ask() for _ in range(40)]
     mine = calls.ask()
-    begun = time.monotonic()
     with pytest.raises(TimeoutError):
         mine.result(0.1)
-    assert time.monotonic() - begun < 1.5  # two seconds, were he to wait for his own
+    assert calls.threads.count(threading.get_ident()) <= 3  # 41, were he to wait for his own
     for one in others:
         one.add_done_callback(lambda _: None)
     assert mine.result(30) is ANSWER
 
 
 def test_an_heir_that_is_cancelled_hands_on() -> None:
-    calls = Calls(most=1, seconds=0.5)
+    calls = Calls(most=1)
+    calls.may_end.clear()
     with ThreadPoolExecutor(3) as pool:
         leader = pool.submit(calls.ask().result)
-        time.sleep(0.01)
+        wait_until(lambda: bool(calls.threads))
         heir = calls.ask()
         waits = pool.submit(heir.result)
-        time.sleep(0.01)
+        wait_until(lambda: heir.waiters == 1)
         with calls.combiner.door:  # the leader cannot appoint anybody yet
             last = Helped(calls.combiner, 99)
         heir.cancel()
         calls.combiner.waiting[99] = last
+        calls.may_end.set()
         assert pool.submit(last.result).result(10) is ANSWER
         assert leader.result(10) is ANSWER
         with pytest.raises(CancelledError):
@@ -311,18 +316,17 @@ def test_a_thread_that_fails_is_followed_by_another(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_nobody_waits_for_any_more_is_run_all_the_same() -> None:
-    calls = Calls(most=1, seconds=0.5)
+    calls = Calls(most=1)
+    calls.may_end.clear()
     with ThreadPoolExecutor(1) as pool:
         leader = pool.submit(calls.ask().result)
-        time.sleep(0.01)
+        wait_until(lambda: bool(calls.threads))
         left = calls.ask()
         with pytest.raises(TimeoutError):
             left.result(0.001)
+        calls.may_end.set()
         assert leader.result(10) is ANSWER
-    deadline = time.monotonic() + 10
-    while not left.done():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(left.done)
 
 
 async def answer_of(future: Helped) -> InferenceResponse:

@@ -159,6 +159,7 @@ def test_a_limit_on_files_means_inline() -> None:
 
 
 def test_it_is_there_until_its_last_reader_is_gone(arena: Arena) -> None:
+    gc.collect()
     own, readers, before = segment_of(arena), Arenas(), descriptors()
     found = arena.put(bytes([7]) * LARGE)
     assert found is not None
@@ -218,7 +219,9 @@ def test_numbers_that_are_no_arena_are_refused(arena: Arena, tmp_path: Path) -> 
     assert descriptors() == before
 
 
-def test_the_next_bearer_of_a_number_is_not_taken_for_the_last(arena: Arena) -> None:
+def test_the_next_bearer_of_a_number_is_not_taken_for_the_last() -> None:
+    gc.collect()  # no lower number becomes free
+    arena = Arena(SIZE)
     old = segment_of(arena)
     arena.close()
     successor = Arena(SIZE)

@@ -32,7 +32,9 @@ class Triton:
     def http(self) -> Any:
         """This thread's client: it has to stay in the thread that made it."""
         if not hasattr(self._clients, "http"):
-            self._clients.http = triton_http.InferenceServerClient(self.server.http)
+            # Loading a model may mean compiling it.
+            made = triton_http.InferenceServerClient(self.server.http, network_timeout=600.0)
+            self._clients.http = made
         return self._clients.http
 
     def put(self, name: str, version: int, model: Path | None) -> None:

@@ -115,7 +115,13 @@ def test_a_killed_stub_of_ours_is_back_and_a_plain_one_stays_dead(
             assert triton.http.is_model_ready("beside")  # or so it says
             assert "beside" not in triton.server.stub_pids()
     assert not watch.said("beside")
-    assert watch.said("ours: its stub is gone; reloading it")
+    assert was_reloaded(watch, "ours")
+
+
+def was_reloaded(watch: Watch, model: str) -> bool:
+    """Whether a killed stub was seen to be gone, or a probe found it first."""
+    why = "its stub is gone", "its stub is not healthy"
+    return any(watch.said(f"{model}: {one}; reloading it") for one in why)
 
 
 def test_a_killed_stub_is_found_under_load(triton: Triton, tmp_path: Path) -> None:
@@ -127,15 +133,14 @@ def test_a_killed_stub_is_found_under_load(triton: Triton, tmp_path: Path) -> No
                 time.sleep(0.05)  # a client that spins on refusals would starve the reload
 
     with triton.serving("loaded", {1: identity(tmp_path / "m.onnx")}, config("lrai")):
-        callers = [threading.Thread(target=call) for _ in range(16)]
-        with watching(triton, "loaded"):
-            for caller in callers:
-                caller.start()
-            kill(*triton.server.stub_pids()["loaded"])
-            seconds = seconds_until_answer(triton, "loaded")
-            ended.set()
-            for caller in callers:
-                caller.join()
+        with watching(triton, "loaded"), ThreadPoolExecutor(16) as callers:
+            try:
+                for _ in range(16):
+                    callers.submit(call)
+                kill(*triton.server.stub_pids()["loaded"])
+                seconds = seconds_until_answer(triton, "loaded")
+            finally:
+                ended.set()
         assert seconds <= BACK_SECONDS
 
 
@@ -184,7 +189,7 @@ def test_a_probe_is_for_the_stub_and_not_for_the_model(triton: Triton, tmp_path:
             assert triton.stats()["request_accepted"] == before
             kill(*triton.server.stub_pids()["asked"])
             wait_until(lambda: answers(triton.server.http, "asked"), 30)
-        assert watch.said("asked: its stub is gone; reloading it")
+        assert was_reloaded(watch, "asked")
 
 
 def test_one_of_two_stubs_that_dies_is_found(triton: Triton, tmp_path: Path) -> None:
@@ -200,9 +205,8 @@ def test_one_of_two_stubs_that_dies_is_found(triton: Triton, tmp_path: Path) -> 
         def found() -> bool:  # the one that lives answers, the other one's fail
             # One request at a time may never come to that one.
             list(callers.map(lambda _: answers(triton.server.http, "two"), range(8)))
-            # A probe of the watch may come to it first, and say the same in other words.
-            gone = "one of its stubs is gone", "its stub is not healthy"
-            return any(watch.said(f"two: {why}; reloading it") for why in gone)
+            some = watch.said("two: one of its stubs is gone; reloading it")
+            return some or was_reloaded(watch, "two")
 
         wait_until(found, 60)
         wait_until(lambda: watch.said("two: reloaded"), 30)
@@ -213,17 +217,19 @@ def test_one_of_two_stubs_that_dies_is_found(triton: Triton, tmp_path: Path) -> 
 
 
 def test_a_model_that_answers_its_requests_is_not_probed(triton: Triton, tmp_path: Path) -> None:
-    asked = 0
+    asked = late = 0
     with (
         triton.serving("busy", {1: plain(tmp_path)}, config("python")),
         watching(triton, "busy", interval=0.3),
     ):
-        ended = time.monotonic() + 4  # of more than ten looks
-        while time.monotonic() < ended:
+        last = time.monotonic()
+        ended = last + 4  # of more than ten looks
+        while last < ended:
             assert answers(triton.server.http, "busy")
-            asked += 1
-        assert asked
-        assert counted(triton, "busy", "success") <= asked + 2  # before it knew
+            asked, before, last = asked + 1, last, time.monotonic()
+            late += int((last - before) / 0.3)  # looks that may have seen no answer
+        assert asked > late
+        assert counted(triton, "busy", "success") <= asked + 2 + late  # before it knew
 
 
 def counted(triton: Triton, model: str, what: str) -> int:
@@ -237,8 +243,10 @@ def test_a_model_that_always_dies_is_given_up_and_no_longer_called_ready(
 ) -> None:
     with triton.serving("dies", {1: plain(tmp_path, "os._exit(1)")}, config("python")):
         with watching(triton, "dies", interval=0.1) as watch:
-            assert watch.wait(120) == 3
-        assert sum("reloading it" in line for line in watch.lines) == 5
+            assert watch.wait(300) == 3
+        assert (
+            sum("reloading it" in line for line in watch.lines) >= 5
+        )  # more where each takes long
         assert watch.said("after 5 reloads in a minute: unloaded, given up")
         assert watch.said("no model is left to watch; given up: dies")
         assert not triton.http.is_model_ready("dies")
@@ -314,8 +322,8 @@ def end(server: Server, pid: int, number: int) -> int:
     """Send a signal to a process of the server's; return the exit status of `serve`."""
     tree = server.processes()
     kill(pid, number)
-    status = server._process.wait(30)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in tree))
+    status = server._process.wait(90)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in tree), 60)
     return status
 
 
