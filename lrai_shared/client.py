@@ -284,12 +284,8 @@ class Attached:
         for source in (self._socket, self._lost, self._wake_read):
             poller.register(source, zmq.POLLIN)
         while not self._closed:
-            now = time.monotonic()
-            if now >= next_sign:
-                self._expire(now)
-                self._show_life()
-                next_sign = now + (_LIFE_SECONDS if self._session else _SEARCH_SECONDS)
-            ready = dict(poller.poll(round(max(0.0, next_sign - now) * 1e3)))
+            left = max(0.0, next_sign - time.monotonic())
+            ready = dict(poller.poll(round(left * 1e3)))
             if self._wake_read in ready:
                 os.read(self._wake_read, 1)  # first: who comes from here on writes again
                 self._awake = False
@@ -299,6 +295,10 @@ class Attached:
             if self._lost in ready:
                 self._lose(recv_monitor_message(self._lost)["event"])
                 next_sign = 0.0
+            if (now := time.monotonic()) >= next_sign:  # what has come in is no longer asked for
+                self._expire(now)
+                self._show_life()
+                next_sign = now + (_LIFE_SECONDS if self._session else _SEARCH_SECONDS)
             with contextlib.suppress(zmq.Again):  # as below
                 while self._session and self._send():
                     pass

@@ -57,6 +57,11 @@ actor.main(sys.argv[1:])
 """
 
 
+def patient(**values: Any) -> lrai.LraiConfig:
+    """Return a configuration in which an actor that is stopped for a while does not hang."""
+    return config(**{"actor.hang_seconds": 60} | values)
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
     """Return artifacts that multiply by their key."""
@@ -123,7 +128,7 @@ def test_requests_under_way_while_versions_change_are_all_answered(
 
 
 def test_what_the_old_version_has_accepted_is_answered_by_it(small: dict[float, Path]) -> None:
-    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+    with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
         actor = pid_of(runtime, "m")
         kill(actor, signal.SIGSTOP)
         ids = [runtime.submit(lrai.InferenceRequest(model_name="m", inputs=ONES)) for _ in range(9)]
@@ -366,7 +371,7 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
 ) -> None:
     heard, python = list[lrai.Event](), strange[0]
     three, count = version(small[3.0]), 40
-    runtime = lrai.Runtime(config(**{"actor.python": python}), observers=[heard.append])
+    runtime = lrai.Runtime(patient(**{"actor.python": python}), observers=[heard.append])
     with runtime:
         runtime.load(small[2.0], name="m")
         runtime.load(small[3.0], name="m", share=0)
@@ -417,6 +422,7 @@ def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
             except lrai.ActorError:
                 failed += 1
         assert 20 <= failed < 100  # of some 150, had nobody stopped it
+        wait_until(lambda: runtime.deployments()[0].frozen is not None)  # once that is written
         (deployment,) = runtime.deployments()
         assert deployment.shares == {version(small[2.0]): 1.0, version(small[3.0]): 0.0}
         assert deployment.frozen is not None
@@ -528,7 +534,7 @@ def test_what_was_used_longest_ago_makes_room(
 
     monkeypatch.setattr("lrai_deployments.running.memory_bytes", counted)
     budget = 250  # MiB, for two of them
-    with lrai.Runtime(config(**{"runtime.memory_mib": budget})) as runtime:
+    with lrai.Runtime(patient(**{"runtime.memory_mib": budget})) as runtime:
         for name, times in (("a", 2.0), ("b", 3.0)):
             runtime.load(small[times], name=name)
         ask(runtime, model_name="a")
@@ -556,7 +562,7 @@ def test_what_can_make_no_room_for_it_costs_nobody_its_place(
     small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
-    with lrai.Runtime(config(**{"runtime.memory_mib": 350})) as runtime:
+    with lrai.Runtime(patient(**{"runtime.memory_mib": 350})) as runtime:
         for name, times in (("idle", 2.0), ("kept", 3.0), ("busy", 4.0)):
             runtime.load(small[times], name=name)
         runtime.freeze("kept", "ann", "it is needed")
@@ -653,19 +659,20 @@ def test_traffic_is_sketched_always_and_captured_where_that_was_asked_for(
 def test_under_pressure_a_cheaper_version_takes_what_would_be_late(
     small: dict[float, Path],
 ) -> None:
-    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+    with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
         runtime.load(small[3.0], name="m", share=0.0)
         shares = {version(small[2.0]): 1.0}
         with pytest.raises(lrai.ModelNotFound):
             runtime.route("m", shares, relief="none")
         runtime.route("m", shares, relief=version(small[3.0]))
-        assert {ask(runtime, timeout_ms=500) for _ in range(9)} == {2.0}
+        assert {ask(runtime, timeout_ms=10_000) for _ in range(9)} == {2.0}
         (stopped,) = (m.actor_pid for m in runtime.models() if m.version == version(small[2.0]))
         assert stopped is not None
         kill(stopped, signal.SIGSTOP)
         asked = lrai.InferenceRequest(model_name="m", inputs=ONES)
-        waiting = [runtime.submit(asked) for _ in range(600)]  # of 1 ms each by the profile
-        relieved = runtime.infer(lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=500))
+        waiting = [runtime.submit(asked) for _ in range(3000)]  # of 1 ms each by the profile
+        hurried = lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=2500)
+        relieved = runtime.infer(hurried)
         assert float(relieved.outputs["y"][0, 0]) == 3.0
         assert relieved.model_version == version(small[3.0])
         kill(stopped, signal.SIGCONT)

@@ -190,7 +190,7 @@ def test_what_a_loop_and_threads_ask_of_a_runtime_shares_calls(artifact: lrai.Ar
         assert runtime.stats()["outstanding_rows"] == 0
         identity = runtime.submit(request)
         assert runtime.result(identity, 10).model_name == "tokens"
-        with held_up(runtime) as (began, go_on):
+        with held_up(runtime, 30) as (began, go_on):
             first = runtime.start(request)
             assert began.wait(10)
             waiting = [runtime.start(request) for _ in range(63)]

@@ -435,7 +435,7 @@ def test_a_client_behind_a_slow_line_is_given_more_time_and_a_killed_one_not_for
         assert outstanding(near) == 11
         queued.kill()
         queued.communicate()
-        wait_until(lambda: outstanding(near) == 1, 10)
+        wait_until(lambda: outstanding(near) == 1)
         kill(actor, signal.SIGCONT)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -86,7 +87,8 @@ def folder(
     folder = parent / f"lrai-{os.geteuid()}"
     yield folder
     for pid in processes(f"{parent}/"):
-        kill(pid)
+        with contextlib.suppress(ProcessLookupError):  # an actor ends with its daemon
+            kill(pid)
     wait_until(lambda: not processes(f"{parent}/"))
 
 
@@ -414,7 +416,7 @@ def test_a_deadline_and_a_cancellation_reach_the_queue_of_the_daemon(
         actor, identity = stop_at_work(runtime)
         # The daemon says so, not the client's patience, which has other words.
         with pytest.raises(lrai.DeadlineExceeded, match=r"in the queue|cannot be met|while it ran"):
-            runtime.infer(request(timeout_ms=200))
+            runtime.infer(request(timeout_ms=2000))
 
         async def cancel() -> None:
             waiting = asyncio.create_task(runtime.infer_async(request()))
@@ -434,7 +436,7 @@ def test_what_a_model_promises_holds_for_who_names_no_time(
 ) -> None:
     with lrai.Runtime(address="auto") as runtime:
         runtime.load(classifier_fp32, settings={"scheduler.latency_slo_ms": 1e-3})
-        with pytest.raises(lrai.DeadlineExceeded, match=r"0\.001 ms allowed"):
+        with pytest.raises(lrai.DeadlineExceeded, match=r"0\.001 ms allowed|in the queue"):
             runtime.infer(request(1.0))
         patient = request(1.0, timeout_ms=10_000)
         assert runtime.infer(patient).outputs["logits"].shape == (1, 10)
@@ -575,7 +577,7 @@ def test_a_large_request_is_copied_once_and_not_on_the_way_to_the_engine(
 
 
 def test_a_small_request_costs_one_message_on_each_hop_and_less_where_many_wait(
-    folder: Path, classifier_fp32: lrai.Artifact
+    folder: Path, classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         names = [
@@ -583,7 +585,11 @@ def test_a_small_request_costs_one_message_on_each_hop_and_less_where_many_wait(
         ]
         actor, identity = stop_at_work(runtime)
         before = runtime.stats()
+        backend: Any = runtime._backend
+        all_wait, send = threading.Event(), backend._send
+        monkeypatch.setattr(backend, "_send", lambda: all_wait.wait() and send())
         ids = [runtime.submit(request()) for _ in range(200)]
+        all_wait.set()
         wait_until(lambda: outstanding(runtime) == 201)
         kill(actor, signal.SIGCONT)
         for one in (identity, *ids):
@@ -605,12 +611,12 @@ def test_a_block_that_the_engine_may_read_is_kept_though_its_caller_is_gone(
         quiet(runtime)
         kill(actor, signal.SIGSTOP)
         with pytest.raises(lrai.DeadlineExceeded, match="while it ran"):
-            runtime.infer(request(rows=LARGE, timeout_ms=300))
+            runtime.infer(request(rows=LARGE, timeout_ms=3000))
         time.sleep(0.3)
         assert runtime.stats()["arena_blocks"] == 1
         with pytest.raises(lrai.DeadlineExceeded):  # which never began
             runtime.infer(request(rows=LARGE, timeout_ms=300))
-        wait_until(lambda: runtime.stats()["arena_blocks"] == 1, 2)
+        wait_until(lambda: runtime.stats()["arena_blocks"] == 1)
         kill(actor, signal.SIGCONT)
         quiet(runtime)
 
@@ -871,15 +877,17 @@ def test_a_record_that_cannot_be_read_keeps_no_daemon_from_starting(
 def test_questions_are_answered_while_a_model_is_loaded(
     folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = tmp_path / "slow"
-    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {sys.executable} "$@"\n')
+    slow, may_start = tmp_path / "slow", tmp_path / "start"
+    waits = f"while [ ! -e {may_start} ]; do sleep 0.05; done"
+    slow.write_text(f'#!/bin/sh\n{waits}\nexec {sys.executable} "$@"\n')
     slow.chmod(0o700)
     monkeypatch.setenv("LRAI_ACTOR_PYTHON", str(slow))
     with lrai.Runtime(address="auto") as runtime:
         thread = threading.Thread(target=runtime.load, args=(classifier_fp32,))
         thread.start()
-        wait_until(lambda: runtime.ready() == "stalled", 1.5)
+        wait_until(lambda: runtime.ready() == "stalled")
         assert thread.is_alive()
+        may_start.touch()
         thread.join()
         assert runtime.ready() == "idle"
 

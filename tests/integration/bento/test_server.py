@@ -320,7 +320,7 @@ def test_who_hangs_up_leaves_nothing_behind(served: Served, path: str) -> None:
     assert "Exception in ASGI application" not in served.server.log.read_text()
 
 
-def _wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+def _wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

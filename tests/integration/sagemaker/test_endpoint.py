@@ -378,8 +378,9 @@ def test_a_required_certificate_that_is_not_there_ends_the_container(
 def test_who_asks_before_the_model_is_loaded_is_told_to_come_again(
     models: Path, tmp_path: Path, sockets: Path
 ) -> None:
-    slow = tmp_path / "python"  # of the actor
-    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {sys.executable} "$@"\n')
+    slow, may_start = tmp_path / "python", tmp_path / "start"  # of the actor
+    waits = f"while [ ! -e {may_start} ]; do sleep 0.05; done"
+    slow.write_text(f'#!/bin/sh\n{waits}\nexec {sys.executable} "$@"\n')
     slow.chmod(0o700)
     variables = {"LRAI_ACTOR_PYTHON": str(slow)}
     with Container([str(models / "tokens.lrai")], tmp_path, sockets, **variables) as container:
@@ -389,6 +390,7 @@ def test_who_asks_before_the_model_is_loaded_is_told_to_come_again(
             with contextlib.suppress(OSError):
                 ping = container.get("/ping")
                 early.append(container.post({"inputs": TOKENS}))
+                may_start.touch()
                 assert ping.status == early[-1].status or early[-1].status == 200
                 time.sleep(0.05)
     *early, last = early
@@ -480,8 +482,8 @@ def test_sigterm_has_what_was_accepted_answered(
     minilm_fp32: lrai.Artifact, tmp_path: Path, sockets: Path
 ) -> None:
     random = np.random.default_rng(0)
-    ids = random.integers(1000, 29000, (24, 128)).tolist()
-    body = {"inputs": {"input_ids": ids, "attention_mask": np.ones((24, 128), int).tolist()}}
+    ids = random.integers(1000, 29000, (8, 128)).tolist()
+    body = {"inputs": {"input_ids": ids, "attention_mask": np.ones((8, 128), int).tolist()}}
     with Container([str(minilm_fp32.path), "--workers", "2"], tmp_path, sockets) as container:
         container.wait_until_ready()
         replies = list[int]()
@@ -495,7 +497,7 @@ def test_sigterm_has_what_was_accepted_answered(
             os.kill(actor, signal.SIGSTOP)
             for thread in threads:
                 thread.start()
-            wait_until(lambda: runtime.stats()["outstanding_rows"] == 4 * 24)
+            wait_until(lambda: runtime.stats()["outstanding_rows"] == 4 * 8)
             os.kill(actor, signal.SIGCONT)
         begun = time.monotonic()
         assert container.stop() == 0
