@@ -54,6 +54,7 @@ from lrai_core.scheduler.latency import latency_of  # noqa: E402
 from lrai_core.verifier.spec import agreement, difference  # noqa: E402
 
 Run = Callable[[Feed], list[Array]]
+Open = Callable[[int], Run]  # with so many threads
 
 AHEAD: Final = 1.05
 MOST_BEHIND: Final = 1.03  # of the latency of the fastest peer that passes
@@ -70,7 +71,8 @@ _ASLEEP: Final = 0.06  # seconds
 MOST_DISPARITY: Final = 0.01  # the default of `lrai.compile`
 _SMALL_MB: Final = 30.0
 _QUICK_MINUTES: Final = 1.5
-_ALL_ROUNDS: Final = 5  # then who takes twice as long as the fastest drops out
+_ALL_ROUNDS: Final = 4  # then who takes much longer than the fastest drops out
+_MUCH_LONGER: Final = 1.5
 
 
 @dataclass(slots=True)
@@ -119,18 +121,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     checks: list[Check] = []
     with tempfile.TemporaryDirectory(prefix="lrai-compiler-") as scratch:
-        for threads in (1,) if arguments.quick else (1, 2):
-            for model in made(Path(scratch), arguments.data, arguments.only, quick=arguments.quick):
-                if threads > 1 and model.heavy:
-                    continue
-                folder = Path(scratch, f"{model.name}-{threads}")
-                folder.mkdir()
+        for model in made(Path(scratch), arguments.data, arguments.only, quick=arguments.quick):
+            folder = Path(scratch, model.name)
+            folder.mkdir()
+            peers = _peers(model, folder, extras=arguments.extras)
+            known = dict[str, Form]()
+            for threads in (1,) if arguments.quick or model.heavy else (1, 2):
                 os.sched_setaffinity(0, cpus[:threads])
                 try:
-                    forms = _forms(
-                        model, folder, threads, cpus, extras=arguments.extras, quick=arguments.quick
-                    )
-                    _judge(model, forms)
+                    forms = [peer.form(threads, known) for peer in peers]
+                    forms += _ours(model, folder, threads, cpus, arguments)
+                    _judge(model, forms, known)
                     _measure(model, forms, rounds, threads)
                 except lrai.LraiError as error:  # the other models are measured all the same
                     words = f"{model.name}, {threads} thread(s): {error}"
@@ -138,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 finally:
                     os.sched_setaffinity(0, cpus)
+                known = {form.name: form for form in forms if not form.name.startswith("lrai")}
                 rows += _show(model, forms, threads)
                 checks += _checks(model, forms, threads)
     packages = ["lrai", "onnxruntime", "numpy", *(["openvino"] if arguments.extras else [])]
@@ -152,20 +154,39 @@ def _mb(file: Path) -> float:
     return file.stat().st_size / 1e6
 
 
-def _forms(
-    model: Model, folder: Path, threads: int, cpus: Sequence[int], *, extras: bool, quick: bool
-) -> list[Form]:
-    """Return every form that can be made, the reference first and ours last.
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A form of somebody else's, before it is opened."""
 
-    Each once: of several copies of one graph the luckiest would be the fastest. Ours are compiled
-    on all CPUs.
+    name: str
+    opens: Open
+    size_mb: float
+    build_seconds: float = 0.0
+    memory_mb: float = float("nan")
+
+    def form(self, threads: int, known: Mapping[str, Form]) -> Form:
+        """Return it as it is served with so many threads; what it says is known from another."""
+        form = Form(self.name, partial(self.opens, threads), self.size_mb, self.build_seconds)
+        form.memory_mb = self.memory_mb
+        if other := known.get(self.name):
+            form.agrees, form.loss, form.loss_bound = other.agrees, other.loss, other.loss_bound
+            form.widened, form.beyond = other.widened, other.beyond
+            form.beyond_bound = other.beyond_bound
+        return form
+
+
+def _peers(model: Model, folder: Path, *, extras: bool) -> list[Peer]:
+    """Return every peer that can be made, the reference first.
+
+    Each once: of several copies of one graph the luckiest would be the fastest.
     """
-    made = [Form(REFERENCE, partial(_ort, model.source, threads), _mb(model.source), 0.0)]
-    made[0].memory_mb = compiler_memory.loaded_mb(model.source, optimise=True)
+    memory_mb = compiler_memory.loaded_mb(model.source, optimise=True)
+    opens = partial(_ort, model.source, ())
+    made = [Peer(REFERENCE, opens, _mb(model.source), memory_mb=memory_mb)]
     settings = [((), ""), (TUNED, ", tuned")][: 1 + _is_tunable(model.source)]
     for passes, words in settings[1:]:
-        tuned = partial(_ort, model.source, threads, passes)
-        made.append(Form(f"{REFERENCE}{words}", tuned, _mb(model.source), 0.0))
+        tuned = partial(_ort, model.source, passes)
+        made.append(Peer(f"{REFERENCE}{words}", tuned, _mb(model.source)))
     for kind, build in (("dynamic int8", _dynamic), ("static int8", _static), ("blocks", _blocks)):
         file, began = folder / f"{kind.replace(' ', '-')}.onnx", time.perf_counter()
         with console.status(f"{model.name}: onnxruntime's quantiser, {kind}"):
@@ -174,18 +195,24 @@ def _forms(
         if _operators(file) == _operators(model.source):
             continue  # it has found nothing to do
         for passes, words in settings:
-            opens = partial(_ort, file, threads, passes)
-            made.append(Form(f"onnxruntime {kind}{words}", opens, _mb(file), seconds))
+            opens = partial(_ort, file, passes)
+            made.append(Peer(f"onnxruntime {kind}{words}", opens, _mb(file), seconds))
     if model.module is not None:
-        made.append(Form("torch eager", partial(_torch, model, threads), _mb(model.source), 0.0))
-    if extras:
-        made += _openvino(model, threads)
+        made.append(Peer("torch eager", partial(_torch, model), _mb(model.source)))
+    return [*made, *_openvino(model)] if extras else made
+
+
+def _ours(
+    model: Model, folder: Path, threads: int, cpus: Sequence[int], arguments: argparse.Namespace
+) -> list[Form]:
+    """Return our forms; they are compiled on all CPUs, and share what of them was made before."""
+    made, extras, quick = list[Form](), arguments.extras, arguments.quick
     kinds: list[tuple[str, tuple[str, ...], float | None]] = [("lrai", (), None)]
     kinds += [("lrai with openvino", ("openvino",), None)] * extras
     if model.delta and threads == 1 and not quick:  # with the extras that are there
         kinds.append((_CLOSE_TOO, ("openvino",), EPSILON) if extras else (_CLOSE, (), EPSILON))
     for name, engines, epsilon in kinds:
-        out, began = folder / f"{name.replace(' ', '-')}.lrai", time.perf_counter()
+        out, began = folder / f"{name.replace(' ', '-')}-{threads}.lrai", time.perf_counter()
         os.sched_setaffinity(0, cpus)
         with console.status(f"{model.name}: lrai compiles"):
             artifact = lrai.compile(
@@ -202,13 +229,14 @@ def _forms(
                 # Every CPU runs rows all the same; with several, short calls are served with one.
                 threads=1 if threads == 1 else 0,
                 seed=SEED,
+                cache=folder / "cache",
             )
         os.sched_setaffinity(0, cpus[:threads])
         seconds = time.perf_counter() - began
         serving, each = artifact.manifest.serving(), list[float]()
         if name == "lrai":  # before this process maps the same file, and shares it
             each = [compiler_memory.variant_mb(artifact, variant) for variant in serving]
-        made.append(_ours(name, artifact, threads, seconds))
+        made.append(_form(name, artifact, threads, seconds))
         if name == "lrai":
             made[-1].memory_mb, made[-1].beside_mb = each[0], sum(each[1:])
             made[-1].beside_file_mb = sum(variant.size_bytes for variant in serving[1:]) / 1e6
@@ -226,7 +254,7 @@ def _is_tunable(source: Path) -> bool:
     return bool(norms or kinds["Gelu"] or kinds["Erf"])
 
 
-def _ours(name: str, artifact: lrai.Artifact, threads: int, seconds: float) -> Form:
+def _form(name: str, artifact: lrai.Artifact, threads: int, seconds: float) -> Form:
     serving, own = artifact.manifest.serving(), artifact.manifest.target.threads
     ids = " + ".join(variant.id for variant in serving)
     ids += f", {own} thread(s)" * (own != threads)  # what is quick is served with one
@@ -255,7 +283,7 @@ def _serve(artifact: lrai.Artifact) -> Run:
     return run
 
 
-def _ort(file: Path, threads: int, disabled: Sequence[str] = ()) -> Run:
+def _ort(file: Path, disabled: Sequence[str], threads: int) -> Run:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -342,20 +370,20 @@ def _calibration(model: Model) -> list[Feed]:
     return feeds
 
 
-def _openvino(model: Model, threads: int) -> Iterator[Form]:
+def _openvino(model: Model) -> Iterator[Peer]:
     import openvino as ov
 
     core = ov.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
 
-    def run_of(network: Any, precision: str) -> Run:
-        config = settings | {"INFERENCE_PRECISION_HINT": precision}
+    def run_of(network: Any, precision: str, threads: int) -> Run:
+        config = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        config |= {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
         request = core.compile_model(network, "CPU", config).create_infer_request()
         return lambda feed: list(request.infer(feed).values())
 
     for precision, words in (("f32", "fp32"), ("bf16", "bf16")):
         opens = partial(run_of, core.read_model(model.source), precision)
-        yield Form(f"openvino {words}", opens, _mb(model.source), 0.0)
+        yield Peer(f"openvino {words}", opens, _mb(model.source))
     if importlib.util.find_spec("nncf") is None:
         console.print("nncf is not installed: OpenVINO's int8 is left out")
         return
@@ -370,7 +398,7 @@ def _openvino(model: Model, threads: int) -> Iterator[Form]:
     seconds = time.perf_counter() - began
     for precision, words in (("f32", ""), ("bf16", ", the rest in bf16")):
         opens = partial(run_of, quantised, precision)
-        yield Form(f"openvino int8, nncf{words}", opens, float("nan"), seconds)
+        yield Peer(f"openvino int8, nncf{words}", opens, float("nan"), seconds)
     if _operators(model.source)["Conv"]:
         return  # whose weights it leaves: the same graph a second time
     began = time.perf_counter()
@@ -378,11 +406,11 @@ def _openvino(model: Model, threads: int) -> Iterator[Form]:
     seconds = time.perf_counter() - began
     for precision, words in (("f32", ""), ("bf16", ", the rest in bf16")):
         opens = partial(run_of, weights, precision)
-        yield Form(f"openvino int8 weights, nncf{words}", opens, float("nan"), seconds)
+        yield Peer(f"openvino int8 weights, nncf{words}", opens, float("nan"), seconds)
 
 
-def _judge(model: Model, forms: Sequence[Form]) -> None:
-    """Set the share of unseen rows on which each form agrees with the reference."""
+def _judge(model: Model, forms: Sequence[Form], known: Mapping[str, Form]) -> None:
+    """Set the share of unseen rows on which each form agrees with the reference, if not known."""
     if not model.trained:
         return
     spec = lrai.TensorSpec(
@@ -393,6 +421,8 @@ def _judge(model: Model, forms: Sequence[Form]) -> None:
     )
     right = [forms[0].run(feed)[:1] for feed in model.unseen]
     for form in forms[1:]:
+        if form.name in known:
+            continue
         own = [form.run(feed)[:1] for feed in model.unseen]
         pairs = list(zip(right, own, strict=True))
         form.agrees = float(np.mean([agreement(f, g, [spec]) for f, g in pairs]))
@@ -425,8 +455,8 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> 
     """Time every form at every cell, from cell to cell as traffic does, in an order of chance.
 
     Who follows whom would be part of the result else: what one leaves in the caches, and threads
-    of an engine that go on waiting for work on the only CPU for a while. Peers that take twice as
-    long as the fastest form after some rounds of a cell drop out of it, and are shown by those.
+    of an engine that go on waiting for work on the only CPU for a while. Peers that take half as
+    long again as the fastest form after some rounds of a cell drop out, and are shown by those.
     With several threads a form has all its cells in turn, once the threads of the one before it
     have gone to sleep: onnxruntime's go on for 45 ms.
     Small models are loaded anew twice on the way: where their weights come to lie makes two
@@ -471,7 +501,7 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> 
 def _left(forms: Sequence[Form], cell: tuple[int, int]) -> list[Form]:
     """Return who may be the fastest, with the reference and ours."""
     medians = {form.name: float(np.median(form.seconds[cell])) for form in forms}
-    most = 2 * min(medians.values())
+    most = _MUCH_LONGER * min(medians.values())
     stay = ("lrai", REFERENCE)
     return [f for f in forms if medians[f.name] <= most or f.name.startswith(stay)]
 
@@ -543,7 +573,8 @@ def _show(model: Model, forms: Sequence[Form], threads: int) -> list[dict[str, A
         ["", "form", *columns, "agrees", "loss", "> eps", "MB", "s to make"],
         lines,
         "latency to onnxruntime fp32 with its defaults, medians of rounds in turn; rows x length\n"
-        f"of unseen rows: accuracy lost, share that differs by more than {EPSILON}",
+        f"of unseen rows: accuracy lost, share that differs by more than {EPSILON}\n"
+        "ours take from one another what of them is made, so the first takes longest to make",
     )
     return rows
 

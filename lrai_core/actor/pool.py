@@ -33,8 +33,8 @@ from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import BadFrames, Executed, FromActor, Load, Packer, Refused
 from lrai_core.wire.workers import Batch, GaveUp, Lost, Outcome
 
-_STOPPED_SECONDS: Final = 2.0  # between looks, where one is due every second at the latest
-_REAP_SECONDS: Final = 0.005  # between looks whether a killed process has ended
+# Between looks, of which one is due every second at the latest; whether a killed process has ended.
+_STOPPED_SECONDS, _REAP_SECONDS = 2.0, 0.005
 _SIGNALS: Final = {one.value: one.name for one in signal.Signals}  # others have numbers only
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
 

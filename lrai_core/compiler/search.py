@@ -23,16 +23,16 @@ from lrai_core.engine.engine import SHORT_CALL_MS, Engine, Session, find_engine
 from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
-ROUNDS: Final = 5  # at least,
-MOST_ROUNDS = 63  # and as many as fit into
+ROUNDS, MOST_ROUNDS = 5, 63  # at least, and as many as fit into
 _ROUNDS_SECONDS: Final = 12.0  # a machine is slower and faster for seconds at a time
 _ALL_ROUNDS: Final = 3
 _SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its form otherwise
 _ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
-WORTH: Final = 1.04  # times as fast that calls get by a form, else it is not worth its difference
-_WORTH_SOME: Final = 1.2  # that calls of one size get, which is more than noise
+# Times as fast that calls get by a form that is worth its difference; or, for noise, of one size.
+WORTH, _WORTH_SOME = 1.04, 1.2
 _SMALL_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
-_POINT_ELEMENTS: Final = 512  # padded rows x length of the largest point
+_CHOICE_MS: Final = 0.01  # at most, of a call that one of several forms is chosen for
+_POINT_ELEMENTS: Final = 1024  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
 OBJECTIVES: Final = ("latency", "memory")
@@ -94,10 +94,15 @@ class Candidate:
         """Return the form with the passes left out, for logs."""
         return self.form + "".join(f" without {name}" for name in self.passes_off)
 
-    def gains(self, others: Sequence[Candidate]) -> list[float]:
-        """Return by point how many times as fast these get where it takes what it is faster at."""
+    def gains(self, others: Sequence[Candidate], more: float = 0.0) -> list[float]:
+        """Return by point how many times as fast these get where it takes what it is faster at.
+
+        `more`: milliseconds that it takes to choose between them.
+        """
         points = zip(self.latency, *(other.latency for other in others), strict=True)
-        found = [min(o.median_ms for o in theirs) / own.median_ms for own, *theirs in points]
+        found = [
+            min(o.median_ms for o in theirs) / (own.median_ms + more) for own, *theirs in points
+        ]
         return [max(1.0, gain) for gain in found] or [1.0]
 
     def gain(self, others: Sequence[Candidate]) -> float:
@@ -308,7 +313,8 @@ def beside(first: Candidate, others: Iterable[Candidate], threads: int) -> list[
     serving = [first]
     for one in others if threads == 1 else ():
         small = one.form != "fp32" or one.size_bytes <= _SMALL_BYTES
-        if small and (one.gain(serving) >= WORTH or max(one.gains(serving)) >= _WORTH_SOME):
+        gains = one.gains(serving, _CHOICE_MS)
+        if small and (statistics.geometric_mean(gains) >= WORTH or max(gains) >= _WORTH_SOME):
             serving.append(one)
     return serving[1:]
 

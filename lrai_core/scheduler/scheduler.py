@@ -44,8 +44,9 @@ from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Workers
 Done = Callable[[list[Array] | None, LraiError | None, int], None]
 
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
-_OVERDUE: Final = 3.0  # times its prediction a call may take before its CPUs count as free,
-_OVERDUE_SECONDS: Final = 0.05  # and this on top: who hangs must not stop the others
+# Times its prediction, and on top of it, a call may take before its CPUs count as free: who hangs
+# must not stop the others.
+_OVERDUE, _OVERDUE_SECONDS = 3.0, 0.05
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
 _SLO_MS, _SLO_CALLS = 100.0, 20.0  # who names no time becomes urgent after the larger of both
 _RECENT: Final = 20  # calls that count as of late
