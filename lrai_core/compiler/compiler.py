@@ -305,7 +305,8 @@ class _Compilation:
             if time.monotonic() > self._at(1):
                 self._reject(candidate.name, f"{candidate.pace}; not judged: the minutes are up")
                 continue
-            told = partial(tick, candidate.name)
+            ahead = max((one for one, _ in passed), key=lambda one: one.speedup).form
+            told = partial(tick, f"{candidate.form}; best so far {ahead}")
             found = self._judge(candidate, self.gate, reference, 1 - error, told)
             if found and found.result.passed:
                 passed.append((candidate, found))
@@ -436,11 +437,9 @@ class _Compilation:
     def _certify(self, candidate: Candidate, found: Judged | None) -> None:
         if found is None or not self.gate:
             return
-        epsilon = self.conditions.epsilon
-        if epsilon is None:
-            epsilon = round_up(max(candidate.gap(0.99), 1e-6))
-            if epsilon >= FAR:
-                return  # there is nothing to state
+        epsilon = self.conditions.epsilon or round_up(max(candidate.gap(0.99), 1e-6))
+        if epsilon >= FAR:
+            return  # there is nothing to state
         failures = failing(found.gaps[: len(self.gate)], epsilon)
         artifact = Artifact.open(self.folder, verify=False)
         spec = Spec(epsilon=epsilon, variant=candidate.form)

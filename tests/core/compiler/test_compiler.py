@@ -258,6 +258,16 @@ def test_ctrl_c_in_any_pass_leaves_nothing_behind(
 
 
 @pytest.mark.usefixtures("fast")
+def test_progress_says_what_is_judged_and_what_is_best_so_far(make: Compile, rows: Rows) -> None:
+    steps = list[Step]()
+    artifact = make(evaluation=rows, progress=steps.append)
+    judged = [step.detail for step in steps if step.name == "gate" and "best" in step.detail]
+    assert judged[0].endswith("; best so far fp32")
+    chosen = artifact.manifest.chosen
+    assert judged[-1].startswith(f"{chosen};") or judged[-1].endswith(f"; best so far {chosen}")
+
+
+@pytest.mark.usefixtures("fast")
 def test_epsilon_is_demanded_and_certified(make: Compile, rows: Rows) -> None:
     artifact = make(evaluation=rows, epsilon=1e-9, delta=0.05, output_map="softmax")
     assert artifact.manifest.chosen == "fp32"
