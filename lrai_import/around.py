@@ -92,25 +92,32 @@ class Around:
             self.add("Softmax", [self._moved(name)], name, after=True, axis=-1)
         elif spec.map == "l2_normalised":
             self.add("LpNormalization", [self._moved(name)], name, after=True, axis=-1, p=2)
-        if not labels:
-            return
+        if labels:
+            self._label(name, dims, kind, labels, spec.top_k)
+
+    def _label(self, name: str, dims: Any, kind: int, labels: Sequence[str], top_k: int) -> None:
+        """Add the labels of an output's largest elements, and what those are."""
         if len(dims) != 2 or dims[1].dim_value not in (0, len(labels)):
             got = [dim.dim_value or dim.dim_param for dim in dims]
             problem = f"output {name!r} has shape {got}"
             raise CompileError(f"{len(labels)} labels are given, and {problem}")
-        if spec.top_k > len(labels):
-            raise CompileError(f"postprocess.top_k is {spec.top_k}, of {len(labels)} labels")
+        if top_k > len(labels):
+            raise CompileError(f"postprocess.top_k is {top_k}, of {len(labels)} labels")
+        outputs = {value.name for value in self.model.graph.output}
         for added in ("label", "score"):
             if added in outputs or added in self._taken:
                 raise CompileError(f"the model has something called {added!r} already")
+        scores = name
+        if not dims[1].dim_value:  # then the engine refuses another number of classes
+            scores = self.add("Reshape", [name, self.ints([0, len(labels)])], after=True)
         self._after.append(
-            helper.make_node("TopK", [name, self.ints([spec.top_k])], ["score", "lrai:top"])
+            helper.make_node("TopK", [scores, self.ints([top_k])], ["score", "lrai:top"])
         )
         texts = self.constant(np.array(labels, dtype=np.object_))
         self.add("Gather", [texts, "lrai:top"], "label", after=True)
         rows = extent(dims[0], "batch")
         for added, of in (("label", TensorProto.STRING), ("score", kind)):
-            made = helper.make_tensor_value_info(added, of, [rows, spec.top_k])
+            made = helper.make_tensor_value_info(added, of, [rows, top_k])
             self.model.graph.output.append(made)
 
     def built(self) -> onnx.ModelProto:

@@ -20,6 +20,7 @@ from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiConfig
 from lrai_core.engine.engine import installed_version, isa_class
 
 _BUILD_SECONDS: Final = 900
+_END_SECONDS: Final = 30
 
 
 def artifact_of(source: Path, config: LraiConfig) -> Artifact:
@@ -33,11 +34,13 @@ def artifact_of(source: Path, config: LraiConfig) -> Artifact:
         return Artifact.open(source, verify=False)  # the actor hashes what it opens
     key = _key(source)
     built = state_folder(config) / f"{key}.lrai"
-    with locked(built.with_suffix(".lock"), fcntl.LOCK_EX):  # of several instances one builds
+    with locked(built.with_suffix(".lock"), fcntl.LOCK_EX) as lock:  # of several one builds
         with contextlib.suppress(ArtifactError):
             return Artifact.open(built, verify=False)
-        shutil.rmtree(built, ignore_errors=True)  # what is left where files go by their age
-        _build(source, built)
+        # What is left where files go by their age, and of a build that was killed.
+        for left in (built, *built.parent.glob(f".{built.name}.*")):
+            shutil.rmtree(left, ignore_errors=True)
+        _build(source, built, lock.fileno())
         if _key(source) != key:  # it is not kept as what it is not
             shutil.rmtree(built)
             raise ArtifactError(f"{source.name} changed while it was built")
@@ -96,21 +99,31 @@ def _key(source: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _build(source: Path, built: Path) -> None:
+def _build(source: Path, built: Path, lock: int) -> None:
+    """Build in another process, which holds the lock too: it may outlive this one."""
     program = "import sys; from lrai_core.cli import main; sys.exit(main())"
     command = [sys.executable, "-P", "-c", program, "compile", str(source)]
+    child = subprocess.Popen(
+        [*command, "--output", str(built)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        pass_fds=(lock,),
+    )
     try:
-        done = subprocess.run(
-            [*command, "--output", str(built)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_BUILD_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        told, complained = child.communicate(timeout=_BUILD_SECONDS)
+    except BaseException as error:
+        child.terminate()  # then it leaves nothing
+        try:
+            child.communicate(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         raise ArtifactError(f"{source.name} was not built in {_BUILD_SECONDS} s") from None
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+    if child.returncode:
+        said = (complained.strip() or told.strip() or "it said nothing").splitlines()[-1]
         raise ArtifactError(f"{source.name} cannot be used: {said[:300]}")

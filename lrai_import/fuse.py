@@ -33,7 +33,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
     RuntimeException,
 )
 
-from lrai_core import CompileError, ConditionNotMet, UsageError
+from lrai_core import CompileError, ConditionNotMet, EnvironmentProblem, UsageError
 from lrai_import.onnx import load
 
 _RANDOM: Final = ("Bernoulli", "Multinomial")  # and what begins with Random
@@ -331,7 +331,11 @@ def command(
     words = f"{apart * 1e3:.3g} ms one after the other, {together * 1e3:.3g} ms as one"
     if apart < _GAIN * together:
         raise ConditionNotMet(f"not fused: {words}")
-    output.write_bytes(fused.model.SerializeToString())
+    try:
+        output.write_bytes(fused.model.SerializeToString())
+    except OSError as error:
+        output.unlink(missing_ok=True)
+        raise EnvironmentProblem(f"{output}: cannot be written: {error.strerror}") from None
     typer.echo(f"{words}: {apart / together:.2f} times as fast")
     for name, outputs in fused.outputs.items():
         typer.echo(f"{name}: {', '.join(outputs)}")

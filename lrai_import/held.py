@@ -178,7 +178,8 @@ class Held:
     def _sweep(self) -> None:
         """Unload what nobody holds any more: a server that SIGTERM ends does not get to it."""
         for path in self._locks.glob("*.held") if self._locks else ():
-            with path.open("r+b") as lock, contextlib.suppress(BlockingIOError, LraiError):
+            gone = (FileNotFoundError, BlockingIOError, LraiError)  # or another host's
+            with contextlib.suppress(*gone), path.open("r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if name := lock.read().decode("utf-8", "replace"):
                     with contextlib.suppress(ModelNotFound):

@@ -121,7 +121,8 @@ def asked(given: Mapping[str, Any]) -> Asked:
     origins = {setting.key: setting.origin for setting in explain_config(host=left)}
     said = [key for key in _WHERE if origins[key] != "default" or key in own]
     shared = {} if "runtime.address" in said else {"LRAI_RUNTIME": "auto"}
-    config = load_config(environ={**shared, **os.environ}, host=left)
+    said_here = {name: value for name, value in os.environ.items() if value}  # empty says nothing
+    config = load_config(environ={**shared, **said_here}, host=left)
     return Asked(config, own, require or None, variant, not said)
 
 
@@ -173,8 +174,10 @@ def warm_up(runtime: Runtime, name: str, signature: Signature) -> None:
     Raises:
         LraiError: It does not answer.
     """
+    ms = runtime.config.scheduler.default_timeout_ms  # not what the model promises everybody
+    row = zeros(signature.inputs)
     try:
-        runtime.infer(InferenceRequest(model_name=name, inputs=zeros(signature.inputs)))
+        runtime.infer(InferenceRequest(model_name=name, inputs=row, timeout_ms=ms))
     except LraiError as error:
         if error.http_status not in _REFUSALS:
             raise

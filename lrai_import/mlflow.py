@@ -38,7 +38,14 @@ _ONNX: Final = "onnx"
 _MEMORY_BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
 _TIMEOUT_SECONDS: Final = 900
 _PLAIN: Final = {"lightgbm": "lightgbm.basic.Booster", "xgboost": "xgboost.core.Booster"}
-_DATA: Final = ("pickled_model", "model_data", "data")  # where MLflow finds what it opens
+# Where MLflow finds what it opens, whatever else is said.
+_DATA: Final = {
+    "sklearn": "pickled_model",
+    "pytorch": "model_data",
+    "lightgbm": "data",
+    "xgboost": "data",
+}
+_NO_PICKLE: Final = "pickle_module_info.txt"  # in a folder of PyTorch's
 _PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".pt2", ".joblib", ".cloudpickle")
 _COLUMNS: Final = {
     DataType.boolean: "BOOL",
@@ -111,7 +118,7 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
             "allow_pickle=True (--allow-pickle) opens it in a child process, after picklescan"
         )
     made = out / "model.onnx"
-    own = next((str(configuration[key]) for key in _DATA if key in configuration), "data")
+    own = str(configuration.get(_DATA[flavor], "data"))
     job = Job(str(folder), flavor, inputs_of(model), str(made), bool(why), own)
     try:
         run_task(
@@ -189,7 +196,9 @@ def open_and_convert(job: Job) -> int:
         needed = f"{error.name} is needed to open it: pip install 'lrai[{_EXTRAS[job.flavor]}]'"
         own = f" and {job.flavor}" * (job.flavor in ("lightgbm", "xgboost"))
         raise EnvironmentProblem(f"{needed}{own} ({error})") from None
-    onnx.save(_CONVERTERS[job.flavor](model, job.inputs), job.out)
+    # What is large lies beside it: one file has 2 GB at most.
+    made, beside = _CONVERTERS[job.flavor](model, job.inputs), "model.data"
+    onnx.save(made, job.out, save_as_external_data=True, location=beside, size_threshold=1024)
     return Path(job.out).stat().st_size
 
 
@@ -207,10 +216,10 @@ def _scan(folder: Path, data: str) -> None:
         raise EnvironmentProblem(needed) from None
     found = scan_directory_path(str(folder))
     # It passes over names that it does not know, and MLflow opens what the model names.
-    for file in (own,) if own.is_file() else [path for path in own.rglob("*") if path.is_file()]:
-        if file.suffix != ".txt":
-            with file.open("rb") as stream:
-                found.merge(scan_bytes(stream, str(file), file.suffix.lower()))
+    inside = [path for path in own.rglob("*") if path.is_file() and path.name != _NO_PICKLE]
+    for file in (own,) if own.is_file() else inside:
+        with file.open("rb") as stream:
+            found.merge(scan_bytes(stream, str(file), file.suffix.lower()))
     bad = [f"{g.module}.{g.name}" for g in found.globals if g.safety is SafetyLevel.Dangerous]
     if found.issues_count or found.scan_err:
         what = f"uses {', '.join(sorted(bad))[:200]}" if bad else "cannot be looked through"

@@ -118,6 +118,7 @@ def _resized(around: Around, value: str, spec: Pixels) -> str:
     if isinstance(spec.resize, int):
         sides = around.add("Slice", [shape, around.ints([2]), around.ints([4])])
         shorter = around.add("ReduceMin", [sides], keepdims=1)
+        shorter = around.add("Max", [shorter, around.ints([1])])  # nothing is refused further on
         wanted = around.add("Mul", [sides, around.ints([spec.resize])])
         sides = around.add("Div", [wanted, shorter])
         sides = around.add("Min", [sides, around.ints([MOST])])  # of a sliver, no gigabytes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -39,7 +41,8 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
 
     Args:
         model: A module, set to evaluation here.
-        inputs: In the order of its `forward`, with symbols for free dimensions.
+        inputs: By the names that its `forward` has for them, or else in its order; with symbols
+            for free dimensions.
 
     Raises:
         EnvironmentProblem: torch or onnxscript is not installed.
@@ -54,6 +57,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         raise EnvironmentProblem(f"{error.name} is needed: pip install 'lrai[torch]'") from None
     if not inputs:
         raise CompileError("a signature of tensors is needed to trace a module: it has none")
+    inputs = _in_order(model, inputs)
     values = tuple(torch.from_numpy(_made_up(spec)) for spec in inputs)
     auto = torch.export.Dim.AUTO
     free = tuple(
@@ -83,6 +87,21 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         _check_free(made, inputs)
         _compare(model, path, inputs)
     return made
+
+
+def _in_order(model: Any, inputs: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+    """Return inputs as `forward` takes them, where it has their names: a signature may differ."""
+    try:
+        takes = list(inspect.signature(model.forward).parameters)
+    except (AttributeError, TypeError, ValueError):
+        return inputs
+    places = [takes.index(spec.name) if spec.name in takes else -1 for spec in inputs]
+    if all(place in (-1, index) for index, place in enumerate(places)):
+        return inputs
+    if sorted(places) == list(range(len(inputs))):
+        return sorted(inputs, key=lambda spec: takes.index(spec.name))
+    given, known = (", ".join(names)[:200] for names in ([s.name for s in inputs], takes))
+    raise CompileError(f"the signature has {given}, which is not how forward begins: {known}")
 
 
 def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
@@ -156,6 +175,7 @@ def _made_up(
         for i, extent in enumerate(spec.shape)
     ]
     if spec.datatype.startswith("FP"):
-        values = np.random.default_rng(0).normal(size=shape)
+        # Each has other numbers, or nobody would see that two have changed places.
+        values = np.random.default_rng(zlib.crc32(spec.name.encode())).normal(size=shape)
         return values.astype(_DTYPES[spec.datatype])
     return np.full(shape, fill, _DTYPES[spec.datatype])

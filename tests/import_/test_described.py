@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,26 @@ def test_the_hash_is_of_all_that_is_named(picture: Path) -> None:
     before = load(picture / "model.toml", print).sha256
     (picture / "labels.txt").write_text("a\nb\nc\n")
     assert load(picture / "model.toml", print).sha256 != before
+
+
+def test_a_label_for_each_class_is_needed_where_their_number_is_free(picture: Path) -> None:
+    graph = onnx.load(picture / "model.onnx")
+    graph.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
+    onnx.save(graph, picture / "model.onnx")
+    (picture / "two.txt").write_text("a\nb\n")
+    (picture / "three.txt").write_text("a\nb\nc\n")
+    pixels = np.zeros((1, 8, 8, 3), np.uint8)
+    for name, passes in (("three.txt", True), ("two.txt", False)):
+        file = describe(picture, "model.onnx", f"{PIXELS}[postprocess]\nlabels = '{name}'\n")
+        with nullcontext() if passes else pytest.raises(EngineError):
+            assert run(file, picture, pixels)[1].shape == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 8, 3), (1, 8, 0, 3), (1, 0, 0, 3)])
+def test_a_picture_of_nothing_is_refused(picture: Path, shape: tuple[int, ...]) -> None:
+    file = describe(picture, "model.onnx", f"{PIXELS}resize = 10\ncrop = [8, 8]\n")
+    with pytest.raises(EngineError):
+        run(file, picture, np.zeros(shape, np.uint8))
 
 
 def test_a_file_that_is_too_large_is_not_read(picture: Path) -> None:

@@ -126,8 +126,11 @@ def test_what_was_built_is_built_again_where_a_part_of_it_is_gone(tmp_path: Path
     assert artifact_of(source, config).sha256 == built.sha256
     (only,) = state_folder(config).glob("*.lrai")
     next((only / "source").iterdir()).unlink()
+    left = only.with_name(f".{only.name}.0badcafe")  # by a build that was killed
+    left.mkdir()
     assert artifact_of(source, config).path == built.path
     lrai.Artifact.open(only)
+    assert not left.exists()
 
 
 def test_other_weights_in_a_file_of_their_own_are_another_model(tmp_path: Path) -> None:

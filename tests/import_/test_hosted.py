@@ -69,6 +69,15 @@ def test_so_does_a_variable(quick: lrai.Artifact, monkeypatch: pytest.MonkeyPatc
     assert not asked({}).placed(quick, 1).here
 
 
+def test_an_empty_variable_says_nothing(
+    quick: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a template leaves it where nobody fills it in."""
+    monkeypatch.setenv("LRAI_RUNTIME", "")
+    placed = asked({}).placed(quick, 4)
+    assert (placed.here, placed.config.runtime.address) == (False, "auto")
+
+
 def test_so_does_a_file(quick: lrai.Artifact) -> None:
     Path("lrai.toml").write_text('[runtime]\naddress = "/elsewhere"\n')
     placed = asked({}).placed(quick, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -45,3 +47,33 @@ def test_what_torch_says_of_the_cause_is_what_is_told() -> None:
         convert(Means(lambda x: x.sum() > 0), TABLE)
     assert "\x1b" not in str(refused.value)
     assert "Failed to export the model" not in str(refused.value)
+
+
+class Less(torch.nn.Module):
+    """The first less twice the second, which is seen where they change places."""
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return first - 2 * second
+
+
+def table(name: str) -> TensorSpec:
+    return TensorSpec(name=name, datatype="FP32", shape=("n", "length"))
+
+
+@pytest.mark.parametrize("names", [["first", "second"], ["second", "first"]])
+def test_inputs_are_those_that_forward_names_so(names: list[str]) -> None:
+    """As a signature may have them in the order of a tokenizer's dict."""
+    made = convert(Less(), [table(name) for name in names])
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    given = {"first": np.ones((2, 3), np.float32), "second": np.full((2, 3), 5, np.float32)}
+    assert session.run(None, given)[0].tolist() == [[-9] * 3] * 2
+
+
+def test_names_that_forward_does_not_have_go_by_their_places() -> None:
+    made = convert(Less(), [table("a"), table("b")])
+    assert [value.name for value in made.graph.input] == ["a", "b"]
+
+
+def test_names_that_lie_elsewhere_are_refused() -> None:
+    with pytest.raises(CompileError, match="has second, a, which is not how forward begins: first"):
+        convert(Less(), [table("second"), table("a")])

@@ -244,15 +244,34 @@ def save_sklearn(path: Path, form: str) -> None:
     )
 
 
-def test_a_hostile_pickle_is_found_before_it_is_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.pkl", "model.txt", "model.unknown"])
+def test_a_hostile_pickle_is_found_before_it_is_opened(tmp_path: Path, name: str) -> None:
     made = tmp_path / "made"
     save_sklearn(tmp_path / "m", "pickle")
+    change(tmp_path / "m", "pickled_model: model.pkl", f"pickled_model: {name}")
     command = f"touch {made}"  # what this pickle runs when it is opened
     hostile = b"cposix\nsystem\n(V" + command.encode() + b"\ntR."
-    (tmp_path / "m" / "model.pkl").write_bytes(hostile)
+    (tmp_path / "m" / "model.pkl").unlink()
+    (tmp_path / "m" / name).write_bytes(hostile)
     with pytest.raises(MlflowException, match=r"picklescan refuses the model.*system"):
         lrai_mlflow.convert(str(tmp_path / "m"), allow_pickle=True)
     assert not made.exists()
+
+
+def test_a_file_that_is_not_opened_hides_none_that_is(tmp_path: Path) -> None:
+    """MLflow's loader of LightGBM reads `data`, whatever else a model names."""
+    booster = lightgbm.LGBMClassifier(n_estimators=2, verbose=-1).fit(TABLE, LABELS)
+    mlflow.lightgbm.save_model(booster, str(tmp_path / "m"), pip_requirements=["numpy"])
+    model = Model.load(str(tmp_path / "m"))
+    own = model.flavors["lightgbm"]
+    (tmp_path / "m" / own["data"]).rename(tmp_path / "m" / "clean.pkl")
+    hostile = b"cposix\nsystem\n(Vtouch " + str(tmp_path / "made").encode() + b"\ntR."
+    (tmp_path / "m" / "evil.xyz").write_bytes(hostile)
+    own |= {"pickled_model": "clean.pkl", "data": "evil.xyz"}
+    model.save(str(tmp_path / "m" / "MLmodel"))
+    with pytest.raises(MlflowException, match=r"picklescan refuses the model.*system"):
+        lrai_mlflow.convert(str(tmp_path / "m"), allow_pickle=True)
+    assert not (tmp_path / "made").exists()
 
 
 def test_code_that_a_model_carries_is_not_run_unasked(tmp_path: Path) -> None:
