@@ -47,6 +47,7 @@ from lrai_report.replay import (
     replay,
 )
 from lrai_report.trace import Arrivals, part, read_trace, slices
+from lrai_report.words import figure
 
 _ALONE: Final = "one-by-one"
 _SHARE_OF_CAPACITY: Final = 0.7
@@ -282,11 +283,13 @@ def _say(label: str, words: str) -> None:
 
 
 def _say_plan(plan: Plan) -> None:
-    rate = f"{plan.rate:.4g} requests/s"
+    rate = f"{figure(plan.rate, 4)} requests/s"
     if plan.capacity:
-        rate += f": {_SHARE_OF_CAPACITY} of the {plan.capacity:.4g} that one by one answers here"
+        rate += (
+            f": {_SHARE_OF_CAPACITY} of the {figure(plan.capacity, 4)} that one by one answers here"
+        )
     _say("rate", rate)
-    _say("deadline", f"{plan.deadline_ms:.3g} ms: {plan.deadline_is}")
+    _say("deadline", f"{figure(plan.deadline_ms)} ms: {plan.deadline_is}")
     if min(len(arrivals.seconds) for arrivals in plan.rounds) < _FEW:
         _say("note", f"under {_FEW} requests in a round say little: more --seconds would help")
 
@@ -304,13 +307,15 @@ def _show(
             name,
             f"{each.on_time:.1%}",
             *(_ms(value) for value in (each.p50_ms, each.p95_ms, each.p99_ms)),
-            f"{each.answered_per_second:.4g}",
+            figure(each.answered_per_second, 4),
             f"{each.refused:.1%}",
             f"{each.rows_per_call:.2f}",
         )
     out.print(table)
     width = max(10, min(out.width, _WIDEST) - MARGIN)
-    _heading(f"on time, within {plan.deadline_ms:.3g} ms (medians of {len(plan.rounds)} rounds)")
+    _heading(
+        f"on time, within {figure(plan.deadline_ms)} ms (medians of {len(plan.rounds)} rounds)"
+    )
     for name, each in medians.items():
         out.print(Text.assemble(*bar_line(name, each.on_time, width - 8)))
     seconds = plan.seconds * len(plan.rounds)
@@ -326,7 +331,7 @@ def _show(
     if lag * 1e3 > _LAG_SHARE * plan.deadline_ms:
         _say(
             "note",
-            f"requests were sent up to {lag * 1e3:.3g} ms late (p99): the machine was too busy",
+            f"requests were sent up to {figure(lag * 1e3)} ms late (p99): the machine was too busy",
         )
 
 
@@ -335,7 +340,7 @@ def _heading(words: str) -> None:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "never"
+    return figure(value) if math.isfinite(value) else "never"
 
 
 def _write(

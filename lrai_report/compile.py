@@ -115,7 +115,7 @@ def compile(
             objective=objective,
             keep=keep,
             engines=engine or (),
-            threads=threads,
+            threads=threads or lrai_core.load_config().actor.threads,
             keep_evaluation=keep_evaluation,
             minutes=minutes,
             cache=cache,

@@ -24,8 +24,13 @@ def main(arguments: Sequence[str]) -> None:
 def config(
     file: Annotated[Path | None, typer.Option(help="lrai.toml; the one here by default.")] = None,
 ) -> None:
-    """Print every setting and where its value came from."""
+    """Print every setting and where its value came from: a table, or a line each where piped."""
     table = Table("setting", "value", "from")
+    for column in table.columns:
+        column.overflow = "fold"
     for setting in explain_config(file=file):
         table.add_row(setting.key, str(setting.value), setting.origin)
-    out.print(table)
+        if not out.is_terminal:
+            out.print(f"{setting.key} = {setting.value}  ({setting.origin})", soft_wrap=True)
+    if out.is_terminal:
+        out.print(table)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lrai_report.replay import Outcome
 from lrai_report.trace import Arrivals
+from lrai_report.words import figure
 
 _POINTS: Final = 0.005  # of the share in time: less is no difference
 _FASTER: Final = 0.9  # of the other's p95: more is no difference,
@@ -94,9 +95,8 @@ def verdict(results: Mapping[str, Sequence[Figures]], rate: float, deadline_ms: 
     alike = " and ".join(equal)
     if others and not worse and not more:
         verb = "is" if len(equal) == 1 else "are"
-        return (
-            f"no gain here at {rate:.3g} requests/s: {alike} {verb} as good as {subject}, {share}"
-        )
+        here = f"no gain here at {figure(rate)} requests/s"
+        return f"{here}: {alike} {verb} as good as {subject}, {share}"
     own_words = ", ".join(
         [f"{subject}: {share}", *more, *([f"no more than {alike}"] if equal else [])]
     )
@@ -120,15 +120,15 @@ def _compare(
     if max(gains) < 0 and np.median(gains) <= -_POINTS:
         return -1, f"{rival} is better here: {its.on_time:.1%} on time"
     if all(a.p95_ms < min(_FASTER * b.p95_ms, b.p95_ms - least_ms) for a, b in pairs):
-        return 1, f"p95 {mine.p95_ms:.3g} ms where {rival} has {_ms(its.p95_ms)}"
+        return 1, f"p95 {figure(mine.p95_ms)} ms where {rival} has {_ms(its.p95_ms)}"
     if all(b.p95_ms < min(_FASTER * a.p95_ms, a.p95_ms - least_ms) for a, b in pairs):
-        said = f"as many in time, p95 {its.p95_ms:.3g} ms where {name} has {_ms(mine.p95_ms)}"
+        said = f"as many in time, p95 {figure(its.p95_ms)} ms where {name} has {_ms(mine.p95_ms)}"
         return -1, f"{rival} is better here: {said}"
     return 0, rival
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g} ms" if np.isfinite(value) else "none"
+    return f"{figure(value)} ms" if np.isfinite(value) else "none"
 
 
 def _columns(rounds: Sequence[Arrivals], seconds: float, columns: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lrai_core import Artifact, Variant, certificates
 from lrai_core.errors import shorten
+from lrai_report.words import figure
 
 # What comes out of files is shown as it is: never read as markup, and without control characters.
 out: Final = Console(highlight=False, markup=False, emoji=False)
@@ -65,7 +66,7 @@ def _column(variant: Variant, serves: str) -> dict[str, str]:
     }
     for (rows, length), point in points.items():
         label = f"{rows} row{'s' * (rows > 1)}" + (f" x {length}" if length else "")
-        column[label] = f"{point.median_ms:.3g} ms ± {point.spread_ms / 2:.2g}"
+        column[label] = f"{figure(point.median_ms)} ms ± {figure(point.spread_ms / 2, 2)}"
     column["speed"] = f"{variant.speedup:.2f} x fp32"
     if gate := variant.gate:
         if gate.accuracy_loss is not None:

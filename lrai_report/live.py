@@ -85,8 +85,8 @@ def switch(
             version = runtime.swap(name, written.absolute())
             say("applied", f"{name} is served by {version}")
         else:
-            say("switch on", _command("swap", name, str(written), address=address))
-        say("switch back", _command("rollback", name, address=address))
+            say("switch on", command("swap", name, str(written), address=address))
+        say("switch back", command("rollback", name, address=address))
 
 
 def _check_same(runtime: Runtime, name: str, before: Mapping[str, float]) -> None:
@@ -111,7 +111,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
         now = _deployment(runtime, name)
         for one in runtime.deployments():  # what copies say is counted for all together
             for copied in one.shadow:
-                end = _command("unload", one.name, "--version", copied, address=address)
+                end = command("unload", one.name, "--version", copied, address=address)
                 why = f"requests to {one.name} are copied to {copied}"
                 raise ConditionNotMet(f"{why}; this ends it: {end}")
         shares = {label: share for label, share in now.shares.items() if label != version}
@@ -155,11 +155,11 @@ def _unload(runtime: Runtime, name: str, version: str, address: str, *, loaded: 
             return
     if not loaded and not isinstance(problem, UsageError):
         return
-    how = _command("unload", name, "--version", version, address=address)
+    how = command("unload", name, "--version", version, address=address)
     say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
 
 
-def _command(*words: str, address: str) -> str:
+def command(*words: str, address: str) -> str:
     """Return a command of `lrai runtime`, to be pasted."""
     return shlex.join(["lrai", "runtime", *words, *(["--address", address] if address else [])])
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError, Variant, certificates
 from lrai_report.template import PAGE
 from lrai_report.times import times
+from lrai_report.words import figure
 
 _LOG: Final = "quantization.jsonl"
 _MOST_BYTES: Final = 64 << 20
@@ -117,7 +118,7 @@ def page(artifact: Artifact) -> str:
     both = tuple(dict.fromkeys((manifest.variants[-1].id, chosen.id)))
     spent, unknown = times(artifact, tuple(map(manifest.variant, both)))
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    engine.filters["quote"] = shlex.quote
+    engine.filters |= {"quote": shlex.quote, "figure": figure}
     return engine.from_string(PAGE).render(
         artifact=artifact,
         manifest=manifest,

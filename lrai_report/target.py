@@ -24,6 +24,8 @@ class Target:
         shares: Of the versions of that name.
         captured: The rows are those that the runtime has captured.
         frozen: The name may not be changed.
+        relief: The version that takes what the others could not answer in time.
+        copied: A name whose requests are copied to another version, empty for none.
     """
 
     model: Path
@@ -34,6 +36,8 @@ class Target:
     shares: dict[str, float] = field(default_factory=dict)
     captured: bool = False
     frozen: bool = False
+    relief: str = ""
+    copied: str = ""
 
 
 def find(target: str, requests: Path | None, address: str) -> Target:
@@ -84,8 +88,9 @@ def find(target: str, requests: Path | None, address: str) -> Target:
     variant = mine[0] if mine and mine[0] != artifact.manifest.chosen else ""
     shares = dict(served[name].shares)
     rows, own = requests or captured, requests is None
-    frozen = served[name].frozen is not None
-    return Target(model, rows, artifact, name, variant, shares, captured=own, frozen=frozen)
+    frozen, relief = served[name].frozen is not None, served[name].relief
+    copied = next((one.name for one in served.values() if one.shadow), "")
+    return Target(model, rows, artifact, name, variant, shares, own, frozen, relief, copied)
 
 
 def _artifact_of(target: str) -> Artifact | None:

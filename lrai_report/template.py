@@ -60,7 +60,7 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 <th>form</th><th class="n">median</th><th class="n">spread</th><th style="width:40%"></th></tr>
 {% for point in points %}{% for name, at, share in point.bars %}<tr><td>{% if loop.first %}
 {{ point.rows }}{% if point.length %} x {{ point.length }}{% endif %}{% endif %}</td>
-<td>{{ name }}</td><td class="n">{{ "%.3g"|format(at.median_ms) }} ms</td>
+<td>{{ name }}</td><td class="n">{{ at.median_ms|figure }} ms</td>
 <td class="n">± {{ "%.2g"|format(at.spread_ms / 2) }}</td><td><div
  class="bar{{ ' own' if name in serving and name != 'fp32' else '' }}"
  style="width:{{ "%.1f"|format(share) }}%"></div></td></tr>{% endfor %}{% endfor %}
@@ -87,7 +87,7 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 <div class="scroll"><table><tr><th>attribute</th><th>group</th><th>how its decisions fare</th></tr>
 {% for attribute, groups in chosen.gate.groups.items() %}{% for group, rates in groups.items() %}
 <tr><td>{{ attribute }}</td><td>{{ group }}</td><td>{% for name, rate in rates.items() %}
-{{ name }} {{ "%.4g"|format(rate) }}{{ "" if loop.last else ", " }}{% endfor %}</td></tr>
+{{ name }} {{ rate|figure(4) }}{{ "" if loop.last else ", " }}{% endfor %}</td></tr>
 {% endfor %}{% endfor %}</table>
 <table><tr><th>difference between groups</th><th class="n">float32</th>
 <th class="n">{{ chosen.id }}</th><th>wider by</th></tr>
@@ -112,7 +112,7 @@ insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at mos
 {% if spent %}<div class="scroll"><table><tr><th>kind of operator</th>
 {% for name in both %}<th class="n">{{ name }}</th>{% endfor %}</tr>
 {% for kind, taken in spent.items() %}<tr><td class="name">{{ kind }}</td>
-{% for one in taken %}<td class="n">{{ "%.3g ms"|format(one) if one else "" }}</td>{% endfor %}</tr>
+{% for one in taken %}<td class="n">{{ one|figure ~ " ms" if one else "" }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <p class="dim">Measured when this page was made, by onnxruntime's profiler, which takes time of its
 own.</p>{% else %}<p class="dim">It was not measured: {{ unknown }}.</p>{% endif %}

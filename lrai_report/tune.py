@@ -18,7 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, Signature, UsageError
+from lrai_core import (
+    Artifact,
+    ConditionNotMet,
+    EnvironmentProblem,
+    Signature,
+    UsageError,
+    load_config,
+)
 from lrai_core import compile as compile_model
 from lrai_core.errors import shorten
 from lrai_core.verifier.verifier import evaluation
@@ -32,9 +39,10 @@ from lrai_report.compare import (
     requests_of,
     sides,
 )
-from lrai_report.live import compare_live, switch
+from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
 from lrai_report.terminal import out, progress, say
+from lrai_report.words import figure
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
@@ -98,18 +106,16 @@ def tune(
     gain: exit status 3.
     """
     found = find(target, requests, address)
-    if found.frozen and (apply or minutes):
-        how = "lrai unfreeze ends that; --minutes 0 without --apply compares all the same"
-        raise ConditionNotMet(f"{found.name!r} is frozen: {how}")
-    if apply and not found.name:
-        raise UsageError("--apply is for a model that the runtime serves")
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
+    _refuse_at_once(found, minutes, file, apply=apply)
     plain = found.served.manifest.name if found.served else found.model.stem
     stem = found.name.partition(":")[0] or plain
     written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
     if os.path.lexists(written):
-        raise UsageError(f"{written} exists; choose another name (-o), or remove it")
+        remedy = "leave it where it is if it serves" if found.name else "or remove it"
+        raise UsageError(f"{written} exists; choose another name (-o), {remedy}")
+    roots = list(filter(None, load_config().runtime.model_roots.split(":")))
+    if found.name and roots and not any(written.resolve().is_relative_to(r) for r in roots):
+        raise UsageError(f"{written} lies in none of the folders to load from: choose -o")
     if found.requests is None:
         if found.served:
             raise UsageError(f"{target} is not served, so nothing is captured: give --requests")
@@ -130,9 +136,36 @@ def tune(
         else:
             say("use it", f"serve {written}; to go back, serve {target}")
     except KeyboardInterrupt:
-        if not applied:
+        if applied:  # it may be loading there
+            say("left", "the runtime goes on: lrai runtime deployments tells what serves")
+            say("switch back", command("rollback", found.name, address=address))
+        else:
             shutil.rmtree(written)
         raise
+
+
+def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: bool) -> None:
+    """Refuse what would be refused when all is made and measured.
+
+    Raises:
+        ConditionNotMet: What serves may not be changed, or not be copied to another.
+        UsageError: Nothing serves that could be switched, or the figures have no place.
+    """
+    if found.frozen and (apply or minutes):
+        how = "lrai unfreeze ends that; --minutes 0 without --apply compares all the same"
+        raise ConditionNotMet(f"{found.name!r} is frozen: {how}")
+    if apply and not found.name:
+        raise UsageError("--apply is for a model that the runtime serves")
+    if apply and (found.relief or sum(share > 0 for share in found.shares.values()) > 1):
+        several = f"several versions of {found.name!r} answer, by their shares or as relief"
+        raise ConditionNotMet(
+            f"{several}: --apply would end them, and rollback not bring them back"
+        )
+    if minutes and found.copied:
+        how = "end that, or compare no live requests (--minutes 0)"
+        raise ConditionNotMet(f"requests to {found.copied!r} are copied already: {how}")
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
 
 
 def _judge(
@@ -173,7 +206,8 @@ def _judge(
         _show(both, price_per_hour)
     _show_changed(changed, artifact, both[0].variant)
     if file is not None:
-        _write(file, both, changed, gains)
+        with _private(on=_is_private(found)):
+            _write(file, both, changed, gains)
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:
         raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second")
@@ -212,7 +246,7 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
         served = found.served.manifest if found.served else None
         signature = served.signature if served else None
         epsilon, delta = (served and served.demanded) or (None, 0.01)
-        with _axes(signature, maps=not output_map) as axes, _private(on=found.captured):
+        with _axes(signature, maps=not output_map) as axes, _private(on=_is_private(found)):
             return compile_model(
                 found.model,
                 out=written,
@@ -223,8 +257,18 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
                 epsilon=epsilon,  # what serves may have been made to be so close, or so small
                 delta=delta,
                 objective=served.objective if served else "latency",
+                threads=load_config().actor.threads,
                 progress=show,
             )
+
+
+def _is_private(found: Target) -> bool:
+    """Return whether the requests are this user's alone."""
+    try:
+        shared = found.requests is None or bool(found.requests.stat().st_mode & 0o077)
+    except OSError:
+        shared = True  # there are none that could be read
+    return found.captured or not shared
 
 
 @contextmanager
@@ -264,14 +308,14 @@ def _show(both: Sequence[Side], price_per_hour: float) -> None:
     for side in both:
         table.add_column(side.variant, justify="right", no_wrap=True)
     lines: dict[str, Callable[[Side], str]] = {
-        "requests/s": lambda side: f"{statistics.median(side.requests_per_second):.4g}",
-        "p95 ms": lambda side: f"{statistics.median(side.p95_ms):.3g}",
+        "requests/s": lambda side: figure(statistics.median(side.requests_per_second), 4),
+        "p95 ms": lambda side: figure(statistics.median(side.p95_ms)),
         "memory MB": lambda side: f"{side.memory_mb:.0f}",
     }
     if price_per_hour:
-        lines["cost of a million"] = lambda side: f"{side.cost_per_million(price_per_hour):.4g}"
-    for label, figure in lines.items():
-        table.add_row(label, *map(figure, both))
+        lines["cost of a million"] = lambda side: figure(side.cost_per_million(price_per_hour), 4)
+    for label, told in lines.items():
+        table.add_row(label, *map(told, both))
     out.print(table)
 
 

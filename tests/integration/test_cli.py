@@ -238,7 +238,10 @@ def test_config_says_where_every_value_comes_from(
     (tmp_path / "lrai.toml").write_text("[scheduler]\nmax_batch_rows = 7\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LRAI_ACTOR_THREADS", "3")
+    long = "/".join(["", *["folder"] * 20])
+    monkeypatch.setenv("LRAI_RUNTIME_MODEL_ROOTS", long)
     shown = run("config", code=0)
+    assert f"runtime.model_roots = {long}  (" in shown
     for setting, value, origin in (
         ("scheduler.max_batch_rows", "7", "lrai.toml"),
         ("actor.threads", "3", "LRAI_ACTOR_THREADS"),

@@ -24,7 +24,7 @@ from lrai_core.compiler.search import Candidate
 from lrai_report.compare import Side, answered, differing, measure, sides
 from lrai_report.live import compare_live, switch
 from lrai_report.target import Target
-from lrai_report.tune import _compile, main
+from lrai_report.tune import _compile, _is_private, _refuse_at_once, main
 from tests.core import small_artifact
 from tests.core.compiler.onnx_files import linear, save
 from tests.own_runtime import daemon_pids, own_runtime
@@ -217,9 +217,86 @@ def test_what_would_be_refused_at_the_end_is_refused_at_once(tmp_path: Path) -> 
         frozen = cli("m", "--requests", tmp_path / "rows.npz", cwd=tmp_path)
     assert again.returncode == 2
     assert "m-tuned.lrai exists" in again.stderr
+    assert "leave it where it is if it serves" in again.stderr
     assert frozen.returncode == 3
     assert "'m' is frozen: lrai unfreeze ends that" in frozen.stderr
     assert not (tmp_path / "m-tuned.lrai").exists()
+
+
+@pytest.mark.parametrize(
+    ("serves", "said"),
+    [
+        ({"shares": {"1": 0.95, "2": 0.05}}, "several versions of 'm' answer"),
+        ({"shares": {"1": 1.0, "2": 0.0}, "relief": "2"}, "several versions of 'm' answer"),
+        ({"copied": "other"}, "requests to 'other' are copied already"),
+    ],
+)
+def test_what_rollback_would_not_bring_back_is_not_ended(
+    serves: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m", **serves)
+    with pytest.raises(lrai.ConditionNotMet, match=said):
+        _refuse_at_once(found, 1.0, None, apply=True)
+    _refuse_at_once(found, 0.0, None, apply=False)
+
+
+def test_what_lies_where_the_runtime_loads_nothing_from_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_MODEL_ROOTS", f"{tmp_path}/models")
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m")
+    monkeypatch.setattr("lrai_report.tune.find", lambda *_: found)
+    out = cli_here("m", "-o", str(tmp_path / "m-tuned.lrai"))
+    assert isinstance(out, lrai.UsageError)
+    assert "lies in none of the folders to load from" in str(out)
+
+
+def cli_here(*arguments: str) -> BaseException | None:
+    """Run the command in this process; return what ended it."""
+    try:
+        main(arguments)
+    except (lrai.LraiError, SystemExit) as end:
+        return end
+    return None
+
+
+def test_who_interrupts_a_switch_is_told_how_to_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runtime goes on with it: what it may serve by now stays where it is."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    written = tmp_path / "m-tuned.lrai"
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m")
+    for name, does in (
+        ("find", lambda *_: found),
+        ("_compile", lambda *_: written.mkdir()),
+        ("_judge", lambda *_: None),
+        ("compare_live", lambda *_, **__: None),
+        ("switch", interrupted),
+    ):
+        monkeypatch.setattr(f"lrai_report.tune.{name}", does)
+    end = cli_here("m", "--apply", "-o", str(written))
+    assert isinstance(end, SystemExit)
+    assert end.code == 130
+    assert "lrai runtime rollback m" in capsys.readouterr().out
+    assert written.exists()
+    written.rmdir()
+    monkeypatch.setattr("lrai_report.tune.compare_live", interrupted)
+    cli_here("m", "--apply", "-o", str(written))
+    assert not written.exists()
+
+
+def test_rows_that_only_their_owner_may_read_stay_so(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.npz"
+    np.savez(rows, x=np.ones((4, 3), np.float32))
+    for mode, private in ((0o600, True), (0o644, False)):
+        rows.chmod(mode)
+        assert _is_private(Target(tmp_path / "m.onnx", rows)) is private
+    assert _is_private(Target(tmp_path / "m.onnx", rows, captured=True))
+    assert not _is_private(Target(tmp_path / "m.onnx", None))
 
 
 def test_what_serves_says_what_is_demanded_of_what_takes_its_place(

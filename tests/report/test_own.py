@@ -25,6 +25,17 @@ def test_what_was_requalified_is_looked_for_where_the_server_looks(
 
 def test_what_is_asked_for_outranks_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRAI_ACTOR_REPLICAS", "3")
-    monkeypatch.setenv("LRAI_SCHEDULER_LATENCY_SLO_MS", "7")
     own = own_config({"actor.replicas": 1})
-    assert (own.actor.replicas, own.scheduler.latency_slo_ms) == (1, 0)
+    assert own.actor.replicas == 1
+
+
+def test_what_limits_who_serves_does_not_limit_who_measures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LRAI_SCHEDULER_LATENCY_SLO_MS", "7")
+    monkeypatch.setenv("LRAI_SCHEDULER_DEFAULT_TIMEOUT_MS", "50")
+    monkeypatch.setenv("LRAI_RUNTIME_MODEL_ROOTS", "/srv/models")
+    own = own_config({})
+    assert own.scheduler.latency_slo_ms == 0
+    assert own.scheduler.default_timeout_ms >= 3_600_000
+    assert own.runtime.model_roots == ""

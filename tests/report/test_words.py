@@ -1,0 +1,26 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from lrai_report.words import figure
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "written"),
+    [
+        (0.012345, 3, "0.0123"),
+        (12.345, 3, "12.3"),
+        (999.4, 3, "999"),
+        (1234.5, 3, "1,234"),
+        (12345.0, 4, "12,345"),
+        (0.0, 3, "0"),
+        (float("inf"), 3, "inf"),
+        (1e-7, 2, "1e-07"),
+    ],
+)
+def test_a_figure_has_its_digits_and_no_power_of_ten_where_it_is_large(
+    value: float, digits: int, written: str
+) -> None:
+    assert figure(value, digits) == written
