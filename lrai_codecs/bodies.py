@@ -232,6 +232,8 @@ def _numbers(values: list[Any], spec: TensorSpec) -> Array:
     if wanted.kind == "O":
         return each
     try:
+        if any("_" in str(one) for one in each.flat):  # which Python's own numbers may have
+            raise ValueError
         if wanted.kind in "iu":  # by way of Python's, which numpy does not wrap round
             limits = np.iinfo(wanted)
             whole = [_whole(str(one)) for one in each.flat]

@@ -98,7 +98,7 @@ class Room:
         Raises:
             QueueFull: There is no room for it beside the others.
         """
-        stated, size = headers.get("content-length", ""), limit_bytes
+        stated, size = _stated(headers), limit_bytes
         if stated.isdecimal():
             coded = "content-encoding" in headers
             most = max(_PLAIN_BYTES, _MOST_TIMES * int(stated)) if coded else int(stated)
@@ -141,7 +141,7 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
         UnsupportedMediaType: It is compressed in a way that is not read here.
         RequestError: It is cut short or damaged.
     """
-    declared = headers.get("content-length", "")
+    declared = _stated(headers)
     if declared.isdecimal() and int(declared) > limit_bytes:
         raise PayloadTooLarge(f"the body has {declared} bytes, at most {limit_bytes} are allowed")
     coding = headers.get("content-encoding", "identity").strip().lower()
@@ -168,6 +168,23 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
     if inflate is not None and (not inflate.eof or inflate.unused_data):
         raise RequestError(f"the body is no whole {coding}")
     return b"".join(parts)
+
+
+def _stated(headers: Mapping[str, str]) -> str:
+    """Return the length that counts: of what comes in chunks none is stated (RFC 9112, 6.3)."""
+    return "" if "transfer-encoding" in headers else headers.get("content-length", "")
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """Run it in a thread, and wait for that when cancelled, too: it holds what was counted."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # nobody is told
+        raise
 
 
 async def respond(
@@ -200,14 +217,14 @@ async def respond(
 
     # One of CSV may wait for others: the longest field is a setting of the process.
     large = len(body) > _THREAD_ABOVE_BYTES or kind.lower().startswith("text/csv")
-    request, form = await asyncio.to_thread(parsed) if large else parsed()
+    request, form = await _aside(parsed) if large else parsed()
     response = await infer(request)
 
     def written() -> tuple[bytes, dict[str, str]]:
         return encode(response, form, headers.get("accept", ""))
 
     large = sum(output.nbytes for output in response.outputs.values()) > _THREAD_ABOVE_BYTES
-    content, more = await asyncio.to_thread(written) if large else written()
+    content, more = await _aside(written) if large else written()
     # By its type the caller finds out where tensors begin, if he has asked, or asks, like that.
     wanted = TRITON if TRITON in headers.get("accept", "").lower() else kind if size else ""
     if wanted and "Inference-Header-Content-Length" in more:

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrai_codecs.tensors import dtype_of
-from lrai_core import InferenceRequest, InferenceResponse, LraiConfig, QueueFull, Signature, Tensor
+from lrai_core import (
+    InferenceRequest,
+    InferenceResponse,
+    LraiConfig,
+    QueueFull,
+    RequestError,
+    Signature,
+    Tensor,
+)
 
 _AT_A_TIME: Final = 2  # one runs, one waits; the queue is not for one caller alone
 
@@ -39,30 +47,28 @@ async def in_parts(
     several = parts(request, signature, most_rows)
     if len(several) == 1:
         return await infer(request)
-    begun, turn, answered = time.monotonic(), asyncio.Semaphore(_AT_A_TIME), 0
+    begun, answers = time.monotonic(), dict[int, InferenceResponse]()
     most_ms = request.timeout_ms or config.scheduler.default_timeout_ms
+    todo = iter(enumerate(several))
 
-    async def one(part: InferenceRequest) -> InferenceResponse:
-        nonlocal answered
-        async with turn:
-            while True:
+    async def in_turns() -> None:
+        for index, part in todo:
+            while index not in answers:
                 try:
-                    answer = await infer(_within(part, begun))
+                    answers[index] = await infer(_within(part, begun))
                 except QueueFull as full:  # for those that were answered it comes again
                     wait = full.retry_after_seconds
-                    if not answered or (time.monotonic() - begun + wait) * 1e3 > most_ms:
+                    if not answers or (time.monotonic() - begun + wait) * 1e3 > most_ms:
                         raise
                     await asyncio.sleep(wait)
-                else:
-                    answered += 1
-                    return answer
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(part)) for part in several]
+            for _ in range(_AT_A_TIME):
+                group.create_task(in_turns())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return joined([task.result() for task in tasks])
+    return joined([answers[index] for index in range(len(several))])
 
 
 def in_turn(
@@ -162,9 +168,15 @@ def joined(answers: Sequence[InferenceResponse]) -> InferenceResponse:
 
     Args:
         answers: Of `parts`. Where different versions gave them, the last one is named.
+
+    Raises:
+        RequestError: The shape of a row depends on those beside it.
     """
-    outputs = {
-        name: np.concatenate([answer.outputs[name] for answer in answers])
-        for name in answers[0].outputs
-    }
+    outputs = {}
+    for name in answers[0].outputs:
+        try:
+            outputs[name] = np.concatenate([answer.outputs[name] for answer in answers])
+        except ValueError:
+            what = f"output {name!r} has another shape in each part of so many rows"
+            raise RequestError(f"{what}: ask for fewer at a time") from None
     return msgspec.structs.replace(answers[-1], outputs=outputs)

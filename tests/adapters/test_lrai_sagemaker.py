@@ -169,6 +169,7 @@ class Runtime:
 
     def __init__(self, error: lrai.LraiError | None = None) -> None:
         self.there, self._error = dict[str, lrai.Signature](), error
+        self.config, self.state = lrai.load_config(environ={}), "ok"
 
     def load(self, artifact: lrai.Artifact, *, name: str, require: object) -> None:
         assert require is None
@@ -176,6 +177,7 @@ class Runtime:
 
     def infer(self, request: lrai.InferenceRequest) -> None:
         assert request.model_name in self.there
+        assert request.timeout_ms == self.config.scheduler.default_timeout_ms
         if self._error is not None:
             raise self._error
 
@@ -183,7 +185,7 @@ class Runtime:
         del self.there[name]
 
     def models(self) -> list[SimpleNamespace]:
-        told = {"state": "ok", "version": "1", "variant": "fp32"}
+        told = {"state": self.state, "version": "1", "variant": "fp32"}
         return [SimpleNamespace(name=name, **told) for name in self.there]
 
 
@@ -194,7 +196,14 @@ def names_of(tmp_path: Path, runtime: Runtime) -> Names:
     return Names(settings, cast("lrai.Runtime", runtime))
 
 
-@pytest.mark.parametrize("refusal", [lrai.InvalidTensor("x", "zeros"), None])
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        lrai.InvalidTensor("x", "zeros"),
+        None,
+        lrai.QueueFull("full", limit=1, retry_after_seconds=1),
+    ],
+)
 def test_a_model_that_answers_is_loaded_though_it_refuses_zeros(
     artifact: lrai.Artifact, tmp_path: Path, refusal: lrai.LraiError | None
 ) -> None:
@@ -228,6 +237,19 @@ def test_a_name_whose_model_was_unloaded_to_make_room_is_free(
     names.load("a", "small.lrai")
     with pytest.raises(AlreadyLoaded):
         names.load("a", "small.lrai")
+
+
+def test_a_model_that_was_given_up_may_be_loaded_again(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime())
+    names.load("a", "small.lrai")
+    runtime.state = "dead"
+    assert names.loaded() == []
+    names.load("a", "small.lrai")
+    runtime.state = "ok"
+    assert [named.name for named in names.loaded()] == ["a"]
 
 
 def test_demands_are_read() -> None:

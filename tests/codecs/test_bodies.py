@@ -478,3 +478,10 @@ def test_a_whole_number_in_csv_that_does_not_fit_is_refused(datatype: str, value
         decode(f"1,{value}\n".encode(), "text/csv", [spec])
     request, _ = decode(b"1, 2\n3,4\n", "text/csv", [spec])
     assert np.asarray(request.inputs["x"]).tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("datatype", ["INT32", "FP32", "BOOL"])
+def test_what_only_python_takes_for_a_number_is_refused_in_csv(datatype: str) -> None:
+    spec = TensorSpec(name="x", datatype=datatype, shape=("n", 2), batch_axis=0)
+    with pytest.raises(InvalidTensor, match=f"a value is no {datatype}"):
+        decode(b"1_2,3\n", "text/csv", [spec])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import threading
 import zlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,3 +259,46 @@ def test_what_is_compressed_beyond_measure_is_no_data() -> None:
     plain = np.random.default_rng(0).integers(0, 4, 8 << 20, np.uint8).tobytes()
     packed = gzip.compress(plain, mtime=0)
     assert read_all(packed, {"content-encoding": "gzip"}, limit=64 << 20, step=1 << 16) == plain
+
+
+def test_what_comes_in_chunks_counts_as_the_most_that_it_may_have() -> None:
+    """Whatever length is stated beside: the chunks are what is read."""
+    room, headers = Room(1000), {"content-length": "1", "transfer-encoding": "chunked"}
+    with room.held(headers, 600), pytest.raises(QueueFull), room.held(headers, 600):
+        pass
+    assert read_all(b"x" * 500, headers, 600) == b"x" * 500
+
+
+def test_a_cancelled_request_counts_until_its_thread_lets_go_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: object, **__: object) -> None:
+        began.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr("lrai_codecs.http.decode", slow)
+    room = Room(1000)
+
+    async def ask() -> None:
+        with room.held({}, 900):
+            await respond(never, [], {"content-type": "text/csv"}, b"1")
+
+    async def never(_: object) -> Any:
+        raise AssertionError
+
+    async def cancel() -> None:
+        task = asyncio.create_task(ask())
+        await asyncio.to_thread(began.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        with pytest.raises(QueueFull), room.held({}, 900):
+            pass
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with room.held({}, 900):
+            pass
+
+    asyncio.run(cancel())

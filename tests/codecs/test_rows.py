@@ -20,6 +20,7 @@ from lrai_core import (
     LraiError,
     NotReady,
     QueueFull,
+    RequestError,
     Signature,
     Tensor,
     TensorSpec,
@@ -264,3 +265,33 @@ def test_a_binary_tensor_that_is_not_as_it_says_is_for_the_runtime_to_refuse(
 
     asyncio.run(in_parts(infer, given, SIGNATURE, FOUR))
     assert seen == [given]
+
+
+def test_parts_of_many_rows_are_no_tasks_before_their_turn() -> None:
+    model, most = Model(), 0
+
+    async def ask_all() -> None:
+        nonlocal most
+
+        async def infer(one: InferenceRequest) -> InferenceResponse:
+            nonlocal most
+            most = max(most, len(asyncio.all_tasks()))
+            return await model.infer(one)
+
+        await in_parts(infer, request(4_000), SIGNATURE, FOUR)
+
+    asyncio.run(ask_all())
+    assert len(model.asked) == 1_000
+    assert most <= 4
+
+
+def test_parts_whose_rows_have_other_shapes_are_refused() -> None:
+    async def infer(one: InferenceRequest) -> InferenceResponse:
+        x: Any = one.inputs["x"]
+        wide = np.ones((len(x), 2 + int(x[0, 0] > 0)), np.float32)
+        return InferenceResponse(
+            model_name="m", model_version="1", id="", outputs={"y": wide}, parameters={}
+        )
+
+    with pytest.raises(RequestError, match="output 'y' has another shape in each part"):
+        asyncio.run(in_parts(infer, request(8), SIGNATURE, FOUR))

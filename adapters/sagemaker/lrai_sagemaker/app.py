@@ -84,34 +84,24 @@ class Endpoint:
             given = msgspec.json.decode(body, type=_Load)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise lrai.RequestError(f"model_name and url are needed: {error}") from None
-        try:
-            await self._changed(self._names.load, given.model_name, given.url)
-        except (lrai.RequestError, lrai.NotReady, lrai.MemoryBudgetExceeded):
-            raise
-        except lrai.LraiError as error:
-            # With its paths: those are for the log.
-            log.warning("model %r: %s", given.model_name, one_line(error))
-            # At 507 the platform unloads another one; at 400 it tells whoever asked.
-            lack = isinstance(error, lrai.OutOfResources)
-            kind = lrai.OutOfResources if lack else lrai.RequestError
-            raise kind("the model cannot be loaded; the log says why") from None
+        await self._changed("loaded", self._names.load, given.model_name, given.url)
         log.info("model %r is loaded", given.model_name)
         return _json({"status": f"model {given.model_name!r} is loaded"})
 
     async def unload(self, request: Request) -> Response:
         """Unload a name."""
-        await self._changed(self._names.unload, name := request.path_params["name"])
+        await self._changed("unloaded", self._names.unload, name := request.path_params["name"])
         return _json({"status": f"model {name!r} is unloaded"})
 
     async def models(self, _: Request) -> Response:
         """List the names that are in memory."""
-        loaded = await self._changed(self._names.loaded)
+        loaded = await asyncio.to_thread(self._names.loaded)  # not behind who loads
         return _json({"models": [{"modelName": m.name, "modelUrl": m.url} for m in loaded]})
 
     async def model(self, request: Request) -> Response:
         """Tell the path of a name that is in memory."""
         name = request.path_params["name"]
-        for loaded in await self._changed(self._names.loaded):
+        for loaded in await asyncio.to_thread(self._names.loaded):
             if loaded.name == name:
                 return _json({"modelName": loaded.name, "modelUrl": loaded.url})
         raise unknown(name)
@@ -141,8 +131,17 @@ class Endpoint:
             return "" if isinstance(error, lrai.QueueFull | lrai.DeadlineExceeded) else str(error)
         return ""
 
-    async def _changed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._changes, function, *arguments)
+    async def _changed(self, what: str, change: Callable[..., None], name: str, *more: str) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._changes, change, name, *more)
+        except (lrai.RequestError, lrai.NotReady, lrai.MemoryBudgetExceeded):
+            raise
+        except lrai.LraiError as error:
+            # With its paths: those are for the log.
+            log.warning("model %r: %s", name, one_line(error))
+            # At 507 the platform unloads another one; at 400 it tells whoever asked.
+            kind = type(error) if isinstance(error, lrai.OutOfResources) else lrai.RequestError
+            raise kind(f"the model cannot be {what}; the log says why") from None
 
     async def _answer(
         self, request: Request, name: str, key: str, signature: lrai.Signature, gone: Exception

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from lrai_core import LraiError, ModelNotFound, RequestError, Runtime, Signature
+from lrai_core import LraiError, ModelNotFound, QueueFull, RequestError, Runtime, Signature
 from lrai_import.hosted import load, warm_up
 from lrai_sagemaker.models import artifact_in
 from lrai_sagemaker.settings import Settings
@@ -75,7 +75,8 @@ class Names:
             key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
             load(self._runtime, artifact, key, require=self._settings.require)
             try:
-                warm_up(self._runtime, key, artifact.manifest.signature)
+                with suppress(QueueFull):  # it answers others
+                    warm_up(self._runtime, key, artifact.manifest.signature)
             except LraiError:
                 self._runtime.unload(key)
                 raise
@@ -123,8 +124,8 @@ class Names:
         return self._signatures[named.key]
 
     def loaded(self) -> list[Named]:
-        """Return what is in memory, by name."""
-        there = {model.name for model in self._runtime.models()}
+        """Return what is in memory, by name; what was given up is not, and may be loaded again."""
+        there = {model.name for model in self._runtime.models() if model.state != "dead"}
         return [named for named in self._all() if named.key in there]
 
     def unready(self) -> str:
