@@ -33,7 +33,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
 from lrai_import.held import Held
-from lrai_mlflow.serving import ServedModel, mlflow_errors
+from lrai_mlflow.serving import ServedModel, from_lrai, mlflow_errors
 from lrai_mlflow.watch import Watch, tell_cap
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model, text_model, token_model
@@ -578,3 +578,20 @@ def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_an_answer_to_a_table_has_the_index_of_its_rows(*, by_row: bool) -> None:
+    """Pandas joins by it: a table that was split has its rows in any order."""
+    table = pd.DataFrame({"x": [1.0, 2.0, 3.0]}, index=[7, 2, 5])
+
+    def answer(**outputs: Any) -> Any:
+        told = lrai.InferenceResponse(
+            model_name="m", model_version="1", id="", outputs=outputs, parameters={}
+        )
+        return from_lrai(told, table, by_row=by_row)
+
+    table["y"] = answer(y=np.arange(3))["y"]
+    assert table["y"].tolist() == [0, 1, 2]
+    wide = answer(y=np.zeros((3, 2)))
+    assert wide.index.tolist() == ([7, 2, 5] if by_row else [0, 1, 2, 3, 4, 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -464,6 +465,37 @@ def test_switching_there_and_back_leaves_every_byte(repository: Path, run: Run) 
     assert (entry / "config.pbtxt").stat().st_mode & 0o777 == 0o640
     shutil.rmtree(aside[1])
     assert content(entry) == before
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_disk_that_is_found_full_in_the_end_leaves_the_entry_as_it_was(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch, *, config: bool
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if not config:
+        (repository / "m" / "config.pbtxt").unlink(missing_ok=True)
+    before = content(repository)
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    with monkeypatch.context() as patched:
+        patched.setattr("lrai_core.artifact._sync", full)
+        assert "the disk is full" in run("add", artifact, *where, code=5)
+    assert content(repository) == before
+
+
+def test_a_config_that_cannot_be_changed_back_keeps_the_versions_in_place(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: Path) -> str:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    run("add", artifact, *where)
+    before = content(repository)
+    monkeypatch.setattr("lrai_triton.commands.repository._switch_back", refused)
+    assert "Read-only file system" in run("remove", repository / "m", code=5)
+    assert content(repository) == before
 
 
 def test_what_was_moved_aside_can_be_added_again(repository: Path, run: Run) -> None:

@@ -252,6 +252,15 @@ def test_what_was_saved_with_a_model_counts_for_its_deployment(
         assert shares(client) == {f"{version_of(saved[0])}-2": 1.0}
 
 
+@pytest.mark.parametrize("key", ["limits.request_rows", "scheduler.max_queue_rows"])
+def test_what_is_no_setting_of_one_model_is_refused(
+    client: Client, saved: list[Path], key: str
+) -> None:
+    with pytest.raises(MlflowException, match=f"{key} is the runtime's, not one model's"):
+        client.create_deployment("search", str(saved[0]), config={key: 100_000})
+    assert client.list_deployments() == []
+
+
 def test_a_deployment_answers_more_rows_than_a_request_may_have(
     client: Client, saved: list[Path]
 ) -> None:

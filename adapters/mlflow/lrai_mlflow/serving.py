@@ -126,16 +126,19 @@ def from_lrai(response: lrai.InferenceResponse, data: Any, *, by_row: bool = Fal
 
     That is, for a DataFrame of scalars, each output flattened into a column: of k numbers a row
     there are k times as many rows. A DataFrame with lists in its cells, which `mlflow.onnx`
-    refuses, is answered row by row with arrays in the cells, and so is any other `by_row`.
+    refuses, is answered row by row with arrays in the cells, and so is any other `by_row`. Where
+    there is a row for each row, it has that one's index, by which pandas joins them.
     """
     outputs = {name: text(output) for name, output in response.outputs.items()}
     if not isinstance(data, pd.DataFrame):
         return outputs
     sizes = {output.size for output in outputs.values()}
     flat = len(sizes) == 1 and not any(map(_holds_lists, map(data.get, data.columns)))
-    if flat and (not by_row or sizes == {len(data)}):
-        return pd.DataFrame({name: output.reshape(-1) for name, output in outputs.items()})
-    return pd.DataFrame({name: list(output) for name, output in outputs.items()})
+    flat = flat and (not by_row or sizes == {len(data)})
+    answer = pd.DataFrame({n: o.reshape(-1) if flat else list(o) for n, o in outputs.items()})
+    if len(answer) == len(data):
+        answer.index = data.index
+    return answer
 
 
 def is_onnx(file: Path) -> bool:

@@ -54,6 +54,7 @@ from msgspec.structs import replace
 
 from lrai_codecs import in_turn, rows_at_a_time
 from lrai_core import (
+    OWN_SETTINGS,
     Artifact,
     ArtifactError,
     LraiError,
@@ -94,7 +95,7 @@ class Client(BaseDeploymentClient):
         with mlflow_errors():
             if not name or ":" in name or not name.isprintable():
                 raise UsageError(f"{name!r} is no name of a deployment: printable, without ':'")
-            settings_of(config)  # for its errors
+            _check_options(config)
             if name in self._shares():
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
             with self._alone():
@@ -123,7 +124,7 @@ class Client(BaseDeploymentClient):
         share, back = options.pop("canary", None), options.pop("rollback", None)
         with mlflow_errors(), self._alone():
             shares = self._known(name)
-            settings_of(options)  # for its errors
+            _check_options(options)
             if options and model_uri is None:
                 given = ", ".join(map(str, options))
                 raise UsageError(f"{given}: goes with a model (-m), not with what serves already")
@@ -416,6 +417,14 @@ class Client(BaseDeploymentClient):
                 shutil.rmtree(kept)
             elif kept.suffix == ".said" and kept.stem not in names:
                 kept.unlink()
+
+
+def _check_options(config: Mapping[str, Any] | None) -> None:
+    """Refuse what is no setting of one model: the runtime has its own, from where it started."""
+    settings_of(config)  # for its errors
+    for key in flat(config or {}):
+        if key not in OWN_SETTINGS and key != "variant" and not key.startswith("require."):
+            raise UsageError(f"{key} is the runtime's, not one model's: say it where that starts")
 
 
 def _digest(text: str) -> str:

@@ -110,12 +110,21 @@ def remove(entry: Entry) -> None:
     kept = (entry / _ORIGINAL).exists()  # though the backend was changed back by hand
     if not (ours or kept) and backend_of(text_of(entry / CONFIG)) != "lrai":
         raise UsageError(f"{entry} has nothing of lrai's")
-    with disk_errors(entry):
-        for version in ours:
-            aside = tempfile.mkdtemp(prefix=f"lrai-{version}-", dir=entry)
-            (entry / str(version)).rename(aside)  # takes the place of an empty folder
-            out.print(f"version {version} was moved to {aside}")
-        out.print(f"its config.pbtxt {_switch_back(entry)}")
+    moved = dict[Path, str]()
+    try:
+        with disk_errors(entry):
+            for folder in (entry / str(version) for version in ours):
+                aside = tempfile.mkdtemp(prefix=f"lrai-{folder.name}-", dir=entry)
+                folder.rename(aside)  # takes the place of an empty folder
+                moved[folder] = aside
+            became = _switch_back(entry)
+    except BaseException:
+        for folder, aside in moved.items():
+            Path(aside).rename(folder)
+        raise
+    for folder, aside in moved.items():
+        out.print(f"version {folder.name} was moved to {aside}")
+    out.print(f"its config.pbtxt {became}")
 
 
 def text_of(file: Path) -> str:
@@ -147,15 +156,25 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
 
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
-    new = not entry.is_dir()
-    with writing(entry if new else entry / str(version)) as folder:
-        target = folder / str(version) if new else folder
-        target.mkdir(exist_ok=True)
-        if model.is_dir():
-            shutil.copytree(Artifact.open(model).path, target / "model.lrai")
-        else:
-            shutil.copy2(model, target / "model.onnx")
-        _switch(folder if new else entry, config)
+    new, kept = not entry.is_dir(), (entry / _ORIGINAL).exists()
+    there, before = (entry / CONFIG).exists(), text_of(entry / CONFIG)
+    try:
+        with writing(entry if new else entry / str(version)) as folder:
+            target = folder / str(version) if new else folder
+            target.mkdir(exist_ok=True)
+            if model.is_dir():
+                shutil.copytree(Artifact.open(model).path, target / "model.lrai")
+            else:
+                shutil.copy2(model, target / "model.onnx")
+            _switch(folder if new else entry, config)
+    except BaseException:  # a disk may be found full when all is written
+        if not there:
+            (entry / CONFIG).unlink(missing_ok=True)
+        elif text_of(entry / CONFIG) != before:
+            _replace(entry / CONFIG, before)
+        if not kept:
+            (entry / _ORIGINAL).unlink(missing_ok=True)
+        raise
     out.print(f"version {version} is there; by default Triton serves the highest one, after")
     out.print(f"curl -X POST localhost:8000/v2/repository/models/{entry.absolute().name}/load")
     out.print('(under `lrai triton serve` with -H "lrai-key: $TRITON_REPOSITORY_KEY")')

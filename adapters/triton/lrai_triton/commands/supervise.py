@@ -229,7 +229,10 @@ class _Model(threading.Thread):
             say(f"{self.name}: {why} after {_MOST_RELOADS} reloads in a minute: unloaded, given up")
             return False
         if self._reloads:
+            seen = _pids(_stubs(self.name))
             time.sleep(max(0.0, self._reloads[-1] + 2 ** (len(self._reloads) - 1) - now))
+            if not self._unloaded and (not self._count() or _pids(_stubs(self.name)) - seen):
+                return True  # somebody has unloaded or loaded it meanwhile
         self._unloaded, begun = why, time.monotonic()
         self._left_until, before = math.inf, _pids(_stubs(self.name))
         self._reloads.append(begun)
@@ -328,19 +331,19 @@ def _run_both(commands: list[list[str]]) -> int:
     # The stub is the first python3 on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environ, processes = {**os.environ, "PATH": path}, list[subprocess.Popen[bytes]]()
-    told, before = list[int](), dict[int, Any]()
+    told = list[int]()
 
     def forward(number: int, _: object) -> None:
         told.append(number)
         for process in processes:  # a terminal that closes ends a server, as what stops one does
             process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
+    before = _handled_by(forward)
     try:
         for command in commands:  # in groups of their own: Ctrl-C comes from here alone
             processes.append(subprocess.Popen(command, env=environ, process_group=0))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                before[number] = signal.signal(number, forward)
+        if told:  # before the list had them
+            forward(told[0], None)
         server, *watches = processes
         while server.poll() is None:
             ended = watches[0].poll() if watches else None
@@ -365,6 +368,14 @@ def _run_both(commands: list[list[str]]) -> int:
             process.wait()
         for kept, handler in before.items():
             signal.signal(kept, handler)
+
+
+def _handled_by(handler: Any) -> dict[int, Any]:
+    """Have what ends a program told to this; return whom it was told to, by signal."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    # One that nohup has had ignored stays so.
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 def say(words: str) -> None:
