@@ -164,11 +164,15 @@ class Combiner:
                     mine.leading = mine.leading and not lead
                     mine.told = mine.told or late
                     gone = mine.done() or (late and not mine.waiters)
-                    if (self._leader is mine and (lead or gone)) or not self._is_led():
+                    if (lead or gone) if self._leader is mine else not self._is_led():
                         self._appoint()
             if late:
                 return
             stuck = None if woken or self._inside or steps != self._steps else loop
+        if self._leader is mine:  # it was cancelled after it was appointed, before it led
+            with self.door:
+                if self._leader is mine and not mine.waiters:
+                    self._appoint()
 
     def _run(self) -> None:
         here, first = get_ident(), get_ident() not in self._inside
@@ -195,7 +199,9 @@ class Combiner:
         leader = self._leader
         if isinstance(leader, Loop):
             return leader.is_running()
-        return leader.is_alive() if isinstance(leader, threading.Thread) else leader is not None
+        if isinstance(leader, Helped):
+            return leader.waiters > 0  # else nobody comes back to lead
+        return leader is not None and leader.is_alive()
 
     def _appoint(self) -> None:
         """Have somebody lead while something waits. The door is held."""
@@ -215,7 +221,11 @@ class Combiner:
         elif told:
             if not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._lead, name="lrai-lead", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # none can be had now: who comes next leads, or tries again
+                    self._thread, self._leader = threading.Thread(), None
+                    return
             self._leader = self._thread
             self._work.release()
         else:

@@ -80,7 +80,8 @@ class Deployments(Running):
             try:
                 with self._started(name, self._reopen(how), how, label):
                     pass
-            except (lrai.LraiError, TypeError) as error:  # whoever needs it is told, too
+            # Whoever needs it is told, too; a mount that is gone has errors of its own.
+            except (lrai.LraiError, TypeError, OSError) as error:
                 self.events.emit("deployment_changed", name, change="lost", reason=str(error))
                 _log.warning("%s: version %s is not served again: %s", name, label, error)
                 lost = isinstance(error, _LOST) and not kept.frozen  # which stays as it is
@@ -97,7 +98,7 @@ class Deployments(Running):
         if record.versions or not record.frozen:
             try:
                 self._commit(name, record, "restore")
-            except lrai.EnvironmentProblem:  # a full disk; what it holds is right but for this
+            except (lrai.EnvironmentProblem, OSError):  # a full disk; it is right but for this
                 with self._store.lock:
                     self._apply(name, record)
 
@@ -300,6 +301,12 @@ class Deployments(Running):
 
     def unload(self, name: str, version: str = "") -> None:
         """See `Runtime.unload`."""
+        if not version and name in self._records and not self._served(name):
+            with self.changing(name, wait=True):  # what could not be restored is listed, too
+                if name in self._records and not self._served(name):
+                    self._free(name)
+                    self._commit(name, Record(), "unload")
+                    return
         with self._changed(name, wait=True) as (name, record):
             gone = [one for one in self._served(name) if version in ("", one.version)]
             if version not in ("", *record.versions):
@@ -310,7 +317,8 @@ class Deployments(Running):
             self._commit(name, left, "unload")
             answers = {*record.sharing, record.relief}
             for one in gone:  # where others stay; copies nobody waits for
-                self.remove(one, drain=bool(left.versions) and one.version in answers)
+                copies = one.version in record.shadow and one.version not in answers
+                self.remove(one, drain=bool(left.versions) and not copies)
 
     def close(self) -> None:
         """See `Runtime.close`. What is loaded is forgotten, what is frozen is not."""

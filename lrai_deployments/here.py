@@ -162,8 +162,12 @@ class Here:
                 return runtime.start(request, version)  # another one has just taken its place
         except LraiError as error:
             return error
-        if version.watch is not None:
-            version.watch(valid)
+        try:
+            if version.watch is not None:
+                version.watch(valid)
+        except BaseException:  # no memory is left for the sample
+            version.leave()
+            raise
         version.used_at = now
         runtime.events.emit("request_accepted", version.key, rows=valid.rows)
         timeout_ms = self._timeout_ms if given is None else max(0.0, given)  # NaN is no time, too
@@ -330,7 +334,10 @@ class Here:
 
 
 def _is_number(given: object) -> bool:
-    return isinstance(given, numbers.Real)
+    try:
+        return isinstance(given, numbers.Real) and float(given) is not None
+    except OverflowError:  # a whole one that is larger than any time
+        return False
 
 
 def choose_together(waiting: Sequence[Waiting], latency: LatencyModel, now: float) -> set[int]:

@@ -390,3 +390,22 @@ def test_who_awaits_a_request_that_fails_is_told_why() -> None:
     future.set_exception(TimeoutError("too late"))
     with pytest.raises(TimeoutError, match="too late"):
         asyncio.run(answer_of(future))
+
+
+def test_who_is_cancelled_before_he_leads_leaves_the_lead_to_others() -> None:
+    calls = Calls()
+    heir = calls.ask()
+    calls.combiner._leader = heir  # as who led before has appointed him
+    heir.cancel()
+    assert calls.ask().result(10) is ANSWER
+
+
+def test_where_no_thread_can_be_had_who_comes_next_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    calls, told = Calls(), list[object]()
+    monkeypatch.setattr(threading.Thread, "start", full)
+    calls.ask().add_done_callback(told.append)
+    assert calls.ask().result(10) is ANSWER
+    assert told

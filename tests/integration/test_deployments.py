@@ -293,15 +293,21 @@ def test_what_goes_back_while_there_is_a_canary_is_the_canary(small: dict[float,
         assert runtime.rollback("m") == two, "what served before, when only one serves"
 
 
-def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(small: dict[float, Path]) -> None:
+@pytest.mark.parametrize("away", [True, False])
+def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(
+    small: dict[float, Path], *, away: bool
+) -> None:
+    """Also one that requests were routed away from, as it is done before."""
     three = version(small[3.0])
-    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+    with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
         runtime.load(small[3.0], name="m", share=0.5)
         (actor,) = [m.actor_pid for m in runtime.models() if m.version == three]
         assert actor is not None
         kill(actor, signal.SIGSTOP)
         asked = lrai.InferenceRequest(model_name="m", model_version=three, inputs=ONES)
         ids = [runtime.submit(asked) for _ in range(9)]
+        if away:
+            runtime.route("m", {version(small[2.0]): 1.0})
         unload = threading.Thread(target=runtime.unload, args=("m", three))
         unload.start()
         wait_until(lambda: len(runtime.models()) == 1)
@@ -310,6 +316,39 @@ def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(small: dict[floa
         assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {3.0}
         unload.join(10)
         assert not unload.is_alive()
+
+
+def test_what_lies_on_a_mount_that_is_gone_keeps_nobody_from_starting(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its share is kept for it, and whoever does not want it any more unloads it."""
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    there = {"m": str(small[2.0]), "gone": str(small[3.0])}
+    kept = {
+        name: {
+            "versions": {"1": {"variant": "", "require": None, "settings": None, "artifact": path}},
+            "shares": {"1": 1},
+        }
+        for name, path in there.items()
+    }
+    told = json.dumps({"stopped": False, "deployments": kept})
+    (state / "deployments.json").write_text(told)
+    reopen = Deployments._reopen
+
+    def stale(self: Deployments, how: Any) -> lrai.Artifact:
+        if how.artifact == there["gone"]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return reopen(self, how)
+
+    monkeypatch.setattr(Deployments, "_reopen", stale)
+    with lrai.Runtime(config(**{"runtime.state_dir": str(state)})) as runtime:
+        assert ask(runtime, model_name="m") == 2.0
+        assert [one.name for one in runtime.deployments()] == ["gone", "m"]
+        runtime.unload("gone")
+        assert [one.name for one in runtime.deployments()] == ["m"]
+        with pytest.raises(lrai.ModelNotFound):
+            runtime.unload("gone")
 
 
 def test_a_canary_is_held_to_what_the_version_beside_it_is(small: dict[float, Path]) -> None:

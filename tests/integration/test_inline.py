@@ -360,6 +360,19 @@ def test_who_waits_behind_others_is_told_in_time_and_nothing_is_left_of_anybody(
     assert len(here._queue._deadlines) < 50, "of the many that were answered nothing is kept"
 
 
+@pytest.mark.parametrize("timeout_ms", [10**400, "soon"])
+def test_a_time_that_is_none_is_refused_and_leaves_nothing_inside(
+    inline: lrai.Runtime, timeout_ms: Any
+) -> None:
+    wrong = msgspec.structs.replace(request(1.0), timeout_ms=timeout_ms)
+    with pytest.raises(lrai.RequestError, match="timeout_ms is a"):
+        inline.infer(wrong)
+    good, bad = together(inline, [request(1.0), wrong])
+    assert isinstance(good, lrai.InferenceResponse)
+    assert isinstance(bad, lrai.RequestError)
+    assert inline.stats()["outstanding_rows"] == 0
+
+
 def test_a_model_that_was_slow_once_is_tried_again(inline: lrai.Runtime) -> None:
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
     here._latency.scale = 1e6  # as it was learned
