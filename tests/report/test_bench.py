@@ -104,6 +104,7 @@ def test_the_rate_is_a_share_of_what_one_by_one_answers_where_none_is_given(
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if line.startswith("rate"))
     assert "0.7 of the" in line
+    line = line.replace(",", "")
     rate, capacity = float(line.split()[1]), float(line.split("0.7 of the ")[1].split()[0])
     assert rate == pytest.approx(0.7 * capacity, rel=0.01)
     assert "deadline  10 ms: 10 x a large request (p95) alone, 1 ms by the profile" in shown
