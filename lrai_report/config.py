@@ -25,9 +25,9 @@ def config(
     file: Annotated[Path | None, typer.Option(help="lrai.toml; the one here by default.")] = None,
 ) -> None:
     """Print every setting and where its value came from: a table, or a line each where piped."""
-    table = Table("setting", "value", "from")
-    for column in table.columns:
-        column.overflow = "fold"
+    table = Table()
+    for column in ("setting", "value", "from"):
+        table.add_column(column, overflow="fold")
     for setting in explain_config(file=file):
         table.add_row(setting.key, str(setting.value), setting.origin)
         if not out.is_terminal:

@@ -118,7 +118,7 @@ def page(artifact: Artifact) -> str:
     both = tuple(dict.fromkeys((manifest.variants[-1].id, chosen.id)))
     spent, unknown = times(artifact, tuple(map(manifest.variant, both)))
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    engine.filters |= {"quote": shlex.quote, "figure": figure}
+    engine.filters.update(quote=shlex.quote, figure=figure)
     return engine.from_string(PAGE).render(
         artifact=artifact,
         manifest=manifest,
