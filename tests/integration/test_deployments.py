@@ -325,12 +325,14 @@ def test_what_lies_on_a_mount_that_is_gone_keeps_nobody_from_starting(
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
     there = {"m": str(small[2.0]), "gone": str(small[3.0])}
+    how = {"variant": "", "require": None, "settings": None}
     kept = {
         name: {
-            "versions": {"1": {"variant": "", "require": None, "settings": None, "artifact": path}},
-            "shares": {"1": 1},
+            "versions": {label: {**how, "version": label, "artifact": path}},
+            "shares": {label: 1},
         }
         for name, path in there.items()
+        for label in [version(Path(path))]
     }
     told = json.dumps({"stopped": False, "deployments": kept})
     (state / "deployments.json").write_text(told)
@@ -343,8 +345,9 @@ def test_what_lies_on_a_mount_that_is_gone_keeps_nobody_from_starting(
 
     monkeypatch.setattr(Deployments, "_reopen", stale)
     with lrai.Runtime(config(**{"runtime.state_dir": str(state)})) as runtime:
+        deployments(runtime).restore(lambda: False)  # as a daemon does
         assert ask(runtime, model_name="m") == 2.0
-        assert [one.name for one in runtime.deployments()] == ["gone", "m"]
+        assert [one.name for one in runtime.deployments()] == ["m", "gone"]
         runtime.unload("gone")
         assert [one.name for one in runtime.deployments()] == ["m"]
         with pytest.raises(lrai.ModelNotFound):
