@@ -71,8 +71,7 @@ _ASLEEP: Final = 0.06  # seconds
 MOST_DISPARITY: Final = 0.01  # the default of `lrai.compile`
 _SMALL_MB: Final = 30.0
 _QUICK_MINUTES: Final = 1.5
-_ALL_ROUNDS: Final = 3  # then who takes much longer than the fastest drops out
-_MUCH_LONGER: Final = 1.5
+_ALL_ROUNDS: Final = 5  # then who takes twice as long as the fastest drops out
 
 
 @dataclass(slots=True)
@@ -458,8 +457,8 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> 
     """Time every form at every cell, from cell to cell as traffic does, in an order of chance.
 
     Who follows whom would be part of the result else: what one leaves in the caches, and threads
-    of an engine that go on waiting for work on the only CPU for a while. Peers that take half as
-    long again as the fastest form after some rounds of a cell drop out, and are shown by those.
+    of an engine that go on waiting for work on the only CPU for a while. Peers that take twice as
+    long as the fastest form after some rounds of a cell drop out of it, and are shown by those.
     With several threads a form has all its cells in turn, once the threads of the one before it
     have gone to sleep: onnxruntime's go on for 45 ms.
     Small models are loaded anew twice on the way: where their weights come to lie makes two
@@ -504,7 +503,7 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> 
 def _left(forms: Sequence[Form], cell: tuple[int, int]) -> list[Form]:
     """Return who may be the fastest, with the reference and ours."""
     medians = {form.name: float(np.median(form.seconds[cell])) for form in forms}
-    most = _MUCH_LONGER * min(medians.values())
+    most = 2 * min(medians.values())
     stay = ("lrai", REFERENCE)
     return [f for f in forms if medians[f.name] <= most or f.name.startswith(stay)]
 

@@ -334,10 +334,13 @@ class Here:
 
 
 def _is_number(given: object) -> bool:
+    if not isinstance(given, numbers.Real):
+        return False
     try:
-        return isinstance(given, numbers.Real) and float(given) is not None
+        float(given)
     except OverflowError:  # a whole one that is larger than any time
         return False
+    return True
 
 
 def choose_together(waiting: Sequence[Waiting], latency: LatencyModel, now: float) -> set[int]:

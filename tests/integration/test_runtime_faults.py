@@ -133,7 +133,7 @@ def test_a_killed_actor_costs_no_request_and_no_neighbour(
     assert not ledger.refused  # one death per batch: every request was tried once more
     for index, outputs in ledger.answered:
         np.testing.assert_allclose(outputs["sentence_embedding"], expected[index], atol=1e-4)
-    assert min(recoveries) < 2.0, recoveries  # others may meet what else this machine does
+    assert sorted(recoveries)[1] < 2.0, recoveries  # one may meet what else this machine does
     assert stats["actor_lost"] == 3
     assert stats["batch_retried"] >= 1
     assert not neighbours.refused

@@ -33,11 +33,7 @@ def serve(models: Path, folder: Path, sockets: Path) -> Container:
 
 
 class Pings:
-    """What ping said, in a thread of its own, and how often that took long.
-
-    Two seconds are allowed. What waits for a runtime takes 1.5 by itself, and this machine does
-    other things too.
-    """
+    """What ping said, in a thread of its own, and whether that took the two seconds allowed."""
 
     def __init__(self, container: Container) -> None:
         self.said, self.slow = list[int](), 0
@@ -56,7 +52,7 @@ class Pings:
                 self.said.append(self._container.get("/ping").status)
             except (OSError, http.client.HTTPException):
                 self.said.append(0)  # the worker that it was sent to was killed
-            self.slow += time.monotonic() - begun > 4.0
+            self.slow += time.monotonic() - begun > 2.0
             time.sleep(0.02)
 
 
