@@ -33,9 +33,16 @@ Made = tuple[onnx.ModelProto, list[Quantized]]
 Build = Callable[[onnx.ModelProto], Made]
 
 
-def forms(sample: Sample, threads: int, objective: str = "latency") -> dict[str, Build]:
-    """Return every form beside fp32 and what builds it; what the sample tells is found once."""
-    smooth, static = SmoothForms(sample, threads), StaticForms(sample, threads)
+def int8(material: Material, sample: Sample) -> tuple[SmoothForms, StaticForms]:
+    """Return what makes int8 of the sample: what it finds is found once, for all engines."""
+    new = SmoothForms(sample, material.threads), StaticForms(sample, material.threads)
+    made: tuple[SmoothForms, StaticForms] = material.found.setdefault("int8", new)
+    return made
+
+
+def forms(material: Material, sample: Sample) -> dict[str, Build]:
+    """Return every form beside fp32 and what builds it."""
+    smooth, static = int8(material, sample)
 
     def narrow(model: onnx.ModelProto, share: float) -> Made:
         return mixed_int4(model, smooth.harms(model), share=share)
@@ -57,7 +64,7 @@ def forms(sample: Sample, threads: int, objective: str = "latency") -> dict[str,
         "int8-block128": partial(matmul_nbits, block_size=128),
         **{
             "int4" + f"-mixed-{share}" * bool(share): partial(narrow, share=share / 100)
-            for share in (_WIDER if objective == "memory" else ())
+            for share in (_WIDER if material.objective == "memory" else ())
         },
     }
 
@@ -84,7 +91,7 @@ class OnnxRuntimeForms:
         except CompileError as error:
             reject("int8", str(error))
             return
-        builds = forms(sample, material.threads, material.objective)
+        builds = forms(material, sample)
         try:
             undefined = goes_undefined(basic, sample)
         except CompileError as error:
@@ -142,5 +149,5 @@ def _under_each_pass_set(
         if kinds in seen:  # the passes had nothing to do; names and order differ by chance
             continue
         seen.append(kinds)
-        size = material.shared.write_candidate(optimised, file)
+        size = material.shared.write(optimised, file, add=False)
         yield Built(form, precision, file, size, operators, passes_off, shared=True)

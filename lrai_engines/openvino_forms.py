@@ -1,8 +1,9 @@
 """The forms that OpenVINO runs.
 
 In int8 with groups, weights have a scale per column, and while it runs activations get one per row
-and group of columns: closer to float32 than a scale per tensor. In static int8 those of activations
-are found before, which is what its convolutions need.
+and group of columns: closer to float32 than a scale per tensor. In static and in smoothed int8
+those of activations are found before, and without a zero point where that is as good. What is left
+in float32 of these is computed in bf16 where the CPU has it.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ import onnx
 import openvino as ov
 from google.protobuf.message import EncodeError
 
-from lrai_core.compiler.search import Built, Material, Reject
+from lrai_core.compiler.search import Built, Material, Reject, Sample
 from lrai_core.errors import CompileError
-from lrai_engines.forms import Build, standard
+from lrai_engines.forms import Build, Made, int8, standard
 from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import NothingToQuantize, weights_int8
-from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
+from lrai_engines.smooth import QDQ
+from lrai_engines.static import goes_undefined, signed, undefined_stays
 
-_GROUPS: Final = (64, 128)  # columns with one scale
+_GROUP: Final = 128  # columns with one scale
 _SAME: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")  # the values are
 _INDEXED: Final = ("Gather", "GatherND", "ScatterElements", "ScatterND")
-_KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that float32 undoes
+_KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that is undone
+_STATIC, _SMOOTH = "openvino-int8-static", "openvino-int8-smooth"
+_BF16: Final = {"INFERENCE_PRECISION_HINT": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +47,17 @@ class _Form:
 
 _FORMS: Final = {
     "openvino-fp32": _Form("fp32", {}),
-    "openvino-bf16": _Form("bf16", {"INFERENCE_PRECISION_HINT": "bf16"}),
-} | {
-    f"openvino-int8-{size}": _Form(
-        "int8", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(size)}, weights_int8
-    )
-    for size in _GROUPS
+    "openvino-bf16": _Form("bf16", _BF16),
+    f"openvino-int8-{_GROUP}": _Form(
+        "int8", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_GROUP)}, weights_int8
+    ),
 }
 
 
 class OpenVinoForms:
     """Builds them; see `Builder`."""
 
-    steps = len(_FORMS) + len(_KEPT)
+    steps = len(_FORMS) + 2 * len(_KEPT)
 
     def __init__(self, engine: OpenVino) -> None:
         """Build for an engine."""
@@ -72,15 +74,9 @@ class OpenVinoForms:
             reject(self.engine.name, str(error))
             return
         able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        static = StaticForms(material.sample, material.threads)
-        sides, looks = (material.sample.outputs, material.sample.inputs), "int8-static"
+        sides = material.sample.outputs, material.sample.inputs
         rows = {spec.batch_axis for spec in material.sample.inputs} == {0}
-        forms = _FORMS | {
-            "openvino-int8-static" + f"-{kept}" * bool(kept): _Form(
-                "int8", {}, partial(static.build, share=kept / 100)
-            )
-            for kept in _KEPT
-        }
+        forms = _FORMS | _int8(material, material.sample, _BF16 if "BF16" in able else {})
         try:
             undefined = goes_undefined(model, material.sample)
         except CompileError as error:
@@ -92,7 +88,7 @@ class OpenVinoForms:
             form, graph = forms[name], home / "model.xml"
             try:
                 proto, operators = form.transform(model) if form.transform else (model, [])
-                if undefined and form.transform and looks not in name:  # those look for themselves
+                if undefined and form.transform and _STATIC not in name:  # which looks for itself
                     proto = undefined_stays(proto, *sides, undefined)
                 network = self.engine.core.read_model(proto.SerializeToString(), b"")
                 notes = Notes(FLOAT32 | form.settings, bounds, rows)
@@ -114,6 +110,21 @@ class OpenVinoForms:
                 yield from kept.forms(name, partial(make, name), reject)
             else:
                 reject(name, f"this CPU has no {form.precision}")
+
+
+def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str, _Form]:
+    """Return those whose scales are found before; `rest`: how what stays float32 is computed."""
+    smooth, static = int8(material, sample)
+
+    def convolved(model: onnx.ModelProto, share: float) -> Made:
+        made, operators = static.build(model, share=share)
+        return signed(made), operators
+
+    return {
+        name + f"-{kept}" * bool(kept): _Form("int8", rest, partial(build, share=kept / 100))
+        for name, build in ((_STATIC, convolved), (_SMOOTH, partial(smooth.build, scheme=QDQ)))
+        for kept in _KEPT
+    }
 
 
 def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:

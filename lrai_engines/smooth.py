@@ -36,6 +36,7 @@ from lrai_engines.quantize import (
     Smoothing,
     constants,
     int8_per_row,
+    int8_qdq,
     int8_static,
     linears,
     read,
@@ -45,6 +46,7 @@ from lrai_engines.sensitivity import LARGEST, finite, harms, opened
 
 ROW: Final = "row"
 STATIC: Final = "static"
+QDQ: Final = "qdq"
 
 _STRENGTHS: Final = (0.0, 0.5, 0.6, 0.7, 0.8)  # of the factors; 0 for none
 _LEAST: Final = 0.25  # of the mean range: what was small in the sample need not stay so
@@ -71,7 +73,7 @@ class SmoothForms:
     def __init__(self, sample: Sample, threads: int) -> None:
         self._sample, self._threads = sample, threads
         self._found: dict[str, Any] = {}
-        self._tried: dict[str, list[set[str]]] = {ROW: [], STATIC: []}
+        self._tried: dict[tuple[str, frozenset[str]], float] = {}
 
     def build(
         self, model: onnx.ModelProto, *, scheme: str, share: float = 0.0
@@ -82,7 +84,8 @@ class SmoothForms:
             model: Weights inline, opset 13 or later. Not modified.
             scheme: Of the activations: `ROW` gives each row a scale of its own when it runs, and
                 leaves what harms most in float32. `STATIC` has scales that were found on the
-                sample, and gives what harms most a scale per row.
+                sample, and gives what harms most a scale per row. `QDQ` is that in the standard's
+                operators, and leaves what harms most in float32.
             share: Of the harm, 0 or more, below 1.
 
         Raises:
@@ -97,10 +100,9 @@ class SmoothForms:
         keep = worst(known, {one.weight: one.matrix.size for one in linears(model)}, share)
         if len(keep) in (0, len(known)):
             raise NothingToQuantize("no matrix, or every matrix would be kept closer")
-        if keep in self._tried[scheme]:
+        if self._tried.setdefault((scheme, frozenset(keep)), share) != share:
             raise NothingToQuantize("the same matrices as before would be kept closer")
-        self._tried[scheme].append(keep)
-        closer = _float32 if scheme == ROW else self._emit(model, ROW)
+        closer = self._emit(model, ROW) if scheme == STATIC else _float32
         total = sum(known.values())
 
         def mixed(graph: Graph, layer: Linear) -> str:
@@ -126,10 +128,10 @@ class SmoothForms:
         try:
             by, why = self._once("the activations cannot be seen", find)
         except CompileError:
-            if scheme == STATIC:
+            if scheme != ROW:
                 raise
             return int8_per_row
-        if why and scheme == STATIC:
+        if why and scheme != ROW:
             raise CompileError(why)
         return partial(_smoothed, by=by, scheme=scheme)
 
@@ -292,10 +294,10 @@ def _smoothed(graph: Graph, layer: Linear, *, by: Mapping[str, Smoothing], schem
     """Write a layer in int8; where its activation was not seen, as int8 can without."""
     smoothing = by.get(layer.activation)
     if smoothing is None:
-        return int8_per_row(graph, layer)
+        return _float32(graph, layer) if scheme == QDQ else int8_per_row(graph, layer)
     if scheme == ROW:
         return int8_per_row(graph, layer, smoothing.factor)
-    return int8_static(graph, layer, smoothing)
+    return (int8_qdq if scheme == QDQ else int8_static)(graph, layer, smoothing)
 
 
 def _float32(graph: Graph, layer: Linear) -> str:

@@ -33,6 +33,7 @@ from lrai_engines.quantize import (
     SATURATING,
     Graph,
     NothingToQuantize,
+    about_zero,
     assemble,
     relative_error,
 )  # fmt: skip
@@ -64,7 +65,7 @@ class StaticForms:
         self._ranges = bytearray()
         self._harms: dict[str, float] = {}
         self._work: dict[str, float] = {}
-        self._tried: list[set[str]] = [set()]
+        self._tried: dict[frozenset[str], float] = {frozenset(): 0}
         self._guard: Pairs | None = None
         self._failed = ""
 
@@ -96,9 +97,8 @@ class StaticForms:
                 self._failed = f"what each operator does cannot be told: {error}"
                 raise CompileError(self._failed) from None
         keep = worst(self._harms, self._work, share)
-        if keep in self._tried:
+        if self._tried.setdefault(frozenset(keep), share) != share:
             raise NothingToQuantize("the same operators as before would be kept closer")
-        self._tried.append(keep)
         made, report = make(keep=keep)
         every = sum(self._harms.values()) or 1.0
         told = [replace(line, harm=self._harms.get(line.node, 0.0) / every) for line in report]
@@ -173,6 +173,22 @@ def static_int8(
     if guard is None or guard:
         quantised = undefined_stays(quantised, sample.outputs, sample.inputs, guard)
     return quantised, report
+
+
+def signed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return `model` with int8 without a zero point where `about_zero` says so. Not modified."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    known = {tensor.name: tensor for tensor in result.graph.initializer}
+    for node in result.graph.node:
+        if node.op_type == "QuantizeLinear":
+            scale, point = (known[name] for name in node.input[1:])
+            step, zero = map(numpy_helper.to_array, (scale, point))
+            about = about_zero(float(step), int(zero)) if zero.dtype == np.uint8 else None
+            if about is not None:
+                scale.CopyFrom(numpy_helper.from_array(np.array(about, step.dtype), scale.name))
+                point.CopyFrom(numpy_helper.from_array(np.array(0, np.int8), point.name))
+    return result
 
 
 def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:

@@ -129,8 +129,7 @@ def compile(
     choices = {"output_map": (output_map, MEASURES), "objective": (objective, search.OBJECTIVES)}
     for name, (got, known) in choices.items():
         if got not in known:
-            allowed = ", ".join(known)
-            raise UsageError(f"{name} {shorten(str(got))!r} is unknown; known: {allowed}")
+            raise UsageError(f"{name} {shorten(got)!r} is unknown; known: {', '.join(known)}")
     keep = (3 if engines else 2) if keep is None else keep
     if keep < 1 or min(keep_evaluation or 0, seed, threads) < 0:
         counts = f"keep {keep}, seed {seed}, threads {threads}, keep_evaluation {keep_evaluation}"
@@ -312,7 +311,12 @@ class _Compilation:
                 passed.append((candidate, found))
             else:
                 error, failed = 0.0, candidate.name
+        rows, tick = self.search.inputs, self._begin("profile", search.ROUNDS, "what has passed")
+        given = self.signature, rows, search.points(self.signature, rows), self.threads, tick
+        search.profile([one for one, _ in passed], *given, self._at(1))
         last = passed.pop(0)
+        if all(one.speedup < 1 for one, _ in passed):  # what serves beside it would serve alone
+            passed.clear()
         while passed and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
             kept, least = [one for one, _ in self.kept], passed
             if self.objective == "memory":
@@ -327,7 +331,7 @@ class _Compilation:
         """Return what is worth judging, the closest first: faster than closer ones, by engine."""
         worth, front = list[Candidate](), list[Candidate]()
         for candidate in self.candidates:
-            if candidate.form == "fp32" or self._gain(candidate, []) >= search.WORTH:
+            if candidate.form == "fp32" or self._worth(candidate, []):
                 worth.append(candidate)
             else:
                 why = f"{candidate.pace}: a gain of {search.WORTH} is worth it"
@@ -345,26 +349,23 @@ class _Compilation:
                 self._reject(candidate.name, str(error))
                 worth.remove(candidate)
         worth.sort(key=lambda candidate: (candidate.distance, -candidate.speedup))
-        for candidate in worth:
+        for candidate in (one for one in worth if one.form != "fp32"):
             closer = [one for one in front if one.engine is candidate.engine]
-            if candidate.form == "fp32":
-                continue
-            if not closer or self._gain(candidate, closer) >= search.WORTH:
+            if not closer or self._worth(candidate, closer):
                 front.append(candidate)
             else:
                 self._reject(candidate.name, f"{candidate.pace}; closer ones are as good")
         return front
 
-    def _gain(self, candidate: Candidate, others: Sequence[Candidate]) -> float:
-        """Return how many times as fast as others it is, or as fp32; or as small, or as both."""
-        if self.objective == "latency":
-            return candidate.gain(others) if others else candidate.speedup
+    def _worth(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+        """Return whether it gains over others, or fp32: is faster, or smaller, or both."""
         others = others or [one for one in self.candidates if one.form == "fp32"]
+        if self.objective == "latency":
+            return candidate.worth(others)
         smallest = min(other.size_bytes for other in others)
         smaller = smallest / candidate.size_bytes * (candidate.speedup >= 1)
-        if smaller >= search.WORTH or smaller * search.WORTH < 1:
-            return smaller
-        return candidate.gain([one for one in others if _alike(one, candidate)])
+        alike = [one for one in others if _alike(one, candidate)]
+        return smaller >= search.WORTH or (smaller * search.WORTH >= 1 and candidate.worth(alike))
 
     def _judge(
         self, candidate: Candidate, rows: Rows, reference: Outputs, level: float, tick: Tick

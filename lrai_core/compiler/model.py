@@ -141,32 +141,24 @@ class SharedWeights:
         (folder / _WEIGHTS).touch()
         self._places: dict[bytes, tuple[int, int]] = {}  # offset and length, by content
 
-    def write(self, proto: onnx.ModelProto, graph: Path) -> None:
-        """Move a graph's weights into the file, which `proto` then refers to, and write it."""
+    def write(self, proto: onnx.ModelProto, graph: Path, *, add: bool = True) -> int:
+        """Write a graph that refers to the file for its weights; return the bytes it reads.
+
+        What the file does not have yet is added to it, or else stays in the graph: of what may not
+        be kept.
+        """
         with (self.folder / _WEIGHTS).open("r+b") as stream:
             stream.seek(0, os.SEEK_END)
             for tensor, content in _large_tensors(proto):
-                if content not in self._places:
+                if add and content not in self._places:
                     stream.seek(-stream.tell() % _ALIGNMENT, os.SEEK_CUR)
                     self._places[content] = (stream.tell(), stream.write(tensor.raw_data))
-                self._refer(tensor, content)
-        graph.write_bytes(proto.SerializeToString())
-
-    def write_candidate(self, proto: onnx.ModelProto, graph: Path) -> int:
-        """Write a graph that refers to the file for what it has; return the bytes it reads.
-
-        The rest stays in the graph, until it is to be kept: see `write`.
-        """
-        for tensor, content in _large_tensors(proto):
-            if content in self._places:
-                self._refer(tensor, content)
+                if content in self._places:
+                    set_external_data(tensor, _WEIGHTS, *self._places[content])
+                    tensor.ClearField("raw_data")
         graph.write_bytes(proto.SerializeToString())
         external: Iterator[Any] = map(ExternalDataInfo, proto.graph.initializer)
         return sum(place.length or 0 for place in external) + graph.stat().st_size
-
-    def _refer(self, tensor: onnx.TensorProto, content: bytes) -> None:
-        set_external_data(tensor, _WEIGHTS, *self._places[content])
-        tensor.ClearField("raw_data")
 
 
 def _large_tensors(proto: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bytes]]:

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import numpy as np
 import onnx
@@ -36,7 +36,8 @@ _POINT_ELEMENTS: Final = 1024  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
 OBJECTIVES: Final = ("latency", "memory")
-_LONG: Final = 0.2  # seconds of a call of several rows: longer ones are not worth the time
+# Seconds of a call of several rows: longer ones are not worth the time of all, or of any form.
+_LONG, _LONGEST = 0.2, 0.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,11 @@ class Candidate:
         ]
         return [max(1.0, gain) for gain in found] or [1.0]
 
+    def worth(self, others: Sequence[Candidate], more: float = 0.0) -> bool:
+        """Return whether these gain by it: 4 % in the mean, or a fifth for calls of some size."""
+        gains = self.gains(others, more)
+        return statistics.geometric_mean(gains) >= WORTH or max(gains) >= _WORTH_SOME
+
     def gain(self, others: Sequence[Candidate]) -> float:
         """Return the geometric mean of that, as of `speedup`: single points are noisy."""
         return statistics.geometric_mean(self.gains(others))
@@ -146,6 +152,7 @@ class Material:
         sample: None where nothing can be judged: only fp32 is wanted.
         threads: Of the sessions.
         objective: One of `OBJECTIVES`: which forms are worth making.
+        found: What one builder tells the next of the model.
     """
 
     model: onnx.ModelProto
@@ -154,6 +161,7 @@ class Material:
     sample: Sample | None
     threads: int
     objective: str = OBJECTIVES[0]
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 class Built(NamedTuple):
@@ -251,35 +259,40 @@ def profile(
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
-    Points of several rows that take over 0.2 s are left out: what they take is told by smaller
-    ones. After three rounds, what is a tenth slower than fp32, or 3 % than its form with other
-    passes, is left out; and when the clock, `time.monotonic`, is past `until`, there are no more
-    rounds. Short calls get more of them, as their forms differ by less than a machine does from one
-    second to the next. `tick` is told of the first five.
+    Points of several rows that take over 0.2 s are left for the second time, when those are
+    measured that have passed, and such of over 0.6 s are left out: smaller ones tell. After three
+    rounds, what is a tenth slower than fp32, or 3 % than its form with other passes, is left out;
+    and when the clock, `time.monotonic`, is past `until`, there are no more rounds. Short calls get
+    more of them, as their forms differ by less than a machine does from one second to the next.
+    `tick` is told of the first five.
     With several threads a session's go on waiting for its next call, and would slow down the next
     session: each gets its rounds in one go, when those of the one before have gone to sleep.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
-    of four rounds: the luckiest of many would win by their median, and be slower when it serves.
+    of four rounds: the luckiest of many would win by their median, and be slower when it serves. It
+    is that of the first time.
     """
-    bases = [_longest(rows, signature, length) for _, length in points]
-    feeds = {at: stretch(base, signature, *at) for base, at in zip(bases, points, strict=True)}
+    feeds = {at: stretch(_longest(rows, signature, at[1]), signature, *at) for at in points}
     sessions = [candidate.session for candidate in candidates]
-    feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= _LONG}
+    before = [(point.rows, point.length) for point in candidates[0].latency]
+    most = _LONGEST if before else _LONG
+    long = [at for at, f in feeds.items() if at[0] > 1 and _seconds(sessions[0], f, 1) > most]
+    if not (feeds := {at: feed for at, feed in feeds.items() if at not in before + long}):
+        return
     calls = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
     taken = np.full((len(calls), MOST_ROUNDS, len(candidates)), np.nan)
     forms = [candidate.form for candidate in candidates]
     left = list(range(len(forms)))
     enough = time.monotonic() + _ROUNDS_SECONDS
     for done in range(MOST_ROUNDS):  # from point to point, as traffic goes from shape to shape
-        last = until if done < ROUNDS else min(until, enough)
-        if done >= _ALL_ROUNDS and time.monotonic() > last:
+        end = until if done < ROUNDS else min(until, enough)
+        if done >= _ALL_ROUNDS and time.monotonic() > end:
             break
         if done == _ALL_ROUNDS:
             left = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
         turns = sorted(product(range(len(calls)), left), key=itemgetter(threads > 1))
-        for before, (point, i) in zip([(0, -1), *turns], turns, strict=False):
+        for last, (point, i) in zip([(0, -1), *turns], turns, strict=False):
             feed, repeats = calls[point]
-            if threads > 1 and before[1] != i:
+            if threads > 1 and last[1] != i:
                 time.sleep(_ASLEEP)
                 sessions[i].run(feed)
             taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
@@ -289,9 +302,9 @@ def profile(
     best = min(left, key=lambda i: (forms[i] != "fp32", float(np.nanmedian(paces[:, i]))))
     gains = np.exp(np.nanquantile(paces[:, [best]] - paces, 0.25, axis=0))
     for i, candidate in enumerate(candidates):
-        candidate.speedup = float(gains[i])
+        candidate.speedup = candidate.speedup if before else float(gains[i])
         own = zip(feeds, taken[..., i], strict=True)
-        candidate.latency = [_point(*at, seconds[seconds > 0]) for at, seconds in own]
+        candidate.latency += [_point(*at, seconds[seconds > 0]) for at, seconds in own]
 
 
 def _promising(forms: Sequence[str], paces: Array) -> list[int]:
@@ -305,16 +318,14 @@ def _promising(forms: Sequence[str], paces: Array) -> list[int]:
 def beside(first: Candidate, others: Iterable[Candidate], threads: int) -> list[Candidate]:
     """Return which others serve beside the first, each the calls that it is fastest at.
 
-    What is worth it is a gain of 4 % in the mean, or of a fifth for calls of some size. fp32 is one
-    of them where its weights are few. With several threads there are none: those of one
+    fp32 is one of them where its weights are few. With several threads there are none: those of one
     session wait for its next call for 45 ms, and made the other's take 2.4 times as long where
     sizes alternate.
     """
     serving = [first]
     for one in others if threads == 1 else ():
         small = one.form != "fp32" or one.size_bytes <= _SMALL_BYTES
-        gains = one.gains(serving, _CHOICE_MS)
-        if small and (statistics.geometric_mean(gains) >= WORTH or max(gains) >= _WORTH_SOME):
+        if small and one.worth(serving, _CHOICE_MS):
             serving.append(one)
     return serving[1:]
 

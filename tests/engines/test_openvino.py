@@ -27,10 +27,14 @@ from lrai_core.compiler.search import Candidate, Material, Sample
 from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
 from lrai_core.errors import ArtifactError, CompileError, EngineError, EnvironmentProblem
 from lrai_core.protocol import Array
+from lrai_engines.forms import OnnxRuntimeForms, int8
 from lrai_engines.openvino import OpenVino
 from lrai_engines.openvino_forms import OpenVinoForms, _bounds
 from tests.core.compiler.onnx_files import linear, model, save, value
 from tests.core.small_artifact import rewrite
+from tests.engines.test_sensitivity import sample as layered_sample
+from tests.engines.test_sensitivity import three_layers
+from tests.engines.test_smooth import sample_of, two_layers, uneven
 from tests.engines.test_static import images, network
 from tests.engines.test_static import sample as images_sample
 
@@ -52,7 +56,7 @@ def forms(proto: onnx.ModelProto, folder: Path) -> dict[str, Path]:
     refused: list[str] = []
     made = FORMS.build(material(proto, folder), lambda form, why: refused.append(f"{form}: {why}"))
     found = {built.form: built.graph for built in made}
-    known = ("this CPU has no", "no MatMul or Gemm", "no row to see activations of")
+    known = ("this CPU has no", "no MatMul or Gemm", "no row to see", "are needed")
     assert all(any(words in line for words in known) for line in refused), refused
     return found
 
@@ -127,6 +131,38 @@ def test_static_int8_is_made_of_convolutions_and_keeps_what_is_no_number(tmp_pat
         assert np.isnan(own[1]).all()
         assert np.array_equal(own[::2], found[::2])
     assert 0 < far["openvino-int8-static-50"] < far["openvino-int8-static"] < 0.1
+
+
+def test_smoothed_int8_is_close_and_keeps_what_is_no_number(tmp_path: Path) -> None:
+    proto = two_layers()
+    given = replace(material(proto, tmp_path), sample=sample_of(uneven(64, 1)))
+    built = {b.form: b for b in FORMS.build(given, lambda *_: None)}
+    x = uneven(5, 2)
+    right, found = reference(proto, x)[0], {}
+    for form in ("openvino-int8-smooth", INT8):
+        session = OURS.load(built[form].graph)
+        (found[form],) = session.run([x])
+        odd = x.copy()
+        odd[1, 3] = np.nan
+        (own,) = session.run([odd])
+        assert np.isnan(own[1]).all()
+        assert np.array_equal(own[::2], found[form][::2])
+    smooth, groups = (
+        float(np.linalg.norm(y - right) / np.linalg.norm(right)) for y in found.values()
+    )
+    assert 0 < smooth < min(0.03, groups)
+
+
+def test_what_one_engine_finds_of_a_model_serves_the_next(tmp_path: Path) -> None:
+    """Its forms that keep the same closer are no repetition of the other's."""
+    (tmp_path / "source").mkdir()
+    given = material(three_layers(), tmp_path / "source")
+    given = replace(given, sample=layered_sample(16), folder=tmp_path / "forms")
+    other = OnnxRuntimeForms(find_engine("onnxruntime"))
+    made = [one.form for builder in (other, FORMS) for one in builder.build(given, lambda *_: None)]
+    assert {"int8-smooth-30", "openvino-int8-smooth-50"} <= set(made)
+    smooth, static = int8(given, layered_sample(3))
+    assert (smooth, static) == int8(given, layered_sample(16))
 
 
 def test_an_answer_stays_what_it_is_when_the_next_call_runs(tmp_path: Path) -> None:

@@ -19,9 +19,17 @@ from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines import smooth
 from lrai_engines.fusion import optimise
-from lrai_engines.quantize import NothingToQuantize, Smoothing, int8_per_row, int8_static, rewrite
+from lrai_engines.quantize import (
+    NothingToQuantize,
+    Smoothing,
+    about_zero,
+    int8_per_row,
+    int8_qdq,
+    int8_static,
+    rewrite,
+)
 from lrai_engines.sensitivity import harms
-from lrai_engines.smooth import ROW, STATIC, SmoothForms, smoothings
+from lrai_engines.smooth import QDQ, ROW, STATIC, SmoothForms, smoothings
 from lrai_engines.static import undefined_stays
 from tests.core.compiler.onnx_files import linear, model, sharing, value
 from tests.engines.test_sensitivity import sample as layered_sample
@@ -76,7 +84,7 @@ def off(proto: onnx.ModelProto, like: onnx.ModelProto, x: Array) -> float:
 
 
 @pytest.mark.parametrize("opset", [13, 17, 18, 21])
-@pytest.mark.parametrize("scheme", [ROW, STATIC])
+@pytest.mark.parametrize("scheme", [ROW, STATIC, QDQ])
 def test_smoothing_undoes_what_uneven_columns_cost(scheme: str, opset: int) -> None:
     proto, x = two_layers(opset=opset), uneven(64, 5)
     made, report = SmoothForms(sample_of(uneven(64, 1)), 1).build(proto, scheme=scheme)
@@ -119,13 +127,46 @@ def test_a_static_scale_rounds_to_its_steps_and_ends_where_its_range_does(
     assert np.all(np.abs(got - within) <= (step / 2 * factor) * 1.001 + 1e-5)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    x=hnp.arrays(np.float32, (3, 8), elements=st.floats(-4, 4, width=32)),
+    factor=hnp.arrays(np.float32, 8, elements=st.floats(0.25, 4, width=32)),
+    step=st.floats(0.01, 0.1),
+    zero=st.integers(0, 255),
+)
+def test_without_a_zero_point_the_range_is_covered_with_steps_half_as_large_again(
+    x: Array, factor: Array, step: float, zero: int
+) -> None:
+    low, high = -zero * step * factor, (255 - zero) * step * factor
+    x = np.clip(x, low, high).astype(np.float32)
+
+    def emit(graph: Any, layer: Any) -> str:
+        return int8_qdq(graph, layer, Smoothing(factor, step, zero))
+
+    made = rewrite(linear_of(np.eye(8, dtype=np.float32)), emit)[0]
+    about = about_zero(step, zero)
+    (kind,) = (t.data_type for t in made.graph.initializer if t.name.endswith(":qdq:zero"))
+    assert kind == (onnx.TensorProto.UINT8 if about is None else onnx.TensorProto.INT8)
+    got = run(made, x)
+    assert np.all(np.abs(got - x) <= ((about or step) / 2 * factor) * 1.001 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("zero", "larger"), [(0, None), (64, None), (65, 190 / 127), (128, 128 / 127), (255, None)]
+)
+def test_ranges_that_lie_on_one_side_of_zero_keep_their_zero_point(
+    zero: int, larger: float | None
+) -> None:
+    assert about_zero(2.0, zero) == (larger and pytest.approx(2 * larger))
+
+
 def linear_of(matrix: Array) -> onnx.ModelProto:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "product")]
     ends = value("x", ["batch", len(matrix)]), value("y", ["batch", matrix.shape[1]])
     return model(nodes, ends[:1], ends[1:], [numpy_helper.from_array(matrix, "w")])
 
 
-@pytest.mark.parametrize("scheme", [ROW, STATIC])
+@pytest.mark.parametrize("scheme", [ROW, STATIC, QDQ])
 def test_a_column_that_was_never_seen_may_be_used_all_the_same(scheme: str) -> None:
     """Those of rare categories are such, beside many that were seen."""
     seen = np.eye(WIDTH, dtype=np.float32)[: WIDTH - 8]
@@ -134,8 +175,11 @@ def test_a_column_that_was_never_seen_may_be_used_all_the_same(scheme: str) -> N
     assert off(SmoothForms(sample_of(seen), 1).build(proto, scheme=scheme)[0], proto, rare) < 0.05
 
 
-@pytest.mark.parametrize("scheme", [ROW, STATIC])
-def test_an_activation_that_was_never_seen_is_quantised_by_its_rows(scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "instead"),
+    [(ROW, "dynamic_int8_per_row"), (STATIC, "dynamic_int8_per_row"), (QDQ, "float32")],
+)
+def test_an_activation_that_was_never_seen_has_no_static_scale(scheme: str, instead: str) -> None:
     """One that says what is missing is such, where rows of which something is are not looked at."""
     proto = two_layers(bias=False)
     zero = numpy_helper.from_array(np.zeros((), np.float32), "zero")
@@ -143,7 +187,7 @@ def test_an_activation_that_was_never_seen_is_quantised_by_its_rows(scheme: str)
     proto.graph.node.insert(1, helper.make_node("Clip", ["p", "", "zero"], ["c"]))
     proto.graph.node[2].input[0] = "c"  # whose Relu is then 0
     _, report = SmoothForms(sample_of(uneven(16, 1)), 1).build(proto, scheme=scheme)
-    assert report[1].scheme == "dynamic_int8_per_row"
+    assert report[1].scheme == instead
 
 
 def test_products_add_what_is_added_next() -> None:
@@ -196,14 +240,16 @@ def test_layers_that_share_an_activation_or_a_weight_share_its_integers() -> Non
     weights = [numpy_helper.from_array(matrix, name) for name in "wv"]
     proto = model(sharing(), [value("x", ["batch", 8])], [value("y", ["batch", 8])], weights)
     x = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
-    for scheme in (ROW, STATIC):
+    for scheme in (ROW, STATIC, QDQ):
         made, _ = SmoothForms(sample_of(x, 8), 1).build(proto, scheme=scheme)
         counts = Counter(node.op_type for node in made.graph.node)
         assert counts["QuantizeLinear"] == 2
         assert off(made, proto, x) < 0.04
 
 
-@pytest.mark.parametrize(("scheme", "closer"), [(STATIC, "dynamic_int8_per_row"), (ROW, "float32")])
+@pytest.mark.parametrize(
+    ("scheme", "closer"), [(STATIC, "dynamic_int8_per_row"), (ROW, "float32"), (QDQ, "float32")]
+)
 def test_what_harms_most_is_closer(scheme: str, closer: str) -> None:
     """In this model that is the second matrix, see `three_layers`."""
     forms = SmoothForms(layered_sample(16), 1)
@@ -245,7 +291,7 @@ def test_ranges_and_harms_are_found_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(smooth, "harms", counted("harms", harms))
     monkeypatch.setattr(smooth, "smoothings", counted("smoothings", smoothings))
     forms = SmoothForms(layered_sample(16), 1)
-    for scheme in (STATIC, ROW):
+    for scheme in (STATIC, ROW, QDQ):
         forms.build(three_layers(), scheme=scheme)
         for share in (0.01, 0.9):
             forms.build(three_layers(), scheme=scheme, share=share)

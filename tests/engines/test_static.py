@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from lrai_core.compiler.search import Sample
 from lrai_core.engine.engine import isa_class
@@ -16,7 +17,7 @@ from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines.fusion import optimise
 from lrai_engines.quantize import SATURATING, NothingToQuantize
-from lrai_engines.static import StaticForms, static_int8
+from lrai_engines.static import StaticForms, signed, static_int8
 from lrai_engines.static_harms import harms, work
 from tests.core.compiler.onnx_files import model, value
 
@@ -314,6 +315,24 @@ def test_an_operator_may_be_named_like_what_it_gives() -> None:
     found = harms(proto, whole, sample())
     assert set(found) == {"c1", "c2", "y"}
     assert min(found.values()) > 0
+
+
+def test_ranges_about_zero_need_no_zero_point() -> None:
+    """Those of what a Relu gives begin at 0, and keep theirs; the answers stay as close."""
+    made, _ = static_int8(network(), sample())
+    before = made.SerializeToString()
+    found = signed(made)
+    assert made.SerializeToString() == before
+    points = {t.name: t for t in found.graph.initializer}
+    kinds = Counter(
+        (points[node.input[2]].data_type, int(numpy_helper.to_array(points[node.input[2]])))
+        for node in found.graph.node
+        if node.op_type == "QuantizeLinear"
+    )
+    assert kinds.keys() >= {(TensorProto.INT8, 0), (TensorProto.UINT8, 0)}
+    x = images(8, 5)
+    right, old, new = (run(proto, x) for proto in (network(), made, found))
+    assert np.linalg.norm(new - right) < 1.5 * np.linalg.norm(old - right)
 
 
 def test_where_all_is_kept_nothing_is_left() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -78,19 +79,32 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch: pytest.MonkeyPa
     assert found["int8"].speedup == pytest.approx(2)
 
 
-def test_calls_of_several_rows_that_take_long_are_not_measured(
+def test_calls_of_several_rows_that_take_long_are_measured_at_the_second_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each of one row is: how long a sequence takes is told by nothing else."""
+    """Each of one row at the first: how long a sequence takes is told by nothing else."""
     spec = msgspec.structs.replace(SIGNATURE.inputs[0], shape=("batch", "length"), length_axis=1)
     signature = msgspec.structs.replace(SIGNATURE, inputs=(spec,))
-    candidate = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS)["fp32"]
-    monkeypatch.setattr(search, "_seconds", lambda session, feed, repeats: 1e-3 * feed[0].size)
+    made = [candidate(name) for name in ("fp32", "int8")]
+    paces, asked = {id(made[0].session): 1e-3, id(made[1].session): 0.5e-3}, Counter[object]()
+
+    def seconds(session: Told, feed: list[Array], repeats: int) -> float:
+        asked[id(session), feed[0].shape] += 1
+        return paces[id(session)] * feed[0].size
+
+    monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
+    monkeypatch.setattr(search, "_seconds", seconds)
     points = [(1, 8), (4, 8), (64, 8), (1, 512), (4, 512)]
-    search.profile([candidate], signature, [ROW], points, 1, lambda: None)
-    measured = [(point.rows, point.length) for point in candidate.latency]
-    assert measured == [(1, 8), (4, 8), (1, 512)]
-    assert [point.median_ms for point in candidate.latency] == pytest.approx([8, 32, 512])
+    measured = [(1, 8), (4, 8), (1, 512), (64, 8)]
+    for most in (3, 4, 4):
+        search.profile(made, signature, [ROW], points, 1, lambda: None)
+        for one in made:
+            assert [(point.rows, point.length) for point in one.latency] == measured[:most]
+        paces[id(made[1].session)] = 0.25e-3  # which changes no speed-up
+    assert [point.median_ms for point in made[0].latency] == pytest.approx([8, 32, 512, 512])
+    assert [point.median_ms for point in made[1].latency] == pytest.approx([4, 16, 256, 128])
+    assert made[1].speedup == pytest.approx(2)
+    assert asked[id(made[1].session), (4, 512)] == 0
 
 
 def test_the_fastest_fp32_is_what_others_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,23 @@ def test_a_gain_for_calls_of_some_size_is_worth_it_beside_the_chosen(
     _, near, large = work.candidates
     assert large.gain([near]) < search.WORTH
     assert search.beside(near, [large], 1) == [large] * serves
+
+
+def test_what_is_faster_for_large_calls_alone_is_kept_beside_what_is_faster() -> None:
+    """And not where it would serve alone: then small calls would be slower than in fp32."""
+    paces = {"fp32": (1.0, 8.0), "near": (0.5, 6.0), "large": (3.0, 4.0)}
+    for forms, expected in ((["near", "large"], ["near", "large", "fp32"]), (["large"], ["fp32"])):
+        gaps = {"near": 0.01, "large": 0.02}
+        work = compilation([(name, 1.0, gaps[name], 0) for name in forms])
+        for candidate in work.candidates:
+            candidate.latency = [
+                LatencyPoint(rows=rows, length=0, median_ms=ms, spread_ms=0)
+                for rows, ms in zip((1, 8), paces[candidate.form], strict=True)
+            ]
+            logs = zip(paces["fp32"], paces[candidate.form], strict=True)
+            candidate.speedup = math.prod(a / b for a, b in logs) ** 0.5
+        work.judge(3)
+        assert kept(work) == expected
 
 
 def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
