@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -260,8 +261,7 @@ class _Compilation:
     def measure(self) -> None:
         """Require: candidates. Ensure: latency of each, one pass set per form: the fastest."""
         rows = self.search.inputs if self.search else []
-        points = search.points(self.signature, rows)
-        given = self.candidates, self.signature, rows, points
+        given = self.candidates, self.signature, rows, search.points(self.signature, rows)
         tick = self._begin("profile", search.ROUNDS, f"{len(self.candidates)} candidates")
         try:
             for candidate, why in search.refusing(*given):
@@ -282,9 +282,10 @@ class _Compilation:
     def judge(self, keep: int) -> None:
         """Require: measured candidates. Ensure: those to keep, the chosen one first, fp32 last.
 
-        What is judged is judged from the closest on, as the search rows tell. How sure the gate has
-        to be of one depends on those before it (`gate.errors`), so that none passes by luck,
-        whatever their number (Angelopoulos et al. 2021, "Learn then Test").
+        What would serve best is judged first, and no more once enough have passed; half of the
+        error is its own, half of the rest the next one's, whatever becomes of them. Where that is
+        too little (`gate.errors`), each has all of it, from the closest of the search rows on,
+        until one fails. So none passes by luck (Angelopoulos et al. 2021, "Learn then Test").
         """
         fp32 = next(candidate for candidate in self.candidates if candidate.form == "fp32")
         if self.gate is None or self.search is None:
@@ -292,50 +293,51 @@ class _Compilation:
             return
         front = self._front(self.search)
         self.judged = 1 + len(front)  # fp32 is one that may be chosen
+        rows, tick = self.search.inputs, self._begin("profile", search.ROUNDS, "long calls")
+        given = self.signature, rows, search.points(self.signature, rows), self.threads, tick
+        search.profile([fp32, *front], *given, self._at(0.6))
         tick = self._begin("gate", len(self.gate) * (3 + 2 * len(front)), "source")
         reference = gate.run_alone(self.reference, self.gate, self.threads, tick)
-        passed = [(fp32, self._judge(fp32, self.gate, reference, gate.LEVEL, tick))]
-        error, failed = 0.0, ""
-        errors = gate.errors(self.gate, self.conditions, len(front))
-        for own, candidate in zip(errors, front, strict=False):
-            if not (error := error + own):
-                self._reject(candidate.name, f"{candidate.pace}; {failed} is closer, and failed")
-                continue
-            if time.monotonic() > self._at(1):
-                self._reject(candidate.name, f"{candidate.pace}; not judged: the minutes are up")
-                continue
-            ahead = max((one for one, _ in passed), key=lambda one: one.speedup).form
-            told = partial(tick, f"{candidate.form}; best so far {ahead}")
-            found = self._judge(candidate, self.gate, reference, 1 - error, told)
-            if found and found.result.passed:
-                passed.append((candidate, found))
-            else:
-                error, failed = 0.0, candidate.name
-        rows, tick = self.search.inputs, self._begin("profile", search.ROUNDS, "what has passed")
-        given = self.signature, rows, search.points(self.signature, rows), self.threads, tick
-        search.profile([one for one, _ in passed], *given, self._at(1))
-        last = passed.pop(0)
-        if all(one.speedup < 1 for one, _ in passed):  # what serves beside it would serve alone
-            passed.clear()
-        while passed and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
-            kept, least = [one for one, _ in self.kept], passed
-            if self.objective == "memory":
-                smallest = min((one for one, _ in passed), key=lambda one: one.size_bytes)
-                least = [one for one in passed if _alike(one[0], smallest)]
-            best = max(least, key=lambda one: one[0].gain(kept) if kept else one[0].speedup)
-            passed.remove(best)
-            self.kept.append(best)
+        verdict = partial(self._judge, self.gate, reference)
+        last, passed = (fp32, verdict(fp32, gate.LEVEL, tick)), dict[str, Judged | None]()
+        order = list[Candidate]()
+        while left := [one for one in front if one not in order]:
+            order.append(self._best(left, order))
+        halves = ((1 - gate.LEVEL) / 2 ** min(i + 1, len(order) - 1) for i in range(len(order)))
+        errors = dict(zip((one.form for one in order), halves, strict=True))
+        if gate.errors(self.gate, self.conditions, 2)[1] == 0:
+            each = ((one.form, verdict(one, gate.LEVEL, partial(tick, one.form))) for one in front)
+            passed = dict(takewhile(itemgetter(1), each))
+            order = [one for one in order if one.form in passed]
+            for one in front[len(passed) + 1 :]:
+                self._reject(one.name, f"{one.pace}; closer {front[len(passed)].name} did not pass")
+        while order and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
+            best = self._best(order, [one for one, _ in self.kept])
+            if not self.kept and best.speedup < 1:  # what could serve beside others serves alone
+                break
+            order.remove(best)
+            told = partial(tick, f"{best.form}; best so far {(self.kept or [last])[0][0].form}")
+            if found := passed.get(best.form) or verdict(best, 1 - errors[best.form], told):
+                self.kept.append((best, found))
+        for one in order if not passed else ():
+            self._reject(one.name, f"{one.pace}; not judged, as it would not serve")
         self.kept.append(last)
+
+    def _best(self, left: Sequence[Candidate], kept: Sequence[Candidate]) -> Candidate:
+        """Return the fastest, or beside others what most calls gain by; or of the smallest."""
+        if self.objective == "memory":
+            most = search.WORTH * min(one.size_bytes for one in left)
+            left = [one for one in left if one.size_bytes <= most]
+        return max(left, key=lambda one: (one.gain(kept) if kept else 0.0, one.speedup))
 
     def _front(self, rows: Rows) -> list[Candidate]:
         """Return what is worth judging, the closest first: faster than closer ones, by engine."""
         worth, front = list[Candidate](), list[Candidate]()
-        for candidate in self.candidates:
-            if candidate.form == "fp32" or self._worth(candidate, []):
-                worth.append(candidate)
+        for one in self.candidates:
+            if one.form == "fp32" or self._worth(one, []):
+                worth.append(one)
             else:
-                why = f"{candidate.pace}: a gain of {search.WORTH} is worth it"
-                self._reject(candidate.name, why)
+                self._reject(one.name, f"{one.pace}: a gain of {search.WORTH} is worth it")
         tick = self._begin("search", len(rows) * (1 + 2 * len(worth)), "source")
         reference = gate.run_alone(self.reference, rows, self.threads, tick)
         for candidate in tuple(worth):
@@ -364,14 +366,17 @@ class _Compilation:
             return candidate.worth(others)
         smallest = min(other.size_bytes for other in others)
         smaller = smallest / candidate.size_bytes * (candidate.speedup >= 1)
-        alike = [one for one in others if _alike(one, candidate)]
+        alike = [one for one in others if one.size_bytes <= search.WORTH * candidate.size_bytes]
         return smaller >= search.WORTH or (smaller * search.WORTH >= 1 and candidate.worth(alike))
 
     def _judge(
-        self, candidate: Candidate, rows: Rows, reference: Outputs, level: float, tick: Tick
+        self, rows: Rows, reference: Outputs, candidate: Candidate, level: float, tick: Tick
     ) -> Judged | None:
-        """Return what the gate says of a form at a level, None where it does not run."""
+        """Return what the gate says of a form at a level, None where it does not pass."""
         fp32 = candidate.form == "fp32"
+        if not fp32 and time.monotonic() > self._at(1):
+            self._reject(candidate.name, f"{candidate.pace}; not judged: the minutes are up")
+            return None
         try:
             runs = gate.run(candidate.session, rows, self.signature, self.threads, tick)
             found = gate.judge(runs, reference, rows, self.signature, self.conditions, level)
@@ -388,7 +393,7 @@ class _Compilation:
         measured = {"batch_effect": found.batch_effect, "difference": result.difference}
         measured["speedup"] = round(candidate.speedup, 4)
         self._record("candidate", form=candidate.name, kept=result.passed, why=why, **measured)
-        return found
+        return found if result.passed else None
 
     def write(self, name: str, keep_evaluation: int | None) -> None:
         """Require: forms to keep. Ensure: the folder is a whole artifact with its certificate."""
@@ -497,8 +502,3 @@ class _Compilation:
 
     def _record(self, event: str, **fields: Any) -> None:
         self.log.append({"event": event, **fields})
-
-
-def _alike(one: Candidate, other: Candidate) -> bool:
-    """Return whether it is about as small, or smaller."""
-    return one.size_bytes <= other.size_bytes * search.WORTH

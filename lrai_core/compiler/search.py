@@ -30,7 +30,7 @@ _SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its for
 _ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
 # Times as fast that calls get by a form that is worth its difference; or, for noise, of one size.
 WORTH, _WORTH_SOME = 1.04, 1.2
-_SMALL_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
+_FEW_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
 _CHOICE_MS: Final = 0.01  # at most, of a call that one of several forms is chosen for
 _POINT_ELEMENTS: Final = 1024  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
@@ -324,8 +324,7 @@ def beside(first: Candidate, others: Iterable[Candidate], threads: int) -> list[
     """
     serving = [first]
     for one in others if threads == 1 else ():
-        small = one.form != "fp32" or one.size_bytes <= _SMALL_BYTES
-        if small and one.worth(serving, _CHOICE_MS):
+        if (one.form != "fp32" or one.size_bytes <= _FEW_BYTES) and one.worth(serving, _CHOICE_MS):
             serving.append(one)
     return serving[1:]
 

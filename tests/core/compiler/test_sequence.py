@@ -147,63 +147,86 @@ def test_what_is_faster_for_large_calls_alone_is_kept_beside_what_is_faster() ->
         assert kept(work) == expected
 
 
-def test_from_the_closest_on_and_the_fastest_that_passed_is_chosen() -> None:
-    work = compilation([("wild", 4, 0.08, 0.6), ("near", 2, 0.01, 0), ("nearer", 1.5, 0.001, 0)])
-    work.judge(2)
-    assert kept(work) == ["near", "fp32"]
-    judged = [line["form"] for line in work.log if line["event"] == "candidate"]
-    assert judged == ["fp32", "nearer", "near", "wild"]
-    assert "delta 5.00% allowed" in why(work, "wild")
-
-
 FORMS = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.1), ("near", 1.5, 0.001, 0)]
 UNLUCKY = 23  # seed: none of the search rows strays, so that the bad one looks closer than the far
 ENOUGH = 2 * confidence.rows_needed(0.02, 0.95)  # rows, twice as many as any form needs
 
 
-def test_a_form_that_fails_takes_along_its_part_of_the_error_alone() -> None:
-    """What those before it have left is lost; each behind it has a part of its own."""
+def judged(work: _Compilation) -> list[str]:
+    lines = [line for line in work.log if line["event"] == "candidate" and "difference" in line]
+    return [line["form"] for line in lines]
+
+
+def bound(error: float) -> str:
+    return f"at most {confidence.upper_bound(0, ENOUGH, 1 - error):.2%}; delta"
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4])
+def test_the_fastest_is_judged_first_and_no_more_than_are_kept(keep: int) -> None:
+    forms = [("wild", 4, 0.08, 0.6), ("near", 2, 0.01, 0), ("nearer", 1.5, 0.001, 0)]
+    work = compilation(forms, gate=ENOUGH)
+    work.judge(keep)
+    assert kept(work) == [*["near", "nearer"][: keep - 1], "fp32"]
+    assert judged(work) == ["fp32", "wild", "near", "nearer"][: keep + 1 if keep > 1 else 1]
+    if keep < 3:
+        assert "not judged, as it would not serve" in why(work, "nearer")
+    if keep > 1:
+        assert "delta 5.00% allowed" in why(work, "wild")
+
+
+def test_each_has_half_of_the_error_that_those_before_it_have_left() -> None:
+    """Whatever becomes of them: so the order in which they are judged may depend on that."""
     work = compilation(FORMS, UNLUCKY, ENOUGH)
     work.judge(4)
     assert kept(work) == ["far", "near", "fp32"]
-    part = confidence.upper_bound(0, ENOUGH, 1 - 0.05 / 3)
-    assert f"at most {part:.2%}; delta" in why(work, "near")
-    assert f"at most {part:.2%}; delta" in why(work, "far")
+    assert judged(work) == ["fp32", "far", "bad", "near"]
+    assert bound(0.025) in why(work, "far")
+    assert bound(0.0125) in why(work, "near")
     assert "delta 5.00% allowed" in why(work, "bad")
+    alone = compilation([("near", 1.5, 0.001, 0)], UNLUCKY, ENOUGH)
+    alone.judge(4)
+    assert bound(0.05) in why(alone, "near")
 
 
-def test_a_form_that_passes_leaves_its_part_to_the_next() -> None:
-    forms = [("far", 4, 0.08, 0), ("near", 1.5, 0.001, 0)]
-    work = compilation(forms, UNLUCKY, ENOUGH)
-    work.judge(4)
-    half, whole = (confidence.upper_bound(0, ENOUGH, 1 - error) for error in (0.025, 0.05))
-    assert f"at most {half:.2%}; delta" in why(work, "near")
-    assert f"at most {whole:.2%}; delta" in why(work, "far")
+def test_where_rows_are_few_each_has_the_whole_error_from_the_closest_on() -> None:
+    """With a part of it none might pass."""
+    forms = [("wild", 4, 0.08, 0.6), ("near", 2, 0.01, 0), ("nearer", 1.5, 0.001, 0)]
+    work = compilation(forms, gate=ENOUGH - 1)
+    work.judge(2)
+    assert kept(work) == ["near", "fp32"]
+    assert judged(work) == ["fp32", "nearer", "near", "wild"]
+    assert "delta 5.00% allowed" in why(work, "wild")
 
 
 def test_where_rows_are_few_the_first_that_fails_ends_it() -> None:
-    """The whole error is the first one's: with a part of it the closest might not pass either."""
     work = compilation(FORMS, UNLUCKY, ENOUGH - 1)
     work.judge(4)
     assert kept(work) == ["near", "fp32"]
-    assert "bad is closer, and failed" in why(work, "far")
+    assert judged(work) == ["fp32", "near", "bad"]
+    assert "closer bad did not pass" in why(work, "far")
 
 
-def test_when_the_time_is_up_what_has_passed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = compilation([("far", 4, 0.08, 0), ("near", 1.5, 0.001, 0)])
+@pytest.mark.parametrize(
+    ("gate", "first", "other"), [(GATE, "near", "far"), (ENOUGH, "far", "near")]
+)
+def test_when_the_time_is_up_what_has_passed_is_kept(
+    monkeypatch: pytest.MonkeyPatch, gate: int, first: str, other: str
+) -> None:
+    work = compilation([("far", 4, 0.08, 0), ("near", 1.5, 0.001, 0)], gate=gate)
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     work.began, work.seconds = 0.0, 60.0
     judge = work._judge
 
     def slowly(*arguments: Any) -> Any:
+        found = judge(*arguments)
         clock[0] += 40
-        return judge(*arguments)
+        return found
 
     monkeypatch.setattr(_Compilation, "_judge", lambda self, *arguments: slowly(*arguments))
     work.judge(4)
-    assert kept(work) == ["near", "fp32"]
-    assert "not judged: the minutes are up" in why(work, "far")
+    assert kept(work) == [first, "fp32"]
+    assert "not judged: the minutes are up" in why(work, other)
 
 
 def test_what_closer_forms_are_as_fast_as_is_not_judged() -> None:
