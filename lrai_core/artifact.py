@@ -134,8 +134,8 @@ class Variant(_Record, frozen=True, kw_only=True):
         model: The graph, relative to the artifact.
         weights: Folder of its external data, relative to the artifact; empty where there is none.
         size_bytes: Bytes that serving it has to read: graph, and external data that it refers to.
-        speedup: Latency of fp32 over that of this variant, geometric mean over the profile, that
-            three of four rounds reach.
+        speedup: Latency of fp32 over that of this variant, geometric mean over the profile but for
+            its long calls, that three of four rounds reach.
         batch_effect: Bound on the element difference to the same row run alone, see the gate.
     """
 

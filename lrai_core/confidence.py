@@ -28,12 +28,10 @@ def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
     if failures == n:
         return 1.0
     low, high = 0.0, 1.0
-    for _ in range(100):
+    while high - low > 1e-15 * high:
         middle = (low + high) / 2
         over = _cdf(failures, n, middle) > 1 - confidence
         low, high = (middle, high) if over else (low, middle)
-        if high - low <= 1e-15 * high:
-            break
     return high
 
 

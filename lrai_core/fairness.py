@@ -85,8 +85,7 @@ def disparities(
     each = 1 - (1 - confidence) / 2
     found = []
     for measure in _MEASURES:
-        everyone = measure == "demographic_parity"
-        kinds = [np.ones_like(labels)] if everyone else [labels, ~labels]
+        kinds = [np.ones_like(labels)] if measure == "demographic_parity" else [labels, ~labels]
         judged = {
             group: rows
             for group, rows in members.items()

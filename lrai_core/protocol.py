@@ -224,8 +224,7 @@ def decode_bytes(data: bytes | memoryview, count: int) -> Array:
     elements = np.empty(count, dtype=np.object_)
     for index in range(count):
         end = position + 4
-        size = int.from_bytes(view[position:end], "little")
-        position = end + size
+        position = end + int.from_bytes(view[position:end], "little")
         if end > len(view) or position > len(view):
             raise ValueError(f"element {index} is cut short")
         elements[index] = _text(bytes(view[end:position]))

@@ -115,17 +115,20 @@ class OnnxRuntimeForms:
 
 
 def standard(material: Material) -> onnx.ModelProto:
-    """Return the model in standard operators, simplified, its weights inline.
+    """Return the model in standard operators, simplified, its weights inline; the same to all.
 
     Raises:
         CompileError: onnxruntime rejects it.
     """
-    weights = material.shared.folder
-    basic = fusion.optimise(
-        material.model, level="basic", threads=material.threads, weights=weights
-    )
-    load_external_data_for_model(basic, str(weights))
-    return basic
+    if "standard" not in material.found:
+        weights = material.shared.folder
+        basic = fusion.optimise(
+            material.model, level="basic", threads=material.threads, weights=weights
+        )
+        load_external_data_for_model(basic, str(weights))
+        material.found["standard"] = basic
+    found: onnx.ModelProto = material.found["standard"]
+    return found
 
 
 def _under_each_pass_set(

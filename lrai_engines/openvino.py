@@ -74,6 +74,8 @@ class OpenVino:
             notes = _notes.decode(network.get_rt_info(NOTES).astype(str))
             settings = _SETTINGS | {"INFERENCE_NUM_THREADS": str(threads)}
             settings |= {key: notes.settings[key] for key in FLOAT32}
+            if "BF16" not in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+                settings |= {"INFERENCE_PRECISION_HINT": "f32"}  # it was made elsewhere
             compiled = self.core.compile_model(network, "CPU", settings)
         except (*REFUSALS, KeyError, msgspec.MsgspecError) as error:
             raise ArtifactError(f"openvino cannot open {model.name}: {reason(error)}") from None

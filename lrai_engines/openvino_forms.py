@@ -117,8 +117,9 @@ def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str,
     smooth, static = int8(material, sample)
 
     def convolved(model: onnx.ModelProto, share: float) -> Made:
+        clips = (node for node in model.graph.node if node.op_type == "Clip")
         made, operators = static.build(model, share=share)
-        return signed(made), operators
+        return signed(made, [node.output[0] for node in clips]), operators
 
     return {
         name + f"-{kept}" * bool(kept): _Form("int8", rest, partial(build, share=kept / 100))

@@ -140,6 +140,8 @@ class SmoothForms:
         if what not in self._found:
             try:
                 self._found[what] = find()
+            except NothingToQuantize as error:
+                self._found[what] = error
             except (ArtifactError, CompileError, EngineError, EncodeError, ValueError) as error:
                 self._found[what] = CompileError(f"{what}: {error}")
         if isinstance(found := self._found[what], CompileError):

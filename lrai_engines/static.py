@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,7 @@ _LOOKING: Final = ("IsNaN", "Imputer")  # for what is no number, which others pa
 _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
 _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+_ROUNDING: Final = ("QuantizeLinear", "DequantizeLinear")
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 
@@ -175,19 +177,36 @@ def static_int8(
     return quantised, report
 
 
-def signed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return `model` with int8 without a zero point where `about_zero` says so. Not modified."""
+def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelProto:
+    """Return `model` with int8 without a zero point where `about_zero` says so.
+
+    Args:
+        model: As the quantiser makes it. Not modified.
+        clipped: Values whose range is to end where it does: it is in place of an operator.
+    """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     known = {tensor.name: tensor for tensor in result.graph.initializer}
+    fixed = {value.name for value in result.graph.output}.union(clipped)
+    pairs = dict[tuple[str, ...], list[onnx.NodeProto]]()  # a scale and its zero point, by readers
     for node in result.graph.node:
-        if node.op_type == "QuantizeLinear":
-            scale, point = (known[name] for name in node.input[1:])
-            step, zero = map(numpy_helper.to_array, (scale, point))
-            about = about_zero(float(step), int(zero)) if zero.dtype == np.uint8 else None
-            if about is not None:
-                scale.CopyFrom(numpy_helper.from_array(np.array(about, step.dtype), scale.name))
-                point.CopyFrom(numpy_helper.from_array(np.array(0, np.int8), point.name))
+        if node.op_type in _ROUNDING:
+            pairs.setdefault(tuple(node.input[1:]), []).append(node)
+    read = Counter(name for node in result.graph.node for name in node.input)
+    for pair, nodes in pairs.items():
+        made = [node.output[0] for node in nodes if node.op_type == _ROUNDING[0]]
+        own = Counter(node.input[0] for node in nodes if node.op_type == _ROUNDING[1])
+        whole = len(pair) == 2 and all(name in known and read[name] == len(nodes) for name in pair)
+        ends = [n.input[0] for n in nodes if n.op_type == _ROUNDING[0]] + made
+        if not whole or {name: read[name] for name in made} != own or not fixed.isdisjoint(ends):
+            continue
+        scale, point = (known[name] for name in pair)
+        step, zero = map(numpy_helper.to_array, (scale, point))
+        if zero.dtype != np.uint8 or zero.ndim or step.ndim:
+            continue
+        if (about := about_zero(float(step), int(zero))) is not None:
+            scale.CopyFrom(numpy_helper.from_array(np.array(about, step.dtype), scale.name))
+            point.CopyFrom(numpy_helper.from_array(np.array(0, np.int8), point.name))
     return result
 
 

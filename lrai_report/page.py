@@ -36,6 +36,7 @@ class _Event(msgspec.Struct, frozen=True):
     event: str
     form: str = ""
     kept: bool = False
+    difference: dict[str, float] = {}  # where it was judged
     why: str = ""
     speedup: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     gap: Annotated[float, msgspec.Meta(ge=0)] = 0.0

@@ -53,7 +53,8 @@ other form was both worth it and close enough{% endif %}.{% else %}Served as <b>
 as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %}
 {% if tried %}<div class="scroll"><table><tr><th>form</th><th>passed</th><th>why</th></tr>
 {% for one in tried %}<tr><td class="name">{{ one.form }}</td><td>
-{{ "yes" if one.kept else "no" }}</td><td class="long">{{ one.why }}</td></tr>
+{{ "yes" if one.kept else "no" if one.difference else "not judged" }}</td>
+<td class="long">{{ one.why }}</td></tr>
 {% endfor %}</table></div>{% endif %}
 {% if points %}<h2>Latency</h2>
 <div class="scroll"><table><tr><th>rows{% if points[0].length %} x length{% endif %}</th>

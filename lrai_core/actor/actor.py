@@ -70,8 +70,7 @@ class Actor:
             outputs = self._sessions[execute.variant].run(arrays, execute.outputs)
             seconds = time.perf_counter() - started
             packer = Packer()
-            tensors = packer.pack(outputs)
-            packer.send(self._socket, Executed(execute.batch, seconds, tensors))
+            packer.send(self._socket, Executed(execute.batch, seconds, packer.pack(outputs)))
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
             known = (str(error), error.invalid) if isinstance(error, EngineError) else None
             gone = isinstance(error, messages.BadFrames)  # with who sent them

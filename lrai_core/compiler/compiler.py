@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count, takewhile
@@ -282,10 +283,10 @@ class _Compilation:
     def judge(self, keep: int) -> None:
         """Require: measured candidates. Ensure: those to keep, the chosen one first, fp32 last.
 
-        What would serve best is judged first, and no more once enough have passed; half of the
-        error is its own, half of the rest the next one's, whatever becomes of them. Where that is
-        too little (`gate.errors`), each has all of it, from the closest of the search rows on,
-        until one fails. So none passes by luck (Angelopoulos et al. 2021, "Learn then Test").
+        What would serve best is judged first, and no more once enough have passed; each has its own
+        part of the error, whatever becomes of the others. Where that would be too little
+        (`gate.errors`), each has all of it, from the closest of the search rows on, until one
+        fails. So none passes by luck (Angelopoulos et al. 2021, "Learn then Test").
         """
         fp32 = next(candidate for candidate in self.candidates if candidate.form == "fp32")
         if self.gate is None or self.search is None:
@@ -295,17 +296,17 @@ class _Compilation:
         self.judged = 1 + len(front)  # fp32 is one that may be chosen
         rows, tick = self.search.inputs, self._begin("profile", search.ROUNDS, "long calls")
         given = self.signature, rows, search.points(self.signature, rows), self.threads, tick
-        search.profile([fp32, *front], *given, self._at(0.6))
+        with suppress(EngineError):  # which may be memory: then smaller ones tell
+            search.profile([fp32, *front], *given, self._at(0.5))
         tick = self._begin("gate", len(self.gate) * (3 + 2 * len(front)), "source")
         reference = gate.run_alone(self.reference, self.gate, self.threads, tick)
         verdict = partial(self._judge, self.gate, reference)
         last, passed = (fp32, verdict(fp32, gate.LEVEL, tick)), dict[str, Judged | None]()
-        order = list[Candidate]()
-        while left := [one for one in front if one not in order]:
-            order.append(self._best(left, order))
-        halves = ((1 - gate.LEVEL) / 2 ** min(i + 1, len(order) - 1) for i in range(len(order)))
-        errors = dict(zip((one.form for one in order), halves, strict=True))
-        if gate.errors(self.gate, self.conditions, 2)[1] == 0:
+        memory = self.objective == "memory"
+        order = sorted(front, key=lambda one: (one.size_bytes * memory, -one.speedup))
+        parts = gate.errors(self.gate, self.conditions, len(order))
+        errors = dict(zip((one.form for one in order), parts, strict=False))
+        if not parts[-1]:
             each = ((one.form, verdict(one, gate.LEVEL, partial(tick, one.form))) for one in front)
             passed = dict(takewhile(itemgetter(1), each))
             order = [one for one in order if one.form in passed]
@@ -313,8 +314,8 @@ class _Compilation:
                 self._reject(one.name, f"{one.pace}; closer {front[len(passed)].name} did not pass")
         while order and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
             best = self._best(order, [one for one, _ in self.kept])
-            if not self.kept and best.speedup < 1:  # what could serve beside others serves alone
-                break
+            if not (self.kept or best.speedup >= search.WORTH or memory):
+                break  # what could serve beside others would serve alone
             order.remove(best)
             told = partial(tick, f"{best.form}; best so far {(self.kept or [last])[0][0].form}")
             if found := passed.get(best.form) or verdict(best, 1 - errors[best.form], told):
@@ -347,6 +348,7 @@ class _Compilation:
                 candidate.gaps = gate.worst_gaps(reference, runs, self.signature.outputs)
                 measured = {"speedup": round(candidate.speedup, 4), "gap": candidate.distance}
                 self._record("searched", form=candidate.name, **measured)
+                gate.check_search(candidate.gaps, self.conditions)
             except (EngineError, ValueError) as error:  # it does not run, or not in batches
                 self._reject(candidate.name, str(error))
                 worth.remove(candidate)
@@ -363,7 +365,8 @@ class _Compilation:
         """Return whether it gains over others, or fp32: is faster, or smaller, or both."""
         others = others or [one for one in self.candidates if one.form == "fp32"]
         if self.objective == "latency":
-            return candidate.worth(others)
+            alone = candidate.speedup >= search.WORTH  # else only beside another: with one thread
+            return (alone or self.threads == 1) and candidate.worth(others)
         smallest = min(other.size_bytes for other in others)
         smaller = smallest / candidate.size_bytes * (candidate.speedup >= 1)
         alike = [one for one in others if one.size_bytes <= search.WORTH * candidate.size_bytes]

@@ -192,28 +192,39 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
         raise CalibrationError(f"{there}; the gate {needs}")
 
 
-def errors(rows: Rows, conditions: Conditions, forms: int) -> list[float]:
-    """Return by how many forms that are judged in turn how often each may pass wrongly.
+def check_search(gaps: Sequence[float], conditions: Conditions) -> None:
+    """Refuse a form of which the search rows show that it is not as close as is demanded.
 
-    A form that passes leaves its part to the next; one that fails takes it along. They add up to 5
-    per cent, so no more often does any pass wrongly. Where rows are few, or tell of groups, all of
-    it is the first one's: what follows one that failed is not judged.
-
-    Source: the fallback procedure, Wiens 2003, "A fixed sequence Bonferroni procedure".
+    Raises:
+        ValueError: It is not.
     """
-    if rows.groups or len(rows) < 2 * _rows_needed(rows, conditions):
+    far = sum(not gap <= (conditions.epsilon or FAR) for gap in gaps)
+    if far and confidence.lower_bound(far, len(gaps)) > conditions.delta:
+        raise ValueError(f"{far} of {len(gaps)} search rows differ by more than epsilon")
+
+
+def errors(rows: Rows, conditions: Conditions, forms: int) -> list[float]:
+    """Return, in an order that these rows do not tell, how often each form may pass wrongly.
+
+    They add up to 5 per cent, so no more often does any. Half of it halves from one to the next,
+    half is shared equally. Where a form without a fault could not pass with the least part, or rows
+    tell of groups, all of it is the first one's, and the next one's only where that passes.
+    """
+    each = (1 - LEVEL) / 2
+    parts = [each * (0.5 ** min(i, forms - 1) + 1 / forms) for i in range(1, forms + 1)]
+    if rows.groups or not parts or len(rows) < _rows_needed(rows, conditions, 1 - parts[-1]):
         return [1 - LEVEL] + [0.0] * (forms - 1)
-    return [(1 - LEVEL) / max(forms, 1)] * forms
+    return parts
 
 
-def _rows_needed(rows: Rows, conditions: Conditions) -> int:
-    """Return the fewest rows with which a form without a fault passes at the whole level."""
+def _rows_needed(rows: Rows, conditions: Conditions, level: float = LEVEL) -> int:
+    """Return the fewest rows with which a form without a fault passes at a level."""
     if rows.labels is None:
-        needed = confidence.rows_needed(1 - AGREEMENT, LEVEL)
+        needed = confidence.rows_needed(1 - AGREEMENT, level)
     else:
-        needed = confidence.rows_needed(conditions.max_accuracy_loss, _PAIR_LEVEL)
+        needed = confidence.rows_needed(conditions.max_accuracy_loss, 1 - (1 - level) / 2)
     if conditions.epsilon is not None:
-        needed = max(needed, confidence.rows_needed(conditions.delta, LEVEL))
+        needed = max(needed, confidence.rows_needed(conditions.delta, level))
     return needed
 
 

@@ -259,8 +259,8 @@ def profile(
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
-    Points of several rows that take over 0.2 s are left for the second time, when those are
-    measured that have passed, and such of over 0.6 s are left out: smaller ones tell. After three
+    Points of several rows that take over 0.2 s are left for the second time, when what is worth
+    judging is measured, and such of over 0.6 s are left out: smaller ones tell. After three
     rounds, what is a tenth slower than fp32, or 3 % than its form with other passes, is left out;
     and when the clock, `time.monotonic`, is past `until`, there are no more rounds. Short calls get
     more of them, as their forms differ by less than a machine does from one second to the next.
@@ -271,25 +271,25 @@ def profile(
     of four rounds: the luckiest of many would win by their median, and be slower when it serves. It
     is that of the first time.
     """
-    feeds = {at: stretch(_longest(rows, signature, at[1]), signature, *at) for at in points}
-    sessions = [candidate.session for candidate in candidates]
     before = [(point.rows, point.length) for point in candidates[0].latency]
-    most = _LONGEST if before else _LONG
-    long = [at for at, f in feeds.items() if at[0] > 1 and _seconds(sessions[0], f, 1) > most]
-    if not (feeds := {at: feed for at, feed in feeds.items() if at not in before + long}):
+    most, sessions = _LONGEST if before else _LONG, [candidate.session for candidate in candidates]
+    left = [at for at in points if not before or (at not in before and time.monotonic() < until)]
+    feeds = {at: stretch(_longest(rows, signature, at[1]), signature, *at) for at in left}
+    feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= most}
+    if not feeds:
         return
     calls = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
     taken = np.full((len(calls), MOST_ROUNDS, len(candidates)), np.nan)
     forms = [candidate.form for candidate in candidates]
-    left = list(range(len(forms)))
+    still = list(range(len(forms)))
     enough = time.monotonic() + _ROUNDS_SECONDS
     for done in range(MOST_ROUNDS):  # from point to point, as traffic goes from shape to shape
         end = until if done < ROUNDS else min(until, enough)
         if done >= _ALL_ROUNDS and time.monotonic() > end:
             break
         if done == _ALL_ROUNDS:
-            left = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
-        turns = sorted(product(range(len(calls)), left), key=itemgetter(threads > 1))
+            still = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
+        turns = sorted(product(range(len(calls)), still), key=itemgetter(threads > 1))
         for last, (point, i) in zip([(0, -1), *turns], turns, strict=False):
             feed, repeats = calls[point]
             if threads > 1 and last[1] != i:
@@ -299,7 +299,7 @@ def profile(
         if done < ROUNDS:
             tick()
     paces = np.log(taken).mean(axis=0)  # by round and candidate
-    best = min(left, key=lambda i: (forms[i] != "fp32", float(np.nanmedian(paces[:, i]))))
+    best = min(still, key=lambda i: (forms[i] != "fp32", float(np.nanmedian(paces[:, i]))))
     gains = np.exp(np.nanquantile(paces[:, [best]] - paces, 0.25, axis=0))
     for i, candidate in enumerate(candidates):
         candidate.speedup = candidate.speedup if before else float(gains[i])

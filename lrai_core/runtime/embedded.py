@@ -296,14 +296,14 @@ class Embedded:
         """
         manifest = artifact.manifest
         wanted, *others = manifest.serving(variant)
-        spare = () if variant else manifest.variants
-        known = (wanted, *others, *spare)
+        known = (wanted, *others, *(() if variant else manifest.variants))
         fitting = [one for one in known if manifest.made_for(one) == environment(one)]
         if fitting[:1] == [wanted]:
             return fitting[: 1 + sum(other in fitting for other in others)]
         made_for, here = manifest.made_for(wanted), environment(wanted)
         self.events.emit("variant_refused", name, variant=wanted.id, made_for=made_for, here=here)
-        return fitting[:1]
+        # What is slower in the mean was kept for some calls, beside what was chosen.
+        return [one for one in fitting if one.speedup >= 1 or one.id == "fp32"][:1]
 
     def _certificate(self, artifact: Artifact, variant: Variant, terms: Terms) -> str | None:
         """Return the id of the certificate that speaks of a variant, None where there is none.

@@ -94,8 +94,7 @@ class LatencyModel:
             self._learn_overhead(max(0.0, total_seconds - engine_seconds))
         profile = max(self._profile_seconds(rows, length), _LEAST_SECONDS)
         predicted = self.scale * profile + self.fixed_seconds
-        error = engine_seconds / predicted - 1
-        clipped = max(-_MOST_WRONG, min(_MOST_WRONG, error))
+        clipped = max(-_MOST_WRONG, min(_MOST_WRONG, engine_seconds / predicted - 1))
         self._drift += (clipped - self._drift) / _SHIFT_CALLS
         self._variance += (clipped * clipped - self._variance) / (4 * _SHIFT_CALLS)
         shifted = abs(self._drift) > max(_SHIFT, 3 * math.sqrt(self._variance / _SHIFT_CALLS))

@@ -67,7 +67,7 @@ def issue(
     bound = upper_bound(len(failures), n, 1 - (1 - spec.confidence) / manifest.candidates)
     first = spec.confidence <= CONFIDENCE and not spec.radius and manifest.made_for(variant) == here
     if manifest.demanded and first:
-        # What was demanded was judged in a fixed order, there, at the whole level.
+        # What was demanded was judged there, by parts that add up to the whole level.
         epsilon, delta = manifest.demanded
         if epsilon <= spec.epsilon and upper_bound(len(failures), n, CONFIDENCE) <= delta:
             bound = min(bound, delta)

@@ -6,11 +6,13 @@ import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,7 +29,8 @@ from lrai_core.compiler.search import Candidate, Material, Sample
 from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
 from lrai_core.errors import ArtifactError, CompileError, EngineError, EnvironmentProblem
 from lrai_core.protocol import Array
-from lrai_engines.forms import OnnxRuntimeForms, int8
+from lrai_engines import smooth, static
+from lrai_engines.forms import OnnxRuntimeForms
 from lrai_engines.openvino import OpenVino
 from lrai_engines.openvino_forms import OpenVinoForms, _bounds
 from tests.core.compiler.onnx_files import linear, model, save, value
@@ -153,16 +156,34 @@ def test_smoothed_int8_is_close_and_keeps_what_is_no_number(tmp_path: Path) -> N
     assert 0 < smooth < min(0.03, groups)
 
 
-def test_what_one_engine_finds_of_a_model_serves_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["smooth", "static"])
+def test_what_one_engine_finds_of_a_model_serves_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """Its forms that keep the same closer are no repetition of the other's."""
+    made = {"smooth": (three_layers(), layered_sample(16)), "static": (network(), images_sample())}
+    proto, sample = made[kind]
+    calls = Counter[str]()
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls[name] += 1
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(smooth, "harms", counted("smooth harms", smooth.harms))
+    monkeypatch.setattr(smooth, "smoothings", counted("smoothings", smooth.smoothings))
+    monkeypatch.setattr(static, "harms", counted("static harms", static.harms))
     (tmp_path / "source").mkdir()
-    given = material(three_layers(), tmp_path / "source")
-    given = replace(given, sample=layered_sample(16), folder=tmp_path / "forms")
-    other = OnnxRuntimeForms(find_engine("onnxruntime"))
-    made = [one.form for builder in (other, FORMS) for one in builder.build(given, lambda *_: None)]
-    assert {"int8-smooth-30", "openvino-int8-smooth-50"} <= set(made)
-    smooth, static = int8(given, layered_sample(3))
-    assert (smooth, static) == int8(given, layered_sample(16))
+    given = material(proto, tmp_path / "source")
+    given = replace(given, sample=sample, folder=tmp_path / "forms")
+    both = (OnnxRuntimeForms(find_engine("onnxruntime")), FORMS)
+    found = {one.form for builder in both for one in builder.build(given, lambda *_: None)}
+    share = {"smooth": 30, "static": 50}[kind]
+    assert {f"int8-{kind}-{share}", f"openvino-int8-{kind}-50"} <= found
+    assert calls[f"{kind} harms"] == 1
+    assert set(calls.values()) == {1}
 
 
 def test_an_answer_stays_what_it_is_when_the_next_call_runs(tmp_path: Path) -> None:

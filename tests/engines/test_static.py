@@ -335,6 +335,39 @@ def test_ranges_about_zero_need_no_zero_point() -> None:
     assert np.linalg.norm(new - right) < 1.5 * np.linalg.norm(old - right)
 
 
+@pytest.mark.parametrize("kind", ["clipped", "shared", "integers", "output", "computed", "none"])
+def test_what_more_depends_on_keeps_its_zero_point(kind: str) -> None:
+    """Of what the quantiser found already, or of a range that does what an operator did."""
+    pair = [numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
+            numpy_helper.from_array(np.array(120, np.uint8), "point")]  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "point"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "point"], ["y"]),
+    ]
+    ends = [value("x", ["batch", 4])], [value("y", ["batch", 4])]
+    if kind == "shared":
+        nodes.append(helper.make_node("Cast", ["point"], ["other"], to=TensorProto.FLOAT))
+        ends[1].append(value("other", []))
+    elif kind == "integers":
+        nodes.append(helper.make_node("Cast", ["q"], ["other"], to=TensorProto.FLOAT))
+        ends[1].append(value("other", ["batch", 4]))
+    elif kind == "output":
+        ends[1].append(value("q", ["batch", 4], TensorProto.UINT8))
+    elif kind == "computed":
+        nodes.insert(0, helper.make_node("Identity", ["point"], ["same"]))
+        nodes[1].input[2] = nodes[2].input[2] = "same"
+    elif kind == "none":
+        for node in nodes:
+            del node.input[2]
+    proto = model(nodes, *ends, pair if kind != "none" else pair[:1])
+    assert signed(proto, ["x"] if kind == "clipped" else []) == proto
+    x = np.linspace(-12, 13, 8, dtype=np.float32).reshape(2, 4)
+    if kind == "clipped":
+        changed = signed(proto)
+        assert changed != proto
+        assert np.abs(run(changed, x) - run(proto, x)).max() < 1.5
+
+
 def test_where_all_is_kept_nothing_is_left() -> None:
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], "only")]
     weight = numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "w")
