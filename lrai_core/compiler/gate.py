@@ -192,15 +192,15 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
         raise CalibrationError(f"{there}; the gate {needs}")
 
 
-def check_search(gaps: Sequence[float], conditions: Conditions) -> None:
+def check_search(gaps: Sequence[float], asked: Conditions) -> None:
     """Refuse a form of which the search rows show that it is not as close as is demanded.
 
     Raises:
         ValueError: It is not.
     """
-    far = sum(not gap <= (conditions.epsilon or FAR) for gap in gaps)
-    if far and confidence.lower_bound(far, len(gaps)) > conditions.delta:
-        raise ValueError(f"{far} of {len(gaps)} search rows differ by more than epsilon")
+    far = sum(not gap <= (asked.epsilon or FAR) for gap in gaps)
+    if far and confidence.lower_bound(far, len(gaps)) > asked.delta:
+        raise ValueError(f"{far} of {len(gaps)} search rows are beyond epsilon {asked.epsilon:g}")
 
 
 def errors(rows: Rows, conditions: Conditions, forms: int) -> list[float]:

@@ -29,10 +29,12 @@ from lrai_core.compiler.search import Candidate, Material, Sample
 from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
 from lrai_core.errors import ArtifactError, CompileError, EngineError, EnvironmentProblem
 from lrai_core.protocol import Array
-from lrai_engines import smooth, static
 from lrai_engines.forms import OnnxRuntimeForms
 from lrai_engines.openvino import OpenVino
 from lrai_engines.openvino_forms import OpenVinoForms, _bounds
+from lrai_engines.sensitivity import harms
+from lrai_engines.smooth import smoothings
+from lrai_engines.static_harms import harms as static_harms
 from tests.core.compiler.onnx_files import linear, model, save, value
 from tests.core.small_artifact import rewrite
 from tests.engines.test_sensitivity import sample as layered_sample
@@ -172,9 +174,9 @@ def test_what_one_engine_finds_of_a_model_serves_the_next(
 
         return call
 
-    monkeypatch.setattr(smooth, "harms", counted("smooth harms", smooth.harms))
-    monkeypatch.setattr(smooth, "smoothings", counted("smoothings", smooth.smoothings))
-    monkeypatch.setattr(static, "harms", counted("static harms", static.harms))
+    monkeypatch.setattr("lrai_engines.smooth.harms", counted("smooth harms", harms))
+    monkeypatch.setattr("lrai_engines.smooth.smoothings", counted("smoothings", smoothings))
+    monkeypatch.setattr("lrai_engines.static.harms", counted("static harms", static_harms))
     (tmp_path / "source").mkdir()
     given = material(proto, tmp_path / "source")
     given = replace(given, sample=sample, folder=tmp_path / "forms")
@@ -445,6 +447,24 @@ def test_where_its_engine_is_another_the_next_variant_serves(
     assert refused.attributes["variant"] == INT8
     assert refused.attributes["made_for"] == f"{isa_class()} with openvino 2020.1"
     assert refused.attributes["here"] == here
+
+
+def test_what_is_faster_for_some_calls_alone_serves_beside_another_or_not_at_all(
+    both: lrai.Artifact, tmp_path: Path
+) -> None:
+    """Where its partner's engine is another, float32 serves, which is faster in the mean."""
+    path = tmp_path / "older.lrai"
+    shutil.copytree(both.path, path)
+    variants = {one.id: msgspec.to_builtins(one) for one in both.variants}
+    chosen, beside = variants[both.manifest.chosen], variants[both.manifest.together[0]]
+    beside["speedup"] = 0.8
+    rewrite(path, {"variants": list(variants.values())})
+    with lrai.Runtime.open(lrai.Artifact.open(path), name="m") as runtime:
+        assert runtime.models()[0].variant == chosen["id"]
+    chosen["engine_version"] = "2020.1"
+    rewrite(path, {"variants": list(variants.values())})
+    with lrai.Runtime.open(lrai.Artifact.open(path), name="m") as runtime:
+        assert runtime.models()[0].variant == "fp32"
 
 
 def test_an_engine_that_is_not_there_is_named_before_any_work(tmp_path: Path) -> None:

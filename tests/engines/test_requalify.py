@@ -212,7 +212,7 @@ def with_a_farther_one(path: Path, rows: int, factor: float = 2.2) -> lrai.Artif
 def test_the_closest_at_home_is_judged_first_and_the_first_that_fails_ends_it(
     tmp_path: Path,
 ) -> None:
-    found = requalify(with_a_farther_one(tmp_path / "m.lrai", rows=200), threads=1)
+    found = requalify(with_a_farther_one(tmp_path / "m.lrai", rows=170), threads=1)
     assert "relative error" in found.verdicts["int8"]
     assert found.verdicts["int8-far"] == "int8 is closer, and failed"
 

@@ -273,7 +273,7 @@ def test_epsilon_is_demanded_and_certified(make: Compile, rows: Rows) -> None:
     assert artifact.manifest.chosen == "fp32"
     lines = [line for line in log(artifact) if line["event"] == "candidate"]
     refused = [line["why"] for line in lines if line["form"] != "fp32"]
-    assert any("more than epsilon 1e-09" in why for why in refused), refused
+    assert any("beyond epsilon 1e-09" in why for why in refused), refused
     (certificate,) = lrai.certificates(artifact)
     assert (certificate.variant, certificate.epsilon) == ("fp32", 1e-9)
 
