@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -163,14 +164,19 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     there, verdicts = _those_that_run(artifact, threads, rows, points)
     candidates = [_candidate("fp32", source, plain, engine), *there]
     tick = _ticking(report, "measure", 2 * search.ROUNDS)
-    for _ in range(2):  # then long calls
-        search.profile(candidates, signature, rows.inputs, points, threads, tick)
+    given = candidates, signature, rows.inputs, points, threads, tick
+    search.profile(*given)
+    with suppress(EngineError):  # of long calls, for which memory may lack
+        search.profile(*given)
     tick = _ticking(report, "judge", len(rows) * (1 + 2 * (len(candidates) - 1)))
     reference = gate.run_alone(engine.load(source, threads=threads), rows, threads, tick)
     judged: dict[str, tuple[Candidate, Judged]] = {}
     # As many as were judged on these rows at home: what is here was chosen among them.
     forms = max(manifest.candidates - 1, sum(c.form != "fp32" for c in candidates))
-    parts = iter(gate.errors(rows, conditions, forms))
+    parts = gate.errors(rows, conditions, forms)
+    if parts[-1]:  # alike: which of them are here, these rows have told at home
+        parts = [(1 - gate.LEVEL) / len(parts)] * len(parts)
+    left = iter(parts)
     chance, failed = 0.0, ""  # how surely who is judged has to pass, as at home
     for candidate in candidates[1:]:
         form, fp32 = candidate.form, candidate.form == "fp32"
@@ -178,7 +184,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
         if home and home.disparities and not fp32:
             verdicts[form] = "groups can only be judged at home"
             continue
-        chance += 0.0 if fp32 else next(parts)
+        chance += 0.0 if fp32 else next(left)
         if not (fp32 or chance):
             verdicts[form] = f"{failed} is closer, and failed"
             continue

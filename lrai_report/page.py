@@ -36,7 +36,6 @@ class _Event(msgspec.Struct, frozen=True):
     event: str
     form: str = ""
     kept: bool = False
-    difference: dict[str, float] = {}  # where it was judged
     why: str = ""
     speedup: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     gap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -161,7 +160,7 @@ def _events(artifact: Artifact) -> Iterator[_Event]:
 def _points(variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
     """Yield per shape that was measured the latency of each variant, and the bars to draw."""
     shapes = dict.fromkeys((p.rows, p.length) for v in variants for p in v.latency)
-    for rows, length in shapes:
+    for rows, length in sorted(shapes, key=lambda shape: shape[::-1]):
         found = {
             variant.id: point
             for variant in variants

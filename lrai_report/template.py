@@ -27,8 +27,8 @@ circle.kept { fill: #3b7dd8 } circle.chosen { fill: var(--own) }
 </style></head><body>
 <h1>{{ manifest.name }}</h1>
 <p class="lead">{% if chosen.id == "fp32" %}Served in float32, optimised{% if chosen.gate %}: no
-other form was both worth it and close enough{% endif %}.{% else %}Served as <b>{{ chosen.id }}</b>,
-<b>{{ "%.2f"|format(chosen.speedup) }} times</b> as fast as float32 and
+other form was found that is worth it and passes{% endif %}.{% else %}Served as
+<b>{{ chosen.id }}</b>, <b>{{ "%.2f"|format(chosen.speedup) }} times</b> as fast as float32 and
 {{ "%.1f"|format(chosen.size_bytes / 1e6) }} MB.{% endif %}</p>
 <p class="dim">{{ chosen.why }}</p>
 {% for id, statement in certificates %}<p>Certificate <code>{{ id }}</code>: {{ statement }}</p>
@@ -53,7 +53,7 @@ other form was both worth it and close enough{% endif %}.{% else %}Served as <b>
 as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %}
 {% if tried %}<div class="scroll"><table><tr><th>form</th><th>passed</th><th>why</th></tr>
 {% for one in tried %}<tr><td class="name">{{ one.form }}</td><td>
-{{ "yes" if one.kept else "no" if one.difference else "not judged" }}</td>
+{{ "yes" if one.kept else "not judged" if "not judged" in one.why else "no" }}</td>
 <td class="long">{{ one.why }}</td></tr>
 {% endfor %}</table></div>{% endif %}
 {% if points %}<h2>Latency</h2>

@@ -292,7 +292,7 @@ class _Compilation:
         if self.gate is None or self.search is None:
             self.kept = [(fp32, None)]
             return
-        front = self._front(self.search)
+        front = self._front(self.search, keep)
         self.judged = 1 + len(front)  # fp32 is one that may be chosen
         rows, tick = self.search.inputs, self._begin("profile", search.ROUNDS, "long calls")
         given = self.signature, rows, search.points(self.signature, rows), self.threads, tick
@@ -313,12 +313,12 @@ class _Compilation:
             for one in front[len(passed) + 1 :]:
                 self._reject(one.name, f"{one.pace}; closer {front[len(passed)].name} did not pass")
         while order and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
-            best = self._best(order, [one for one, _ in self.kept])
-            if not (self.kept or best.speedup >= search.WORTH or memory):
-                break  # what could serve beside others would serve alone
-            order.remove(best)
-            told = partial(tick, f"{best.form}; best so far {(self.kept or [last])[0][0].form}")
-            if found := passed.get(best.form) or verdict(best, 1 - errors[best.form], told):
+            kept = [one for one, _ in self.kept]
+            order.remove(best := self._best(order, kept))
+            told = partial(tick, f"{best.form}; best so far {(kept or [fp32])[0].form}")
+            if best.speedup < search.WORTH and not (memory or (kept and best.worth(kept))):
+                self._reject(best.name, f"{best.pace}: too little to serve all calls")
+            elif found := passed.get(best.form) or verdict(best, 1 - errors[best.form], told):
                 self.kept.append((best, found))
         for one in order if not passed else ():
             self._reject(one.name, f"{one.pace}; not judged, as it would not serve")
@@ -331,11 +331,11 @@ class _Compilation:
             left = [one for one in left if one.size_bytes <= most]
         return max(left, key=lambda one: (one.gain(kept) if kept else 0.0, one.speedup))
 
-    def _front(self, rows: Rows) -> list[Candidate]:
+    def _front(self, rows: Rows, keep: int) -> list[Candidate]:
         """Return what is worth judging, the closest first: faster than closer ones, by engine."""
         worth, front = list[Candidate](), list[Candidate]()
         for one in self.candidates:
-            if one.form == "fp32" or self._worth(one, []):
+            if one.form == "fp32" or self._worth(one, [], keep):
                 worth.append(one)
             else:
                 self._reject(one.name, f"{one.pace}: a gain of {search.WORTH} is worth it")
@@ -350,23 +350,24 @@ class _Compilation:
                 self._record("searched", form=candidate.name, **measured)
                 gate.check_search(candidate.gaps, self.conditions)
             except (EngineError, ValueError) as error:  # it does not run, or not in batches
-                self._reject(candidate.name, str(error))
+                self._reject(candidate.name, f"{candidate.pace}; {error}")
                 worth.remove(candidate)
         worth.sort(key=lambda candidate: (candidate.distance, -candidate.speedup))
-        for candidate in (one for one in worth if one.form != "fp32"):
-            closer = [one for one in front if one.engine is candidate.engine]
-            if not closer or self._worth(candidate, closer):
-                front.append(candidate)
+        for own in (one for one in worth if one.form != "fp32"):
+            least = min(own.speedup, search.WORTH)  # what serves some calls is no match
+            closer = [one for one in front if one.engine is own.engine and one.speedup >= least]
+            if not closer or self._worth(own, closer, keep):
+                front.append(own)
             else:
-                self._reject(candidate.name, f"{candidate.pace}; closer ones are as good")
+                self._reject(own.name, f"{own.pace}; closer ones are as good")
         return front
 
-    def _worth(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+    def _worth(self, candidate: Candidate, others: Sequence[Candidate], keep: int) -> bool:
         """Return whether it gains over others, or fp32: is faster, or smaller, or both."""
         others = others or [one for one in self.candidates if one.form == "fp32"]
         if self.objective == "latency":
-            alone = candidate.speedup >= search.WORTH  # else only beside another: with one thread
-            return (alone or self.threads == 1) and candidate.worth(others)
+            beside = keep > 2 and self.threads == 1  # then what is faster for some calls may serve
+            return (beside or candidate.speedup >= search.WORTH) and candidate.worth(others)
         smallest = min(other.size_bytes for other in others)
         smaller = smallest / candidate.size_bytes * (candidate.speedup >= 1)
         alike = [one for one in others if one.size_bytes <= search.WORTH * candidate.size_bytes]

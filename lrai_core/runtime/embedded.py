@@ -140,8 +140,7 @@ class Embedded:
         profiles = [profile, *(one.latency for one, _ in beside)]
         replicas = [Replica(actor, *profiles, threads=threads) for actor in actors]
         self.scheduler.add(version.key, replicas, limits)
-        inline = config.isolation == "inline"
-        load = msgspec.structs.replace(load, threads=threads, inline=inline)
+        load = msgspec.structs.replace(load, threads=threads, inline=config.isolation == "inline")
         try:
             self._start_actors(actors, load)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from lrai_core import confidence
 from lrai_core.artifact import GateResult, LatencyPoint, Variant, write_lines, write_manifest
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
-from lrai_core.errors import CalibrationError
+from lrai_core.errors import CalibrationError, EngineError
 from lrai_core.fairness import Disparity
 from lrai_core.verifier import verifier
 from lrai_core.verifier.certificate import Spec, certificates
@@ -228,6 +229,25 @@ def test_where_rows_are_many_one_that_fails_takes_its_part_of_the_error_alone(
     least = 1 - confidence.upper_bound(0, 300, 1 - 0.05 / 2)
     assert f"at least {least:.2%}" in found.verdicts["int8-far"]
     assert found.manifest.chosen == "int8-far"
+
+
+def test_memory_that_long_calls_lack_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, float]
+) -> None:
+    artifact, profiles = foreign(tmp_path / "m.lrai"), list[int]()
+    told["int8"] = 3.0
+    first = search.profile
+
+    def profile(*given: Any) -> None:
+        profiles.append(1)
+        if len(profiles) > 1:
+            raise EngineError("no memory")
+        first(*given)
+
+    monkeypatch.setattr(search, "profile", profile)
+    found = requalify(artifact, threads=1)
+    assert len(profiles) == 2
+    assert found.manifest.chosen == "int8"
 
 
 def test_where_memory_was_wanted_the_smallest_that_is_right_here_serves(

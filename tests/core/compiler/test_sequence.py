@@ -135,6 +135,23 @@ def test_a_gain_for_calls_of_some_size_is_worth_it_beside_the_chosen(
 
 
 @pytest.mark.parametrize("gate", [160, 400])
+@pytest.mark.parametrize("keep", [2, 3])
+def test_what_serves_some_calls_alone_does_not_stand_in_the_way(keep: int, gate: int) -> None:
+    """It is closer, and another that is hardly faster than it serves all calls."""
+    speeds = {"fp32": (1.0, 1.0), "some": (0.85, 1.25), "all": (0.88, 1.27)}
+    work = compilation([("some", 1.03, 0.01, 0), ("all", 1.057, 0.02, 0)], gate=gate)
+    work.threads = 1
+    for candidate in work.candidates:
+        candidate.latency = [
+            LatencyPoint(rows=rows, length=0, median_ms=1 / speed, spread_ms=0)
+            for rows, speed in zip((1, 8), speeds[candidate.form], strict=True)
+        ]
+    work.judge(keep)
+    assert kept(work) == ["all", "fp32"]
+    assert work.judged == keep, "what cannot serve takes no part of the error"
+
+
+@pytest.mark.parametrize("gate", [160, 400])
 def test_what_is_faster_for_large_calls_alone_is_kept_beside_what_is_faster(gate: int) -> None:
     """And not where it would serve alone: then small calls would be slower than in fp32."""
     paces = {"fp32": (1.0, 8.0), "near": (0.5, 6.0), "large": (3.0, 4.0)}
