@@ -103,8 +103,8 @@ class OnnxRuntimeForms:
                 graph, operators = builds[form](basic)
             except NothingToQuantize:
                 raise
-            except (CompileError, OSError) as error:  # a temporary folder may be full
-                reject(form, str(error))
+            except (CompileError, MemoryError, OSError) as error:  # a temporary folder may be full
+                reject(form, str(error) or "memory lacks")
                 return
             if undefined and not form.startswith("int8-static"):  # which looks for itself
                 graph = undefined_stays(graph, sample.outputs, sample.inputs, undefined)

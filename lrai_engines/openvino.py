@@ -41,8 +41,8 @@ class Notes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         settings: A value for each key of `FLOAT32`, whose defaults depend on the CPU.
-        bounds: The least and the largest index that an input may hold. Beyond a table the engine
-            reads rows of zeros, where onnxruntime refuses the input.
+        bounds: The least and the largest integer that an input may hold. Beyond a table the engine
+            reads rows of zeros, where onnxruntime refuses the input; and it counts in 32 bits.
         rows: All inputs have as many rows, along their first axis.
     """
 
@@ -63,6 +63,7 @@ class OpenVino:
         """Find the CPU."""
         self.version = installed_version("openvino")
         self.core = ov.Core()
+        self.able = sorted(self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
     def load(
         self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
@@ -74,12 +75,12 @@ class OpenVino:
             notes = _notes.decode(network.get_rt_info(NOTES).astype(str))
             settings = _SETTINGS | {"INFERENCE_NUM_THREADS": str(threads)}
             settings |= {key: notes.settings[key] for key in FLOAT32}
-            if "BF16" not in self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            if "BF16" not in self.able:
                 settings |= {"INFERENCE_PRECISION_HINT": "f32"}  # it was made elsewhere
             compiled = self.core.compile_model(network, "CPU", settings)
+            return OpenVinoSession(network, compiled, notes)
         except (*REFUSALS, KeyError, msgspec.MsgspecError) as error:
             raise ArtifactError(f"openvino cannot open {model.name}: {reason(error)}") from None
-        return OpenVinoSession(network, compiled, notes)
 
 
 class OpenVinoSession:
@@ -92,9 +93,13 @@ class OpenVinoSession:
     def __init__(self, network: ov.Model, compiled: ov.CompiledModel, notes: Notes) -> None:
         self._network, self._request = network, compiled.create_infer_request()
         self._outputs = list(compiled.outputs)
+        # The network's names: what is compiled has those of operators that were left out, too.
+        bounds = [[notes.bounds[n] for n in i.names if n in notes.bounds] for i in network.inputs]
+        if sum(map(len, bounds)) != len(notes.bounds):
+            raise ValueError("its notes speak of inputs that it does not have")
         self._inputs = [
-            (i.element_type.to_dtype(), len(i.partial_shape), notes.bounds.get(i.any_name))
-            for i in compiled.inputs
+            (i.element_type.to_dtype(), len(i.partial_shape), own[0] if own else None)
+            for i, own in zip(compiled.inputs, bounds, strict=True)
         ]
         self._first = int(notes.rows)
         self._fit: set[tuple[tuple[int, ...], ...]] = set()  # shapes but for rows

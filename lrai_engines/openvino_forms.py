@@ -31,6 +31,18 @@ from lrai_engines.static import goes_undefined, signed, undefined_stays
 _GROUP: Final = 128  # columns with one scale
 _SAME: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")  # the values are
 _INDEXED: Final = ("Gather", "GatherND", "ScatterElements", "ScatterND")
+# Of onnxruntime's own operators those that read tables by what they are given.
+_INDEXING: Final = (
+    "EmbedLayerNormalization",
+    "GatherBlockQuantized",
+    "GroupQueryAttention",
+    "RotaryEmbedding",
+)
+_WIDE: Final = {  # of which it takes 32 bits
+    onnx.TensorProto.INT64: (-(1 << 31), (1 << 31) - 1),
+    onnx.TensorProto.UINT64: (0, (1 << 31) - 1),
+    onnx.TensorProto.UINT32: (0, (1 << 31) - 1),
+}
 _KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that is undone
 _STATIC, _SMOOTH = "openvino-int8-static", "openvino-int8-smooth"
 _BF16: Final = {"INFERENCE_PRECISION_HINT": "bf16"}
@@ -73,7 +85,7 @@ class OpenVinoForms:
         except CompileError as error:
             reject(self.engine.name, str(error))
             return
-        able = self.engine.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = self.engine.able
         sides = material.sample.outputs, material.sample.inputs
         rows = {spec.batch_axis for spec in material.sample.inputs} == {0}
         forms = _FORMS | _int8(material, material.sample, _BF16 if "BF16" in able else {})
@@ -94,10 +106,11 @@ class OpenVinoForms:
                 notes = Notes(FLOAT32 | form.settings, bounds, rows)
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
                 ov.save_model(network, graph, compress_to_fp16=False)
+                self.engine.core.read_model(graph)  # a full disk may have cut it short
             except NothingToQuantize:
                 raise
-            except (CompileError, OSError) as error:  # a temporary folder may be full
-                reject(name, str(error))
+            except (CompileError, MemoryError, OSError) as error:  # a temporary folder may be full
+                reject(name, str(error) or "memory lacks")
             except (*REFUSALS, EncodeError) as error:
                 reject(name, f"openvino cannot read the model: {reason(error)}")
             else:
@@ -129,7 +142,7 @@ def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str,
 
 
 def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    """Return what every input may hold that goes into a table as an index, as it is.
+    """Return what every input may hold that is wide, or goes into a table as an index, as it is.
 
     Raises:
         CompileError: An index is computed of what callers send, or of how much: beyond its table
@@ -137,7 +150,9 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     """
     inputs = {value.name: value.name for value in model.graph.input}
     tables = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    found, told = dict[str, tuple[int, int]](), set(inputs)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    found = {name: _WIDE[kind] for name, kind in kinds.items() if kind in _WIDE}
+    told, counted = set(inputs), set[str]()  # what values, and what their number, depends on
     for node in model.graph.node:
         if node.op_type in _SAME and node.input[0] in inputs:
             inputs[node.output[0]] = inputs[node.input[0]]
@@ -146,14 +161,27 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
             extent, name = tables[node.input[0]][axis], inputs[node.input[1]]
             low, high = found.get(name, (-extent, extent - 1))
             found[name] = max(low, -extent), min(high, extent - 1)
-        elif node.op_type in _INDEXED and node.input[1] in told:
+        elif node.op_type in _INDEXING or (
+            node.op_type in _INDEXED
+            and (node.input[1] in told or (node.input[0] in tables and node.input[1] in counted))
+        ):
             raise CompileError(f"{node.op_type} by an index that the engine does not check")
-        bodies = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-        if any(inner.op_type in _INDEXED for body in bodies for inner in body.node):
+        inner = list(_inner(node))
+        if any(one.op_type in (*_INDEXED, *_INDEXING) for one in inner):
             raise CompileError(
                 f"an index inside of {node.op_type}, which the engine does not check"
             )
         counts = node.op_type in ("Shape", "Size")  # what was sent, and not what it says
-        if node.op_type == "Range" or bodies or not (counts or told.isdisjoint(node.input)):
+        if counts or not counted.isdisjoint(node.input):
+            counted.update(node.output)
+        if node.op_type == "Range" or inner or not (counts or told.isdisjoint(node.input)):
             told.update(node.output)
     return found
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """Yield what its bodies hold, and what theirs do."""
+    for attribute in node.attribute:
+        for one in attribute.g.node:
+            yield one
+            yield from _inner(one)

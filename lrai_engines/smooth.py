@@ -56,6 +56,7 @@ _JUDGED: Final = 32  # of them, for each strength
 _SECONDS: Final = 10.0  # for the first, and about that for the second
 _LEVELS: Final = 255
 _INPUTS: Final = 5  # of a product as `int8_static` writes it
+_FAULTS: Final = (ArtifactError, CompileError, EngineError, EncodeError, MemoryError, ValueError)
 _SMALLEST, _LARGEST = 1e-20, 1e30  # of a step, and of a weight: beyond, float32 has too few
 
 Pair = tuple[list[Array], list[Array]]  # a row, and what float32 answers
@@ -142,7 +143,7 @@ class SmoothForms:
                 self._found[what] = find()
             except NothingToQuantize as error:
                 self._found[what] = error
-            except (ArtifactError, CompileError, EngineError, EncodeError, ValueError) as error:
+            except _FAULTS as error:
                 self._found[what] = CompileError(f"{what}: {error}")
         if isinstance(found := self._found[what], CompileError):
             raise found

@@ -374,10 +374,19 @@ def _report(
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which every operator has a name of its own: by it they are told apart."""
+    """Return a copy in which every operator has a name of its own: by it they are told apart.
+
+    A bias [1, N] is one [N] there: the quantiser gives it N scales along its first axis.
+    """
     named, seen = onnx.ModelProto(), {""}
     named.CopyFrom(model)
+    known = {tensor.name: tensor for tensor in model.graph.initializer}
     for index, node in enumerate(named.graph.node):
+        bias = known.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
+        if bias is not None and len(bias.dims) == 2 and bias.dims[0] == 1:
+            node.input[2] = f"{bias.name}:vector:{index}"
+            vector = numpy_helper.to_array(bias)[0]
+            named.graph.initializer.append(numpy_helper.from_array(vector, node.input[2]))
         if node.name in seen:
             node.name = f"lrai:{index}"
         seen.add(node.name)

@@ -240,6 +240,16 @@ def computed(kind: str) -> onnx.ModelProto:
             helper.make_node("Cast", ["y0"], ["y"], to=TensorProto.FLOAT),
         ],
         "reshaped": [helper.make_node("Reshape", ["ids", "last"], ["at"]), gather],
+        "counted": [
+            helper.make_node("Size", ["ids"], ["count"]),
+            helper.make_node("Sub", ["count", "one"], ["at"]),
+            gather,
+        ],
+        "embedded": [
+            helper.make_node(
+                "EmbedLayerNormalization", ["ids", "", "t"], ["y"], domain="com.microsoft"
+            )
+        ],
     }
     tables = [table, one, shape]
     return model(nodes[kind], [ids], [y], tables)
@@ -251,6 +261,8 @@ def computed(kind: str) -> onnx.ModelProto:
         ("sum", True),
         ("GatherND", True),
         ("positions", True),
+        ("counted", True),
+        ("embedded", True),
         ("extent", False),
         ("reshaped", False),
     ],
@@ -260,7 +272,59 @@ def test_an_index_that_nobody_could_check_is_refused(kind: str, refused: bool) -
         with pytest.raises(CompileError, match="by an index that the engine does not check"):
             _bounds(computed(kind))
         return
-    assert _bounds(computed(kind)) == ({"ids": (-5, 4)} if kind == "reshaped" else {})
+    wide = -(1 << 31), (1 << 31) - 1
+    assert _bounds(computed(kind)) == {"ids": (-5, 4) if kind == "reshaped" else wide}
+
+
+def test_an_index_in_a_body_of_a_body_is_refused() -> None:
+    def body(nodes: Sequence[onnx.NodeProto]) -> onnx.GraphProto:
+        return helper.make_graph(nodes, "body", [], [value("z", [])])
+
+    def chosen(inner: onnx.GraphProto) -> onnx.NodeProto:
+        return helper.make_node("If", ["yes"], ["z"], then_branch=inner, else_branch=inner)
+
+    gather = helper.make_node("Gather", ["t", "ids"], ["z"])
+    proto = computed("reshaped")
+    proto.graph.node.append(chosen(body([chosen(body([gather]))])))
+    with pytest.raises(CompileError, match="an index inside of If"):
+        _bounds(proto)
+
+
+@pytest.mark.parametrize("kind", ["cast", "reshaped"])
+def test_an_index_is_checked_where_the_engine_leaves_out_what_is_between(
+    tmp_path: Path, kind: str
+) -> None:
+    """What it leaves out lends the input its name, which may come first in the alphabet."""
+    table = numpy_helper.from_array(np.arange(10, dtype=np.float32).reshape(5, 2), "t")
+    shape = numpy_helper.from_array(np.array([-1, 3]), "shape")
+    between = {
+        "cast": helper.make_node("Cast", ["ids"], ["/at"], to=TensorProto.INT64),
+        "reshaped": helper.make_node("Reshape", ["ids", "shape"], ["/at"]),
+    }
+    nodes = [between[kind], helper.make_node("Gather", ["t", "/at"], ["y"])]
+    datatype = {"cast": TensorProto.INT32, "reshaped": TensorProto.INT64}[kind]
+    ends = [value("ids", ["batch", 3], datatype)], [value("y", ["batch", 3, 2])]
+    session = session_of(model(nodes, *ends, [table, shape]), tmp_path)
+    ids = np.array([[0, 4, -5]], np.int32 if kind == "cast" else np.int64)
+    np.testing.assert_array_equal(session.run([ids])[0][0, :, 0], [0, 8, 0])
+    for wrong in (5, -6):
+        ids[0, 1] = wrong
+        with pytest.raises(EngineError, match=r"an index of input 0 is outside \[-5, 4\]"):
+            session.run([ids])
+
+
+@pytest.mark.parametrize("value_of", [1 << 31, -(1 << 31) - 1])
+def test_integers_beyond_what_the_engine_counts_in_are_refused(
+    tmp_path: Path, value_of: int
+) -> None:
+    nodes = [helper.make_node("Cast", ["n"], ["y"], to=TensorProto.FLOAT)]
+    ends = [value("n", ["batch", 2], TensorProto.INT64)], [value("y", ["batch", 2])]
+    session = session_of(model(nodes, *ends, []), tmp_path)
+    largest = np.array([[(1 << 31) - 1, -(1 << 31)]])
+    np.testing.assert_allclose(session.run([largest])[0], largest.astype(np.float32))
+    with pytest.raises(EngineError, match="input 0 is outside") as caught:
+        session.run([np.array([[0, value_of]])])
+    assert caught.value.invalid
 
 
 def test_a_lack_of_memory_is_no_fault_of_the_inputs(tmp_path: Path) -> None:

@@ -200,6 +200,20 @@ def test_plain_layers_are_quantised_too() -> None:
     assert np.isnan(run(quantised, x)).all(axis=1).tolist() == [i == 3 for i in range(40)]
 
 
+def test_a_bias_of_one_row_is_a_bias() -> None:
+    """Which scikit-learn's converter writes, and the quantiser would give a scale per column."""
+    random = np.random.default_rng(0)
+    parts = (("w", random.standard_normal((8, 4))), ("b", random.standard_normal((1, 4))))
+    weights = [numpy_helper.from_array(part.astype(np.float32), name) for name, part in parts]
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], "layer")]
+    proto = model(nodes, [value("x", ["batch", 8])], [value("y", ["batch", 4])], weights)
+    x = random.standard_normal((40, 8)).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
+    made, report = static_int8(proto, Sample([[row[None]] for row in x], (spec,)))
+    assert [line.scheme for line in report] == ["static_int8"]
+    assert 0 < distance(run(made, x), run(proto, x)) < 0.05
+
+
 def test_an_operator_named_like_its_output_is_quantised() -> None:
     proto = network()
     proto.graph.node[-1].name = proto.graph.output[0].name
