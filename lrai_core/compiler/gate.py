@@ -30,7 +30,6 @@ Metric = Literal["top1", "top5"]
 AGREEMENT: Final = 0.98
 LEVEL: Final = 0.95
 _SENSELESS: Final = 0.05  # share of rows that a model is right on, of labels that are not its own
-_PAIR_LEVEL: Final = 1 - (1 - LEVEL) / 2  # half of the error to each side of the pair
 _BEST: Final[dict[Metric, int]] = {"top1": 1, "top5": 5}
 # fp32 sums in another order: two GEMM shapes of one engine differ by less.
 EFFECT_FLOOR: Final = 1e-4

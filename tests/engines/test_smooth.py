@@ -104,13 +104,16 @@ def test_a_row_has_the_same_bits_alone_and_among_others(scheme: str) -> None:
         assert np.array_equal(run(made, x[:size]), batch[:size])
 
 
-@settings(deadline=None, max_examples=40)
-@given(
+some_scales = given(
     x=hnp.arrays(np.float32, (3, 8), elements=st.floats(-4, 4, width=32)),
     factor=hnp.arrays(np.float32, 8, elements=st.floats(0.25, 4, width=32)),
     step=st.floats(0.01, 0.1),
     zero=st.integers(0, 255),
 )
+
+
+@settings(deadline=None, max_examples=40)
+@some_scales
 def test_a_static_scale_rounds_to_its_steps_and_ends_where_its_range_does(
     x: Array, factor: Array, step: float, zero: int
 ) -> None:
@@ -128,12 +131,7 @@ def test_a_static_scale_rounds_to_its_steps_and_ends_where_its_range_does(
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    x=hnp.arrays(np.float32, (3, 8), elements=st.floats(-4, 4, width=32)),
-    factor=hnp.arrays(np.float32, 8, elements=st.floats(0.25, 4, width=32)),
-    step=st.floats(0.01, 0.1),
-    zero=st.integers(0, 255),
-)
+@some_scales
 def test_without_a_zero_point_the_range_is_covered_with_steps_half_as_large_again(
     x: Array, factor: Array, step: float, zero: int
 ) -> None:
