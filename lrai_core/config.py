@@ -2,7 +2,8 @@
 
 Precedence: call > flag > host's parameter > `LRAI_*` > `lrai.toml` > default. A key is the path in
 the tree (`scheduler.max_queue_rows`); its variable is the same in capitals
-(`LRAI_SCHEDULER_MAX_QUEUE_ROWS`). Nothing else in LRAI reads the environment.
+(`LRAI_SCHEDULER_MAX_QUEUE_ROWS`). Of LRAI's own variables only these are read, and `LRAI_LOG` by
+who starts a shared runtime.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class ActorConfig(_Section):
     hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)
     hang_factor: float = _least(1, 10.0)
     start_timeout_seconds: float = _least(0.1, 120.0)
-    restart_limit: int = _least(1, 5)  # more restarts than this within the window: stopped
+    restart_limit: int = _least(1, 5)  # more within the window, not of what is asked: stopped
     restart_window_seconds: float = _least(0.1, 60.0)
 
     def __post_init__(self) -> None:
@@ -259,7 +260,7 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
     said = {name for name, value in environ.items() if value}  # what is empty is not set
     named = {name for name in said if name.startswith(sections) or name in variables}
     if unknown := {name for name in named - variables.keys() if not _LINK.search(name)}:
-        raise UsageError(f"environment: {shorten(min(unknown))} is no setting of LRAI")
+        raise UsageError(f"environment: {shorten(min(unknown))} is no setting, see `lrai config`")
     return {variables[name]: environ[name] for name in named & variables.keys()}
 
 

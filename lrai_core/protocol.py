@@ -191,7 +191,7 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
         if spec.datatype == "BYTES":
             nbytes += sum(map(len, array.flat))
         if nbytes > limits.request_bytes:
-            raise RequestError(f"over {limits.request_bytes} bytes, the limit of one request")
+            raise RequestError(f"{nbytes} bytes; one request has {limits.request_bytes} at most")
         check_values(array, spec, limits)
         arrays.append(array)
     rows, length = _extents(arrays, signature.inputs)

@@ -20,7 +20,7 @@ from lrai_core.actor.pool import Pool, answered
 from lrai_core.config import ActorConfig
 from lrai_core.engine.batching import coalesce
 from lrai_core.engine.engine import Session
-from lrai_core.errors import ArtifactError, EngineError, LraiError
+from lrai_core.errors import ArtifactError, EngineError, LraiError, OutOfResources
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire.messages import Load, Refused
@@ -41,7 +41,11 @@ class InlinePool(Pool):
             super().add(name, load, loaded)
             return
         self._inline[name] = load, []
-        threading.Thread(target=self._open, args=(name, load, loaded), daemon=True).start()
+        try:
+            threading.Thread(target=self._open, args=(name, load, loaded), daemon=True).start()
+        except RuntimeError as error:  # of those that this process may have; others go on
+            del self._inline[name]
+            loaded.set_exception(OutOfResources(str(error)))
 
     def _open(self, name: str, load: Load, loaded: Future[None]) -> None:
         started = time.monotonic()

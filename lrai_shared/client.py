@@ -176,8 +176,8 @@ class Attached:
             tuple([shape for _, shape, _ in tensors]),
         )
         contents = [data for _, _, data in tensors]
-        if sum(map(len, contents)) > self._most_bytes:  # else the line is cut for it, and again
-            raise lrai.RequestError(f"over {self._most_bytes} bytes, the limit of one request")
+        if (size := sum(map(len, contents))) > self._most_bytes:  # else the line is cut, and again
+            raise lrai.RequestError(f"{size} bytes; one request has {self._most_bytes} at most")
         most = self._config.scheduler.max_queue_rows
         if len(self._asked) - len(self._on_wire) >= most:  # beside those on their way
             words = f"{most} requests of this process wait to be sent, the most that may"

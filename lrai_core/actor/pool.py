@@ -48,6 +48,8 @@ class _Actor:
     loaded: Future[None]  # settled by the first life
     due: float = 0.0  # waiting: starts then; starting, ready: killed then; ending: next look
     deaths: list[float] = field(default_factory=list)  # of earlier lives
+    answered: bool = False  # in this life or an earlier one
+    fatal: int = 0  # lives that requests have ended since
     identity: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     state: Literal["waiting", "starting", "ready", "ending"] = "waiting"
     was_ready: bool = False
@@ -127,7 +129,10 @@ class Pool:
             parts = [coalesce(parts, actor.load.signature)]
         packer, outputs = Packer(self.arenas.find), tuple({i for r in requests for i in r.outputs})
         tensors = tuple([packer.pack(part) for part in parts])
-        limit = max(self._config.hang_seconds, self._config.hang_factor * predicted_seconds)
+        # Of a source model that serves in a variant's place nobody has measured what it takes.
+        given, unknown = self._config, actor.load.optimise
+        limit = max(given.hang_seconds, given.start_timeout_seconds * unknown)
+        limit = max(limit, given.hang_factor * predicted_seconds)
         actor.batches.append(Batch(batch, requests, outputs, limit))
         if len(actor.batches) == 1:
             self._watch(actor)
@@ -187,6 +192,7 @@ class Pool:
                 self._give_up(actor, EnvironmentProblem(text) if here else ArtifactError(text))
             case Executed() | Refused():
                 self._outcomes.append(_outcome(actor, message, frames))
+                actor.answered, actor.fatal = True, 0
                 actor.batches.popleft()
                 self._watch(actor)
 
@@ -223,17 +229,21 @@ class Pool:
             deaths = [death for death in deaths if now - death <= window]
         else:  # lives that never get ready add up, however long they take
             pause = min(_BACKOFF_SECONDS * 2 ** len(deaths), _MAX_BACKOFF_SECONDS)
-        deaths = [*deaths, now]
+        # Each request is tried twice, so what befell it counts half, and no more once another is
+        # answered: who asks what kills, and tries again, must not take the model from all.
+        fatal = actor.fatal + (blamed := bool(actor.batches) and actor.answered)
+        deaths = deaths if blamed else [*deaths, now]
         if not actor.loaded.done():
             # Killed for want of memory, or of time: that may be another time.
             kind = OutOfResources if status == -signal.SIGKILL else ArtifactError
             self._give_up(actor, kind(f"{why} while it opened the model"))
-        elif len(deaths) > self._config.restart_limit:
-            span = max(window, now - deaths[0])
-            loop = f"crash loop: {len(deaths)} deaths within {span:.0f} s; the last: {why}"
+        elif len(deaths) + fatal / 2 > self._config.restart_limit:
+            span = max([window, *(now - death for death in deaths[:1])])
+            loop = f"crash loop: {len(deaths) + fatal} deaths within {span:.0f} s; the last: {why}"
             self._give_up(actor, ArtifactError(loop))
         else:
-            self._enlist(_Actor(actor.name, actor.load, actor.loaded, now + pause, deaths))
+            known = (actor.load, actor.loaded, now + pause, deaths, actor.answered, fatal)
+            self._enlist(_Actor(actor.name, *known))
 
     def _give_up(self, actor: _Actor, error: LraiError) -> None:
         """Stop for good, and say why: to the scheduler, the first time to the loader too."""

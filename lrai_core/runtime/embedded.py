@@ -131,8 +131,7 @@ class Embedded:
             limits = replace(limits, max_batch_rows=1)
         version = Version(name, label, artifact, chosen, certificate, actors, limits, tuple(beside))
         version.used_at = time.monotonic()
-        # Those of several sessions would wait for their next calls at one another's expense.
-        threads = config.threads or (1 if beside else self._threads(chosen, name, config.replicas))
+        threads = config.threads or self._threads(chosen, name, config.replicas)
         alone_ms = min((point.median_ms for point in profile), default=0.0)
         if 0 < limits.latency_slo_ms <= alone_ms:
             reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
@@ -204,6 +203,8 @@ class Embedded:
             done(error or model.response(request.id, valid.outputs, arrays or [], variant))
 
         try:
+            if model.watch is not None:
+                model.watch(valid)
             pending = self.scheduler.accept(model.key, valid, ended, request.timeout_ms, priority)
         except BaseException:
             model.leave()
@@ -260,8 +261,6 @@ class Embedded:
                 raise NotReady(f"model {model.name!r} is being unloaded")
             valid = validate_by_form(request, model.signature, self.config.limits)
             if model.enter():
-                if model.watch is not None:
-                    model.watch(valid)
                 return model, valid
             version, gone = None, model  # another one has just taken its place
 
@@ -354,8 +353,8 @@ class Embedded:
         states = {self._pool.state(actor)[0] for actor in version.actors}
         if states == {"failed"} or not self.scheduler.accepting:
             return "dead"
-        waited = self.scheduler.idle_seconds() if version.inside else 0.0
-        if "ready" not in states or waited > self.config.actor.hang_seconds:
+        stalled = version.inside and self.scheduler.stalled(self.config.actor)
+        if "ready" not in states or stalled:
             return "stalled"
         return "ok" if self.scheduler.outstanding() else "idle"
 

@@ -1,6 +1,6 @@
 """The façade: open an artifact, send requests, get answers. Read this first.
 
-A request takes this way: `infer` → `protocol.validate` → `Scheduler.submit` (admission, queue) →
+A request takes this way: `infer` → `protocol.validate` → `Scheduler.accept` (admission, queue) →
 `planner.plan` → `Pool.dispatch` → the actor's engine → split rows → the caller's future. Embedded,
 all of it but the actor is in this process; attached, all of it but this façade is in the daemon,
 which any number of processes share.

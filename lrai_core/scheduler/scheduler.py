@@ -1,6 +1,6 @@
 """The loop around the planner: one thread per runtime, the only one that touches queues and actors.
 
-Callers hand requests over with `submit` from any thread and wait on a future. Every accepted
+Callers hand requests over with `accept` from any thread and wait on a future. Every accepted
 request ends exactly once: with its outputs, or with one error.
 """
 
@@ -20,7 +20,7 @@ from typing import Final
 import zmq
 
 from lrai_core.artifact import LatencyPoint
-from lrai_core.config import SchedulerConfig, available_cpus
+from lrai_core.config import ActorConfig, SchedulerConfig, available_cpus
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.errors import (
     ActorError,
@@ -252,9 +252,11 @@ class Scheduler:
         """Return the rows accepted and not yet ended."""
         return self._admission.rows
 
-    def idle_seconds(self) -> float:
-        """Return for how long accepted requests wait without any answer, 0 where none is inside."""
-        return time.monotonic() - self._last_answer if self._admission.rows else 0.0
+    def stalled(self, actor: ActorConfig) -> bool:
+        """Return whether accepted requests wait for longer without any answer than a call may."""
+        longest = max([call.seconds for call in list(self._calls.values())], default=0.0)
+        limit = max(actor.hang_seconds, actor.hang_factor * longest)
+        return self._admission.rows > 0 and time.monotonic() - self._last_answer > limit
 
     def drain(self, timeout_seconds: float) -> bool:
         """Refuse new requests and wait for the accepted ones; return whether all ended."""
@@ -561,7 +563,7 @@ class Scheduler:
 
     def _settle_with(self, pending: Sequence[Pending], error: LraiError) -> None:
         for one in pending:
-            self._end(one, None, error)
+            self._end(one, None, type(error)(*error.args))  # its own: a traceback grows on each
 
     def _end(self, pending: Pending, answer: list[Array] | None, error: LraiError | None) -> None:
         self._admission.leave(pending.request.rows, pending.request.nbytes)

@@ -244,7 +244,7 @@ def test_too_many_bytes_or_rows_are_refused_by_their_limit() -> None:
     x = np.zeros((4, 3), np.float32)
     assert checked({"x": x}, limits=LimitsConfig(request_bytes=48, request_rows=4)).rows == 4
     tight = LimitsConfig(request_bytes=47)
-    assert "over 47 bytes" in refusal({"x": x}, limits=tight)
+    assert "one request has 47 at most" in refusal({"x": x}, limits=tight)
     assert "48 bytes, at most 47" in refusal({"x": raw((4, 3), x.tobytes())}, limits=tight)
     assert "4 rows, at most 3" in refusal({"x": x}, limits=LimitsConfig(request_rows=3))
 
@@ -259,7 +259,7 @@ def test_the_bytes_of_all_tensors_count_together() -> None:
 def test_text_counts_with_its_length_and_not_as_pointers() -> None:
     words = np.array(["a" * 1000, "b"], dtype=object)
     assert checked({"words": words}, WORDS).nbytes >= 1001
-    assert "over 500 bytes" in refusal(
+    assert "one request has 500 at most" in refusal(
         {"words": words}, WORDS, limits=LimitsConfig(request_bytes=500)
     )
 

@@ -753,8 +753,9 @@ def test_a_version_that_cannot_be_written_off_serves_on(
 
 def assert_a_load_brings_back(runtime: lrai.Runtime, twice: Path, how: Path) -> None:
     """Wait until `m` is dead, let its actors live, and have `twice` loaded under its name."""
-    with pytest.raises(lrai.ActorError):
-        ask(runtime)
+    for _ in range(3):  # one that has answered before is given up after another request
+        with pytest.raises(lrai.ActorError):
+            ask(runtime)
     wait_until(lambda: runtime.models()[0].state == "dead")
     how.unlink()
     assert deployments(runtime).load(str(twice), name="m", shared=True) == "m"

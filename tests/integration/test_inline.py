@@ -50,6 +50,22 @@ def inline(classifier_fp32: lrai.Artifact) -> Iterator[lrai.Runtime]:
         yield runtime
 
 
+def test_who_gets_no_thread_to_load_a_model_is_told_and_harms_no_other(
+    inline: lrai.Runtime, monkeypatch: pytest.MonkeyPatch, classifier_fp32: lrai.Artifact
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if "_open" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(lrai.OutOfResources, match="can't start new thread"):
+        inline.load(classifier_fp32, name="other", settings=INLINE)
+    assert inline.infer(request(1.0)).outputs["logits"].shape == (1, 10)
+
+
 def test_many_callers_get_the_answers_that_a_process_gives(
     inline: lrai.Runtime, classifier_fp32: lrai.Artifact
 ) -> None:

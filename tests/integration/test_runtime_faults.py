@@ -155,6 +155,28 @@ def test_a_request_whose_actor_dies_twice_ends_with_one_error(minilm_fp32: lrai.
         assert runtime.stats()["actor_lost"] == 2
 
 
+def test_a_request_that_kills_again_and_again_takes_the_model_from_nobody(
+    minilm_fp32: lrai.Artifact,
+) -> None:
+    poison = sentence(np.random.default_rng(0), rows=16, length=128)  # a second of work
+    small = sentence(np.random.default_rng(1), rows=1, length=5)
+    with lrai.Runtime.open(minilm_fp32, config=config(**{"actor.restart_limit": 2})) as runtime:
+        runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
+        identity = ""
+        for attempt in (1, 2, 3, 4):
+            if attempt % 2:
+                asked = lrai.InferenceRequest(model_name="minilm", inputs=poison)
+                identity = runtime.submit(asked)
+            wait_until(counted(runtime, "batch_dispatched", 1 + attempt))
+            kill(pid_of(runtime, "minilm"))
+            if not attempt % 2:
+                with pytest.raises(lrai.ActorError, match="could not be answered"):
+                    runtime.result(identity)
+        answer = runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
+        assert answer.outputs["sentence_embedding"].shape == (1, 384)
+        assert (runtime.stats()["actor_lost"], runtime.stats().get("model_failed", 0)) == (4, 0)
+
+
 def test_mates_of_a_request_that_kills_its_actor_are_answered(minilm_fp32: lrai.Artifact) -> None:
     with lrai.Runtime.open(minilm_fp32, config=config()) as runtime:
         payloads = [sentence(np.random.default_rng(i), rows=8, length=12) for i in range(6)]

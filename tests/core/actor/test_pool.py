@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -214,6 +215,44 @@ def test_neither_another_batch_nor_a_sign_of_life_gives_the_first_more_time(benc
     bench.process.line.send(b".")
     assert len(bench.poll(0.3 * HANG_SECONDS)) == 2
     assert bench.events.counts()["actor_hung"] == 1
+
+
+def test_a_source_model_in_a_variants_place_may_take_as_long_as_loading(bench: Bench) -> None:
+    """Nobody has measured it here, so what is predicted is made up."""
+    actor = bench.pool._actors["m"]
+    actor.load = msgspec.structs.replace(LOAD, optimise=True)
+    bench.dispatch(1)
+    waited = 0
+    while not bench.poll(1.0):
+        waited += 1
+    assert waited == round(ActorConfig().start_timeout_seconds) - 1
+    assert bench.events.counts()["actor_hung"] == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "between", "deaths"), [(False, False, 6), (True, False, 11), (True, True, 0)]
+)
+def test_who_dies_of_requests_is_given_up_where_no_other_is_answered(
+    bench: Bench, first: bool, between: bool, deaths: int
+) -> None:
+    """By a limit of 5: one that never answered, and one that six requests in a row have killed."""
+    for number in range(0, 60, 2):
+        if bench.pool.state("m")[0] == "failed":
+            break
+        if first and (between or not number):
+            bench.dispatch(number)
+            bench.hear(done(number))
+        bench.dispatch(number + 1)
+        bench.process.kill()
+        bench.poll()
+        while bench.pool.state("m")[0] == "waiting":
+            bench.poll(1.0)
+        if bench.pool.state("m")[0] != "failed":
+            bench.hear(Hello(PROTOCOL_VERSION))
+            bench.hear(Ready(0.1))
+    counts = bench.events.counts()
+    assert counts.get("model_failed", 0) == bool(deaths)
+    assert counts["actor_lost"] == (deaths or 30)
 
 
 def test_an_idle_actor_shows_that_it_is_alive(bench: Bench) -> None:

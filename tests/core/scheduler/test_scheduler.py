@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lrai_core.artifact import LatencyPoint
-from lrai_core.config import SchedulerConfig
+from lrai_core.config import ActorConfig, SchedulerConfig
 from lrai_core.errors import (
     ActorError,
     DeadlineExceeded,
@@ -660,6 +660,17 @@ def test_a_caller_is_told_at_its_deadline_but_holds_its_place_until_the_engine_i
     assert bench.scheduler.outstanding() == 0
 
 
+def test_each_caller_has_an_error_of_its_own(bench: Bench, clock: Clock) -> None:
+    """Raised in several, one would hold the frames of all of them."""
+    bench.workers.down.add("m")
+    first, second = (bench.submit(timeout_ms=50) for _ in range(2))
+    bench.step()
+    clock.now += 0.05
+    bench.step()
+    assert str(failure(first)) == str(failure(second))
+    assert failure(first) is not failure(second)
+
+
 def test_a_lost_request_past_its_deadline_is_not_run_again(bench: Bench, clock: Clock) -> None:
     late = bench.submit(timeout_ms=50)
     bench.step()
@@ -964,16 +975,29 @@ def test_a_request_on_its_way_to_a_removed_model_ends_too(bench: Bench) -> None:
 def test_silence_is_counted_from_the_first_who_waits_not_from_the_last_answer(
     bench: Bench, clock: Clock
 ) -> None:
-    assert bench.scheduler.idle_seconds() == 0
+    limits = ActorConfig(hang_seconds=6, hang_factor=10)
     clock.now += 3600
     bench.submit()
-    assert bench.scheduler.idle_seconds() == 0
+    assert not bench.scheduler.stalled(limits)
     bench.step()
     clock.now += 7
-    assert bench.scheduler.idle_seconds() == 7
+    assert bench.scheduler.stalled(limits)
     bench.workers.answer()
     bench.step()
-    assert bench.scheduler.idle_seconds() == 0
+    clock.now += 7
+    assert not bench.scheduler.stalled(limits)
+
+
+def test_a_call_that_was_predicted_to_take_long_may(bench: Bench, clock: Clock) -> None:
+    limits = ActorConfig(hang_seconds=6, hang_factor=10)
+    bench.submit()
+    bench.step()
+    (call,) = bench.scheduler._calls.values()
+    call.seconds = 8.0
+    clock.now += 79
+    assert not bench.scheduler.stalled(limits)
+    clock.now += 2
+    assert bench.scheduler.stalled(limits)
 
 
 # The thread
