@@ -18,16 +18,16 @@ import msgspec
 from msgspec.structs import replace
 
 import lrai_core as lrai
-from lrai_core.config import available_cpus
 from lrai_core.runtime.embedded import Terms
 from lrai_core.runtime.version import Deployment, Freeze, Version
 from lrai_deployments.routing import Route
-from lrai_deployments.running import STARTS, Running
+from lrai_deployments.running import Running
 from lrai_deployments.state import How, Record, Store, now
 from lrai_deployments.traffic import forget_aged
 from lrai_deployments.warmup import warm_up
 
 _log = logging.getLogger(__name__)
+_OPENED: Final = 64  # names at a time that were served before
 _LOST: Final = (lrai.ArtifactError, lrai.ConditionNotMet, lrai.UsageError, TypeError)  # for good
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 
@@ -62,15 +62,16 @@ class Deployments(Running):
         if self._stopped:
             return
         self._records = dict(self._kept)  # all: whoever is killed at it leaves the rest to the next
-        # Each is given so long to open, and all the memory that there is: not all of them at once.
-        with ThreadPoolExecutor(min(STARTS, available_cpus())) as threads:
+        # Few start at once, see `_room`; one whose folder does not answer stands in nobody's way.
+        with ThreadPoolExecutor(max(1, min(_OPENED, len(self._kept)))) as threads:
             for _ in threads.map(partial(self._restore, ending), self._kept.items()):
                 pass
 
     def _restore(self, ending: Callable[[], bool], kept_as: tuple[str, Record]) -> None:
         name, kept = kept_as
-        with self.changing(name):  # who starts beside it has so many CPUs less
-            self._restore_name(ending, name, kept)
+        with self.changing(name, wait=True):  # who starts beside it has so many CPUs less
+            if self._records.get(name) is kept and not self._served(name):  # nobody was quicker
+                self._restore_name(ending, name, kept)
 
     def _restore_name(self, ending: Callable[[], bool], name: str, kept: Record) -> None:
         record, missing = kept, False

@@ -62,6 +62,9 @@ _SLOW: Final = frozenset(
     {"load", "unload", "swap", "route", "rollback", "freeze", "unfreeze", "drain", "deployments"}
 )
 _CHANGING: Final = _SLOW - {"drain", "deployments"}
+# For what was served before: more than a model may take to start; and once it is told to end.
+_OPEN_SECONDS, _END_SECONDS = 30.0, 5.0
+_log: Final = logging.getLogger("lrai.runtime")
 
 Peer = tuple[wire.Line, bytes]  # by which socket, and who there
 
@@ -270,10 +273,27 @@ class Daemon:
         config = replace(config, runtime=runtime)
         make_door = partial(self._make_door, folder / "clients")
         self.runtime: Any = find_backend("deployments")(config, pool=make_door)
-        self.runtime.call("restore", {"ending": lambda: self.ending}, object)
+        self._restore(config.actor.start_timeout_seconds + _OPEN_SECONDS)
         self._given = config
         self._keep_settings()
         self.runtime.scheduler.call(self._door.open)
+
+    def _restore(self, patience: float) -> None:
+        """Serve what was served; what a folder that does not answer keeps from it, some time later.
+
+        `patience`: seconds without any version that is there again. A hung mount of one model must
+        not take the others; who loads that name is kept waiting.
+        """
+        how, left, there = {"ending": lambda: self.ending}, patience, 0
+        self.restoring = self._slow.submit(self.runtime.call, "restore", how, object)
+        while left > 0:
+            with contextlib.suppress(TimeoutError):
+                self.restoring.result(0.1)
+                return
+            if len(self.runtime.versions) > there:  # it goes on
+                left, there = patience, len(self.runtime.versions)
+            left = min(left, _END_SECONDS if self.ending else left) - 0.1
+        _log.warning("not all that was served is there again: a folder does not answer")
 
     def _make_door(self, *arguments: Any) -> Door:
         self._door = Door(self, *arguments)
@@ -303,7 +323,7 @@ class Daemon:
                 break
         self.runtime.drain()
         self._quick.shutdown()
-        self._slow.shutdown()
+        self._slow.shutdown(wait=self.restoring.done())
         # If it failed, or is only started anew, the next one is to be what this one was.
         if self.runtime.scheduler.thread.is_alive() and not self._keeps:
             (self._folder / SETTINGS).unlink(missing_ok=True)
@@ -366,14 +386,19 @@ def _touch(folder: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Run the daemon."""
-    folder, stay = argv
+    folder, stay, *also = argv
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=LraiConfig)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")  # to the file `log`
+    logging.raiseExceptions = False  # nobody may read `also` any more
+    lines = [sys.stderr, *(os.fdopen(int(line), "w") for line in also)]  # the first: the file `log`
+    handlers = list(map(logging.StreamHandler, lines))
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
     daemon = Daemon(Path(folder), config, stay=stay)
     # Requests are many small objects without cycles: looking for these took a twelfth of the time.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
     daemon.run()
+    if not daemon.restoring.done():  # its threads, at a folder that hangs, would be waited for
+        os._exit(0)
 
 
 if __name__ == "__main__":

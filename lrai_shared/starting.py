@@ -64,9 +64,14 @@ def start_daemon(
                     continue
             _left.discard(pid)
         shorten_log(folder / "log")
-        with (folder / "log").open("ab") as log:
+        with (folder / "log").open("ab") as log, contextlib.ExitStack() as after:
             argv = [sys.executable, "-P", "-m", "lrai_shared.daemon", str(folder), stay]
-            held = (lock.fileno(),)  # it belongs to the open file, which the daemon keeps for life
+            held = [lock.fileno()]  # it is of the open file, which the daemon keeps for life
+            if os.environ.get("LRAI_LOG") == "stderr":
+                with contextlib.suppress(OSError):  # this process has none
+                    held.append(os.dup(2))
+                    after.callback(os.close, held[1])
+                    argv.append(str(held[1]))
             daemon = Popen(
                 argv, stdin=PIPE, stdout=DEVNULL, stderr=log, start_new_session=True, pass_fds=held
             )

@@ -134,7 +134,7 @@ def test_the_image_is_pinned_and_its_user_is_not_root() -> None:
 def test_the_image_for_sagemaker_is_pinned_and_says_what_it_can() -> None:
     (image,) = re.findall(r"^FROM (\S+)$", SAGEMAKER, re.MULTILINE)
     assert re.fullmatch(r"python:3\.\d+-slim-\w+", image)
-    assert re.findall(r"^USER (\d+)", SAGEMAKER, re.MULTILINE) == ["1000"]
+    assert not re.search("^USER", SAGEMAKER, re.MULTILINE), "the platform expects root"
     labels = re.findall(r"com\.amazonaws\.sagemaker\.capabilities\.([\w-]+)=true", SAGEMAKER)
     assert labels == ["multi-models", "accept-bind-to-port"]
     assert 'ENTRYPOINT ["lrai", "sagemaker"]\nCMD ["serve"]\n' in SAGEMAKER

@@ -341,6 +341,20 @@ def assert_gone(folder: Path, actor: int) -> None:
     assert not Path(f"/proc/{actor}").exists()
 
 
+def test_what_is_logged_is_seen_where_the_runtime_was_started_if_asked_for(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    said = tmp_path / "said"
+    with said.open("w") as line:
+        own = {**os.environ, "LRAI_LOG": "stderr"}
+        subprocess.run([LRAI, "runtime", "start"], env=own, stderr=line, check=True)
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        kill(pid_of(runtime, "classifier"))
+        wait_until(lambda: "actor lost" in said.read_text())
+    assert "actor lost" in (folder / "log").read_text()
+    run("runtime", "stop", code=0)
+
+
 def test_a_daemon_that_is_told_to_end_answers_what_it_accepted(
     folder: Path, classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession
 ) -> None:
@@ -1056,3 +1070,41 @@ def test_a_runtime_that_was_to_stay_serves_on_after_a_machine_went_down(
     run("runtime", "start", code=0)
     with lrai.Runtime(address="auto") as runtime:
         assert runtime.models() == []
+
+
+def test_a_folder_that_does_not_answer_takes_no_other_model(
+    folder: Path,
+    classifier_fp32: lrai.Artifact,
+    minilm_fp32: lrai.Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a mount that is gone: what lies there is waited for, the rest serves, and it ends."""
+    hangs = tmp_path / "hangs"
+    daemon_with(
+        tmp_path,
+        monkeypatch,
+        "import os, time",
+        "from lrai_deployments.deployments import Deployments",
+        "before = Deployments._reopen",
+        "def reopen(self, how):",
+        f"    while 'minilm' in how.artifact and os.path.exists({str(hangs)!r}):",
+        "        time.sleep(0.1)",
+        "    return before(self, how)",
+        "Deployments._reopen = reopen",
+        "daemon._OPEN_SECONDS = -105",  # of 120 that a model may take to start
+    )
+    with lrai.Runtime(address="auto") as runtime:
+        for artifact in (minilm_fp32, classifier_fp32):
+            runtime.load(artifact)
+        (before,) = daemons(folder)
+        hangs.touch()
+        kill(before)
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        with pytest.raises(lrai.ModelNotFound, match="loaded: 'classifier'"):
+            runtime.infer(request(model_name="minilm"))
+        assert "a folder does not answer" in (folder / "log").read_text()
+        (after,) = daemons(folder)
+        assert after != before
+        kill(after, signal.SIGTERM)
+        wait_until(lambda: after not in daemons(folder), 20)

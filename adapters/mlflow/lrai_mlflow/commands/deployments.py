@@ -29,6 +29,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -275,6 +276,7 @@ class Client(BaseDeploymentClient):
                 done = subprocess.run(
                     [*command, "--address", address], stdin=subprocess.DEVNULL, capture_output=True,
                     text=True, timeout=_START_SECONDS, check=False,
+                    env={**os.environ, "LRAI_LOG": ""},  # which would hold what is captured open
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
                 raise NotReady(f"the runtime did not start in {_START_SECONDS} s") from None
