@@ -28,15 +28,15 @@ from lrai_codecs.forms import (
     UnsupportedMediaType,
 )
 from lrai_codecs.protocol import is_protocol, json_encoder, read_protocol, write_protocol
-from lrai_codecs.tensors import Array, by_name, dtype_of, fit, text
+from lrai_codecs.tensors import EXACT, Array, by_name, dtype_of, fit, text
 from lrai_core import InferenceRequest, InferenceResponse, InvalidTensor, RequestError, TensorSpec
 
 _any_decoder: Final = msgspec.json.Decoder()
 _LAYOUT_KEYS: Final[tuple[Layout, ...]] = ("instances", "inputs")
 _fields: Final = threading.Lock()  # of csv's limit, which is the process's
+_USUAL_FIELD: Final = csv.field_size_limit()
 _TRUTHS: Final = {"true": "1", "false": "0"}
 _MOST_EMPTY: Final = 1 << 20  # lines of CSV, each of which takes memory
-_EXACT: Final = 1 << 53  # whole numbers up to here are float64's own
 _NPY_HEADERS: Final = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -195,7 +195,10 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
 
 @contextlib.contextmanager
 def _long_fields(most: int) -> Iterator[None]:
-    """Let a text in CSV be as long as its body, here and now."""
+    """Let a text in CSV be as long as its body, here and now: one longer than is usual."""
+    if most <= _USUAL_FIELD:
+        yield
+        return
     with _fields:
         before = csv.field_size_limit()
         csv.field_size_limit(max(before, most))
@@ -244,7 +247,10 @@ def _numbers(values: list[Any], spec: TensorSpec) -> Array:
             flat = [_TRUTHS.get(str(one).strip().lower(), one) for one in each.flat]
             each = np.asarray(flat, dtype=np.object_).reshape(each.shape)
         each[each == ""] = "nan"
-        return each.astype(np.float64)
+        numbers = each.astype(np.float64)
+        if any(map(str.isdecimal, "".join(map(str, each[np.isinf(numbers)])))):  # no word for it
+            raise OverflowError
+        return numbers
     except (ValueError, OverflowError):
         raise InvalidTensor(spec.name, f"a value is no {spec.datatype}") from None
 
@@ -254,7 +260,7 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         number = float(text)
-    if not number.is_integer() or abs(number) > _EXACT:
+    if not number.is_integer() or abs(number) >= EXACT:  # which other whole numbers round to
         raise ValueError(text)
     return int(number)
 

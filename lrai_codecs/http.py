@@ -88,35 +88,27 @@ class Room:
         self._most_bytes, self._held_bytes = most_bytes, 0
 
     @contextmanager
-    def held(
-        self, headers: Mapping[str, str], limit_bytes: int
-    ) -> Iterator[Callable[[bytes], None]]:
-        """Count a body, as long as it states, or else the most that it may have.
+    def held(self) -> Iterator[Callable[[int], None]]:
+        """Count a body as it arrives: what it may become takes nobody's place.
 
-        What it yields is told the body, once that is here: then it counts as it is.
+        What it yields is told how many bytes of it are here by now.
 
         Raises:
-            QueueFull: There is no room for it beside the others.
+            QueueFull: By what it yields: there is no room for them beside the others.
         """
-        stated, size = _stated(headers), limit_bytes
-        if stated.isdecimal():
-            coded = "content-encoding" in headers
-            most = max(_PLAIN_BYTES, _MOST_TIMES * int(stated)) if coded else int(stated)
-            size = min(most, size)
-        if self._held_bytes and self._held_bytes + size > self._most_bytes:
-            full = f"bodies of {self._held_bytes} bytes are here, {self._most_bytes} are allowed"
-            raise QueueFull(full, limit=self._most_bytes, retry_after_seconds=1.0)
-        self._held_bytes += size
+        own = 0
 
-        def settle(body: bytes) -> None:
-            nonlocal size
-            self._held_bytes += len(body) - size
-            size = len(body)
+        def took(size: int) -> None:
+            nonlocal own
+            if (others := self._held_bytes - own) and others + size > self._most_bytes:
+                full = f"other bodies have {others} bytes, {self._most_bytes} are allowed"
+                raise QueueFull(full, limit=self._most_bytes, retry_after_seconds=1.0)
+            self._held_bytes, own = others + size, size
 
         try:
-            yield settle
+            yield took
         finally:
-            self._held_bytes -= size
+            self._held_bytes -= own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,13 +120,19 @@ class Reply:
     body: bytes = b""
 
 
-async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytes:
+async def read(
+    chunks: AsyncIterator[bytes],
+    headers: Mapping[str, str],
+    limit_bytes: int,
+    took: Callable[[int], None] = lambda _: None,
+) -> bytes:
     """Return a body, decompressed, without ever holding more than the limit.
 
     Args:
         chunks: The body as it arrives.
         headers: By name in lower case.
         limit_bytes: Of the body as sent, and of the body decompressed.
+        took: Told how many bytes are here, decompressed; see `Room.held`.
 
     Raises:
         PayloadTooLarge: It is larger, or its header says so.
@@ -149,7 +147,7 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
         raise UnsupportedMediaType(f"content coding {coding[:40]!r}; read are gzip and deflate")
     inflate = None if coding in ("identity", "") else zlib.decompressobj(_AUTOMATIC)
     parts, received, size = list[bytes](), 0, 0
-    sent = int(declared) if declared.isdecimal() else 0  # which is what a room was held for
+    sent = int(declared) if declared.isdecimal() else 0
     async for chunk in chunks:
         received += len(chunk)
         part = chunk
@@ -164,6 +162,7 @@ async def read(chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_b
             raise PayloadTooLarge(f"the body has more than the {limit_bytes} bytes allowed")
         if size > max(_PLAIN_BYTES, _MOST_TIMES * max(sent, received)):
             raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
+        took(size)
         parts.append(part)
     if inflate is not None and (not inflate.eof or inflate.unused_data):
         raise RequestError(f"the body is no whole {coding}")

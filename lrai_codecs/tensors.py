@@ -14,6 +14,7 @@ from lrai_core import InvalidTensor, RequestError, TensorSpec
 Array = NDArray[Any]
 
 _INTEGERS: Final = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+EXACT: Final = 1 << 53  # below it, whole numbers are float64's own
 _MOST_DEPTH: Final = 64  # of lists in lists: numpy's most dimensions
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -113,7 +114,9 @@ def array_of(name: str, value: Any, wanted: np.dtype[Any]) -> Array:
         elif isinstance(value, list) and array.dtype.kind == "f" and wanted.kind in "iu":
             exact = np.asarray(value, dtype=np.object_)  # of which float64 would round some
             cast = exact.astype(wanted)
-            return cast if (cast.astype(np.object_) == exact).all() else array
+            real = (one for one in exact.ravel().tolist() if isinstance(one, float))
+            rounded = any(abs(one) >= EXACT for one in real)
+            return array if rounded or (cast.astype(np.object_) != exact).any() else cast
     except (TypeError, ValueError, OverflowError, MemoryError) as error:
         if "inhomogeneous" in str(error):
             raise InvalidTensor(name, "its rows have different shapes") from None

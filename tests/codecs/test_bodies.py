@@ -242,6 +242,12 @@ def test_a_long_text_in_csv_is_a_text() -> None:
     assert csv.field_size_limit() == before  # which is the host's, too
 
 
+def test_a_csv_of_short_fields_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_codecs.bodies._fields", None)  # whose turn it would have to await
+    assert values(b"1,2,3\n", "text/csv", [X]) == [[[1, 2, 3]]]
+    assert values(b"inf,-inf,2\n", "text/csv", [X]) == [[[math.inf, -math.inf, 2]]]
+
+
 def test_what_python_writes_of_numbers_that_are_none_is_read() -> None:
     body = json.dumps({"instances": [[math.nan, math.inf, -math.inf]]}).encode()
     (found,) = values(body, "application/json", [X])
@@ -470,9 +476,12 @@ def test_an_answer_that_does_not_fit_is_not_acceptable(
 
 @pytest.mark.parametrize(
     ("datatype", "value"),
-    [("UINT8", "300"), ("UINT8", "-1"), ("INT32", "4294967297"), ("UINT64", "-1"), ("INT8", "1.5")],
-)
-def test_a_whole_number_in_csv_that_does_not_fit_is_refused(datatype: str, value: str) -> None:
+    [
+        ("UINT8", "300"), ("UINT8", "-1"), ("INT32", "4294967297"), ("UINT64", "-1"),
+        ("INT8", "1.5"), ("INT64", "9007199254740993.0"), ("FP32", "1e400"), ("FP64", "-1e999"),
+    ],
+)  # fmt: skip
+def test_a_number_in_csv_that_does_not_fit_is_refused(datatype: str, value: str) -> None:
     spec = TensorSpec(name="x", datatype=datatype, shape=("n", 2), batch_axis=0)
     with pytest.raises(InvalidTensor, match=f"a value is no {datatype}"):
         decode(f"1,{value}\n".encode(), "text/csv", [spec])

@@ -176,23 +176,51 @@ def test_errors_have_their_status_and_say_when_to_try_again(
 
 def test_bodies_beyond_what_a_process_may_hold_are_refused() -> None:
     room = Room(1000)
-    with room.held({"content-length": "600"}, 800):
-        with room.held({"content-length": "400"}, 800):
-            more = room.held({"content-length": "1"}, 800)
-            with pytest.raises(QueueFull, match="1000 bytes are here, 1000") as full, more:
-                raise AssertionError
+    with room.held() as first:
+        first(600)
+        with room.held() as second:
+            second(300)
+            second(400)
+            with room.held() as third, pytest.raises(QueueFull, match="1000 bytes, 1000 a") as full:
+                third(1)
             assert full.value.retry_after_seconds == 1
-        for unknown in ({}, {"content-length": "1", "content-encoding": "gzip"}):
-            with pytest.raises(QueueFull), room.held(unknown, 800):
-                raise AssertionError
-    with room.held({}, 5000):  # one alone is for the limit of one to refuse
-        pass
-    with room.held({}, 800) as settle:  # as a proxy sends it, in chunks
-        settle(b"short")
-        with room.held({"content-length": "995"}, 800):
-            pass
-    with room.held({"content-length": "1000"}, 1000):
-        pass
+        with room.held() as fourth:
+            fourth(400)
+    with room.held() as alone:
+        alone(5000)  # is for the limit of one to refuse
+
+
+def test_what_has_not_come_takes_nobodys_place() -> None:
+    """Of uploads that stand still there may be as many as connections."""
+    room, headers = Room(1000), {"content-length": "900"}
+
+    async def stands() -> AsyncIterator[bytes]:
+        yield b"x" * 10
+        await asyncio.sleep(60)
+
+    async def upload() -> None:
+        with room.held() as took:
+            await read(stands(), headers, 900, took)
+
+    async def comes() -> AsyncIterator[bytes]:
+        yield b"y" * 450
+        yield b"y" * 450
+
+    async def ask() -> None:
+        uploads = [asyncio.create_task(upload()) for _ in range(10)]
+        await asyncio.sleep(0.01)
+        with room.held() as took:
+            assert await read(comes(), headers, 900, took) == b"y" * 900
+            with room.held() as more, pytest.raises(QueueFull):
+                await read(comes(), headers, 900, more)
+        for one in uploads:
+            one.cancel()
+        await asyncio.wait(uploads)
+        with room.held() as took:
+            took(1000)
+            assert room._held_bytes == 1000
+
+    asyncio.run(ask())
 
 
 def test_an_answer_is_cancelled_when_its_caller_hangs_up() -> None:
@@ -261,11 +289,8 @@ def test_what_is_compressed_beyond_measure_is_no_data() -> None:
     assert read_all(packed, {"content-encoding": "gzip"}, limit=64 << 20, step=1 << 16) == plain
 
 
-def test_what_comes_in_chunks_counts_as_the_most_that_it_may_have() -> None:
-    """Whatever length is stated beside: the chunks are what is read."""
-    room, headers = Room(1000), {"content-length": "1", "transfer-encoding": "chunked"}
-    with room.held(headers, 600), pytest.raises(QueueFull), room.held(headers, 600):
-        pass
+def test_of_what_comes_in_chunks_no_stated_length_counts() -> None:
+    headers = {"content-length": "1", "transfer-encoding": "chunked"}
     assert read_all(b"x" * 500, headers, 600) == b"x" * 500
 
 
@@ -282,7 +307,8 @@ def test_a_cancelled_request_counts_until_its_thread_lets_go_of_it(
     room = Room(1000)
 
     async def ask() -> None:
-        with room.held({}, 900):
+        with room.held() as took:
+            took(900)
             await respond(never, [], {"content-type": "text/csv"}, b"1")
 
     async def never(_: object) -> Any:
@@ -293,12 +319,12 @@ def test_a_cancelled_request_counts_until_its_thread_lets_go_of_it(
         await asyncio.to_thread(began.wait, 10)
         task.cancel()
         await asyncio.sleep(0.05)
-        with pytest.raises(QueueFull), room.held({}, 900):
-            pass
+        with pytest.raises(QueueFull), room.held() as took:
+            took(900)
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        with room.held({}, 900):
-            pass
+        with room.held() as took:
+            took(900)
 
     asyncio.run(cancel())

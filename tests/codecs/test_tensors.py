@@ -63,6 +63,8 @@ def test_large_integers_are_those_that_were_sent() -> None:
     sent = [[2**63 + 1, 7]]
     assert fit({"wide": sent}, [wide])["wide"].tolist() == sent
     assert fit({"ids": [[2**53 + 1, 1.0]]}, [IDS])["ids"].tolist() == [[2**53 + 1, 1]]
+    for rounded in (1_000_000_000_000_000_001.0, 2.0**53):  # which others round to as well
+        assert fit({"ids": [[rounded, 1]]}, [IDS])["ids"].dtype.kind == "f", "it is refused as one"
 
 
 def test_null_among_real_numbers_is_nan_and_nothing_else_is() -> None:

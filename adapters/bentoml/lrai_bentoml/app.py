@@ -51,8 +51,8 @@ def asgi_app(*runners: Runner, limit_bytes: int = 0) -> Starlette:
 
     async def infer(request: Request) -> Reply:
         (runner, serving), headers = await named(request), dict(request.headers)
-        with room.held(headers, limit_bytes) as settle:
-            settle(body := await read(request.stream(), headers, limit_bytes))
+        with room.held() as took:
+            body = await read(request.stream(), headers, limit_bytes, took)
             return await respond(runner.ask, serving.signature.inputs, headers, body)
 
     async def model(request: Request) -> Reply:

@@ -165,8 +165,8 @@ class Endpoint:
             return msgspec.structs.replace(answer, model_name=name)
 
         try:
-            with self._room.held(headers, self._most_bytes) as settle:
-                settle(body := await self._read(request, self._most_bytes))
+            with self._room.held() as took:
+                body = await self._read(request, self._most_bytes, took)
                 answer = respond(infer, signature.inputs, headers, body)
                 response = _sent(await unless_gone(request.receive, answer))
         except lrai.ModelNotFound:  # whose words name other models
@@ -177,10 +177,10 @@ class Endpoint:
         response.headers[ATTRIBUTES] = said[:1024]  # as the platform allows
         return response
 
-    async def _read(self, request: Request, limit_bytes: int) -> bytes:
+    async def _read(self, request: Request, most: int, *took: Callable[[int], None]) -> bytes:
         try:
             async with asyncio.timeout(self._settings.answer_seconds):
-                return await read(request.stream(), request.headers, limit_bytes)
+                return await read(request.stream(), request.headers, most, *took)
         except TimeoutError:
             raise lrai.DeadlineExceeded("the body did not come in time") from None
         except ClientDisconnect:

@@ -533,10 +533,11 @@ def test_bodies_that_come_slowly_have_their_room_and_their_time(
         container.wait_until_ready()
         head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\n"
         with socket.create_connection((HOST, container.port)) as line:
-            line.sendall(f"{head}Content-Length: 6000000\r\n\r\n{{".encode())
+            line.sendall(f"{head}Content-Length: 6000000\r\n\r\n".encode() + b" " * 5_900_000)
             begun = time.monotonic()
             full = container.post(b" " * 400_000)
-            while full.status == 400:  # no worker has read that yet
+            while full.status == 400 and time.monotonic() < begun + 1.5:  # until that was read
+                time.sleep(0.1)
                 full = container.post(b" " * 400_000)
             assert (full.status, full.headers["Retry-After"]) == (429, "1")
             assert container.post({"inputs": TOKENS}).status == 200  # there is room for little
