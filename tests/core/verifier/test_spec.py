@@ -224,3 +224,25 @@ def test_a_length_that_no_double_holds_hides_no_direction() -> None:
     assert gap([[math.inf, 1.0]], [[math.inf, -500.0]], "l2_normalised") == FAR
     assert gap([[1e200, 0.0]], [[0.0, 1e200]], "l2_normalised") == FAR
     assert gap([[1e200, 1.0]], [[1e200, 1.0]], "l2_normalised") == 0.0
+
+
+def test_of_several_channels_each_has_to_agree() -> None:
+    """As of a detector: boxes in pixels and scores up to 1 are rows of one output."""
+    random = np.random.default_rng(0)
+    found = random.uniform(0, 640, (1, 84, 840)).astype(np.float32)
+    found[:, 4:] = 0.0
+    found[0, 4, :100] = 0.9
+    blind = found.copy()
+    blind[:, 4:] = 0.0
+    shifted = found * np.float32(1.005)
+    specs = [TensorSpec(name="y", datatype="FP32", shape=("batch", 84, 840), batch_axis=0)]
+    assert not agreement([found], [blind], specs)
+    assert agreement([found], [shifted], specs)
+    turned = [np.ascontiguousarray(one.transpose(0, 2, 1)) for one in (found, blind, shifted)]
+    absent = found.copy()
+    absent[0, 5] = 1e-5 * random.uniform(0.5, 1, 840)  # scores of what is not to be seen
+    near = absent.copy()
+    near[0, 5] *= 1.2
+    assert agreement([absent], [near], specs)
+    assert not agreement(turned[:1], turned[1:2], specs)
+    assert agreement(turned[:1], turned[2:], specs)
