@@ -90,7 +90,7 @@ def command(
 
     It is judged on the rows that the artifact kept, by agreement with the source model and by the
     closeness that was demanded. What is found is kept in runtime.state_dir, the artifact stays as
-    it is; runtimes that are started from now on go by it. Exit 3: no variant is better than fp32.
+    it is; what is loaded from now on goes by it. Exit 3: no variant is better than fp32.
     """
     artifact = Artifact.open(path)
     with Progress(
@@ -129,7 +129,7 @@ def command(
     if manifest.chosen == "fp32":
         what = "fp32" if serving else "the source model, optimised when it is loaded,"
         raise ConditionNotMet(f"no variant but fp32 is right here and faster: {what} serves")
-    _say(f"* serves here, from the next start of a runtime on: {', '.join(serving)}")
+    _say(f"* serves here, from the next load on: {', '.join(serving)}")
 
 
 def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *_: None) -> Found:
@@ -164,7 +164,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     there, verdicts = _those_that_run(artifact, threads, rows, points)
     candidates = [_candidate("fp32", source, plain, engine), *there]
     tick = _ticking(report, "measure", 2 * search.ROUNDS)
-    given = candidates, signature, rows.inputs, points, threads, tick
+    given = candidates, signature, rows.inputs, points, tick
     search.profile(*given)
     with suppress(EngineError):  # of long calls, for which memory may lack
         search.profile(*given)
@@ -199,7 +199,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
             judged[form] = candidate, own
         elif not fp32:
             chance, failed = 0.0, form
-    names = _serving([candidate for candidate, _ in judged.values()], manifest, threads)
+    names = _serving([candidate for candidate, _ in judged.values()], manifest)
     if names == ["fp32"] and "fp32" not in judged:
         judged.clear()  # nothing is to serve in place of the source model
     elif names == ["fp32"] and judged["fp32"][0].speedup <= 1 / search.WORTH:
@@ -250,7 +250,7 @@ def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
     return lambda variant: gaps.get(variant.id, math.inf)
 
 
-def _serving(right: Sequence[Candidate], manifest: Manifest, threads: int) -> list[str]:
+def _serving(right: Sequence[Candidate], manifest: Manifest) -> list[str]:
     """Return what is to serve of forms that passed: the fastest, then what makes calls faster.
 
     As in `compile`; where memory was the objective, of what is not slower than fp32 and as small as
@@ -267,7 +267,7 @@ def _serving(right: Sequence[Candidate], manifest: Manifest, threads: int) -> li
         return ["fp32"]
     first = max(worth, key=lambda one: one.speedup)
     others = sorted(right, key=lambda one: -one.gain([first]))
-    return [one.form for one in (first, *search.beside(first, others, threads))]
+    return [one.form for one in (first, *search.beside(first, others))]
 
 
 def _manifest(

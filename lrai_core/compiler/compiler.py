@@ -268,7 +268,7 @@ class _Compilation:
             for candidate, why in search.refusing(*given):
                 self.candidates.remove(candidate)
                 self._reject(candidate.name, why)
-            search.profile(*given, self.threads, tick, self._at(0.5))
+            search.profile(*given, tick, self._at(0.5))
         except EngineError as error:
             if rows:
                 raise
@@ -295,7 +295,7 @@ class _Compilation:
         front = self._front(self.search, keep)
         self.judged = 1 + len(front)  # fp32 is one that may be chosen
         rows, tick = self.search.inputs, self._begin("profile", search.ROUNDS, "long calls")
-        given = self.signature, rows, search.points(self.signature, rows), self.threads, tick
+        given = self.signature, rows, search.points(self.signature, rows), tick
         with suppress(EngineError):  # which may be memory: then smaller ones tell
             search.profile([fp32, *front], *given, self._at(0.5))
         tick = self._begin("gate", len(self.gate) * (3 + 2 * len(front)), "source")
@@ -366,7 +366,7 @@ class _Compilation:
         """Return whether it gains over others, or fp32: is faster, or smaller, or both."""
         others = others or [one for one in self.candidates if one.form == "fp32"]
         if self.objective == "latency":
-            beside = keep > 2 and self.threads == 1  # then what is faster for some calls may serve
+            beside = keep > 2  # then what is faster for some calls may serve
             return (beside or candidate.speedup >= search.WORTH) and candidate.worth(others)
         smallest = min(other.size_bytes for other in others)
         smaller = smallest / candidate.size_bytes * (candidate.speedup >= 1)
@@ -408,7 +408,7 @@ class _Compilation:
         asked, engine, isa, threads = self.conditions, self.engine, isa_class(), self.threads
         self._record("decision", chosen=chosen.id, why=chosen.why)
         first, *others = [candidate for candidate, _ in self.kept]
-        beside = [] if self.objective == "memory" else search.beside(first, others, self.threads)
+        beside = [] if self.objective == "memory" else search.beside(first, others)
         together = tuple(one.form for one in beside)
         for one in beside:
             why = f"beside {chosen.id}: calls get {one.gain([first]):.2f} x as fast, in the mean"

@@ -150,20 +150,17 @@ def judge(
             parts = [[[row[i] for i in others] for row in one] for one in (reference, *runs)]
             rest = _agreement_result(parts[0], parts[1:], [specs[i] for i in others], level)
             why = f"{found.why}; other outputs than {specs[first].name}: {rest.why}"
-            alike = (rest.agreement_bound or 0) >= confidence.lower_bound(
-                rest.rows, rest.rows, level
-            )
-            found = msgspec.structs.replace(found, passed=rest.passed or alike, why=why)
+            best = confidence.lower_bound(rest.rows, rest.rows, level)
+            alike = rest.passed or (rest.agreement_bound or 0) >= best
+            found = msgspec.structs.replace(found, passed=alike, why=why)
     gaps = _gaps(reference, runs[0], specs)
     if labels is not None and rows.groups:
         found = _fair_enough(found, reference, runs, rows, conditions.max_disparity)
     if found.passed and conditions.epsilon is not None:
         worst = worst_gaps(reference, runs, specs)
         found = _close_enough(found, worst, conditions.epsilon, conditions.delta, level)
-    found = msgspec.structs.replace(
-        found,
-        difference={name: float(np.quantile(gaps, q, method="higher")) for name, q in _QUANTILES},
-    )
+    far = {name: float(np.quantile(gaps, q, method="higher")) for name, q in _QUANTILES}
+    found = msgspec.structs.replace(found, difference=far)
     return Judged(found, gaps, round_up(max(EFFECT_FLOOR, min(_EFFECT_MARGIN * effect, FAR))))
 
 
@@ -267,9 +264,8 @@ def _agreement_result(
     reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec], level: float
 ) -> GateResult:
     n = len(reference)
-    counts = [
-        sum(agreement(f, g, specs) for f, g in zip(reference, run, strict=True)) for run in runs
-    ]
+    pairs = [zip(reference, run, strict=True) for run in runs]
+    counts = [sum(agreement(f, g, specs) for f, g in each) for each in pairs]
     share, worst = counts[0] / n, min(counts) / n
     bound = confidence.lower_bound(min(counts), n, level)
     measure = ", ".join(dict.fromkeys(MEASURES[spec.output_map] for spec in specs))
@@ -288,11 +284,9 @@ def _close_enough(
 ) -> GateResult:
     failures = sum(not gap <= epsilon for gap in gaps)
     bound = confidence.upper_bound(failures, len(gaps), level)
-    why = (
-        f"{failures} of {len(gaps)} rows differ by more than epsilon {epsilon:g}, "
-        f"at most {bound:.2%}; delta {delta:.2%} allowed"
-    )
-    return msgspec.structs.replace(found, passed=bound <= delta, why=f"{found.why}; {why}")
+    why = f"{found.why}; {failures} of {len(gaps)} rows differ by more than epsilon {epsilon:g}"
+    why += f", at most {bound:.2%}; delta {delta:.2%} allowed"
+    return msgspec.structs.replace(found, passed=bound <= delta, why=why)
 
 
 def _fair_enough(
@@ -304,9 +298,7 @@ def _fair_enough(
     chosen = [_selected(run) for run in runs]
     for column, values in rows.groups.items():
         members = {str(group): values == group for group in np.unique(values)}
-        groups[column] = {
-            name: fairness.rates(chosen[0][own], labels[own]) for name, own in members.items()
-        }
+        groups[column] = {n: fairness.rates(chosen[0][m], labels[m]) for n, m in members.items()}
         told = (column, members, labels, source)
         each = [fairness.disparities(*told, one, least, LEVEL) for one in chosen]
         worst += [max(same, key=lambda d: d.widened_bound or 0) for same in zip(*each, strict=True)]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, cast
 
@@ -27,9 +26,8 @@ ROUNDS, MOST_ROUNDS = 5, 63  # at least, and as many as fit into
 _ROUNDS_SECONDS: Final = 12.0  # a machine is slower and faster for seconds at a time
 _ALL_ROUNDS: Final = 3
 _SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its form otherwise
-_ASLEEP: Final = 0.05  # seconds after a call until a session's threads are
 # Times as fast that calls get by a form that is worth its difference; or, for noise, of one size.
-WORTH, _WORTH_SOME = 1.04, 1.2
+WORTH, _WORTH_SOME = 1.04, 1.15
 _FEW_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
 _CHOICE_MS: Final = 0.01  # at most, of a call that one of several forms is chosen for
 _POINT_ELEMENTS: Final = 1024  # padded rows x length of the largest point
@@ -100,14 +98,12 @@ class Candidate:
 
         `more`: milliseconds that it takes to choose between them.
         """
-        points = zip(self.latency, *(other.latency for other in others), strict=True)
-        found = [
-            min(o.median_ms for o in theirs) / (own.median_ms + more) for own, *theirs in points
-        ]
-        return [max(1.0, gain) for gain in found] or [1.0]
+        at = zip(self.latency, *(other.latency for other in others), strict=True)
+        gains = [min(o.median_ms for o in theirs) / (own.median_ms + more) for own, *theirs in at]
+        return [max(1.0, gain) for gain in gains] or [1.0]
 
     def worth(self, others: Sequence[Candidate], more: float = 0.0) -> bool:
-        """Return whether these gain by it: 4 % in the mean, or a fifth for calls of some size."""
+        """Return whether these gain by it: 4 % in the mean, or 15 % for calls of some size."""
         gains = self.gains(others, more)
         return statistics.geometric_mean(gains) >= WORTH or max(gains) >= _WORTH_SOME
 
@@ -252,21 +248,20 @@ def profile(
     signature: Signature,
     rows: Sequence[list[Array]],
     points: Sequence[tuple[int, int]],
-    threads: int,
     tick: Callable[[], None],
     until: float = math.inf,
 ) -> None:
     """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
+    Each timing follows a smallest call of the same candidate: those before it have left nothing in
+    the caches, which costs short calls three times what they take, and no more than what serves.
     Points of several rows that take over 0.2 s are left for the second time, when what is worth
     judging is measured, and such of over 0.6 s are left out: smaller ones tell. After three
     rounds, what is a tenth slower than fp32, or 3 % than its form with other passes, is left out;
     and when the clock, `time.monotonic`, is past `until`, there are no more rounds. Short calls get
     more of them, as their forms differ by less than a machine does from one second to the next.
     `tick` is told of the first five.
-    With several threads a session's go on waiting for its next call, and would slow down the next
-    session: each gets its rounds in one go, when those of the one before have gone to sleep.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
     of four rounds: the luckiest of many would win by their median, and be slower when it serves. It
     is that of the first time.
@@ -278,6 +273,7 @@ def profile(
     feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= most}
     if not feeds:
         return
+    smallest = stretch(_longest(rows, signature, points[0][1]), signature, *points[0])
     calls = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
     taken = np.full((len(calls), MOST_ROUNDS, len(candidates)), np.nan)
     forms = [candidate.form for candidate in candidates]
@@ -289,12 +285,8 @@ def profile(
             break
         if done == _ALL_ROUNDS:
             still = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
-        turns = sorted(product(range(len(calls)), still), key=itemgetter(threads > 1))
-        for last, (point, i) in zip([(0, -1), *turns], turns, strict=False):
-            feed, repeats = calls[point]
-            if threads > 1 and last[1] != i:
-                time.sleep(_ASLEEP)
-                sessions[i].run(feed)
+        for (point, (feed, repeats)), i in product(enumerate(calls), still):
+            sessions[i].run(smallest)  # then its weights are in a cache, as where it serves
             taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
         if done < ROUNDS:
             tick()
@@ -315,15 +307,13 @@ def _promising(forms: Sequence[str], paces: Array) -> list[int]:
     return [i for i, (_, pace) in enumerate(pairs) if pace <= most[i]]
 
 
-def beside(first: Candidate, others: Iterable[Candidate], threads: int) -> list[Candidate]:
+def beside(first: Candidate, others: Iterable[Candidate]) -> list[Candidate]:
     """Return which others serve beside the first, each the calls that it is fastest at.
 
-    fp32 is one of them where its weights are few. With several threads there are none: those of one
-    session wait for its next call for 45 ms, and made the other's take 2.4 times as long where
-    sizes alternate.
+    fp32 is one of them where its weights are few.
     """
     serving = [first]
-    for one in others if threads == 1 else ():
+    for one in others:
         if (one.form != "fp32" or one.size_bytes <= _FEW_BYTES) and one.worth(serving, _CHOICE_MS):
             serving.append(one)
     return serving[1:]
@@ -356,7 +346,8 @@ def _longest(rows: Sequence[list[Array]], signature: Signature, length: int) -> 
 def _repeats(session: Session, feed: list[Array]) -> int:
     if _seconds(session, feed, 1) > 200 * _LEAST_SECONDS:  # the first takes longer, but not so much
         return 1
-    return max(1, int(_LEAST_SECONDS / max(_seconds(session, feed, 1), 1e-7)))
+    least = min(_seconds(session, feed, 1) for _ in range(_ALL_ROUNDS))
+    return max(1, int(_LEAST_SECONDS / max(least, 1e-7)))
 
 
 def _seconds(session: Session, feed: list[Array], repeats: int) -> float:

@@ -48,11 +48,7 @@ def candidate(name: str, told: Sequence[float] = ()) -> Candidate:
 
 
 def profiled(
-    monkeypatch: pytest.MonkeyPatch,
-    threads: int = 1,
-    until: float = math.inf,
-    /,
-    **times: Sequence[float],
+    monkeypatch: pytest.MonkeyPatch, until: float = math.inf, /, **times: Sequence[float]
 ) -> dict[str, Candidate]:
     def seconds(session: Told, feed: object, repeats: int) -> float:
         return session.seconds.pop(0)
@@ -60,7 +56,7 @@ def profiled(
     monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
     monkeypatch.setattr(search, "_seconds", seconds)
     made = {name: candidate(name, told) for name, told in times.items()}
-    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], threads, lambda: None, until)
+    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], lambda: None, until)
     return made
 
 
@@ -97,7 +93,7 @@ def test_calls_of_several_rows_that_take_long_are_measured_at_the_second_time(
     points = [(1, 8), (4, 8), (64, 8), (1, 512), (4, 512)]
     measured = [(1, 8), (4, 8), (1, 512), (64, 8)]
     for most in (3, 4, 4):
-        search.profile(made, signature, [ROW], points, 1, lambda: None)
+        search.profile(made, signature, [ROW], points, lambda: None)
         for one in made:
             assert [(point.rows, point.length) for point in one.latency] == measured[:most]
         paces[id(made[1].session)] = 0.25e-3  # which changes no speed-up
@@ -118,7 +114,7 @@ def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.Monkey
     rounds = search.ROUNDS
     times = {"fp32": 1.0, "fp32_b": 1.2, "int8": 0.5, "int8_b": 0.52, "int8_c": 0.51, "slow": 1.11}
     given = {name: [took] * rounds for name, took in times.items()}
-    found = profiled(monkeypatch, 1, **given)
+    found = profiled(monkeypatch, **given)
     left = {name: len(cast("Told", one.session).seconds) for name, one in found.items()}
     assert left == {"fp32": 0, "fp32_b": 2, "int8": 0, "int8_b": 2, "int8_c": 0, "slow": 2}
     assert found["slow"].speedup == pytest.approx(1 / 1.11)
@@ -127,7 +123,7 @@ def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.Monkey
 
 def test_when_the_time_is_up_three_rounds_have_been_made(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"fp32": [1.0] * search.ROUNDS, "int8": [0.5] * search.ROUNDS}
-    found = profiled(monkeypatch, 1, 0.0, **given)
+    found = profiled(monkeypatch, 0.0, **given)
     assert {len(cast("Told", one.session).seconds) for one in found.values()} == {2}
     assert found["int8"].speedup == pytest.approx(2)
 
@@ -146,17 +142,24 @@ def test_long_calls_are_measured_in_five_rounds(monkeypatch: pytest.MonkeyPatch)
     assert {len(cast("Told", one.session).seconds) for one in found.values()} == {31}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_of_another_session_are_asleep_before_one_is_measured(
-    monkeypatch: pytest.MonkeyPatch, threads: int
+def test_each_timing_follows_a_smallest_call_of_the_same_candidate(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They wait for their next call for a while, and would take part of a CPU."""
-    slept = list[float]()
-    monkeypatch.setattr(time, "sleep", slept.append)
-    given = {"fp32": [1.0] * search.ROUNDS, "int8": [0.5] * search.ROUNDS}
-    profiled(monkeypatch, threads, **given)
-    assert len(slept) == (threads > 1) * 2 * search.ROUNDS
-    assert all(second >= 0.05 for second in slept)
+    """Those before it have left nothing of its weights in the caches."""
+    made, calls = [candidate(name) for name in ("fp32", "int8")], list[tuple[object, int, str]]()
+
+    def seconds(session: Told, feed: list[Array], repeats: int) -> float:
+        calls.append((session, len(feed[0]), "timed"))
+        return 1e-3
+
+    monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
+    monkeypatch.setattr(search, "_seconds", seconds)
+    monkeypatch.setattr(Told, "run", lambda self, feed: calls.append((self, len(feed[0]), "run")))
+    monkeypatch.setattr(search, "MOST_ROUNDS", search.ROUNDS)
+    search.profile(made, SIGNATURE, [ROW], [(1, 0), (8, 0)], lambda: None)
+    timed = [i for i, (*_, how) in enumerate(calls) if how == "timed"][1:]  # the first: is it long?
+    assert [calls[i][1] for i in timed] == [1, 1, 8, 8] * search.ROUNDS
+    assert [calls[i - 1] for i in timed] == [(calls[i][0], 1, "run") for i in timed]
 
 
 def test_of_rows_that_differ_utterly_the_number_counts() -> None:

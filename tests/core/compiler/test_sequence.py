@@ -111,11 +111,10 @@ def test_others_serve_beside_what_is_chosen_where_that_makes_calls_faster() -> N
             for rows, ms in zip((1, 8), times[candidate.form], strict=True)
         ]
     fp32, near, far, slow = work.candidates
-    assert search.beside(near, [slow, far, fp32], 1) == [far, fp32]
-    assert search.beside(fp32, [near, far], 1) == [near, far]
-    assert search.beside(near, [slow, far, fp32], 2) == []
+    assert search.beside(near, [slow, far, fp32]) == [far, fp32]
+    assert search.beside(fp32, [near, far]) == [near, far]
     fp32.size_bytes = 9 << 20  # too much to have in memory twice
-    assert search.beside(near, [slow, far, fp32], 1) == [far]
+    assert search.beside(near, [slow, far, fp32]) == [far]
 
 
 @pytest.mark.parametrize(("some", "serves"), [(0.8, True), (0.9, False)])
@@ -131,7 +130,7 @@ def test_a_gain_for_calls_of_some_size_is_worth_it_beside_the_chosen(
         ]
     _, near, large = work.candidates
     assert large.gain([near]) < search.WORTH
-    assert search.beside(near, [large], 1) == [large] * serves
+    assert search.beside(near, [large]) == [large] * serves
 
 
 @pytest.mark.parametrize("gate", [160, 400])
@@ -168,10 +167,6 @@ def test_what_is_faster_for_large_calls_alone_is_kept_beside_what_is_faster(gate
             candidate.speedup = math.prod(a / b for a, b in logs) ** 0.5
         work.judge(3)
         assert kept(work) == expected
-        if forms == ["near", "large"]:
-            work.kept, work.threads = [], 2  # then nothing serves beside another
-            work.judge(3)
-            assert kept(work) == ["near", "fp32"]
 
 
 FORMS = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.1), ("near", 1.5, 0.001, 0)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
@@ -26,6 +27,22 @@ def test_onnxruntime_is_built_in_and_its_version_is_the_installed_one() -> None:
     found = find_engine("onnxruntime")
     assert found.name == "onnxruntime"
     assert found.version == installed_version("onnxruntime") != ""
+
+
+def test_threads_of_a_session_are_soon_asleep_after_a_call(tmp_path: Path) -> None:
+    """They would wait awake for the next one for 45 ms, at the expense of whoever has work."""
+    weight = numpy_helper.from_array(np.ones((512, 512), np.float32), "w")
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    shapes = (value("x", ["n", 512]), value("y", ["n", 512]))
+    path = save(model([product], [shapes[0]], [shapes[1]], [weight]), tmp_path / "m.onnx")
+    session = find_engine("onnxruntime").load(path, threads=2)
+    used = list[float]()
+    for _ in range(5):
+        session.run([np.ones((64, 512), np.float32)])
+        began = time.process_time()
+        time.sleep(0.06)
+        used.append(time.process_time() - began)
+    assert min(used) < 0.01
 
 
 class PluginEngine:
