@@ -71,7 +71,8 @@ _ASLEEP: Final = 0.06  # seconds
 MOST_DISPARITY: Final = 0.01  # the default of `lrai.compile`
 _SMALL_MB: Final = 30.0
 _QUICK_MINUTES: Final = 1.5
-_ALL_ROUNDS: Final = 5  # then who takes twice as long as the fastest drops out
+# After so many rounds who takes so many times as long as the fastest that passes drops out.
+_ALL_ROUNDS, _TOO_SLOW = 5, 1.5
 
 
 @dataclass(slots=True)
@@ -457,8 +458,9 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> 
     """Time every form at every cell, from cell to cell as traffic does, in an order of chance.
 
     Who follows whom would be part of the result else: what one leaves in the caches, and threads
-    of an engine that go on waiting for work on the only CPU for a while. Peers that take twice as
-    long as the fastest form after some rounds of a cell drop out of it, and are shown by those.
+    of an engine that go on waiting for work on the only CPU for a while. Peers that after some
+    rounds of a cell take half as long again as the fastest that ours is compared with drop out of
+    it, and with them those that do not pass, which none is compared with: those rounds show them.
     With several threads a form has all its cells in turn, once the threads of the one before it
     have gone to sleep: onnxruntime's go on for 45 ms.
     Small models are loaded anew twice on the way: where their weights come to lie makes two
@@ -484,7 +486,7 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> 
             turns = []
             for cell in feeds:
                 random.shuffle(order)
-                left = _left(order, cell) if done >= _ALL_ROUNDS else order
+                left = _left(model, order, cell) if done >= _ALL_ROUNDS else order
                 turns += [(form, cell) for form in left]
             if threads > 1:
                 turns.sort(key=lambda turn: order.index(turn[0]))
@@ -500,12 +502,19 @@ def _measure(model: Model, forms: Sequence[Form], rounds: int, threads: int) -> 
                 before = form
 
 
-def _left(forms: Sequence[Form], cell: tuple[int, int]) -> list[Form]:
-    """Return who may be the fastest, with the reference and ours."""
-    medians = {form.name: float(np.median(form.seconds[cell])) for form in forms}
-    most = 2 * min(medians.values())
-    stay = ("lrai", REFERENCE)
-    return [f for f in forms if medians[f.name] <= most or f.name.startswith(stay)]
+def _left(model: Model, forms: Sequence[Form], cell: tuple[int, int]) -> list[Form]:
+    """Return which peers may be the fastest that one of ours is compared with, and ours."""
+    ours = [form for form in forms if form.name.startswith("lrai")]
+    peers = [form for form in forms if not form.name.startswith("lrai")]
+    rivals = [form for form in peers if any(_is_rival(model, form, own) for own in ours)]
+    alike = [form for form in rivals if form.name.startswith("onnxruntime")]
+    close = [form for form in rivals if form.beyond_bound <= model.delta]
+    names = {form.name for form in ours} | {REFERENCE}
+    for group in (rivals, alike, close):
+        medians = {form.name: float(np.median(form.seconds[cell])) for form in group}
+        most = _TOO_SLOW * min(medians.values(), default=0.0)
+        names |= {name for name, median in medians.items() if median <= most}
+    return [form for form in forms if form.name in names]
 
 
 def _feed(model: Model, rows: int, length: int) -> Feed:
