@@ -1,4 +1,4 @@
-"""The operator of onnxruntime-extensions that makes tokens of text, and no other of them.
+"""The operators of onnxruntime-extensions that make tokens of text, and no other of them.
 
 The library has operators that read files by name; a graph that asks for one is refused.
 """
@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError
 
 from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
 
-_ALLOWED: Final = {("ai.onnx.contrib", "BertTokenizer")}
+_OPERATORS: Final = ("BertTokenizer", "StringEqual", "StringRegexReplace")
+_ALLOWED: Final = {("ai.onnx.contrib", operator) for operator in _OPERATORS}
 _ENGINE_DOMAINS: Final = {  # those of onnxruntime itself; the library has two, and may get more
     *("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"),
     "com.ms.internal.nhwc",
@@ -42,7 +43,8 @@ def register(options: ort.SessionOptions, model: str | bytes) -> None:
     asked = {(n.domain, n.op_type) for n in _nodes(proto) if n.domain not in _ENGINE_DOMAINS}
     if refused := sorted(asked - _ALLOWED):
         domain, operator = map(shorten, refused[0])
-        raise ArtifactError(f"operator {operator!r} of {domain} is not allowed, BertTokenizer is")
+        known = ", ".join(_OPERATORS)
+        raise ArtifactError(f"operator {operator!r} of {domain} is none of those allowed: {known}")
     spec = find_spec("onnxruntime_extensions")  # importing it would bring more than the library
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     libraries = [file for folder in folders for file in Path(folder).glob("_extensions_pydll*.so")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -19,6 +20,7 @@ from typing import BinaryIO, Final
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiConfig
 from lrai_core.engine.engine import installed_version, isa_class
 
+_log: Final = logging.getLogger("lrai.hosted")
 _BUILD_SECONDS: Final = 900
 _END_SECONDS: Final = 30
 
@@ -58,16 +60,27 @@ def state_folder(config: LraiConfig) -> Path:
     folder = state / "built"
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        own, above = folder.lstat(), state.stat()
+        above = state.stat()
+        # One that is not configured lies where anybody may have made it, who could exchange it.
+        mine = above.st_uid == os.geteuid() and not above.st_mode & 0o022
+        if not (config.runtime.state_dir or mine):
+            raise EnvironmentProblem("the folder of runtime.state_dir has to be this user's alone")
+        with locked(state / "built.lock", fcntl.LOCK_EX):
+            now = folder.lstat() if folder.exists() else None
+            ours = now and stat.S_ISDIR(now.st_mode) and now.st_uid == os.geteuid()
+            if now and ours and now.st_mode & 0o022:
+                _log.warning("others could write to the folder built: it is made anew")  # fsGroup
+                shutil.rmtree(folder)
+            elif now and ours:
+                folder.chmod(0o700)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        own = folder.lstat()
     except OSError as error:
         raise EnvironmentProblem(
             f"no folder for state, runtime.state_dir: {error.strerror}"
         ) from None
-    # A folder that is not configured lies where anybody may have made it, who could exchange it.
-    ours = config.runtime.state_dir or (above.st_uid == os.geteuid() and not above.st_mode & 0o022)
     alone = own.st_uid == os.geteuid() and not own.st_mode & 0o077
-    if not stat.S_ISDIR(own.st_mode) or not alone or not ours:
+    if not stat.S_ISDIR(own.st_mode) or not alone:
         raise EnvironmentProblem(
             "the folder built in runtime.state_dir has to be this user's alone"
         )

@@ -76,8 +76,8 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
             if tokenizer.attributes["do_lower_case"] or tokenizer.attributes["strip_accents"]:
                 notify(
                     "capitals and accents become plain small letters in Latin-1, and Cyrillic but "
-                    "for й and ё; in other scripts the tokens differ from the library's: send such "
-                    "texts in lower case, as NFD without combining marks"
+                    "for й and ё; in other scripts the tokens are the library's for texts that "
+                    "come in lower case and decomposed (NFD)"
                 )
         else:
             put_pixels(around, name, spec)

@@ -49,6 +49,7 @@ class Held:
 
     Attributes:
         name: Under which the runtime knows it.
+        settings: That were asked for.
         runtime: That serves it.
         variant: That answers; another one than was asked for where that is for other machines.
     """
@@ -66,9 +67,9 @@ class Held:
         """
         asked = json.dumps([settings.own, settings.require, settings.variant], sort_keys=True)
         self.name = name or f"{artifact.manifest.name}:{artifact.version}-{_digest(asked)[:8]}"
-        self.runtime = Runtime(settings.config)
-        self._artifact, self._settings, self._loads = artifact, settings, threading.Lock()
-        self._locks = lock_folder(settings.config)
+        self.runtime = Runtime(settings.config, address="embedded" if settings.here else "")
+        self._artifact, self.settings, self._loads = artifact, settings, threading.Lock()
+        self._locks = None if settings.here else lock_folder(settings.config)
         self._lock: BinaryIO | None = None
         self._closed = self._failed = False
         self._pause, self._looks_at = 1.0, -math.inf
@@ -161,7 +162,7 @@ class Held:
         # The name says which one it is; the folder of what was built is named by its source's hash.
         if there != self._artifact.version and folder.parent.name != "built":
             raise ArtifactError(f"its artifact was replaced: {there[:12]} lies there now")
-        self.variant = load(self.runtime, self._artifact, self.name, **self._settings.how)
+        self.variant = load(self.runtime, self._artifact, self.name, **self.settings.how)
 
     def close(self) -> None:
         """Let go of the model; where nobody else holds it, it is unloaded."""

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median_low
 from typing import Any, Final, NamedTuple
 
@@ -63,11 +64,7 @@ class Asked(NamedTuple):
     require: dict[str, Any] | None
     variant: str
     free: bool
-
-    @property
-    def here(self) -> bool:
-        """Whether the model has this process to itself, and the process the model."""
-        return self.own.get("actor.isolation") == "inline"
+    here: bool = False
 
     @property
     def how(self) -> Any:
@@ -94,10 +91,16 @@ class Asked(NamedTuple):
         return self.in_process() if wanted else self
 
     def in_process(self) -> Asked:
-        """Return the same, with the model in this process, which keeps no state of its own."""
-        runtime = replace(self.config.runtime, address="embedded", state_dir="", capture_rows=0)
+        """Return the same, with the model in this process, which keeps no state of its own.
+
+        What `lrai requalify` found lies in the state folder, which the address still names.
+        """
+        given = self.config.runtime
+        state = given.state_dir or given.address * given.address.startswith("/")
+        address = str(Path(state).absolute()) if state else "embedded"
+        runtime = replace(given, address=address, state_dir="", capture_rows=0)
         own = {**self.own, "actor.isolation": "inline"}
-        return self._replace(config=replace(self.config, runtime=runtime), own=own)
+        return self._replace(config=replace(self.config, runtime=runtime), own=own, here=True)
 
 
 def asked(given: Mapping[str, Any]) -> Asked:

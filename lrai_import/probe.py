@@ -43,7 +43,8 @@ _MAX_PROTOBUF_BYTES: Final = 1 << 31
 _RESIZES: Final = 11  # the first operator set whose Resize knows other coordinates than asymmetric
 _GUARANTEED: Final = 7
 _PROVIDERS: Final = ("CPUExecutionProvider",)
-_TOKENIZER: Final = ("ai.onnx.contrib", "BertTokenizer")  # what `described` puts before a model
+_TEXTS: Final = "ai.onnx.contrib"  # of what `described` puts before a model
+_OF_TEXTS: Final = {"BertTokenizer", "StringEqual", "StringRegexReplace"}
 _ENGINE_DOMAINS: Final = {"com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 
 
@@ -127,7 +128,8 @@ def _check_operators(model: onnx.ModelProto) -> None:
     for node in _nodes(model.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
         known = (node.domain, node.op_type)
-        if known in local or known == _TOKENIZER or domain in _ENGINE_DOMAINS:
+        texts = domain == _TEXTS and node.op_type in _OF_TEXTS
+        if known in local or texts or domain in _ENGINE_DOMAINS:
             continue
         version = versions.get(domain, versions.get("", 0))
         if not onnx.defs.has(node.op_type, version, domain):

@@ -58,7 +58,7 @@ class Tokenizer(NamedTuple):
         if ids != list(range(len(ids))) or not {*_SPECIAL.values()} <= {*vocabulary}:
             missing = ", ".join(_SPECIAL.values())
             raise CompileError(f"{name}: ids with a gap, or no {missing} in its vocabulary")
-        if any("\n" in word or not word for word in vocabulary):
+        if any({"\n", "\r"} & {*word} or not word for word in vocabulary):
             raise CompileError(f"{name}: a word of its vocabulary is empty or has a line break")
         if ends != ["[CLS]", "A", "[SEP]"]:
             raise CompileError(f"{name} does not put a text between [CLS] and [SEP]")

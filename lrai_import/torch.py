@@ -21,7 +21,9 @@ from lrai_core import CompileError, EnvironmentProblem, TensorSpec
 _OPSET: Final = 18
 _ROWS: Final = 2  # torch takes a free dimension of 1 for a fixed one
 _EXTENT: Final = 8
-_OTHERS: Final = ((1, 5), (3, 40))  # rows and extents at which it is compared with the module
+# Rows, extents, and by how much each of another name is more than the one before, at which it is
+# compared with the module: which may ask whether two are the same, or which is larger.
+_OTHERS: Final = ((1, 5, 0), (3, 40, 0), (2, 20, 3), (2, 20, -3))
 _ESCAPES: Final = re.compile("\x1b\\[[0-9;]*m")
 _DTYPES: Final = {
     "BOOL": np.bool_,
@@ -116,8 +118,10 @@ def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
     # Whole numbers of 1 too: a mask of 0 would hide everything, and 1 may be beyond a table.
-    for (rows, extent), fill in product(_OTHERS, (0, 1)):
-        values = [_made_up(spec, rows, extent, fill) for spec in inputs]
+    free = dict.fromkeys(one for s in inputs for one in s.shape[1:] if isinstance(one, str))
+    for (rows, extent, more), fill in product(_OTHERS, (0, 1)):
+        extents = {name: extent + more * k for k, name in enumerate(free)}
+        values = [_made_up(spec, rows, extents, fill) for spec in inputs]
         feeds = {s.name: v for s, v in zip(inputs, values, strict=True) if s.name in names}
         answers = list[list[Any]]()
         with torch.no_grad(), suppress(Exception):  # of a module anything may come
@@ -128,7 +132,9 @@ def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
         with suppress(Exception):  # the graph refuses what the module takes
             made = session.run(None, feeds)
         if made is None or not _alike(answers[0], made):
-            size = f"{rows} rows and free extents of {extent}"
+            size = f"{rows} rows and free extents of {extent}" + f", {extent + more}, …" * bool(
+                more
+            )
             why = "it may branch on an extent; use torch.cond, or fix it in the signature"
             raise CompileError(
                 f"{type(model).__name__}, traced, answers otherwise for {size}: {why}"
@@ -166,12 +172,12 @@ def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
 
 
 def _made_up(
-    spec: TensorSpec, rows: int = _ROWS, free: int = _EXTENT, fill: int = 0
+    spec: TensorSpec, rows: int = _ROWS, free: Mapping[str, int] | None = None, fill: int = 0
 ) -> np.ndarray[Any, Any]:
     if spec.datatype not in _DTYPES:
         raise CompileError(f"input {spec.name!r} is of {spec.datatype}, which torch does not have")
     shape = [
-        extent if isinstance(extent, int) else (free if i else rows)
+        extent if isinstance(extent, int) else (free or {}).get(extent, _EXTENT) if i else rows
         for i, extent in enumerate(spec.shape)
     ]
     if spec.datatype.startswith("FP"):

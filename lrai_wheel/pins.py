@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from lrai_core import Artifact
 
-# The one operator of onnxruntime-extensions that a graph may have: of a model that takes text. Its
+# The operator of onnxruntime-extensions that every graph has of a model that takes text. Its
 # domain stands in every graph that was optimised in a process which had registered it.
 _OPERATOR = b"BertTokenizer"
 

@@ -37,7 +37,9 @@ def reader(path: Path, *, inside: bool, domain: str = "ai.onnx.contrib") -> Path
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_operator_that_reads_files_is_refused(tmp_path: Path, inside: bool) -> None:
-    with pytest.raises(ArtifactError, match=r"'ImageReader' of ai.onnx.contrib is not allowed"):
+    with pytest.raises(
+        ArtifactError, match=r"'ImageReader' of ai.onnx.contrib is none of those allowed"
+    ):
         find_engine("onnxruntime").load(reader(tmp_path / "m.onnx", inside=inside))
 
 
@@ -50,7 +52,7 @@ def test_the_other_domain_of_the_library_is_refused(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "both.onnx")
     with pytest.raises(ArtifactError, match="DecodeImage"):
         find_engine("onnxruntime").load(tmp_path / "both.onnx")
-    with pytest.raises(ArtifactError, match=r"'DecodeImage' of com.microsoft.extensions is not"):
+    with pytest.raises(ArtifactError, match=r"'DecodeImage' of com.microsoft.extensions is none"):
         text.register(ort.SessionOptions(), str(tmp_path / "both.onnx"))
 
 

@@ -51,19 +51,32 @@ def text(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_texts_become_the_tokens_of_the_library(text: Path) -> None:
+@pytest.mark.parametrize("lower", [True, False])
+def test_texts_become_the_tokens_of_the_library(text: Path, lower: bool) -> None:
     texts = [
         "",
-        "The THING is, a café!",
+        "价：1！a",  # noqa: RUF001 - punctuation of other scripts, as the next ones
+        "है। a",
+        "a،b؟c",
+        "ア・イ",
+        "a—b “the thing”… ¿x? «y»",
+        "a\u2028b\ufeffc the\u00adre x\u200dy",
+        "a\x01b\x85c",
+        "z\u3000x",
         "x" * 200,
         "one\ttwo\nthree",
         "日本 a",
         "a " * 50,
-        "é",
         "x" * 90,
     ]
     texts += ["y" * length for length in range(10, 20)]  # as long as may be, and a little longer
-    library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer(WORDS)))
+    if lower:
+        texts += ["The THING is, a café!", "é", "cafe\u0301 the\ufe0f", "θЯ θθ a"]
+    words = [*WORDS, *"价1：！।،؟・—“”…¿«»θя", "##1", "##：", "##।", "##θ", "##я"]  # noqa: RUF001
+    own = tokenizer(words)
+    own["normalizer"]["lowercase"] = lower  # type: ignore[index]
+    (text / "tokenizer.json").write_text(json.dumps(own))
+    library = tokenizers.Tokenizer.from_str(json.dumps(own))
     library.enable_truncation(16)
     library.enable_padding()
     found = library.encode_batch(texts)

@@ -108,6 +108,13 @@ def state_after_loading(held: Held) -> str:
     return state
 
 
+def test_who_asks_for_a_model_inline_of_a_shared_runtime_is_refused(
+    artifact: lrai.Artifact,
+) -> None:
+    with pytest.raises(lrai.LraiError, match="inline"):
+        Held(artifact, asked({"actor.isolation": "inline"}))
+
+
 def test_in_a_process_of_its_own_a_model_leaves_what_others_keep_alone(
     artifact: lrai.Artifact, tmp_path: Path
 ) -> None:

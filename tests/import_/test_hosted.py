@@ -11,6 +11,7 @@ import pytest
 
 import lrai_core as lrai
 from lrai_core.artifact import LatencyPoint
+from lrai_deployments.measured import place
 from lrai_import.hosted import asked, is_quick, load
 from tests.core import small_artifact
 
@@ -82,6 +83,16 @@ def test_so_does_a_file(quick: lrai.Artifact) -> None:
     Path("lrai.toml").write_text('[runtime]\naddress = "/elsewhere"\n')
     placed = asked({}).placed(quick, 1)
     assert (placed.here, placed.config.runtime.address) == (False, "/elsewhere")
+
+
+@pytest.mark.parametrize("key", ["runtime.state_dir", "runtime.address"])
+def test_in_its_own_process_too_it_is_what_requalify_found(
+    quick: lrai.Artifact, tmp_path: Path, key: str
+) -> None:
+    wanted = asked({key: str(tmp_path / "state")})
+    here = wanted.in_process().config
+    assert here.runtime.state_dir == ""
+    assert place(quick, here) == place(quick, wanted.config)
 
 
 def test_settings_are_sorted_by_whose_they_are() -> None:

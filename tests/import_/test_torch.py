@@ -42,6 +42,38 @@ def test_a_branch_on_an_extent_is_refused(branch: Any) -> None:
         convert(Means(branch), TABLE)
 
 
+PICTURES = (TensorSpec(name="x", datatype="FP32", shape=("n", "height", "width")),)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda x: x.shape[1] > x.shape[2],
+        lambda x: x.shape[1] < x.shape[2],
+        lambda x: x.shape[1] != x.shape[2],
+    ],
+)
+def test_a_branch_on_which_extent_is_larger_is_refused(branch: Any) -> None:
+    with pytest.raises(CompileError, match=r"otherwise for 2 rows and free extents of 20, (17|23)"):
+        convert(Means(branch), PICTURES)
+    convert(Means(lambda _: False), PICTURES)
+
+
+class Longer(torch.nn.Module):
+    """Goes by which of two inputs is longer."""
+
+    def forward(self, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        return q.mean(1) - d.mean(1) if q.shape[1] > d.shape[1] else q.mean(1) + d.mean(1)
+
+
+def test_a_branch_on_which_input_is_longer_is_refused() -> None:
+    both = tuple(TensorSpec(name=n, datatype="FP32", shape=("n", f"{n}.1")) for n in "qd")
+    with pytest.raises(CompileError, match="traced, answers otherwise"):
+        convert(Longer(), both)
+    alike = tuple(TensorSpec(name=n, datatype="FP32", shape=("n", "length")) for n in "qd")
+    convert(Longer(), alike)  # whose extents are the same by what is declared
+
+
 def test_what_torch_says_of_the_cause_is_what_is_told() -> None:
     with pytest.raises(CompileError, match="Means cannot be converted: ") as refused:
         convert(Means(lambda x: x.sum() > 0), TABLE)
