@@ -18,7 +18,7 @@ from lrai_import.built import state_folder
 from lrai_triton.config import MAX_BATCH_SIZE, complete
 from lrai_triton.hostqueue import HostQueue
 from lrai_triton.metrics import Metrics
-from lrai_triton.served import execution_of, source_of
+from lrai_triton.served import execution_of, hold, source_of
 from lrai_triton.settings import settings_of
 from tests.core import small_artifact
 
@@ -103,6 +103,19 @@ def test_whole_shapes_beside_max_batch_size_0_mean_no_batch_dimension() -> None:
     assert config["input"][0]["dims"] == [-1, -1]
 
 
+def test_outputs_alone_without_their_batch_dimension_are_completed_as_by_onnxruntime() -> None:
+    tensor = {"name": "vector", "data_type": "TYPE_FP32", "dims": [384], "label_filename": "l.txt"}
+    config = completed(ENCODER, output=[tensor])
+    assert config["max_batch_size"] == MAX_BATCH_SIZE
+    assert config["input"][0]["dims"] == [-1]
+
+
+def test_a_number_a_row_written_as_triton_has_it_is_no_whole_shape() -> None:
+    signature = Signature(inputs=ENCODER.inputs, outputs=(spec("score", "FP32", ("batch",)),))
+    tensor = {"name": "score", "data_type": "TYPE_FP32", "dims": [1], "reshape": {"shape": []}}
+    assert completed(signature, output=[tensor])["max_batch_size"] == MAX_BATCH_SIZE
+
+
 def test_another_scheduler_is_left_alone() -> None:
     assert "dynamic_batching" not in completed(ENCODER, sequence_batching={"oldest": {}})
 
@@ -111,6 +124,7 @@ def test_another_scheduler_is_left_alone() -> None:
     ("signature", "given", "message"),
     [
         (WHOLE, {"max_batch_size": 4}, "max_batch_size is 4, but rows of this model"),
+        (ENCODER, {"response_cache": {"enable": True}}, "response_cache: Triton would keep"),
         (ENCODER, {"output": [{"name": "y"}]}, "output 'y' is none of .*: it has 'vector'"),
         (
             ENCODER,
@@ -252,11 +266,28 @@ def test_what_is_kept_lies_where_nobody_else_comes(tmp_path: Path) -> None:
     config = lrai.load_config(call={"runtime.state_dir": str(tmp_path / "state")})
     folder = state_folder(config)
     assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o755)
+    (folder / "kept").touch()
+    assert list(state_folder(config).iterdir()) == [folder / "kept"]
+    folder.chmod(0o2770)  # as a pod's fsGroup leaves it: others could have put something there
+    assert list(state_folder(config).iterdir()) == []
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
     with pytest.raises(lrai.EnvironmentProblem, match="this user's alone"):
         state_folder(config)
-    folder.chmod(0o700)
-    assert state_folder(config) == folder
+
+
+def test_who_loads_from_another_place_does_not_find_what_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = list[str]()
+    monkeypatch.setattr("lrai_triton.served.Held", lambda _artifact, _own, name: held.append(name))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "41", tmp_path / "42", Path("42")):
+        artifact = lrai.Artifact(folder, small_artifact.manifest(), "0" * 64)
+        hold("m:1", artifact, settings_of({"parameters": {}}), "lists")
+    assert held[1:] == [held[1], held[1]]
+    assert held[0] != held[1]
 
 
 class Clock:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import lrai_core as lrai
 from benchmarks.models import classifier
+from lrai_core import artifact as store
 from lrai_triton.commands import main, pbtxt, supervise
 from lrai_triton.served import source_of
 from tests.core import small_artifact
@@ -222,7 +223,7 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "both": (lambda entry: token_model(entry / "1" / "model.onnx"), "holds both"),
     "target": (
         target,
-        "compiled for z80 with onnxruntime 0.1, this is .*: fp32 serves, unless lrai requalify",
+        "compiled for z80 with onnxruntime 0.1, this is .*: the next best or fp32 serves, unless",
     ),
     "changed": (in_artifact("source/weights.bin", bytes(256)), "weights.bin has changed since"),
     "truncated": (in_artifact("manifest.json", b"{"), "manifest.json cannot be read"),
@@ -481,6 +482,42 @@ def test_a_disk_that_is_found_full_in_the_end_leaves_the_entry_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr("lrai_core.artifact._sync", full)
         assert "the disk is full" in run("add", artifact, *where, code=5)
+    assert content(repository) == before
+
+
+@pytest.mark.parametrize("name", ["m", "fresh"])
+def test_who_is_second_leaves_the_entry_to_who_was_first(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    where = ("--model-repository", repository, "--name", name, "--version", "2", "--switch")
+    synced, first = store._sync, dict[str, bytes]()
+
+    def meanwhile(path: Path) -> None:
+        if not first:
+            first["begun"] = b""
+            run("add", artifact, *where)
+            there = content(repository / name).items()
+            first.update((file, data) for file, data in there if not file.startswith("."))
+        synced(path)
+
+    monkeypatch.setattr("lrai_core.artifact._sync", meanwhile)
+    assert "appeared while this was being written" in run("add", artifact, *where, code=2)
+    del first["begun"]
+    assert content(repository / name) == first
+
+
+def test_a_version_that_is_a_link_is_moved_aside_as_one(
+    repository: Path, artifact: Path, run: Run, tmp_path: Path
+) -> None:
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    before = content(repository)
+    run("add", artifact, *where)
+    shutil.move(repository / "m" / "2", tmp_path / "v2")
+    (repository / "m" / "2").symlink_to(tmp_path / "v2")
+    run("remove", repository / "m")
+    (aside,) = (repository / "m").glob("lrai-2-*")
+    assert aside.readlink() == tmp_path / "v2"
+    aside.unlink()
     assert content(repository) == before
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,26 @@ def test_where_some_are_named_these_are_loaded(tmp_path: Path) -> None:
     given = started(tmp_path, "--load-model=m")
     assert given[:2] == ["--load-model=m", "--model-control-mode=explicit"]
     assert "--load-model=*" not in given
+
+
+@pytest.mark.timeout(180)
+def test_loading_is_restricted_whatever_the_repository_is_called(tmp_path: Path) -> None:
+    given = started(tmp_path, "--model-repository=/srv/non-restricted-models")
+    assert "--http-restricted-api=model-repository:lrai-key=k" in given
+    assert "--grpc-restricted-protocol=model-repository:lrai-key=k" in given
+
+
+def test_a_stub_of_a_repository_in_a_cloud_is_known_by_its_instance(tmp_path: Path) -> None:
+    model = tmp_path / "folderAb" / "1" / "model.py"
+    model.parent.mkdir(parents=True)
+    model.write_text("import time\ntime.sleep(60)\n")
+    argv = ["/backends/python_backend_stub", str(model), "region", "1", "2", "3", "b", "m_0_1", "r"]
+    with subprocess.Popen(argv, executable=sys.executable) as stub:
+        try:
+            assert supervise._stubs("m") == {"1": [stub.pid]}
+            assert supervise._stubs("m_0") == {}
+        finally:
+            stub.kill()
 
 
 @pytest.mark.timeout(180)

@@ -28,7 +28,7 @@ def complete(config: ModelConfig, signature: Signature) -> None:
     """Fill in what is not written by hand: inputs, outputs, `max_batch_size`, `dynamic_batching`.
 
     Without inputs of its own and with rows that may share a call, a model gets the batch dimension
-    that Triton keeps apart. Who writes `max_batch_size: 0` beside inputs gets whole shapes.
+    that Triton keeps apart. Who writes `max_batch_size: 0` beside whole shapes gets those.
 
     Args:
         config: Changed in place.
@@ -38,7 +38,7 @@ def complete(config: ModelConfig, signature: Signature) -> None:
         UsageError: Something written by hand contradicts the model.
     """
     given = config.as_dict()
-    size, written = given.get("max_batch_size", 0), bool(given["input"] or given["output"])
+    size, written = given.get("max_batch_size", 0), _whole_shapes(given, signature)
     if size > 0 and not signature.coalescible:
         raise UsageError(f"max_batch_size is {size}, but rows of this model cannot share a call: 0")
     batched = size > 0 or (signature.coalescible and not written)
@@ -57,10 +57,26 @@ def complete(config: ModelConfig, signature: Signature) -> None:
         raise UsageError(
             "model_transaction_policy: decoupled models are not served, a request has one answer"
         )
+    if given.get("response_cache", {}).get("enable"):
+        raise UsageError("response_cache: Triton would keep a refusal as an empty answer; not here")
     if given.get("sequence_batching", {}).get("control_input"):
         raise UsageError("sequence_batching: control_input is no input of the model")
     if missing := {s.name for s in signature.inputs} - {t["name"] for t in given["input"]}:
         raise UsageError(f"input {min(missing)!r} of the model is not in the configuration")
+
+
+def _whole_shapes(given: Mapping[str, Any], signature: Signature) -> bool:
+    """Return whether shapes are written as the model has them, without a `max_batch_size`.
+
+    As onnxruntime's backend has it: always where inputs and outputs are; else by their dimensions.
+    """
+    ranks = {spec.name: len(spec.shape) for spec in (*signature.inputs, *signature.outputs)}
+    both = bool(given["input"] and given["output"])
+    shapes = [
+        (tensor["name"], r["shape"] if (r := tensor.get("reshape")) else tensor.get("dims", []))
+        for tensor in (*given["input"], *given["output"])
+    ]
+    return any(both or len(dims) == ranks.get(name, len(dims)) for name, dims in shapes)
 
 
 def _complete_tensors(

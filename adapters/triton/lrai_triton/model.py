@@ -239,7 +239,8 @@ def _refusal() -> Iterator[None]:
     try:
         yield
     except LraiError as error:
-        raise pb_utils.TritonModelException(str(error)) from None
+        told = str(error).replace(f"{_version_folder()}/", "")  # whoever asked for it to be loaded
+        raise pb_utils.TritonModelException(told) from None
     except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths
         pb_utils.Logger.log_error(traceback.format_exc())
         raise pb_utils.TritonModelException(f"the log tells more: {type(error).__name__}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 
 from lrai_core import Artifact, ArtifactError
@@ -15,16 +14,16 @@ from lrai_triton.settings import Settings
 def hold(name: str, artifact: Artifact, settings: Settings, execution: str) -> Held:
     """Return the model of this stub, loaded in a runtime, or found loaded there by others.
 
-    Every instance and every reload of one artifact under one name and version finds it; the last
-    one that lets go unloads it.
+    Every instance and every reload of one artifact in one place under one name and version finds
+    it; the last one that lets go unloads it.
 
     Raises:
         LraiError: It cannot be served as the settings demand.
     """
     own = settings.asked.in_process() if execution == "inline" else settings.asked
-    # Of a repository in a cloud each load has a copy of its own, which goes with it.
-    copied = artifact.path.parent.parent.parent == Path(tempfile.gettempdir())
-    place = hashlib.sha256(bytes(artifact.path)).hexdigest()[:6] if copied else ""
+    # By its path, too, which actors are started from: it is a copy of its own for each load of a
+    # repository in a cloud, and a release's for who replaces one by the next.
+    place = hashlib.sha256(bytes(artifact.path.absolute())).hexdigest()[:6]
     return Held(artifact, own, f"{name}:{artifact.version[:12]}{place}{settings.asked.mark}")
 
 

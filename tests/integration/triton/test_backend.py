@@ -275,7 +275,9 @@ def test_a_version_without_a_model_or_with_a_damaged_one_is_refused(
     damaged = tmp_path / "damaged.lrai"
     shutil.copytree(minilm_fp32.path, damaged)
     (damaged / "manifest.json").write_bytes(b"{}")
+    (without := tmp_path / "without.lrai").mkdir()
     for model, message in (
+        (without, r"^(?!.*/).*model\.lrai is not an artifact"),  # no path of the server's
         (empty, r"holds neither model\.onnx nor model\.lrai"),
         (garbage, r"model\.onnx cannot be used"),
         (damaged, "manifest"),
@@ -329,7 +331,7 @@ def test_large_texts_are_bounded_like_any_request(triton: Triton, tmp_path: Path
         for size in (1, 90_000):
             x = np.array([[b"a" * size]], object)
             assert triton.ask(name, {"x": x})["y"].tolist() == x.tolist()
-        with pytest.raises(InferenceServerException, match="over 100000 bytes"):
+        with pytest.raises(InferenceServerException, match="one request has 100000 at most"):
             triton.ask(name, {"x": np.array([[b"a" * 200_000]], object)})
 
 

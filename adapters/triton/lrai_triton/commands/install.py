@@ -153,5 +153,5 @@ def _check_version(folder: Path) -> None:
     if compiled:
         chosen = manifest.variant(settings.asked.variant or manifest.chosen)
         made, here = manifest.made_for(chosen), environment(chosen)
-        words = "fp32 serves, unless lrai requalify has found better"
+        words = "the next best or fp32 serves, unless lrai requalify has found better"
         _demand(made == here, f"it was compiled for {made}, this is {here}: {words}")

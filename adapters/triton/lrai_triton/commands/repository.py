@@ -7,6 +7,7 @@ being written, or was moved aside, is named otherwise.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -115,7 +116,8 @@ def remove(entry: Entry) -> None:
         with disk_errors(entry):
             for folder in (entry / str(version) for version in ours):
                 aside = tempfile.mkdtemp(prefix=f"lrai-{folder.name}-", dir=entry)
-                folder.rename(aside)  # takes the place of an empty folder
+                Path(aside).rmdir()  # a folder takes its place as it is, a link does not
+                folder.rename(aside)
                 moved[folder] = aside
             became = _switch_back(entry)
     except BaseException:
@@ -168,6 +170,8 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
                 shutil.copy2(model, target / "model.onnx")
             _switch(folder if new else entry, config)
     except BaseException:  # a disk may be found full when all is written
+        if new or os.path.lexists(entry / str(version)):  # what is there is somebody else's
+            raise
         if not there:
             (entry / CONFIG).unlink(missing_ok=True)
         elif text_of(entry / CONFIG) != before:

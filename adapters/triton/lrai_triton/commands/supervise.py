@@ -112,7 +112,8 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         arguments = [*arguments, "--model-control-mode=explicit"]
         if not _given(arguments, "load-model"):
             arguments.append("--load-model=*")  # as without a mode
-        if not any("-restricted-" in one for one in arguments):  # else whoever asks could load code
+        own = ("--http-restricted-", "--grpc-restricted-")
+        if not any(one.startswith(own) for one in arguments):  # else whoever asks could load code
             os.environ[_KEY] = key = os.environ.get(_KEY) or secrets.token_hex(16)
             for what in ("http-restricted-api", "grpc-restricted-protocol"):
                 arguments.append(f"--{what}=model-repository:{_HEADER}={key}")
@@ -287,9 +288,11 @@ def _stubs(model: str) -> defaultdict[str, list[int]]:
     found = defaultdict[str, list[int]](list)
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError, ValueError):  # it has ended
-            program, file = process.read_text(errors="replace").split("\0")[:2]
+            program, file, *more = process.read_text(errors="replace").split("\0")
             *_, name, version, _ = Path(file).parts  # REPOSITORY/MODEL/VERSION/model.py
-            if program.endswith("python_backend_stub") and name == model:
+            # A copy of a repository in a cloud has another name, but the instance has the model's.
+            own = any(re.fullmatch(rf"{re.escape(model)}_\d+_\d+", one) for one in more)
+            if program.endswith("python_backend_stub") and (name == model or own):
                 found[version].append(int(process.parent.name))
     return found
 
