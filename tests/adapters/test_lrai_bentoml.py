@@ -264,6 +264,16 @@ class TestRunner:
             one.close()
         assert refused.value.error_code == HTTPStatus.BAD_REQUEST
 
+    def test_settings_are_those_of_the_folder_in_which_it_was_made(
+        self, stored: bentoml.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A service's, while it is imported; the server goes back to where it was started."""
+        (tmp_path / "lrai.toml").write_text('[limits]\nnan_policy = "reject"\n')
+        monkeypatch.chdir(tmp_path)
+        one = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED)
+        monkeypatch.chdir(tmp_path.parent)
+        assert one._asked().config.limits.nan_policy == "reject"
+
     def test_what_was_unloaded_is_not_ready_until_it_is_loaded_again(
         self, stored: bentoml.Model
     ) -> None:

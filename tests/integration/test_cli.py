@@ -266,7 +266,7 @@ def test_help_says_of_every_command_what_it_is_for() -> None:
         "compile Fp32, and the fastest forms of a model that pass the gate",
         "config Every setting, its value",
         "certificate Check a certificate again",
-        "mlflow Models of MLflow",
+        "mlflow Models of other flavors of MLflow, compiled and logged",
         "freeze Have a deployment stay as it is",
         "triton Install the backend",
     ):

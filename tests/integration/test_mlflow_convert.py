@@ -324,6 +324,8 @@ def test_the_command_converts_too(client: mlflow.MlflowClient) -> None:
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 3
     assert "--allow-pickle" in refused.stderr
+    wrong = [*command, "--allow-pickle", "--output-map", "cosine"]
+    assert subprocess.run(wrong, capture_output=True, check=False).returncode == 2
     done = subprocess.run([*command, "--allow-pickle"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("models:/m-")

@@ -84,8 +84,11 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
                 model's; those of a runtime count where this process starts it.
         """
         super().__init__(tag)
-        here = SimpleNamespace(given={"variant": variant, **(settings or {})}, require=require)
-        here.lock, here.serving, here.owners = threading.Lock(), None, list[type]()
+        # Read now: as long as a service is imported, its folder is the working folder everywhere.
+        with bento_errors():
+            own = asked({"variant": variant, **(settings or {})})
+        wanted = own._replace(require=None if require is None else dict(require))
+        here = SimpleNamespace(asked=wanted, serving=None, owners=[], lock=threading.Lock())
         object.__setattr__(self, "_here", here)  # BentoML's class is frozen
 
     async def async_run(self, *args: Any, **inputs: Any) -> Any:
@@ -128,8 +131,8 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     @property
     def shared(self) -> bool:
         """Whether the runtime is that of other processes too."""
-        config = one.held.runtime.config if (one := self._here.serving) else self._asked().config
-        return config.runtime.address != "embedded"
+        how = one.held.settings if (one := self._here.serving) else self._asked()
+        return not how.here and how.config.runtime.address != "embedded"
 
     def state(self) -> str:
         """Return `ok` or `idle` for a model that makes progress, `stalled` for one that will again.
@@ -197,9 +200,8 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         install(owner, name, self)
 
     def _asked(self) -> Asked:
-        given = asked(self._here.given)._replace(require=self._here.require)
         stored, count = get(str(self.tag)), workers_of(self._here.owners)
-        return given.placed(artifact_of(stored, verify=False), count)
+        return self._here.asked.placed(artifact_of(stored, verify=False), count)  # type: ignore[no-any-return]
 
     def _open(self) -> Serving:
         asked, stored = self._asked(), get(str(self.tag))

@@ -132,6 +132,8 @@ def columns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bentoml.Model]
     before = copy.deepcopy(BentoMLContainer.config.get())  # which services add themselves to
     source = column_model(tmp_path_factory.mktemp("columns") / "columns.onnx")
     with own_runtime():
+        for one in (runner, other):  # as if they had been made here
+            one._here.asked = lrai_bentoml.runner(TAG)._here.asked
         yield saved(TAG, source)
         for one in (runner, other):
             one.close()

@@ -52,6 +52,7 @@ def built(
     folder = tmp_path_factory.mktemp("project")
     artifact = lrai.compile(token_source, out=folder / "tokens.lrai", threads=1)
     run([BIN / "lrai", "bentoml", "init", artifact.path], folder)
+    (folder / "lrai.toml").write_text("[scheduler]\nmax_batch_rows = 32\n")
     path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     said = run([*BENTOML, "build"], folder, **path)
     (tag,) = re.findall(r'Bento\(tag="(tokens:\w+)"\)', said)
@@ -63,7 +64,9 @@ def test_a_bento_holds_service_model_and_lrai_and_nothing_else(
 ) -> None:
     _, bento = built
     root = Path(bento.path)
-    assert {path.name for path in (root / "src").iterdir()} == {"service.py", "bentofile.yaml"}
+    assert {path.name for path in (root / "src").iterdir()} == {
+        *("service.py", "bentofile.yaml", "lrai.toml")
+    }
     (wheel,) = (root / "env" / "python" / "wheels").iterdir()
     assert wheel.name.startswith("lrai-")
     (model,) = bento.info.all_models

@@ -151,7 +151,7 @@ def _bentofile(service: str, tag: str, stored: bentoml.Model, wheel: str) -> str
     content: dict[str, Any] = {
         "service": f"service:{service}",
         "labels": labels,
-        "include": ["*.py"],
+        "include": ["*.py", "lrai.toml"],
         # Under the alias the service finds the version that the Bento was built with, whatever the
         # store that it is imported into calls the latest.
         "models": [{"tag": tag, "alias": tag}],

@@ -1,4 +1,4 @@
-"""`lrai mlflow …`: models of MLflow, saved and converted."""
+"""`lrai mlflow …`: models of other flavors of MLflow, compiled and logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from mlflow.exceptions import MlflowException
 from rich.console import Console
 
-from lrai_core import Artifact, ConditionNotMet
+from lrai_core import Artifact, ConditionNotMet, LraiError
 from lrai_mlflow.commands.convert import convert as convert_model
 from lrai_mlflow.flavor import load_model
 
@@ -53,7 +53,7 @@ def convert(
             allow_pickle=allow_pickle,
         )
     except MlflowException as error:
-        raise ConditionNotMet(error.message) from None
+        raise _ours(error) from None
     version = logged.registered_model_version
     out.print(logged.model_uri, f"version {version}" if version is not None else "not registered")
 
@@ -63,7 +63,13 @@ def artifact_of(model_uri: str) -> Artifact:
     try:
         return load_model(model_uri)
     except MlflowException as error:
-        raise ConditionNotMet(error.message) from None
+        raise _ours(error) from None
+
+
+def _ours(error: MlflowException) -> LraiError:
+    """Return what it was made of, with its exit status; of MLflow's own the answer is no."""
+    cause = error.__cause__
+    return cause if isinstance(cause, LraiError) else ConditionNotMet(error.message)
 
 
 def main(arguments: Sequence[str]) -> None:

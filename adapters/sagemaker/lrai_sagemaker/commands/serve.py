@@ -50,7 +50,10 @@ _ADVISED: Final = "What /execution-parameters advises"
 _TRANSFORMS: Final = "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS"
 _LEVEL: Final = "LRAI_SAGEMAKER_LOG_LEVEL"
 Concurrency = Annotated[
-    int, typer.Option(envvar=_TRANSFORMS, min=0, help=f"{_ADVISED}; 0: as 100 MB of bodies allow.")
+    int,
+    typer.Option(
+        envvar=_TRANSFORMS, min=0, help=f"{_ADVISED}; 0: as 100 MB of bodies allow, 16 at most."
+    ),
 ]
 Strategies = Annotated[
     Strategy, typer.Option(envvar="SAGEMAKER_BATCH_STRATEGY", help=f"{_ADVISED}.")

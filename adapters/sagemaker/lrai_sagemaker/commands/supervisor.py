@@ -93,7 +93,9 @@ class Supervisor:
         runtime, name, loaded = self._runtime, self._settings.model, ""
         while runtime is not None and not self._signal:
             try:
-                if not loaded or name not in {model.name for model in runtime.models()}:
+                if not loaded or name not in {
+                    m.name for m in runtime.models() if m.state != "dead"
+                }:
                     artifact, require = self._settings.artifact, self._settings.require
                     there = Artifact.open(artifact, verify=False)
                     if loaded not in ("", there.version):  # the workers know the one before
@@ -129,7 +131,7 @@ def serve(given: Settings) -> int:
     """
     config = asked_of(given).config
     if config.runtime.address == "embedded":
-        raise UsageError("workers share a runtime: runtime.address is auto here, or a folder")
+        raise UsageError("runtime.address is embedded; workers share a runtime: auto, or a folder")
     place = config.runtime.socket_dir or None
     try:
         scratch = TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
