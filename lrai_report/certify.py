@@ -22,7 +22,7 @@ _LINE: Final = 2000
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`lrai verify`: issue a certificate of an artifact on rows of your own."""
+    """`lrai verify`: issue a certificate of an artifact, on the rows that it keeps."""
     app(args=list(arguments), prog_name="lrai verify")
 
 

@@ -39,6 +39,11 @@ class Target:
     relief: str = ""
     copied: str = ""
 
+    @property
+    def several(self) -> bool:
+        """Whether several versions answer for the name, by their shares or as relief."""
+        return bool(self.relief) or sum(share > 0 for share in self.shares.values()) > 1
+
 
 def find(target: str, requests: Path | None, address: str) -> Target:
     """Return what a name, a folder, a URI or a file means; see `tune`.
@@ -75,7 +80,14 @@ def find(target: str, requests: Path | None, address: str) -> Target:
         raise UsageError(f"{shorten(target)!r} is no file, artifact or name: there is {known}")
     if not served[name].artifact:
         raise ConditionNotMet(f"{name!r} is frozen, and not loaded")
-    artifact = Artifact.open(served[name].artifact)
+    artifact, shares = Artifact.open(served[name].artifact), dict(served[name].shares)
+    first = {v.partition("-")[0] for v, share in shares.items() if share == max(shares.values())}
+    other = (named or artifact).version
+    if other != artifact.version or other not in first:  # beside it, or written there since
+        serves = f"what serves most of {name!r} is {min(first)}, whose folder holds"
+        raise ConditionNotMet(
+            f"{shorten(target)!r} is version {other}, but {serves} {artifact.version}"
+        )
     captured = Path(served[name].traffic, "captured.npz")
     if requests is None and not (served[name].traffic and captured.is_file()):
         raise ConditionNotMet(
@@ -86,7 +98,6 @@ def find(target: str, requests: Path | None, address: str) -> Target:
     mine = [v for at, label, v in loaded if at == name and label.startswith(artifact.version)]
     # By itself it may serve by several.
     variant = mine[0] if mine and mine[0] != artifact.manifest.chosen else ""
-    shares = dict(served[name].shares)
     rows, own = requests or captured, requests is None
     frozen, relief = served[name].frozen is not None, served[name].relief
     copied = next((one.name for one in served.values() if one.shadow), "")

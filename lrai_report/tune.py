@@ -123,7 +123,7 @@ def tune(
         return
     say("requests", f"{found.requests}, each row as a request")
     judged = [variant.gate for variant in found.served.variants] if found.served else []
-    if apply and any(gate and gate.disparities for gate in judged):
+    if any(gate and gate.disparities for gate in judged):
         why = "captured requests do not tell groups of people, by which what serves was judged"
         raise ConditionNotMet(f"{why}: compile it anew with --group, and swap")
     artifact, applied = _compile(found, written, output_map, engine or ()), False
@@ -132,6 +132,8 @@ def tune(
         if found.name:
             compare_live(found.name, found.shares, written, minutes, address, apply=apply)
             applied = apply
+            if found.several:
+                say("beware", "swap ends the versions beside; rollback brings one of them back")
             switch(found.name, found.shares, written, address, apply=apply)
         else:
             say("use it", f"serve {written}; to go back, serve {target}")
@@ -156,7 +158,7 @@ def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: 
         raise ConditionNotMet(f"{found.name!r} is frozen: {how}")
     if apply and not found.name:
         raise UsageError("--apply is for a model that the runtime serves")
-    if apply and (found.relief or sum(share > 0 for share in found.shares.values()) > 1):
+    if apply and found.several:
         several = f"several versions of {found.name!r} answer, by their shares or as relief"
         raise ConditionNotMet(
             f"{several}: --apply would end them, and rollback not bring them back"

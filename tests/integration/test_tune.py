@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -339,12 +341,65 @@ def test_a_folder_that_is_served_means_what_serves(tmp_path: Path) -> None:
     assert "of the requests to 'other' none are captured" in found.stderr
 
 
+def test_what_does_not_serve_is_not_tuned_in_the_place_of_what_does(tmp_path: Path) -> None:
+    first = lrai.compile(save(linear(), tmp_path / "m.onnx"), out=tmp_path / "m.lrai")
+    other = save(linear(classes=2), tmp_path / "n.onnx")
+    second = lrai.compile(other, out=tmp_path / "n.lrai")
+    np.savez(rows := tmp_path / "rows.npz", x=np.ones((4, 8), np.float32))
+    with own_runtime(), lrai.Runtime() as runtime:
+        runtime.load(first, name="m")
+        runtime.load(second, name="m", share=0.0)
+        beside = cli(tmp_path / "n.lrai", "--requests", rows, cwd=tmp_path)
+        shutil.rmtree(tmp_path / "m.lrai")
+        shutil.copytree(tmp_path / "n.lrai", tmp_path / "m.lrai")  # and not loaded
+        since = cli("m", "--requests", rows, cwd=tmp_path)
+    for found in (beside, since):
+        assert found.returncode == 3
+        said = f"is version {second.version}, but what serves most of 'm' is {first.version}"
+        assert said in found.stderr
+
+
 def test_no_runtime_is_started_to_be_asked(tmp_path: Path) -> None:
     with own_runtime() as sockets:
         found = cli("nobody", cwd=tmp_path)
         assert daemon_pids(sockets) == []
     assert found.returncode == 2
     assert "'nobody' is no file or artifact, and no runtime runs" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("serves", "several"),
+    [
+        ({"shares": {"1": 1.0, "2": 0.0}}, False),
+        ({"shares": {"1": 0.9, "2": 0.1}}, True),
+        ({"shares": {"1": 1.0}, "relief": "2"}, True),
+    ],
+)
+def test_where_others_serve_beside_it_is_said_that_rollback_does_not_bring_them_back(
+    serves: dict[str, Any],
+    several: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m", **serves)
+    monkeypatch.setattr("lrai_report.tune.find", lambda *_: found)
+    for step in ("_compile", "_judge", "compare_live", "switch"):
+        monkeypatch.setattr(f"lrai_report.tune.{step}", lambda *_, **__: None)
+    assert tune("m", "-o", tmp_path / "m-tuned.lrai") == 0
+    assert ("rollback brings one of them back" in capsys.readouterr().out) == several
+
+
+def test_rows_that_do_not_tell_groups_are_not_tuned_on_where_what_serves_was_judged_by_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disparity = SimpleNamespace(gate=SimpleNamespace(disparities=("sex",)))
+    served = SimpleNamespace(manifest=SimpleNamespace(name="m"), variants=[disparity])
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", served, "m")  # type: ignore[arg-type]
+    monkeypatch.setattr("lrai_report.tune.find", lambda *_: found)
+    out = cli_here("m", "-o", str(tmp_path / "m-tuned.lrai"))
+    assert isinstance(out, lrai.ConditionNotMet)
+    assert "do not tell groups of people" in str(out)
 
 
 def test_what_was_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
