@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,10 @@ def test_loading_is_restricted_whatever_the_repository_is_called(tmp_path: Path)
 def test_a_stub_of_a_repository_in_a_cloud_is_known_by_its_instance(tmp_path: Path) -> None:
     model = tmp_path / "folderAb" / "1" / "model.py"
     model.parent.mkdir(parents=True)
-    model.write_text("import time\ntime.sleep(60)\n")
-    argv = ["/backends/python_backend_stub", str(model), "region", "1", "2", "3", "b", "m_0_1", "r"]
-    with subprocess.Popen(argv, executable=sys.executable) as stub:
+    model.touch()
+    argv = ["/python_backend_stub", str(model), "region", "1", "2", "3", "b", "m_0_1", "r", "-f"]
+    program, quiet = shutil.which("tail"), subprocess.DEVNULL  # which waits
+    with subprocess.Popen(argv, executable=program, stdout=quiet, stderr=quiet) as stub:
         try:
             assert supervise._stubs("m") == {"1": [stub.pid]}
             assert supervise._stubs("m_0") == {}
