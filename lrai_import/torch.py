@@ -120,7 +120,7 @@ def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
     # Whole numbers of 1 too: a mask of 0 would hide everything, and 1 may be beyond a table.
     free = dict.fromkeys(one for s in inputs for one in s.shape[1:] if isinstance(one, str))
     for (rows, extent, more), fill in product(_OTHERS, (0, 1)):
-        extents = {name: extent + more * k for k, name in enumerate(free)}
+        extents = {name: max(2, extent + more * k) for k, name in enumerate(free)}
         values = [_made_up(spec, rows, extents, fill) for spec in inputs]
         feeds = {s.name: v for s, v in zip(inputs, values, strict=True) if s.name in names}
         answers = list[list[Any]]()
@@ -132,9 +132,8 @@ def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
         with suppress(Exception):  # the graph refuses what the module takes
             made = session.run(None, feeds)
         if made is None or not _alike(answers[0], made):
-            size = f"{rows} rows and free extents of {extent}" + f", {extent + more}, …" * bool(
-                more
-            )
+            sizes = ", ".join(map(str, dict.fromkeys(extents.values()))) or str(extent)
+            size = f"{rows} rows and free extents of {sizes}"
             why = "it may branch on an extent; use torch.cond, or fix it in the signature"
             raise CompileError(
                 f"{type(model).__name__}, traced, answers otherwise for {size}: {why}"

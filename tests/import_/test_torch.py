@@ -74,6 +74,29 @@ def test_a_branch_on_which_input_is_longer_is_refused() -> None:
     convert(Longer(), alike)  # whose extents are the same by what is declared
 
 
+class Many(torch.nn.Module):
+    """The sum of what each of many inputs is in the mean."""
+
+    def forward(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        d: torch.Tensor,
+        e: torch.Tensor,
+        f: torch.Tensor,
+        g: torch.Tensor,
+        h: torch.Tensor,
+    ) -> torch.Tensor:
+        return torch.stack([one.mean(1) for one in (a, b, c, d, e, f, g, h)]).sum(0)
+
+
+def test_many_free_extents_are_as_many_sizes() -> None:
+    """Each of another extent, down to the least that there can be."""
+    inputs = [TensorSpec(name=n, datatype="FP32", shape=("n", f"{n}.1")) for n in "abcdefgh"]
+    assert len(convert(Many(), inputs).graph.input) == 8
+
+
 def test_what_torch_says_of_the_cause_is_what_is_told() -> None:
     with pytest.raises(CompileError, match="Means cannot be converted: ") as refused:
         convert(Means(lambda x: x.sum() > 0), TABLE)
