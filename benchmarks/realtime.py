@@ -305,9 +305,7 @@ class Ours:
     def actor_memory(self) -> dict[str, float]:
         """Return the resident memory of the actor."""
         (model,) = self._runtime.models()
-        if model.actor_pid is None:
-            raise RuntimeError("the actor is gone")
-        return memory_mb(model.actor_pid)
+        return memory_mb(model.actor_pids[0])
 
     def _start(self, ids: NDArray[np.int64], timeout_ms: float | None) -> Future[Any]:
         row = ids[None]
@@ -330,7 +328,7 @@ def served(artifact: lrai.Artifact, variant: str, cpus: Sequence[int]) -> Iterat
     with lrai.Runtime(config) as runtime:
         runtime.load(artifact, variant=variant)
         (model,) = runtime.models()
-        for pid, cpu in ((model.actor_pid, cpus[0]), (os.getpid(), cpus[1])):
+        for pid, cpu in ((model.actor_pids[0], cpus[0]), (os.getpid(), cpus[1])):
             for task in Path(f"/proc/{pid}/task").iterdir():
                 os.sched_setaffinity(int(task.name), {cpu})
         try:

@@ -151,7 +151,7 @@ def client(
     """Keep requests on their way until all were asked; send how they ended, twice a second."""
     runtime = lrai.Runtime(lrai.load_config(call=settings), address=address)
     rows, images = [runtime.load(path) for path in artifacts]
-    pids = {model.name: model.actor_pid for model in runtime.models()}
+    pids = {model.name: model.actor_pids[0] for model in runtime.models()}
     line.send([pids[rows], pids[images]])
     small, large = _small(rows), _large(images)
     short = [_small(rows, timeout_ms=ms) for ms in _SHORT_MS]

@@ -259,13 +259,12 @@ def _run(
 def _used(runtime: lrai.Runtime) -> dict[str, float]:
     """Return the CPU seconds of every process so far, and the calls of the engine."""
     (model,) = runtime.models()
-    if model.actor_pid is None:
-        raise RuntimeError("the actor is gone")
+    (actor,) = model.actor_pids
     stats = runtime.stats()
     return {
         "client": time.process_time(),
-        "daemon": cpu_seconds(_parent(model.actor_pid)),
-        "actor": cpu_seconds(model.actor_pid),
+        "daemon": cpu_seconds(_parent(actor)),
+        "actor": cpu_seconds(actor),
         "batches": float(stats.get("batch_completed", 0)),
         "messages": float(sum(n for name, n in stats.items() if name.endswith(_MESSAGES))),
         # What leaves the daemon for its clients are answers.

@@ -45,11 +45,6 @@ class LoadedModel:
     state: State
     actor_pids: list[int]
 
-    @property
-    def actor_pid(self) -> int | None:
-        """Return the process of the first actor that has one."""
-        return next(iter(self.actor_pids), None)
-
 
 @dataclass(frozen=True, slots=True)
 class Freeze:

@@ -474,8 +474,7 @@ def test_an_unknown_setting_is_refused_when_it_is_saved(
 def test_a_model_that_is_let_go_leaves_no_process(artifact: lrai.Artifact, tmp_path: Path) -> None:
     lrai_mlflow.save_model(artifact, tmp_path / "model", model_config={"variant": "fp32"})
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
-    pid = served_by(model).actor_pid
-    assert pid is not None
+    (pid,) = served_by(model).actor_pids
     process = Path("/proc", str(pid))
     assert process.exists()
     del model

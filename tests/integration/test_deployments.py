@@ -301,8 +301,7 @@ def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(
     three = version(small[3.0])
     with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
         runtime.load(small[3.0], name="m", share=0.5)
-        (actor,) = [m.actor_pid for m in runtime.models() if m.version == three]
-        assert actor is not None
+        (actor,) = [pid for m in runtime.models() if m.version == three for pid in m.actor_pids]
         kill(actor, signal.SIGSTOP)
         asked = lrai.InferenceRequest(model_name="m", model_version=three, inputs=ONES)
         ids = [runtime.submit(asked) for _ in range(9)]
@@ -424,8 +423,7 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
         told = [e.attributes for e in heard if e.kind == "shadow_compared"]
         assert told == [{"version": three, "difference": 1.0}] * count
         wait_until(lambda: runtime.stats()["shadow_differs"] == count)  # that it differs comes last
-        shadow = next(m.actor_pid for m in runtime.models() if m.version == three)
-        assert shadow is not None
+        shadow = next(m.actor_pids[0] for m in runtime.models() if m.version == three)
         kill(shadow, signal.SIGSTOP)  # nobody waits for a shadow
         started = time.monotonic()
         assert {ask(runtime) for _ in range(600)} == {2.0}  # more than copies may wait
@@ -519,7 +517,7 @@ def folder(
 
 
 def daemon_of(runtime: lrai.Runtime) -> int:
-    status = Path(f"/proc/{runtime.models()[0].actor_pid}/stat").read_text()
+    status = Path(f"/proc/{runtime.models()[0].actor_pids[0]}/stat").read_text()
     return int(status.rpartition(")")[2].split()[1])
 
 
@@ -533,12 +531,12 @@ def test_what_a_killed_daemon_served_the_next_one_serves_and_keeps_frozen(
         runtime.route("m", {two: 0.75, three: 0.25}, shadow={three: 0.5})
         runtime.freeze("m", "ann", "audit week")
         before = runtime.deployments()
-        pids = {model.actor_pid for model in runtime.models()}
+        pids = {pid for model in runtime.models() for pid in model.actor_pids}
         kill(daemon_of(runtime))
         assert {ask(runtime) for _ in range(60)} == {2.0, 3.0}
         assert runtime.deployments() == before
         assert before[0].previous == version(small[4.0])
-        assert not pids & {model.actor_pid for model in runtime.models()}
+        assert not pids & {pid for model in runtime.models() for pid in model.actor_pids}
         assert stat.S_IMODE((folder / "deployments.json").stat().st_mode) == 0o600
         assert stat.S_IMODE((folder / "audit.jsonl").stat().st_mode) == 0o600
     run("runtime", "stop", code=0)
@@ -708,8 +706,8 @@ def test_under_pressure_a_cheaper_version_takes_what_would_be_late(
             runtime.route("m", shares, relief="none")
         runtime.route("m", shares, relief=version(small[3.0]))
         assert {ask(runtime, timeout_ms=10_000) for _ in range(9)} == {2.0}
-        (stopped,) = (m.actor_pid for m in runtime.models() if m.version == version(small[2.0]))
-        assert stopped is not None
+        two = version(small[2.0])
+        (stopped,) = (pid for m in runtime.models() if m.version == two for pid in m.actor_pids)
         kill(stopped, signal.SIGSTOP)
         asked = lrai.InferenceRequest(model_name="m", inputs=ONES)
         waiting = [runtime.submit(asked) for _ in range(3000)]  # of 1 ms each by the profile

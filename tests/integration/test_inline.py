@@ -86,7 +86,7 @@ def test_it_starts_no_process_and_sends_nothing(classifier_fp32: lrai.Artifact) 
     with lrai.Runtime.open(classifier_fp32, config=config(**INLINE)) as runtime:
         runtime.infer(request(1.0))
         (model,) = runtime.models()
-        assert (children(), model.actor_pid) == (before, None)
+        assert (children(), model.actor_pids) == (before, [])
         assert runtime.stats()["actor_messages_sent"] == 0
         assert runtime.ready() == "idle"
     with lrai.Runtime.open(classifier_fp32, config=config()) as runtime:
@@ -119,11 +119,11 @@ def test_a_model_moves_in_and_out_of_the_process_while_it_serves(
     expected = inline.infer(request(0.5)).outputs["logits"]
     inline.swap("classifier", classifier_fp32, settings={"actor.isolation": "process"})
     (model,) = inline.models()
-    assert model.actor_pid is not None
+    assert model.actor_pids
     np.testing.assert_allclose(inline.infer(request(0.5)).outputs["logits"], expected, atol=1e-4)
     inline.rollback("classifier")
     (model,) = inline.models()
-    assert model.actor_pid is None
+    assert not model.actor_pids
     np.testing.assert_allclose(inline.infer(request(0.5)).outputs["logits"], expected, atol=1e-4)
     inline.unload("classifier")
     with pytest.raises(lrai.ModelNotFound):

@@ -72,7 +72,7 @@ def test_all_workers_share_one_runtime_and_one_copy_of_the_weights(
         calls = runtime.stats()
     for pid in workers(server):  # the engine is loaded in the actor alone
         assert "onnxruntime_pybind11_state" not in Path(f"/proc/{pid}/maps").read_text()
-    assert "onnxruntime_pybind11_state" in Path(f"/proc/{model.actor_pid}/maps").read_text()
+    assert "onnxruntime_pybind11_state" in Path(f"/proc/{model.actor_pids[0]}/maps").read_text()
     assert calls["outstanding_rows"] == 0
 
 
@@ -84,10 +84,9 @@ def test_an_actor_that_is_killed_costs_no_request(
         with runtime_of(sockets) as runtime, traffic(server.port, BODIES, expected) as ledger:
             time.sleep(1)
             (model,) = runtime.models()
-            assert model.actor_pid is not None
-            os.kill(model.actor_pid, signal.SIGKILL)
+            os.kill(model.actor_pids[0], signal.SIGKILL)
             at = time.monotonic()
-            wait_for(lambda: runtime.ready() in ("ok", "idle") and runtime.models()[0].actor_pid)
+            wait_for(lambda: runtime.ready() in ("ok", "idle") and runtime.models()[0].actor_pids)
             time.sleep(1)
         assert ledger.others() == {}
         taken.append(ledger.recovery_seconds(at))

@@ -58,7 +58,7 @@ with lrai.Runtime.open(sys.argv[1]) as runtime:  # where, LRAI_RUNTIME says
     request = lrai.InferenceRequest(model_name="classifier", inputs={"features": features})
     logits = runtime.infer(request).outputs["logits"].tolist()
     heavy = {"onnxruntime", "onnx", "typer", "lrai_core.compiler"} & set(sys.modules)
-    print(json.dumps([logits, runtime.models()[0].actor_pid, sorted(heavy)]))
+    print(json.dumps([logits, runtime.models()[0].actor_pids[0], sorted(heavy)]))
 """
 QUEUE = """
 import sys, time

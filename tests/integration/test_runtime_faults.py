@@ -40,9 +40,7 @@ def config(**values: Any) -> lrai.LraiConfig:
 
 
 def pid_of(runtime: lrai.Runtime, model: str) -> int:
-    pid = next(m.actor_pid for m in runtime.models() if m.name == model)
-    assert pid is not None
-    return pid
+    return next(m.actor_pids[0] for m in runtime.models() if m.name == model)
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
@@ -245,7 +243,7 @@ def test_a_call_that_memory_does_not_suffice_for_says_so_and_harms_no_other(
 def test_actors_end_with_their_parent(classifier_fp32: lrai.Artifact) -> None:
     program = (
         "import sys, time, lrai_core as l\n"
-        "r = l.Runtime.open(sys.argv[1]); print(r.models()[0].actor_pid, flush=True)\n"
+        "r = l.Runtime.open(sys.argv[1]); print(r.models()[0].actor_pids[0], flush=True)\n"
         "time.sleep(60)"
     )
     parent = subprocess.Popen(
@@ -267,7 +265,7 @@ def test_actors_end_with_their_parent_though_a_fork_of_it_lives_on(
         "warnings.simplefilter('ignore')\n"
         "r = l.Runtime.open(sys.argv[1])\n"
         "child = os.fork()\n"
-        "if child: print(r.models()[0].actor_pid, child, r._backend.folder, flush=True)\n"
+        "if child: print(r.models()[0].actor_pids[0], child, r._backend.folder, flush=True)\n"
         "time.sleep(60)"
     )
     parent = subprocess.Popen(

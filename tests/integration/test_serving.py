@@ -276,8 +276,7 @@ def test_a_death_that_no_line_shows_is_noticed_by_its_silence(
     config = lrai.load_config(call={"actor.hang_seconds": 1.5})
     with lrai.Runtime.open(classifier_fp32, config=config) as runtime:
         (model,) = runtime.models()
-        assert model.actor_pid is not None
-        os.kill(model.actor_pid, signal.SIGKILL)
+        os.kill(model.actor_pids[0], signal.SIGKILL)
         assert runtime.infer(classifier_request()).outputs["logits"].shape == (1, 10)
         assert runtime.stats()["actor_hung"] >= 1  # the next one may be slow to start
     for end in held:

@@ -48,7 +48,7 @@ runtime = lrai.Runtime.open(sys.argv[1], address="auto")
 """
 ASK = f"""{START}
 answer = runtime.infer(request(float(sys.argv[2])))
-pid = runtime.models()[0].actor_pid
+pid = runtime.models()[0].actor_pids[0]
 logits = answer.outputs["logits"].tolist()
 print(json.dumps({{"logits": logits, "actor": pid, "modules": sorted(sys.modules)}}))
 """

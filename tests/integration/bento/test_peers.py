@@ -346,10 +346,8 @@ class TestRunner:
 
 def actor(one: lrai_bentoml.Runner) -> int:
     """Return the process that computes for a runner."""
-    (pid,) = (
-        m.actor_pid for m in one.load().held.runtime.models() if m.name == one.load().held.name
-    )
-    assert pid
+    held = one.load().held
+    (pid,) = (pid for m in held.runtime.models() if m.name == held.name for pid in m.actor_pids)
     return pid
 
 

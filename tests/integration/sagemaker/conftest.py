@@ -133,8 +133,7 @@ class Container:
 
     def actor(self) -> int:
         with self.runtime() as runtime:
-            (pid,) = [model.actor_pid for model in runtime.models()]
-            assert pid is not None
+            (pid,) = [pid for model in runtime.models() for pid in model.actor_pids]
             return pid
 
     def daemon(self) -> int:

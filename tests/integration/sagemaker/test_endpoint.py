@@ -492,8 +492,7 @@ def test_sigterm_has_what_was_accepted_answered(
             for _ in range(4)
         ]
         with container.runtime() as runtime:
-            (actor,) = [model.actor_pid for model in runtime.models()]
-            assert actor is not None
+            (actor,) = [pid for model in runtime.models() for pid in model.actor_pids]
             os.kill(actor, signal.SIGSTOP)
             for thread in threads:
                 thread.start()

@@ -209,8 +209,8 @@ def test_memory_is_kept_and_what_is_at_work_is_not_unloaded_for_it(
 def actors(container: Container) -> dict[str, int]:
     """Return the actor of each model, by the platform's name."""
     with container.runtime() as runtime:
-        found = {model.name.split(":")[0]: model.actor_pid for model in runtime.models()}
-    return {name: pid for name, pid in found.items() if pid is not None}
+        found = {model.name.split(":")[0]: model.actor_pids for model in runtime.models()}
+    return {name: pids[0] for name, pids in found.items() if pids}
 
 
 def pss_mib(pid: int) -> float:

@@ -98,8 +98,8 @@ class Triton:
         """Return the process that runs a model."""
         with self._runtime() as runtime:
             for model in runtime.models():
-                if model.name.startswith(f"{name}:") and model.actor_pid is not None:
-                    return model.actor_pid
+                if model.name.startswith(f"{name}:") and model.actor_pids:
+                    return model.actor_pids[0]
         raise LookupError(name)
 
     def _runtime(self) -> lrai.Runtime:
