@@ -50,7 +50,7 @@ from benchmarks.host import end_on_sigterm  # noqa: E402
 from lrai_core import fairness  # noqa: E402
 from lrai_core.confidence import paired_loss_bound, upper_bound  # noqa: E402
 from lrai_core.engine.engine import find_engine  # noqa: E402
-from lrai_core.scheduler.latency import latency_of  # noqa: E402
+from lrai_core.scheduler.latency import LatencyModel  # noqa: E402
 from lrai_core.verifier.spec import agreement, difference  # noqa: E402
 
 Run = Callable[[Feed], list[Array]]
@@ -273,7 +273,7 @@ def _serve(artifact: lrai.Artifact) -> Run:
         weights = artifact.path / variant.weights if variant.weights else None
         engine = find_engine(variant.engine)
         sessions.append(engine.load(artifact.file(variant.model), weights=weights, threads=threads))
-    latency = latency_of([variant.latency for variant in serving])
+    latency = LatencyModel(*(variant.latency for variant in serving))
     names = [spec.name for spec in artifact.manifest.signature.inputs]
     axis = artifact.manifest.signature.inputs[0].length_axis
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Final, NamedTuple
 
 from lrai_core.engine.batching import MEASURED_ELEMENTS
@@ -34,7 +33,7 @@ from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Valid
 from lrai_core.runtime.embedded import Embedded, priority_of
 from lrai_core.runtime.version import Started, Version
 from lrai_core.scheduler.admission import Admission
-from lrai_core.scheduler.latency import LatencyModel, latency_of
+from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, plan, probe
 from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.forms import validate_by_form
@@ -74,10 +73,10 @@ class Here:
         elements = limits.max_batch_elements or MEASURED_ELEMENTS
         self._bounds = Bounds(limits.max_batch_rows, elements)
         self._timeout_ms = limits.latency_slo_ms or limits.default_timeout_ms
-        alone = [point.median_ms for point in version.variant.latency if point.rows == 1]
-        self._patience_ms = limits.latency_slo_ms or max(_PATIENCE_MS, 20 * median(alone or [0.0]))
         first = () if load.optimise else version.variant.latency
-        self._latency = latency_of([first, *(variant.latency for variant, _ in version.beside)])
+        self._latency = LatencyModel(first, *(variant.latency for variant, _ in version.beside))
+        alone_ms = 1e3 * self._latency.alone_seconds()
+        self._patience_ms = limits.latency_slo_ms or max(_PATIENCE_MS, 20 * alone_ms)
         self._lock = threading.Lock()
         self._calls, self._seen = 0, time.monotonic()  # when an answer came, or it was loaded
         self._overdue = math.inf  # when the call that runs counts as hung

@@ -12,6 +12,8 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from functools import lru_cache, partial
+from statistics import median_low
 from typing import Final
 
 import numpy as np
@@ -34,25 +36,19 @@ _CAUTION: Final = 0.5  # standard deviations between prediction and what a deadl
 
 
 class LatencyModel:
-    """Predicted time of one call of one variant."""
+    """Predicted time of a call, which goes to the variant that takes least for it.
 
-    def __init__(self, profile: Sequence[LatencyPoint]) -> None:
-        self._by_rows: list[tuple[int, float]] = []
-        self._terms: tuple[float, float, float] | None = None
-        if any(point.length for point in profile):
-            self._terms = _fit(profile)
-        else:
-            known = {0: 0.0} | {point.rows: point.median_ms / 1e3 for point in profile}
-            self._by_rows = sorted((known if profile else known | {1: _UNKNOWN_SECONDS}).items())
-        self.overhead_seconds = 0.0
-        self.scale, self.fixed_seconds = 1.0, 0.0
-        self.margin = 1.0
-        self._known: dict[tuple[int, int], float] = {}  # a plan asks for the same ones often
-        self._unit = max(self._profile_seconds(1, 32), _LEAST_SECONDS)
-        # Sums of 1, x, x^2, y, xy over calls, with x = unit / profile and y = seconds / profile.
-        self._normal = list(_PRIOR)
-        self._variance = 0.0
-        self._drift = 0.0
+    Attributes:
+        overhead_seconds: What a call costs outside the engine.
+        scale: How much slower than its profile the variant is that ran last.
+        margin: Times a prediction, for a deadline to be held against it.
+    """
+
+    def __init__(self, *profiles: Sequence[LatencyPoint]) -> None:
+        """Know of each variant what was measured; where nothing was, guess."""
+        self._curves = [_Curve(profile) for profile in profiles]
+        self.overhead_seconds, self.scale, self.margin = 0.0, 1.0, 1.0
+        self._usual_length = median_low([point.length for point in profiles[0]] or [1])
 
     def call_seconds(self, rows: int, length: int) -> float:
         """Return the predicted seconds of a call, engine and everything around it."""
@@ -60,17 +56,16 @@ class LatencyModel:
 
     def engine_seconds(self, rows: int, length: int) -> float:
         """Return the predicted seconds inside the engine for `rows` padded to `length`."""
-        known = self._known.get((rows, length))
-        if known is None:
-            known = max(self._profile_seconds(rows, length), _LEAST_SECONDS)
-            if len(self._known) < _MOST_KNOWN:
-                self._known[rows, length] = known
-        return self.scale * known + self.fixed_seconds
+        return min([curve.seconds(rows, length) for curve in self._curves])
+
+    def alone_seconds(self) -> float:
+        """Return the predicted seconds inside the engine for a row as long as rows usually are."""
+        return self.engine_seconds(1, self._usual_length)
 
     def variant(self, rows: int, length: int) -> int:
-        """Return which of the variants takes such a call: here there is one."""
-        del rows, length
-        return 0
+        """Return the index of the variant that takes such a call."""
+        seconds = [curve.seconds(rows, length) for curve in self._curves]
+        return seconds.index(min(seconds))
 
     def observe(
         self,
@@ -89,12 +84,52 @@ class LatencyModel:
             engine_seconds: Inside the engine.
             variant: That ran it.
         """
-        del variant
         if total_seconds is not None:
             self._learn_overhead(max(0.0, total_seconds - engine_seconds))
-        profile = max(self._profile_seconds(rows, length), _LEAST_SECONDS)
-        predicted = self.scale * profile + self.fixed_seconds
-        clipped = max(-_MOST_WRONG, min(_MOST_WRONG, engine_seconds / predicted - 1))
+        one = self._curves[variant]
+        for other in self._curves:
+            if other is not one:
+                other.fade()
+        shifted = one.observe(rows, length, engine_seconds)
+        self.margin, self.scale = one.margin, one.scale
+        return shifted
+
+    def _learn_overhead(self, around: float) -> None:
+        if self.overhead_seconds == 0.0:  # of the first alone it is not known what it was
+            self.overhead_seconds = min(around, 50 * _UNKNOWN_SECONDS)
+        # What else the machine did meanwhile is not the cost of a call, so the estimate follows the
+        # cheap calls quickly and the dear ones slowly.
+        weight = _DOWN if around < self.overhead_seconds else _UP
+        around = min(around, 2 * self.overhead_seconds)
+        self.overhead_seconds += weight * (around - self.overhead_seconds)
+
+
+class _Curve:
+    """Predicted time of a call inside the engine of one variant."""
+
+    def __init__(self, profile: Sequence[LatencyPoint]) -> None:
+        if any(point.length for point in profile):
+            measured = partial(_by_length, _fit(profile))
+        else:
+            known = {0: 0.0} | {point.rows: point.median_ms / 1e3 for point in profile}
+            points = sorted((known if profile else known | {1: _UNKNOWN_SECONDS}).items())
+            measured = partial(_by_rows, points)
+        self._profile = lru_cache(_MOST_KNOWN)(measured)  # a plan asks for the same ones often
+        self.scale, self._fixed, self.margin = 1.0, 0.0, 1.0
+        self._unit = self._profile(1, 32)
+        # Sums of 1, x, x^2, y, xy over calls, with x = unit / profile and y = seconds / profile.
+        self._normal = list(_PRIOR)
+        self._variance = self._drift = 0.0
+
+    def seconds(self, rows: int, length: int) -> float:
+        """Return what is predicted for `rows` padded to `length`."""
+        return self.scale * self._profile(rows, length) + self._fixed
+
+    def observe(self, rows: int, length: int, seconds: float) -> bool:
+        """Learn what a call took; return whether the speed has just changed."""
+        profile = self._profile(rows, length)
+        predicted = self.scale * profile + self._fixed
+        clipped = max(-_MOST_WRONG, min(_MOST_WRONG, seconds / predicted - 1))
         self._drift += (clipped - self._drift) / _SHIFT_CALLS
         self._variance += (clipped * clipped - self._variance) / (4 * _SHIFT_CALLS)
         shifted = abs(self._drift) > max(_SHIFT, 3 * math.sqrt(self._variance / _SHIFT_CALLS))
@@ -116,74 +151,27 @@ class LatencyModel:
         self._solve()
 
     def _solve(self) -> None:
-        """Set `scale` and `fixed_seconds` by least squares of the relative errors, held to 1, 0."""
+        """Set `scale` and what is fixed by least squares of the relative errors, held to 1, 0."""
         n, sx, sxx, sy, sxy = self._normal
         n, sxx, sy = n + _RIDGE, sxx + _RIDGE, sy + _RIDGE
         determinant = n * sxx - sx * sx
         fixed = max(0.0, (n * sxy - sx * sy) / determinant)
         self.scale = max(0.01, (sy - fixed * sx) / n)
-        self.fixed_seconds = fixed * self._unit
-
-    def _learn_overhead(self, around: float) -> None:
-        if self.overhead_seconds == 0.0:  # of the first alone it is not known what it was
-            self.overhead_seconds = min(around, 50 * _UNKNOWN_SECONDS)
-        # What else the machine did meanwhile is not the cost of a call, so the estimate follows the
-        # cheap calls quickly and the dear ones slowly.
-        weight = _DOWN if around < self.overhead_seconds else _UP
-        around = min(around, 2 * self.overhead_seconds)
-        self.overhead_seconds += weight * (around - self.overhead_seconds)
-
-    def _profile_seconds(self, rows: int, length: int) -> float:
-        if self._terms is not None:
-            fixed, linear, quadratic = self._terms
-            elements = rows * length
-            return fixed + linear * elements + quadratic * elements * length
-        points = self._by_rows
-        at = min(max(bisect.bisect_left(points, (rows, 0.0)), 1), len(points) - 1)
-        (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
-        slope = (seconds_1 - seconds_0) / (rows_1 - rows_0)
-        return max(seconds_0 + slope * (rows - rows_0), min(seconds_0, seconds_1) * 0.5)
+        self._fixed = fixed * self._unit
 
 
-class FastestOf(LatencyModel):
-    """Predicted time of a call where each is given to the variant that takes least for it."""
-
-    def __init__(self, profiles: Sequence[Sequence[LatencyPoint]]) -> None:
-        super().__init__(profiles[0])
-        self._variants = [LatencyModel(profile) for profile in profiles]
-
-    def engine_seconds(self, rows: int, length: int) -> float:
-        """Return what the fastest takes; see `LatencyModel.engine_seconds`."""
-        return min([one.engine_seconds(rows, length) for one in self._variants])
-
-    def variant(self, rows: int, length: int) -> int:
-        """Return the index of the variant that takes such a call."""
-        seconds = [one.engine_seconds(rows, length) for one in self._variants]
-        return seconds.index(min(seconds))
-
-    def observe(
-        self,
-        rows: int,
-        length: int,
-        total_seconds: float | None,
-        engine_seconds: float,
-        variant: int = 0,
-    ) -> bool:
-        """Learn of the variant that ran, and of the way to it; see `LatencyModel.observe`."""
-        if total_seconds is not None:
-            self._learn_overhead(max(0.0, total_seconds - engine_seconds))
-        one = self._variants[variant]
-        for other in self._variants:
-            if other is not one:
-                other.fade()
-        shifted = one.observe(rows, length, None, engine_seconds)
-        self.margin, self.scale = one.margin, one.scale
-        return shifted
+def _by_length(terms: tuple[float, float, float], rows: int, length: int) -> float:
+    (fixed, linear, quadratic), elements = terms, rows * length
+    return max(_LEAST_SECONDS, fixed + linear * elements + quadratic * elements * length)
 
 
-def latency_of(profiles: Sequence[Sequence[LatencyPoint]]) -> LatencyModel:
-    """Return the model of one variant, or of several that serve together, by their profiles."""
-    return FastestOf(profiles) if len(profiles) > 1 else LatencyModel(profiles[0])
+def _by_rows(points: Sequence[tuple[int, float]], rows: int, length: int) -> float:
+    del length
+    at = min(max(bisect.bisect_left(points, (rows, 0.0)), 1), len(points) - 1)
+    (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
+    slope = (seconds_1 - seconds_0) / (rows_1 - rows_0)
+    least = max(_LEAST_SECONDS, min(seconds_0, seconds_1) * 0.5)
+    return max(least, seconds_0 + slope * (rows - rows_0))
 
 
 def _fit(profile: Sequence[LatencyPoint]) -> tuple[float, float, float]:

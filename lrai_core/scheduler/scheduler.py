@@ -35,7 +35,7 @@ from lrai_core.errors import (
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
-from lrai_core.scheduler.latency import latency_of
+from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Offer, choose, plan, probe
 from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.messages import Refused
@@ -128,7 +128,7 @@ class Replica:
 
     def __init__(self, actor: str, *profiles: Sequence[LatencyPoint], threads: int = 1) -> None:
         self.actor = actor
-        self.latency = latency_of(profiles)
+        self.latency = LatencyModel(*profiles)
         self.threads = threads
         self.calls: deque[_Call] = deque()  # the first one runs
 
@@ -178,7 +178,7 @@ class Scheduler:
         own, by_actor = config or self._config, {replica.actor: replica for replica in replicas}
         elements = own.max_batch_elements or MEASURED_ELEMENTS
         bounds = Bounds(own.max_batch_rows, elements, len(replicas))
-        alone_ms = 1e3 * min(replica.latency.engine_seconds(1, 1) for replica in replicas)
+        alone_ms = 1e3 * min(replica.latency.alone_seconds() for replica in replicas)
         slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = own.latency_slo_ms or own.default_timeout_ms
         paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic())

@@ -281,7 +281,7 @@ def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:
 
 def test_a_long_call_that_was_foreseen_is_no_hang(inline: lrai.Runtime) -> None:
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
-    here._latency.scale = 1e5
+    here._latency.engine_seconds = lambda *_: 10.0
     with held_up(inline) as (began, go_on):
         caller = threading.Thread(target=inline.infer, args=(request(1.0),))
         caller.start()
@@ -391,14 +391,15 @@ def test_a_time_that_is_none_is_refused_and_leaves_nothing_inside(
 
 def test_a_model_that_was_slow_once_is_tried_again(inline: lrai.Runtime) -> None:
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
-    here._latency.scale = 1e6  # as it was learned
+    (curve,) = here._latency._curves
+    curve.scale = 1e6  # as it was learned
     hurried = msgspec.structs.replace(request(1.0), timeout_ms=500.0)
     here._seen = time.monotonic() + 60  # not long ago, however long that takes
     with pytest.raises(lrai.DeadlineExceeded):
         inline.infer(hurried)
     here._seen = time.monotonic() - 2.0  # seconds ago
     assert inline.infer(hurried).outputs["logits"].shape == (1, 10)
-    here._latency.scale, here._seen = 1e6, time.monotonic() + 60
+    curve.scale, here._seen = 1e6, time.monotonic() + 60
     assert isinstance(together(inline, [hurried, hurried])[0], lrai.DeadlineExceeded)
     here._seen = time.monotonic() - 2.0
     answers = together(inline, [hurried, hurried])

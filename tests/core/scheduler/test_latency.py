@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrai_core.artifact import LatencyPoint
-from lrai_core.scheduler.latency import LatencyModel, latency_of
+from lrai_core.scheduler.latency import LatencyModel
 
 
 def point(rows: int, length: int, seconds: float) -> LatencyPoint:
@@ -119,7 +119,7 @@ def two_variants() -> LatencyModel:
     """Return one that is quicker for up to four rows, and one that is for more."""
     quick = [point(1, 0, 0.010), point(8, 0, 0.080)]
     broad = [point(1, 0, 0.030), point(8, 0, 0.044)]
-    return latency_of([quick, broad])
+    return LatencyModel(quick, broad)
 
 
 def test_each_call_is_predicted_as_the_variant_takes_it_that_is_fastest_at_it() -> None:
@@ -151,14 +151,13 @@ def test_a_new_speed_of_any_variant_is_told_and_the_way_is_learned_for_all() -> 
 
 
 def test_of_one_variant_there_is_nothing_to_choose() -> None:
-    model = latency_of([[point(1, 0, 0.010)]])
-    assert type(model) is LatencyModel
+    model = LatencyModel([point(1, 0, 0.010)])
     assert model.variant(1, 0) == model.variant(100, 0) == 0
 
 
 def test_a_variant_that_lost_its_calls_to_a_slow_phase_gets_them_back() -> None:
     """Of what does not run nothing is heard, so what was learned of it is not for ever."""
-    model = latency_of([[point(1, 0, 0.001)], [point(1, 0, 0.002)]])
+    model = LatencyModel([point(1, 0, 0.001)], [point(1, 0, 0.002)])
     for _ in range(60):  # a neighbour has the machine for a while
         model.observe(1, 0, None, 0.0023, 0)
         if model.variant(1, 0) == 1:
@@ -172,3 +171,24 @@ def test_a_variant_that_lost_its_calls_to_a_slow_phase_gets_them_back() -> None:
     for _ in range(50):
         model.observe(1, 0, None, 0.001, 0)
         assert model.variant(1, 0) == 0
+
+
+def test_the_more_calls_differ_the_more_is_held_against_a_deadline() -> None:
+    steady, unsteady = LatencyModel([point(1, 0, 0.010)]), LatencyModel([point(1, 0, 0.010)])
+    assert steady.margin == 1
+    for call in range(200):
+        steady.observe(1, 0, None, 0.010)
+        unsteady.observe(1, 0, None, (0.008, 0.012)[call % 2])
+    assert 1 <= steady.margin < 1.01
+    assert unsteady.engine_seconds(1, 0) == pytest.approx(0.010, rel=0.05)
+    assert 1.05 < unsteady.margin < 1.2  # half a standard deviation
+
+
+def test_a_row_alone_is_thought_to_be_as_long_as_rows_usually_are() -> None:
+    def cost(rows: int, length: int) -> float:
+        return 1e-3 + 1e-4 * rows * length
+
+    model = LatencyModel([point(r, n, cost(r, n)) for r in (1, 4) for n in (8, 64, 512)])
+    assert model.alone_seconds() == pytest.approx(cost(1, 64))
+    assert LatencyModel([point(1, 0, 0.010)]).alone_seconds() == pytest.approx(0.010)
+    assert LatencyModel([]).alone_seconds() == pytest.approx(0.001)

@@ -1197,6 +1197,22 @@ def test_who_was_answered_is_told_after_the_engine_has_its_next_call(bench: Benc
     bench.step()
 
 
+def test_who_names_no_time_may_wait_as_long_as_rows_of_usual_length_take(bench: Bench) -> None:
+    usual = LatencyPoint(rows=1, length=256, median_ms=50.0, spread_ms=0.0)
+    bench.scheduler.add("text", [Replica("text", [usual])])  # a second: twenty times that
+    bench.workers.down.add("text")
+    for name, timeout_ms in (("none", None), ("soon", 500)):
+        bench.submit(request(group=name), "text", timeout_ms)
+    bench.step()
+    bench.workers.down.clear()
+    first, second = (waiting.group for waiting in bench.scheduler._models["text"].queue.urgent)
+    assert (first, second) == (("soon",), ("none",))
+    for _ in range(2):
+        bench.step()
+        bench.workers.answer("text")
+    bench.step()
+
+
 # Whatever happens, in any order
 
 
