@@ -38,7 +38,7 @@ from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, plan, p
 from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load, Refused
-from lrai_core.wire.workers import Answered
+from lrai_core.wire.workers import Answered, Batch
 from lrai_deployments.combining import Combiner, Helped
 from lrai_deployments.inline import run
 
@@ -299,7 +299,7 @@ class Here:
         predicted = self._latency.engine_seconds(rows, length)
         self._overdue = began + max(actor.hang_seconds, actor.hang_factor * predicted)
         try:
-            outcome = run(self._load, self._sessions[variant], 0, valid)
+            outcome = run(self._load, self._sessions[variant], Batch(0, valid, predicted))
         finally:
             self._overdue = math.inf
         match outcome:

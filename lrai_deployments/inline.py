@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from lrai_core.engine.batching import coalesce
 from lrai_core.engine.engine import Session
 from lrai_core.errors import ArtifactError, EngineError, LraiError, OutOfResources
 from lrai_core.events import EventBus
-from lrai_core.protocol import ValidRequest
 from lrai_core.wire.messages import Load, Refused
 from lrai_core.wire.workers import Batch, Outcome
 
@@ -81,31 +79,24 @@ class InlinePool(Pool):
         """See `Workers.next_check`."""
         return now if self._outcomes else super().next_check(now)
 
-    def dispatch(
-        self,
-        name: str,
-        batch: int,
-        requests: Sequence[ValidRequest],
-        predicted_seconds: float,
-        variant: int = 0,
-    ) -> None:
+    def dispatch(self, name: str, batch: Batch) -> None:
         """See `Workers.dispatch`; what runs here has its outcome when this returns."""
         if opened := self.opened(name):
             load, sessions = opened
-            self._outcomes.append(run(load, sessions[variant], batch, requests))
+            self._outcomes.append(run(load, sessions[batch.variant], batch))
         else:
-            super().dispatch(name, batch, requests, predicted_seconds, variant)
+            super().dispatch(name, batch)
 
 
-def run(load: Load, session: Session, batch: int, requests: Sequence[ValidRequest]) -> Outcome:
+def run(load: Load, session: Session, batch: Batch) -> Outcome:
     """Return the outcome of a call that runs on this thread."""
-    call = Batch(batch, requests, tuple({i for r in requests for i in r.outputs}), 0.0)
+    wanted = batch.outputs()
     try:
-        arrays = coalesce([request.arrays for request in requests], load.signature)
+        arrays = coalesce([request.arrays for request in batch.requests], load.signature)
         started = time.perf_counter()
-        outputs = session.run(arrays, call.outputs)
-        return answered(call, outputs, time.perf_counter() - started, load)
+        outputs = session.run(arrays, wanted)
+        return answered(batch, outputs, time.perf_counter() - started, load)
     except EngineError as error:
-        return Refused(batch, str(error), error.invalid)
+        return Refused(batch.number, str(error), error.invalid)
     except Exception as error:  # noqa: BLE001 - edge, as in an actor: it is the batch's outcome
-        return Refused(batch, type(error).__name__, invalid=False)
+        return Refused(batch.number, type(error).__name__, invalid=False)

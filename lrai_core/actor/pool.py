@@ -27,11 +27,11 @@ from lrai_core.config import ActorConfig
 from lrai_core.engine.batching import coalesce, split
 from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, NotReady, OutOfResources
 from lrai_core.events import EventBus
-from lrai_core.protocol import Array, ValidRequest
+from lrai_core.protocol import Array
 from lrai_core.wire import messages
 from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import BadFrames, Executed, FromActor, Load, Packer, Refused
-from lrai_core.wire.workers import Batch, GaveUp, Lost, Outcome
+from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome
 
 # Between looks, of which one is due every second at the latest; whether a killed process has ended.
 _STOPPED_SECONDS, _REAP_SECONDS = 2.0, 0.005
@@ -113,31 +113,20 @@ class Pool:
         """See `Workers.next_check`."""
         return min([now + 1.0, *(actor.due for actor in self._lives.values())])
 
-    def dispatch(
-        self,
-        name: str,
-        batch: int,
-        requests: Sequence[ValidRequest],
-        predicted_seconds: float,
-        variant: int = 0,
-    ) -> None:
+    def dispatch(self, name: str, batch: Batch) -> None:
         """See `Workers.dispatch`."""
-        actor = self._actors[name]
+        actor, requests = self._actors[name], batch.requests
         parts: list[Sequence[Array]] = [request.arrays for request in requests]
         if all(request.nbytes < messages.OWN_FRAME_BYTES for request in requests):
             # Copied either way, and what is done here is not done on the engine's CPU.
             parts = [coalesce(parts, actor.load.signature)]
-        packer, outputs = Packer(self.arenas.find), tuple({i for r in requests for i in r.outputs})
+        packer = Packer(self.arenas.find)
         tensors = tuple([packer.pack(part) for part in parts])
-        # Of a source model that serves in a variant's place nobody has measured what it takes.
-        given, unknown = self._config, actor.load.optimise
-        limit = max(given.hang_seconds, given.start_timeout_seconds * unknown)
-        limit = max(limit, given.hang_factor * predicted_seconds)
-        actor.batches.append(Batch(batch, requests, outputs, limit))
+        actor.batches.append(batch)
         if len(actor.batches) == 1:
             self._watch(actor)
-        execute = messages.Execute(batch, outputs, tensors, packer.segments, variant)
-        packer.send(self._socket, execute, actor.identity)
+        told = (batch.number, batch.outputs(), tensors, packer.segments, batch.variant)
+        packer.send(self._socket, messages.Execute(*told), actor.identity)
 
     def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
         """See `Workers.poll`."""
@@ -199,7 +188,11 @@ class Pool:
     def _watch(self, actor: _Actor) -> None:
         """Expect the end of the batch that runs now, or a sign of life where none does."""
         if actor.batches:
-            actor.expect(actor.batches[0].limit_seconds, "the model made no progress")
+            given, predicted = self._config, actor.batches[0].predicted_seconds
+            # Of a source model that serves in a variant's place nobody has measured what it takes.
+            unknown = given.start_timeout_seconds * actor.load.optimise
+            limit = max(given.hang_seconds, given.hang_factor * predicted, unknown)
+            actor.expect(limit, "the model made no progress")
         else:
             actor.expect(self._config.hang_seconds, "the model's process gave no sign of life")
 
@@ -295,17 +288,20 @@ def _outcome(actor: _Actor, message: Executed | Refused, frames: Sequence[memory
     if isinstance(message, Refused):
         return message
     batch = actor.batches[0]
-    if len(message.outputs) != len(batch.outputs):
+    if len(message.outputs) != len(batch.outputs()):
         raise BadFrames("other outputs than the requests want")
     outputs = [messages.unpack(tensor, frames) for tensor in message.outputs]
     return answered(batch, outputs, message.engine_seconds, actor.load)
 
 
 def answered(batch: Batch, outputs: Sequence[Array], seconds: float, load: Load) -> Outcome:
-    """Return every request's own rows of the outputs that it wants, after `seconds` of engine."""
-    specs = [load.signature.outputs[index] for index in batch.outputs]
+    """Return a copy of every request's own rows of what it wants, after `seconds` of engine."""
+    wanted = batch.outputs()
+    specs = [load.signature.outputs[index] for index in wanted]
     rows, lengths = [r.rows for r in batch.requests], [r.length for r in batch.requests]
     try:
-        return batch.answered(split(outputs, specs, rows, lengths), seconds)
+        parts = zip(batch.requests, split(outputs, specs, rows, lengths), strict=True)
+        answers = [[part[wanted.index(i)].copy() for i in r.outputs] for r, part in parts]
     except (ValueError, IndexError, MemoryError) as error:  # not what the model declares
         return Refused(batch.number, str(error), invalid=False)
+    return Answered(batch.number, answers, seconds)

@@ -39,7 +39,7 @@ from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Offer, choose, plan, probe
 from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.messages import Refused
-from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome, Workers
+from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Workers
 
 Done = Callable[[list[Array] | None, LraiError | None, int], None]
 
@@ -477,7 +477,7 @@ class Scheduler:
         if not call.queued:
             call.begin(now)
         requests = [pending.request for pending in started]
-        self._workers.dispatch(replica.actor, batch, requests, seconds, variant)
+        self._workers.dispatch(replica.actor, Batch(batch, requests, seconds, variant))
         size = {"requests": len(started), "rows": rows, "length": length}
         self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
 

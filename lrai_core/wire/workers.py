@@ -26,18 +26,16 @@ class Answered:
 
 
 class Batch(NamedTuple):
-    """A call that an actor has been sent."""
+    """A call of one variant, for an actor."""
 
     number: int
     requests: Sequence[ValidRequest]
-    outputs: tuple[int, ...]  # that any of them wants
-    limit_seconds: float  # from when it is the first
+    predicted_seconds: float
+    variant: int = 0
 
-    def answered(self, parts: Sequence[Sequence[Array]], engine_seconds: float) -> Answered:
-        """Return a copy of every request's own outputs of these, its rows of all outputs."""
-        pairs = zip(self.requests, parts, strict=True)
-        answers = [[part[self.outputs.index(i)].copy() for i in one.outputs] for one, part in pairs]
-        return Answered(self.number, answers, engine_seconds)
+    def outputs(self) -> tuple[int, ...]:
+        """Return the outputs that any of its requests wants, each once."""
+        return tuple(sorted({index for request in self.requests for index in request.outputs}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +85,5 @@ class Workers(Protocol):
         If `ready` it takes batches, which it runs in order; if `failed` it was given up.
         """
 
-    def dispatch(
-        self,
-        actor: str,
-        batch: int,
-        requests: Sequence[ValidRequest],
-        predicted_seconds: float,
-        variant: int = 0,
-    ) -> None:
-        """Send the requests to the actor as one call of a variant, behind those that it has."""
+    def dispatch(self, actor: str, batch: Batch) -> None:
+        """Send an actor a call, behind those that it has."""

@@ -33,7 +33,7 @@ from lrai_core.wire.messages import (
     Refused,
     TensorFrame,
 )
-from lrai_core.wire.workers import Answered, Lost, Outcome
+from lrai_core.wire.workers import Answered, Batch, Lost, Outcome
 from tests.core.small_artifact import SIGNATURE
 
 LOAD = Load("/folder", "model.onnx", "", "onnxruntime", False, 1, {}, SIGNATURE)
@@ -114,7 +114,7 @@ class Bench:
     def dispatch(self, *batches: int) -> None:
         one = ValidRequest((np.zeros((1, 1), np.float32),), 1, 0, (), ("g",), 4)
         for batch in batches:
-            self.pool.dispatch("m", batch, [one], 0.01)
+            self.pool.dispatch("m", Batch(batch, [one], 0.01))
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def asked(value: float, rows: int = 1, columns: int = 3) -> ValidRequest:
 def test_small_requests_are_joined_before_they_are_sent_and_get_their_own_rows(
     bench: Bench,
 ) -> None:
-    bench.pool.dispatch("m", 1, [asked(1.0), asked(2.0, rows=2)], 0.01)
+    bench.pool.dispatch("m", Batch(1, [asked(1.0), asked(2.0, rows=2)], 0.01))
     execute, joined = bench.process.heard()
     assert isinstance(execute, messages.Execute)
     ((tensor,),) = execute.parts
@@ -285,14 +285,15 @@ def test_small_requests_are_joined_before_they_are_sent_and_get_their_own_rows(
 
 def test_large_requests_are_sent_as_they_are(bench: Bench) -> None:
     large = messages.OWN_FRAME_BYTES // 4
-    bench.pool.dispatch("m", 1, [asked(1.0, columns=large), asked(2.0, columns=large)], 0.01)
+    requests = [asked(1.0, columns=large), asked(2.0, columns=large)]
+    bench.pool.dispatch("m", Batch(1, requests, 0.01))
     execute, *_ = bench.process.heard()
     assert isinstance(execute, messages.Execute)
     assert [part[0].shape for part in execute.parts] == [(1, large), (1, large)]
 
 
 def test_a_model_that_does_not_keep_rows_apart_answers_nobody(bench: Bench) -> None:
-    bench.pool.dispatch("m", 1, [asked(1.0), asked(2.0)], 0.01)
+    bench.pool.dispatch("m", Batch(1, [asked(1.0), asked(2.0)], 0.01))
     whole = TensorFrame("FP32", (1, 3), 0, 0, 12)
     why = "output 'y' has shape [1, 3] for 2 rows"
     assert bench.hear(Executed(1, 0.01, (whole,)), bytes(12)) == [Refused(1, why, invalid=False)]

@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +37,7 @@ from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import plan
 from lrai_core.scheduler.scheduler import Replica, Scheduler
 from lrai_core.wire.messages import Refused
-from lrai_core.wire.workers import Answered, GaveUp, Lost, Outcome
+from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome
 
 PROFILE = [  # 10 ms a call, hardly more for more rows
     LatencyPoint(rows=1, length=0, median_ms=10.0, spread_ms=0.0),
@@ -85,19 +85,12 @@ class FakeWorkers:
         self.when_asked()
         return "starting" if model in self.down else "ready", None
 
-    def dispatch(
-        self,
-        model: str,
-        batch: int,
-        requests: Sequence[ValidRequest],
-        predicted_seconds: float,
-        variant: int = 0,
-    ) -> None:
+    def dispatch(self, model: str, batch: Batch) -> None:
         assert len(self.calls.get(model, ())) < 2, "one runs and one is next"
-        assert requests, "no empty batch"
-        self.calls.setdefault(model, deque()).append((batch, list(requests)))
-        self.dispatched.append([number(request) for request in requests])
-        self.variants.append(variant)
+        assert batch.requests, "no empty batch"
+        self.calls.setdefault(model, deque()).append((batch.number, list(batch.requests)))
+        self.dispatched.append([number(request) for request in batch.requests])
+        self.variants.append(batch.variant)
         if len(self.calls[model]) == 1:
             self.begun.append(self.dispatched[-1])
 
