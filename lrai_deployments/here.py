@@ -14,10 +14,10 @@ import math
 import numbers
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.engine.engine import Session
@@ -46,6 +46,7 @@ _LATE: Final = "the deadline cannot be met any more; it was not run"
 _PATIENCE_MS: Final = 100.0  # at least, before who names no time is as urgent as who is due
 _LEARN_EVERY: Final = 8  # of the calls with one request: they are many, alike, and quick
 
+T = TypeVar("T")
 Outcome = tuple[int, list[Array] | LraiError]  # of the request with this index
 
 
@@ -126,7 +127,7 @@ class Here:
             return one  # type: ignore[return-value] # the future of the version that has it now
         size, index = one.valid, one.place.sequence
         try:
-            alone = self._latency.call_seconds(size.rows, size.length)
+            alone = self._ask(0.0, self._latency.call_seconds, size.rows, size.length)
             self._admission.enter(size.rows, size.nbytes, alone / size.rows)
         except LraiError as error:
             self._end(one, error)
@@ -235,16 +236,10 @@ class Here:
     def _run(self, inside: Mapping[int, _Accepted]) -> Iterator[Outcome]:
         """Run what can be in time, call after call; yield the outcome of each request."""
         now = time.monotonic()
-        places, latency = [one.place for one in inside.values()], self._latency
-        last = sum(latency.call_seconds(one.rows, one.length) for one in places) * latency.margin
-        chosen: Collection[int] = inside
-        due = min((one.deadline for one in places), default=math.inf)
-        if now + last > due and self._last_end(places, now) > due:
-            chosen = choose_together(places, latency, now)
-            if not chosen and now - self._seen > PROBE_SECONDS:
-                chosen = {max(places, key=lambda one: one.deadline).sequence}
-            for index in inside.keys() - chosen:
-                yield index, DeadlineExceeded(_LATE)
+        places, everybody = [one.place for one in inside.values()], set(inside)
+        chosen = self._ask(everybody, self._choose, places, now)
+        for index in everybody - chosen:
+            yield index, DeadlineExceeded(_LATE)
         if len(chosen) == 1:
             yield from self._call(tuple(chosen), inside)
             return
@@ -259,6 +254,18 @@ class Here:
                 yield index, DeadlineExceeded(_LATE)
             if decision.dispatch:
                 yield from self._call(decision.dispatch, inside)
+
+    def _choose(self, places: Sequence[Waiting], now: float) -> set[int]:
+        """Return who can all be in time."""
+        latency = self._latency
+        last = sum(latency.call_seconds(one.rows, one.length) for one in places) * latency.margin
+        due = min((one.deadline for one in places), default=math.inf)
+        if now + last <= due or self._last_end(places, now) <= due:
+            return {one.sequence for one in places}
+        chosen = choose_together(places, latency, now)
+        if not chosen and now - self._seen > PROBE_SECONDS:
+            return {max(places, key=lambda one: one.deadline).sequence}
+        return chosen
 
     def _last_end(self, places: Sequence[Waiting], now: float) -> float:
         """Return when the last of the calls ends that all would share, infinity if one is late."""
@@ -275,28 +282,26 @@ class Here:
         return end
 
     def _decide(self, queue: Queue) -> Decision:
-        try:
-            decision = plan(queue, self._latency, time.monotonic(), self._bounds)
-            if not math.isfinite(decision.predicted_seconds):
-                raise ValueError(f"predicted {decision.predicted_seconds} seconds")
-        except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
-            self._runtime.events.emit("planner_failed", self._version.key, reason=repr(error))
-            return Decision((next(iter(queue)),), (), 0.0)
-        if not decision.dispatch and time.monotonic() - self._seen > PROBE_SECONDS:
-            return probe(queue, self._latency)
+        now, first = time.monotonic(), Decision((next(iter(queue)),), (), 0.0)
+        decision = self._ask(first, plan, queue, self._latency, now, self._bounds)
+        if not decision.dispatch and now - self._seen > PROBE_SECONDS:
+            return self._ask(first, probe, queue, self._latency)
         return decision
+
+    def _ask(self, otherwise: T, question: Callable[..., T], *arguments: Any) -> T:
+        return self._runtime.scheduler.ask(self._version.key, otherwise, question, *arguments)
 
     def _call(self, indices: Sequence[int], inside: Mapping[int, _Accepted]) -> Iterator[Outcome]:
         """Run a call; where the engine refuses several, each alone: one may be to blame."""
         valid = [inside[index].valid for index in indices]
         rows, length = sum(one.rows for one in valid), max(one.length for one in valid)
-        variant = self._latency.variant(rows, length)
+        variant = self._ask(0, self._latency.variant, rows, length)
         for index in indices:
             inside[index].variant = variant
         name, emit = self._version.key, self._runtime.events.emit
         emit("batch_dispatched", name, requests=len(valid), rows=rows, length=length)
         began, actor = time.monotonic(), self._runtime.config.actor
-        predicted = self._latency.engine_seconds(rows, length)
+        predicted = self._ask(0.0, self._latency.engine_seconds, rows, length)
         self._overdue = began + max(actor.hang_seconds, actor.hang_factor * predicted)
         try:
             outcome = run(self._load, self._sessions[variant], Batch(0, valid, predicted))
@@ -307,7 +312,8 @@ class Here:
                 self._calls, self._seen = self._calls + 1, time.monotonic()
                 if len(valid) > 1 or self._calls % _LEARN_EVERY == 0:
                     total = time.monotonic() - began
-                    if self._latency.observe(rows, length, total, seconds, variant):
+                    seen = (rows, length, total, seconds, variant)
+                    if self._ask(None, self._latency.observe, *seen):
                         emit("speed_changed", name, scale=self._latency.scale)
                 emit("batch_completed", name, engine_seconds=seconds)
                 yield from zip(indices, answers, strict=True)

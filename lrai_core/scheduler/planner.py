@@ -101,6 +101,8 @@ class _Costs(dict[tuple[int, int], float]):
 
     def __missing__(self, call: tuple[int, int]) -> float:
         self[call] = seconds = self._predict(*call)
+        if not seconds < inf:
+            raise ValueError(f"predicted {seconds} seconds")
         return seconds
 
     def late(self, one: Waiting, now: float) -> bool:

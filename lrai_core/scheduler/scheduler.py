@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import zmq
 
@@ -41,6 +41,7 @@ from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Workers
 
+T = TypeVar("T")
 Done = Callable[[list[Array] | None, LraiError | None, int], None]
 
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
@@ -241,6 +242,17 @@ class Scheduler:
         if not self._hand_over(action):
             raise NotReady("the runtime was closed")
 
+    def ask(self, model: str, otherwise: T, question: Callable[..., T], *arguments: Any) -> T:
+        """Return what planner or latency model say; `otherwise`, and an event, where they fail.
+
+        That costs a better plan, and no request.
+        """
+        try:
+            return question(*arguments)
+        except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
+            self._events.emit("planner_failed", model, reason=repr(error))
+            return otherwise
+
     def remove(self, model: str) -> None:
         """Forget a model; what waits for it or runs is refused. Runs in the scheduler's thread."""
         if gone := self._models.pop(model, None):
@@ -284,15 +296,16 @@ class Scheduler:
         if model.failed:
             raise ActorError(model.failed)
         models = [replica.latency for replica in list(model.replicas.values())]
-        needed = min([latency.engine_seconds(rows, request.length) for latency in models])
-        if not allowed > needed * model.is_known(pending.arrival):
+        needed = self.ask(model.name, 0.0, _least_seconds, models, rows, request.length)
+        # No number is no reason to refuse: what waits then runs one by one.
+        if not allowed > 0 or allowed <= needed * model.is_known(pending.arrival):
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
         if before := bisect_left(model.queue.urgent, pending.place):
             # They are like it in calls of the best size, or as they have been of late.
             most = max(1, model.bounds.rows // rows)
-            each = [m.call_seconds(n * rows, request.length) / n for m in models for n in (1, most)]
-            if before * min(model.pace, *each) > allowed * len(models) * _HOPE:
+            each = self.ask(model.name, 0.0, _least_seconds, models, rows, request.length, most)
+            if before * min(model.pace, each) > allowed * len(models) * _HOPE:
                 raise DeadlineExceeded(f"{before} requests have to be answered before it")
         with self._state_lock:  # `drain` sees a request either refused or counted
             if not self.accepting:
@@ -410,7 +423,7 @@ class Scheduler:
         offers: list[tuple[_Model, Replica, Decision]] = []
         for model in list(self._models.values()):
             if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
-                replica = min(idle, key=lambda r: r.latency.engine_seconds(1, 1))
+                replica = self.ask(model.name, idle[0], _best, idle)
                 decision = self._decide(model, replica, now)
                 if decision.dispatch:
                     offers.append((model, replica, decision))
@@ -455,11 +468,7 @@ class Scheduler:
             Offer(d.due, d.predicted_seconds, len(d.dispatch), model.used_seconds > share)
             for model, _, d in offers
         ]
-        try:
-            return choose(calls, now)
-        except Exception as error:  # noqa: BLE001 - edge: without a choice it is the first one's turn
-            self._events.emit("planner_failed", offers[0][0].name, reason=repr(error))
-            return 0
+        return self.ask(offers[0][0].name, 0, choose, calls, now)
 
     def _start(self, model: _Model, replica: Replica, decision: Decision, now: float) -> None:
         # From here on a request holds its place until the engine is done with it, cancelled or not.
@@ -467,7 +476,7 @@ class Scheduler:
         batch, seconds = next(self._batches), decision.predicted_seconds
         rows = sum(p.request.rows for p in started)
         length = max(p.request.length for p in started)
-        variant = replica.latency.variant(rows, length)
+        variant = self.ask(model.name, 0, replica.latency.variant, rows, length)
         for pending in started:
             pending.variant = variant
         queued = bool(replica.calls)
@@ -483,15 +492,10 @@ class Scheduler:
 
     def _decide(self, model: _Model, replica: Replica, start: float) -> Decision:
         """Return what the actor runs next, after those were told whom nobody will run."""
-        try:
-            decision = plan(model.queue, replica.latency, start, model.bounds)
-            if not math.isfinite(decision.predicted_seconds):
-                raise ValueError(f"predicted {decision.predicted_seconds} seconds")
-        except Exception as error:  # noqa: BLE001 - edge: a broken plan means one by one, not silence
-            self._events.emit("planner_failed", model.name, reason=repr(error))
-            return Decision((next(iter(model.queue)),), (), 0.0)
+        queue, first = model.queue, Decision(tuple(itertools.islice(model.queue, 1)), (), 0.0)
+        decision = self.ask(model.name, first, plan, queue, replica.latency, start, model.bounds)
         if decision.drop and not (decision.dispatch or replica.calls or model.is_known(start)):
-            return probe(model.queue, replica.latency)
+            return self.ask(model.name, first, probe, queue, replica.latency)
         late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
         self._settle_with(self._take(model, decision.drop), late)
         return decision
@@ -514,14 +518,14 @@ class Scheduler:
         if calls:
             calls[0].begin(now)
         match outcome:
-            case Answered(answers=answers, engine_seconds=engine_seconds):
+            case Answered(answers=answers, engine_seconds=seconds):
                 total, name = None if call.queued else now - call.begun, call.model.name
                 latency, size = call.replica.latency, (call.rows, call.length)
-                if latency.observe(*size, total, engine_seconds, call.variant):
+                if self.ask(name, None, latency.observe, *size, total, seconds, call.variant):
                     self._events.emit("speed_changed", name, scale=latency.scale)
                 pace = (now - call.begun) / len(call.pending) - call.model.pace
                 call.model.pace += pace / _RECENT
-                self._events.emit("batch_completed", name, engine_seconds=engine_seconds)
+                self._events.emit("batch_completed", name, engine_seconds=seconds)
                 self._last_answer = call.model.seen = now
                 self._ended += zip(call.pending, answers, strict=True)
             case Refused(message=message, invalid=invalid):
@@ -580,3 +584,12 @@ class Scheduler:
         else:
             self._events.emit("request_failed", name, reason=type(error).__name__)
         done(answer, error, pending.variant)
+
+
+def _least_seconds(models: Sequence[LatencyModel], rows: int, length: int, most: int = 1) -> float:
+    """Return what a request takes, alone or as its share of a call with so many like it."""
+    return min([m.call_seconds(n * rows, length) / n for m in models for n in (1, most)])
+
+
+def _best(idle: Sequence[Replica]) -> Replica:
+    return min(idle, key=lambda one: one.latency.alone_seconds())

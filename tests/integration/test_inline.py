@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
+from lrai_core.scheduler.latency import LatencyModel
 from lrai_deployments.inline import run
 
 pytestmark = pytest.mark.server
@@ -226,6 +228,25 @@ def test_a_broken_plan_means_one_by_one(
     assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
     stats = inline.stats()
     assert (stats["planner_failed"], stats["batch_completed"]) == (5, 5)
+
+
+@pytest.mark.parametrize("answer", [None, math.nan])
+def test_a_broken_latency_model_means_one_by_one(
+    inline: lrai.Runtime, monkeypatch: pytest.MonkeyPatch, answer: float | None
+) -> None:
+    def broken(*_: Any) -> float:
+        if answer is None:
+            raise ZeroDivisionError
+        return answer
+
+    for method in ("engine_seconds", "call_seconds", *(["variant", "observe"] * (answer is None))):
+        monkeypatch.setattr(LatencyModel, method, broken)
+    answers = together(inline, [request(float(i)) for i in range(5)])
+    answers.append(inline.infer(request(1.0)))
+    assert all(isinstance(answer, lrai.InferenceResponse) for answer in answers)
+    stats = inline.stats()
+    assert (stats["batch_completed"], stats["outstanding_rows"]) == (6, 0)
+    assert stats["planner_failed"] >= 6
 
 
 def test_together_they_follow_a_swap_a_canary_and_an_end(

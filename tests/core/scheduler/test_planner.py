@@ -84,6 +84,22 @@ def test_a_learned_cost_around_the_call_makes_coalescing_pay() -> None:
     assert dispatched([waiting(0)] * 5, latency) == [0, 1, 2, 3, 4]
 
 
+def test_what_is_in_time_by_less_than_the_model_may_be_wrong_is_late() -> None:
+    latency = LatencyModel([LatencyPoint(rows=1, length=0, median_ms=10.0, spread_ms=0.0)])
+    assert dispatched([waiting(0, left=0.0105)], latency) == [0]
+    latency.margin = 1.1
+    assert decide([waiting(0, left=0.0105)], latency).drop == (0,)
+    assert dispatched([waiting(0, left=0.0115)], latency) == [0]
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf])
+def test_a_prediction_that_is_no_number_is_an_error(seconds: float) -> None:
+    latency = LatencyModel([])
+    latency.overhead_seconds = seconds
+    with pytest.raises(ValueError, match=f"predicted {seconds} seconds"):
+        decide([waiting(0)], latency)
+
+
 def test_padding_that_costs_more_than_it_saves_is_left_out() -> None:
     latency = model(1e-3, 1e-5)
     queue = [waiting(10), waiting(500), waiting(12)]

@@ -852,6 +852,35 @@ def test_a_planner_that_raises_means_one_by_one_and_an_event(
     assert bench.counts("planner_failed") == (3,)
 
 
+def fails(*_: object) -> float:
+    raise ZeroDivisionError("latency")
+
+
+def no_number(*_: object) -> float:
+    return math.nan
+
+
+@pytest.mark.parametrize("broken", [fails, no_number])
+def test_a_latency_model_that_fails_means_one_by_one_and_an_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., float]
+) -> None:
+    bench.scheduler.add("m", [Replica("m", PROFILE), Replica("m2", PROFILE)])
+    asked = ["engine_seconds", "call_seconds", "alone_seconds"]
+    asked += ["variant", "observe"] if broken is fails else []
+    for method in asked:
+        monkeypatch.setattr(LatencyModel, method, broken)
+    futures = [bench.submit(timeout_ms=timeout_ms) for timeout_ms in (5, None, 30_000, None, 5)]
+    with pytest.raises(DeadlineExceeded):
+        bench.submit(timeout_ms=0)
+    while not all(future.done() for future in futures):
+        bench.step()
+        for actor in list(bench.workers.calls):
+            bench.workers.answer(actor)
+    assert all(future.exception(0) is None for future in futures)
+    assert [len(batch) for batch in bench.workers.dispatched] == [1] * 5
+    assert bench.counts("planner_failed")[0] >= 5
+
+
 def test_a_choice_among_models_that_raises_means_one_after_the_other_and_an_event(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
