@@ -26,7 +26,10 @@ Kind = (
 
 
 _log: Final = logging.getLogger("lrai.runtime")
-_LOGGED: Final = {"actor_hung", "actor_lost", "model_failed", "variant_refused", "planner_failed"}
+_LOGGED: Final = {
+    "actor_hung", "actor_lost", "limit_unreachable", "model_failed", "planner_failed",
+    "variant_refused",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,9 @@ class Embedded:
         if 0 < limits.latency_slo_ms <= alone_ms:
             reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
             self.events.emit("limit_unreachable", name, setting="latency_slo_ms", reason=reason)
+        if limits.max_batch_rows > (most := self.config.scheduler.max_queue_rows):
+            reason = f"{limits.max_batch_rows} rows, of which {most} may wait (max_queue_rows)"
+            self.events.emit("limit_unreachable", name, setting="max_batch_rows", reason=reason)
         profiles = [profile, *(one.latency for one, _ in beside)]
         replicas = [Replica(actor, *profiles, threads=threads) for actor in actors]
         self.scheduler.add(version.key, replicas, limits)

@@ -136,9 +136,9 @@ class Runtime:
     ) -> str:
         """Start actors for the chosen variant, wait until they are ready, return the model's name.
 
-        A variant made for another processor class or engine version is not used: the source model
-        serves in its place, with an event. Where several processes share a daemon, the first loads
-        and the others find it loaded.
+        A variant made for another processor class or engine version is not used: the next variant
+        that was made for what is here serves in its place, else the source model, with an event.
+        Where several processes share a daemon, the first loads and the others find it loaded.
 
         Args:
             artifact: An artifact or the path of one.
@@ -155,8 +155,7 @@ class Runtime:
             MemoryBudgetExceeded: It does not fit `runtime.memory_mib`.
         """
         arguments: dict[str, Any] = {"name": name, "variant": variant, "require": require}
-        arguments |= {"artifact": _folder(artifact), "settings": settings}
-        arguments |= {} if share is None else {"share": share}
+        arguments |= {"artifact": _folder(artifact), "settings": settings, "share": share}
         return self._backend.call("load", arguments, str)
 
     def swap(

@@ -80,3 +80,12 @@ def test_what_somebody_has_to_know_is_logged_with_its_reason(
     assert (record.name, record.levelname) == ("lrai.runtime", "WARNING")
     said = "model@1: actor lost (reason the model's process ended with signal SIGKILL)"
     assert record.getMessage() == said
+
+
+def test_a_limit_that_cannot_be_reached_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    bus = EventBus()
+    bus.emit("limit_unreachable", "m", setting="latency_slo_ms", reason="1 ms, it takes 2")
+    bus.close()
+    (record,) = caplog.records
+    said = "m: limit unreachable (setting latency_slo_ms, reason 1 ms, it takes 2)"
+    assert record.getMessage() == said

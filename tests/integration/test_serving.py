@@ -392,6 +392,19 @@ def test_a_promise_that_no_call_can_keep_is_told(minilm_fp32: lrai.Artifact) -> 
         assert runtime.stats()["limit_unreachable"] == 1
 
 
+def test_calls_larger_than_the_queue_are_told(
+    classifier_fp32: lrai.Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = lrai.load_config(call={"scheduler.max_queue_rows": 100})
+    with lrai.Runtime(settings) as runtime:
+        runtime.load(classifier_fp32, name="a", settings={"scheduler.max_batch_rows": 100})
+        assert "limit_unreachable" not in runtime.stats()
+        runtime.load(classifier_fp32, name="b", settings={"scheduler.max_batch_rows": 200})
+        assert runtime.stats()["limit_unreachable"] == 1
+    said = "b: limit unreachable (setting max_batch_rows, reason 200 rows, of which 100 may wait"
+    assert said in caplog.text
+
+
 def embedded(runtime: lrai.Runtime) -> Embedded:
     assert isinstance(runtime._backend, Embedded)
     return runtime._backend
