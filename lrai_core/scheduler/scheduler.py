@@ -87,6 +87,7 @@ class _Model:
     queue: Queue = field(default_factory=Queue)
     waiting: dict[int, Pending] = field(default_factory=dict)
     used_seconds: float = 0.0  # of the processor, lately
+    fits: int = 0  # the most rows of a call that was answered since an actor was killed at one
     failed: str = ""
 
     def is_known(self, now: float) -> bool:
@@ -525,6 +526,7 @@ class Scheduler:
                     self._events.emit("speed_changed", name, scale=latency.scale)
                 pace = (now - call.begun) / len(call.pending) - call.model.pace
                 call.model.pace += pace / _RECENT
+                call.model.fits = max(call.model.fits, call.rows)
                 self._events.emit("batch_completed", name, engine_seconds=seconds)
                 self._last_answer = call.model.seen = now
                 self._ended += zip(call.pending, answers, strict=True)
@@ -534,11 +536,22 @@ class Scheduler:
                 # One that was refused alone is refused for good: it is the request's own fault.
                 self._again(call, error, _ATTEMPTS if len(call.pending) == 1 else 1)
                 if not invalid and len(call.pending) > 1:  # it had not the memory for so many
-                    rows = max(2, min(call.model.bounds.rows, call.rows)) // 2
-                    call.model.bounds = replace(call.model.bounds, rows=rows)
-            case Lost(message=message, begun=begun):
+                    self._shrink(call)
+            case Lost(message=message, begun=begun, killed=killed):
+                if killed and begun and len(call.pending) > 1:  # perhaps for the memory it took
+                    if call.rows > call.model.fits:
+                        self._shrink(call, call.model.fits)
+                    call.model.fits = 0
                 error = ActorError(f"the request could not be answered: {message}")
                 self._again(call, error, int(begun))
+
+    def _shrink(self, call: _Call, least: int = 1) -> None:
+        """Have later calls be half as large as one that was too large, or of `least` rows."""
+        model = call.model
+        rows = max(1, least, min(model.bounds.rows, call.rows) // 2)
+        model.bounds = replace(model.bounds, rows=rows)
+        reason = f"one of {call.rows} rows was too large, {rows} is the most from now on"
+        self._events.emit("limit_unreachable", model.name, setting="max_batch_rows", reason=reason)
 
     def _again(self, call: _Call, error: LraiError, attempts: int) -> None:
         """Run the requests of a failed call once more, each alone.

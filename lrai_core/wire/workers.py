@@ -40,11 +40,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The actor died or was killed with the batch in it, which it may not have begun."""
+    """The actor died with the batch in it, which it may not have begun; it may have been killed."""
 
     batch: int
     message: str
     begun: bool = True
+    killed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,6 +240,38 @@ def test_a_call_that_memory_does_not_suffice_for_says_so_and_harms_no_other(
         assert pid_of(runtime, "minilm") == actor
 
 
+def dispatched(runtime: lrai.Runtime) -> int:
+    return runtime.stats().get("batch_dispatched", 0)
+
+
+def test_calls_at_which_the_kernel_kills_the_actor_get_smaller(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    killed = python(
+        tmp_path,
+        "import os, signal, sys\n"
+        "from lrai_core.actor.actor import Actor, main\n"
+        "execute = Actor._execute\n"
+        "def with_little_memory(self, message, frames):\n"
+        "    if message.parts[0][0].shape[0] >= 8:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    execute(self, message, frames)\n"
+        "Actor._execute = with_little_memory\n"
+        "main(sys.argv[1:])\n",
+    )
+    with lrai.Runtime.open(classifier_fp32, config=config(**{"actor.python": killed})) as runtime:
+        for _ in range(3):
+            actor, before = pid_of(runtime, "classifier"), dispatched(runtime)
+            kill(actor, signal.SIGSTOP)
+            ids = [runtime.submit(request())]
+            wait_until(lambda before=before: dispatched(runtime) > before)  # type: ignore[misc]
+            ids += [runtime.submit(request()) for _ in range(12)]
+            kill(actor, signal.SIGCONT)
+            assert all(runtime.result(i).outputs["logits"].shape == (1, 10) for i in ids)
+        stats = runtime.stats()
+    assert (stats["actor_lost"], stats["limit_unreachable"]) == (1, 1)
+
+
 def test_actors_end_with_their_parent(classifier_fp32: lrai.Artifact) -> None:
     program = (
         "import sys, time, lrai_core as l\n"

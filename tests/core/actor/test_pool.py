@@ -144,7 +144,7 @@ def test_of_two_batches_in_an_actor_that_dies_the_second_was_not_begun(bench: Be
     bench.dispatch(1, 2)
     bench.process.kill()
     why = "the model's process ended with signal SIGKILL"
-    assert bench.poll() == [Lost(1, why, begun=True), Lost(2, why, begun=False)]
+    assert bench.poll() == [Lost(1, why, killed=True), Lost(2, why, begun=False, killed=True)]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,7 @@ def test_a_death_is_told_as_what_it_was(bench: Bench, status: int, how: str) -> 
     (lost,) = bench.poll()
     assert isinstance(lost, Lost)
     assert lost.message == f"the model's process ended with {how}"
+    assert not lost.killed
 
 
 def test_who_waits_for_an_actor_that_is_removed_is_told(bench: Bench) -> None:

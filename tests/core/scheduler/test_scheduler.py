@@ -109,9 +109,10 @@ class FakeWorkers:
     def refuse(self, model: str = "m", *, invalid: bool = True) -> None:
         self.outcomes.append(Refused(self.end(model)[0], "bad shape", invalid))
 
-    def lose(self, model: str = "m") -> None:
+    def lose(self, model: str = "m", *, killed: bool = False) -> None:
+        how = "signal SIGKILL" if killed else "signal SIGSEGV"
         for place, (batch, _) in enumerate(self.calls.pop(model)):
-            self.outcomes.append(Lost(batch, "signal SIGKILL", begun=place == 0))
+            self.outcomes.append(Lost(batch, how, begun=place == 0, killed=killed))
 
     def give_up(self, model: str = "m") -> None:
         if model in self.calls:
@@ -458,7 +459,7 @@ def test_a_request_whose_actor_dies_twice_ends_and_the_others_are_answered(bench
     bench.workers.lose()
     bench.step()
     assert isinstance(failure(poison), ActorError)
-    assert "signal SIGKILL" in str(failure(poison))
+    assert "signal SIGSEGV" in str(failure(poison))
     bench.workers.answer()
     bench.step()
     assert good.exception(0) is None
@@ -525,6 +526,56 @@ def test_one_request_that_is_refused_makes_no_later_call_smaller(bench: Bench) -
     bench.step()
     assert all(future.exception(0) is None for future in futures)
     assert [len(batch) for batch in bench.workers.dispatched] == [1, 6]
+
+
+def rows_of_calls(bench: Bench, count: int) -> list[int]:
+    """Return how many rows each of the calls has in which so many requests are answered."""
+    before = len(bench.workers.dispatched)
+    futures = [bench.submit() for _ in range(count)]
+    while not all(future.done() for future in futures):
+        bench.step()
+        if bench.workers.calls:
+            bench.workers.answer()
+    assert all(future.exception(0) is None for future in futures)
+    return [len(batch) for batch in bench.workers.dispatched[before:]]
+
+
+def lose_call(bench: Bench, count: int, *, killed: bool) -> None:
+    """Have an actor end at a call of so many requests, which are then answered."""
+    futures = [bench.submit() for _ in range(count)]
+    bench.step()
+    assert len(bench.workers.dispatched[-1]) == count
+    bench.workers.lose(killed=killed)
+    while not all(future.done() for future in futures):
+        bench.step()
+        if bench.workers.calls:
+            bench.workers.answer()
+    assert all(future.exception(0) is None for future in futures)
+
+
+def test_after_an_actor_was_killed_at_a_call_later_ones_are_half_as_large(bench: Bench) -> None:
+    """As the kernel does where no memory is left: the next such call would end as this did."""
+    lose_call(bench, 6, killed=True)
+    assert rows_of_calls(bench, 6) == [3, 3]
+    assert bench.counts("limit_unreachable") == (1,)
+    lose_call(bench, 3, killed=True)
+    assert rows_of_calls(bench, 3) == [3], "so many were answered meanwhile"
+    lose_call(bench, 3, killed=True)
+    lose_call(bench, 3, killed=True)
+    assert rows_of_calls(bench, 3) == [1, 1, 1]
+
+
+def test_who_kills_actors_now_and_then_makes_no_call_smaller(bench: Bench) -> None:
+    for _ in range(3):
+        assert rows_of_calls(bench, 6) == [6]
+        lose_call(bench, 6, killed=True)
+    assert rows_of_calls(bench, 10) == [10]
+    assert bench.counts("limit_unreachable") == (0,)
+
+
+def test_an_actor_that_crashes_says_nothing_of_memory(bench: Bench) -> None:
+    lose_call(bench, 6, killed=False)
+    assert rows_of_calls(bench, 6) == [6]
 
 
 def test_a_request_refused_alone_is_not_tried_again(bench: Bench) -> None:
