@@ -9,6 +9,7 @@
     - QueueFull                  429
   + NotReady                     503, exit 5
     - ActorError                 503, exit 5
+      . PoisonRequest            500, exit 5, sent again it would kill again
   + EngineError                  400, exit 4, the engine cannot run these inputs
   + UsageError                   exit 2
   + ConditionNotMet              exit 3, a gate, certificate or freeze says no
@@ -93,11 +94,18 @@ class NotReady(LraiError):
 
     http_status = 503
     exit_code = 5
-    retry_after_seconds: float = 1.0
+    retry_after_seconds: float | None = 1.0
 
 
 class ActorError(NotReady):
     """The model's process failed and the request could not be answered by its replacement."""
+
+
+class PoisonRequest(ActorError):
+    """Each process that took the request has died of it, so nobody is asked to send it again."""
+
+    http_status = 500
+    retry_after_seconds = None
 
 
 class EngineError(LraiError):

@@ -29,6 +29,7 @@ from lrai_core.errors import (
     LraiError,
     ModelNotFound,
     NotReady,
+    PoisonRequest,
     RequestError,
     shorten,
 )
@@ -542,7 +543,8 @@ class Scheduler:
                     if call.rows > call.model.fits:
                         self._shrink(call, call.model.fits)
                     call.model.fits = 0
-                error = ActorError(f"the request could not be answered: {message}")
+                kind = ActorError if call.pending[0].attempts + begun < _ATTEMPTS else PoisonRequest
+                error = kind(f"the request could not be answered: {message}")
                 self._again(call, error, int(begun))
 
     def _shrink(self, call: _Call, least: int = 1) -> None:

@@ -51,6 +51,7 @@ def test_the_drawn_statuses_and_exit_codes_are_those_in_the_code() -> None:
         ("QueueFull", 429),
         ("NotReady", 503),
         ("ActorError", 503),
+        ("PoisonRequest", 500),
         ("DeadlineExceeded", 504),
     ],
 )
@@ -110,3 +111,8 @@ def test_shortened_text_is_printable_and_within_its_limit(text: str, limit: int)
 @given(st.text(st.characters(categories=["L", "N"]), max_size=120))
 def test_short_printable_text_stays_as_it_is(text: str) -> None:
     assert shorten(text) == text
+
+
+def test_who_has_sent_what_kills_is_not_asked_to_send_it_again() -> None:
+    assert errors.PoisonRequest("killed").retry_after_seconds is None
+    assert errors.ActorError("gone").retry_after_seconds == 1.0

@@ -145,8 +145,9 @@ def test_a_request_whose_actor_dies_twice_ends_with_one_error(minilm_fp32: lrai.
         for attempt in (1, 2):
             wait_until(counted(runtime, "batch_dispatched", attempt))
             kill(pid_of(runtime, "minilm"))
-        with pytest.raises(lrai.ActorError, match=r"could not be answered.*SIGKILL"):
+        with pytest.raises(lrai.ActorError, match=r"could not be answered.*SIGKILL") as poisoned:
             runtime.result(identity)
+        assert poisoned.value.http_status == 500
         small = sentence(np.random.default_rng(1), rows=1, length=5)
         after = runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
         assert after.outputs["sentence_embedding"].shape == (1, 384)

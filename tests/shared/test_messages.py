@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
-from lrai_core.errors import EngineError
+from lrai_core.errors import EngineError, PoisonRequest
 from lrai_core.wire.messages import BadFrames, Packer, Place, encode
 from lrai_shared import messages
 
@@ -15,7 +15,7 @@ from lrai_shared import messages
         lrai.QueueFull("full", limit=4, retry_after_seconds=0.5),
         lrai.InvalidTensor("x\n", "has 2 rows"),
         EngineError("no", invalid=True),
-        *(kind("why") for kind in (lrai.LraiError, lrai.NotReady, lrai.ActorError)),
+        *(kind("why") for kind in (lrai.LraiError, lrai.NotReady, lrai.ActorError, PoisonRequest)),
         *(kind("why") for kind in (lrai.ConditionNotMet, lrai.DeadlineExceeded, lrai.UsageError)),
     ],
 )

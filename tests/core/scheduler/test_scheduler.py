@@ -27,6 +27,7 @@ from lrai_core.errors import (
     LraiError,
     ModelNotFound,
     NotReady,
+    PoisonRequest,
     QueueFull,
     RequestError,
 )
@@ -458,8 +459,10 @@ def test_a_request_whose_actor_dies_twice_ends_and_the_others_are_answered(bench
     bench.step()
     bench.workers.lose()
     bench.step()
-    assert isinstance(failure(poison), ActorError)
-    assert "signal SIGSEGV" in str(failure(poison))
+    found = failure(poison)
+    assert isinstance(found, PoisonRequest)
+    assert "signal SIGSEGV" in str(found)
+    assert (found.http_status, found.retry_after_seconds) == (500, None), "it is not to come again"
     bench.workers.answer()
     bench.step()
     assert good.exception(0) is None
@@ -597,7 +600,9 @@ def test_when_the_model_is_given_up_everything_of_it_ends_and_nothing_is_accepte
     bench.workers.give_up()
     bench.step()
     for future in (running, waiting, arrived):
-        assert isinstance(failure(future), ActorError)
+        error = failure(future)
+        assert isinstance(error, ActorError)
+        assert (error.http_status, error.retry_after_seconds) == (503, 1.0)
     assert "crash loop" in str(failure(waiting))
     with pytest.raises(ActorError, match="crash loop"):
         bench.submit()
