@@ -28,7 +28,7 @@ from lrai_core.confidence import lower_bound, upper_bound
 from lrai_core.errors import Cancelled
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.runtime.version import Ended, Version
-from lrai_core.scheduler.scheduler import Pending
+from lrai_core.scheduler.scheduler import BACKGROUND, Pending
 from lrai_core.verifier.spec import agreement, difference
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ _FEWEST_ANSWERS: Final = 20  # of a canary that is judged
 _FALSE_ALARM: Final = 0.01  # probability that a canary as good as the stable version ever fails
 _LEAST_ERROR: Final = 1e-12
 _COPIES: Final = 8  # of the places in the queue, copies take at most one in so many
-_LAST: Final = 1 << 30  # a copy's priority
 
 Outcome = InferenceResponse | LraiError
 
@@ -103,7 +102,8 @@ class Route:
         if shadow is not None and self._may_copy(pending.request):
             names = [spec.name for spec in version.signature.inputs]
             inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}
-            copy = replace(request, inputs=inputs, timeout_ms=None, parameters={"priority": _LAST})
+            last = {"priority": BACKGROUND}
+            copy = replace(request, inputs=inputs, timeout_ms=None, parameters=last)
             self._send(copy, pending.request, original)
         return pending
 

@@ -144,7 +144,7 @@ class Embedded:
         self.scheduler.add(version.key, replicas, limits)
         load = msgspec.structs.replace(load, threads=threads, inline=config.isolation == "inline")
         try:
-            self._start_actors(actors, load)
+            self._start_actors(replicas, load)
         except BaseException:
             self._end(version)
             raise
@@ -324,15 +324,16 @@ class Embedded:
         names = self.current.keys() | self._changing | {name}
         return max(1, available_cpus() // len(names) // replicas)
 
-    def _start_actors(self, actors: Sequence[str], load: Load) -> None:
+    def _start_actors(self, replicas: Sequence[Replica], load: Load) -> None:
         """Start the actors of a version, each on CPUs of its own where there are enough."""
         cpus = sorted(os.sched_getaffinity(0))
-        share = len(cpus) // len(actors) if len(actors) > 1 else 0
+        share = len(cpus) // len(replicas) if len(replicas) > 1 else 0
         futures = []
-        for i, actor in enumerate(actors):
+        for i, replica in enumerate(replicas):
             loaded: Future[None] = Future()
-            own = msgspec.structs.replace(load, cpus=tuple(cpus[i * share : (i + 1) * share]))
-            self.scheduler.call(partial(self._pool.add, actor, own, loaded))
+            replica.cpus = tuple(cpus[i * share : (i + 1) * share])
+            own = msgspec.structs.replace(load, cpus=replica.cpus)
+            self.scheduler.call(partial(self._pool.add, replica.actor, own, loaded))
             futures.append(loaded)
         try:
             for loaded in futures:

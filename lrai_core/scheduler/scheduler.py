@@ -45,6 +45,7 @@ from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Worke
 T = TypeVar("T")
 Done = Callable[[list[Array] | None, LraiError | None, int], None]
 
+BACKGROUND: Final = 1 << 30  # a priority: nobody waits for it, nor for what is above
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 # Times its prediction, and on top of it, a call may take before its CPUs count as free: who hangs
 # must not stop the others.
@@ -95,6 +96,13 @@ class _Model:
         """Whether it was seen of late what its calls take."""
         return now - self.seen < PROBE_SECONDS
 
+    def turn(self, now: float) -> int:
+        """Return when it has the CPU: 0 first, where nothing was answered for long; 2 last."""
+        if self.queue.urgent[0].priority >= BACKGROUND:
+            return 2
+        since = max(self.seen, next(iter(self.waiting.values())).arrival)
+        return int(now - since < PROBE_SECONDS)
+
 
 @dataclass(slots=True, eq=False)
 class _Call:
@@ -133,6 +141,7 @@ class Replica:
         self.actor = actor
         self.latency = LatencyModel(*profiles)
         self.threads = threads
+        self.cpus: tuple[int, ...] = ()  # that it keeps to, if to some
         self.calls: deque[_Call] = deque()  # the first one runs
 
 
@@ -420,15 +429,17 @@ class Scheduler:
 
         More calls than CPUs would only make one another late.
         """
-        calls = self._calls.values()
-        busy = sum(call.replica.threads for call in calls if now < call.overdue)
+        at_work = [call.replica for call in self._calls.values() if now < call.overdue]
+        busy, taken = sum(r.threads for r in at_work), [cpu for r in at_work for cpu in r.cpus]
         offers: list[tuple[_Model, Replica, Decision]] = []
         for model in list(self._models.values()):
             if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
-                replica = self.ask(model.name, idle[0], _best, idle)
+                replica = self.ask(model.name, idle[0], _best, idle, taken)
                 decision = self._decide(model, replica, now)
                 if decision.dispatch:
                     offers.append((model, replica, decision))
+        first_turn = min([model.turn(now) for model, _, _ in offers], default=0)
+        offers = [offer for offer in offers if offer[0].turn(now) == first_turn]
         if not offers:
             return False
         first = offers[self._choose(offers, now) if len(offers) > 1 else 0]
@@ -444,11 +455,10 @@ class Scheduler:
         may be to blame for a death has the actor for itself, so that nobody else is blamed.
         """
         busy = [(m, r) for m in list(self._models.values()) for r in self._wanted(m)]
-        if not all(replica.calls for _, replica in busy):
+        if not all(replica.calls for model, replica in busy if model.turn(now) < 2):
             return False
         for model, replica in busy:
-            call = replica.calls[0]
-            if len(replica.calls) == 1 and call.almost_done(now):
+            if len(replica.calls) == 1 and (call := replica.calls[0]).almost_done(now):
                 decision = self._decide(model, replica, max(now, call.begun + call.seconds))
                 if decision.dispatch and not model.waiting[decision.dispatch[0]].alone:
                     self._start(model, replica, decision, now)
@@ -606,5 +616,6 @@ def _least_seconds(models: Sequence[LatencyModel], rows: int, length: int, most:
     return min([m.call_seconds(n * rows, length) / n for m in models for n in (1, most)])
 
 
-def _best(idle: Sequence[Replica]) -> Replica:
-    return min(idle, key=lambda one: one.latency.alone_seconds())
+def _best(idle: Sequence[Replica], taken: Sequence[int]) -> Replica:
+    """Return the actor whose CPUs the fewest calls have already, and the fastest of such."""
+    return min(idle, key=lambda one: (sum(map(taken.count, one.cpus)), one.latency.alone_seconds()))

@@ -23,6 +23,7 @@ from lrai_core.config import SchedulerConfig
 from lrai_core.errors import Cancelled
 from lrai_core.protocol import ValidRequest
 from lrai_core.runtime.version import Ended, Version
+from lrai_core.scheduler.scheduler import BACKGROUND
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
 
@@ -168,6 +169,22 @@ def test_relief_takes_what_would_be_late_and_nothing_else() -> None:
 
 def request(timeout_ms: float | None) -> InferenceRequest:
     return InferenceRequest(model_name="m", inputs={}, timeout_ms=timeout_ms)
+
+
+def test_copies_are_what_nobody_waits_for() -> None:
+    core, shadow = Core(0), version("shadow")
+    made = Route(cast("Any", core), {STABLE: 1.0}, {shadow: 1.0})
+    priorities = dict[str, object]()
+
+    def accept(asked: InferenceRequest, done: Ended, to: Version) -> SimpleNamespace:
+        priorities[to.version] = asked.parameters.get("priority", 0)
+        x = np.ones((1, 3), np.float32)
+        return SimpleNamespace(request=ValidRequest((x,), 1, 0, (0,), ("g",), x.nbytes))
+
+    core.accept = accept  # type: ignore[method-assign,assignment]
+    core.config = SimpleNamespace(scheduler=SchedulerConfig())  # type: ignore[attr-defined]
+    made.accept(request(None), lambda _: None)
+    assert priorities == {"stable": 0, "shadow": BACKGROUND}
 
 
 def test_a_shadow_may_have_one_output_more() -> None:

@@ -36,7 +36,7 @@ from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler import scheduler as module
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import plan
-from lrai_core.scheduler.scheduler import Replica, Scheduler
+from lrai_core.scheduler.scheduler import BACKGROUND, Replica, Scheduler
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome
 
@@ -133,7 +133,11 @@ def number(one: ValidRequest) -> int:
 
 
 def submit(
-    scheduler: Scheduler, model: str, one: ValidRequest, timeout_ms: float | None = None
+    scheduler: Scheduler,
+    model: str,
+    one: ValidRequest,
+    timeout_ms: float | None = None,
+    priority: int = 0,
 ) -> Future[list[Array]]:
     """Return a future of the answer, as the runtime makes one."""
     future: Future[list[Array]] = Future()
@@ -145,7 +149,7 @@ def submit(
             else:
                 future.set_exception(error)
 
-    pending = scheduler.accept(model, one, done, timeout_ms)
+    pending = scheduler.accept(model, one, done, timeout_ms, priority)
     future.add_done_callback(lambda f: scheduler.cancel(pending) if f.cancelled() else None)
     return future
 
@@ -163,9 +167,13 @@ class Bench:
         self.scheduler.add(model, [Replica(model, PROFILE)])
 
     def submit(
-        self, one: ValidRequest | None = None, model: str = "m", timeout_ms: float | None = None
+        self,
+        one: ValidRequest | None = None,
+        model: str = "m",
+        timeout_ms: float | None = None,
+        priority: int = 0,
     ) -> Future[list[Array]]:
-        return submit(self.scheduler, model, one or request(), timeout_ms)
+        return submit(self.scheduler, model, one or request(), timeout_ms, priority)
 
     def step(self) -> None:
         self.scheduler._step({})
@@ -1272,6 +1280,88 @@ def test_who_was_answered_is_told_after_the_engine_has_its_next_call(bench: Benc
     assert len(bench.workers.dispatched) == 2
     bench.workers.when_asked = lambda: None
     bench.workers.answer()
+    bench.step()
+
+
+# Several models
+
+
+def test_copies_that_nobody_waits_for_have_the_cpu_that_others_leave(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.scheduler._cpus = 1
+    bench.scheduler.add("copies", [Replica("copies", PROFILE)], SchedulerConfig(max_batch_rows=1))
+    for _ in range(3):
+        bench.submit(model="copies", priority=BACKGROUND)
+    clock.now += 5  # they have waited for long
+    for _ in range(3):
+        bench.submit(timeout_ms=50_000)
+        bench.step()
+        assert list(bench.workers.calls) == ["m"]
+        clock.now += 0.01
+        bench.submit(timeout_ms=50_000)
+        bench.workers.answer()
+    bench.step()
+    bench.workers.answer()
+    for _ in range(3):
+        bench.step()
+        bench.workers.answer("copies")
+    bench.step()
+    assert bench.scheduler.outstanding() == 0
+
+
+def test_copies_keep_no_actor_from_its_next_call(bench: Bench, clock: Clock) -> None:
+    bench.scheduler._cpus = 1
+    bench.latency().overhead_seconds = 1e-6
+    bench.add("copies")
+    bench.submit()
+    bench.step()
+    bench.submit(model="copies", priority=BACKGROUND)
+    clock.now += 0.0095
+    bench.submit()
+    bench.step()
+    assert len(bench.workers.calls["m"]) == 2
+    assert "copies" not in bench.workers.calls
+
+
+def test_a_model_that_others_keep_from_the_cpu_has_a_call_every_second(
+    bench: Bench, clock: Clock
+) -> None:
+    """As one that is warmed up, whose requests have minutes, beside one that is never idle."""
+    bench.scheduler._cpus = 1
+    bench.add("new")
+    new = [bench.submit(request(group=group), "new", timeout_ms=120_000) for group in "ab"]
+    turns = list[float]()
+    began = clock.now
+    for _ in range(300):
+        bench.submit(timeout_ms=200)
+        bench.step()
+        (at_work,) = bench.workers.calls
+        if at_work == "new":
+            turns.append(clock.now - began)
+        clock.now += 0.01
+        bench.submit(timeout_ms=200)
+        bench.workers.answer(at_work)
+    bench.step()
+    assert [future.exception(0) for future in new] == [None, None]
+    assert turns == [pytest.approx(1, abs=0.02), pytest.approx(2, abs=0.04)]
+    bench.workers.answer()
+    bench.step()
+
+
+def test_of_two_models_with_two_actors_each_calls_are_on_different_cpus(bench: Bench) -> None:
+    bench.scheduler._cpus = 2
+    for name in ("a", "b"):
+        replicas = [Replica(f"{name}{cpu}", PROFILE) for cpu in (0, 1)]
+        for cpu, replica in enumerate(replicas):
+            replica.cpus = (cpu,)
+        bench.scheduler.add(name, replicas)
+    bench.submit(model="a")
+    bench.submit(model="b")
+    bench.step()
+    assert sorted(bench.workers.calls) == ["a0", "b1"]
+    for actor in ("a0", "b1"):
+        bench.workers.answer(actor)
     bench.step()
 
 
