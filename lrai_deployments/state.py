@@ -61,11 +61,7 @@ class Record(msgspec.Struct, frozen=True):
 
     def serving(self, version: str) -> How | None:
         """Return how an artifact's version was loaded that has a share, gets copies or relieves."""
-        serves = {
-            *(label for label, share in self.shares.items() if share),
-            *self.shadow,
-            self.relief,
-        }
+        serves = {*self.sharing, *self.shadow, self.relief}
         shared = [how for label, how in self.versions.items() if label in serves]
         return next((how for how in shared if how.version.partition("-")[0] == version), None)
 
@@ -171,10 +167,8 @@ class Store:
     def note(self, **line: Any) -> None:
         """Append a line about a change."""
         if self._folder is not None:
-            path, encoded = (
-                self._folder / "audit.jsonl",
-                msgspec.json.encode({"when": now()} | line),
-            )
+            path = self._folder / "audit.jsonl"
+            encoded = msgspec.json.encode({"when": now()} | line)
             with disk_errors(self._folder), open(path, "a+b", opener=_opened) as log:
                 log.seek(max(0, log.tell() - 1))
                 cut = log.read(1) not in (b"", b"\n")  # the last line, by a full disk or a kill

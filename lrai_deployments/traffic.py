@@ -30,6 +30,7 @@ from lrai_core.config import RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest
 
 CAPTURED: Final = "captured.npz"
+SKETCH: Final = "sketch.json"
 _TTL: Final = "capture_ttl_hours"
 _LOOKS: Final = 64  # one request of so many is looked at for its values, from the first one on
 _MOST_BYTES: Final = 64 << 20  # of one sample; of large rows so many, but no more than that
@@ -42,12 +43,13 @@ _UNREADABLE: Final = (  # what a damaged file raises
 _SAVE_SECONDS: Final = 60.0
 
 
-class _Range:
+class _Range(msgspec.Struct):
     """Between which values the elements of an input lie."""
 
-    def __init__(self) -> None:
-        self.low, self.high = np.inf, -np.inf
-        self.looked_at = self.not_finite = 0
+    low: float = np.inf
+    high: float = -np.inf
+    looked_at: int = 0
+    not_finite: int = 0
 
     def widen(self, array: Array) -> None:
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
@@ -56,6 +58,17 @@ class _Range:
         if finite.size:
             self.low = min(self.low, float(finite.min()))
             self.high = max(self.high, float(finite.max()))
+
+
+class _Sketch(msgspec.Struct):
+    """See `Traffic.sketch`."""
+
+    requests: int
+    requests_per_second: float
+    rows: list[int]
+    lengths: list[int]
+    gaps_us: list[int]
+    values: dict[str, _Range]
 
 
 class _Row(NamedTuple):
@@ -89,6 +102,7 @@ class Traffic:
         self._random, self._clock = random.Random(seed), clock
         self._lock = threading.Lock()
         self._requests = self._candidates = self._kept_bytes = 0
+        self._before = 0  # requests that the runtime before has seen
         self._most_bytes: float = _MOST_BYTES
         self._began = self._last = clock()
         # By number of binary digits: 1, 2..3, 4..7, and so on; of gaps in microseconds.
@@ -130,23 +144,25 @@ class Traffic:
         """
         with self._lock:
             lasted = max(self._last - self._began, 1e-9)
-            return {
-                "requests": self._requests,
-                "requests_per_second": self._requests / lasted,
-                "rows": _histogram(self._rows),
-                "lengths": _histogram(self._lengths),
-                "gaps_us": _histogram(self._gaps),
-                "values": {
-                    spec.name: {
-                        "low": seen.low,
-                        "high": seen.high,
-                        "looked_at": seen.looked_at,
-                        "not_finite": seen.not_finite,
-                    }
-                    for spec, seen in zip(self._signature.inputs, self._ranges, strict=True)
-                    if seen.looked_at > seen.not_finite
-                },
-            }
+            rows, lengths, gaps = map(_histogram, (self._rows, self._lengths, self._gaps))
+            pairs = zip(self._signature.inputs, self._ranges, strict=True)
+            values = {spec.name: seen for spec, seen in pairs if seen.looked_at > seen.not_finite}
+            known = _Sketch(self._requests, self._requests / lasted, rows, lengths, gaps, values)
+            sketch: dict[str, Any] = msgspec.to_builtins(known)
+        return sketch
+
+    def go_on(self, folder: Path) -> None:
+        """Count on from the sketch in `folder`, if it is of such a model. Nothing was seen yet."""
+        with contextlib.suppress(*_UNREADABLE):
+            known = msgspec.json.decode((folder / SKETCH).read_bytes(), type=_Sketch)
+            names = [spec.name for spec in self._signature.inputs]
+            if known.values.keys() <= set(names):
+                self._requests = self._before = known.requests
+                self._began -= known.requests / max(known.requests_per_second, 1e-9)
+                seen = (known.rows, known.lengths, known.gaps_us)
+                counts = [Counter(dict(enumerate(one))) for one in seen]
+                self._rows, self._lengths, self._gaps = counts
+                self._ranges = [known.values.get(name, _Range()) for name in names]
 
     def sample(self) -> dict[str, Array]:
         """Return the kept rows, one array per input, rows along its first axis, padded; or none.
@@ -182,10 +198,10 @@ class Traffic:
     def save(self, folder: Path) -> None:
         """Write `sketch.json` and, where rows are kept, `captured.npz` into `folder`, mode 0600."""
         with self._lock:
-            if not self._requests:
+            if self._requests == self._before:
                 return  # what lies there is of others
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replaced(folder / "sketch.json") as stream:
+        with replaced(folder / SKETCH) as stream:
             said = self.sketch() | {_TTL: self._ttl_seconds / _HOUR}
             stream.write(msgspec.json.format(msgspec.json.encode(said)))
         captured = folder / CAPTURED
@@ -273,11 +289,8 @@ class Traffic:
         kept = [row for row in self._sample if now - row.seen < self._ttl_seconds]
         if len(kept) < len(self._sample):
             share = len(kept) / len(self._sample)
-            self._full, self._sample, self._candidates = (
-                False,
-                kept,
-                max(len(kept), round(share * self._candidates)),
-            )
+            self._full, self._sample = False, kept
+            self._candidates = max(len(kept), round(share * self._candidates))
             self._kept_bytes = sum(_size(row.arrays) for row in kept)
         self._first_aged = min((row.seen for row in kept), default=now) + self._ttl_seconds
 
@@ -326,7 +339,9 @@ def watch(
         return None
     hours = config.capture_ttl_hours
     traffic = Traffic(signature, capture_rows=config.capture_rows, ttl_hours=hours)
-    return Watch(traffic, Path(config.state_dir, "traffic", quote(name, safe="")), later)
+    folder = Path(config.state_dir, "traffic", quote(name, safe=""))
+    traffic.go_on(folder)
+    return Watch(traffic, folder, later)
 
 
 def forget_aged(config: RuntimeConfig, *, halves: bool = False) -> None:
@@ -341,7 +356,7 @@ def forget_aged(config: RuntimeConfig, *, halves: bool = False) -> None:
                 half.unlink()
             captured, now, hours = folder / CAPTURED, time.time(), config.capture_ttl_hours  # noqa: TID251
             with contextlib.suppress(*_UNREADABLE):
-                hours = float(msgspec.json.decode((folder / "sketch.json").read_bytes())[_TTL])
+                hours = float(msgspec.json.decode((folder / SKETCH).read_bytes())[_TTL])
             if captured.stat().st_mtime + hours * _HOUR < now:
                 captured.unlink()
 

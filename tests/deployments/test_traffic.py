@@ -17,7 +17,7 @@ import lrai_core as lrai
 from lrai_core.config import LimitsConfig, RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest, validate
 from lrai_core.verifier.sample import read_rows
-from lrai_deployments.traffic import Traffic, Watch, forget_aged
+from lrai_deployments.traffic import Traffic, Watch, forget_aged, watch
 
 SIGNATURE = lrai.Signature(
     inputs=(
@@ -249,6 +249,60 @@ def test_the_next_runtime_goes_on_with_what_was_kept(tmp_path: Path) -> None:
     after.save(tmp_path)
     assert kept(after) == [101]
     assert len(np.load(file)["ids"]) == 1
+
+
+def test_a_restart_goes_on_with_the_sketch(tmp_path: Path) -> None:
+    def sketched(*requests: ValidRequest, hours: float = 24.0) -> dict[str, Any]:
+        """Return what is kept after a runtime has begun, and seen these."""
+        config = RuntimeConfig(state_dir=str(tmp_path), capture_ttl_hours=hours)
+        made = watch("m", SIGNATURE, config, lambda save: save())
+        assert made is not None
+        for one in requests:
+            made.see(one)
+        made.save()
+        content = (tmp_path / "traffic" / "m" / "sketch.json").read_bytes()
+        return msgspec.json.decode(content, type=dict[str, Any])
+
+    sketched(*[request(10, rows=2, x=0.25)] * 64)
+    found = sketched(request(5, length=9, x=4.0))
+    assert found["requests"] == 65
+    assert found["rows"] == [0, 1, 64]
+    assert found["lengths"] == [0, 0, 64, 0, 1]
+    assert sum(found["gaps_us"]) == 65
+    assert found["values"]["x"] == {"low": 0.25, "high": 4.0, "looked_at": 6, "not_finite": 0}
+    assert sketched(hours=1.0) == found, "who has seen nothing leaves it as it is"
+
+
+def test_how_often_is_counted_while_a_runtime_runs(tmp_path: Path) -> None:
+    for requests in (10, 20):
+        clock = Clock()
+        traffic = Traffic(SIGNATURE, clock=clock)
+        traffic.go_on(tmp_path)
+        for _ in range(10):
+            clock.now += 0.5
+            traffic.see(request(1))
+        assert traffic.sketch()["requests"] == requests
+        assert traffic.sketch()["requests_per_second"] == pytest.approx(2)
+        traffic.save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{}", b"\xff", b"[" * 100_000, b'{"requests": 7}',
+        (b'{"requests": 7, "requests_per_second": 1, "rows": [], "lengths": [], "gaps_us": [],'
+         b' "values": {"other": {"low": 0, "high": 1, "looked_at": 1, "not_finite": 0}}}'),
+    ],
+)  # fmt: skip
+def test_a_sketch_of_another_model_and_a_damaged_one_are_replaced(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "sketch.json").write_bytes(content)
+    traffic = Traffic(SIGNATURE)
+    traffic.go_on(tmp_path)
+    traffic.see(request(7))
+    traffic.save(tmp_path)
+    assert msgspec.json.decode((tmp_path / "sketch.json").read_bytes())["requests"] == 1
 
 
 def test_rows_of_another_model_and_damaged_ones_are_replaced(tmp_path: Path) -> None:
