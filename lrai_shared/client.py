@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import secrets
 import threading
@@ -32,7 +33,7 @@ import lrai_core as lrai
 from lrai_core.errors import shorten
 from lrai_core.runtime.version import Started, started
 from lrai_core.wire import messages as wire
-from lrai_core.wire.messages import contents
+from lrai_core.wire.messages import Buffer, contents
 from lrai_shared import messages
 from lrai_shared.arena import Arena
 from lrai_shared.keys import client_end
@@ -42,16 +43,19 @@ from lrai_shared.starting import is_running, last_line, leave, shared_folder, st
 _LIFE_SECONDS: Final = 1.0  # between signs of life
 _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
+_PROBES: Final = {"ready": 2.0, "models": 5.0}  # seconds: whoever probes does not wait for long
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
 _MOST_ITEMS: Final = 100  # of one message
 _MOST_STALE: Final = 1000  # keys to be sent of requests that nobody waits for any more
 _MOST_LOSSES: Final = 3  # of runtimes, after which a request is not sent to another one
-_MOST_FAILURES: Final = 6  # after which they are no longer waited for
+_MOST_FAILURES: Final = 6  # to start one, after which the pause gets no longer
+_FEW_FAILURES: Final = 3  # after which nobody waits for the next
 _MOST_JOINT: Final = 8 << 20  # bytes of theirs outside shared memory, after which it goes
 # What is not done again where it is not known whether it was done.
 _ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "freeze", "unfreeze"})
 _UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
 _MOST_CUTS: Final = 3  # before it answers once; a daemon that starts or ends may cut a line
+_log: Final = logging.getLogger("lrai.runtime")
 
 T = TypeVar("T")
 
@@ -61,21 +65,12 @@ class _Asked(Future[lrai.InferenceResponse]):
 
     key = 0
     losses = 0  # of runtimes that it was sent to
+    deadline = 0.0
+    stated = False  # else the daemon knows what the model promises everybody
 
-    def __init__(
-        self,
-        client: Attached,
-        form: bytes,
-        tensors: list[wire.Buffer],
-        name: str,
-        timeout_ms: float,
-        *,
-        stated: bool,
-    ) -> None:
+    def __init__(self, client: Attached, form: bytes, tensors: list[Buffer], name: str) -> None:
         super().__init__()
         self._client, self.form, self.tensors, self.id = client, form, tensors, name
-        self.deadline = time.monotonic() + float(timeout_ms) / 1e3  # of numpy it may be
-        self.stated = stated  # else the daemon knows what the model promises everybody
 
     def cancel(self) -> bool:
         """Cancel the request at the daemon, too."""
@@ -129,7 +124,7 @@ class Attached:
         self._calls: dict[int, tuple[Call, Future[Any]]] = {}
         # Keys of requests to be sent, of calls, and of requests that nobody waits for any more.
         self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
-        self._session, self._credit = "", 0
+        self._session, self._credit, self._told = "", 0, ""  # the last: why there is no runtime
         self._most_bytes = 0  # of a request, as the daemon says
         self._on_wire, self._inline = dict[int, int](), 0  # bytes outside the arena, by key; of all
         self._process: Popen[bytes] | None = None
@@ -162,28 +157,20 @@ class Attached:
         given, usual_ms = request.timeout_ms, self._config.scheduler.default_timeout_ms
         timeout_ms = usual_ms if given is None else given
         if not isinstance(timeout_ms, int | float):
-            raise lrai.RequestError(
-                f"timeout_ms is {shorten(repr(timeout_ms))}, a number is needed"
-            )
+            raise lrai.RequestError(f"timeout_ms is {shorten(repr(given))}, a number is needed")
         tensors = [_contents(name, given) for name, given in request.inputs.items()]
-        form = messages.Form(
-            request.model_name,
-            request.model_version,
-            tuple(request.outputs),
-            dict(request.parameters),
-            tuple(request.inputs),
-            tuple([datatype for datatype, _, _ in tensors]),
-            tuple([shape for _, shape, _ in tensors]),
-        )
-        contents = [data for _, _, data in tensors]
+        kinds, shapes, contents = zip(*tensors, strict=True) if tensors else ((), (), ())
+        named = (request.model_name, request.model_version, tuple(request.outputs))
+        form = messages.Form(*named, dict(request.parameters), tuple(request.inputs), kinds, shapes)
         if (size := sum(map(len, contents))) > self._most_bytes:  # else the line is cut, and again
             raise lrai.RequestError(f"{size} bytes; one request has {self._most_bytes} at most")
         most = self._config.scheduler.max_queue_rows
         if len(self._asked) - len(self._on_wire) >= most:  # beside those on their way
             words = f"{most} requests of this process wait to be sent, the most that may"
             raise lrai.QueueFull(words, limit=most, retry_after_seconds=1.0)
-        encoded, stated = messages.encode_form(form), given is not None
-        asked = _Asked(self, encoded, contents, request.id, timeout_ms, stated=stated)
+        asked = _Asked(self, messages.encode_form(form), list(contents), request.id)
+        asked.deadline = time.monotonic() + float(timeout_ms) / 1e3  # of numpy it may be
+        asked.stated = given is not None
         asked.key = self._post(self._asked, self._outbox, asked)
         return asked
 
@@ -197,7 +184,7 @@ class Attached:
         """Return what an operation on the daemon's runtime gives.
 
         Raises:
-            NotReady: The daemon does not answer.
+            NotReady: The daemon does not answer, or there is none.
         """
         if operation == "ready" and self._refusing:
             return msgspec.convert("dead", kind)  # to whoever asks this process
@@ -206,15 +193,19 @@ class Attached:
             wire.encode(asked)  # here, and not where all that this process asks is sent
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise lrai.UsageError(f"{operation}: an argument cannot be sent: {error}") from None
-        key = self._post(self._calls, self._outcalls, (asked, future))
+        key, patience = self._post(self._calls, self._outcalls, (asked, future)), self._patience
+        if operation == "ready" or self._session:  # else a model may have to be loaded again
+            patience = _PROBES.get(operation, patience)
         try:
-            value = future.result(self._patience)
+            value = future.result(patience)
             if operation == "stats" and isinstance(value, dict):
                 value |= self._counts()
             with self._lock:  # see `artifact`: one at a time learns a type
                 return msgspec.convert(value, kind)
         except TimeoutError:
-            raise lrai.NotReady(f"the runtime did not answer within {self._patience:g} s") from None
+            if operation == "ready":
+                return msgspec.convert("stalled", kind)
+            raise lrai.NotReady(f"the runtime did not answer within {patience:g} s") from None
         finally:
             self._calls.pop(key, None)
 
@@ -266,10 +257,8 @@ class Attached:
         finally:  # closed, or a bug: either way nobody waits for a thread that is gone
             with self._lock:
                 self._refusing = self._closed = self._awake = True  # nobody writes any more
-            calls = [future for _, future in list(self._calls.values())]
-            for future in [self._attached, *calls, *self._asked.values()]:
-                _settle(future, lrai.NotReady("the runtime was closed"))
-            self._asked.clear()
+            _settle(self._attached, lrai.NotReady("the runtime was closed"))
+            self._end_all("the runtime was closed")
             self._arena.close()
             self._lost.close()
             self._socket.context.destroy(linger=0)
@@ -345,10 +334,7 @@ class Attached:
         status = self._process.poll() if self._process else 0
         if status:
             said = last_line(self._folder / "log", self._logged)
-            self._fail(f"it ended with exit status {status}: {said}")
-            self._process = None
-            self._start_at = time.monotonic() + _SEARCH_SECONDS * 2**self._failures
-            self._failures = min(_MOST_FAILURES, self._failures + 1)
+            self._start_later(f"it ended with exit status {status}: {said}")
         wanted = self._asked or self._calls or not self._attached.done()
         due = status is not None and time.monotonic() >= self._start_at
         if due and wanted and not self._session and not self._far:
@@ -357,11 +343,15 @@ class Attached:
                     self._logged = (self._folder / "log").stat().st_size
                 self._process = start_daemon(self._folder, self._config, stay=self._stay)
             except OSError as error:
-                self._fail(f"it cannot be started: {error.strerror}")
-                self._start_at = time.monotonic() + _SEARCH_SECONDS * 2**self._failures
-                self._failures = min(_MOST_FAILURES, self._failures + 1)
+                self._start_later(f"it cannot be started: {error.strerror}")
         if not self._greeted:  # else they would pile up where nobody hears them
             self._greet()
+
+    def _start_later(self, why: str) -> None:
+        """Try again after a while, longer each time; where that does not help, tell who waits."""
+        self._start_at = time.monotonic() + _SEARCH_SECONDS * 2**self._failures
+        self._process, self._failures = None, min(_MOST_FAILURES, self._failures + 1)
+        self._fail(why, hopeless=self._failures >= _FEW_FAILURES)
 
     def _greet(self) -> None:
         with contextlib.suppress(zmq.Again):  # the line has just ended, and will be lost
@@ -374,10 +364,11 @@ class Attached:
             self._greeted = False
             if message.version != wire.PROTOCOL_VERSION:
                 its = f"it speaks protocol {message.version} of lrai {message.lrai}"
-                self._fail(f"{its}, this process {wire.PROTOCOL_VERSION}: stop it first")
+                why = f"{its}, this process {wire.PROTOCOL_VERSION}: stop it first"
+                self._fail(why, hopeless=True)
             elif message.session != self._session:  # it knows of nothing that was asked
                 self._session, self._credit, self._failures = message.session, message.credit, 0
-                self._most_bytes = message.request_bytes
+                self._most_bytes, self._told = message.request_bytes, ""
                 self._on_wire, self._inline = {}, 0
                 with self._lock:
                     self._outbox.clear()
@@ -408,8 +399,21 @@ class Attached:
             for failed in message.failures:
                 self._end(failed.key, messages.error_of(failed))
 
-    def _fail(self, why: str) -> None:
-        _settle(self._attached, lrai.EnvironmentProblem(why))  # once attached, it goes on trying
+    def _fail(self, why: str, *, hopeless: bool = False) -> None:
+        """Tell who attaches why there is no runtime; all who wait, where there is little hope."""
+        _settle(self._attached, lrai.EnvironmentProblem(why))
+        if hopeless and (self._asked or self._calls):  # and it goes on trying for who comes next
+            if why != self._told:  # else it is said ten times a second
+                _log.warning("no runtime at %s: %s", self._endpoint, why)
+            self._told = why
+            self._end_all(f"no runtime is there: {why}")
+
+    def _end_all(self, why: str) -> None:
+        """End all that somebody waits for."""
+        for _, future in list(self._calls.values()):
+            _settle(future, lrai.NotReady(why))
+        for key in list(self._asked):  # as in `_expire`
+            _settle(self._asked.pop(key), lrai.NotReady(why))
 
     def _end(self, key: int, outcome: Any) -> None:
         """Tell whoever waits for this key; an answer that comes too late counts no more."""
@@ -450,7 +454,7 @@ class Attached:
         return len(items) == _MOST_ITEMS or joint >= _MOST_JOINT
 
 
-def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], wire.Buffer]:
+def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], Buffer]:
     if isinstance(given, lrai.Tensor):
         data = given.data if isinstance(given.data, bytes) else given.data.tobytes()
         return given.datatype, tuple(given.shape), data

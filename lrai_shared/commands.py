@@ -71,10 +71,13 @@ def keys(folder: Path, client: Client = "") -> None:
 
 @app.command()
 def status(address: Address = "") -> None:
-    """Show what is loaded, how it is, and what has happened so far."""
+    """Show what is loaded, how it is, and what has happened so far.
+
+    Ends with 3 where the runtime is not ready, and with 5 where there is none.
+    """
     with _running(address) as runtime:
         columns = "model", "version", "variant", "certificate", "state", "pids"
-        table = Table(*columns, title=runtime.ready())
+        table = Table(*columns, title=(state := runtime.ready()))
         for one in runtime.models():
             pids = " ".join(map(str, one.actor_pids))
             known = one.certificate or ""
@@ -82,6 +85,8 @@ def status(address: Address = "") -> None:
         out.print(table)
         for event, count in sorted(runtime.stats().items()):
             out.print(f"{count:>12,} {event}")
+    if state not in ("ok", "idle"):
+        raise ConditionNotMet(f"the runtime is not ready: it is {state}")
 
 
 @app.command()

@@ -351,6 +351,8 @@ class Daemon:
         if self.ending and operation in _CHANGING:
             raise NotReady("the runtime is ending")  # what it says now, the next one does not know
         if operation == "stay":
+            if not self.runtime.scheduler.accepting:
+                raise NotReady("it was drained, for good: lrai runtime stop, and start anew")
             if arguments["how"] not in ("stay", self._stay):
                 raise UsageError("a runtime runs that does not listen there: stop it first")
             self._stay = "stay" if self._stay == "end" else self._stay

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import msgspec
@@ -127,16 +127,8 @@ ToClient = Attached | Replies | Returned
 _from_client: Final[msgspec.msgpack.Decoder[FromClient]] = msgspec.msgpack.Decoder(FromClient)
 _form: Final = msgspec.msgpack.Decoder(Form)
 _to_client: Final[msgspec.msgpack.Decoder[ToClient]] = msgspec.msgpack.Decoder(ToClient)
-
-
-def decode_from_client(header: wire.Buffer) -> FromClient:
-    """Return the message from a client that `header` holds."""
-    return wire.decode(_from_client, header)
-
-
-def decode_to_client(header: wire.Buffer) -> ToClient:
-    """Return the message to a client that `header` holds."""
-    return wire.decode(_to_client, header)
+decode_from_client: Final = partial(wire.decode, _from_client)
+decode_to_client: Final = partial(wire.decode, _to_client)
 
 
 def failure(key: int, error: BaseException) -> Failure:

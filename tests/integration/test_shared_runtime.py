@@ -1027,6 +1027,8 @@ def test_the_command_line_starts_shows_and_stops_the_runtime(
         with pytest.raises(lrai.NotReady, match="draining"):
             runtime.infer(request(model_name="m"))
         assert runtime.ready() == "dead"
+        assert "it was drained, for good: lrai runtime stop" in run("runtime", "start", code=5)
+        assert "is not ready: it is dead" in run("runtime", "status", code=3)
         run("runtime", "stop", code=0)
         assert_gone(folder, actor)  # at once, though a client is still there
         with pytest.raises(lrai.ModelNotFound, match="loaded: none"):

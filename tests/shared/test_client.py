@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -404,6 +405,74 @@ def test_a_daemon_of_another_version_is_refused_with_both_versions(
         lrai.EnvironmentProblem, match=rf"protocol 99 of lrai 0\.0, this process {PROTOCOL_VERSION}"
     ):
         attach(daemon, parent)
+
+
+def test_whoever_probes_a_daemon_that_does_not_answer_is_told_soon(
+    daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is stopped; else they would wait as long as loading a model may take."""
+    monkeypatch.setattr(client, "_PROBES", {"ready": 0.1, "models": 0.1})
+    assert attached.call("ready", {}, str) == "stalled"
+    with pytest.raises(lrai.NotReady, match=r"did not answer within 0\.1 s"):
+        attached.call("models", {}, list[Any])
+    results: list[Any] = []
+    monkeypatch.setattr(client, "_PROBES", {})
+    thread = call(attached, "stats", results)
+    while (asked := daemon.call()).operation != "stats":
+        pass
+    daemon.send(Returned(asked.key, "told"))
+    thread.join(5)
+    assert results == ["told"]
+
+
+def test_where_no_daemon_can_be_started_any_more_who_waits_is_told_why(
+    daemon: Daemon,
+    attached: Attached,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried: list[Path] = []
+
+    def start(folder: Path, *_: Any, **__: Any) -> None:
+        tried.append(folder)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "python")
+
+    monkeypatch.setattr(client, "_SEARCH_SECONDS", 0.01)
+    monkeypatch.setattr(client, "start_daemon", start)
+    running = attached.start(request())
+    daemon.take(1)
+    daemon.close()
+    why = "cannot be started: No such file or directory"
+    with pytest.raises(lrai.NotReady, match=why):
+        running.result(10)
+    assert len(tried) >= client._FEW_FAILURES, "one failure is not the end"
+    with pytest.raises(lrai.NotReady, match=why):
+        attached.start(request()).result(10)
+    with pytest.raises(lrai.NotReady, match=why):
+        attached.call("stats", {}, dict[str, int])
+    assert caplog.text.count(why) == 1
+
+
+def test_what_a_daemon_of_another_version_has_taken_over_ends_with_both_versions(
+    daemon: Daemon, attached: Attached, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "start_daemon", lambda *_, **__: None)
+    waiting = attached.start(request())
+    daemon.take(1)
+    daemon.close()
+    other = Daemon(shared_folder(config(parent)))
+    other.version = 99
+    other.welcome()
+    with pytest.raises(lrai.NotReady, match=rf"protocol 99.*this process {PROTOCOL_VERSION}"):
+        waiting.result(10)
+    other.close()
+    own = Daemon(shared_folder(config(parent)))
+    own.session = "second"
+    own.welcome()  # it goes on looking
+    later = attached.start(request())
+    own.answer(*own.take(1))
+    value(later)
+    own.close()
 
 
 def test_what_does_not_decode_is_dropped(daemon: Daemon, attached: Attached) -> None:
