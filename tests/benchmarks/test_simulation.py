@@ -122,6 +122,15 @@ def test_every_policy_ends_and_none_beats_the_clairvoyant(
     assert found.mean() <= clairvoyant(times, server) + 1e-9
 
 
+@pytest.mark.parametrize("name", ["poisson", "mmpp"])
+@pytest.mark.parametrize("rate", [2_300, 3_500])  # at, and at 1.5 times, what can be done
+def test_ours_is_within_three_points_of_the_clairvoyant(name: str, rate: int) -> None:
+    times = arrivals_of(name, rate, 2_000, None)
+    found = simulate(Ours(SERVER), times, SERVER, actual_of(SERVER)).mean()
+    assert clairvoyant(times, SERVER) - found <= 0.03
+    assert found >= simulate(Greedy(SERVER), times, SERVER, actual_of(SERVER)).mean()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     times=arrivals(50),
