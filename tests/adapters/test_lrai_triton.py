@@ -41,20 +41,11 @@ WHOLE = Signature(
 )
 
 
-class Config:
-    """As the stub hands it over: the fields that Triton fills are always there."""
-
-    def __init__(self, **given: Any) -> None:
-        self._given = {"name": "m", "max_batch_size": 0, "input": [], "output": []} | given
-
-    def as_dict(self) -> dict[str, Any]:
-        return self._given
-
-
 def completed(signature: Signature, **given: Any) -> dict[str, Any]:
-    config = Config(**given)
+    # The fields that Triton fills are always there.
+    config: dict[str, Any] = {"name": "m", "max_batch_size": 0, "input": [], "output": []} | given
     complete(config, signature)
-    return config.as_dict()
+    return config
 
 
 def test_an_empty_configuration_is_filled_from_the_model() -> None:
@@ -116,10 +107,6 @@ def test_a_number_a_row_written_as_triton_has_it_is_no_whole_shape() -> None:
     assert completed(signature, output=[tensor])["max_batch_size"] == MAX_BATCH_SIZE
 
 
-def test_another_scheduler_is_left_alone() -> None:
-    assert "dynamic_batching" not in completed(ENCODER, sequence_batching={"oldest": {}})
-
-
 @pytest.mark.parametrize(
     ("signature", "given", "message"),
     [
@@ -151,10 +138,12 @@ def test_another_scheduler_is_left_alone() -> None:
         ),
         (ENCODER, {"input": [{"name": "ids", "dims": [-1, -1]}]}, "input 'flag' of the model"),
         (ENCODER, {"model_transaction_policy": {"decoupled": True}}, "decoupled"),
+        (ENCODER, {"sequence_batching": {"oldest": {}}}, "sequence_batching: sequences are not"),
+        (ENCODER, {"sequence_batching": {}}, "sequence_batching: sequences are not"),
         (
             ENCODER,
-            {"sequence_batching": {"control_input": [{"name": "START"}]}},
-            "sequence_batching: control_input",
+            {"max_batch_size": 8, "input": [{"name": "flag", "allow_ragged_batch": True}]},
+            "input 'flag': allow_ragged_batch, but it has no length axis",
         ),
     ],
 )  # fmt: skip
@@ -223,7 +212,7 @@ class Families:
     def __init__(self) -> None:
         self.fails, self.told = 2, Counter[str]()
 
-    def __call__(self, *, name: str, description: str, kind: str) -> SimpleNamespace:
+    def __call__(self, name: str, description: str, kind: str) -> SimpleNamespace:
         assert name in ("lrai_answered_total", "lrai_refused_total"), description
         assert kind == self.COUNTER
         return SimpleNamespace(Metric=self._metric)
@@ -299,7 +288,7 @@ class Clock:
 
 def test_what_waited_while_a_list_was_answered_has_less_time_left() -> None:
     clock = Clock()
-    queue = HostQueue(64, settings_of({"parameters": {}}), clock)
+    queue = HostQueue(settings_of({"max_batch_size": 64}), clock)
     assert queue.take([20_000, 0]) == [19.0, None]  # nobody waited: the way alone
     clock.now += 0.010
     queue.answered()
@@ -313,7 +302,7 @@ def test_what_waited_while_a_list_was_answered_has_less_time_left() -> None:
 
 def test_a_full_list_leaves_others_waiting() -> None:
     clock = Clock()
-    queue = HostQueue(2, settings_of({"parameters": {}}), clock)
+    queue = HostQueue(settings_of({"max_batch_size": 2}), clock)
     queue.take([20_000])
     for waited in (4, 8, 12):
         clock.now += 0.004
@@ -324,7 +313,7 @@ def test_a_full_list_leaves_others_waiting() -> None:
 
 def test_a_list_is_full_by_its_rows() -> None:
     clock = Clock()
-    queue = HostQueue(64, settings_of({"parameters": {}}), clock)
+    queue = HostQueue(settings_of({"max_batch_size": 64}), clock)
     queue.take([20_000] * 4, [16] * 4)
     for waited in (4, 8, 12):
         clock.now += 0.004
@@ -334,7 +323,7 @@ def test_a_list_is_full_by_its_rows() -> None:
 
 def test_one_large_request_is_soon_forgotten() -> None:
     clock = Clock()
-    queue = HostQueue(64, settings_of({"parameters": {}}), clock)
+    queue = HostQueue(settings_of({"max_batch_size": 64}), clock)
     queue.take([20_000], [64])
     left = []
     for _ in range(4):
@@ -356,8 +345,8 @@ def test_instances_are_counted_on_each_gpu() -> None:
 
 def test_a_promise_of_the_model_is_the_time_of_who_names_none() -> None:
     slo = {"scheduler.latency_slo_ms": {"string_value": "25"}}
-    settings = settings_of({"parameters": slo})
-    assert HostQueue(64, settings, Clock()).take([0, 10_000]) == [24.0, 9.0]
+    settings = settings_of({"parameters": slo, "max_batch_size": 64})
+    assert HostQueue(settings, Clock()).take([0, 10_000]) == [24.0, 9.0]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +356,7 @@ def test_nothing_is_guessed_of_a_queue_that_others_empty_or_nobody(
     size: int, groups: list[dict[str, Any]]
 ) -> None:
     clock = Clock()
-    queue = HostQueue(size, settings_of({"instance_group": groups}), clock)
+    queue = HostQueue(settings_of({"instance_group": groups, "max_batch_size": size}), clock)
     for _ in range(3):
         assert queue.take([20_000]) == [19.0]
         clock.now += 0.05
@@ -384,10 +373,13 @@ def test_how_a_list_is_answered_depends_on_model_instances_and_promise(tmp_path:
     promised = {"scheduler.latency_slo_ms": {"string_value": "25"}}
 
     def execution(
-        artifact: lrai.Artifact, count: int = 1, parameters: dict[str, Any] | None = None
+        artifact: lrai.Artifact,
+        count: int = 1,
+        parameters: dict[str, Any] | None = None,
+        size: int = 64,
     ) -> str:
         config = {"instance_group": [{"count": count}], "parameters": parameters or {}}
-        return execution_of(artifact, settings_of(config))
+        return execution_of(artifact, settings_of(config | {"max_batch_size": size}))
 
     assert execution(artifact) == execution(artifact, 1, promised) == "inline"
     assert execution(artifact, 2) == "lists"
@@ -395,3 +387,7 @@ def test_how_a_list_is_answered_depends_on_model_instances_and_promise(tmp_path:
     large = lrai.Artifact(tmp_path, manifest, "0" * 64)
     assert (execution(large), execution(large, 1, promised)) == ("lists", "sender")
     assert execution(large, 1, {"execution": {"string_value": "inline"}}) == "inline"
+    # Where Triton hands over one by one, the runtime shares calls of those that may share them.
+    assert (execution(artifact, size=0), execution(large, size=0)) == ("inline", "sender")
+    whole = msgspec.structs.replace(manifest, signature=WHOLE)
+    assert execution(lrai.Artifact(tmp_path, whole, "0" * 64), size=0) == "lists"

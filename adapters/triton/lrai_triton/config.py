@@ -6,61 +6,41 @@ Errors name the field of the model configuration that they are about.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from lrai_core import Signature, TensorSpec, UsageError
 
 MAX_BATCH_SIZE: Final = 64  # where the configuration names none
-_TYPES: Final = {"BYTES": "TYPE_STRING"}
-_UNSET: Final = ("", "TYPE_INVALID")
-_OTHER_SCHEDULERS: Final = ("sequence_batching", "ensemble_scheduling")
 
 
-class ModelConfig(Protocol):
-    """The part of `triton_python_backend_utils.ModelConfig` that is used."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the configuration; what is changed in it arrives."""
-        ...
-
-
-def complete(config: ModelConfig, signature: Signature) -> None:
+def complete(given: dict[str, Any], signature: Signature) -> None:
     """Fill in what is not written by hand: inputs, outputs, `max_batch_size`, `dynamic_batching`.
 
     Without inputs of its own and with rows that may share a call, a model gets the batch dimension
     that Triton keeps apart. Who writes `max_batch_size: 0` beside whole shapes gets those.
 
     Args:
-        config: Changed in place.
+        given: Model configuration as Triton hands it over. Changed in place.
         signature: Of the model.
 
     Raises:
         UsageError: Something written by hand contradicts the model.
     """
-    given = config.as_dict()
     size, written = given.get("max_batch_size", 0), _whole_shapes(given, signature)
     if size > 0 and not signature.coalescible:
         raise UsageError(f"max_batch_size is {size}, but rows of this model cannot share a call: 0")
     batched = size > 0 or (signature.coalescible and not written)
     if batched:
         given["max_batch_size"] = size or MAX_BATCH_SIZE
-        if not any(given.get(scheduler) for scheduler in _OTHER_SCHEDULERS):
-            given.setdefault("dynamic_batching", {})
+        given.setdefault("dynamic_batching", {})
     for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
         _complete_tensors(kind, given[kind], specs, batched=batched)
-        if kind == "input" and batched:
-            lengths = {spec.name for spec in specs if spec.length_axis is not None}
-            for tensor in given[kind]:
-                # Requests of different lengths come in one list: it is padded where it is planned.
-                tensor["allow_ragged_batch"] = tensor["name"] in lengths
     if given.get("model_transaction_policy", {}).get("decoupled"):
-        raise UsageError(
-            "model_transaction_policy: decoupled models are not served, a request has one answer"
-        )
+        raise UsageError("model_transaction_policy: decoupled is not served, one answer is given")
     if given.get("response_cache", {}).get("enable"):
         raise UsageError("response_cache: Triton would keep a refusal as an empty answer; not here")
-    if given.get("sequence_batching", {}).get("control_input"):
-        raise UsageError("sequence_batching: control_input is no input of the model")
+    if "sequence_batching" in given:
+        raise UsageError("sequence_batching: sequences are not served, each request is for itself")
     if missing := {s.name for s in signature.inputs} - {t["name"] for t in given["input"]}:
         raise UsageError(f"input {min(missing)!r} of the model is not in the configuration")
 
@@ -91,11 +71,17 @@ def _complete_tensors(
             have = ", ".join(map(repr, known))
             raise UsageError(f"{kind} {name!r} is none of the model's: it has {have}")
         spec = known[name]
-        datatype = _TYPES.get(spec.datatype, f"TYPE_{spec.datatype}")
-        if tensor.get("data_type", "") in _UNSET:
+        datatype = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
+        if tensor.get("data_type", "") in ("", "TYPE_INVALID"):
             tensor["data_type"] = datatype
         elif tensor["data_type"] != datatype:
             raise UsageError(f"{kind} {name!r}: data_type is {tensor['data_type']}, not {datatype}")
+        if kind == "input" and batched:
+            # Requests of different lengths come in one list: it is padded where it is planned.
+            ragged = spec.length_axis is not None
+            if tensor.get("allow_ragged_batch") and not ragged:
+                raise UsageError(f"{kind} {name!r}: allow_ragged_batch, but it has no length axis")
+            tensor["allow_ragged_batch"] = ragged
         shape = [extent if isinstance(extent, int) else -1 for extent in spec.shape]
         _complete_shape(kind, tensor, shape[1:] if batched else shape)
 
@@ -113,8 +99,6 @@ def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int]) -> None
         model in (-1, extent) for extent, model in zip(dims, shape, strict=True)
     )
     if not fits:
-        what = "reshape" if reshape else "dims"
-        raise UsageError(
-            f"{kind} {tensor['name']!r}: {what} are {dims}, the model has {shape}"
-            + (" beside the batch dimension, which max_batch_size stands for" if shape else "")
-        )
+        what = f"{kind} {tensor['name']!r}: {'reshape' if reshape else 'dims'} are {dims}"
+        beside = " beside the batch dimension, which max_batch_size stands for" * bool(shape)
+        raise UsageError(f"{what}, the model has {shape}{beside}")

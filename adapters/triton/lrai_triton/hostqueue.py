@@ -20,11 +20,9 @@ _IDLE_SECONDS: Final = 2e-3  # after an answer without a list: the queue was emp
 class HostQueue:
     """Triton's queue of a model with one instance, as far as its stub can tell."""
 
-    def __init__(
-        self, size: int, settings: Settings, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """See it through lists of at most `size` rows."""
-        self._size, self._alone = size, settings.instances == 1 and size > 1
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        """See it through lists of at most `max_batch_size` rows."""
+        self._size, self._alone = settings.size, settings.instances == 1 and settings.size > 1
         self._usual_ms, self._clock = settings.latency_slo_ms, clock
         self._since = self._answered = -math.inf
         self._largest = 1  # rows of a request in the last list

@@ -20,13 +20,10 @@ class Metrics:
 
     def __init__(self, pb_utils: Any, model: str, version: str) -> None:
         """Register the families, as every instance does, and begin to write."""
+        counted, family = {"variant": "answered", "reason": "refused"}, pb_utils.MetricFamily
         self._families = {
-            label: pb_utils.MetricFamily(
-                name=f"lrai_{what}_total",
-                description=f"Requests {what}, by {label}",
-                kind=pb_utils.MetricFamily.COUNTER,
-            )
-            for what, label in (("answered", "variant"), ("refused", "reason"))
+            label: family(f"lrai_{what}_total", f"Requests {what}, by {label}", family.COUNTER)
+            for label, what in counted.items()
         }
         self._labels = {"model": model, "version": version}
         self._metrics: dict[tuple[str, str], Any] = {}

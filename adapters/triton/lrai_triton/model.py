@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -23,14 +23,7 @@ from typing import Any, Final
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lrai_core import (
-    InferenceRequest,
-    InferenceResponse,
-    InvalidTensor,
-    LraiError,
-    ModelNotFound,
-    NotReady,
-)
+import lrai_core as lrai
 from lrai_import.built import artifact_of
 from lrai_import.hosted import zeros
 from lrai_triton.config import complete
@@ -39,17 +32,20 @@ from lrai_triton.metrics import Metrics
 from lrai_triton.served import execution_of, hold, source_of
 from lrai_triton.settings import WATCH, settings_of
 
-_MEMORY: Final = "/dev/shm"  # noqa: S108 - where Triton and its stubs have theirs
-_LARGE_BYTES: Final = 1 << 20  # of an answer: what there is room for is looked at from here on
+_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where Triton and its stubs have theirs
+_STEP_BYTES: Final = 1 << 20  # by which a stub's share of it grows, at least
 
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
+_PRIORITY: Final = "lrai_priority"  # a parameter of requests; `priority` Triton keeps to itself
+_FOLDERS: Final = re.compile(r"(?:ipc://|(?<![\w.:/]))(/[^\s'\"/]+)/(?:[^\s'\"]*/)?")  # of paths
 _CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
     (429, 503, 504, 507), "UNAVAILABLE"
 )
-Started = Future[InferenceResponse] | InferenceResponse | LraiError
+Outcome = lrai.InferenceResponse | lrai.LraiError
+Started = Future[lrai.InferenceResponse] | Outcome
 
 
-class Cancelled(LraiError):
+class Cancelled(lrai.LraiError):
     """The caller has left."""
 
     http_status = 499
@@ -62,9 +58,9 @@ class TritonPythonModel:
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
         """Fill in what config.pbtxt leaves open, from the model."""
         with _refusal():
-            settings = settings_of(auto_complete_model_config.as_dict())
-            artifact = artifact_of(source_of(_version_folder()), settings.asked.config)
-            complete(auto_complete_model_config, artifact.manifest.signature)
+            given = auto_complete_model_config.as_dict()  # what is changed in it arrives
+            artifact = artifact_of(source_of(_version_folder()), settings_of(given).asked.config)
+            complete(given, artifact.manifest.signature)
         return auto_complete_model_config
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -75,22 +71,25 @@ class TritonPythonModel:
             folder = Path(args["model_repository"], args["model_version"])
             artifact = artifact_of(source_of(folder), settings.asked.config)
             signature = artifact.manifest.signature
-            complete(pb_utils.ModelConfig(args["model_config"]), signature)  # for its errors
+            complete(model_config, signature)  # for its errors
             name = f"{args['model_name']}:{args['model_version']}"
             execution = execution_of(artifact, settings)
             self._held = hold(name, artifact, settings, execution)
         self._texts = {spec.name for spec in signature.inputs if spec.datatype == "BYTES"}
         told: dict[str, Any] = {"model_version": "", "id": "", "parameters": {}, "model_name": name}
-        self._alive = InferenceResponse(outputs=zeros(signature.outputs), **told)
+        self._alive = lrai.InferenceResponse(outputs=zeros(signature.outputs), **told)
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
-        self._sent_bytes = _LARGE_BYTES  # at most, of an answer
-        self._rows = int(model_config["max_batch_size"]) > 1  # requests have any number of them
-        self._queue = HostQueue(int(model_config["max_batch_size"]), settings)
+        self._pool = Path(_MEMORY, _argument(2))  # Triton's memory that this stub's tensors lie in
+        self._inside: dict[int, int] = {}  # bytes there of each request that is not answered
+        # From 25.02 on; what pybind11 says of a function names its arguments.
+        self._tells = "parameters" in str(pb_utils.InferenceResponse.__init__.__doc__)
+        self._rows = settings.size > 1  # requests have any number of them
+        self._queue = HostQueue(settings)
         self.execute = self._send_later if execution == "sender" else self._lists
 
     def is_ready(self) -> bool:
         """Return whether the model makes progress; servers that know this hook ask it."""
-        with suppress(LraiError):
+        with suppress(lrai.LraiError):
             # One that was unloaded for others is loaded again by the request that comes next.
             return self._held.state(gone="idle") in ("ok", "idle")
         return False
@@ -105,9 +104,7 @@ class TritonPythonModel:
         answers = self._start(requests)
         _wait(requests, answers)
         self._queue.answered()
-        outcomes, self._sent_bytes = self._with_room(map(_outcome, answers))
-        pairs = zip(requests, outcomes, strict=True)
-        return [self._response(request, outcome) for request, outcome in pairs]
+        return self._responses(requests, answers)
 
     def _send_later(self, requests: Sequence[Any]) -> None:
         """Have each request answered when its answer is there, and take the next list at once."""
@@ -123,55 +120,35 @@ class TritonPythonModel:
         done = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
             # Once `send` has failed for want of memory nothing more can be sent, not even that.
-            (outcome,), sent_bytes = self._with_room([_outcome(answer)])
-            sender.send(self._response(request, outcome), flags=done)
-            self._sent_bytes = max(self._sent_bytes, sent_bytes)
+            sender.send(*self._responses([request], [answer]), flags=done)
         except Exception as error:  # noqa: BLE001 - edge: this is nobody's call
             pb_utils.Logger.log_error(f"an answer could not be sent: {type(error).__name__}")
-
-    def _with_room(
-        self, outcomes: Iterable[InferenceResponse | LraiError]
-    ) -> tuple[list[InferenceResponse | LraiError], int]:
-        """Return what there is shared memory for, errors for the rest, and how much that takes.
-
-        What has gone through once has its place in Triton's pool, which never shrinks. Where one
-        answer does not fit, Triton would refuse all that go with it, and say where its memory is.
-        """
-        fitting, total = list[InferenceResponse | LraiError](), 0
-        for outcome in outcomes:
-            outputs = {} if isinstance(outcome, LraiError) else outcome.outputs
-            more = total + sum(array.nbytes for array in outputs.values())
-            lacks_bytes = more - self._sent_bytes
-            if lacks_bytes > 0 and 2 * lacks_bytes > shutil.disk_usage(_MEMORY).free:
-                lacks = "the server has no shared memory left for the answer"
-                fitting.append(NotReady(lacks))
-                continue
-            fitting.append(outcome)
-            total = more
-        return fitting, max(self._sent_bytes, total)
 
     def _start(self, requests: Sequence[Any]) -> list[Started]:
         rows = [int(request.inputs()[0].shape()[0]) for request in requests] if self._rows else ()
         allowed = self._queue.take([request.timeout() for request in requests], rows)
         asked = [self._request(*pair) for pair in zip(requests, allowed, strict=True)]
-        right = [one for one in asked if isinstance(one, InferenceRequest)]
+        right = [one for one in asked if isinstance(one, lrai.InferenceRequest)]
         started = iter(self._held.runtime.start_all(right))
-        return [next(started) if isinstance(one, InferenceRequest) else one for one in asked]
+        return [next(started) if isinstance(one, lrai.InferenceRequest) else one for one in asked]
 
-    def _request(
-        self, request: Any, timeout_ms: float | None
-    ) -> InferenceRequest | InferenceResponse | LraiError:
-        if request.request_id() == WATCH:  # no request of a user's: the model is not asked, and
-            return self._alive  # nothing of it captured; an actor that hangs is found without
+    def _request(self, request: Any, timeout_ms: float | None) -> lrai.InferenceRequest | Outcome:
         try:
             inputs = {tensor.name(): self._array(tensor) for tensor in request.inputs()}
-        except LraiError as error:
+        except lrai.LraiError as error:
             return error
-        return InferenceRequest(
+        self._inside[id(request)] = _bytes_of(inputs)
+        # No request of a user's: the model is not asked, and nothing of it captured; an actor that
+        # hangs is found without.
+        if request.request_id() == WATCH and not any(map(np.any, inputs.values())):
+            return self._alive
+        return lrai.InferenceRequest(
             model_name=self._held.name,
             inputs=inputs,
+            id=request.request_id(),
             outputs=tuple(request.requested_output_names()),
             timeout_ms=timeout_ms,
+            parameters={"priority": json.loads(request.parameters() or "{}").get(_PRIORITY, 0)},
         )
 
     def _array(self, tensor: Any) -> Any:
@@ -180,25 +157,68 @@ class TritonPythonModel:
             try:
                 texts = [text.decode() for text in array.flat]
             except UnicodeDecodeError:
-                raise InvalidTensor(tensor.name(), "an element is not UTF-8") from None
+                raise lrai.InvalidTensor(tensor.name(), "an element is not UTF-8") from None
             array = np.array([*texts, None], object)[:-1].reshape(array.shape)
         return array
 
-    def _response(self, request: Any, outcome: InferenceResponse | LraiError) -> Any:
-        asked = request.request_id() != WATCH  # who looks after all models wants none of them
-        if isinstance(outcome, ModelNotFound):  # the runtime has unloaded it: it is Triton's yet
-            if asked:
-                self._held.load_again()
-            outcome = NotReady("the runtime had unloaded the model, which is loaded again")
-        if asked:
+    def _responses(self, requests: Sequence[Any], answers: Sequence[Started]) -> list[Any]:
+        """Return what there is memory for, errors for the rest.
+
+        Where one answer does not fit, Triton would refuse all that go with it, and say where its
+        memory is.
+        """
+        room_bytes, responses = self._room_bytes(), list[Any]()
+        for request, answer in zip(requests, answers, strict=True):
+            outcome, tensors = _outcome(answer), list[Any]()
+            if isinstance(outcome, lrai.InferenceResponse):
+                try:
+                    taken_bytes = _bytes_of(outcome.outputs)
+                    if taken_bytes > room_bytes:
+                        raise MemoryError
+                    tensors = [_tensor(*pair) for pair in outcome.outputs.items()]
+                    room_bytes -= taken_bytes
+                except Exception as error:  # noqa: BLE001 - edge: others' answers go with it
+                    pb_utils.Logger.log_error(f"an answer is left out: {type(error).__name__}")
+                    outcome = lrai.NotReady("the server has no memory left for the answer")
+            responses.append(self._response(outcome, tensors))
+            self._inside.pop(id(request), None)
+        return responses
+
+    def _room_bytes(self) -> int:
+        """Return how much is sure to find a place in Triton's memory.
+
+        That is what is free of the part that this stub has, which never shrinks; or half of what
+        nobody has yet, as it grows by more than it lacks, and others grow, too.
+        """
+        disk = os.statvfs(_MEMORY)
+        room_bytes = disk.f_bavail * disk.f_frsize // 2 - _STEP_BYTES
+        with suppress(OSError):  # another server may name it otherwise
+            held_bytes = sum(list(self._inside.values()))  # a list, for others change it meanwhile
+            room_bytes = max(room_bytes, self._pool.stat().st_size - held_bytes)
+        return room_bytes
+
+    def _response(self, outcome: Outcome, tensors: list[Any]) -> Any:
+        if isinstance(outcome, lrai.ModelNotFound):  # the runtime has unloaded what Triton has yet
+            self._held.load_again()
+            outcome = lrai.NotReady("the runtime had unloaded the model, which is loaded again")
+        if outcome is not self._alive:  # probes are nobody's requests
             self._metrics.count(outcome)
-        if isinstance(outcome, LraiError):
+        if isinstance(outcome, lrai.LraiError):
             code = getattr(pb_utils.TritonError, _CODES.get(outcome.http_status, "INTERNAL"))
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), code))
-        outputs = outcome.outputs.items()
-        return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in outputs]
-        )
+        said = {key: value for key, value in outcome.parameters.items() if value is not None}
+        return pb_utils.InferenceResponse(tensors, **({"parameters": said} if self._tells else {}))
+
+
+def _bytes_of(tensors: Mapping[str, Any]) -> int:
+    """Return what tensors take in Triton's memory at most: a KiB each beside what they hold."""
+    texts = [array.flat for array in tensors.values() if array.dtype.hasobject]
+    content_bytes = sum(len(text.encode()) for array in texts for text in array)
+    return content_bytes + sum(1024 + int(array.nbytes) for array in tensors.values())
+
+
+def _tensor(name: str, array: Any) -> Any:
+    return pb_utils.Tensor(name, np.ascontiguousarray(array))
 
 
 def _wait(requests: Sequence[Any], answers: Sequence[Started]) -> None:
@@ -216,12 +236,12 @@ def _wait(requests: Sequence[Any], answers: Sequence[Started]) -> None:
                 del waiting[answer]
 
 
-def _outcome(answer: Started) -> InferenceResponse | LraiError:
+def _outcome(answer: Started) -> Outcome:
     try:
         return answer.result() if isinstance(answer, Future) else answer
     except CancelledError:
         return Cancelled("cancelled")
-    except LraiError as error:
+    except lrai.LraiError as error:
         return error
 
 
@@ -231,15 +251,22 @@ def _version_folder() -> Path:
     Triton tells it only in the stub's command line: the path of a `model.py` in it, which a shared
     backend does not need.
     """
-    return Path(os.fsdecode(Path("/proc/self/cmdline").read_bytes().split(b"\0")[1])).parent
+    return Path(_argument(1)).parent
+
+
+def _argument(index: int) -> str:
+    return os.fsdecode(Path("/proc/self/cmdline").read_bytes().split(b"\0")[index])
 
 
 @contextmanager
 def _refusal() -> Iterator[None]:
     try:
         yield
-    except LraiError as error:
-        told = str(error).replace(f"{_version_folder()}/", "")  # whoever asked for it to be loaded
+    except lrai.LraiError as error:
+        pb_utils.Logger.log_error(str(error))
+        # Whoever asks may be anywhere. Names in a graph may look like paths: those of nothing stay.
+        words = str(error).replace(f"{_version_folder()}/", "")
+        told = _FOLDERS.sub(lambda found: "" if Path(found[1]).exists() else found[0], words)
         raise pb_utils.TritonModelException(told) from None
     except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths
         pb_utils.Logger.log_error(traceback.format_exc())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lrai_core import Artifact, ArtifactError
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem
 from lrai_import.held import Held
 from lrai_import.hosted import is_quick
 from lrai_triton.settings import Settings
@@ -24,20 +24,26 @@ def hold(name: str, artifact: Artifact, settings: Settings, execution: str) -> H
     # By its path, too, which actors are started from: it is a copy of its own for each load of a
     # repository in a cloud, and a release's for who replaces one by the next.
     place = hashlib.sha256(bytes(artifact.path.absolute())).hexdigest()[:6]
-    return Held(artifact, own, f"{name}:{artifact.version[:12]}{place}{settings.asked.mark}")
+    try:
+        return Held(artifact, own, f"{name}:{artifact.version[:12]}{place}{settings.asked.mark}")
+    except EnvironmentProblem as error:
+        where = "see runtime.address, runtime.socket_dir and its log"
+        raise EnvironmentProblem(f"the runtime: {error}; {where}") from None
 
 
 def execution_of(artifact: Artifact, settings: Settings) -> str:
     """Return how requests are answered where nothing is said.
 
     By what the model takes alone; several instances would each have a copy of it in their stubs.
+    Where Triton makes no lists, one is answered before the next comes, unless each is for itself.
     """
     if settings.execution != "auto":
         return settings.execution
     alone = settings.instances == 1 and settings.asked.free
     if alone and is_quick(artifact, settings.asked.variant):
         return "inline"
-    return "sender" if settings.latency_slo_ms else "lists"
+    one_by_one = settings.size == 0 and artifact.manifest.signature.coalescible
+    return "sender" if settings.latency_slo_ms or one_by_one else "lists"
 
 
 def source_of(folder: Path) -> Path:

@@ -21,11 +21,13 @@ class Settings(NamedTuple):
         asked: Of LRAI.
         execution: How requests are answered.
         instances: Of the model, 1 where nothing is said.
+        size: `max_batch_size`; 0 where Triton hands requests over one by one.
     """
 
     asked: Asked
     execution: Execution
     instances: int
+    size: int
 
     @property
     def latency_slo_ms(self) -> float:
@@ -50,4 +52,5 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
         raise UsageError(f"execution is {execution!r}, allowed: {', '.join(allowed)}")
     groups = model_config.get("instance_group", [])  # each has so many instances on each GPU
     instances = sum(one.get("count", 1) * max(1, len(one.get("gpus", []))) for one in groups)
-    return Settings(asked(given), cast("Execution", execution), max(1, instances))
+    size = int(model_config.get("max_batch_size", 0))
+    return Settings(asked(given), cast("Execution", execution), max(1, instances), size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,9 @@ class Triton:
         protocol: str = "http",
         outputs: Sequence[str] = (),
         version: str = "",
+        **more: Any,
     ) -> dict[str, Any]:
-        """Return the outputs by name."""
+        """Return the outputs by name; `more` is for the client."""
         kit: Any = triton_http if protocol == "http" else triton_grpc
         given = []
         for key, array in inputs.items():
@@ -80,7 +82,7 @@ class Triton:
             given[-1].set_data_from_numpy(array)
         wanted = [kit.InferRequestedOutput(output) for output in outputs] or None
         client: Any = self.http if protocol == "http" else self.grpc
-        answer = client.infer(name, given, model_version=version, outputs=wanted)
+        answer = client.infer(name, given, model_version=version, outputs=wanted, **more)
         said = answer.get_response() if protocol == "http" else answer.get_response(as_json=True)
         return {one["name"]: answer.as_numpy(one["name"]) for one in said["outputs"]}
 
@@ -93,6 +95,12 @@ class Triton:
         """Return what the runtime of the stubs has counted."""
         with self._runtime() as runtime:
             return runtime.stats()
+
+    def figures(self) -> str:
+        """Return what the server says on its metrics port."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics") as reply:
+            text: str = reply.read().decode()
+        return text
 
     def actor_pid(self, name: str) -> int:
         """Return the process that runs a model."""

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,11 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from tritonclient.utils import shared_memory as shm
 
 import lrai_core as lrai
+from benchmarks.host import Host
+from benchmarks.processes import HOST, Server
+from benchmarks.triton_server import Prepared, variables
 from tests.integration.conftest import sentence
+from tests.integration.test_runtime_faults import wait_until
 from tests.integration.triton.server import Triton
 
 pytestmark = pytest.mark.server
@@ -305,14 +308,36 @@ def test_an_artifact_that_was_changed_after_it_was_compiled_is_refused(
         pass
 
 
-def test_a_runtime_that_cannot_be_reached_is_said(triton: Triton, tmp_path: Path) -> None:
+def test_a_runtime_that_cannot_be_reached_is_said_without_where_it_would_be(
+    triton: Triton, tmp_path: Path
+) -> None:
     nowhere = 'parameters { key: "runtime.address" value { string_value: "/proc/nowhere" } }\n'
     model = identity(tmp_path, TensorProto.FLOAT, ["n", 3])
+    words = "no folder nowhere: .*; see runtime.address, runtime.socket_dir and its log"
     with (
-        pytest.raises(InferenceServerException, match="no folder /proc/nowhere"),
+        pytest.raises(InferenceServerException, match=words) as caught,
         triton.serving("unreachable", {1: model}, LRAI + nowhere + execution("lists")),
     ):
         pass
+    assert "/proc" not in str(caught.value)
+    assert "no folder /proc/nowhere" in triton.server.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_errors_have_the_codes_of_their_protocol(
+    triton: Triton, encoder: str, protocol: str
+) -> None:
+    inputs = sentence(np.random.default_rng(6), 1, 8)
+    codes = {"http": ("400", "503"), "grpc": ("INVALID_ARGUMENT", "UNAVAILABLE")}
+    invalid, unavailable = codes[protocol]
+    with pytest.raises(InferenceServerException, match="an integer is needed") as caught:
+        triton.ask(encoder, inputs, protocol=protocol, parameters={"lrai_priority": "high"})
+    assert caught.value.status().endswith(invalid)
+    with pytest.raises(InferenceServerException, match="ms allowed") as caught:
+        triton.ask(encoder, inputs, protocol=protocol, timeout=1)  # of a microsecond
+    assert caught.value.status().endswith(unavailable)
+    said = {"lrai_priority": -1, "another's": True}
+    assert triton.ask(encoder, inputs, protocol=protocol, parameters=said, priority=3)
 
 
 def test_a_caller_that_hangs_up_in_the_middle_harms_nobody(triton: Triton, doubler: str) -> None:
@@ -359,6 +384,24 @@ def test_two_versions_serve_side_by_side(triton: Triton, tmp_path: Path) -> None
             assert triton.ask(name, {"x": x}, version=str(version))["y"].shape == (1, version)
 
 
+@pytest.mark.parametrize(
+    ("policy", "serves"), [("specific { versions: [1] }", 1), ("latest { num_versions: 1 }", 2)]
+)
+def test_a_version_that_the_policy_leaves_out_is_not_served(
+    triton: Triton, tmp_path: Path, policy: str, serves: int
+) -> None:
+    models = {}
+    for n in (1, 2):
+        (folder := tmp_path / str(n)).mkdir()
+        models[n] = identity(folder, TensorProto.FLOAT, ["n", n])
+    with triton.serving("policy", models, f"{LRAI}version_policy: {{ {policy} }}\n") as name:
+        x = np.ones((1, serves), np.float32)
+        for version in ("", str(serves)):
+            assert triton.ask(name, {"x": x}, version=version)["y"].tolist() == x.tolist()
+        with pytest.raises(InferenceServerException, match="version"):
+            triton.ask(name, {"x": x}, version=str(3 - serves))
+
+
 def test_clients_may_hand_tensors_over_in_shared_memory(triton: Triton, doubler: str) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     name = f"/lrai_test_in_{os.getpid()}"
@@ -398,7 +441,8 @@ def test_what_lrai_counts_stands_beside_tritons_own_figures(
     parted["attention_mask"] = parted["attention_mask"][:, :5]
     with pytest.raises(InferenceServerException, match="attention_mask"):
         triton.ask(encoder, parted, protocol="grpc")
-    answered = rf'lrai_answered_total{{[^}}]*model="{doubler}"[^}}]*}} ([\d.e+]+)'
+    labels = rf'[^}}]*model="{doubler}"[^}}]*variant="fp32"[^}}]*'
+    answered = rf"lrai_answered_total{{{labels}}} ([\d.e+]+)"
     refused = rf'lrai_refused_total{{[^}}]*model="{encoder}"[^}}]*reason="InvalidTensor"[^}}]*}} '
     text, deadline = "", time.monotonic() + 20  # a stub writes once a second
     while (
@@ -407,31 +451,65 @@ def test_what_lrai_counts_stands_beside_tritons_own_figures(
         or not re.search(refused, text)
     ):
         assert time.monotonic() < deadline
-        with urllib.request.urlopen(f"http://{triton.metrics}/metrics") as reply:
-            text = reply.read().decode()
+        text = triton.figures()
     assert "nv_inference_request_success" in text
 
 
-def test_a_caller_that_leaves_is_not_answered_and_nobody_else_is_harmed(
-    triton: Triton, encoder: str
+WHOLE = """
+input { name: "input_ids" data_type: TYPE_INT64 dims: [-1, -1] }
+input { name: "attention_mask" data_type: TYPE_INT64 dims: [-1, -1] }
+output { name: "sentence_embedding" data_type: TYPE_FP32 dims: [-1, 384] }
+"""
+OUTSIDE = 'parameters { key: "actor.isolation" value { string_value: "process" } }\n'
+
+
+@pytest.mark.parametrize("shapes", ["", WHOLE], ids=["in lists", "one by one"])
+def test_requests_that_come_together_share_calls(
+    triton: Triton, minilm: Path, minilm_session: onnxruntime.InferenceSession, shapes: str
 ) -> None:
+    random = np.random.default_rng(9)
+    asked = [sentence(random, 1, 30) for _ in range(64)]
+    with triton.serving("shares", {1: minilm}, LRAI + OUTSIDE + shapes) as name:
+        triton.ask(name, asked[0])
+        before = triton.stats()
+        with ThreadPoolExecutor(16) as callers:
+            answers = list(callers.map(lambda one: triton.ask(name, one), asked))
+        after = triton.stats()
+    for one, answer in zip(asked, answers, strict=True):
+        (expected,) = minilm_session.run(["sentence_embedding"], one)
+        np.testing.assert_allclose(answer["sentence_embedding"], expected, atol=GATE)
+    assert after["request_answered"] - before["request_answered"] == len(asked)
+    assert after["batch_completed"] - before["batch_completed"] <= len(asked) // 2
+
+
+def test_what_a_caller_who_leaves_has_asked_is_not_computed(triton: Triton, minilm: Path) -> None:
+    rows = 8  # of one request, which is a call for itself
+    alone = f'parameters {{ key: "scheduler.max_batch_rows" value {{ string_value: "{rows}" }} }}\n'
     inputs = []
-    for name, array in sentence(np.random.default_rng(6), 8, 200).items():
+    for name, array in sentence(np.random.default_rng(6), rows, 200).items():
         kind = np_to_triton_dtype(array.dtype)
         inputs.append(triton_grpc.InferInput(name, list(array.shape), kind))
         inputs[-1].set_data_from_numpy(array)
     seen: list[Any] = []
-    calls = [
-        triton.grpc.async_infer(encoder, inputs, lambda result, error: seen.append((result, error)))
-        for _ in range(6)
-    ]
-    for call in calls[1::2]:
-        call.cancel()
-    deadline = time.monotonic() + 60
-    while len(seen) < len(calls) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert sum(error is None for _, error in seen) >= 3
-    assert sum(error is not None and "CANCELLED" in str(error) for _, error in seen) >= 1
+    with triton.serving("left", {1: minilm}, LRAI + execution("lists") + alone) as name:
+        before = triton.stats()
+
+        def counted(what: str) -> int:
+            return triton.stats().get(what, 0) - before.get(what, 0)
+
+        calls = [
+            triton.grpc.async_infer(name, inputs, lambda result, error: seen.append(error))
+            for _ in range(8)  # the first one, and then a list of those that came meanwhile
+        ]
+        wait_until(lambda: counted("request_accepted") == len(calls), 60)
+        for call in calls[-3:]:
+            call.cancel()
+        wait_until(lambda: len(seen) == len(calls), 60)
+        wait_until(lambda: counted("request_failed") == 3)
+        assert counted("request_answered") == counted("batch_completed") == 5
+        assert sum(error is None for error in seen) == 5
+        refused = rf'lrai_refused_total{{[^}}]*model="{name}"[^}}]*"Cancelled"[^}}]*}} 3'
+        wait_until(lambda: re.search(refused, triton.figures()) is not None)
 
 
 def test_a_model_of_ours_is_a_step_of_an_ensemble(triton: Triton, doubler: str) -> None:
@@ -571,6 +649,57 @@ def _wait_until_grown(load: Load) -> None:
     while load.answered < wanted:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+LITTLE = 'mount -t tmpfs -o size=8m none /dev/shm && exec "$@"'
+
+
+@pytest.mark.parametrize("way", ["inline", "sender"])
+def test_an_answer_without_room_in_shared_memory_is_refused_and_names_none(
+    prepared: Prepared, tmp_path: Path, way: str
+) -> None:
+    times = 64  # the text, in an answer
+    (entry := tmp_path / "models" / "long" / "1").mkdir(parents=True)
+    repeated(entry / "model.onnx", times)
+    (entry.parent / "config.pbtxt").write_text(LRAI + execution(way))
+    needed = variables(prepared.environment)
+    triton = shutil.which("tritonserver", path=needed["PATH"])
+    assert triton is not None
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-ec", LITTLE, "sh", triton]
+    command += [f"--model-repository={entry.parents[1]}", f"--http-address={HOST}"]
+    command += [f"--backend-directory={prepared.backends}", "--http-port={port}"]
+    command += ["--allow-grpc=false", "--allow-metrics=false", "--exit-timeout-secs=5"]
+    with Host() as host:
+        own = {"LRAI_RUNTIME_SOCKET_DIR": str(host.folder), "LRAI_ACTOR_THREADS": "1"}
+        with Server(command, tmp_path / "log", variables=needed | own) as server:
+            server.wait_until_ready("/v2/health/ready")
+            client = triton_http.InferenceServerClient(f"{HOST}:{server.port}")
+
+            def ask(size: int) -> int:
+                given = triton_http.InferInput("x", [1, 1], "BYTES")
+                given.set_data_from_numpy(np.array([[b"a" * size]], object))
+                (answer,) = client.infer("long", [given]).as_numpy("y")
+                return sum(map(len, answer))
+
+            for _ in range(2):
+                assert ask(1000) == 1000 * times
+                with pytest.raises(InferenceServerException, match="no memory left") as caught:
+                    ask(200_000)
+                assert caught.value.status() == "503"
+                assert not re.search(r"shm|pool|key|/", str(caught.value))
+            assert ask(20_000) == 20_000 * times, "for this there is"
+
+
+def repeated(path: Path, times: int) -> None:
+    """Write a model that gives a text so many times."""
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.STRING, ["n", width])
+        for name, width in (("x", 1), ("y", times))
+    ]
+    nodes = [helper.make_node("Concat", ["x"] * times, ["y"], axis=1)]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
 
 
 def test_reloads_and_another_version_under_load_fail_nobody(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Final
 
 import typer
@@ -149,7 +148,7 @@ def _check_version(folder: Path) -> None:
         return  # it would have to be built
     found = lrai.Artifact.open(source) if compiled else artifact_of(source, settings.asked.config)
     manifest = found.manifest
-    complete(SimpleNamespace(as_dict=lambda: config), manifest.signature)
+    complete(config, manifest.signature)
     if compiled:
         chosen = manifest.variant(settings.asked.variant or manifest.chosen)
         made, here = manifest.made_for(chosen), environment(chosen)
