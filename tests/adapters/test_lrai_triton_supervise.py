@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +57,28 @@ def test_options_of_the_server_are_read_in_both_forms(arguments: list[str], valu
     assert supervise._given(arguments, "http-port", "80") == value
 
 
-def started(folder: Path, *arguments: str, watched: bool = True, status: int = 7) -> list[str]:
-    """Return what `serve` starts a server with; that is one which ends at once, with `status`."""
+def program(path: Path, script: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def planted(folder: Path, script: str) -> tuple[str, str]:
+    """Return a PATH with a tritonserver that is this script, and the option for its backends."""
     backend = folder / "backends" / "lrai"
     backend.mkdir(parents=True, exist_ok=True)
     (backend / "model.py").touch()
-    program = folder / "bin" / "tritonserver"
-    program.parent.mkdir(exist_ok=True)
-    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/given\nexit {status}\n')
-    program.chmod(0o755)
-    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    server = program(folder / "bin" / "tritonserver", script)
+    path = f"{server.parent}{os.pathsep}{os.environ['PATH']}"
+    return path, f"--backend-directory={backend.parent}"
+
+
+def started(folder: Path, *arguments: str, watched: bool = True, status: int = 7) -> list[str]:
+    """Return what `serve` starts a server with; that is one which ends at once, with `status`."""
+    path, backends = planted(folder, f"printf '%s\\n' \"$@\" > {folder}/given\nexit {status}")
     with own_runtime(PATH=path) as sockets:
-        given = [f"--backend-directory={backend.parent}", *arguments]
+        given = [backends, *arguments]
         with pytest.raises(typer.Exit) as ended:
             supervise.serve(given, watched=watched)
         assert ended.value.exit_code == status
@@ -81,9 +93,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.timeout(180)
 def test_all_models_are_loaded_where_none_is_named(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     assert started(tmp_path)[:2] == ["--model-control-mode=explicit", "--load-model=*"]
-    kept = signal.getsignal(signal.SIGTERM)
-    assert getattr(kept, "__name__", "") != "forward", "the process is as it was"
+    assert signal.getsignal(signal.SIGTERM) == before, "the process is as it was"
 
 
 @pytest.mark.timeout(180)
@@ -119,3 +131,79 @@ def test_a_server_that_the_watch_could_not_ask_is_refused(tmp_path: Path) -> Non
     with pytest.raises(lrai.UsageError, match="--no-watch"):
         started(tmp_path, "--allow-http=false")
     assert started(tmp_path, "--allow-http=false", watched=False) == ["--allow-http=false"]
+
+
+# What `serve` does while, and before, it runs both
+
+
+def ended(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, server: str, watch: str = "sleep 60"
+) -> int:
+    """Return the exit status of `serve` with these scripts as tritonserver and as the watch."""
+    monkeypatch.setattr(supervise, "_RESTART_SECONDS", 0.01)
+    stand_in = program(folder / "lrai", f'test "$2" != watch && exit 0\n{watch}')
+    monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
+    path, backends = planted(folder, server)
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises(typer.Exit) as caught:
+        supervise.serve([backends])
+    return caught.value.exit_code
+
+
+WAITS = "while :; do sleep 0.02; done"
+
+
+def test_where_the_watch_has_given_all_up_the_server_ends_and_the_status_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = f"trap 'touch {tmp_path}/told; exit 0' TERM\n{WAITS}"
+    assert ended(tmp_path, monkeypatch, server, watch="exit 3") == 3
+    assert (tmp_path / "told").exists()
+
+
+def test_a_watch_that_has_ended_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    server = f"until test $(wc -l < {runs}) -ge 2; do sleep 0.02; done\nexit 7"
+    runs.touch()
+    once = f"echo >> {runs}\ntest $(wc -l < {runs}) -ge 2 || exit 1\nexec sleep 60"
+    assert ended(tmp_path, monkeypatch, server, watch=once) == 7
+    said = capfd.readouterr().out
+    assert said.count("the watch has ended with status 1: it is started again") == 1
+
+
+@pytest.mark.parametrize(("sent", "heard"), [("HUP", "TERM"), ("TERM", "TERM"), ("INT", "INT")])
+def test_what_would_end_a_program_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, heard: str
+) -> None:
+    server = f"trap 'exit 4' {heard}\nkill -{sent} $PPID\n{WAITS}"
+    assert ended(tmp_path, monkeypatch, server) == 4
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("step", ["status", "start"])
+def test_a_signal_before_there_is_a_server_leaves_nothing(tmp_path: Path, step: str) -> None:
+    path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
+    command = [*supervise._LRAI, "triton", "serve", "--", backends]
+    with own_runtime(PATH=path) as sockets, subprocess.Popen(command) as serve:
+        try:
+            while not runs_below(serve.pid, f"runtime\0{step}"):
+                assert serve.poll() is None
+                time.sleep(0.005)
+            serve.terminate()
+            assert serve.wait(90) == 128 + signal.SIGTERM
+        finally:
+            serve.kill()
+        assert daemon_pids(sockets) == []
+    assert not (tmp_path / "given").exists()
+
+
+def runs_below(parent: int, words: str) -> bool:
+    """Return whether a child of a process has these words in its command."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            mine = supervise._parent(int(process.parent.name)) == parent
+            if mine and words in process.read_text(errors="replace"):
+                return True
+    return False

@@ -105,9 +105,7 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
     if not Path(backends, "lrai", "model.py").is_file():
         raise EnvironmentProblem(f"no backend: lrai triton install --backend-directory {backends}")
     if watched and _given(arguments, "allow-http").lower() in ("false", "0"):
-        raise UsageError(
-            "--allow-http is false, but the watch asks by HTTP; --no-watch does without"
-        )
+        raise UsageError("--allow-http is false, but the watch asks by HTTP: see --no-watch")
     if watched and not _given(arguments, "model-control-mode"):
         arguments = [*arguments, "--model-control-mode=explicit"]
         if not _given(arguments, "load-model"):
@@ -122,21 +120,14 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         host = _given(arguments, "http-address", "127.0.0.1")  # 0.0.0.0 leads there, too
         url = f"http://{host}:{_given(arguments, 'http-port', '8000')}"
         commands.append([*_LRAI, "triton", "watch", "--url", url])
-    # Not left to the first stub: like this the runtime's settings are those given here, whatever
-    # model loads first, what is wrong with it is said at once, and it lives on during reloads.
-    runtime, ours = [*_LRAI, "runtime"], False
+    told = list[int]()
+    # From now on: process 1 of a container hears nothing that it does not handle.
+    before = _handled_by(lambda number, _: told.append(number))
     try:
-        if "://" not in load_config().runtime.address:  # else it runs on another machine
-            known = subprocess.run([*runtime, "status"], capture_output=True, check=False)
-            ours = known.returncode != 0  # unless somebody else is quicker
-            done = subprocess.run([*runtime, "start"], stdout=subprocess.PIPE, check=False)
-            if done.returncode:
-                raise EnvironmentProblem("the shared runtime cannot be started, see above")
-            ours = ours and b"was started" in done.stdout
-        status = _run_both(commands)
+        status = _run_beside_runtime(commands, told)
     finally:
-        if ours:
-            subprocess.run([*runtime, "stop"], capture_output=True, check=False)
+        for kept, handler in before.items():
+            signal.signal(kept, handler)
     raise typer.Exit(status if status >= 0 else 128 - status)
 
 
@@ -329,26 +320,43 @@ def _given(arguments: list[str], name: str, default: str = "") -> str:
     return found[-1] if found else default
 
 
-def _run_both(commands: list[list[str]]) -> int:
-    """Return the first program's exit status when it has ended; signals go to it and the other."""
+def _run_beside_runtime(commands: list[list[str]], told: list[int]) -> int:
+    """Return what `_run_both` does; the shared runtime is there before, and ends if it was not.
+
+    It is not left to the first stub: like this its settings are those given here, whatever model
+    loads first, what is wrong with it is said at once, and it lives on during reloads.
+    """
+    runtime, ours = [*_LRAI, "runtime"], False
+    try:
+        here = "://" not in load_config().runtime.address  # else it runs on another machine
+        if here:
+            known = subprocess.run([*runtime, "status"], capture_output=True, check=False)
+            ours = known.returncode != 0 and not told  # unless somebody else is quicker
+        if here and not told:
+            done = subprocess.run([*runtime, "start"], stdout=subprocess.PIPE, check=False)
+            if done.returncode and not told:
+                raise EnvironmentProblem("the shared runtime cannot be started, see above")
+            ours = ours and (done.returncode != 0 or b"was started" in done.stdout)
+        return -told[0] if told else _run_both(commands, told)
+    finally:
+        if ours:
+            subprocess.run([*runtime, "stop"], capture_output=True, check=False)
+
+
+def _run_both(commands: list[list[str]], told: list[int]) -> int:
+    """Return the first program's exit status when it has ended; what is told goes to both."""
     # The stub is the first python3 on PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environ, processes = {**os.environ, "PATH": path}, list[subprocess.Popen[bytes]]()
-    told = list[int]()
-
-    def forward(number: int, _: object) -> None:
-        told.append(number)
-        for process in processes:  # a terminal that closes ends a server, as what stops one does
-            process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-    before = _handled_by(forward)
     try:
         for command in commands:  # in groups of their own: Ctrl-C comes from here alone
             processes.append(subprocess.Popen(command, env=environ, process_group=0))
-        if told:  # before the list had them
-            forward(told[0], None)
-        server, *watches = processes
+        (server, *watches), passed_on = processes, 0
         while server.poll() is None:
+            for number in told[passed_on:]:  # a terminal that closes ends a server, as others do
+                passed_on += 1
+                for process in processes:
+                    process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
             ended = watches[0].poll() if watches else None
             if ended == _GIVEN_UP:  # whoever runs us starts us anew
                 say("no model is left: the server ends, too")
@@ -369,16 +377,13 @@ def _run_both(commands: list[list[str]]) -> int:
         for process in processes:
             process.terminate()
             process.wait()
-        for kept, handler in before.items():
-            signal.signal(kept, handler)
 
 
 def _handled_by(handler: Any) -> dict[int, Any]:
     """Have what ends a program told to this; return whom it was told to, by signal."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     # One that nohup has had ignored stays so.
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    return {n: signal.signal(n, handler) for n in ends if signal.getsignal(n) != signal.SIG_IGN}
 
 
 def say(words: str) -> None:
