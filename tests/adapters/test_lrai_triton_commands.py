@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
@@ -243,6 +244,10 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config('parameters { key: "scheduler.speed" value { string_value: "9" } }'),
         "unknown setting 'scheduler.speed'",
     ),
+    "bare setting": (
+        config('parameters { key: "latency_slo_ms" value { string_value: "9" } }'),
+        "parameter 'latency_slo_ms' is not read, scheduler.latency_slo_ms would be",
+    ),
     "string": (
         config("parameters {\n key: 'x"),
         "a string or a brace in config.pbtxt does not end",
@@ -390,6 +395,26 @@ def test_a_damaged_artifact_is_not_added(repository: Path, artifact: Path, run: 
     where = ("--model-repository", repository, "--name", "small")
     assert "has changed since" in run("add", artifact, *where, code=4)
     assert [path.name for path in repository.iterdir()] == ["m"]
+
+
+def test_what_is_no_onnx_model_is_not_added(repository: Path, tmp_path: Path, run: Run) -> None:
+    (other := tmp_path / "weights.pt").write_bytes(b"PK\x03\x04 of another kind")
+    said = run("add", other, "--model-repository", repository, "--name", "small", code=4)
+    assert re.search("weights.pt cannot be added: .*not an ONNX model.*lrai compile", said), said
+    assert [path.name for path in repository.iterdir()] == ["m"]
+
+
+def test_an_onnx_file_is_not_added_without_its_weights(
+    repository: Path, tmp_path: Path, run: Run
+) -> None:
+    model = onnx.load(repository / "m" / "1" / "model.onnx")
+    apart: dict[str, Any] = {"location": "weights.bin", "size_threshold": 0}
+    onnx.save(model, tmp_path / "apart.onnx", save_as_external_data=True, **apart)
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    before = content(repository)
+    said = run("add", tmp_path / "apart.onnx", *where, code=4)
+    assert re.search("apart.onnx cannot be added: .*weights.bin.*lrai compile", said), said
+    assert content(repository) == before
 
 
 def test_what_is_not_there_is_named(repository: Path, tmp_path: Path, run: Run) -> None:

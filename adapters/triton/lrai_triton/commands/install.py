@@ -142,6 +142,9 @@ def _check_version(folder: Path) -> None:
     if backend_of(text) != "lrai":
         return
     config = config_of(text)
+    full = {one.key.rpartition(".")[2]: one.key for one in lrai.explain_config()}
+    for key in config.get("parameters", {}):
+        _demand(key not in full, f"parameter {key!r} is not read, {full.get(key)} would be")
     settings, source = settings_of(config), source_of(folder)
     compiled = source.name == "model.lrai"
     if not compiled and int(folder.name) < versions_of(folder.parent)[-1]:

@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from lrai_core import Artifact, UsageError
+from lrai_core import Artifact, CompileError, UsageError
 from lrai_core.artifact import disk_errors, writing
 from lrai_triton.commands.app import app, out
 from lrai_triton.commands.pbtxt import LRAI, backend_of, switched, switched_back
@@ -51,8 +52,8 @@ def add(
 ) -> None:
     """Add MODEL to a repository, as a new entry or as one more version of an entry.
 
-    A new entry gets a config.pbtxt of a few lines; Triton learns the rest from the model. Weights
-    beside an ONNX file are not copied: compile such a model, and add the artifact.
+    A new entry gets a config.pbtxt of a few lines; Triton learns the rest from the model. An ONNX
+    file is read first. Weights beside one are not copied: compile it, and add the artifact.
     """
     entry, settings = model_repository / name, dict[str, str]()
     if not _NAME.fullmatch(name):
@@ -167,7 +168,7 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
             if model.is_dir():
                 shutil.copytree(Artifact.open(model).path, target / "model.lrai")
             else:
-                shutil.copy2(model, target / "model.onnx")
+                _check_onnx(Path(shutil.copy2(model, target / "model.onnx")), model.name)
             _switch(folder if new else entry, config)
     except BaseException:  # a disk may be found full when all is written
         if new or os.path.lexists(entry / str(version)):  # what is there is somebody else's
@@ -182,6 +183,15 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     out.print(f"version {version} is there; by default Triton serves the highest one, after")
     out.print(f"curl -X POST localhost:8000/v2/repository/models/{entry.absolute().name}/load")
     out.print('(under `lrai triton serve` with -H "lrai-key: $TRITON_REPOSITORY_KEY")')
+
+
+def _check_onnx(copy: Path, name: str) -> None:
+    """Refuse what could not be served from where it lies: no ONNX, or weights left behind."""
+    (importer,) = entry_points(group="lrai.importers", name="onnx")
+    try:
+        importer.load()(copy, lambda _: None)
+    except CompileError as error:
+        raise CompileError(f"{name} cannot be added: {error}; lrai compile may take it") from None
 
 
 def _switch(entry: Path, config: str) -> None:
