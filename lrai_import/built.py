@@ -76,14 +76,12 @@ def state_folder(config: LraiConfig) -> Path:
             folder.mkdir(mode=0o700, exist_ok=True)
         own = folder.lstat()
     except OSError as error:
-        raise EnvironmentProblem(
-            f"no folder for state, runtime.state_dir: {error.strerror}"
-        ) from None
+        why = f"no folder for state, runtime.state_dir: {error.strerror}"
+        raise EnvironmentProblem(why) from None
     alone = own.st_uid == os.geteuid() and not own.st_mode & 0o077
     if not stat.S_ISDIR(own.st_mode) or not alone:
-        raise EnvironmentProblem(
-            "the folder built in runtime.state_dir has to be this user's alone"
-        )
+        why = "the folder built in runtime.state_dir has to be this user's alone"
+        raise EnvironmentProblem(why)
     return folder
 
 

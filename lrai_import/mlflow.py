@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import onnx
 from mlflow.models import Model
 from mlflow.types import ColSpec, DataType
 
+from lrai_codecs.tensors import datatype_of
 from lrai_core import (
     ArtifactError,
     CompileError,
@@ -47,22 +49,7 @@ _DATA: Final = {
 }
 _NO_PICKLE: Final = "pickle_module_info.txt"  # in a folder of PyTorch's
 _PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".pt2", ".joblib", ".cloudpickle")
-_COLUMNS: Final = {
-    DataType.boolean: "BOOL",
-    DataType.integer: "INT32",
-    DataType.long: "INT64",
-    DataType.float: "FP32",
-    DataType.double: "FP64",
-    DataType.string: "BYTES",
-}
-_TENSORS: Final = {
-    "bool": "BOOL",
-    "float16": "FP16",
-    "float32": "FP32",
-    "float64": "FP64",
-    **{f"int{bits}": f"INT{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"UINT{bits}" for bits in (8, 16, 32, 64)},
-}
+_NO_TENSORS: Final = (DataType.binary, DataType.datetime)  # of the types of columns
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -166,16 +153,17 @@ def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
     for index, spec in enumerate(schema.inputs if schema else ()):
         name = spec.name or f"input_{index}"
         shape: list[int | str] = ["batch"]
+        kind = spec.type
         if isinstance(spec, ColSpec):
-            datatype = _COLUMNS.get(spec.type) if isinstance(spec.type, DataType) else None
+            if not isinstance(kind, DataType) or kind in _NO_TENSORS:
+                raise CompileError(f"column {name!r} is of type {kind}, which no tensor has")
+            kind = kind.to_numpy()
         else:
-            datatype = _TENSORS.get(str(spec.type), "BYTES")
             shape = [
                 (f"{name}.{axis}" if axis else "batch") if extent == -1 else extent
                 for axis, extent in enumerate(spec.shape)
             ]
-        if datatype is None:
-            raise CompileError(f"column {name!r} is of type {spec.type}, which no tensor has")
+        datatype = datatype_of(np.empty(0, kind))
         found.append(TensorSpec(name=name, datatype=datatype, shape=tuple(shape)))
     return tuple(found)
 
@@ -209,11 +197,10 @@ def _scan(folder: Path, data: str) -> None:
     try:
         from picklescan.scanner import SafetyLevel, scan_bytes, scan_directory_path
     except ImportError:
-        needed = (
+        raise EnvironmentProblem(
             "picklescan is needed before a pickle is opened: pip install 'lrai[trees]', or "
             "'lrai[torch]' for a model of PyTorch"
-        )
-        raise EnvironmentProblem(needed) from None
+        ) from None
     found = scan_directory_path(str(folder))
     # It passes over names that it does not know, and MLflow opens what the model names.
     inside = [path for path in own.rglob("*") if path.is_file() and path.name != _NO_PICKLE]
