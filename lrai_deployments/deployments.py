@@ -159,7 +159,7 @@ class Deployments(Running):
         with self.changing(name, wait=shared):
             if shared and not self.scheduler.accepting:  # it has ended meanwhile
                 raise lrai.NotReady("the runtime is draining")
-            if shared and self.scheduler.accepting:
+            if self.scheduler.accepting:
                 self._restart_dead(name, opened)
             served, record = self._served(name), self._records.get(name, Record())
             for one in served if shared else ():
@@ -459,7 +459,8 @@ class Deployments(Running):
         record = self._records.get(name, Record())
         if frozen := record.frozen:
             said = f"by {frozen.by} at {frozen.since}: {frozen.reason}"
-            raise lrai.ConditionNotMet(f"model {name!r} was frozen {said}")
+            thaw = "`lrai unfreeze` lets it be changed"
+            raise lrai.ConditionNotMet(f"model {name!r} was frozen {said}; {thaw}")
         return record
 
     def _commit(self, name: str, record: Record, what: str, by: str = "", why: str = "") -> None:

@@ -23,8 +23,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Final
+
+import msgspec
 
 from lrai_core import (
     Artifact,
@@ -39,6 +42,7 @@ from lrai_core import (
 )
 from lrai_import.hosted import Asked, load
 
+_WHICH: Final = {"runtime.address", "runtime.socket_dir"}  # runtime it is
 _LOAD_SECONDS: Final = 60.0
 _MOST_PAUSE_SECONDS: Final = 60.0
 _log: Final = logging.getLogger("lrai.hosted")
@@ -74,6 +78,7 @@ class Held:
         self._closed = self._failed = False
         self._pause, self._looks_at = 1.0, -math.inf
         try:
+            tell_unheard(settings)
             if self._locks is not None:
                 file = self._locks / f"{_digest(self.name)[:32]}.held"
                 self._lock = _held(file)
@@ -98,12 +103,14 @@ class Held:
     def kept_state(self) -> str:
         """Return the same, and have a model that is gone loaded again: it is `stalled` meanwhile.
 
-        For hosts of one model, whose traffic stops as long as it is not ready. It is `dead` where
-        loading it again has failed, which is tried once more. More and more rarely, where it goes
-        again each time: models that do not fit beside one another would take turns for ever.
+        So is one that was given up. For hosts of one model, whose traffic stops as long as it is
+        not ready. It is `dead` where loading it again has failed, which is tried once more. More
+        and more rarely, where it goes again each time: models that do not fit beside one another
+        would take turns for ever, and one that dies of what it is asked would be started for ever.
         """
         under_way = self._loads.locked()  # asked first: what ends now has not been seen
         state, now = self._state(), time.monotonic()
+        state = "" if state == "dead" else state  # it was given up, and is started again
         if not state and not under_way and now >= self._looks_at:
             stayed = now - self._looks_at > _MOST_PAUSE_SECONDS
             self._pause = 1.0 if stayed else min(2 * self._pause, _MOST_PAUSE_SECONDS)
@@ -251,6 +258,24 @@ def lock_folder(config: LraiConfig) -> Path | None:
     folder = (own if address == "auto" else Path(address)) / "held"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def tell_unheard(asked: Asked) -> None:
+    """Warn of settings that a shared runtime does not have as they are asked for with a model.
+
+    It has those of who started it. Of one of another machine they are not known, so it is all.
+    """
+    has: LraiConfig | None = None
+    if asked.here or asked.config.runtime.address == "embedded":
+        return
+    if (folder := lock_folder(asked.config)) is not None:
+        with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # of another version
+            content = folder.with_name("settings").read_bytes()  # it keeps them for the next one
+            has, _ = msgspec.msgpack.decode(content, type=tuple[LraiConfig, str])
+    values = {key: attrgetter(key) for key in asked.rest.keys() - _WHICH}
+    if others := [key for key, of in values.items() if has is None or of(has) != of(asked.config)]:
+        words = "%s: the shared runtime keeps what it was started with, not what is asked for here"
+        _log.warning(words, ", ".join(sorted(others)))
 
 
 def _digest(text: str) -> str:

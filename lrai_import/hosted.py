@@ -54,6 +54,7 @@ class Asked(NamedTuple):
     Attributes:
         config: Of this process, and of a shared runtime that it starts.
         own: Of the model alone, by dotted key.
+        rest: Those of a runtime that were asked for with the model, likewise.
         require: Of its certificate; None for nothing.
         variant: To serve instead of the chosen one; empty for that.
         free: Nothing says where the model runs.
@@ -61,6 +62,7 @@ class Asked(NamedTuple):
 
     config: LraiConfig
     own: dict[str, Any]
+    rest: dict[str, Any]
     require: dict[str, Any] | None
     variant: str
     free: bool
@@ -126,19 +128,18 @@ def asked(given: Mapping[str, Any]) -> Asked:
     shared = {} if "runtime.address" in said else {"LRAI_RUNTIME": "auto"}
     said_here = {name: value for name, value in os.environ.items() if value}  # empty says nothing
     config = load_config(environ={**shared, **said_here}, host=left)
-    return Asked(config, own, require or None, variant, not said)
+    return Asked(config, own, left, require or None, variant, not said)
 
 
-def load(runtime: Runtime, artifact: Artifact | str, name: str, **how: Any) -> str:
+def load(runtime: Runtime, artifact: Artifact, name: str, **how: Any) -> str:
     """Load it as `Runtime.load` would; return the variant that serves, and log it.
 
     A warning where that is none that was asked for, which was made for other machines.
     """
     runtime.load(artifact, name=name, **how)
-    found = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact, verify=False)
-    manifest = found.manifest
+    manifest = artifact.manifest
     wanted = how.get("variant") or manifest.chosen
-    mine = (m.variant for m in runtime.models() if (m.name, m.version) == (name, found.version))
+    mine = (m.variant for m in runtime.models() if (m.name, m.version) == (name, artifact.version))
     serving, made_for = next(mine, wanted), manifest.made_for(manifest.variant(wanted))
     if serving != wanted and made_for != environment(manifest.variant(wanted)):
         words = "model %s: %s serves in place of %s, made for %s; lrai requalify measures it here"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,49 @@ def test_what_is_gone_is_loaded_again_where_its_state_is_asked_for(artifact: lra
         assert time.monotonic() < deadline
         time.sleep(0.02)
     held.close()
+
+
+@pytest.mark.parametrize("address", ["auto", "embedded"])
+def test_what_was_given_up_is_loaded_again_where_its_state_is_asked_for(
+    artifact: lrai.Artifact, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("LRAI_ACTOR_RESTART_LIMIT", "1")
+    held = Held(artifact, asked({"runtime.address": address}), "m")
+
+    def lost(count: int) -> bool:
+        return held.runtime.stats().get("actor_lost") == count
+
+    for deaths in (1, 2):  # which is one too many
+        (pid,) = held.runtime.models()[0].actor_pids
+        os.kill(pid, signal.SIGKILL)
+        wait_until(partial(lost, deaths))
+        wait_until(lambda: held.state() in {"idle", "dead"})
+    assert held.state() == "dead"
+    assert held.kept_state() == "stalled"
+    assert state_after_loading(held) in {"ok", "idle"}
+    assert answers(held)
+    held.close()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_settings_that_the_shared_runtime_does_not_have_are_named(
+    artifact: lrai.Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = asked({"limits.nan_policy": "reject", "limits.request_rows": "9", "variant": "fp32"})
+    own = asked({"actor.threads": 1, "runtime.address": "embedded", "limits.request_rows": 9})
+    Held(artifact, wanted, "m").close()  # which starts it
+    Held(artifact, own, "m").close()
+    assert "keeps what it was started with" not in caplog.text
+    others = {"limits.nan_policy": "pass", "limits.request_rows": 9, "actor.threads": 2}
+    Held(artifact, asked(others), "m").close()
+    told = "limits.nan_policy: the shared runtime keeps what it was started with"
+    assert [text.startswith(told) for text in caplog.messages if "keeps" in text] == [True]
 
 
 def state_after_loading(held: Held) -> str:

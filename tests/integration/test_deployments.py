@@ -749,25 +749,32 @@ def test_a_version_that_cannot_be_written_off_serves_on(
         assert ask(runtime) == 2.0
 
 
-def assert_a_load_brings_back(runtime: lrai.Runtime, twice: Path, how: Path) -> None:
+def assert_a_load_brings_back(
+    runtime: lrai.Runtime, twice: Path, how: Path, *, shared: bool = True
+) -> None:
     """Wait until `m` is dead, let its actors live, and have `twice` loaded under its name."""
     for _ in range(3):  # one that has answered before is given up after another request
         with pytest.raises(lrai.ActorError):
             ask(runtime)
     wait_until(lambda: runtime.models()[0].state == "dead")
     how.unlink()
-    assert deployments(runtime).load(str(twice), name="m", shared=True) == "m"
+    assert deployments(runtime).load(str(twice), name="m", shared=shared) == "m"
     assert ask(runtime) == 2.0
 
 
+@pytest.mark.parametrize("shared", [True, False])
 def test_who_loads_a_model_that_is_dead_has_it_started_anew(
-    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+    small: dict[float, Path],
+    strange: tuple[str, Callable[[str], None]],
+    tmp_path: Path,
+    *,
+    shared: bool,
 ) -> None:
     python, become = strange
     limits = {"actor.python": python, "actor.restart_limit": 1}
     become("die")
     with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
-        assert_a_load_brings_back(runtime, small[2.0], tmp_path / "how")
+        assert_a_load_brings_back(runtime, small[2.0], tmp_path / "how", shared=shared)
 
 
 def test_who_loads_what_was_replaced_by_what_is_dead_has_it_back(

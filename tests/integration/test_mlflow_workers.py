@@ -171,7 +171,7 @@ def test_a_worker_whose_model_cannot_be_loaded_again_ends(
     wait_for(lambda: len(workers(server)) == WORKERS, seconds=90)
     assert post(server.port, BODIES[1]).content["predictions"] == expected[1]
     said = server.log.read_text()
-    assert "will not come back: it failed beyond repair, or cannot be loaded again" in said
+    assert "will not come back: it was given up or unloaded, and cannot be loaded again" in said
 
 
 @pytest.fixture(scope="module")

@@ -137,8 +137,8 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     def state(self) -> str:
         """Return `ok` or `idle` for a model that makes progress, `stalled` for one that will again.
 
-        A model that the runtime has unloaded is loaded again. `dead`: that failed, the model has
-        beyond repair, or the runtime cannot be reached.
+        A model that the runtime has unloaded or given up is loaded again. `dead`: that failed, or
+        the runtime cannot be reached.
         """
         with contextlib.suppress(lrai.LraiError, BentoMLException):
             return self.load().held.kept_state()

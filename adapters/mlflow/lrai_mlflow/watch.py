@@ -105,7 +105,7 @@ class Watch:
                 self._well_at = min(time.monotonic(), self._well_at + late)
             silent = time.monotonic() - self._well_at
             if self._dead >= _DEAD_LOOKS or silent > self._patience:
-                dead = "it failed beyond repair, or cannot be loaded again"
+                dead = "it was given up or unloaded, and cannot be loaded again"
                 why = dead if self._dead else f"it was not ready for {silent:.0f} s"
                 self._over = True
                 self._end(f"model {self._held.name!r} will not come back: {why}")

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 import uvicorn
 
-from lrai_core import LraiError, Runtime
+from lrai_core import Artifact, LraiError, Runtime
 from lrai_import.hosted import load
 from lrai_sagemaker.app import create
 from lrai_sagemaker.logs import log, one_line, set_up_log
@@ -31,7 +31,8 @@ def main(settings: Settings, listening: int) -> None:
 
     with Runtime((asked := asked_of(settings)).config) as runtime:
         if asked.here:  # else the supervisor has loaded it, or names do
-            load(runtime, settings.artifact, settings.model, **asked.how)
+            artifact = Artifact.open(settings.artifact, verify=False)  # the engine's side hashes it
+            load(runtime, artifact, settings.model, **asked.how)
         config = uvicorn.Config(
             create(settings, runtime),
             access_log=False,
