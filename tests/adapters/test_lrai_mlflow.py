@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import queue
 import re
 import shutil
@@ -25,6 +26,7 @@ import onnx
 import onnxruntime
 import pandas as pd
 import pytest
+import yaml  # type: ignore[import-untyped]
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.pyfunc import PyFuncModel
@@ -310,6 +312,28 @@ def test_a_moved_model_serves(copied: Path, sources: dict[str, Path]) -> None:
     np.testing.assert_allclose(model.predict(rows(2))["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_two_versions_of_lrai_are_named(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = version("lrai")
+    description = yaml.safe_load((copied / "MLmodel").read_text())
+    description["flavors"]["lrai"]["lrai_version"] = "9.9.9"
+    (copied / "MLmodel").write_text(yaml.safe_dump(description))
+    logger = logging.getLogger("mlflow.lrai")  # MLflow's loggers tell no other
+    logger.addHandler(caplog.handler)
+    try:
+        for load in (lrai_mlflow.load_model, mlflow.pyfunc.load_model):
+            caplog.clear()
+            assert load(str(copied))
+            assert f"was saved by lrai 9.9.9, and is served by lrai {ours}" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+    manifest = copied / "model.lrai" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 9}))
+    named = f"it was saved by lrai 9.9.9, this is lrai {ours}"
+    for load in (lrai_mlflow.load_model, mlflow.pyfunc.load_model):
+        with pytest.raises(MlflowException, match=re.escape(named)):
+            load(str(copied))
+
+
 def test_a_model_says_what_is_inside(artifact: lrai.Artifact, saved: Path) -> None:
     flavors = mlflow.models.Model.load(saved).flavors
     assert flavors["python_function"]["loader_module"] == "lrai_mlflow"
@@ -524,7 +548,7 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("says", "patience_seconds", "why"),
     [
-        ("dead", 60.0, "it failed beyond repair, or cannot be loaded again"),
+        ("dead", 60.0, "it was given up or unloaded, and cannot be loaded again"),
         ("stalled", 0.2, "it was not ready for"),
         (lrai.NotReady("no answer"), 0.2, "it was not ready for"),
     ],

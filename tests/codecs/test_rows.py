@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_without_a_loop_the_parts_are_asked_one_after_the_other() -> None:
         return asyncio.run(model.infer(part))
 
     asked = request(11, timeout_ms=5000)
-    found = in_turn(infer, asked, SIGNATURE, 4).outputs["y"]
+    found = in_turn(infer, asked, SIGNATURE, 4, FOUR).outputs["y"]
     np.testing.assert_array_equal(found, np.asarray(asked.inputs["x"]) * 3)
     times = [part.timeout_ms or 0.0 for part in model.asked]
     assert len(times) == 3
@@ -131,9 +132,31 @@ def test_a_part_that_finds_the_queue_full_comes_again_while_there_is_time(
     asked = request(rows, timeout_ms=timeout_ms)
     if (rows, timeout_ms) != (11, None):
         with pytest.raises(QueueFull):
-            in_turn(infer, asked, SIGNATURE, 4)
+            in_turn(infer, asked, SIGNATURE, 4, FOUR)
         return
-    found = in_turn(infer, asked, SIGNATURE, 4).outputs["y"]
+    found = in_turn(infer, asked, SIGNATURE, 4, FOUR).outputs["y"]
+    np.testing.assert_array_equal(found, np.asarray(asked.inputs["x"]) * 3)
+
+
+def test_where_no_time_is_stated_the_default_one_is_how_long_a_part_waits() -> None:
+    def full(_: InferenceRequest) -> InferenceResponse:
+        raise QueueFull("full", limit=1, retry_after_seconds=0.01)
+
+    short = load_config(call={"scheduler.default_timeout_ms": 100})
+    with pytest.raises(QueueFull):
+        in_turn(full, request(11), SIGNATURE, 4, short)
+
+
+def test_where_no_time_is_stated_what_goes_on_is_not_given_up() -> None:
+    model, refusals = Model(seconds=0.3), itertools.cycle([True, False])
+
+    def infer(part: InferenceRequest) -> InferenceResponse:
+        if next(refusals):
+            raise QueueFull("full", limit=1, retry_after_seconds=0.01)
+        return asyncio.run(model.infer(part))
+
+    own, asked = load_config(call={"scheduler.default_timeout_ms": 500}), request(11)
+    found = in_turn(infer, asked, SIGNATURE, 4, own).outputs["y"]  # of three parts
     np.testing.assert_array_equal(found, np.asarray(asked.inputs["x"]) * 3)
 
 

@@ -81,7 +81,10 @@ def answers(logged: ModelInfo, table: pd.DataFrame) -> Any:
 
 def test_a_pipeline_keeps_its_requests_and_its_answers(client: mlflow.MlflowClient) -> None:
     model = pipeline()
-    source = log_sklearn(model, serialization_format="skops", registered_model_name="eu.risk")
+    told: dict[str, Any] = {"input_example": TABLE.head(2), "metadata": {"team": "ann"}}
+    source = log_sklearn(
+        model, serialization_format="skops", registered_model_name="eu.risk", **told
+    )
     made = lrai_mlflow.convert("models:/eu.risk/1", threads=1)
     assert str(made.registered_model_version) == "2"
     answer = answers(made, TABLE[["d", "c", "b", "a"]].head(20))
@@ -97,6 +100,9 @@ def test_a_pipeline_keeps_its_requests_and_its_answers(client: mlflow.MlflowClie
     assert tags["lrai.source_flavor"] == "sklearn"
     assert made.metadata is not None
     assert made.metadata["lrai_origin"]["source_model_id"] == source.model_id
+    assert made.metadata["team"] == "ann"
+    example = mlflow.pyfunc.load_model(made.model_uri).input_example
+    pd.testing.assert_frame_equal(example, TABLE.head(2))
 
 
 def test_mlflow_evaluate_judges_a_converted_model(client: mlflow.MlflowClient) -> None:

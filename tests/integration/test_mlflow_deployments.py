@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from onnx import numpy_helper
 import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
-from benchmarks.processes import HOST, Server
-from lrai_mlflow.commands.deployments import Client
+from benchmarks.processes import HOST, Server, free_ports
+from lrai_mlflow.commands.deployments import Client, target_help
 from lrai_mlflow.serving import DATA
 from lrai_report.target import find
 from lrai_report.tune import main
+from lrai_shared.keys import make_keys
 from tests.integration.mlflow_server import own_store, post
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import column_model
@@ -111,6 +113,65 @@ def test_the_columns_of_a_table_go_by_their_names(sources: list[Path], tmp_path:
             pd.testing.assert_frame_equal(turned, right)
     finally:
         client.delete_deployment("named")
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[str]:
+    """Yield a target as another machine has it: a runtime that listens, which asks for a key."""
+    endpoint, machine = f"tcp://{HOST}:{free_ports(1)[0]}", tmp_path / "ann"
+    machine.mkdir()
+    make_keys(tmp_path / "keys")
+    for file in make_keys(tmp_path / "keys", "ann"):
+        shutil.copy(file, machine)
+    with own_runtime(LRAI_RUNTIME_MODEL_ROOTS=str(tmp_path)):
+        run_lrai("runtime", "start", "--listen", endpoint, "--keys", str(tmp_path / "keys"))
+        yield f"lrai:{endpoint}?keys={machine}"
+
+
+def run_lrai(*arguments: str) -> None:
+    program = "from lrai_core.cli import main; main()"
+    command = [sys.executable, "-P", "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_on_another_machine_a_table_keeps_its_columns_and_its_rows(
+    far: str, sources: list[Path], tmp_path: Path
+) -> None:
+    names = [f"pixel {number}" for number in range(64)]
+    table = pd.DataFrame(ROWS, columns=names)
+    signature = mlflow.models.infer_signature(table, pd.DataFrame({"logits": [0.5]}))
+    converted = {"lrai_origin": {"source_flavor": "sklearn"}}  # which answers row by row
+    models = [tmp_path / f"model-{number}" for number in range(len(sources))]
+    for source, model in zip(sources, models, strict=True):
+        artifact = lrai.compile(source, out=model.with_suffix(".lrai"), threads=1)
+        lrai_mlflow.save_model(artifact, model, signature=signature, metadata=converted)
+    mlflow.deployments.get_deploy_client(far).create_deployment("far", str(models[0]))
+    client = mlflow.deployments.get_deploy_client(far)  # of a process that has deployed nothing
+    right = logits(client, "far")
+
+    def answer(given: pd.DataFrame) -> Any:
+        found = client.predict("far", given).get_predictions()
+        assert len(found) == len(ROWS)
+        return np.stack(list(found["logits"]))
+
+    np.testing.assert_allclose(answer(table), right, atol=1e-5)
+    np.testing.assert_allclose(answer(table[names[::-1]].assign(more=1.0)), right, atol=1e-5)
+    with pytest.raises(MlflowException, match=r"columns \['pixel 3'\] are missing"):
+        client.predict("far", table.drop(columns="pixel 3"))
+    # Of a canary nobody knows there where it lies.
+    client.update_deployment("far", str(models[1]), config={"canary": "0.25"})
+    for _ in range(20):
+        np.testing.assert_allclose(answer(table), right, atol=1e-5)
+    assert len({str(logits(client, "far")) for _ in range(60)}) == 2, "arrays go to both"
+    client.update_deployment("far", config={"rollback": "true"})
+    models[0].rename(tmp_path / "aside")
+    with pytest.raises(MlflowException, match="only the folder of 'far' says") as refused:
+        client.predict("far", table)
+    assert refused.value.get_http_status_code() == 400
+    assert str(tmp_path) not in refused.value.message
+    assert logits(client, "far") == right
+    client.delete_deployment("far")
 
 
 def test_copies_last_as_long_as_the_deployments_do(
@@ -250,6 +311,40 @@ def test_what_was_saved_with_a_model_counts_for_its_deployment(
     for _ in range(2):  # it serves so from the first time on
         client.update_deployment("search", str(tmp_path / "loose"))
         assert shares(client) == {f"{version_of(saved[0])}-2": 1.0}
+
+
+def test_settings_that_a_runtime_does_not_have_as_they_were_saved_are_named(
+    client: Client, saved: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = {"limits": {"nan_policy": "reject", "request_rows": 4096}, "actor": {"threads": 1}}
+    lrai_mlflow.save_model(saved[0] / DATA, tmp_path / "strict", model_config=strict)
+    client.create_deployment("search", str(tmp_path / "strict"))
+    told = "limits.nan_policy: the shared runtime keeps what it was started with"
+    assert [text for text in caplog.messages if told in text]
+    caplog.clear()
+    client.update_deployment("search", str(saved[1]))
+    assert "keeps what it was started with" not in caplog.text
+
+
+def test_who_may_not_change_a_frozen_deployment_is_told_how_to(
+    client: Client, saved: list[Path]
+) -> None:
+    client.create_deployment("search", str(saved[0]))
+    with lrai.Runtime(address="auto") as runtime:
+        runtime.freeze("search", "canary guard", "it failed")
+    changes: list[Callable[[], object]] = [
+        lambda: client.update_deployment("search", str(saved[1])),
+        lambda: client.delete_deployment("search"),
+    ]
+    for change in changes:
+        told = "frozen by canary guard .* it failed; `lrai unfreeze` lets it be changed"
+        with pytest.raises(MlflowException, match=told) as refused:
+            change()
+        assert refused.value.get_http_status_code() == 400
+    assert "`lrai unfreeze NAME --by WHO --reason WHY`" in target_help()
+    run_lrai("unfreeze", "search", "--by", "ann", "--reason", "looked at")
+    client.update_deployment("search", str(saved[1]))
+    assert shares(client) == {version_of(saved[1]): 1.0}
 
 
 @pytest.mark.parametrize("key", ["limits.request_rows", "scheduler.max_queue_rows"])

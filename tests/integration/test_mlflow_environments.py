@@ -113,5 +113,5 @@ def test_the_guide_runs_from_the_top_in_an_empty_folder(tmp_path: Path, sockets:
     assert '"label": 0' in done.stdout
     assert '"label": 2' in done.stdout
     assert "lrai deployment flowers is created" in done.stdout
-    assert "0.1" in done.stdout
+    assert {"0.1", "0.9"} <= set(re.findall(r"'share': ([\d.]+)", done.stdout))
     assert "Deployment flowers is deleted" in done.stdout

@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lrai_mlflow.extra import MissingExtra as MissingExtra  # first
-from lrai_mlflow.flavor import FLAVOR_NAME, load_model, log_model, save_model
 from lrai_mlflow.flavor import _load_pyfunc as _load_pyfunc
+from lrai_mlflow.flavor import load_model, log_model, save_model
+from lrai_mlflow.serving import FLAVOR_NAME
 
 if TYPE_CHECKING:  # and in `_HOMES`
     from lrai_mlflow.commands.convert import convert

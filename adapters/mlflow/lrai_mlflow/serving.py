@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-import yaml  # type: ignore[import-untyped]
 from mlflow.exceptions import MlflowException, get_error_code
+from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from numpy.typing import NDArray
 
@@ -26,6 +26,7 @@ from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 Array = NDArray[Any]
 Answer = dict[str, Array] | pd.DataFrame
 DATA: Final = "model.lrai"  # beside MLmodel
+FLAVOR_NAME: Final = "lrai"
 _log: Final = logging.getLogger("mlflow.lrai")  # of those that MLflow shows in its servers
 
 
@@ -49,13 +50,14 @@ class ServedModel:
             data, asked = Path(path), settings_of(settings)
             if data.name != DATA or not data.with_name(MLMODEL_FILE_NAME).is_file():
                 raise lrai.ArtifactError(f"no {DATA} beside an MLmodel: changed after saving")
-            artifact = lrai.Artifact.open(data)  # every file hashed, for it may be found loaded
+            saved = Model.load(str(data.parent))
+            artifact = opened(data.parent, saved)  # every file hashed, for it may be found loaded
             workers = workers_told() if is_worker() else 0
             held = Held(artifact, asked.placed(artifact, workers))
         self.held, self._signature = held, artifact.manifest.signature
         self._rows_a_second = rows_a_second(artifact, held.variant)
         self._limits = None if is_worker() else asked.config  # of who asks over the network
-        self._by_row = not is_onnx(data.with_name(MLMODEL_FILE_NAME))
+        self._by_row = not is_onnx(saved.metadata)
         when_gone(self, held.close)
         if is_worker():
             _log.info("LRAI serves %s: %s", artifact.manifest.name, held.variant)
@@ -84,8 +86,33 @@ class ServedModel:
             most = sys.maxsize
             if self._limits:  # calls of about a second, of one of which nobody has to wait for long
                 most = min(rows_at_a_time(request, self._limits), self._rows_a_second)
-            response = in_turn(self.held.infer, request, self._signature, most)
+            config = self.held.runtime.config
+            response = in_turn(self.held.infer, request, self._signature, most, config)
         return from_lrai(response, data, by_row=self._by_row)
+
+
+def opened(folder: Path, saved: Model, *, verify: bool = True) -> lrai.Artifact:
+    """Return the artifact in a saved model; a warning where another lrai has saved it.
+
+    Args:
+        folder: Of the model.
+        saved: What its `MLmodel` says.
+        verify: See `Artifact.open`.
+
+    Raises:
+        ArtifactError: It has changed since it was saved, or is newer than this version.
+    """
+    its, ours = saved.flavors.get(FLAVOR_NAME, {}).get("lrai_version", "?"), lrai.__version__
+    try:
+        artifact = lrai.Artifact.open(folder / DATA, verify=verify)
+    except lrai.ArtifactError as error:
+        if its == ours:
+            raise
+        told = f"{error}; it was saved by lrai {its}, this is lrai {ours}"
+        raise lrai.ArtifactError(told) from error
+    if its != ours and verify:  # who looks at it again was told
+        _log.warning("the model was saved by lrai %s, and is served by lrai %s", its, ours)
+    return artifact
 
 
 def rows_a_second(artifact: lrai.Artifact, variant: str) -> int:
@@ -141,11 +168,23 @@ def from_lrai(response: lrai.InferenceResponse, data: Any, *, by_row: bool = Fal
     return answer
 
 
-def is_onnx(file: Path) -> bool:
+def is_onnx(metadata: Mapping[str, Any] | None) -> bool:
     """Return whether a saved model takes the place of one of `mlflow.onnx`, or of none."""
-    metadata = yaml.safe_load(file.read_text(encoding="utf-8")).get("metadata") or {}
-    origin: dict[str, str] = metadata.get("lrai_origin") or {}
+    origin: dict[str, str] = (metadata or {}).get("lrai_origin") or {}
     return origin.get("source_flavor", "onnx") == "onnx"
+
+
+def ordered(data: Any, columns: Sequence[str]) -> Any:
+    """Return a table with these columns, in this order, where there are any.
+
+    Raises:
+        UsageError: Some are missing.
+    """
+    if not isinstance(data, pd.DataFrame) or not columns:
+        return data
+    if missing := [name for name in columns if name not in data.columns]:
+        raise lrai.UsageError(f"columns {missing} are missing; the model takes {columns}")
+    return data[columns]
 
 
 def _by_name(data: Any, inputs: Sequence[lrai.TensorSpec]) -> dict[str, Any]:

@@ -39,8 +39,9 @@ def convert(
     """Compile a logged model of another flavor, log it as one of lrai's, and return that.
 
     It keeps the inputs of its signature, or that it has none, so that it takes the requests that it
-    took; its outputs are those of the ONNX model, a row of them for a row. Tags name what it was
-    made of (`lrai.source_…`), metadata too.
+    took; its outputs are those of the ONNX model, a row of them for a row. It keeps its example and
+    its metadata; not what its Python code took, which it has no more. Tags name what it was made of
+    (`lrai.source_…`), metadata too.
 
     Args:
         model_uri: Of a model of onnx, pytorch, sklearn, lightgbm or xgboost.
@@ -85,7 +86,8 @@ def convert(
             name=called,
             registered_model_name=registered,
             signature=_signature(model, artifact) if model.signature else False,
-            metadata={"lrai_origin": origin},
+            input_example=model.load_input_example(str(folder)),
+            metadata={**(model.metadata or {}), "lrai_origin": origin},
             tags={f"lrai.{key}": str(value) for key, value in origin.items() if value},
         )
 

@@ -3,6 +3,8 @@
 Target: `lrai`, the runtime that all processes of this user share. It stays when MLflow has ended,
 until `lrai runtime stop`. `lrai:/FOLDER` is another one of this machine, and
 `lrai:tcp://HOST:PORT?keys=FOLDER` one of another machine, which has to see the model's path.
+There a table goes to the version with the largest share alone, whose folder has to be seen here,
+too: it says which column is which. Arrays by input name go to every version.
 
 Model URI: a folder, or one of file:, models:, runs:, mlflow-artifacts:, s3:, gs:, wasbs:, abfss:.
 The model is of the flavor lrai; `lrai mlflow convert URI` makes one of others.
@@ -19,6 +21,10 @@ The model is of the flavor lrai; `lrai mlflow convert URI` makes one of others.
 `update --name NAME -C canary=SHARE` changes the share of a canary that is there already, and
 `update --name NAME -C rollback=true` goes back to what served before the last change: while there
 is a canary, to the version beside it.
+
+A canary that fails more often than the version beside it is taken back, and the name frozen: it can
+be neither updated nor deleted until `lrai unfreeze NAME --by WHO --reason WHY` has said that it may
+(of another target with `--address`, the FOLDER or tcp://… of that).
 """
 
 from __future__ import annotations
@@ -44,8 +50,6 @@ from urllib.parse import urlparse
 import pandas as pd
 from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
-from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 from mlflow.pyfunc.backend import PyFuncBackend
 from mlflow.pyfunc.scoring_server import predictions_to_json
@@ -64,10 +68,10 @@ from lrai_core import (
     Runtime,
     UsageError,
 )
-from lrai_import.held import lock_folder, when_gone
-from lrai_import.hosted import Asked, load
-from lrai_mlflow.flavor import FLAVOR_NAME
-from lrai_mlflow.serving import DATA, from_lrai, is_onnx, mlflow_errors, to_lrai
+from lrai_import.held import lock_folder, tell_unheard, when_gone
+from lrai_import.hosted import load
+from lrai_mlflow.flavor import saved_model
+from lrai_mlflow.serving import FLAVOR_NAME, from_lrai, mlflow_errors, ordered, to_lrai
 from lrai_mlflow.settings import flat, settings_of
 
 _SCHEMES: Final = ("", "file", "models", "runs", "mlflow-artifacts", "s3", "gs", "wasbs", "abfss")
@@ -101,8 +105,9 @@ class Client(BaseDeploymentClient):
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
             with self._alone():
                 artifact, said = self._keep(model_uri)
+                how = self._how(config, said["saved"])
                 with self._saying(name, artifact.version, said):
-                    load(self._runtime, artifact, name, **settings_of(config, said["saved"]).how)
+                    load(self._runtime, artifact, name, **how)
                 self._forget()
         return self.get_deployment(name)
 
@@ -142,9 +147,9 @@ class Client(BaseDeploymentClient):
                 artifact, said = self._keep(model_uri)
                 known = self._said(name).get(artifact.version, {})
                 same = known.get("saved", {}) == said["saved"]
-                loaded = [one for one in shares if one.partition("-")[0] == artifact.version]
+                loaded = [one for one in shares if _artifact_of(one) == artifact.version]
                 there = "".join(loaded[-1:]) if same and not options else ""  # else otherwise
-                how = settings_of(options, said["saved"]).how
+                how = self._how(options, said["saved"])
                 with self._saying(name, artifact.version, said):
                     self._serve(name, shares, artifact, share, how, there)
             self._forget()
@@ -195,7 +200,7 @@ class Client(BaseDeploymentClient):
 
         Args:
             deployment_name: Needed.
-            inputs: As `ServedModel.predict` takes them.
+            inputs: As `ServedModel.predict` takes them; of a table, see `target_help`.
             endpoint: Means nothing here.
 
         Raises:
@@ -215,24 +220,43 @@ class Client(BaseDeploymentClient):
         served = {one.version: one for one in self._runtime.models() if one.name == name}
         known = self._known(name)  # what could not be started keeps its share, for later
         shares = {version: share for version, share in known.items() if share and version in served}
+        said = self._said(name) if isinstance(inputs, pd.DataFrame) else {}
+        if isinstance(inputs, pd.DataFrame) and self._copies is None:
+            if not said:
+                raise UsageError(
+                    f"which column is which only the folder of {name!r} says, and it is not seen "
+                    "here: give arrays by input name"
+                )
+            shares = {one: share for one, share in shares.items() if _artifact_of(one) in said}
         if not shares:
             raise ModelNotFound(f"what served {name!r} has just ended")
         version = random.choices([*shares], [*shares.values()])[0]
-        said = self._said(name)
         # What others have put in the place of a version, as `lrai tune`, takes what that took.
-        said = said.get(version.partition("-")[0], next(reversed(said.values()), {}))
-        ordered, signature = _ordered(inputs, said.get("columns", [])), served[version].signature
+        said = said.get(_artifact_of(version), next(reversed(said.values()), {}))
+        table, signature = ordered(inputs, said.get("columns", [])), served[version].signature
         # One version answers all parts: what is in order for one is not for the others.
-        request = replace(to_lrai(ordered, signature.inputs, {}, name), model_version=version)
-        most = rows_at_a_time(request, self._runtime.config)
-        response = in_turn(self._runtime.infer, request, signature, most)
+        request = replace(to_lrai(table, signature.inputs, {}, name), model_version=version)
+        config = self._runtime.config
+        most = rows_at_a_time(request, config)
+        response = in_turn(self._runtime.infer, request, signature, most, config)
         return from_lrai(response, inputs, by_row=said.get("by_row", False))
 
     def _said(self, name: str) -> dict[str, Any]:
         """Return what is known of a deployment's models, by version, the latest last."""
+        if self._copies is None:
+            return self._seen(name)
         file = self._file(name)
         kept = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
         return dict(kept)
+
+    def _seen(self, name: str) -> dict[str, Any]:
+        """Return the same of what another machine serves, if it lies there where it lies here."""
+        for path in [one.artifact for one in self._runtime.deployments() if one.name == name]:
+            with contextlib.suppress(LraiError, MlflowException, OSError):  # it does not, by now
+                artifact, said = saved_model(str(Path(path).parent), verify=False)
+                if artifact.version in self._versions(name):
+                    return {artifact.version: said}
+        return {}
 
     @contextlib.contextmanager
     def _saying(self, name: str, version: str, said: Mapping[str, Any]) -> Iterator[None]:
@@ -255,17 +279,23 @@ class Client(BaseDeploymentClient):
         self._write(name, dict([*rest.items(), (version, said)][-_MOST_SAID:]))
 
     def _versions(self, name: str) -> set[str]:
-        return {label.partition("-")[0] for label in self._shares().get(name, {})}
+        return set(map(_artifact_of, self._shares().get(name, {})))
+
+    def _how(self, config: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> Any:
+        """Return how a model is loaded, and warn of what its runtime has not as it was saved."""
+        asked = settings_of({**(config or {}), **self._where}, saved)
+        tell_unheard(asked)
+        return asked.how
 
     @cached_property
-    def _settings(self) -> Asked:
+    def _where(self) -> dict[str, Any]:
         address = str(self.target_uri).partition(":")[2]
-        return settings_of({"runtime.address": address} if address else {})
+        return {"runtime.address": address} if address else {}
 
     @cached_property
     def _runtime(self) -> Runtime:
         """Attach, for as long as this client lives; a runtime of this machine stays from now on."""
-        config = self._settings.config
+        config = settings_of(self._where).config
         address = config.runtime.address
         if address == "embedded":
             raise UsageError("deployments outlive this process: LRAI_RUNTIME is embedded")
@@ -334,9 +364,6 @@ class Client(BaseDeploymentClient):
     def _keep(self, model_uri: str) -> tuple[Artifact, dict[str, Any]]:
         """Return the artifact of a model, copied to where it stays, and what else it says.
 
-        That is its `columns`, if it has names for them, `by_row` of `from_lrai`, and the settings
-        `saved` with it.
-
         Raises:
             UsageError: The address is of no kind that is read here.
         """
@@ -344,17 +371,12 @@ class Client(BaseDeploymentClient):
         if scheme not in _SCHEMES:
             raise UsageError(f"{scheme[:40]}: is not read here, but a path and {_READ}")
         if self._copies is None:  # the runtime of another machine
-            artifact, saved = _artifact(_download_artifact_from_uri(str(model_uri)))
-            return artifact, {"saved": saved}
+            return saved_model(_download_artifact_from_uri(str(model_uri)))
         with tempfile.TemporaryDirectory(prefix="lrai-deploy-") as scratch:
             model = _download_artifact_from_uri(str(model_uri), output_path=scratch)
-            (artifact, saved), signature = _artifact(model), Model.load(model).signature
+            artifact, said = saved_model(model)
             kept = self._copies / f"{artifact.version}.lrai"
             self._copies.mkdir(mode=0o700, parents=True, exist_ok=True)
-            inputs, columns = signature and signature.inputs, list[str]()
-            if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
-                columns = inputs.input_names()
-            by_row = not is_onnx(Path(model, MLMODEL_FILE_NAME))
             partial = kept.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             if kept.exists() and not _is_whole(kept):  # in a temporary folder: a part may be gone
@@ -365,7 +387,7 @@ class Client(BaseDeploymentClient):
             issued = artifact.path / "certificates"  # of which there may be more by now
             if issued.is_dir():
                 shutil.copytree(issued, kept / issued.name, dirs_exist_ok=True)
-        return Artifact.open(kept), {"columns": columns, "by_row": by_row, "saved": saved}
+        return Artifact.open(kept), said
 
     def _file(self, name: str) -> Path | None:
         """Return where it is kept what a deployment's models take: in the runtime's own state."""
@@ -409,8 +431,7 @@ class Client(BaseDeploymentClient):
     def _forget(self) -> None:
         """Remove the copies that no deployment serves, or could go back to."""
         found = self._runtime.deployments()
-        needed = {version.partition("-")[0] for one in found for version in one.shares}
-        needed |= {one.previous.partition("-")[0] for one in found}
+        needed = {_artifact_of(version) for one in found for version in (*one.shares, one.previous)}
         names = {_digest(one.name) for one in found}
         states = {Path(one.traffic).parents[1] for one in found if one.traffic}
         places = {self._copies, *map(self._place, states)} if self._copies else set[Path]()
@@ -440,16 +461,9 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _artifact(model: str) -> tuple[Artifact, dict[str, Any]]:
-    flavors = Model.load(model).flavors
-    if FLAVOR_NAME not in flavors:
-        raise UsageError(
-            f"the model has the flavors {', '.join(flavors)}, lrai is needed: "
-            "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
-        )
-    saved = flat(flavors.get("python_function", {}).get("config") or {})  # its `model_config`
-    saved.pop("actor.isolation", None)  # in a runtime of many it is for all of them
-    return Artifact.open(Path(model, DATA)), saved
+def _artifact_of(label: str) -> str:
+    """Return the artifact of a version, which has a number behind it where that is loaded twice."""
+    return label.partition("-")[0]
 
 
 def run_local(
@@ -481,16 +495,3 @@ def _number(text: Any) -> float:
         if math.isfinite(number := float(text)):
             return number
     raise UsageError(f"{text!r} is no number")
-
-
-def _ordered(inputs: Any, columns: list[str]) -> Any:
-    """Return a table with these columns, in this order, where there are any.
-
-    Raises:
-        UsageError: Some are missing.
-    """
-    if not isinstance(inputs, pd.DataFrame) or not columns:
-        return inputs
-    if missing := [name for name in columns if name not in inputs.columns]:
-        raise UsageError(f"columns {missing} are missing; the model takes {columns}")
-    return inputs[columns]
