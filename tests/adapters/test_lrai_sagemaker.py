@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ import pytest
 import lrai_core as lrai
 from lrai_import.hosted import zeros
 from lrai_sagemaker.commands.serve import _required
+from lrai_sagemaker.commands.supervisor import Supervisor
 from lrai_sagemaker.commands.tars import package, unpacked
 from lrai_sagemaker.logs import one_line
 from lrai_sagemaker.models import artifact_in
@@ -182,6 +184,8 @@ class Runtime:
             raise self._error
 
     def unload(self, name: str) -> None:
+        if name not in self.there:
+            raise lrai.ModelNotFound("no such model")
         del self.there[name]
 
     def models(self) -> list[SimpleNamespace]:
@@ -221,7 +225,7 @@ def test_a_model_that_does_not_answer_is_not_loaded(
     with pytest.raises(lrai.ActorError):
         names.load("a", "small.lrai")
     assert runtime.there == {}
-    assert names.loaded() == []
+    assert not names.loaded()
     with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
         names.find("a")
 
@@ -233,7 +237,7 @@ def test_a_name_whose_model_was_unloaded_to_make_room_is_free(
     names = names_of(tmp_path, runtime := Runtime())
     names.load("a", "small.lrai")
     runtime.there.clear()
-    assert names.loaded() == []
+    assert not names.loaded()
     names.load("a", "small.lrai")
     with pytest.raises(AlreadyLoaded):
         names.load("a", "small.lrai")
@@ -246,10 +250,43 @@ def test_a_model_that_was_given_up_may_be_loaded_again(
     names = names_of(tmp_path, runtime := Runtime())
     names.load("a", "small.lrai")
     runtime.state = "dead"
-    assert names.loaded() == []
+    assert not names.loaded()
     names.load("a", "small.lrai")
     runtime.state = "ok"
     assert [named.name for named in names.loaded()] == ["a"]
+
+
+class Ended:
+    """Stands for a worker that has ended at once, and has said why."""
+
+    pid, returncode = 1, lrai.ArtifactError.exit_code
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def terminate(self) -> None:
+        pass
+
+    def wait(self, _: float) -> int:
+        return self.returncode
+
+
+def test_a_worker_that_cannot_serve_has_the_last_word_and_no_successor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = list[Ended]()
+
+    def start() -> Ended:
+        started.append(Ended())
+        return started[-1]
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        supervisor = Supervisor(Settings(folder="model"), None, listening)
+        monkeypatch.setattr(supervisor, "_start", start)
+        assert supervisor.run() == lrai.ArtifactError.exit_code
+    assert len(started) == 1
+    assert not caplog.messages
 
 
 def test_demands_are_read() -> None:

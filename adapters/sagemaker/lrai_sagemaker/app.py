@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 import lrai_core as lrai
 from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, unless_gone
+from lrai_import.held import Questions
 from lrai_import.hosted import warm_up
 from lrai_sagemaker.logs import log, one_line
 from lrai_sagemaker.names import Names, unknown
@@ -41,10 +42,9 @@ class Endpoint:
         self._settings, self._runtime = settings, runtime
         self._most_bytes = settings.payload_bytes(runtime.config)
         self._names = Names(settings, runtime)
-        self._questions = ThreadPoolExecutor(1, "lrai-ping")
+        self._questions = Questions()
         self._changes = ThreadPoolExecutor(_CHANGES, "lrai-models")
-        self._asking: asyncio.Future[str] | None = None
-        self._warm: list[int] | None = None  # actors that have answered; none in this process
+        self._actors, self._answered = list[int](), False  # who serves, and whether they have
         self._said = "not asked yet"
         self._room = Room(max(runtime.config.scheduler.max_queue_bytes, self._most_bytes))
         if not settings.multi_model:
@@ -52,11 +52,9 @@ class Endpoint:
 
     async def ping(self, _: Request) -> Response:
         """Answer 200 where the model is loaded as required, and answers; else 503 and why."""
-        if self._asking is None or self._asking.done():
-            how = self._names.unready if self._settings.multi_model else self._unready
-            self._asking = asyncio.get_running_loop().run_in_executor(self._questions, how)
+        how = self._names.unready if self._settings.multi_model else self._unready
         try:
-            why = await asyncio.wait_for(asyncio.shield(self._asking), _PING_SECONDS)
+            why = await self._questions.soon(how, _PING_SECONDS)
         except TimeoutError:
             why = f"the model has not answered within {_PING_SECONDS} s"
         if why != self._said:
@@ -73,9 +71,13 @@ class Endpoint:
     async def invoke_named(self, request: Request) -> Response:
         """Answer a request for a model of a multi-model endpoint."""
         name = request.path_params.get("name", request.headers.get(_TARGET, ""))
-        named = self._names.find(name)
-        signature = await asyncio.to_thread(self._names.signature, named)  # not behind who loads
-        return await self._answer(request, name, named.key, signature, unknown(name))
+        named, gone = self._names.find(name), unknown(name)
+        try:
+            return await self._answer(request, name, named.key, named.signature, gone)
+        except lrai.ActorError:
+            if named in await asyncio.to_thread(self._names.loaded):
+                raise
+            raise gone from None  # it was given up; who is told so loads it again
 
     async def load(self, request: Request) -> Response:
         """Load a model under a name."""
@@ -85,7 +87,6 @@ class Endpoint:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise lrai.RequestError(f"model_name and url are needed: {error}") from None
         await self._changed("loaded", self._names.load, given.model_name, given.url)
-        log.info("model %r is loaded", given.model_name)
         return _json({"status": f"model {given.model_name!r} is loaded"})
 
     async def unload(self, request: Request) -> Response:
@@ -124,11 +125,13 @@ class Endpoint:
                 return f"the model is {model.state}"
             if self._settings.require is not None and model.certificate is None:
                 return "no certificate speaks of what serves"
-            if model.actor_pids != self._warm:
+            if model.actor_pids != self._actors:
+                self._actors, self._answered = model.actor_pids, False
+            if not self._answered:
                 warm_up(self._runtime, name, self._manifest.signature)
-                self._warm = model.actor_pids
-        except lrai.LraiError as error:  # of the first two: it answers others, and is full
-            return "" if isinstance(error, lrai.QueueFull | lrai.DeadlineExceeded) else str(error)
+                self._answered = True
+        except lrai.LraiError as error:  # where it is full of others, the first answer is enough
+            return str(error)
         return ""
 
     async def _changed(self, what: str, change: Callable[..., None], name: str, *more: str) -> None:
@@ -161,6 +164,7 @@ class Endpoint:
             )
             config = self._runtime.config
             answer = await in_parts(self._runtime.infer_async, asked, signature, config)
+            self._answered = True
             given.update(answer.parameters, version=answer.model_version)
             return msgspec.structs.replace(answer, model_name=name)
 

@@ -7,6 +7,7 @@ What it does not know, from which path a name came, is in a file per name that a
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -35,11 +36,13 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: The path that it was loaded from.
         key: What the runtime calls the model.
+        signature: What the model takes and gives.
     """
 
     name: str
     url: str
     key: str
+    signature: Signature
 
 
 class Names:
@@ -48,7 +51,6 @@ class Names:
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self._settings, self._runtime = settings, runtime
         self._scratch, self._root = Path(settings.scratch), Path(settings.folder).resolve()
-        self._signatures: dict[str, Signature] = {}
 
     def load(self, name: str, url: str) -> None:
         """Load the model at a path below the root under a name, and have it answer once.
@@ -60,28 +62,30 @@ class Names:
         """
         if not 0 < len(name) <= _MOST_CHARACTERS or not (name + url).isprintable():
             raise RequestError(f"names are 1 to {_MOST_CHARACTERS} long, and printable, as is url")
-        place, there = Path(self._root, url).resolve(), False
+        place = Path(self._root, url).resolve()
         if not place.is_relative_to(self._root):
             raise RequestError("url leads out of the folder that models lie in")
-        with suppress(OSError):  # it is too long
-            there = place.exists()
-        if not there:
+        if not os.access(place, os.F_OK):  # nor where it is too long
             raise ModelNotFound("nothing lies at url")
         with self._changing(name):
             if any(name == loaded.name for loaded in self.loaded()):
                 raise AlreadyLoaded(f"model {name!r} is loaded already")
+            with suppress(ModelNotFound):  # it was given up, and another one may lie there by now
+                self._runtime.unload(self.find(name).key)
             artifact = artifact_in(place)
             # Two artifacts, or two containers, never meet under one name.
             key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
             load(self._runtime, artifact, key, require=self._settings.require)
+            signature = artifact.manifest.signature
             try:
                 with suppress(QueueFull):  # it answers others
-                    warm_up(self._runtime, key, artifact.manifest.signature)
+                    warm_up(self._runtime, key, signature)
             except LraiError:
                 self._runtime.unload(key)
                 raise
             partial = self._file(name, ".partial")
-            partial.write_bytes(msgspec.json.encode(Named(name=name, url=url, key=key)))
+            named = Named(name=name, url=url, key=key, signature=signature)
+            partial.write_bytes(msgspec.json.encode(named))
             partial.rename(self._file(name, ".name"))
 
     def unload(self, name: str) -> None:
@@ -95,7 +99,6 @@ class Names:
             try:  # first: who is told that it failed asks again
                 self._runtime.unload(named.key)
             except ModelNotFound:
-                self._file(name, ".name").unlink()
                 raise unknown(name) from None
             self._file(name, ".name").unlink()
 
@@ -110,32 +113,22 @@ class Names:
         except FileNotFoundError:
             raise unknown(name) from None
 
-    def signature(self, named: Named) -> Signature:
-        """Return what the model takes and gives.
+    def loaded(self) -> dict[Named, str]:
+        """Return what is in memory, by name, and how it is.
 
-        Raises:
-            ModelNotFound: It was unloaded to make room.
+        What was given up is not: it may be loaded again, and is no more in anybody's way than what
+        was never there.
         """
-        if named.key not in self._signatures:
-            found = (model.signature for model in self._runtime.models() if model.name == named.key)
-            if (signature := next(found, None)) is None:
-                raise unknown(named.name)
-            self._signatures[named.key] = signature
-        return self._signatures[named.key]
-
-    def loaded(self) -> list[Named]:
-        """Return what is in memory, by name; what was given up is not, and may be loaded again."""
-        there = {model.name for model in self._runtime.models() if model.state != "dead"}
-        return [named for named in self._all() if named.key in there]
+        there = {one.name: one.state for one in self._runtime.models() if one.state != "dead"}
+        return {named: there[named.key] for named in self._all() if named.key in there}
 
     def unready(self) -> str:
         """Return why the endpoint cannot answer, nothing if it can: a model at work, or none."""
         try:
-            states = {model.name: model.state for model in self._runtime.models()}
+            states = set(self.loaded().values())
         except LraiError as error:
             return str(error)
-        mine = [states[named.key] for named in self._all() if named.key in states]
-        return "" if not mine or {"ok", "idle"} & set(mine) else f"all models are {max(mine)}"
+        return "" if not states or {"ok", "idle"} & states else "all models are stalled"
 
     def _all(self) -> list[Named]:
         found = []

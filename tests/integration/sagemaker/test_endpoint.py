@@ -358,6 +358,20 @@ def test_ping_is_false_until_the_model_is_loaded_and_while_it_is_stopped(
         assert "ping: " in container.log
 
 
+def test_ping_is_false_as_long_as_a_model_has_never_answered(
+    models: Path, tmp_path: Path, sockets: Path
+) -> None:
+    given = [str(models / "tokens.lrai"), "--timeout-seconds", "0.5"]
+    variables = {"LRAI_ACTOR_HANG_SECONDS": "60"}  # nobody else finds out that it is stopped
+    with Container(given, tmp_path, sockets, **variables) as container:
+        wait_until(lambda: "is loaded" in container.log)
+        os.kill(actor := container.actor(), signal.SIGSTOP)
+        pings = [container.get("/ping").status for _ in range(3)]
+        os.kill(actor, signal.SIGCONT)
+        assert pings == [503] * 3
+        container.wait_until_ready()
+
+
 def test_a_required_certificate_that_is_not_there_ends_the_container(
     models: Path, tmp_path: Path, sockets: Path
 ) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import lrai_core as lrai
 from tests.integration.quick import until_quick
 from tests.integration.sagemaker.conftest import HOST, TOKENS, Container, Load, wait_until
 from tests.own_runtime import end_runtime
@@ -136,6 +137,27 @@ def test_a_runtime_that_was_stopped_is_started_and_loaded_again(
         wait_until(lambda: container.log.count("is loaded") == 2)
         container.wait_until_ready()
         assert container.post(BODY).status == 200
+
+
+def test_a_container_takes_its_model_out_of_a_runtime_that_goes_on(
+    models: Path, tmp_path: Path, sockets: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    given = [str(models / "tokens.lrai")]
+    config = lrai.load_config(call={"runtime.socket_dir": str(sockets)})
+    with (
+        lrai.Runtime(config, address="auto") as runtime,  # somebody else's, too
+        Container(given, tmp_path, sockets) as one,
+        Container(given, tmp_path / "other", sockets) as other,
+    ):
+        one.wait_until_ready()
+        other.wait_until_ready()
+        assert len(runtime.models()) == 1
+        assert other.stop() == 0
+        assert len(runtime.models()) == 1
+        assert one.post(BODY).status == 200
+        assert one.stop() == 0
+        assert runtime.models() == []
 
 
 def test_a_runtime_that_hangs_makes_ping_false_in_time(

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -216,6 +217,42 @@ def actors(container: Container) -> dict[str, int]:
 def pss_mib(pid: int) -> float:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(text.partition("\nPss:")[2].split()[0]) / 1024
+
+
+def test_a_model_that_was_given_up_is_not_loaded_and_may_be_again(
+    root: Path, tmp_path: Path, sockets: Path
+) -> None:
+    """The platform loads what it is told is not; one tenant's model must not end all."""
+    tokens, columns = root / "tokens" / "model", root / "columns" / "model"
+    variables = {"LRAI_ACTOR_RESTART_LIMIT": "1"}
+    with Container([str(root), "--multi-model"], tmp_path, sockets, **variables) as container:
+        container.wait_until_ready()
+
+        def give_up() -> None:
+            with container.runtime() as runtime:
+                while runtime.models()[0].state != "dead":
+                    for pid in runtime.models()[0].actor_pids:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    time.sleep(0.02)
+
+        for url in (tokens, columns):  # the same again, and another one in its place
+            assert load(container, "a", tokens).status == 200
+            assert container.post({"inputs": TOKENS}, "/models/a/invoke").status == 200
+            give_up()
+            gone = container.post({"inputs": TOKENS}, "/models/a/invoke")
+            assert (gone.status, gone.json) == (404, {"error": "model 'a' is not loaded"})
+            assert container.get("/models/a").status == 404
+            assert names(container) == []
+            assert container.get("/ping").status == 200
+            assert load(container, "a", url).status == 200
+            assert names(container) == ["a"]
+            with container.runtime() as runtime:
+                assert [model.state for model in runtime.models()] != ["dead"]
+                assert len(runtime.models()) == 1
+            body = COLUMNS if url == columns else {"inputs": TOKENS}
+            assert container.post(body, "/models/a/invoke").status == 200
+            assert container.send("DELETE", "/models/a").status == 200
 
 
 def test_endpoints_beside_one_another_do_not_meet(

@@ -22,11 +22,12 @@ _MODEL: Final = "/opt/ml/model"
 _MODELS: Final = "/opt/ml/models"
 _MOST_MB: Final = 100  # of all bodies that batch transform has on their way
 _TIMEOUT: Final = ["LRAI_SAGEMAKER_TIMEOUT", "SAGEMAKER_MODEL_SERVER_TIMEOUT"]
+_HOST: Final = "Who is answered: 0.0.0.0 for all, which our image sets."
 _CERTIFICATE: Final = "To demand, as in epsilon=0.1,delta=0.01."
 
 Folder = Annotated[Path | None, typer.Argument(help=f"{_MODEL}, or {_MODELS} of many models.")]
 Multi = Annotated[bool, typer.Option(envvar="SAGEMAKER_MULTI_MODEL", help="Many models.")]
-Host = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_HOST", help="A container's is 0.0.0.0.")]
+Host = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_HOST", help=_HOST)]
 Port = Annotated[
     int, typer.Option(envvar="SAGEMAKER_BIND_TO_PORT", min=0, max=65535, help="0: any free one.")
 ]

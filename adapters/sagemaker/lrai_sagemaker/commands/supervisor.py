@@ -1,4 +1,4 @@
-"""The one process of a container: it loads the model, and keeps workers running until told to end.
+"""The first process of a container: it holds the model, and keeps workers running until its end.
 
 uvicorn has a supervisor too, which imports the program of its parent into each worker, the compiler
 with it; starts a worker that cannot work again for ever; and watches none that is alone.
@@ -19,8 +19,8 @@ from typing import Final
 
 import msgspec
 
-from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiError, Runtime, UsageError
-from lrai_import.hosted import load
+from lrai_core import Artifact, EnvironmentProblem, LraiError, Runtime, UsageError
+from lrai_import.held import Held
 from lrai_sagemaker.commands.tars import unpacked
 from lrai_sagemaker.logs import log, one_line, set_up_log
 from lrai_sagemaker.models import artifact_in
@@ -34,14 +34,19 @@ _GRACE_SECONDS: Final = 2.0  # beside draining; the platform kills after 30 s
 
 
 class Supervisor:
-    """Workers on one socket, attached to one runtime; none where the only one has the model."""
+    """Workers on one socket, attached to one runtime; none where the only one has the model.
+
+    Attributes:
+        held: The one model, in the runtime, once it is loaded there.
+    """
 
     def __init__(self, settings: Settings, runtime: Runtime | None, on: socket.socket) -> None:
         self._settings, self._runtime, self._listening = settings, runtime, on
         self._workers: list[subprocess.Popen[bytes]] = []
         self._deaths: list[float] = []
         self._problem: LraiError | None = None
-        self._signal = 0
+        self._signal = self._status = 0  # the status is a worker's
+        self.held: Held | None = None
 
     def run(self) -> int:
         """Return the exit status: 0 after SIGTERM, 130 after Ctrl-C.
@@ -52,17 +57,20 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._told)
         signal.signal(signal.SIGINT, self._told)
         self._workers = [self._start() for _ in range(self._settings.workers)]
-        if not self._settings.multi_model:
+        if self._runtime and not self._settings.multi_model:
             threading.Thread(target=self._keep_loaded, name="lrai-load", daemon=True).start()
         try:
-            while not self._signal and self._problem is None:
+            while not self._is_over():
                 time.sleep(_LOOK_SECONDS)
                 self._workers = [self._alive(worker) for worker in self._workers]
         finally:
             self._end()
         if self._problem is not None:
             raise self._problem
-        return 130 if self._signal == signal.SIGINT else 0
+        return self._status or (130 if self._signal == signal.SIGINT else 0)
+
+    def _is_over(self) -> bool:
+        return bool(self._signal or self._problem or self._status)
 
     def _told(self, number: int, _: object) -> None:
         self._signal = number
@@ -74,39 +82,32 @@ class Supervisor:
         return subprocess.Popen(command, pass_fds=[listening], process_group=0)
 
     def _alive(self, worker: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
-        """Return the worker, or another one in its place."""
-        if worker.poll() is None:
+        """Return the worker, or another one in its place, but where all is about to end."""
+        if worker.poll() is None or self._is_over():
+            return worker
+        if not self._runtime and worker.returncode in _SAID and not self._deaths:
+            self._status = worker.returncode  # it has said why, and that is to be the last line
             return worker
         now = time.monotonic()
         self._deaths = [*(at for at in self._deaths if now - at < _WINDOW_SECONDS), now]
         log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
-        if not self._runtime and worker.returncode in _SAID and len(self._deaths) == 1:
-            self._problem = EnvironmentProblem("the model cannot be served, see above")
-            self._problem.exit_code = worker.returncode
-        elif len(self._deaths) > max(_MOST_DEATHS, 3 * self._settings.workers):
+        if len(self._deaths) > max(_MOST_DEATHS, 3 * self._settings.workers):
             often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
             self._problem = EnvironmentProblem(often)
+            return worker
         return self._start()
 
     def _keep_loaded(self) -> None:
         """Load the model, and again where somebody has stopped the runtime or unloaded it."""
-        runtime, name, loaded = self._runtime, self._settings.model, ""
-        while runtime is not None and not self._signal:
-            try:
-                if not loaded or name not in {
-                    m.name for m in runtime.models() if m.state != "dead"
-                }:
-                    artifact, require = self._settings.artifact, self._settings.require
-                    there = Artifact.open(artifact, verify=False)
-                    if loaded not in ("", there.version):  # the workers know the one before
-                        raise ArtifactError("the artifact was replaced: start the container anew")
-                    load(runtime, there, name, require=require)
-                    loaded = there.version
-            except LraiError as error:
-                if not loaded:
-                    self._problem = error
-                    return
-                log.warning("model %s: %s", name, one_line(error))
+        artifact = Artifact.open(self._settings.artifact, verify=False)
+        try:
+            self.held = Held(artifact, asked_of(self._settings), self._settings.model)
+        except LraiError as error:
+            self._problem = error
+            return
+        while not self._is_over():
+            with suppress(LraiError):  # it does not answer, of which ping tells
+                self.held.kept_state()
             time.sleep(_LOAD_AGAIN_SECONDS)
 
     def _end(self) -> None:
@@ -146,21 +147,24 @@ def serve(given: Settings) -> int:
         given = msgspec.structs.replace(given, **own)
         with nullcontext() if asked_of(given).here else Runtime(config) as runtime:
             log.info("serving on %s:%d", *listening.getsockname()[:2])
+            supervisor = Supervisor(given, runtime, listening)
             try:
-                return Supervisor(given, runtime, listening).run()
-            finally:
-                if given.multi_model:  # for so long, as a runtime may hang, and the platform kills
-                    told = (runtime, Path(folder).name)
-                    last = threading.Thread(target=_unload, args=told, daemon=True)
-                    last.start()
-                    last.join(_GRACE_SECONDS)
+                return supervisor.run()
+            finally:  # for so long, as a runtime may hang, and the platform kills
+                last = threading.Thread(
+                    target=lambda: _let_go(supervisor.held, runtime, Path(folder).name), daemon=True
+                )
+                last.start()
+                last.join(_GRACE_SECONDS)
 
 
-def _unload(runtime: Runtime | None, scratch: str) -> None:
-    """Unload the models of a multi-model endpoint, which nobody else can find; see `Names.load`."""
+def _let_go(held: Held | None, runtime: Runtime | None, scratch: str) -> None:
+    """Leave nothing in a runtime that others use; of many models nobody else can find the names."""
     with suppress(LraiError):  # it is gone, or does not answer
+        if held is not None:
+            held.close()
         for model in runtime.models() if runtime else ():
-            if model.name.endswith(f":{scratch.rpartition('-')[2]}"):
+            if model.name.endswith(f":{scratch.rpartition('-')[2]}"):  # see `Names.load`
                 with suppress(LraiError):
                     runtime.unload(model.name)  # type: ignore[union-attr] # it has told of one
 
