@@ -86,16 +86,14 @@ def _cdf(k: int, n: int, p: float) -> float:
     odds = p / (1 - p)
     log_choose = math.lgamma(n + 1) - math.lgamma(top + 1) - math.lgamma(n - top + 1)
     log_top = log_choose + top * math.log(p) + (n - top) * math.log1p(-p)
-    total = term = 1.0
-    for i in range(top, 0, -1):
-        term *= i / ((n - i + 1) * odds)
-        total += term
-        if term < 1e-20:
-            break
-    term = 1.0
-    for i in range(top + 1, k + 1):
-        term *= (n - i + 1) * odds / i
-        total += term
-        if term < 1e-20:
-            break
+    down = (i / ((n - i + 1) * odds) for i in range(top, 0, -1))
+    up = ((n - i + 1) * odds / i for i in range(top + 1, k + 1))
+    total = 1.0
+    for ratios in (down, up):
+        term = 1.0
+        for ratio in ratios:
+            term *= ratio
+            total += term
+            if term < 1e-20:
+                break
     return min(1.0, math.exp(log_top) * total)

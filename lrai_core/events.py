@@ -26,10 +26,8 @@ Kind = (
 
 
 _log: Final = logging.getLogger("lrai.runtime")
-_LOGGED: Final = {
-    "actor_hung", "actor_lost", "limit_unreachable", "model_failed", "planner_failed",
-    "variant_refused",
-}  # fmt: skip
+_LOGGED = {"actor_hung", "actor_lost", "limit_unreachable"}
+_LOGGED |= {"model_failed", "planner_failed", "variant_refused"}
 
 
 @dataclass(frozen=True, slots=True)

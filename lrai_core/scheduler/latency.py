@@ -165,8 +165,7 @@ def _by_length(terms: tuple[float, float, float], rows: int, length: int) -> flo
     return max(_LEAST_SECONDS, fixed + linear * elements + quadratic * elements * length)
 
 
-def _by_rows(points: Sequence[tuple[int, float]], rows: int, length: int) -> float:
-    del length
+def _by_rows(points: Sequence[tuple[int, float]], rows: int, _: int) -> float:
     at = min(max(bisect.bisect_left(points, (rows, 0.0)), 1), len(points) - 1)
     (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
     slope = (seconds_1 - seconds_0) / (rows_1 - rows_0)
