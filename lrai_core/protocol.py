@@ -19,7 +19,7 @@ from lrai_core.config import LimitsConfig
 from lrai_core.errors import InvalidTensor, RequestError, shorten
 
 Array = NDArray[Any]
-OutputMap = Literal["raw", "softmax", "l2_normalised"]
+OutputMap = Literal["raw", "softmax", "l2_normalised", "derived"]
 
 DATATYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -51,7 +51,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         batch_axis: 0 where rows can be coalesced along dimension 0, else None.
         length_axis: The dimension that may be padded, else None.
         pad_value: What fills the padded part of an input; outputs are sliced back.
-        output_map: How differences on an output are judged.
+        output_map: How differences on an output are judged; what is `derived` from another output,
+            like the largest of its elements, by that one alone.
     """
 
     name: str
@@ -281,9 +282,8 @@ def _decode(tensor: Tensor, room_bytes: int) -> Array:
     if size > room_bytes:
         raise ValueError(f"{size} bytes, at most {max(room_bytes, 0)} are left for this request")
     if tensor.datatype == "BYTES":
-        if count > (
-            most := max(room_bytes, 0) // _TEXT_BYTES
-        ):  # whoever reads them has no other work
+        most = room_bytes // _TEXT_BYTES
+        if count > most:  # whoever reads them has no other work
             raise ValueError(f"{count} elements, at most {most} are left for this request")
         return decode_bytes(tensor.data, count).reshape(shape)
     if count * dtype.itemsize != size:

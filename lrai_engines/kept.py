@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from lrai_core.compiler.search import Built, Material, Reject
 from lrai_core.engine.engine import Engine, installed_version, isa_class
@@ -59,7 +60,7 @@ class Kept:
         if told.why:
             reject(name, told.why)
         for built in told.built:
-            yield built._replace(graph=self._home / told.folder / built.graph)
+            yield replace(built, graph=self._home / told.folder / built.graph)
 
     def _find(self, name: str) -> _Told | None:
         """Return what is told of a form that is whole, and lies where it should."""
@@ -88,7 +89,7 @@ class Kept:
         told = _Told(folder.name, 0, [])
         try:
             for built in make(folder, refuse):
-                told.built.append(built._replace(graph=built.graph.relative_to(folder)))
+                told.built.append(replace(built, graph=built.graph.relative_to(folder)))
         except NothingToQuantize as error:
             told.why = str(error)
         if not failed:

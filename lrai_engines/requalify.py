@@ -39,7 +39,6 @@ from lrai_core.compiler.search import Candidate
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import EngineError, LraiError, shorten
-from lrai_core.protocol import Signature
 from lrai_core.verifier.certificate import write_certificate
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.verifier import environment, evaluation, failing, issue
@@ -158,13 +157,14 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     epsilon, delta = manifest.demanded or (None, 0.01)
     conditions = Conditions(epsilon=epsilon, delta=delta)
     gate.check_row_count(rows, conditions, 0)
-    engine, points = find_engine("onnxruntime"), search.points(signature, rows.inputs)
-    threads = threads or _threads(engine.load(source, threads=1, optimise=True), rows, signature)
+    engine = find_engine("onnxruntime")
+    calls = search.Calls(signature, rows.inputs, search.points(signature, rows.inputs))
+    threads = threads or _threads(engine.load(source, threads=1, optimise=True), calls)
     plain = engine.load(source, threads=threads, optimise=True)
-    there, verdicts = _those_that_run(artifact, threads, rows, points)
+    there, verdicts = _those_that_run(artifact, threads, calls)
     candidates = [_candidate("fp32", source, plain, engine), *there]
     tick = _ticking(report, "measure", 2 * search.ROUNDS)
-    given = candidates, signature, rows.inputs, points, tick
+    given = candidates, calls, tick
     search.profile(*given)
     with suppress(EngineError):  # of long calls, for which memory may lack
         search.profile(*given)
@@ -212,23 +212,23 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
 
 
 def _those_that_run(
-    artifact: Artifact, threads: int, rows: Rows, points: Sequence[tuple[int, int]]
+    artifact: Artifact, threads: int, calls: search.Calls
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Return what runs here of one row and of several, the closest first, and why others do not."""
     candidates, verdicts = list[Candidate](), dict[str, str]()
     for variant in sorted(artifact.manifest.variants, key=_closeness(artifact)):
         try:
-            candidates.append(_loaded(artifact, variant, threads, rows.inputs[0]))
+            candidates.append(_loaded(artifact, variant, threads, calls.rows[0]))
         except (LraiError, ValueError) as error:
             verdicts[variant.id] = str(error)
-    refusing = search.refusing(candidates, artifact.manifest.signature, rows.inputs, points)
+    refusing = search.refusing(candidates, calls)
     verdicts |= {candidate.form: why for candidate, why in refusing}
     return [one for one in candidates if one.form not in verdicts], verdicts
 
 
-def _threads(alone: Session, rows: Rows, signature: Signature) -> int:
+def _threads(alone: Session, calls: search.Calls) -> int:
     """Return the threads that a model is served with, by what one takes."""
-    return 1 if search.is_short(alone, rows.inputs, signature) else available_cpus()
+    return 1 if search.is_short(alone, calls) else available_cpus()
 
 
 def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
@@ -348,15 +348,7 @@ def _candidate(
     form: str, graph: Path, session: Session, engine: Engine, size_bytes: int = 0
 ) -> Candidate:
     return Candidate(
-        form=form,
-        precision="",
-        graph=graph,
-        size_bytes=size_bytes,
-        operators=[],
-        passes_off=(),
-        shared=False,
-        session=session,
-        engine=engine,
+        form=form, precision="", graph=graph, size_bytes=size_bytes, session=session, engine=engine
     )
 
 

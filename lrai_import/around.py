@@ -14,7 +14,7 @@ from msgspec import Meta
 from onnx import TensorProto, helper, numpy_helper
 from onnx.version_converter import ConvertError, convert_version
 
-from lrai_core import CompileError
+from lrai_core import CompileError, Imported
 
 _IR: Final = 8
 _FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
@@ -118,6 +118,7 @@ class Around:
         rows = extent(dims[0], "batch")
         for added, of in (("label", TensorProto.STRING), ("score", kind)):
             made = helper.make_tensor_value_info(added, of, [rows, top_k])
+            made.doc_string = Imported.DERIVED if added == "score" else ""
             self.model.graph.output.append(made)
 
     def built(self) -> onnx.ModelProto:

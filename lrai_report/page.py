@@ -124,6 +124,7 @@ def page(artifact: Artifact) -> str:
         manifest=manifest,
         chosen=chosen,
         serving=[variant.id for variant in manifest.serving()],
+        kept=[variant.id for variant in manifest.variants],
         made_for=manifest.made_for(chosen),
         certificates=[(c.id, c.statement()) for c in certificates(artifact)],
         tried=[event for event in events if event.event == "candidate"],

@@ -97,7 +97,8 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 <td class="n">{{ "%.2f"|format(100 * one.variant) }} %</td><td>{% if one.widened_bound is none %}
 insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at most{% endif %}</td>
 </tr>{% endfor %}</table></div>{% endif %}
-{% if operators %}<h2>Operators</h2>
+{% if operators %}<h2>Operators{% if operators[0].variant not in kept %} of the closest form,
+which is not kept{% endif %}</h2>
 <div class="scroll"><table><tr><th>form</th><th>operator</th><th>kind</th><th class="n">bits</th>
 <th>scheme</th><th class="n">weights</th><th class="n">error of weights</th>
 <th class="n">share of harm</th></tr>

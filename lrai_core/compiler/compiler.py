@@ -28,7 +28,7 @@ from lrai_core.compiler import gate, search
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
 from lrai_core.compiler.model import SharedWeights, declared, load_model
-from lrai_core.compiler.search import Builder, Candidate, Material, Sample
+from lrai_core.compiler.search import Builder, Calls, Candidate, Material, Sample
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
 from lrai_core.errors import CompileError, EngineError, UsageError, shorten
@@ -85,8 +85,8 @@ def compile(
         model: ONNX file, opset 17 or later (lower is upgraded where possible), or one of a kind
             that an installed importer reads.
         out: Directory to write, `NAME.lrai`; must not exist.
-        calibration: Rows that forms are made for: ranges of activations, and where int8 does harm.
-            By default a tenth of the evaluation rows.
+        calibration: Rows that forms are made for: ranges of activations, and where int8 does harm;
+            128 of them, drawn by `seed`. By default a tenth of the evaluation rows.
         evaluation: `.npz` with an array per input and optionally `label`, or the same as a mapping.
             A fifth serves calibration and search, the rest the gate. Without it only fp32 is kept.
         metric: Judged where there are labels: `top1` or `top5`, on the first output.
@@ -111,7 +111,7 @@ def compile(
         threads: Engine threads to measure with; 0 for the CPUs that there are, or one where all
             calls take less than 2 ms, as it is served then.
         keep_evaluation: Gate rows to keep in the artifact, for certificates and for measuring it
-            elsewhere; by default as many as fit 16 MiB, which is the most.
+            elsewhere; by default as many as fit 16 MiB, at most what fit 256 MiB.
         seed: Of the split of the evaluation rows.
         minutes: About how long it may take, the best so far is kept then: a quarter of it serves to
             make forms, half of it is gone when they have been measured, in three rounds at least.
@@ -233,6 +233,8 @@ class _Compilation:
             return
         if given is not None:
             disjoint(given, self.rows, "calibration and evaluation")
+            # Forms may be made of the first ones only, and they may be sorted.
+            given = given.take(np.random.default_rng(seed).permutation(len(given)).tolist())
         order = np.random.default_rng(seed).permutation(len(self.rows)).tolist()
         cut = round(len(order) * _SEARCH_SHARE)
         own = 0 if given is not None else cut // 2  # of the search rows, what forms are made for
@@ -240,12 +242,13 @@ class _Compilation:
         self.search, self.gate = self.rows.take(order[own:cut]), self.rows.take(order[cut:])
         disjoint(self.search, self.gate, "search and gate")
         gate.check_row_count(self.gate, self.conditions, cut)
+        gate.check_labels(self.reference.run(self.gate.inputs[0]), self.gate, self.conditions)
 
     def settle_threads(self) -> None:
         """Require: search rows. Ensure: one thread where that is what calls are served with."""
         graph = self.folder / self.source.file
         one = self.engine.load(graph, weights=graph.parent, threads=1)
-        if self.search and search.is_short(one, self.search.inputs, self.signature):
+        if self.search and search.is_short(one, self._calls()):
             self.reference, self.threads = one, 1
 
     def build(self, builders: Sequence[Builder]) -> None:
@@ -261,16 +264,14 @@ class _Compilation:
 
     def measure(self) -> None:
         """Require: candidates. Ensure: latency of each, one pass set per form: the fastest."""
-        rows = self.search.inputs if self.search else []
-        given = self.candidates, self.signature, rows, search.points(self.signature, rows)
         tick = self._begin("profile", search.ROUNDS, f"{len(self.candidates)} candidates")
         try:
-            for candidate, why in search.refusing(*given):
+            for candidate, why in search.refusing(self.candidates, self._calls()):
                 self.candidates.remove(candidate)
                 self._reject(candidate.name, why)
-            search.profile(*given, tick, self._at(0.5))
+            search.profile(self.candidates, self._calls(), tick, self._at(0.5))
         except EngineError as error:
-            if rows:
+            if self.search:
                 raise
             self._notify(f"not measured, the model does not run on ones: {error}")
         fastest: dict[str, Candidate] = {}
@@ -294,10 +295,9 @@ class _Compilation:
             return
         front = self._front(self.search, keep)
         self.judged = 1 + len(front)  # fp32 is one that may be chosen
-        rows, tick = self.search.inputs, self._begin("profile", search.ROUNDS, "long calls")
-        given = self.signature, rows, search.points(self.signature, rows), tick
+        tick = self._begin("profile", search.ROUNDS, "long calls")
         with suppress(EngineError):  # which may be memory: then smaller ones tell
-            search.profile([fp32, *front], *given, self._at(0.5))
+            search.profile([fp32, *front], self._calls(), tick, self._at(0.5))
         tick = self._begin("gate", len(self.gate) * (3 + 2 * len(front)), "source")
         reference = gate.run_alone(self.reference, self.gate, self.threads, tick)
         verdict = partial(self._judge, self.gate, reference)
@@ -413,13 +413,19 @@ class _Compilation:
         for one in beside:
             why = f"beside {chosen.id}: calls get {one.gain([first]):.2f} x as fast, in the mean"
             self._record("decision", chosen=one.form, why=why)
-        for candidate, _ in self.kept:
-            for operator in candidate.operators:
-                self._record("operator", variant=candidate.form, **asdict(operator))
-        store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
-        if self.gate is not None:
+        near = sorted(
+            (c for c in self.candidates if c.gaps and c.operators), key=lambda c: c.distance
+        )
+        for one in [c for c, _ in self.kept if c.operators] or near[:1]:  # or what came closest
+            for operator in one.operators:
+                self._record("operator", variant=one.form, **asdict(operator))
+        if rows := self.gate:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
-            self.gate = save_rows(self.folder / store.EVALUATION, self.gate, keep_evaluation)
+            self.gate = save_rows(self.folder / store.EVALUATION, rows, keep_evaluation)
+            if len(self.gate) < len(rows):
+                told = "certificates speak of those, requalify runs them; see keep_evaluation"
+                self._notify(f"{len(self.gate)} of {len(rows)} gate rows are kept: {told}")
+        store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
         target = Target(isa=isa, engine=engine.name, engine_version=engine.version, threads=threads)
         store.write_manifest(
             self.folder,
@@ -485,6 +491,10 @@ class _Compilation:
             self.rows, repeated = read_rows(evaluation, signature, "evaluation", groups)
             if repeated:
                 self._notify(f"evaluation: {repeated} repeated rows left out")
+
+    def _calls(self) -> Calls:
+        rows = self.search.inputs if self.search else []
+        return Calls(self.signature, rows, search.points(self.signature, rows))
 
     def _at(self, share: float) -> float:
         """Return when this share of the time is gone, by `time.monotonic`."""

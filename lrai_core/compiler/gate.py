@@ -188,6 +188,18 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
         raise CalibrationError(f"{there}; the gate {needs}")
 
 
+def check_labels(outputs: list[Array], rows: Rows, conditions: Conditions) -> None:
+    """Refuse labels, or groups, that outputs like these of one row cannot be judged by.
+
+    Raises:
+        CalibrationError: There are no scores of classes, or of others than the labels.
+    """
+    if rows.labels is not None:
+        _hits([outputs], rows.labels, conditions.metric)
+    if rows.groups:
+        _selected([outputs])
+
+
 def check_search(gaps: Sequence[float], asked: Conditions) -> None:
     """Refuse a form of which the search rows show that it is not as close as is demanded.
 
@@ -252,12 +264,10 @@ def _label_result(
 
 
 def _label_rows_needed(lost: float, won: float, allowed: float, level: float) -> int:
-    n = 100
-    while n < 1 << 24:
-        if confidence.paired_loss_bound(round(lost * n), round(won * n), n, level) <= allowed:
-            return n
-        n = n * 5 // 4
-    return -1
+    sizes = (int(100 * 1.25**step) for step in range(54))
+    shown = ((round(lost * n), round(won * n), n) for n in sizes)
+    most = confidence.paired_loss_bound
+    return next((each[-1] for each in shown if most(*each, level) <= allowed), -1)
 
 
 def _agreement_result(
@@ -268,7 +278,8 @@ def _agreement_result(
     counts = [sum(agreement(f, g, specs) for f, g in each) for each in pairs]
     share, worst = counts[0] / n, min(counts) / n
     bound = confidence.lower_bound(min(counts), n, level)
-    measure = ", ".join(dict.fromkeys(MEASURES[spec.output_map] for spec in specs))
+    maps = dict.fromkeys(spec.output_map for spec in specs)
+    measure = ", ".join(MEASURES[one] for one in maps if one in MEASURES) or "finite"
     why = f"{measure} on {share:.2%} of rows"
     why += "" if worst == share else f" ({worst:.2%} in batches)"
     why += f", at least {bound:.2%}; {AGREEMENT:.0%} needed"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import onnx
 from onnx import helper, numpy_helper
@@ -17,7 +17,7 @@ from onnx.external_data_helper import ExternalDataInfo, set_external_data
 from lrai_core.artifact import Source
 from lrai_core.engine.onnxruntime import OnnxRuntime, refusal
 from lrai_core.errors import ArtifactError, CompileError, EnvironmentProblem, shorten
-from lrai_core.protocol import DATATYPES, Signature, TensorSpec
+from lrai_core.protocol import DATATYPES, OutputMap, Signature, TensorSpec
 
 _SOURCE: Final = "source/model.onnx"
 _WEIGHTS: Final = "weights.bin"
@@ -36,8 +36,10 @@ class Imported:
         model: Opset 17 or later, without local functions, its weights inline.
         sha256: Of all that was given, external data too.
         opset: Of the default domain.
+        DERIVED: What the graph says, as its documentation, of an output that is; see `TensorSpec`.
     """
 
+    DERIVED: ClassVar = "derived from another output"
     model: onnx.ModelProto
     sha256: str
     opset: int
@@ -110,7 +112,9 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
         fixed = dim.dim_value if dim.HasField("dim_value") else 0
         name = not dim.dim_param.startswith("unk__") and dim.dim_param  # which tf2onnx makes up
         shape.append(fixed or name or f"{value.name}.{index}")
-    return TensorSpec(name=value.name, datatype=_DATATYPES[tensor.elem_type], shape=tuple(shape))
+    kind, told = _DATATYPES[tensor.elem_type], value.doc_string == Imported.DERIVED
+    how: OutputMap = "derived" if told else "raw"
+    return TensorSpec(name=value.name, datatype=kind, shape=tuple(shape), output_map=how)
 
 
 def check_loads(path: Path) -> None:

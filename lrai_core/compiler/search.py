@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import product
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
+import msgspec
 import numpy as np
 import onnx
+from msgspec.structs import asdict
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler.model import SharedWeights
@@ -61,9 +63,8 @@ class Quantized:
     why: str = ""
 
 
-@dataclass(slots=True)
-class Candidate:
-    """One form of the model.
+class Built(msgspec.Struct):
+    """A form of the model, as its builder made it.
 
     Attributes:
         form: Id of the form: `fp32`, `int8-row`, …
@@ -72,21 +73,29 @@ class Candidate:
         operators: What was done to each operator.
         passes_off: Optimizer passes that were left out.
         shared: It reads the source's weights too, which stay where they are.
-        gaps: Per search row its largest difference to the source, after the output maps.
     """
 
     form: str
     precision: str
     graph: Path
     size_bytes: int
-    operators: list[Quantized]
-    passes_off: tuple[str, ...]
-    shared: bool
+    operators: list[Quantized] = msgspec.field(default_factory=list)
+    passes_off: tuple[str, ...] = ()
+    shared: bool = False
+
+
+class Candidate(Built, kw_only=True, eq=False):
+    """A form that runs, and what was found of it.
+
+    Attributes:
+        gaps: Per search row its largest difference to the source, after the output maps.
+    """
+
     session: Session
     engine: Engine
-    latency: list[LatencyPoint] = field(default_factory=list)
+    latency: list[LatencyPoint] = msgspec.field(default_factory=list)
     speedup: float = 1.0
-    gaps: list[float] = field(default_factory=list)
+    gaps: list[float] = msgspec.field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -160,18 +169,6 @@ class Material:
     found: dict[str, Any] = field(default_factory=dict)
 
 
-class Built(NamedTuple):
-    """A form as its builder made it; see `Candidate`."""
-
-    form: str
-    precision: str
-    graph: Path
-    size_bytes: int
-    operators: list[Quantized]
-    passes_off: tuple[str, ...] = ()
-    shared: bool = False
-
-
 Reject = Callable[[str, str], None]
 
 
@@ -217,7 +214,7 @@ def build(
         except ArtifactError as error:
             reject(made.form, str(error))
             continue
-        candidates.append(Candidate(**made._asdict(), session=session, engine=builder.engine))
+        candidates.append(Candidate(**asdict(made), session=session, engine=builder.engine))
         tick(candidates[-1].name)
         if time.monotonic() > until:
             reject(f"what follows {made.form}", "not made: the minutes are up")
@@ -225,15 +222,31 @@ def build(
     return candidates
 
 
-def refusing(
-    candidates: Sequence[Candidate],
-    signature: Signature,
-    rows: Sequence[list[Array]],
-    points: Sequence[tuple[int, int]],
-) -> list[tuple[Candidate, str]]:
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What candidates are measured with.
+
+    Attributes:
+        signature: Of the model.
+        rows: As long as those served; where there are none, one is made up.
+        points: (rows, length) of each call.
+    """
+
+    signature: Signature
+    rows: Sequence[list[Array]]
+    points: Sequence[tuple[int, int]]
+
+    def feed(self, rows: int, length: int) -> list[Array]:
+        """Return the longest row, brought to this length, so many times."""
+        made_up = None if self.rows else synthetic_row(self.signature, max(length, 1))
+        longest = made_up or max(self.rows, key=lambda row: length_of(row, self.signature))
+        return stretch(longest, self.signature, rows, length)
+
+
+def refusing(candidates: Sequence[Candidate], calls: Calls) -> list[tuple[Candidate, str]]:
     """Return what does not run in a call of several rows, and why; fp32 is not asked."""
-    most, length = min((at for at in points if at[0] > 1), default=points[0])
-    feed, found = stretch(_longest(rows, signature, length), signature, most, length), []
+    several = min((at for at in calls.points if at[0] > 1), default=calls.points[0])
+    feed, found = calls.feed(*several), []
     for candidate in candidates:
         try:
             if candidate.form != "fp32":
@@ -244,14 +257,9 @@ def refusing(
 
 
 def profile(
-    candidates: Sequence[Candidate],
-    signature: Signature,
-    rows: Sequence[list[Array]],
-    points: Sequence[tuple[int, int]],
-    tick: Callable[[], None],
-    until: float = math.inf,
+    candidates: Sequence[Candidate], calls: Calls, tick: Callable[[], None], until: float = math.inf
 ) -> None:
-    """Measure all candidates at `points` in interleaved rounds, and set latency and speedup.
+    """Measure all candidates with these calls in interleaved rounds, and set latency and speedup.
 
     Machines drift: what is compared is measured in turn, medians are taken, ratios are reported.
     Each timing follows a smallest call of the same candidate: those before it have left nothing in
@@ -268,14 +276,16 @@ def profile(
     """
     before = [(point.rows, point.length) for point in candidates[0].latency]
     most, sessions = _LONGEST if before else _LONG, [candidate.session for candidate in candidates]
-    left = [at for at in points if not before or (at not in before and time.monotonic() < until)]
-    feeds = {at: stretch(_longest(rows, signature, at[1]), signature, *at) for at in left}
+    left = [
+        at for at in calls.points if not before or (at not in before and time.monotonic() < until)
+    ]
+    feeds = {at: calls.feed(*at) for at in left}
     feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= most}
     if not feeds:
         return
-    smallest = stretch(_longest(rows, signature, points[0][1]), signature, *points[0])
-    calls = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
-    taken = np.full((len(calls), MOST_ROUNDS, len(candidates)), np.nan)
+    smallest = calls.feed(*calls.points[0])
+    each = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
+    taken = np.full((len(each), MOST_ROUNDS, len(candidates)), np.nan)
     forms = [candidate.form for candidate in candidates]
     still = list(range(len(forms)))
     enough = time.monotonic() + _ROUNDS_SECONDS
@@ -285,7 +295,7 @@ def profile(
             break
         if done == _ALL_ROUNDS:
             still = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
-        for (point, (feed, repeats)), i in product(enumerate(calls), still):
+        for (point, (feed, repeats)), i in product(enumerate(each), still):
             sessions[i].run(smallest)  # then its weights are in a cache, as where it serves
             taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
         if done < ROUNDS:
@@ -330,17 +340,11 @@ def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int,
     return [(n, at) for at in lengths for n in (1, 4, 16) if n * at <= max(at, _POINT_ELEMENTS)]
 
 
-def is_short(session: Session, rows: Sequence[list[Array]], signature: Signature) -> bool:
+def is_short(session: Session, calls: Calls) -> bool:
     """Return whether even the largest call takes so little that it is served with one thread."""
-    at = max(points(signature, rows), key=lambda at: (at[0] * max(at[1], 1), at))
-    feed = stretch(_longest(rows, signature, at[1]), signature, *at)
+    feed = calls.feed(*max(calls.points, key=lambda at: (at[0] * max(at[1], 1), at)))
     each = [_seconds(session, feed, _repeats(session, feed)) for _ in range(_ALL_ROUNDS)]
     return statistics.median(each) < SHORT_CALL_MS / 1e3
-
-
-def _longest(rows: Sequence[list[Array]], signature: Signature, length: int) -> list[Array]:
-    made_up = None if rows else synthetic_row(signature, max(length, 1))
-    return made_up or max(rows, key=lambda row: length_of(row, signature))
 
 
 def _repeats(session: Session, feed: list[Array]) -> int:

@@ -24,7 +24,7 @@ from lrai_core.protocol import Array, Signature, Tensor, TensorSpec, encode_byte
 Data = str | Path | Mapping[str, Any]
 LABEL: Final = "label"
 _MOST_GROUPS: Final = 64  # of one column
-_KEPT_BYTES: Final = 16 << 20
+_KEPT_BYTES, _MOST_KEPT_BYTES = 16 << 20, 256 << 20  # unasked, and at most
 _ONE_ROW: Final = LimitsConfig(request_bytes=1 << 62, request_rows=1, nan_policy="reject")
 _UNREADABLE: Final = (  # what numpy and zipfile raise on bytes that are not theirs
     OSError, ValueError, EOFError, LookupError, TypeError, RuntimeError, SyntaxError, MemoryError,
@@ -105,12 +105,14 @@ def disjoint(first: Rows, second: Rows, what: str) -> None:
 
 
 def save_rows(path: Path, rows: Rows, most: int | None = None) -> Rows:
-    """Write the first rows, at most `most` and what fits 16 MiB, to be run again; return those.
+    """Write the first rows to be run again, and return those.
 
-    The file is gzipped msgpack: per row and input the shape, and the content as on the wire.
+    At most `most`, and what fits 256 MiB, or where it is None what fits 16 MiB. The file is gzipped
+    msgpack: per row and input the shape, and the content as on the wire.
     """
     sizes = accumulate(len(_encode(row)) for row in rows.inputs)
-    kept = rows.take(range(sum(size <= _KEPT_BYTES for size in sizes))[:_KEPT_ROWS][:most])
+    room = _KEPT_BYTES if most is None else _MOST_KEPT_BYTES
+    kept = rows.take(range(sum(size <= room for size in sizes))[:_KEPT_ROWS][:most])
     stored = msgspec.msgpack.encode([msgspec.Raw(_encode(row)) for row in kept.inputs])
     path.write_bytes(gzip.compress(stored, compresslevel=6, mtime=0))
     return kept
@@ -125,7 +127,7 @@ def load_rows(path: Path, signature: Signature) -> Rows:
     """
     try:
         with gzip.open(path) as stream:
-            content = stream.read(_KEPT_BYTES + 64)  # what is longer is cut, and so refused
+            content = stream.read(_MOST_KEPT_BYTES + 64)  # what is longer is cut, and so refused
         stored = msgspec.msgpack.decode(content, type=_AtMost)
         tensors = (_tensors(row, signature) for row in stored)
         rows, repeated = _distinct(tensors, None, signature, path.name)

@@ -41,8 +41,8 @@ def difference(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpe
         if a.shape != b.shape or a.dtype.kind in "OSU" or b.dtype.kind in "OSU":
             worst = max(worst, 0.0 if np.array_equal(a, b) else FAR)
             continue
-        x, y = mapped(a, spec.output_map), mapped(b, spec.output_map)
         with np.errstate(invalid="ignore", over="ignore"):
+            x, y = (mapped(one, _to_apply(spec.output_map, a)) for one in (a, b))
             if math.isfinite(most := float(np.abs(x - y).max(initial=0.0))):
                 blind = not most and a.dtype.kind in "iu" and not np.array_equal(a, b)
                 worst = max(worst, FAR if blind else most)
@@ -51,6 +51,16 @@ def difference(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpe
             gap = np.where((x == y) | (np.isnan(x) & np.isnan(y) & same), 0.0, np.abs(x - y))
         worst = max(worst, float(np.nan_to_num(gap, nan=FAR, posinf=FAR).max(initial=0.0)))
     return worst
+
+
+def _to_apply(output_map: OutputMap, reference: Array) -> OutputMap:
+    """Return the map, or `raw` where the reference is probabilities, as from a graph's own softmax.
+
+    Another softmax would leave next to nothing of what they differ by.
+    """
+    total = reference.sum(axis=-1, dtype=np.float64) if output_map == "softmax" else 0.0
+    done = np.all(np.abs(total - 1) <= 0.01) and np.all(reference >= 0)
+    return "raw" if done else output_map
 
 
 def agreement(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpec]) -> bool:
@@ -66,6 +76,8 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
     if (same := np.array_equal(a, b)) or a.shape != b.shape or a.dtype.kind in "OSUbi":
         return same  # a label, or the number of one; pixels may differ
     x, y = a.astype(np.float64), b.astype(np.float64)
+    if output_map == "derived":  # what it derives from is judged
+        return bool(np.isfinite(y).all())
     output_map = "raw" if a.shape[-1:] == (1,) else output_map  # as `mapped`
     if output_map == "softmax":
         sound = np.isfinite(y) | (x == y)  # a masked class is minus infinity on both sides

@@ -54,7 +54,7 @@ def issue(
     variant = manifest.variant(spec.variant or manifest.chosen)
     here = environment(variant)
     if not len(rows):
-        remedy = "compile it with --evaluation; rows over 16 MiB are not kept"
+        remedy = "compile it with --evaluation; rows over 16 MiB are not kept unasked"
         raise VerificationError(f"the artifact has no evaluation rows to run: {remedy}")
     if spec.radius and not any(t.datatype.startswith("FP") for t in manifest.signature.inputs):
         raise VerificationError("the model has no floating-point input for noise; use radius 0")

@@ -174,12 +174,12 @@ def of_another_kind(note: Path) -> None:
 
 
 def no_utf8(note: Path) -> None:
-    note.write_bytes(note.read_bytes().replace(b'"built":[["', b'"built":[["\xff'))
+    note.write_bytes(note.read_bytes().replace(b'"form":"', b'"form":"\xff'))
 
 
 def a_path_that_is_a_number(note: Path) -> None:
     of = msgspec.json.decode(note.read_bytes())
-    of["built"] = [[*one[:2], 3, *one[3:]] for one in of["built"]]
+    of["built"] = [one | {"graph": 3} for one in of["built"]]
     note.write_bytes(msgspec.json.encode(of))
 
 
@@ -193,7 +193,7 @@ def a_folder_above(note: Path) -> None:
 
 def of_another_form(note: Path) -> None:
     of = msgspec.json.decode(note.read_bytes())
-    of["built"] = [["../../x", *one[1:]] for one in of["built"]]
+    of["built"] = [one | {"form": "../../x"} for one in of["built"]]
     note.write_bytes(msgspec.json.encode(of))
 
 

@@ -159,9 +159,19 @@ def test_a_form_that_does_not_run_in_batches_is_refused_and_the_others_go_on(
     assert "x fp32" in why["int8-block128"]
 
 
-def test_a_slower_form_is_not_kept(make: Compile, rows: Rows) -> None:
-    artifact = make(evaluation=rows, keep=9)
-    assert all(variant.speedup > 1 for variant in artifact.variants if variant.id != "fp32")
+@pytest.mark.parametrize(("pace", "kept"), [(0.9, False), (1.03, False), (1.05, True)])
+def test_a_form_that_is_no_faster_is_not_kept(
+    make: Compile, rows: Rows, monkeypatch: pytest.MonkeyPatch, pace: float, kept: bool
+) -> None:
+    def profile(candidates: Sequence[search.Candidate], *_: object) -> None:
+        for one in candidates:
+            one.speedup = 1.0 if one.form == "fp32" else pace
+            ms = 1 / one.speedup
+            one.latency = [LatencyPoint(rows=1, length=0, median_ms=ms, spread_ms=0.0)]
+
+    monkeypatch.setattr(search, "profile", profile)
+    artifact = make(evaluation=rows, keep=9, output_map="l2_normalised")
+    assert (len(artifact.variants) > 1) is kept
 
 
 def test_rows_are_kept_as_many_as_are_wanted_and_certified_on_those(
@@ -169,6 +179,71 @@ def test_rows_are_kept_as_many_as_are_wanted_and_certified_on_those(
 ) -> None:
     artifact = make(evaluation=rows, keep_evaluation=160)
     assert [certificate.samples for certificate in lrai.certificates(artifact)][:1] == [160]
+
+
+def test_that_fewer_rows_are_kept_than_were_judged_is_said(make: Compile, rows: Rows) -> None:
+    artifact = make(evaluation=rows, keep_evaluation=160)
+    told = [line["why"] for line in log(artifact) if line["event"] == "note"]
+    assert any(why.startswith("160 of 320 gate rows are kept") for why in told)
+
+
+def test_forms_are_made_of_rows_from_all_of_the_calibration(
+    make: Compile, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be sorted by class, and only the first ones may be used."""
+    seen, find = list[int](), search.find_builder
+
+    class Seeing:
+        def __init__(self, name: str) -> None:
+            self._inner = find(name)
+            self.engine, self.steps = self._inner.engine, self._inner.steps
+
+        def build(self, material: search.Material, reject: search.Reject) -> Any:
+            assert material.sample is not None
+            seen.extend(int(row[0][0, 0]) for row in material.sample.rows)
+            return self._inner.build(material, reject)
+
+    monkeypatch.setattr(search, "find_builder", Seeing)
+    ordered = np.repeat(np.arange(1000, 1500, dtype=np.float32)[:, None], 8, axis=1)
+    make(evaluation=rows, calibration={"x": ordered})
+    assert sorted(seen) == list(range(1000, 1500))
+    assert min(seen[:100]) < 1100
+    assert max(seen[:100]) > 1400
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"label": np.arange(400) % 5}, "labels are 0 to 4, classes 0 to 3"),
+        ({"label": np.arange(400) % 4, "metric": "top5"}, "top5 says nothing of 4 classes"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_any_form_is_made(
+    make: Compile, rows: Rows, asked: dict[str, Any], message: str
+) -> None:
+    steps = list[str]()
+    with pytest.raises(CalibrationError, match=message):
+        make(
+            evaluation=rows | {"label": asked.pop("label")},
+            max_accuracy_loss=0.05,
+            progress=lambda step: steps.append(step.name),
+            **asked,
+        )
+    assert "axes" in steps
+    assert "build" not in steps
+
+
+@pytest.mark.usefixtures("fast")
+def test_where_nothing_passes_the_log_says_what_each_operator_of_the_closest_costs(
+    make: Compile, rows: Rows
+) -> None:
+    artifact = make(evaluation=rows, epsilon=1e-9, delta=0.1)
+    assert artifact.manifest.chosen == "fp32"
+    lines = [line for line in log(artifact) if line["event"] == "operator"]
+    searched = {line["form"]: line["gap"] for line in log(artifact) if line["event"] == "searched"}
+    closest = min((gap, form) for form, gap in searched.items() if form != "fp32")[1]
+    assert {line["variant"] for line in lines} == {closest.split()[0]}
+    assert [line["node"] for line in lines] == ["product"]
 
 
 def test_no_rows_are_kept_where_none_may_be_and_then_nothing_is_certified(

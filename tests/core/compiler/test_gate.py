@@ -146,6 +146,30 @@ def test_top5_forgives_what_top1_does_not() -> None:
     assert judged(second, sample, conditions=Conditions(metric="top5")).result.passed
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_score_of_a_label_is_judged_by_the_scores_that_it_is_one_of(labelled: bool) -> None:
+    kinds: tuple[tuple[str, int, OutputMap], ...] = (
+        ("scores", CLASSES, "softmax"),
+        ("score", 1, "derived"),
+    )
+    specs = [
+        TensorSpec(name=name, datatype="FP32", shape=("n", width), batch_axis=0, output_map=kind)
+        for name, width, kind in kinds
+    ]
+    sample, tenth = rows(400, labelled=labelled), np.float32(1.1)
+
+    def told(score: Callable[[Array], Array]) -> Judged:
+        reference = [[x, x.max(axis=1, keepdims=True)] for (x,) in sample.inputs]
+        run = [[x * tenth, score(x * tenth)] for (x,) in sample.inputs]
+        model = Signature(inputs=signature("raw").inputs, outputs=tuple(specs))
+        return judge([run], reference, sample, model, Conditions())
+
+    assert told(lambda x: x.max(axis=1, keepdims=True)).result.passed
+    assert not told(lambda x: x[:, :1] * np.nan).result.passed
+    specs[1] = msgspec.structs.replace(specs[1], output_map="raw")
+    assert not told(lambda x: x.max(axis=1, keepdims=True)).result.passed, "it is 10 % off"
+
+
 def test_a_demanded_closeness_is_judged_too() -> None:
     nudge = np.float32(0.003)
     close = Conditions(epsilon=0.01, delta=0.02)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lrai_core.compiler import search
-from lrai_core.compiler.search import Candidate, points
+from lrai_core.compiler.search import Calls, Candidate, points
 from lrai_core.engine.engine import find_engine
 from lrai_core.protocol import Array, Signature, TensorSpec
 from lrai_core.verifier.spec import FAR
@@ -39,9 +39,6 @@ def candidate(name: str, told: Sequence[float] = ()) -> Candidate:
         precision="fp32",
         graph=Path(name),
         size_bytes=1,
-        operators=[],
-        passes_off=(),
-        shared=False,
         session=Told(told),
         engine=find_engine("onnxruntime"),
     )
@@ -56,7 +53,7 @@ def profiled(
     monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
     monkeypatch.setattr(search, "_seconds", seconds)
     made = {name: candidate(name, told) for name, told in times.items()}
-    search.profile(list(made.values()), SIGNATURE, [ROW], [(1, 0)], lambda: None, until)
+    search.profile(list(made.values()), Calls(SIGNATURE, [ROW], [(1, 0)]), lambda: None, until)
     return made
 
 
@@ -93,7 +90,7 @@ def test_calls_of_several_rows_that_take_long_are_measured_at_the_second_time(
     points = [(1, 8), (4, 8), (64, 8), (1, 512), (4, 512)]
     measured = [(1, 8), (4, 8), (1, 512), (64, 8)]
     for most in (3, 4, 4):
-        search.profile(made, signature, [ROW], points, lambda: None)
+        search.profile(made, Calls(signature, [ROW], points), lambda: None)
         for one in made:
             assert [(point.rows, point.length) for point in one.latency] == measured[:most]
         paces[id(made[1].session)] = 0.25e-3  # which changes no speed-up
@@ -156,7 +153,7 @@ def test_each_timing_follows_a_smallest_call_of_the_same_candidate(
     monkeypatch.setattr(search, "_seconds", seconds)
     monkeypatch.setattr(Told, "run", lambda self, feed: calls.append((self, len(feed[0]), "run")))
     monkeypatch.setattr(search, "MOST_ROUNDS", search.ROUNDS)
-    search.profile(made, SIGNATURE, [ROW], [(1, 0), (8, 0)], lambda: None)
+    search.profile(made, Calls(SIGNATURE, [ROW], [(1, 0), (8, 0)]), lambda: None)
     timed = [i for i, (*_, how) in enumerate(calls) if how == "timed"][1:]  # the first: is it long?
     assert [calls[i][1] for i in timed] == [1, 1, 8, 8] * search.ROUNDS
     assert [calls[i - 1] for i in timed] == [(calls[i][0], 1, "run") for i in timed]
@@ -197,4 +194,4 @@ def test_a_model_is_short_where_its_largest_call_is(row_us: int, short: bool) ->
     spec = TensorSpec(name="x", datatype="FP32", shape=("n", 2), batch_axis=0)
     signature = Signature(inputs=(spec,), outputs=(spec,))
     rows = [[np.ones((1, 2), np.float32)]] * 3
-    assert search.is_short(Slow(), rows, signature) is short
+    assert search.is_short(Slow(), Calls(signature, rows, points(signature, rows))) is short

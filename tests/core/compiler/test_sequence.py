@@ -68,7 +68,7 @@ def compilation(
     engine = find_engine("onnxruntime")
     for place, (form, speed, gap, strays) in enumerate((("fp32", 1.0, 0.0, 0.0), *forms)):
         session = Model(gap, strays, 100 * seed + place)
-        candidate = Candidate(form, "int8", Path(), 1, [], (), True, session, engine)
+        candidate = Candidate(form, "int8", Path(), 1, shared=True, session=session, engine=engine)
         point = LatencyPoint(rows=1, length=0, median_ms=1 / speed, spread_ms=0)
         candidate.latency, candidate.speedup = [point], speed
         work.candidates.append(candidate)

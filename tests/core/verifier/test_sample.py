@@ -370,6 +370,17 @@ def test_as_much_as_is_ever_kept_can_be_read(
         assert load_rows(path, TABLE).hashes == kept.hashes
 
 
+def test_what_is_asked_for_is_kept_beyond_what_is_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, path = small_artifact.rows(200), tmp_path / "evaluation.msgpack.gz"
+    monkeypatch.setattr(sample, "_KEPT_BYTES", 1000)
+    assert len(save_rows(path, rows)) < 100
+    assert len(save_rows(path, rows, 150)) == len(load_rows(path, TABLE)) == 150
+    monkeypatch.setattr(sample, "_MOST_KEPT_BYTES", 1000)
+    assert 0 < len(save_rows(path, rows, 150)) < 100
+
+
 def test_text_is_kept_as_text(tmp_path: Path) -> None:
     words = Signature(
         inputs=(TensorSpec(name="w", datatype="BYTES", shape=("n",), batch_axis=0),), outputs=()

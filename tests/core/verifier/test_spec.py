@@ -166,6 +166,26 @@ def test_agreement_means_what_its_measure_says(
     assert agrees(f, g, output_map) is same
 
 
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_probabilities_are_compared_as_they_are(classes: int) -> None:
+    """A second softmax of a graph's own would leave next to nothing of a thousand classes."""
+    scores = np.random.default_rng(0).standard_normal((1, classes)) * 5
+    sure, other = mapped(floats(scores), "softmax"), mapped(floats(-scores), "softmax")
+    assert gap(floats(sure), floats(other), "softmax") == pytest.approx(np.abs(sure - other).max())
+    quantised = np.round(other * 16) / 16  # which adds up to something else
+    assert gap(floats(sure), floats(quantised), "softmax") >= 0.9 * np.abs(sure - other).max()
+    assert gap(floats(scores), floats(-scores), "softmax") == pytest.approx(
+        np.abs(sure - other).max(), rel=1e-5
+    )
+
+
+def test_what_is_derived_agrees_as_what_it_derives_from_and_counts_in_full_for_closeness() -> None:
+    assert agrees([[0.5]], [[0.4]], "derived")
+    assert gap([[0.5]], [[0.4]], "derived") == pytest.approx(0.1)
+    assert not agrees([[0.5]], [[NAN]], "derived")
+    assert not agrees([[0.5]], [[0.5, 0.5]], "derived")
+
+
 def test_every_token_has_to_agree_and_not_their_mean() -> None:
     f, g = np.array([[[2.0, 1], [1, 2]]]), np.array([[[2.0, 1], [2, 1]]])
     assert not agrees(f, g, "softmax")
