@@ -45,6 +45,8 @@ Pairs = frozenset[tuple[str, str]]  # of an input and an output
 
 _MOST: Final = 128  # rows
 _NARROW: Final = 128  # columns of a matrix whose product costs less than their sum
+# What may come behind the last weights without a value of its own: it is part of their operator.
+_JOINED: Final = ("Relu", "Clip", "Add")
 _LOOKING: Final = ("IsNaN", "Imputer")  # for what is no number, which others pass on
 _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
 _FLOAT: Final = onnx.TensorProto.FLOAT
@@ -396,12 +398,23 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
 def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
     """Return what is not to be quantised: `keep`, and what has no weights and reads what they give.
 
-    Rounding what is in float32 on both sides would cost closeness and time.
+    Rounding what is in float32 on both sides would cost closeness and time. Nor is what comes
+    before the first weights (pixels are made floats there), or behind the last: a softmax in steps
+    of 1/256 says little.
     """
+    given, wanted = set[str](), set[str]()  # by operators with weights, directly or not
+    for node in model.graph.node:
+        if node.op_type in WEIGHTED or not given.isdisjoint(node.input):
+            given.update(node.output)
+    for node in reversed(model.graph.node):
+        if node.op_type in WEIGHTED or not wanted.isdisjoint(node.output):
+            wanted.update(node.input)
     exact, found = set[str](), list[str]()
     for node in model.graph.node:
-        follows = node.op_type not in WEIGHTED and not exact.isdisjoint(node.input)
-        if follows or node.name in keep:
-            exact.update(node.output)
+        before = given.isdisjoint(node.input)
+        behind = wanted.isdisjoint(node.output) and node.op_type not in _JOINED
+        follows = behind or not exact.isdisjoint(node.input)
+        if node.name in keep or (node.op_type not in WEIGHTED and (before or follows)):
+            exact.update(() if before and node.name not in keep else node.output)
             found.append(node.name)
     return found

@@ -93,6 +93,30 @@ def test_what_is_kept_stays_in_float32_and_with_it_what_computes_with_it() -> No
     assert relu.input[0] == "c1", "nothing is rounded between two operators in float32"
 
 
+def test_what_comes_before_the_first_weights_and_behind_the_last_is_not_rounded() -> None:
+    """Pixels are numbers of 0 to 255 as they come; probabilities in steps of 1/256 say little."""
+    proto = network()
+    graph = proto.graph
+    graph.node[0].input[0], graph.node[-1].output[0] = "scaled", "scores"
+    graph.node.insert(0, helper.make_node("Mul", ["pixels", "scale"], ["scaled"], "scale"))
+    graph.node.insert(0, helper.make_node("Cast", ["x"], ["pixels"], "float", to=1))
+    graph.node.append(helper.make_node("Softmax", ["scores"], ["y"], "softmax"))
+    graph.initializer.append(numpy_helper.from_array(np.array(1 / 64, np.float32), "scale"))
+    graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    pixels = np.random.default_rng(1).integers(0, 256, (20, *SHAPE)).astype(np.uint8)
+    quantised, report = static_int8(proto, Sample([[row[None]] for row in pixels], (OUTPUT,)))
+    assert [line.bits for line in report] == [8, 8, 8]
+    made_by = {name: node for node in quantised.graph.node for name in node.output}
+    by_name = {node.name: node for node in quantised.graph.node}
+    assert made_by[by_name["scale"].input[0]] is by_name["float"]
+    rounded = made_by[by_name["conv1"].input[0]]
+    assert made_by[rounded.input[0]].input[0] == "scaled", "once, where the first weights read it"
+    behind = made_by[by_name["softmax"].input[0]]
+    assert behind.op_type == "DequantizeLinear", "of what the last weights give"
+    assert by_name["softmax"].output[0] == "y"
+    assert by_name["pool"].input[0] != "r2", "what lies between is in int8"
+
+
 def test_ranges_that_were_found_are_used_again() -> None:
     ranges = bytearray()
     first, _ = static_int8(network(), sample(), ranges=ranges)
