@@ -18,6 +18,7 @@ from lrai_import.around import Around, extent
 from lrai_import.tokenizer import Tokenizer
 
 _EXTENSIONS: Final = "ai.onnx.contrib"  # the domain of onnxruntime-extensions
+_MOST_UNUSED: Final = 1024  # rows of a table for no token
 _INTEGERS: Final = (TensorProto.INT32, TensorProto.INT64)
 _PLAIN: Final = r"[^\t\n\r -~]"  # what a text may not have to be as the operator knows it
 _LEFT_OUT: Final = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F-\x{9F}\p{Cf}\p{Co}\x{FFFD}]"
@@ -50,12 +51,13 @@ def put_text(around: Around, name: str, spec: Text, tokenizer: Tokenizer) -> Non
     """Let the inputs of an encoder take BYTES [batch], under another name.
 
     Raises:
-        CompileError: The model has no such input, or fewer tokens than the tokenizer.
+        CompileError: The model has no such input, or another number of tokens than the tokenizer.
     """
     given = [(spec.ids, around.take(spec.ids, _INTEGERS, 2))]
     given += [(own, around.take(own, _INTEGERS, 2)) for own in (spec.mask, spec.types) if own]
     tokens = _tokens(around, spec.ids)
-    if tokens is not None and tokens < len(tokenizer.vocabulary):
+    # A table may be longer, for an even number of rows, but not by that much.
+    if tokens is not None and not 0 <= tokens - len(tokenizer.vocabulary) < _MOST_UNUSED:
         got = f"{len(tokenizer.vocabulary)} tokens, the model's table {tokens}"
         raise CompileError(f"the tokenizer does not match the model: it has {got}")
     batch = extent(given[0][1].type.tensor_type.shape.dim[0], "batch")

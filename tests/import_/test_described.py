@@ -137,6 +137,8 @@ def test_the_whole_is_compiled_gated_and_served(picture: Path) -> None:
         picture / "model.toml", out=picture / "m.lrai", evaluation={"photo": pixels}, threads=1
     )
     assert [spec.datatype for spec in artifact.manifest.signature.inputs] == ["UINT8"]
+    maps = {spec.name: spec.output_map for spec in artifact.manifest.signature.outputs}
+    assert maps == {"scores": "raw", "label": "raw", "score": "derived"}
     with lrai.Runtime() as runtime:
         runtime.load(artifact.path, name="m")
         request = lrai.InferenceRequest(model_name="m", inputs={"photo": pixels[:5]})
@@ -292,6 +294,19 @@ def test_an_artifact_that_takes_text_can_be_compiled_again(text: Path) -> None:
     assert lrai.compile(again, out=text / "b.lrai", threads=1).manifest.signature == (
         first.manifest.signature
     )
+
+
+def test_a_table_of_far_more_rows_is_another_tokenizers(text: Path) -> None:
+    """As of a cased vocabulary beside an uncased model: no gate would see it."""
+    graph = onnx.load(text / "model.onnx")
+    (table,) = (tensor for tensor in graph.graph.initializer if tensor.name == "table")
+    for count, passes in ((1023, True), (1024, False)):
+        rows = np.zeros((len(WORDS) + count, 4), np.float32)
+        table.CopyFrom(onnx.numpy_helper.from_array(rows, "table"))
+        onnx.save(graph, text / "model.onnx")
+        words = f"has {len(WORDS)} tokens, the model's table {len(rows)}"
+        with nullcontext() if passes else pytest.raises(CompileError, match=words):
+            load(text / "model.toml", print)
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
