@@ -413,6 +413,44 @@ def test_what_was_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         assert runtime.deployments()[0].previous == ""
 
 
+def test_what_live_requests_disagree_with_is_not_applied(
+    source: tuple[Path, models.Arrays], tmp_path: Path
+) -> None:
+    file, rows = source
+    other, _ = models.classifier(tmp_path / "other.onnx", 1)
+    served = lrai.compile(file, out=tmp_path / "wide.lrai", output_map="softmax", threads=1)
+    lrai.compile(other, out=tmp_path / "other.lrai", output_map="softmax", threads=1)
+    with own_runtime(), lrai.Runtime() as runtime:
+        runtime.load(served, name="m")
+        before = runtime.deployments()[0].shares
+        with asking("m", rows), pytest.raises(lrai.ConditionNotMet, match="on live requests"):
+            compare_live("m", before, tmp_path / "other.lrai", 0.05, "", apply=True)
+        now = runtime.deployments()[0]
+        assert (now.shares, now.shadow) == (before, {})
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("rates", [(100.0, 103.0), (100.0, 99.0)])
+def test_what_serves_no_more_requests_is_no_gain(
+    source: tuple[Path, models.Arrays],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rates: tuple[float, float],
+) -> None:
+    def measured(both: Sequence[Side], *_: object, **__: object) -> None:
+        for side, rate in zip(both, rates, strict=True):
+            side.requests_per_second += [rate] * ROUNDS
+            side.p95_ms += [1e3 / rate] * ROUNDS
+
+    monkeypatch.setattr("lrai_report.tune.measure", measured)
+    monkeypatch.chdir(tmp_path)
+    file, rows = source
+    np.savez(tmp_path / "asked.npz", features=rows["features"][:ROWS])
+    assert tune(file, "--requests", "asked.npz", "--output-map", "softmax") == 3
+    assert "serve wide-tuned.lrai" not in capsys.readouterr().out
+
+
 def test_captured_requests_that_the_model_refuses_are_left_out(tmp_path: Path) -> None:
     artifact = lrai.compile(token_model(tmp_path / "m.onnx"), out=tmp_path / "m.lrai")
     ids = np.array([[1, 2], [5000, 1], [3, 0]])
