@@ -1,7 +1,7 @@
 """From a model to a Bento that serves: compile, init, build, serve, ask.
 
 `lrai bentoml init` writes a service that hands arrays through; the one beside this file is what a
-person would make of it.
+person would make of it. It takes BentoML: `pip install '.[bentoml]'` in a checkout.
 """
 
 import os

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,22 @@ from tests.tiny_models import token_model
 pytestmark = pytest.mark.server
 
 BODY = {"input_ids": [[3, 14, 15]], "attention_mask": [[1, 1, 1]]}
+UNKNOWN = {**BODY, "input_ids": [[1000, 1, 1]]}  # which the engine refuses
 CALLERS = 16
 SERVICE = """
-import bentoml, lrai_bentoml
+import time
+from pathlib import Path
+
+import bentoml, lrai_bentoml, onnxruntime
+
+run, hang = onnxruntime.InferenceSession.run, Path("HANG")
+
+def held_up(*arguments, **more):
+    while hang.exists():
+        time.sleep(0.01)
+    return run(*arguments, **more)
+
+onnxruntime.InferenceSession.run = held_up
 
 @bentoml.service
 class Tokens:
@@ -68,6 +83,40 @@ def sockets() -> Iterator[Path]:
         yield folder
 
 
+def status(port: int, path: str, body: Any, **headers: str) -> int:
+    """Return how a request ends, 0 for one that has no answer in five seconds."""
+    line = http.client.HTTPConnection(HOST, port, timeout=5)
+    with contextlib.closing(line), contextlib.suppress(OSError):
+        content = None if body is None else json.dumps(body)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        line.request(
+            "GET" if body is None else "POST",
+            path,
+            content,
+            {"Content-Type": "application/json", **named},
+        )
+        return line.getresponse().status
+    return 0
+
+
+@contextlib.contextmanager
+def accepted(port: int, path: str, body: Any) -> Iterator[Callable[[], int]]:
+    """Have a server wait for the body of a request; what is yielded sends it, and tells the end."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection((HOST, port), timeout=30) as line, line.makefile("rb") as answer:
+        line.sendall(head.encode())
+        assert answer.readline().startswith(b"HTTP/1.1 100"), "it is inside"
+        answer.readline()
+
+        def rest() -> int:
+            line.sendall(content)
+            return int(answer.readline().split()[1])
+
+        yield rest
+
+
 def post(port: int, path: str, body: Any) -> Any:
     request = urllib.request.Request(
         f"http://{HOST}:{port}{path}",
@@ -93,6 +142,16 @@ def test_mlflow(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets:
         answers = many(server.port, "/invocations", {"inputs": BODY})
         assert daemon_pids(sockets) == []
         assert len(server.processes()) <= 2, "no actor"  # the command, and its worker
+        for inputs, params, end in (
+            (UNKNOWN, {}, 400),
+            (BODY, {"timeout_ms": 1e-9}, 504),
+            (BODY, {}, 200),
+        ):
+            body = {"inputs": inputs, "params": params}
+            assert status(server.port, "/invocations", body) == end
+        with accepted(server.port, "/invocations", {"inputs": BODY}) as rest:
+            os.killpg(server.processes()[0], signal.SIGTERM)
+            assert rest() == 200, "what was accepted is answered"
     for answer in answers:
         np.testing.assert_allclose(answer["predictions"]["mean"], expected, atol=1e-5)
 
@@ -115,10 +174,12 @@ def _command(pid: int) -> bytes:
 
 
 def test_bentoml(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets: Path) -> None:
+    hang = tmp_path / "hang"
     lrai_bentoml.save_model("one", artifact)
-    (tmp_path / "service.py").write_text(SERVICE)
+    (tmp_path / "service.py").write_text(SERVICE.replace("HANG", str(hang)))
     command = [sys.executable, "-m", "bentoml", "serve", ".", "--host", HOST, "-p", "{port}"]
-    with Server(command, tmp_path / "log") as server:
+    variables = {"LRAI_ACTOR_HANG_SECONDS": "1"}
+    with Server(command, tmp_path / "log", variables=variables) as server:
         server.wait_until_ready("/readyz")
         answers = many(server.port, "/predict", BODY)
         metrics = f"http://{HOST}:{server.port}/metrics"
@@ -126,9 +187,20 @@ def test_bentoml(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets
             figures = reply.read().decode()
         assert daemon_pids(sockets) == []
         assert not actors(server.processes())
+        assert status(server.port, "/predict", UNKNOWN) == 400
+        with ThreadPoolExecutor(1) as caller:
+            hang.touch()
+            slow = caller.submit(post, server.port, "/predict", BODY)
+            for path in ("/livez", "/readyz"):  # on one CPU nobody answers at all
+                deadline = time.monotonic() + 30
+                while status(server.port, path, None) == 200:
+                    assert time.monotonic() < deadline
+            server._process.terminate()
+            hang.unlink()
+            answers.append(slow.result())
     for answer in answers:
         np.testing.assert_allclose(answer, expected, atol=1e-5)
-    assert f"lrai_request_answered_total {len(answers)}" in figures
+    assert f"lrai_request_answered_total {len(answers) - 1}" in figures
 
 
 def test_sagemaker(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets: Path) -> None:
@@ -147,7 +219,18 @@ def test_sagemaker(artifact: lrai.Artifact, expected: Any, tmp_path: Path, socke
             taken.append(time.monotonic() - begun)
             assert container.workers() != [worker]
         answers += many(container.port, "/invocations", {"inputs": BODY})
-        assert container.stop() == 0
+        for path, body, how, end in (
+            ("/invocations", {"inputs": UNKNOWN}, "", 400),
+            ("/invocations", {"inputs": BODY}, "timeout_ms=0.0001", 504),
+            ("/models", {}, "", 404),
+            ("/invocations", {"inputs": BODY}, "", 200),
+        ):
+            given = {"X_Amzn_SageMaker_Custom_Attributes": how}
+            assert status(container.port, path, body, **given) == end
+        with accepted(container.port, "/invocations", {"inputs": BODY}) as rest:
+            container.process.terminate()
+            assert rest() == 200, "what was accepted is answered"
+        assert container.process.wait(30) == 0
     for answer in answers:
         np.testing.assert_allclose(answer["outputs"]["mean"], expected, atol=1e-5)
 
@@ -161,7 +244,7 @@ def test_a_container_whose_model_cannot_be_opened_ends_and_says_why(
         model.write_bytes(model.read_bytes()[:-1] + b"\0")
     with Container([str(broken)], tmp_path, sockets, LRAI_RUNTIME="") as container:
         assert container.process.wait(30) == lrai.ArtifactError.exit_code
-        assert "model.onnx" in container.log
+        assert "model.onnx" in container.log.splitlines()[-1]
 
 
 def test_a_container_refuses_what_has_no_certificate(
@@ -170,6 +253,7 @@ def test_a_container_refuses_what_has_no_certificate(
     demand = ["--require", "epsilon=0.0001,delta=0.0001"]
     with Container([str(artifact.path), *demand], tmp_path, sockets, LRAI_RUNTIME="") as container:
         assert container.process.wait(30) == lrai.ConditionNotMet.exit_code
+        assert "certificate" in container.log.splitlines()[-1]
 
 
 def test_what_a_loop_and_threads_ask_of_a_runtime_shares_calls(artifact: lrai.Artifact) -> None:
