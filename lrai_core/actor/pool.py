@@ -213,7 +213,7 @@ class Pool:
         del self._lives[actor.identity]
         how = f"signal {_SIGNALS.get(-status, -status)}" if status < 0 else f"exit status {status}"
         why = actor.why or f"the model's process ended with {how}"
-        killed = status == -signal.SIGKILL
+        killed = status == -signal.SIGKILL and not actor.why  # by somebody else
         self._outcomes += [Lost(b.number, why, i == 0, killed) for i, b in enumerate(actor.batches)]
         if self._actors.get(actor.name) is not actor:  # removed or given up: nobody misses it
             return
@@ -229,7 +229,7 @@ class Pool:
         deaths = deaths if blamed else [*deaths, now]
         if not actor.loaded.done():
             # Killed for want of memory, or of time: that may be another time.
-            kind = OutOfResources if killed else ArtifactError
+            kind = OutOfResources if status == -signal.SIGKILL else ArtifactError
             self._give_up(actor, kind(f"{why} while it opened the model"))
         elif len(deaths) + fatal / 2 > self._config.restart_limit:
             span = max([window, *(now - death for death in deaths[:1])])

@@ -89,7 +89,8 @@ class _Model:
     queue: Queue = field(default_factory=Queue)
     waiting: dict[int, Pending] = field(default_factory=dict)
     used_seconds: float = 0.0  # of the processor, lately
-    fits: int = 0  # the most rows of a call that was answered since an actor was killed at one
+    ran: float = 0.0  # when a call ended, whatever came of it
+    fits: int = 0  # padded elements, at most, of a shared call answered since a kill at one
     failed: str = ""
 
     def is_known(self, now: float) -> bool:
@@ -97,10 +98,10 @@ class _Model:
         return now - self.seen < PROBE_SECONDS
 
     def turn(self, now: float) -> int:
-        """Return when it has the CPU: 0 first, where nothing was answered for long; 2 last."""
+        """Return when it has the CPU: 0 first, where nothing has run for long; 2 last."""
         if self.queue.urgent[0].priority >= BACKGROUND:
             return 2
-        since = max(self.seen, next(iter(self.waiting.values())).arrival)
+        since = max(self.ran, next(iter(self.waiting.values())).arrival)
         return int(now - since < PROBE_SECONDS)
 
 
@@ -525,7 +526,8 @@ class Scheduler:
 
     def _end_call(self, call: _Call, outcome: Answered | Refused | Lost) -> None:
         now, calls = time.monotonic(), call.replica.calls
-        call.model.used_seconds += now - call.begun
+        shared = call.rows * max(1, call.length) if len(call.pending) > 1 else 0
+        call.model.ran, call.model.used_seconds = now, call.model.used_seconds + now - call.begun
         calls.popleft()  # an actor runs them in order
         if calls:
             calls[0].begin(now)
@@ -537,7 +539,7 @@ class Scheduler:
                     self._events.emit("speed_changed", name, scale=latency.scale)
                 pace = (now - call.begun) / len(call.pending) - call.model.pace
                 call.model.pace += pace / _RECENT
-                call.model.fits = max(call.model.fits, call.rows)
+                call.model.fits = max(call.model.fits, shared)
                 self._events.emit("batch_completed", name, engine_seconds=seconds)
                 self._last_answer = call.model.seen = now
                 self._ended += zip(call.pending, answers, strict=True)
@@ -545,25 +547,26 @@ class Scheduler:
                 kind, self._last_answer = (RequestError if invalid else ActorError), now
                 error = kind(f"the engine refused the request: {message}")
                 # One that was refused alone is refused for good: it is the request's own fault.
-                self._again(call, error, _ATTEMPTS if len(call.pending) == 1 else 1)
-                if not invalid and len(call.pending) > 1:  # it had not the memory for so many
+                self._again(call, error, 0 if shared else _ATTEMPTS)
+                if not invalid and shared:  # it had not the memory for so many
                     self._shrink(call)
             case Lost(message=message, begun=begun, killed=killed):
-                if killed and begun and len(call.pending) > 1:  # perhaps for the memory it took
-                    if call.rows > call.model.fits:
-                        self._shrink(call, call.model.fits)
+                if killed and begun and shared:  # perhaps for the memory it took
+                    if shared > call.model.fits:
+                        self._shrink(call)
                     call.model.fits = 0
                 kind = ActorError if call.pending[0].attempts + begun < _ATTEMPTS else PoisonRequest
                 error = kind(f"the request could not be answered: {message}")
                 self._again(call, error, int(begun))
 
-    def _shrink(self, call: _Call, least: int = 1) -> None:
-        """Have later calls be half as large as one that was too large, or of `least` rows."""
-        model = call.model
-        rows = max(1, least, min(model.bounds.rows, call.rows) // 2)
-        model.bounds = replace(model.bounds, rows=rows)
-        reason = f"one of {call.rows} rows was too large, {rows} is the most from now on"
-        self._events.emit("limit_unreachable", model.name, setting="max_batch_rows", reason=reason)
+    def _shrink(self, call: _Call) -> None:
+        """Have later calls be half as large as one that was too large."""
+        rows = max(1, min(call.model.bounds.rows, call.rows) // 2)
+        call.model.bounds = replace(call.model.bounds, rows=rows)
+        told = f"one of {call.rows} rows was too large, {rows} is the most from now on"
+        self._events.emit(
+            "limit_unreachable", call.model.name, setting="max_batch_rows", reason=told
+        )
 
     def _again(self, call: _Call, error: LraiError, attempts: int) -> None:
         """Run the requests of a failed call once more, each alone.

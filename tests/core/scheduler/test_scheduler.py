@@ -589,6 +589,20 @@ def test_an_actor_that_crashes_says_nothing_of_memory(bench: Bench) -> None:
     assert rows_of_calls(bench, 6) == [6]
 
 
+def test_who_was_refused_for_memory_and_then_lost_once_may_come_again(bench: Bench) -> None:
+    first, second = bench.submit(), bench.submit()
+    bench.step()
+    bench.workers.refuse(invalid=False)
+    bench.step()
+    bench.workers.lose(killed=True)
+    bench.step()
+    assert not first.done(), "one death is not two"
+    for _ in range(2):
+        bench.workers.answer()
+        bench.step()
+    assert first.exception(0) is second.exception(0) is None
+
+
 def test_a_request_refused_alone_is_not_tried_again(bench: Bench) -> None:
     future = bench.submit()
     bench.step()
@@ -1322,6 +1336,29 @@ def test_copies_keep_no_actor_from_its_next_call(bench: Bench, clock: Clock) -> 
     bench.step()
     assert len(bench.workers.calls["m"]) == 2
     assert "copies" not in bench.workers.calls
+
+
+def test_what_is_refused_keeps_nobody_else_from_the_cpu(bench: Bench, clock: Clock) -> None:
+    bench.scheduler._cpus = 1
+    bench.add("other")
+    bad = [bench.submit(request(group=f"{i}"), timeout_ms=50_000) for i in range(100)]
+    clock.now += 5  # nothing was answered for long
+    good, served = list[Future[list[Array]]](), 0
+    for _ in range(40):
+        good.append(bench.submit(model="other", timeout_ms=200))
+        bench.step()
+        (at_work,) = bench.workers.calls
+        clock.now += 0.01
+        served += at_work == "other"
+        if at_work == "other":
+            bench.workers.answer(at_work)
+        else:
+            bench.workers.refuse(at_work)
+    assert served >= 10
+    while not all(future.done() for future in (*bad, *good)):
+        bench.step()
+        for model in list(bench.workers.calls):
+            bench.workers.answer(model)
 
 
 def test_a_model_that_others_keep_from_the_cpu_has_a_call_every_second(
