@@ -47,8 +47,8 @@ def to_onnx(
     if not package:
         got, known = f"{type(model).__module__}.{type(model).__name__}", ", ".join(_CONVERTERS)
         raise UsageError(f"the model is a {got[:120]}; what can be converted is of {known}")
-    if package == "torch" and callable(module := getattr(model, "module", None)):
-        model = module()  # of an exported program
+    if type(model).__name__ == "ExportedProgram":
+        model = model.module()
     home, _, name = _CONVERTERS[package].partition(":")
     convert: Callable[..., onnx.ModelProto] = getattr(import_module(f"lrai_import.{home}"), name)
     specs = _declared(inputs) if isinstance(inputs, Mapping) else tuple(inputs)

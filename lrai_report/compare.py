@@ -113,8 +113,8 @@ def answered(artifact: Artifact, file: Path, tick: Callable[[], None]) -> dict[s
 
 def measure_of(artifact: Artifact) -> str:
     """Return what answers that agree have in common."""
-    maps = [spec.output_map for spec in artifact.manifest.signature.outputs]
-    return ", ".join(dict.fromkeys(MEASURES[one] for one in maps))
+    maps = dict.fromkeys(spec.output_map for spec in artifact.manifest.signature.outputs)
+    return ", ".join(MEASURES[one] for one in maps if one in MEASURES)
 
 
 def requests_of(rows: Rows, artifact: Artifact) -> list[InferenceRequest]:

@@ -234,7 +234,8 @@ def _command(artifact: Artifact) -> str:
     if judged:
         words += ["--evaluation", "ROWS.npz"]
         words += ["--metric", "top5"] if judged[0].measure.startswith("top5") else []
-    maps = [spec.output_map for spec in manifest.signature.outputs if spec.output_map != "raw"]
+    told = (spec.output_map for spec in manifest.signature.outputs)
+    maps = [one for one in told if one not in ("raw", "derived")]
     if maps:
         words += ["--output-map", maps[0]]
     if manifest.objective == "memory":

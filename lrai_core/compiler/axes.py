@@ -111,7 +111,8 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
                 problem = f"the model has no {side[:-1]} {shorten(name)!r}; it has {list(specs)}"
                 raise UsageError(f"{file}: {problem}")
             try:
-                specs[name] = replace(specs[name], **asdict(msgspec.convert(table, _Stated)))
+                stated = msgspec.convert({"map": specs[name].output_map, **table}, _Stated)
+                specs[name] = replace(specs[name], **asdict(stated))
             except ValueError as error:
                 problem = f"axes of {shorten(name)!r}: {shorten(str(error), 200)}"
                 raise UsageError(f"{file}: {problem}; known: batch, length, pad, map") from None

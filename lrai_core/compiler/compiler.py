@@ -419,13 +419,10 @@ class _Compilation:
         for one in [c for c, _ in self.kept if c.operators] or near[:1]:  # or what came closest
             for operator in one.operators:
                 self._record("operator", variant=one.form, **asdict(operator))
-        if rows := self.gate:
-            # What a certificate speaks of can be run again: rows that are not kept do not count.
-            self.gate = save_rows(self.folder / store.EVALUATION, rows, keep_evaluation)
-            if len(self.gate) < len(rows):
-                told = "certificates speak of those, requalify runs them; see keep_evaluation"
-                self._notify(f"{len(self.gate)} of {len(rows)} gate rows are kept: {told}")
         store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
+        if self.gate is not None:
+            # What a certificate speaks of can be run again: rows that are not kept do not count.
+            self.gate = save_rows(self.folder / store.EVALUATION, self.gate, keep_evaluation)
         target = Target(isa=isa, engine=engine.name, engine_version=engine.version, threads=threads)
         store.write_manifest(
             self.folder,

@@ -77,7 +77,7 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
         return same  # a label, or the number of one; pixels may differ
     x, y = a.astype(np.float64), b.astype(np.float64)
     if output_map == "derived":  # what it derives from is judged
-        return bool(np.isfinite(y).all())
+        return bool((np.isfinite(y) | (x == y)).all())
     output_map = "raw" if a.shape[-1:] == (1,) else output_map  # as `mapped`
     if output_map == "softmax":
         sound = np.isfinite(y) | (x == y)  # a masked class is minus infinity on both sides

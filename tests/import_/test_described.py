@@ -19,6 +19,8 @@ from lrai_core import CompileError
 from lrai_core.engine.engine import find_engine
 from lrai_core.errors import EngineError
 from lrai_import.described import load
+from lrai_report.compare import measure_of
+from lrai_report.page import page
 from tests.tiny_models import WORDS, picture_model, text_model, token_model, tokenizer
 
 TEXT = '\n[preprocess.text]\ntokenizer = "tokenizer.json"\nmask = "attention_mask"\n'
@@ -139,6 +141,8 @@ def test_the_whole_is_compiled_gated_and_served(picture: Path) -> None:
     assert [spec.datatype for spec in artifact.manifest.signature.inputs] == ["UINT8"]
     maps = {spec.name: spec.output_map for spec in artifact.manifest.signature.outputs}
     assert maps == {"scores": "raw", "label": "raw", "score": "derived"}
+    assert measure_of(artifact) == "relative error <= 1 %"
+    assert "--output-map" not in page(artifact)
     with lrai.Runtime() as runtime:
         runtime.load(artifact.path, name="m")
         request = lrai.InferenceRequest(model_name="m", inputs={"photo": pixels[:5]})

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
-from lrai_core.compiler.model import declared
+from lrai_core.compiler.model import Imported, declared
 from lrai_core.engine.onnxruntime import OnnxRuntime
 from lrai_core.errors import UsageError
 from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
@@ -259,6 +259,15 @@ def test_a_file_states_axes_pad_value_and_map(tmp_path: Path) -> None:
     assert (ids.batch_axis, ids.length_axis, ids.pad_value) == (0, 1, 7)
     assert mask.batch_axis is None
     assert [spec.output_map for spec in signature.outputs] == ["raw", "softmax"]
+
+
+def test_a_file_that_states_no_map_leaves_what_the_graph_says(tmp_path: Path) -> None:
+    (tmp_path / "axes.toml").write_text("[outputs.total]\nbatch = 0\n")
+    proto = masked_sum()
+    (total,) = (output for output in proto.graph.output if output.name == "total")
+    total.doc_string = Imported.DERIVED
+    (_, spec) = apply_axes(declared(proto), tmp_path / "axes.toml").outputs
+    assert (spec.output_map, spec.batch_axis) == ("derived", 0)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def test_what_is_derived_agrees_as_what_it_derives_from_and_counts_in_full_for_c
     assert agrees([[0.5]], [[0.4]], "derived")
     assert gap([[0.5]], [[0.4]], "derived") == pytest.approx(0.1)
     assert not agrees([[0.5]], [[NAN]], "derived")
+    assert agrees([[0.5, -INF]], [[0.4, -INF]], "derived"), "of masked classes"
     assert not agrees([[0.5]], [[0.5, 0.5]], "derived")
 
 
