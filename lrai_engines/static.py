@@ -411,7 +411,7 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
             wanted.update(node.input)
     exact, found = set[str](), list[str]()
     for node in model.graph.node:
-        before = given.isdisjoint(node.input)
+        before = given.isdisjoint(node.input) and node.op_type != "Gather"  # of a table
         behind = wanted.isdisjoint(node.output) and node.op_type not in _JOINED
         follows = behind or not exact.isdisjoint(node.input)
         if node.name in keep or (node.op_type not in WEIGHTED and (before or follows)):

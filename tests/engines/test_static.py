@@ -117,6 +117,22 @@ def test_what_comes_before_the_first_weights_and_behind_the_last_is_not_rounded(
     assert by_name["pool"].input[0] != "r2", "what lies between is in int8"
 
 
+def test_a_table_before_the_first_weights_is_in_int8() -> None:
+    proto, shape = network(), np.array([-1, *SHAPE])
+    size = int(np.prod(SHAPE))
+    table = np.random.default_rng(0).standard_normal((50, size)).astype(np.float32)
+    proto.graph.node[0].input[0] = "image"
+    proto.graph.node.insert(0, helper.make_node("Reshape", ["found", "shape"], ["image"], "shaped"))
+    proto.graph.node.insert(0, helper.make_node("Gather", ["table", "x"], ["found"], "look"))
+    for name, array in (("table", table), ("shape", shape)):
+        proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    proto.graph.input[0].CopyFrom(value("x", ["batch"], onnx.TensorProto.INT64))
+    rows = [[np.array([i], np.int64)] for i in range(20)]
+    quantised, _ = static_int8(proto, Sample(rows, (OUTPUT,)))
+    kinds = {t.name: t.data_type for t in quantised.graph.initializer if t.dims[:1] == [50]}
+    assert set(kinds.values()) <= {onnx.TensorProto.UINT8, onnx.TensorProto.INT8}, kinds
+
+
 def test_ranges_that_were_found_are_used_again() -> None:
     ranges = bytearray()
     first, _ = static_int8(network(), sample(), ranges=ranges)
