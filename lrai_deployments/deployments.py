@@ -159,13 +159,12 @@ class Deployments(Running):
         with self.changing(name, wait=shared):
             if shared and not self.scheduler.accepting:  # it has ended meanwhile
                 raise lrai.NotReady("the runtime is draining")
-            if self.scheduler.accepting:
-                self._restart_dead(name, opened)
+            again = self.scheduler.accepting and self._restart_dead(name, opened)
             served, record = self._served(name), self._records.get(name, Record())
-            for one in served if shared else ():
+            for one in served if shared or again else ():
                 # Who asks for the same again means what serves in its place, where it cannot.
-                again = record.versions.get(one.version, How()).variant == variant
-                if self._is_served(one, opened, "" if again else variant, require):
+                same = record.versions.get(one.version, How()).variant == variant
+                if self._is_served(one, opened, "" if same else variant, require):
                     has_now = record.shares.get(one.version, 0.0)
                     if share is not None and has_now != part:
                         has = f"{one.version} is loaded with a share of {has_now:g}"
@@ -370,11 +369,17 @@ class Deployments(Running):
             self.remove(gone)
         return version.version
 
-    def _restart_dead(self, name: str, artifact: lrai.Artifact) -> None:
-        """Start what was given up again, or what is in its place: it is wanted by who loads it."""
+    def _restart_dead(self, name: str, artifact: lrai.Artifact) -> bool:
+        """Start what was given up again, or what is in its place: it is wanted by who loads it.
+
+        Return whether something was: beside others; else it is for who loads it to start it.
+        """
         record, version = self._records.get(name, Record()), artifact.version
         replaced = record.was(version) and not record.serving(version)
-        same = [v for v in self._served(name) if replaced or v.artifact.version == version]
+        same, started = (
+            [v for v in self._served(name) if replaced or v.artifact.version == version],
+            False,
+        )
         for dead in [v for v in same if self._state(v) == "dead"]:
             self.remove(dead, drain=False)
             if self._served(name):  # beside the others; else it is loaded as if for the first time
@@ -382,9 +387,10 @@ class Deployments(Running):
                     how = record.versions.get(dead.version, How())
                     own = self._reopen(how) if dead.artifact.version != version else artifact
                     with self._started(name, own, how, dead.version):
-                        pass
+                        started = True
                 finally:
                     self._apply_what_runs(name, record)
+        return started
 
     def _apply_what_runs(self, name: str, record: Record) -> None:
         """Have requests go where the record says, though not all of it runs.

@@ -14,6 +14,7 @@ from lrai_core.runtime.version import Version
 from lrai_core.verifier.sample import load_rows
 
 _LENGTH: Final = 8  # where none was measured
+_MOST_BYTES: Final = 16 << 20  # of kept rows that are read for the few that it takes
 
 
 def warm_up(core: Embedded, version: Version) -> None:
@@ -30,8 +31,9 @@ def warm_up(core: Embedded, version: Version) -> None:
     measured = {(point.rows, point.length) for point in version.variant.latency}
     fits = ((n, m) for n, m in measured if n <= most_rows)  # a row alone runs, however long
     sizes = [(n, m) for n, m in fits if n == 1 or n * m <= most_elements]
-    stored = EVALUATION in artifact.manifest.files
-    real = load_rows(artifact.file(EVALUATION), signature).inputs if stored else []
+    stored = artifact.manifest.files.get(EVALUATION)
+    few = stored and stored.size_bytes <= _MOST_BYTES
+    real = load_rows(artifact.file(EVALUATION), signature).inputs if few else []
     names = [spec.name for spec in signature.inputs]
     limit_ms = core.config.actor.start_timeout_seconds * 1e3
     for i, (rows, length) in enumerate(sorted(sizes) or [(1, 0)]):

@@ -819,6 +819,15 @@ def test_a_dead_version_takes_its_place_among_the_others_again(
         assert {ask(runtime) for _ in range(50)} == {2.0, 3.0}
 
 
+def test_who_loads_what_is_dead_beside_others_needs_no_shared_runtime(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    with one_of_two_dead(small, strange, tmp_path) as runtime:
+        assert runtime.load(small[2.0], name="m") == "m"
+        assert len(runtime.models()) == 2
+        assert {ask(runtime) for _ in range(50)} == {2.0, 3.0}
+
+
 def test_nobody_goes_back_to_a_version_that_is_dead(
     small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
 ) -> None:
