@@ -104,8 +104,8 @@ class Held:
         """Return the same, and have a model that is gone loaded again: it is `stalled` meanwhile.
 
         So is one that was given up. For hosts of one model, whose traffic stops as long as it is
-        not ready. It is `dead` where loading it again has failed, which is tried once more. More
-        and more rarely, where it goes again each time: models that do not fit beside one another
+        not ready. It is `dead` where loading it again has failed, until it has not. More and more
+        rarely, where it fails or goes again each time: models that do not fit beside one another
         would take turns for ever, and one that dies of what it is asked would be started for ever.
         """
         under_way = self._loads.locked()  # asked first: what ends now has not been seen
@@ -118,7 +118,7 @@ class Held:
             self.load_again()
         if state:  # whoever has loaded it
             self._failed = False
-        return state or ("dead" if self._failed and not under_way else "stalled")
+        return state or ("dead" if self._failed else "stalled")
 
     def _state(self) -> str:
         return next((one.state for one in self.runtime.models() if one.name == self.name), "")
@@ -158,7 +158,7 @@ class Held:
             self._load()
             self._failed = False
         except LraiError as error:  # who asks for the model next tries again
-            self._failed, self._looks_at = True, min(self._looks_at, time.monotonic() + 1.0)
+            self._failed = True
             _log.warning("model %s cannot be loaded again: %s", self.name, error)
         finally:
             self._loads.release()
