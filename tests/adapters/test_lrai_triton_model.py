@@ -220,6 +220,21 @@ def test_a_text_takes_what_it_is_long_and_not_what_a_pointer_takes(
     assert responses[1].outputs["y"].tolist() == [["aaaaa"]]
 
 
+class Garbled(Request):
+    """Whose parameters are no text; what Triton's binding raises of them."""
+
+    def parameters(self) -> str:
+        return b"\xff".decode()
+
+
+def test_what_is_no_text_is_refused_alone(
+    stub: Stub, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(model, monkeypatch, row()["x"])
+    assert codes(model.execute([Garbled(row()), Request(row())])) == ["INVALID_ARG", ""]
+    assert not model._inside
+
+
 def test_what_requests_hold_is_not_there_for_answers(
     stub: Stub, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,12 +116,12 @@ def test_a_stub_of_a_repository_in_a_cloud_is_known_by_its_instance(tmp_path: Pa
     model = tmp_path / "folderAb" / "1" / "model.py"
     model.parent.mkdir(parents=True)
     model.touch()
-    argv = ["/python_backend_stub", str(model), "region", "1", "2", "3", "b", "m_0_1", "r", "-f"]
+    argv = ["/python_backend_stub", str(model), "region", "1", "2", "3", "b", "lone_0_1", "r", "-f"]
     program, quiet = shutil.which("tail"), subprocess.DEVNULL  # which waits
     with subprocess.Popen(argv, executable=program, stdout=quiet, stderr=quiet) as stub:
         try:
-            assert supervise._stubs("m") == {"1": [stub.pid]}
-            assert supervise._stubs("m_0") == {}
+            assert supervise._stubs("lone") == {"1": [stub.pid]}
+            assert supervise._stubs("lone_0") == {}
         finally:
             stub.kill()
 
@@ -137,7 +137,7 @@ def test_a_server_that_the_watch_could_not_ask_is_refused(tmp_path: Path) -> Non
 
 
 def ended(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, server: str, watch: str = "sleep 60"
+    folder: Path, monkeypatch: pytest.MonkeyPatch, server: str, watch: str = "exec sleep 60"
 ) -> int:
     """Return the exit status of `serve` with these scripts as tritonserver and as the watch."""
     monkeypatch.setattr(supervise, "_RESTART_SECONDS", 0.01)
@@ -156,8 +156,9 @@ WAITS = "while :; do sleep 0.02; done"
 def test_where_the_watch_has_given_all_up_the_server_ends_and_the_status_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = f"trap 'touch {tmp_path}/told; exit 0' TERM\n{WAITS}"
-    assert ended(tmp_path, monkeypatch, server, watch="exit 3") == 3
+    server = f"trap 'touch {tmp_path}/told; exit 0' TERM\ntouch {tmp_path}/up\n{WAITS}"
+    watch = f"while ! test -e {tmp_path}/up; do sleep 0.02; done; exit 3"
+    assert ended(tmp_path, monkeypatch, server, watch=watch) == 3
     assert (tmp_path / "told").exists()
 
 

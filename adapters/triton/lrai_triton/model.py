@@ -134,21 +134,22 @@ class TritonPythonModel:
 
     def _request(self, request: Any, timeout_ms: float | None) -> lrai.InferenceRequest | Outcome:
         try:
+            name, said = request.request_id(), json.loads(request.parameters() or "{}")
             inputs = {tensor.name(): self._array(tensor) for tensor in request.inputs()}
-        except lrai.LraiError as error:
-            return error
+        except (lrai.LraiError, ValueError) as error:  # Python's own: of id or parameters
+            return error if isinstance(error, lrai.LraiError) else lrai.RequestError("no UTF-8")
         self._inside[id(request)] = _bytes_of(inputs)
         # No request of a user's: the model is not asked, and nothing of it captured; an actor that
         # hangs is found without.
-        if request.request_id() == WATCH and not any(map(np.any, inputs.values())):
+        if name == WATCH and not any(map(np.any, inputs.values())):
             return self._alive
         return lrai.InferenceRequest(
             model_name=self._held.name,
             inputs=inputs,
-            id=request.request_id(),
+            id=name,
             outputs=tuple(request.requested_output_names()),
             timeout_ms=timeout_ms,
-            parameters={"priority": json.loads(request.parameters() or "{}").get(_PRIORITY, 0)},
+            parameters={"priority": said.get(_PRIORITY, 0)},
         )
 
     def _array(self, tensor: Any) -> Any:
@@ -175,7 +176,8 @@ class TritonPythonModel:
                     taken_bytes = _bytes_of(outcome.outputs)
                     if taken_bytes > room_bytes:
                         raise MemoryError
-                    tensors = [_tensor(*pair) for pair in outcome.outputs.items()]
+                    made = [(n, np.ascontiguousarray(a)) for n, a in outcome.outputs.items()]
+                    tensors = [pb_utils.Tensor(*pair) for pair in made]
                     room_bytes -= taken_bytes
                 except Exception as error:  # noqa: BLE001 - edge: others' answers go with it
                     pb_utils.Logger.log_error(f"an answer is left out: {type(error).__name__}")
@@ -215,10 +217,6 @@ def _bytes_of(tensors: Mapping[str, Any]) -> int:
     texts = [array.flat for array in tensors.values() if array.dtype.hasobject]
     content_bytes = sum(len(text.encode()) for array in texts for text in array)
     return content_bytes + sum(1024 + int(array.nbytes) for array in tensors.values())
-
-
-def _tensor(name: str, array: Any) -> Any:
-    return pb_utils.Tensor(name, np.ascontiguousarray(array))
 
 
 def _wait(requests: Sequence[Any], answers: Sequence[Started]) -> None:
@@ -266,7 +264,7 @@ def _refusal() -> Iterator[None]:
         pb_utils.Logger.log_error(str(error))
         # Whoever asks may be anywhere. Names in a graph may look like paths: those of nothing stay.
         words = str(error).replace(f"{_version_folder()}/", "")
-        told = _FOLDERS.sub(lambda found: "" if Path(found[1]).exists() else found[0], words)
+        told = _FOLDERS.sub(lambda found: "" if os.access(found[1], os.F_OK) else found[0], words)
         raise pb_utils.TritonModelException(told) from None
     except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths
         pb_utils.Logger.log_error(traceback.format_exc())
