@@ -74,8 +74,9 @@ class Endpoint:
         named, gone = self._names.find(name), unknown(name)
         try:
             return await self._answer(request, name, named.key, named.signature, gone)
-        except lrai.ActorError:
-            if named in await asyncio.to_thread(self._names.loaded):
+        except lrai.ActorError as error:  # what kills each actor is not to be sent again
+            loaded = await asyncio.to_thread(self._names.loaded)
+            if named in loaded or not error.retry_after_seconds:
                 raise
             raise gone from None  # it was given up; who is told so loads it again
 

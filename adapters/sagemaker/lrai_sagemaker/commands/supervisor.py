@@ -85,11 +85,12 @@ class Supervisor:
         """Return the worker, or another one in its place, but where all is about to end."""
         if worker.poll() is None or self._is_over():
             return worker
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < _WINDOW_SECONDS]
         if not self._runtime and worker.returncode in _SAID and not self._deaths:
             self._status = worker.returncode  # it has said why, and that is to be the last line
             return worker
-        now = time.monotonic()
-        self._deaths = [*(at for at in self._deaths if now - at < _WINDOW_SECONDS), now]
+        self._deaths.append(now)
         log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
         if len(self._deaths) > max(_MOST_DEATHS, 3 * self._settings.workers):
             often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
@@ -99,11 +100,14 @@ class Supervisor:
 
     def _keep_loaded(self) -> None:
         """Load the model, and again where somebody has stopped the runtime or unloaded it."""
-        artifact = Artifact.open(self._settings.artifact, verify=False)
         try:
+            artifact = Artifact.open(self._settings.artifact, verify=False)
             self.held = Held(artifact, asked_of(self._settings), self._settings.model)
         except LraiError as error:
             self._problem = error
+            return
+        except OSError as error:  # of the file that says so
+            self._problem = EnvironmentProblem(f"the model cannot be held: {error.strerror}")
             return
         while not self._is_over():
             with suppress(LraiError):  # it does not answer, of which ping tells
