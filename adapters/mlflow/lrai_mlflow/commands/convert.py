@@ -63,6 +63,7 @@ def convert(
         (to := Path(scratch, "source")).mkdir()  # else it would stay where MLflow puts it
         folder = Path(_download_artifact_from_uri(str(model_uri), output_path=str(to)))
         model = Model.load(str(folder))
+        example = model.load_input_example(str(folder))  # before the work, for it may not be there
         registered = registered_model_name or _registered(str(model_uri))
         called = name or re.sub(r"[/:.%\"']", "_", registered or "model")  # not all is allowed
         (converter,) = entry_points(group="lrai.converters", name="mlflow")
@@ -86,7 +87,7 @@ def convert(
             name=called,
             registered_model_name=registered,
             signature=_signature(model, artifact) if model.signature else False,
-            input_example=model.load_input_example(str(folder)),
+            input_example=example,
             metadata={**(model.metadata or {}), "lrai_origin": origin},
             tags={f"lrai.{key}": str(value) for key, value in origin.items() if value},
         )
