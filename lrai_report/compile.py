@@ -124,6 +124,11 @@ def compile(
     if slim:
         _run("slim", str(output))
     inspect(output)
+    gate = artifact.manifest.variant(artifact.manifest.chosen).gate
+    for one in lrai_core.certificates(artifact)[:1]:
+        if gate is not None and one.samples < gate.rows:
+            few = f"certified on {one.samples} of the {gate.rows} rows that judged it"
+            out.print(f"{few}: those are kept; --keep-evaluation says how many", style="dim")
     if evaluation is not None and artifact.manifest.chosen == "fp32" and keep != 1:
         raise ConditionNotMet(
             "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"

@@ -71,7 +71,8 @@ def test_a_slim_artifact_is_measured_nowhere_and_a_whole_one_is_again(
     np.savez(tmp_path / "rows.npz", **rows)
     options = ("--evaluation", tmp_path / "rows.npz", "--output-map", "softmax", "--threads", "1")
     kept = ("--keep-evaluation", "200")
-    run("compile", model, "-o", tmp_path / "c.lrai", *options, *kept, code={0, 3})
+    said = run("compile", model, "-o", tmp_path / "c.lrai", *options, *kept, code={0, 3})
+    assert "certified on 200 of the" in said
     state = ("env", f"LRAI_RUNTIME_STATE_DIR={tmp_path}")
     said = run("requalify", tmp_path / "c.lrai", "--threads", "1", code={0, 3}, before=state)
     assert "this is" in said

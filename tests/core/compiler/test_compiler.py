@@ -181,12 +181,6 @@ def test_rows_are_kept_as_many_as_are_wanted_and_certified_on_those(
     assert [certificate.samples for certificate in lrai.certificates(artifact)][:1] == [160]
 
 
-def test_that_fewer_rows_are_kept_than_were_judged_is_said(make: Compile, rows: Rows) -> None:
-    artifact = make(evaluation=rows, keep_evaluation=160)
-    told = [line["why"] for line in log(artifact) if line["event"] == "note"]
-    assert any(why.startswith("160 of 320 gate rows are kept") for why in told)
-
-
 def test_forms_are_made_of_rows_from_all_of_the_calibration(
     make: Compile, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
