@@ -120,6 +120,8 @@ def test_a_stub_of_a_repository_in_a_cloud_is_known_by_its_instance(tmp_path: Pa
     program, quiet = shutil.which("tail"), subprocess.DEVNULL  # which waits
     with subprocess.Popen(argv, executable=program, stdout=quiet, stderr=quiet) as stub:
         try:
+            while not Path(f"/proc/{stub.pid}/cmdline").read_bytes():  # it is not quite there yet
+                time.sleep(0.005)
             assert supervise._stubs("lone") == {"1": [stub.pid]}
             assert supervise._stubs("lone_0") == {}
         finally:
@@ -179,7 +181,12 @@ def test_what_would_end_a_program_ends_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, heard: str
 ) -> None:
     server = f"trap 'exit 4' {heard}\nkill -{sent} $PPID\n{WAITS}"
-    assert ended(tmp_path, monkeypatch, server) == 4
+    number = signal.Signals[f"SIG{sent}"]
+    before = signal.signal(number, signal.SIG_DFL)  # nohup, which this may run under, ignores one
+    try:
+        assert ended(tmp_path, monkeypatch, server) == 4
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.timeout(180)
