@@ -376,10 +376,8 @@ class Deployments(Running):
         """
         record, version = self._records.get(name, Record()), artifact.version
         replaced = record.was(version) and not record.serving(version)
-        same, started = (
-            [v for v in self._served(name) if replaced or v.artifact.version == version],
-            False,
-        )
+        same = [v for v in self._served(name) if replaced or v.artifact.version == version]
+        started = False
         for dead in [v for v in same if self._state(v) == "dead"]:
             self.remove(dead, drain=False)
             if self._served(name):  # beside the others; else it is loaded as if for the first time
