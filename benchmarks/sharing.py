@@ -19,7 +19,8 @@ from benchmarks.simulation import TICK, Server
 from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan
 from lrai_core.scheduler.waiting import Queue, Waiting
 
-_SHARE_SECONDS: Final = 1.0  # the scheduler's: over which a model's use is remembered
+# The scheduler's: over which a model's use is remembered, and what a request counts of more.
+_SHARE_SECONDS, _OVER_SHARE = 1.0, 0.5
 _RATED_ROWS: Final = 8  # a mix at load 1 keeps the processor busy with calls of that many
 
 
@@ -203,8 +204,8 @@ class Ours:
         share = sum(self._used[model] for model, _ in offers) / len(offers)
         return choose(
             [
-                Offer(d.due, d.predicted_seconds, len(d.dispatch), self._used[model] > share)
-                for model, d in offers
+                Offer(d.due, d.predicted_seconds, len(d.dispatch) * _OVER_SHARE ** over)
+                for over, d in [(self._used[model] > share, d) for model, d in offers]
             ],
             now,
         )

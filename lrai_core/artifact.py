@@ -261,8 +261,7 @@ class Artifact:
             if variant.weights and variant.weights not in folders:
                 where = shorten(variant.weights)
                 raise ArtifactError(f"the manifest hashes nothing in the weights folder {where!r}")
-        known = {variant.id for variant in manifest.variants}
-        if missing := needed - known:
+        if missing := needed - {variant.id for variant in manifest.variants}:
             raise ArtifactError(f"the manifest has no variant {shorten(min(missing))!r}")
         _check_kinds(folder, manifest.files)
         _check_strangers(folder, manifest.files)

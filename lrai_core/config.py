@@ -55,6 +55,7 @@ class SchedulerConfig(_Section):
     max_batch_elements: int = _least(0, 0)  # padded rows x length; 0: what the gate measured with
     default_timeout_ms: float = _least(1, 60_000)
     latency_slo_ms: float = _least(0, 0)  # for who names no time; 0: as soon as can be, for all
+    weight: float = _least(0.001, 1.0)  # of a model beside others, where not all can be in time
     deterministic: bool = False  # each answer is bit for bit what the request alone gives
 
 
@@ -128,7 +129,7 @@ _KINDS: Final = {  # dotted key to type, in the order of the tree
 OWN_SETTINGS: Final = {  # of one model
     "actor.isolation", "actor.replicas", "actor.threads",
     "runtime.capture_rows", "runtime.capture_ttl_hours", "scheduler.deterministic",
-    "scheduler.latency_slo_ms", "scheduler.max_batch_elements", "scheduler.max_batch_rows",
+    "scheduler.latency_slo_ms", "scheduler.max_batch_elements", "scheduler.max_batch_rows", "scheduler.weight",
 }  # fmt: skip
 
 

@@ -154,8 +154,7 @@ class _Curve:
         """Set `scale` and what is fixed by least squares of the relative errors, held to 1, 0."""
         n, sx, sxx, sy, sxy = self._normal
         n, sxx, sy = n + _RIDGE, sxx + _RIDGE, sy + _RIDGE
-        determinant = n * sxx - sx * sx
-        fixed = max(0.0, (n * sxy - sx * sy) / determinant)
+        fixed = max(0.0, (n * sxy - sx * sy) / (n * sxx - sx * sx))
         self.scale = max(0.01, (sy - fixed * sx) / n)
         self._fixed = fixed * self._unit
 

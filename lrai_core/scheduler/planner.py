@@ -32,7 +32,6 @@ _MOST_GIVEN_UP: Final = 4096  # by one decision
 _AHEAD: Final = 24  # of the most urgent, among whom it is seen whether all can be in time,
 _ROOM: Final = 0.25  # with so much of their time left for what arrives meanwhile
 _PEERS: Final = 8  # of its own length a neighbour is thought to find, at most
-_OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more than its share
 _SHARED: Final = 3  # by so many a call is shared where time is short, if it takes them
 _NEARLY: Final = 1.5  # at most so many times what it takes each where all share it
 _MOST_SKIPPED: Final = 8  # neighbours too large for a call, before a side is left alone
@@ -151,21 +150,19 @@ class Offer(NamedTuple):
 
     due: float  # the earliest deadline in it
     seconds: float  # predicted
-    requests: int
-    over_share: bool  # its model has lately used more of the processor than its weight
+    worth: float  # of its requests, by what those of their model count
 
 
 def choose(offers: Sequence[Offer], now: float) -> int:
     """Return the index of the call that runs first on a processor for which several models wait.
 
     In order of deadlines, without those that have to be late: while the calls do not all end in
-    time, the one that serves the fewest requests per second is left out; a request of a model over
-    its share counts half. So the sum counts most, yet none is starved for a small gain of it.
+    time, the one that is worth least per second is left out.
 
     Source: Moore 1968, "An n job, one machine sequencing algorithm", with weights.
     """
     order = sorted(range(len(offers)), key=lambda index: offers[index].due)
-    worth = [o.requests * _OVER_SHARE**o.over_share / (o.seconds or 1e-9) for o in offers]
+    worth = [offer.worth / (offer.seconds or 1e-9) for offer in offers]
     kept, end = list[int](), now
     for index in order:
         kept.append(index)

@@ -51,6 +51,7 @@ _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 # must not stop the others.
 _OVERDUE, _OVERDUE_SECONDS = 3.0, 0.05
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
+_OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more than its share
 _SLO_MS, _SLO_CALLS = 100.0, 20.0  # who names no time becomes urgent after the larger of both
 _RECENT: Final = 20  # calls that count as of late
 _HOPE: Final = 0.9  # of its time a request may have to wait for those before it
@@ -86,9 +87,10 @@ class _Model:
     timeout_ms: float  # and after which it is given up
     pace: float  # seconds of its actors for a request, lately
     seen: float  # when an answer came, or it was loaded
+    weight: float  # what a request counts, and of its share of the processor
     queue: Queue = field(default_factory=Queue)
     waiting: dict[int, Pending] = field(default_factory=dict)
-    used_seconds: float = 0.0  # of the processor, lately
+    used_seconds: float = 0.0  # of the processor, lately, by its weight
     ran: float = 0.0  # when a call ended, whatever came of it
     fits: int = 0  # padded elements, at most, of a shared call answered since a kill at one
     failed: str = ""
@@ -189,12 +191,12 @@ class Scheduler:
             config: Settings of this model, where they are not those of all.
         """
         own, by_actor = config or self._config, {replica.actor: replica for replica in replicas}
-        elements = own.max_batch_elements or MEASURED_ELEMENTS
-        bounds = Bounds(own.max_batch_rows, elements, len(replicas))
+        most = own.max_batch_rows, own.max_batch_elements or MEASURED_ELEMENTS
+        bounds = Bounds(*most, len(replicas))
         alone_ms = 1e3 * min(replica.latency.alone_seconds() for replica in replicas)
         slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = own.latency_slo_ms or own.default_timeout_ms
-        paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic())
+        paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic(), own.weight)
         self._models[model] = _Model(model, by_actor, bounds, *paces)
 
     def accept(
@@ -476,10 +478,13 @@ class Scheduler:
         self._used_at = now
         for model in list(self._models.values()):  # `add` runs in other threads
             model.used_seconds *= fade
+        # The sum counts most, yet none is starved for a small gain of it.
         share = sum(model.used_seconds for model, _, _ in offers) / len(offers)
+        over = _OVER_SHARE * min(model.weight for model, _, _ in offers)
+        counts = [over if m.used_seconds > share else m.weight for m, _, _ in offers]
         calls = [
-            Offer(d.due, d.predicted_seconds, len(d.dispatch), model.used_seconds > share)
-            for model, _, d in offers
+            Offer(d.due, d.predicted_seconds, len(d.dispatch) * count)
+            for count, (_, _, d) in zip(counts, offers, strict=True)
         ]
         return self.ask(offers[0][0].name, 0, choose, calls, now)
 
@@ -492,8 +497,7 @@ class Scheduler:
         variant = self.ask(model.name, 0, replica.latency.variant, rows, length)
         for pending in started:
             pending.variant = variant
-        queued = bool(replica.calls)
-        call = _Call(model, replica, started, rows, length, seconds, variant, queued)
+        call = _Call(model, replica, started, rows, length, seconds, variant, bool(replica.calls))
         self._calls[batch] = call
         replica.calls.append(call)
         if not call.queued:
@@ -527,7 +531,8 @@ class Scheduler:
     def _end_call(self, call: _Call, outcome: Answered | Refused | Lost) -> None:
         now, calls = time.monotonic(), call.replica.calls
         shared = call.rows * max(1, call.length) if len(call.pending) > 1 else 0
-        call.model.ran, call.model.used_seconds = now, call.model.used_seconds + now - call.begun
+        call.model.used_seconds += (now - call.begun) / call.model.weight
+        call.model.ran = now
         calls.popleft()  # an actor runs them in order
         if calls:
             calls[0].begin(now)

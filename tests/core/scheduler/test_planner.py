@@ -225,19 +225,19 @@ def test_the_queue_knows_its_deadlines_and_forgets_who_left() -> None:
 
 
 def test_models_take_turns_by_deadline_and_in_need_the_least_serving_waits() -> None:
-    slow, quick = Offer(NOW + 1.0, 0.9, 1, False), Offer(NOW + 1.1, 0.2, 8, False)
+    slow, quick = Offer(NOW + 1.0, 0.9, 1), Offer(NOW + 1.1, 0.2, 8)
     assert choose([quick, slow], NOW) == 0  # both cannot end in time: 1 request against 8
     assert choose([quick, slow._replace(seconds=0.7)], NOW) == 1  # both can: who is due first
-    # Who has had its share counts half: that decides between these, and not for eight to one.
-    rival = Offer(NOW + 1.1, 0.6, 1, False)
+    # Worth half decides between these, and not for eight to one.
+    rival = Offer(NOW + 1.1, 0.6, 1)
     assert choose([rival, slow], NOW) == 0
-    assert choose([rival._replace(over_share=True), slow], NOW) == 1
-    assert choose([quick._replace(over_share=True), slow], NOW) == 0
+    assert choose([rival._replace(worth=0.5), slow], NOW) == 1
+    assert choose([quick._replace(worth=4), slow], NOW) == 0
     assert choose([slow._replace(due=NOW)], NOW) == 0  # better late than never
 
 
 @given(st.lists(st.builds(
-    Offer, st.floats(NOW, NOW + 1), st.floats(1e-4, 1), st.integers(1, 64), st.booleans()
+    Offer, st.floats(NOW, NOW + 1), st.floats(1e-4, 1), st.floats(1e-3, 1e9)
 ), min_size=1, max_size=8))  # fmt: skip
 def test_some_model_is_always_chosen(offers: list[Offer]) -> None:
     assert choose(offers, NOW) in range(len(offers))

@@ -374,6 +374,25 @@ def test_a_call_uses_the_processor_and_is_timed_from_when_it_was_its_turn(
     assert bench.scheduler._models["m"].used_seconds == pytest.approx(0.0125 + 0.011)
 
 
+@pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
+def test_models_that_cannot_all_be_in_time_share_the_processor_by_weight(
+    bench: Bench, clock: Clock, weight: float
+) -> None:
+    bench.scheduler._cpus = 1
+    bench.scheduler.add("other", [Replica("other", PROFILE)], SchedulerConfig(weight=weight))
+    ran: Counter[str] = Counter()
+    for turn in range(400):
+        for name in ("m", "other"):
+            bench.submit(request(group=f"{turn}"), model=name, timeout_ms=40)
+        bench.step()
+        (running,) = bench.workers.calls
+        ran[running] += 1
+        clock.now += 0.01
+        bench.workers.answer(running)
+        bench.step()
+    assert ran["other"] / ran["m"] == pytest.approx(weight, rel=0.25)
+
+
 def test_the_call_behind_a_refused_one_runs(bench: Bench, clock: Clock) -> None:
     bad, good = bench.hand_over_two(clock)
     bench.workers.refuse()
