@@ -30,8 +30,7 @@ def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
     low, high = 0.0, 1.0
     while high - low > 1e-15 * high:
         middle = (low + high) / 2
-        over = _cdf(failures, n, middle) > 1 - confidence
-        low, high = (middle, high) if over else (low, middle)
+        low, high = (middle, high) if _cdf(failures, n, middle) > 1 - confidence else (low, middle)
     return high
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack
 
 import msgspec
 
@@ -141,42 +141,44 @@ class Setting(NamedTuple):
     origin: str
 
 
-def load_config(
-    *,
-    call: Mapping[str, Any] | None = None,
-    flags: Mapping[str, Any] | None = None,
-    host: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
-    file: Path | None = None,
-) -> LraiConfig:
-    """Return the settings of this call; see `explain_config` for the arguments."""
-    return _build(explain_config(call=call, flags=flags, host=host, environ=environ, file=file))
+class Said(TypedDict, total=False):
+    """Who may say a setting: dotted key to value, but for the file; None says nothing.
+
+    Attributes:
+        call: From Python.
+        flags: From a command line; values may be text.
+        host: A host's own parameters; values may be text.
+        environ: The process environment by default.
+        file: An `lrai.toml`; the one in the working directory by default, if there is one.
+    """
+
+    call: Mapping[str, Any] | None
+    flags: Mapping[str, Any] | None
+    host: Mapping[str, Any] | None
+    environ: Mapping[str, str] | None
+    file: Path | None
 
 
-def explain_config(
-    *,
-    call: Mapping[str, Any] | None = None,
-    flags: Mapping[str, Any] | None = None,
-    host: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
-    file: Path | None = None,
-) -> list[Setting]:
+def load_config(**said: Unpack[Said]) -> LraiConfig:
+    """Return the settings of this call; see `explain_config`."""
+    return _build(explain_config(**said))
+
+
+def explain_config(**said: Unpack[Said]) -> list[Setting]:
     """Return every setting with its origin, in the order of the tree.
 
     Args:
-        call: Dotted key to value, from Python.
-        flags: The same, from a command line; values may be text.
-        host: The same, from a host's own parameters; values may be text.
-        environ: The process environment by default.
-        file: An `lrai.toml`; the one in the working directory by default, if there is one.
+        said: See `Said`; by keyword.
 
     Raises:
         UsageError: An unknown key, or a value of the wrong type or out of range.
     """
+    environ = said.get("environ")
     layers = [
-        *_from_file(file),
+        *_from_file(said.get("file")),
         ("environment", _from_environ(os.environ if environ is None else environ)),
-        *(("host", host or {}), ("flag", flags or {}), ("call", call or {})),
+        *(("host", said.get("host") or {}), ("flag", said.get("flags") or {})),
+        ("call", said.get("call") or {}),
     ]
     return _settings(LraiConfig(), layers)
 

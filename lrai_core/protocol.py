@@ -275,8 +275,7 @@ def _decode(tensor: Tensor, room_bytes: int) -> Array:
         raise ValueError(f"{len(shape)} dimensions, at most {_MAX_DIMENSIONS} are allowed")
     for axis, extent in enumerate(shape):
         if not 0 <= extent < 1 << 63:
-            problem = "negative" if extent < 0 else "2^63 or more"
-            raise ValueError(f"dimension {axis} is {problem}")
+            raise ValueError(f"dimension {axis} is {'negative' if extent < 0 else '2^63 or more'}")
     count = math.prod(shape)  # exact: Python integers do not overflow
     size = memoryview(tensor.data).nbytes
     if size > room_bytes:

@@ -28,7 +28,7 @@ from lrai_core.confidence import lower_bound, upper_bound
 from lrai_core.errors import Cancelled
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.runtime.version import Ended, Version
-from lrai_core.scheduler.scheduler import BACKGROUND, Pending
+from lrai_core.scheduler.state import BACKGROUND, Pending
 from lrai_core.verifier.spec import agreement, difference
 
 if TYPE_CHECKING:

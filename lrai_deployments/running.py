@@ -20,7 +20,7 @@ import lrai_core as lrai
 from lrai_core.config import SchedulerConfig, with_settings
 from lrai_core.runtime.embedded import Embedded
 from lrai_core.runtime.version import Ended, Started, State, Version, started
-from lrai_core.scheduler.scheduler import Pending
+from lrai_core.scheduler.state import Pending
 from lrai_deployments.here import Here
 from lrai_deployments.inline import InlinePool
 from lrai_deployments.measured import measured_here

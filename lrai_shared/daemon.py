@@ -39,7 +39,7 @@ from lrai_core.errors import LraiError, NotReady, UsageError, shorten
 from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
 from lrai_core.runtime.embedded import find_backend
-from lrai_core.scheduler.scheduler import Pending
+from lrai_core.scheduler.state import Pending
 from lrai_core.wire import messages as wire
 from lrai_core.wire.workers import Outcome
 from lrai_shared import messages

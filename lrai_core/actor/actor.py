@@ -84,8 +84,7 @@ def open_sessions(load: Load) -> list[Session]:
         ArtifactError, EnvironmentProblem: See `check_files` and `Engine.load`.
     """
     folder = Path(load.folder)
-    files = {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()}
-    check_files(folder, files)
+    check_files(folder, {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()})
     sessions = []
     for engine, model, external in ((load.engine, load.model, load.weights), *load.beside):
         weights = folder / external if external else None

@@ -366,8 +366,8 @@ class _Compilation:
         """Return whether it gains over others, or fp32: is faster, or smaller, or both."""
         others = others or [one for one in self.candidates if one.form == "fp32"]
         if self.objective == "latency":
-            beside = keep > 2  # then what is faster for some calls may serve
-            return (beside or candidate.speedup >= search.WORTH) and candidate.worth(others)
+            # One of more than two, beside fp32 and another, may serve some calls only.
+            return (keep > 2 or candidate.speedup >= search.WORTH) and candidate.worth(others)
         smallest = min(other.size_bytes for other in others)
         smaller = smallest / candidate.size_bytes * (candidate.speedup >= 1)
         alike = [one for one in others if one.size_bytes <= search.WORTH * candidate.size_bytes]

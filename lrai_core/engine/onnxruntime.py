@@ -54,9 +54,8 @@ class OnnxRuntimeSession:
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
         """Return the outputs; see `Session.run`."""
         names = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
-        feeds = dict(zip(self._inputs, arrays, strict=True))
         try:
-            return list(self._session.run(names, feeds))
+            return list(self._session.run(names, dict(zip(self._inputs, arrays, strict=True))))
         except REFUSALS as error:
             raise EngineError(
                 f"onnxruntime cannot run the model: {reason(error)}",

@@ -37,7 +37,8 @@ from lrai_core.errors import (
 from lrai_core.events import EventBus, Observer
 from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
 from lrai_core.runtime.version import Ended, LoadedModel, State, Version
-from lrai_core.scheduler.scheduler import Pending, Replica, Scheduler
+from lrai_core.scheduler.scheduler import Scheduler
+from lrai_core.scheduler.state import Pending, Replica
 from lrai_core.verifier.certificate import certificates
 from lrai_core.verifier.check import require_certificate
 from lrai_core.verifier.verifier import environment

@@ -14,12 +14,11 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import zmq
 
-from lrai_core.artifact import LatencyPoint
 from lrai_core.config import ActorConfig, SchedulerConfig, available_cpus
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.errors import (
@@ -37,115 +36,20 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Offer, choose, plan, probe
-from lrai_core.scheduler.waiting import Queue, Waiting
+from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan, probe
+from lrai_core.scheduler.state import Call, Done, Model, Pending, Replica
+from lrai_core.scheduler.waiting import Waiting
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Workers
 
 T = TypeVar("T")
-Done = Callable[[list[Array] | None, LraiError | None, int], None]
 
-BACKGROUND: Final = 1 << 30  # a priority: nobody waits for it, nor for what is above
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
-# Times its prediction, and on top of it, a call may take before its CPUs count as free: who hangs
-# must not stop the others.
-_OVERDUE, _OVERDUE_SECONDS = 3.0, 0.05
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
 _OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more than its share
 _SLO_MS, _SLO_CALLS = 100.0, 20.0  # who names no time becomes urgent after the larger of both
 _RECENT: Final = 20  # calls that count as of late
 _HOPE: Final = 0.9  # of its time a request may have to wait for those before it
-_TICK_SECONDS: Final = 1e-3  # how exactly the loop can wait
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """One accepted request until it ends."""
-
-    place: Waiting  # in the queue, now or at another time
-    model: _Model
-    request: ValidRequest
-    done: Done | None  # None once it was called, though the engine may still be at it
-    arrival: float
-    attempts: int = 0
-    variant: int = 0  # that has run it last
-
-    @property
-    def alone(self) -> bool:
-        """Whether it shares neither a call nor the actor, after a call of it that failed."""
-        return self.place.group == self.place.sequence
-
-
-@dataclass(slots=True, eq=False)
-class _Model:
-    """One model: what waits for it, and the actors that run it."""
-
-    name: str
-    replicas: dict[str, Replica]
-    bounds: Bounds
-    slo_ms: float  # after which who names no time is as urgent as can be,
-    timeout_ms: float  # and after which it is given up
-    pace: float  # seconds of its actors for a request, lately
-    seen: float  # when an answer came, or it was loaded
-    weight: float  # what a request counts, and of its share of the processor
-    queue: Queue = field(default_factory=Queue)
-    waiting: dict[int, Pending] = field(default_factory=dict)
-    used_seconds: float = 0.0  # of the processor, lately, by its weight
-    ran: float = 0.0  # when a call ended, whatever came of it
-    fits: int = 0  # padded elements, at most, of a shared call answered since a kill at one
-    failed: str = ""
-
-    def is_known(self, now: float) -> bool:
-        """Whether it was seen of late what its calls take."""
-        return now - self.seen < PROBE_SECONDS
-
-    def turn(self, now: float) -> int:
-        """Return when it has the CPU: 0 first, where nothing has run for long; 2 last."""
-        if self.queue.urgent[0].priority >= BACKGROUND:
-            return 2
-        since = max(self.ran, next(iter(self.waiting.values())).arrival)
-        return int(now - since < PROBE_SECONDS)
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A batch at an actor, which runs it or has it next."""
-
-    model: _Model
-    replica: Replica
-    pending: list[Pending]
-    rows: int
-    length: int
-    seconds: float  # predicted
-    variant: int
-    queued: bool  # it was handed over while another one ran
-    begun: float = 0.0  # when it was the first of its actor; the others follow from that
-    overdue: float = 0.0  # from then on its CPUs count as free
-    next_from: float = 0.0  # from then on its actor may have the next one
-
-    def begin(self, now: float) -> None:
-        """Take note that it runs from now on."""
-        self.begun, self.overdue = now, now + _OVERDUE * self.seconds + _OVERDUE_SECONDS
-        way = 2 * self.replica.latency.overhead_seconds
-        # Where the engine takes less than the way to it, waiting for more requests saves more; of a
-        # model that has not answered yet, nobody knows.
-        due = now + max(0.0, self.seconds - way - _TICK_SECONDS)
-        self.next_from = due if 0 < way < self.seconds else math.inf
-
-    def almost_done(self, now: float) -> bool:
-        """Whether its actor may have the next call; one that hangs may not."""
-        return self.next_from <= now < self.overdue and not self.pending[0].alone
-
-
-class Replica:
-    """One actor of a model: what it costs there, and how many CPUs a call takes."""
-
-    def __init__(self, actor: str, *profiles: Sequence[LatencyPoint], threads: int = 1) -> None:
-        self.actor = actor
-        self.latency = LatencyModel(*profiles)
-        self.threads = threads
-        self.cpus: tuple[int, ...] = ()  # that it keeps to, if to some
-        self.calls: deque[_Call] = deque()  # the first one runs
 
 
 class Scheduler:
@@ -156,8 +60,8 @@ class Scheduler:
         self._workers = workers
         self._events = events
         self._admission = Admission(config)
-        self._models: dict[str, _Model] = {}
-        self._calls: dict[int, _Call] = {}
+        self._models: dict[str, Model] = {}
+        self._calls: dict[int, Call] = {}
         self._ended: deque[tuple[Pending, list[Array]]] = deque()  # answered, and not told yet
         self._looked = 0.0  # when it was last seen who may have a call
         self._cpus, self._owner = available_cpus(), os.getpid()
@@ -197,7 +101,7 @@ class Scheduler:
         slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = own.latency_slo_ms or own.default_timeout_ms
         paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic(), own.weight)
-        self._models[model] = _Model(model, by_actor, bounds, *paces)
+        self._models[model] = Model(model, by_actor, bounds, *paces)
 
     def accept(
         self,
@@ -416,7 +320,7 @@ class Scheduler:
             model.waiting[pending.place.sequence] = pending
             model.queue.add(pending.place)
 
-    def _take(self, model: _Model, sequences: Sequence[int]) -> list[Pending]:
+    def _take(self, model: Model, sequences: Sequence[int]) -> list[Pending]:
         for sequence in sequences:
             model.queue.remove(sequence)
         return [model.waiting.pop(sequence) for sequence in sequences]
@@ -434,7 +338,7 @@ class Scheduler:
         """
         at_work = [call.replica for call in self._calls.values() if now < call.overdue]
         busy, taken = sum(r.threads for r in at_work), [cpu for r in at_work for cpu in r.cpus]
-        offers: list[tuple[_Model, Replica, Decision]] = []
+        offers: list[tuple[Model, Replica, Decision]] = []
         for model in list(self._models.values()):
             if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
                 replica = self.ask(model.name, idle[0], _best, idle, taken)
@@ -468,12 +372,12 @@ class Scheduler:
                     return True
         return False
 
-    def _wanted(self, model: _Model) -> list[Replica]:
+    def _wanted(self, model: Model) -> list[Replica]:
         """Return the actors that are up, none where nothing waits for them."""
         replicas = model.replicas.values() if len(model.queue) else ()
         return [replica for replica in replicas if self._workers.state(replica.actor)[0] == "ready"]
 
-    def _choose(self, offers: Sequence[tuple[_Model, Replica, Decision]], now: float) -> int:
+    def _choose(self, offers: Sequence[tuple[Model, Replica, Decision]], now: float) -> int:
         fade = math.exp((self._used_at - now) / _SHARE_SECONDS)
         self._used_at = now
         for model in list(self._models.values()):  # `add` runs in other threads
@@ -488,7 +392,7 @@ class Scheduler:
         ]
         return self.ask(offers[0][0].name, 0, choose, calls, now)
 
-    def _start(self, model: _Model, replica: Replica, decision: Decision, now: float) -> None:
+    def _start(self, model: Model, replica: Replica, decision: Decision, now: float) -> None:
         # From here on a request holds its place until the engine is done with it, cancelled or not.
         started = self._take(model, decision.dispatch)
         batch, seconds = next(self._batches), decision.predicted_seconds
@@ -497,7 +401,7 @@ class Scheduler:
         variant = self.ask(model.name, 0, replica.latency.variant, rows, length)
         for pending in started:
             pending.variant = variant
-        call = _Call(model, replica, started, rows, length, seconds, variant, bool(replica.calls))
+        call = Call(model, replica, started, rows, length, seconds, variant, bool(replica.calls))
         self._calls[batch] = call
         replica.calls.append(call)
         if not call.queued:
@@ -507,7 +411,7 @@ class Scheduler:
         size = {"requests": len(started), "rows": rows, "length": length}
         self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
 
-    def _decide(self, model: _Model, replica: Replica, start: float) -> Decision:
+    def _decide(self, model: Model, replica: Replica, start: float) -> Decision:
         """Return what the actor runs next, after those were told whom nobody will run."""
         queue, first = model.queue, Decision(tuple(itertools.islice(model.queue, 1)), (), 0.0)
         decision = self.ask(model.name, first, plan, queue, replica.latency, start, model.bounds)
@@ -528,7 +432,7 @@ class Scheduler:
         elif call := self._calls.pop(outcome.batch, None):
             self._end_call(call, outcome)
 
-    def _end_call(self, call: _Call, outcome: Answered | Refused | Lost) -> None:
+    def _end_call(self, call: Call, outcome: Answered | Refused | Lost) -> None:
         now, calls = time.monotonic(), call.replica.calls
         shared = call.rows * max(1, call.length) if len(call.pending) > 1 else 0
         call.model.used_seconds += (now - call.begun) / call.model.weight
@@ -564,7 +468,7 @@ class Scheduler:
                 error = kind(f"the request could not be answered: {message}")
                 self._again(call, error, int(begun))
 
-    def _shrink(self, call: _Call) -> None:
+    def _shrink(self, call: Call) -> None:
         """Have later calls be half as large as one that was too large."""
         rows = max(1, min(call.model.bounds.rows, call.rows) // 2)
         call.model.bounds = replace(call.model.bounds, rows=rows)
@@ -573,7 +477,7 @@ class Scheduler:
             "limit_unreachable", call.model.name, setting="max_batch_rows", reason=told
         )
 
-    def _again(self, call: _Call, error: LraiError, attempts: int) -> None:
+    def _again(self, call: Call, error: LraiError, attempts: int) -> None:
         """Run the requests of a failed call once more, each alone.
 
         Args:
@@ -594,7 +498,7 @@ class Scheduler:
         if retried:
             self._events.emit("batch_retried", call.model.name, requests=retried)
 
-    def _fail(self, model: _Model, message: str) -> None:
+    def _fail(self, model: Model, message: str) -> None:
         model.failed = message
         self._settle_with(self._take(model, list(model.queue)), ActorError(message))
 

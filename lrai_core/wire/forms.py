@@ -46,8 +46,7 @@ def _form(request: InferenceRequest) -> tuple[Any, ...]:
     form: list[Any] = [tuple(request.outputs)]
     for name, given in request.inputs.items():
         if isinstance(given, Tensor) and given.datatype != "BYTES":
-            size = memoryview(given.data).nbytes
-            form.append((name, given.datatype, tuple(given.shape), size))
+            form.append((name, given.datatype, tuple(given.shape), memoryview(given.data).nbytes))
         elif isinstance(given, np.ndarray) and given.dtype.kind not in "OSU":
             form.append((name, given.dtype, given.shape))
         else:

@@ -23,7 +23,7 @@ from lrai_core.config import SchedulerConfig
 from lrai_core.errors import Cancelled
 from lrai_core.protocol import ValidRequest
 from lrai_core.runtime.version import Ended, Version
-from lrai_core.scheduler.scheduler import BACKGROUND
+from lrai_core.scheduler.state import BACKGROUND
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
 

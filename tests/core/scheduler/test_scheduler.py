@@ -36,7 +36,8 @@ from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler import scheduler as module
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import plan
-from lrai_core.scheduler.scheduler import BACKGROUND, Replica, Scheduler
+from lrai_core.scheduler.scheduler import Scheduler
+from lrai_core.scheduler.state import BACKGROUND, Replica
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome
 
