@@ -204,7 +204,7 @@ class Ours:
         share = sum(self._used[model] for model, _ in offers) / len(offers)
         return choose(
             [
-                Offer(d.due, d.predicted_seconds, len(d.dispatch) * _OVER_SHARE ** over)
+                Offer(d.due, d.predicted_seconds, len(d.dispatch) * _OVER_SHARE**over)
                 for over, d in [(self._used[model] > share, d) for model, d in offers]
             ],
             now,

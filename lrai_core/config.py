@@ -127,9 +127,9 @@ _KINDS: Final = {  # dotted key to type, in the order of the tree
 
 
 OWN_SETTINGS: Final = {  # of one model
-    "actor.isolation", "actor.replicas", "actor.threads",
-    "runtime.capture_rows", "runtime.capture_ttl_hours", "scheduler.deterministic",
-    "scheduler.latency_slo_ms", "scheduler.max_batch_elements", "scheduler.max_batch_rows", "scheduler.weight",
+    "actor.isolation", "actor.replicas", "actor.threads", "runtime.capture_rows",
+    "runtime.capture_ttl_hours", "scheduler.deterministic", "scheduler.latency_slo_ms",
+    "scheduler.max_batch_elements", "scheduler.max_batch_rows", "scheduler.weight",
 }  # fmt: skip
 
 

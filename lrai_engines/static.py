@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,7 @@ from lrai_engines.quantize import (
     NothingToQuantize,
     about_zero,
     assemble,
+    read,
     relative_error,
 )  # fmt: skip
 from lrai_engines.sensitivity import finite
@@ -52,6 +54,7 @@ _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
 _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _ROUNDING: Final = ("QuantizeLinear", "DequantizeLinear")
+_PRODUCTS: Final = ("MatMul", "Gemm")
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 
@@ -120,7 +123,8 @@ def static_int8(
     """Return `model` with QuantizeLinear and DequantizeLinear around what onnxruntime can quantise.
 
     Weights are int8 with a scale per output channel, activations uint8 from the least to the
-    largest value seen. On CPUs without VNNI or AMX weights have 7 bits.
+    largest value seen; what the last products give is float32. On CPUs without VNNI or AMX weights
+    have 7 bits.
 
     Args:
         model: Standard operators, weights inline, opset 13 or later. Not modified.
@@ -171,6 +175,7 @@ def static_int8(
                 ranges[:] = known.read_bytes()
         except _FAULTS as error:
             raise CompileError(f"onnxruntime cannot quantise the model: {reason(error)}") from None
+    _unrounded(quantised)
     report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
@@ -323,6 +328,9 @@ def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str,
         dims: Of it, 0 where one is free.
         columns: Of what they are multiplied to: with many that costs more than it saves.
     """
+    size = math.prod(dims[1:])
+    if len(dims) > 2 and 0 < size * columns <= _MOST_NOUGHTS:  # noughts times what is finite
+        return graph.add("Flatten", [x], f"{x}:flat"), size
     narrow = next((axis for axis in range(1, len(dims)) if 0 < dims[axis] <= _NARROW), None)
     if narrow is None and len(dims) > 2:
         return None
@@ -336,6 +344,29 @@ def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str,
     noughts = graph.add("Sub", [x, x], f"{x}:noughts")  # what is finite may have no finite sum
     sums = graph.add("ReduceSum", [noughts, axes], f"{x}:sums", keepdims=int(narrow is None))
     return sums, width
+
+
+def _unrounded(model: onnx.ModelProto) -> None:
+    """Have products give float32 where float32 reads them, as a model's scores are.
+
+    Their kernels can, for nothing; of scores from -25 to 28 a step of 1/255 is .2.
+    """
+    made = {name: node for node in model.graph.node for name in node.output}
+    readers = defaultdict[str, list[onnx.NodeProto]](list)
+    for node in model.graph.node:
+        for name in read(node):
+            readers[name].append(node)
+    for end in [node for node in model.graph.node if node.op_type == _ROUNDING[1]]:
+        start = made.get(end.input[0])
+        product = made.get(start.input[0]) if start is not None else None
+        if start is None or product is None or product.op_type not in _PRODUCTS:
+            continue
+        alone = len(readers[start.input[0]]) == len(readers[start.output[0]]) == 1
+        after = [value for reader in readers[end.output[0]] for value in reader.output]
+        if alone and not any(r.op_type in _ROUNDING for value in after for r in readers[value]):
+            product.output[0] = end.output[0]
+            model.graph.node.remove(start)
+            model.graph.node.remove(end)
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc] # without types

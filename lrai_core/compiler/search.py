@@ -188,8 +188,9 @@ def find_builder(name: str) -> Builder:
     Raises:
         EnvironmentProblem: The engine is not installed, or nothing builds for it.
     """
+    engine = find_engine(name)
     for entry in entry_points(group="lrai.builders", name=name):
-        return cast("Builder", entry.load()(find_engine(name)))
+        return cast("Builder", entry.load()(engine))
     raise EnvironmentProblem(f"nothing installed builds for the engine {shorten(name)!r}")
 
 

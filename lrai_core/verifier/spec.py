@@ -59,8 +59,7 @@ def _to_apply(output_map: OutputMap, reference: Array) -> OutputMap:
     Another softmax would leave next to nothing of what they differ by.
     """
     total = reference.sum(axis=-1, dtype=np.float64) if output_map == "softmax" else 0.0
-    done = np.all(np.abs(total - 1) <= 0.01) and np.all(reference >= 0)
-    return "raw" if done else output_map
+    return "raw" if np.all(abs(total - 1) <= 0.01) and np.all(reference >= 0) else output_map
 
 
 def agreement(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpec]) -> bool:

@@ -111,10 +111,22 @@ def test_what_comes_before_the_first_weights_and_behind_the_last_is_not_rounded(
     assert made_by[by_name["scale"].input[0]] is by_name["float"]
     rounded = made_by[by_name["conv1"].input[0]]
     assert made_by[rounded.input[0]].input[0] == "scaled", "once, where the first weights read it"
-    behind = made_by[by_name["softmax"].input[0]]
-    assert behind.op_type == "DequantizeLinear", "of what the last weights give"
+    assert made_by[by_name["softmax"].input[0]] is by_name["classes"]
     assert by_name["softmax"].output[0] == "y"
     assert by_name["pool"].input[0] != "r2", "what lies between is in int8"
+
+
+def test_scores_are_not_rounded_and_what_int8_reads_is() -> None:
+    """Scores from -25 to 28 would be .2 apart."""
+    proto, x = network(), images(60, 2)
+    quantised, _ = static_int8(proto, sample())
+    made_by = {name: node for node in quantised.graph.node for name in node.output}
+    last = next(node for node in quantised.graph.node if node.name == "classes")
+    assert [made_by[name].op_type for name in last.input] == ["DequantizeLinear"] * 2
+    assert len(np.unique(run(quantised, x))) > 256, "a byte has no more"
+    kinds = {node.op_type for node in optimise(quantised, level="all").graph.node}
+    assert "MatMulIntegerToFloat" in kinds
+    assert not kinds & {"DequantizeLinear", "MatMul"}
 
 
 def test_a_table_before_the_first_weights_is_in_int8() -> None:
@@ -293,6 +305,7 @@ def test_what_is_no_number_makes_none_and_costs_its_neighbours_nothing(none: flo
         (["batch", "steps", 6], (3, 7, 6)),
         (["batch", "steps", 200], (3, 7, 200)),
         (["batch", "height", "width", 3], (3, 4, 5, 3)),
+        (["batch", 4, 5, 3], (3, 4, 5, 3)),
     ],
     ids=str,
 )
