@@ -26,6 +26,7 @@ from lrai_report.terminal import progress, say
 _TRIES: Final = 60  # once a second, to unload what got copies
 _LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
 _MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows of captured ones
+_LEAST_COMPARED: Final = 30  # live rows, before anything is switched for them
 
 
 def runtime_of(address: str) -> Runtime:
@@ -59,16 +60,18 @@ def compare_live(
         written: The artifact.
         minutes: For which requests are copied; 0 for none.
         address: Of the runtime; empty for the usual one.
-        apply: It is to serve, so something has to be compared.
+        apply: It is to serve, so enough has to be compared.
 
     Raises:
         ConditionNotMet: The name was changed meanwhile, or live requests say no.
     """
     with runtime_of(address) as runtime:
         _check_same(runtime, name, before)
-        if minutes and not _shadow(runtime, name, written, minutes, address) and apply:
-            why = "no live request was compared: --minutes 0 applies without"
-            raise ConditionNotMet(f"not applied: {why}")
+        seen = _shadow(runtime, name, written, minutes, address) if minutes else _LEAST_COMPARED
+        if apply and seen < _LEAST_COMPARED:
+            why = f"{seen} live rows were compared, {_LEAST_COMPARED} are needed"
+            how = command("swap", name, str(written), address=address)
+            raise ConditionNotMet(f"not applied: {why} (longer: --minutes); or anyway: {how}")
 
 
 def switch(
@@ -133,7 +136,8 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
     )
     say("live", f"{seen} rows compared, {differ} changed, {failed} failed")
     if failed or differ > _MOST_CHANGED * seen:
-        raise ConditionNotMet(f"on live requests {differ} of {seen} changed, {failed} failed")
+        said = f"on live requests {differ} of {seen} changed, {failed} failed"
+        raise ConditionNotMet(f"{said}; {written} stays, to be looked into")
     return seen
 
 

@@ -47,6 +47,11 @@ from lrai_report.words import figure
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
 
+
+class _NoGain(ConditionNotMet):
+    """What was made is no faster than what serves."""
+
+
 Apply = Annotated[bool, typer.Option("--apply", help="Have it serve, if it is better.")]
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -102,8 +107,9 @@ def tune(
     Requests are captured where runtime.capture_rows says how many (LRAI_RUNTIME_CAPTURE_ROWS=2000):
     a random sample of real ones, in the runtime's state_dir. A part of them is what forms are made
     for, another what they are judged on, by agreement with fp32. Callers are answered as before
-    without --apply, though live requests are copied to it for --minutes; one command goes back. No
-    gain: exit status 3.
+    without --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
+    are needed at least (--minutes 0: none), and one command goes back. No gain: exit status 3, and
+    nothing is left.
     """
     found = find(target, requests, address)
     _refuse_at_once(found, minutes, file, apply=apply)
@@ -128,7 +134,7 @@ def tune(
         raise ConditionNotMet(f"{why}: compile it anew with --group, and swap")
     artifact, applied = _compile(found, written, output_map, engine or ()), False
     try:
-        _judge(target, found, artifact, written, callers, seconds, rounds, price_per_hour, file)
+        _judge(found, artifact, callers, seconds, rounds, price_per_hour, file)
         if found.name:
             compare_live(found.name, found.shares, written, minutes, address, apply=apply)
             applied = apply
@@ -137,12 +143,13 @@ def tune(
             switch(found.name, found.shares, written, address, apply=apply)
         else:
             say("use it", f"serve {written}; to go back, serve {target}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _NoGain):
         if applied:  # it may be loading there
             say("left", "the runtime goes on: lrai runtime deployments tells what serves")
             say("switch back", command("rollback", found.name, address=address))
-        else:
+        else:  # what is not better is not to be taken for what is, nor in the way of the next one
             shutil.rmtree(written)
+            say("removed", str(written))
         raise
 
 
@@ -160,9 +167,8 @@ def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: 
         raise UsageError("--apply is for a model that the runtime serves")
     if apply and found.several:
         several = f"several versions of {found.name!r} answer, by their shares or as relief"
-        raise ConditionNotMet(
-            f"{several}: --apply would end them, and rollback not bring them back"
-        )
+        why = "--apply would end them, and rollback not bring them back"
+        raise ConditionNotMet(f"{several}: {why}")
     if minutes and found.copied:
         how = "end that, or compare no live requests (--minutes 0)"
         raise ConditionNotMet(f"requests to {found.copied!r} are copied already: {how}")
@@ -171,10 +177,8 @@ def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: 
 
 
 def _judge(
-    target: str,
     found: Target,
     artifact: Artifact,
-    written: Path,
     callers: int,
     seconds: float,
     rounds: int,
@@ -184,14 +188,12 @@ def _judge(
     """Compare what was made with what serves.
 
     Raises:
-        ConditionNotMet: Nothing is gained.
+        _NoGain: It is no faster.
+        ConditionNotMet: There is nothing to compare them with.
     """
-    chosen = artifact.manifest.chosen
-    if chosen == "fp32":
-        raise ConditionNotMet(
-            f"no gain: no form of {target} was faster and right on these requests; "
-            f"{written / 'quantization.jsonl'} tells why of each"
-        )
+    if artifact.manifest.chosen == "fp32":
+        none = "no form was faster and right on these requests"
+        raise _NoGain(f"no gain: {none}; lrai compile --evaluation tells why of each")
     rows = requests_of(evaluation(artifact), artifact)
     if not rows:
         raise ConditionNotMet("one row has over 16 MiB: the artifact keeps none to measure with")
@@ -212,7 +214,7 @@ def _judge(
             _write(file, both, changed, gains)
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:
-        raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second")
+        raise _NoGain(f"no gain: {gain:.2f} times as many requests per second")
     say("gain", f"{gain:.2f} times as many requests per second", style="bold")
 
 

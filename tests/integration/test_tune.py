@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +197,8 @@ def test_where_nothing_is_gained_it_says_so(tmp_path: Path) -> None:
     found = cli(source, "--requests", "asked.npz", cwd=tmp_path)
     assert found.returncode == 3, found.stdout + found.stderr
     assert "no gain" in found.stderr
+    assert "removed     small-tuned.lrai" in found.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.npz", "small.onnx"]
 
 
 def test_without_requests_fp32_is_what_there_is(tmp_path: Path) -> None:
@@ -429,6 +431,22 @@ def test_what_live_requests_disagree_with_is_not_applied(
         assert (now.shares, now.shadow) == (before, {})
 
 
+def test_a_few_live_answers_switch_nothing_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter([29, 30, 29])
+    monkeypatch.setattr("lrai_report.live.runtime_of", lambda _: nullcontext())
+    monkeypatch.setattr("lrai_report.live._check_same", lambda *_: None)
+    monkeypatch.setattr("lrai_report.live._shadow", lambda *_: next(seen))
+    written = tmp_path / "m-tuned.lrai"
+    compare_live("m", {}, written, 1.0, "", apply=False)
+    compare_live("m", {}, written, 1.0, "", apply=True)
+    compare_live("m", {}, written, 0.0, "", apply=True)
+    few = "29 live rows were compared, 30 are needed .*: lrai runtime swap m .*m-tuned.lrai"
+    with pytest.raises(lrai.ConditionNotMet, match=few):
+        compare_live("m", {}, written, 1.0, "", apply=True)
+
+
 @pytest.mark.usefixtures("faster")
 @pytest.mark.parametrize("rates", [(100.0, 103.0), (100.0, 99.0)])
 def test_what_serves_no_more_requests_is_no_gain(
@@ -448,7 +466,10 @@ def test_what_serves_no_more_requests_is_no_gain(
     file, rows = source
     np.savez(tmp_path / "asked.npz", features=rows["features"][:ROWS])
     assert tune(file, "--requests", "asked.npz", "--output-map", "softmax") == 3
-    assert "serve wide-tuned.lrai" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "serve wide-tuned.lrai" not in said
+    assert "removed     wide-tuned.lrai" in said
+    assert not Path("wide-tuned.lrai").exists()
 
 
 def test_captured_requests_that_the_model_refuses_are_left_out(tmp_path: Path) -> None:
