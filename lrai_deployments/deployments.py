@@ -263,7 +263,7 @@ class Deployments(Running):
             for label in {label for label, share in given.items() if share} | named - given.keys():
                 if not self.runs(self.find(name, label)):
                     raise lrai.ConditionNotMet(f"version {label} of {name!r} does not run any more")
-            if relief and any(map(self._is_deterministic, record.versions.values())):
+            if relief and any(self._limits(how).deterministic for how in record.versions.values()):
                 raise lrai.UsageError(
                     "relief steps to another version under pressure, which a model with "
                     "scheduler.deterministic never does"
@@ -450,9 +450,6 @@ class Deployments(Running):
                 self.remove(version)
                 return True
         return False  # it is at work, being changed, or frozen
-
-    def _is_deterministic(self, how: How) -> bool:
-        return self._limits(how).deterministic
 
     def _free(self, name: str) -> Record:
         """Return the record of a name, empty where there is none.

@@ -142,12 +142,8 @@ class Running(Embedded):
         `tried`: it answers nobody, and so nobody else is unloaded for it.
         """
         config = with_settings(self.config, how.settings or {})
-        signature = artifact.manifest.signature
-        watching = watch(name, signature, config.runtime, self.submit)
         others = [self._watches.get(version.key) for version in self._served(name)]
-        if watching is not None:  # all of a name share a folder, and so what is seen of it
-            alike = (one for one in others if one and one.captures == watching.captures)
-            watching = next(alike, watching)
+        watching = watch(name, artifact, config.runtime, self.submit, others)
         files = ChainMap(*map(artifact.files_of, artifact.manifest.serving(how.variant)))
         size = sum(entry.size_bytes for entry in files.values())
         with self._room:

@@ -17,7 +17,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 from urllib.parse import quote
@@ -25,7 +25,7 @@ from urllib.parse import quote
 import msgspec
 import numpy as np
 
-from lrai_core import Signature, TensorSpec, UsageError
+from lrai_core import Artifact, Signature, TensorSpec, UsageError
 from lrai_core.config import RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest
 
@@ -61,7 +61,7 @@ class _Range(msgspec.Struct):
 
 
 class _Sketch(msgspec.Struct):
-    """See `Traffic.sketch`."""
+    """See `Traffic`, and its `sketch`."""
 
     requests: int
     requests_per_second: float
@@ -69,6 +69,7 @@ class _Sketch(msgspec.Struct):
     lengths: list[int]
     gaps_us: list[int]
     values: dict[str, _Range]
+    sources: frozenset[str] = frozenset()
 
 
 class _Row(NamedTuple):
@@ -77,11 +78,16 @@ class _Row(NamedTuple):
 
 
 class Traffic:
-    """Sketch and sample of one model; thread-safe."""
+    """Sketch and sample of one model; thread-safe.
+
+    Attributes:
+        sources: What the versions were compiled from that are asked, by their hashes.
+    """
 
     def __init__(
         self,
         signature: Signature,
+        source: str = "",
         *,
         capture_rows: int = 0,
         ttl_hours: float = 24.0,
@@ -92,12 +98,13 @@ class Traffic:
 
         Args:
             signature: Of the model.
+            source: What it was compiled from, by its hash.
             capture_rows: At most so many rows are kept for the sample; 0 for none.
             ttl_hours: Age at which a kept row is forgotten.
             seed: Of the choice of rows.
             clock: In seconds.
         """
-        self._signature = signature
+        self._signature, self.sources = signature, frozenset({source})
         self._capture_rows, self._ttl_seconds = capture_rows, ttl_hours * _HOUR
         self._random, self._clock = random.Random(seed), clock
         self._lock = threading.Lock()
@@ -111,7 +118,7 @@ class Traffic:
         self._sample: list[_Row] = []
         self._first_aged = 0.0  # no row is too old before
         self._full = False  # it was: from then on each row has the same chance
-        self._adopts = True  # what the runtime before has kept, once there is a row to compare with
+        self._adopts = False  # what was kept before, once there is a row to compare with
 
     @property
     def captures(self) -> tuple[int, float]:
@@ -143,26 +150,28 @@ class Traffic:
         the first one of 0.
         """
         with self._lock:
-            lasted = max(self._last - self._began, 1e-9)
+            rate = self._requests / max(self._last - self._began, 1e-9)
             rows, lengths, gaps = map(_histogram, (self._rows, self._lengths, self._gaps))
             pairs = zip(self._signature.inputs, self._ranges, strict=True)
             values = {spec.name: seen for spec, seen in pairs if seen.looked_at > seen.not_finite}
-            known = _Sketch(self._requests, self._requests / lasted, rows, lengths, gaps, values)
+            known = _Sketch(self._requests, rate, rows, lengths, gaps, values, self.sources)
             sketch: dict[str, Any] = msgspec.to_builtins(known)
         return sketch
 
     def go_on(self, folder: Path) -> None:
-        """Count on from the sketch in `folder`, if it is of such a model. Nothing was seen yet."""
+        """Go on with what lies in `folder`, if it is of this model. Nothing was seen yet.
+
+        Of which one nothing else tells: two models may well take the same inputs.
+        """
         with contextlib.suppress(*_UNREADABLE):
             known = msgspec.json.decode((folder / SKETCH).read_bytes(), type=_Sketch)
-            names = [spec.name for spec in self._signature.inputs]
-            if known.values.keys() <= set(names):
+            self._adopts = bool(self.sources & known.sources)
+            if self._adopts:
                 self._requests = self._before = known.requests
                 self._began -= known.requests / max(known.requests_per_second, 1e-9)
                 seen = (known.rows, known.lengths, known.gaps_us)
-                counts = [Counter(dict(enumerate(one))) for one in seen]
-                self._rows, self._lengths, self._gaps = counts
-                self._ranges = [known.values.get(name, _Range()) for name in names]
+                self._rows, self._lengths, self._gaps = (Counter(dict(enumerate(n))) for n in seen)
+                self._ranges = [known.values.get(s.name, _Range()) for s in self._signature.inputs]
 
     def sample(self) -> dict[str, Array]:
         """Return the kept rows, one array per input, rows along its first axis, padded; or none.
@@ -208,13 +217,12 @@ class Traffic:
         if self._adopts and self._sample:
             self._adopts = False
             self._adopt(captured)
-        sample = self.sample()
-        if sample:
+        if sample := self.sample():
             with replaced(captured) as stream:
                 _write(stream, sample)
             oldest = time.time() - self._oldest_seconds()  # noqa: TID251 - for who finds it later
             os.utime(captured, (oldest, oldest))
-        elif self._capture_rows and not self._adopts:  # what was kept has aged
+        elif not self._adopts:  # what was kept has aged, or is of another model
             captured.unlink(missing_ok=True)
 
     def _adopt(self, captured: Path) -> None:
@@ -302,13 +310,12 @@ class Watch:
         self, traffic: Traffic, folder: Path, later: Callable[[Callable[[], None]], None]
     ) -> None:
         """Keep `traffic` in `folder`; `later` runs what may wait for the disk."""
-        self._traffic, self.folder, self._later = traffic, folder, later
-        self.captures = traffic.captures
+        self.traffic, self.folder, self._later = traffic, folder, later
         self._next_save = 0.0
 
     def see(self, request: ValidRequest) -> None:
         """Take note of a request."""
-        now = self._traffic.see(request)
+        now = self.traffic.see(request)
         if now >= self._next_save:
             self._next_save = now + _SAVE_SECONDS
             self._later(self.save)
@@ -316,7 +323,7 @@ class Watch:
     def save(self) -> None:
         """Write down what is known; a disk that is full costs no more than that."""
         try:
-            self._traffic.save(self.folder)
+            self.traffic.save(self.folder)
         # ValueError: rows whose shapes do not go into one array.
         except (OSError, MemoryError, ValueError) as error:
             logging.getLogger(__name__).warning("traffic is not kept: %s", error)
@@ -324,11 +331,15 @@ class Watch:
 
 def watch(
     name: str,
-    signature: Signature,
+    artifact: Artifact,
     config: RuntimeConfig,
     later: Callable[[Callable[[], None]], None],
+    beside: Iterable[Watch | None] = (),
 ) -> Watch | None:
     """Return what is to see the requests to a name, None where there is no place to keep it.
+
+    Those that serve the name share a folder, and so what is seen, of all their sources: `beside`
+    are theirs. Whichever of them is there after a restart goes on with it.
 
     Raises:
         UsageError: Requests are to be captured, and there is no place to keep them.
@@ -337,8 +348,14 @@ def watch(
         if config.capture_rows:
             raise UsageError("runtime.capture_rows needs runtime.state_dir, to keep them in")
         return None
-    hours = config.capture_ttl_hours
-    traffic = Traffic(signature, capture_rows=config.capture_rows, ttl_hours=hours)
+    rows, hours, manifest = config.capture_rows, config.capture_ttl_hours, artifact.manifest
+    model = (manifest.signature, manifest.source.sha256)
+    traffic = Traffic(*model, capture_rows=rows, ttl_hours=hours)
+    for one in filter(None, beside):
+        if one.traffic.captures == traffic.captures:
+            one.traffic.sources |= traffic.sources
+            return one
+        traffic.sources |= one.traffic.sources
     folder = Path(config.state_dir, "traffic", quote(name, safe=""))
     traffic.go_on(folder)
     return Watch(traffic, folder, later)

@@ -18,6 +18,7 @@ from lrai_core.config import LimitsConfig, RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest, validate
 from lrai_core.verifier.sample import read_rows
 from lrai_deployments.traffic import Traffic, Watch, forget_aged, watch
+from tests.core import small_artifact
 
 SIGNATURE = lrai.Signature(
     inputs=(
@@ -49,6 +50,14 @@ def request(first: int, rows: int = 1, length: int = 3, x: float = 0.5) -> Valid
     inputs: dict[str, Array] = {"ids": ids, "x": np.full((rows, 2), x, np.float32)}
     asked = lrai.InferenceRequest(model_name="m", inputs=inputs)
     return validate(asked, SIGNATURE, LimitsConfig())
+
+
+def of(source: str) -> lrai.Artifact:
+    """Return an artifact for such requests, made of a file with this hash."""
+    plain = small_artifact.manifest()
+    made_of = msgspec.structs.replace(plain.source, sha256=source)
+    manifest = msgspec.structs.replace(plain, signature=SIGNATURE, source=made_of)
+    return lrai.Artifact(Path(), manifest, source)
 
 
 def kept(traffic: Traffic) -> list[int]:
@@ -237,6 +246,7 @@ def test_the_next_runtime_goes_on_with_what_was_kept(tmp_path: Path) -> None:
     os.utime(file, (noon, noon))
     clock = Clock()
     after = Traffic(SIGNATURE, capture_rows=6, ttl_hours=1, clock=clock)
+    after.go_on(tmp_path)
     after.see(request(100, x=math.nan))
     after.save(tmp_path)  # there is no row yet to compare with
     assert len(np.load(file)["ids"]) == 8
@@ -255,7 +265,7 @@ def test_a_restart_goes_on_with_the_sketch(tmp_path: Path) -> None:
     def sketched(*requests: ValidRequest, hours: float = 24.0) -> dict[str, Any]:
         """Return what is kept after a runtime has begun, and seen these."""
         config = RuntimeConfig(state_dir=str(tmp_path), capture_ttl_hours=hours)
-        made = watch("m", SIGNATURE, config, lambda save: save())
+        made = watch("m", of("a"), config, lambda save: save())
         assert made is not None
         for one in requests:
             made.see(one)
@@ -292,6 +302,8 @@ def test_how_often_is_counted_while_a_runtime_runs(tmp_path: Path) -> None:
         b"", b"{}", b"\xff", b"[" * 100_000, b'{"requests": 7}',
         (b'{"requests": 7, "requests_per_second": 1, "rows": [], "lengths": [], "gaps_us": [],'
          b' "values": {"other": {"low": 0, "high": 1, "looked_at": 1, "not_finite": 0}}}'),
+        (b'{"requests": 7, "requests_per_second": 1, "rows": [], "lengths": [], "gaps_us": [],'
+         b' "values": {}, "sources": ["other"]}'),  # of texts alone
     ],
 )  # fmt: skip
 def test_a_sketch_of_another_model_and_a_damaged_one_are_replaced(
@@ -308,6 +320,9 @@ def test_a_sketch_of_another_model_and_a_damaged_one_are_replaced(
 def test_rows_of_another_model_and_damaged_ones_are_replaced(tmp_path: Path) -> None:
     file = tmp_path / "captured.npz"
     ids = np.zeros((4, 3), np.int64)
+    first = Traffic(SIGNATURE)
+    first.see(request(7))
+    first.save(tmp_path)
     for content in (
         b"",
         b"PK\3\4 damaged",
@@ -322,10 +337,36 @@ def test_rows_of_another_model_and_damaged_ones_are_replaced(tmp_path: Path) -> 
         else:
             np.savez(file, **content)
         traffic = Traffic(SIGNATURE, capture_rows=10)
+        traffic.go_on(tmp_path)
         traffic.see(request(7))
         traffic.save(tmp_path)
         assert kept(traffic) == [7]
         assert np.load(file)["ids"][:, 0].tolist() == [7]
+
+
+def test_a_model_goes_on_with_its_own_and_not_with_that_of_another_of_its_name(
+    tmp_path: Path,
+) -> None:
+    config = RuntimeConfig(state_dir=str(tmp_path), capture_rows=10)
+
+    def asked(row: int, *sources: str) -> list[int]:
+        """Ask versions of these sources, under one name in a new runtime; return the rows kept."""
+        versions = list[Watch]()
+        for source in sources:
+            made = watch("m", of(source), config, lambda _: None, versions)
+            assert made is not None
+            versions.append(made)
+        assert len(set(versions)) == 1
+        versions[0].see(request(row))
+        versions[0].save()
+        sketch = msgspec.json.decode((versions[0].folder / "sketch.json").read_bytes())
+        assert sketch["requests"] == len(kept(versions[0].traffic))
+        return kept(versions[0].traffic)
+
+    assert asked(1, "a") == [1]
+    assert asked(2, "a", "tuned") == [1, 2]  # which is of another file
+    assert asked(3, "tuned") == [1, 2, 3], "it has taken the place of the one before"
+    assert asked(4, "another") == [4], "its inputs are the same, what it is asked need not be"
 
 
 def test_who_has_seen_nothing_leaves_what_others_kept(tmp_path: Path) -> None:
