@@ -43,6 +43,7 @@ from lrai_core import (
 from lrai_import.hosted import Asked, load
 
 _WHICH: Final = {"runtime.address", "runtime.socket_dir"}  # runtime it is
+_FOLDERS: Final = {"runtime.model_roots", "runtime.state_dir"}
 _LOAD_SECONDS: Final = 60.0
 _MOST_PAUSE_SECONDS: Final = 60.0
 _log: Final = logging.getLogger("lrai.hosted")
@@ -272,10 +273,16 @@ def tell_unheard(asked: Asked) -> None:
         with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # of another version
             content = folder.with_name("settings").read_bytes()  # it keeps them for the next one
             has, _ = msgspec.msgpack.decode(content, type=tuple[LraiConfig, str])
-    values = {key: attrgetter(key) for key in asked.rest.keys() - _WHICH}
-    if others := [key for key, of in values.items() if has is None or of(has) != of(asked.config)]:
+    wanted = {key: _meant(asked.config, key) for key in asked.rest.keys() - _WHICH}
+    if others := [key for key, value in wanted.items() if has is None or _meant(has, key) != value]:
         words = "%s: the shared runtime keeps what it was started with, not what is asked for here"
         _log.warning(words, ", ".join(sorted(others)))
+
+
+def _meant(config: LraiConfig, key: str) -> Any:
+    """Return what a setting says: of folders where they are, for a runtime keeps them absolute."""
+    said = attrgetter(key)(config)
+    return [Path(one).resolve() for one in said.split(":") if one] if key in _FOLDERS else said
 
 
 def _digest(text: str) -> str:

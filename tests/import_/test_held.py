@@ -145,6 +145,21 @@ def test_settings_that_the_shared_runtime_does_not_have_are_named(
     assert [text.startswith(told) for text in caplog.messages if "keeps" in text] == [True]
 
 
+def test_folders_that_are_named_from_here_are_those_that_the_runtime_has(
+    artifact: lrai.Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = {"runtime.state_dir": "state", "runtime.model_roots": ".:more/"}
+    for _ in range(2):  # of which the first one starts it
+        Held(artifact, asked(here), "m").close()
+    assert "keeps what it was started with" not in caplog.text
+    Held(artifact, asked(here | {"runtime.state_dir": "elsewhere"}), "m").close()
+    assert "runtime.state_dir: the shared runtime keeps" in caplog.text
+
+
 def state_after_loading(held: Held) -> str:
     deadline = time.monotonic() + 30
     while (state := held.kept_state()) == "stalled":
