@@ -68,8 +68,7 @@ class Around:
     @property
     def opset(self) -> int:
         """Return the version of the default domain."""
-        own = (o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
-        return int(next(own))
+        return opset_of(self.model)
 
     def post(self, spec: Post, labels: Sequence[str]) -> None:
         """Map an output, and add the labels of its largest elements with their scores.
@@ -198,14 +197,8 @@ class Around:
         Raises:
             CompileError: It cannot be brought there.
         """
-        if self.opset >= opset:
-            return
-        try:
-            upgraded = convert_version(self.model, opset)
-        except (RuntimeError, ValueError, EncodeError, ConvertError) as error:
-            problem = f"{what} needs opset {opset}, which the model cannot be brought to"
-            raise CompileError(f"{problem}: {str(error)[:200]}") from None
-        self.model = upgraded
+        problem = f"{what} needs opset {opset}, which the model cannot be brought to"
+        self.model = at_opset(self.model, opset, problem)
 
     def _moved(self, output: str) -> str:
         """Return the new name of an output inside the graph."""
@@ -249,6 +242,23 @@ class Around:
     def ints(self, values: int | list[int]) -> str:
         """Add a constant of int64; return its name."""
         return self.constant(np.array(values, np.int64))
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return the version of the default domain."""
+    return max(int(o.version) * (o.domain in ("", "ai.onnx")) for o in model.opset_import)
+
+
+def at_opset(model: onnx.ModelProto, opset: int, problem: str) -> onnx.ModelProto:
+    """Return the model at an operator set, or as it is where that is a later one.
+
+    Raises:
+        CompileError: It cannot be brought there, which is the problem.
+    """
+    try:
+        return convert_version(model, opset) if opset_of(model) < opset else model
+    except (RuntimeError, ValueError, EncodeError, ConvertError) as error:
+        raise CompileError(f"{problem}: {str(error)[:200]}") from None
 
 
 def extent(dim: Any, name: str) -> int | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,7 @@ def test_the_command_writes_what_compiles_and_each_model_can_be_asked(tmp_path: 
     done = cli(tmp_path, "one.onnx", "two.onnx", "-o", "both.onnx")
     assert done.returncode == 0, done.stderr
     assert "24 of 50 operators need not run again" in done.stdout
+    assert re.search(r"\n1 row\(s\): .* ms as one\n32 row\(s\): .* ms as one\n", done.stdout)
     assert "one: y\ntwo: zy" in done.stdout
     artifact = lrai.compile(tmp_path / "both.onnx", out=tmp_path / "both.lrai")
     assert artifact.manifest.signature.coalescible
@@ -198,14 +200,22 @@ def test_compile_takes_several_as_one_if_it_is_told_to(tmp_path: Path) -> None:
     assert left == ["both.lrai", "one.onnx", "two.onnx"]
 
 
-def test_where_nothing_is_gained_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("alone_ms", "together_ms"),
+    [(1.04, 1.04), (0.99, 3.0), (3.0, 0.99)],  # at one row, and at 32, for 1 ms as one
+)
+def test_where_nothing_is_gained_or_some_is_lost_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone_ms: float, together_ms: float
 ) -> None:
-    monkeypatch.setattr("lrai_import.fuse._times", lambda *_: (1.04e-3, 1e-3))
+    def times(*given: Any) -> tuple[float, float]:
+        return {1: alone_ms, 32: together_ms}[given[-1]] / 1e3, 1e-3
+
+    monkeypatch.setattr("lrai_import.fuse._times", times)
     files = [tmp_path / "one.onnx", tmp_path / "two.onnx"]
     for seed, file in enumerate(files):
         onnx.save(headed(10 * seed, 50), file)
-    with pytest.raises(lrai.ConditionNotMet, match=r"not fused: 1\.04 ms one after"):
+    least = min(alone_ms, together_ms)
+    with pytest.raises(lrai.ConditionNotMet, match=f"not fused: {least:.2f} to .* times as fast"):
         command(files, tmp_path / "both.onnx")
     assert not (tmp_path / "both.onnx").exists()
 
