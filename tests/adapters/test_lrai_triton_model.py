@@ -352,3 +352,18 @@ def test_folders_go_and_names_in_a_graph_stay(stub: Stub, monkeypatch: pytest.Mo
     wanted = "node '/encoder/layer.0/Add' in model.onnx and clients of tcp://10.0.0.5:7000"
     assert str(caught.value) == wanted
     assert stub.log == [str(problem)]
+
+
+def test_spaces_in_the_names_of_folders_hide_nothing_of_them(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (inner := stub.folder / "all my models" / "of May").mkdir(parents=True)
+    words = f"{inner.parent}/a of '{inner}/b/c' is 3/4 at 5 rows/s, see {inner.parent}/none/d"
+
+    def refuse(*_: Any) -> None:
+        raise lrai.CompileError(words)
+
+    monkeypatch.setattr(stub.module, "artifact_of", refuse)
+    with pytest.raises(RuntimeError) as caught:
+        stub.load()
+    assert str(caught.value) == "a of 'c' is 3/4 at 5 rows/s, see d"

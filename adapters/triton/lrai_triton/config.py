@@ -52,10 +52,7 @@ def _whole_shapes(given: Mapping[str, Any], signature: Signature) -> bool:
     """
     ranks = {spec.name: len(spec.shape) for spec in (*signature.inputs, *signature.outputs)}
     both = bool(given["input"] and given["output"])
-    shapes = [
-        (tensor["name"], r["shape"] if (r := tensor.get("reshape")) else tensor.get("dims", []))
-        for tensor in (*given["input"], *given["output"])
-    ]
+    shapes = [(tensor["name"], _dims(tensor)) for tensor in (*given["input"], *given["output"])]
     return any(both or len(dims) == ranks.get(name, len(dims)) for name, dims in shapes)
 
 
@@ -87,8 +84,7 @@ def _complete_tensors(
 
 
 def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int]) -> None:
-    reshape: Mapping[str, Any] | None = tensor.get("reshape")
-    dims = [int(extent) for extent in (reshape["shape"] if reshape else tensor.get("dims", []))]
+    reshape, dims = tensor.get("reshape"), _dims(tensor)
     if not dims and reshape is None:
         tensor["dims"] = shape
         if not shape:  # Triton has no tensor without dimensions
@@ -102,3 +98,9 @@ def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int]) -> None
         what = f"{kind} {tensor['name']!r}: {'reshape' if reshape else 'dims'} are {dims}"
         beside = " beside the batch dimension, which max_batch_size stands for" * bool(shape)
         raise UsageError(f"{what}, the model has {shape}{beside}")
+
+
+def _dims(tensor: Mapping[str, Any]) -> list[int]:
+    """Return the extents that the model is to see; nothing where none are written."""
+    reshape: Mapping[str, Any] | None = tensor.get("reshape")
+    return [int(extent) for extent in (reshape["shape"] if reshape else tensor.get("dims", []))]

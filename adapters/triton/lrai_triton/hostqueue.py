@@ -40,12 +40,10 @@ class HostQueue:
         before, self._largest = self._largest, max(rows, default=1)
         if idle or (sum(rows) or count) + max(before, self._largest) <= self._size:
             self._since = now
-        left: list[float | None] = []
-        for index, timeout_us in enumerate(timeouts_us):
-            timeout_ms = timeout_us / 1e3 if timeout_us else self._usual_ms
-            waited = (now - since) * (1 - index / count) + _WAY_SECONDS
-            left.append(timeout_ms - 1e3 * waited if timeout_ms else None)
-        return left
+        given_ms = [us / 1e3 if us else self._usual_ms for us in timeouts_us]
+        waited = [(now - since) * (1 - index / count) + _WAY_SECONDS for index in range(count)]
+        pairs = zip(given_ms, waited, strict=True)
+        return [ms - 1e3 * seconds if ms else None for ms, seconds in pairs]
 
     def answered(self) -> None:
         """Take note that a list was answered."""

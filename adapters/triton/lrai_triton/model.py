@@ -38,9 +38,8 @@ _STEP_BYTES: Final = 1 << 20  # by which a stub's share of it grows, at least
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
 _PRIORITY: Final = "lrai_priority"  # a parameter of requests; `priority` Triton keeps to itself
 _FOLDERS: Final = re.compile(r"(?:ipc://|(?<![\w.:/]))(/[^\s'\"/]+)/(?:[^\s'\"]*/)?")  # of paths
-_CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"} | dict.fromkeys(
-    (429, 503, 504, 507), "UNAVAILABLE"
-)
+_BUSY: Final = dict.fromkeys((429, 503, 504, 507), "UNAVAILABLE")
+_CODES: Final = _BUSY | {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"}
 Outcome = lrai.InferenceResponse | lrai.LraiError
 Started = Future[lrai.InferenceResponse] | Outcome
 
@@ -59,8 +58,8 @@ class TritonPythonModel:
         """Fill in what config.pbtxt leaves open, from the model."""
         with _refusal():
             given = auto_complete_model_config.as_dict()  # what is changed in it arrives
-            artifact = artifact_of(source_of(_version_folder()), settings_of(given).asked.config)
-            complete(given, artifact.manifest.signature)
+            source = source_of(Path(_argument(1)).parent)
+            complete(given, artifact_of(source, settings_of(given).asked.config).manifest.signature)
         return auto_complete_model_config
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -243,16 +242,12 @@ def _outcome(answer: Started) -> Outcome:
         return error
 
 
-def _version_folder() -> Path:
-    """Return the folder of the version that is being configured.
-
-    Triton tells it only in the stub's command line: the path of a `model.py` in it, which a shared
-    backend does not need.
-    """
-    return Path(_argument(1)).parent
-
-
 def _argument(index: int) -> str:
+    """Return an argument of the stub: its first is a `model.py` in the version directory.
+
+    A shared backend has none there, but while a version is being configured Triton tells in no
+    other way which one it is. The second is the name of its shared memory.
+    """
     return os.fsdecode(Path("/proc/self/cmdline").read_bytes().split(b"\0")[index])
 
 
@@ -263,7 +258,10 @@ def _refusal() -> Iterator[None]:
     except lrai.LraiError as error:
         pb_utils.Logger.log_error(str(error))
         # Whoever asks may be anywhere. Names in a graph may look like paths: those of nothing stay.
-        words = str(error).replace(f"{_version_folder()}/", "")
+        words = str(error)
+        for at in re.finditer("/[^/.]", words):  # where there is a folder, spaces are of its name
+            there = str(next(p for p in Path(words[at.start() :]).parents if os.access(p, os.F_OK)))
+            words = words[: at.start()] + there.replace(" ", "_") + words[at.start() + len(there) :]
         told = _FOLDERS.sub(lambda found: "" if os.access(found[1], os.F_OK) else found[0], words)
         raise pb_utils.TritonModelException(told) from None
     except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths
