@@ -334,7 +334,7 @@ class Attached:
         status = self._process.poll() if self._process else 0
         if status:
             said = last_line(self._folder / "log", self._logged)
-            self._start_later(f"it ended with exit status {status}: {said}")
+            self._start_later(f"it ended with exit status {status}", f": {said}")
         wanted = self._asked or self._calls or not self._attached.done()
         due = status is not None and time.monotonic() >= self._start_at
         if due and wanted and not self._session and not self._far:
@@ -347,11 +347,11 @@ class Attached:
         if not self._greeted:  # else they would pile up where nobody hears them
             self._greet()
 
-    def _start_later(self, why: str) -> None:
+    def _start_later(self, why: str, more: str = "") -> None:
         """Try again after a while, longer each time; where that does not help, tell who waits."""
         self._start_at = time.monotonic() + _SEARCH_SECONDS * 2**self._failures
         self._process, self._failures = None, min(_MOST_FAILURES, self._failures + 1)
-        self._fail(why, hopeless=self._failures >= _FEW_FAILURES)
+        self._fail(why, more, hopeless=self._failures >= _FEW_FAILURES)
 
     def _greet(self) -> None:
         with contextlib.suppress(zmq.Again):  # the line has just ended, and will be lost
@@ -399,12 +399,15 @@ class Attached:
             for failed in message.failures:
                 self._end(failed.key, messages.error_of(failed))
 
-    def _fail(self, why: str, *, hopeless: bool = False) -> None:
-        """Tell who attaches why there is no runtime; all who wait, where there is little hope."""
-        _settle(self._attached, lrai.EnvironmentProblem(why))
+    def _fail(self, why: str, more: str = "", *, hopeless: bool = False) -> None:
+        """Tell who attaches why there is no runtime; all who wait, where there is little hope.
+
+        `more`: what is for the log, and for who attaches: callers of a host hear the rest.
+        """
+        _settle(self._attached, lrai.EnvironmentProblem(why + more))
         if hopeless and (self._asked or self._calls):  # and it goes on trying for who comes next
             if why != self._told:  # else it is said ten times a second
-                _log.warning("no runtime at %s: %s", self._endpoint, why)
+                _log.warning("no runtime at %s: %s", self._endpoint, why + more)
             self._told = why
             self._end_all(f"no runtime is there: {why}")
 

@@ -453,6 +453,26 @@ def test_where_no_daemon_can_be_started_any_more_who_waits_is_told_why(
     assert caplog.text.count(why) == 1
 
 
+def test_what_a_daemon_has_said_at_its_end_is_for_the_log_and_no_caller(
+    daemon: Daemon,
+    attached: Attached,
+    parent: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken = parent / "python"
+    broken.write_text("#!/bin/sh\ncat > /dev/null\necho 'no /home/me/state' >&2\nexit 3\n")
+    broken.chmod(0o700)
+    monkeypatch.setattr(client, "_SEARCH_SECONDS", 0.01)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    running = attached.start(request())
+    daemon.take(1)
+    daemon.close()
+    with pytest.raises(lrai.NotReady, match=r"no runtime is there: it ended with exit status 3$"):
+        running.result(10)
+    assert "exit status 3: no /home/me/state" in caplog.text
+
+
 def test_what_a_daemon_of_another_version_has_taken_over_ends_with_both_versions(
     daemon: Daemon, attached: Attached, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
