@@ -291,6 +291,19 @@ def test_a_deployment_is_made_updated_rolled_back_and_deleted(
     assert not list(sockets.rglob("*.lrai"))  # nor is a copy left
 
 
+def test_a_prediction_does_not_have_the_runtime_write_to_its_disk(
+    client: Client, saved: list[Path]
+) -> None:
+    """As it does, of all its models, for who asks for the shares of versions."""
+    client.create_deployment("search", str(saved[0]))
+    before = logits(client)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lrai.Runtime, "deployments", lambda _: pytest.fail("it was asked for them"))
+        assert logits(client) == before
+    with pytest.raises(MlflowException, match="no deployment 'search:1'"):
+        logits(client, "search:1")
+
+
 def test_what_was_saved_with_a_model_counts_for_its_deployment(
     client: Client, saved: list[Path], tmp_path: Path
 ) -> None:

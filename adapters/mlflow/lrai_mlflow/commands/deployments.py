@@ -217,8 +217,11 @@ class Client(BaseDeploymentClient):
         return PredictionsResponse(json.loads(content.getvalue()))
 
     def _answer(self, name: str, inputs: Any) -> Any:
-        served = {one.version: one for one in self._runtime.models() if one.name == name}
-        known = self._known(name)  # what could not be started keeps its share, for later
+        models = [] if ":" in name else self._runtime.models()  # those of others are no deployments
+        served = {one.version: one for one in models if one.name == name}
+        # What could not be started keeps its share, for later. To ask for shares has the runtime
+        # write down what it was asked, so it is not done where one version runs.
+        known = dict.fromkeys(served, 1.0) if len(served) == 1 else self._known(name)
         shares = {version: share for version, share in known.items() if share and version in served}
         said = self._said(name) if isinstance(inputs, pd.DataFrame) else {}
         if isinstance(inputs, pd.DataFrame) and self._copies is None:
@@ -246,8 +249,7 @@ class Client(BaseDeploymentClient):
         if self._copies is None:
             return self._seen(name)
         file = self._file(name)
-        kept = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-        return dict(kept)
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else {}
 
     def _seen(self, name: str) -> dict[str, Any]:
         """Return the same of what another machine serves, if it lies there where it lies here."""
