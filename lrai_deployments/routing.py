@@ -32,7 +32,7 @@ from lrai_core.scheduler.state import BACKGROUND, Pending
 from lrai_core.verifier.spec import agreement, difference
 
 if TYPE_CHECKING:
-    from lrai_deployments.deployments import Deployments
+    from lrai_deployments.kept import Kept
 
 _FEWEST_ANSWERS: Final = 20  # of a canary that is judged
 _FALSE_ALARM: Final = 0.01  # probability that a canary as good as the stable version ever fails
@@ -47,7 +47,7 @@ class Route:
 
     def __init__(
         self,
-        core: Deployments,
+        core: Kept,
         shares: Mapping[Version, float],
         shadow: Mapping[Version, float],
         relief: Version | None = None,

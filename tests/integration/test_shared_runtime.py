@@ -849,7 +849,7 @@ def test_who_is_killed_while_it_restores_leaves_the_rest_to_the_next(
             committed.append(name)
 
         patch.setattr(Deployments, "_commit", once)
-        patch.setattr("lrai_deployments.deployments._OPENED", 1)  # one after the other
+        patch.setattr("lrai_deployments.kept._OPENED", 1)  # one after the other
         second = Deployments(config)
         with pytest.raises(Killed):
             second.restore()
