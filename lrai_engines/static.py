@@ -12,7 +12,7 @@ import itertools
 import math
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -175,7 +175,7 @@ def static_int8(
                 ranges[:] = known.read_bytes()
         except _FAULTS as error:
             raise CompileError(f"onnxruntime cannot quantise the model: {reason(error)}") from None
-    _unrounded(quantised)
+    _unround(quantised, {v: node.name for node in marked.graph.node for v in node.output})
     report = list(_report(model, quantised, weighted, keep))
     if not any(line.weight_elements for line in report):
         raise NothingToQuantize("no operator is left that could be quantised")
@@ -346,22 +346,31 @@ def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str,
     return sums, width
 
 
-def _unrounded(model: onnx.ModelProto) -> None:
+def _unround(model: onnx.ModelProto, makers: Mapping[str, str]) -> None:
     """Have products give float32 where float32 reads them, as a model's scores are.
 
     Their kernels can, for nothing; of scores from -25 to 28 a step of 1/255 is .2.
+
+    Args:
+        model: As the quantiser makes it; changed.
+        makers: In float32, by value the operator that gives it: a product that gives another one's
+            is that operator, too, by where its range ends (Relu, Clip).
     """
     made = {name: node for node in model.graph.node for name in node.output}
     readers = defaultdict[str, list[onnx.NodeProto]](list)
     for node in model.graph.node:
         for name in read(node):
             readers[name].append(node)
+    given = {value.name for value in model.graph.output}
     for end in [node for node in model.graph.node if node.op_type == _ROUNDING[1]]:
         start = made.get(end.input[0])
         product = made.get(start.input[0]) if start is not None else None
         if start is None or product is None or product.op_type not in _PRODUCTS:
             continue
+        if product.name not in {makers.get(start.input[0]), makers.get(end.output[0])}:
+            continue
         alone = len(readers[start.input[0]]) == len(readers[start.output[0]]) == 1
+        alone = alone and start.input[0] not in given
         after = [value for reader in readers[end.output[0]] for value in reader.output]
         if alone and not any(r.op_type in _ROUNDING for value in after for r in readers[value]):
             product.output[0] = end.output[0]

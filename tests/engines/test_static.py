@@ -129,6 +129,16 @@ def test_scores_are_not_rounded_and_what_int8_reads_is() -> None:
     assert not kinds & {"DequantizeLinear", "MatMul"}
 
 
+def test_what_is_part_of_a_range_stays_part_of_it() -> None:
+    """The quantiser leaves out a Relu where the range of what it gives begins at 0."""
+    x = np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
+    seen = Sample([[row[None]] for row in x], (spec,))
+    quantised, report = static_int8(plain(), seen, keep=["second"])
+    assert [line.bits for line in report] == [8, 32]
+    assert distance(run(quantised, x), run(plain(), x)) < 0.05
+
+
 def test_a_table_before_the_first_weights_is_in_int8() -> None:
     proto, shape = network(), np.array([-1, *SHAPE])
     size = int(np.prod(SHAPE))
