@@ -32,6 +32,8 @@ _STUB: Final = Path("python", "triton_python_backend_stub")
 
 Backends = Annotated[Path, typer.Option(help="What tritonserver is told; it holds python/.")]
 Python = Annotated[str, typer.Option(help="What will be python3 on the PATH of the server.")]
+Folder = Annotated[Path | None, typer.Option(help="Triton's folder of backends, with lrai/ in it.")]
+Entries = Annotated[Path | None, typer.Option(exists=True, help="Folder of models to look at.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is not lrai's.")]
 
 
@@ -55,13 +57,7 @@ def install(backend_directory: Backends, python: Python = "", *, force: Force = 
 
 @app.command()
 def doctor(
-    backend_directory: Annotated[
-        Path | None, typer.Option(help="Triton's folder of backends, with lrai/ in it.")
-    ] = None,
-    model_repository: Annotated[
-        Path | None, typer.Option(exists=True, help="Folder of model entries to look at.")
-    ] = None,
-    python: Python = "",
+    backend_directory: Folder = None, model_repository: Entries = None, python: Python = ""
 ) -> None:
     """Say what is wrong with an installation and with the models of a repository.
 
@@ -123,11 +119,10 @@ def _check_python(backends: Path, python: str) -> Path:
     less = "" if b"NumpyVersion" in stub else " 'numpy<2'"
     why = done.stderr.strip().rpartition("\n")[2][:200]
     lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: {why};"
-    _demand(
-        done.returncode == 0, f"{lacks} {path} -m pip install '.[triton]'{less} in lrai's checkout"
-    )
+    mended = f"{path} -m pip install"
+    _demand(done.returncode == 0, f"{lacks} {mended} '.[triton]'{less} in lrai's checkout")
     newer = f"numpy {numpy} is newer than the stub, which gives wrong values with it;"
-    _demand(not less or numpy.startswith("1."), f"{newer} {path} -m pip install{less}")
+    _demand(not less or numpy.startswith("1."), f"{newer} {mended}{less}")
     return path
 
 

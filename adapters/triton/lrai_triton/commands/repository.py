@@ -6,6 +6,7 @@ being written, or was moved aside, is named otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -109,25 +110,20 @@ def remove(entry: Entry) -> None:
     ours = [v for v in versions if (entry / str(v) / "model.lrai").exists()]
     if ours == versions:
         raise UsageError(f"{entry} has nothing that onnxruntime can serve; delete the folder")
-    kept = (entry / _ORIGINAL).exists()  # though the backend was changed back by hand
-    if not (ours or kept) and backend_of(text_of(entry / CONFIG)) != "lrai":
+    # There may be an original though the backend was changed back by hand.
+    if not (ours or (entry / _ORIGINAL).exists() or backend_of(text_of(entry / CONFIG)) == "lrai"):
         raise UsageError(f"{entry} has nothing of lrai's")
-    moved = dict[Path, str]()
-    try:
-        with disk_errors(entry):
-            for folder in (entry / str(version) for version in ours):
-                aside = tempfile.mkdtemp(prefix=f"lrai-{folder.name}-", dir=entry)
-                Path(aside).rmdir()  # a folder takes its place as it is, a link does not
-                folder.rename(aside)
-                moved[folder] = aside
-            became = _switch_back(entry)
-    except BaseException:
-        for folder, aside in moved.items():
-            Path(aside).rename(folder)
-        raise
-    for folder, aside in moved.items():
-        out.print(f"version {folder.name} was moved to {aside}")
-    out.print(f"its config.pbtxt {became}")
+    done = list[str]()
+    with contextlib.ExitStack() as undo, disk_errors(entry):
+        for folder in (entry / str(version) for version in ours):
+            aside = Path(tempfile.mkdtemp(prefix=f"lrai-{folder.name}-", dir=entry))
+            aside.rmdir()  # a folder takes its place as it is, a link does not
+            folder.rename(aside)
+            undo.callback(aside.rename, folder)
+            done.append(f"version {folder.name} was moved to {aside}")
+        done.append(f"its config.pbtxt {_switch_back(entry)}")
+        undo.pop_all()
+    out.print(*done, sep="\n")
 
 
 def text_of(file: Path) -> str:
@@ -210,11 +206,7 @@ def _switch_back(entry: Path) -> str:
     config, original = entry / CONFIG, entry / _ORIGINAL
     text, was = text_of(config), text_of(original)
     if original.exists() and text in ("", switched(was)):
-        if config.is_symlink():  # which stays one
-            _replace(config, was)
-            original.unlink()
-        else:
-            original.replace(config)
+        shutil.move(original, config.resolve())  # a link stays one
         return "is what it was before"
     if text.startswith(_WRITTEN):
         names = (f"{CONFIG}.lrai{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1))
