@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from tests.core import small_artifact
 
 REGION = "a_name_that_nobody_may_learn"
 POOL_BYTES = 1 << 20
-CODES = "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE"
+CODES = "INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "CANCELLED"
 
 
 class Tensor:
@@ -125,6 +126,7 @@ class Stub:
             TritonModelException=RuntimeError,
             Logger=SimpleNamespace(log_error=self.log.append),
             MetricFamily=Family,
+            TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
         )
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", self.utils)
         monkeypatch.delitem(sys.modules, "lrai_triton.model", raising=False)
@@ -317,6 +319,56 @@ def test_a_probe_is_answered_by_the_stub_and_who_has_its_id_by_the_model(
     assert probe.outputs["y"].tolist() == [[0, 0, 0]]
     assert other.outputs["y"].tolist() == [[5, 5, 5]]
     assert len(asked) == len(counted) == 1
+
+
+# Who leaves
+
+
+class Leaving(Request):
+    """Whose caller may leave. Triton must not be asked whether he did once it has the answer."""
+
+    def __init__(self) -> None:
+        super().__init__(row())
+        self.left, self.sent = False, list[Any]()
+
+    def is_cancelled(self) -> bool:
+        assert not self.sent
+        return self.left
+
+    def get_response_sender(self) -> Leaving:
+        return self
+
+    def send(self, response: Any, flags: int) -> None:
+        self.sent.append(response)
+
+
+class Asked(Future[Any]):
+    """What a runtime has in its queue; who waits for several learns that one was cancelled."""
+
+    def cancel(self) -> bool:
+        return super().cancel() and not self.set_running_or_notify_cancel()  # once
+
+
+@pytest.mark.parametrize("way", ["lists", "sender"])
+def test_what_a_caller_who_leaves_has_asked_is_taken_out_of_the_queue(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(stub.module, "_LOOK_SECONDS", 0.005)
+    here = {"runtime__address": "embedded", "actor__isolation": "inline"}
+    model, queued = stub.load(execution=way, **here), (Asked(), Asked())
+    monkeypatch.setattr(model._held.runtime, "start_all", lambda _: queued)
+    stays, leaves = Leaving(), Leaving()
+    told: dict[str, Any] = {"model_name": "m", "model_version": "1", "id": "", "parameters": {}}
+    with ThreadPoolExecutor(1) as server:
+        given = server.submit(model.execute, [stays, leaves])
+        leaves.left = True
+        wait([queued[1]])
+        queued[0].set_result(lrai.InferenceResponse(outputs={"y": row()["x"]}, **told))
+        listed = given.result()
+    model.finalize()
+    assert codes(listed or [*stays.sent, *leaves.sent]) == ["", "CANCELLED"]
+    assert (listed is None) == (way == "sender")
+    assert not model._waiting
 
 
 # What is told of a model that does not load

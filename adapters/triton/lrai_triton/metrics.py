@@ -5,21 +5,19 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
 from lrai_core import InferenceResponse, LraiError
 
-_WRITE_SECONDS: Final = 1.0
-
 
 class Metrics:
-    """Counters of one instance, handed to Triton once a second: each addition is a message.
+    """Counters of one instance, handed to Triton now and then: each addition is a message.
 
     `lrai_answered_total` by variant and `lrai_refused_total` by reason, both by model and version.
     """
 
     def __init__(self, pb_utils: Any, model: str, version: str) -> None:
-        """Register the families, as every instance does, and begin to write."""
+        """Register the families, as every instance does."""
         counted, family = {"variant": "answered", "reason": "refused"}, pb_utils.MetricFamily
         self._families = {
             label: family(f"lrai_{what}_total", f"Requests {what}, by {label}", family.COUNTER)
@@ -28,9 +26,8 @@ class Metrics:
         self._labels = {"model": model, "version": version}
         self._metrics: dict[tuple[str, str], Any] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
-        self._lock, self._ended = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._told: Counter[tuple[str, str]] = Counter()  # of them, to Triton
+        self._lock = threading.Lock()
 
     def count(self, outcome: InferenceResponse | LraiError) -> None:
         """Count a request that ended."""
@@ -41,26 +38,13 @@ class Metrics:
         with self._lock:
             self._counts[key] += 1
 
-    def close(self) -> None:
-        """Write what is left."""
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._ended.wait(_WRITE_SECONDS)
-            with suppress(Exception):  # edge: where Triton lacks the memory, next time
-                self._write()
-
-    def _write(self) -> None:
-        with self._lock:
-            counts = self._counts.copy()
-        for (label, value), number in counts.items():
-            if (label, value) not in self._metrics:
-                labels = self._labels | {label: value}
-                self._metrics[label, value] = self._families[label].Metric(labels=labels)
-            if number:
-                self._metrics[label, value].increment(number)
-            with self._lock:  # only what was told is not told again
-                self._counts[label, value] -= number
+    def write(self) -> None:
+        """Tell Triton what was counted since."""
+        with suppress(Exception):  # edge: where Triton lacks the memory, next time
+            for (label, value), number in list(self._counts.items()):
+                if (label, value) not in self._metrics:
+                    labels = self._labels | {label: value}
+                    self._metrics[label, value] = self._families[label].Metric(labels=labels)
+                if (new := number - self._told[label, value]) > 0:
+                    self._metrics[label, value].increment(new)
+                    self._told[label, value] += new

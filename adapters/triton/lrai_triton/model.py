@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
@@ -85,6 +86,10 @@ class TritonPythonModel:
         self._rows = settings.size > 1  # requests have any number of them
         self._queue = HostQueue(settings)
         self.execute = self._send_later if execution == "sender" else self._lists
+        self._waiting: dict[int, tuple[Any, Future[Any]]] = {}  # requests, and what answers them
+        self._looking, self._ended = threading.Lock(), threading.Event()
+        self._beside = threading.Thread(target=self._run_beside, daemon=True)
+        self._beside.start()
 
     def is_ready(self) -> bool:
         """Return whether the model makes progress; servers that know this hook ask it."""
@@ -96,12 +101,15 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Let go of the model."""
         self._held.close()
-        self._metrics.close()
+        self._ended.set()
+        self._beside.join()
+        self._metrics.write()
 
     def _lists(self, requests: Sequence[Any]) -> list[Any]:
         """Return the responses to a list of requests, in its order."""
         answers = self._start(requests)
-        _wait(requests, answers)
+        # Once for all: a thread that is woken for every answer takes the core from the model.
+        wait([answer for answer in answers if isinstance(answer, Future)])
         self._queue.answered()
         return self._responses(requests, answers)
 
@@ -123,13 +131,33 @@ class TritonPythonModel:
         except Exception as error:  # noqa: BLE001 - edge: this is nobody's call
             pb_utils.Logger.log_error(f"an answer could not be sent: {type(error).__name__}")
 
+    def _run_beside(self) -> None:
+        """Take out of the queue what those who have left asked for; tell what was counted."""
+        before, server = set[int](), os.getppid()
+        # One that was killed answers no message, and a stub that waits for it does not end.
+        while not self._ended.wait(_LOOK_SECONDS) and os.getppid() == server:
+            for key in before:  # which was there a look ago: to ask the server is a message
+                self._look_at(key)
+            before = set(self._waiting)
+            self._metrics.write()
+
+    def _look_at(self, key: int) -> None:
+        with self._looking:
+            pair = self._waiting.get(key)
+            if pair is None or pair[1].done() or not pair[0].is_cancelled():
+                return
+        pair[1].cancel()  # which answers it, where answers go one by one
+
     def _start(self, requests: Sequence[Any]) -> list[Started]:
         rows = [int(request.inputs()[0].shape()[0]) for request in requests] if self._rows else ()
         allowed = self._queue.take([request.timeout() for request in requests], rows)
         asked = [self._request(*pair) for pair in zip(requests, allowed, strict=True)]
         right = [one for one in asked if isinstance(one, lrai.InferenceRequest)]
         started = iter(self._held.runtime.start_all(right))
-        return [next(started) if isinstance(one, lrai.InferenceRequest) else one for one in asked]
+        found = [next(started) if isinstance(one, lrai.InferenceRequest) else one for one in asked]
+        pairs = zip(requests, found, strict=True)
+        self._waiting |= {id(one): (one, its) for one, its in pairs if isinstance(its, Future)}
+        return found
 
     def _request(self, request: Any, timeout_ms: float | None) -> lrai.InferenceRequest | Outcome:
         try:
@@ -183,6 +211,8 @@ class TritonPythonModel:
                     outcome = lrai.NotReady("the server has no memory left for the answer")
             responses.append(self._response(outcome, tensors))
             self._inside.pop(id(request), None)
+            with self._looking:  # the server must not be asked about what it has the answer to
+                self._waiting.pop(id(request), None)
         return responses
 
     def _room_bytes(self) -> int:
@@ -216,21 +246,6 @@ def _bytes_of(tensors: Mapping[str, Any]) -> int:
     texts = [array.flat for array in tensors.values() if array.dtype.hasobject]
     content_bytes = sum(len(text.encode()) for array in texts for text in array)
     return content_bytes + sum(1024 + int(array.nbytes) for array in tensors.values())
-
-
-def _wait(requests: Sequence[Any], answers: Sequence[Started]) -> None:
-    """Return when all have ended; who leaves meanwhile is taken out of the queue.
-
-    One wait for all: a thread that is woken for every answer takes the core from the model.
-    """
-    pairs = zip(answers, requests, strict=True)
-    waiting = {answer: request for answer, request in pairs if isinstance(answer, Future)}
-    while waiting:
-        left = wait(waiting, _LOOK_SECONDS).not_done
-        waiting = {answer: waiting[answer] for answer in left}
-        for answer in left:  # `wait` does not see that one was cancelled
-            if waiting[answer].is_cancelled() and answer.cancel():  # a message, there and back
-                del waiting[answer]
 
 
 def _outcome(answer: Started) -> Outcome:
