@@ -788,6 +788,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     [(1, 0.0, 0, False), (0, 0.0, 0, True), (0, 30.0, 0, False), (0, 0.0, 60, False)],
 )
 def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     answers: int,
     silent_seconds: float,
@@ -806,7 +807,7 @@ def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
 
     monkeypatch.setattr(supervise, "_ask", ask)
     monkeypatch.setattr(supervise._Model, "start", lambda model: None)
-    model = supervise._Model("http://nowhere", "m", 1.0, silent_seconds)
+    model = supervise._Model("http://nowhere", "m", 1.0, silent_seconds, tmp_path)
     found = [model._dead("1", model._count()["1"], [1]) for _ in range(2)][-1]
     assert ("it has given no answer for" in found) is dead
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import typer
 
 import lrai_core as lrai
 from lrai_triton.commands import supervise
+from tests.core import small_artifact
 from tests.own_runtime import daemon_pids, own_runtime
 
 
@@ -190,13 +192,12 @@ def test_what_would_end_a_program_ends_the_server(
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("step", ["status", "start"])
-def test_a_signal_before_there_is_a_server_leaves_nothing(tmp_path: Path, step: str) -> None:
+def test_a_signal_before_there_is_a_server_leaves_nothing(tmp_path: Path) -> None:
     path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
     command = [*supervise._LRAI, "triton", "serve", "--", backends]
     with own_runtime(PATH=path) as sockets, subprocess.Popen(command) as serve:
         try:
-            while not runs_below(serve.pid, f"runtime\0{step}"):
+            while not runs_below(serve.pid, "runtime\0start"):
                 assert serve.poll() is None
                 time.sleep(0.005)
             serve.terminate()
@@ -205,6 +206,57 @@ def test_a_signal_before_there_is_a_server_leaves_nothing(tmp_path: Path, step: 
             serve.kill()
         assert daemon_pids(sockets) == []
     assert not (tmp_path / "given").exists()
+
+
+# As of an actor that is started while `held` is there, and whose runtime lives.
+LATE = (
+    'while test -e {held}; do test -d /proc/$PPID || exit 1; sleep 0.02; done\nexec {python} "$@"'
+)
+
+
+@pytest.mark.timeout(180)
+def test_a_signal_is_heard_while_the_runtime_restores_its_models(tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    python = program(tmp_path / "python", LATE.format(held=held, python=sys.executable))
+    path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
+    model = small_artifact.build(tmp_path / "m.lrai")
+    late = {"LRAI_ACTOR_PYTHON": str(python), "LRAI_ACTOR_START_TIMEOUT_SECONDS": "600"}
+    with own_runtime(PATH=path, **late) as sockets:
+        for arguments in (["start"], ["load", str(model)]):
+            subprocess.run([*supervise._LRAI, "runtime", *arguments], check=True)
+        held.touch()
+        (killed,) = daemon_pids(sockets)
+        os.kill(killed, signal.SIGKILL)
+        command = [*supervise._LRAI, "triton", "serve", "--", backends]
+        with subprocess.Popen(command) as serve:
+            try:
+                while not any(runs_below(pid, str(python)) for pid in daemon_pids(sockets)):
+                    assert serve.poll() is None
+                    time.sleep(0.005)
+                serve.terminate()
+                assert serve.wait(90) == 128 + signal.SIGTERM
+            finally:
+                serve.kill()
+                held.unlink()
+        assert daemon_pids(sockets) == []
+    assert not (tmp_path / "given").exists()
+
+
+def test_where_a_second_signal_comes_nothing_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime that was begun does not end: it may be at a folder that hangs."""
+    begun, up = tmp_path / "begun", tmp_path / "up"
+    deaf = f"trap 'kill -INT {os.getpid()}' TERM; touch {up}; {WAITS}"
+    script = f"({deaf}) >/dev/null &\necho $! > {begun}\nwhile ! test -e {up}; do sleep 0.02; done"
+    stand_in = program(tmp_path / "lrai", f"{script}\nkill -TERM $PPID\nwait")
+    monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
+    path, backends = planted(tmp_path, "exit 0")
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises(typer.Exit) as caught:
+        supervise.serve([backends])
+    os.kill(int(begun.read_text()), signal.SIGKILL)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
 
 
 def runs_below(parent: int, words: str) -> bool:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ pytestmark = pytest.mark.server
 LRAI = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
 BACK_SECONDS = 30  # five, says benchmarks/triton_faults.py
 BODY = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, WIDTH], "data": [1, 2, 3, 4]}]}
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what a watch keeps lie in a folder of the test's own."""
+    monkeypatch.setenv("LRAI_RUNTIME_SOCKET_DIR", str(tmp_path))
 
 
 def answers(address: str, model: str, seconds: float = 5.0) -> bool:
@@ -270,6 +277,92 @@ def test_what_somebody_has_unloaded_stays_unloaded(triton: Triton, tmp_path: Pat
             time.sleep(2)
             assert not triton.http.is_model_ready("leaves")
         assert not watch.said("reloading")
+
+
+class Front(ThreadingHTTPServer):
+    """In front of a server, which hears of no load until `passes` is set.
+
+    Attributes:
+        stopped: Set when somebody has asked for one.
+        looks: How often somebody has asked what is ready.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, behind: str) -> None:
+        super().__init__((HOST, 0), Passing)
+        self.behind, self.url = behind, f"http://{HOST}:{self.server_port}"
+        self.passes, self.stopped, self.looks = threading.Event(), threading.Event(), 0
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+
+    def __enter__(self) -> Front:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.passes.set()
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class Passing(BaseHTTPRequestHandler):
+    server: Front
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.looks += self.path.endswith("/index")
+        if self.path.endswith("/load") and not self.server.passes.is_set():
+            self.server.stopped.set()
+            self.server.passes.wait()
+            return  # who asked was killed meanwhile, before he asked
+        connection = http.client.HTTPConnection(self.server.behind, timeout=60)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        reply = connection.getresponse()
+        content = reply.read()
+        connection.close()
+        self.send_response(reply.status)
+        self.send_header("Content-Type", reply.headers["Content-Type"])
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_what_a_watch_was_reloading_when_it_was_killed_the_next_one_loads(
+    triton: Triton, tmp_path: Path
+) -> None:
+    with (
+        triton.serving("cut", {1: identity(tmp_path / "m.onnx")}, config("lrai")),
+        Front(triton.server.http) as front,
+    ):
+        asked = ("--url", front.url, "--interval", "0.1")
+        watch = Watch(*asked)
+        wait_until(lambda: watch.said("cut is watched"))
+        kill(*triton.server.stub_pids()["cut"])
+        assert front.stopped.wait(60)
+        kill(watch.process.pid)
+        watch.wait(10)
+        assert not triton.http.is_model_ready("cut")
+        front.passes.set()
+        watch = Watch(*asked)
+        try:
+            wait_until(lambda: watch.said("cut: reloaded"), 60)
+            assert answers(triton.server.http, "cut")
+        finally:
+            watch.close()
+        triton.http.unload_model("cut")  # by hand
+        looks, watch = front.looks, Watch(*asked)
+        try:
+            wait_until(lambda: front.looks > looks + 5)
+        finally:
+            watch.close()
+        assert not watch.said("cut")
 
 
 def test_a_server_of_another_mode_is_refused(prepared: Prepared, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import math
 import os
 import re
 import secrets
@@ -24,11 +23,12 @@ from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import typer
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, UsageError, load_config
+from lrai_import.built import state_folder
 from lrai_triton.commands.app import app, out
 from lrai_triton.settings import WATCH
 
@@ -47,9 +47,7 @@ _SIZES: Final = {"BOOL": 1, "BYTES": 4}  # of a zero, in bytes; of an empty text
 Models = Annotated[list[str] | None, typer.Option(help="Model to watch; by default all of LRAI's.")]
 Url = Annotated[str, typer.Option(help="Where the server answers HTTP.")]
 Interval = Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")]
-Silent = Annotated[
-    float, typer.Option(min=1.0, help="Seconds without an answer after which a model is dead.")
-]
+Silent = Annotated[float, typer.Option(min=1.0, help="Seconds until a silent model is dead.")]
 Watched = Annotated[bool, typer.Option("--watch/--no-watch", help="Reload models that have died.")]
 Arguments = Annotated[list[str], typer.Argument(help="Those of tritonserver, after --.")]
 
@@ -61,10 +59,14 @@ def watch(
     """Reload models whose process has died; needs a server with --model-control-mode=explicit.
 
     A model that gets its requests answered is left alone; else it is sent one, which its stub
-    answers by itself.
+    answers by itself. What a watch was at when it was killed, the next one goes on with.
     """
     if urlsplit(url).scheme != "http":
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
+    marks = Path(os.devnull)  # where there is no place for them
+    with contextlib.suppress(OSError, EnvironmentProblem):
+        marks = state_folder(load_config()) / f"watch-{quote(urlsplit(url).netloc)}"
+        marks.mkdir(mode=0o700, exist_ok=True)
     watched, said = dict[str, _Model](), ""
     while True:
         words = f"watching {url}"
@@ -75,21 +77,22 @@ def watch(
                     raise EnvironmentProblem(f"{url} has not got --model-control-mode=explicit")
                 if status == http.client.FORBIDDEN:
                     raise EnvironmentProblem(f"{url} wants another {_HEADER}: set {_KEY} to it")
-            ready = _models(url)
+            ready, marked = _models(url), [unquote(path.name) for path in marks.glob("*")]
+            # A server that was started since then has not had it.
+            left = [name for name in marked if name in _index(url, ready=False)]
             alive = not watched or any(each.is_alive() for each in watched.values())
-            if not alive and (model or not _ready(url)):  # what others serve is not ours to end
-                break
-            for name in model or ready:
+            if not alive and (model or not _index(url)):  # what others serve is not ours to end
+                raise ConditionNotMet(f"no model is left to watch; given up: {', '.join(watched)}")
+            for name in model or [*ready, *left]:
                 known = watched.get(name)  # one that was given up may have been loaded again
                 if known is None or (not known.is_alive() and name in ready):
-                    watched[name] = _Model(url, name, interval, silent_seconds)
+                    watched[name] = _Model(url, name, interval, silent_seconds, marks)
         except _LOST as error:
             words = f"no answer from {url}: {error}"
         if words != said:
             say(words)
             said = words
         time.sleep(interval)
-    raise ConditionNotMet(f"no model is left to watch; given up: {', '.join(watched)}")
 
 
 @app.command()
@@ -120,12 +123,19 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         host = _given(arguments, "http-address", "127.0.0.1")  # 0.0.0.0 leads there, too
         url = f"http://{host}:{_given(arguments, 'http-port', '8000')}"
         commands.append([*_LRAI, "triton", "watch", "--url", url])
-    told = list[int]()
+    told, ours = list[int](), False
     # From now on: process 1 of a container hears nothing that it does not handle.
     before = _handled_by(lambda number, _: told.append(number))
     try:
-        status = _run_beside_runtime(commands, told)
+        # The runtime is not left to the first stub: like this its settings are those given here,
+        # whatever model loads first, what is wrong with it is said at once, and it lives on during
+        # reloads.
+        if "://" not in load_config().runtime.address:  # else it runs on another machine
+            ours = _start_runtime(told)
+        status = -told[0] if told else _run_both(commands, told)
     finally:
+        if ours:
+            subprocess.run([*_LRAI, "runtime", "stop"], capture_output=True, check=False)
         for kept, handler in before.items():
             signal.signal(kept, handler)
     raise typer.Exit(status if status >= 0 else 128 - status)
@@ -134,16 +144,19 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
 class _Model(threading.Thread):
     """A model that is watched, until reloading it helps no more. A slow load delays no other's."""
 
-    def __init__(self, url: str, name: str, interval: float, silent_seconds: float) -> None:
+    def __init__(
+        self, url: str, name: str, interval: float, silent_seconds: float, marks: Path
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self._url, self._path, self._interval = url, f"/models/{quote(name)}", interval
         self._counts: dict[str, Any] = {}  # by version, as are the next two
         self._stubs = _stubs(name)
-        self._left, self._left_until = set[int](), math.inf  # stubs of before a reload, their time
+        self._left, self._left_until = set[int](), 0.0  # stubs of before a reload, their time
         self._silent: dict[str, float] = {}  # since when probes got no answer
         self._silent_seconds = silent_seconds
         self._reloads: list[float] = []
-        self._unloaded = ""  # by this watch, and why
+        self._mark = marks / quote(name, safe="")  # there as long as the next is not empty
+        self._unloaded = "a watch was killed while it reloaded it" if self._mark.exists() else ""
         self.start()
 
     def run(self) -> None:
@@ -153,9 +166,10 @@ class _Model(threading.Thread):
             try:
                 stubs, counts = _stubs(self.name), self._count()  # one that is loaded has a stub
                 self._end_left(stubs)
+                self._note("" if counts else self._unloaded)  # whoever has loaded it
                 deaths = [self._dead(each, counts[each], stubs[each]) for each in counts]
                 self._counts, self._stubs = self._count(), stubs  # with the probes
-                why = next(filter(None, deaths), "" if counts else self._unloaded)
+                why = next(filter(None, deaths), self._unloaded)
                 if why and not self._reload(why):
                     return
             except _LOST:  # `watch` says so
@@ -170,11 +184,9 @@ class _Model(threading.Thread):
     def _end_left(self, stubs: Mapping[str, Collection[int]]) -> None:
         """End what Triton forgets, which unloads a model of several stubs of which one is dead."""
         self._left &= _pids(stubs)
-        if self._left and time.monotonic() > self._left_until:
-            for pid in self._left:
-                with contextlib.suppress(OSError):  # it has ended, or is another user's
-                    os.kill(pid, signal.SIGKILL)
-            self._left.clear()
+        for pid in self._left if time.monotonic() > self._left_until else ():
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                os.kill(pid, signal.SIGKILL)
 
     def _dead(self, version: str, now: Any, stubs: Collection[int]) -> str:
         """Return in what way a version is dead, nothing if it lives."""
@@ -218,6 +230,7 @@ class _Model(threading.Thread):
         if len(self._reloads) >= _MOST_RELOADS:
             # Nobody else would find out: a model that is dead is "ready" as long as it is loaded.
             _ask(self._url, f"{path}/unload", b"{}")
+            self._note("")
             say(f"{self.name}: {why} after {_MOST_RELOADS} reloads in a minute: unloaded, given up")
             return False
         if self._reloads:
@@ -225,10 +238,10 @@ class _Model(threading.Thread):
             time.sleep(max(0.0, self._reloads[-1] + 2 ** (len(self._reloads) - 1) - now))
             if not self._unloaded and (not self._count() or _pids(_stubs(self.name)) - seen):
                 return True  # somebody has unloaded or loaded it meanwhile
-        self._unloaded, begun = why, time.monotonic()
-        self._left_until, before = math.inf, _pids(_stubs(self.name))
+        begun, before = time.monotonic(), _pids(_stubs(self.name))
         self._reloads.append(begun)
         say(f"{self.name}: {why}; reloading it")
+        self._note(why)
         _ask(self._url, f"{path}/unload", b"{}")
         status, answer = _ask(self._url, f"{path}/load", b"{}")
         self._silent.clear()
@@ -236,9 +249,15 @@ class _Model(threading.Thread):
         servers = {_parent(pid) for pid in now_there - before}  # another one has stubs of its own
         self._left = {pid for pid in now_there & before if _parent(pid) in servers}
         self._left_until = time.monotonic() + self._silent_seconds  # to answer what they have
-        self._unloaded = "" if status == http.client.OK else f"it did not load: {answer}"
+        self._note("" if status == http.client.OK else f"it did not load: {answer}")
         say(f"{self.name}: {self._unloaded or f'reloaded in {time.monotonic() - begun:.1f} s'}")
         return True
+
+    def _note(self, unloaded: str) -> None:
+        """Take note why this watch has unloaded it, if it has; in a file for the next one."""
+        self._unloaded = unloaded
+        with contextlib.suppress(OSError):  # it has none, or the disk is full
+            (self._mark.touch if unloaded else self._mark.unlink)()
 
 
 def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) -> tuple[int, Any]:
@@ -262,16 +281,16 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
 
 def _models(url: str) -> list[str]:
     """Return the names of the models that are ready and LRAI's."""
-    paths = {name: f"/models/{quote(name)}/config" for name in _ready(url)}
+    paths = {name: f"/models/{quote(name)}/config" for name in _index(url)}
     return [name for name, path in paths.items() if _ask(url, path)[1].get("backend") == "lrai"]
 
 
-def _ready(url: str) -> list[str]:
-    """Return the names of the models that are ready."""
-    status, index = _ask(url, "/repository/index", b'{"ready": true}')
+def _index(url: str, *, ready: bool = True) -> list[str]:
+    """Return the names of the models that are ready, or of all that this server has ever loaded."""
+    status, index = _ask(url, "/repository/index", json.dumps({"ready": ready}).encode())
     if status != http.client.OK or not isinstance(index, list):
         raise ValueError(f"status {status}")  # as of one that is no Triton
-    return [each["name"] for each in index]
+    return [each["name"] for each in index if each.get("state")]
 
 
 def _stubs(model: str) -> defaultdict[str, list[int]]:
@@ -294,9 +313,10 @@ def _pids(stubs: Mapping[str, Collection[int]]) -> set[int]:
 
 def _parent(pid: int) -> int:
     """Return the process that has started it, 0 if it has ended."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError):
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        return int(text.rpartition(")")[2].split()[1])
+        state, parent, *_ = text.rpartition(")")[2].split()
+        return int(parent) if state != "Z" else 0
     return 0
 
 
@@ -320,27 +340,30 @@ def _given(arguments: list[str], name: str, default: str = "") -> str:
     return found[-1] if found else default
 
 
-def _run_beside_runtime(commands: list[list[str]], told: list[int]) -> int:
-    """Return what `_run_both` does; the shared runtime is there before, and ends if it was not.
+def _start_runtime(told: list[int]) -> bool:
+    """Have the shared runtime run; return whether it was started for that.
 
-    It is not left to the first stub: like this its settings are those given here, whatever model
-    loads first, what is wrong with it is said at once, and it lives on during reloads.
+    One that is started here is ended again where this is told to end meanwhile: by a signal, for it
+    hears no client until it serves what it served before, which may take minutes.
     """
-    runtime, ours = [*_LRAI, "runtime"], False
-    try:
-        here = "://" not in load_config().runtime.address  # else it runs on another machine
-        if here:
-            known = subprocess.run([*runtime, "status"], capture_output=True, check=False)
-            ours = known.returncode != 0 and not told  # unless somebody else is quicker
-        if here and not told:
-            done = subprocess.run([*runtime, "start"], stdout=subprocess.PIPE, check=False)
-            if done.returncode and not told:
-                raise EnvironmentProblem("the shared runtime cannot be started, see above")
-            ours = ours and (done.returncode != 0 or b"was started" in done.stdout)
-        return -told[0] if told else _run_both(commands, told)
-    finally:
-        if ours:
-            subprocess.run([*runtime, "stop"], capture_output=True, check=False)
+    command = [*_LRAI, "runtime", "start"]
+    # In a group of its own, as the others are: Ctrl-C comes from here alone.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as start:
+        while start.poll() is None and not told:
+            time.sleep(_LOOK_SECONDS)
+        if start.poll() is None:
+            start.send_signal(signal.SIGSTOP)  # lest it starts the next one
+            running = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
+            begun = [pid for pid in running if _parent(pid) == start.pid]
+            for pid in begun:
+                os.kill(pid, signal.SIGTERM)
+            while any(map(_parent, begun)) and len(told) == 1:  # a second signal waits for nothing
+                time.sleep(_LOOK_SECONDS)
+            start.kill()
+        said, _ = start.communicate()
+    if start.returncode and not told:
+        raise EnvironmentProblem("the shared runtime cannot be started, see above")
+    return b"was started" in said
 
 
 def _run_both(commands: list[list[str]], told: list[int]) -> int:
@@ -360,8 +383,6 @@ def _run_both(commands: list[list[str]], told: list[int]) -> int:
             ended = watches[0].poll() if watches else None
             if ended == _GIVEN_UP:  # whoever runs us starts us anew
                 say("no model is left: the server ends, too")
-                server.terminate()
-                server.wait()
                 return _GIVEN_UP
             if ended == EnvironmentProblem.exit_code:
                 say("nothing is watched, for the reason above")
