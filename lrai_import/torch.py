@@ -5,37 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnx
 
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec
+from lrai_import.compared import compare, made_up
 
 _OPSET: Final = 18
-_ROWS: Final = 2  # torch takes a free dimension of 1 for a fixed one
-_EXTENT: Final = 8
-# Rows, extents, and by how much each of another name is more than the one before, at which it is
-# compared with the module: which may ask whether two are the same, or which is larger.
-_OTHERS: Final = ((1, 5, 0), (3, 40, 0), (2, 20, 3), (2, 20, -3))
 _ESCAPES: Final = re.compile("\x1b\\[[0-9;]*m")
-_DTYPES: Final = {
-    "BOOL": np.bool_,
-    "UINT8": np.uint8,
-    "INT8": np.int8,
-    "INT16": np.int16,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "FP16": np.float16,
-    "FP32": np.float32,
-    "FP64": np.float64,
-}
 
 
 def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
@@ -59,8 +40,10 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         raise EnvironmentProblem(f"{error.name} is needed: pip install 'lrai[torch]'") from None
     if not inputs:
         raise CompileError("a signature of tensors is needed to trace a module: it has none")
+    if texts := [spec.name for spec in inputs if spec.datatype == "BYTES"]:
+        raise CompileError(f"input {texts[0]!r} is of BYTES, which torch does not have")
     inputs = _in_order(model, inputs)
-    values = tuple(torch.from_numpy(_made_up(spec)) for spec in inputs)
+    values = tuple(torch.from_numpy(made_up(spec)) for spec in inputs)
     auto = torch.export.Dim.AUTO
     free = tuple(
         {i: auto for i, extent in enumerate(spec.shape) if not isinstance(extent, int)}
@@ -87,7 +70,14 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             raise CompileError(why) from None
         made = onnx.load(path)
         _check_free(made, inputs)
-        _compare(model, path, inputs)
+
+        def answer(rows: Mapping[str, Any]) -> list[Any]:
+            with torch.no_grad():
+                return _arrays(model(*map(torch.from_numpy, rows.values())))
+
+        what = f"{type(model).__name__}, traced,"
+        why = "it may branch on an extent; use torch.cond, or fix it in the signature"
+        compare(answer, path, inputs, what=what, why=why)
     return made
 
 
@@ -106,40 +96,6 @@ def _in_order(model: Any, inputs: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
     raise CompileError(f"the signature has {given}, which is not how forward begins: {known}")
 
 
-def _compare(model: Any, path: Path, inputs: Sequence[TensorSpec]) -> None:
-    """Refuse what was traced at one size and answers otherwise at others.
-
-    A module that branches on an extent has one branch in its graph. Sizes that it refuses itself
-    are passed over, and so is one that answers the same input twice differently.
-    """
-    import onnxruntime
-    import torch
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    # Whole numbers of 1 too: a mask of 0 would hide everything, and 1 may be beyond a table.
-    free = dict.fromkeys(one for s in inputs for one in s.shape[1:] if isinstance(one, str))
-    for (rows, extent, more), fill in product(_OTHERS, (0, 1)):
-        extents = {name: max(2, extent + more * k) for k, name in enumerate(free)}
-        values = [_made_up(spec, rows, extents, fill) for spec in inputs]
-        feeds = {s.name: v for s, v in zip(inputs, values, strict=True) if s.name in names}
-        answers = list[list[Any]]()
-        with torch.no_grad(), suppress(Exception):  # of a module anything may come
-            answers += (_arrays(model(*map(torch.from_numpy, values))) for _ in range(2))
-        if len(answers) < 2 or not _alike(*answers):
-            continue
-        made: list[Any] | None = None
-        with suppress(Exception):  # the graph refuses what the module takes
-            made = session.run(None, feeds)
-        if made is None or not _alike(answers[0], made):
-            sizes = ", ".join(map(str, dict.fromkeys(extents.values()))) or str(extent)
-            size = f"{rows} rows and free extents of {sizes}"
-            why = "it may branch on an extent; use torch.cond, or fix it in the signature"
-            raise CompileError(
-                f"{type(model).__name__}, traced, answers otherwise for {size}: {why}"
-            )
-
-
 def _arrays(answer: Any) -> list[Any]:
     """Return the tensors in what a module gives, in order."""
     if isinstance(answer, Mapping):
@@ -147,17 +103,6 @@ def _arrays(answer: Any) -> list[Any]:
     if isinstance(answer, list | tuple):
         return [array for part in answer for array in _arrays(part)]
     return [answer.numpy()] if hasattr(answer, "numpy") else []
-
-
-def _alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Return whether they are the same but for rounding; what graphs lack, as caches, is not."""
-    if len(first) != len(second):
-        return True
-    for a, b in zip(first, second, strict=True):
-        size = float(np.abs(a.astype(np.float64)).max(initial=1.0, where=np.isfinite(a)))
-        if a.shape != b.shape or not np.allclose(a, b, 1e-3, 1e-3 * size, equal_nan=True):
-            return False
-    return True
 
 
 def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
@@ -168,19 +113,3 @@ def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
             if not isinstance(extent, int) and dim.HasField("dim_value"):
                 free = f"input {spec.name!r}: dimension {axis} is free in the signature"
                 raise CompileError(f"{free}; the module, traced, takes {dim.dim_value} only")
-
-
-def _made_up(
-    spec: TensorSpec, rows: int = _ROWS, free: Mapping[str, int] | None = None, fill: int = 0
-) -> np.ndarray[Any, Any]:
-    if spec.datatype not in _DTYPES:
-        raise CompileError(f"input {spec.name!r} is of {spec.datatype}, which torch does not have")
-    shape = [
-        extent if isinstance(extent, int) else (free or {}).get(extent, _EXTENT) if i else rows
-        for i, extent in enumerate(spec.shape)
-    ]
-    if spec.datatype.startswith("FP"):
-        # Each has other numbers, or nobody would see that two have changed places.
-        values = np.random.default_rng(zlib.crc32(spec.name.encode())).normal(size=shape)
-        return values.astype(_DTYPES[spec.datatype])
-    return np.full(shape, fill, _DTYPES[spec.datatype])

@@ -109,7 +109,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
         raise CompileError(f"tensor {shorten(value.name)!r} {problem}, which is not supported")
     shape: list[int | str] = []
     for index, dim in enumerate(tensor.shape.dim):
-        fixed = dim.dim_value if dim.HasField("dim_value") else 0
+        fixed = max(0, dim.dim_value)  # some exporters write -1 for what is free
         name = not dim.dim_param.startswith("unk__") and dim.dim_param  # which tf2onnx makes up
         shape.append(fixed or name or f"{value.name}.{index}")
     kind, told = _DATATYPES[tensor.elem_type], value.doc_string == Imported.DERIVED

@@ -124,8 +124,9 @@ def test_what_answers_otherwise_at_a_newer_opset_is_refused(tmp_path: Path) -> N
         load(save(proto, tmp_path / "m.onnx"), print)
 
 
-def test_a_negative_extent_is_a_free_one(tmp_path: Path) -> None:
-    proto = linear()
+@pytest.mark.parametrize("opset", [13, 17])
+def test_a_negative_extent_is_a_free_one(tmp_path: Path, opset: int) -> None:
+    proto = linear(opset=opset)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
     found = load(save(proto, tmp_path / "m.onnx"), print).model
     assert not found.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
