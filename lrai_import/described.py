@@ -1,6 +1,7 @@
 """A model with what comes before and after it, as TOML tells: `lrai compile served.toml -o NAME`.
 
-    model = "classifier.onnx"
+    model = "classifier.onnx"     # or the folder of a SavedModel of TensorFlow, of which another
+    # signature = "classify"      # than serving_default may be named
 
     [preprocess.photo]            # what callers send instead of the model's own input
     input = "image"               # …which is this one
@@ -39,6 +40,7 @@ from msgspec import Meta
 
 from lrai_core import CompileError, Imported
 from lrai_import import onnx as onnx_files
+from lrai_import import saved_model
 from lrai_import.around import Around, Post
 from lrai_import.pixels import Pixels, put_pixels
 from lrai_import.texts import Text, put_text
@@ -51,6 +53,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The file."""
 
     model: str
+    signature: str = ""
     preprocess: dict[Annotated[str, Meta(min_length=1, max_length=120)], Pixels | Text] = {}
     postprocess: Post | None = None
 
@@ -66,7 +69,13 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
     """
     files = _Files(path)
     described = _read(path, files)
-    inner = onnx_files.load(files.find(described.model, "model"), notify)
+    source = files.find(described.model, "model")
+    if source.is_dir():
+        inner = saved_model.load(source, notify, described.signature)
+    elif described.signature:
+        raise CompileError("signature is of a SavedModel, and the model is a file")
+    else:
+        inner = onnx_files.load(source, notify)
     around = Around(inner.model)
     for name, spec in described.preprocess.items():
         if isinstance(spec, Text):
@@ -115,7 +124,8 @@ class _Files:
         file = self._folder / name
         try:
             file = file.resolve()
-            inside, there = file.is_relative_to(self._folder.resolve()), file.is_file()
+            inside = file.is_relative_to(self._folder.resolve())
+            there = file.is_file() or (what == "model" and file.is_dir())
         except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is none
             inside, there = True, False
         if not inside:

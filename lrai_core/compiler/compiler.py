@@ -82,8 +82,8 @@ def compile(
     """Compile an ONNX model into an artifact: fp32, and the fastest forms that pass the gate.
 
     Args:
-        model: ONNX file, opset 17 or later (lower is upgraded where possible), or one of a kind
-            that an installed importer reads.
+        model: ONNX file, opset 17 or later (lower is upgraded where possible), or what another
+            installed importer reads: a `.toml`, or the folder of a SavedModel.
         out: Directory to write, `NAME.lrai`; must not exist.
         calibration: Rows that forms are made for: ranges of activations, and where int8 does harm;
             128 of them, drawn by `seed`. By default a tenth of the evaluation rows.

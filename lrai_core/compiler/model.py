@@ -30,7 +30,7 @@ _DATATYPES: Final[dict[int, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """What an importer, an entry point of the group `lrai.importers`, makes of a file.
+    """What an importer, an entry point of the group `lrai.importers`, makes of a model.
 
     Attributes:
         model: Opset 17 or later, without local functions, its weights inline.
@@ -52,14 +52,14 @@ def load_model(path: Path, notify: Callable[[str], None]) -> tuple[onnx.ModelPro
     """Return the model in the file, weights inline, read by the importer of its kind.
 
     An importer is an entry point of the group `lrai.importers`, named like the suffix that it
-    reads. What is of no such suffix is read as ONNX.
+    reads, that of a folder `SavedModel`. What is of no such suffix is read as ONNX.
 
     Raises:
         CompileError: The importer cannot use the file.
         EnvironmentProblem: The importer is not installed, or not whole.
     """
     importers = entry_points(group="lrai.importers")
-    suffix = path.suffix.removeprefix(".").lower()
+    suffix = "SavedModel" if os.path.isdir(path) else path.suffix.removeprefix(".").lower()  # noqa: PTH112 - is_dir may raise
     kind = suffix if suffix in importers.names else "onnx"
     try:
         importer: Importer = importers[kind].load()
@@ -71,7 +71,7 @@ def load_model(path: Path, notify: Callable[[str], None]) -> tuple[onnx.ModelPro
     except CompileError as error:
         if kind == suffix:
             raise
-        known = ", ".join(f".{name}" for name in sorted(importers.names))
+        known = ", ".join(sorted(importers.names))
         problem = f"read as ONNX: no importer is for {shorten(path.suffix)!r}, there are {known}"
         raise type(error)(f"{error} ({problem})") from None
     operators = len(found.model.graph.node)

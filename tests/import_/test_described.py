@@ -199,6 +199,7 @@ def test_a_vector_is_made_one_of_length_one(text: Path) -> None:
         ("x = " + "9" * 5_000, "is not TOML"),
         ("[postprocess]\noutput = 'logits'", "'logits' is none of the model's: scores"),
         ("[postprocess]\npool = 'mean'", "no output [batch, length, width] of one text"),
+        ("signature = 'less'", "signature is of a SavedModel, and the model is a file"),
         ("preprocess = 3", "described.toml"),
         ("[postprocess", "is not TOML"),
     ],

@@ -25,6 +25,11 @@ def import_odd(path: Path, notify: Callable[[str], None]) -> lrai.Imported:
     return lrai.Imported(model=linear(), sha256="ab", opset=17)
 
 
+def import_folder(path: Path, notify: Callable[[str], None]) -> lrai.Imported:
+    """Stand for the importer of folders."""
+    return lrai.Imported(model=linear(), sha256=path.name, opset=17)
+
+
 ONNX, ODD = "lrai_import.onnx:load", f"{__name__}:{import_odd.__name__}"
 
 
@@ -64,13 +69,26 @@ def test_a_suffix_is_read_by_the_importer_of_its_name(
         load_model(tmp_path / "m.odd", notes.append)
 
 
+def test_a_folder_is_read_by_the_importer_of_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, onnx=ONNX, SavedModel=f"{__name__}:{import_folder.__name__}")
+    (tmp_path / "m.onnx").mkdir()
+    assert load_model(tmp_path / "m.onnx", Notes().append)[1].sha256 == "m.onnx"
+
+
+def test_a_name_that_no_file_can_have_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(lrai.CompileError, match="File name too long"):
+        load_model(tmp_path / ("m" * 300), Notes().append)
+
+
 def test_a_suffix_without_importer_is_refused_naming_those_that_have_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, onnx=ONNX, odd=ODD)
     (tmp_path / "m.pt").write_bytes(b"no ONNX")
     with pytest.raises(
-        lrai.CompileError, match=r"not an ONNX model.*no importer is for '\.pt', .*\.odd, \.onnx"
+        lrai.CompileError, match=r"not an ONNX model.*no importer is for '\.pt', .*odd, onnx"
     ) as refused:
         load_model(tmp_path / "m.pt", Notes().append)
     assert refused.value.exit_code == 4

@@ -1,0 +1,136 @@
+"""SavedModels of TensorFlow to ONNX, in a child process, which TensorFlow has for itself.
+
+It is no sandbox: a SavedModel is a program, which TensorFlow runs to see what it answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import onnx
+
+from lrai_core import (
+    CompileError,
+    EnvironmentProblem,
+    Imported,
+    TaskError,
+    check_loads,
+    declared,
+    run_task,
+)
+from lrai_import.compared import compare
+from lrai_import.onnx import load as load_onnx
+
+_GRAPH: Final = "saved_model.pb"
+_MEMORY_BYTES: Final = 64 << 30  # address space, of which TensorFlow reserves much and uses little
+_TIMEOUT_SECONDS: Final = 900
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What the child converts.
+
+    Attributes:
+        folder: Of the SavedModel.
+        signature: By its name; empty for `serving_default`, or the only one.
+        out: Where the ONNX file goes.
+    """
+
+    folder: str
+    signature: str
+    out: str
+
+
+def load(path: Path, notify: Callable[[str], None], signature: str = "") -> Imported:
+    """Return a signature of the SavedModel in a folder; inputs and outputs have its names for them.
+
+    `notify` is told where TensorFlow answers nothing that is made up, so that they could not be
+    compared. The hash is of all files in the folder, in order of their names.
+
+    Raises:
+        CompileError: It is no SavedModel, has no such signature, or cannot be converted.
+        UnsupportedOperator: It holds an operator that has no form in ONNX.
+        EnvironmentProblem: TensorFlow or tf2onnx is not installed.
+    """
+    path = path.resolve()
+    if not (path / _GRAPH).is_file():
+        raise CompileError(f"{path.name} is a folder without {_GRAPH}; needed is a SavedModel")
+    with tempfile.TemporaryDirectory(prefix="lrai-tensorflow-") as folder:
+        made = Path(folder, "model.onnx")
+        job = Job(str(path), signature, str(made))
+        try:
+            compared = run_task(
+                convert, job, memory_bytes=_MEMORY_BYTES, timeout_seconds=_TIMEOUT_SECONDS
+            )
+        except TaskError as error:
+            raise CompileError(f"{path.name} cannot be converted: {error}") from None
+        found = load_onnx(made, notify)
+    if not compared:
+        notify("TensorFlow takes no made-up rows, so that what was converted is not compared")
+    found.model.graph.ClearField("doc_string")  # in which tf2onnx names the folder
+    digest = hashlib.sha256()
+    for file in sorted(one for one in path.rglob("*") if one.is_file()):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return replace(found, sha256=digest.hexdigest())
+
+
+def convert(job: Job) -> bool:
+    """Write a SavedModel as ONNX; return whether it was compared with what TensorFlow answers.
+
+    Raises:
+        CompileError: It cannot be read or converted, or answers otherwise than TensorFlow.
+        UnsupportedOperator: It holds an operator that has no form in ONNX.
+        EnvironmentProblem: TensorFlow or tf2onnx is not installed.
+    """
+    try:
+        import tensorflow as tf
+        from tf2onnx.convert import main
+    except ImportError as error:
+        needed = f"{error.name} is needed: pip install 'lrai[tensorflow]'"
+        raise EnvironmentProblem(needed) from None
+    tf.config.set_visible_devices([], "GPU")
+    try:
+        model = tf.saved_model.load(job.folder)
+        name = _signature(model, job.signature)
+        # Its command line is what tf2onnx promises to keep.
+        command = ["--saved-model", job.folder, f"--signature_def={name}", "--opset", "18"]
+        sys.argv[1:] = [*command, "--output", job.out]
+        main()
+    except (tf.errors.OpError, OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        said = str(error).replace(f"{Path(job.folder).parent}/", "").strip() or type(error).__name__
+        why = f"the SavedModel cannot be converted: {said.splitlines()[0][:300]}"
+        raise CompileError(why) from None
+    check_loads(Path(job.out))
+    made = onnx.shape_inference.infer_shapes(onnx.load(job.out))  # some outputs come without
+    for dim in (d for given in made.graph.input for d in given.type.tensor_type.shape.dim[:1]):
+        if dim.dim_param:  # free, which is to say that there are as many as rows
+            dim.dim_param = "batch"
+    onnx.save(made, job.out)
+    served = declared(made)
+
+    def answer(rows: Mapping[str, Any]) -> list[Any]:
+        outputs = model.signatures[name](**{key: tf.constant(rows[key]) for key in rows})
+        return [outputs[one.name].numpy() for one in served.outputs]
+
+    what, why = "the SavedModel, converted,", "tf2onnx has taken something for something else"
+    return compare(answer, Path(job.out), served.inputs, what=what, why=why)
+
+
+def _signature(model: Any, wanted: str) -> str:
+    """Return the name of the signature that is wanted, whose inputs all have a rank."""
+    known = [name for name in model.signatures if not name.startswith("_")]
+    name = wanted or (known[0] if len(known) == 1 else "serving_default")
+    if name not in known:
+        has = f"the SavedModel has no signature {name!r}, its own are: {', '.join(known) or 'none'}"
+        raise CompileError(f"{has}; a .toml names one: signature = 'NAME'")
+    for given in model.signatures[name].structured_input_signature[1].values():
+        if given.shape.rank is None:  # which tf2onnx takes for a single number
+            raise CompileError(f"input {given.name!r} has a dynamic rank; give it a shape")
+    return name
