@@ -4,8 +4,10 @@ One server, whose whole tree (stubs, LRAI's daemon and actors) has one core, one
 everywhere, and callers on another core. The MiniLM sentence encoder in fp32 and the variant that
 the compiler chose; requests of a fixed length, of search queries' and of the Azure conversations'.
 Peers run the same files; a sweep finds the best setting of each for each kind of lengths, and only
-that one runs in full, in turns with ours. What the gain comes from is split up: the variant,
-coalescing, and several instances that share one actor.
+that one runs in full, in turns with ours. It is the best at 32 callers, and what the peer has with
+fewer and with more, too. What the gain comes from is split up: the variant, coalescing, and several
+instances that share one actor. All of that is over HTTP; of search queries over gRPC there are rows
+beside it, which no check goes by.
 
     python benchmarks/triton.py --data ../shared/data --quick
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -33,9 +36,10 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402 - after the lines above
 
-from benchmarks import harness, transport  # noqa: E402
+from benchmarks import harness, transport, triton_grpc  # noqa: E402
 from benchmarks import triton_entries as entries  # noqa: E402
 from benchmarks import triton_report as report  # noqa: E402
+from benchmarks.callers import Figures  # noqa: E402
 from benchmarks.harness import console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.kinds import Kind, make_kinds, measure_bare, open_encoder, share  # noqa: E402
@@ -219,7 +223,7 @@ def closed(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str,
     """Return the rows of closed loops with one kind of lengths."""
     with bench.loaded(*who.values()):
         figures = bench.rounds(list(who.values()), kind)
-    rows = []
+        rows = over_grpc(bench, kind, who) if kind.name == "search" else []
     for name, entry in who.items():
         for callers in bench.extent.requests:
             runs = [run for run, _ in figures[entry.name, callers]]
@@ -239,6 +243,29 @@ def closed(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str,
     return rows
 
 
+def over_grpc(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str, Any]]:
+    """Return rows of the same entries over gRPC, by Triton's own client."""
+    count, figures = share(kind, bench.extent.requests[SWEPT_AT]), dict[str, list[Figures]]()
+    for turn in range(bench.extent.rounds):
+        indices = [(turn * count + i) % len(kind.rows) for i in range(count)]
+        for name, entry in who.items():
+            asked = (entry.name, kind, "sentence_embedding", indices, SWEPT_AT)
+            figures.setdefault(name, []).append(triton_grpc.closed(bench.server.grpc, *asked))
+            bench.answers[entry.side].add(figures[name][-1])
+    return [
+        {
+            "loop": "grpc",
+            "lengths": kind.name,
+            "who": name,
+            "callers": SWEPT_AT,
+            "rates": [run.rate for run in runs],
+            "p50_ms": [run.percentile_ms(0.5) for run in runs],
+            "p95_ms": [run.percentile_ms(0.95) for run in runs],
+        }
+        for name, runs in figures.items()
+    ]
+
+
 def perf_analyzer(
     bench: Bench, kind: Kind, settings: Sequence[Entry], found: list[dict[str, Any]]
 ) -> None:
@@ -251,9 +278,12 @@ def perf_analyzer(
     rows = [{name: array[0].tolist() for name, array in row.items()} for row in kind.rows]
     data.write_text(json.dumps({"data": rows}))
     out = data.with_suffix(".csv")
-    for who, entry in zip(("peer variant", "lrai"), settings, strict=True):
-        command = [str(tool), "-m", entry.name, "-u", bench.server.http, "--input-data", str(data)]
-        command += ["--concurrency-range", str(SWEPT_AT), "-s", "999", "-f", str(out)]
+    addresses = {"http": bench.server.http, "grpc": bench.server.grpc}
+    pairs = zip(("peer variant", "lrai"), settings, strict=True)
+    for (who, entry), protocol in itertools.product(pairs, addresses):
+        command = [str(tool), "-m", entry.name, "-i", protocol, "-u", addresses[protocol]]
+        command += ["--input-data", str(data), "-s", "999", "-f", str(out)]
+        command += ["--concurrency-range", str(SWEPT_AT)]
         with bench.loaded(entry):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not out.exists():
@@ -262,7 +292,8 @@ def perf_analyzer(
         header, values = out.read_text().splitlines()[:2]
         figures = dict(zip(header.split(","), values.split(","), strict=False))
         rate, p95 = float(figures["Inferences/Second"]), float(figures["p95 latency"]) / 1e3
-        found.append({"loop": "perf_analyzer", "who": who, "rate": rate, "p95_ms": p95})
+        row = {"loop": "perf_analyzer", "who": who, "protocol": protocol}
+        found.append(row | {"rate": rate, "p95_ms": p95})
 
 
 def one_core_server(folder: Path, made: Prepared, cpu: int, scratch: Path) -> TritonServer:
