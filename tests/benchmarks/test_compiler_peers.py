@@ -1,0 +1,120 @@
+"""Peers of the compiler's benchmark: networks in torch, and Olive in an environment of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import compiler_torch, models
+from benchmarks.compiler_olive import Olive
+
+Array = NDArray[Any]
+
+
+def test_torch_says_what_the_file_says_of_an_mlp(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    features = generator.standard_normal((300, 8)).astype(np.float32)
+    labels = (features[:, 0] > 0).astype(np.int64)
+    path = models.train_mlp(tmp_path / "mlp.onnx", features, labels, (16, 16))
+    same(path, compiler_torch.mlp(path), {"features": features[:5]})
+
+
+def test_torch_says_what_the_file_says_of_an_encoder(tmp_path: Path) -> None:
+    config = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 8,
+        "layer_norm_eps": 1e-12,
+    }
+    path = models.encoder_onnx(tmp_path / "encoder.onnx", weights(2, 8), config)
+    ids, mask = np.array([[1, 5, 9, 2], [1, 7, 2, 0]]), np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    same(path, compiler_torch.encoder(path), {"input_ids": ids, "attention_mask": mask})
+
+
+def weights(layers: int, width: int) -> dict[str, Array]:
+    """Return those of a small BERT."""
+    generator = np.random.default_rng(1)
+    shapes = {
+        "embeddings.word_embeddings.weight": (10, width),
+        "embeddings.position_embeddings.weight": (6, width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+        "embeddings.LayerNorm.weight": (width,),
+        "embeddings.LayerNorm.bias": (width,),
+    }
+    for layer in range(layers):
+        at = f"encoder.layer.{layer}"
+        sides = {
+            f"{at}.attention.self.query": (width, width),
+            f"{at}.attention.self.key": (width, width),
+            f"{at}.attention.self.value": (width, width),
+            f"{at}.attention.output.dense": (width, width),
+            f"{at}.intermediate.dense": (4 * width, width),
+            f"{at}.output.dense": (width, 4 * width),
+            f"{at}.attention.output.LayerNorm": (width,),
+            f"{at}.output.LayerNorm": (width,),
+        }
+        for name, shape in sides.items():
+            shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+    return {
+        name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+
+
+def same(path: Path, module: Callable[..., Any], feed: dict[str, Array]) -> None:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        own = module(*map(torch.from_numpy, feed.values())).numpy()
+    np.testing.assert_allclose(own, session.run(None, feed)[0], atol=1e-5)
+
+
+OLIVE = """
+from pathlib import Path
+
+
+def main(arguments, called_as_console_script):
+    asked = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    print("what libraries say is no answer")
+    if asked["--precision"] == "fp32":
+        raise SystemExit(f"not {asked['--precision']}")
+    Path(asked["-o"]).mkdir()
+    Path(asked["-o"], "model.onnx").write_text(f"{asked['--precision']} of {asked['-m']}")
+"""
+
+
+def python(folder: Path, olive: str) -> Path:
+    """Return an interpreter that finds this as Olive, and nothing of what this one is told."""
+    package = folder / "olive" / "cli"
+    package.mkdir(parents=True)
+    (package / "launcher.py").write_text(olive)
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_olive_makes_what_it_can_in_a_process_of_its_own(tmp_path: Path) -> None:
+    with Olive(python(tmp_path, OLIVE), tmp_path) as olive:
+        failed, made = olive.made(Path("model.onnx"), tmp_path)
+        assert (failed.form, failed.error) == ("fp32", "SystemExit: not fp32")
+        assert (made.form, made.error) == ("int8", "")
+        assert made.file.read_text() == "int8 of model.onnx"
+
+
+def test_an_environment_without_olive_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is none"):
+        Olive(python(tmp_path, "raise ImportError('there is none')"), tmp_path)
+
+
+def test_an_olive_that_ends_is_no_peer(tmp_path: Path) -> None:
+    source = "import os\n\n\ndef main(*_, **__):\n    os._exit(1)\n"
+    with Olive(python(tmp_path, source), tmp_path) as olive:
+        for made in olive.made(Path("model.onnx"), tmp_path):
+            assert made.error == "its process has ended"
