@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,13 +12,28 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from benchmarks import datasets, images, models
+from benchmarks import compiler_torch, datasets, images, models
 
 Array = NDArray[Any]
 Feed = dict[str, Array]
 SEED: Final = 0
 _TABLE: Final = [(count, 0) for count in (1, 8, 32)]
 _ANY: Final = 0.99  # loss of accuracy that is allowed where weights are random
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Sentences to train a linear classifier on embeddings with, and others to judge it by.
+
+    Attributes:
+        train: In batches; embedded by the reference alone.
+        rows: That nothing has seen, one each.
+    """
+
+    train: Sequence[Feed]
+    train_labels: Array
+    rows: Sequence[Feed]
+    labels: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +48,8 @@ class Model:
         labels: Of the unseen rows.
         groups: Arrays of the evaluation between whose groups nothing may widen.
         unseen_groups: The same of the unseen rows.
-        module: The same in torch, in evaluation mode.
+        probe: What embeddings are judged by, where there are labelled sentences.
+        module: Makes the same in torch, in evaluation mode.
         heavy: Calls take long: measured with one thread only.
         delta: Share of inputs that may differ by more than epsilon, where that is demanded too.
     """
@@ -50,7 +67,8 @@ class Model:
     groups: tuple[str, ...] = ()
     unseen_groups: Mapping[str, Array] = field(default_factory=dict)
     max_accuracy_loss: float = 0.01
-    module: Any = None
+    probe: Probe | None = None
+    module: Callable[[], compiler_torch.Module] | None = None
     heavy: bool = False
     delta: float = 0.0
 
@@ -85,6 +103,7 @@ def _classifier(name: str, scratch: Path, hidden: int, layers: int) -> Model:
         "softmax",
         _TABLE,
         labels=labels[2_000:],
+        module=partial(compiler_torch.mlp, source),
     )
 
 
@@ -95,16 +114,36 @@ def _minilm(scratch: Path, data: Path | None, *, quick: bool) -> Model:
     requests = models.requests(600 if quick else 1_200, SEED + 5, seen)
     unseen = models.requests(300 if quick else 1_000, SEED + 9, other)
     distinct = {one["input_ids"].tobytes(): one for one in unseen}  # as the gate's rows are
+    source = models.minilm_onnx(scratch / "minilm.onnx")
     return Model(
         "minilm",
-        models.minilm_onnx(scratch / "minilm.onnx"),
+        source,
         tokenizer.pad([request["input_ids"][0] for request in requests]),
         [_tokens(one["input_ids"][0]) for one in distinct.values()],
         "l2_normalised",
         [(count, length) for length in (16, 64, 128) for count in (1, 8, 32)][: 5 if quick else 9],
         smaller=0.6,
         faster={(8, 128): 1.7},
+        probe=_probe(tokenizer, data, quick=quick) if data else None,
+        module=partial(compiler_torch.encoder, source),
         delta=0.01,
+    )
+
+
+def _probe(tokenizer: models.Tokenizer, data: Path, *, quick: bool) -> Probe:
+    """Return sentences of SST-2: some to train with, and the development set to judge by."""
+    texts, labels = models.sst2(data, "train")
+    chosen = np.random.default_rng(SEED).permutation(len(texts))[: 400 if quick else 1_600]
+    ids = tokenizer.encode([texts[at] for at in chosen])
+    order = np.argsort([len(row) for row in ids], kind="stable")  # alike in length: little padding
+    batches = [[ids[at] for at in order[first : first + 32]] for first in range(0, len(ids), 32)]
+    unseen, known = models.sst2(data, "dev")
+    count = 200 if quick else len(unseen)
+    return Probe(
+        [tokenizer.pad(batch) for batch in batches],
+        labels[chosen[order]],
+        [_tokens(row) for row in tokenizer.encode(unseen[:count])],
+        known[:count],
     )
 
 
@@ -127,6 +166,7 @@ def _adult(scratch: Path) -> Model:
         labels=labels[cut:],
         groups=("sex",),
         unseen_groups={"sex": sex[cut:]},
+        module=partial(compiler_torch.mlp, source),
     )
 
 
@@ -143,7 +183,7 @@ def _digits(scratch: Path) -> Model:
         "softmax",
         _TABLE,
         labels=labels[1_500:],
-        module=module,
+        module=lambda: module,
         delta=0.01,
     )
 
@@ -169,7 +209,7 @@ def _efficientnet(scratch: Path, data: Path | None) -> Model:
         smaller=0.4,
         labels=labels[350:],
         max_accuracy_loss=0.03,
-        module=module,
+        module=lambda: module,
         heavy=True,
         delta=0.05,
     )
@@ -181,7 +221,12 @@ def _resnet50(scratch: Path) -> Model:
     source = images.export(module, sample, scratch / "resnet50.onnx")
     cells = [(1, 0), (8, 0)]
     return _random(
-        "resnet-50", source, cells, smaller=0.4, faster=dict.fromkeys(cells, 3.0), module=module
+        "resnet-50",
+        source,
+        cells,
+        smaller=0.4,
+        faster=dict.fromkeys(cells, 3.0),
+        module=lambda: module,
     )
 
 
@@ -229,6 +274,7 @@ def _bert(scratch: Path) -> Model:
         trained=False,
         smaller=0.6,
         max_accuracy_loss=_ANY,
+        module=partial(compiler_torch.encoder, source),
         heavy=True,
     )
 

@@ -1,0 +1,228 @@
+"""What the compiler is measured against: forms of a model that others make, and who runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import onnxruntime as ort
+from onnxruntime.quantization import CalibrationDataReader
+
+from benchmarks import compiler_memory
+from benchmarks.compiler_judge import Run
+from benchmarks.compiler_models import Array, Feed, Model
+from benchmarks.compiler_olive import Olive
+from benchmarks.compiler_torch import Module
+from benchmarks.harness import console
+from lrai_core.engine.onnxruntime import REFUSALS, reason
+
+Open = Callable[[int], Run]  # with so many threads
+
+REFERENCE: Final = "onnxruntime fp32"
+TUNED: Final = ("SkipLayerNormFusion", "BiasGeluFusion")  # passes that cost int8 speed
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A form of somebody else's, before it is opened."""
+
+    name: str
+    opens: Open
+    size_mb: float
+    build_seconds: float = 0.0
+    memory_mb: float = float("nan")
+
+
+def peers_of(model: Model, folder: Path, *, extras: bool, olive: Olive | None) -> list[Peer]:
+    """Return every peer that can be made, the reference first.
+
+    Each once: of several copies of one graph the luckiest would be the fastest.
+    """
+    memory_mb = compiler_memory.loaded_mb(model.source, optimise=True)
+    opens = partial(_ort, model.source, ())
+    made = [Peer(REFERENCE, opens, file_mb(model.source), memory_mb=memory_mb)]
+    settings = [((), ""), (TUNED, ", tuned")][: 1 + _is_tunable(model.source)]
+    for passes, words in settings[1:]:
+        tuned = partial(_ort, model.source, passes)
+        made.append(Peer(f"{REFERENCE}{words}", tuned, file_mb(model.source)))
+    for kind, build in (("dynamic int8", _dynamic), ("static int8", _static), ("blocks", _blocks)):
+        file, began = folder / f"{kind.replace(' ', '-')}.onnx", time.perf_counter()
+        with console.status(f"{model.name}: onnxruntime's quantiser, {kind}"):
+            build(model, file)
+        seconds = time.perf_counter() - began
+        if _operators(file) == _operators(model.source):
+            continue  # it has found nothing to do
+        for passes, words in settings:
+            opens = partial(_ort, file, passes)
+            made.append(Peer(f"onnxruntime {kind}{words}", opens, file_mb(file), seconds))
+    if olive:
+        made += _olive(model, folder, olive)
+    if model.module is not None and importlib.util.find_spec("torch"):
+        opens = partial(_torch, model.module, list(model.unseen[0]))
+        made.append(Peer("torch eager", opens, file_mb(model.source)))
+    return [*made, *_openvino(model)] if extras else made
+
+
+def file_mb(file: Path) -> float:
+    """Return the size of a file in megabytes."""
+    return file.stat().st_size / 1e6
+
+
+def _olive(model: Model, folder: Path, olive: Olive) -> Iterator[Peer]:
+    with console.status(f"{model.name}: olive"):
+        found = olive.made(model.source, folder)
+    for made in found:
+        if not (error := made.error):
+            try:
+                _ort(made.file, (), 1)(model.unseen[0])
+            except REFUSALS as refusal:  # its onnxruntime may be another one
+                error = reason(refusal)
+        if error:
+            console.print(f"{model.name}: no olive {made.form}: {error}", markup=False)
+        elif _operators(made.file) != _operators(model.source):
+            size_mb = sum(map(file_mb, made.file.parent.glob(f"{made.file.name}*")))
+            yield Peer(f"olive {made.form}", partial(_ort, made.file, ()), size_mb, made.seconds)
+
+
+def _operators(file: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
+
+
+def _is_tunable(source: Path) -> bool:
+    """Return whether there is a layer norm or a GELU, all that `TUNED` says anything of."""
+    kinds = _operators(source)
+    norms = kinds["LayerNormalization"] or (kinds["ReduceMean"] and kinds["Sqrt"])
+    return bool(norms or kinds["Gelu"] or kinds["Erf"])
+
+
+def _ort(file: Path, disabled: Sequence[str], threads: int) -> Run:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    session = ort.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+    )
+    return lambda feed: list(session.run(None, feed))
+
+
+def _torch(make: Callable[[], Module], names: Sequence[str], threads: int) -> Run:
+    import torch
+
+    torch.set_num_threads(threads)
+    module = make()
+
+    def run(feed: Feed) -> list[Array]:
+        with torch.inference_mode():
+            return [module(*(torch.from_numpy(feed[name]) for name in names)).numpy()]
+
+    return run
+
+
+def _dynamic(model: Model, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.registry import IntegerOpsRegistry
+
+    # Without convolutions, which this makes 4 to 12 times slower: nobody would serve that.
+    kinds = [kind for kind in IntegerOpsRegistry if kind != "Conv"]
+    quantize_dynamic(
+        model.source, out, op_types_to_quantize=kinds, per_channel=True, weight_type=QuantType.QInt8
+    )
+
+
+def _blocks(model: Model, out: Path) -> None:
+    """Weights and activations in int8 by blocks of 32: the closest that onnxruntime has."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantiser = MatMulNBitsQuantizer(
+        onnx.load(model.source), bits=8, block_size=32, is_symmetric=True, accuracy_level=4
+    )
+    quantiser.process()
+    quantiser.model.save_model_to_file(str(out))
+
+
+def _static(model: Model, out: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    ready = out.with_suffix(".ready.onnx")
+    quant_pre_process(model.source, ready, skip_symbolic_shape=True)
+    # Of a transformer the products alone: with what lies between them it is wrong, nobody's peer.
+    products = ["MatMul", "Gemm"] if "attention_mask" in model.evaluation else None
+    quantize_static(
+        ready,
+        out,
+        _Reader(_calibration(model)),
+        op_types_to_quantize=products,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc] # without types
+    """Rows for onnxruntime's quantiser."""
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> Feed | None:
+        return next(self._feeds, None)
+
+
+def _calibration(model: Model) -> list[Feed]:
+    """Return 100 of the rows that the model is compiled with, or all, without padding."""
+    names = list(model.unseen[0])
+    feeds = []
+    for index in range(min(100, len(model.evaluation[names[0]]))):
+        feed = {name: model.evaluation[name][index : index + 1] for name in names}
+        if "attention_mask" in feed:
+            length = int(feed["attention_mask"].sum())
+            feed = {name: array[:, :length] for name, array in feed.items()}
+        feeds.append(feed)
+    return feeds
+
+
+def _openvino(model: Model) -> Iterator[Peer]:
+    import openvino as ov
+
+    core = ov.Core()
+
+    def run_of(network: Any, precision: str, threads: int) -> Run:
+        config = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        config |= {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+        request = core.compile_model(network, "CPU", config).create_infer_request()
+        return lambda feed: list(request.infer(feed).values())
+
+    for precision, words in (("f32", "fp32"), ("bf16", "bf16")):
+        opens = partial(run_of, core.read_model(model.source), precision)
+        yield Peer(f"openvino {words}", opens, file_mb(model.source))
+    if importlib.util.find_spec("nncf") is None:
+        console.print("nncf is not installed: OpenVINO's int8 is left out")
+        return
+    import nncf
+
+    began, kind = time.perf_counter(), {}
+    if "attention_mask" in model.evaluation:
+        kind = {"model_type": nncf.ModelType.TRANSFORMER}
+    quantised = nncf.quantize(
+        core.read_model(model.source), nncf.Dataset(_calibration(model)), **kind
+    )
+    seconds = time.perf_counter() - began
+    for precision, words in (("f32", ""), ("bf16", ", the rest in bf16")):
+        opens = partial(run_of, quantised, precision)
+        yield Peer(f"openvino int8, nncf{words}", opens, float("nan"), seconds)
+    if _operators(model.source)["Conv"]:
+        return  # whose weights it leaves: the same graph a second time
+    began = time.perf_counter()
+    weights = nncf.compress_weights(core.read_model(model.source))
+    seconds = time.perf_counter() - began
+    for precision, words in (("f32", ""), ("bf16", ", the rest in bf16")):
+        opens = partial(run_of, weights, precision)
+        yield Peer(f"openvino int8 weights, nncf{words}", opens, float("nan"), seconds)

@@ -1,0 +1,173 @@
+"""What the compiler's benchmark concludes from answers and seconds, and what it compares with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.compiler import Compiled, Form, Kind, _checks, _row, _together, serving, still_in
+from benchmarks.compiler_judge import Judge, Said
+from benchmarks.compiler_models import Array, Feed, Model, Probe
+
+CELL = (1, 0)
+ROWS = [np.array([[2.0, 1.0]]), np.array([[1.0, 2.0]]), np.array([[3.0, 1.0]])]
+
+
+def model(**more: Any) -> Model:
+    unseen = [{"x": row} for row in ROWS]
+    return Model("m", Path("m.onnx"), {}, unseen, "softmax", [CELL], **more)
+
+
+def form(name: str, seconds: float, rounds: int = 3, agrees: float = 1.0, **more: Any) -> Form:
+    made = Form(name, name, 1, lambda: lambda feed: [feed["x"]], 1.0, 0.0, **more)
+    made.said = Said(agrees=agrees)
+    made.seconds[CELL] = [seconds] * rounds
+    return made
+
+
+def names(forms: Any) -> list[str]:
+    return [one.name for one in forms]
+
+
+def test_a_peer_that_is_slower_or_says_something_else_drops_out_of_long_calls() -> None:
+    forms = [
+        form("onnxruntime fp32", 1.0),
+        form("onnxruntime dynamic int8", 0.1, agrees=0.5),
+        form("onnxruntime static int8", 0.4),
+        form("olive int8", 0.42),
+        form("onnxruntime blocks", 0.5),
+        form("openvino int8", 0.3),  # no rival of the base install
+        form("lrai: int8", 0.9),
+    ]
+    left = ["onnxruntime fp32", "onnxruntime static int8", "olive int8", "lrai: int8"]
+    assert names(still_in(model(), forms, CELL)) == left
+    too = [*forms, form("lrai with openvino: int8", 0.9)]
+    assert "openvino int8" in names(still_in(model(), too, CELL))
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4, 11, 29])
+def test_between_looks_nobody_drops_out(rounds: int) -> None:
+    forms = [
+        form("onnxruntime fp32", 1.0, rounds),
+        form("onnxruntime static int8", 9.0, rounds),
+        form("lrai: int8", 0.9, rounds),
+    ]
+    assert still_in(model(), forms, CELL) == forms
+
+
+def test_a_peer_of_which_one_round_was_slow_stays() -> None:
+    unlucky = form("onnxruntime static int8", 1.0)
+    unlucky.seconds[CELL] = [1.0, 3.0, 3.0]
+    forms = [form("onnxruntime fp32", 1.0), unlucky, form("lrai: int8", 0.9)]
+    assert unlucky in still_in(model(), forms, CELL)
+
+
+@pytest.mark.parametrize(("seconds", "stays"), [(1.4e-4, True), (1.6e-4, False)])
+def test_short_calls_are_given_more_room(seconds: float, stays: bool) -> None:
+    peer = form("onnxruntime static int8", seconds, 5)
+    forms = [form("onnxruntime fp32", 1e-4, 5), peer, form("lrai: int8", 9e-5, 5)]
+    assert (peer in still_in(model(), forms, CELL)) is stays
+
+
+def test_who_has_dropped_out_is_not_what_ours_is_compared_with() -> None:
+    forms = [
+        form("onnxruntime fp32", 1.0, 30),
+        form("onnxruntime static int8", 0.5, 3),  # in a faster second of the machine
+        form("onnxruntime blocks", 0.8, 30),
+        form("lrai: int8", 0.8, 30),
+    ]
+    told = {check.name: check for check in _checks(model(), forms, 1)}
+    assert told["m, 1 thread(s), 1: lrai to onnxruntime blocks, 1.00 [1.00, 1.00]"].holds
+    rows = []
+    for one in forms:
+        ratios = {CELL: (one.seconds[CELL][0], 0.0, 0.0)}
+        rows.append(_row(model(), forms, one, ratios) | {"threads": 1})  # type: ignore[arg-type]
+    (mean,) = _together(rows, extras=False)
+    assert mean.value == pytest.approx(1.0)
+
+
+def test_a_row_has_the_metric_its_change_and_quantiles_of_the_difference() -> None:
+    ours = form("lrai: int8", 0.5)
+    ours.said = Said(0.75, 0.25, 0.5, 0.9, 0.0, (0.1, 0.2, 0.3, 0.4), 0.5, 0.6)
+    row = _row(model(labels=np.array([0, 1, 0])), [form("onnxruntime fp32", 1.0), ours], ours, {})
+    assert (row["metric"], row["accuracy"], row["accuracy_loss"]) == ("top-1", 0.75, 0.25)
+    assert row["differences"] == {"p50": 0.1, "p90": 0.2, "p99": 0.3, "max": 0.4}
+    assert row["rounds"] == {"1x0": 3}
+
+
+def test_a_form_is_judged_once_by_labels_and_by_closeness() -> None:
+    calls = list[Feed]()
+
+    def flipped(feed: Feed) -> list[Array]:
+        calls.append(feed)
+        return [feed["x"][:, ::-1] if feed["x"][0, 0] == 3 else feed["x"]]
+
+    judge = Judge(model(labels=np.array([0, 1, 1])))
+    forms = [("source", lambda feed: [feed["x"]]), ("other", flipped), ("other", flipped)]
+    source, other, same = judge.said(forms, threads=1)
+    assert source.accuracy == pytest.approx(2 / 3)
+    assert source.gaps == (0.0,) * 4
+    assert (other.accuracy, other.agrees) == (1.0, 2 / 3)
+    assert other.loss == pytest.approx(-1 / 3)
+    assert other.gaps[0] == 0.0
+    assert other.gaps[-1] == pytest.approx(np.tanh(1))  # of the softmax of 3 and 1, turned over
+    assert other.beyond == pytest.approx(1 / 3)
+    assert same is other
+    assert judge.said(forms[1:2], threads=1) == [other]
+    assert len(calls) == len(ROWS)
+
+
+def test_embeddings_are_judged_by_a_probe_of_what_the_reference_makes() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((400, 2))
+    labels = (rows[:, 0] > 0).astype(np.int64)
+    unseen = [{"x": row[None]} for row in rows[200:]]
+    probe = Probe([{"x": rows[:200]}], labels[:200], unseen, labels[200:])
+    judge = Judge(model(probe=probe))
+
+    def opposite(feed: Feed) -> list[Array]:
+        return [-feed["x"]]
+
+    source, other = judge.said([("a", lambda feed: [feed["x"]]), ("b", opposite)], threads=1)
+    assert source.accuracy >= 0.9
+    assert other.accuracy <= 0.1
+    assert other.loss == pytest.approx(source.accuracy - other.accuracy)
+
+
+def test_networks_of_random_weights_are_not_run_to_be_judged() -> None:
+    def fails(feed: Feed) -> list[Array]:
+        raise AssertionError
+
+    (said,) = Judge(model(trained=False)).said([("a", fails)], threads=1)
+    assert np.isnan(said.accuracy)
+
+
+@pytest.mark.parametrize(("quick", "compiled"), [(True, [0]), (False, [0, 1])])
+def test_what_is_served_with_one_thread_anyway_is_compiled_once(
+    quick: bool, compiled: list[int]
+) -> None:
+    calls = dict[int, Compiled]()
+
+    def compile_(kind: Kind, threads: int) -> Compiled:
+        target = SimpleNamespace(threads=1 if quick or threads else 2)
+        artifact: Any = SimpleNamespace(manifest=SimpleNamespace(target=target))
+        return calls.setdefault(threads, Compiled(artifact, 0.0, []))
+
+    both = Kind("lrai", (), None, (1, 2))
+    one, two = serving(both, 1, compile_), serving(both, 2, compile_)
+    assert list(calls) == compiled
+    assert (one is two) is quick
+
+
+def test_what_one_thread_is_measured_with_alone_is_compiled_for_it() -> None:
+    asked = list[int]()
+
+    def compile_(kind: Kind, threads: int) -> Any:
+        asked.append(threads)
+
+    serving(Kind("lrai within 0.01", (), 0.01, (1,)), 1, compile_)
+    assert asked == [1]
