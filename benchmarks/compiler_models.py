@@ -131,14 +131,14 @@ def _minilm(scratch: Path, data: Path | None, *, quick: bool) -> Model:
 
 
 def _probe(tokenizer: models.Tokenizer, data: Path, *, quick: bool) -> Probe:
-    """Return sentences of SST-2: some to train with, and the development set to judge by."""
+    """Return sentences of SST-2: of its training set, and of its development set to judge by."""
     texts, labels = models.sst2(data, "train")
     chosen = np.random.default_rng(SEED).permutation(len(texts))[: 400 if quick else 1_600]
     ids = tokenizer.encode([texts[at] for at in chosen])
     order = np.argsort([len(row) for row in ids], kind="stable")  # alike in length: little padding
     batches = [[ids[at] for at in order[first : first + 32]] for first in range(0, len(ids), 32)]
     unseen, known = models.sst2(data, "dev")
-    count = 200 if quick else len(unseen)
+    count = 200 if quick else 500
     return Probe(
         [tokenizer.pad(batch) for batch in batches],
         labels[chosen[order]],

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import helper
 
 from benchmarks import compiler_torch, models
 from benchmarks.compiler_olive import Olive
+from benchmarks.compiler_peers import executed
 
 Array = NDArray[Any]
 
@@ -118,3 +121,15 @@ def test_an_olive_that_ends_is_no_peer(tmp_path: Path) -> None:
     with Olive(python(tmp_path, source), tmp_path) as olive:
         for made in olive.made(Path("model.onnx"), tmp_path):
             assert made.error == "its process has ended"
+
+
+def test_a_file_that_is_run_as_another_is_no_other_peer(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    labels = (features[:, 0] > 0).astype(np.int64)
+    source = models.train_mlp(tmp_path / "mlp.onnx", features, labels, (16,))
+    copy = onnx.load(source)
+    copy.graph.node[0].input[0] = "same"
+    copy.graph.node.insert(0, helper.make_node("Identity", ["features"], ["same"]))
+    onnx.save(copy, tmp_path / "copy.onnx")
+    deeper = models.train_mlp(tmp_path / "deeper.onnx", features, labels, (16, 16))
+    assert executed(tmp_path / "copy.onnx") == executed(source) != executed(deeper)
