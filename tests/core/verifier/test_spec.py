@@ -179,6 +179,16 @@ def test_probabilities_are_compared_as_they_are(classes: int) -> None:
     )
 
 
+def test_scores_that_add_up_to_about_1_are_none() -> None:
+    scores, others = [[0.404, 0.6]], [[1.7, -0.5]]
+    sure, other = mapped(floats(scores), "softmax"), mapped(floats(others), "softmax")
+    assert gap(scores, others, "softmax") == pytest.approx(np.abs(sure - other).max(), rel=1e-5)
+    halves = floats(mapped(floats([[1.0, 2.0, 4.0]]), "softmax")).astype(np.float16)
+    moved = halves[:, ::-1]
+    raw = np.abs(halves.astype(float) - moved.astype(float)).max()
+    assert gap(halves, moved, "softmax") == pytest.approx(raw)
+
+
 def test_what_is_derived_agrees_as_what_it_derives_from_and_counts_in_full_for_closeness() -> None:
     assert agrees([[0.5]], [[0.4]], "derived")
     assert gap([[0.5]], [[0.4]], "derived") == pytest.approx(0.1)
