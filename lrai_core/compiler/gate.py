@@ -218,8 +218,7 @@ def errors(rows: Rows, conditions: Conditions, forms: int) -> list[float]:
     half is shared equally. Where a form without a fault could not pass with the least part, or rows
     tell of groups, all of it is the first one's, and the next one's only where that passes.
     """
-    each = (1 - LEVEL) / 2
-    parts = [each * (0.5 ** min(i, forms - 1) + 1 / forms) for i in range(1, forms + 1)]
+    parts = [(1 - LEVEL) / 2 * (0.5 ** min(i, forms - 1) + 1 / forms) for i in range(1, forms + 1)]
     if rows.groups or not parts or len(rows) < _rows_needed(rows, conditions, 1 - parts[-1]):
         return [1 - LEVEL] + [0.0] * (forms - 1)
     return parts

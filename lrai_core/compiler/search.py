@@ -31,7 +31,9 @@ _SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its for
 # Times as fast that calls get by a form that is worth its difference; or, for noise, of one size.
 WORTH, _WORTH_SOME = 1.04, 1.15
 _FEW_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
-_CHOICE_MS: Final = 0.01  # at most, of a call that one of several forms is chosen for
+# Of a call that one of several forms is chosen for, at most: to choose, and for each byte of its
+# weights that a cache of that size had until another form ran.
+_CHOICE_MS, _CACHE_BYTES, _BYTE_MS = 0.01, 2 << 20, 1e-7
 _POINT_ELEMENTS: Final = 1024  # padded rows x length of the largest point
 _LENGTHS: Final = (8, 16, 32, 64, 128, 256, 512)
 _LEAST_SECONDS: Final = 5e-4  # one timing is repeated until it takes this long
@@ -324,7 +326,8 @@ def beside(first: Candidate, others: Iterable[Candidate]) -> list[Candidate]:
     """
     serving = [first]
     for one in others:
-        if (one.form != "fp32" or one.size_bytes <= _FEW_BYTES) and one.worth(serving, _CHOICE_MS):
+        more = _CHOICE_MS + min(one.size_bytes, _CACHE_BYTES) * _BYTE_MS
+        if (one.form != "fp32" or one.size_bytes <= _FEW_BYTES) and one.worth(serving, more):
             serving.append(one)
     return serving[1:]
 

@@ -117,6 +117,23 @@ def test_others_serve_beside_what_is_chosen_where_that_makes_calls_faster() -> N
     assert search.beside(near, [slow, far, fp32]) == [far]
 
 
+@pytest.mark.parametrize(("pace", "serves"), [(0.01, False), (1.0, True)])
+def test_weights_that_another_form_puts_out_of_the_cache_count(
+    pace: float, *, serves: bool
+) -> None:
+    """Of short calls they take as long as the call, of long ones nothing to speak of."""
+    work = compilation([("small", 2, 0.01, 0), ("large", 2, 0.02, 0)])
+    times = {"fp32": (1.0, 9.0), "small": (0.5, 8.0), "large": (1.0, 5.0)}
+    for candidate in work.candidates:
+        candidate.size_bytes = 1 << 20
+        candidate.latency = [
+            LatencyPoint(rows=rows, length=0, median_ms=pace * ms, spread_ms=0)
+            for rows, ms in zip((1, 8), times[candidate.form], strict=True)
+        ]
+    _, small, large = work.candidates
+    assert search.beside(small, [large]) == [large] * serves
+
+
 @pytest.mark.parametrize(("some", "serves"), [(0.8, True), (0.9, False)])
 def test_a_gain_for_calls_of_some_size_is_worth_it_beside_the_chosen(
     some: float, *, serves: bool
