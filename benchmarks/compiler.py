@@ -3,10 +3,10 @@
 Every form of a model runs in turn with the others, round by round in another order, on the same
 rows in the same batches; what counts is the ratio to ONNX Runtime in float32 with its defaults.
 Peers of the base install: ONNX Runtime in float32 and its quantiser, dynamic and static, each with
-its default optimizer passes and without those that cost int8 speed; torch, not compiled, where it
-is installed. With `--extras` OpenVINO too, in float32 and bfloat16, and in int8 as NNCF quantises
-it, where that is installed. With `--olive` what Olive's automatic optimisation makes in float32 and
-int8, in an environment of its own.
+its default optimizer passes and without those that cost int8 speed. With `--extras` also torch, not
+compiled, OpenVINO in float32 and bfloat16, and OpenVINO in int8 as NNCF quantises it, each where it
+is installed. With `--olive` what Olive's automatic optimisation makes in float32 and int8, in an
+environment of its own.
 
 A form that does not say what the source model says is no peer: each is judged on rows that nothing
 else has seen, by accuracy (with 95 % confidence one point is lost at most; of ours what is lost is

@@ -43,18 +43,21 @@ class Olive:
             folder: Of no worth.
 
         Raises:
-            SystemExit: It is not installed there.
+            SystemExit: It is not installed there, or nothing is.
         """
         own = {name: value for name, value in os.environ.items() if name not in _APART}
-        self._process = subprocess.Popen(
-            [str(python.absolute()), "-P", str(Path(__file__).resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=folder,
-            env=own | _QUIET,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [str(python.absolute()), "-P", str(Path(__file__).resolve())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                cwd=folder,
+                env=own | _QUIET,
+            )
+        except OSError as error:
+            raise SystemExit(f"--olive {python}: {error.strerror}") from None
         if error := self._ask([])["error"]:
             self._end()
             raise SystemExit(f"--olive {python}: {error}")

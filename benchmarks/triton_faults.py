@@ -112,7 +112,7 @@ def measure(
     entries.load(server.port, plain.name)
     load.closed(entry.name, kind.name, range(64), 8)
     rows = []
-    if _actors(server):
+    if execution == "lists":  # with `auto` the engine is in the stub
         rows.append(kill_actor(server, load, entry, kind, min(15.0, 0.4 * seconds)))
     rows.append(kill_stubs(server, load, made, entry, plain, kind))
     entries.unload(server.port, plain.name)
