@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -141,44 +141,35 @@ class Setting(NamedTuple):
     origin: str
 
 
-class Said(TypedDict, total=False):
-    """Who may say a setting: dotted key to value, but for the file; None says nothing.
-
-    Attributes:
-        call: From Python.
-        flags: From a command line; values may be text.
-        host: A host's own parameters; values may be text.
-        environ: The process environment by default.
-        file: An `lrai.toml`; the one in the working directory by default, if there is one.
-    """
-
-    call: Mapping[str, Any] | None
-    flags: Mapping[str, Any] | None
-    host: Mapping[str, Any] | None
-    environ: Mapping[str, str] | None
-    file: Path | None
-
-
-def load_config(**said: Unpack[Said]) -> LraiConfig:
-    """Return the settings of this call; see `explain_config`."""
+def load_config(**said: Any) -> LraiConfig:
+    """Return the settings of this call; see `explain_config`, which takes the same."""
     return _build(explain_config(**said))
 
 
-def explain_config(**said: Unpack[Said]) -> list[Setting]:
+def explain_config(
+    *,
+    call: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
+    host: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> list[Setting]:
     """Return every setting with its origin, in the order of the tree.
 
     Args:
-        said: See `Said`; by keyword.
+        call: Dotted key to value, from Python.
+        flags: The same, from a command line; values may be text.
+        host: The same, from a host's own parameters; values may be text.
+        environ: The process environment by default.
+        file: An `lrai.toml`; the one in the working directory by default, if there is one.
 
     Raises:
         UsageError: An unknown key, or a value of the wrong type or out of range.
     """
-    environ = said.get("environ")
     layers = [
-        *_from_file(said.get("file")),
+        *_from_file(file),
         ("environment", _from_environ(os.environ if environ is None else environ)),
-        *(("host", said.get("host") or {}), ("flag", said.get("flags") or {})),
-        ("call", said.get("call") or {}),
+        *(("host", host or {}), ("flag", flags or {}), ("call", call or {})),
     ]
     return _settings(LraiConfig(), layers)
 
