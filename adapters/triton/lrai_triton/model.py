@@ -271,12 +271,13 @@ def _refusal() -> Iterator[None]:
     try:
         yield
     except lrai.LraiError as error:
-        pb_utils.Logger.log_error(str(error))
+        pb_utils.Logger.log_error(words := str(error))
         # Whoever asks may be anywhere. Names in a graph may look like paths: those of nothing stay.
-        words = str(error)
-        for at in re.finditer("/[^/.]", words):  # where there is a folder, spaces are of its name
-            there = str(next(p for p in Path(words[at.start() :]).parents if os.access(p, os.F_OK)))
-            words = words[: at.start()] + there.replace(" ", "_") + words[at.start() + len(there) :]
+        for at in [found.start() for found in re.finditer("/[^/.]", words)]:
+            there = str(next(p for p in Path(words[at:]).parents if os.access(p, os.F_OK)))
+            # Spaces in it are of its name: a folder of the same length that has none stands for it.
+            mask = "/usr".ljust(len(there), "/") if " " in there else there
+            words = words[:at] + mask + words[at + len(there) :]
         told = _FOLDERS.sub(lambda found: "" if os.access(found[1], os.F_OK) else found[0], words)
         raise pb_utils.TritonModelException(told) from None
     except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths

@@ -206,7 +206,8 @@ def _switch_back(entry: Path) -> str:
     config, original = entry / CONFIG, entry / _ORIGINAL
     text, was = text_of(config), text_of(original)
     if original.exists() and text in ("", switched(was)):
-        shutil.move(original, config.resolve())  # a link stays one
+        _replace(config, was)  # a link stays one
+        original.unlink()
         return "is what it was before"
     if text.startswith(_WRITTEN):
         names = (f"{CONFIG}.lrai{'-' * (n > 1)}{n if n > 1 else ''}" for n in itertools.count(1))

@@ -205,8 +205,7 @@ class _Model(threading.Thread):
         try:
             _, answer = _ask(self._url, f"{self._path}/versions/{version}/infer", body, headers)
         except TimeoutError:
-            later = self._count().get(version, now)
-            success = later["success"]
+            success = self._count().get(version, now)["success"]
             if success["count"] > now["success"]["count"]:  # it is slow, not dead
                 self._silent.pop(version, None)
                 return ""
