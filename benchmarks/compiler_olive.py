@@ -56,8 +56,8 @@ class Olive:
                 cwd=folder,
                 env=own | _QUIET,
             )
-        except OSError as error:
-            raise SystemExit(f"--olive {python}: {error.strerror}") from None
+        except OSError as problem:
+            raise SystemExit(f"--olive {python}: {problem.strerror}") from None
         if error := self._ask([])["error"]:
             self._end()
             raise SystemExit(f"--olive {python}: {error}")

@@ -355,10 +355,11 @@ def _run(model: onnx.ModelProto, rows: int) -> tuple[ort.InferenceSession, dict[
 
 def _feed(model: onnx.ModelProto, rows: int) -> Iterator[tuple[str, Any]]:
     """Yield ones for each input, of which none is a weight: of those that are read, and as one."""
-    first = {d.dim_param for v in model.graph.input for d in _dims(v)[:1] if not d.dim_value}
+    first = {d.dim_param for v in model.graph.input for d in _dims(v)[:1] if d.dim_param}
     for value in model.graph.input:
         kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         shape = [d.dim_value or (rows if d.dim_param in first else _FREE) for d in _dims(value)]
+        shape[:1] = [d.dim_value or rows for d in _dims(value)[:1]]  # which may have no name
         yield value.name, np.ones(shape, kind)
 
 

@@ -114,6 +114,8 @@ def test_olive_makes_what_it_can_in_a_process_of_its_own(tmp_path: Path) -> None
 def test_an_environment_without_olive_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is none"):
         Olive(python(tmp_path, "raise ImportError('there is none')"), tmp_path)
+    with pytest.raises(SystemExit, match="No such file"):
+        Olive(tmp_path / "no" / "python", tmp_path)
 
 
 def test_an_olive_that_ends_is_no_peer(tmp_path: Path) -> None:

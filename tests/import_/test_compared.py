@@ -60,6 +60,27 @@ def test_what_answers_otherwise_is_refused_saying_at_which_size(tmp_path: Path) 
         compare(wrong_for_several, made, INPUTS, what="it", why="as it is")
 
 
+def test_what_is_small_altogether_is_compared_by_its_own_size(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(WEIGHT * np.float32(1e-3), proto.graph.initializer[0].name)
+    )
+    made = save(proto, tmp_path / "m.onnx")
+    with pytest.raises(CompileError, match="answers otherwise"):
+        compare(lambda rows: [1e-3 * right(rows)[0][:, ::-1]], made, INPUTS, what="it", why="so")
+
+
+def test_what_has_nothing_free_is_run_no_more_often_than_rows_differ(tmp_path: Path) -> None:
+    made, asked = save(linear(), tmp_path / "m.onnx"), list[int]()
+
+    def model(rows: Rows) -> list[Any]:
+        asked.append(len(rows["x"]))
+        return right(rows)
+
+    assert compare(model, made, INPUTS, what="it", why="no matter")
+    assert len(asked) == 2 * len(set(asked)), "twice each, to see whether it repeats itself"
+
+
 def test_made_up_rows_are_texts_where_texts_are_wanted() -> None:
     rows = made_up(TensorSpec(name="t", datatype="BYTES", shape=("batch", 2)), 3, fill=1)
     assert rows.tolist() == [["1", "1"]] * 3

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import lrai_core as lrai
 from lrai_core import CompileError
-from lrai_import.fuse import Fused, command, fuse
+from lrai_import.fuse import Fused, _feed, command, fuse
 from tests.core.compiler.onnx_files import model, value
 
 LRAI = Path(sys.executable).with_name("lrai")
@@ -158,6 +158,12 @@ def test_versions_of_a_domain_that_contradict_are_refused() -> None:
         proto.graph.node.append(helper.make_node("Scaler", [name], ["s"], domain="ai.onnx.ml"))
     with pytest.raises(CompileError, match=r"b needs version 2 of 'ai\.onnx\.ml'"):
         fuse({"a": one, "b": two})
+
+
+def test_rows_are_timed_in_front_alone_where_nothing_free_has_a_name() -> None:
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, 4])
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], [given], [value("y", ["rows"])], [])
+    assert {name: array.shape for name, array in _feed(proto, 32)} == {"x": (32, 8, 4)}
 
 
 def cli(folder: Path, *arguments: str, command: str = "fuse") -> subprocess.CompletedProcess[str]:
