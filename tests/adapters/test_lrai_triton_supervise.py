@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,16 +195,9 @@ def test_what_would_end_a_program_ends_the_server(
 @pytest.mark.timeout(180)
 def test_a_signal_before_there_is_a_server_leaves_nothing(tmp_path: Path) -> None:
     path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
-    command = [*supervise._LRAI, "triton", "serve", "--", backends]
-    with own_runtime(PATH=path) as sockets, subprocess.Popen(command) as serve:
-        try:
-            while not runs_below(serve.pid, "runtime\0start"):
-                assert serve.poll() is None
-                time.sleep(0.005)
-            serve.terminate()
-            assert serve.wait(90) == 128 + signal.SIGTERM
-        finally:
-            serve.kill()
+    with own_runtime(PATH=path) as sockets:
+        served = serve_until(lambda pid: runs_below(pid, "runtime\0start"), backends)
+        assert served == 128 + signal.SIGTERM
         assert daemon_pids(sockets) == []
     assert not (tmp_path / "given").exists()
 
@@ -227,17 +221,14 @@ def test_a_signal_is_heard_while_the_runtime_restores_its_models(tmp_path: Path)
         held.touch()
         (killed,) = daemon_pids(sockets)
         os.kill(killed, signal.SIGKILL)
-        command = [*supervise._LRAI, "triton", "serve", "--", backends]
-        with subprocess.Popen(command) as serve:
-            try:
-                while not any(runs_below(pid, str(python)) for pid in daemon_pids(sockets)):
-                    assert serve.poll() is None
-                    time.sleep(0.005)
-                serve.terminate()
-                assert serve.wait(90) == 128 + signal.SIGTERM
-            finally:
-                serve.kill()
-                held.unlink()
+
+        def restores(_: int) -> bool:
+            return any(runs_below(pid, str(python)) for pid in daemon_pids(sockets))
+
+        try:
+            assert serve_until(restores, backends) == 128 + signal.SIGTERM
+        finally:
+            held.unlink()
         assert daemon_pids(sockets) == []
     assert not (tmp_path / "given").exists()
 
@@ -253,10 +244,25 @@ def test_where_a_second_signal_comes_nothing_is_waited_for(
     monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
     path, backends = planted(tmp_path, "exit 0")
     monkeypatch.setenv("PATH", path)
-    with pytest.raises(typer.Exit) as caught:
-        supervise.serve([backends])
-    os.kill(int(begun.read_text()), signal.SIGKILL)
+    try:
+        with pytest.raises(typer.Exit) as caught:
+            supervise.serve([backends])
+    finally:
+        os.kill(int(begun.read_text()), signal.SIGKILL)
     assert caught.value.exit_code == 128 + signal.SIGTERM
+
+
+def serve_until(seen: Callable[[int], bool], backends: str) -> int:
+    """Return how `serve` ends that is told to when this is so of its process."""
+    with subprocess.Popen([*supervise._LRAI, "triton", "serve", "--", backends]) as serve:
+        try:
+            while not seen(serve.pid):
+                assert serve.poll() is None
+                time.sleep(0.005)
+            serve.terminate()
+            return serve.wait(90)
+        finally:
+            serve.kill()
 
 
 def runs_below(parent: int, words: str) -> bool:
