@@ -46,7 +46,6 @@ from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 Pairs = frozenset[tuple[str, str]]  # of an input and an output
 
 _MOST: Final = 128  # rows
-_NARROW: Final = 128  # columns of a matrix whose product costs less than their sum
 # What may come behind the last weights without a value of its own: it is part of their operator.
 _JOINED: Final = ("Relu", "Clip", "Add")
 _LOOKING: Final = ("IsNaN", "Imputer")  # for what is no number, which others pass on
@@ -135,7 +134,7 @@ def static_int8(
             are written there.
         guard: Integers have no value for what is none. Where float32's answer is NaN then, which
             these say (`goes_undefined`; by default everywhere), to a row that holds NaN or infinity
-            it is NaN here: the row's sum less itself is added to it.
+            it is NaN here: the row times noughts is added to it.
 
     Raises:
         NothingToQuantize: It multiplies activations with one another, as transformers do, or all
@@ -320,7 +319,7 @@ def _nought(graph: Graph, x: str, kind: int, first: int, rank: int) -> str:
 
 
 def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str, int] | None:
-    """Have sums [rows, width] of `x` that hold what is none where `x` does; None: not in one step.
+    """Have noughts [rows, width] that are NaN where a row of `x` is none; None: extents are free.
 
     Args:
         graph: Where they are written.
@@ -329,21 +328,19 @@ def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str,
         columns: Of what they are multiplied to: with many that costs more than it saves.
     """
     size = math.prod(dims[1:])
-    if len(dims) > 2 and 0 < size * columns <= _MOST_NOUGHTS:  # noughts times what is finite
-        return graph.add("Flatten", [x], f"{x}:flat"), size
-    narrow = next((axis for axis in range(1, len(dims)) if 0 < dims[axis] <= _NARROW), None)
-    if narrow is None and len(dims) > 2:
+    if 0 < size * columns <= _MOST_NOUGHTS:  # noughts times what is finite
+        return (graph.add("Flatten", [x], f"{x}:flat") if len(dims) > 2 else x), size
+    if dims[-2 if len(dims) > 2 else 1] <= 0:
         return None
-    over = [axis for axis in range(1, len(dims)) if axis != narrow]
-    width = 1 if narrow is None else dims[narrow]
-    if width * columns > _MOST_NOUGHTS:
-        return None
-    if not over:
-        return x, width
-    axes = graph.constant(f"axes:{x}:sums", over, np.int64)
-    noughts = graph.add("Sub", [x, x], f"{x}:noughts")  # what is finite may have no finite sum
-    sums = graph.add("ReduceSum", [noughts, axes], f"{x}:sums", keepdims=int(narrow is None))
-    return sums, width
+    if len(dims) == 2:
+        right = graph.constant(f"noughts:{size}", np.zeros((size, 1)), np.float32)
+        return graph.add("MatMul", [x, right], f"{x}:sums"), 1
+    # From the left: weights on the right would be packed, and made sixteen columns of one.
+    left = graph.constant(f"noughts:{dims[-2]}", np.zeros((1, dims[-2])), np.float32)
+    axes = graph.constant(f"axes:{len(dims)}", list(range(1, len(dims))), np.int64)
+    noughts = graph.add("MatMul", [left, x], f"{x}:noughts")
+    sums = graph.add("ReduceSum", [noughts, axes], f"{x}:sums")
+    return graph.add("Flatten", [sums], f"{x}:flat"), 1
 
 
 def _unround(model: onnx.ModelProto, makers: Mapping[str, str]) -> None:
