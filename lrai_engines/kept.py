@@ -109,7 +109,7 @@ def _digest(material: Material, engine: Engine) -> str:
     sample, versions = material.sample, [installed_version(name) for name in _LIBRARIES]
     sides = (sample.inputs, sample.outputs) if sample else ()
     able = getattr(engine, "able", ())  # which the class of the processor does not tell
-    told = (versions, engine.name, engine.version, able, isa_class(), material.threads, sides)
+    told = (versions, engine.name, engine.version, able, isa_class(), sides)
     found = hashlib.sha256(repr(told).encode())
     sources = Path(__file__).parent.glob("*.py")
     for file in (*sorted(sources), *sorted(material.shared.folder.iterdir())):
