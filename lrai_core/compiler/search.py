@@ -24,10 +24,11 @@ from lrai_core.engine.engine import SHORT_CALL_MS, Engine, Session, find_engine
 from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
-ROUNDS, MOST_ROUNDS = 5, 63  # at least, and as many as fit into
+ROUNDS, MOST_ROUNDS = 3, 63  # at least, and as many as fit into
 _ROUNDS_SECONDS: Final = 12.0  # a machine is slower and faster for seconds at a time
-_ALL_ROUNDS: Final = 3
-_SLOWER, _SLOWER_TWIN = math.log(1.1), math.log(1.03)  # than fp32, than its form otherwise
+# After so many rounds those stay that are at most so much slower: than fp32, than their form with
+# other passes.
+_LOOKS: Final = {1: (math.log(1.3), math.log(1.15)), 3: (math.log(1.1), math.log(1.03))}
 # Times as fast that calls get by a form that is worth its difference; or, for noise, of one size.
 WORTH, _WORTH_SOME = 1.04, 1.15
 _FEW_BYTES: Final = 8 << 20  # of fp32: then it may stay in memory beside what serves
@@ -267,11 +268,11 @@ def profile(
     Each timing follows a smallest call of the same candidate: those before it have left nothing in
     the caches, which costs short calls three times what they take, and no more than what serves.
     Points of several rows that take over 0.2 s are left for the second time, when what is worth
-    judging is measured, and such of over 0.6 s are left out: smaller ones tell. After three
-    rounds, what is a tenth slower than fp32, or 3 % than its form with other passes, is left out;
-    and when the clock, `time.monotonic`, is past `until`, there are no more rounds. Short calls get
+    judging is measured, and such of over 0.6 s are left out: smaller ones tell. After a round,
+    what is far slower than fp32, or its form with other passes, is left out, after three what is
+    slower by a tenth, or 3 %; and when the clock, `time.monotonic`, is past `until`, or this has
+    taken 12 s, there are no more rounds than these three, which `tick` is told of. Short calls get
     more of them, as their forms differ by less than a machine does from one second to the next.
-    `tick` is told of the first five.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
     of four rounds: the luckiest of many would win by their median, and be slower when it serves. It
     is that of the first time.
@@ -292,11 +293,12 @@ def profile(
     still = list(range(len(forms)))
     enough = time.monotonic() + _ROUNDS_SECONDS
     for done in range(MOST_ROUNDS):  # from point to point, as traffic goes from shape to shape
-        end = until if done < ROUNDS else min(until, enough)
-        if done >= _ALL_ROUNDS and time.monotonic() > end:
+        if done >= ROUNDS and time.monotonic() > min(until, enough):
             break
-        if done == _ALL_ROUNDS:
-            still = _promising(forms, np.log(taken[:, :done]).mean(axis=(0, 1)))
+        if done in _LOOKS:
+            paces = np.log(taken[:, :done, still]).mean(axis=(0, 1))
+            kept = _promising([forms[i] for i in still], paces, *_LOOKS[done])
+            still = [still[i] for i in kept]
         for (point, (feed, repeats)), i in product(enumerate(each), still):
             sessions[i].run(smallest)  # then its weights are in a cache, as where it serves
             taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
@@ -311,11 +313,11 @@ def profile(
         candidate.latency += [_point(*at, seconds[seconds > 0]) for at, seconds in own]
 
 
-def _promising(forms: Sequence[str], paces: Array) -> list[int]:
-    """Return who may be the fastest of its form, and faster than fp32; paces are logarithms."""
+def _promising(forms: Sequence[str], paces: Array, slower: float, twin: float) -> list[int]:
+    """Return who may be the fastest of its form, and faster than fp32; all are logarithms."""
     pairs = list(zip(forms, paces.tolist(), strict=True))
     best = {form: min(pace for other, pace in pairs if other == form) for form in forms}
-    most = [min(best[form] + _SLOWER_TWIN, best["fp32"] + _SLOWER) for form in forms]
+    most = [min(best[form] + twin, best["fp32"] + slower) for form in forms]
     return [i for i, (_, pace) in enumerate(pairs) if pace <= most[i]]
 
 
@@ -346,14 +348,14 @@ def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int,
 def is_short(session: Session, calls: Calls) -> bool:
     """Return whether even the largest call takes so little that it is served with one thread."""
     feed = calls.feed(*max(calls.points, key=lambda at: (at[0] * max(at[1], 1), at)))
-    each = [_seconds(session, feed, _repeats(session, feed)) for _ in range(_ALL_ROUNDS)]
+    each = [_seconds(session, feed, _repeats(session, feed)) for _ in range(ROUNDS)]
     return statistics.median(each) < SHORT_CALL_MS / 1e3
 
 
 def _repeats(session: Session, feed: list[Array]) -> int:
     if _seconds(session, feed, 1) > 200 * _LEAST_SECONDS:  # the first takes longer, but not so much
         return 1
-    least = min(_seconds(session, feed, 1) for _ in range(_ALL_ROUNDS))
+    least = min(_seconds(session, feed, 1) for _ in range(ROUNDS))
     return max(1, int(_LEAST_SECONDS / max(least, 1e-7)))
 
 
@@ -365,5 +367,5 @@ def _seconds(session: Session, feed: list[Array], repeats: int) -> float:
 
 
 def _point(rows: int, length: int, seconds: Array) -> LatencyPoint:
-    low, median, high = (second * 1e3 for second in statistics.quantiles(seconds.tolist(), n=4))
+    low, median, high = np.quantile(seconds * 1e3, (0.25, 0.5, 0.75), method="weibull").tolist()
     return LatencyPoint(rows=rows, length=length, median_ms=median, spread_ms=high - low)

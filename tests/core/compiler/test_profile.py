@@ -45,13 +45,18 @@ def candidate(name: str, told: Sequence[float] = ()) -> Candidate:
 
 
 def profiled(
-    monkeypatch: pytest.MonkeyPatch, until: float = math.inf, /, **times: Sequence[float]
+    monkeypatch: pytest.MonkeyPatch,
+    until: float = math.inf,
+    most: int = 5,
+    /,
+    **times: Sequence[float],
 ) -> dict[str, Candidate]:
     def seconds(session: Told, feed: object, repeats: int) -> float:
         return session.seconds.pop(0)
 
     monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
     monkeypatch.setattr(search, "_seconds", seconds)
+    monkeypatch.setattr(search, "MOST_ROUNDS", most)
     made = {name: candidate(name, told) for name, told in times.items()}
     search.profile(list(made.values()), Calls(SIGNATURE, [ROW], [(1, 0)]), lambda: None, until)
     return made
@@ -60,7 +65,7 @@ def profiled(
 def test_a_form_that_is_lucky_in_half_of_the_rounds_is_not_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = profiled(monkeypatch, fp32=[1.0] * search.ROUNDS, int8=[0.5, 1, 0.5, 1, 0.5])
+    found = profiled(monkeypatch, fp32=[1.0] * 5, int8=[0.5, 1, 0.5, 1, 0.5])
     assert found["int8"].latency[0].median_ms == 500
     assert found["int8"].speedup == pytest.approx(1)
 
@@ -101,42 +106,40 @@ def test_calls_of_several_rows_that_take_long_are_measured_at_the_second_time(
 
 
 def test_the_fastest_fp32_is_what_others_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = search.ROUNDS
-    found = profiled(monkeypatch, fp32=[2.0] * rounds, fp32_b=[1.0] * rounds, int8=[1.0] * rounds)
+    found = profiled(monkeypatch, fp32=[2.0] * 5, fp32_b=[1.0] * 5, int8=[1.0] * 5)
     assert [round(one.speedup, 6) for one in found.values()] == [0.5, 1, 1]
 
 
 def test_what_is_slower_is_left_out_after_some_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower than fp32, or than the same form with other passes; what it took stays known."""
-    rounds = search.ROUNDS
-    times = {"fp32": 1.0, "fp32_b": 1.2, "int8": 0.5, "int8_b": 0.52, "int8_c": 0.51, "slow": 1.11}
-    given = {name: [took] * rounds for name, took in times.items()}
-    found = profiled(monkeypatch, **given)
+    times = {"fp32": 1.0, "fp32_b": 1.14, "int8": 0.5, "int8_b": 0.52, "int8_c": 0.51, "slow": 1.11}
+    much = {"fp32_d": 1.16, "int8_d": 0.59, "slower": 1.31}
+    found = profiled(monkeypatch, **{name: [took] * 5 for name, took in (times | much).items()})
     left = {name: len(cast("Told", one.session).seconds) for name, one in found.items()}
-    assert left == {"fp32": 0, "fp32_b": 2, "int8": 0, "int8_b": 2, "int8_c": 0, "slow": 2}
+    some = {"fp32": 0, "fp32_b": 2, "int8": 0, "int8_b": 2, "int8_c": 0, "slow": 2}
+    assert left == some | dict.fromkeys(much, 4)
     assert found["slow"].speedup == pytest.approx(1 / 1.11)
+    assert found["slower"].speedup == pytest.approx(1 / 1.31)
     assert found["int8_b"].latency[0].median_ms == pytest.approx(520)
+    assert found["int8_d"].latency[0].median_ms == pytest.approx(590)
 
 
 def test_when_the_time_is_up_three_rounds_have_been_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"fp32": [1.0] * search.ROUNDS, "int8": [0.5] * search.ROUNDS}
-    found = profiled(monkeypatch, 0.0, **given)
+    found = profiled(monkeypatch, 0.0, fp32=[1.0] * 5, int8=[0.5] * 5)
     assert {len(cast("Told", one.session).seconds) for one in found.values()} == {2}
     assert found["int8"].speedup == pytest.approx(2)
 
 
 def test_short_calls_are_measured_in_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "MOST_ROUNDS", 36)
-    found = profiled(monkeypatch, fp32=[1.0] * 36, int8=[0.5] * 5 + [0.4] * 31)
+    found = profiled(monkeypatch, math.inf, 36, fp32=[1.0] * 36, int8=[0.5] * 5 + [0.4] * 31)
     assert {len(cast("Told", one.session).seconds) for one in found.values()} == {0}
     assert found["int8"].latency[0].median_ms == pytest.approx(400)
 
 
-def test_long_calls_are_measured_in_five_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "MOST_ROUNDS", 36)
+def test_long_calls_are_measured_in_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_ROUNDS_SECONDS", 0.0)
-    found = profiled(monkeypatch, fp32=[1.0] * 36, int8=[0.5] * 36)
-    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {31}
+    found = profiled(monkeypatch, math.inf, 36, fp32=[1.0] * 36, int8=[0.5] * 36)
+    assert {len(cast("Told", one.session).seconds) for one in found.values()} == {33}
 
 
 def test_each_timing_follows_a_smallest_call_of_the_same_candidate(
