@@ -3,7 +3,7 @@
 Two operators are the same if they are of one kind, have equal attributes, and read the same values;
 weights are the same if they are equal in type, shape and bytes. So models that share a trunk share
 it to the first weight that differs, whatever their values are called. Products of one value with
-different weights become one product.
+different weights become one product. An input may be fed what a model before it gives (`--feed`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Fused:
     joined: int
 
 
-def fuse(models: Mapping[str, onnx.ModelProto]) -> Fused:
+def fuse(models: Mapping[str, onnx.ModelProto], feeds: Mapping[str, str] | None = None) -> Fused:
     """Return models as one, that has the outputs of all.
 
     An input of one name, type and shape is one input. Other inputs and outputs keep their names if
@@ -71,15 +71,25 @@ def fuse(models: Mapping[str, onnx.ModelProto]) -> Fused:
 
     Args:
         models: By name, two or more, weights inline. Not modified.
+        feeds: For inputs, as MODEL.NAME, the output of a model before it that each reads from then
+            on, instead of being sent.
 
     Raises:
         CompileError: One has control flow or sparse weights, or they need different versions of an
             operator set.
+        UsageError: There is no such input, or no such output of a model before it, or their types
+            or shapes differ.
     """
+    feeds = feeds or {}
+    known = {f"{name}.{i.name}" for name, model in models.items() for i in _asked(model)}
+    if unknown := sorted(feeds.keys() - known):
+        there = ", ".join(sorted(known))
+        raise UsageError(f"{unknown[0]!r} is no input to feed; there are {there}")
     opset = max(map(opset_of, models.values()))
     ends = Counter(o.name for model in models.values() for o in model.graph.output)
     ends.update({i.name for model in models.values() for i in model.graph.input})
-    work = _Fusion(opset, list(models), {name for name, times in ends.items() if times > 1})
+    twice = {name for name, times in ends.items() if times > 1}
+    work = _Fusion(opset, list(models), twice, feeds)
     operators = 0
     for name, given in models.items():
         if given.graph.sparse_initializer:
@@ -98,6 +108,7 @@ class _Fusion:
     opset: int
     models: list[str]
     twice: set[str]  # names of ends that more than one model has, or that are input and output
+    feeds: Mapping[str, str]  # by input, both as MODEL.NAME, the output that it reads
     outputs: dict[str, list[str]] = field(default_factory=dict)
     symbols: set[str] = field(default_factory=set)
     rows: str | None = None  # the free extent that is first in all inputs; empty: there is none
@@ -110,6 +121,7 @@ class _Fusion:
     results: list[onnx.ValueInfoProto] = field(default_factory=list)
     domains: dict[str, int] = field(default_factory=dict)
     known: dict[Any, list[str]] = field(default_factory=dict)  # values by what they are
+    given: dict[str, tuple[str, onnx.ValueInfoProto]] = field(default_factory=dict)  # by MODEL.NAME
 
     def add(self, name: str, model: onnx.ModelProto) -> None:
         """Add a model."""
@@ -134,29 +146,28 @@ class _Fusion:
             self.nodes.append(helper.make_node("Identity", [values[output.name]], [own]))
             self.owner[own] = name
             self.results.append(_renamed(output, own, symbols))
+            self.given[f"{name}.{output.name}"] = values[output.name], self.results[-1]
             self.outputs[name].append(own)
 
     def _inputs(self, name: str, model: onnx.ModelProto, symbols: dict[str, str]) -> dict[str, str]:
-        constants = {tensor.name for tensor in model.graph.initializer}
-        values = {}
-        firsts = [_dims(i)[:1] for i in model.graph.input if i.name not in constants]
+        asked, values = _asked(model), dict[str, str]()
+        firsts = [_dims(given)[:1] for given in asked]
         found = {first[0].dim_param if first else "" for first in firsts}
         rows = found.pop() if len(found) == 1 else ""
         self.rows = rows if self.rows is None else self.rows
         if rows and self.rows:
             symbols[rows] = self.rows
-        for given in model.graph.input:
-            if given.name in constants:
+        for given in asked:
+            value, there = given.name, self.inputs.get(given.name)
+            if source := self.feeds.get(f"{name}.{given.name}"):
+                value, there = self._fed(name, given, source)
+            elif there is None or _extents(there) != _extents(given):
                 continue
-            there = self.inputs.get(given.name)
-            if there is not None and _extents(there) == _extents(given):
-                for mine, theirs in zip(_dims(given), _dims(there), strict=True):
-                    if mine.dim_param and theirs.dim_param:
-                        symbols[mine.dim_param] = theirs.dim_param  # one free extent, one name
-                values[given.name] = given.name
-        for given in model.graph.input:
-            if given.name in constants or given.name in values:
-                continue
+            values[given.name] = value
+            for mine, theirs in zip(_dims(given), _dims(there), strict=True):
+                if mine.dim_param and theirs.dim_param:
+                    symbols[mine.dim_param] = theirs.dim_param  # one free extent, one name
+        for given in (one for one in asked if one.name not in values):
             own = self._free(given.name, name)
             for dim in _dims(given):  # of another name than any that another model has
                 if dim.dim_param:
@@ -166,6 +177,21 @@ class _Fusion:
             values[given.name] = own
         self.symbols.update(symbols.values())
         return values
+
+    def _fed(
+        self, name: str, given: onnx.ValueInfoProto, source: str
+    ) -> tuple[str, onnx.ValueInfoProto]:
+        """Return the value of an output that an input is to read, and what is declared of it."""
+        if source not in self.given:
+            outputs = ", ".join(self.given) or "none"
+            raise UsageError(f"no output {source!r} before {name}: {outputs}")
+        value, there = self.given[source]
+        (kind, extents), (own, wanted) = _extents(there), _extents(given)
+        both = list(zip(extents, wanted, strict=False))
+        if (kind, len(extents)) != (own, len(wanted)) or any(a != b for a, b in both if a and b):
+            said = [helper.printable_value_info(one) for one in (there, given)]
+            raise UsageError(f"{name} cannot be fed {source}: {said[0]} is no {said[1]}")
+        return value, there
 
     def _free(self, wanted: str, model: str) -> str:
         """Return the name, or one that nothing has yet."""
@@ -268,11 +294,17 @@ class _Fusion:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+def _asked(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs that are no weights."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [given for given in model.graph.input if given.name not in constants]
+
+
 def _dims(value: onnx.ValueInfoProto) -> list[Any]:
     return list(value.type.tensor_type.shape.dim)
 
 
-def _extents(value: onnx.ValueInfoProto) -> Any:
+def _extents(value: onnx.ValueInfoProto) -> tuple[int, list[int | None]]:
     kind = value.type.tensor_type.elem_type
     return kind, [d.dim_value if d.HasField("dim_value") else None for d in _dims(value)]
 
@@ -293,6 +325,10 @@ def _renamed(
 def command(
     files: Annotated[list[Path], typer.Argument(help="ONNX files, two or more.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
+    feed: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL.INPUT=MODEL.OUTPUT: what a model before gives; repeatable."),
+    ] = None,
 ) -> None:
     """Make one model of several, in which what they have in common runs once.
 
@@ -304,7 +340,8 @@ def command(
     if output.exists() or not output.absolute().parent.is_dir():
         raise UsageError(f"{output} {'exists' if output.exists() else 'is in no folder there is'}")
     models = {file.stem: load(file, typer.echo).model for file in files}
-    fused = fuse(models)
+    pairs = [one.partition("=") for one in feed or ()]
+    fused = fuse(models, {target: source for target, _, source in pairs})
     typer.echo(
         f"{fused.shared} of {fused.operators} operators need not run again, "
         f"{fused.joined} products are part of another"

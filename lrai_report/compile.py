@@ -19,6 +19,9 @@ from lrai_report.inspect import inspect, out
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 Fuse = Annotated[bool, typer.Option("--fuse", help="Several ONNX files as one, see lrai fuse.")]
+Feed = Annotated[
+    list[str] | None, typer.Option("--feed", help="With --fuse, see lrai fuse; repeatable.")
+]
 Slim = Annotated[bool, typer.Option("--slim", help="Only what serves here, see lrai slim.")]
 
 
@@ -89,17 +92,21 @@ def compile(
         ),
     ] = None,
     fuse: Fuse = False,  # noqa: FBT002 - typer's way
+    feed: Feed = None,
     slim: Slim = False,  # noqa: FBT002 - likewise
 ) -> None:
     """Compile a model: fp32, and the fastest forms that pass the gate on the evaluation rows."""
     if fuse == (len(models) == 1):
         several = f"{len(models)} models are given: --fuse makes one of them"
         raise UsageError("--fuse needs two models or more" if fuse else several)
+    if feed and not fuse:
+        raise UsageError("--feed goes with --fuse")
     with ExitStack() as stack:
         model = models[0]
         if fuse:
             model = Path(stack.enter_context(TemporaryDirectory(prefix="lrai-")), "fused.onnx")
-            _run("fuse", *map(str, models), "-o", str(model))
+            fed = [f"--feed={one}" for one in feed or ()]
+            _run("fuse", *map(str, models), "-o", str(model), *fed)
         artifact = _compiled(
             model,
             output,

@@ -327,3 +327,55 @@ def test_sparse_weights_are_refused() -> None:
     sparse.graph.sparse_initializer.append(tensor)
     with pytest.raises(CompileError, match="a has sparse weights"):
         fuse({"a": sparse, "b": headed(1, 60)})
+
+
+def chain() -> dict[str, onnx.ModelProto]:
+    """Return a trunk, and a head that reads what it gives under other names."""
+    constant = numpy_helper.from_array(weights(90, 3, 2), "w")
+    node = helper.make_node("MatMul", ["features", "w"], ["score"])
+    inputs, outputs = [value("features", ["rows", 3])], [value("score", ["rows", 2])]
+    return {"trunk": headed(1, 50), "head": model([node], inputs, outputs, [constant])}
+
+
+def test_what_a_model_before_gives_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_import.fuse._times", lambda *_: (2e-3, 1e-3))
+    models = chain()
+    for name, proto in models.items():
+        onnx.save(proto, tmp_path / f"{name}.onnx")
+    files = [tmp_path / "trunk.onnx", tmp_path / "head.onnx"]
+    command(files, tmp_path / "both.onnx", ["head.features=trunk.y"])
+    fused = onnx.load(tmp_path / "both.onnx")
+    onnx.checker.check_model(fused, full_check=True)
+    assert [given.name for given in fused.graph.input] == ["x"]
+    found, y = run(fused, x=X), run(models["trunk"], x=X)["y"]
+    np.testing.assert_array_equal(found["y"], y)
+    np.testing.assert_array_equal(found["score"], run(models["head"], features=y)["score"])
+    assert {d.dim[0].dim_param for d in _shapes(fused)} == {"batch"}
+
+
+def _shapes(fused: onnx.ModelProto) -> list[onnx.TensorShapeProto]:
+    return [v.type.tensor_type.shape for v in (*fused.graph.input, *fused.graph.output)]
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "said"),
+    [
+        ("head.x", "trunk.y", r"'head.x' is no input to feed; there are head.features, trunk.x"),
+        ("head.features", "trunk.z", r"no output 'trunk.z' before head: trunk.y"),
+        ("trunk.x", "head.score", r"no output 'head.score' before trunk: none"),
+        ("head.features", "wide.y", r"head cannot be fed wide.y: .*batchx4.* is no .*rowsx3"),
+        ("head.features", "whole.y", r"head cannot be fed whole.y: .*INT64.* is no .*FLOAT"),
+        ("head.features", "flat.y", r"head cannot be fed flat.y: "),
+    ],
+)
+def test_what_cannot_be_fed_is_refused(target: str, source: str, said: str) -> None:
+    models = chain()
+    if (name := source.partition(".")[0]) not in models:
+        shapes: dict[str, list[int | str]] = {"wide": ["batch", 4], "flat": [3]}
+        shape = shapes.get(name, ["batch", 3])
+        ends = [value(end, shape, TensorProto.INT64 if name == "whole" else 1) for end in "uy"]
+        models = {name: model([helper.make_node("Abs", ["u"], ["y"])], ends[:1], ends[1:])} | models
+    with pytest.raises(lrai.UsageError, match=said):
+        fuse(models, {target: source})
