@@ -316,7 +316,7 @@ class _Compilation:
             kept = [one for one, _ in self.kept]
             order.remove(best := self._best(order, kept))
             told = partial(tick, f"{best.form}; best so far {(kept or [fp32])[0].form}")
-            if best.speedup < search.WORTH and not (memory or (kept and best.worth(kept))):
+            if best.little(fp32) and not (memory or (kept and best.worth(kept))):
                 self._reject(best.name, f"{best.pace}: too little to serve all calls")
             elif found := passed.get(best.form) or verdict(best, 1 - errors[best.form], told):
                 self.kept.append((best, found))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -106,22 +107,30 @@ class Candidate(Built, kw_only=True, eq=False):
         return self.form + "".join(f" without {name}" for name in self.passes_off)
 
     def gains(self, others: Sequence[Candidate], more: float = 0.0) -> list[float]:
-        """Return by point how many times as fast these get where it takes what it is faster at.
+        """Return by point how many times as fast as by these calls are; below 1 it loses.
 
         `more`: milliseconds that it takes to choose between them.
         """
         at = zip(self.latency, *(other.latency for other in others), strict=True)
-        gains = [min(o.median_ms for o in theirs) / (own.median_ms + more) for own, *theirs in at]
-        return [max(1.0, gain) for gain in gains] or [1.0]
+        each = ((own.median_ms + more, min(o.median_ms for o in theirs)) for own, *theirs in at)
+        return [theirs / own for own, theirs in each] or [1.0]
 
     def worth(self, others: Sequence[Candidate], more: float = 0.0) -> bool:
         """Return whether these gain by it: 4 % in the mean, or 15 % for calls of some size."""
-        gains = self.gains(others, more)
+        gains = [max(1.0, gain) for gain in self.gains(others, more)]
         return statistics.geometric_mean(gains) >= WORTH or max(gains) >= _WORTH_SOME
 
     def gain(self, others: Sequence[Candidate]) -> float:
         """Return the geometric mean of that, as of `speedup`: single points are noisy."""
-        return statistics.geometric_mean(self.gains(others))
+        return statistics.geometric_mean(max(1.0, gain) for gain in self.gains(others))
+
+    def little(self, fp32: Candidate) -> bool:
+        """Return whether it is no match for all calls: too slow, or where some lose more by it.
+
+        More than all gain in the mean; if fp32's weights are few, it serves those beside it.
+        """
+        loses = fp32.size_bytes > _FEW_BYTES and self.speedup * min(self.gains([fp32])) < 1
+        return loses or self.speedup < WORTH
 
     def gap(self, share: float) -> float:
         """Return what this share of the search rows do not exceed."""
@@ -296,9 +305,8 @@ def profile(
         if done >= ROUNDS and time.monotonic() > min(until, enough):
             break
         if done in _LOOKS:
-            paces = np.log(taken[:, :done, still]).mean(axis=(0, 1))
-            kept = _promising([forms[i] for i in still], paces, *_LOOKS[done])
-            still = [still[i] for i in kept]
+            logs = np.log(taken[:, :done, still]).mean(axis=(0, 1)).tolist()
+            still = _promising(forms, dict(zip(still, logs, strict=True)), *_LOOKS[done])
         for (point, (feed, repeats)), i in product(enumerate(each), still):
             sessions[i].run(smallest)  # then its weights are in a cache, as where it serves
             taken[point, done, i] = _seconds(sessions[i], feed, repeats[i])
@@ -313,12 +321,10 @@ def profile(
         candidate.latency += [_point(*at, seconds[seconds > 0]) for at, seconds in own]
 
 
-def _promising(forms: Sequence[str], paces: Array, slower: float, twin: float) -> list[int]:
+def _promising(forms: list[str], paces: dict[int, float], most: float, twin: float) -> list[int]:
     """Return who may be the fastest of its form, and faster than fp32; all are logarithms."""
-    pairs = list(zip(forms, paces.tolist(), strict=True))
-    best = {form: min(pace for other, pace in pairs if other == form) for form in forms}
-    most = [min(best[form] + twin, best["fp32"] + slower) for form in forms]
-    return [i for i, (_, pace) in enumerate(pairs) if pace <= most[i]]
+    best = {forms[i]: one for i, one in sorted(paces.items(), key=itemgetter(1), reverse=True)}
+    return [i for i, one in paces.items() if one <= min(best[forms[i]] + twin, best["fp32"] + most)]
 
 
 def beside(first: Candidate, others: Iterable[Candidate]) -> list[Candidate]:

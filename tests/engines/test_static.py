@@ -310,12 +310,14 @@ def test_what_is_no_number_makes_none_and_costs_its_neighbours_nothing(none: flo
     ("declared", "shape"),
     [
         (["batch", 128], (3, 128)),
-        (["batch", 129], (3, 129)),
+        (["batch", 14_000], (3, 14_000)),
         (["batch", "width"], (3, 40)),
         (["batch", "steps", 6], (3, 7, 6)),
         (["batch", "steps", 200], (3, 7, 200)),
         (["batch", "height", "width", 3], (3, 4, 5, 3)),
         (["batch", 4, 5, 3], (3, 4, 5, 3)),
+        (["batch", 3, 80, 60], (3, 3, 80, 60)),
+        (["batch", "channels", 8, "width"], (3, 3, 8, 6)),
     ],
     ids=str,
 )
@@ -344,6 +346,12 @@ def test_inputs_of_any_shape_keep_what_is_no_number(
     own = run(quantised, x)
     assert np.isnan(own[1]).all()
     assert np.array_equal(own[::2], right[::2])
+
+
+def test_large_numbers_are_numbers() -> None:
+    """What they add up to is none."""
+    quantised, _ = static_int8(network(), sample())
+    assert np.isfinite(run(quantised, np.full((2, *SHAPE), 3e38, np.float32))).all()
 
 
 def test_without_a_batch_axis_all_is_no_number() -> None:

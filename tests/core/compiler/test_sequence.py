@@ -186,6 +186,27 @@ def test_what_is_faster_for_large_calls_alone_is_kept_beside_what_is_faster(gate
         assert kept(work) == expected
 
 
+@pytest.mark.parametrize(
+    ("row_ms", "fp32_bytes", "serves"),
+    [(1.2, 9 << 20, False), (1.02, 9 << 20, True), (1.2, 1 << 20, True)],
+)
+def test_what_costs_some_calls_more_than_all_gain_does_not_serve_alone(
+    row_ms: float, fp32_bytes: int, *, serves: bool
+) -> None:
+    """Where fp32's weights are few, it takes the calls that lose."""
+    pace = math.sqrt(8 / 6 / row_ms)
+    assert pace > search.WORTH
+    work = compilation([("form", pace, 0.01, 0)], gate=FEW)
+    work.candidates[0].size_bytes = fp32_bytes
+    for candidate, times in zip(work.candidates, ((1.0, 8.0), (row_ms, 6.0)), strict=True):
+        candidate.latency = [
+            LatencyPoint(rows=rows, length=0, median_ms=ms, spread_ms=0)
+            for rows, ms in zip((1, 8), times, strict=True)
+        ]
+    work.judge(2)
+    assert kept(work) == ["form"] * serves + ["fp32"]
+
+
 FORMS = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.1), ("near", 1.5, 0.001, 0)]
 FEW = 160  # rows, enough for the whole error alone
 UNLUCKY, UNLUCKY_FEW = (
