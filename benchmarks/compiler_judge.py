@@ -51,7 +51,7 @@ class Said:
 
 
 class Judge:
-    """Runs every form once on the unseen rows of a model, each row by itself."""
+    """Runs every form on the unseen rows of a model, once in calls of each size it is given."""
 
     def __init__(self, model: Model) -> None:
         """Judge forms of a model; the first that is asked about is the reference."""
@@ -67,29 +67,33 @@ class Judge:
         )
         self._outputs = [output]
 
-    def said(self, forms: Sequence[tuple[Hashable, Run]], threads: int) -> list[Said]:
-        """Return what each form says; those of one key say the same, and the first of them runs.
+    def said(
+        self, forms: Sequence[tuple[Hashable, Run, Sequence[int]]], threads: int
+    ) -> list[Said]:
+        """Return what each form says in calls of so many rows, of several sizes the worst.
 
-        As many at once as there are CPUs for, on `threads` each: nothing is timed here.
+        Those of one key say the same, and the first of them runs. As many at once as there are
+        CPUs for, on `threads` each: nothing is timed here.
         """
         if not self._model.trained:
             return [Said()] * len(forms)
-        new = dict[Hashable, Run]()
-        for key, run in forms:
+        new = dict[Hashable, tuple[Run, Sequence[int]]]()
+        for key, run, sizes in forms:
             if key not in self._known:
-                new.setdefault(key, run)
+                new.setdefault(key, (run, sizes))
         for key, own in zip(new, on_all_cpus(self._answers, new.values(), threads), strict=True):
             if not self._right:
-                self._right, self._probe = own, self._trained(new[key])
-                self._known[key] = replace(Said(), accuracy=_share(self._hits(own)))
+                self._right, self._probe = own[0], self._trained(new[key][0])
+                self._known[key] = replace(Said(), accuracy=_share(self._hits(own[0])))
             else:
-                self._known[key] = self._compared(own)
-        return [self._known[key] for key, _ in forms]
+                self._known[key] = _worst([self._compared(one) for one in own])
+        return [self._known[key] for key, _, _ in forms]
 
-    def _answers(self, run: Run) -> list[Array]:
-        probe = self._model.probe
+    def _answers(self, asked: tuple[Run, Sequence[int]]) -> list[list[Array]]:
+        """Return what a form says of each row, by size of the calls."""
+        (run, sizes), probe = asked, self._model.probe
         rows = [*self._model.unseen, *(probe.rows if probe else ())]
-        return [run(row)[0] for row in rows]
+        return [_in_calls(run, rows, size) for size in sizes]
 
     def _compared(self, own: list[Array]) -> Said:
         """Return what a form says by its answers."""
@@ -145,6 +149,34 @@ def widened(model: Model, right: Sequence[Array], own: Sequence[Array]) -> float
         told = fairness.disparities(column, members, labels, source, variant, least, 0.95)
         worst = max(worst, *(one.widened_bound or 0.0 for one in told))
     return worst
+
+
+def _in_calls(run: Run, rows: Sequence[Feed], size: int) -> list[Array]:
+    """Return what is said of each row in calls of so many rows of one shape."""
+    alike, said = dict[Hashable, list[int]](), dict[int, Array]()
+    for at, row in enumerate(rows):
+        alike.setdefault(tuple(array.shape for array in row.values()), []).append(at)
+    for places in alike.values():
+        for first in range(0, len(places), size):
+            part = places[first : first + size]
+            call = [rows[at] for at in np.resize(part, size)]  # a smaller one others may serve
+            answer = run({name: np.concatenate([row[name] for row in call]) for name in call[0]})[0]
+            said |= {at: answer[index : index + 1] for index, at in enumerate(part)}
+    return [said[at] for at in range(len(rows))]
+
+
+def _worst(said: Sequence[Said]) -> Said:
+    """Return the worst of each figure."""
+    return Said(
+        accuracy=min(one.accuracy for one in said),
+        loss=max(one.loss for one in said),
+        loss_bound=max(one.loss_bound for one in said),
+        agrees=min(one.agrees for one in said),
+        widened=max(one.widened for one in said),
+        gaps=tuple(max(gap) for gap in zip(*(one.gaps for one in said), strict=True)),
+        beyond=max(one.beyond for one in said),
+        beyond_bound=max(one.beyond_bound for one in said),
+    )
 
 
 def _share(hits: NDArray[np.bool_] | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.compiler import Compiled, Form, Kind, _checks, _row, _together, serving, still_in
+from benchmarks.compiler import (
+    Compiled,
+    Form,
+    Kind,
+    _checks,
+    _ours,
+    _row,
+    _together,
+    serving,
+    still_in,
+)
 from benchmarks.compiler_judge import Judge, Said
 from benchmarks.compiler_models import Array, Feed, Model, Probe
+from lrai_core.artifact import LatencyPoint
 
 CELL = (1, 0)
 ROWS = [np.array([[2.0, 1.0]]), np.array([[1.0, 2.0]]), np.array([[3.0, 1.0]])]
+ONE = (1,)  # row in each call
 
 
 def model(**more: Any) -> Model:
@@ -27,6 +40,10 @@ def form(name: str, seconds: float, rounds: int = 3, agrees: float = 1.0, **more
     made.said = Said(agrees=agrees)
     made.seconds[CELL] = [seconds] * rounds
     return made
+
+
+def same(feed: Feed) -> list[Array]:
+    return [feed["x"]]
 
 
 def names(forms: Any) -> list[str]:
@@ -107,8 +124,8 @@ def test_a_form_is_judged_once_by_labels_and_by_closeness() -> None:
         return [feed["x"][:, ::-1] if feed["x"][0, 0] == 3 else feed["x"]]
 
     judge = Judge(model(labels=np.array([0, 1, 1])))
-    forms = [("source", lambda feed: [feed["x"]]), ("other", flipped), ("other", flipped)]
-    source, other, same = judge.said(forms, threads=1)
+    forms = [("source", same, ONE), ("other", flipped, ONE), ("other", flipped, ONE)]
+    source, other, again = judge.said(forms, threads=1)
     assert source.accuracy == pytest.approx(2 / 3)
     assert source.gaps == (0.0,) * 4
     assert (other.accuracy, other.agrees) == (1.0, 2 / 3)
@@ -116,9 +133,48 @@ def test_a_form_is_judged_once_by_labels_and_by_closeness() -> None:
     assert other.gaps[0] == 0.0
     assert other.gaps[-1] == pytest.approx(np.tanh(1))  # of the softmax of 3 and 1, turned over
     assert other.beyond == pytest.approx(1 / 3)
-    assert same is other
+    assert again is other
     assert judge.said(forms[1:2], threads=1) == [other]
     assert len(calls) == len(ROWS)
+
+
+def test_a_form_that_says_something_else_in_larger_calls_is_judged_by_the_worse() -> None:
+    """Of one length each, and as large where rows of one length are few."""
+    shapes = list[tuple[int, ...]]()
+
+    def flipped(feed: Feed) -> list[Array]:
+        shapes.append(feed["x"].shape)
+        return [feed["x"][:, ::-1] if len(feed["x"]) > 1 else feed["x"]]
+
+    longer = np.array([[0.0, 1.0, 5.0]])
+    unseen = [{"x": row} for row in (ROWS[0], longer, *ROWS[1:])]
+    judged = replace(model(labels=np.array([0, 2, 1, 0])), unseen=unseen)
+    forms = [("source", same, ONE), ("alone", flipped, ONE), ("both", flipped, (1, 2))]
+    source, alone, both = Judge(judged).said(forms, threads=1)
+    assert (source.accuracy, alone.accuracy, alone.loss) == (1.0, 1.0, 0.0)
+    assert (both.accuracy, both.loss, both.agrees, both.beyond) == (0.0, 1.0, 0.0, 1.0)
+    assert both.gaps[0] > 0.4
+    assert both.loss_bound > alone.loss_bound
+    assert sorted(shapes) == sorted([*[(1, 2), (1, 2), (1, 2), (1, 3)] * 2, (2, 2), (2, 2), (2, 3)])
+
+
+@pytest.mark.parametrize(
+    ("other_ms", "sizes"), [({1: 3.0, 8: 3.0, 32: 3.0}, [1, 32]), ({1: 3.0, 8: 9.0, 32: 40.0}, [1])]
+)
+def test_ours_is_judged_in_the_least_calls_that_each_of_its_variants_takes(
+    monkeypatch: pytest.MonkeyPatch, other_ms: dict[int, float], sizes: list[int]
+) -> None:
+    def variant(name: str, ms: dict[int, float]) -> Any:
+        points = [LatencyPoint(rows=r, length=0, median_ms=m, spread_ms=0.0) for r, m in ms.items()]
+        return SimpleNamespace(id=name, size_bytes=1, latency=points)
+
+    monkeypatch.setattr("benchmarks.compiler._serve", lambda artifact: same)
+    serves = [variant("one", {1: 1.0, 8: 2.0, 32: 6.0}), variant("other", other_ms)]
+    target = SimpleNamespace(threads=1)
+    manifest = SimpleNamespace(serving=lambda: serves, target=target)
+    artifact: Any = SimpleNamespace(manifest=manifest, path=Path("m.lrai"))
+    served = replace(model(), cells=[(rows, 0) for rows in (1, 8, 32)])
+    assert _ours(served, "lrai", Compiled(artifact, 0.0, []), 1).sizes == sizes
 
 
 def test_embeddings_are_judged_by_a_probe_of_what_the_reference_makes() -> None:
@@ -132,7 +188,7 @@ def test_embeddings_are_judged_by_a_probe_of_what_the_reference_makes() -> None:
     def opposite(feed: Feed) -> list[Array]:
         return [-feed["x"]]
 
-    source, other = judge.said([("a", lambda feed: [feed["x"]]), ("b", opposite)], threads=1)
+    source, other = judge.said([("a", same, ONE), ("b", opposite, ONE)], threads=1)
     assert source.accuracy >= 0.9
     assert other.accuracy <= 0.1
     assert other.loss == pytest.approx(source.accuracy - other.accuracy)
@@ -142,7 +198,7 @@ def test_networks_of_random_weights_are_not_run_to_be_judged() -> None:
     def fails(feed: Feed) -> list[Array]:
         raise AssertionError
 
-    (said,) = Judge(model(trained=False)).said([("a", fails)], threads=1)
+    (said,) = Judge(model(trained=False)).said([("a", fails, ONE)], threads=1)
     assert np.isnan(said.accuracy)
 
 
