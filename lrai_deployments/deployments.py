@@ -182,13 +182,14 @@ class Deployments(Kept):
             there = replace(record, frozen=None) if self._served(name) else Record()
             self._commit(name, there, "unfreeze", by, reason)
 
-    def deployments(self) -> list[Deployment]:
+    def deployments(self, *, save: bool = True) -> list[Deployment]:
         """See `Runtime.deployments`."""
         found = []
         forget_aged(self.config.runtime)
         for name, record in list(self._records.items()):
             version = self.current.get(name)
-            if watching := self._watches.get(version.key) if version else None:
+            watching = self._watches.get(version.key) if version else None
+            if watching and save:
                 watching.save()  # for who comes to read it
             artifact = str(version.artifact.path.absolute()) if version else ""
             traffic = str(watching.folder.absolute()) if watching else ""

@@ -226,9 +226,12 @@ class Runtime:
         """Let a deployment be changed again."""
         self._backend.call("unfreeze", {"name": name, "by": by, "reason": reason}, type(None))
 
-    def deployments(self) -> list[Deployment]:
-        """Return every name with its versions and their shares."""
-        return self._backend.call("deployments", {}, list[Deployment])
+    def deployments(self, *, save: bool = True) -> list[Deployment]:
+        """Return every name with its versions and their shares.
+
+        `save`: have what was seen of the requests written down first, for who reads it.
+        """
+        return self._backend.call("deployments", {"save": save}, list[Deployment])
 
     def unload(self, name: str, version: str = "") -> None:
         """Stop serving a model, or one version of it.

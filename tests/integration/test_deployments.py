@@ -1069,6 +1069,26 @@ def test_a_swap_and_its_warm_up_leave_what_was_captured(
         assert kept["x"].shape == (5, 3)
 
 
+def test_who_does_not_read_what_was_asked_need_not_have_it_written(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    sketch = tmp_path / "traffic" / "m" / "sketch.json"
+
+    def written() -> int:
+        return int(msgspec.json.decode(sketch.read_bytes())["requests"])
+
+    with lrai.Runtime(config(**{"runtime.state_dir": str(tmp_path)})) as runtime:
+        runtime.load(small[2.0], name="m")
+        ask(runtime)
+        wait_until(sketch.is_file)  # as the first request has it
+        ask(runtime)
+        (found,) = runtime.deployments(save=False)
+        assert found.traffic == str(sketch.parent)
+        assert written() == 1
+        assert runtime.deployments() == [found]
+        assert written() == 2
+
+
 def test_a_path_that_is_no_utf_8_is_refused_and_ends_nothing(
     small: dict[float, Path], tmp_path: Path
 ) -> None:
