@@ -294,14 +294,42 @@ def test_a_deployment_is_made_updated_rolled_back_and_deleted(
 def test_a_prediction_does_not_have_the_runtime_write_to_its_disk(
     client: Client, saved: list[Path]
 ) -> None:
-    """As it does, of all its models, for who asks for the shares of versions."""
+    """As it does, of all its models, for who asks for deployments and does not say otherwise."""
     client.create_deployment("search", str(saved[0]))
-    before = logits(client)
+    before, deployments, saves = logits(client), lrai.Runtime.deployments, list[bool]()
+
+    def asked(runtime: lrai.Runtime, *, save: bool) -> Any:
+        saves.append(save)
+        return deployments(runtime, save=save)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lrai.Runtime, "deployments", lambda _: pytest.fail("it was asked for them"))
         assert logits(client) == before
     with pytest.raises(MlflowException, match="no deployment 'search:1'"):
         logits(client, "search:1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lrai.Runtime, "deployments", asked)
+        client.predict("search", pd.DataFrame(ROWS))
+        client.update_deployment("search", str(saved[1]), config={"canary": 0.5})
+        logits(client)
+    assert saves
+    assert not any(saves)
+
+
+def test_what_is_deleted_while_deployments_are_listed_is_not_among_them(
+    client: Client, saved: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("search", "gone"):
+        client.create_deployment(name, str(saved[0]))
+    models = lrai.Runtime.models
+
+    def meanwhile(runtime: lrai.Runtime) -> Any:
+        client.delete_deployment("gone")
+        return models(runtime)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lrai.Runtime, "models", meanwhile)
+        assert [one["name"] for one in client.list_deployments()] == ["search"]
 
 
 def test_what_was_saved_with_a_model_counts_for_its_deployment(

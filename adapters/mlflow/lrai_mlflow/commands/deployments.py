@@ -41,7 +41,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -101,7 +101,7 @@ class Client(BaseDeploymentClient):
             if not name or ":" in name or not name.isprintable():
                 raise UsageError(f"{name!r} is no name of a deployment: printable, without ':'")
             _check_options(config)
-            if name in self._shares():
+            if name in self._found():
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
             with self._alone():
                 artifact, said = self._keep(model_uri)
@@ -129,7 +129,7 @@ class Client(BaseDeploymentClient):
         options = dict(config or {})
         share, back = options.pop("canary", None), options.pop("rollback", None)
         with mlflow_errors(), self._alone():
-            shares = self._known(name)
+            shares = self._known(name).shares
             _check_options(options)
             if options and model_uri is None:
                 given = ", ".join(map(str, options))
@@ -138,7 +138,7 @@ class Client(BaseDeploymentClient):
                 if str(back).lower() != "true" or model_uri or share is not None:
                     raise UsageError("rollback is true or absent, and goes with nothing else")
                 self._runtime.rollback(name)
-                left = [version for version, has in self._known(name).items() if not has]
+                left = [version for version, has in self._known(name).shares.items() if not has]
                 for version in left:  # a canary that was there; it can be loaded again
                     self._runtime.unload(name, version)
             elif model_uri is None:
@@ -169,7 +169,8 @@ class Client(BaseDeploymentClient):
         """Return every deployment; models that workers of MLflow hold are not among them."""
         del endpoint
         with mlflow_errors():
-            return [self.get_deployment(name) for name in self._shares()]
+            models = self._runtime.models()  # first: what is deleted after that is not listed
+            return [_shown(models, one) for one in self._found().values()]
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
         """Return a deployment: its versions with share, variant, certificate and state.
@@ -179,19 +180,7 @@ class Client(BaseDeploymentClient):
         """
         del endpoint
         with mlflow_errors():
-            self._known(name)
-            found = next((o for o in self._runtime.deployments() if o.name == name), None)
-            if found is None:  # deleted meanwhile
-                raise MlflowException(f"no deployment {name[:120]!r}", RESOURCE_DOES_NOT_EXIST)
-            versions = {
-                model.version: {"share": found.shares.get(model.version, 0.0)}
-                | {what: getattr(model, what) for what in ("variant", "certificate", "state")}
-                for model in self._runtime.models()
-                if model.name == name
-            }
-        frozen = found.frozen and f"by {found.frozen.by}: {found.frozen.reason}"
-        said = {"versions": versions, "previous": found.previous or None, "frozen": frozen}
-        return {"name": name, "flavor": FLAVOR_NAME, **said}
+            return _shown(self._runtime.models(), self._known(name))
 
     def predict(
         self, deployment_name: str | None = None, inputs: Any = None, endpoint: str | None = None
@@ -219,9 +208,8 @@ class Client(BaseDeploymentClient):
     def _answer(self, name: str, inputs: Any) -> Any:
         models = [] if ":" in name else self._runtime.models()  # those of others are no deployments
         served = {one.version: one for one in models if one.name == name}
-        # What could not be started keeps its share, for later. To ask for shares has the runtime
-        # write down what it was asked, so it is not done where one version runs.
-        known = dict.fromkeys(served, 1.0) if len(served) == 1 else self._known(name)
+        # What could not be started keeps its share, for later; of one version none need be asked.
+        known = dict.fromkeys(served, 1.0) if len(served) == 1 else self._known(name).shares
         shares = {version: share for version, share in known.items() if share and version in served}
         said = self._said(name) if isinstance(inputs, pd.DataFrame) else {}
         if isinstance(inputs, pd.DataFrame) and self._copies is None:
@@ -253,10 +241,10 @@ class Client(BaseDeploymentClient):
 
     def _seen(self, name: str) -> dict[str, Any]:
         """Return the same of what another machine serves, if it lies there where it lies here."""
-        for path in [one.artifact for one in self._runtime.deployments() if one.name == name]:
+        if found := self._found().get(name):
             with contextlib.suppress(LraiError, MlflowException, OSError):  # it does not, by now
-                artifact, said = saved_model(str(Path(path).parent), verify=False)
-                if artifact.version in self._versions(name):
+                artifact, said = saved_model(str(Path(found.artifact).parent), verify=False)
+                if artifact.version in map(_artifact_of, found.shares):
                     return {artifact.version: said}
         return {}
 
@@ -281,7 +269,8 @@ class Client(BaseDeploymentClient):
         self._write(name, dict([*rest.items(), (version, said)][-_MOST_SAID:]))
 
     def _versions(self, name: str) -> set[str]:
-        return set(map(_artifact_of, self._shares().get(name, {})))
+        found = self._found().get(name)
+        return set(map(_artifact_of, found.shares)) if found else set()
 
     def _how(self, config: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> Any:
         """Return how a model is loaded, and warn of what its runtime has not as it was saved."""
@@ -318,16 +307,16 @@ class Client(BaseDeploymentClient):
         when_gone(self, runtime.close)  # MLflow makes a client for each who wants one
         return runtime
 
-    def _shares(self) -> dict[str, dict[str, float]]:
-        found = self._runtime.deployments()
-        return {one.name: one.shares for one in found if one.shares and ":" not in one.name}
+    def _found(self) -> dict[str, Any]:
+        found = self._runtime.deployments(save=False)  # nobody here reads what it would write
+        return {one.name: one for one in found if one.shares and ":" not in one.name}
 
-    def _known(self, name: str) -> dict[str, float]:
-        shares = self._shares()
-        if name not in shares:
-            problem = f"no deployment {name[:120]!r}; there are: {', '.join(shares) or 'none'}"
+    def _known(self, name: str) -> Any:
+        found = self._found()
+        if name not in found:
+            problem = f"no deployment {name[:120]!r}; there are: {', '.join(found) or 'none'}"
             raise MlflowException(problem, RESOURCE_DOES_NOT_EXIST)
-        return shares[name]
+        return found[name]
 
     def _serve(
         self,
@@ -395,8 +384,8 @@ class Client(BaseDeploymentClient):
         """Return where it is kept what a deployment's models take: in the runtime's own state."""
         if self._copies is None:
             return None
-        found = [one.traffic for one in self._runtime.deployments() if one.name == name]
-        place = self._place(Path(found[0]).parents[1]) if any(found) else self._copies
+        one = self._found().get(name)
+        place = self._place(Path(one.traffic).parents[1]) if one and one.traffic else self._copies
         return place / f"{_digest(name)}.said"
 
     def _write(self, name: str, said: Mapping[str, Any]) -> None:
@@ -432,7 +421,7 @@ class Client(BaseDeploymentClient):
 
     def _forget(self) -> None:
         """Remove the copies that no deployment serves, or could go back to."""
-        found = self._runtime.deployments()
+        found = self._runtime.deployments(save=False)
         needed = {_artifact_of(version) for one in found for version in (*one.shares, one.previous)}
         names = {_digest(one.name) for one in found}
         states = {Path(one.traffic).parents[1] for one in found if one.traffic}
@@ -450,6 +439,19 @@ def _check_options(config: Mapping[str, Any] | None) -> None:
     for key in flat(config or {}):
         if key not in OWN_SETTINGS and key != "variant" and not key.startswith("require."):
             raise UsageError(f"{key} is the runtime's, not one model's: say it where that starts")
+
+
+def _shown(models: Sequence[Any], found: Any) -> dict[str, Any]:
+    """Return what is said of a deployment, and of its versions among the models."""
+    versions = {
+        model.version: {"share": found.shares.get(model.version, 0.0)}
+        | {what: getattr(model, what) for what in ("variant", "certificate", "state")}
+        for model in models
+        if model.name == found.name
+    }
+    frozen = found.frozen and f"by {found.frozen.by}: {found.frozen.reason}"
+    said = {"versions": versions, "previous": found.previous or None, "frozen": frozen}
+    return {"name": found.name, "flavor": FLAVOR_NAME, **said}
 
 
 def _digest(text: str) -> str:
