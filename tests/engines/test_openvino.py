@@ -28,7 +28,7 @@ from lrai_core.compiler.model import SharedWeights
 from lrai_core.compiler.search import Candidate, Material, Sample
 from lrai_core.engine.engine import Session, find_engine, installed_version, isa_class
 from lrai_core.errors import ArtifactError, CompileError, EngineError, EnvironmentProblem
-from lrai_core.protocol import Array
+from lrai_core.protocol import Array, TensorSpec
 from lrai_engines.forms import OnnxRuntimeForms
 from lrai_engines.openvino import OpenVino
 from lrai_engines.openvino_forms import OpenVinoForms, _bounds
@@ -327,10 +327,46 @@ def test_integers_beyond_what_the_engine_counts_in_are_refused(
     assert caught.value.invalid
 
 
+@pytest.mark.parametrize(
+    ("declared", "most", "requests"),
+    [
+        (["batch", 3, 4], 64 << 20, 2),
+        (["batch", "length", 4], 64 << 20, 1),
+        (["batch", 3, 4], 0, 1),
+    ],
+    ids=["known", "free", "large"],
+)
+def test_calls_of_one_row_have_a_model_of_their_own_where_all_rows_are_alike(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    declared: list[str | int],
+    most: int,
+    requests: int,
+) -> None:
+    monkeypatch.setattr("lrai_engines.openvino._MOST_TWICE", most)
+    weight = numpy_helper.from_array(np.arange(8, dtype=np.float32).reshape(4, 2), "w")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Relu", ["p"], ["y"])]
+    ends = [value("x", declared)], [value("y", [*declared[:2], 2]), value("p", [*declared[:2], 2])]
+    spec = TensorSpec(name="x", datatype="FP32", shape=tuple(declared), batch_axis=0)
+    made_of = material(model(nodes, *ends, [weight]), tmp_path)
+    made_of = replace(made_of, sample=Sample([], (), (spec,)))
+    session = OURS.load(next(FORMS.build(made_of, lambda *_: None)).graph)
+    assert len(session._requests) == requests
+    x = np.random.default_rng(0).standard_normal((5, 3, 4)).astype(np.float32)
+    right = x @ numpy_helper.to_array(weight)
+    for count in (1, 5, 1, 2):
+        y, p = session.run([x[:count]])
+        np.testing.assert_allclose(p, right[:count], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(y, np.maximum(right[:count], 0), rtol=1e-5, atol=1e-6)
+        assert np.array_equal(session.run([x[:count]], [1])[0], p)
+    with pytest.raises(EngineError):
+        session.run([x[:1, :, :3]])
+
+
 def test_a_lack_of_memory_is_no_fault_of_the_inputs(tmp_path: Path) -> None:
     session = session_of(table_model(), tmp_path)
     lacking = SimpleNamespace(infer=raising(RuntimeError("Exception: std::bad_alloc")))
-    session._request = lacking  # type: ignore[attr-defined]
+    session._requests = [lacking]  # type: ignore[attr-defined]
     with pytest.raises(EngineError, match="bad_alloc") as caught:
         session.run([np.zeros((1, 2), np.int64)])
     assert not caught.value.invalid
