@@ -45,7 +45,7 @@ from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.kinds import Kind, make_kinds, measure_bare, open_encoder, share  # noqa: E402
 from benchmarks.triton_entries import AS_GIVEN, Entry, Ours, Peer, Repository  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
-from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, measure_open, median_parts  # noqa: E402
+from benchmarks.triton_runs import SWEPT_AT, Bench, Extent, in_turns, measure_open, median_parts  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, prepare  # noqa: E402
 
 Rates = dict[str, tuple[float, float]]
@@ -248,7 +248,7 @@ def over_grpc(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[s
     count, figures = share(kind, bench.extent.requests[SWEPT_AT]), dict[str, list[Figures]]()
     for turn in range(bench.extent.rounds):
         indices = [(turn * count + i) % len(kind.rows) for i in range(count)]
-        for name, entry in who.items():
+        for name, entry in in_turns(list(who.items()), turn):
             asked = (entry.name, kind, "sentence_embedding", indices, SWEPT_AT)
             figures.setdefault(name, []).append(triton_grpc.closed(bench.server.grpc, *asked))
             bench.answers[entry.side].add(figures[name][-1])

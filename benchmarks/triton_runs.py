@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from benchmarks.triton_entries import Entry, Ours, Peer, Queue, Repository
 from benchmarks.triton_load import Load
 from benchmarks.triton_server import TritonServer
 
+T = TypeVar("T")
 Costed = tuple[Figures, dict[str, float]]
 
 SWEPT_AT: Final = 32
@@ -128,10 +129,9 @@ class Bench:
         for entry in models:
             self.closed(entry, kind, 0, share(kind, 2 * SWEPT_AT), SWEPT_AT)
         for turn in range(self.extent.rounds):
-            first = turn % len(models)
             for callers, requests in self.extent.requests.items():
                 count = share(kind, requests)
-                for entry in [*models[first:], *models[:first]]:
+                for entry in in_turns(models, turn):
                     costed = self.costed(entry, kind, turn * count, count, callers)
                     found[entry.name, callers].append(costed)
         return dict(found)
@@ -163,9 +163,8 @@ class Bench:
             for entry in models:
                 self.closed(entry, kind, 0, 200, 1)
             for turn in range(self.extent.overhead_rounds):
-                order = models[turn % len(models) :] + models[: turn % len(models)]
                 for callers, count in self.extent.overhead_requests.items():
-                    for entry in order:
+                    for entry in in_turns(models, turn):
                         costed = self.costed(entry, kind, 0, count, callers)
                         found[entry.name, callers].append(costed)
         for side in [side for side in self.answers if side.endswith("noop")]:
@@ -190,6 +189,12 @@ class Bench:
                 elif folder in command and "lrai_core.actor" in command:
                     found["actors"] += cpu_seconds(pid)
         return found
+
+
+def in_turns(sides: Sequence[T], turn: int) -> list[T]:
+    """Return the sides in the order of a round: in each another one begins."""
+    first = turn % len(sides)
+    return [*sides[first:], *sides[:first]]
 
 
 def arrivals_of(rate: float, seconds: float, seed: int, *, bursts: bool) -> list[float]:
@@ -234,6 +239,7 @@ def measure_open(
         bench.peer(variant, default),
     ]
     names = ["lrai", "best", "default"]
+    sides = list(zip(names, models, strict=True))
     rows = []
     with bench.loaded(*models):
         for entry in models:
@@ -246,8 +252,7 @@ def measure_open(
             statuses: dict[str, dict[int, int]] = {}
             for turn in range(extent.open_rounds):
                 arrivals = arrivals_of(load * rate, extent.open_seconds, turn, bursts=bursts)
-                sides, first = list(zip(names, models, strict=True)), turn % len(names)
-                for name, entry in [*sides[first:], *sides[:first]]:
+                for name, entry in in_turns(sides, turn):
                     value, figures = bench.in_time(entry, kind, arrivals, slo)
                     shares[name].append(value)
                     p95[name].append(figures.percentile_ms(0.95))
