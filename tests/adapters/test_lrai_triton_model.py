@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -329,10 +330,12 @@ class Leaving(Request):
 
     def __init__(self) -> None:
         super().__init__(row())
-        self.left, self.sent = False, list[Any]()
+        self.left = self.late = False
+        self.looked, self.sent = threading.Event(), list[Any]()
 
     def is_cancelled(self) -> bool:
-        assert not self.sent
+        self.late |= bool(self.sent)
+        self.looked.set()
         return self.left
 
     def get_response_sender(self) -> Leaving:
@@ -342,6 +345,14 @@ class Leaving(Request):
         self.sent.append(response)
 
 
+class Unaskable(Leaving):
+    """Of whom Triton cannot be asked."""
+
+    def is_cancelled(self) -> bool:
+        super().is_cancelled()
+        raise RuntimeError(f"Failed to increase the shared memory pool of {REGION}")
+
+
 class Asked(Future[Any]):
     """What a runtime has in its queue; who waits for several learns that one was cancelled."""
 
@@ -349,26 +360,31 @@ class Asked(Future[Any]):
         return super().cancel() and not self.set_running_or_notify_cancel()  # once
 
 
+@pytest.mark.parametrize("other", [Leaving, Unaskable])
 @pytest.mark.parametrize("way", ["lists", "sender"])
 def test_what_a_caller_who_leaves_has_asked_is_taken_out_of_the_queue(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch, way: str
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, way: str, other: type[Leaving]
 ) -> None:
     monkeypatch.setattr(stub.module, "_LOOK_SECONDS", 0.005)
     here = {"runtime__address": "embedded", "actor__isolation": "inline"}
     model, queued = stub.load(execution=way, **here), (Asked(), Asked())
     monkeypatch.setattr(model._held.runtime, "start_all", lambda _: queued)
-    stays, leaves = Leaving(), Leaving()
+    stays, leaves = other(), Leaving()
     told: dict[str, Any] = {"model_name": "m", "model_version": "1", "id": "", "parameters": {}}
     with ThreadPoolExecutor(1) as server:
         given = server.submit(model.execute, [stays, leaves])
+        stays.looked.wait()
         leaves.left = True
-        wait([queued[1]])
-        queued[0].set_result(lrai.InferenceResponse(outputs={"y": row()["x"]}, **told))
+        wait([queued[1]], 30)
+        for one in queued:
+            if not one.done():
+                one.set_result(lrai.InferenceResponse(outputs={"y": row()["x"]}, **told))
         listed = given.result()
     model.finalize()
     assert codes(listed or [*stays.sent, *leaves.sent]) == ["", "CANCELLED"]
     assert (listed is None) == (way == "sender")
     assert not model._waiting
+    assert not any(one.late for one in (stays, leaves))
 
 
 # What is told of a model that does not load

@@ -83,8 +83,7 @@ class TritonPythonModel:
         self._inside: dict[int, int] = {}  # bytes there of each request that is not answered
         # From 25.02 on; what pybind11 says of a function names its arguments.
         self._tells = "parameters" in str(pb_utils.InferenceResponse.__init__.__doc__)
-        self._rows = settings.size > 1  # requests have any number of them
-        self._queue = HostQueue(settings)
+        self._queue, self._rows = HostQueue(settings), settings.size > 1  # any number in a request
         self.execute = self._send_later if execution == "sender" else self._lists
         self._waiting: dict[int, tuple[Any, Future[Any]]] = {}  # requests, and what answers them
         self._looking, self._ended = threading.Lock(), threading.Event()
@@ -137,7 +136,8 @@ class TritonPythonModel:
         # One that was killed answers no message, and a stub that waits for it does not end.
         while not self._ended.wait(_LOOK_SECONDS) and os.getppid() == server:
             for key in before:  # which was there a look ago: to ask the server is a message
-                self._look_at(key)
+                with suppress(Exception):  # edge: who cannot be asked about has not left
+                    self._look_at(key)
             before = set(self._waiting)
             self._metrics.write()
 
