@@ -233,6 +233,46 @@ def test_a_signal_is_heard_while_the_runtime_restores_its_models(tmp_path: Path)
     assert not (tmp_path / "given").exists()
 
 
+def test_a_runtime_that_is_still_not_there_when_its_start_gives_up_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, seen, known = tmp_path / "begun", tmp_path / "seen", supervise._parent
+
+    def parent(pid: int) -> int:
+        found = known(pid)
+        if begun.exists() and begun.read_text() == f"{pid}\n":
+            seen.touch()
+        return found
+
+    monkeypatch.setattr(supervise, "_parent", parent)
+    begins = f"({WAITS}) >/dev/null &\necho $! > {begun}"
+    waits = f"for _ in $(seq 1000); do test -e {seen} && break; sleep 0.02; done"
+    stand_in = program(tmp_path / "lrai", f"{begins}\n{waits}\nexit 5")
+    monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
+    path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
+    monkeypatch.setenv("PATH", path)
+    try:
+        with pytest.raises(lrai.EnvironmentProblem, match="cannot be started, see above"):
+            supervise.serve([backends])
+        assert known(int(begun.read_text())) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(begun.read_text()), signal.SIGKILL)
+    assert not (tmp_path / "given").exists()
+
+
+@pytest.mark.timeout(180)
+def test_a_runtime_that_ran_before_stays_though_it_serves_no_more(tmp_path: Path) -> None:
+    path, backends = planted(tmp_path, "exit 0")
+    with own_runtime(PATH=path) as sockets:
+        for command in ("start", "drain"):
+            subprocess.run([*supervise._LRAI, "runtime", command], check=True)
+        (before,) = daemon_pids(sockets)
+        with pytest.raises(lrai.EnvironmentProblem, match="cannot be started, see above"):
+            supervise.serve([backends])
+        assert daemon_pids(sockets) == [before]
+
+
 def test_where_a_second_signal_comes_nothing_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

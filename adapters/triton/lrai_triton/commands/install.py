@@ -145,10 +145,9 @@ def _check_version(folder: Path) -> None:
     if not compiled and int(folder.name) < versions_of(folder.parent)[-1]:
         return  # it would have to be built
     found = lrai.Artifact.open(source) if compiled else artifact_of(source, settings.asked.config)
-    manifest = found.manifest
-    complete(config, manifest.signature)
+    complete(config, found.manifest.signature)
     if compiled:
-        chosen = manifest.variant(settings.asked.variant or manifest.chosen)
-        made, here = manifest.made_for(chosen), environment(chosen)
+        chosen = found.manifest.variant(settings.asked.variant or found.manifest.chosen)
+        made, here = found.manifest.made_for(chosen), environment(chosen)
         words = "the next best or fp32 serves, unless lrai requalify has found better"
         _demand(made == here, f"it was compiled for {made}, this is {here}: {words}")

@@ -70,8 +70,7 @@ def switched_back(text: str, original: str) -> str:
 
 def _replaced(text: str, new: dict[str, str]) -> str:
     for name, place in reversed(_places(text).items()):
-        if name in new:
-            text = text[: place.start] + new[name] + text[place.stop :]
+        text = text[: place.start] + new.get(name, text[place]) + text[place.stop :]
     return text
 
 

@@ -167,14 +167,13 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
                 _check_onnx(Path(shutil.copy2(model, target / "model.onnx")), model.name)
             _switch(folder if new else entry, config)
     except BaseException:  # a disk may be found full when all is written
-        if new or os.path.lexists(entry / str(version)):  # what is there is somebody else's
-            raise
-        if not there:
-            (entry / CONFIG).unlink(missing_ok=True)
-        elif text_of(entry / CONFIG) != before:
-            _replace(entry / CONFIG, before)
-        if not kept:
-            (entry / _ORIGINAL).unlink(missing_ok=True)
+        if not new and not os.path.lexists(entry / str(version)):  # else it is somebody else's
+            if not there:
+                (entry / CONFIG).unlink(missing_ok=True)
+            elif text_of(entry / CONFIG) != before:
+                _replace(entry / CONFIG, before)
+            if not kept:
+                (entry / _ORIGINAL).unlink(missing_ok=True)
         raise
     out.print(f"version {version} is there; by default Triton serves the highest one, after")
     out.print(f"curl -X POST localhost:8000/v2/repository/models/{entry.absolute().name}/load")

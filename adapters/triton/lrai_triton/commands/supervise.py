@@ -39,7 +39,6 @@ _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
 _LOOK_SECONDS: Final = 0.2
 _RESTART_SECONDS: Final = 2.0  # before a watch that has ended is started again
-_GIVEN_UP: Final = 3  # exit status of a watch
 _SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
 _SIZES: Final = {"BOOL": 1, "BYTES": 4}  # of a zero, in bytes; of an empty text, its length
@@ -113,8 +112,8 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         arguments = [*arguments, "--model-control-mode=explicit"]
         if not _given(arguments, "load-model"):
             arguments.append("--load-model=*")  # as without a mode
-        own = ("--http-restricted-", "--grpc-restricted-")
-        if not any(one.startswith(own) for one in arguments):  # else whoever asks could load code
+        # Else whoever asks could load code.
+        if not any(re.match("--(http|grpc)-restricted-", one) for one in arguments):
             os.environ[_KEY] = key = os.environ.get(_KEY) or secrets.token_hex(16)
             for what in ("http-restricted-api", "grpc-restricted-protocol"):
                 arguments.append(f"--{what}=model-repository:{_HEADER}={key}")
@@ -129,9 +128,8 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
     try:
         # The runtime is not left to the first stub: like this its settings are those given here,
         # whatever model loads first, what is wrong with it is said at once, and it lives on during
-        # reloads.
-        if "://" not in load_config().runtime.address:  # else it runs on another machine
-            ours = _start_runtime(told)
+        # reloads. One on another machine is not ours to start.
+        ours = "://" not in load_config().runtime.address and _start_runtime(told)
         status = -told[0] if told else _run_both(commands, told)
     finally:
         if ours:
@@ -342,21 +340,25 @@ def _given(arguments: list[str], name: str, default: str = "") -> str:
 def _start_runtime(told: list[int]) -> bool:
     """Have the shared runtime run; return whether it was started for that.
 
-    One that is started here is ended again where this is told to end meanwhile: by a signal, for it
-    hears no client until it serves what it served before, which may take minutes.
+    One that is started here is ended again where this is told to end meanwhile, or waited for it in
+    vain: by a signal, for it hears no client until it serves what it served before, which may take
+    minutes.
     """
-    command = [*_LRAI, "runtime", "start"]
+    command, begun, stopped = [*_LRAI, "runtime", "start"], set[int](), False
     # In a group of its own, as the others are: Ctrl-C comes from here alone.
     with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as start:
-        while start.poll() is None and not told:
-            time.sleep(_LOOK_SECONDS)
-        if start.poll() is None:
-            start.send_signal(signal.SIGSTOP)  # lest it starts the next one
+        while start.poll() is None and not stopped:
+            if stopped := bool(told):
+                start.send_signal(signal.SIGSTOP)  # lest it starts the next one
             running = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
-            begun = [pid for pid in running if _parent(pid) == start.pid]
+            # Kept, for once it has ended its children are no longer its own.
+            begun = {pid for pid in running if _parent(pid) == start.pid} or begun
+            time.sleep(_LOOK_SECONDS)
+        if start.poll() != 0:
             for pid in begun:
-                os.kill(pid, signal.SIGTERM)
-            while any(map(_parent, begun)) and len(told) == 1:  # a second signal waits for nothing
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(pid, signal.SIGTERM)
+            while any(map(_parent, begun)) and len(told) < 2:  # a second signal waits for nothing
                 time.sleep(_LOOK_SECONDS)
             start.kill()
         said, _ = start.communicate()
@@ -380,9 +382,9 @@ def _run_both(commands: list[list[str]], told: list[int]) -> int:
                 for process in processes:
                     process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
             ended = watches[0].poll() if watches else None
-            if ended == _GIVEN_UP:  # whoever runs us starts us anew
+            if ended == ConditionNotMet.exit_code:  # whoever runs us starts us anew
                 say("no model is left: the server ends, too")
-                return _GIVEN_UP
+                return ConditionNotMet.exit_code
             if ended == EnvironmentProblem.exit_code:
                 say("nothing is watched, for the reason above")
                 watches = []
