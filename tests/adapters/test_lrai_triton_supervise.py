@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +315,99 @@ def runs_below(parent: int, words: str) -> bool:
             if mine and words in process.read_text(errors="replace"):
                 return True
     return False
+
+
+# Two watches of one server
+
+
+class Dying(ThreadingHTTPServer):
+    """As a server whose model m has no healthy stub until it is loaded the second time.
+
+    Attributes:
+        loads: How often that was asked for; the first one does not end.
+        begun: Set when it is.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.url, self.loads, self.loaded = f"http://127.0.0.1:{self.server_port}", 0, True
+        self.begun, self.over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+
+    def __enter__(self) -> Dying:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+    def load(self) -> None:
+        self.loads += 1
+        self.begun.set()
+        if self.loads == 1:
+            self.over.wait()
+        self.loaded = True
+
+
+class Answering(BaseHTTPRequestHandler):
+    server: Dying
+
+    def do_POST(self) -> None:
+        its, body = self.server, self.rfile.read(int(self.headers["Content-Length"] or 0))
+        path = self.path.removeprefix("/v2/")
+        if path == "repository/models/m/load":
+            its.load()
+        its.loaded = its.loaded and path != "repository/models/m/unload"
+        listed, never = its.loaded or b"true" not in body, {"count": 0, "ns": 0}
+        stats = {"version": "1", "inference_stats": {"success": never, "fail": never}}
+        said = {
+            "repository/index": [{"name": "m", "state": "READY"}] * listed,
+            "models/m/config": {"backend": "lrai"},
+            "models/m/stats": {"model_stats": [stats] * its.loaded},
+            "models/m/versions/1/infer": {"error": "Stub process"} if its.loads < 2 else {},
+        }
+        with contextlib.suppress(OSError):  # who has asked was killed
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(said.get(path, {})).encode())
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def watching(url: str) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
+    """Yield a watch, and what it says of m."""
+    command = [*supervise._LRAI, "triton", "watch", "--url", url, "--interval", "0.05"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+        words = (line.partition(" ")[2].rstrip("\n") for line in watch.stdout or ())
+        try:
+            yield watch, (said for said in words if said.startswith(("m ", "m:")))
+        finally:
+            watch.kill()
+
+
+def test_what_one_watch_reloads_another_leaves_alone_until_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path))
+    with Dying() as server, watching(server.url) as (first, its):
+        assert next(its) == "m is watched"
+        assert next(its) == "m: its stub is not healthy; reloading it"
+        server.begun.wait()
+        with watching(server.url) as (_, said):
+            assert next(said) == f"m is left to another watch of {server.url} until that ends"
+            first.kill()
+            assert next(said) == "m is watched"
+            assert server.loads == 1, "that of the first"
+            assert next(said) == "m: a watch was killed while it reloaded it; reloading it"
+            assert next(said).startswith("m: reloaded in")
+    assert server.loads == 2

@@ -7,6 +7,7 @@ A stub is the process in which Triton runs a Python model. When it is killed, it
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -28,7 +29,7 @@ from urllib.parse import quote, unquote, urlsplit
 import typer
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, UsageError, load_config
-from lrai_import.built import state_folder
+from lrai_import.built import locked, state_folder
 from lrai_triton.commands.app import app, out
 from lrai_triton.settings import WATCH
 
@@ -58,7 +59,8 @@ def watch(
     """Reload models whose process has died; needs a server with --model-control-mode=explicit.
 
     A model that gets its requests answered is left alone; else it is sent one, which its stub
-    answers by itself. What a watch was at when it was killed, the next one goes on with.
+    answers by itself. What a watch was at when it was killed, the next one goes on with; a model
+    of one that runs is left to that, until it ends.
     """
     if urlsplit(url).scheme != "http":
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
@@ -76,9 +78,9 @@ def watch(
                     raise EnvironmentProblem(f"{url} has not got --model-control-mode=explicit")
                 if status == http.client.FORBIDDEN:
                     raise EnvironmentProblem(f"{url} wants another {_HEADER}: set {_KEY} to it")
-            ready, marked = _models(url), [unquote(path.name) for path in marks.glob("*")]
+            ready, marked = _models(url), [path for path in marks.glob("*") if path.stat().st_size]
             # A server that was started since then has not had it.
-            left = [name for name in marked if name in _index(url, ready=False)]
+            left = [n for path in marked if (n := unquote(path.name)) in _index(url, ready=False)]
             alive = not watched or any(each.is_alive() for each in watched.values())
             if not alive and (model or not _index(url)):  # what others serve is not ours to end
                 raise ConditionNotMet(f"no model is left to watch; given up: {', '.join(watched)}")
@@ -142,37 +144,41 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
 class _Model(threading.Thread):
     """A model that is watched, until reloading it helps no more. A slow load delays no other's."""
 
-    def __init__(
-        self, url: str, name: str, interval: float, silent_seconds: float, marks: Path
-    ) -> None:
+    def __init__(self, url: str, name: str, interval: float, silent: float, marks: Path) -> None:
         super().__init__(name=name, daemon=True)
         self._url, self._path, self._interval = url, f"/models/{quote(name)}", interval
-        self._counts: dict[str, Any] = {}  # by version, as are the next two
-        self._stubs = _stubs(name)
+        # By version; the last: since when probes got no answer.
+        self._counts, self._stubs, self._silent = dict[str, Any](), _stubs(name), dict[str, float]()
         self._left, self._left_until = set[int](), 0.0  # stubs of before a reload, their time
-        self._silent: dict[str, float] = {}  # since when probes got no answer
-        self._silent_seconds = silent_seconds
-        self._reloads: list[float] = []
-        self._mark = marks / quote(name, safe="")  # there as long as the next is not empty
-        self._unloaded = "a watch was killed while it reloaded it" if self._mark.exists() else ""
+        self._silent_seconds, self._reloads = silent, list[float]()
+        self._mark, self._unloaded = marks / quote(name, safe=""), ""
         self.start()
 
     def run(self) -> None:
-        """Look and reload until it is given up."""
-        say(f"{self.name} is watched")
-        while True:
-            try:
-                stubs, counts = _stubs(self.name), self._count()  # one that is loaded has a stub
-                self._end_left(stubs)
-                self._note("" if counts else self._unloaded)  # whoever has loaded it
-                deaths = [self._dead(each, counts[each], stubs[each]) for each in counts]
-                self._counts, self._stubs = self._count(), stubs  # with the probes
-                why = next(filter(None, deaths), self._unloaded)
-                if why and not self._reload(why):
-                    return
-            except _LOST:  # `watch` says so
-                self._silent.clear()  # what comes back has its time
-            time.sleep(self._interval)
+        """Look and reload until it is given up; where another watch does, once that has ended."""
+        with contextlib.ExitStack() as alone:
+            with contextlib.suppress(OSError):  # there is no place for its mark
+                try:
+                    alone.enter_context(locked(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                except BlockingIOError:
+                    say(f"{self.name} is left to another watch of {self._url} until that ends")
+                    alone.enter_context(locked(self._mark, fcntl.LOCK_EX))
+                if self._mark.stat().st_size:
+                    self._unloaded = "a watch was killed while it reloaded it"
+            say(f"{self.name} is watched")
+            while True:
+                try:
+                    stubs, counts = _stubs(self.name), self._count()  # what is loaded has a stub
+                    self._end_left(stubs)
+                    self._note("" if counts else self._unloaded)  # whoever has loaded it
+                    deaths = [self._dead(each, counts[each], stubs[each]) for each in counts]
+                    self._counts, self._stubs = self._count(), stubs  # with the probes
+                    why = next(filter(None, deaths), self._unloaded)
+                    if why and not self._reload(why):
+                        return
+                except _LOST:  # `watch` says so
+                    self._silent.clear()  # what comes back has its time
+                time.sleep(self._interval)
 
     def _count(self) -> dict[str, Any]:
         """Return what the server has counted, by version; {} if the model is unloaded."""
@@ -251,10 +257,10 @@ class _Model(threading.Thread):
         return True
 
     def _note(self, unloaded: str) -> None:
-        """Take note why this watch has unloaded it, if it has; in a file for the next one."""
+        """Take note why this watch has unloaded it, if it has; in its file for the next one."""
         self._unloaded = unloaded
-        with contextlib.suppress(OSError):  # it has none, or the disk is full
-            (self._mark.touch if unloaded else self._mark.unlink)()
+        with contextlib.suppress(OSError):  # it has none; a full disk has room for this
+            os.truncate(self._mark, bool(unloaded))
 
 
 def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) -> tuple[int, Any]:
