@@ -312,7 +312,7 @@ def _ours(model: Model, name: str, compiled: Compiled, threads: int) -> Form:
     form.beside_file_mb = sum(variant.size_bytes for variant in variants[1:]) / 1e6
     latency = LatencyModel(*(variant.latency for variant in variants))
     # What serves larger calls alone, beside another, says nothing of a single row.
-    least = {latency.variant(*cell): cell[0] for cell in reversed(model.cells)}
+    least = {latency.variant(*cell): cell[0] for cell in sorted(model.cells, reverse=True)}
     form.sizes = sorted({1, *least.values()})
     if memory_mb:
         form.memory_mb, form.beside_mb = memory_mb[0], sum(memory_mb[1:])

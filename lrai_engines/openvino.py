@@ -79,9 +79,9 @@ class OpenVino:
             settings |= {key: notes.settings[key] for key in FLOAT32}
             if "BF16" not in self.able:
                 settings |= {"INFERENCE_PRECISION_HINT": "f32"}  # it was made elsewhere
-            is_small = model.with_suffix(".bin").stat().st_size <= _MOST_TWICE
-            single = _of_one_row(network) if notes.rows and is_small else None
-            each = [network] if single is None else [network, single]
+            each = [network]
+            if notes.rows and model.with_suffix(".bin").stat().st_size <= _MOST_TWICE:
+                each += _of_one_row(network)
             compiled = [self.core.compile_model(one, "CPU", settings) for one in each]
             return OpenVinoSession(network, compiled, notes)
         except (*REFUSALS, KeyError, OSError, msgspec.MsgspecError) as error:
@@ -138,14 +138,15 @@ class OpenVinoSession:
         return [results[i] for i in (self._outputs if outputs is None else outputs)]
 
 
-def _of_one_row(network: ov.Model) -> ov.Model | None:
-    """Return it for calls of one row, if all else of the shapes of its inputs is known."""
+def _of_one_row(network: ov.Model) -> list[ov.Model]:
+    """Return it for calls of one row, if all of the shapes of its inputs but rows is known."""
     shapes = {index: [*i.partial_shape] for index, i in enumerate(network.inputs)}
-    if not shapes or any(dim.is_dynamic for shape in shapes.values() for dim in shape[1:]):
-        return None
+    free = {at for shape in shapes.values() for at, dim in enumerate(shape) if dim.is_dynamic}
+    if free != {0}:
+        return []
     single = network.clone()
     single.reshape({index: ov.PartialShape([1, *shape[1:]]) for index, shape in shapes.items()})
-    return single
+    return [single]
 
 
 def _refused(why: str, *, invalid: bool = True) -> EngineError:

@@ -262,7 +262,9 @@ def _serving(right: Sequence[Candidate], manifest: Manifest) -> list[str]:
         least = min(sizes.values(), default=0) * search.WORTH
         alike = [one for one in small if sizes[one.form] <= least]
         return [max(alike, key=lambda one: one.speedup).form] if alike else ["fp32"]
-    worth = [one for one in right if one.form != "fp32" and one.speedup >= search.WORTH]
+    fp32 = [one for one in right if one.form == "fp32"]
+    worth = [one for one in right if one.speedup >= search.WORTH and one not in fp32]
+    worth = [one for one in worth if not any(map(one.little, fp32))]
     if not worth:
         return ["fp32"]
     first = max(worth, key=lambda one: one.speedup)

@@ -333,14 +333,14 @@ def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str,
     if dims[-2 if len(dims) > 2 else 1] <= 0:
         return None
     if len(dims) == 2:
-        right = graph.constant(f"noughts:{size}", np.zeros((size, 1)), np.float32)
+        right = graph.constant(f"noughts:{size}x1", np.zeros((size, 1)), np.float32)
         return graph.add("MatMul", [x, right], f"{x}:sums"), 1
     # From the left: weights on the right would be packed, and made sixteen columns of one.
-    left = graph.constant(f"noughts:{dims[-2]}", np.zeros((1, dims[-2])), np.float32)
+    left = graph.constant(f"noughts:1x{dims[-2]}", np.zeros((1, dims[-2])), np.float32)
     axes = graph.constant(f"axes:{len(dims)}", list(range(1, len(dims))), np.int64)
     noughts = graph.add("MatMul", [left, x], f"{x}:noughts")
     sums = graph.add("ReduceSum", [noughts, axes], f"{x}:sums")
-    return graph.add("Flatten", [sums], f"{x}:flat"), 1
+    return graph.add("Flatten", [sums], f"{x}:sums:flat"), 1
 
 
 def _unround(model: onnx.ModelProto, makers: Mapping[str, str]) -> None:

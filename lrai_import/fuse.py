@@ -87,7 +87,8 @@ def fuse(models: Mapping[str, onnx.ModelProto], feeds: Mapping[str, str] | None 
         raise UsageError(f"{unknown[0]!r} is no input to feed; there are {there}")
     opset = max(map(opset_of, models.values()))
     ends = Counter(o.name for model in models.values() for o in model.graph.output)
-    ends.update({i.name for model in models.values() for i in model.graph.input})
+    sent = [(n, i.name) for n, model in models.items() for i in model.graph.input]
+    ends.update({name for model, name in sent if f"{model}.{name}" not in feeds})
     twice = {name for name, times in ends.items() if times > 1}
     work = _Fusion(opset, list(models), twice, feeds)
     operators = 0
@@ -166,7 +167,9 @@ class _Fusion:
             values[given.name] = value
             for mine, theirs in zip(_dims(given), _dims(there), strict=True):
                 if mine.dim_param and theirs.dim_param:
-                    symbols[mine.dim_param] = theirs.dim_param  # one free extent, one name
+                    symbols.setdefault(
+                        mine.dim_param, theirs.dim_param
+                    )  # one free extent, one name
         for given in (one for one in asked if one.name not in values):
             own = self._free(given.name, name)
             for dim in _dims(given):  # of another name than any that another model has
@@ -332,7 +335,8 @@ def command(
 ) -> None:
     """Make one model of several, in which what they have in common runs once.
 
-    Nothing is written where that saves no time, or costs some, at one row or at 32 (exit status 3).
+    Nothing is written where that saves no time, or costs some, at one row or at 32 (exit status 3);
+    a chain (--feed), which saves its callers a request, is written in any case.
     A request names the outputs that it wants, and `lrai compile` takes the file like any other.
     """
     if len(files) < 2 or len({file.stem for file in files}) < len(files):
@@ -340,8 +344,11 @@ def command(
     if output.exists() or not output.absolute().parent.is_dir():
         raise UsageError(f"{output} {'exists' if output.exists() else 'is in no folder there is'}")
     models = {file.stem: load(file, typer.echo).model for file in files}
-    pairs = [one.partition("=") for one in feed or ()]
-    fused = fuse(models, {target: source for target, _, source in pairs})
+    pairs = [one.split("=") for one in feed or ()]
+    feeds = {one[0]: one[-1] for one in pairs}
+    if any(len(one) != 2 for one in pairs) or len(feeds) < len(pairs):
+        raise UsageError("--feed takes MODEL.INPUT=MODEL.OUTPUT, for each input once")
+    fused = fuse(models, feeds)
     typer.echo(
         f"{fused.shared} of {fused.operators} operators need not run again, "
         f"{fused.joined} products are part of another"
@@ -357,7 +364,7 @@ def command(
         typer.echo(f"{rows} row(s): {apart * 1e3:.3g} ms apart, {together * 1e3:.3g} ms as one")
     gains = [apart / together for apart, together in times.values()]
     words = f"{min(gains):.2f} to {max(gains):.2f} times as fast"
-    if min(gains) < 1 or max(gains) < _GAIN:
+    if not feeds and (min(gains) < 1 or max(gains) < _GAIN):  # a chain saves a request
         raise ConditionNotMet(f"not fused: {words}")
     try:
         output.write_bytes(fused.model.SerializeToString())

@@ -117,7 +117,7 @@ def compile(
             make forms, half of it is gone when they have been measured, in three rounds at least.
             What has not been judged when they are up is not kept. fp32 is always made and judged.
         cache: Folder that keeps the forms that are made: another compilation of the same model with
-            the same rows, engines and threads, after this one or instead of it, finds them there.
+            the same rows and engines, after this one or instead of it, finds them there.
             What was measured is measured anew: figures of two times cannot be compared.
         progress: Told of every step.
 
@@ -293,7 +293,7 @@ class _Compilation:
         if self.gate is None or self.search is None:
             self.kept = [(fp32, None)]
             return
-        front = self._front(self.search, keep)
+        front = self._front(self.search, keep, fp32)
         self.judged = 1 + len(front)  # fp32 is one that may be chosen
         tick = self._begin("profile", search.ROUNDS, "long calls")
         with suppress(EngineError):  # which may be memory: then smaller ones tell
@@ -314,7 +314,8 @@ class _Compilation:
                 self._reject(one.name, f"{one.pace}; closer {front[len(passed)].name} did not pass")
         while order and len(self.kept) < keep - 1:  # then what makes most calls faster beside it
             kept = [one for one, _ in self.kept]
-            order.remove(best := self._best(order, kept))
+            alone = [one for one in order if not (kept or memory or one.little(fp32))] or order
+            order.remove(best := self._best(alone, kept))
             told = partial(tick, f"{best.form}; best so far {(kept or [fp32])[0].form}")
             if best.little(fp32) and not (memory or (kept and best.worth(kept))):
                 self._reject(best.name, f"{best.pace}: too little to serve all calls")
@@ -331,7 +332,7 @@ class _Compilation:
             left = [one for one in left if one.size_bytes <= most]
         return max(left, key=lambda one: (one.gain(kept) if kept else 0.0, one.speedup))
 
-    def _front(self, rows: Rows, keep: int) -> list[Candidate]:
+    def _front(self, rows: Rows, keep: int, fp32: Candidate) -> list[Candidate]:
         """Return what is worth judging, the closest first: faster than closer ones, by engine."""
         worth, front = list[Candidate](), list[Candidate]()
         for one in self.candidates:
@@ -354,8 +355,10 @@ class _Compilation:
                 worth.remove(candidate)
         worth.sort(key=lambda candidate: (candidate.distance, -candidate.speedup))
         for own in (one for one in worth if one.form != "fp32"):
-            least = min(own.speedup, search.WORTH)  # what serves some calls is no match
-            closer = [one for one in front if one.engine is own.engine and one.speedup >= least]
+            # What serves some calls is no match for what serves all.
+            least, some = min(own.speedup, search.WORTH), own.little(fp32)
+            closer = [one for one in front if one.speedup >= least and one.little(fp32) <= some]
+            closer = [one for one in closer if one.engine is own.engine]
             if not closer or self._worth(own, closer, keep):
                 front.append(own)
             else:

@@ -27,6 +27,7 @@ from lrai_core.protocol import Array, Signature, TensorSpec
 
 ROUNDS, MOST_ROUNDS = 3, 63  # at least, and as many as fit into
 _ROUNDS_SECONDS: Final = 12.0  # a machine is slower and faster for seconds at a time
+_LONG_ROUND: Final = 1.0  # seconds: of a shorter one a single pause would decide
 # After so many rounds those stay that are at most so much slower: than fp32, than their form with
 # other passes.
 _LOOKS: Final = {1: (math.log(1.3), math.log(1.15)), 3: (math.log(1.1), math.log(1.03))}
@@ -125,11 +126,11 @@ class Candidate(Built, kw_only=True, eq=False):
         return statistics.geometric_mean(max(1.0, gain) for gain in self.gains(others))
 
     def little(self, fp32: Candidate) -> bool:
-        """Return whether it is no match for all calls: too slow, or where some lose more by it.
+        """Return whether it is no match for all calls: too slow, or some lose more than all gain.
 
-        More than all gain in the mean; if fp32's weights are few, it serves those beside it.
+        Where fp32 would serve beside it, it takes those that lose.
         """
-        loses = fp32.size_bytes > _FEW_BYTES and self.speedup * min(self.gains([fp32])) < 1
+        loses = self.speedup * min(self.gains([fp32])) < 1 and not beside(self, [fp32])
         return loses or self.speedup < WORTH
 
     def gap(self, share: float) -> float:
@@ -277,21 +278,19 @@ def profile(
     Each timing follows a smallest call of the same candidate: those before it have left nothing in
     the caches, which costs short calls three times what they take, and no more than what serves.
     Points of several rows that take over 0.2 s are left for the second time, when what is worth
-    judging is measured, and such of over 0.6 s are left out: smaller ones tell. After a round,
-    what is far slower than fp32, or its form with other passes, is left out, after three what is
-    slower by a tenth, or 3 %; and when the clock, `time.monotonic`, is past `until`, or this has
-    taken 12 s, there are no more rounds than these three, which `tick` is told of. Short calls get
-    more of them, as their forms differ by less than a machine does from one second to the next.
+    judging is measured, and such of over 0.6 s are left out: smaller ones tell. After a long round
+    what is far slower than fp32, or than its form with other passes, is left out, and after three
+    what is slower by a tenth, or 3 %; when the clock, `time.monotonic`, is past `until`, or this
+    has taken 12 s, there are no more rounds than these three, which `tick` is told of. Short calls
+    get more, as their forms differ by less than a machine does from one second to the next.
     The speed-up is over the fastest candidate of the form fp32 in the same round, reached in three
     of four rounds: the luckiest of many would win by their median, and be slower when it serves. It
     is that of the first time.
     """
     before = [(point.rows, point.length) for point in candidates[0].latency]
     most, sessions = _LONGEST if before else _LONG, [candidate.session for candidate in candidates]
-    left = [
-        at for at in calls.points if not before or (at not in before and time.monotonic() < until)
-    ]
-    feeds = {at: calls.feed(*at) for at in left}
+    late = before and time.monotonic() >= until
+    feeds = {at: calls.feed(*at) for at in calls.points if not late and at not in before}
     feeds = {at: f for at, f in feeds.items() if at[0] == 1 or _seconds(sessions[0], f, 1) <= most}
     if not feeds:
         return
@@ -300,11 +299,11 @@ def profile(
     taken = np.full((len(each), MOST_ROUNDS, len(candidates)), np.nan)
     forms = [candidate.form for candidate in candidates]
     still = list(range(len(forms)))
-    enough = time.monotonic() + _ROUNDS_SECONDS
+    began = time.monotonic()
     for done in range(MOST_ROUNDS):  # from point to point, as traffic goes from shape to shape
-        if done >= ROUNDS and time.monotonic() > min(until, enough):
+        if done >= ROUNDS and time.monotonic() > min(until, began + _ROUNDS_SECONDS):
             break
-        if done in _LOOKS:
+        if done in _LOOKS and (done > 1 or time.monotonic() - began > _LONG_ROUND):
             logs = np.log(taken[:, :done, still]).mean(axis=(0, 1)).tolist()
             still = _promising(forms, dict(zip(still, logs, strict=True)), *_LOOKS[done])
         for (point, (feed, repeats)), i in product(enumerate(each), still):

@@ -231,7 +231,7 @@ class Runtime:
 
         `save`: have what was seen of the requests written down first, for who reads it.
         """
-        return self._backend.call("deployments", {"save": save}, list[Deployment])
+        return self._backend.call("deployments", {} if save else {"save": save}, list[Deployment])
 
     def unload(self, name: str, version: str = "") -> None:
         """Stop serving a model, or one version of it.

@@ -17,7 +17,7 @@ from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines.fusion import optimise
 from lrai_engines.quantize import SATURATING, NothingToQuantize
-from lrai_engines.static import StaticForms, signed, static_int8
+from lrai_engines.static import StaticForms, goes_undefined, signed, static_int8
 from lrai_engines.static_harms import harms, work
 from tests.core.compiler.onnx_files import model, value
 
@@ -346,6 +346,43 @@ def test_inputs_of_any_shape_keep_what_is_no_number(
     own = run(quantised, x)
     assert np.isnan(own[1]).all()
     assert np.array_equal(own[::2], right[::2])
+
+
+def test_outputs_of_few_and_of_many_columns_both_keep_what_is_no_number() -> None:
+    """And an input of 28 numbers beside an image of 28 lines."""
+    random = np.random.default_rng(0)
+    weights = {"few": (28, 10), "many": (28, 128), "side": (28, 10)}
+    constants = [
+        numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in weights.items()
+    ]
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], "mean", axes=[1, 2], keepdims=0),
+        helper.make_node("MatMul", ["m", "few"], ["f"], "first"),
+        helper.make_node("MatMul", ["m", "many"], ["b"], "second"),
+        helper.make_node("MatMul", ["n", "side"], ["s"], "third"),
+        helper.make_node("Add", ["f", "s"], ["a"], "both"),
+    ]
+    inputs = [value("x", ["batch", 28, 28]), value("n", ["batch", 28])]
+    outputs = [value("a", ["batch", 10]), value("b", ["batch", 128])]
+    proto = model(nodes, inputs, outputs, constants)
+    x = random.standard_normal((3, 28, 28)).astype(np.float32)
+    n = random.standard_normal((3, 28)).astype(np.float32)
+    specs = [
+        TensorSpec(name=name, datatype="FP32", shape=("batch", width), batch_axis=0)
+        for name, width in (("a", 10), ("b", 128))
+    ]
+    rows = [[x[i : i + 1], n[i : i + 1]] for i in range(3)]
+    of = Sample(rows, specs)
+    quantised, _ = static_int8(proto, of, guard=goes_undefined(proto, of))
+    ready = optimise(quantised, level="all").SerializeToString()
+    session = ort.InferenceSession(ready, providers=["CPUExecutionProvider"])
+    x[1, 27, 27] = np.nan
+    n[2, 0] = np.inf
+    a, b = session.run(["a", "b"], {"x": x, "n": n})
+    assert np.isnan(a).all(axis=1).tolist() == [False, True, True]
+    assert np.isnan(b).all(axis=1).tolist() == [False, True, False]
+    assert np.isfinite(b[2]).all()
 
 
 def test_large_numbers_are_numbers() -> None:

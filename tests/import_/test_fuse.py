@@ -366,7 +366,8 @@ def chain() -> dict[str, onnx.ModelProto]:
 def test_what_a_model_before_gives_is_not_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrai_import.fuse._times", lambda *_: (2e-3, 1e-3))
+    """It is one request instead of two, whatever calls take."""
+    monkeypatch.setattr("lrai_import.fuse._times", lambda *_: (1e-3, 1.01e-3))
     models = chain()
     for name, proto in models.items():
         onnx.save(proto, tmp_path / f"{name}.onnx")
@@ -379,6 +380,33 @@ def test_what_a_model_before_gives_is_not_sent(
     np.testing.assert_array_equal(found["y"], y)
     np.testing.assert_array_equal(found["score"], run(models["head"], features=y)["score"])
     assert {d.dim[0].dim_param for d in _shapes(fused)} == {"batch"}
+
+
+def test_a_chain_by_one_name_keeps_it_and_its_rows() -> None:
+    """Exporters name the extents of what is given otherwise than of what is read."""
+    models = chain()
+    models["trunk"].graph.output[0].CopyFrom(value("features", ["given", 3]))
+    models["trunk"].graph.node[-1].output[0] = "features"
+    mask = value("mask", ["rows", 2])
+    models["head"].graph.input.append(mask)
+    models["head"].graph.node[0].output[0] = "product"
+    models["head"].graph.node.append(helper.make_node("Mul", ["product", "mask"], ["score"]))
+    fused = fuse(models, {"head.features": "trunk.features"})
+    onnx.checker.check_model(fused.model)
+    assert fused.outputs == {"trunk": ["features"], "head": ["score"]}
+    rows = {given.name: _shapes(fused.model)[i].dim[0].dim_param
+            for i, given in enumerate(fused.model.graph.input)}  # fmt: skip
+    assert rows == {"x": "batch", "mask": "batch"}
+
+
+@pytest.mark.parametrize("feeds", [["head.features"], ["head.features=trunk.y"] * 2])
+def test_a_feed_says_what_reads_what_once(tmp_path: Path, feeds: list[str]) -> None:
+    for name, proto in chain().items():
+        onnx.save(proto, tmp_path / f"{name}.onnx")
+    files = [tmp_path / "trunk.onnx", tmp_path / "head.onnx"]
+    with pytest.raises(lrai.UsageError, match=r"MODEL.INPUT=MODEL.OUTPUT, for each input once"):
+        command(files, tmp_path / "both.onnx", feeds)
+    assert not (tmp_path / "both.onnx").exists()
 
 
 def _shapes(fused: onnx.ModelProto) -> list[onnx.TensorShapeProto]:

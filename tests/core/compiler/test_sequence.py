@@ -187,24 +187,49 @@ def test_what_is_faster_for_large_calls_alone_is_kept_beside_what_is_faster(gate
 
 
 @pytest.mark.parametrize(
-    ("row_ms", "fp32_bytes", "serves"),
-    [(1.2, 9 << 20, False), (1.02, 9 << 20, True), (1.2, 1 << 20, True)],
+    ("row_ms", "many_ms", "fp32_bytes", "serves"),
+    [
+        (1.2, 6.0, 9 << 20, False),
+        (1.02, 6.0, 9 << 20, True),
+        (1.2, 6.0, 1 << 20, False),
+        (1.3, 5.0, 1 << 20, True),
+        (1.3, 5.0, 9 << 20, False),
+    ],
 )
 def test_what_costs_some_calls_more_than_all_gain_does_not_serve_alone(
-    row_ms: float, fp32_bytes: int, *, serves: bool
+    row_ms: float, many_ms: float, fp32_bytes: int, *, serves: bool
 ) -> None:
-    """Where fp32's weights are few, it takes the calls that lose."""
-    pace = math.sqrt(8 / 6 / row_ms)
+    """Where fp32 serves beside it, that takes the calls that lose."""
+    pace = math.sqrt(8 / many_ms / row_ms)
     assert pace > search.WORTH
     work = compilation([("form", pace, 0.01, 0)], gate=FEW)
     work.candidates[0].size_bytes = fp32_bytes
-    for candidate, times in zip(work.candidates, ((1.0, 8.0), (row_ms, 6.0)), strict=True):
+    for candidate, times in zip(work.candidates, ((1.0, 8.0), (row_ms, many_ms)), strict=True):
         candidate.latency = [
             LatencyPoint(rows=rows, length=0, median_ms=ms, spread_ms=0)
             for rows, ms in zip((1, 8), times, strict=True)
         ]
     work.judge(2)
     assert kept(work) == ["form"] * serves + ["fp32"]
+
+
+@pytest.mark.parametrize("gate", [160, 400])
+@pytest.mark.parametrize("closer", ["some", "all"])
+def test_it_serves_beside_what_costs_no_calls_anything(closer: str, gate: int) -> None:
+    """Though it is the faster in the mean, or the closer, and would be chosen."""
+    paces = {"fp32": (1.0, 8.0), "some": (1.6, 2.5), "all": (0.8, 7.2)}
+    speeds = {form: math.sqrt(8 / math.prod(own)) for form, own in paces.items()}
+    gaps = {form: 0.01 if form == closer else 0.02 for form in ("some", "all")}
+    work = compilation([(form, speeds[form], gap, 0) for form, gap in gaps.items()], gate=gate)
+    work.threads = 1
+    work.candidates[0].size_bytes = 9 << 20
+    for candidate in work.candidates:
+        candidate.latency = [
+            LatencyPoint(rows=rows, length=0, median_ms=ms, spread_ms=0)
+            for rows, ms in zip((1, 8), paces[candidate.form], strict=True)
+        ]
+    work.judge(3)
+    assert kept(work) == ["all", "some", "fp32"]
 
 
 FORMS = [("far", 4, 0.08, 0), ("bad", 2, 0.01, 0.1), ("near", 1.5, 0.001, 0)]

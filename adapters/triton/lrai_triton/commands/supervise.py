@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +40,7 @@ _HEADER, _KEY = "lrai-key", "TRITON_REPOSITORY_KEY"  # of who may load and unloa
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
 _LOOK_SECONDS: Final = 0.2
+_END_SECONDS: Final = 30.0  # for a runtime that could not be started
 _RESTART_SECONDS: Final = 2.0  # before a watch that has ended is started again
 _SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
@@ -66,7 +68,8 @@ def watch(
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
     marks = Path(os.devnull)  # where there is no place for them
     with contextlib.suppress(OSError, EnvironmentProblem):
-        marks = state_folder(load_config()) / f"watch-{quote(urlsplit(url).netloc)}"
+        place = quote(f"{socket.gethostname()}-{urlsplit(url).netloc}")  # on a shared disk
+        marks = state_folder(load_config()) / f"watch-{place}"
         marks.mkdir(mode=0o700, exist_ok=True)
     watched, said = dict[str, _Model](), ""
     while True:
@@ -357,14 +360,17 @@ def _start_runtime(told: list[int]) -> bool:
             if stopped := bool(told):
                 start.send_signal(signal.SIGSTOP)  # lest it starts the next one
             running = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
-            # Kept, for once it has ended its children are no longer its own.
-            begun = {pid for pid in running if _parent(pid) == start.pid} or begun
+            found = {pid for pid in running if _parent(pid) == start.pid}
+            if start.poll() is None:  # else they are no longer its own
+                begun = found
             time.sleep(_LOOK_SECONDS)
+        until = time.monotonic() + (float("inf") if told else _END_SECONDS)
         if start.poll() != 0:
             for pid in begun:
                 with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                     os.kill(pid, signal.SIGTERM)
-            while any(map(_parent, begun)) and len(told) < 2:  # a second signal waits for nothing
+            # A second signal waits for nothing; what hangs in the kernel may never end.
+            while any(map(_parent, begun)) and len(told) < 2 and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS)
             start.kill()
         said, _ = start.communicate()
