@@ -19,7 +19,7 @@ _LACKING: Final = ("not a registered", "No Op registered", "implementation for")
 MEMORY_LACKS: Final = ("Failed to allocate", "bad_alloc", "bad allocation")
 # After a call its threads would wait awake for the next one for 45 ms, at the expense of who has
 # work then: another session of this process, or the host. This is longer than between operators.
-_SPIN_US: Final = 200
+_SPIN_US: Final = 500
 _LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
 
 
