@@ -166,10 +166,8 @@ class _Fusion:
                 continue
             values[given.name] = value
             for mine, theirs in zip(_dims(given), _dims(there), strict=True):
-                if mine.dim_param and theirs.dim_param:
-                    symbols.setdefault(
-                        mine.dim_param, theirs.dim_param
-                    )  # one free extent, one name
+                if mine.dim_param and theirs.dim_param:  # one free extent, one name
+                    symbols.setdefault(mine.dim_param, theirs.dim_param)
         for given in (one for one in asked if one.name not in values):
             own = self._free(given.name, name)
             for dim in _dims(given):  # of another name than any that another model has
