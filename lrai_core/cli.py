@@ -33,7 +33,7 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up like Ctrl-C, but under nohup
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+            signal.signal(number, signal.default_int_handler)
     error_console = Console(stderr=True, soft_wrap=True)
     try:
         # Functions of the arguments.
@@ -71,7 +71,3 @@ def _about(command: EntryPoint) -> str:
     said = [(text or "").partition("\n\n")[0].partition(": ") for text in docs]
     words = next((words for _, _, words in said if words), "")
     return words[:1].upper() + words[1:]
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt

@@ -47,13 +47,13 @@ class Event:
     monotonic_s: float = field(default_factory=time.monotonic)
 
 
-Observer = Callable[[Event], None]
+Observers = Sequence[Callable[[Event], None]]
 
 
 class EventBus:
     """Counts every event and hands it to the observers."""
 
-    def __init__(self, observers: Sequence[Observer] = (), *, capacity: int = 10_000) -> None:
+    def __init__(self, observers: Observers = (), *, capacity: int = 10_000) -> None:
         self._observers, self._all = (*observers, _log_it), bool(observers)
         self._counts: Counter[str] = Counter()
         self._queue: deque[Event] = deque(maxlen=capacity)

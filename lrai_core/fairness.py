@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
 
 import msgspec
 import numpy as np
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from lrai_core.confidence import paired_loss_bound
 
 Bools = NDArray[np.bool_]
-_MEASURES: Final = ("demographic_parity", "equalised_odds")
 
 
 class Disparity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,9 +81,9 @@ def disparities(
         confidence: Of the bound.
     """
     each = 1 - (1 - confidence) / 2
+    measures = {"demographic_parity": [np.ones_like(labels)], "equalised_odds": [labels, ~labels]}
     found = []
-    for measure in _MEASURES:
-        kinds = [np.ones_like(labels)] if measure == "demographic_parity" else [labels, ~labels]
+    for measure, kinds in measures.items():
         judged = {
             group: rows
             for group, rows in members.items()
@@ -96,10 +94,9 @@ def disparities(
             own = [(source[rows & kind], variant[rows & kind]) for rows in judged.values()]
             before = max(before, float(np.ptp([was.mean() for was, _ in own])))
             after = max(after, float(np.ptp([now.mean() for _, now in own])))
-            moves = [(int((now & ~was).sum()), int((was & ~now).sum())) for was, now in own]
-            sizes = [len(was) for was, _ in own]
-            up = [paired_loss_bound(*m, n, each) for m, n in zip(moves, sizes, strict=True)]
-            down = [paired_loss_bound(*m[::-1], n, each) for m, n in zip(moves, sizes, strict=True)]
+            moves = [(int((now > was).sum()), int((was > now).sum()), len(was)) for was, now in own]
+            up = [paired_loss_bound(new, gone, n, each) for new, gone, n in moves]
+            down = [paired_loss_bound(gone, new, n, each) for new, gone, n in moves]
             bound = max(bound, max(up) + max(down))
         widened = bound if len(judged) > 1 else None
         found.append(Disparity(attribute, measure, before, after, widened, tuple(judged)))

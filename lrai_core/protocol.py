@@ -21,19 +21,11 @@ from lrai_core.errors import InvalidTensor, RequestError, shorten
 Array = NDArray[Any]
 OutputMap = Literal["raw", "softmax", "l2_normalised", "derived"]
 
+_INTEGERS: Final = [f"{sign}INT{bits}" for sign in ("U", "") for bits in (8, 16, 32, 64)]
 DATATYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype(np.uint8),
-    "UINT16": np.dtype(np.uint16),
-    "UINT32": np.dtype(np.uint32),
-    "UINT64": np.dtype(np.uint64),
-    "INT8": np.dtype(np.int8),
-    "INT16": np.dtype(np.int16),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-    "FP16": np.dtype(np.float16),
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
+    **{name: np.dtype(name.lower()) for name in _INTEGERS},
+    **{f"FP{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     "BYTES": np.dtype(np.object_),
 }
 _DATATYPE_OF: Final = {dtype: name for name, dtype in DATATYPES.items()}
@@ -240,9 +232,8 @@ def as_text(array: Array) -> Array:
     Raises:
         ValueError: An element is neither.
     """
-    elements = np.empty(array.size, dtype=np.object_)
-    elements[:] = [_text(element) for element in array.ravel()]
-    return elements.reshape(array.shape)
+    texts = [_text(element) for element in array.ravel()]
+    return np.array(texts, dtype=np.object_).reshape(array.shape)
 
 
 def _text(element: object) -> str:

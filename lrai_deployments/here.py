@@ -31,7 +31,7 @@ from lrai_core.errors import (
 )
 from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
 from lrai_core.runtime.embedded import Embedded, priority_of
-from lrai_core.runtime.version import Started, Version
+from lrai_core.runtime.version import Started, Version, settle
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, plan, probe
@@ -219,12 +219,7 @@ class Here:
         return self._waits.pop(index), self._combiner.waiting.pop(index)
 
     def _settle(self, one: _Accepted, future: Helped, outcome: list[Array] | LraiError) -> None:
-        ended = self._leave(one, outcome)
-        if future.set_running_or_notify_cancel():
-            if isinstance(ended, LraiError):
-                future.set_exception(ended)
-            else:
-                future.set_result(ended)
+        settle(future, self._leave(one, outcome))
         future.woken.set()
 
     def _leave(

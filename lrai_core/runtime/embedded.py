@@ -34,9 +34,9 @@ from lrai_core.errors import (
     RequestError,
     shorten,
 )
-from lrai_core.events import EventBus, Observer
-from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, ValidRequest
-from lrai_core.runtime.version import Ended, LoadedModel, State, Version
+from lrai_core.events import EventBus, Observers
+from lrai_core.protocol import Array, InferenceRequest, ValidRequest
+from lrai_core.runtime.version import Answer, Ended, LoadedModel, State, Version, settle
 from lrai_core.scheduler.scheduler import Scheduler
 from lrai_core.scheduler.state import Pending, Replica
 from lrai_core.verifier.certificate import certificates
@@ -46,6 +46,7 @@ from lrai_core.wire.forms import validate_by_form
 from lrai_core.wire.messages import Load
 
 T = TypeVar("T")
+MakePool = Callable[[Path, ActorConfig, EventBus], Pool]
 Terms = Mapping[str, Any] | None  # that a certificate has to meet; None for none
 
 
@@ -59,11 +60,7 @@ class Embedded:
     pool: type[Pool] = Pool  # of who names none
 
     def __init__(
-        self,
-        config: LraiConfig,
-        observers: Sequence[Observer] = (),
-        *,
-        pool: Callable[[Path, ActorConfig, EventBus], Pool] | None = None,
+        self, config: LraiConfig, observers: Observers = (), *, pool: MakePool | None = None
     ) -> None:
         """Start scheduler and sockets; `add` brings models."""
         self.config = config
@@ -87,8 +84,7 @@ class Embedded:
     def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
         """Return what an operation gives, by its name, as over the wire."""
         del kind
-        result: T = getattr(self, operation)(**arguments)
-        return result
+        return cast("T", getattr(self, operation)(**arguments))
 
     def open(self, artifact: str) -> Artifact:
         """Return an artifact from a folder that may be loaded from."""
@@ -170,21 +166,10 @@ class Embedded:
         """Return the processes of its actors, without those that are being replaced."""
         return [pid for actor in version.actors if (pid := self._pool.state(actor)[1])]
 
-    def start(
-        self, request: InferenceRequest, version: Version | None = None
-    ) -> Future[InferenceResponse]:
+    def start(self, request: InferenceRequest, version: Version | None = None) -> Answer:
         """Accept a request; cancelling the future takes it out of the queue if it has not begun."""
-        future: Future[InferenceResponse] = Future()
-
-        def done(outcome: InferenceResponse | LraiError) -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            if isinstance(outcome, LraiError):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-
-        pending = self.accept(request, done, version)
+        future: Answer = Future()
+        pending = self.accept(request, partial(settle, future), version)
         future.add_done_callback(
             lambda f: self.scheduler.cancel(pending) if f.cancelled() else None
         )

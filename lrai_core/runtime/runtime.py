@@ -19,12 +19,13 @@ from typing import Any, Protocol, Self, TypeVar, cast
 from lrai_core.artifact import Artifact
 from lrai_core.config import LraiConfig, load_config
 from lrai_core.errors import QueueFull, RequestError, UsageError, shorten
-from lrai_core.events import Observer
+from lrai_core.events import Observers
 from lrai_core.protocol import InferenceRequest, InferenceResponse
 from lrai_core.runtime.embedded import find_backend
 from lrai_core.runtime.version import Deployment, LoadedModel, Started, State
 
 T = TypeVar("T")
+Shares = Mapping[str, float]  # by version
 
 
 class Backend(Protocol):
@@ -57,11 +58,7 @@ class Runtime:
     """
 
     def __init__(
-        self,
-        config: LraiConfig | None = None,
-        *,
-        address: str = "",
-        observers: Sequence[Observer] = (),
+        self, config: LraiConfig | None = None, *, address: str = "", observers: Observers = ()
     ) -> None:
         """Start or attach; `load` brings models.
 
@@ -84,9 +81,8 @@ class Runtime:
             raise UsageError("observers hear the process that runs the scheduler: embedded only")
         self._results: dict[str, Future[InferenceResponse]] = {}
         self._lock = threading.Lock()
-        self._backend: Backend
         if address == "embedded":
-            self._backend = find_backend("deployments")(self.config, observers)
+            self._backend: Backend = find_backend("deployments")(self.config, observers)
         else:
             self._backend = find_backend("ipc")(self.config, "" if address == "auto" else address)
 
@@ -99,7 +95,7 @@ class Runtime:
         require: Mapping[str, Any] | None = None,
         name: str = "",
         config: LraiConfig | None = None,
-        observers: Sequence[Observer] = (),
+        observers: Observers = (),
     ) -> Self:
         """Return a runtime that serves `artifact`.
 
@@ -188,11 +184,7 @@ class Runtime:
         return self._backend.call("swap", {"artifact": _folder(artifact), **arguments}, str)
 
     def route(
-        self,
-        name: str,
-        shares: Mapping[str, float],
-        shadow: Mapping[str, float] | None = None,
-        relief: str = "",
+        self, name: str, shares: Shares, shadow: Shares | None = None, relief: str = ""
     ) -> None:
         """Share out the requests for a name that name no version.
 

@@ -15,12 +15,20 @@ from lrai_core.protocol import Array, InferenceRequest, InferenceResponse, Signa
 
 State = Literal["ok", "idle", "stalled", "dead"]
 Ended = Callable[[InferenceResponse | LraiError], None]
-Started = Future[InferenceResponse] | InferenceResponse | LraiError
+Answer = Future[InferenceResponse]  # that is to come
+Started = Answer | InferenceResponse | LraiError
 
 
-def started(
-    start: Callable[[InferenceRequest], Future[InferenceResponse]], request: InferenceRequest
-) -> Started:
+def settle(future: Answer, outcome: InferenceResponse | LraiError) -> None:
+    """End a future with its outcome, unless it was cancelled."""
+    if future.set_running_or_notify_cancel():
+        if isinstance(outcome, LraiError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+
+def started(start: Callable[[InferenceRequest], Answer], request: InferenceRequest) -> Started:
     """Return the future of a request, or the error that it was refused with."""
     try:
         return start(request)

@@ -24,10 +24,9 @@ class Admission:
             RequestError: It is larger than the queue.
             QueueFull: No room; `retry_after_seconds` is when a tenth of the queue will have run.
         """
-        limits = self._config
         with self._lock:
-            by_rows = (self.rows, rows, limits.max_queue_rows, "rows")
-            by_bytes = (self.nbytes, nbytes, limits.max_queue_bytes, "bytes")
+            by_rows = (self.rows, rows, self._config.max_queue_rows, "rows")
+            by_bytes = (self.nbytes, nbytes, self._config.max_queue_bytes, "bytes")
             for inside, more, limit, unit in (by_rows, by_bytes):
                 if more > limit:  # coming again is no help
                     raise RequestError(f"{more} {unit}, more than the {limit} that may wait")

@@ -175,9 +175,7 @@ def _by_rows(points: Sequence[tuple[int, float]], rows: int, _: int) -> float:
 def _fit(profile: Sequence[LatencyPoint]) -> tuple[float, float, float]:
     """Return non-negative coefficients that minimise the relative squared error."""
     seconds = np.array([point.median_ms / 1e3 for point in profile])
-    elements = np.array([float(point.rows * point.length) for point in profile])
-    lengths = np.array([float(point.length) for point in profile])
-    terms = np.stack([np.ones_like(elements), elements, elements * lengths], axis=1)
+    terms = np.array([(1.0, p.rows * p.length, p.rows * p.length**2) for p in profile], float)
     weighted = terms / seconds[:, None]
     active = [0, 1, 2][: max(2, len(profile))]  # of few points there is no telling a square
     while active:

@@ -386,10 +386,8 @@ class Scheduler:
         share = sum(model.used_seconds for model, _, _ in offers) / len(offers)
         over = _OVER_SHARE * min(model.weight for model, _, _ in offers)
         counts = [over if m.used_seconds > share else m.weight for m, _, _ in offers]
-        calls = [
-            Offer(d.due, d.predicted_seconds, len(d.dispatch) * count)
-            for count, (_, _, d) in zip(counts, offers, strict=True)
-        ]
+        each = zip(counts, (decision for _, _, decision in offers), strict=True)
+        calls = [Offer(d.due, d.predicted_seconds, len(d.dispatch) * count) for count, d in each]
         return self.ask(offers[0][0].name, 0, choose, calls, now)
 
     def _start(self, model: Model, replica: Replica, decision: Decision, now: float) -> None:
@@ -470,12 +468,11 @@ class Scheduler:
 
     def _shrink(self, call: Call) -> None:
         """Have later calls be half as large as one that was too large."""
-        rows = max(1, min(call.model.bounds.rows, call.rows) // 2)
-        call.model.bounds = replace(call.model.bounds, rows=rows)
+        model = call.model
+        rows = max(1, min(model.bounds.rows, call.rows) // 2)
+        model.bounds = replace(model.bounds, rows=rows)
         told = f"one of {call.rows} rows was too large, {rows} is the most from now on"
-        self._events.emit(
-            "limit_unreachable", call.model.name, setting="max_batch_rows", reason=told
-        )
+        self._events.emit("limit_unreachable", model.name, setting="max_batch_rows", reason=told)
 
     def _again(self, call: Call, error: LraiError, attempts: int) -> None:
         """Run the requests of a failed call once more, each alone.

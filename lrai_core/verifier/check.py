@@ -153,11 +153,9 @@ def _rerun(
     # How near epsilon a difference may lie and, rounded otherwise, fall on the other side.
     rounding, epsilon = min(1e-6, 0.01 * c.epsilon), c.epsilon
     try:
-        wrong = [
-            i
-            for i, gap in zip(draws, gaps, strict=True)
-            if (not gap <= epsilon) != (i in failures) and not abs(gap - epsilon) <= rounding
-        ]
+        found = zip(draws, gaps, strict=True)
+        clear = [(i, not gap <= epsilon) for i, gap in found if not abs(gap - epsilon) <= rounding]
+        wrong = [i for i, beyond in clear if beyond != (i in failures)]
     except (EngineError, ValueError) as error:  # a source with other inputs or outputs
         raise VerificationError(f"source and variant do not run on its draws: {error}") from None
     ran = f"{len(draws)} of {c.samples} draws, run again here, came out as it says"

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 import numpy as np
 import zmq
+from msgspec.msgpack import Decoder, Encoder
 
 from lrai_core.errors import EnvironmentProblem
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
@@ -139,17 +140,10 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 ToActor = Load | Execute | Forget
 FromActor = Hello | Ready | LoadFailed | Executed | Refused
 
-_encoder: Final = msgspec.msgpack.Encoder()
-_to_actor: Final[msgspec.msgpack.Decoder[ToActor]] = msgspec.msgpack.Decoder(ToActor)
-_from_actor: Final[msgspec.msgpack.Decoder[FromActor]] = msgspec.msgpack.Decoder(FromActor)
+encode: Final = Encoder().encode  # to the header frame of a message
 
 
-def encode(message: msgspec.Struct) -> bytes:
-    """Return the header frame of a message."""
-    return _encoder.encode(message)
-
-
-def decode(decoder: msgspec.msgpack.Decoder[_Message], header: Buffer) -> _Message:
+def decode(decoder: Decoder[_Message], header: Buffer) -> _Message:
     """Return the message that `header` holds.
 
     Raises:
@@ -163,8 +157,8 @@ def decode(decoder: msgspec.msgpack.Decoder[_Message], header: Buffer) -> _Messa
         raise BadFrames(str(error)) from None
 
 
-decode_to_actor: Final = partial(decode, _to_actor)
-decode_from_actor: Final = partial(decode, _from_actor)
+decode_to_actor: Final[Callable[[Buffer], ToActor]] = partial(decode, Decoder(ToActor))
+decode_from_actor: Final[Callable[[Buffer], FromActor]] = partial(decode, Decoder(FromActor))
 
 
 class Line(zmq.Socket[bytes]):
