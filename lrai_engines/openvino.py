@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from lrai_core.engine.engine import installed_version
+from lrai_core.engine.engine import huge_pages, installed_version
 from lrai_core.engine.onnxruntime import MEMORY_LACKS
 from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem
 from lrai_core.protocol import Array
@@ -67,6 +67,7 @@ class OpenVino:
         self.core = ov.Core()
         self.able = sorted(self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
+    @huge_pages()
     def load(
         self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
     ) -> OpenVinoSession:

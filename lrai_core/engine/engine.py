@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final, Protocol, cast
@@ -13,6 +14,8 @@ from lrai_core.errors import EnvironmentProblem, shorten
 from lrai_core.protocol import Array
 
 SHORT_CALL_MS: Final = 2.0  # who takes less for any call is served with one thread
+_HUGE: Final = 2 << 20  # bytes
+_HUGEPAGE, _COLLAPSE = 14, 25  # what madvise(2) calls these; the second since Linux 6.1
 
 
 class Session(Protocol):
@@ -60,6 +63,32 @@ def find_engine(name: str) -> Engine:
         return cast("Engine", entry.load()())
     remedy = f"pip install 'lrai[{shorten(name, 40)}]'"
     raise EnvironmentProblem(f"the engine {shorten(name)!r} is not installed: {remedy}")
+
+
+@contextlib.contextmanager
+def huge_pages() -> Iterator[None]:
+    """Put what is allocated meanwhile on pages of 2 MB, where the system has them for who asks.
+
+    A call reads all weights, and a processor knows the places of few small pages: MiniLM takes a
+    fifth less time in a virtual machine.
+    """
+    before = _own_memory()
+    yield
+    for start in _own_memory() - before:
+        for advice in (_HUGEPAGE, _COLLAPSE):  # refused, where there are none
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(_HUGE), advice)
+
+
+def _own_memory() -> set[int]:
+    """Return where whole huge pages would lie in this process's memory that is of no file."""
+    starts: set[int] = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_bytes().splitlines():
+            span, rights, _, _, file = line.split()[:5]
+            if rights == b"rw-p" and file == b"0":
+                start, end = (int(address, 16) for address in span.split(b"-"))
+                starts.update(range(-(-start // _HUGE) * _HUGE, end - _HUGE + 1, _HUGE))
+    return starts
 
 
 def installed_version(name: str) -> str:

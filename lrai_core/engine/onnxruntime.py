@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from lrai_core.engine.engine import huge_pages
 from lrai_core.errors import ArtifactError, CompileError, EngineError, UnsupportedOperator
 from lrai_core.protocol import Array
 
@@ -20,6 +22,7 @@ MEMORY_LACKS: Final = ("Failed to allocate", "bad_alloc", "bad allocation")
 # After a call its threads would wait awake for the next one for 45 ms, at the expense of who has
 # work then: another session of this process, or the host. This is longer than between operators.
 _SPIN_US: Final = 500
+_AS_EVER: Final = nullcontext()
 _LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
 
 
@@ -29,6 +32,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     version: str = ort.__version__
 
+    @huge_pages()
     def load(
         self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
     ) -> OnnxRuntimeSession:
@@ -50,12 +54,17 @@ class OnnxRuntimeSession:
         self._session = session
         self._inputs = [value.name for value in session.get_inputs()]
         self._outputs = [value.name for value in session.get_outputs()]
+        self._largest_bytes = -1
 
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
         """Return the outputs; see `Session.run`."""
         names = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
+        size = sum([array.nbytes for array in arrays])
+        larger = size > self._largest_bytes  # than all before: it may take more memory, and keep it
+        self._largest_bytes = max(size, self._largest_bytes)
         try:
-            return list(self._session.run(names, dict(zip(self._inputs, arrays, strict=True))))
+            with huge_pages() if larger else _AS_EVER:
+                return list(self._session.run(names, dict(zip(self._inputs, arrays, strict=True))))
         except REFUSALS as error:
             raise EngineError(
                 f"onnxruntime cannot run the model: {reason(error)}",

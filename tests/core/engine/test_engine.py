@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import mmap
 import platform
+import re
 import time
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lrai_core.engine.engine import find_engine, installed_version, isa_class
+from lrai_core.engine import onnxruntime
+from lrai_core.engine.engine import find_engine, huge_pages, installed_version, isa_class
 from lrai_core.errors import EngineError, EnvironmentProblem
 from tests.core.compiler.onnx_files import model, save, value
 
@@ -43,6 +46,74 @@ def test_threads_of_a_session_are_soon_asleep_after_a_call(tmp_path: Path) -> No
         time.sleep(0.06)
         used.append(time.process_time() - began)
     assert min(used) < 0.01
+
+
+def _huge_bytes() -> int:
+    found = re.search(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def _memory(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"\1" * size)
+    return memory
+
+
+@pytest.fixture
+def least_huge() -> int:
+    """Bytes that have to be on huge pages of what takes 64 MB; 0 where the kernel has none."""
+    with _memory(8 << 20) as memory:
+        try:
+            memory.madvise(25)  # MADV_COLLAPSE
+        except OSError:
+            return 0
+    return 32 << 20
+
+
+def test_weights_are_on_huge_pages(tmp_path: Path, least_huge: int) -> None:
+    weight = numpy_helper.from_array(np.ones((4096, 4096), np.float32), "w")
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    shapes = (value("x", ["n", 4096]), value("y", ["n", 4096]))
+    path = save(model([product], [shapes[0]], [shapes[1]], [weight]), tmp_path / "m.onnx")
+    before = _huge_bytes()
+    session = find_engine("onnxruntime").load(path)
+    assert _huge_bytes() - before >= least_huge
+    assert session.run([np.ones((1, 4096), np.float32)])[0][0, 0] == 4096
+
+
+def test_what_larger_calls_take_is_on_huge_pages_too(
+    tmp_path: Path, least_huge: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [helper.make_node("Exp", ["x"], ["a"]), helper.make_node("CumSum", ["a", "0"], ["b"])]
+    steps.append(helper.make_node("ReduceSum", ["b"], ["y"], keepdims=0))
+    axis = numpy_helper.from_array(np.array(0), "0")
+    path = save(model(steps, [value("x", ["n"])], [value("y", [])], [axis]), tmp_path / "m.onnx")
+    session, looks = find_engine("onnxruntime").load(path), list[int]()
+    session.run([np.zeros(1, np.float32)])
+    before = _huge_bytes()
+    session.run([large := np.zeros(16 << 20, np.float32)])
+    assert _huge_bytes() - before >= least_huge
+    monkeypatch.setattr(onnxruntime, "huge_pages", lambda: looks.append(1))
+    session.run([large])  # no larger: it takes what is there
+    assert session.run([large[:2]])[0] == 3
+    assert not looks
+
+
+def test_memory_from_before_is_left_as_it_is(least_huge: int) -> None:
+    with _memory(64 << 20):
+        before = _huge_bytes()
+        with huge_pages(), _memory(64 << 20) as later:
+            between = _huge_bytes()
+            assert len(later) == 64 << 20
+        assert before <= between  # what is gone by then is nobody's
+        with _memory(64 << 20) as kept:
+            begun = _huge_bytes()
+            with huge_pages():
+                more = _memory(64 << 20)
+            assert least_huge <= _huge_bytes() - begun <= 66 << 20
+            assert len(kept) == len(more)
+            more.close()
 
 
 class PluginEngine:
