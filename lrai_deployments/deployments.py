@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -16,6 +18,7 @@ from lrai_deployments.state import How, Record
 from lrai_deployments.traffic import forget_aged
 from lrai_deployments.warmup import warm_up
 
+_log = logging.getLogger(__name__)
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 
 
@@ -140,6 +143,21 @@ class Deployments(Kept):
                 self._commit(name, record.shared_out({how.version: 1.0}), "rollback")
                 return how.version
             return self._swap(name, record, self._reopen(how), how, "rollback")
+
+    def fall_back(self, name: str) -> None:
+        """See `Kept.fall_back`. It is frozen: what serves is not what was meant to."""
+        with suppress(lrai.LraiError), self.changing(name):
+            record, there = self._records.get(name, Record()), self.find(name)
+            how, served = record.previous, self._served(name)
+            runs = any(self.runs(one) for one in served if record.shares.get(one.version))
+            if runs or record.frozen or not how.version or there.key in self._fell:
+                return
+            self._fell.add(there.key)  # once: who cannot come back is not asked at every request
+            by, why = "crash guard", f"version {there.version} was given up"
+            _log.warning("%s: %s: back to version %s", name, why, how.version)
+            self._swap(name, record, self._reopen(how), how, "fallback")
+            back = replace(self._records[name], frozen=freeze_of(by, why))
+            self._commit(name, back, "freeze", by, why)
 
     def route(
         self,

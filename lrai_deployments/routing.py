@@ -10,7 +10,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import accumulate
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
@@ -64,8 +63,7 @@ class Route:
         """
         self._relief, self._slo_ms = relief, slo_ms
         self._alone_ms = {version: _alone_ms(version) for version in shares}
-        self._core, self._versions = core, list(shares)
-        self._cumulative = list(accumulate(shares.values()))
+        self._core, self._shares = core, shares
         self._stable = max(shares, key=shares.__getitem__)
         self._canaries = {v for v, share in shares.items() if share < shares[self._stable]}
         self._shadow, self._sampled = next(iter(shadow), None), sum(shadow.values())
@@ -77,11 +75,12 @@ class Route:
         self, request: InferenceRequest, done: Ended, named: Version | None = None
     ) -> Pending:
         """See `Embedded.accept`. `named`: who is to answer, whatever its share."""
-        random, original = self._core.random, Future[InferenceResponse | None]()
-        version = named or random.choices(self._versions, cum_weights=self._cumulative)[0]
-        if self._relief is not None and not named and self._too_late(version, request):
-            version = self._relief if self._core.runs(self._relief) else version
-        shadow = self._shadow if random.random() < self._sampled else None
+        original = Future[InferenceResponse | None]()
+        version, relief = named or self._drawn(), None if named else self._relief
+        relief = relief if relief is not None and self._core.runs(relief) else None
+        if relief is not None and self._too_late(version, request):
+            version, relief = relief, None
+        shadow = self._shadow if self._core.random.random() < self._sampled else None
         shadow = None if shadow is version else shadow  # which would agree with itself
 
         def ended(outcome: Outcome) -> None:
@@ -97,8 +96,11 @@ class Route:
         try:
             pending = self._core.accept(request, ended, version)
         except LraiError as error:
-            self._count(version, error)
-            raise
+            if relief is None or not isinstance(error, DeadlineExceeded):
+                self._count(version, error)
+                raise
+            version = relief  # by the pace of late the others have no time for it
+            pending = self._core.accept(request, ended, version)
         if shadow is not None and self._may_copy(pending.request):
             names = [spec.name for spec in version.signature.inputs]
             inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}
@@ -106,6 +108,17 @@ class Route:
             copy = replace(request, inputs=inputs, timeout_ms=None, parameters=last)
             self._send(copy, pending.request, original)
         return pending
+
+    def _drawn(self) -> Version:
+        """Return a version by its share; of one that was given up, others take it."""
+        drawn = self._draw(self._shares)
+        if self._core.runs(drawn):
+            return drawn
+        running = {v: share for v, share in self._shares.items() if self._core.runs(v)}
+        return self._draw(running) if running else drawn
+
+    def _draw(self, shares: Mapping[Version, float]) -> Version:
+        return self._core.random.choices(list(shares), list(shares.values()))[0]
 
     def _too_late(self, version: Version, request: InferenceRequest) -> bool:
         """Whether what is inside takes longer than the request has, if each were run alone."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -37,6 +37,18 @@ Name = Annotated[str, typer.Option(help="Model name; by default the artifact's."
 Share = Annotated[
     float | None,
     typer.Option(help="Of the requests for a name that serves already, 0 to 1: a canary."),
+]
+Variant = Annotated[str, typer.Option(help="One of the artifact's; by default the chosen one.")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="What its certificate has to meet: tier, sampler, epsilon, delta, confidence.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--setting", metavar="KEY=VALUE", help="Of this model, as actor.replicas=2."),
 ]
 Model = Annotated[str, typer.Argument(help="Name, as lrai runtime status shows it.")]
 Version = Annotated[str, typer.Option(help="One of its versions; by default all.")]
@@ -90,10 +102,19 @@ def status(address: Address = "") -> None:
 
 
 @app.command()
-def load(artifact: Path, name: Name = "", share: Share = None, address: Address = "") -> None:
+def load(
+    artifact: Path,
+    name: Name = "",
+    share: Share = None,
+    variant: Variant = "",
+    require: Require = None,
+    setting: Settings = None,
+    address: Address = "",
+) -> None:
     """Load ARTIFACT, a directory NAME.lrai, into the runtime that runs."""
+    how = _how(variant, require, setting)
     with _running(address) as runtime:
-        out.print(f"{runtime.load(artifact, name=name, share=share)} is loaded")
+        out.print(f"{runtime.load(artifact, name=name, share=share, **how)} is loaded")
 
 
 @app.command()
@@ -104,10 +125,21 @@ def unload(model: Model, version: Version = "", address: Address = "") -> None:
 
 
 @app.command()
-def swap(model: Model, artifact: Path, address: Address = "") -> None:
-    """Have ARTIFACT serve in place of what serves as MODEL, without losing a request."""
+def swap(
+    model: Model,
+    artifact: Path,
+    variant: Variant = "",
+    require: Require = None,
+    setting: Settings = None,
+    address: Address = "",
+) -> None:
+    """Have ARTIFACT serve in place of what serves as MODEL, without losing a request.
+
+    What is not said of its certificate and settings stays as it is.
+    """
+    how = _how(variant, require, setting)
     with _running(address) as runtime:
-        out.print(f"{model} is served by {runtime.swap(model, artifact)}")
+        out.print(f"{model} is served by {runtime.swap(model, artifact, **how)}")
 
 
 @app.command()
@@ -172,6 +204,26 @@ def stop(address: Folder = "") -> None:
         if time.monotonic() > deadline:
             raise ConditionNotMet(f"the runtime in {folder} was told to end, and has not ended yet")
         time.sleep(0.01)
+
+
+def _how(variant: str, require: list[str] | None, setting: list[str] | None) -> dict[str, Any]:
+    terms = {key: _number(value) for key, value in map(_pair, require or [])}
+    own = dict(map(_pair, setting or []))
+    return {"variant": variant, "require": terms or None, "settings": own or None}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise typer.BadParameter(f"{text[:80]!r}: KEY=VALUE is needed")
+    return key, value
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _share(text: str) -> tuple[str, float]:

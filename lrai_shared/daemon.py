@@ -321,6 +321,8 @@ class Daemon:
             if idle > _IDLE_SECONDS and self._stay == "end":
                 self._door.opened = False  # who comes now is not refused: it starts the next one
                 break
+        if not self.runtime.scheduler.thread.is_alive():
+            os._exit(1)  # of a bug: the next one answers what was asked of this one
         self.runtime.drain()
         self._quick.shutdown()
         self._slow.shutdown(wait=self.restoring.done())

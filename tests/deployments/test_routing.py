@@ -33,11 +33,18 @@ class Core:
 
     def __init__(self, seed: int) -> None:
         self.random, self.given_up = Random(seed), list[tuple[str, str]]()
+        self.dead, self.full, self.asked = set[str](), set[str](), list[str]()
 
     def submit(self, function: Any, *arguments: Any) -> None:
         function(*arguments)
 
+    def runs(self, version: Version) -> bool:
+        return version.version not in self.dead
+
     def accept(self, request: InferenceRequest, done: Ended, version: Version) -> None:
+        self.asked.append(version.version)
+        if version.version in self.full:
+            raise DeadlineExceeded("40 requests have to be answered before it")
         done(ActorError("no") if version.version == "canary" else ANSWER)
 
     def give_up(self, route: Route, version: Version, why: str) -> None:
@@ -165,6 +172,37 @@ def test_relief_takes_what_would_be_late_and_nothing_else() -> None:
     assert not too_late(3.5)
     without = Route(cast("Any", Core(0)), {stable: 1.0}, {}, relief)
     assert not without._too_late(stable, request(None))
+
+
+def test_relief_takes_what_the_others_have_no_time_for() -> None:
+    core, stable, relief = Core(0), version("stable"), version("relief")
+    made = Route(cast("Any", core), {stable: 1.0}, {}, relief)
+    core.full = {"stable"}
+    made.accept(request(50.0), lambda _: None)
+    assert core.asked == ["stable", "relief"]
+    with pytest.raises(DeadlineExceeded):
+        made.accept(request(50.0), lambda _: None, stable)  # who is named answers, or nobody
+    core.full |= {"relief"}
+    with pytest.raises(DeadlineExceeded):
+        made.accept(request(50.0), lambda _: None)
+    core.full, core.dead = {"stable"}, {"relief"}
+    with pytest.raises(DeadlineExceeded):
+        made.accept(request(50.0), lambda _: None)
+    assert core.asked == ["stable", "relief", "stable", "stable", "relief", "stable"]
+
+
+def test_the_shares_of_the_dead_are_taken_by_who_runs() -> None:
+    core, (one, two, three) = Core(0), (version("one"), version("two"), version("three"))
+    made = Route(cast("Any", core), {one: 0.5, two: 0.3, three: 0.2}, {})
+    core.dead = {"one"}
+    for _ in range(2000):
+        made.accept(request(None), lambda _: None)
+    assert set(core.asked) == {"two", "three"}
+    assert 0.55 < core.asked.count("two") / 2000 < 0.65
+    core.dead, core.asked = {"one", "two", "three"}, []
+    for _ in range(200):  # nobody is better: each is told of its own
+        made.accept(request(None), lambda _: None)
+    assert set(core.asked) == {"one", "two", "three"}
 
 
 def request(timeout_ms: float | None) -> InferenceRequest:

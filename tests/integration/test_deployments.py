@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -806,6 +806,65 @@ def one_of_two_dead(
         wait_until(lambda: "dead" in {model.state for model in runtime.models()})
         (tmp_path / "how").unlink()
         yield runtime
+
+
+def test_others_answer_for_a_version_that_is_dead(
+    small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    with one_of_two_dead(small, strange, tmp_path) as runtime:
+        assert {ask(runtime) for _ in range(50)} == {3.0}
+        with pytest.raises(lrai.ActorError):
+            ask(runtime, model_version=version(small[2.0]))
+
+
+def swap_and_kill(runtime: lrai.Runtime, to: Path) -> None:
+    """Swap to a version, and kill its actors until it is given up."""
+    runtime.swap("m", to)
+
+    def dead() -> bool:
+        (model,) = runtime.models()
+        for pid in model.actor_pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return model.state == "dead"
+
+    wait_until(dead)
+
+
+def test_what_served_before_does_again_where_a_version_is_given_up(
+    small: dict[float, Path],
+) -> None:
+    limits = config(**{"actor.restart_limit": 1})
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        swap_and_kill(runtime, small[3.0])
+        with pytest.raises(lrai.ActorError):
+            ask(runtime)
+        wait_until(lambda: runtime.deployments()[0].frozen is not None)
+        (now,) = runtime.deployments()
+        assert now.frozen is not None
+        assert (now.frozen.by, now.shares) == ("crash guard", {version(small[2.0]): 1.0})
+        assert version(small[3.0]) in now.frozen.reason
+        assert ask(runtime) == 2.0
+        assert len(runtime.models()) == 1
+
+
+def test_nothing_falls_back_to_what_is_no_longer_there(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    limits = config(**{"actor.restart_limit": 1})
+    shutil.copytree(small[2.0], first := tmp_path / "first.lrai")
+    with lrai.Runtime.open(first, name="m", config=limits) as runtime:
+        swap_and_kill(runtime, small[3.0])
+        shutil.rmtree(first)
+        core = deployments(runtime)
+        for _ in range(3):
+            with pytest.raises(lrai.ActorError):
+                ask(runtime)
+        core._worker.submit(lambda: None).result()  # who is asked to fall back has been
+        (now,) = runtime.deployments()
+        assert (now.frozen, now.shares) == (None, {version(small[3.0]): 1.0})
+        runtime.load(small[3.0], name="m")  # by hand it goes on
+        assert ask(runtime) == 3.0
 
 
 def test_a_dead_version_takes_its_place_among_the_others_again(

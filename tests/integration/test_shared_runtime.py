@@ -229,6 +229,28 @@ def test_killed_daemons_cost_no_request(
     assert [path.name for path in folder.parent.glob("lrai-*/actors")] == ["actors"]  # of the last
 
 
+def test_a_scheduler_that_fails_costs_no_request(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bug = f"""
+import pathlib
+own = daemon.Door.dispatch
+def dispatch(self, *arguments):
+    failed = pathlib.Path({str(tmp_path / "failed")!r})
+    if not failed.exists():
+        failed.touch()
+        raise MemoryError
+    own(self, *arguments)
+daemon.Door.dispatch = dispatch
+"""
+    daemon_with(tmp_path, monkeypatch, bug)
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (first,) = daemons(folder)
+        assert runtime.infer(request(1.0)).outputs["logits"].shape == (1, 10)
+        assert daemons(folder) != [first]
+        assert (tmp_path / "failed").exists()
+
+
 def test_a_request_that_ends_runtimes_is_not_sent_to_a_fourth(
     folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1015,7 +1037,14 @@ def test_the_command_line_starts_shows_and_stops_the_runtime(
         assert "lrai runtime start starts one" in run("runtime", *command, code=5)
     assert "was started" in run("runtime", "start", code=0)
     assert "runs already" in run("runtime", "start", code=0)
-    assert "m is loaded" in run("runtime", "load", classifier_fp32.path, "--name", "m", code=0)
+    terms = ("--variant", "fp32", "--setting", "actor.replicas=1")
+    assert "KEY=VALUE" in run("runtime", "load", classifier_fp32.path, "--require", "0.5", code=2)
+    lacks = run("runtime", "load", classifier_fp32.path, "--require", "epsilon=1e-12", code=3)
+    assert "no certificate that meets the requirement (epsilon=1e-12)" in lacks
+    wrong = run("runtime", "load", classifier_fp32.path, "--setting", "actor.copies=2", code=2)
+    assert "'actor.copies' is no setting of one model" in wrong
+    loaded = run("runtime", "load", classifier_fp32.path, "--name", "m", *terms, code=0)
+    assert "m is loaded" in loaded
     shown = run("runtime", "status", code=0)
     for words in ("idle", "m", "fp32", "actor_ready", "outstanding_rows"):
         assert words in shown
