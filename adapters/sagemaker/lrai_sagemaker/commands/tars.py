@@ -10,10 +10,14 @@ import tarfile
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError
 
+# Without owners and modes of the tar's; before 3.11.4, as on Debian 12, in other words.
+_PLAINLY: Final[dict[str, Any]] = (
+    {"filter": "data"} if hasattr(tarfile, "data_filter") else {"set_attrs": False}
+)
 _SUFFIXES: Final = (".tar.gz", ".tgz", ".tar")
 # Of compressions that end early, and of times and names that no file can have.
 _BAD_TARS: Final = (
@@ -99,7 +103,10 @@ def _unpack(tar: Path, scratch: Path) -> Path:
                 if not plain or count > _MOST_MEMBERS or room < 0:
                     why = "too much for this disk" if plain else f"{member.name[:80]!r}, no file"
                     raise ArtifactError(f"{tar.name} holds {why}")
-                archive.extract(member, into, filter="data")  # refuses what leaves the folder
+                member.name = member.name.lstrip("/")
+                if not (into / member.name).resolve().is_relative_to(into.resolve()):
+                    raise tarfile.TarError(f"{member.name[:80]!r} lies outside of it")
+                archive.extract(member, into, **_PLAINLY)
     except (tarfile.TarError, EOFError, zlib.error, *_BAD_TARS) as error:
         raise ArtifactError(f"{tar.name} is no whole and safe tar: {error}") from None
     except OSError as error:
