@@ -277,3 +277,21 @@ def test_of_several_channels_each_has_to_agree() -> None:
     assert agreement([absent], [near], specs)
     assert not agreement(turned[:1], turned[1:2], specs)
     assert agreement(turned[:1], turned[2:], specs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((1, 50, 85), 2), ((1, 3, 8, 8, 85), 4), ((1, 84, 840), 1), ((1, 85, 20, 20), 1)],
+)
+def test_boxes_hide_no_scores_wherever_the_channels_are(
+    shape: tuple[int, ...], channels: int
+) -> None:
+    """There may be fewer detections, or anchors, than channels."""
+    random = np.random.default_rng(0)
+    found = random.uniform(0, 640, shape).astype(np.float32)
+    scores = np.moveaxis(found, channels, 0)[4:]
+    scores[:] = random.uniform(0.05, 0.2, scores.shape)
+    blind = found.copy()
+    np.moveaxis(blind, channels, 0)[4:] = 0.0
+    assert not agrees(found, blind, "raw")
+    assert agrees(found, found * np.float32(1.005), "raw")
