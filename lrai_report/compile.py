@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import entry_points
@@ -137,9 +138,17 @@ def compile(
             few = f"certified on {one.samples} of the {gate.rows} rows that judged it"
             out.print(f"{few}: those are kept; --keep-evaluation says how many", style="dim")
     if evaluation is not None and artifact.manifest.chosen == "fp32" and keep != 1:
-        raise ConditionNotMet(
-            "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
-        )
+        none = "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
+        raise ConditionNotMet(none + closest(artifact))
+
+
+def closest(artifact: lrai_core.Artifact) -> str:
+    """Return what the gate said of the form that failed it by least, nothing if none was judged."""
+    log = artifact.file("quantization.jsonl").read_text(encoding="utf-8")
+    judged = [event for line in log.splitlines() if "difference" in (event := json.loads(line))]
+    failed = [event for event in judged if not event["kept"]]
+    best = min(failed, key=lambda event: event["difference"]["p50"], default=None)
+    return f"; closest was {best['form']}: {best['why']}" if best else ""
 
 
 def _compiled(model: Path, output: Path, **options: Any) -> lrai_core.Artifact:

@@ -39,6 +39,7 @@ from lrai_report.compare import (
     requests_of,
     sides,
 )
+from lrai_report.compile import closest
 from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
 from lrai_report.terminal import out, progress, say
@@ -192,8 +193,8 @@ def _judge(
         ConditionNotMet: There is nothing to compare them with.
     """
     if artifact.manifest.chosen == "fp32":
-        none = "no form was faster and right on these requests"
-        raise _NoGain(f"no gain: {none}; lrai compile --evaluation tells why of each")
+        none = "no gain: no form was faster and right on these requests"
+        raise _NoGain(f"{none}; lrai compile --evaluation tells why of each{closest(artifact)}")
     rows = requests_of(evaluation(artifact), artifact)
     if not rows:
         raise ConditionNotMet("one row has over 16 MiB: the artifact keeps none to measure with")

@@ -89,10 +89,13 @@ def compile(
             128 of them, drawn by `seed`. By default a tenth of the evaluation rows.
         evaluation: `.npz` with an array per input and optionally `label`, or the same as a mapping.
             A fifth serves calibration and search, the rest the gate. Without it only fp32 is kept.
-        metric: Judged where there are labels: `top1` or `top5`, on the first output.
+        metric: Judged where there are labels: `top1` or `top5`, on the first output with scores of
+            classes, or else with one score a row, which says 1 above 0.5, or above 0 where those of
+            fp32 are not all between 0 and 1.
         output_map: How outputs are compared: `raw`, `softmax` or `l2_normalised`.
         max_accuracy_loss: Largest loss in the metric, as a share, at 95 % confidence.
-        epsilon: Closeness to certify, and to demand of all but `delta` of inputs. By default the
+        epsilon: Closeness to certify, and to demand of all but `delta` of inputs; of outputs that
+            are compared as `raw` it decides in place of the 1 per cent. By default the
             99th percentile on the search rows is certified and nothing is demanded.
         delta: Share of inputs that may differ by more than epsilon.
         groups: Arrays of the evaluation that say to which group a row belongs, of two-class models

@@ -22,7 +22,7 @@ from lrai_core.engine.batching import run_together, shuffled_batches
 from lrai_core.engine.engine import Session
 from lrai_core.errors import CalibrationError, UsageError, shorten
 from lrai_core.executor import on_all_cpus
-from lrai_core.protocol import Array, Signature, TensorSpec
+from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, round_up
 
@@ -31,6 +31,9 @@ AGREEMENT: Final = 0.98
 LEVEL: Final = 0.95
 _SENSELESS: Final = 0.05  # share of rows that a model is right on, of labels that are not its own
 _BEST: Final[dict[Metric, int]] = {"top1": 1, "top5": 5}
+# What outputs may be that nobody says anything of.
+_KINDS: Final[dict[OutputMap, str]] = {"softmax": "scores of classes"}
+_KINDS["l2_normalised"] = "embeddings"
 # fp32 sums in another order: two GEMM shapes of one engine differ by less.
 EFFECT_FLOOR: Final = 1e-4
 _EFFECT_MARGIN: Final = 2.0  # over the largest effect seen, for the rows that were not seen
@@ -38,6 +41,7 @@ _EFFECT_MARGIN: Final = 2.0  # over the largest effect seen, for the rows that w
 _QUANTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 
 Outputs = list[list[Array]]
+_Scores = NDArray[np.float64]
 Tick = Callable[[], None]
 
 
@@ -48,7 +52,8 @@ class Conditions:
     Attributes:
         metric: Judged where there are labels.
         max_accuracy_loss: Share of rows.
-        epsilon: With `delta`, additionally a bound on closeness; None for none.
+        epsilon: With `delta`, a bound on closeness, which of outputs compared as `raw` decides in
+            place of their agreement; None for none.
         delta: Largest share of inputs that may differ by more than epsilon.
         groups: Columns of groups between which no difference may widen.
         max_disparity: By how much it may, as a share.
@@ -133,29 +138,33 @@ def judge(
 ) -> Judged:
     """Return what the gate says of a form, by its `run` of the rows and the source's outputs.
 
-    Labels judge the first output with scores; the other numbers with fractions have to agree, all
-    of them where rows are too few to tell; without labels all outputs have to.
+    Labels judge the first output with scores, or with one a row (`_scored`); the other numbers with
+    fractions have to agree, all of them where rows are too few to tell; without labels all outputs
+    have to. Of those compared as `raw` epsilon decides where it is demanded, if they are finite.
     """
     specs, labels, effect = signature.outputs, rows.labels, 0.0
     if len(runs) > 1:
         unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
         effect = max(difference(a, b, unmapped) for a, b in zip(*runs, strict=True))
+    alike = specs if conditions.epsilon is None else _raw_as("derived", specs)
     if labels is None:
-        found = _agreement_result(reference, runs, specs, level)
+        found = _agreement_result(reference, runs, alike, level)
     else:
-        found = _label_result(reference, runs, labels, conditions, level)
-        first = next(i for i, a in enumerate(reference[0]) if a.dtype.kind == "f" and a.size > 1)
+        first, above = _scored(reference)
+        scores = [_scores(one, first, above) for one in (reference, *runs)]
+        rule = "" if above is None else f"; a score above {above:g} is 1"
+        found = _label_result(scores, labels, rule, conditions, level)
         others = [i for i, a in enumerate(reference[0]) if a.dtype.kind == "f" and i != first]
         if found.passed and others:  # no label speaks of them
             parts = [[[row[i] for i in others] for row in one] for one in (reference, *runs)]
-            rest = _agreement_result(parts[0], parts[1:], [specs[i] for i in others], level)
+            rest = _agreement_result(parts[0], parts[1:], [alike[i] for i in others], level)
             why = f"{found.why}; other outputs than {specs[first].name}: {rest.why}"
             best = confidence.lower_bound(rest.rows, rest.rows, level)
-            alike = rest.passed or (rest.agreement_bound or 0) >= best
-            found = msgspec.structs.replace(found, passed=alike, why=why)
+            passed = rest.passed or (rest.agreement_bound or 0) >= best
+            found = msgspec.structs.replace(found, passed=passed, why=why)
+        if rows.groups:
+            found = _fair_enough(found, scores, rows, conditions.max_disparity)
     gaps = _gaps(reference, runs[0], specs)
-    if labels is not None and rows.groups:
-        found = _fair_enough(found, reference, runs, rows, conditions.max_disparity)
     if found.passed and conditions.epsilon is not None:
         worst = worst_gaps(reference, runs, specs)
         found = _close_enough(found, worst, conditions.epsilon, conditions.delta, level)
@@ -195,9 +204,10 @@ def check_labels(outputs: list[Array], rows: Rows, conditions: Conditions) -> No
         CalibrationError: There are no scores of classes, or of others than the labels.
     """
     if rows.labels is not None:
-        _hits([outputs], rows.labels, conditions.metric)
-    if rows.groups:
-        _selected([outputs])
+        scores = _scores([outputs], *_scored([outputs]))
+        _hits(scores, rows.labels, conditions.metric)
+        if rows.groups:
+            _selected(scores)
 
 
 def check_search(gaps: Sequence[float], asked: Conditions) -> None:
@@ -240,25 +250,25 @@ def _gaps(reference: Outputs, run: Outputs, specs: Sequence[TensorSpec]) -> list
 
 
 def _label_result(
-    reference: Outputs, runs: Sequence[Outputs], labels: Array, conditions: Conditions, level: float
+    scores: Sequence[_Scores], labels: Array, rule: str, conditions: Conditions, level: float
 ) -> GateResult:
     n, allowed = len(labels), conditions.max_accuracy_loss
-    hits = _hits(reference, labels, conditions.metric)
+    hits, *each = (_hits(one, labels, conditions.metric) for one in scores)
     if (share := hits.mean()) <= min(allowed, _SENSELESS):  # then there is little to lose
         words = f"the source model is right on {share:.2%} of rows; are the labels its classes?"
         raise CalibrationError(words)
     loss, bound, needed = -1.0, -1.0, 0
-    for run in runs:
-        own = _hits(run, labels, conditions.metric)
+    for own in each:
         lost, won = int((hits & ~own).sum()), int((own & ~hits).sum())
         loss = max(loss, (lost - won) / n)
         bound = max(bound, confidence.paired_loss_bound(lost, won, n, level))
         needed = max(needed, _label_rows_needed(lost / n, won / n, allowed, level))
-    why = f"{conditions.metric} loss is {loss:.2%}, at most {bound:.2%}; {allowed:.2%} allowed"
+    measure = f"{conditions.metric} on labels{rule}"
+    why = f"{conditions.metric} loss is {loss:.2%}, at most {bound:.2%}"
+    why += f"; {allowed:.2%} allowed{rule}"
     if bound > allowed and loss < allowed and needed > n:
         why += f"; at this rate about {needed} rows would show it"
     rates: dict[str, Any] = {"accuracy_loss": loss, "accuracy_loss_bound": bound}
-    measure = f"{conditions.metric} on labels"
     return GateResult(passed=bound <= allowed, why=why, rows=n, measure=measure, **rates)
 
 
@@ -273,8 +283,7 @@ def _agreement_result(
     reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec], level: float
 ) -> GateResult:
     n = len(reference)
-    pairs = [zip(reference, run, strict=True) for run in runs]
-    counts = [sum(agreement(f, g, specs) for f, g in each) for each in pairs]
+    counts = _agreeing(reference, runs, specs)
     share, worst = counts[0] / n, min(counts) / n
     bound = confidence.lower_bound(min(counts), n, level)
     maps = dict.fromkeys(spec.output_map for spec in specs)
@@ -285,8 +294,25 @@ def _agreement_result(
     if bound < AGREEMENT:
         needed = confidence.rows_needed(1 - AGREEMENT, level, 1 - worst)
         why += f"; at this rate about {needed} rows would show it" if needed > n else ""
+        for one, kind in _KINDS.items() if "raw" in maps else ():
+            better = min(_agreeing(reference, runs, _raw_as(one, specs))) / n
+            told = f"; {MEASURES[one]} on {better:.2%}: --output-map {one}, if these are {kind}"
+            why += told if better > worst else ""
     rates: dict[str, Any] = {"agreement": share, "agreement_bound": bound}
     return GateResult(passed=bound >= AGREEMENT, why=why, rows=n, measure=measure, **rates)
+
+
+def _agreeing(
+    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec]
+) -> list[int]:
+    pairs = [zip(reference, run, strict=True) for run in runs]
+    return [sum(agreement(f, g, specs) for f, g in each) for each in pairs]
+
+
+def _raw_as(output_map: OutputMap, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Return the specs with this map in the place of `raw`."""
+    as_that = partial(msgspec.structs.replace, output_map=output_map)
+    return [as_that(spec) if spec.output_map == "raw" else spec for spec in specs]
 
 
 def _close_enough(
@@ -300,12 +326,11 @@ def _close_enough(
 
 
 def _fair_enough(
-    found: GateResult, reference: Outputs, runs: Sequence[Outputs], rows: Rows, most: float
+    found: GateResult, scores: Sequence[_Scores], rows: Rows, most: float
 ) -> GateResult:
-    source, least = _selected(reference), fairness.rows_needed(most, LEVEL)
+    (source, *chosen), least = map(_selected, scores), fairness.rows_needed(most, LEVEL)
     labels = np.asarray(rows.labels) == 1
     groups, worst = {}, list[fairness.Disparity]()
-    chosen = [_selected(run) for run in runs]
     for column, values in rows.groups.items():
         members = {str(group): values == group for group in np.unique(values)}
         groups[column] = {n: fairness.rates(chosen[0][m], labels[m]) for n, m in members.items()}
@@ -325,23 +350,40 @@ def _fair_enough(
     return msgspec.structs.replace(found, groups=groups, disparities=tuple(worst))
 
 
-def _scores(outputs: Outputs, what: str) -> NDArray[np.float64]:
-    """Return the scores of every row's classes, from the first output that has some."""
-    first = next((i for i, a in enumerate(outputs[0]) if a.dtype.kind == "f" and a.size > 1), None)
-    if first is None or len({row[first].size for row in outputs}) > 1:
-        raise CalibrationError(f"{what} needs a first float output with one score per class")
-    return np.stack([row[first].reshape(-1) for row in outputs]).astype(np.float64)
+def _scored(reference: Outputs) -> tuple[int, float | None]:
+    """Return which output labels speak of, and above what its score says 1 where it has but one.
+
+    It is the first output with scores of classes, or else the first with one score a row. That says
+    1 above 0.5 where all of the source model's lie between 0 and 1, as probabilities do, and above
+    0 where they do not, as of logits.
+
+    Raises:
+        CalibrationError: There is none.
+    """
+    sizes = [a.size * (a.dtype.kind == "f") for a in reference[0]]
+    first = next((i for least in (2, 1) for i, size in enumerate(sizes) if size >= least), None)
+    if first is None or len({row[first].size for row in reference}) > 1:
+        raise CalibrationError("labels need a float output with one score per class, or per row")
+    if sizes[first] > 1:
+        return first, None
+    values = np.array([row[first].item() for row in reference])
+    return first, 0.0 if ((values < 0) | (values > 1)).any() else 0.5
 
 
-def _selected(outputs: Outputs) -> NDArray[np.bool_]:
-    scores = _scores(outputs, "groups")
+def _scores(outputs: Outputs, first: int, above: float | None) -> _Scores:
+    """Return the scores of every row's classes, of which a single score makes two."""
+    scores = np.stack([row[first].reshape(-1) for row in outputs]).astype(np.float64)
+    return scores if above is None else np.hstack([2 * above - scores, scores])
+
+
+def _selected(scores: _Scores) -> NDArray[np.bool_]:
     if scores.shape[1] != 2:
         raise CalibrationError(f"groups are judged between 2 classes, not {scores.shape[1]}")
     return np.asarray(scores[:, 1] > scores[:, 0])
 
 
-def _hits(outputs: Outputs, labels: Array, metric: Metric) -> NDArray[np.bool_]:
-    scores, low, high = _scores(outputs, f"metric {metric}"), labels.min(), labels.max()
+def _hits(scores: _Scores, labels: Array, metric: Metric) -> NDArray[np.bool_]:
+    low, high = labels.min(), labels.max()
     if low < 0 or high >= scores.shape[1]:
         raise CalibrationError(f"labels are {low} to {high}, classes 0 to {scores.shape[1] - 1}")
     if scores.shape[1] <= _BEST[metric]:

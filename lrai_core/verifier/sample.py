@@ -87,8 +87,9 @@ def read_rows(
         raise CalibrationError(f"{what}: no rows, or different numbers of rows: {counts}")
     labels = None if LABEL in names else arrays.get(LABEL)
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iub"):
-        raise CalibrationError(f"{what}: {LABEL!r} must be one integer per row")
-    columns = {spec.name: _column(arrays[spec.name], spec) for spec in signature.inputs}
+        got = f"{labels.dtype} {list(labels.shape)}: leave it out to judge by agreement with fp32"
+        raise CalibrationError(f"{what}: {LABEL!r} must be one integer per row, is {got}")
+    columns = {spec.name: _column(arrays[spec.name], spec, what) for spec in signature.inputs}
     given = ({name: column[i, ...] for name, column in columns.items()} for i in range(*counts))
     told = {name: _groups(arrays[name], name, what) for name in groups}
     return _distinct(given, labels, signature, what, told)
@@ -163,9 +164,24 @@ def _named(arrays: Mapping[str, Array], names: list[str], what: str) -> dict[str
     return dict(arrays)
 
 
-def _column(array: Array, spec: TensorSpec) -> Array:
-    """Return rows along a new first axis, in the declared datatype if only rounding is lost."""
-    rows = array[:, np.newaxis] if array.ndim == len(spec.shape) else array
+def _column(array: Array, spec: TensorSpec, what: str) -> Array:
+    """Return rows along a new first axis, in the declared datatype if only rounding is lost.
+
+    Raises:
+        CalibrationError: They lack an axis, and it is not clear that it is the batch: where steps
+            come first, each row would be one step of a batch of steps.
+    """
+    rows = array
+    if array.ndim == len(spec.shape):
+        first, *others = spec.shape
+        unclear = isinstance(first, str) and "batch" not in first.lower()
+        if unclear and spec.batch_axis is None and any(isinstance(one, str) for one in others):
+            name, shape = shorten(spec.name, 40), shorten(", ".join(map(str, spec.shape)), 90)
+            got = f"{what}: {name!r} is {[*array.shape]}, and dimension 0 of [{shape}] is not known"
+            yes = f"to be the batch: if it is, [inputs.{name}] in --axes FILE says batch = 0"
+            no = f"if not, {len(array)} rows of [{shape}] are needed, and that table empty"
+            raise CalibrationError(f"{got} {yes}; {no}")
+        rows = array[:, np.newaxis]
     wanted = protocol.DATATYPES[spec.datatype]
     floats = rows.dtype.kind == wanted.kind == "f"
     if not floats and not (rows.dtype.kind in "biu" and wanted.kind in "biu"):

@@ -87,13 +87,19 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
         return bool(((cosine >= 0.99) | (x == y).all(axis=-1)).all())  # a zero vector has none
     with np.errstate(invalid="ignore", over="ignore"):  # infinite on both sides is no difference
         gap, size = np.where(x == y, 0.0, x - y), np.where(np.isfinite(x), x, 0.0)
-        # Of channels each: beside boxes in pixels no score of a detector would count. One of noise
-        # alone is as near as a millionth of the largest.
-        wide = [axis for axis in range(1, a.ndim) if a.shape[axis] > 1]
-        part = min(wide, key=lambda axis: a.shape[axis]) if len(wide) > 1 else -1
-        over = tuple(axis for axis in range(a.ndim) if axis != part)
-        far, most = (np.sqrt((v * v).sum(axis=over)) for v in (gap, size))
-        return bool((far <= 0.01 * np.maximum(most, 1e-4 * np.max(most))).all())
+        squares = gap * gap, size * size
+        # Of channels each: beside boxes in pixels no score of a detector would count. They lie
+        # along the first axis or the last. One of noise alone is as near as a millionth of the
+        # largest; along the longer axis, which may be that of places, as the usual one.
+        wide = [axis for axis in range(a.ndim) if a.shape[axis] > 1]
+        for part in {wide[0], wide[-1]} if len(wide) > 1 else {-1}:
+            over = tuple(axis for axis in range(a.ndim) if axis != part)
+            far, most = (np.sqrt(square.sum(axis=over)) for square in squares)
+            longer = a.shape[part] > min(a.shape[axis] for axis in wide)
+            least = np.median(most) if longer else 1e-4 * np.max(most)
+            if not (far <= 0.01 * np.maximum(most, least)).all():
+                return False
+        return True
 
 
 def round_up(value: float, digits: int = 2) -> float:

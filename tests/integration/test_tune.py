@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 import lrai_core as lrai
 from benchmarks import models
@@ -24,6 +25,7 @@ from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
 from lrai_report.compare import Side, answered, differing, measure, sides
+from lrai_report.compile import main as compile_main
 from lrai_report.live import compare_live, switch
 from lrai_report.target import Target
 from lrai_report.tune import _compile, _is_private, _refuse_at_once, main
@@ -480,3 +482,30 @@ def test_captured_requests_that_the_model_refuses_are_left_out(tmp_path: Path) -
     kept = answered(artifact, tmp_path / "captured.npz", lambda: ticks.append(1))
     assert kept["input_ids"].tolist() == [[1, 2], [3, 0]]
     assert len(ticks) == 3
+
+
+@pytest.mark.usefixtures("faster")
+def test_where_the_map_is_what_refuses_every_form_another_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of scores of classes that a host serves: it builds what it is given without a map."""
+    monkeypatch.chdir(tmp_path)
+    proto = linear()
+    weight = numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    weight[0] = 12.0  # which takes the steps of int8 from the others, and is multiplied by 0
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
+    served = lrai.compile(save(proto, tmp_path / "m.onnx"), out=tmp_path / "m.lrai", threads=1)
+    x = np.random.default_rng(0).standard_normal((ROWS, 8)).astype(np.float32)
+    x[:, 0] = 0.0
+    np.savez("asked.npz", x=x)
+    tuned = cli_here(str(served.path), "--requests", "asked.npz", "-o", "t.lrai")
+    compiled = None
+    try:
+        compile_main(["m.onnx", "-o", "c.lrai", "--evaluation", "asked.npz", "--threads", "1"])
+    except lrai.ConditionNotMet as error:
+        compiled = error
+    for end, begins in ((tuned, "no gain: "), (compiled, "no form but fp32 passed")):
+        assert isinstance(end, lrai.ConditionNotMet)
+        assert str(end).startswith(begins)
+        assert f"; closest was {FASTER}: 2.00 x fp32; relative error <= 1 % on " in str(end)
+        assert "%: --output-map softmax, if these are scores of classes" in str(end)

@@ -8,7 +8,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from lrai_core.compiler.gate import Conditions, Judged, check_row_count, judge, run, run_alone
+from lrai_core.artifact import GateResult
+from lrai_core.compiler.gate import (
+    Conditions,
+    Judged,
+    check_labels,
+    check_row_count,
+    judge,
+    run,
+    run_alone,
+)
 from lrai_core.errors import CalibrationError, UsageError
 from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
 from lrai_core.verifier.sample import Rows
@@ -277,3 +286,85 @@ def test_outputs_of_which_no_label_speaks_have_to_agree(second: float, passes: b
     assert found.passed is passes
     assert "top1 loss is 0.00%" in found.why
     assert "other outputs than y: " in found.why
+
+
+def test_what_raw_refuses_is_told_how_it_agrees_by_other_maps() -> None:
+    """Nothing in a graph says that its outputs are scores, or embeddings."""
+
+    def slightly(x: Array) -> Array:
+        return x * np.float32(1.02)
+
+    found = judged(slightly, rows(300)).result
+    assert not found.passed
+    for words in (
+        "relative error <= 1 % on 0.00% of rows",
+        "same top-1 on 100.00%: --output-map softmax, if these are scores of classes",
+        "cosine >= 0.99 on 100.00%: --output-map l2_normalised, if these are embeddings",
+    ):
+        assert words in found.why
+    assert "--output-map" not in judged(lambda x: x * np.nan, rows(300)).result.why
+    assert "--output-map" not in judged(ruin(0.5), rows(300), "softmax").result.why
+    assert "--output-map" not in judged(slightly, rows(300), "softmax").result.why
+
+
+def test_of_raw_outputs_a_demanded_closeness_decides_alone() -> None:
+    """As of a target around zero, of which one per cent is next to nothing."""
+    nudge, close = np.float32(0.05), Conditions(epsilon=0.06, delta=0.02)
+    assert not judged(lambda x: x + nudge, rows(600)).result.passed
+    found = judged(lambda x: x + nudge, rows(600), conditions=close).result
+    assert found.passed
+    assert found.measure == "finite"
+    closer = Conditions(epsilon=0.04, delta=0.02)
+    assert not judged(lambda x: x + nudge, rows(600), conditions=closer).result.passed
+    assert not judged(lambda x: x * np.nan, rows(600), conditions=close).result.passed
+
+
+def logit(x: Array) -> Array:
+    return np.asarray(x[:, :1])
+
+
+def probability(x: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-x[:, :1])), np.float32)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("score", "above"), [(logit, 0.0), (probability, 0.5)])
+def test_one_score_a_row_says_1_above_a_threshold(
+    score: Callable[[Array], Array], above: float, flat: bool
+) -> None:
+    sample = rows(600)
+    labels = np.array([int(row[0][0, 0] > 0) for row in sample.inputs])
+    people = {"sex": np.array(["a", "b"])[np.arange(600) % 2]}
+    sample = Rows(sample.inputs, labels, sample.hashes, people)
+    shape = ("n",) if flat else ("n", 1)
+    y = TensorSpec(name="y", datatype="FP32", shape=shape, batch_axis=0)
+    model = Signature(inputs=signature("raw").inputs, outputs=(y,))
+    conditions = Conditions(max_disparity=0.2)
+
+    def told(form: Callable[[Array], Array]) -> GateResult:
+        runs = [
+            [[np.ravel(own(row[0])) if flat else own(row[0])] for row in sample.inputs]
+            for own in (score, form)
+        ]
+        check_labels(runs[0][0], sample, conditions)
+        return judge(runs[1:], runs[0], sample, model, conditions).result
+
+    same = told(lambda x: score(x * np.float32(1.1)))
+    assert same.passed
+    assert same.measure == f"top1 on labels; a score above {above:g} is 1"
+    assert f"; a score above {above:g} is 1" in same.why
+    assert same.groups["sex"]["a"]["accuracy"] == 1.0
+    assert 0.4 < same.groups["sex"]["b"]["selection_rate"] < 0.6
+    assert told(lambda x: score(ruin(0.1)(x))).accuracy_loss == pytest.approx(0.1, abs=0.05)
+    lower = told(lambda x: score(x) - np.float32(0.4))
+    assert not lower.passed
+    assert lower.disparities[0].widened_bound is not None
+
+
+def test_labels_of_more_classes_than_one_score_has_are_refused() -> None:
+    few = rows(4)
+    sample = Rows(few.inputs, np.array([0, 1, 2, 5]), few.hashes)
+    with pytest.raises(CalibrationError, match="labels are 0 to 5, classes 0 to 1"):
+        check_labels([np.zeros((1, 1), np.float32)], sample, Conditions())
+    with pytest.raises(CalibrationError, match="one score per class, or per row"):
+        check_labels([np.zeros((1, 1), np.int64)], sample, Conditions())

@@ -107,7 +107,7 @@ def _int_mask() -> Signature:
         ({"x": x()[0]}, "row 0: tensor 'x': shape [] has 0 dimensions, [batch, 3] is needed"),
         ({"x": x()[:, :2]}, "row 0: tensor 'x': dimension 1 is 2, [batch, 3] is needed"),
         ({"x": x(), "label": np.arange(3)}, "different numbers of rows: [3, 4]"),
-        ({"x": x(), "label": np.arange(4.0)}, "one integer per row"),
+        ({"x": x(), "label": np.arange(4.0)}, "is float64 [4]: leave it out to judge by agreement"),
         ({"x": x(), "label": np.zeros((4, 1), int)}, "one integer per row"),
         ({"x": x(), "label": np.array(1)}, "different numbers of rows"),
         ({"x": x().astype(np.int32)}, "datatype INT32, the model takes FP32"),
@@ -397,3 +397,33 @@ def test_a_row_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
     save_rows(tmp_path / "evaluation.msgpack.gz", rows.take([0, 1, 2, 1]))
     with pytest.raises(VerificationError, match="a row is listed twice"):
         load_rows(tmp_path / "evaluation.msgpack.gz", TABLE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "clear"),
+    [
+        (("seq", "batch", 3), False),
+        (("x.0", "x.1", 3), False),
+        (("batch_size", "seq", 3), True),
+        (("n", 5, 3), True),
+        ((1, "height", "width"), True),
+    ],
+)
+def test_a_row_that_would_be_one_step_of_a_batch_of_steps_is_refused(
+    shape: tuple[int | str, ...], clear: bool
+) -> None:
+    steps = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(np.float32)
+    first = TensorSpec(name="x", datatype="FP32", shape=shape)
+    signature = Signature(inputs=(first,), outputs=())
+    if clear:
+        rows, _ = read_rows({"x": steps}, signature, "evaluation")
+        assert rows.inputs[0][0].shape == (1, 5, 3)
+    else:
+        words = refusal({"x": steps}, signature)
+        named = ", ".join(map(str, shape))
+        assert f"'x' is [4, 5, 3], and dimension 0 of [{named}] is not known to be" in words
+        assert f"[inputs.x] in --axes FILE says batch = 0; if not, 4 rows of [{named}]" in words
+        batched = msgspec.structs.replace(first, batch_axis=0)
+        read_rows({"x": steps}, Signature(inputs=(batched,), outputs=()), "evaluation")
+        rows, _ = read_rows({"x": steps[:, :, None]}, signature, "evaluation")
+        assert rows.inputs[0][0].shape == (5, 1, 3)

@@ -277,3 +277,33 @@ def test_of_several_channels_each_has_to_agree() -> None:
     assert agreement([absent], [near], specs)
     assert not agreement(turned[:1], turned[1:2], specs)
     assert agreement(turned[:1], turned[2:], specs)
+
+
+def test_a_small_box_is_as_near_as_the_usual_one() -> None:
+    """Along the longer axis are places: one of a few pixels is not held to 1 % of itself."""
+    found = np.random.default_rng(0).uniform(1, 640, (1, 84, 840)).astype(np.float32)
+    found[0, :, 7] = 3.0
+    specs = [TensorSpec(name="y", datatype="FP32", shape=("batch", 84, 840), batch_axis=0)]
+    near = found.copy()
+    near[0, :, 7] += 0.5
+    assert agreement([found], [near], specs)
+    near[0, :, 7] += 200.0
+    assert not agreement([found], [near], specs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((1, 50, 85), 2), ((1, 3, 8, 8, 85), 4), ((1, 84, 840), 1), ((1, 85, 20, 20), 1)],
+)
+def test_boxes_hide_no_scores_wherever_the_channels_are(
+    shape: tuple[int, ...], channels: int
+) -> None:
+    """There may be fewer detections, or anchors, than channels."""
+    random = np.random.default_rng(0)
+    found = random.uniform(0, 640, shape).astype(np.float32)
+    scores = np.moveaxis(found, channels, 0)[4:]
+    scores[:] = random.uniform(0.05, 0.2, scores.shape)
+    blind = found.copy()
+    np.moveaxis(blind, channels, 0)[4:] = 0.0
+    assert not agrees(found, blind, "raw")
+    assert agrees(found, found * np.float32(1.005), "raw")
