@@ -95,7 +95,7 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
         for part in {wide[0], wide[-1]} if len(wide) > 1 else {-1}:
             over = tuple(axis for axis in range(a.ndim) if axis != part)
             far, most = (np.sqrt(square.sum(axis=over)) for square in squares)
-            longer = a.shape[part] > min(a.shape[axis] for axis in wide)
+            longer = len(wide) > 1 and a.shape[part] > min(a.shape[axis] for axis in wide)
             least = np.median(most) if longer else 1e-4 * np.max(most)
             if not (far <= 0.01 * np.maximum(most, least)).all():
                 return False
