@@ -189,12 +189,9 @@ def static_int8(
 
 def _is_quantised(model: onnx.ModelProto) -> bool:
     """Return whether more than weights is: for the range of such a value the quantiser waits."""
-    restored = {n.output[0] for n in model.graph.node if n.op_type == _ROUNDING[1]}
-    return any(
-        node.op_type == _ROUNDING[0]
-        or (node.op_type not in WEIGHTED and not restored.isdisjoint(node.input))
-        for node in model.graph.node
-    )
+    others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
+    found = {node.output[0] for node in others if node.op_type == _ROUNDING[1]}
+    return any(n.op_type == _ROUNDING[0] or not found.isdisjoint(n.input) for n in others)
 
 
 def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelProto:
