@@ -18,13 +18,15 @@ import msgspec
 import onnx
 import openvino as ov
 from google.protobuf.message import EncodeError
+from onnx import numpy_helper
+from onnx.shape_inference import InferenceError, infer_shapes
 
 from lrai_core.compiler.search import Built, Material, Reject, Sample
 from lrai_core.errors import CompileError
 from lrai_engines.forms import Build, Made, int8, standard
 from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
-from lrai_engines.quantize import NothingToQuantize, weights_int8
+from lrai_engines.quantize import NothingToQuantize, constants, read, weights_int8
 from lrai_engines.smooth import QDQ
 from lrai_engines.static import goes_undefined, signed, undefined_stays
 
@@ -43,6 +45,8 @@ _WIDE: Final = {  # of which it takes 32 bits
     onnx.TensorProto.UINT64: (0, (1 << 31) - 1),
     onnx.TensorProto.UINT32: (0, (1 << 31) - 1),
 }
+# What it computes of integers has 32 bits, or those of float32.
+_COMPUTING: Final = ("CumSum", "Div", "Mod", "Mul", "Pow", "ReduceProd", "ReduceSum")
 _KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that is undone
 _STATIC, _SMOOTH = "openvino-int8-static", "openvino-int8-smooth"
 _BF16: Final = {"INFERENCE_PRECISION_HINT": "bf16"}
@@ -82,7 +86,8 @@ class OpenVinoForms:
         try:
             model = standard(material)
             bounds = _bounds(model)
-        except CompileError as error:
+            _check_values(model)
+        except (CompileError, EncodeError, InferenceError, ValueError) as error:
             reject(self.engine.name, str(error))
             return
         able = self.engine.able
@@ -177,6 +182,32 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
         if node.op_type == "Range" or inner or not (counts or told.isdisjoint(node.input)):
             told.update(node.output)
     return found
+
+
+def _check_values(model: onnx.ModelProto) -> None:
+    """Refuse what computes with integers that callers send, or reads a place that they may not.
+
+    Raises:
+        CompileError: It does: the engine rounds, or cuts, those, and reads zeros there.
+        ValueError: Or `EncodeError`, or `InferenceError`: its types cannot be told.
+    """
+    known, full = constants(model), infer_shapes(model, data_prop=True).graph
+    values = (*full.input, *full.output, *full.value_info)
+    types = {value.name: value.type.tensor_type for value in values}
+    whole = {n for n, one in types.items() if one.elem_type in (*_WIDE, onnx.TensorProto.INT32)}
+    sent = {value.name for value in model.graph.input}  # what depends on it, but for its extents
+    for node in model.graph.node:
+        if node.op_type in ("Shape", "Size") or sent.isdisjoint(read(node)):
+            continue
+        sent.update(node.output)
+        if node.op_type in _COMPUTING and any(n in sent and n in whole for n in node.input):
+            raise CompileError(f"{node.op_type} of integers, which the engine does in 32 bits")
+        if node.op_type == "Gather" and node.input[0] in sent and (at := known.get(node.input[1])):
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            dims = types[node.input[0]].shape.dim if node.input[0] in types else []
+            extent = max(1, dims[axis].dim_value if dims else 0)  # the first is there, or nothing
+            if not all(-extent <= place < extent for place in numpy_helper.to_array(at).flat):
+                raise CompileError("Gather of a place that what is sent may not have")
 
 
 def _inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

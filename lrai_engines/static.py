@@ -37,6 +37,7 @@ from lrai_engines.quantize import (
     NothingToQuantize,
     about_zero,
     assemble,
+    constants,
     read,
     relative_error,
 )  # fmt: skip
@@ -48,7 +49,8 @@ Pairs = frozenset[tuple[str, str]]  # of an input and an output
 _MOST: Final = 128  # rows
 # What may come behind the last weights without a value of its own: it is part of their operator.
 _JOINED: Final = ("Relu", "Clip", "Add")
-_LOOKING: Final = ("IsNaN", "Imputer")  # for what is no number, which others pass on
+_MOST_COLUMNS: Final = 1 << 10  # that are tried one by one
+_MOST_FREE: Final = 1 << 6  # likewise, along a free extent, as that of a sound
 _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
 _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -138,11 +140,13 @@ def static_int8(
 
     Raises:
         NothingToQuantize: It multiplies activations with one another, as transformers do, or all
-            that there is was left out.
+            that there is was left out; or it is quantised already.
         CompileError: The quantiser cannot do it, or the model does not run on the sample.
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
     """
+    if _is_quantised(model):
+        raise NothingToQuantize("it is quantised already")
     marked = _named(model)
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     weighted = [node for node in marked.graph.node if node.op_type in WEIGHTED]
@@ -183,6 +187,13 @@ def static_int8(
     return quantised, report
 
 
+def _is_quantised(model: onnx.ModelProto) -> bool:
+    """Return whether more than weights is: for the range of such a value the quantiser waits."""
+    others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
+    found = {node.output[0] for node in others if node.op_type == _ROUNDING[1]}
+    return any(n.op_type == _ROUNDING[0] or not found.isdisjoint(n.input) for n in others)
+
+
 def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelProto:
     """Return `model` with int8 without a zero point where `about_zero` says so.
 
@@ -203,7 +214,7 @@ def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelP
         made = [node.output[0] for node in nodes if node.op_type == _ROUNDING[0]]
         own = Counter(node.input[0] for node in nodes if node.op_type == _ROUNDING[1])
         whole = len(pair) == 2 and all(name in known and read[name] == len(nodes) for name in pair)
-        ends = [n.input[0] for n in nodes if n.op_type == _ROUNDING[0]] + made
+        ends = [name for n in nodes for name in (n.input[0], n.output[0])]
         if not whole or {name: read[name] for name in made} != own or not fixed.isdisjoint(ends):
             continue
         scale, point = (known[name] for name in pair)
@@ -220,7 +231,8 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     """Return where the model answers NaN with NaN, and not as one that looks for it.
 
     Raises:
-        CompileError: It looks for NaN in some columns, and answers NaN to that in others.
+        CompileError: It answers NaN where some columns are, and a number where others are, or are
+            infinite: it looks for NaN, does not read them, or has a bound.
     """
     inputs, outputs = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
     everything = frozenset(itertools.product(inputs, outputs))
@@ -228,31 +240,37 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
         return everything
     given, found = dict(zip(inputs, sample.rows[0], strict=True)), set[tuple[str, str]]()
     floats = {name: array for name, array in given.items() if array.dtype.kind == "f"}
+    extents = {v.name: v.type.tensor_type.shape.dim[1:] for v in model.graph.input}
     try:
         session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        looks = any(node.op_type in _LOOKING for node in model.graph.node)
         for name, array in floats.items():
-            seen = set[frozenset[tuple[str, str]]]()
-            for probe in _no_numbers(array, columns=looks and array.ndim < 3):
+            whole: set[str] | None = None
+            most = _MOST_COLUMNS if all(d.dim_value for d in extents[name]) else _MOST_FREE
+            for none, probe in _no_numbers(array, most):
                 told = zip(outputs, session.run(outputs, given | {name: probe}), strict=True)
-                nan = [y for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()]
-                seen.add(frozenset((name, y) for y in nan))
-                if len(seen) > 1:
-                    why = "float32 answers NaN where some of its columns are, not where others are"
-                    raise CompileError(f"input {name!r}: {why}; int8 would not tell them apart")
-            found |= seen.pop()
+                real = ((y, a) for y, a in told if a.dtype.kind == "f")
+                own = {y for y, a in real if (np.isnan(a) | np.isinf(a) & np.isinf(none)).any()}
+                whole = own if whole is None else whole
+                if own != whole if np.isnan(none) else whole - own:
+                    why = "answers NaN where some of its columns are, and a number where others are"
+                    why += " or are infinite; int8 would not tell them apart"
+                    raise CompileError(f"input {name!r}: float32 {why}")
+            found.update((name, y) for y in whole or ())
     except (*_FAULTS, EncodeError, ValueError):
         return everything
     return frozenset(found)
 
 
-def _no_numbers(array: Array, *, columns: bool) -> Iterator[Array]:
-    """Yield the array without a number in it and, if wanted, with NaN in one column each."""
-    yield np.full_like(array, np.nan)
-    for place in range(array.size if columns else 0):
+def _no_numbers(array: Array, most: int) -> Iterator[tuple[float, Array]]:
+    """Yield NaN, or an infinity, and the array of it alone or, unless of planes, in a column each.
+
+    Of more than `most` columns some of them, all over it.
+    """
+    columns = range(0, array.size if array.ndim < 3 else 0, -(-array.size // most) or 1)
+    for place, none in itertools.product((slice(None), *columns), (np.nan, np.inf, -np.inf)):
         probe = array.copy()
-        probe.flat[place] = np.nan
-        yield probe
+        probe.flat[place] = none
+        yield none, probe
 
 
 def undefined_stays(
@@ -437,8 +455,9 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
 
     Rounding what is in float32 on both sides would cost closeness and time. Nor is what comes
     before the first weights (pixels are made floats there), or behind the last: a softmax in steps
-    of 1/256 says little.
+    of 1/256 says little. A bound other than 0 is no end of a range, so such a Clip stays.
     """
+    known = constants(model)
     given, wanted = set[str](), set[str]()  # by operators with weights, directly or not
     for node in model.graph.node:
         if node.op_type in WEIGHTED or not given.isdisjoint(node.input):
@@ -450,7 +469,9 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
     for node in model.graph.node:
         before = given.isdisjoint(node.input) and node.op_type != "Gather"  # of a table
         behind = wanted.isdisjoint(node.output) and node.op_type not in _JOINED
-        follows = behind or not exact.isdisjoint(node.input)
+        low = known.get(node.input[1]) if len(node.input) > 1 else None
+        bound = node.op_type == "Clip" and (low is None or numpy_helper.to_array(low).any())
+        follows = behind or bound or not exact.isdisjoint(node.input)
         if node.name in keep or (node.op_type not in WEIGHTED and (before or follows)):
             exact.update(() if before and node.name not in keep else node.output)
             found.append(node.name)

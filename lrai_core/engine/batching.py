@@ -99,7 +99,7 @@ def shuffled_batches(rows: Sequence[Sequence[Array]], signature: Signature) -> I
 
 
 def synthetic_row(signature: Signature, length: int) -> list[Array]:
-    """Return a row that most models accept: bits for integers, normal noise for floats."""
+    """Return a row that most models accept: bits, normal noise for floats, texts of one letter."""
     random, row = Random(length), list[Array]()  # numpy's own is 2 MB more in every actor
     for spec in signature.inputs:
         shape = [extent if isinstance(extent, int) else 4 for extent in spec.shape]
@@ -111,7 +111,9 @@ def synthetic_row(signature: Signature, length: int) -> list[Array]:
         kind = (dtype := DATATYPES[spec.datatype]).kind
         # Nought and one are tokens, segments and masks alike.
         draw = random.gauss if kind == "f" else lambda: random.getrandbits(1)
-        values: list[Any] = ["a"] if kind == "O" else [draw() for _ in range(min(count, 4096))]
+        # Of texts of one length none would be padded, as they are where callers share a call.
+        text = " ".join("a" * max(1, length))
+        values: list[Any] = [text] if kind == "O" else [draw() for _ in range(min(count, 4096))]
         row.append(np.resize(np.array(values, dtype), shape))
         if kind in "iub":
             row[-1][(..., slice(1)) if shape else ()] = 1  # the first is never masked

@@ -327,6 +327,126 @@ def test_integers_beyond_what_the_engine_counts_in_are_refused(
     assert caught.value.invalid
 
 
+def refusals(proto: onnx.ModelProto, folder: Path) -> dict[str, str]:
+    """Return why forms are not made, which is no fault of this CPU's or of a lack of rows."""
+    refused: dict[str, str] = {}
+    made = [built.form for built in FORMS.build(material(proto, folder), refused.__setitem__)]
+    assert made or "openvino" in refused
+    return refused if not made else {}
+
+
+@pytest.mark.parametrize("kind", ["CumSum", "Div", "Mod", "Mul", "Pow", "ReduceProd", "ReduceSum"])
+@pytest.mark.parametrize("after", ["Identity", "Unsqueeze", "Cast"])
+@pytest.mark.parametrize("datatype", [TensorProto.INT64, TensorProto.INT32], ids=str)
+def test_integers_that_are_computed_with_are_left_to_onnxruntime(
+    tmp_path: Path, kind: str, after: str, datatype: int
+) -> None:
+    """Such as the hour of a time in seconds, for which float32 has not enough bits."""
+    floats = after == "Cast"
+    dtype = np.float32 if floats else helper.tensor_dtype_to_np_dtype(datatype)
+    other: dict[str, Array] = {"CumSum": np.array(1), "ReduceSum": np.array([1])}
+    other |= {name: np.array(24, dtype) for name in ("Div", "Mod", "Mul", "Pow")}
+    arrays = {"last": np.array([2]), "w": np.ones((1, 1), np.float32)}
+    given = {"Unsqueeze": ["last"]}.get(after, [])
+    first = helper.make_node(after, ["time", *given], ["t"])
+    if floats:
+        first.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
+    second = helper.make_node(kind, ["t", *["other"] * (kind in other)], ["hours"])
+    if kind == "Mod":
+        second.attribute.append(helper.make_attribute("fmod", 1))
+    if kind in other:
+        arrays["other"] = other[kind]
+    nodes = [
+        first,
+        second,
+        helper.make_node("Cast", ["hours"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["number", "w"], ["y"]),
+    ]
+    ends = [value("time", ["batch", 1], datatype)], [value("y", ["any"])]
+    weights = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    why = {"openvino": f"{kind} of integers, which the engine does in 32 bits"}
+    assert refusals(model(nodes, *ends, weights), tmp_path) == ({} if floats else why)
+
+
+@pytest.mark.parametrize(
+    ("extent", "places", "refused"),
+    [
+        ("length", 5, True),
+        ("length", -2, True),
+        ("length", [0, 1], True),
+        ("length", 0, False),
+        ("length", -1, False),
+        ("length", [0, -1], False),
+        (6, 5, False),
+        (6, -6, False),
+        (6, [2, 4], False),
+    ],
+)
+def test_a_place_that_may_not_be_there_is_left_to_onnxruntime(
+    tmp_path: Path, extent: int | str, places: int | list[int], refused: bool
+) -> None:
+    """The engine reads zeros there, where onnxruntime refuses the request."""
+    index = numpy_helper.from_array(np.array(places), "place")
+    nodes = [
+        helper.make_node("Relu", ["x"], ["h"]),
+        helper.make_node("Gather", ["h", "place"], ["y"], axis=1),
+    ]
+    proto = model(nodes, [value("x", ["batch", extent])], [value("y", ["any"])], [index])
+    why = {"openvino": "Gather of a place that what is sent may not have"} if refused else {}
+    assert refusals(proto, tmp_path) == why
+
+
+def test_a_transformer_has_forms(tmp_path: Path) -> None:
+    """Its mask is made floats before it is computed with, and it computes with its own shapes."""
+    random, free = np.random.default_rng(0), ["batch", "length"]
+    arrays: dict[str, Array] = {
+        name: random.standard_normal(shape).astype(np.float32)
+        for name, shape in (("table", (50, 8)), ("each", (8, 24)), ("places", (1, 16, 8)))
+    }
+    arrays |= {"one": np.ones((), np.float32), "far": np.array(-1e4, np.float32)}
+    arrays |= {name: np.array([n]) for n, name in enumerate(("first", "second", "third"))}
+    arrays |= {"4": np.array([4]), "3": np.array([3]), "0": np.array(0), "1": np.array(1)}
+    arrays |= {"2": np.array(2), "mid": np.array([1, 2]), "8": np.array([8])}
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["words"]),
+        helper.make_node("Shape", ["ids"], ["shape"]),
+        helper.make_node("Slice", ["shape", "second", "third"], ["length"]),
+        helper.make_node("Slice", ["places", "first", "length", "second"], ["positions"]),
+        helper.make_node("Add", ["words", "positions"], ["x"]),
+        helper.make_node("Slice", ["shape", "first", "second"], ["rows"]),
+        helper.make_node("Mul", ["length", "second"], ["same"]),
+        helper.make_node("Concat", ["rows", "same", "3", "third", "4"], ["heads"], axis=0),
+        helper.make_node("MatMul", ["x", "each"], ["joint"]),
+        helper.make_node("Reshape", ["joint", "heads"], ["split"]),
+        helper.make_node("Transpose", ["split"], ["qkv"], perm=[2, 0, 3, 1, 4]),
+        *(helper.make_node("Gather", ["qkv", n], [f"of{n}"], axis=0) for n in "012"),
+        helper.make_node("Transpose", ["of1"], ["keys"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["of0", "keys"], ["scores"]),
+        helper.make_node("Unsqueeze", ["mask", "mid"], ["wide"]),
+        helper.make_node("Cast", ["wide"], ["seen"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["one", "seen"], ["hidden"]),
+        helper.make_node("Mul", ["hidden", "far"], ["bias"]),
+        helper.make_node("Add", ["scores", "bias"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "of2"], ["mixed"]),
+        helper.make_node("Transpose", ["mixed"], ["back"], perm=[0, 2, 1, 3]),
+        helper.make_node("Concat", ["rows", "length", "8"], ["flat"], axis=0),
+        helper.make_node("Reshape", ["back", "flat"], ["out"]),
+        helper.make_node("Gather", ["out", "0"], ["y"], axis=1),
+    ]
+    inputs = [value(name, free, TensorProto.INT64) for name in ("ids", "mask")]
+    weights = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    proto = model(nodes, inputs, [value("y", ["batch", 8])], weights)
+    built = {b.form: b.graph for b in FORMS.build(material(proto, tmp_path), lambda *_: None)}
+    session = OURS.load(built["openvino-fp32"])
+    for rows, length in ((1, 3), (4, 9)):
+        ids = random.integers(0, 50, (rows, length))
+        mask = np.ones((rows, length), np.int64)
+        mask[:, 2:] = random.integers(0, 2, (rows, length - 2))
+        (found,) = session.run([ids, mask])
+        np.testing.assert_allclose(found, reference(proto, ids, mask)[0], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("declared", "most", "requests"),
     [

@@ -249,6 +249,48 @@ def plain() -> onnx.ModelProto:
     return model(nodes, [value("x", ["batch", 8])], outputs, constants)
 
 
+@pytest.mark.parametrize("kind", ["Gemm", "Conv"])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.05, None), (-0.4, 0.4), (None, -0.05), (None, 0.5)], ids=str
+)
+def test_an_answer_keeps_the_bounds_that_no_range_ends_at(
+    kind: str, low: float | None, high: float | None
+) -> None:
+    random = np.random.default_rng(0)
+    bounds = {"low": low, "high": high}
+    given = ["" if bounds[name] is None else name for name in bounds]
+    shape = {"Gemm": (8, 4), "Conv": (4, 8, 1, 1)}[kind]
+    nodes = [
+        helper.make_node(kind, ["x", "w"], ["h"], "layer"),
+        helper.make_node("Clip", ["h", *given], ["y"], "bounded"),
+    ]
+    arrays = {"w": random.standard_normal(shape) / 5} | {n: b for n, b in bounds.items() if b}
+    weights = [numpy_helper.from_array(np.array(a, np.float32), n) for n, a in arrays.items()]
+    places = [1, 1] if kind == "Conv" else []
+    ends = [value("x", ["batch", 8, *places])], [value("y", ["batch", 4, *places])]
+    x = random.standard_normal((40, 8, *places)).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4, *places), batch_axis=0)
+    proto = model(nodes, *ends, weights)
+    made, report = static_int8(proto, Sample([[row[None]] for row in x], (spec,)))
+    assert [line.bits for line in report] == [8]
+    for quantised in (made, signed(made, ["y"])):
+        found = run(quantised, 9 * x)
+        assert low is None or found.min() == np.float32(low)
+        assert high is None or found.max() == np.float32(high)
+        assert distance(run(quantised, x), run(proto, x)) < 0.1
+
+
+def test_a_bound_at_0_is_the_end_of_a_range() -> None:
+    proto = network()
+    for node in proto.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "Clip"
+            node.input.append("nought")
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "nought"))
+    quantised, _ = static_int8(proto, sample())
+    assert "Clip" not in {node.op_type for node in quantised.graph.node}
+
+
 def test_plain_layers_are_quantised_too() -> None:
     x = np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
     specs = (
@@ -429,6 +471,28 @@ def test_weights_that_are_int8_already_may_have_no_zero_point() -> None:
     assert distance(run(quantised, images(4, 3)), run(proto, images(4, 3))) < 0.1
 
 
+@pytest.mark.parametrize("between", ["Split", "Pad", "Relu"])
+def test_what_is_quantised_already_is_left_alone(between: str) -> None:
+    """For the range of a part of what has one already the quantiser would wait for ever."""
+    plain = network()
+    plain.graph.node[-1].op_type = "Gemm"  # a MatMul would be taken for attention
+    proto, _ = static_int8(plain, sample())
+    graph = proto.graph
+    place = next(i for i, node in enumerate(graph.node) if node.name == "conv2")
+    given = [graph.node[place].input[0], *{"Split": ["halves"], "Pad": ["edges"]}.get(between, [])]
+    outputs = ["part", "rest"] if between == "Split" else ["part"]
+    node = helper.make_node(between, given, outputs, "between")
+    if between == "Split":
+        node.attribute.append(helper.make_attribute("axis", 2))
+    graph.node.insert(place, node)
+    edges = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    graph.initializer.append(numpy_helper.from_array(np.array([8, 8]), "halves"))
+    graph.initializer.append(numpy_helper.from_array(edges, "edges"))
+    graph.node[place + 1].input[0] = "part"
+    with pytest.raises(NothingToQuantize, match="it is quantised already"):
+        static_int8(proto, sample())
+
+
 def test_an_operator_may_be_named_like_what_it_gives() -> None:
     proto = network()
     for node in proto.graph.node:
@@ -457,7 +521,9 @@ def test_ranges_about_zero_need_no_zero_point() -> None:
     assert np.linalg.norm(new - right) < 1.5 * np.linalg.norm(old - right)
 
 
-@pytest.mark.parametrize("kind", ["clipped", "shared", "integers", "output", "computed", "none"])
+@pytest.mark.parametrize(
+    "kind", ["clipped", "last", "shared", "integers", "output", "computed", "none"]
+)
 def test_what_more_depends_on_keeps_its_zero_point(kind: str) -> None:
     """Of what the quantiser found already, or of a range that does what an operator did."""
     pair = [numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
@@ -467,7 +533,10 @@ def test_what_more_depends_on_keeps_its_zero_point(kind: str) -> None:
         helper.make_node("DequantizeLinear", ["q", "scale", "point"], ["y"]),
     ]
     ends = [value("x", ["batch", 4])], [value("y", ["batch", 4])]
-    if kind == "shared":
+    if kind == "clipped":  # of what an output gives the range ends where it does, anyway
+        nodes[1].output[0] = "rounded"
+        nodes.append(helper.make_node("Identity", ["rounded"], ["y"]))
+    elif kind == "shared":
         nodes.append(helper.make_node("Cast", ["point"], ["other"], to=TensorProto.FLOAT))
         ends[1].append(value("other", []))
     elif kind == "integers":
@@ -482,7 +551,8 @@ def test_what_more_depends_on_keeps_its_zero_point(kind: str) -> None:
         for node in nodes:
             del node.input[2]
     proto = model(nodes, *ends, pair if kind != "none" else pair[:1])
-    assert signed(proto, ["x"] if kind == "clipped" else []) == proto
+    clipped = {"clipped": ["x"], "last": ["y"]}  # the quantiser gives an output's name to the end
+    assert signed(proto, clipped.get(kind, [])) == proto
     x = np.linspace(-12, 13, 8, dtype=np.float32).reshape(2, 4)
     if kind == "clipped":
         changed = signed(proto)
@@ -551,3 +621,51 @@ def test_a_model_that_looks_for_what_is_no_number_does_so_in_int8_too() -> None:
     (found,) = session.run(None, {"known": rows})
     assert np.isnan(found[3]).all()
     assert np.isfinite(found[:3]).all()
+
+
+@pytest.mark.parametrize("kind", ["Slice", "Gather", "Clip"])
+def test_a_number_stays_one_where_int8_would_have_none(kind: str) -> None:
+    """Columns that nobody reads, or a bound before anything else."""
+    random = np.random.default_rng(0)
+    arrays: dict[str, Array] = {
+        "w": random.standard_normal((4 if kind != "Clip" else 8, 6)).astype(np.float32),
+        "least": np.array(-5, np.float32),
+        "most": np.array(5, np.float32),
+        "start": np.array([0]),
+        "end": np.array([4]),
+        "axis": np.array([1]),
+        "columns": np.array([0, 2, 4, 7]),
+    }
+    first = {
+        "Slice": helper.make_node("Slice", ["x", "start", "end", "axis"], ["h"], "first"),
+        "Gather": helper.make_node("Gather", ["x", "columns"], ["h"], "first", axis=1),
+        "Clip": helper.make_node("Clip", ["x", "least", "most"], ["h"], "first"),
+    }[kind]
+    nodes = [first, helper.make_node("Gemm", ["h", "w"], ["y"], "linear")]
+    used = {name for node in nodes for name in node.input}
+    weights = [numpy_helper.from_array(a, n) for n, a in arrays.items() if n in used]
+    proto = model(nodes, [value("x", ["batch", 8])], [value("y", ["batch", 6])], weights)
+    x = random.standard_normal((20, 8)).astype(np.float32)
+    output = TensorSpec(name="y", datatype="FP32", shape=("batch", 6), batch_axis=0)
+    rows = Sample([[row[None]] for row in x], (output,))
+    x[0, 5] = np.inf if kind == "Clip" else np.nan
+    assert np.isfinite(run(proto, x[:1])).all()
+    with pytest.raises(CompileError, match="int8 would not tell them apart"):
+        goes_undefined(proto, Sample([[row[None]] for row in x[1:]], rows.outputs))
+
+
+def test_of_very_many_columns_some_are_looked_at() -> None:
+    """Of a sound all that is said is that it has some length; each place of it takes a run."""
+    nodes = [
+        helper.make_node("ReduceSum", ["x", "axis"], ["sum"], keepdims=1),
+        helper.make_node("Gemm", ["sum", "w"], ["y"], "linear"),
+    ]
+    weights = [
+        numpy_helper.from_array(np.ones((1, 4), np.float32), "w"),
+        numpy_helper.from_array(np.array([1]), "axis"),
+    ]
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
+    rows = Sample([[np.zeros((1, 1 << 16), np.float32)]], (spec,))
+    for width in ("samples", 1 << 16):
+        ends = [value("x", ["batch", width])], [value("y", ["batch", 4])]
+        assert goes_undefined(model(nodes, *ends, weights), rows) == {("x", "y")}

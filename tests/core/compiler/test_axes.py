@@ -169,6 +169,42 @@ def test_rows_that_depend_on_one_another_have_no_batch_axis(tmp_path: Path) -> N
     assert "depend on the rows beside it" in why
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e-5, 1e3])
+def test_rows_that_depend_on_one_another_do_so_whatever_their_size(
+    tmp_path: Path, scale: float
+) -> None:
+    """Of small answers, as probabilities of what is rare, a difference is small."""
+    proto = row_softmax()
+    proto.graph.node[0].output[0] = "shares"
+    proto.graph.node.append(helper.make_node("Mul", ["shares", "scale"], ["y"]))
+    size = numpy_helper.from_array(np.array(scale, np.float32), "scale")
+    proto.graph.initializer.append(size)
+    assert not found(proto, tmp_path)[0].coalescible
+    alone = linear()
+    alone.graph.node[0].output[0] = "scores"
+    alone.graph.node.append(helper.make_node("Mul", ["scores", "scale"], ["y"]))
+    alone.graph.initializer.append(size)
+    assert found(alone, tmp_path)[0].coalescible
+
+
+@pytest.mark.parametrize("kind", ["words", "longest"])
+def test_texts_beside_a_longer_one_are_padded(tmp_path: Path, kind: str) -> None:
+    """A model that takes their padding for words answers by what it is asked beside."""
+    nodes = [
+        helper.make_node("StringSplit", ["text"], ["parts", "words"], delimiter=" "),
+        helper.make_node("Shape", ["parts"], ["width"], start=1),
+        helper.make_node("Sub", ["words", "words"], ["noughts"]),
+        helper.make_node("Add", ["noughts", "width"], ["longest"]),
+        helper.make_node("Identity", [kind], ["y"]),
+    ]
+    ends = (
+        [value("text", ["batch"], TensorProto.STRING)],
+        [value("y", ["batch"], TensorProto.INT64)],
+    )
+    proto = model(nodes, *ends, opset=20)
+    assert found(proto, tmp_path)[0].coalescible == (kind == "words")
+
+
 def test_a_number_for_all_rows_has_no_batch_axis_and_nothing_is_coalesced(tmp_path: Path) -> None:
     """A loss beside the scores, say."""
     nodes = [
