@@ -357,8 +357,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> None:
-    """Write one JSON document a line."""
-    path.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+    """Write one JSON document a line; numbers may be of numpy."""
+    path.write_bytes(msgspec.json.Encoder(enc_hook=lambda v: v.item()).encode_lines(records))
 
 
 def read_record(path: Path, kind: type[Record], most: int) -> tuple[Record, str]:

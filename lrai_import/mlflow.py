@@ -37,16 +37,11 @@ _CONVERTERS: Final[dict[str, Converter]] = {  # by flavor; what is of several is
     "sklearn": sklearn.convert,
 }
 _ONNX: Final = "onnx"
-_MEMORY_BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
-_TIMEOUT_SECONDS: Final = 900
+_BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
+_SECONDS: Final = 900
 _PLAIN: Final = {"lightgbm": "lightgbm.basic.Booster", "xgboost": "xgboost.core.Booster"}
 # Where MLflow finds what it opens, whatever else is said.
-_DATA: Final = {
-    "sklearn": "pickled_model",
-    "pytorch": "model_data",
-    "lightgbm": "data",
-    "xgboost": "data",
-}
+_DATA: Final = {"sklearn": "pickled_model", "pytorch": "model_data"}  # data of others
 _NO_PICKLE: Final = "pickle_module_info.txt"  # in a folder of PyTorch's
 _PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".pt2", ".joblib", ".cloudpickle")
 _NO_TENSORS: Final = (DataType.binary, DataType.datetime)  # of the types of columns
@@ -105,12 +100,10 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
             "allow_pickle=True (--allow-pickle) opens it in a child process, after picklescan"
         )
     made = out / "model.onnx"
-    own = str(configuration.get(_DATA[flavor], "data"))
+    own = str(configuration.get(_DATA.get(flavor, "data"), "data"))
     job = Job(str(folder), flavor, inputs_of(model), str(made), bool(why), own)
     try:
-        run_task(
-            open_and_convert, job, memory_bytes=_MEMORY_BYTES, timeout_seconds=_TIMEOUT_SECONDS
-        )
+        run_task(open_and_convert, job, memory_bytes=_BYTES, timeout_seconds=_SECONDS)
     except TaskError as error:
         raise CompileError(f"the {flavor} model cannot be opened: {error}") from None
     return made, flavor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import onnx
@@ -66,6 +66,18 @@ def to_onnx(
     except OSError as error:
         raise CompileError(f"{out} cannot be written: {error.strerror}") from None
     return out
+
+
+def refuse(path: Path, _: object) -> NoReturn:
+    """Refuse an exported program of PyTorch in a file: an importer, which runs no code of others.
+
+    Raises:
+        CompileError: Always. Pickles may be in it, and names of functions that are looked up.
+    """
+    name = path.name[:120]
+    why = f"{name!r} may run code of whoever made it when torch opens it; where you trust it, "
+    how = f'lrai_import.objects.to_onnx(torch.export.load({name!r}), inputs, "model.onnx")'
+    raise CompileError(f"{why}{how} makes an ONNX file of it")
 
 
 def _declared(inputs: Mapping[str, ArrayLike]) -> tuple[TensorSpec, ...]:

@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final, TypeVar
 
+import msgspec
 import onnx
 import onnx.helper
 import onnx.inliner
 from google.protobuf.message import EncodeError
 
-from lrai_core import CompileError, Imported
+from lrai_core import CompileError, Imported, TaskError, run_task
 from lrai_import.probe import MIN_OPSET, probe, upgrade
+
+_BYTES: Final = 64 << 30  # address space, of which libraries reserve much and use little
+_SECONDS: Final = 900
+Told = TypeVar("Told")
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What a child converts.
+
+    Attributes:
+        source: File or folder.
+        kind: What the converter is told of it: its library, say.
+        out: Where the ONNX file goes.
+    """
+
+    source: str
+    kind: str
+    out: str
+
+
+def load_converted(
+    convert: Callable[[Job], Told], source: Path, kind: str, notify: Callable[[str], None]
+) -> tuple[Imported, Told]:
+    """Return a model that a child process makes ONNX, which may die of it, and what that tells.
+
+    Raises:
+        CompileError: It cannot be converted; see `load`, too.
+    """
+    with tempfile.TemporaryDirectory(prefix="lrai-import-") as folder:
+        job = Job(str(source), kind, str(Path(folder, "model.onnx")))
+        try:
+            told = run_task(convert, job, memory_bytes=_BYTES, timeout_seconds=_SECONDS)
+        except TaskError as error:
+            raise CompileError(f"{source.name} cannot be converted: {error}") from None
+        return load(Path(job.out), notify), told
 
 
 def load(path: Path, notify: Callable[[str], None]) -> Imported:

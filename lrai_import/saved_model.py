@@ -7,44 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import onnx
 
-from lrai_core import (
-    CompileError,
-    EnvironmentProblem,
-    Imported,
-    TaskError,
-    check_loads,
-    declared,
-    run_task,
-)
+from lrai_core import CompileError, EnvironmentProblem, Imported, check_loads, declared
 from lrai_import.compared import compare
-from lrai_import.onnx import load as load_onnx
+from lrai_import.onnx import Job, load_converted
 
 _GRAPH: Final = "saved_model.pb"
-_MEMORY_BYTES: Final = 64 << 30  # address space, of which TensorFlow reserves much and uses little
-_TIMEOUT_SECONDS: Final = 900
-
-
-class Job(msgspec.Struct, frozen=True):
-    """What the child converts.
-
-    Attributes:
-        folder: Of the SavedModel.
-        signature: By its name; empty for `serving_default`, or the only one.
-        out: Where the ONNX file goes.
-    """
-
-    folder: str
-    signature: str
-    out: str
 
 
 def load(path: Path, notify: Callable[[str], None], signature: str = "") -> Imported:
@@ -61,16 +35,7 @@ def load(path: Path, notify: Callable[[str], None], signature: str = "") -> Impo
     path = path.resolve()
     if not (path / _GRAPH).is_file():
         raise CompileError(f"{path.name} is a folder without {_GRAPH}; needed is a SavedModel")
-    with tempfile.TemporaryDirectory(prefix="lrai-tensorflow-") as folder:
-        made = Path(folder, "model.onnx")
-        job = Job(str(path), signature, str(made))
-        try:
-            compared = run_task(
-                convert, job, memory_bytes=_MEMORY_BYTES, timeout_seconds=_TIMEOUT_SECONDS
-            )
-        except TaskError as error:
-            raise CompileError(f"{path.name} cannot be converted: {error}") from None
-        found = load_onnx(made, notify)
+    found, compared = load_converted(convert, path, signature, notify)
     if not compared:
         notify("TensorFlow takes no made-up rows, so that what was converted is not compared")
     found.model.graph.ClearField("doc_string")  # in which tf2onnx names the folder
@@ -83,6 +48,8 @@ def load(path: Path, notify: Callable[[str], None], signature: str = "") -> Impo
 
 def convert(job: Job) -> bool:
     """Write a SavedModel as ONNX; return whether it was compared with what TensorFlow answers.
+
+    `job.kind` is the signature; empty for `serving_default`, or the only one.
 
     Raises:
         CompileError: It cannot be read or converted, or answers otherwise than TensorFlow.
@@ -97,14 +64,14 @@ def convert(job: Job) -> bool:
         raise EnvironmentProblem(needed) from None
     tf.config.set_visible_devices([], "GPU")
     try:
-        model = tf.saved_model.load(job.folder)
-        name = _signature(model, job.signature)
+        model = tf.saved_model.load(job.source)
+        name = _signature(model, job.kind)
         # Its command line is what tf2onnx promises to keep.
-        command = ["--saved-model", job.folder, f"--signature_def={name}", "--opset", "18"]
+        command = ["--saved-model", job.source, f"--signature_def={name}", "--opset", "18"]
         sys.argv[1:] = [*command, "--output", job.out]
         main()
     except (tf.errors.OpError, OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        said = str(error).replace(f"{Path(job.folder).parent}/", "").strip() or type(error).__name__
+        said = str(error).replace(f"{Path(job.source).parent}/", "").strip() or type(error).__name__
         why = f"the SavedModel cannot be converted: {said.splitlines()[0][:300]}"
         raise CompileError(why) from None
     check_loads(Path(job.out))

@@ -26,17 +26,8 @@ _FAULTS: Final = (
 )
 _TORN: Final = 1e-3
 _MISSING: Final = 0.2  # of the numbers, where some are
-_INTEGERS: Final = (
-    "BOOL",
-    "INT8",
-    "INT16",
-    "INT32",
-    "INT64",
-    "UINT8",
-    "UINT16",
-    "UINT32",
-    "UINT64",
-)
+_SIGNED: Final = ("INT8", "INT16", "INT32", "INT64")
+_INTEGERS: Final = ("BOOL", *_SIGNED, *(f"U{kind}" for kind in _SIGNED))
 _REALS: Final = ("FP16", "FP32", "FP64")
 
 
@@ -60,11 +51,16 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         raise EnvironmentProblem("skl2onnx is needed: pip install 'lrai[trees]'") from None
     from sklearn.base import is_classifier
 
+    from lrai_import import trees  # which takes from here, too
+
     for part in _parts(model):
         if words := _not_converted(part):
             raise CompileError(f"{type(part).__name__} {words}, which its converter does not know")
+        trees.know(part)
         if hasattr(part, "flatten_transform"):
             part.flatten_transform = False  # of no matter for what it predicts
+    splits = any(type(part).__module__.startswith("xgboost") for part in _parts(model))
+    own = trees.scaling() if splits else {}
     plain = {id(model): {"zipmap": False}} if is_classifier(model) else None
     problem: Exception | None = None
     # Some know no such option, and some take no whole numbers beside others.
@@ -72,7 +68,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         types = _types(model, inputs, reals=reals)
         try:
             found = skl2onnx.convert_sklearn(
-                model, initial_types=types, options=options, target_opset=OPSET
+                model, initial_types=types, options=options, target_opset=OPSET, **own
             )
         except (MissingConverter, MissingShapeCalculator) as error:
             raise UnsupportedOperator(f"{type(model).__name__}: {_first_line(error)}") from None
@@ -165,7 +161,9 @@ def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]
             warnings.simplefilter("ignore")
             for name, own in zip(names, columns, strict=True):
                 feeds[name] = own.astype(kinds.get(name, np.float32))
-            expected = [np.asarray(a).reshape(_ROWS, -1) for a in _predicted(model, feeds)]
+            # In double precision, as most are fitted, and in which they may scale their columns.
+            given = {name: own.astype(kinds.get(name, float)) for name, own in feeds.items()}
+            expected = [np.asarray(a).reshape(_ROWS, -1) for a in _predicted(model, given)]
         if not expected:
             continue
         found = list[Any]()

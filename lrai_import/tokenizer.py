@@ -34,25 +34,24 @@ class Tokenizer(NamedTuple):
         """
         try:
             tree = json.loads(content)
-            model, normalizer = tree["model"], tree["normalizer"] or {}
+            model, normalizer = tree["model"], tree.get("normalizer") or {}
             kind = f"{model.get('type')} after {normalizer.get('type')}"
+            splits = (tree.get("pre_tokenizer") or {}).get("type")
+            if kind != "WordPiece after BertNormalizer" or splits != "BertPreTokenizer":
+                known = "WordPiece after BertNormalizer and BertPreTokenizer"
+                got = f"{kind[:120]} and {str(splits)[:60]}"
+                raise CompileError(f"{name} is {got}; what can be part of a graph is {known}")
             vocabulary = [
                 word for word, _ in sorted(model["vocab"].items(), key=lambda item: item[1])
             ]
             ids = sorted(model["vocab"].values())
             lower = normalizer.get("lowercase")
             strip = normalizer.get("strip_accents")
-            splits = (tree.get("pre_tokenizer") or {}).get("type")
-            ends = [_named(part) for part in (tree.get("post_processor") or {})["single"]]
+            ends = _ends(tree.get("post_processor") or {})
             added = {str(token["content"]) for token in tree.get("added_tokens") or ()}
             "".join(vocabulary).encode()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise CompileError(f"{name} is no tokenizer.json of the library tokenizers") from None
-        if kind != "WordPiece after BertNormalizer" or splits != "BertPreTokenizer":
-            known = "WordPiece after BertNormalizer and BertPreTokenizer"
-            raise CompileError(
-                f"{name} is {kind[:120]} and {splits}; what can be part of a graph is {known}"
-            )
         if model.get("continuing_subword_prefix", _PIECES) != _PIECES:
             raise CompileError(f"{name} marks pieces of words by something else than {_PIECES}")
         if ids != list(range(len(ids))) or not {*_SPECIAL.values()} <= {*vocabulary}:
@@ -61,7 +60,8 @@ class Tokenizer(NamedTuple):
         if any({"\n", "\r"} & {*word} or not word for word in vocabulary):
             raise CompileError(f"{name}: a word of its vocabulary is empty or has a line break")
         if ends != ["[CLS]", "A", "[SEP]"]:
-            raise CompileError(f"{name} does not put a text between [CLS] and [SEP]")
+            got = ", ".join(ends)[:120]
+            raise CompileError(f"{name} does not put a text between [CLS] and [SEP]: it has {got}")
         if unknown := added - set(vocabulary):
             raise CompileError(f"{name} adds {min(unknown)[:60]!r}, not in its vocabulary")
         if model.get("unk_token", "[UNK]") != "[UNK]" or not normalizer.get("clean_text", True):
@@ -78,7 +78,10 @@ class Tokenizer(NamedTuple):
         return cls(vocabulary, attributes)
 
 
-def _named(part: dict[str, Any]) -> str:
-    """Return what a part of a template puts there."""
-    (found,) = part.values()
-    return str(found["id"])
+def _ends(processor: dict[str, Any]) -> list[str]:
+    """Return what is put around a text, A; what does it where that is not told of each part."""
+    if (kind := processor.get("type")) == "BertProcessing":
+        return [str(processor["cls"][0]), "A", str(processor["sep"][0])]
+    if kind != "TemplateProcessing":
+        return [f"the post-processor {kind}"]
+    return [str(found["id"]) for part in processor["single"] for found in part.values()]

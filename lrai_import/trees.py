@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, Final
 
 import numpy as np
@@ -15,26 +16,90 @@ from lrai_core import CompileError, EnvironmentProblem, TensorSpec
 from lrai_import.sklearn import FEATURES, width
 
 _OPSET = 15  # what the converters write; the importer of ONNX brings it to 17
+_OPERATORS: Final = {"lightgbm": "LightGbm", "xgboost": "XGBoost"}
 _ROWS: Final = 256  # on which what they wrote is compared with the model
 _SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
 
 
 def convert_lightgbm(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     """Return a booster or an estimator of LightGBM in ONNX; see `lrai_import.sklearn.convert`."""
-    if getattr(getattr(model, "booster_", model), "pandas_categorical", None):
-        raise CompileError("it was fitted on categories of pandas, whose values ONNX does not have")
-    if (classes := getattr(model, "_classes", None)) is not None and classes.dtype.kind in "bu":
-        vars(model)["_classes"] = classes.astype(int)  # its converter takes these for texts
     return _convert("lightgbm", model, inputs, {"zipmap": False})
 
 
 def convert_xgboost(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     """Return a booster or an estimator of XGBoost in ONNX; see `lrai_import.sklearn.convert`."""
+    return _convert("xgboost", model, inputs, {})
+
+
+def know(part: Any) -> None:
+    """Let skl2onnx know an estimator of LightGBM or XGBoost that is part of another model.
+
+    Raises:
+        CompileError: It was fitted on categories.
+        EnvironmentProblem: onnxmltools is not installed.
+    """
+    kind = type(part).__module__.partition(".")[0]
+    if kind not in _PREPARE or not part.__sklearn_is_fitted__():  # as templates of others are not
+        return
+    try:
+        from skl2onnx import update_registered_converter
+        from skl2onnx.common import shape_calculator as shapes
+
+        home = f"onnxmltools.convert.{kind}.operator_converters.{_OPERATORS[kind]}"
+        converter = getattr(import_module(home), f"convert_{kind}")
+    except ImportError:
+        raise EnvironmentProblem("onnxmltools is needed: pip install 'lrai[trees]'") from None
+    _PREPARE[kind](part)
+    what = "classifier" if hasattr(part, "predict_proba") else "regressor"
+    shape = getattr(shapes, f"calculate_linear_{what}_output_shapes")
+    options = {"zipmap": [True, False], "nocl": [True, False]} if what == "classifier" else None
+    alias = f"{kind}.{type(part).__name__}"
+    update_registered_converter(type(part), alias, shape, converter, options=options)
+
+
+def scaling() -> dict[str, Any]:
+    """Return what has skl2onnx scale columns in double precision, as scikit-learn does.
+
+    XGBoost splits at values that its rows have: on which side one is, the last bit says.
+    """
+    from skl2onnx.shape_calculators.scaler import calculate_sklearn_scaler_output_shapes as shapes
+    from sklearn.preprocessing import StandardScaler
+
+    kind = StandardScaler
+    return {
+        "custom_conversion_functions": {kind: _scale},
+        "custom_shape_calculators": {kind: shapes},
+    }
+
+
+def _scale(scope: Any, operator: Any, container: Any) -> None:
+    from skl2onnx.algebra.onnx_ops import OnnxCast, OnnxDiv, OnnxSub
+    from skl2onnx.operator_converters.common import concatenate_variables
+
+    scaler, opset = operator.raw_operator, {"op_version": container.target_opset}
+    made = concatenate_variables(scope, operator.inputs, container)
+    made = OnnxCast(made, to=onnx.TensorProto.DOUBLE, **opset)
+    made = OnnxSub(made, scaler.mean_, **opset) if scaler.with_mean else made
+    made = OnnxDiv(made, scaler.scale_, **opset) if scaler.with_std else made
+    opset["output_names"] = [operator.outputs[0].full_name]
+    OnnxCast(made, to=onnx.TensorProto.FLOAT, **opset).add_to(scope, container)
+
+
+def _prepare_lightgbm(model: Any) -> None:
+    if getattr(getattr(model, "booster_", model), "pandas_categorical", None):
+        raise CompileError("it was fitted on categories of pandas, whose values ONNX does not have")
+    if (classes := getattr(model, "_classes", None)) is not None and classes.dtype.kind in "bu":
+        vars(model)["_classes"] = classes.astype(int)  # its converter takes these for texts
+
+
+def _prepare_xgboost(model: Any) -> None:
     booster = model.get_booster() if hasattr(model, "get_booster") else model
     if "c" in (booster.feature_types or ()):
         raise CompileError("it was fitted on categories, whose values ONNX does not have")
     booster.feature_names = None  # its converter knows numbered ones only
-    return _convert("xgboost", model, inputs, {})
+
+
+_PREPARE: Final = {"lightgbm": _prepare_lightgbm, "xgboost": _prepare_xgboost}
 
 
 def _convert(
@@ -47,6 +112,7 @@ def _convert(
         raise EnvironmentProblem("onnxmltools is needed: pip install 'lrai[trees]'") from None
     if any(spec.datatype == "BYTES" for spec in inputs):
         raise CompileError("columns of text cannot be features of trees")
+    _PREPARE[kind](model)
     features = width(inputs) if inputs else _features(model)
     converter: Callable[..., Any] = getattr(onnxmltools, f"convert_{kind}")
     name = inputs[0].name if len(inputs) == 1 and inputs[0].name else FEATURES

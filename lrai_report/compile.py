@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @app.command()
 def compile(
-    models: Annotated[list[Path], typer.Argument(help="ONNX file, SavedModel, or .toml of one.")],
+    models: Annotated[list[Path], typer.Argument(help="ONNX or tree file, SavedModel, .toml.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, NAME.lrai.")],
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")

@@ -26,6 +26,7 @@ _LEAST_GAP, _MOST_GAP = 1e-7, 1e3  # what is closer, or farther, is drawn there
 _TICKS: Final = 5
 _MOST_DOTS: Final = 200
 _LINE: Final = 13.0
+_FILES: Final = {"calibration": "SAMPLE.npz", "axes": "AXES.toml"}  # which nobody else has
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -48,6 +49,11 @@ class _Event(msgspec.Struct, frozen=True):
     weight_elements: int = 0
     error: float = 0.0
     harm: float = 0.0
+    max_accuracy_loss: float = 0.01
+    max_disparity: float = 0.01
+    calibration: bool = False
+    axes: bool = False
+    keep_evaluation: int | None = None
 
 
 @dataclass(slots=True)
@@ -115,6 +121,7 @@ def page(artifact: Artifact) -> str:
     chosen = manifest.variant(manifest.chosen)
     dots = _dots(events, [v.id for v in manifest.variants], manifest.chosen)
     across, upward = _ticks(events)
+    source = next((v.gate for v in manifest.variants if v.id == "fp32"), None)
     both = tuple(dict.fromkeys((manifest.variants[-1].id, chosen.id)))
     spent, unknown = times(artifact, tuple(map(manifest.variant, both)))
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -123,6 +130,7 @@ def page(artifact: Artifact) -> str:
         artifact=artifact,
         manifest=manifest,
         chosen=chosen,
+        before=source.groups if source and source is not chosen.gate else {},
         serving=[variant.id for variant in manifest.serving()],
         kept=[variant.id for variant in manifest.variants],
         made_for=manifest.made_for(chosen),
@@ -139,7 +147,7 @@ def page(artifact: Artifact) -> str:
         | {"top": _TOP, "bottom": _HEIGHT - _BOTTOM},
         across=across,
         upward=upward,
-        command=_command(artifact),
+        command=_command(artifact, events),
     )
 
 
@@ -226,7 +234,7 @@ def _decade(event: _Event) -> float:
     return math.log10(min(max(event.gap, _LEAST_GAP), _MOST_GAP))
 
 
-def _command(artifact: Artifact) -> str:
+def _command(artifact: Artifact, events: Sequence[_Event]) -> str:
     """Return the command that makes such an artifact, as far as it tells."""
     manifest = artifact.manifest
     words = ["lrai", "compile", "MODEL", "-o", f"{manifest.name}.lrai"]
@@ -246,6 +254,11 @@ def _command(artifact: Artifact) -> str:
         words += ["--group", group]
     for engine in artifact.engines:
         words += ["--engine", engine] if engine != "onnxruntime" else []
+    usual = _Event("asked")
+    asked = next((event for event in events if event.event == usual.event), usual)
+    for name in ("calibration", "axes", "max_accuracy_loss", "max_disparity", "keep_evaluation"):
+        if (value := getattr(asked, name)) != getattr(usual, name):
+            words += [f"--{name.replace('_', '-')}", _FILES.get(name, f"{value}")]
     if len(manifest.variants) > 2:
         words += ["--keep", str(len(manifest.variants))]
     return shlex.join([*words, "--threads", str(manifest.target.threads)])

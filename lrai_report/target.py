@@ -1,4 +1,4 @@
-"""What `lrai tune` is to make faster: a file, an artifact, or what a runtime serves."""
+"""What `lrai tune` is to make faster: a file, an artifact, or what a runtime or Triton serves."""
 
 from __future__ import annotations
 
@@ -52,12 +52,11 @@ def find(target: str, requests: Path | None, address: str) -> Target:
         UsageError: It means nothing, or several things.
         ConditionNotMet: Of the requests to it none are captured.
     """
-    path, alone = Path(target), None
+    path = Path(target)
     named = Artifact.open(path) if (path / "manifest.json").is_file() else _artifact_of(target)
-    if named:
-        alone = Target(named.file(named.manifest.source.file), requests, named)
-    elif path.is_file():
+    if not named and path.is_file():
         return Target(path, requests)
+    alone = _alone(named, requests) if named else _newest_of(path, requests)
     try:
         runtime = runtime_of(address)
     except EnvironmentProblem as error:
@@ -72,9 +71,9 @@ def find(target: str, requests: Path | None, address: str) -> Target:
     if named:
         known_as = {name: {v.partition("-")[0] for v in one.shares} for name, one in served.items()}
         alike = [name for name, versions in known_as.items() if named.version in versions]
-        if alone and not alike:
-            return alone
     name = target if target in served else alike[0] if len(alike) == 1 else ""
+    if alone and not alike:
+        return alone
     if not name:
         known = ", ".join(map(repr, alike or served)) or "no model"
         raise UsageError(f"{shorten(target)!r} is no file, artifact or name: there is {known}")
@@ -102,6 +101,23 @@ def find(target: str, requests: Path | None, address: str) -> Target:
     frozen, relief = served[name].frozen is not None, served[name].relief
     copied = next((one.name for one in served.values() if one.shadow), "")
     return Target(model, rows, artifact, name, variant, shares, own, frozen, relief, copied)
+
+
+def _alone(artifact: Artifact, requests: Path | None) -> Target:
+    return Target(artifact.file(artifact.manifest.source.file), requests, artifact)
+
+
+def _newest_of(path: Path, requests: Path | None) -> Target | None:
+    """Return what the newest version in a model's folder of Triton holds, None if nothing known."""
+    if not (path / "config.pbtxt").is_file():
+        return None
+    versions = (one for one in path.iterdir() if one.name.isdecimal())
+    newest = max(versions, key=lambda one: int(one.name), default=path)
+    if (newest / "model.lrai").is_dir():
+        return _alone(Artifact.open(newest / "model.lrai"), requests)
+    file = newest / "model.onnx"
+    file = file / file.name if file.is_dir() else file  # beside weights in files of their own
+    return Target(file, requests) if file.is_file() else None
 
 
 def _artifact_of(target: str) -> Artifact | None:

@@ -85,18 +85,23 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 {% else %}<tr><td colspan="8">Nothing was judged: no evaluation rows were given.</td></tr>
 {% endfor %}</table></div>
 {% if chosen.gate and chosen.gate.groups %}<h2>Groups of people</h2>
-<div class="scroll"><table><tr><th>attribute</th><th>group</th><th>how its decisions fare</th></tr>
+{% macro fare(rates) %}<td>{% for name, rate in rates.items() %}{{ name }} {{ rate|figure(4)
+}}{{ "" if loop.last else ", " }}{% endfor %}</td>{% endmacro %}
+<div class="scroll"><table><tr><th>attribute</th><th>group</th><th>how its decisions fare</th>
+{% if before %}<th>in float32</th>{% endif %}</tr>
 {% for attribute, groups in chosen.gate.groups.items() %}{% for group, rates in groups.items() %}
-<tr><td>{{ attribute }}</td><td>{{ group }}</td><td>{% for name, rate in rates.items() %}
-{{ name }} {{ rate|figure(4) }}{{ "" if loop.last else ", " }}{% endfor %}</td></tr>
+<tr><td>{{ attribute }}</td><td>{{ group }}</td>{{ fare(rates) }}
+{% if before %}{{ fare(before.get(attribute, {}).get(group, {})) }}{% endif %}</tr>
 {% endfor %}{% endfor %}</table>
 <table><tr><th>difference between groups</th><th class="n">float32</th>
 <th class="n">{{ chosen.id }}</th><th>wider by</th></tr>
 {% for one in chosen.gate.disparities %}<tr><td>{{ one.measure }} by {{ one.attribute }}</td>
 <td class="n">{{ "%.2f"|format(100 * one.source) }} %</td>
 <td class="n">{{ "%.2f"|format(100 * one.variant) }} %</td><td>{% if one.widened_bound is none %}
-insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at most{% endif %}</td>
-</tr>{% endfor %}</table></div>{% endif %}
+insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at most{% endif %}
+{% for group in chosen.gate.groups.get(one.attribute, {}) if group not in one.groups %}{{
+"; too few rows of " if loop.first else ", " }}{{ group }}{% endfor %}</td></tr>
+{% endfor %}</table></div>{% endif %}
 {% if operators %}<h2>Operators{% if operators[0].variant not in kept %} of the closest form,
 which is not kept{% endif %}</h2>
 <div class="scroll"><table><tr><th>form</th><th>operator</th><th>kind</th><th class="n">bits</th>

@@ -63,7 +63,7 @@ def tune(
         str,
         typer.Argument(
             help="What the runtime serves (also by its folder, or as MLflow's models:/…), "
-            "an artifact, a model file."
+            "an artifact, a model file, a model of Triton by its folder."
         ),
     ],
     *,
@@ -114,7 +114,7 @@ def tune(
     """
     found = find(target, requests, address)
     _refuse_at_once(found, minutes, file, apply=apply)
-    plain = found.served.manifest.name if found.served else found.model.stem
+    plain = found.served.manifest.name if found.served else Path(target).stem
     stem = found.name.partition(":")[0] or plain
     written = output or Path(f"{stem}-tuned.lrai".replace("/", "-"))
     if os.path.lexists(written):

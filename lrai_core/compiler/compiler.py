@@ -83,7 +83,8 @@ def compile(
 
     Args:
         model: ONNX file, opset 17 or later (lower is upgraded where possible), or what another
-            installed importer reads: a `.toml`, or the folder of a SavedModel.
+            installed importer reads: a `.toml`, a folder of a SavedModel, a file of XGBoost or
+            LightGBM.
         out: Directory to write, `NAME.lrai`; must not exist.
         calibration: Rows that forms are made for: ranges of activations, and where int8 does harm;
             128 of them, drawn by `seed`. By default a tenth of the evaluation rows.
@@ -154,6 +155,8 @@ def compile(
         scratch.mkdir(parents=True, exist_ok=True)
         work = _Compilation(folder, scratch, conditions, threads or available_cpus(), report)
         work.seconds, work.objective = 60 * (minutes or math.inf), objective
+        asked = {"event": "asked", **asdict(conditions), "keep_evaluation": keep_evaluation}
+        work.log.append(asked | {"axes": axes is not None, "calibration": calibration is not None})
         work.load(model)
         work.find_axes(axes, evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
@@ -419,9 +422,8 @@ class _Compilation:
         for one in beside:
             why = f"beside {chosen.id}: calls get {one.gain([first]):.2f} x as fast, in the mean"
             self._record("decision", chosen=one.form, why=why)
-        near = sorted(
-            (c for c in self.candidates if c.gaps and c.operators), key=lambda c: c.distance
-        )
+        near = [c for c in self.candidates if c.gaps and c.operators]
+        near.sort(key=lambda c: c.distance)
         for one in [c for c, _ in self.kept if c.operators] or near[:1]:  # or what came closest
             for operator in one.operators:
                 self._record("operator", variant=one.form, **asdict(operator))
@@ -470,8 +472,7 @@ class _Compilation:
         if candidate.shared:  # its own weights, too, are mapped by who loads them, and not copied
             self.shared.write(onnx.load(graph, load_external_data=False), graph)
         why = candidate.pace if candidate.form != "fp32" else "always kept"
-        if found is not None:
-            why += f"; {found.result.why}"
+        why += f"; {found.result.why}" if found else ""
         return Variant(
             id=candidate.form,
             engine=candidate.engine.name,

@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from lrai_core import LraiError
-from lrai_import.saved_model import Job, convert
+from lrai_import.onnx import Job
+from lrai_import.saved_model import convert
 
 
 def main(folder: Path) -> None:

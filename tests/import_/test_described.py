@@ -226,7 +226,21 @@ def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: st
         (tokenizer([*WORDS, "a\nb"]), "a line break"),
         (tokenizer([*WORDS, ""]), "is empty or"),
         (tokenizer(WORDS, pre_tokenizer={"type": "Whitespace"}), "and Whitespace"),
-        (tokenizer(WORDS, post_processor=None), "no tokenizer.json"),
+        (tokenizer(WORDS, post_processor=None), "[SEP]: it has the post-processor None"),
+        (
+            tokenizer(WORDS, post_processor={"type": "RobertaProcessing", "sep": ["</s>", 2]}),
+            "between [CLS] and [SEP]: it has the post-processor RobertaProcessing",
+        ),
+        (
+            tokenizer(
+                WORDS,
+                normalizer={"type": "Precompiled"},
+                pre_tokenizer={"type": "Metaspace"},
+                model={"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.5]]},
+                post_processor={"type": "TemplateProcessing", "single": []},
+            ),
+            "is Unigram after Precompiled and Metaspace; what can be part of a graph is WordPiece",
+        ),
         (tokenizer(WORDS, added_tokens=[{"content": "[X]"}]), "adds '[X]', not in its"),
         (b"[" * 5_000, "no tokenizer.json"),
     ],
@@ -238,6 +252,19 @@ def test_a_tokenizer_that_does_not_match_is_refused(
     (text / "tokenizer.json").write_bytes(encoded)
     with pytest.raises(CompileError, match=re.escape(says)):
         load(text / "model.toml", print)
+
+
+def test_the_ends_may_be_put_as_bert_has_them(text: Path) -> None:
+    ends = {
+        name: [f"[{name.upper()}]", WORDS.index(f"[{name.upper()}]")] for name in ("sep", "cls")
+    }
+    own = tokenizer(WORDS, post_processor={"type": "BertProcessing"} | ends)
+    found = []
+    for one in (tokenizer(WORDS), own):
+        tokenizers.Tokenizer.from_str(json.dumps(one))  # the library takes both
+        (text / "tokenizer.json").write_text(json.dumps(one))
+        found.append(run(text / "model.toml", text, np.array(["the thing is a"], np.object_))[0])
+    np.testing.assert_array_equal(*found)
 
 
 def test_an_output_of_tokens_has_to_be_pooled(text: Path) -> None:

@@ -15,7 +15,8 @@ import lrai_core as lrai
 from lrai_core import CompileError, EnvironmentProblem
 from lrai_core.engine.engine import find_engine
 from lrai_import import described
-from lrai_import.saved_model import Job, convert
+from lrai_import.onnx import Job
+from lrai_import.saved_model import convert
 
 PROGRAM = Path(__file__).with_name("saved_models.py")
 LRAI = Path(sys.executable).with_name("lrai")

@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegression, PoissonRegressor
 from sklearn.model_selection import GridSearchCV, TunedThresholdClassifierCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
@@ -179,6 +179,37 @@ def test_what_the_converter_of_sklearn_passes_over_is_refused(model: Any, words:
     table = HOLES if "imputer" in str(model).lower() else ROWS
     with pytest.raises(CompileError, match=words):
         convert_sklearn(model.fit(table, CLASSES), [])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "labels"),
+    [
+        (xgboost.XGBClassifier(**QUICK), CLASSES),
+        (xgboost.XGBClassifier(**QUICK), (np.sign(VALUES) + 1).astype(int)),
+        (xgboost.XGBRegressor(**QUICK), VALUES),
+        (lightgbm.LGBMClassifier(**QUICK, verbose=-1), CLASSES),
+        (lightgbm.LGBMClassifier(**QUICK, verbose=-1), np.sign(VALUES).astype(int)),
+        (lightgbm.LGBMRegressor(**QUICK, verbose=-1), VALUES),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_boosted_trees_may_be_part_of_another_model(estimator: Any, labels: Any) -> None:
+    table = np.float64(ROWS)  # of whole numbers, at which XGBoost splits
+    pipeline = make_pipeline(StandardScaler(), estimator)
+    for model in (pipeline, GridSearchCV(pipeline, {}, cv=2)):
+        trained = model.fit(table, labels)
+        session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
+        *_, found = session.run(None, {session.get_inputs()[0].name: ROWS})
+        right = getattr(trained, "predict_proba", trained.predict)(table)
+        np.testing.assert_allclose(np.reshape(found, right.shape), right, rtol=1e-4, atol=1e-4)
+
+
+def test_boosted_trees_of_categories_are_refused_in_a_pipeline_too() -> None:
+    codes = (np.abs(ROWS) % 5).astype(int)
+    model = xgboost.XGBClassifier(**QUICK, enable_categorical=True, feature_types=["c", *"qqq"])
+    with pytest.raises(CompileError, match="fitted on categories"):
+        convert_sklearn(make_pipeline(FunctionTransformer(), model).fit(codes, CLASSES), [])
 
 
 @pytest.mark.parametrize(

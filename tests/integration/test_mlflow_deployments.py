@@ -247,6 +247,11 @@ def test_tune_finds_what_serves_by_the_uri_of_its_model(
     with pytest.raises(lrai.ConditionNotMet, match="not found"):
         find("models:/none/1", requests, "auto")
 
+    with mlflow.start_run():
+        mlflow.onnx.log_model(onnx.load(sources[0]), name="o", registered_model_name="of_onnx")
+    with pytest.raises(lrai.UsageError, match=r"flavors onnx, .*lrai is needed: `lrai mlflow conv"):
+        find("models:/of_onnx/1", requests, "auto")
+
 
 @pytest.fixture
 def client(sockets: Path) -> Iterator[Client]:

@@ -170,6 +170,23 @@ def test_a_file_with_requests(
     assert "the 20 farthest apart" in said
 
 
+@pytest.mark.usefixtures("faster")
+def test_a_model_of_triton_that_nobody_serves_yet(
+    source: tuple[Path, models.Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    file, rows = source
+    Path("models", "wide", "1").mkdir(parents=True)
+    shutil.copy(file, "models/wide/1/model.onnx")
+    Path("models", "wide", "config.pbtxt").write_text('backend: "onnxruntime"\n')
+    np.savez("asked.npz", features=rows["features"][:ROWS])
+    with own_runtime():
+        told = ("--requests", "asked.npz", "--output-map", "softmax")
+        assert tune("models/wide", *told) == 0
+    assert "serve wide-tuned.lrai" in capsys.readouterr().out
+
+
 def test_both_sides_are_asked_in_turns_and_counted(
     source: tuple[Path, models.Arrays], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 import lrai_core as lrai
@@ -184,3 +185,41 @@ def test_groups_of_people_are_shown(artifact: lrai.Artifact) -> None:
     for words in ("<f>", "selection_rate 0.25", "3.10 % at most", "insufficient data"):
         assert words in text
     assert "--group sex" in text
+
+
+def test_what_fp32_does_stands_beside_it_and_groups_too_small_to_tell_are_named(
+    artifact: lrai.Artifact,
+) -> None:
+    fp32 = artifact.manifest.variant("fp32")
+    assert fp32.gate is not None
+    told = Disparity("sex", "demographic_parity", 0.1, 0.12, 0.031, ("f", "m"))
+    gates = [
+        msgspec.structs.replace(
+            fp32.gate,
+            groups={"sex": {group: {"selection_rate": rate} for group in "fm<"}},
+            disparities=(told,),
+        )
+        for rate in (0.25, 0.5)
+    ]
+    faster = msgspec.structs.replace(fp32, id="int8-row", gate=gates[0])
+    variants = (faster, msgspec.structs.replace(fp32, gate=gates[1]))
+    manifest = msgspec.structs.replace(
+        artifact.manifest, variants=variants, chosen=faster.id, together=()
+    )
+    text = " ".join(read(page(replace(artifact, manifest=manifest))).text.split())
+    assert "how its decisions fare in float32" in text
+    assert "selection_rate 0.25 selection_rate 0.5" in text
+    assert "3.10 % at most ; too few rows of <" in text
+
+
+def test_the_command_has_what_was_asked(tmp_path: Path) -> None:
+    source, rows = models.classifier(tmp_path / "c.onnx", 7, hidden=16)
+    axes = tmp_path / "own.toml"
+    axes.write_text("[inputs.features]\nbatch = 0\n[outputs.logits]\nbatch = 0\n")
+    artifact = lrai.compile(
+        source, out=tmp_path / "c.lrai", calibration={"features": rows["features"][:64]},
+        axes=axes, max_accuracy_loss=np.float64(0.02), max_disparity=0.05, keep_evaluation=0,
+    )  # fmt: skip
+    asked = "--calibration SAMPLE.npz --axes AXES.toml --max-accuracy-loss 0.02 --max-disparity"
+    assert f"{asked} 0.05 --keep-evaluation 0" in read(page(artifact)).text
+    assert "own.toml" not in (artifact.path / "quantization.jsonl").read_text()

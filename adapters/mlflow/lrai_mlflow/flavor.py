@@ -21,7 +21,6 @@ from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import (
     _add_code_from_conf_to_system_path,
     _copy_extra_files,
-    _get_flavor_configuration,
     _validate_and_copy_code_paths,
 )
 
@@ -197,10 +196,9 @@ def load_model(model_uri: str, dst_path: str | None = None) -> Artifact:
         MlflowException: No model of this flavor, or an artifact that cannot be used.
     """
     local = _download_artifact_from_uri(artifact_uri=str(model_uri), output_path=dst_path)
-    flavor = _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)
     with mlflow_errors():
-        artifact = opened(Path(local), Model.load(local))
-    _add_code_from_conf_to_system_path(local, flavor)
+        artifact = opened(Path(local), model := _of_ours(local))
+    _add_code_from_conf_to_system_path(local, model.flavors[FLAVOR_NAME])
     return artifact
 
 
@@ -214,12 +212,7 @@ def saved_model(folder: str, *, verify: bool = True) -> tuple[Artifact, dict[str
         UsageError: It is of another flavor.
         ArtifactError: See `opened`.
     """
-    model = Model.load(folder)
-    if FLAVOR_NAME not in model.flavors:
-        raise UsageError(
-            f"the model has the flavors {', '.join(model.flavors)}, lrai is needed: "
-            "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
-        )
+    model = _of_ours(folder)
     saved = flat(model.flavors.get("python_function", {}).get("config") or {})  # `model_config`
     for key in ("actor.isolation", "runtime.address"):  # where it runs, who deploys it says
         saved.pop(key, None)
@@ -228,6 +221,15 @@ def saved_model(folder: str, *, verify: bool = True) -> tuple[Artifact, dict[str
     columns, by_row = inputs.input_names() if named else [], not is_onnx(model.metadata)
     said = {"columns": columns, "by_row": by_row, "saved": saved}
     return opened(Path(folder), model, verify=verify), said
+
+
+def _of_ours(folder: str) -> Model:
+    model = Model.load(folder)
+    if FLAVOR_NAME not in model.flavors:
+        got = ", ".join(model.flavors)
+        how = "`lrai mlflow convert URI` makes one of onnx, pytorch, sklearn and tree models"
+        raise UsageError(f"the model has the flavors {got}, lrai is needed: {how}")
+    return model
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> ServedModel:

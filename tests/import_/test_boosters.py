@@ -1,0 +1,112 @@
+"""What XGBoost and LightGBM save is compiled as it is; what may run code is not opened."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import pytest
+import torch
+import xgboost
+
+import lrai_core as lrai
+from lrai_core import CompileError
+from lrai_core.engine.engine import find_engine
+from lrai_import.boosters import load
+from lrai_import.objects import refuse
+
+RANDOM = np.random.default_rng(0)
+ROWS = RANDOM.normal(0, 4, (300, 5)).astype(np.float32)
+VALUES = ROWS @ np.array([1.0, -2.0, 0.5, 0.0, 0.0]) + ROWS[:, 0] * ROWS[:, 1]
+CLASSES = (VALUES > 0).astype(int)
+QUICK: dict[str, Any] = {"n_estimators": 12, "max_depth": 3, "n_jobs": 1, "random_state": 0}
+
+
+def answers(model: Any) -> Any:
+    return getattr(model, "predict_proba", model.predict)(ROWS)
+
+
+@pytest.mark.parametrize("suffix", ["json", "ubj"])
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        (xgboost.XGBClassifier, CLASSES),
+        (xgboost.XGBClassifier, np.digitize(VALUES, [-5, 5])),
+        (xgboost.XGBRegressor, VALUES),
+    ],
+)
+def test_a_file_of_xgboost_answers_as_what_was_saved(
+    tmp_path: Path, kind: Any, labels: Any, suffix: str
+) -> None:
+    model = kind(**QUICK).fit(ROWS, labels)
+    model.save_model(file := tmp_path / f"m.{suffix}")
+    check(load(file, print), file, answers(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        (lightgbm.LGBMClassifier, CLASSES),
+        (lightgbm.LGBMClassifier, np.digitize(VALUES, [-5, 5])),
+        (lightgbm.LGBMRegressor, VALUES),
+    ],
+)
+def test_a_file_of_lightgbm_answers_as_what_was_saved(
+    tmp_path: Path, kind: Any, labels: Any
+) -> None:
+    model = kind(**QUICK, verbose=-1).fit(ROWS, labels)
+    model.booster_.save_model(file := tmp_path / "m.txt")
+    check(load(file, print), file, answers(model))
+
+
+def check(found: lrai.Imported, file: Path, right: Any) -> None:
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    made = file.with_suffix(".onnx")
+    made.write_bytes(found.model.SerializeToString())
+    *_, got = find_engine("onnxruntime").load(made).run([ROWS])
+    np.testing.assert_allclose(np.reshape(got, right.shape), right, rtol=1e-4, atol=1e-4)
+
+
+def test_the_suffix_says_who_reads_it(tmp_path: Path) -> None:
+    model = xgboost.XGBClassifier(**QUICK).fit(ROWS, CLASSES)
+    model.save_model(file := tmp_path / "m.json")
+    artifact = lrai.compile(file, out=tmp_path / "m.lrai", threads=1)
+    (given,) = artifact.manifest.signature.inputs
+    assert (given.name, given.shape[1:], given.batch_axis) == ("features", (5,), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.json", b'{"a": 1}'),
+        ("m.json", b"no JSON"),
+        ("m.ubj", b""),
+        ("m.txt", b"a line\nand another\n"),
+        ("m.txt", b""),
+    ],
+)
+def test_what_is_none_is_refused_in_a_sentence(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CompileError, match=rf"^{name} cannot be converted: \S") as refused:
+        load(tmp_path / name, print)
+    assert "\n" not in str(refused.value)
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"^none\.json: No such file or directory$"):
+        load(tmp_path / "none.json", print)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about itself
+def test_an_exported_program_is_not_opened_but_told_how(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(5, 2).eval(), (torch.from_numpy(ROWS),))
+    torch.export.save(program, file := tmp_path / "m.pt2")
+    says = r"^'m\.pt2' may run code of .* lrai_import\.objects\.to_onnx\(torch\.export\.load\('m"
+    with pytest.raises(CompileError, match=says):
+        refuse(file, print)
+    with pytest.raises(CompileError, match=says):
+        lrai.compile(file, out=tmp_path / "m.lrai")
