@@ -327,8 +327,9 @@ def test_two_versions_of_lrai_are_named(copied: Path, caplog: pytest.LogCaptureF
     finally:
         logger.removeHandler(caplog.handler)
     manifest = copied / "model.lrai" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 9}))
-    named = f"it was saved by lrai 9.9.9, this is lrai {ours}"
+    newer = {"schema_version": 9, "lrai_version": "9.9.9"}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | newer))
+    named = f"written by lrai 9.9.9, this is lrai {ours}: install that one"
     for load in (lrai_mlflow.load_model, mlflow.pyfunc.load_model):
         with pytest.raises(MlflowException, match=re.escape(named)):
             load(str(copied))

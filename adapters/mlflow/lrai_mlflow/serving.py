@@ -103,13 +103,7 @@ def opened(folder: Path, saved: Model, *, verify: bool = True) -> lrai.Artifact:
         ArtifactError: It has changed since it was saved, or is newer than this version.
     """
     its, ours = saved.flavors.get(FLAVOR_NAME, {}).get("lrai_version", "?"), lrai.__version__
-    try:
-        artifact = lrai.Artifact.open(folder / DATA, verify=verify)
-    except lrai.ArtifactError as error:
-        if its == ours:
-            raise
-        told = f"{error}; it was saved by lrai {its}, this is lrai {ours}"
-        raise lrai.ArtifactError(told) from error
+    artifact = lrai.Artifact.open(folder / DATA, verify=verify)
     if its != ours and verify:  # who looks at it again was told
         _log.warning("the model was saved by lrai %s, and is served by lrai %s", its, ours)
     return artifact
