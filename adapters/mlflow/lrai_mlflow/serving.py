@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException, get_error_code
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -53,6 +54,8 @@ class ServedModel:
             saved = Model.load(str(data.parent))
             artifact = opened(data.parent, saved)  # every file hashed, for it may be found loaded
             workers = workers_told() if is_worker() else 0
+            if is_worker():
+                asked = asked.within(MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get())
             held = Held(artifact, asked.placed(artifact, workers))
         self.held, self._signature = held, artifact.manifest.signature
         self._rows_a_second = rows_a_second(artifact, held.variant)
