@@ -24,8 +24,7 @@ from lrai_import.held import Held, when_gone
 from lrai_mlflow.settings import settings_of
 from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 
-Array = NDArray[Any]
-Answer = dict[str, Array] | pd.DataFrame
+Answer = dict[str, NDArray[Any]] | pd.DataFrame
 DATA: Final = "model.lrai"  # beside MLmodel
 FLAVOR_NAME: Final = "lrai"
 _log: Final = logging.getLogger("mlflow.lrai")  # of those that MLflow shows in its servers
@@ -76,15 +75,17 @@ class ServedModel:
             data: Arrays or lists by input name; for a model with one input also the array itself;
                 a DataFrame whose columns are the inputs or, for a model with one input, its
                 features; or records, a list of dictionaries.
-            params: `timeout_ms`: how long the caller will wait.
+            params: `timeout_ms`: how long the caller will wait; `outputs`: names of those wanted,
+                with commas between them.
 
         Raises:
             MlflowException: The request was refused, with the status that says why.
         """
         with mlflow_errors():
             if isinstance(data, pd.DataFrame) and not len(data):
-                outputs = self._signature.outputs
-                return pd.DataFrame({o.name: np.zeros(0, dtype_of(o.datatype)) for o in outputs})
+                kinds = {one.name: dtype_of(one.datatype) for one in self._signature.outputs}
+                names = [name for name in _wanted(params or {}) if name in kinds] or kinds
+                return pd.DataFrame({name: np.zeros(0, kinds[name]) for name in names})
             request = to_lrai(data, self._signature.inputs, params or {}, self.held.name)
             most = sys.maxsize
             if self._limits:  # calls of about a second, of one of which nobody has to wait for long
@@ -141,8 +142,13 @@ def to_lrai(
     return lrai.InferenceRequest(
         model_name=model_name,
         inputs=fit(_by_name(data, inputs), inputs),
+        outputs=_wanted(params),
         timeout_ms=params.get("timeout_ms"),
     )
+
+
+def _wanted(params: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, (params.get("outputs") or "").split(","))))
 
 
 def from_lrai(response: lrai.InferenceResponse, data: Any, *, by_row: bool = False) -> Answer:
