@@ -54,7 +54,8 @@ def decode(
 
     Args:
         body: At most as large as the host allows.
-        content_type: Of the body, with or without parameters; JSON if empty.
+        content_type: Of the body, with or without parameters; JSON if empty, or if it is one of
+            bytes and no header length is given.
         inputs: What the model declares.
         header_length: The header `Inference-Header-Content-Length`, where there is one: the bytes
             of JSON, with binary tensors behind it.
@@ -64,12 +65,11 @@ def decode(
         RequestError: It is malformed.
     """
     media = content_type.partition(";")[0].strip().lower() or JSON
-    if header_length is not None or media == BINARY:
-        length = len(body) if header_length is None else header_length
+    if (length := header_length) is not None:
         if not 0 < length <= len(body):
             raise RequestError(f"the header counts {length} bytes of JSON of {len(body)} in all")
         return read_protocol(_parsed(body[:length]), body[length:])
-    if media == JSON:
+    if media in (JSON, BINARY):  # which SDKs send where nobody names a type
         return _json(_parsed(body), inputs)
     form = Form(media_type=media, layout="instances")
     if media == LINES:

@@ -11,6 +11,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lrai_core import errors
 from lrai_core.config import OWN_SETTINGS as OWN_SETTINGS
 from lrai_core.config import LraiConfig as LraiConfig
 from lrai_core.config import explain_config as explain_config
@@ -56,7 +57,7 @@ if TYPE_CHECKING:  # and in `_LATE`
     from lrai_core.verifier.check import check as check
     from lrai_core.verifier.verifier import verify as verify
 
-__version__ = "0.1.0"
+__version__ = errors.VERSION
 
 # onnxruntime reports what it runs to its maker; a server tells nobody. It reads the variable when
 # it is imported, here and in actors; who wants the reports sets it to 0.

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
+from lrai_core import errors
 from lrai_core.errors import ArtifactError, EnvironmentProblem, OutOfResources, UsageError, shorten
 from lrai_core.fairness import Disparity
 from lrai_core.protocol import Signature
@@ -373,20 +374,24 @@ def read_record(path: Path, kind: type[Record], most: int) -> tuple[Record, str]
         raise ArtifactError(f"{path} is not a plain file")
     if info.st_size > most:
         raise ArtifactError(f"{path} is over {most} bytes")
-    raw = path.read_bytes()
+    raw, by = path.read_bytes(), ""
     try:
         with _reading:
-            schema = msgspec.json.decode(raw, type=_Head).schema_version
-            if schema > SCHEMA_VERSION:
+            head = msgspec.json.decode(raw, type=_Head)
+            its, ours = shorten(head.lrai_version), errors.VERSION
+            other = "maybe by another build of it" if its == ours else f"this is lrai {ours}"
+            by = f"; written by lrai {its}, {other}: install that one, or compile again" * bool(its)
+            if (schema := head.schema_version) > SCHEMA_VERSION:
                 known = f"this version of lrai reads up to {SCHEMA_VERSION}; install a newer lrai"
-                raise ArtifactError(f"{path} has schema {schema}, {known}")
+                raise ArtifactError(f"{path} has schema {schema}, {known}{by}")
             return msgspec.json.decode(raw, type=kind), hashlib.sha256(raw).hexdigest()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{path.name} cannot be read: {shorten(str(error), 200)}") from None
+        raise ArtifactError(f"{path.name} cannot be read: {shorten(str(error), 200)}{by}") from None
 
 
 class _Head(msgspec.Struct):
     schema_version: int
+    lrai_version: str = ""  # of those that do not say it, which are no manifests
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:

@@ -29,6 +29,10 @@ path below the artifact or a memory name to a remote caller.
 
 from __future__ import annotations
 
+from typing import Final
+
+VERSION: Final = "0.1.0"  # of lrai: here, for the lowest layer may have to say it
+
 
 class LraiError(Exception):
     """What every deliberate error derives from."""

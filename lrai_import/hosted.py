@@ -39,6 +39,7 @@ from lrai_core.verifier.verifier import environment
 _log: Final = logging.getLogger("lrai.hosted")
 _QUICK_MS: Final = 10.0  # the way to an actor adds about one
 _REQUIRE: Final = "require."
+_TIME: Final = "scheduler.default_timeout_ms"
 _WHERE: Final = (  # who sets one of these wants processes of the model's own
     *("runtime.address", "runtime.memory_mib", "runtime.capture_rows"),  # who tunes asks that one
     "runtime.state_dir",  # which is one runtime's, and a host has one for each model in itself
@@ -58,6 +59,8 @@ class Asked(NamedTuple):
         require: Of its certificate; None for nothing.
         variant: To serve instead of the chosen one; empty for that.
         free: Nothing says where the model runs.
+        timed: Something says how long a request may take that states no time.
+        here: In this process.
     """
 
     config: LraiConfig
@@ -66,6 +69,7 @@ class Asked(NamedTuple):
     require: dict[str, Any] | None
     variant: str
     free: bool
+    timed: bool
     here: bool = False
 
     @property
@@ -91,6 +95,18 @@ class Asked(NamedTuple):
         """
         wanted = self.free and processes == 1 and is_quick(artifact, self.variant)
         return self.in_process() if wanted else self
+
+    def within(self, seconds: float) -> Asked:
+        """Return the same, with the host's time for a request where nothing says another one.
+
+        After it the host answers in any case, and what is still computed is for nobody.
+        """
+        if self.timed or not seconds:
+            return self
+        ms = min(max(1.0, seconds * 1e3), 1e9)  # as the setting allows
+        own = replace(self.config.scheduler, default_timeout_ms=ms)
+        config, rest = replace(self.config, scheduler=own), {**self.rest, _TIME: ms}
+        return self._replace(config=config, rest=rest)
 
     def in_process(self) -> Asked:
         """Return the same, with the model in this process, which keeps no state of its own.
@@ -126,9 +142,9 @@ def asked(given: Mapping[str, Any]) -> Asked:
     origins = {setting.key: setting.origin for setting in explain_config(host=left)}
     said = [key for key in _WHERE if origins[key] != "default" or key in own]
     shared = {} if "runtime.address" in said else {"LRAI_RUNTIME": "auto"}
-    said_here = {name: value for name, value in os.environ.items() if value}  # empty says nothing
-    config = load_config(environ={**shared, **said_here}, host=left)
-    return Asked(config, own, left, require or None, variant, not said)
+    # An empty variable says nothing.
+    config = load_config(environ=shared | {n: v for n, v in os.environ.items() if v}, host=left)
+    return Asked(config, own, left, require or None, variant, not said, origins[_TIME] != "default")
 
 
 def load(runtime: Runtime, artifact: Artifact, name: str, **how: Any) -> str:
@@ -137,8 +153,7 @@ def load(runtime: Runtime, artifact: Artifact, name: str, **how: Any) -> str:
     A warning where that is none that was asked for, which was made for other machines.
     """
     runtime.load(artifact, name=name, **how)
-    manifest = artifact.manifest
-    wanted = how.get("variant") or manifest.chosen
+    manifest, wanted = artifact.manifest, how.get("variant") or artifact.manifest.chosen
     mine = (m.variant for m in runtime.models() if (m.name, m.version) == (name, artifact.version))
     serving, made_for = next(mine, wanted), manifest.made_for(manifest.variant(wanted))
     if serving != wanted and made_for != environment(manifest.variant(wanted)):

@@ -30,8 +30,8 @@ from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
 from lrai_core.compiler.model import SharedWeights, declared, load_model
 from lrai_core.compiler.search import Builder, Calls, Candidate, Material, Sample
 from lrai_core.config import available_cpus
-from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
-from lrai_core.errors import CompileError, EngineError, UsageError, shorten
+from lrai_core.engine.engine import Engine, Session, find_engine, isa_class
+from lrai_core.errors import VERSION, CompileError, EngineError, UsageError, shorten
 from lrai_core.protocol import OutputMap, Signature
 from lrai_core.verifier.certificate import Spec, write_certificate
 from lrai_core.verifier.sample import Data, Rows, disjoint, read_rows, save_rows
@@ -436,7 +436,7 @@ class _Compilation:
             self.folder,
             Manifest(
                 schema_version=store.SCHEMA_VERSION,
-                lrai_version=installed_version("lrai"),
+                lrai_version=VERSION,
                 created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 name=name,
                 source=self.source,

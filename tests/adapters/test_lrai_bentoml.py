@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import onnx
 import onnxruntime
 import pytest
 import yaml  # type: ignore[import-untyped]
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml.exceptions import BentoMLException, NotFound
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -154,10 +156,20 @@ class TestStore:
         assert f"saved by lrai 0.0.1, and is served by lrai {lrai.__version__}" in caplog.text
         manifest = Path(saved.path, "model.lrai", "manifest.json")
         content = json.loads(manifest.read_bytes())
-        manifest.write_text(json.dumps({**content, "schema_version": 9}))
-        named = f"it was saved by lrai 0.0.1, this is lrai {lrai.__version__}"
+        newer = {"schema_version": 9, "lrai_version": "9.9.9"}
+        manifest.write_text(json.dumps(content | newer))
+        named = f"written by lrai 9.9.9, this is lrai {lrai.__version__}: install that one"
         with pytest.raises(BentoMLException, match=re.escape(named)):
             lrai_bentoml.load_model("older:latest")
+
+    def test_the_lrai_that_saved_a_model_is_that_of_its_code(
+        self, tokens: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where it came with a model, its distribution has a version of its own, 0.1.0+g1234."""
+        monkeypatch.setattr("lrai_bentoml.commands.saving.version", "{}+g1".format)
+        saved = lrai_bentoml.save_model("wheeled", tokens)
+        versions = saved.info.context.framework_versions
+        assert versions == {"lrai": lrai.__version__, "onnxruntime": "onnxruntime+g1"}
 
     def test_an_onnx_file_is_imported(self, tmp_path: Path) -> None:
         source = column_model(tmp_path / "columns.onnx")
@@ -307,6 +319,24 @@ class TestService:
         (info,) = [model.to_info() for model in service.models]
         assert (info.tag, info.alias) == (stored.tag, "tokens:latest")
         assert service.inner().model is runner
+
+    @pytest.mark.parametrize(
+        ("settings", "timeout_ms"), [({}, 300_000), ({"scheduler.default_timeout_ms": 5}, 5)]
+    )
+    def test_its_time_is_that_of_who_states_none(
+        self, stored: bentoml.Model, settings: dict[str, Any], timeout_ms: float
+    ) -> None:
+        class Patient:
+            model = lrai_bentoml.runner(str(stored.tag), settings=settings)
+
+        assert Patient.model._asked().config.scheduler.default_timeout_ms in (60_000, timeout_ms)
+        before = copy.deepcopy(BentoMLContainer.config.get())
+        try:
+            service: Any = bentoml.service(traffic={"timeout": 300})(Patient)
+            service.inject_config()
+            assert Patient.model._asked().config.scheduler.default_timeout_ms == timeout_ms
+        finally:
+            BentoMLContainer.config.set(before)
 
     def test_its_class_keeps_the_hooks_that_it_has(self) -> None:
         class Own:

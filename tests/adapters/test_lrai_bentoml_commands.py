@@ -64,6 +64,7 @@ def test_a_project_has_what_build_and_serve_need(written: Path, tokens: lrai.Art
     assert build["service"] == "service:MyTokens"
     assert build["models"] == [{"tag": "my-tokens:latest", "alias": "my-tokens:latest"}]
     assert build["labels"]["lrai.artifact"] == tokens.version
+    assert build["envs"] == [{"name": "LRAI_LOG", "value": "stderr"}]
     assert build["python"]["lock_packages"] is False
     (wheel,) = build["python"]["wheels"]
     assert (written / wheel).is_file()

@@ -299,6 +299,56 @@ def test_a_deadline_is_a_parameter(saved: Path) -> None:
     assert late.value.get_http_status_code() == 504
 
 
+@pytest.mark.parametrize(
+    ("settings", "timeout_ms"), [({}, 10_000), ({"scheduler": {"default_timeout_ms": 5000}}, 5000)]
+)
+def test_in_a_worker_the_servers_time_is_that_of_who_states_none(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], timeout_ms: float
+) -> None:
+    """After which it answers 504 itself, and nobody waits for what is still computed."""
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "10")  # as `serve -t 10` does
+    monkeypatch.setattr("lrai_mlflow.serving.is_worker", lambda: True)
+    monkeypatch.setattr("lrai_mlflow.serving.Watch", lambda *_: None)  # which ends processes
+    served = ServedModel(saved / "model.lrai", settings)
+    assert served.held.runtime.config.scheduler.default_timeout_ms == timeout_ms
+
+
+def test_only_in_a_worker_is_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "10")
+    served = ServedModel(saved / "model.lrai", {})
+    assert served.held.runtime.config.scheduler.default_timeout_ms == 60_000
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("tokens", ["tokens"]),
+        (" tokens, mean", ["tokens", "mean"]),
+        ("", ["mean", "tokens"]),
+        (None, ["mean", "tokens"]),
+    ],
+)
+def test_some_outputs_can_be_asked_for(
+    artifacts: dict[str, lrai.Artifact], tmp_path: Path, wanted: str | None, names: list[str]
+) -> None:
+    lrai_mlflow.save_model(artifacts["tokens"], tmp_path / "model")
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    assert list(model.predict(TOKENS, params={"outputs": wanted})) == names
+    with pytest.raises(MlflowException, match="median") as refused:
+        model.predict(TOKENS, params={"outputs": "median"})
+    assert refused.value.get_http_status_code() == 400
+
+
+def test_a_table_without_rows_gets_the_outputs_that_it_asks_for(
+    artifacts: dict[str, lrai.Artifact], tmp_path: Path
+) -> None:
+    signature = ModelSignature(params=lrai_mlflow.signature_of(artifacts["tokens"]).params)
+    lrai_mlflow.save_model(artifacts["tokens"], tmp_path / "model", signature=signature)
+    model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    table = pd.DataFrame({name: [] for name in TOKENS})
+    assert list(model.predict(table, params={"outputs": "tokens"}).columns) == ["tokens"]
+
+
 def test_a_loaded_model_is_the_artifact_that_was_saved(
     artifact: lrai.Artifact, saved: Path
 ) -> None:
@@ -327,8 +377,9 @@ def test_two_versions_of_lrai_are_named(copied: Path, caplog: pytest.LogCaptureF
     finally:
         logger.removeHandler(caplog.handler)
     manifest = copied / "model.lrai" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 9}))
-    named = f"it was saved by lrai 9.9.9, this is lrai {ours}"
+    newer = {"schema_version": 9, "lrai_version": "9.9.9"}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | newer))
+    named = f"written by lrai 9.9.9, this is lrai {ours}: install that one"
     for load in (lrai_mlflow.load_model, mlflow.pyfunc.load_model):
         with pytest.raises(MlflowException, match=re.escape(named)):
             load(str(copied))

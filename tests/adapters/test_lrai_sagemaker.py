@@ -157,6 +157,22 @@ def test_the_model_of_a_folder_is_the_only_one_there(
         artifact_in(tmp_path / "gone")
 
 
+def test_a_model_of_another_lrai_is_told_of(
+    artifact: lrai.Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_artifact.rewrite(artifact.path, {"lrai_version": "9.9.9\n"})
+    artifact_in(tmp_path)
+    told = f"small.lrai was compiled by lrai 9.9.9 , and is served by lrai {lrai.__version__}"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    caplog.clear()
+    small_artifact.rewrite(artifact.path, {"lrai_version": lrai.__version__})
+    artifact_in(artifact.path)
+    assert not caplog.records
+    small_artifact.rewrite(artifact.path, {"lrai_version": "9.9.9", "surprise": 1})
+    with pytest.raises(lrai.ArtifactError, match=r"written by lrai 9\.9\.9, this is lrai"):
+        artifact_in(tmp_path)
+
+
 def test_a_model_behind_a_link_is_refused(artifact: lrai.Artifact, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "model.lrai").symlink_to(artifact.path)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lrai_core import artifact as store
 from lrai_core.artifact import Artifact, check_files, disk_errors, write_lines, writing
-from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, UsageError
+from lrai_core.errors import VERSION, ArtifactError, EnvironmentProblem, LraiError, UsageError
 from tests.core import small_artifact
 
 FILES = [
@@ -175,6 +175,42 @@ def test_a_manifest_that_is_none_is_refused_in_a_sentence(path: Path, content: b
 def test_an_unknown_field_in_the_manifest_is_refused(path: Path) -> None:
     small_artifact.rewrite(path, {"surprise": "x" * 1_000_000})
     assert "unknown field `surprise`" in refusal(path)
+
+
+def test_a_manifest_that_another_lrai_has_written_says_which_one(path: Path) -> None:
+    small_artifact.rewrite(path, {"lrai_version": "9.9.9", "surprise": 1})
+    way_out = ": install that one, or compile again"
+    assert f"written by lrai 9.9.9, this is lrai {VERSION}{way_out}" in refusal(path)
+    small_artifact.rewrite(path, {"lrai_version": VERSION})  # of which there are builds
+    assert f"written by lrai {VERSION}, maybe by another build of it{way_out}" in refusal(path)
+    small_artifact.rewrite(path, {"lrai_version": "9\n" * 1_000_000})
+    assert "written by lrai 9?9?" in refusal(path)
+
+
+FIELDS = {  # of a manifest, by schema
+    1: {
+        "Disparity": "attribute measure source variant widened_bound groups",
+        "FileEntry": "sha256 size_bytes",
+        "GateResult": "passed why rows measure agreement agreement_bound accuracy_loss "
+        "accuracy_loss_bound difference groups disparities",
+        "LatencyPoint": "rows length median_ms spread_ms",
+        "Manifest": "schema_version lrai_version created name source signature variants chosen "
+        "together candidates demanded objective target files",
+        "Signature": "inputs outputs",
+        "Source": "file sha256 opset operators",
+        "Target": "isa engine engine_version threads",
+        "TensorSpec": "name datatype shape batch_axis length_axis pad_value output_map",
+        "Variant": "id engine engine_version precision model weights size_bytes passes_off latency "
+        "speedup gate batch_effect why",
+    }
+}
+
+
+def test_another_field_of_the_manifest_is_another_schema() -> None:
+    """Who reads it refuses a field that he does not know, and has to be told that it is newer."""
+    kinds = msgspec.json.schema(store.Manifest)["$defs"]
+    fields = {name: " ".join(kind["properties"]) for name, kind in kinds.items()}
+    assert fields == FIELDS[store.SCHEMA_VERSION]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,24 @@ def test_several_processes_or_an_unknown_number_share_a_runtime(
 
 
 @pytest.mark.parametrize(
+    ("seconds", "ms"), [(0, 60_000), (10, 10_000), (300, 300_000), (1e9, 1e9), (1e-9, 1)]
+)
+def test_the_hosts_time_counts_where_nothing_says_another_one(seconds: float, ms: float) -> None:
+    found = asked({}).within(seconds)
+    assert found.config.scheduler.default_timeout_ms == ms
+    assert found.rest.get("scheduler.default_timeout_ms", 60_000) == ms  # is told where it is not
+
+
+def test_the_hosts_time_does_not_count_where_something_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = asked({"scheduler.default_timeout_ms": "60000"}).within(10)
+    assert given.config.scheduler.default_timeout_ms == 60_000
+    monkeypatch.setenv("LRAI_SCHEDULER_DEFAULT_TIMEOUT_MS", "5000")
+    assert asked({}).within(10).config.scheduler.default_timeout_ms == 5_000
+
+
+@pytest.mark.parametrize(
     ("given", "address"),
     [
         ({"runtime.address": "auto"}, "auto"),

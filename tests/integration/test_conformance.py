@@ -20,6 +20,7 @@ import onnxruntime
 import pytest
 import tokenizers
 import tritonclient.http as triton_http
+from mlflow.models import ModelSignature
 from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import np_to_triton_dtype
@@ -167,19 +168,13 @@ CASES = (
     Case("one row", "c_tokens", tokens(1, 3)),
     Case("rows and padding", "c_tokens", tokens(5, 17)),
     Case("as many rows as may be", "c_tokens", tokens(MOST_ROWS, 2)),
-    Case("one output of two", "c_tokens", tokens(2, 4), outputs=("mean",), without=("mlflow",)),
+    Case("one output of two", "c_tokens", tokens(2, 4), outputs=("mean",)),
     Case("a column per input", "c_columns", COLUMNS),
     Case("every datatype", "c_kinds", kinds()),
     Case("text", "c_text", {"text": TEXTS}),
     Case("one text", "c_text", {"text": TEXTS[:1]}),
     Case("the pixels of photographs", "c_picture", photograph(2, 40, 23)),
-    Case(
-        "larger ones, to a label",
-        "c_picture",
-        photograph(1, 64, 71),
-        outputs=("label",),
-        without=("mlflow",),
-    ),
+    Case("larger ones, to a label", "c_picture", photograph(1, 64, 71), outputs=("label",)),
     Case(
         "pixels of another kind",
         "c_picture",
@@ -225,7 +220,6 @@ CASES = (
         outputs=("median",),
         status=400,
         says="median",
-        without=("mlflow",),
     ),
     Case(
         "no time at all",
@@ -234,7 +228,6 @@ CASES = (
         timeout_ms=1e-3,
         status=504,
         other={"triton": 503},  # Triton's codes have no other
-        without=("mlflow",),  # it passes parameters on to models with a signature only
     ),
     Case(
         "an unknown model",
@@ -425,7 +418,10 @@ def ask_protocol(port: int, path: str, case: Case) -> Outcome:
 def through_mlflow(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest) -> Asked:
     servers = {}
     for name in MODELS:
-        lrai_mlflow.save_model(folder / f"{name}.lrai", folder / f"mlflow-{name}", signature=False)
+        own = lrai_mlflow.signature_of(lrai.Artifact.open(folder / f"{name}.lrai"))
+        parameters = ModelSignature(params=own.params)  # MLflow itself looks at no input then
+        model = folder / f"mlflow-{name}"
+        lrai_mlflow.save_model(folder / f"{name}.lrai", model, signature=parameters)
         servers[name] = stack.enter_context(start(folder / f"mlflow-{name}", folder))
     for server in servers.values():
         server.wait_until_ready("/ping")
@@ -435,6 +431,8 @@ def through_mlflow(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureR
 
 def ask_mlflow(ports: Mapping[str, int], case: Case) -> Outcome:
     body: dict[str, Any] = {"inputs": {k: v.tolist() for k, v in case.inputs.items()}}
+    params = {"outputs": ",".join(case.outputs), "timeout_ms": case.timeout_ms}
+    body["params"] = {name: value for name, value in params.items() if value}
     reply = post(ports[case.model], body)
     if reply.status != 200:
         return Outcome(reply.status, {}, json.dumps(reply.content, ensure_ascii=False))

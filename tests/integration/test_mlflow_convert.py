@@ -33,7 +33,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import lrai_core as lrai
 import lrai_mlflow
-from lrai_mlflow.commands.convert import _rows
+from lrai_mlflow.commands.convert import _rows, options_of
 from tests.integration.mlflow_server import own_store
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model
@@ -145,6 +145,65 @@ def test_rows_to_evaluate_on_can_be_the_table_itself() -> None:
     assert made.metadata["lrai"]["gate"]["rows"] > 100
 
 
+def test_labels_of_a_table_judge_and_more_can_be_said_to_the_compiler_and_the_log() -> None:
+    source = log_sklearn(pipeline(), serialization_format="skops", metadata={"team": "ann"})
+    made = lrai_mlflow.convert(
+        source.model_uri,
+        evaluation=TABLE.assign(label=LABELS),
+        options={"max_accuracy_loss": 0.05, "threads": 1},
+        metadata={"ticket": 7},
+        tags={"owner": "bob"},
+        model_config={"scheduler": {"max_batch_rows": 16}},
+    )
+    assert made.metadata is not None
+    assert made.metadata["lrai"]["gate"]["measure"].startswith("top1 on labels")
+    assert (made.metadata["team"], made.metadata["ticket"]) == ("ann", 7)
+    assert made.metadata["lrai_origin"]["source_flavor"] == "sklearn"
+    tags = mlflow.get_logged_model(made.model_id).tags
+    assert (tags["owner"], tags["lrai.source_flavor"]) == ("bob", "sklearn")
+    config = mlflow.pyfunc.load_model(made.model_uri).model_config
+    assert config["scheduler"]["max_batch_rows"] == 16
+
+
+def test_what_neither_takes_is_refused_before_the_work() -> None:
+    nowhere = "models:/nobody/1"  # which is not looked for
+    with pytest.raises(TypeError, match="'colour'"):
+        lrai_mlflow.convert(nowhere, colour="red")
+    for name in ("colour", "out", "evaluation"):
+        with pytest.raises(MlflowException, match=f"no option '{name}'; there are .*max_disparity"):
+            lrai_mlflow.convert(nowhere, options={name: "red"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("max_accuracy_loss=0.02", 0.02),
+        ("epsilon=1e-3", 0.001),
+        ("keep=3", 3),
+        ("groups=sex,race", ["sex", "race"]),
+        ("objective=memory", "memory"),
+        ("cache=/a=b", "/a=b"),
+    ],
+)
+def test_options_are_read_as_what_they_are(text: str, value: Any) -> None:
+    assert options_of([text, "seed=1"]) == {text.partition("=")[0]: value, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("colour=red", r"no option 'colour'; there are .*max_accuracy_loss"),
+        ("progress=x", "no option 'progress'"),
+        ("keep=1.5", "keep is '1.5', int is needed"),
+        ("keep", "keep is '', int is needed"),
+        ("epsilon=small", "epsilon is 'small', float is needed"),
+    ],
+)
+def test_an_option_that_is_none_is_named(text: str, problem: str) -> None:
+    with pytest.raises(lrai.UsageError, match=problem):
+        options_of([text])
+
+
 def test_a_table_to_evaluate_on_goes_by_its_names(tmp_path: Path) -> None:
     source = tmp_path / "m.onnx"
     nodes = [onnx.helper.make_node("Identity", ["x"], ["y"])]
@@ -153,6 +212,17 @@ def test_a_table_to_evaluate_on_goes_by_its_names(tmp_path: Path) -> None:
     turned = TABLE[list("dcba")].assign(label=LABELS)
     rows: Any = _rows(turned, source, infer_signature(TABLE, LABELS))
     np.testing.assert_array_equal(rows["x"], TABLE.to_numpy(np.float32))
+    np.testing.assert_array_equal(rows["label"], LABELS)
+    wide: list[Any] = [None, infer_signature(TABLE.to_numpy(), LABELS.to_numpy())]
+    for signature in wide:  # that name no columns
+        rows = _rows(TABLE.assign(label=LABELS), source, signature)
+        np.testing.assert_array_equal(rows["x"], TABLE.to_numpy(np.float32))
+        np.testing.assert_array_equal(rows["label"], LABELS)
+    labels = TABLE.rename(columns={"d": "label"})  # which is one of the four
+    for signature in (None, infer_signature(labels, LABELS)):
+        rows = _rows(labels, source, signature)
+        assert list(rows) == ["x"]
+        np.testing.assert_array_equal(rows["x"], TABLE.to_numpy(np.float32))
     with pytest.raises(lrai.UsageError, match=r"no columns \['a'\]"):
         _rows(TABLE.drop(columns="a"), source, infer_signature(TABLE, LABELS))
 
@@ -323,17 +393,35 @@ def change(model: Path, old: str, new: str) -> None:
     description.write_text(text.replace(old, new))
 
 
-def test_the_command_converts_too(client: mlflow.MlflowClient) -> None:
+def test_the_command_converts_too(client: mlflow.MlflowClient, tmp_path: Path) -> None:
     log_sklearn(pipeline(), serialization_format="pickle", registered_model_name="cli")
     lrai = Path(sys.executable).with_name("lrai")
     command = [str(lrai), "mlflow", "convert", "models:/cli/1"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 3
     assert "--allow-pickle" in refused.stderr
-    wrong = [*command, "--allow-pickle", "--output-map", "cosine"]
-    assert subprocess.run(wrong, capture_output=True, check=False).returncode == 2
-    done = subprocess.run([*command, "--allow-pickle"], capture_output=True, text=True, check=False)
+    for wrong in (["--output-map", "cosine"], ["--metric", "top9"], ["--option", "colour=red"]):
+        command_ = [*command, "--allow-pickle", *wrong]
+        assert subprocess.run(command_, capture_output=True, check=False).returncode == 2
+    np.savez(tmp_path / "rows.npz", features=TABLE.to_numpy(np.float32), label=LABELS)
+    more = ["--evaluation", str(tmp_path / "rows.npz"), "--threads", "1", "--metric", "top1"]
+    more += ["--option", "max_accuracy_loss=0.05", "--allow-pickle"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("models:/m-")
     assert "version 2" in done.stdout
-    assert client.get_model_version("cli", "2").tags["lrai.source_uri"] == "models:/cli/1"
+    version = client.get_model_version("cli", "2")
+    assert version.tags["lrai.source_uri"] == "models:/cli/1"
+    assert version.run_id  # it has begun one
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["lrai.accuracy_loss"] == 0
+    (folder,) = [one.path for one in client.list_artifacts(version.run_id, "lrai")]
+    (log,) = client.list_artifacts(version.run_id, folder)
+    assert log.path.endswith("/quantization.jsonl")
+    again = [*command, "--allow-pickle", "--threads", "1", "--run-id", version.run_id]
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert client.get_model_version("cli", "3").run_id == version.run_id
+    unknown = subprocess.run([*again, "--run-id", "none"], capture_output=True, check=False)
+    assert unknown.returncode == 3

@@ -38,9 +38,19 @@ def install(owner: Any, name: str, runner: Runner) -> None:
 
 def workers_of(owners: Sequence[type]) -> int:
     """Return how many workers the one service has that these classes are; 0: not known."""
-    services = BentoMLContainer.config.get().get("services", {})
-    counts = [services[o.__name__].get("workers") or 1 for o in owners if o.__name__ in services]
+    counts = [own.get("workers") or 1 for own in _told(owners)]
     return counts[0] if len(counts) == 1 and isinstance(counts[0], int) else 0
+
+
+def seconds_of(owners: Sequence[type]) -> float:
+    """Return for how long the services that these classes are wait for an answer; 0: not known."""
+    return max([own["traffic"]["timeout"] for own in _told(owners) if "traffic" in own], default=0)
+
+
+def _told(owners: Sequence[type]) -> list[dict[str, Any]]:
+    """Return what BentoML was told of the services that these classes are."""
+    services = BentoMLContainer.config.get().get("services", {})
+    return [services[o.__name__] for o in owners if o.__name__ in services]
 
 
 async def progress(runners: Sequence[Runner], *more: str) -> bool:

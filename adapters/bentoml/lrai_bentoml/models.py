@@ -46,13 +46,7 @@ def artifact_of(model: bentoml.Model, *, verify: bool = True) -> lrai.Artifact:
     its, ours = model.info.context.framework_versions.get("lrai", "?"), lrai.__version__
     folder = path_inside(model, DATA)
     with bento_errors():
-        try:
-            artifact = lrai.Artifact.open(folder, verify=verify)
-        except lrai.ArtifactError as error:
-            if its == ours:
-                raise
-            told = f"{error}; it was saved by lrai {its}, this is lrai {ours}"
-            raise lrai.ArtifactError(told) from error
+        artifact = lrai.Artifact.open(folder, verify=verify)
     if its != ours:
         _log.warning("%s was saved by lrai %s, and is served by lrai %s", model.tag, its, ours)
     return artifact

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 import lrai_core as lrai
 from lrai_bentoml.errors import bento_errors
-from lrai_bentoml.hooks import install, workers_of
+from lrai_bentoml.hooks import install, seconds_of, workers_of
 from lrai_bentoml.models import artifact_of, get
 from lrai_codecs import fit, text
 from lrai_import.held import Held
@@ -200,8 +200,9 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         install(owner, name, self)
 
     def _asked(self) -> Asked:
-        stored, count = get(str(self.tag)), workers_of(self._here.owners)
-        return self._here.asked.placed(artifact_of(stored, verify=False), count)  # type: ignore[no-any-return]
+        stored, owners = get(str(self.tag)), self._here.owners
+        asked: Asked = self._here.asked.within(seconds_of(owners))
+        return asked.placed(artifact_of(stored, verify=False), workers_of(owners))
 
     def _open(self) -> Serving:
         asked, stored = self._asked(), get(str(self.tag))

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException, get_error_code
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -23,8 +24,7 @@ from lrai_import.held import Held, when_gone
 from lrai_mlflow.settings import settings_of
 from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 
-Array = NDArray[Any]
-Answer = dict[str, Array] | pd.DataFrame
+Answer = dict[str, NDArray[Any]] | pd.DataFrame
 DATA: Final = "model.lrai"  # beside MLmodel
 FLAVOR_NAME: Final = "lrai"
 _log: Final = logging.getLogger("mlflow.lrai")  # of those that MLflow shows in its servers
@@ -53,6 +53,8 @@ class ServedModel:
             saved = Model.load(str(data.parent))
             artifact = opened(data.parent, saved)  # every file hashed, for it may be found loaded
             workers = workers_told() if is_worker() else 0
+            if is_worker():
+                asked = asked.within(MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get())
             held = Held(artifact, asked.placed(artifact, workers))
         self.held, self._signature = held, artifact.manifest.signature
         self._rows_a_second = rows_a_second(artifact, held.variant)
@@ -73,15 +75,17 @@ class ServedModel:
             data: Arrays or lists by input name; for a model with one input also the array itself;
                 a DataFrame whose columns are the inputs or, for a model with one input, its
                 features; or records, a list of dictionaries.
-            params: `timeout_ms`: how long the caller will wait.
+            params: `timeout_ms`: how long the caller will wait; `outputs`: names of those wanted,
+                with commas between them.
 
         Raises:
             MlflowException: The request was refused, with the status that says why.
         """
         with mlflow_errors():
             if isinstance(data, pd.DataFrame) and not len(data):
-                outputs = self._signature.outputs
-                return pd.DataFrame({o.name: np.zeros(0, dtype_of(o.datatype)) for o in outputs})
+                kinds = {one.name: dtype_of(one.datatype) for one in self._signature.outputs}
+                names = [name for name in _wanted(params or {}) if name in kinds] or kinds
+                return pd.DataFrame({name: np.zeros(0, kinds[name]) for name in names})
             request = to_lrai(data, self._signature.inputs, params or {}, self.held.name)
             most = sys.maxsize
             if self._limits:  # calls of about a second, of one of which nobody has to wait for long
@@ -103,13 +107,7 @@ def opened(folder: Path, saved: Model, *, verify: bool = True) -> lrai.Artifact:
         ArtifactError: It has changed since it was saved, or is newer than this version.
     """
     its, ours = saved.flavors.get(FLAVOR_NAME, {}).get("lrai_version", "?"), lrai.__version__
-    try:
-        artifact = lrai.Artifact.open(folder / DATA, verify=verify)
-    except lrai.ArtifactError as error:
-        if its == ours:
-            raise
-        told = f"{error}; it was saved by lrai {its}, this is lrai {ours}"
-        raise lrai.ArtifactError(told) from error
+    artifact = lrai.Artifact.open(folder / DATA, verify=verify)
     if its != ours and verify:  # who looks at it again was told
         _log.warning("the model was saved by lrai %s, and is served by lrai %s", its, ours)
     return artifact
@@ -144,8 +142,13 @@ def to_lrai(
     return lrai.InferenceRequest(
         model_name=model_name,
         inputs=fit(_by_name(data, inputs), inputs),
+        outputs=_wanted(params),
         timeout_ms=params.get("timeout_ms"),
     )
+
+
+def _wanted(params: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, (params.get("outputs") or "").split(","))))
 
 
 def from_lrai(response: lrai.InferenceResponse, data: Any, *, by_row: bool = False) -> Answer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from lrai_core import Artifact, ArtifactError
+from lrai_core import Artifact, ArtifactError, __version__
+from lrai_sagemaker.logs import log, one_line
 
 _SUFFIX: Final = ".lrai"
 
@@ -13,17 +14,23 @@ _SUFFIX: Final = ".lrai"
 def artifact_in(place: Path) -> Artifact:
     """Return the artifact that a folder is, or the one that it holds.
 
+    A warning where another lrai has compiled it.
+
     Raises:
         ArtifactError: There is none, or more than one.
     """
-    if (place / "manifest.json").exists():
-        return Artifact.open(place, verify=False)  # the actor hashes what it opens
-    try:
-        entries = sorted(path.name for path in place.iterdir())
-    except OSError as error:
-        raise ArtifactError(f"no model at {place}: {error.strerror}") from None
-    found = [name for name in entries if name.endswith(_SUFFIX)]
-    if len(found) != 1:
-        names = ", ".join(entries[:10]) or "nothing"
-        raise ArtifactError(f"{place} has to hold one NAME{_SUFFIX}; it holds {names}")
-    return Artifact.open(place / found[0], verify=False)
+    if not (place / "manifest.json").exists():
+        try:
+            entries = sorted(path.name for path in place.iterdir())
+        except OSError as error:
+            raise ArtifactError(f"no model at {place}: {error.strerror}") from None
+        found = [name for name in entries if name.endswith(_SUFFIX)]
+        if len(found) != 1:
+            names = ", ".join(entries[:10]) or "nothing"
+            raise ArtifactError(f"{place} has to hold one NAME{_SUFFIX}; it holds {names}")
+        place /= found[0]
+    artifact = Artifact.open(place, verify=False)  # the actor hashes what it opens
+    if (its := artifact.manifest.lrai_version) != __version__:
+        told = f"{place.name} was compiled by lrai {its}, and is served by lrai {__version__}"
+        log.warning("%s", one_line(told))
+    return artifact

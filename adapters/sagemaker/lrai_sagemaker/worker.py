@@ -34,17 +34,11 @@ def main(settings: Settings, listening: int) -> None:
             artifact = Artifact.open(settings.artifact, verify=False)  # the engine's side hashes it
             load(runtime, artifact, settings.model, **asked.how)
         config = uvicorn.Config(
-            create(settings, runtime),
-            access_log=False,
-            callback_notify=look,
-            lifespan="off",
-            log_config=None,
-            server_header=False,
+            create(settings, runtime), access_log=False, log_config=None, server_header=False,
+            lifespan="off", ws="none", callback_notify=look, timeout_notify=1,
             timeout_graceful_shutdown=round(settings.drain_seconds),
             timeout_keep_alive=_KEEP_SECONDS,
-            timeout_notify=1,
-            ws="none",
-        )
+        )  # fmt: skip
         server = uvicorn.Server(config)
         server.run([socket.socket(fileno=listening)])
 

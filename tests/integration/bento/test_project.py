@@ -88,7 +88,9 @@ def test_its_dockerfile_is_as_clean_as_the_template_of_bentoml(
     found: list[dict[str, Any]] = msgspec.json.decode(done.stdout)
     assert {one["code"] for one in found} <= NOT_OURS
     assert not [one for one in found if one["level"] == "error"]
-    assert "env/python/install.sh" in file.read_text()
+    content = file.read_text()
+    assert "env/python/install.sh" in content
+    assert "ARG LRAI_LOG=stderr\nENV LRAI_LOG=$LRAI_LOG\n" in content  # the runtime's log
 
 
 def test_a_bento_serves_where_nothing_was_with_the_network_cut(

@@ -155,6 +155,7 @@ def _bentofile(service: str, tag: str, stored: bentoml.Model, wheel: str) -> str
         # Under the alias the service finds the version that the Bento was built with, whatever the
         # store that it is imported into calls the latest.
         "models": [{"tag": tag, "alias": tag}],
+        "envs": [{"name": "LRAI_LOG", "value": "stderr"}],  # else it is gone with the container
         "python": {
             "requirements_txt": "./requirements.txt",
             "wheels": [f"./wheels/{wheel}"],

@@ -47,7 +47,7 @@ def save_model(
     with bento_errors():
         artifact = lrai.Artifact.open(model.path if isinstance(model, lrai.Artifact) else model)
         proofs = lrai.certificates(artifact)
-    versions = {package: version(package) for package in ("lrai", "onnxruntime")}
+    versions = {"lrai": lrai.__version__, "onnxruntime": version("onnxruntime")}
     with bentoml.models.create(
         name,
         module=MODULE,

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mlflow.exceptions import MlflowException
+from mlflow import MlflowException, start_run
 from rich.console import Console
 
 from lrai_core import Artifact, ConditionNotMet, LraiError
 from lrai_mlflow.commands.convert import convert as convert_model
+from lrai_mlflow.commands.convert import options_of
 from lrai_mlflow.flavor import load_model
 
 app = typer.Typer(
@@ -36,26 +37,31 @@ def convert(
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
     ] = None,
+    metric: Annotated[str, typer.Option(help="With labels: top1 or top5.")] = "top1",
     output_map: Annotated[str, typer.Option(help="raw, softmax or l2_normalised.")] = "raw",
+    threads: Annotated[int, typer.Option(help="To measure with; see lrai compile.")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Another of compile's, KEY=VALUE; repeatable.")
+    ] = None,
+    run_id: Annotated[str, typer.Option(help="Of the run to log to; by default a new one.")] = "",
     *,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open what could run code, after picklescan.")
     ] = False,
 ) -> None:
     """Compile the model of onnx, pytorch, sklearn, lightgbm or xgboost at MODEL_URI, and log it."""
+    how = {"metric": metric, "output_map": output_map, "threads": threads, **options_of(option)}
     try:
-        logged = convert_model(
-            model_uri,
-            name=name or None,
-            registered_model_name=registered_model_name or None,
-            evaluation=evaluation,
-            output_map=output_map,  # type: ignore[arg-type] # checked where it is used
-            allow_pickle=allow_pickle,
-        )
+        with start_run(run_id=run_id or None):
+            logged = convert_model(
+                model_uri, name=name, registered_model_name=registered_model_name, options=how,
+                evaluation=evaluation, allow_pickle=allow_pickle,
+            )  # fmt: skip
+            version = logged.registered_model_version
+            known = f"version {version}" if version is not None else "not registered"
+            out.print(logged.model_uri, known)  # before MLflow says where the run is
     except MlflowException as error:
         raise _ours(error) from None
-    version = logged.registered_model_version
-    out.print(logged.model_uri, f"version {version}" if version is not None else "not registered")
 
 
 def artifact_of(model_uri: str) -> Artifact:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,6 +25,10 @@ from lrai_mlflow.serving import mlflow_errors, to_lrai
 
 _MEMORY_BYTES: Final = 8 << 30  # address space, of which libraries reserve much and use little
 _SECONDS: Final = 300.0
+_LABEL: Final = "label"  # of a row, for `lrai_core.compile`
+_OWN: Final = {"model", "out", "evaluation", "progress"}  # arguments that are `convert`'s
+_SPLIT: Final = methodcaller("split", ",")
+_KINDS: Final[dict[str, Any]] = {"int": int, "float": float, "Sequence[str]": _SPLIT}
 
 
 def convert(
@@ -35,6 +41,8 @@ def convert(
     output_map: Literal["raw", "softmax", "l2_normalised"] = "raw",
     threads: int = 0,
     allow_pickle: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **log: Any,
 ) -> ModelInfo:
     """Compile a logged model of another flavor, log it as one of lrai's, and return that.
 
@@ -49,20 +57,29 @@ def convert(
         registered_model_name: Where it becomes a new version; by default the registered model that
             `model_uri` names, if it names one.
         evaluation: See `lrai_core.compile`; without it only fp32 is kept. A DataFrame has the
-            columns of a request, in any order, and may have others.
+            columns of a request, in any order, and may have others; `label`, unless it is one of
+            the request's, has the labels, by which `metric` judges.
         metric: See `lrai_core.compile`, as for the two that follow.
         output_map: How outputs are compared.
         threads: To measure with.
         allow_pickle: Open a model that could run code of whoever made it. That happens in a child
             process, and not where picklescan finds something; it is a precaution, no sandbox.
+        options: More of `lrai_core.compile`, by name: `max_accuracy_loss`, `engines`, `cache`, …
+        log: Of `log_model`, by name: `pip_requirements`, `model_config`, `step`, …; metadata and
+            tags beside those that it has here, others in place of them.
 
     Raises:
         MlflowException: It is of none of these flavors, could run code, or cannot be converted.
+        TypeError: `log_model` takes no such argument.
     """
+    inspect.signature(log_model).bind("", **log)  # before the work
     with mlflow_errors(), tempfile.TemporaryDirectory(prefix="lrai-convert-") as scratch:
+        how: dict[str, Any] = {"metric": metric, "output_map": output_map, "threads": threads}
+        _known(how := how | dict(options or {}))
         (to := Path(scratch, "source")).mkdir()  # else it would stay where MLflow puts it
         folder = Path(_download_artifact_from_uri(str(model_uri), output_path=str(to)))
         model = Model.load(str(folder))
+        carried = model.metadata or {}
         example = model.load_input_example(str(folder))  # before the work, for it may not be there
         registered = registered_model_name or _registered(str(model_uri))
         called = name or re.sub(r"[/:.%\"']", "_", registered or "model")  # not all is allowed
@@ -72,25 +89,48 @@ def convert(
             source,
             out=Path(scratch, re.sub(r"[^\w.-]", "_", called) + ".lrai"),
             evaluation=_rows(evaluation, source, model.signature),
-            metric=metric,
-            output_map=output_map,
-            threads=threads,
+            **how,
         )
         origin = {
-            "source_uri": str(model_uri),
-            "source_model_id": model.model_id or model.model_uuid,
-            "source_run_id": model.run_id,
-            "source_flavor": flavor,
+            "source_uri": str(model_uri), "source_model_id": model.model_id or model.model_uuid,
+            "source_run_id": model.run_id, "source_flavor": flavor,
+        }  # fmt: skip
+        own = {
+            "signature": _signature(model, artifact) if model.signature else False,
+            "input_example": example,
+            **log,
+            "metadata": carried | (log.get("metadata") or {}) | {"lrai_origin": origin},
+            "tags": {f"lrai.{k}": str(v) for k, v in origin.items() if v} | (log.get("tags") or {}),
         }
-        return log_model(
-            artifact,
-            name=called,
-            registered_model_name=registered,
-            signature=_signature(model, artifact) if model.signature else False,
-            input_example=example,
-            metadata={**(model.metadata or {}), "lrai_origin": origin},
-            tags={f"lrai.{key}": str(value) for key, value in origin.items() if value},
-        )
+        return log_model(artifact, name=called, registered_model_name=registered, **own)
+
+
+def options_of(given: Sequence[str] | None) -> dict[str, Any]:
+    """Return options of `lrai_core.compile` that are written KEY=VALUE, several values with commas.
+
+    Raises:
+        UsageError: There is no such option, or the value is none of its kind.
+    """
+    found: dict[str, Any] = dict(one.partition("=")[::2] for one in given or ())
+    for key, parameter in _known(found).items():
+        kind = str(parameter.annotation).removesuffix(" | None")
+        try:
+            found[key] = _KINDS.get(kind, str)(found[key])
+        except ValueError:
+            raise lrai.UsageError(f"{key} is {found[key][:60]!r}, {kind} is needed") from None
+    return found
+
+
+def _known(given: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """Return what `lrai_core.compile` says of options that it is given.
+
+    Raises:
+        UsageError: One of them is none.
+    """
+    options = {k: v for k, v in inspect.signature(lrai.compile).parameters.items() if k not in _OWN}
+    if unknown := given.keys() - options:
+        raise lrai.UsageError(f"no option {min(unknown)[:60]!r}; there are {', '.join(options)}")
+    return {key: options[key] for key in given}
 
 
 def _rows(
@@ -98,18 +138,20 @@ def _rows(
     source: Path,
     signature: ModelSignature | None,
 ) -> str | Path | Mapping[str, Any] | None:
-    """Return rows to judge on; of a table the columns of the signature, as requests have them."""
+    """Return rows to judge on; of a table the columns that requests have, and the labels."""
     if not isinstance(given, pd.DataFrame):
         return given
-    inputs = signature and signature.inputs
+    memory_bytes = _MEMORY_BYTES + 4 * source.stat().st_size
+    told = lrai.run_task(told_by, str(source), memory_bytes=memory_bytes, timeout_seconds=_SECONDS)
+    inputs, names = signature and signature.inputs, list(given.columns)
     if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
         names = [one.name for one in inputs.inputs if one.required or one.name in given.columns]
         if missing := [name for name in names if name not in given.columns]:
             raise lrai.UsageError(f"evaluation has no columns {missing}; the model takes {names}")
-        given = given[names]
-    memory_bytes = _MEMORY_BYTES + 4 * source.stat().st_size
-    told = lrai.run_task(told_by, str(source), memory_bytes=memory_bytes, timeout_seconds=_SECONDS)
-    return to_lrai(given, told.inputs, {}, "").inputs
+    elif not any(one.name == _LABEL or one.shape[1:] == (len(names),) for one in told.inputs):
+        names = [name for name in names if name != _LABEL]
+    labels = {n: given[n].to_numpy() for n in given.columns if n == _LABEL and n not in names}
+    return {**to_lrai(given[names], told.inputs, {}, "").inputs, **labels}
 
 
 def told_by(source: str) -> lrai.Signature:
@@ -123,9 +165,7 @@ def _signature(model: Model, artifact: lrai.Artifact) -> ModelSignature:
     return ModelSignature(inputs=given, outputs=own.outputs, params=own.params)
 
 
-def _registered(model_uri: str) -> str | None:
+def _registered(uri: str) -> str | None:
     """Return the registered model that an address names, None where it names none."""
-    if not model_uri.startswith("models:/"):
-        return None
-    found: str | None = _parse_model_uri(model_uri).name
+    found: str | None = _parse_model_uri(uri).name if uri.startswith("models:/") else None
     return found

@@ -57,17 +57,9 @@ from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 from mlflow.utils import env_manager
 from msgspec.structs import replace
 
+import lrai_core as lrai
 from lrai_codecs import in_turn, rows_at_a_time
-from lrai_core import (
-    OWN_SETTINGS,
-    Artifact,
-    ArtifactError,
-    LraiError,
-    ModelNotFound,
-    NotReady,
-    Runtime,
-    UsageError,
-)
+from lrai_core import OWN_SETTINGS, ArtifactError, LraiError, ModelNotFound, UsageError
 from lrai_import.held import lock_folder, tell_unheard, when_gone
 from lrai_import.hosted import load
 from lrai_mlflow.flavor import saved_model
@@ -138,9 +130,8 @@ class Client(BaseDeploymentClient):
                 if str(back).lower() != "true" or model_uri or share is not None:
                     raise UsageError("rollback is true or absent, and goes with nothing else")
                 self._runtime.rollback(name)
-                left = [version for version, has in self._known(name).shares.items() if not has]
-                for version in left:  # a canary that was there; it can be loaded again
-                    self._runtime.unload(name, version)
+                for version in [v for v, has in self._known(name).shares.items() if not has]:
+                    self._runtime.unload(name, version)  # a canary, which can be loaded again
             elif model_uri is None:
                 self._weigh(name, shares, _number(share))
             else:
@@ -214,10 +205,8 @@ class Client(BaseDeploymentClient):
         said = self._said(name) if isinstance(inputs, pd.DataFrame) else {}
         if isinstance(inputs, pd.DataFrame) and self._copies is None:
             if not said:
-                raise UsageError(
-                    f"which column is which only the folder of {name!r} says, and it is not seen "
-                    "here: give arrays by input name"
-                )
+                seen = f"only the folder of {name!r} says, and it is not seen here"
+                raise UsageError(f"which column is which {seen}: give arrays by input name")
             shares = {one: share for one, share in shares.items() if _artifact_of(one) in said}
         if not shares:
             raise ModelNotFound(f"what served {name!r} has just ended")
@@ -284,26 +273,25 @@ class Client(BaseDeploymentClient):
         return {"runtime.address": address} if address else {}
 
     @cached_property
-    def _runtime(self) -> Runtime:
+    def _runtime(self) -> lrai.Runtime:
         """Attach, for as long as this client lives; a runtime of this machine stays from now on."""
         config = settings_of(self._where).config
         address = config.runtime.address
         if address == "embedded":
             raise UsageError("deployments outlive this process: LRAI_RUNTIME is embedded")
         if "://" not in address:
-            program = "from lrai_core.cli import main; main()"
-            command = [sys.executable, "-P", "-c", program, "runtime", "start"]
+            command = [sys.executable, "-P", "-c", "from lrai_core.cli import main; main()"]
             try:
                 done = subprocess.run(
-                    [*command, "--address", address], stdin=subprocess.DEVNULL, capture_output=True,
-                    text=True, timeout=_START_SECONDS, check=False,
+                    [*command, "runtime", "start", "--address", address], stdin=subprocess.DEVNULL,
+                    capture_output=True, text=True, timeout=_START_SECONDS, check=False,
                     env={**os.environ, "LRAI_LOG": ""},  # which would hold what is captured open
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
-                raise NotReady(f"the runtime did not start in {_START_SECONDS} s") from None
+                raise lrai.NotReady(f"the runtime did not start in {_START_SECONDS} s") from None
             if done.returncode:
                 raise UsageError(f"the runtime cannot be started: {done.stderr.strip()[-300:]}")
-        runtime = Runtime(config)
+        runtime = lrai.Runtime(config)
         when_gone(self, runtime.close)  # MLflow makes a client for each who wants one
         return runtime
 
@@ -322,7 +310,7 @@ class Client(BaseDeploymentClient):
         self,
         name: str,
         shares: dict[str, float],
-        artifact: Artifact,
+        artifact: lrai.Artifact,
         share: Any,
         how: Mapping[str, Any],
         there: str,
@@ -345,14 +333,13 @@ class Client(BaseDeploymentClient):
     def _weigh(self, name: str, shares: dict[str, float], share: float, canary: str = "") -> None:
         """Give the canary, the one that came later, its share; what is left goes to the other."""
         if len(shares) != 2:
-            raise UsageError(
-                f"{name!r} has {len(shares)} version(s), a canary is needed beside one"
-            )
+            has = f"{name!r} has {len(shares)} version(s)"
+            raise UsageError(f"{has}, a canary is needed beside one")
         canary = canary or [*shares][-1]  # which came later: it may have the most by now
         (stable,) = shares.keys() - {canary}
         self._runtime.route(name, {canary: share, stable: 1.0 - share})
 
-    def _keep(self, model_uri: str) -> tuple[Artifact, dict[str, Any]]:
+    def _keep(self, model_uri: str) -> tuple[lrai.Artifact, dict[str, Any]]:
         """Return the artifact of a model, copied to where it stays, and what else it says.
 
         Raises:
@@ -378,7 +365,7 @@ class Client(BaseDeploymentClient):
             issued = artifact.path / "certificates"  # of which there may be more by now
             if issued.is_dir():
                 shutil.copytree(issued, kept / issued.name, dirs_exist_ok=True)
-        return Artifact.open(kept), said
+        return lrai.Artifact.open(kept), said
 
     def _file(self, name: str) -> Path | None:
         """Return where it is kept what a deployment's models take: in the runtime's own state."""
@@ -460,7 +447,7 @@ def _digest(text: str) -> str:
 
 def _is_whole(path: Path) -> bool:
     try:
-        return bool(Artifact.open(path))
+        return bool(lrai.Artifact.open(path))
     except ArtifactError:
         return False
 

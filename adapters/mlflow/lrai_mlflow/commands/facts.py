@@ -23,7 +23,8 @@ from lrai_core.artifact import EVALUATION, QUANTIZATION_LOG
 from lrai_core.verifier.sample import load_rows
 
 _PREFIX: Final = "lrai."
-_PARAMS: Final = ParamSchema([ParamSpec("timeout_ms", "double", None)])
+_TYPES: Final = {"timeout_ms": "double", "outputs": "string"}  # of `params`
+_PARAMS: Final = ParamSchema([ParamSpec(name, kind, None) for name, kind in _TYPES.items()])
 _GATE: Final = ("agreement", "agreement_bound", "accuracy_loss", "accuracy_loss_bound")
 
 
@@ -84,8 +85,7 @@ def metrics_of(facts: Mapping[str, Any]) -> dict[str, float]:
 
 def log_facts(artifact: Artifact, facts: Mapping[str, Any], logged: ModelInfo, step: int) -> None:
     """Log the metrics to the run, if one is active, and its logged model; its log to the run."""
-    run = mlflow.active_run()
-    if run is None:
+    if (run := mlflow.active_run()) is None:
         return
     run_id = run.info.run_id
     now, client = get_current_time_millis(), mlflow.MlflowClient()
@@ -112,13 +112,9 @@ def example_of(artifact: Artifact) -> dict[str, Any] | None:
 
 
 def _schema(specs: Sequence[TensorSpec]) -> Schema:
-    return Schema(
-        [
-            MlflowTensorSpec(
-                np.dtype(np.str_) if spec.datatype == "BYTES" else dtype_of(spec.datatype),
-                tuple(extent if isinstance(extent, int) else -1 for extent in spec.shape),
-                spec.name,
-            )
-            for spec in specs
-        ]
-    )
+    made: list[Any] = []
+    for spec in specs:
+        kind = np.dtype(np.str_) if spec.datatype == "BYTES" else dtype_of(spec.datatype)
+        shape = tuple(extent if isinstance(extent, int) else -1 for extent in spec.shape)
+        made.append(MlflowTensorSpec(kind, shape, spec.name))
+    return Schema(made)
