@@ -138,6 +138,7 @@ def test_callers_that_share_a_call_get_the_outputs_that_each_asked_for(
     assert max(calls) > 4, "more than want the same"
     session = onnxruntime.InferenceSession(tokens.path.with_suffix(".onnx"))
     for answer, names, payload in zip(answers, wanted, payloads, strict=True):
+        assert isinstance(answer, lrai.InferenceResponse)
         expected = dict(zip(("mean", "tokens"), session.run(None, payload), strict=True))
         assert list(answer.outputs) == [*(names or expected)]
         for name, array in answer.outputs.items():
