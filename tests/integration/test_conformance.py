@@ -291,7 +291,7 @@ CASES = (
         other=dict.fromkeys(("bentoml", "bentoml, inline"), 413),
     ),
     Case(
-        "no number",
+        "not a number",
         "c_columns",
         COLUMNS | {"price": np.array([1.5, np.nan, 0.25], np.float32)},
         status=400,
