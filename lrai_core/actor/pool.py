@@ -8,6 +8,7 @@ harm, so killing is how it is stopped.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import signal
 import socket
@@ -37,6 +38,7 @@ from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome
 _STOPPED_SECONDS, _REAP_SECONDS = 2.0, 0.005
 _SIGNALS: Final = {one.value: one.name for one in signal.Signals}  # others have numbers only
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
+_MEMORY: Final = Path("/sys/fs/cgroup/memory.events")  # version 2's, as a container sees its own
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,7 @@ class _Actor:
     state: Literal["waiting", "starting", "ready", "ending"] = "waiting"
     was_ready: bool = False
     process: Popen[bytes] | None = None
+    oom_kills: str = ""  # of the cgroup, when it was started
     line: socket.socket | None = None  # until it is killed
     batches: deque[Batch] = field(default_factory=deque)  # the first one runs
     why: str = ""  # it was killed, or will be when nothing is heard of it before `due`
@@ -214,6 +217,8 @@ class Pool:
         how = f"signal {_SIGNALS.get(-status, -status)}" if status < 0 else f"exit status {status}"
         why = actor.why or f"the model's process ended with {how}"
         killed = status == -signal.SIGKILL and not actor.why  # by somebody else
+        if killed and _oom_kills() != actor.oom_kills:
+            why += " (memory has run out since it was started: oom_kill)"
         self._outcomes += [Lost(b.number, why, i == 0, killed) for i, b in enumerate(actor.batches)]
         if self._actors.get(actor.name) is not actor:  # removed or given up: nobody misses it
             return
@@ -269,6 +274,7 @@ class Pool:
             return
         self._poller.register(actor.line, zmq.POLLIN)
         actor.expect(self._config.start_timeout_seconds, "the model was not loaded")
+        actor.oom_kills = _oom_kills()
         actor.state = "starting"
         self._events.emit("actor_started", actor.name, pid=actor.process.pid)
 
@@ -281,6 +287,13 @@ class Pool:
             self._poller.unregister(actor.line)
             actor.line.close()
             actor.state, actor.line, actor.due, actor.why = "ending", None, 0.0, why
+
+
+def _oom_kills() -> str:
+    """Return how many processes of this cgroup the kernel has killed for memory, if it tells."""
+    with contextlib.suppress(OSError):
+        return _MEMORY.read_text(encoding="ascii").partition("oom_kill ")[2].partition("\n")[0]
+    return ""
 
 
 def _outcome(actor: _Actor, message: Executed | Refused, frames: Sequence[memoryview]) -> Outcome:

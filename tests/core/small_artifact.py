@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from lrai_core import artifact as store
 from lrai_core.artifact import FileEntry, LatencyPoint, Manifest, Source, Target, Variant
@@ -22,15 +22,28 @@ SIGNATURE = Signature(
 )
 
 
-def graph(factor: float, more_outputs: Sequence[str] = ()) -> bytes:
-    """Return an ONNX model that multiplies float32 [batch, 3] by `factor`."""
+def graph(factor: float, more_outputs: Sequence[str] = (), wide: int = 0) -> bytes:
+    """Return an ONNX model that multiplies float32 [batch, 3] by `factor`.
+
+    With `wide` each element so many times at once, and gives the largest product: that takes room.
+    """
     names = ("x", "y", *more_outputs)
     values = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in names
     ]
-    constant = helper.make_tensor("k", TensorProto.FLOAT, [], [factor])
+    constants = [numpy_helper.from_array(np.full((wide,) * bool(wide), factor, np.float32), "k")]
     nodes = [helper.make_node("Mul", ["x", "k"], [name]) for name in names[1:]]
-    made = helper.make_graph(nodes, "g", values[:1], values[1:], [constant])
+    if wide:
+        constants.append(numpy_helper.from_array(np.array([-1]), "last"))
+        nodes = [
+            helper.make_node("Unsqueeze", ["x", "last"], ["apart"]),
+            helper.make_node("Mul", ["apart", "k"], ["products"]),
+            *(
+                helper.make_node("ReduceMax", ["products"], [name], axes=[-1], keepdims=0)
+                for name in names[1:]
+            ),
+        ]
+    made = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
@@ -88,12 +101,13 @@ def build(
     output_map: OutputMap = "raw",
     candidates: int = 1,
     more_outputs: Sequence[str] = (),
+    wide: int = 0,
 ) -> Path:
     """Write an artifact whose source doubles its input and whose `int8` multiplies by `factor`."""
     with store.writing(out) as folder:
         for name, times in (("source", 2.0), ("variants/fp32", 2.0), ("variants/int8", factor)):
             (folder / name).mkdir(parents=True)
-            (folder / name / "model.onnx").write_bytes(graph(times, more_outputs))
+            (folder / name / "model.onnx").write_bytes(graph(times, more_outputs, wide))
         (folder / "source" / "weights.bin").write_bytes(bytes(range(256)))
         if evaluation is not None:
             save_rows(folder / store.EVALUATION, evaluation)

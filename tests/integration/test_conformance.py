@@ -31,8 +31,9 @@ import lrai_mlflow
 from benchmarks.processes import HOST, Server
 from tests.integration.mlflow_server import post, start
 from tests.integration.sagemaker.conftest import Container
+from tests.integration.test_runtime_faults import python
 from tests.integration.triton.server import Triton
-from tests.own_runtime import own_runtime
+from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import (
     DATATYPES,
     WORDS,
@@ -55,7 +56,35 @@ MODELS = {
     "c_picture": picture_model,
 }
 MOST_ROWS = 64  # of one request; Triton's own limit of a list, too
-HOSTS = ("embedded", "shared", "triton", "mlflow", "bentoml", "sagemaker")
+MOST_BYTES = 1 << 16
+LIMITS = {
+    "limits.request_rows": str(MOST_ROWS),
+    "limits.request_bytes": str(MOST_BYTES),
+    "limits.nan_policy": "reject",
+}
+SHARED = ("shared", "triton", "mlflow", "bentoml", "sagemaker")
+# Where nothing says where models run, and as hosts are installed: in the process that is asked.
+INLINE = tuple(f"{name}, inline" for name in ("embedded", *SHARED[1:]))
+HOSTS = ("embedded", *SHARED, *INLINE)
+ONE, ONE_MODEL = ("mlflow, inline", "sagemaker, inline"), ("c_tokens",)  # they serve no other
+TRITON, SAGEMAKER = (
+    tuple(host for host in HOSTS if host.startswith(name)) for name in ("triton", "sagemaker")
+)
+DEADLY = 13  # tokens, of which an actor dies
+_ACTOR = f"""
+import os, signal, sys
+from lrai_core.actor.actor import Actor, main
+
+execute = Actor._execute
+
+def mortal(self, message, frames):
+    if any(part[0].shape[-1:] == ({DEADLY},) for part in message.parts):
+        os.kill(os.getpid(), signal.SIGKILL)
+    execute(self, message, frames)
+
+Actor._execute = mortal
+main(sys.argv[1:])
+"""
 _SERVICE = """
 import bentoml
 import lrai_bentoml
@@ -183,13 +212,21 @@ CASES = (
         says="photo",
     ),
     Case("a missing input", "c_tokens", {"input_ids": IDS}, status=400, says="attention_mask"),
-    Case("an input too many", "c_tokens", tokens(1, 3, more=IDS), status=400, says="more"),
+    Case(
+        "an input too many",
+        "c_tokens",
+        tokens(1, 3, more=IDS),
+        status=400,
+        says="more",
+        without=("mlflow, inline",),  # by the signature MLflow drops it
+    ),
     Case(
         "another datatype",
         "c_tokens",
         tokens(1, 3, input_ids=np.array([[1.5, 2, 3]])),
         status=400,
         says="input_ids",
+        without=("mlflow, inline",),  # by the signature MLflow makes whole numbers of them
     ),
     Case("another rank", "c_tokens", tokens(1, 3, input_ids=IDS[0]), status=400, says="input_ids"),
     Case(
@@ -203,7 +240,7 @@ CASES = (
         "c_columns",
         {name: array[:0] for name, array in COLUMNS.items()},
         status=400,
-        without=("triton",),  # release 2.51 dies of it, with a model of its own, too
+        without=TRITON,  # release 2.51 dies of it, with a model of its own, too
     ),
     Case(
         "a row too many",
@@ -211,7 +248,7 @@ CASES = (
         tokens(MOST_ROWS + 1, 2),
         status=400,
         says=str(MOST_ROWS),
-        without=("sagemaker",),  # asks in parts
+        without=SAGEMAKER,  # asks in parts
     ),
     Case(
         "an output that is not there",
@@ -227,7 +264,7 @@ CASES = (
         tokens(1, 3),
         timeout_ms=1e-3,
         status=504,
-        other={"triton": 503},  # Triton's codes have no other
+        other=dict.fromkeys(TRITON, 503),  # Triton's codes have no other
     ),
     Case(
         "an unknown model",
@@ -237,16 +274,63 @@ CASES = (
         says="c_nobody",
         without=("mlflow",),  # a server of one model
     ),
+    Case(
+        "a body over the limit",
+        "c_tokens",
+        tokens(1, MOST_BYTES // 8),
+        status=400,
+        says=str(MOST_BYTES),
+        other=dict.fromkeys(("bentoml", "bentoml, inline"), 413),
+    ),
+    Case(
+        "not a number",
+        "c_columns",
+        COLUMNS | {"price": np.array([1.5, np.nan, 0.25], np.float32)},
+        status=400,
+        says="price",
+    ),
+    Case(
+        "what an actor dies of",
+        "c_tokens",
+        tokens(1, DEADLY),
+        status=500,
+        says="SIGKILL",
+        without=INLINE,  # which die of it
+    ),
 )
 Ask = Callable[[Case], Outcome]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a host is started: models, sockets, what is set there, and what ends it."""
+
+    folder: Path
+    sockets: Path
+    settings: Mapping[str, str]
+    inline: bool
+    stack: contextlib.ExitStack
+    request: pytest.FixtureRequest
+
+    def actors(self) -> list[int]:
+        """Return the actors of the runtime that processes share; of it, where none should be."""
+        if self.inline:
+            return daemon_pids(self.sockets)
+        with lrai.Runtime(address="auto") as runtime:
+            return actors_of(runtime)
+
+    def asked(self, ask: Ask) -> Asked:
+        """Return a host that others than this process ask that runtime for."""
+        return Asked(ask, self.actors, self.sockets)
+
+
+@dataclass(frozen=True)
 class Asked:
-    """A host: how to ask it, and the folder of its runtime's sockets."""
+    """A host: how to ask it, its models' processes, the folder of its runtime's sockets."""
 
     ask: Ask
     actors: Callable[[], list[int]]
+    sockets: Path
 
 
 @pytest.fixture(scope="module")
@@ -290,37 +374,35 @@ def expected(folder: Path) -> Callable[[Case], dict[str, Array]]:
 
 
 @pytest.fixture(scope="module")
-def host(request: pytest.FixtureRequest, folder: Path) -> Iterator[Asked]:
+def deadly(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return an interpreter of actors that may be killed by what they are asked."""
+    return python(tmp_path_factory.mktemp("actor"), _ACTOR)
+
+
+@pytest.fixture(scope="module")
+def host(request: pytest.FixtureRequest, folder: Path, deadly: str) -> Iterator[Asked]:
     """Yield a host that serves the models, started once for all cases."""
+    name, _, inline = request.param.partition(", ")
+    if name == "triton":
+        request.getfixturevalue("triton")  # first: what is set here is not for its other tests
+    settings = LIMITS | ({} if inline else {"actor.python": deadly})
+    said = {"LRAI_" + key.upper().replace(".", "_"): value for key, value in settings.items()}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(own_runtime(LRAI_LIMITS_REQUEST_ROWS=str(MOST_ROWS)))
-        yield _HOSTS[request.param](folder, stack, request)
-
-
-def triton_of(request: pytest.FixtureRequest) -> Triton:
-    found = request.getfixturevalue("triton")
-    assert isinstance(found, Triton)
-    return found
+        address = "" if inline else "auto"
+        sockets = stack.enter_context(own_runtime(LRAI_RUNTIME=address, **said))
+        yield _HOSTS[name](Place(folder, sockets, settings, bool(inline), stack, request))
 
 
 def actors_of(runtime: lrai.Runtime) -> list[int]:
     return [pid for model in runtime.models() for pid in model.actor_pids]
 
 
-def shared_actors(sockets: Path | None = None) -> list[int]:
-    """Return the actors of the runtime of a folder, by default of this test's own."""
-    call = {} if sockets is None else {"runtime.socket_dir": str(sockets)}
-    with lrai.Runtime(lrai.load_config(call=call), address="auto") as runtime:
-        return actors_of(runtime)
-
-
-def through_core(
-    address: str, folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest
-) -> Asked:
-    runtime = stack.enter_context(lrai.Runtime(address=address))
+def through_core(address: str, place: Place) -> Asked:
+    config = lrai.load_config(call={"actor.isolation": "inline"} if place.inline else {})
+    runtime = place.stack.enter_context(lrai.Runtime(config, address=address))
     for name in MODELS:
-        runtime.load(folder / f"{name}.lrai", name=name)
-    return Asked(partial(ask_core, runtime), partial(actors_of, runtime))
+        runtime.load(place.folder / f"{name}.lrai", name=name)
+    return Asked(partial(ask_core, runtime), partial(actors_of, runtime), place.sockets)
 
 
 def ask_core(runtime: lrai.Runtime, case: Case) -> Outcome:
@@ -333,15 +415,18 @@ def ask_core(runtime: lrai.Runtime, case: Case) -> Outcome:
         return Outcome(error.http_status, {}, str(error))
 
 
-def through_triton(
-    folder: Path, stack: contextlib.ExitStack, request: pytest.FixtureRequest
-) -> Asked:
-    server = triton_of(request)
-    lists = 'backend: "lrai"\nparameters { key: "execution" value { string_value: "lists" } }'
+def through_triton(place: Place) -> Asked:
+    server: Triton = place.request.getfixturevalue("triton")
+    said = {"runtime.socket_dir": str(place.sockets), **place.settings}
+    said |= {} if place.inline else {"execution": "lists"}
+    lines = ['backend: "lrai"'] + [
+        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+        for key, value in said.items()
+    ]
     for name in MODELS:
-        stack.enter_context(server.serving(name, {1: folder / f"{name}.lrai"}, lists))
-    actors = partial(shared_actors, server.server.runtime.folder)
-    return Asked(partial(ask_triton, server.server.port), actors)
+        model = {1: place.folder / f"{name}.lrai"}
+        place.stack.enter_context(server.serving(name, model, "\n".join(lines)))
+    return place.asked(partial(ask_triton, server.server.port))
 
 
 def ask_triton(port: int, case: Case) -> Outcome:
@@ -357,30 +442,33 @@ def ask_triton(port: int, case: Case) -> Outcome:
     return replace(outcome, outputs=outputs)
 
 
-def through_bentoml(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest) -> Asked:
+def through_bentoml(place: Place) -> Asked:
     for name in MODELS:
-        lrai_bentoml.save_model(name, folder / f"{name}.lrai")
-    (folder / "service").mkdir()
-    (folder / "service" / "service.py").write_text(_SERVICE)
+        lrai_bentoml.save_model(name, place.folder / f"{name}.lrai")
+    service = place.folder / "service"
+    service.mkdir(exist_ok=True)
+    (service / "service.py").write_text(_SERVICE)
     command = [sys.executable, "-m", "bentoml", "serve", "service", "--host", HOST, "-p", "{port}"]
-    server = stack.enter_context(Server(command, folder / "bentoml.log"))
+    server = place.stack.enter_context(Server(command, place.folder / "bentoml.log"))
     server.wait_until_ready("/readyz")
-    return Asked(partial(ask_protocol, server.port, "/v2/models/{}/infer"), shared_actors)
+    return place.asked(partial(ask_protocol, server.port, "/v2/models/{}/infer"))
 
 
-def through_sagemaker(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest) -> Asked:
-    sockets = Path(os.environ["LRAI_RUNTIME_SOCKET_DIR"])
-    with_many = Container(["", "--multi-model"], folder, sockets)
-    container = stack.enter_context(with_many)
+def through_sagemaker(place: Place) -> Asked:
+    if place.inline:
+        (model,) = ONE_MODEL
+        arguments, way = [str(place.folder / f"{model}.lrai")], "/invocations"
+    else:
+        arguments, way = ["", "--multi-model"], "/models/{}/invoke"
+    address = "" if place.inline else "auto"
+    made = Container(arguments, place.folder, place.sockets, LRAI_RUNTIME=address)
+    container = place.stack.enter_context(made)
     container.wait_until_ready()
-    for name in MODELS:
-        (folder / "root" / name).mkdir(parents=True)
-        (folder / "root" / name / "model.lrai").symlink_to(folder / f"{name}.lrai")
-        loaded = container.post(
-            {"model_name": name, "url": str(folder / f"{name}.lrai")}, "/models"
-        )
+    for name in () if place.inline else MODELS:
+        named = {"model_name": name, "url": str(place.folder / f"{name}.lrai")}
+        loaded = container.post(named, "/models")
         assert loaded.status == 200, loaded.body
-    return Asked(partial(ask_protocol, container.port, "/models/{}/invoke"), shared_actors)
+    return place.asked(partial(ask_protocol, container.port, way))
 
 
 def ask_protocol(port: int, path: str, case: Case) -> Outcome:
@@ -415,18 +503,22 @@ def ask_protocol(port: int, path: str, case: Case) -> Outcome:
     return Outcome(200, {name: result.as_numpy(name) for name in names})
 
 
-def through_mlflow(folder: Path, stack: contextlib.ExitStack, _: pytest.FixtureRequest) -> Asked:
-    servers = {}
-    for name in MODELS:
-        own = lrai_mlflow.signature_of(lrai.Artifact.open(folder / f"{name}.lrai"))
-        parameters = ModelSignature(params=own.params)  # MLflow itself looks at no input then
-        model = folder / f"mlflow-{name}"
-        lrai_mlflow.save_model(folder / f"{name}.lrai", model, signature=parameters)
-        servers[name] = stack.enter_context(start(folder / f"mlflow-{name}", folder))
+def through_mlflow(place: Place) -> Asked:
+    servers = dict[str, Server]()
+    for name in ONE_MODEL if place.inline else MODELS:
+        artifact, saved = (
+            place.folder / f"{name}.lrai",
+            place.folder / f"mlflow-{name}-{place.inline}",
+        )
+        signature = lrai_mlflow.signature_of(lrai.Artifact.open(artifact))
+        if not place.inline:  # MLflow itself looks at no input then
+            signature = ModelSignature(params=signature.params)
+        lrai_mlflow.save_model(artifact, saved, signature=signature)
+        servers[name] = place.stack.enter_context(start(saved, place.folder))
     for server in servers.values():
         server.wait_until_ready("/ping")
     ports = {name: server.port for name, server in servers.items()}
-    return Asked(partial(ask_mlflow, ports), shared_actors)
+    return place.asked(partial(ask_mlflow, ports))
 
 
 def ask_mlflow(ports: Mapping[str, int], case: Case) -> Outcome:
@@ -451,7 +543,7 @@ def _size(array: Array) -> int:
     return sum(4 + len(str(text).encode()) for text in array.ravel())
 
 
-_HOSTS: dict[str, Callable[[Path, contextlib.ExitStack, pytest.FixtureRequest], Asked]] = {
+_HOSTS: dict[str, Callable[[Place], Asked]] = {
     "embedded": partial(through_core, "embedded"),
     "shared": partial(through_core, "auto"),
     "triton": through_triton,
@@ -467,7 +559,7 @@ _HOSTS: dict[str, Callable[[Path, contextlib.ExitStack, pytest.FixtureRequest], 
         pytest.param(host, case, id=f"{host}, {case.name}")
         for host in HOSTS
         for case in CASES
-        if host not in case.without
+        if host not in case.without and not (host in ONE and case.model not in ONE_MODEL)
     ],
     indirect=["host"],
     scope="module",
@@ -487,19 +579,41 @@ def test_every_host_answers_alike(
         assert "/" not in outcome.text, "a path"
 
 
-@pytest.mark.parametrize("host", HOSTS, indirect=True, scope="module")
+@pytest.mark.parametrize("host", ["embedded", *SHARED], indirect=True, scope="module")
 def test_every_host_outlives_an_actor(
     host: Asked, expected: Callable[[Case], dict[str, Array]]
 ) -> None:
-    case = CASES[1]
     before = set(host.actors())
     assert before
     for pid in before:
         os.kill(pid, signal.SIGKILL)
+    assert_answers(host, expected)
+    assert not before & set(host.actors())
+
+
+@pytest.mark.parametrize("host", SHARED, indirect=True, scope="module")
+def test_every_host_outlives_its_runtime(
+    host: Asked, expected: Callable[[Case], dict[str, Array]]
+) -> None:
+    (before,) = daemon_pids(host.sockets)
+    os.kill(before, signal.SIGKILL)
+    assert_answers(host, expected)
+    assert daemon_pids(host.sockets) != [before]
+
+
+@pytest.mark.parametrize("host", INLINE, indirect=True, scope="module")
+def test_every_host_has_a_quick_model_in_itself(
+    host: Asked, expected: Callable[[Case], dict[str, Array]]
+) -> None:
+    assert_answers(host, expected)
+    assert not host.actors()
+
+
+def assert_answers(host: Asked, expected: Callable[[Case], dict[str, Array]]) -> None:
+    case = CASES[1]
     outcome = host.ask(case)
     assert outcome.status == 200, outcome.text
     check(outcome, expected(case))
-    assert not before & set(host.actors())
 
 
 def check(outcome: Outcome, right: Mapping[str, Array]) -> None:

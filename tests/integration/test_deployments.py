@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -563,6 +565,45 @@ def test_what_a_killed_daemon_served_the_next_one_serves_and_keeps_frozen(
     assert changes[:6] == ["load", "swap", "load", "route", "freeze", "restore"]
     assert changes[6:12] == ["load", "unfreeze", "freeze", "unfreeze", "swap", "rollback"]
     assert all(line["when"].endswith("+00:00") and line["by"] for line in lines)
+
+
+@pytest.mark.usefixtures("folder")
+def test_versions_that_change_in_a_shared_runtime_lose_and_mix_nothing_under_a_steady_load(
+    small: dict[float, Path],
+) -> None:
+    order = [2.0, 3.0, 5.0, 2.0]
+    asked, over = list[Future[lrai.InferenceResponse]](), threading.Event()
+
+    def load() -> None:
+        due = time.monotonic()
+        while not over.is_set():
+            number = len(asked) + 1
+            inputs = {"x": np.array([[number] * 3, [-number] * 3], np.float32)}
+            asked.append(runtime.start(lrai.InferenceRequest(model_name="m", inputs=inputs)))
+            due += 0.005
+            time.sleep(max(0.0, due - time.monotonic()))
+
+    def go_on() -> None:
+        known = len(asked)
+        wait_until(lambda: len(asked) > known + 40)
+
+    with lrai.Runtime.open(small[order[0]], address="auto", name="m") as runtime:
+        caller = threading.Thread(target=load)
+        caller.start()
+        try:
+            for times in order[1:]:
+                go_on()
+                runtime.swap("m", small[times])
+            go_on()
+        finally:
+            over.set()
+            caller.join()
+        answers = [future.result(30) for future in asked]
+    factors = {version(small[times]): times for times in order}
+    by = [factors[answer.model_version] for answer in answers]
+    assert [times for times, _ in itertools.groupby(by)] == order, "each after the one before"
+    for number, (times, answer) in enumerate(zip(by, answers, strict=True), 1):
+        assert answer.outputs["y"].tolist() == [[number * times] * 3, [-number * times] * 3]
 
 
 def test_what_was_used_longest_ago_makes_room(

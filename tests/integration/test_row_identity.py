@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lrai_core as lrai
+from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler import search
+from lrai_engines import forms
 from tests.integration.conftest import sentence
+from tests.tiny_models import token_model
 
 pytestmark = pytest.mark.server
 
@@ -85,3 +94,90 @@ def test_a_caller_gets_the_outputs_it_asked_for(runtime: lrai.Runtime) -> None:
     assert list(answer.outputs) == ["sentence_embedding"]
     assert answer.id == "mine"
     assert answer.parameters["variant"] == "fp32"
+
+
+@contextlib.contextmanager
+def at_once(runtime: lrai.Runtime) -> Iterator[None]:
+    """Have what is asked meanwhile wait, so that it shares calls."""
+    pids = [pid for model in runtime.models() for pid in model.actor_pids]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> lrai.Artifact:
+    folder = tmp_path_factory.mktemp("tokens")
+    return lrai.compile(token_model(folder / "tokens.onnx"), out=folder / "tokens.lrai", threads=1)
+
+
+@pytest.mark.parametrize("isolation", ["process", "inline"])
+def test_callers_that_share_a_call_get_the_outputs_that_each_asked_for(
+    tokens: lrai.Artifact, isolation: str
+) -> None:
+    wanted = [("mean",), ("tokens",), ("tokens", "mean"), ()] * 4
+    payloads = [sentence(np.random.default_rng(i), 1, 3 + i) for i in range(len(wanted))]
+    for payload in payloads:
+        payload["input_ids"] %= 100
+    requests = [
+        lrai.InferenceRequest(model_name="tokens", inputs=payload, outputs=names)
+        for payload, names in zip(payloads, wanted, strict=True)
+    ]
+    seen = list[lrai.Event]()
+    settings = {"actor.threads": 1, "actor.hang_seconds": 60, "actor.isolation": isolation}
+    config = lrai.load_config(call=settings)
+    with lrai.Runtime.open(tokens, config=config, observers=[seen.append]) as runtime:
+        with at_once(runtime):
+            started = runtime.start_all(requests)
+        answers = [one.result(60) if isinstance(one, Future) else one for one in started]
+    calls = [event.attributes["requests"] for event in seen if event.kind == "batch_dispatched"]
+    assert max(calls) > 4, "more than want the same"
+    session = onnxruntime.InferenceSession(tokens.path.with_suffix(".onnx"))
+    for answer, names, payload in zip(answers, wanted, payloads, strict=True):
+        assert isinstance(answer, lrai.InferenceResponse)
+        expected = dict(zip(("mean", "tokens"), session.run(None, payload), strict=True))
+        assert list(answer.outputs) == [*(names or expected)]
+        for name, array in answer.outputs.items():
+            np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_in_int8_is_the_same_alone_and_among_others(
+    classifier_rows: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = classifier_rows
+    made, evaluation = forms.forms, {name: array[:1500] for name, array in rows.items()}
+
+    def profile(candidates: Sequence[search.Candidate], *_: object) -> None:
+        for one in candidates:
+            ms = 0.1 if one.form == "int8-row" else 1.0
+            one.latency = [LatencyPoint(rows=1, length=0, median_ms=ms, spread_ms=0.0)]
+            one.speedup = 1 / ms
+
+    monkeypatch.setattr(search, "profile", profile)
+    monkeypatch.setattr(forms, "forms", lambda *what: {"int8-row": made(*what)["int8-row"]})
+    out = tmp_path / "classifier.lrai"
+    artifact = lrai.compile(model, out=out, evaluation=evaluation, threads=1)
+    variant = artifact.manifest.variant("int8-row")
+    assert artifact.manifest.chosen == variant.id
+    mates = rows["features"][:60] * np.where(np.arange(60) % 3, 1, 50)[:, None].astype(np.float32)
+    requests = [
+        lrai.InferenceRequest(model_name="classifier", inputs={"features": mate[None]})
+        for mate in mates
+    ]
+    config = lrai.load_config(call={"actor.threads": 1, "actor.hang_seconds": 60})
+    with lrai.Runtime.open(artifact, config=config) as runtime:
+        alone = [runtime.infer(request) for request in requests]
+        before = runtime.stats()["batch_dispatched"]
+        with at_once(runtime):
+            ids = [runtime.submit(request) for request in requests]
+        shared = [runtime.result(identity) for identity in ids]
+        calls = runtime.stats()["batch_dispatched"] - before
+    assert calls < len(mates) // 3, "so that most shared one"
+    assert {answer.parameters["variant"] for answer in (*alone, *shared)} == {"int8-row"}
+    for one, other in zip(alone, shared, strict=True):
+        apart = np.abs(one.outputs["logits"] - other.outputs["logits"]).max()
+        assert apart <= variant.batch_effect

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import lrai_core as lrai
 from benchmarks.models import requests
 from lrai_core.wire.messages import PROTOCOL_VERSION
+from tests.core import small_artifact
 from tests.integration.conftest import sentence
 
 pytestmark = pytest.mark.server
@@ -221,17 +222,23 @@ def test_a_crash_loop_is_stopped_and_reported(classifier_fp32: lrai.Artifact) ->
         assert runtime.ready() == "dead"
 
 
+def limited(tmp_path: Path, pid: int) -> str:
+    """Return an interpreter whose processes may take 200 MB more than one takes now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    used_kib = int(status.partition("VmSize:")[2].split()[0])
+    made = tmp_path / "limited"
+    made.write_text(f'#!/bin/sh\nulimit -v {used_kib + 200_000}\nexec {sys.executable} "$@"\n')
+    made.chmod(0o700)
+    return str(made)
+
+
 def test_a_call_that_memory_does_not_suffice_for_says_so_and_harms_no_other(
     minilm_fp32: lrai.Artifact, tmp_path: Path
 ) -> None:
     random = np.random.default_rng(0)
     with lrai.Runtime.open(minilm_fp32, config=config()) as runtime:
-        status = Path(f"/proc/{pid_of(runtime, 'minilm')}/status").read_text()
-    used_kib = int(status.partition("VmSize:")[2].split()[0])
-    limited = tmp_path / "python"
-    limited.write_text(f'#!/bin/sh\nulimit -v {used_kib + 200_000}\nexec {sys.executable} "$@"\n')
-    limited.chmod(0o700)
-    with lrai.Runtime.open(minilm_fp32, config=config(**{"actor.python": str(limited)})) as runtime:
+        interpreter = limited(tmp_path, pid_of(runtime, "minilm"))
+    with lrai.Runtime.open(minilm_fp32, config=config(**{"actor.python": interpreter})) as runtime:
         actor = pid_of(runtime, "minilm")
         large, small = (sentence(random, rows, length=128) for rows in (400, 2))
         with pytest.raises(lrai.ActorError, match=r"refused the request.*(alloc|memory)"):
@@ -239,6 +246,46 @@ def test_a_call_that_memory_does_not_suffice_for_says_so_and_harms_no_other(
         answer = runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
         assert answer.outputs["sentence_embedding"].shape == (2, 384)
         assert pid_of(runtime, "minilm") == actor
+
+
+def test_calls_that_memory_does_not_suffice_for_get_smaller_and_all_are_answered(
+    tmp_path: Path,
+) -> None:
+    artifact = small_artifact.build(tmp_path / "small.lrai", wide=500_000)  # 6 MB for a row
+    seen = list[lrai.Event]()
+
+    def threefold(number: int) -> lrai.InferenceRequest:
+        inputs = {"x": np.full((1, 3), number, np.float32)}
+        return lrai.InferenceRequest(model_name="small", inputs=inputs)
+
+    with lrai.Runtime.open(artifact, config=config()) as runtime:
+        runtime.infer(threefold(0))
+        interpreter = limited(tmp_path, pid_of(runtime, "small"))
+    settings = config(**{"actor.python": interpreter, "actor.hang_seconds": 60})
+    with lrai.Runtime.open(artifact, config=settings, observers=[seen.append]) as runtime:
+        actor = pid_of(runtime, "small")
+        for _ in range(2):
+            before = dispatched(runtime)
+            kill(actor, signal.SIGSTOP)
+            ids = [runtime.submit(threefold(0))]
+            wait_until(lambda before=before: dispatched(runtime) > before)  # type: ignore[misc]
+            ids += [runtime.submit(threefold(number)) for number in range(1, 41)]
+            kill(actor, signal.SIGCONT)
+            answers = [runtime.result(identity).outputs["y"].tolist() for identity in ids]
+            assert answers == [[[2 * number] * 3] for number in range(41)]
+        assert pid_of(runtime, "small") == actor
+        assert runtime.stats()["limit_unreachable"] == 1
+        count = dispatched(runtime)
+        wait_until(lambda: len(sizes(seen)) == count)  # observers hear of it later
+    called = sizes(seen)
+    largest = called.index(max(called))
+    assert called[largest] > 34, "more than there is memory for"
+    assert max(called[largest + 1 :]) == called[largest] // 2
+
+
+def sizes(seen: Sequence[lrai.Event]) -> list[int]:
+    """Return the rows of each call that was made."""
+    return [event.attributes["rows"] for event in seen if event.kind == "batch_dispatched"]
 
 
 def dispatched(runtime: lrai.Runtime) -> int:

@@ -161,6 +161,34 @@ def test_a_death_is_told_as_what_it_was(bench: Bench, status: int, how: str) -> 
     assert not lost.killed
 
 
+@pytest.mark.parametrize(("more", "says"), [(0, False), (1, True)])
+def test_a_death_at_which_the_kernel_killed_for_memory_says_so(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int, says: bool
+) -> None:
+    told = tmp_path / "memory.events"
+    monkeypatch.setattr(module, "_MEMORY", told)
+
+    def count(kills: int) -> None:
+        told.write_text(f"low 0\nmax 9\noom 4\noom_kill {kills}\noom_group_kill 0\n")
+
+    count(3)
+    bench.process.kill()  # the next one begins with this count
+    bench.poll()
+    while bench.pool.state("m")[0] == "waiting":
+        bench.poll(1.0)
+    bench.hear(Hello(PROTOCOL_VERSION))
+    bench.hear(Ready(0.1))
+    bench.dispatch(1)
+    count(3 + more)
+    bench.process.kill()
+    (lost,) = bench.poll()
+    assert isinstance(lost, Lost)
+    assert lost.killed
+    why = "the model's process ended with signal SIGKILL"
+    more_words = " (memory has run out since it was started: oom_kill)"
+    assert lost.message == why + more_words * says
+
+
 def test_who_waits_for_an_actor_that_is_removed_is_told(bench: Bench) -> None:
     loaded: Future[None] = Future()
     bench.pool.add("n", LOAD, loaded)
