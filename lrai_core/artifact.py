@@ -34,6 +34,7 @@ MANIFEST: Final = "manifest.json"
 QUANTIZATION_LOG: Final = "quantization.jsonl"
 CERTIFICATES: Final = "certificates"
 EVALUATION: Final = "evaluation.msgpack.gz"
+LABELS: Final = "labels.jsonl"  # of its rows: the columns, then theirs of each
 _PLAIN: Final = "an artifact holds plain files only"
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 _REFUSALS: Final = frozenset(

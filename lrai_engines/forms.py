@@ -20,7 +20,7 @@ from lrai_engines.kept import Kept
 from lrai_engines.mixed import mixed_int4
 from lrai_engines.quantize import NothingToQuantize
 from lrai_engines.smooth import ROW, STATIC, SmoothForms
-from lrai_engines.static import StaticForms, goes_undefined, undefined_stays
+from lrai_engines.static import StaticForms, attends, goes_undefined, undefined_stays
 
 # Per cent of the harm that is kept closer:
 _BY_ROW: Final = (30, 60)  # with a scale per row, where the others have static scales
@@ -60,6 +60,7 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
         },
         "int8-static": partial(static.build, share=0),
         **{f"int8-static-{kept}": partial(static.build, share=kept / 100) for kept in _KEPT},
+        "int8-smooth-static": partial(joint, smooth, static, STATIC),
         "int8-block32": partial(matmul_nbits, block_size=32),
         "int8-block128": partial(matmul_nbits, block_size=128),
         **{
@@ -69,10 +70,28 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
     }
 
 
+def joint(
+    smooth: SmoothForms, static: StaticForms, scheme: str, model: onnx.ModelProto, share: float = 0
+) -> Made:
+    """Return a network of convolutions and attention in int8: matrices smoothed, the others static.
+
+    Answers to what is no number are left to the caller. `share`: as of `StaticForms.build`.
+
+    Raises:
+        NothingToQuantize: It has not both.
+        CompileError: See `StaticForms.build` and `SmoothForms.build`.
+    """
+    if not attends(model):
+        raise NothingToQuantize("without attention, its matrices have static scales, too")
+    made, convolved = static.build(model, share=share, guarded=False)
+    made, report = smooth.build(model, scheme=scheme, convolved=made)
+    return made, [line for line in convolved if line.weight_elements] + report
+
+
 class OnnxRuntimeForms:
     """Builds them; see `Builder`."""
 
-    steps = 19 * len(fusion.DISABLEABLE)
+    steps = 20 * len(fusion.DISABLEABLE)
 
     def __init__(self, engine: Engine) -> None:
         """Build for an engine."""

@@ -8,7 +8,7 @@ in float32 of these is computed in bf16 where the CPU has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from onnx.shape_inference import InferenceError, infer_shapes
 
 from lrai_core.compiler.search import Built, Material, Reject, Sample
 from lrai_core.errors import CompileError
-from lrai_engines.forms import Build, Made, int8, standard
+from lrai_engines.forms import Build, Made, int8, joint, standard
 from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import NothingToQuantize, constants, read, weights_int8
@@ -73,7 +73,7 @@ _FORMS: Final = {
 class OpenVinoForms:
     """Builds them; see `Builder`."""
 
-    steps = len(_FORMS) + 2 * len(_KEPT)
+    steps = len(_FORMS) + 2 * len(_KEPT) + 1
 
     def __init__(self, engine: OpenVino) -> None:
         """Build for an engine."""
@@ -133,17 +133,20 @@ class OpenVinoForms:
 def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str, _Form]:
     """Return those whose scales are found before; `rest`: how what stays float32 is computed."""
     smooth, static = int8(material, sample)
+    both = partial(joint, smooth, static, QDQ)
 
-    def convolved(model: onnx.ModelProto, share: float) -> Made:
+    def convolved(
+        model: onnx.ModelProto, share: float, build: Callable[..., Made] = static.build
+    ) -> Made:
         clips = (node for node in model.graph.node if node.op_type == "Clip")
-        made, operators = static.build(model, share=share)
+        made, operators = build(model, share=share)
         return signed(made, [node.output[0] for node in clips]), operators
 
     return {
         name + f"-{kept}" * bool(kept): _Form("int8", rest, partial(build, share=kept / 100))
         for name, build in ((_STATIC, convolved), (_SMOOTH, partial(smooth.build, scheme=QDQ)))
         for kept in _KEPT
-    }
+    } | {f"{_SMOOTH}-static": _Form("int8", rest, partial(convolved, share=0, build=both))}
 
 
 def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:

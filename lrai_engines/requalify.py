@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
+import numpy as np
 import typer
-from msgspec import MsgspecError, Struct, json
+from msgspec import Meta, MsgspecError, Struct, json
 from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -32,9 +33,9 @@ from lrai_core import (
     certificates,
     load_config,
 )
-from lrai_core.artifact import QUANTIZATION_LOG, Manifest, Target, Variant
+from lrai_core.artifact import LABELS, QUANTIZATION_LOG, Manifest, Target, Variant
 from lrai_core.compiler import gate, search
-from lrai_core.compiler.gate import Conditions, Judged
+from lrai_core.compiler.gate import Conditions, Judged, Metric
 from lrai_core.compiler.search import Candidate
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
@@ -47,8 +48,11 @@ from lrai_deployments.measured import keep
 out: Final = Console(highlight=False, markup=False, emoji=False)
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 _CELL: Final = 200
+_MOST_BYTES: Final = 256 << 20  # of a file that is read line by line
+_Share = Annotated[float, Meta(gt=0, lt=1)]
 
 Report = Callable[[str, int, int], None]  # what is done, how far, of how much
+Line = TypeVar("Line")
 
 
 @dataclass(slots=True)
@@ -73,6 +77,9 @@ class _Event(Struct, frozen=True):
     event: str
     form: str = ""
     gap: float = 0.0
+    metric: Metric = "top1"
+    max_accuracy_loss: _Share = 0.01
+    max_disparity: _Share = 0.01
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -87,9 +94,10 @@ def command(
 ) -> None:
     """Measure and judge every variant on this machine, and have the best that is right here serve.
 
-    It is judged on the rows that the artifact kept, by agreement with the source model and by the
-    closeness that was demanded. What is found is kept in runtime.state_dir, the artifact stays as
-    it is; what is loaded from now on goes by it. Exit 3: no variant is better than fp32.
+    It is judged on the rows that the artifact kept, as it was where it was compiled: by labels and
+    groups, or by agreement with the source model, and by the closeness that was demanded. What is
+    found is kept in runtime.state_dir, the artifact stays as it is; what is loaded from now on goes
+    by it. Exit 3: no variant is better than fp32.
     """
     artifact = Artifact.open(path)
     with Progress(
@@ -134,9 +142,9 @@ def command(
 def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *_: None) -> Found:
     """Return what gate and timing say of an artifact's variants on this machine.
 
-    They are judged by agreement and by what was demanded of closeness, from the one on that was
-    closest on the search rows at home: one that passes leaves its part of the error to the next.
-    What was compiled with groups of people is not judged: the rows do not say who is who.
+    They are judged as at home, by what the log says was demanded there, from the one on that was
+    closest on the search rows: one that passes leaves its part of the error to the next. Where no
+    labels and groups were kept agreement judges, and nothing that was judged by groups.
 
     Args:
         artifact: Its files are as the manifest says.
@@ -147,21 +155,21 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     Raises:
         UsageError: It kept no rows to judge with, or is slim: it has nothing to compare with.
         CalibrationError: It kept too few of them.
-        ArtifactError: Its rows or its log cannot be read.
+        ArtifactError: Its rows, their labels or its log cannot be read.
     """
-    manifest, rows = artifact.manifest, evaluation(artifact)
+    manifest, rows = artifact.manifest, _rows(artifact)
     signature = manifest.signature
     source = artifact.file(manifest.source.file)
     if not len(rows):
         raise UsageError("the artifact kept no evaluation rows: compile it with --evaluation")
-    epsilon, delta = manifest.demanded or (None, 0.01)
-    conditions = Conditions(epsilon=epsilon, delta=delta)
+    log = _lines(artifact, QUANTIZATION_LOG, _Event)
+    conditions = _demanded(log, manifest, rows)
     gate.check_row_count(rows, conditions, 0)
     engine = find_engine("onnxruntime")
     calls = search.Calls(signature, rows.inputs, search.points(signature, rows.inputs))
     threads = threads or _threads(engine.load(source, threads=1, optimise=True), calls)
     plain = engine.load(source, threads=threads, optimise=True)
-    there, verdicts = _those_that_run(artifact, threads, calls)
+    there, verdicts = _those_that_run(artifact, log, threads, calls)
     candidates = [_candidate("fp32", source, plain, engine), *there]
     tick = _ticking(report, "measure", 2 * search.ROUNDS)
     given = candidates, calls, tick
@@ -181,7 +189,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     for candidate in candidates[1:]:
         form, fp32 = candidate.form, candidate.form == "fp32"
         home = manifest.variant(form).gate
-        if home and home.disparities and not fp32:
+        if home and home.disparities and not (fp32 or rows.groups):
             verdicts[form] = "groups can only be judged at home"
             continue
         chance += 0.0 if fp32 else next(left)
@@ -212,11 +220,13 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
 
 
 def _those_that_run(
-    artifact: Artifact, threads: int, calls: search.Calls
+    artifact: Artifact, log: Sequence[_Event], threads: int, calls: search.Calls
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Return what runs here of one row and of several, the closest first, and why others do not."""
     candidates, verdicts = list[Candidate](), dict[str, str]()
-    for variant in sorted(artifact.manifest.variants, key=_closeness(artifact)):
+    searched = (event for event in reversed(log) if event.event == "searched")
+    gaps = {event.form.partition(" ")[0]: event.gap for event in searched} | {"fp32": -1.0}
+    for variant in sorted(artifact.manifest.variants, key=lambda one: gaps.get(one.id, math.inf)):
         try:
             candidates.append(_loaded(artifact, variant, threads, calls.rows[0]))
         except (LraiError, ValueError) as error:
@@ -231,23 +241,50 @@ def _threads(alone: Session, calls: search.Calls) -> int:
     return 1 if search.is_short(alone, calls) else available_cpus()
 
 
-def _closeness(artifact: Artifact) -> Callable[[Variant], float]:
-    """Return by what variants are ordered: how far each was on the search rows at home.
+def _lines(artifact: Artifact, name: str, kind: type[Line]) -> list[Line]:
+    """Return the lines of a file, none where the artifact has no such file.
 
     Raises:
-        ArtifactError: The log, which says that, cannot be read.
+        ArtifactError: It cannot be read, or is too large.
     """
-    gaps: dict[str, float] = {"fp32": -1.0}
-    if QUANTIZATION_LOG in artifact.manifest.files:
-        lines = artifact.file(QUANTIZATION_LOG).read_bytes().splitlines()
-        try:
-            events = [json.decode(line, type=_Event) for line in lines]
-        except (MsgspecError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{QUANTIZATION_LOG} cannot be read: {error}") from None
-        for event in events:
-            if event.event == "searched":
-                gaps.setdefault(event.form.partition(" ")[0], event.gap)
-    return lambda variant: gaps.get(variant.id, math.inf)
+    if (entry := artifact.manifest.files.get(name)) is None:
+        return []
+    try:
+        if entry.size_bytes > _MOST_BYTES:
+            raise ValueError(f"it is over {_MOST_BYTES >> 20} MB")
+        lines = artifact.file(name).read_bytes().splitlines()
+        return [json.decode(line, type=kind) for line in lines]
+    except (MsgspecError, ValueError) as error:
+        raise ArtifactError(f"{name} cannot be read: {error}") from None
+
+
+def _rows(artifact: Artifact) -> Rows:
+    """Return the rows that were kept, with what was kept of their labels and groups.
+
+    Raises:
+        VerificationError: The rows cannot be read.
+        ArtifactError: The labels cannot, or are those of other rows.
+    """
+    rows = evaluation(artifact)
+    inputs, lines = list(rows.inputs), _lines(artifact, LABELS, list[int | str])
+    if not lines:
+        return Rows(inputs, None, rows.hashes)
+    try:
+        if len(lines) != len(rows) + 1:
+            raise ValueError(f"{len(lines) - 1} lines of {len(rows)} rows")
+        (_, *labels), *columns = zip(*lines, strict=True)
+        groups = {str(name): np.array([*map(str, own)], object) for name, *own in columns}
+        return Rows(inputs, np.array(labels, np.int64), rows.hashes, groups)
+    except (ValueError, OverflowError) as error:
+        raise ArtifactError(f"{LABELS} cannot be read: {error}") from None
+
+
+def _demanded(log: Sequence[_Event], manifest: Manifest, rows: Rows) -> Conditions:
+    """Return what was demanded at home; where the log does not say that, what is by default."""
+    told = next((event for event in log if event.event == "decision"), _Event("decision"))
+    epsilon, delta = manifest.demanded or (None, 0.01)
+    groups, most = tuple(rows.groups), told.max_disparity
+    return Conditions(told.metric, told.max_accuracy_loss, epsilon, delta, groups, most)
 
 
 def _serving(right: Sequence[Candidate], manifest: Manifest) -> list[str]:
@@ -301,6 +338,7 @@ def _manifest(
 
 def _measured(variant: Variant, candidate: Candidate, judged: Judged) -> Variant:
     labels = variant.gate is not None and variant.gate.accuracy_loss is not None
+    labels = labels and judged.result.accuracy_loss is None
     home = "; accuracy was judged at home" if labels else ""
     return replace(
         variant,

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -83,6 +84,11 @@ def switched_on(
 def finite(array: Array) -> bool:
     """Return whether it holds numbers alone."""
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def numbers(sample: Sample, most: int) -> list[list[Array]]:
+    """Return the first rows that hold numbers alone; no others are read."""
+    return list(islice((row for row in sample.rows if all(map(finite, row))), most))
 
 
 def opened(model: onnx.ModelProto, threads: int) -> Session:

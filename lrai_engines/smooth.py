@@ -42,7 +42,7 @@ from lrai_engines.quantize import (
     read,
     rewrite,
 )
-from lrai_engines.sensitivity import LARGEST, finite, harms, opened
+from lrai_engines.sensitivity import LARGEST, finite, harms, numbers, opened
 
 ROW: Final = "row"
 STATIC: Final = "static"
@@ -56,6 +56,9 @@ _JUDGED: Final = 32  # of them, for each strength
 _SECONDS: Final = 10.0  # for the first, and about that for the second
 _LEVELS: Final = 255
 _INPUTS: Final = 5  # of a product as `int8_static` writes it
+_ROUNDED: Final = (
+    "_DequantizeLinear_Output"  # what onnxruntime's quantiser calls what it has rounded
+)
 _FAULTS: Final = (ArtifactError, CompileError, EngineError, EncodeError, MemoryError, ValueError)
 _SMALLEST, _LARGEST = 1e-20, 1e30  # of a step, and of a weight: beyond, float32 has too few
 
@@ -77,7 +80,12 @@ class SmoothForms:
         self._tried: dict[tuple[str, frozenset[str]], float] = {}
 
     def build(
-        self, model: onnx.ModelProto, *, scheme: str, share: float = 0.0
+        self,
+        model: onnx.ModelProto,
+        *,
+        scheme: str,
+        share: float = 0.0,
+        convolved: onnx.ModelProto | None = None,
     ) -> tuple[onnx.ModelProto, list[Quantized]]:
         """Return `model` in int8, but closer where this share of the harm is done.
 
@@ -88,6 +96,7 @@ class SmoothForms:
                 sample, and gives what harms most a scale per row. `QDQ` is that in the standard's
                 operators, and leaves what harms most in float32.
             share: Of the harm, 0 or more, below 1.
+            convolved: `model` as `static_int8` makes it beside attention: what is rewritten then.
 
         Raises:
             NothingToQuantize: No operator qualifies, all would be kept closer, or the same as
@@ -96,7 +105,7 @@ class SmoothForms:
         """
         emit = self._emit(model, scheme)
         if not share:
-            return _with_biases(*rewrite(model, emit))
+            return _with_biases(*rewrite(convolved or model, emit))
         known = self.harms(model)
         keep = worst(known, {one.weight: one.matrix.size for one in linears(model)}, share)
         if len(keep) in (0, len(known)):
@@ -177,7 +186,7 @@ def smoothings(
         peaks[layer.activation] = np.maximum(own, peaks.get(layer.activation, own))
     if not peaks:
         raise NothingToQuantize("no MatMul or Gemm has a constant float32 matrix")
-    rows = [row for row in sample.rows if all(map(finite, row))][:_MOST]
+    rows = numbers(sample, _MOST)
     if len(rows) < _FEWEST:
         raise CompileError(
             f"of {len(sample.rows)} rows {len(rows)} are finite, {_FEWEST} are needed"
@@ -295,7 +304,7 @@ def _smoothing_of(
 
 def _smoothed(graph: Graph, layer: Linear, *, by: Mapping[str, Smoothing], scheme: str) -> str:
     """Write a layer in int8; where its activation was not seen, as int8 can without."""
-    smoothing = by.get(layer.activation)
+    smoothing = by.get(layer.activation.removesuffix(_ROUNDED))
     if smoothing is None:
         return _float32(graph, layer) if scheme == QDQ else int8_per_row(graph, layer)
     if scheme == ROW:

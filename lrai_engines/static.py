@@ -2,7 +2,8 @@
 
 Activations get a scale per tensor that is found before, on a sample. A convolution's output has few
 outliers and its weights many elements, so that costs little closeness and no time when it runs; of
-transformers neither is true, and they have forms of their own.
+transformers neither is true, and they have forms of their own: beside attention convolutions alone
+are quantised here.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from lrai_engines.quantize import (
     read,
     relative_error,
 )  # fmt: skip
-from lrai_engines.sensitivity import finite
+from lrai_engines.sensitivity import numbers
 from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
 Pairs = frozenset[tuple[str, str]]  # of an input and an output
@@ -78,11 +79,17 @@ class StaticForms:
         self._failed = ""
 
     def build(
-        self, model: onnx.ModelProto, *, share: float
+        self, model: onnx.ModelProto, *, share: float, guarded: bool = True
     ) -> tuple[onnx.ModelProto, list[Quantized]]:
         """Return `model` in int8, but for the operators that do this share of the harm.
 
         Of those that do as much for their work the fewest stay in float32.
+
+        Args:
+            model: See `static_int8`.
+            share: 0 or more, below 1.
+            guarded: Rows that hold what is no number are answered as float32 answers them; else
+                that is left to the caller.
 
         Raises:
             NothingToQuantize: See `static_int8`; or the same as before would be made.
@@ -90,7 +97,8 @@ class StaticForms:
         """
         if self._guard is None:
             self._guard = goes_undefined(model, self._sample)
-        make = partial(static_int8, model, self._sample, ranges=self._ranges, guard=self._guard)
+        guard = self._guard if guarded else frozenset()
+        make = partial(static_int8, model, self._sample, ranges=self._ranges, guard=guard)
         if not share:
             return make()
         if self._failed:
@@ -124,8 +132,8 @@ def static_int8(
     """Return `model` with QuantizeLinear and DequantizeLinear around what onnxruntime can quantise.
 
     Weights are int8 with a scale per output channel, activations uint8 from the least to the
-    largest value seen; what the last products give is float32. On CPUs without VNNI or AMX weights
-    have 7 bits.
+    largest value seen; what the last products give is float32. Where activations are multiplied
+    with one another convolutions alone are int8. On CPUs without VNNI or AMX weights have 7 bits.
 
     Args:
         model: Standard operators, weights inline, opset 13 or later. Not modified.
@@ -139,8 +147,8 @@ def static_int8(
             it is NaN here: the row times noughts is added to it.
 
     Raises:
-        NothingToQuantize: It multiplies activations with one another, as transformers do, or all
-            that there is was left out; or it is quantised already.
+        NothingToQuantize: It multiplies activations with one another, as transformers do, and has
+            no convolution, or all that there is was left out; or it is quantised already.
         CompileError: The quantiser cannot do it, or the model does not run on the sample.
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
@@ -150,10 +158,12 @@ def static_int8(
     marked = _named(model)
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     weighted = [node for node in marked.graph.node if node.op_type in WEIGHTED]
-    constants = {tensor.name for tensor in marked.graph.initializer}
-    if any(node.op_type == "MatMul" and node.input[1] not in constants for node in weighted):
-        raise NothingToQuantize("static scales are not for what multiplies activations")
-    rows = [row for row in sample.rows if all(map(finite, row))][:_MOST]
+    if attends(model):
+        products = {node.name for node in weighted if node.op_type in _PRODUCTS}
+        if len(products) == len(weighted):
+            raise NothingToQuantize("static scales are not for what multiplies activations")
+        keep = products.union(keep)
+    rows = numbers(sample, _MOST)
     if not rows:
         raise CompileError("no row to see activations of: none is there, or none is finite")
     with tempfile.TemporaryDirectory(prefix="lrai-static-") as folder:
@@ -192,6 +202,12 @@ def _is_quantised(model: onnx.ModelProto) -> bool:
     others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
     found = {node.output[0] for node in others if node.op_type == _ROUNDING[1]}
     return any(n.op_type == _ROUNDING[0] or not found.isdisjoint(n.input) for n in others)
+
+
+def attends(model: onnx.ModelProto) -> bool:
+    """Return whether activations are multiplied with one another, as attention does."""
+    known = {tensor.name for tensor in model.graph.initializer}
+    return any(n.op_type == "MatMul" and n.input[1] not in known for n in model.graph.node)
 
 
 def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelProto:

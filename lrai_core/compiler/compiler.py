@@ -114,8 +114,9 @@ def compile(
             need them where it serves; where they are not, the next variant that can serves.
         threads: Engine threads to measure with; 0 for the CPUs that there are, or one where all
             calls take less than 2 ms, as it is served then.
-        keep_evaluation: Gate rows to keep in the artifact, for certificates and for measuring it
-            elsewhere; by default as many as fit 16 MiB, at most what fit 256 MiB.
+        keep_evaluation: Gate rows to keep in the artifact, with their labels and groups, for
+            certificates and for measuring it elsewhere; by default as many as fit 16 MiB, at most
+            what fit 256 MiB.
         seed: Of the split of the evaluation rows.
         minutes: About how long it may take, the best so far is kept then: a quarter of it serves to
             make forms, half of it is gone when they have been measured, in three rounds at least.
@@ -415,7 +416,7 @@ class _Compilation:
         shutil.rmtree(self.folder / ".scratch", ignore_errors=self.scratch.parent != self.folder)
         chosen = variants[0]
         asked, engine, isa, threads = self.conditions, self.engine, isa_class(), self.threads
-        self._record("decision", chosen=chosen.id, why=chosen.why)
+        self._record("decision", chosen=chosen.id, why=chosen.why, **asdict(asked))
         first, *others = [candidate for candidate, _ in self.kept]
         beside = [] if self.objective == "memory" else search.beside(first, others)
         together = tuple(one.form for one in beside)
@@ -431,6 +432,10 @@ class _Compilation:
         if self.gate is not None:
             # What a certificate speaks of can be run again: rows that are not kept do not count.
             self.gate = save_rows(self.folder / store.EVALUATION, self.gate, keep_evaluation)
+            if self.gate.labels is not None:
+                columns = [c.tolist() for c in (self.gate.labels, *self.gate.groups.values())]
+                lines = [["label", *self.gate.groups], *zip(*columns, strict=True)]
+                store.write_lines(self.folder / store.LABELS, lines)
         target = Target(isa=isa, engine=engine.name, engine_version=engine.version, threads=threads)
         store.write_manifest(
             self.folder,

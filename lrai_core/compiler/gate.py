@@ -94,7 +94,7 @@ class Judged:
 def run_alone(session: Session, rows: Rows, threads: int, tick: Tick) -> Outputs:
     """Return the outputs of every row, each run by itself without padding."""
     outputs = []
-    for own in on_all_cpus(session.run, rows.inputs, threads):
+    for own in on_all_cpus(lambda i: session.run(rows.inputs[i]), range(len(rows)), threads):
         outputs.append(own)
         tick()
     return outputs
@@ -109,11 +109,13 @@ def run(
     """
     runs = [run_alone(session, rows, threads, tick)]
     if signature.coalescible:
-        batched: Outputs = [[] for _ in rows.inputs]
+        batched: Outputs = [[]] * len(rows)
         batches = list(shuffled_batches(rows.inputs, signature))
-        together = partial(run_together, session, signature=signature)
-        mates = ([rows.inputs[i] for i in batch] for batch in batches)
-        for batch, outputs in zip(batches, on_all_cpus(together, mates, threads), strict=True):
+
+        def together(batch: list[int]) -> Outputs:
+            return run_together(session, [rows.inputs[i] for i in batch], signature)
+
+        for batch, outputs in zip(batches, on_all_cpus(together, batches, threads), strict=True):
             for index, own in zip(batch, outputs, strict=True):
                 batched[index] = own
                 tick()

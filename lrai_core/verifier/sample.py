@@ -7,11 +7,13 @@ import hashlib
 import tokenize
 import zipfile
 import zlib
+from collections import UserList
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, BinaryIO, Final
 
 import msgspec
 import numpy as np
@@ -35,6 +37,17 @@ _Stored = tuple[tuple[tuple[int, ...], bytes], ...]  # an empty tuple takes no m
 _AtMost = Annotated[tuple[_Stored, ...], msgspec.Meta(max_length=_KEPT_ROWS)]
 
 
+class _Read(UserList[Any]):
+    """Rows that are read when they are taken: those of a file may be too many for memory.
+
+    In `data` is what reads each.
+    """
+
+    def __getitem__(self, at: Any) -> Any:
+        """Return a row, or the rows of a slice, which are not read yet."""
+        return _Read(self.data[at]) if isinstance(at, slice) else self.data[at]()
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Single-row inputs, each without the padding that its length axis makes superfluous.
@@ -46,7 +59,7 @@ class Rows:
         groups: By column of groups the group of each row.
     """
 
-    inputs: list[list[Array]]
+    inputs: list[list[Array]] | _Read
     labels: Array | None
     hashes: list[bytes]
     groups: dict[str, Array] = field(default_factory=dict)
@@ -60,8 +73,8 @@ class Rows:
         chosen = list(indices)
         labels = None if self.labels is None else self.labels[chosen]
         groups = {name: column[chosen] for name, column in self.groups.items()}
-        inputs, hashes = [self.inputs[i] for i in chosen], [self.hashes[i] for i in chosen]
-        return Rows(inputs, labels, hashes, groups)
+        inputs = type(self.inputs)([getattr(self.inputs, "data", self.inputs)[i] for i in chosen])
+        return Rows(inputs, labels, [self.hashes[i] for i in chosen], groups)
 
 
 def read_rows(
@@ -89,7 +102,7 @@ def read_rows(
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iub"):
         got = f"{labels.dtype} {list(labels.shape)}: leave it out to judge by agreement with fp32"
         raise CalibrationError(f"{what}: {LABEL!r} must be one integer per row, is {got}")
-    columns = {spec.name: _column(arrays[spec.name], spec, what) for spec in signature.inputs}
+    columns = {s.name: _column(arrays[s.name], s, what) for s in signature.inputs}
     given = ({name: column[i, ...] for name, column in columns.items()} for i in range(*counts))
     told = {name: _groups(arrays[name], name, what) for name in groups}
     return _distinct(given, labels, signature, what, told)
@@ -148,15 +161,16 @@ def _load(data: Data, names: list[str], what: str) -> dict[str, Array]:
             return {names[0]: np.asarray(np.lib.format.open_memmap(path, mode="r"))}
         if path.suffix == ".npz":
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                return _named(archive, names, what)
+                given = _named(dict.fromkeys(archive), names, what)  # before any is unpacked
+                return {name: _member(archive, name, stream) for name in given}
     except _UNREADABLE as error:
         why = shorten(str(error), 200)
         raise CalibrationError(f"{what}: {path.name} cannot be read: {why}") from None
     raise CalibrationError(f"{what}: {path.name}: .npz is needed (.npy for a model with one input)")
 
 
-def _named(arrays: Mapping[str, Array], names: list[str], what: str) -> dict[str, Array]:
-    """Return all arrays if they have the right names; of an archive, none is unpacked before."""
+def _named(arrays: Mapping[str, Any], names: list[str], what: str) -> dict[str, Array]:
+    """Return all arrays if they have the right names."""
     if not set(arrays) ^ set(names) <= {LABEL}.difference(names):
         got = shorten(", ".join(map(repr, arrays)), 150) or "nothing"
         need = shorten(", ".join(map(repr, names)), 150)
@@ -164,14 +178,27 @@ def _named(arrays: Mapping[str, Array], names: list[str], what: str) -> dict[str
     return dict(arrays)
 
 
+def _member(archive: Any, name: str, stream: BinaryIO) -> Array:
+    """Return an array of an archive: mapped, where it is stored as it is."""
+    if (info := archive.zip.NameToInfo.get(f"{name}.npy")) is None or info.compress_type:
+        return np.asarray(archive[name])
+    stream.seek(info.header_offset + 26)  # the lengths of its name, and of what follows that
+    start = info.header_offset + 30 + int(np.frombuffer(stream.read(4), "<u2").sum())
+    whole = np.asarray(np.memmap(stream, np.uint8, "r", start, (info.file_size,)))
+    if zlib.crc32(whole.data) != info.CRC:
+        raise zipfile.BadZipFile(f"{name} has changed since it was written")
+    stream.seek(start + np.lib.format.MAGIC_LEN)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return whole[stream.tell() - start :].view(dtype).reshape(shape, order="F" if fortran else "C")
+
+
 def _column(array: Array, spec: TensorSpec, what: str) -> Array:
-    """Return rows along a new first axis, in the declared datatype if only rounding is lost.
+    """Return rows along a new first axis.
 
     Raises:
         CalibrationError: They lack an axis, and it is not clear that it is the batch: where steps
             come first, each row would be one step of a batch of steps.
     """
-    rows = array
     if array.ndim == len(spec.shape):
         first, *others = spec.shape
         unclear = isinstance(first, str) and "batch" not in first.lower()
@@ -181,14 +208,19 @@ def _column(array: Array, spec: TensorSpec, what: str) -> Array:
             yes = f"to be the batch: if it is, [inputs.{name}] in --axes FILE says batch = 0"
             no = f"if not, {len(array)} rows of [{shape}] are needed, and that table empty"
             raise CalibrationError(f"{got} {yes}; {no}")
-        rows = array[:, np.newaxis]
+        return array[:, np.newaxis]
+    return array
+
+
+def _fitted(row: Any, spec: TensorSpec) -> Any:
+    """Return an array in the declared datatype if only rounding is lost; else as it is."""
     wanted = protocol.DATATYPES[spec.datatype]
-    floats = rows.dtype.kind == wanted.kind == "f"
-    if not floats and not (rows.dtype.kind in "biu" and wanted.kind in "biu"):
-        return rows
+    kinds = {wanted.kind, "" if isinstance(row, Tensor) else row.dtype.kind}
+    if kinds != {"f"} and not kinds <= set("biu"):
+        return row
     with np.errstate(over="ignore"):  # what does not fit becomes infinity, and is refused
-        converted = rows.astype(wanted, copy=False)
-    return converted if floats or (converted == rows).all() else rows
+        converted = np.require(row, wanted, ["A"])
+    return converted if kinds == {"f"} or (converted == row).all() else row
 
 
 def _groups(column: Array, name: str, what: str) -> Array:
@@ -215,14 +247,19 @@ def _distinct(
     Raises:
         CalibrationError: The model does not take a row.
     """
-    inputs = []
+    inputs, hashes = _Read(), list[bytes]()
+
+    def read(row: Mapping[str, Any]) -> list[Array]:
+        fitted = {s.name: _fitted(row[s.name], s) for s in signature.inputs}
+        request = protocol.InferenceRequest(model_name="", inputs=fitted)
+        return _trim(validate(request, signature, _ONE_ROW).arrays, signature)
+
     for i, row in enumerate(given):
-        request = protocol.InferenceRequest(model_name="", inputs=row)
         try:
-            inputs.append(_trim(validate(request, signature, _ONE_ROW).arrays, signature))
+            hashes.append(hashlib.sha256(_encode(read(row))).digest())
         except RequestError as error:
             raise CalibrationError(f"{what}: row {i}: {shorten(str(error), 200)}") from None
-    hashes = [hashlib.sha256(_encode(row)).digest() for row in inputs]
+        inputs.data.append(partial(read, row))
     first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
     rows = Rows(inputs, labels, hashes, groups or {}).take(sorted(first.values()))
     return rows, len(inputs) - len(rows)

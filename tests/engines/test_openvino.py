@@ -40,7 +40,7 @@ from tests.core.small_artifact import rewrite
 from tests.engines.test_sensitivity import sample as layered_sample
 from tests.engines.test_sensitivity import three_layers
 from tests.engines.test_smooth import sample_of, two_layers, uneven
-from tests.engines.test_static import images, network
+from tests.engines.test_static import attending, images, network
 from tests.engines.test_static import sample as images_sample
 
 OURS = OpenVino()
@@ -136,6 +136,25 @@ def test_static_int8_is_made_of_convolutions_and_keeps_what_is_no_number(tmp_pat
         assert np.isnan(own[1]).all()
         assert np.array_equal(own[::2], found[::2])
     assert 0 < far["openvino-int8-static-50"] < far["openvino-int8-static"] < 0.1
+
+
+def test_beside_attention_convolutions_are_static_int8_and_matrices_smoothed(
+    tmp_path: Path,
+) -> None:
+    given = replace(material(attending(), tmp_path), sample=images_sample())
+    built = {b.form: b for b in FORMS.build(given, lambda *_: None)}
+    x = images(5, 2)
+    right = reference(attending(), x)[0]
+    for form, int8 in (("openvino-int8-static", 2), ("openvino-int8-smooth-static", 5)):
+        assert sum(line.bits == 8 for line in built[form].operators) == int8
+        session = OURS.load(built[form].graph)
+        (found,) = session.run([x])
+        assert 0 < np.linalg.norm(found - right) / np.linalg.norm(right) < 0.05
+        odd = x.copy()
+        odd[1, 0, 3, 4] = np.nan
+        (own,) = session.run([odd])
+        assert np.isnan(own[1]).all()
+        assert np.isfinite(own[::2]).all()
 
 
 def test_smoothed_int8_is_close_and_keeps_what_is_no_number(tmp_path: Path) -> None:

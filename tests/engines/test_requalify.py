@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import lrai_core as lrai
 from lrai_core import confidence
-from lrai_core.artifact import GateResult, LatencyPoint, Variant, write_lines, write_manifest
+from lrai_core.artifact import (
+    GateResult,
+    LatencyPoint,
+    Target,
+    Variant,
+    write_lines,
+    write_manifest,
+)
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
 from lrai_core.errors import CalibrationError, EngineError
@@ -25,6 +33,7 @@ from lrai_deployments.measured import keep, place
 from lrai_engines import requalify as command
 from lrai_engines.requalify import requalify
 from tests.core import small_artifact
+from tests.core.compiler.onnx_files import linear, save
 from tests.own_runtime import own_runtime
 
 X = np.ones((2, 3), np.float32)
@@ -308,6 +317,95 @@ def test_what_was_compiled_with_groups_is_not_judged_without_them(tmp_path: Path
     found = requalify(lrai.Artifact.open(artifact.path), threads=1)
     assert found.verdicts["int8"] == "groups can only be judged at home"
     assert found.manifest.chosen == "fp32"
+
+
+def labelled(path: Path, lines: list[list[Any]], decision: dict[str, Any]) -> lrai.Artifact:
+    """Return an artifact whose int8 is farther than 1 % and right, with labels of its rows."""
+    artifact = foreign(path, factor=2.05, rows=400)
+    (artifact.path / "manifest.json").unlink()
+    write_lines(artifact.path / "labels.jsonl", lines)
+    write_lines(artifact.path / "quantization.jsonl", [{"event": "decision", **decision}])
+    write_manifest(artifact.path, artifact.manifest)
+    return lrai.Artifact.open(path)
+
+
+def classes() -> list[list[Any]]:
+    return [["label"], *([int(row[0].argmax())] for row in small_artifact.rows(400).inputs)]
+
+
+def test_what_was_judged_by_labels_is_judged_by_them_here(tmp_path: Path) -> None:
+    found = requalify(labelled(tmp_path / "m.lrai", classes(), {}), threads=1)
+    assert "top1 loss is 0.00%, at most 0.92%; 1.00% allowed" in found.verdicts["int8"]
+    assert found.manifest.chosen == "int8"
+    assert "accuracy was judged at home" not in found.manifest.variants[0].why
+    without = requalify(foreign(tmp_path / "n.lrai", factor=2.05), threads=1)
+    assert "relative error" in without.verdicts["int8"]
+    assert without.manifest.chosen == "fp32"
+
+
+def test_what_was_demanded_of_accuracy_is_demanded_here(tmp_path: Path) -> None:
+    lines = classes()
+    del lines[201:]
+    with pytest.raises(lrai.ArtifactError, match="200 lines of 400 rows"):
+        requalify(labelled(tmp_path / "l.lrai", lines, {}), threads=1)
+    strict = labelled(tmp_path / "m.lrai", classes(), {"max_accuracy_loss": 0.009})
+    with pytest.raises(CalibrationError, match="needs 409"):
+        requalify(strict, threads=1)
+    asked = {"metric": "top5", "max_accuracy_loss": 0.05, "epsilon": None, "groups": []}
+    with pytest.raises(CalibrationError, match="top5 says nothing of 3 classes"):
+        requalify(labelled(tmp_path / "n.lrai", classes(), asked), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (["x"], "invalid literal"),
+        ([1.5], "Expected `int | str`"),
+        ([1 << 70], "cannot be read"),
+        ([1, "f"], "argument 401 is longer"),
+        ([], "argument 401 is shorter"),
+        ({}, "Expected `array`"),
+        ([7], "labels are 0 to 7, classes 0 to 2"),
+    ],
+)
+def test_labels_that_are_none_are_said_to_be(tmp_path: Path, line: Any, why: str) -> None:
+    lines: list[Any] = [*classes()[:-1], line]
+    with pytest.raises((lrai.ArtifactError, CalibrationError), match=re.escape(why)):
+        requalify(labelled(tmp_path / "m.lrai", lines, {}), threads=1)
+
+
+def test_what_was_judged_by_groups_is_judged_by_them_here(
+    tmp_path: Path, told: dict[str, float]
+) -> None:
+    """By the margin that was demanded, for which the rows of another one would not do."""
+    told["int8-row"] = 2.0
+    proto = linear(classes=2)
+    x = np.random.default_rng(1).standard_normal((1000, 8)).astype(np.float32)
+    scores = x @ numpy_helper.to_array(proto.graph.initializer[0])
+    artifact = lrai.compile(
+        save(proto, tmp_path / "m.onnx"),
+        out=tmp_path / "m.lrai",
+        evaluation={"x": x, "label": scores.argmax(axis=1), "sex": np.arange(1000) % 2},
+        groups=["sex"],
+        max_disparity=0.1,
+        max_accuracy_loss=0.05,
+        threads=1,
+    )
+    assert artifact.manifest.chosen == "int8-row"
+    target = msgspec.to_builtins(artifact.manifest.target) | {"isa": "mill"}
+    small_artifact.rewrite(artifact.path, {"target": target})
+    found = requalify(lrai.Artifact.open(artifact.path), threads=1)
+    assert found.manifest.chosen == "int8-row"
+    gate = found.manifest.variant("int8-row").gate
+    assert gate is not None
+    assert set(gate.groups["sex"]) == {"0", "1"}
+    assert {one.attribute for one in gate.disparities} == {"sex"}
+    (artifact.path / "manifest.json").unlink()
+    (artifact.path / "labels.jsonl").unlink()
+    before = msgspec.structs.replace(artifact.manifest, target=msgspec.convert(target, Target))
+    write_manifest(artifact.path, before)
+    found = requalify(lrai.Artifact.open(artifact.path), threads=1)
+    assert found.verdicts["int8-row"] == "groups can only be judged at home"
 
 
 def test_what_loads_and_does_not_run_is_told_and_the_others_are_judged(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,15 +13,18 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import lrai_core as lrai
+from lrai_core.artifact import LatencyPoint
+from lrai_core.compiler import search
 from lrai_core.compiler.search import Sample
-from lrai_core.engine.engine import isa_class
+from lrai_core.engine.engine import find_engine, isa_class
 from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines.fusion import optimise
 from lrai_engines.quantize import SATURATING, NothingToQuantize
 from lrai_engines.static import StaticForms, goes_undefined, signed, static_int8
 from lrai_engines.static_harms import harms, work
-from tests.core.compiler.onnx_files import model, value
+from tests.core.compiler.onnx_files import model, save, value
 
 OUTPUT = TensorSpec(name="y", datatype="FP32", shape=("batch", 10), batch_axis=0)
 SHAPE = (3, 16, 16)
@@ -669,3 +674,103 @@ def test_of_very_many_columns_some_are_looked_at() -> None:
     for width in ("samples", 1 << 16):
         ends = [value("x", ["batch", width])], [value("y", ["batch", 4])]
         assert goes_undefined(model(nodes, *ends, weights), rows) == {("x", "y")}
+
+
+def attending() -> onnx.ModelProto:
+    """Return image -> two convolutions, attention between their places, mean, 10 classes."""
+    random = np.random.default_rng(0)
+    weights: dict[str, Array] = {
+        "first": random.standard_normal((32, 3, 3, 3)) / 5,
+        "second": random.standard_normal((32, 32, 3, 3)) / 16,
+        "qkv": random.standard_normal((32, 96)) / 5,
+        "proj": random.standard_normal((32, 32)) / 5,
+        "last": random.standard_normal((32, 10)) / 5,
+        "root": np.array(32**-0.5),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["c1"], "conv1", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"], "relu1"),
+        helper.make_node("Conv", ["r1", "second"], ["c2"], "conv2", strides=[2, 2]),
+        helper.make_node("Relu", ["c2"], ["r2"], "relu2"),
+        helper.make_node("Reshape", ["r2", "places"], ["flat"], "flatten"),
+        helper.make_node("Transpose", ["flat"], ["tokens"], "tokens", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["tokens", "qkv"], ["all"], "qkv"),
+        helper.make_node("Split", ["all"], ["q", "k", "v"], "split", axis=2),
+        helper.make_node("Transpose", ["k"], ["kt"], "keys", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "kt"], ["scores"], "scores"),
+        helper.make_node("Mul", ["scores", "root"], ["scaled"], "scale"),
+        helper.make_node("Softmax", ["scaled"], ["shares"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["shares", "v"], ["seen"], "mix"),
+        helper.make_node("MatMul", ["seen", "proj"], ["out"], "proj"),
+        helper.make_node("Add", ["out", "tokens"], ["both"], "residual"),
+        helper.make_node("ReduceMean", ["both"], ["m"], "mean", axes=[1], keepdims=0),
+        helper.make_node("MatMul", ["m", "last"], ["y"], "classes"),
+    ]
+    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    constants.append(numpy_helper.from_array(np.array([0, 32, 49]), "places"))
+    return model(nodes, [value("x", ["batch", *SHAPE])], [value("y", ["batch", 10])], constants)
+
+
+PRODUCTS = ["qkv", "scores", "mix", "proj", "classes"]
+
+
+def test_beside_attention_convolutions_are_quantised_and_it_is_left_alone() -> None:
+    proto, x = attending(), images(40, 2)
+    quantised, report = static_int8(proto, sample())
+    assert {line.node: line.bits for line in report} == {"conv1": 8, "conv2": 8} | dict.fromkeys(
+        PRODUCTS, 32
+    )
+    made = {name: node.op_type for node in quantised.graph.node for name in node.output}
+    by_name = {node.name: node for node in quantised.graph.node}
+    assert made[by_name["softmax"].input[0]] == "Mul", "what attention computes is not rounded"
+    assert made[by_name["mix"].input[0]] == "Softmax"
+    right = run(proto, x)
+    assert 0 < distance(run(quantised, x), right) < 0.03
+    x[3, 0, 5, 5] = np.nan
+    own = run(quantised, x)
+    assert np.isnan(own[3]).all()
+    assert np.isfinite(np.delete(own, 3, axis=0)).all()
+
+
+def test_harms_of_convolutions_beside_attention_are_told() -> None:
+    proto, x = attending(), images(40, 2)
+    made, report = StaticForms(sample(), 1).build(proto, share=0.3)
+    assert [line.node for line in report if line.bits == 8] in (["conv1"], ["conv2"])
+    assert sum(line.harm for line in report) == pytest.approx(1)
+    assert 0 < distance(run(made, x), run(proto, x)) < 0.02
+
+
+def test_a_network_with_attention_has_int8_convolutions_that_pass_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By themselves, and with its matrices smoothed; what is no number stays that in both."""
+    paces = {"fp32": 1.0, "int8-static": 2.0, "int8-smooth-static": 3.0}
+
+    def profile(candidates: Sequence[search.Candidate], *_: object) -> None:
+        for one in candidates:
+            one.speedup = paces.get(one.form, 0.5)
+            ms = 1 / one.speedup
+            one.latency = [LatencyPoint(rows=1, length=0, median_ms=ms, spread_ms=0.0)]
+
+    monkeypatch.setattr(search, "profile", profile)
+    artifact = lrai.compile(
+        save(attending(), tmp_path / "m.onnx"),
+        out=tmp_path / "m.lrai",
+        threads=1,
+        evaluation={"x": images(300, 7)},
+        output_map="l2_normalised",
+        keep=3,
+    )
+    assert [variant.id for variant in artifact.variants] == [*reversed(paces)]
+    x = images(8, 8)
+    right = run(attending(), x)
+    x[3, 0, 5, 5] = np.nan
+    for variant in artifact.variants[:2]:
+        graph, weights = artifact.file(variant.model), artifact.path / variant.weights
+        kinds = Counter(n.op_type for n in onnx.load(graph, load_external_data=False).graph.node)
+        assert kinds["QLinearConv"] == 2
+        assert kinds["MatMulIntegerToFloat"] == (3 if "smooth" in variant.id else 0)
+        assert not kinds["ReduceMax"], "no scale is found while it runs"
+        (own,) = find_engine("onnxruntime").load(graph, weights=weights).run([x])
+        assert np.isnan(own).all(axis=1).tolist() == [i == 3 for i in range(8)]
+        assert 0 < distance(np.delete(own, 3, 0), np.delete(right, 3, 0)) < 0.05
