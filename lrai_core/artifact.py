@@ -255,14 +255,12 @@ class Artifact:
         needed = {manifest.chosen, *manifest.together}
         if manifest.source.file:  # else it is slim
             graphs, needed = {manifest.source.file, *graphs}, {"fp32", *needed}
-        for name in sorted(graphs):
-            if name not in manifest.files:
-                raise ArtifactError(f"the manifest does not hash {shorten(name)!r}")
+        if unhashed := graphs - manifest.files.keys():
+            raise ArtifactError(f"the manifest does not hash {shorten(min(unhashed))!r}")
         folders = {str(PurePosixPath(name).parent) for name in manifest.files}
-        for variant in manifest.variants:
-            if variant.weights and variant.weights not in folders:
-                where = shorten(variant.weights)
-                raise ArtifactError(f"the manifest hashes nothing in the weights folder {where!r}")
+        if empty := {variant.weights for variant in manifest.variants} - {"", *folders}:
+            where = shorten(min(empty))
+            raise ArtifactError(f"the manifest hashes nothing in the weights folder {where!r}")
         if missing := needed - {variant.id for variant in manifest.variants}:
             raise ArtifactError(f"the manifest has no variant {shorten(min(missing))!r}")
         _check_kinds(folder, manifest.files)

@@ -7,7 +7,7 @@ element count matches their bytes, with one row count and one length.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final, Literal
 
@@ -64,6 +64,9 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"batch axis {self.batch_axis} of {self.name!r}: only 0 can be one")
         if length is not None and not 0 < length < len(self.shape):
             raise ValueError(f"length axis {length} of {self.name!r} is none of its dimensions")
+
+
+Specs = Sequence[TensorSpec]
 
 
 class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):

@@ -159,7 +159,7 @@ def compile(
         asked = {"event": "asked", **asdict(conditions), "keep_evaluation": keep_evaluation}
         work.log.append(asked | {"axes": axes is not None, "calibration": calibration is not None})
         work.load(model)
-        work.find_axes(axes, evaluation, output_map)
+        work.find_axes(None if axes is None else Path(axes), evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
         if not threads:
             work.settle_threads()
@@ -208,13 +208,11 @@ class _Compilation:
         self.signature = declared(self.proto)  # its weights are elsewhere
         self.reference = self.engine.load(graph, weights=graph.parent, threads=self.threads)
 
-    def find_axes(
-        self, axes: str | Path | None, evaluation: Data | None, output_map: OutputMap
-    ) -> None:
+    def find_axes(self, axes: Path | None, evaluation: Data | None, output_map: OutputMap) -> None:
         """Require: reference. Ensure: signature with axes and maps, distinct rows read with it."""
         self.progress(Step("axes"))
         if axes is not None:
-            self.signature = apply_axes(self.signature, Path(axes))
+            self.signature = apply_axes(self.signature, axes)
             self._read(evaluation, self.signature)
         else:
             assumed = assume_axes(self.signature)
@@ -423,9 +421,9 @@ class _Compilation:
         for one in beside:
             why = f"beside {chosen.id}: calls get {one.gain([first]):.2f} x as fast, in the mean"
             self._record("decision", chosen=one.form, why=why)
+        made = [c for c, _ in self.kept if c.operators]
         near = [c for c in self.candidates if c.gaps and c.operators]
-        near.sort(key=lambda c: c.distance)
-        for one in [c for c, _ in self.kept if c.operators] or near[:1]:  # or what came closest
+        for one in made or sorted(near, key=lambda c: c.distance)[:1]:  # or what came closest
             for operator in one.operators:
                 self._record("operator", variant=one.form, **asdict(operator))
         store.write_lines(self.folder / store.QUANTIZATION_LOG, self.log)
@@ -437,25 +435,23 @@ class _Compilation:
                 lines = [["label", *self.gate.groups], *zip(*columns, strict=True)]
                 store.write_lines(self.folder / store.LABELS, lines)
         target = Target(isa=isa, engine=engine.name, engine_version=engine.version, threads=threads)
-        store.write_manifest(
-            self.folder,
-            Manifest(
-                schema_version=store.SCHEMA_VERSION,
-                lrai_version=VERSION,
-                created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                name=name,
-                source=self.source,
-                signature=self.signature,
-                variants=tuple(variants),
-                chosen=chosen.id,
-                objective=self.objective,
-                together=together,
-                candidates=self.judged,
-                demanded=(asked.epsilon, asked.delta) if asked.epsilon else None,
-                target=target,
-                files={},
-            ),
+        manifest = Manifest(
+            schema_version=store.SCHEMA_VERSION,
+            lrai_version=VERSION,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            name=name,
+            source=self.source,
+            signature=self.signature,
+            variants=tuple(variants),
+            chosen=chosen.id,
+            objective=self.objective,
+            together=together,
+            candidates=self.judged,
+            demanded=(asked.epsilon, asked.delta) if asked.epsilon else None,
+            target=target,
+            files={},
         )
+        store.write_manifest(self.folder, manifest)
         for candidate, found in self.kept:
             if candidate.form in (chosen.id, *together):
                 self._certify(candidate, found)
@@ -463,7 +459,8 @@ class _Compilation:
     def _certify(self, candidate: Candidate, found: Judged | None) -> None:
         if found is None or not self.gate:
             return
-        epsilon = self.conditions.epsilon or round_up(max(candidate.gap(0.99), 1e-6))
+        most = float(np.quantile(candidate.gaps or [0.0], 0.99, method="higher"))
+        epsilon = self.conditions.epsilon or round_up(max(most, 1e-6))
         if epsilon >= FAR:
             return  # there is nothing to state
         failures = failing(found.gaps[: len(self.gate)], epsilon)

@@ -22,7 +22,7 @@ from lrai_core.engine.batching import run_together, shuffled_batches
 from lrai_core.engine.engine import Session
 from lrai_core.errors import CalibrationError, UsageError, shorten
 from lrai_core.executor import on_all_cpus
-from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
+from lrai_core.protocol import Array, OutputMap, Signature, Specs, TensorSpec
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, round_up
 
@@ -41,6 +41,7 @@ _EFFECT_MARGIN: Final = 2.0  # over the largest effect seen, for the rows that w
 _QUANTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 
 Outputs = list[list[Array]]
+Runs = Sequence[Outputs]
 _Scores = NDArray[np.float64]
 Tick = Callable[[], None]
 
@@ -100,9 +101,7 @@ def run_alone(session: Session, rows: Rows, threads: int, tick: Tick) -> Outputs
     return outputs
 
 
-def run(
-    session: Session, rows: Rows, signature: Signature, threads: int, tick: Tick
-) -> list[Outputs]:
+def run(session: Session, rows: Rows, signature: Signature, threads: int, tick: Tick) -> Runs:
     """Return the outputs of every row alone and, where rows coalesce, among batch-mates.
 
     Those are of other lengths and in shuffled order. The session has `threads`.
@@ -123,15 +122,13 @@ def run(
     return runs
 
 
-def worst_gaps(
-    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec]
-) -> list[float]:
+def worst_gaps(reference: Outputs, runs: Runs, specs: Specs) -> list[float]:
     """Return per row the largest difference to the source's outputs of any run, after the maps."""
     return [max(row) for row in zip(*(_gaps(reference, run, specs) for run in runs), strict=True)]
 
 
 def judge(
-    runs: Sequence[Outputs],
+    runs: Runs,
     reference: Outputs,
     rows: Rows,
     signature: Signature,
@@ -181,7 +178,6 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
     Raises:
         CalibrationError: Too few rows; says how many are there and how many are needed.
     """
-    needed = _rows_needed(rows, conditions)
     if rows.groups and (rows.labels is None or set(rows.labels.tolist()) != {0, 1}):
         raise CalibrationError("evaluation: groups are judged with labels, 0 and 1")
     least = fairness.rows_needed(conditions.max_disparity, LEVEL)
@@ -193,7 +189,7 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
                 f"evaluation: insufficient data in {column!r}: two groups need {least} rows each, "
                 f"{split_off} of all rows are the search's, the gate has {seen}"
             )
-    if len(rows) < needed:
+    if len(rows) < (needed := _rows_needed(rows, conditions)):
         there = f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search"
         needs = f"is left with {len(rows)} and needs {needed} even for a form without a fault"
         raise CalibrationError(f"{there}; the gate {needs}")
@@ -247,7 +243,7 @@ def _rows_needed(rows: Rows, conditions: Conditions, level: float = LEVEL) -> in
     return needed
 
 
-def _gaps(reference: Outputs, run: Outputs, specs: Sequence[TensorSpec]) -> list[float]:
+def _gaps(reference: Outputs, run: Outputs, specs: Specs) -> list[float]:
     return [difference(f, g, specs) for f, g in zip(reference, run, strict=True)]
 
 
@@ -281,9 +277,7 @@ def _label_rows_needed(lost: float, won: float, allowed: float, level: float) ->
     return next((each[-1] for each in shown if most(*each, level) <= allowed), -1)
 
 
-def _agreement_result(
-    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec], level: float
-) -> GateResult:
+def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float) -> GateResult:
     n = len(reference)
     counts = _agreeing(reference, runs, specs)
     share, worst = counts[0] / n, min(counts) / n
@@ -304,14 +298,12 @@ def _agreement_result(
     return GateResult(passed=bound >= AGREEMENT, why=why, rows=n, measure=measure, **rates)
 
 
-def _agreeing(
-    reference: Outputs, runs: Sequence[Outputs], specs: Sequence[TensorSpec]
-) -> list[int]:
+def _agreeing(reference: Outputs, runs: Runs, specs: Specs) -> list[int]:
     pairs = [zip(reference, run, strict=True) for run in runs]
     return [sum(agreement(f, g, specs) for f, g in each) for each in pairs]
 
 
-def _raw_as(output_map: OutputMap, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+def _raw_as(output_map: OutputMap, specs: Specs) -> list[TensorSpec]:
     """Return the specs with this map in the place of `raw`."""
     as_that = partial(msgspec.structs.replace, output_map=output_map)
     return [as_that(spec) if spec.output_map == "raw" else spec for spec in specs]

@@ -133,10 +133,6 @@ class Candidate(Built, kw_only=True, eq=False):
         loses = self.speedup * min(self.gains([fp32])) < 1 and not beside(self, [fp32])
         return loses or self.speedup < WORTH
 
-    def gap(self, share: float) -> float:
-        """Return what this share of the search rows do not exceed."""
-        return float(np.quantile(self.gaps, share, method="higher")) if self.gaps else 0.0
-
     @property
     def distance(self) -> float:
         """Return the root mean square of the gaps: single rows tell too little of the tail."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from lrai_core.engine.engine import Session
 from lrai_core.errors import EngineError
-from lrai_core.protocol import DATATYPES, Array, Signature, TensorSpec
+from lrai_core.protocol import DATATYPES, Array, Signature, Specs, TensorSpec
 
 # Padded rows x length that the gate measures the batch effect with, and the default of a call. On
 # CPUs calls of more elements run no faster per element (MiniLM: from 256 tokens on they run
@@ -37,10 +37,7 @@ def coalesce(requests: Sequence[Sequence[Array]], signature: Signature) -> list[
 
 
 def split(
-    outputs: Sequence[Array],
-    specs: Sequence[TensorSpec],
-    rows: Sequence[int],
-    lengths: Sequence[int],
+    outputs: Sequence[Array], specs: Specs, rows: Sequence[int], lengths: Sequence[int]
 ) -> list[list[Array]]:
     """Return per request its rows of every output, sliced back to its length; views, not copies.
 

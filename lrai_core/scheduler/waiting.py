@@ -47,18 +47,16 @@ class Queue:
         insort(self.lanes.setdefault(waiting.group, []), (waiting.length, waiting))
         heapq.heappush(self._deadlines, (waiting.deadline, waiting.sequence))
 
-    def remove(self, sequence: int) -> bool:
-        """Take a request out; return whether it waited."""
-        waiting = self._known.pop(sequence, None)
-        if waiting is None:
-            return False
+    def remove(self, sequence: int) -> None:
+        """Take a request out, if it waits."""
+        if (waiting := self._known.pop(sequence, None)) is None:
+            return
         # Most are at the front when they leave.
         del self.urgent[0 if self.urgent[0] is waiting else bisect_left(self.urgent, waiting)]
         lane = self.lanes[waiting.group]
         del lane[bisect_left(lane, (waiting.length, waiting))]
         if not lane:
             del self.lanes[waiting.group]
-        return True
 
     def next_deadline(self) -> float:
         """Return the earliest deadline, infinity where nothing waits."""
