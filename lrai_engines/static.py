@@ -128,7 +128,8 @@ def static_int8(
     have 7 bits.
 
     Args:
-        model: Standard operators, weights inline, opset 13 or later. Not modified.
+        model: Standard operators, weights inline, opset 13 or later. Not modified. Of what is
+            quantised already there is nothing to quantise.
         sample: Rows to see the activations of, 128 at most; nothing is judged on them.
         keep: Names of operators with weights that stay in float32, and with them what has no
             weights and computes with what they give.
@@ -140,7 +141,7 @@ def static_int8(
 
     Raises:
         NothingToQuantize: It multiplies activations with one another, as transformers do, or all
-            that there is was left out; or it is quantised already.
+            that there is was left out.
         CompileError: The quantiser cannot do it, or the model does not run on the sample.
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
@@ -185,13 +186,6 @@ def static_int8(
     if guard is None or guard:
         quantised = undefined_stays(quantised, sample.outputs, sample.inputs, guard)
     return quantised, report
-
-
-def _is_quantised(model: onnx.ModelProto) -> bool:
-    """Return whether more than weights is: for the range of such a value the quantiser waits."""
-    others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
-    found = {node.output[0] for node in others if node.op_type == _ROUNDING[1]}
-    return any(n.op_type == _ROUNDING[0] or not found.isdisjoint(n.input) for n in others)
 
 
 def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelProto:
@@ -448,6 +442,13 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
             node.name = f"lrai:{index}"
         seen.add(node.name)
     return named
+
+
+def _is_quantised(model: onnx.ModelProto) -> bool:
+    """Return whether more than weights is: for the range of such a value the quantiser waits."""
+    others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
+    found = {node.output[0] for node in others if node.op_type == _ROUNDING[1]}
+    return any(n.op_type == _ROUNDING[0] or not found.isdisjoint(n.input) for n in others)
 
 
 def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:

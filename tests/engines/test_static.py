@@ -597,32 +597,6 @@ def test_a_constant_sample_does_not_divide_by_nothing() -> None:
     assert np.isfinite(run(quantised, images(4, 3))).all()
 
 
-def test_a_model_that_looks_for_what_is_no_number_does_so_in_int8_too() -> None:
-    random = np.random.default_rng(0)
-    nodes = [
-        helper.make_node("IsNaN", ["x"], ["none"], "look"),
-        helper.make_node("Where", ["none", "zero", "x"], ["known"], "fill"),
-        helper.make_node("Gemm", ["known", "w"], ["y"], "linear"),
-    ]
-    weights = {"w": random.standard_normal((64, 32)), "zero": np.zeros(1)}
-    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
-    ends = [value("x", ["batch", 64])], [value("y", ["batch", 32])]
-    proto = model(nodes, *ends, constants)
-    rows = random.standard_normal((40, 64)).astype(np.float32)
-    output = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
-    forms = StaticForms(Sample([[row[None]] for row in rows], (output,)), 1)
-    quantised, _ = forms.build(proto, share=0)
-    rows[3, 7] = np.nan
-    assert distance(run(quantised, rows), run(proto, rows)) < 0.05
-    plain = model(nodes[2:], [value("known", ["batch", 64])], ends[1], constants[:1])
-    forms = StaticForms(Sample([[row[None]] for row in rows[:3]], (output,)), 1)
-    quantised, _ = forms.build(plain, share=0)
-    session = ort.InferenceSession(quantised.SerializeToString())
-    (found,) = session.run(None, {"known": rows})
-    assert np.isnan(found[3]).all()
-    assert np.isfinite(found[:3]).all()
-
-
 @pytest.mark.parametrize("kind", ["Slice", "Gather", "Clip"])
 def test_a_number_stays_one_where_int8_would_have_none(kind: str) -> None:
     """Columns that nobody reads, or a bound before anything else."""
@@ -669,3 +643,29 @@ def test_of_very_many_columns_some_are_looked_at() -> None:
     for width in ("samples", 1 << 16):
         ends = [value("x", ["batch", width])], [value("y", ["batch", 4])]
         assert goes_undefined(model(nodes, *ends, weights), rows) == {("x", "y")}
+
+
+def test_a_model_that_looks_for_what_is_no_number_does_so_in_int8_too() -> None:
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("IsNaN", ["x"], ["none"], "look"),
+        helper.make_node("Where", ["none", "zero", "x"], ["known"], "fill"),
+        helper.make_node("Gemm", ["known", "w"], ["y"], "linear"),
+    ]
+    weights = {"w": random.standard_normal((64, 32)), "zero": np.zeros(1)}
+    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    ends = [value("x", ["batch", 64])], [value("y", ["batch", 32])]
+    proto = model(nodes, *ends, constants)
+    rows = random.standard_normal((40, 64)).astype(np.float32)
+    output = TensorSpec(name="y", datatype="FP32", shape=("batch", 32), batch_axis=0)
+    forms = StaticForms(Sample([[row[None]] for row in rows], (output,)), 1)
+    quantised, _ = forms.build(proto, share=0)
+    rows[3, 7] = np.nan
+    assert distance(run(quantised, rows), run(proto, rows)) < 0.05
+    plain = model(nodes[2:], [value("known", ["batch", 64])], ends[1], constants[:1])
+    forms = StaticForms(Sample([[row[None]] for row in rows[:3]], (output,)), 1)
+    quantised, _ = forms.build(plain, share=0)
+    session = ort.InferenceSession(quantised.SerializeToString())
+    (found,) = session.run(None, {"known": rows})
+    assert np.isnan(found[3]).all()
+    assert np.isfinite(found[:3]).all()
