@@ -136,7 +136,8 @@ def static_int8(
     with one another convolutions alone are int8. On CPUs without VNNI or AMX weights have 7 bits.
 
     Args:
-        model: Standard operators, weights inline, opset 13 or later. Not modified.
+        model: Standard operators, weights inline, opset 13 or later. Not modified. Of what is
+            quantised already there is nothing to quantise.
         sample: Rows to see the activations of, 128 at most; nothing is judged on them.
         keep: Names of operators with weights that stay in float32, and with them what has no
             weights and computes with what they give.
@@ -148,7 +149,7 @@ def static_int8(
 
     Raises:
         NothingToQuantize: It multiplies activations with one another, as transformers do, and has
-            no convolution, or all that there is was left out; or it is quantised already.
+            no convolution, or all that there is was left out.
         CompileError: The quantiser cannot do it, or the model does not run on the sample.
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
@@ -197,13 +198,6 @@ def static_int8(
     return quantised, report
 
 
-def _is_quantised(model: onnx.ModelProto) -> bool:
-    """Return whether more than weights is: for the range of such a value the quantiser waits."""
-    others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
-    found = {node.output[0] for node in others if node.op_type == _ROUNDING[1]}
-    return any(n.op_type == _ROUNDING[0] or not found.isdisjoint(n.input) for n in others)
-
-
 def attends(model: onnx.ModelProto) -> bool:
     """Return whether activations are multiplied with one another, as attention does."""
     known = {tensor.name for tensor in model.graph.initializer}
@@ -247,8 +241,8 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     """Return where the model answers NaN with NaN, and not as one that looks for it.
 
     Raises:
-        CompileError: It answers NaN where some columns are, and a number where others are, or are
-            infinite: it looks for NaN, does not read them, or has a bound.
+        CompileError: It answers NaN where some columns are, and a number where others are: it looks
+            for NaN, or does not read them.
     """
     inputs, outputs = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
     everything = frozenset(itertools.product(inputs, outputs))
@@ -260,33 +254,31 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     try:
         session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         for name, array in floats.items():
-            whole: set[str] | None = None
+            seen = set[frozenset[tuple[str, str]]]()
             most = _MOST_COLUMNS if all(d.dim_value for d in extents[name]) else _MOST_FREE
-            for none, probe in _no_numbers(array, most):
+            for probe in _no_numbers(array, most):
                 told = zip(outputs, session.run(outputs, given | {name: probe}), strict=True)
-                real = ((y, a) for y, a in told if a.dtype.kind == "f")
-                own = {y for y, a in real if (np.isnan(a) | np.isinf(a) & np.isinf(none)).any()}
-                whole = own if whole is None else whole
-                if own != whole if np.isnan(none) else whole - own:
-                    why = "answers NaN where some of its columns are, and a number where others are"
-                    why += " or are infinite; int8 would not tell them apart"
-                    raise CompileError(f"input {name!r}: float32 {why}")
-            found.update((name, y) for y in whole or ())
+                nan = [y for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()]
+                seen.add(frozenset((name, y) for y in nan))
+                if len(seen) > 1:
+                    why = "float32 answers NaN where some of its columns are, not where others are"
+                    raise CompileError(f"input {name!r}: {why}; int8 would not tell them apart")
+            found |= seen.pop()
     except (*_FAULTS, EncodeError, ValueError):
         return everything
     return frozenset(found)
 
 
-def _no_numbers(array: Array, most: int) -> Iterator[tuple[float, Array]]:
-    """Yield NaN, or an infinity, and the array of it alone or, unless of planes, in a column each.
+def _no_numbers(array: Array, most: int) -> Iterator[Array]:
+    """Yield the array with NaN alone and, unless of planes, with NaN in one column each.
 
     Of more than `most` columns some of them, all over it.
     """
     columns = range(0, array.size if array.ndim < 3 else 0, -(-array.size // most) or 1)
-    for place, none in itertools.product((slice(None), *columns), (np.nan, np.inf, -np.inf)):
+    for place in (slice(None), *columns):
         probe = array.copy()
-        probe.flat[place] = none
-        yield none, probe
+        probe.flat[place] = np.nan
+        yield probe
 
 
 def undefined_stays(
@@ -464,6 +456,13 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
             node.name = f"lrai:{index}"
         seen.add(node.name)
     return named
+
+
+def _is_quantised(model: onnx.ModelProto) -> bool:
+    """Return whether more than weights is: for the range of such a value the quantiser waits."""
+    others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
+    found = {node.output[0] for node in others if node.op_type == _ROUNDING[1]}
+    return any(n.op_type == _ROUNDING[0] or not found.isdisjoint(n.input) for n in others)
 
 
 def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
