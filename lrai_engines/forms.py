@@ -82,7 +82,7 @@ def joint(
         CompileError: See `StaticForms.build` and `SmoothForms.build`.
     """
     if not attends(model):
-        raise NothingToQuantize("without attention, its matrices have static scales, too")
+        raise NothingToQuantize("no MatMul or Gemm has a scheme of its own without attention")
     made, convolved = static.build(model, share=share, guarded=False)
     made, report = smooth.build(model, scheme=scheme, convolved=made)
     return made, [line for line in convolved if line.weight_elements] + report
