@@ -810,11 +810,3 @@ def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
     model = supervise._Model("http://nowhere", "m", 1.0, silent_seconds, tmp_path)
     found = [model._dead("1", model._count()["1"], [1]) for _ in range(2)][-1]
     assert ("it has given no answer for" in found) is dead
-
-
-def test_a_server_that_wants_another_key_is_said_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(supervise, "_ask", lambda *_: (403, {"error": "no"}))
-    with pytest.raises(lrai.EnvironmentProblem, match="TRITON_REPOSITORY_KEY"):
-        supervise.watch("http://nowhere", interval=0.01)
