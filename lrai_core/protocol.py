@@ -187,7 +187,8 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
         if spec.datatype == "BYTES":
             nbytes += sum(map(len, array.flat))
         if nbytes > limits.request_bytes:
-            raise RequestError(f"{nbytes} bytes; one request has {limits.request_bytes} at most")
+            words = f"{nbytes} bytes; one request has {limits.request_bytes} at most"
+            raise RequestError(f"{words}, see limits.request_bytes")
         check_values(array, spec, limits)
         arrays.append(array)
     rows, length = _extents(arrays, signature.inputs)

@@ -67,6 +67,7 @@ class _Asked(Future[lrai.InferenceResponse]):
     losses = 0  # of runtimes that it was sent to
     deadline = 0.0
     stated = False  # else the daemon knows what the model promises everybody
+    nbytes = 0  # that the queue has to have room for, at most
 
     def __init__(self, client: Attached, form: bytes, tensors: list[Buffer], name: str) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class Attached:
         self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
         self._session, self._credit, self._told = "", 0, ""  # the last: why there is no runtime
         self._most_bytes = 0  # of a request, as the daemon says
-        self._on_wire, self._inline = dict[int, int](), 0  # bytes outside the arena, by key; of all
+        self._on_wire, self._bytes = dict[int, int](), 0  # bytes there, by key; of all
         self._process: Popen[bytes] | None = None
         self._failures, self._start_at = 0, 0.0  # of daemons, and when to start the next one
         self._logged = 0  # bytes of the log before it was started
@@ -163,7 +164,8 @@ class Attached:
         named = (request.model_name, request.model_version, tuple(request.outputs))
         form = messages.Form(*named, dict(request.parameters), tuple(request.inputs), kinds, shapes)
         if (size := sum(map(len, contents))) > self._most_bytes:  # else the line is cut, and again
-            raise lrai.RequestError(f"{size} bytes; one request has {self._most_bytes} at most")
+            words = f"{size} bytes; one request has {self._most_bytes} at most"
+            raise lrai.RequestError(f"{words}, see limits.request_bytes")
         most = self._config.scheduler.max_queue_rows
         if len(self._asked) - len(self._on_wire) >= most:  # beside those on their way
             words = f"{most} requests of this process wait to be sent, the most that may"
@@ -171,6 +173,8 @@ class Attached:
         asked = _Asked(self, messages.encode_form(form), list(contents), request.id)
         asked.deadline = time.monotonic() + float(timeout_ms) / 1e3  # of numpy it may be
         asked.stated = given is not None
+        texts = [data for kind, data in zip(kinds, contents, strict=True) if kind == "BYTES"]
+        asked.nbytes = size + sum(map(len, texts))  # in memory they take up to twice as much
         asked.key = self._post(self._asked, self._outbox, asked)
         return asked
 
@@ -318,7 +322,7 @@ class Attached:
                     self._asked.pop(key)
                     _settle(asked, lrai.NotReady(f"{_MOST_LOSSES} runtimes ended while it ran"))
         self._session, self._greeted, self._sharing = "", False, False
-        self._on_wire, self._inline = {}, 0
+        self._on_wire, self._bytes = {}, 0
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # and then the line ends
             self._fail("it does not know this client, whose NAME.key has to lie in its clients")
         elif self._far:  # ZeroMQ does not always try again; and what waits there would pile up
@@ -369,7 +373,7 @@ class Attached:
             elif message.session != self._session:  # it knows of nothing that was asked
                 self._session, self._credit, self._failures = message.session, message.credit, 0
                 self._most_bytes, self._told = message.request_bytes, ""
-                self._on_wire, self._inline = {}, 0
+                self._on_wire, self._bytes = {}, 0
                 with self._lock:
                     self._outbox.clear()
                     self._outbox.extend(sorted(self._asked))
@@ -420,7 +424,7 @@ class Attached:
 
     def _end(self, key: int, outcome: Any) -> None:
         """Tell whoever waits for this key; an answer that comes too late counts no more."""
-        self._inline -= self._on_wire.pop(key, 0)
+        self._bytes -= self._on_wire.pop(key, 0)
         if call := self._calls.get(key):
             _settle(call[1], outcome)
         elif asked := self._asked.pop(key, None):
@@ -440,18 +444,21 @@ class Attached:
                 cancelled.append(key)  # and is answered like any other
             else:
                 self._asked.pop(key, None)
-        most = self._config.scheduler.max_queue_bytes  # the daemon holds them before it counts them
+        most = self._config.scheduler.max_queue_bytes  # what is beyond it the daemon would refuse
         while self._outbox and len(self._on_wire) < self._credit and len(items) < _MOST_ITEMS:
-            if (self._on_wire and self._inline >= most) or joint >= _MOST_JOINT:
+            if joint >= _MOST_JOINT:
                 break
-            key = self._outbox.popleft()
+            key = self._outbox[0]
             if (asked := self._asked.get(key)) is not None:
+                if self._on_wire and self._bytes + asked.nbytes > most:
+                    break
                 left_ms = max(0.0, (asked.deadline - now) * 1e3) if asked.stated else None
                 places = tuple([packer.place(data) for data in asked.tensors])
                 items.append(Infer(key, asked.form, left_ms, places))
-                self._on_wire[key] = sum([size for frame, _, size in places if frame >= 0])
-                self._inline += self._on_wire[key]
-                joint += self._on_wire[key]
+                self._on_wire[key] = asked.nbytes
+                self._bytes += asked.nbytes
+                joint += sum([size for frame, _, size in places if frame >= 0])
+            self._outbox.popleft()
         if items or cancelled:
             packer.send(self._socket, Requests(tuple(items), tuple(cancelled)))
         return len(items) == _MOST_ITEMS or joint >= _MOST_JOINT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +40,9 @@ WHOLE = Signature(
     inputs=(spec("image", "UINT8", ("height", 3), batch_axis=None),),
     outputs=(spec("label", "INT32", ("n",), batch_axis=None),),
 )
+ONE = Signature(
+    inputs=(spec("image", "UINT8", (1, "height", 3), batch_axis=None),), outputs=WHOLE.outputs
+)
 
 
 def completed(signature: Signature, **given: Any) -> dict[str, Any]:
@@ -70,6 +75,25 @@ def test_a_model_without_rows_is_not_batched() -> None:
     assert config["max_batch_size"] == 0
     assert "dynamic_batching" not in config
     assert config["input"] == [{"name": "image", "data_type": "TYPE_UINT8", "dims": [-1, 3]}]
+
+
+def test_a_model_whose_rows_share_no_call_may_have_them_beside_max_batch_size() -> None:
+    config = completed(WHOLE, max_batch_size=4)
+    assert config["input"][0]["dims"] == [3]
+    assert config["output"][0] == {
+        "name": "label", "data_type": "TYPE_INT32", "dims": [1], "reshape": {"shape": []}
+    }  # fmt: skip
+    assert "dynamic_batching" not in config, "a list would be no call"
+    batching = completed(WHOLE, max_batch_size=4, dynamic_batching={})["dynamic_batching"]
+    assert batching == {}
+
+
+@pytest.mark.parametrize(("size", "batched"), [(4, True), (0, False)])
+def test_of_a_batch_dimension_is_spoken_where_there_is_one(size: int, *, batched: bool) -> None:
+    output = {"name": "label", "data_type": "TYPE_INT32", "dims": [7, 7]}
+    with pytest.raises(lrai.UsageError) as caught:
+        completed(WHOLE, max_batch_size=size, output=[output])
+    assert ("beside the batch dimension" in str(caught.value)) is batched
 
 
 def test_what_is_written_by_hand_stays() -> None:
@@ -109,7 +133,11 @@ def test_a_number_a_row_written_as_triton_has_it_is_no_whole_shape() -> None:
 @pytest.mark.parametrize(
     ("signature", "given", "message"),
     [
-        (WHOLE, {"max_batch_size": 4}, "max_batch_size is 4, but rows of this model"),
+        (
+            ONE,
+            {"max_batch_size": 4},
+            r"max_batch_size is 4, but rows .* 'image' has \[1, .*: 0 has Triton see whole shapes",
+        ),
         (ENCODER, {"response_cache": {"enable": True}}, "response_cache: Triton would keep"),
         (ENCODER, {"output": [{"name": "y"}]}, "output 'y' is none of .*: it has 'vector'"),
         (
@@ -250,6 +278,18 @@ def test_a_version_directory_holds_one_model(tmp_path: Path) -> None:
         source_of(folder)
 
 
+def test_a_version_directory_that_may_not_be_read_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1").chmod(0)
+    program = "from lrai_triton.served import *; source_of(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"import sys; {program}", str(tmp_path / "1")]
+    # Root reads everything, but not where it is somebody else.
+    other = ["unshare", "--user", "--map-user=12345", *command]
+    done = subprocess.run(other, capture_output=True, text=True, check=False)
+    words = "EnvironmentProblem: version directory 1: no permission to read it"
+    assert done.stderr.splitlines()[-1].endswith(words), done.stderr
+
+
 def test_what_is_kept_lies_where_nobody_else_comes(tmp_path: Path) -> None:
     config = lrai.load_config(call={"runtime.state_dir": str(tmp_path / "state")})
     folder = state_folder(config)
@@ -340,6 +380,33 @@ def test_parameters_of_tritons_own_backend_are_left_to_it() -> None:
 
 def test_instances_are_counted_on_each_gpu() -> None:
     assert settings_of({"instance_group": [{"count": 2, "gpus": [0, 1]}]}).instances == 4
+
+
+def test_no_call_has_more_rows_than_max_batch_size(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = "scheduler.max_batch_rows"
+
+    def rows(size: int, **said: str) -> Any:
+        return settings_of({"max_batch_size": size} | parameters(**said)).asked.own.get(key)
+
+    assert rows(4) == 4
+    assert rows(64) is rows(0) is None, "as everywhere"
+    assert rows(4, scheduler__max_batch_rows="2") == "2"
+    assert not caplog.messages
+    assert rows(4, scheduler__max_batch_rows="8") == "8"
+    assert "max_batch_rows is 8: calls may exceed max_batch_size, which is 4" in caplog.text
+    monkeypatch.setenv("LRAI_SCHEDULER_MAX_BATCH_ROWS", "2")
+    assert rows(4) is None, "it is less everywhere"
+
+
+def test_threads_of_tritons_own_backend_are_ours_unless_ours_are_said() -> None:
+    def threads(**said: str) -> Any:
+        return settings_of(parameters(**said)).asked.own.get("actor.threads")
+
+    assert threads(intra_op_thread_count="3") == "3"
+    assert threads(intra_op_thread_count="0") == "0"
+    assert threads(intra_op_thread_count="3", actor__threads="2") == "2"
 
 
 def test_a_promise_of_the_model_is_the_time_of_who_names_none() -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +25,11 @@ from hypothesis import strategies as st
 import lrai_core as lrai
 from benchmarks.models import classifier
 from lrai_core import artifact as store
+from lrai_shared.keys import private_folder
 from lrai_triton.commands import main, pbtxt, supervise
 from lrai_triton.served import source_of
 from tests.core import small_artifact
+from tests.shared.test_client import Daemon
 from tests.tiny_models import token_model
 
 Run = Callable[..., str]
@@ -256,6 +259,10 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config("parameters {\n key: 'x'"),
         "a string or a brace in config.pbtxt does not end",
     ),
+    "certificate": (
+        config('parameters { key: "require.delta" value { string_value: "0.01" } }'),
+        "variant int8 has no certificate that meets the requirement .delta=0.01.",
+    ),
     "number": (config("max_batch_size: many"), "config.pbtxt is not as Triton's: 2:"),
     "kind": (config("input: 3"), "config.pbtxt is not as Triton's: 2:"),
 }
@@ -335,6 +342,35 @@ def test_the_doctor_finds_a_folder_of_sockets_that_cannot_be_written(
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRAI_RUNTIME_SOCKET_DIR", str(tmp_path / "file"))
     assert "no folder for state" in run("doctor", code=3)
+
+
+def test_the_doctor_says_what_it_has_not_looked_at(
+    backends: Path, repository: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "nothing is wrong; not looked at: --backend-directory; not looked at: --model-repository"
+    )
+    assert words in run("doctor")
+    monkeypatch.setattr("lrai_triton.commands.install.BACKENDS", str(backends))
+    said = run("doctor", "--model-repository", repository, code=3)
+    assert "not looked at" not in said
+    assert "model.py is not lrai's" in said, "that is where Triton's images have it"
+
+
+def test_the_doctor_finds_a_runtime_that_no_stub_could_attach_to(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = private_folder(tmp_path / f"lrai-{os.geteuid()}")
+    assert "nothing is wrong" in run("doctor")
+    daemon = Daemon(folder)
+    daemon.version = 99
+    thread = threading.Thread(target=daemon.welcome)
+    thread.start()
+    try:
+        assert "it speaks protocol 99 of lrai" in run("doctor", code=3)
+    finally:
+        thread.join()
+        daemon.close()
 
 
 # --- add
@@ -691,6 +727,44 @@ def test_an_original_that_is_there_is_never_overwritten(repository: Path, run: R
     assert (entry / "config.pbtxt.lrai-original").read_text() == "of old"
 
 
+POLICY = "version_policy { specific { versions: [1, 7] } }\n"
+
+
+def test_a_version_that_the_policy_leaves_out_is_said_to_be_so(
+    repository: Path, artifact: Path, run: Run
+) -> None:
+    (repository / "m" / "config.pbtxt").write_text(ONNX + POLICY)
+    where = ("--model-repository", repository, "--name", "m", "--switch", "--version")
+    said = run("add", artifact, *where, "2")
+    words = f"version_policy in {repository / 'm' / 'config.pbtxt'} leaves version 2 out: name it"
+    assert words in said
+    assert "serves the highest" not in said
+    said = run("doctor", "--model-repository", repository)
+    assert f"{repository / 'm' / '2'}: {words}" in said
+    assert "nothing is wrong" in said, "somebody may want it so"
+    assert "version_policy" not in run("add", artifact, *where, "7")
+    assert "version_policy" not in run("doctor", "--model-repository", repository)
+
+
+def test_what_is_served_by_another_configuration_is_not_switched(
+    repository: Path, artifact: Path, run: Run
+) -> None:
+    """Triton's --model-config-name has it read another file."""
+    (others := repository / "m" / "configs").mkdir()
+    for name in ("large", "small"):
+        (others / f"{name}.pbtxt").write_text(ONNX)
+    before = content(repository)
+    words = 'm/configs, of which --model-config-name takes one, has no backend: "lrai"'
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    assert words in run("compile", repository / "m", "--switch", "--threads", "1", code=2)
+    assert words in run("add", artifact, *where, code=2)
+    assert content(repository) == before
+    (repository / "m" / "config.pbtxt").write_text('backend: "lrai"\n')
+    assert words in run("doctor", "--model-repository", repository, code=3)
+    (others / "small.pbtxt").write_text('backend: "lrai"\n')
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
+
+
 # --- the text of a configuration
 
 
@@ -810,11 +884,3 @@ def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
     model = supervise._Model("http://nowhere", "m", 1.0, silent_seconds, tmp_path)
     found = [model._dead("1", model._count()["1"], [1]) for _ in range(2)][-1]
     assert ("it has given no answer for" in found) is dead
-
-
-def test_a_server_that_wants_another_key_is_said_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(supervise, "_ask", lambda *_: (403, {"error": "no"}))
-    with pytest.raises(lrai.EnvironmentProblem, match="TRITON_REPOSITORY_KEY"):
-        supervise.watch("http://nowhere", interval=0.01)

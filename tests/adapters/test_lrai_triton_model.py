@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -177,6 +178,19 @@ def model(stub: Stub) -> Iterator[Any]:
     made = stub.load()
     yield made
     made.finalize()
+
+
+def test_how_long_requests_waited_is_not_guessed_where_they_come_one_by_one(stub: Stub) -> None:
+    (tensor,) = small_artifact.SIGNATURE.inputs
+    alone = [msgspec.structs.replace(tensor, name=name, batch_axis=None) for name in "xy"]
+    signature = lrai.Signature(inputs=(alone[0],), outputs=(alone[1],))
+    artifact = stub.folder / "models" / "m" / "1" / "model.lrai"
+    small_artifact.rewrite(artifact, {"signature": msgspec.to_builtins(signature)})
+    model = stub.load()
+    for _ in range(2):
+        assert model._queue.take([20_000]) == [19.0]
+        model._queue.answered()
+    model.finalize()
 
 
 def row(value: float = 1.0) -> dict[str, NDArray[Any]]:

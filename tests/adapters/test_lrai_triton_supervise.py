@@ -59,7 +59,7 @@ def test_a_zero_has_the_size_of_its_datatype(datatype: str, size: int) -> None:
     ],
 )
 def test_options_of_the_server_are_read_in_both_forms(arguments: list[str], value: str) -> None:
-    assert supervise._given(arguments, "http-port", "80") == value
+    assert supervise._given(arguments, "http-port", "80")[-1] == value
 
 
 def program(path: Path, script: str) -> Path:
@@ -117,6 +117,40 @@ def test_loading_is_restricted_whatever_the_repository_is_called(tmp_path: Path)
     assert "--grpc-restricted-protocol=model-repository:lrai-key=k" in given
 
 
+HTTP, GRPC = "--http-restricted-api", "--grpc-restricted-protocol"
+LOADING = "model-repository"
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (
+            [f"{HTTP}=shared-memory:admin=x"],
+            [f"{HTTP}={LOADING}:lrai-key=k", f"{GRPC}={LOADING}:lrai-key=k"],
+        ),
+        ([f"{HTTP}=trace,{LOADING}:admin=x"], [f"{GRPC}={LOADING}:admin=x"]),
+        ([GRPC, f"{LOADING}:admin=x", f"{GRPC}=trace:a=b"], [f"{HTTP}={LOADING}:admin=x"]),
+        ([f"{HTTP}={LOADING}:admin=x", f"{GRPC}={LOADING}:other=y"], []),
+    ],
+)
+def test_loading_is_restricted_by_every_protocol_whatever_else_is(
+    tmp_path: Path, given: list[str], added: list[str]
+) -> None:
+    told = started(tmp_path, *given)
+    assert [one for one in told if "-restricted-" in one and one not in given] == added
+
+
+def test_the_watch_has_the_key_that_the_server_demands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = f"until test -s {tmp_path}/key; do sleep 0.02; done\nexit 7"
+    watch = f"echo $TRITON_REPOSITORY_KEY > {tmp_path}/key\nexec sleep 60"
+    given = ("--model-control-mode=explicit", f"{HTTP}=statistics,{LOADING}:admin=x=y")
+    assert ended(tmp_path, monkeypatch, server, watch, *given) == 7
+    assert (tmp_path / "key").read_text() == "admin=x=y\n"
+
+
 def test_a_stub_of_a_repository_in_a_cloud_is_known_by_its_instance(tmp_path: Path) -> None:
     model = tmp_path / "folderAb" / "1" / "model.py"
     model.parent.mkdir(parents=True)
@@ -144,7 +178,11 @@ def test_a_server_that_the_watch_could_not_ask_is_refused(tmp_path: Path) -> Non
 
 
 def ended(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, server: str, watch: str = "exec sleep 60"
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: str,
+    watch: str = "exec sleep 60",
+    *arguments: str,
 ) -> int:
     """Return the exit status of `serve` with these scripts as tritonserver and as the watch."""
     monkeypatch.setattr(supervise, "_RESTART_SECONDS", 0.01)
@@ -153,7 +191,7 @@ def ended(
     path, backends = planted(folder, server)
     monkeypatch.setenv("PATH", path)
     with pytest.raises(typer.Exit) as caught:
-        supervise.serve([backends])
+        supervise.serve([backends, *arguments])
     return caught.value.exit_code
 
 
@@ -411,3 +449,62 @@ def test_what_one_watch_reloads_another_leaves_alone_until_that_is_killed(
             assert next(said) == "m: a watch was killed while it reloaded it; reloading it"
             assert next(said).startswith("m: reloaded in")
     assert server.loads == 2
+
+
+# A server that is asked with the wrong key
+
+
+class Restricting(BaseHTTPRequestHandler):
+    """As of a Triton that has one of its APIs for those alone who send `admin: x`."""
+
+    api = ""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        apis = {"stats": "statistics", "config": "model-config", "infer": "inference"}
+        own = "model-repository" if "/repository/" in self.path else "metadata"
+        mine = apis.get(self.path.rpartition("/")[2], own) == self.api
+        self.send_response(403 if mine and self.headers["admin"] != "x" else 400)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def restricting(api: str) -> Iterator[str]:
+    """Yield the address of such a server."""
+    handler = type("Handler", (Restricting,), {"api": api})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "api", ["model-repository", "model-config", "statistics", "metadata", "inference"]
+)
+def test_a_server_that_wants_another_key_is_said_and_for_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: str
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path))
+    words = f"restricts {api} to who has another key: set TRITON_REPOSITORY_KEY to HEADER=VALUE"
+    with restricting(api) as url, pytest.raises(lrai.EnvironmentProblem, match=words):
+        supervise.watch(url, interval=0.01)
+
+
+def test_the_name_of_a_header_goes_before_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_REPOSITORY_KEY", "admin=x")
+    with restricting("model-repository") as url:
+        assert supervise._ask(url, "/repository/index", b"{}")[0] == 400
+    assert supervise._named("a-b=c=d") == "a-b=c=d"
+    for value in ("plain", "Zm9v=", "Zm8==", ""):  # base64 ends like this
+        assert supervise._named(value) == f"lrai-key={value}"

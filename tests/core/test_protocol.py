@@ -244,7 +244,7 @@ def test_too_many_bytes_or_rows_are_refused_by_their_limit() -> None:
     x = np.zeros((4, 3), np.float32)
     assert checked({"x": x}, limits=LimitsConfig(request_bytes=48, request_rows=4)).rows == 4
     tight = LimitsConfig(request_bytes=47)
-    assert "one request has 47 at most" in refusal({"x": x}, limits=tight)
+    assert "one request has 47 at most, see limits.request_bytes" in refusal({"x": x}, limits=tight)
     assert "48 bytes, at most 47" in refusal({"x": raw((4, 3), x.tobytes())}, limits=tight)
     assert "4 rows, at most 3" in refusal({"x": x}, limits=LimitsConfig(request_rows=3))
 

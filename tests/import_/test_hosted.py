@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 import lrai_core as lrai
-from lrai_core.artifact import LatencyPoint
+from lrai_core.artifact import GateResult, LatencyPoint
 from lrai_deployments.measured import place
 from lrai_import.hosted import asked, is_quick, load
 from tests.core import small_artifact
@@ -86,6 +86,36 @@ def test_what_is_said_counts(quick: lrai.Artifact, given: dict[str, Any], addres
 def test_so_does_a_variable(quick: lrai.Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRAI_RUNTIME", "auto")
     assert not asked({}).placed(quick, 1).here
+
+
+def quick_by(
+    artifact: lrai.Artifact, shape: tuple[int | str, ...], times: list[float], *, judged: bool
+) -> bool:
+    """Return whether a model of this input, of whose rows so many ms were measured, is quick."""
+    manifest = artifact.manifest
+    one = msgspec.structs.replace(manifest.signature.inputs[0], shape=shape)
+    signature = msgspec.structs.replace(manifest.signature, inputs=(one,))
+    gate = GateResult(passed=True, why="", rows=200, measure="") if judged else None
+    points = [LatencyPoint(rows=1, length=0, median_ms=ms, spread_ms=0.0) for ms in times]
+    variant = msgspec.structs.replace(manifest.variants[0], latency=points, gate=gate)
+    changed = msgspec.structs.replace(manifest, signature=signature, variants=[variant])
+    return is_quick(lrai.Artifact(artifact.path, changed, artifact.sha256))
+
+
+@pytest.mark.parametrize(
+    ("shape", "times", "takes_rows"),
+    [
+        (("batch", 3, "height", "width"), [0.1], True),  # else they were 4 by 4
+        (("batch", 3), [1.0, 2.0, 30.0], True),
+        (("batch", 3), [1.0, 2.0, 3.0], False),
+    ],
+)
+def test_what_was_measured_without_real_rows_is_quick_by_its_longest_if_that_is_known(
+    quick: lrai.Artifact, shape: tuple[int | str, ...], times: list[float], *, takes_rows: bool
+) -> None:
+    assert quick_by(quick, shape, times, judged=True)
+    assert quick_by(quick, shape, times, judged=False) is not takes_rows
+    assert not quick_by(quick, shape, [], judged=False)
 
 
 def test_an_empty_variable_says_nothing(

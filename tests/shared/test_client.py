@@ -171,9 +171,11 @@ def test_every_caller_gets_its_own_answer_in_whatever_order_they_come(
     assert [f.result().id for f in futures] == ["0", "1", "2", "3", "4"]
 
 
-def test_large_tensors_outside_the_arena_wait_for_the_room_that_the_queue_has(
-    daemon: Daemon, parent: Path
+@pytest.mark.parametrize("shares", [False, True])
+def test_large_tensors_wait_for_the_room_that_the_queue_has_wherever_they_lie(
+    daemon: Daemon, parent: Path, *, shares: bool
 ) -> None:
+    daemon.shares = shares
     attached = attach(daemon, parent, **{"scheduler.max_queue_bytes": 1 << 20})
     large = {"x": np.zeros(1 << 17, np.float32)}  # half of it
     futures = [attached.start(request(inputs=large)) for _ in range(5)]
@@ -189,6 +191,27 @@ def test_large_tensors_outside_the_arena_wait_for_the_room_that_the_queue_has(
     daemon.answer(*daemon.take(1))  # alone it may
     value(huge)
     attached.close()
+
+
+def test_what_would_be_too_much_beside_others_waits_for_them(daemon: Daemon, parent: Path) -> None:
+    attached = attach(daemon, parent, **{"scheduler.max_queue_bytes": 1 << 20})
+    sizes = (200_000, 200_000, 100)  # numbers of 4 bytes
+    inputs = [{"x": np.zeros(size, np.float32)} for size in sizes]
+    inputs.append({"x": np.array(["a" * 600_000])})  # in memory as large again, at most
+    futures = [attached.start(request(inputs=each)) for each in inputs]
+    for count in (1, 2, 1):
+        items = daemon.take(count)
+        assert daemon.quiet()
+        daemon.answer(*items)
+    assert [value(future) for future in futures] == [1, 2, 3, 4]
+    attached.close()
+
+
+def test_a_request_that_is_too_large_is_told_by_which_setting(attached: Attached) -> None:
+    attached._most_bytes = 7
+    words = "8 bytes; one request has 7 at most, see limits.request_bytes"
+    with pytest.raises(lrai.RequestError, match=words):
+        attached.start(request())
 
 
 def test_what_waits_together_is_sent_together_but_never_too_much(

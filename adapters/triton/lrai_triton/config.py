@@ -17,7 +17,8 @@ def complete(given: dict[str, Any], signature: Signature) -> None:
     """Fill in what is not written by hand: inputs, outputs, `max_batch_size`, `dynamic_batching`.
 
     Without inputs of its own and with rows that may share a call, a model gets the batch dimension
-    that Triton keeps apart. Who writes `max_batch_size: 0` beside whole shapes gets those.
+    that Triton keeps apart. Who writes `max_batch_size: 0` beside whole shapes gets those. Where
+    rows may share no call, it has Triton hand requests over one by one, whatever shapes they have.
 
     Args:
         given: Model configuration as Triton hands it over. Changed in place.
@@ -27,11 +28,14 @@ def complete(given: dict[str, Any], signature: Signature) -> None:
         UsageError: Something written by hand contradicts the model.
     """
     size, written = given.get("max_batch_size", 0), _whole_shapes(given, signature)
-    if size > 0 and not signature.coalescible:
-        raise UsageError(f"max_batch_size is {size}, but rows of this model cannot share a call: 0")
     batched = size > 0 or (signature.coalescible and not written)
+    for spec in (*signature.inputs, *signature.outputs) if size > 0 else ():
+        if spec.batch_axis is None and isinstance(next(iter(spec.shape), 0), int):
+            why = f"rows of this model cannot share a call, {spec.name!r} has {[*spec.shape]}"
+            raise UsageError(f"max_batch_size is {size}, but {why}: 0 has Triton see whole shapes")
     if batched:
         given["max_batch_size"] = size or MAX_BATCH_SIZE
+    if batched and signature.coalescible:
         given.setdefault("dynamic_batching", {})
     for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
         _complete_tensors(kind, given[kind], specs, batched=batched)
@@ -80,10 +84,10 @@ def _complete_tensors(
                 raise UsageError(f"{kind} {name!r}: allow_ragged_batch, but it has no length axis")
             tensor["allow_ragged_batch"] = ragged
         shape = [extent if isinstance(extent, int) else -1 for extent in spec.shape]
-        _complete_shape(kind, tensor, shape[1:] if batched else shape)
+        _complete_shape(kind, tensor, shape[batched:], batched=batched)
 
 
-def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int]) -> None:
+def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int], *, batched: bool) -> None:
     reshape, dims = tensor.get("reshape"), _dims(tensor)
     if not dims and reshape is None:
         tensor["dims"] = shape
@@ -96,7 +100,7 @@ def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int]) -> None
     )
     if not fits:
         what = f"{kind} {tensor['name']!r}: {'reshape' if reshape else 'dims'} are {dims}"
-        beside = " beside the batch dimension, which max_batch_size stands for" * bool(shape)
+        beside = " beside the batch dimension, which max_batch_size stands for" * batched
         raise UsageError(f"{what}, the model has {shape}{beside}")
 
 

@@ -83,7 +83,8 @@ class TritonPythonModel:
         self._inside: dict[int, int] = {}  # bytes there of each request that is not answered
         # From 25.02 on; what pybind11 says of a function names its arguments.
         self._tells = "parameters" in str(pb_utils.InferenceResponse.__init__.__doc__)
-        self._queue, self._rows = HostQueue(settings), settings.size > 1  # any number in a request
+        size = settings.size if "dynamic_batching" in model_config else 0  # then one by one
+        self._queue, self._rows = HostQueue(settings._replace(size=size)), size > 1  # any number
         self.execute = self._send_later if execution == "sender" else self._lists
         self._waiting: dict[int, tuple[Any, Future[Any]]] = {}  # requests, and what answers them
         self._looking, self._ended = threading.Lock(), threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem
@@ -51,8 +52,15 @@ def source_of(folder: Path) -> Path:
 
     Raises:
         ArtifactError: There is neither, or both.
+        EnvironmentProblem: This user may not look.
     """
-    found = [path for path in (onnx_of(folder), folder / "model.lrai") if path.exists()]
+    try:
+        found = [path for path in (onnx_of(folder), folder / "model.lrai") if path.exists()]
+        readable = not folder.exists() or os.access(folder, os.X_OK)
+    except PermissionError:
+        found, readable = [], False
+    if not readable:
+        raise EnvironmentProblem(f"version directory {folder.name}: no permission to read it")
     if len(found) != 1:
         what = "both model.onnx and model.lrai" if found else "neither model.onnx nor model.lrai"
         raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")

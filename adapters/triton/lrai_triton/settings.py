@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
@@ -12,6 +13,9 @@ Execution = Literal["auto", "lists", "sender", "inline"]
 
 WATCH: Final = "lrai-watch"  # id of the requests by which `lrai triton watch` asks who is alive
 _OTHERS: Final = ("session.", "memory.", "ep.")  # of Triton's onnxruntime backend, not for us
+_THREADS: Final = {"intra_op_thread_count": "actor.threads"}  # of that backend, and here
+_ROWS: Final = "scheduler.max_batch_rows"
+_log: Final = logging.getLogger("lrai.hosted")
 
 
 class Settings(NamedTuple):
@@ -20,7 +24,7 @@ class Settings(NamedTuple):
     Attributes:
         asked: Of LRAI.
         execution: How requests are answered.
-        instances: Of the model, 1 where nothing is said.
+        instances: Of the model.
         size: `max_batch_size`; 0 where Triton hands requests over one by one.
     """
 
@@ -36,21 +40,34 @@ class Settings(NamedTuple):
         return self.asked.config.scheduler.latency_slo_ms if slo_ms is None else float(slo_ms)
 
 
+def instances_of(model_config: Mapping[str, Any]) -> int:
+    """Return how many there are to be of a model, 1 where nothing is said."""
+    groups = model_config.get("instance_group", [])  # each has so many instances on each GPU
+    return max(1, sum(int(g.get("count", 1)) * max(1, len(g.get("gpus", []))) for g in groups))
+
+
 def settings_of(model_config: Mapping[str, Any]) -> Settings:
     """Return what the parameters of a configuration say; the rest is as everywhere.
+
+    No call has more rows than `max_batch_size`, unless the parameter for that says so.
 
     Raises:
         UsageError: An unknown parameter, or a value that is not allowed.
     """
-    given = {
+    said = {
         key: str(value["string_value"])
         for key, value in model_config.get("parameters", {}).items()
-        if ("." in key and not key.startswith(_OTHERS)) or key in ("variant", "execution")
+        if ("." in key and not key.startswith(_OTHERS))
+        or key in ("variant", "execution", *_THREADS)
     }
+    given = {_THREADS[key]: said.pop(key) for key in _THREADS if key in said} | said
     execution = given.pop("execution", "auto")
     if execution not in (allowed := get_args(Execution)):
         raise UsageError(f"execution is {execution!r}, allowed: {', '.join(allowed)}")
-    groups = model_config.get("instance_group", [])  # each has so many instances on each GPU
-    instances = sum(one.get("count", 1) * max(1, len(one.get("gpus", []))) for one in groups)
-    size = int(model_config.get("max_batch_size", 0))
-    return Settings(asked(given), cast("Execution", execution), max(1, instances), size)
+    size, wanted = int(model_config.get("max_batch_size", 0)), asked(given)
+    rows = int(wanted.own.get(_ROWS, wanted.config.scheduler.max_batch_rows))
+    if 0 < size < rows and _ROWS in given:
+        _log.warning("%s is %d: calls may exceed max_batch_size, which is %d", _ROWS, rows, size)
+    elif 0 < size < rows:
+        wanted = wanted._replace(own={**wanted.own, _ROWS: size})
+    return Settings(wanted, cast("Execution", execution), instances_of(model_config), size)

@@ -27,7 +27,7 @@ from tritonclient.utils import shared_memory as shm
 import lrai_core as lrai
 from benchmarks.host import Host
 from benchmarks.processes import HOST, Server
-from benchmarks.triton_server import Prepared, variables
+from benchmarks.triton_server import Prepared, TritonServer, variables
 from tests.integration.conftest import sentence
 from tests.integration.test_runtime_faults import wait_until
 from tests.integration.triton.server import Triton
@@ -480,6 +480,61 @@ def test_requests_that_come_together_share_calls(
         np.testing.assert_allclose(answer["sentence_embedding"], expected, atol=GATE)
     assert after["request_answered"] - before["request_answered"] == len(asked)
     assert after["batch_completed"] - before["batch_completed"] <= len(asked) // 2
+
+
+def test_no_call_has_more_rows_than_max_batch_size(triton: Triton, minilm: Path) -> None:
+    text = LRAI + execution("sender") + "max_batch_size: 4\n"
+    asked = sentence(np.random.default_rng(9), 1, 30)
+    with triton.serving("small", {1: minilm}, text) as name:
+        before = triton.stats().get("batch_completed", 0)
+        with ThreadPoolExecutor(32) as callers:
+            list(callers.map(lambda _: triton.ask(name, asked), range(96)))
+        assert triton.stats()["batch_completed"] - before >= 96 // 4
+
+
+@pytest.mark.parametrize("size", [0, 4])
+def test_a_model_whose_rows_depend_on_one_another_keeps_them(
+    triton: Triton, tmp_path: Path, size: int
+) -> None:
+    """As of a file that was quantised dynamically: there one scale is for all rows."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in "xy"]
+    mean = helper.make_node("ReduceMean", ["x"], ["m"], axes=[0])
+    nodes = [mean, helper.make_node("Sub", ["x", "m"], ["y"])]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    asked = np.random.default_rng(3).normal(size=(24, 3, 3)).astype(np.float32)
+    text = LRAI + f"max_batch_size: {size}\n"
+    with triton.serving("mean", {1: tmp_path / "model.onnx"}, text) as name:
+        config = triton.http.get_model_config(name)
+        assert config["input"][0]["dims"] == ([3] if size else [-1, 3])
+        assert "dynamic_batching" not in config
+        with ThreadPoolExecutor(8) as callers:
+            answers = list(callers.map(lambda x: triton.ask(name, {"x": x})["y"], asked))
+    for x, answer in zip(asked, answers, strict=True):
+        np.testing.assert_allclose(answer, x - x.mean(0), atol=GATE)
+
+
+def test_what_the_queue_has_no_room_for_waits_in_the_stub(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    few = {"LRAI_SCHEDULER_MAX_QUEUE_BYTES": str(4 << 20), "LRAI_ACTOR_THREADS": "1"}
+    folder = tmp_path / "repository" / "large" / "1"
+    folder.mkdir(parents=True)
+    identity(folder, TensorProto.FLOAT, ["n", 1 << 18])  # numbers, of a MiB
+    (folder.parent / "config.pbtxt").write_text(LRAI + execution("lists"))
+    x = np.ones((1, 1 << 18), np.float32)
+    with TritonServer(tmp_path / "repository", **prepared._asdict(), env=few) as server:
+
+        def ask(_: int) -> Any:
+            given = triton_grpc.InferInput("x", list(x.shape), "FP32")
+            given.set_data_from_numpy(x)
+            with triton_grpc.InferenceServerClient(server.grpc) as client:
+                return client.infer("large", [given]).as_numpy("y")
+
+        with ThreadPoolExecutor(24) as callers:
+            for answer in callers.map(ask, range(48)):
+                np.testing.assert_array_equal(answer, x)
 
 
 @pytest.mark.parametrize("way", ["lists", "sender"])

@@ -18,6 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from tritonclient.utils import InferenceServerException
 
 from benchmarks.host import Host
 from benchmarks.processes import HOST, Server, free_ports
@@ -439,6 +442,30 @@ def test_serve_reloads_a_model_whose_stub_was_killed_and_leaves_nothing(
     # Triton mostly keeps a model whose stub has died until its time to exit is over, and says so.
     assert status == int("Exit timeout expired" in server.log.read_text())
     assert host.daemons() == []
+
+
+@pytest.mark.parametrize(
+    "apis", ["shared-memory", "shared-memory,model-config,model-repository,statistics,trace"]
+)
+def test_serve_watches_what_is_restricted_and_lets_nobody_load(
+    prepared: Prepared, tmp_path: Path, host: Host, apis: str
+) -> None:
+    (grpc,) = free_ports(1)
+    more = (f"--http-restricted-api={apis}:admin=x", f"--grpc-port={grpc}")
+    with served(prepared, tmp_path, host, *more) as server:
+        server.wait_until_ready("/v2/health/ready")
+        address = f"{HOST}:{server.port}"
+        wait_until(lambda: "ours is watched" in server.log.read_text())
+        for client in (
+            triton_http.InferenceServerClient(address),
+            triton_grpc.InferenceServerClient(f"{HOST}:{grpc}"),
+        ):
+            with client, pytest.raises(InferenceServerException, match="restricted"):
+                client.unload_model("ours")
+        kill(*stubs(server.processes())["ours"])
+        wait_until(lambda: answers(address, "ours", 1.0), BACK_SECONDS)
+        end(server, server._process.pid, signal.SIGTERM)
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_serve_drains_on_sigterm(prepared: Prepared, tmp_path: Path, host: Host) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lrai_triton.commands import install as install
-from lrai_triton.commands import repository as repository
-from lrai_triton.commands import supervise as supervise
+from lrai_triton.commands import install, repository, supervise
 from lrai_triton.commands.app import app
+
+__all__ = ["install", "main", "repository", "supervise"]
 
 
 def main(arguments: Sequence[str]) -> None:

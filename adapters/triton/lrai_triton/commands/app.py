@@ -11,6 +11,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+BACKENDS = "/opt/tritonserver/backends"  # of NVIDIA's images
 # What comes out of files is shown as it is: never read as markup. Lines hold paths and commands to
 # copy, so they are not broken.
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

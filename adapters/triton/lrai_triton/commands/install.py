@@ -11,11 +11,13 @@ import typer
 
 import lrai_core as lrai
 from lrai_core.artifact import disk_errors
+from lrai_core.runtime.embedded import find_backend
+from lrai_core.verifier.check import require_certificate
 from lrai_core.verifier.verifier import environment
 from lrai_import.built import artifact_of, state_folder
-from lrai_triton.commands.app import app, out
+from lrai_triton.commands.app import BACKENDS, app, out
 from lrai_triton.commands.pbtxt import backend_of, config_of
-from lrai_triton.commands.repository import CONFIG, text_of, versions_of
+from lrai_triton.commands.repository import CONFIG, check_configs, left_out, text_of, versions_of
 from lrai_triton.config import complete
 from lrai_triton.served import source_of
 from lrai_triton.settings import settings_of
@@ -63,10 +65,11 @@ def doctor(
 
     Run it as the user, and with the PATH, that the server has. Exit code 3: something is wrong.
     """
-    checks: list[tuple[Any, ...]] = [(_check_memory,), (state_folder, lrai.load_config())]
-    if backend_directory:
-        checks += [(_check_backend, backend_directory), (_check_file, backend_directory)]
-        checks += [(_check_python, backend_directory, python)]
+    config = settings_of({}).asked.config  # as the stub of a model without parameters has it
+    checks: list[tuple[Any, ...]] = [(_check_memory,), (state_folder, config), (_attach, config)]
+    usual = Path(BACKENDS) if Path(BACKENDS).is_dir() else None
+    if folder := backend_directory or usual:
+        checks += [(_check_backend, folder), (_check_file, folder), (_check_python, folder, python)]
     entries = sorted(model_repository.glob("*/")) if model_repository else []  # folders only
     checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
     wrong = 0
@@ -77,9 +80,11 @@ def doctor(
             wrong += 1
             where = f"{arguments[0]}: " if check is _check_version else ""
             out.print(f"- {where}{problem}")
+    given = {"backend-directory": folder, "model-repository": model_repository}
+    left = "".join(f"; not looked at: --{what}" for what, path in given.items() if path is None)
     if wrong:
-        raise lrai.ConditionNotMet(f"{wrong} to put right, as said above")
-    out.print("nothing is wrong")
+        raise lrai.ConditionNotMet(f"{wrong} to put right, as said above{left}")
+    out.print(f"nothing is wrong{left}")
 
 
 def _demand(holds: object, problem: str) -> None:
@@ -131,23 +136,35 @@ def _check_memory() -> None:
     _demand(size >= 64, f"shared memory has {size} MiB, 64 are needed; docker has --shm-size")
 
 
+def _attach(config: lrai.LraiConfig) -> None:
+    """Attach to the shared runtime, where one runs already."""
+    if (where := config.runtime.address) != "embedded" and find_backend("ipc").runs(config, where):
+        lrai.Runtime(config).close()
+
+
 def _check_version(folder: Path) -> None:
     """Refuse a version of ours that Triton could not load, or that is not served as compiled."""
     text = text_of(folder.parent / CONFIG)
     if backend_of(text) != "lrai":
         return
-    config = config_of(text)
+    check_configs(folder.parent)
+    config, number = config_of(text), int(folder.name)
+    newest = number >= max(versions_of(folder.parent), default=0)
+    if newest and (why := left_out(folder.parent, number)):
+        out.print(f"{folder}: {why}")
     full = {one.key.rpartition(".")[2]: one.key for one in lrai.explain_config()}
     for key in config.get("parameters", {}):
         _demand(key not in full, f"parameter {key!r} is not read, {full.get(key)} would be")
     settings, source = settings_of(config), source_of(folder)
     compiled = source.name == "model.lrai"
-    if not compiled and int(folder.name) < versions_of(folder.parent)[-1]:
+    if not compiled and not newest:
         return  # it would have to be built
     found = lrai.Artifact.open(source) if compiled else artifact_of(source, settings.asked.config)
     complete(config, found.manifest.signature)
+    chosen = found.manifest.variant(settings.asked.variant or found.manifest.chosen)
     if compiled:
-        chosen = found.manifest.variant(settings.asked.variant or found.manifest.chosen)
         made, here = found.manifest.made_for(chosen), environment(chosen)
         words = "the next best or fp32 serves, unless lrai requalify has found better"
         _demand(made == here, f"it was compiled for {made}, this is {here}: {words}")
+    if settings.asked.require:
+        require_certificate(found, chosen.id, settings.asked.require)

@@ -20,10 +20,10 @@ from typing import Annotated, Final
 
 import typer
 
-from lrai_core import Artifact, CompileError, UsageError
+from lrai_core import Artifact, ArtifactError, CompileError, EnvironmentProblem, UsageError
 from lrai_core.artifact import disk_errors, writing
 from lrai_triton.commands.app import app, out
-from lrai_triton.commands.pbtxt import LRAI, backend_of, switched, switched_back
+from lrai_triton.commands.pbtxt import LRAI, backend_of, config_of, switched, switched_back
 from lrai_triton.served import onnx_of
 from lrai_triton.settings import settings_of
 
@@ -137,6 +137,22 @@ def versions_of(entry: Path) -> list[int]:
     return sorted(int(name) for name in folders if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
+def check_configs(entry: Path) -> None:
+    """Refuse an entry that has configurations of other names, of which none is for us."""
+    others = sorted((entry / "configs").glob("*.pbtxt"))
+    if others and not any(backend_of(text_of(one)) == "lrai" for one in others):
+        raise UsageError(f"{entry}/configs, of which --model-config-name takes one, has no {LRAI}")
+
+
+def left_out(entry: Path, version: int) -> str:
+    """Return what the configuration says against serving a version, nothing if that is nothing."""
+    with contextlib.suppress(ArtifactError, EnvironmentProblem):  # then nobody can tell
+        policy = config_of(text_of(entry / CONFIG)).get("version_policy", {})
+        if "specific" in policy and str(version) not in policy["specific"]["versions"]:
+            return f"version_policy in {entry / CONFIG} leaves version {version} out: name it there"
+    return ""
+
+
 def _new_config(name: str, settings: dict[str, str]) -> str:
     text = f'{_WRITTEN}name: "{name}"\n{LRAI}\n'
     for key, value in settings.items():
@@ -151,6 +167,8 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
         raise UsageError(f"{backend} serves {entry}; --switch takes it over from onnxruntime only")
     if backend != "lrai" and (entry / _ORIGINAL).exists():
         raise UsageError(f"{entry / _ORIGINAL} exists; `lrai triton remove {entry}` first")
+    if backend != "lrai":
+        check_configs(entry)
 
 
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
@@ -175,7 +193,8 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
             if not kept:
                 (entry / _ORIGINAL).unlink(missing_ok=True)
         raise
-    out.print(f"version {version} is there; by default Triton serves the highest one, after")
+    why = left_out(entry, version) or "by default Triton serves the highest one"
+    out.print(f"version {version} is there; {why}, after")
     out.print(f"curl -X POST localhost:8000/v2/repository/models/{entry.absolute().name}/load")
     out.print('(under `lrai triton serve` with -H "lrai-key: $TRITON_REPOSITORY_KEY")')
 

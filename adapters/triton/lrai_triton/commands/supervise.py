@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,12 +30,14 @@ import typer
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, UsageError, load_config
 from lrai_import.built import locked, state_folder
-from lrai_triton.commands.app import app, out
-from lrai_triton.settings import WATCH
+from lrai_triton.commands.app import BACKENDS, app, out
+from lrai_triton.settings import WATCH, instances_of
 
 _URL: Final = "http://127.0.0.1:8000"
 _LRAI: Final = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
-_HEADER, _KEY = "lrai-key", "TRITON_REPOSITORY_KEY"  # of who may load and unload models
+_HEADER, _KEY, _LOADING = "lrai-key", "TRITON_REPOSITORY_KEY", "model-repository"  # who may load
+_RESTRICTIONS: Final = ("http-restricted-api", "grpc-restricted-protocol")
+_ASKED = {"model-config": "/config", "statistics": "/stats", "metadata": "", "inference": "/infer"}
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
 _LOOK_SECONDS: Final = 0.2
@@ -68,19 +69,21 @@ def watch(
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
     marks = Path(os.devnull)  # where there is no place for them
     with contextlib.suppress(OSError, EnvironmentProblem):
-        place = quote(f"{socket.gethostname()}-{urlsplit(url).netloc}")  # on a shared disk
+        place = quote(f"{os.uname().nodename}-{urlsplit(url).netloc}")  # on a shared disk
         marks = state_folder(load_config()) / f"watch-{place}"
         marks.mkdir(mode=0o700, exist_ok=True)
     watched, said = dict[str, _Model](), ""
     while True:
         words = f"watching {url}"
         try:
-            if words != said:  # a server has come up: does it let models be unloaded?
-                status, _ = _ask(url, "/repository/models/-/unload", b"{}")
-                if status == http.client.SERVICE_UNAVAILABLE:
+            if words != said:  # a server has come up: does it let us ask, and unload models?
+                asked = {api: _ask(url, f"/models/-{p}", b"{}")[0] for api, p in _ASKED.items()}
+                asked[_LOADING], _ = _ask(url, "/repository/models/-/unload", b"{}")
+                if asked[_LOADING] == http.client.SERVICE_UNAVAILABLE:
                     raise EnvironmentProblem(f"{url} has not got --model-control-mode=explicit")
-                if status == http.client.FORBIDDEN:
-                    raise EnvironmentProblem(f"{url} wants another {_HEADER}: set {_KEY} to it")
+                if others := [api for api in asked if asked[api] == http.client.FORBIDDEN]:
+                    what = f"{url} restricts {', '.join(others)} to who has another key"
+                    raise EnvironmentProblem(f"{what}: set {_KEY} to HEADER=VALUE, one for all")
             ready, marked = _models(url), [path for path in marks.glob("*") if path.stat().st_size]
             # A server that was started since then has not had it.
             left = [n for path in marked if (n := unquote(path.name)) in _index(url, ready=False)]
@@ -108,24 +111,23 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
     program = shutil.which("tritonserver")
     if program is None:
         raise EnvironmentProblem(f"no tritonserver on PATH, which is {os.environ.get('PATH')!r}")
-    backends = _given(arguments, "backend-directory", "/opt/tritonserver/backends")
+    backends = _given(arguments, "backend-directory", BACKENDS)[-1]
     if not Path(backends, "lrai", "model.py").is_file():
         raise EnvironmentProblem(f"no backend: lrai triton install --backend-directory {backends}")
-    if watched and _given(arguments, "allow-http").lower() in ("false", "0"):
+    if watched and _given(arguments, "allow-http", "")[-1].lower() in ("false", "0"):
         raise UsageError("--allow-http is false, but the watch asks by HTTP: see --no-watch")
     if watched and not _given(arguments, "model-control-mode"):
         arguments = [*arguments, "--model-control-mode=explicit"]
-        if not _given(arguments, "load-model"):
-            arguments.append("--load-model=*")  # as without a mode
-        # Else whoever asks could load code.
-        if not any(re.match("--(http|grpc)-restricted-", one) for one in arguments):
-            os.environ[_KEY] = key = os.environ.get(_KEY) or secrets.token_hex(16)
-            for what in ("http-restricted-api", "grpc-restricted-protocol"):
-                arguments.append(f"--{what}=model-repository:{_HEADER}={key}")
+        arguments += ["--load-model=*"] * (not _given(arguments, "load-model"))  # as without a mode
+        keys = _keys(arguments)
+        said = next(iter(keys.values()), "") or os.environ.get(_KEY) or secrets.token_hex(16)
+        # Else whoever asks could load code, by the protocol that is left open.
+        arguments += [f"--{o}={_LOADING}:{_named(said)}" for o in _RESTRICTIONS if o not in keys]
     commands = [[program, *arguments]]
     if watched:
-        host = _given(arguments, "http-address", "127.0.0.1")  # 0.0.0.0 leads there, too
-        url = f"http://{host}:{_given(arguments, 'http-port', '8000')}"
+        os.environ[_KEY] = _keys(arguments).get(_RESTRICTIONS[0]) or os.environ.get(_KEY, "")
+        host = _given(arguments, "http-address", "127.0.0.1")[-1]  # 0.0.0.0 leads there, too
+        url = f"http://{host}:{_given(arguments, 'http-port', '8000')[-1]}"
         commands.append([*_LRAI, "triton", "watch", "--url", url])
     told, ours = list[int](), False
     # From now on: process 1 of a container hears nothing that it does not handle.
@@ -197,12 +199,13 @@ class _Model(threading.Thread):
 
     def _dead(self, version: str, now: Any, stubs: Collection[int]) -> str:
         """Return in what way a version is dead, nothing if it lives."""
-        _, model = _ask(self._url, f"{self._path}/versions/{version}")
+        path = f"{self._path}/versions/{version}"
+        _, model = _ask(self._url, path)
         if self._stubs[version] and not stubs and model.get("platform") in {"lrai", "python"}:
             return "its stub is gone"  # a probe might wait behind many others that will fail
         before = self._counts.get(version, now)
         answered, failed = (now[k]["count"] - before[k]["count"] for k in ("success", "fail"))
-        if failed and 0 < len(stubs) < self._instances(version):
+        if failed and 0 < len(stubs) < instances_of(_ask(self._url, f"{path}/config")[1]):
             return "one of its stubs is gone"  # of several: hardly a probe would come to that one
         if answered > 0:  # however late
             self._silent.pop(version, None)
@@ -210,24 +213,18 @@ class _Model(threading.Thread):
                 return ""
         body, headers, asked = *_zeros(model.get("inputs", [])), time.monotonic()
         try:
-            _, answer = _ask(self._url, f"{self._path}/versions/{version}/infer", body, headers)
+            _, answer = _ask(self._url, f"{path}/infer", body, headers)
         except TimeoutError:
             success = self._count().get(version, now)["success"]
             if success["count"] > now["success"]["count"]:  # it is slow, not dead
                 self._silent.pop(version, None)
                 return ""
             usual = success["ns"] / 1e9 / max(1, success["count"])
-            since = self._silent.setdefault(version, asked)
-            silent = time.monotonic() - since
+            silent = time.monotonic() - self._silent.setdefault(version, asked)
             dead = silent > max(self._silent_seconds, _TIMES_USUAL * usual)
             return f"it has given no answer for {silent:.0f} s" if dead else ""
         self._silent.pop(version, None)
         return "its stub is not healthy" if "Stub process" in str(answer) else ""
-
-    def _instances(self, version: str) -> int:
-        _, config = _ask(self._url, f"{self._path}/versions/{version}/config")
-        groups = config.get("instance_group", [])
-        return sum(one.get("count", 1) * max(1, len(one.get("gpus", []))) for one in groups)
 
     def _reload(self, why: str) -> bool:
         """Unload and load the model; return False where that was done too often."""
@@ -276,7 +273,8 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
         headers: Of the request.
     """
     seconds = _SECONDS.get(path.rpartition("/")[2], 10.0)
-    sent = {_HEADER: os.environ.get(_KEY, ""), **(headers or {})}
+    name, _, value = _named(os.environ.get(_KEY, "")).partition("=")
+    sent = {name: value, **(headers or {})}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     with contextlib.closing(connection):
         connection.request("GET" if body is None else "POST", f"/v2{path}", body, sent)
@@ -340,10 +338,20 @@ def _zeros(inputs: list[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
     return text + bytes(total), {"Inference-Header-Content-Length": str(len(text))}
 
 
-def _given(arguments: list[str], name: str, default: str = "") -> str:
-    """Return the value of an option of tritonserver; an argument holds no NUL."""
-    found = re.findall(rf"\0--{name}[=\0]([^\0]*)", "\0".join(["", *arguments]))
-    return found[-1] if found else default
+def _named(key: str) -> str:
+    """Return HEADER=VALUE; a value alone, of which base64 may end with =, is of our header."""
+    return key if re.fullmatch(r"[\w-]+=(?!=+$).+", key) else f"{_HEADER}={key}"
+
+
+def _keys(arguments: list[str]) -> dict[str, str]:
+    """Return what the server demands of who loads models, HEADER=VALUE, by option."""
+    found = [(o, one.partition(":")) for o in _RESTRICTIONS for one in _given(arguments, o)]
+    return {o: key for o, (apis, _, key) in found if _LOADING in apis.split(",")}
+
+
+def _given(arguments: list[str], name: str, *default: str) -> list[str]:
+    """Return the values of an option of tritonserver, which holds no NUL; the last one counts."""
+    return [*default, *re.findall(rf"\0--{name}[=\0]([^\0]*)", "\0".join(["", *arguments]))]
 
 
 def _start_runtime(told: list[int]) -> bool:
@@ -361,8 +369,7 @@ def _start_runtime(told: list[int]) -> bool:
                 start.send_signal(signal.SIGSTOP)  # lest it starts the next one
             running = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
             found = {pid for pid in running if _parent(pid) == start.pid}
-            if start.poll() is None:  # else they are no longer its own
-                begun = found
+            begun = found if start.poll() is None else begun  # then they are no longer its own
             time.sleep(_LOOK_SECONDS)
         until = time.monotonic() + (float("inf") if told else _END_SECONDS)
         if start.poll() != 0:
