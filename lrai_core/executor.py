@@ -23,8 +23,8 @@ from lrai_core import errors
 from lrai_core.config import available_cpus
 from lrai_core.errors import EnvironmentProblem, LraiError, UnusableFile, shorten
 
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
+A = TypeVar("A")
+R = TypeVar("R")
 
 _TASK: Final = re.compile(r"(lrai_\w+(?:\.\w+)*):([A-Za-z]\w*)")
 _CARRIED: Final = (UnusableFile, EnvironmentProblem)  # what the parent raises as the child did
@@ -43,12 +43,8 @@ class _Answer(msgspec.Struct):
 
 
 def run_task(
-    function: Callable[[Argument], Result],
-    argument: Argument,
-    *,
-    memory_bytes: int,
-    timeout_seconds: float,
-) -> Result:
+    function: Callable[[A], R], argument: A, *, memory_bytes: int, timeout_seconds: float
+) -> R:
     """Return `function(argument)`, computed in a child process.
 
     Args:
@@ -80,7 +76,7 @@ def run_task(
         answer = msgspec.msgpack.decode(child.stdout, type=_Answer)
         if not answer.error:
             returned = typing.get_type_hints(function)["return"]
-            return typing.cast("Result", msgspec.msgpack.decode(answer.result, type=returned))
+            return typing.cast("R", msgspec.msgpack.decode(answer.result, type=returned))
     except msgspec.MsgspecError:
         last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise TaskError(f"its process failed: {shorten(' '.join(last), 300)}") from None
@@ -90,9 +86,7 @@ def run_task(
     raise TaskError(f"its process failed: {shorten(answer.message, 300)}")
 
 
-def on_all_cpus(
-    function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int
-) -> Iterator[Result]:
+def on_all_cpus(function: Callable[[A], R], arguments: Iterable[A], threads: int) -> Iterator[R]:
     """Yield what `function` makes of each argument, in order; many at once, on `threads` CPUs each.
 
     In threads of this process, so for what runs engines: they let other threads run meanwhile.

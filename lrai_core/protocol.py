@@ -156,10 +156,9 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
     """
     if dtype.kind in "OSU":
         return "BYTES"
-    try:
-        return _DATATYPE_OF[dtype.newbyteorder("=")]
-    except KeyError:
-        raise RequestError(f"dtype {dtype} is not a datatype of the protocol") from None
+    if (found := _DATATYPE_OF.get(dtype.newbyteorder("="))) is None:
+        raise RequestError(f"dtype {dtype} is not a datatype of the protocol")
+    return found
 
 
 def validate(request: InferenceRequest, signature: Signature, limits: LimitsConfig) -> ValidRequest:

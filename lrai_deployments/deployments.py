@@ -102,11 +102,7 @@ class Deployments(Kept):
             part = part if served else 1.0
             # Beside others it is to be as good as they are, and what is not said stays as it is.
             old = record.versions[record.stable] if record.versions else How()
-            how = How(
-                variant,
-                old.require if require is None else require,
-                old.settings if settings is None else settings,
-            )
+            how = old.but(variant, require, settings)
             with self._started(name, opened, how, tried=not part) as (new, loaded):
                 if served:
                     warm_up(self, new)
@@ -124,12 +120,7 @@ class Deployments(Kept):
     ) -> str:
         """See `Runtime.swap`."""
         with self._changed(name) as (name, record):
-            old = record.versions[record.stable]  # what is not said stays as it is
-            how = How(
-                variant,
-                old.require if require is None else require,
-                old.settings if settings is None else settings,
-            )
+            how = record.versions[record.stable].but(variant, require, settings)
             return self._swap(name, record, self.open(artifact), how, "swap")
 
     def rollback(self, name: str) -> str:
@@ -145,7 +136,7 @@ class Deployments(Kept):
             return self._swap(name, record, self._reopen(how), how, "rollback")
 
     def fall_back(self, name: str) -> None:
-        """See `Kept.fall_back`. It is frozen: what serves is not what was meant to."""
+        """See `Running.fall_back`. It is frozen: what serves is not what was meant to."""
         with suppress(lrai.LraiError), self.changing(name):
             record, there = self._records.get(name, Record()), self.find(name)
             how, served = record.previous, self._served(name)

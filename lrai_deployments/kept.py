@@ -17,8 +17,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 import lrai_core as lrai
-from lrai_core.runtime.version import Ended, Freeze, Version
-from lrai_core.scheduler.state import Pending
+from lrai_core.runtime.version import Freeze, Version
 from lrai_deployments.routing import Route
 from lrai_deployments.running import Running
 from lrai_deployments.state import How, Record, Store, now
@@ -146,20 +145,6 @@ class Kept(Running):
             here.close()
         self._worker.shutdown(cancel_futures=True)
         self._store.close()
-
-    def accept(
-        self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
-    ) -> Pending:
-        """See `Embedded.accept`. Who finds that nobody answers for a name has it fall back."""
-        try:
-            return super().accept(request, done, version)
-        except lrai.ActorError:
-            if version is None and not request.model_version:
-                self.submit(self.fall_back, request.model_name or self.find("").name)
-            raise
-
-    def fall_back(self, name: str) -> None:
-        """Serve what served before, where all with a share was given up; for what builds on it."""
 
     def give_up(self, route: Route, version: Version, why: str) -> None:
         """Take all requests from a canary, and have it stay so."""

@@ -52,8 +52,17 @@ class Running(Embedded):
         self._worker = ThreadPoolExecutor(1, "lrai-deployments")
 
     def open(self, artifact: str) -> lrai.Artifact:
-        """See `Embedded.open`. What was measured of it on this machine counts."""
-        return measured_here(super().open(artifact), self.config)
+        """Return an artifact from a folder that may be loaded from, as it was measured here."""
+        path, roots = Path(artifact), self.config.runtime.model_roots
+        if roots:
+            path = path.resolve()  # where links and dots lead to, and what is opened then
+            if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):
+                where = "in none of the folders to load from, see runtime.model_roots"
+                raise lrai.ConditionNotMet(f"{artifact[:120]!r} lies {where}")
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # cannot be told an actor
+            raise lrai.ConditionNotMet(f"{str(path)[:120]!r}: a path has to be UTF-8")
+        opened = lrai.Artifact.open(path, verify=False)  # the actor hashes what it opens
+        return measured_here(opened, self.config)
 
     def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
         """See `Runtime.start_all`. Requests for one version that is here run on this thread."""
@@ -100,7 +109,20 @@ class Running(Embedded):
     def accept(
         self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
     ) -> Pending:
-        """See `Embedded.accept`."""
+        """See `Embedded.accept`. Who finds that nobody answers for a name has it fall back."""
+        try:
+            return self._accept(request, done, version)
+        except lrai.ActorError:
+            if version is None and not request.model_version:
+                self.submit(self.fall_back, request.model_name or self.find("").name)
+            raise
+
+    def fall_back(self, name: str) -> None:
+        """Serve what served before, where all with a share was given up; for what builds on it."""
+
+    def _accept(
+        self, request: lrai.InferenceRequest, done: Ended, version: Version | None
+    ) -> Pending:
         if version is None and self._routes:
             name, asked = request.model_name or self.find("").name, request.model_version
             named = self.versions.get((name, asked)) if asked else None
@@ -154,7 +176,7 @@ class Running(Embedded):
                 self._here[new.key] = Here(self, new, *opened)
             if watching is not None:
                 self._watches[new.key] = watching
-            self.show(new)
+            self.versions[name, new.version] = new  # requests that ask for it find it
         try:
             with self._room if self.config.runtime.memory_mib else nullcontext():
                 self._make_room(name, 0, tried=tried)  # now that it is known what it takes

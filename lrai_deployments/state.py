@@ -22,14 +22,22 @@ from lrai_deployments.traffic import replaced
 _MOST_BEFORE: Final = 32  # versions that are known to have served
 
 
+Said = Mapping[str, Any] | None
+
+
 class How(msgspec.Struct, frozen=True):
     """How a version was loaded, so that it can be loaded again."""
 
     variant: str = ""
-    require: Mapping[str, Any] | None = None
-    settings: Mapping[str, Any] | None = None
+    require: Said = None
+    settings: Said = None
     version: str = ""  # once it is loaded, and where from
     artifact: str = ""
+
+    def but(self, variant: str, require: Said, settings: Said) -> How:
+        """Return how another version is loaded in its place: what is not said stays as it is."""
+        require = self.require if require is None else require
+        return How(variant, require, self.settings if settings is None else settings)
 
 
 class Record(msgspec.Struct, frozen=True):

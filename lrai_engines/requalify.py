@@ -199,7 +199,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
         try:
             level = gate.LEVEL if fp32 else 1 - chance
             runs = gate.run(candidate.session, rows, signature, threads, tick)
-            own = gate.judge(runs, reference, rows, signature, conditions, level)
+            own = gate.judge(runs, reference, rows, signature.outputs, conditions, level)
             verdicts[form] = f"{candidate.pace}; {own.result.why}"
         except (EngineError, ValueError) as error:
             own, verdicts[form] = None, str(error)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from lrai_core.verifier.verifier import environment
 _log: Final = logging.getLogger("lrai.hosted")
 _QUICK_MS: Final = 10.0  # the way to an actor adds about one
 _REQUIRE: Final = "require."
+_FOLDERS: Final = re.compile(r"(?:ipc://|(?<![\w.:/]))(/[^\s'\"/]+)/(?:[^\s'\"]*/)?")  # of paths
 _TIME: Final = "scheduler.default_timeout_ms"
 _WHERE: Final = (  # who sets one of these wants processes of the model's own
     *("runtime.address", "runtime.memory_mib", "runtime.capture_rows"),  # who tunes asks that one
@@ -85,6 +87,12 @@ class Asked(NamedTuple):
         """
         said = json.dumps([self.own, self.variant], sort_keys=True, default=str)
         return f":{hashlib.sha256(said.encode()).hexdigest()[:8]}" * bool(self.own or self.variant)
+
+    @property
+    def latency_slo_ms(self) -> float:
+        """Return the time that the model promises, 0 for none."""
+        slo_ms = self.own.get("scheduler.latency_slo_ms")
+        return self.config.scheduler.latency_slo_ms if slo_ms is None else float(slo_ms)
 
     def placed(self, artifact: Artifact, processes: int) -> Asked:
         """Return the same, with the model in this process where that is best.
@@ -207,3 +215,16 @@ def warm_up(runtime: Runtime, name: str, signature: Signature) -> None:
     except LraiError as error:
         if error.http_status not in _REFUSALS:
             raise
+
+
+def without_folders(words: str) -> str:
+    """Return an error without the folders of this machine, for who asks may be anywhere.
+
+    Names in a graph may look like paths: those of nothing stay.
+    """
+    for at in [found.start() for found in re.finditer("/[^/.]", words)]:
+        there = str(next(p for p in Path(words[at:]).parents if os.access(p, os.F_OK)))
+        # Spaces in it are of its name: a folder of the same length that has none stands for it.
+        mask = "/usr".ljust(len(there), "/") if " " in there else there
+        words = words[:at] + mask + words[at + len(there) :]
+    return _FOLDERS.sub(lambda found: "" if os.access(found[1], os.F_OK) else found[0], words)

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count, takewhile
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnx
@@ -42,8 +42,7 @@ _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
 _log: Final = logging.getLogger("lrai.compiler")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Where a compilation is: the pass, what it works on, and how far it is."""
 
     name: str
@@ -382,7 +381,7 @@ class _Compilation:
         return smaller >= search.WORTH or (smaller * search.WORTH >= 1 and candidate.worth(alike))
 
     def _judge(
-        self, rows: Rows, reference: Outputs, candidate: Candidate, level: float, tick: Tick
+        self, rows: Rows, source: Outputs, candidate: Candidate, level: float, tick: Tick
     ) -> Judged | None:
         """Return what the gate says of a form at a level, None where it does not pass."""
         fp32 = candidate.form == "fp32"
@@ -391,7 +390,7 @@ class _Compilation:
             return None
         try:
             runs = gate.run(candidate.session, rows, self.signature, self.threads, tick)
-            found = gate.judge(runs, reference, rows, self.signature, self.conditions, level)
+            found = gate.judge(runs, source, rows, self.signature.outputs, self.conditions, level)
         except (EngineError, ValueError) as error:
             if fp32:
                 raise CompileError(f"the model does not run as its axes say: {error}") from None

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,8 +32,7 @@ LEVEL: Final = 0.95
 _SENSELESS: Final = 0.05  # share of rows that a model is right on, of labels that are not its own
 _BEST: Final[dict[Metric, int]] = {"top1": 1, "top5": 5}
 # What outputs may be that nobody says anything of.
-_KINDS: Final[dict[OutputMap, str]] = {"softmax": "scores of classes"}
-_KINDS["l2_normalised"] = "embeddings"
+_KINDS: dict[OutputMap, str] = {"softmax": "scores of classes", "l2_normalised": "embeddings"}
 # fp32 sums in another order: two GEMM shapes of one engine differ by less.
 EFFECT_FLOOR: Final = 1e-4
 _EFFECT_MARGIN: Final = 2.0  # over the largest effect seen, for the rows that were not seen
@@ -78,8 +77,7 @@ class Conditions:
             raise UsageError(f"epsilon is {self.epsilon}, it must be above 0, and finite")
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
+class Judged(NamedTuple):
     """The gate's result for one form, with what certificates are made of.
 
     Attributes:
@@ -128,12 +126,7 @@ def worst_gaps(reference: Outputs, runs: Runs, specs: Specs) -> list[float]:
 
 
 def judge(
-    runs: Runs,
-    reference: Outputs,
-    rows: Rows,
-    signature: Signature,
-    conditions: Conditions,
-    level: float = LEVEL,
+    runs: Runs, reference: Outputs, rows: Rows, specs: Specs, conditions: Conditions, level: float
 ) -> Judged:
     """Return what the gate says of a form, by its `run` of the rows and the source's outputs.
 
@@ -141,7 +134,7 @@ def judge(
     fractions have to agree, all of them where rows are too few to tell; without labels all outputs
     have to. Of those compared as `raw` epsilon decides where it is demanded, if they are finite.
     """
-    specs, labels, effect = signature.outputs, rows.labels, 0.0
+    labels, effect = rows.labels, 0.0
     if len(runs) > 1:
         unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
         effect = max(difference(a, b, unmapped) for a, b in zip(*runs, strict=True))
@@ -185,10 +178,9 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
         sizes = Counter(values.tolist()).most_common()
         if len(sizes) < 2 or sizes[1][1] < least:
             seen = shorten(", ".join(f"{size} of {group}" for group, size in sizes), 200)
-            raise CalibrationError(
-                f"evaluation: insufficient data in {column!r}: two groups need {least} rows each, "
-                f"{split_off} of all rows are the search's, the gate has {seen}"
-            )
+            lacks = f"insufficient data in {column!r}: two groups need {least} rows each"
+            held = f"{split_off} of all rows are the search's, the gate has {seen}"
+            raise CalibrationError(f"evaluation: {lacks}, {held}")
     if len(rows) < (needed := _rows_needed(rows, conditions)):
         there = f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search"
         needs = f"is left with {len(rows)} and needs {needed} even for a form without a fault"
@@ -319,9 +311,7 @@ def _close_enough(
     return msgspec.structs.replace(found, passed=bound <= delta, why=why)
 
 
-def _fair_enough(
-    found: GateResult, scores: Sequence[_Scores], rows: Rows, most: float
-) -> GateResult:
+def _fair_enough(found: GateResult, scores: list[_Scores], rows: Rows, most: float) -> GateResult:
     (source, *chosen), least = map(_selected, scores), fairness.rows_needed(most, LEVEL)
     labels = np.asarray(rows.labels) == 1
     groups, worst = {}, list[fairness.Disparity]()

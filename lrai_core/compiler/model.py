@@ -23,9 +23,7 @@ _SOURCE: Final = "source/model.onnx"
 _WEIGHTS: Final = "weights.bin"
 _SHARED_BYTES: Final = 1024  # smaller tensors stay in the graph
 _ALIGNMENT: Final = 4096  # so that the engine can map a tensor instead of copying it
-_DATATYPES: Final[dict[int, str]] = {
-    helper.np_dtype_to_tensor_dtype(dtype): name for name, dtype in DATATYPES.items()
-}
+_DATATYPES: dict[int, str] = {helper.np_dtype_to_tensor_dtype(d): n for n, d in DATATYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

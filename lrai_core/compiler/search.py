@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 import msgspec
 import numpy as np
@@ -146,8 +146,7 @@ class Candidate(Built, kw_only=True, eq=False):
         return f"{self.speedup:.2f} x fp32"
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """Rows that forms may be made for; nothing is judged on them."""
 
     rows: Sequence[list[Array]]
@@ -231,8 +230,7 @@ def build(
     return candidates
 
 
-@dataclass(frozen=True, slots=True)
-class Calls:
+class Calls(NamedTuple):
     """What candidates are measured with.
 
     Attributes:

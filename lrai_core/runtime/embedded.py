@@ -86,22 +86,10 @@ class Embedded:
         del kind
         return cast("T", getattr(self, operation)(**arguments))
 
-    def open(self, artifact: str) -> Artifact:
-        """Return an artifact from a folder that may be loaded from."""
-        path, roots = Path(artifact), self.config.runtime.model_roots
-        if roots:
-            path = path.resolve()  # where links and dots lead to, and what is opened then
-            if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):
-                where = "in none of the folders to load from, see runtime.model_roots"
-                raise ConditionNotMet(f"{shorten(artifact)!r} lies {where}")
-        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # cannot be told an actor
-            raise ConditionNotMet(f"{shorten(str(path))!r}: a path has to be UTF-8")
-        return Artifact.open(path, verify=False)  # the actor hashes what it opens
-
     def add(
         self, artifact: Artifact, name: str, variant: str, terms: Terms, own: LraiConfig, label: str
     ) -> Version:
-        """Return a version whose actors run, and that nobody can ask for until it is shown.
+        """Return a version whose actors run, and that nobody can ask for: it is in no `versions`.
 
         `terms`: see `Runtime.open`, `require`. `own`: its settings. `label`: what it is called, if
         not what its artifact is.
@@ -146,10 +134,6 @@ class Embedded:
             self._end(version)
             raise
         return version
-
-    def show(self, version: Version) -> None:
-        """Have requests find a version that ask for it; who asks for none gets the current one."""
-        self.versions[version.name, version.version] = version
 
     def remove(self, version: Version, *, drain: bool = True) -> None:
         """Let what a version has accepted end, within the time for draining; end its actors."""
@@ -357,10 +341,9 @@ def _load(artifact: Artifact, chosen: Variant | None, beside: Sequence[Variant])
     files = {model: manifest.files[model]}
     for variant in (first, *beside):
         files |= artifact.files_of(variant)
-    known: dict[str, Any] = {"model": model, "weights": weights, "engine": first.engine}
+    where = (str(artifact.path.absolute()), model, weights, first.engine)
     return Load(
-        **known,
-        folder=str(artifact.path.absolute()),
+        *where,
         optimise=chosen is None,
         threads=0,  # as its settings say
         files={file: (entry.sha256, entry.size_bytes) for file, entry in files.items()},

@@ -37,8 +37,7 @@ _NEARLY: Final = 1.5  # at most so many times what it takes each where all share
 _MOST_SKIPPED: Final = 8  # neighbours too large for a call, before a side is left alone
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(NamedTuple):
     """Hard limits of one call."""
 
     rows: int
@@ -70,8 +69,7 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
     if late == len(urgent):
         return Decision((), tuple(queue), 0.0)
     near = urgent[late : late + _AHEAD]
-    aside = _longest(queue.lanes[near[0].group], near, costs, now, bounds)
-    if aside:
+    if aside := _longest(queue.lanes[near[0].group], near, costs, now, bounds):
         near = [one for one in near if one.sequence not in aside]
     situation = _Situation(queue, costs, now, bounds, late, aside, near)
     call, given_up = situation.lead(near[0]), list[Waiting]()

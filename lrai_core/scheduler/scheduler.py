@@ -14,7 +14,6 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import zmq
@@ -84,32 +83,25 @@ class Scheduler:
         self._workers.register(self._poller)
         self.thread.start()
 
-    def add(
-        self, model: str, replicas: Sequence[Replica], config: SchedulerConfig | None = None
-    ) -> None:
+    def add(self, model: str, replicas: Sequence[Replica], config: SchedulerConfig) -> None:
         """Open a queue for `model`; its actors are the workers' business.
 
         Args:
             model: Its name.
             replicas: Its actors.
-            config: Settings of this model, where they are not those of all.
+            config: Settings of this model.
         """
-        own, by_actor = config or self._config, {replica.actor: replica for replica in replicas}
-        most = own.max_batch_rows, own.max_batch_elements or MEASURED_ELEMENTS
+        by_actor = {replica.actor: replica for replica in replicas}
+        most = config.max_batch_rows, config.max_batch_elements or MEASURED_ELEMENTS
         bounds = Bounds(*most, len(replicas))
         alone_ms = 1e3 * min(replica.latency.alone_seconds() for replica in replicas)
-        slo_ms = own.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
-        timeout_ms = own.latency_slo_ms or own.default_timeout_ms
-        paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic(), own.weight)
+        slo_ms = config.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
+        timeout_ms = config.latency_slo_ms or config.default_timeout_ms
+        paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic(), config.weight)
         self._models[model] = Model(model, by_actor, bounds, *paces)
 
     def accept(
-        self,
-        model: str,
-        request: ValidRequest,
-        done: Done,
-        timeout_ms: float | None = None,
-        priority: int = 0,
+        self, model: str, request: ValidRequest, done: Done, timeout_ms: float | None, priority: int
     ) -> Pending:
         """Accept a request, or refuse it at once.
 
@@ -127,8 +119,7 @@ class Scheduler:
             NotReady: Draining or closed, or the model failed for good.
             ModelNotFound: No such model.
         """
-        owner = self._models.get(model)
-        if owner is None:
+        if (owner := self._models.get(model)) is None:
             raise ModelNotFound(f"no model {shorten(model)!r} is loaded")
         now, timeout = time.monotonic(), owner.timeout_ms if timeout_ms is None else timeout_ms
         patience = owner.slo_ms if timeout_ms is None else self._config.default_timeout_ms
@@ -424,7 +415,7 @@ class Scheduler:
             for model in list(self._models.values()):
                 if len(model.replicas) > 1:
                     model.replicas.pop(outcome.actor, None)  # the others go on
-                    model.bounds = replace(model.bounds, actors=len(model.replicas))
+                    model.bounds = model.bounds._replace(actors=len(model.replicas))
                 elif outcome.actor in model.replicas:
                     self._fail(model, outcome.message)
         elif call := self._calls.pop(outcome.batch, None):
@@ -470,7 +461,7 @@ class Scheduler:
         """Have later calls be half as large as one that was too large."""
         model = call.model
         rows = max(1, min(model.bounds.rows, call.rows) // 2)
-        model.bounds = replace(model.bounds, rows=rows)
+        model.bounds = model.bounds._replace(rows=rows)
         told = f"one of {call.rows} rows was too large, {rows} is the most from now on"
         self._events.emit("limit_unreachable", model.name, setting="max_batch_rows", reason=told)
 

@@ -277,9 +277,8 @@ def _trim(row: Sequence[Array], signature: Signature) -> list[Array]:
 
 def _encode(row: list[Array]) -> bytes:
     """Return a row as it is stored and hashed; the signature knows names and datatypes."""
-    return msgspec.msgpack.encode(
-        [(a.shape, encode_bytes(a) if a.dtype == np.object_ else a.tobytes()) for a in row]
-    )
+    tensors = [(a.shape, encode_bytes(a) if a.dtype == np.object_ else a.tobytes()) for a in row]
+    return msgspec.msgpack.encode(tensors)
 
 
 def _tensors(row: _Stored, signature: Signature) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ batch that was dispatched has exactly one outcome.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import zmq
@@ -16,8 +15,7 @@ from lrai_core.protocol import Array, ValidRequest
 from lrai_core.wire.messages import Refused
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """The engine ran the batch: per request one array per output that it wanted."""
 
     batch: int
@@ -38,8 +36,7 @@ class Batch(NamedTuple):
         return tuple(sorted({index for request in self.requests for index in request.outputs}))
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(NamedTuple):
     """The actor died with the batch in it, which it may not have begun; it may have been killed."""
 
     batch: int
@@ -48,8 +45,7 @@ class Lost:
     killed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class GaveUp:
+class GaveUp(NamedTuple):
     """The actor of that name cannot be brought back; nothing will run there any more."""
 
     actor: str

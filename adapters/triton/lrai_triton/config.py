@@ -67,11 +67,9 @@ def _complete_tensors(
     if not given:
         given += [{"name": name} for name in known]
     for tensor in given:
-        name = tensor["name"]
-        if name not in known:
+        if (spec := known.get(name := tensor["name"])) is None:
             have = ", ".join(map(repr, known))
             raise UsageError(f"{kind} {name!r} is none of the model's: it has {have}")
-        spec = known[name]
         datatype = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
         if tensor.get("data_type", "") in ("", "TYPE_INVALID"):
             tensor["data_type"] = datatype
@@ -95,9 +93,7 @@ def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int], *, batc
             tensor["dims"], tensor["reshape"] = [1], {"shape": []}
         return
     # Narrower than the model is a promise of the caller; wider or of another rank is an error.
-    fits = len(dims) == len(shape) and all(
-        model in (-1, extent) for extent, model in zip(dims, shape, strict=True)
-    )
+    fits = len(dims) == len(shape) and all(m in (-1, n) for n, m in zip(dims, shape, strict=True))
     if not fits:
         what = f"{kind} {tensor['name']!r}: {'reshape' if reshape else 'dims'} are {dims}"
         beside = " beside the batch dimension, which max_batch_size stands for" * batched
@@ -106,5 +102,4 @@ def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int], *, batc
 
 def _dims(tensor: Mapping[str, Any]) -> list[int]:
     """Return the extents that the model is to see; nothing where none are written."""
-    reshape: Mapping[str, Any] | None = tensor.get("reshape")
-    return [int(extent) for extent in (reshape["shape"] if reshape else tensor.get("dims", []))]
+    return [int(n) for n in (tensor.get("reshape") or {"shape": tensor.get("dims", [])})["shape"]]

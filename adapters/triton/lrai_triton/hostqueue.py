@@ -23,7 +23,7 @@ class HostQueue:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         """See it through lists of at most `max_batch_size` rows."""
         self._size, self._alone = settings.size, settings.instances == 1 and settings.size > 1
-        self._usual_ms, self._clock = settings.latency_slo_ms, clock
+        self._usual_ms, self._clock = settings.asked.latency_slo_ms, clock
         self._since = self._answered = -math.inf
         self._largest = 1  # rows of a request in the last list
 

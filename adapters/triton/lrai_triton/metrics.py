@@ -31,9 +31,8 @@ class Metrics:
 
     def count(self, outcome: InferenceResponse | LraiError) -> None:
         """Count a request that ended."""
-        if isinstance(outcome, LraiError):
-            key = ("reason", type(outcome).__name__)
-        else:
+        key = ("reason", type(outcome).__name__)
+        if isinstance(outcome, InferenceResponse):
             key = ("variant", str(outcome.parameters.get("variant", "")))
         with self._lock:
             self._counts[key] += 1

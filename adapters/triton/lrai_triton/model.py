@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ import triton_python_backend_utils as pb_utils
 
 import lrai_core as lrai
 from lrai_import.built import artifact_of
-from lrai_import.hosted import zeros
+from lrai_import.hosted import without_folders, zeros
 from lrai_triton.config import complete
 from lrai_triton.hostqueue import HostQueue
 from lrai_triton.metrics import Metrics
@@ -38,7 +37,6 @@ _STEP_BYTES: Final = 1 << 20  # by which a stub's share of it grows, at least
 
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
 _PRIORITY: Final = "lrai_priority"  # a parameter of requests; `priority` Triton keeps to itself
-_FOLDERS: Final = re.compile(r"(?:ipc://|(?<![\w.:/]))(/[^\s'\"/]+)/(?:[^\s'\"]*/)?")  # of paths
 _BUSY: Final = dict.fromkeys((429, 503, 504, 507), "UNAVAILABLE")
 _CODES: Final = _BUSY | {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"}
 Outcome = lrai.InferenceResponse | lrai.LraiError
@@ -273,14 +271,7 @@ def _refusal() -> Iterator[None]:
         yield
     except lrai.LraiError as error:
         pb_utils.Logger.log_error(words := str(error))
-        # Whoever asks may be anywhere. Names in a graph may look like paths: those of nothing stay.
-        for at in [found.start() for found in re.finditer("/[^/.]", words)]:
-            there = str(next(p for p in Path(words[at:]).parents if os.access(p, os.F_OK)))
-            # Spaces in it are of its name: a folder of the same length that has none stands for it.
-            mask = "/usr".ljust(len(there), "/") if " " in there else there
-            words = words[:at] + mask + words[at + len(there) :]
-        told = _FOLDERS.sub(lambda found: "" if os.access(found[1], os.F_OK) else found[0], words)
-        raise pb_utils.TritonModelException(told) from None
+        raise pb_utils.TritonModelException(without_folders(words)) from None
     except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths
         pb_utils.Logger.log_error(traceback.format_exc())
         raise pb_utils.TritonModelException(f"the log tells more: {type(error).__name__}") from None

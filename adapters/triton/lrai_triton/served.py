@@ -44,7 +44,7 @@ def execution_of(artifact: Artifact, settings: Settings) -> str:
     if alone and is_quick(artifact, settings.asked.variant):
         return "inline"
     one_by_one = settings.size == 0 and artifact.manifest.signature.coalescible
-    return "sender" if settings.latency_slo_ms or one_by_one else "lists"
+    return "sender" if settings.asked.latency_slo_ms or one_by_one else "lists"
 
 
 def source_of(folder: Path) -> Path:
@@ -54,13 +54,9 @@ def source_of(folder: Path) -> Path:
         ArtifactError: There is neither, or both.
         EnvironmentProblem: This user may not look.
     """
-    try:
-        found = [path for path in (onnx_of(folder), folder / "model.lrai") if path.exists()]
-        readable = not folder.exists() or os.access(folder, os.X_OK)
-    except PermissionError:
-        found, readable = [], False
-    if not readable:
+    if os.path.isdir(folder) and not os.access(folder, os.X_OK):  # noqa: PTH112 - is_dir may raise
         raise EnvironmentProblem(f"version directory {folder.name}: no permission to read it")
+    found = [path for path in (onnx_of(folder), folder / "model.lrai") if path.exists()]
     if len(found) != 1:
         what = "both model.onnx and model.lrai" if found else "neither model.onnx nor model.lrai"
         raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")

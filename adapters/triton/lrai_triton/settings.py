@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
@@ -12,8 +13,9 @@ from lrai_import.hosted import Asked, asked
 Execution = Literal["auto", "lists", "sender", "inline"]
 
 WATCH: Final = "lrai-watch"  # id of the requests by which `lrai triton watch` asks who is alive
-_OTHERS: Final = ("session.", "memory.", "ep.")  # of Triton's onnxruntime backend, not for us
-_THREADS: Final = {"intra_op_thread_count": "actor.threads"}  # of that backend, and here
+# Triton's onnxruntime backend has keys of its own, of which one is for us, too.
+_OURS: Final = re.compile(r"variant|execution|(?!session\.|memory\.|ep\.).*\..*")
+_THREADS: Final = "intra_op_thread_count"
 _ROWS: Final = "scheduler.max_batch_rows"
 _log: Final = logging.getLogger("lrai.hosted")
 
@@ -33,12 +35,6 @@ class Settings(NamedTuple):
     instances: int
     size: int
 
-    @property
-    def latency_slo_ms(self) -> float:
-        """Return the time that the model promises, 0 for none."""
-        slo_ms = self.asked.own.get("scheduler.latency_slo_ms")
-        return self.asked.config.scheduler.latency_slo_ms if slo_ms is None else float(slo_ms)
-
 
 def instances_of(model_config: Mapping[str, Any]) -> int:
     """Return how many there are to be of a model, 1 where nothing is said."""
@@ -54,13 +50,10 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
     Raises:
         UsageError: An unknown parameter, or a value that is not allowed.
     """
-    said = {
-        key: str(value["string_value"])
-        for key, value in model_config.get("parameters", {}).items()
-        if ("." in key and not key.startswith(_OTHERS))
-        or key in ("variant", "execution", *_THREADS)
-    }
-    given = {_THREADS[key]: said.pop(key) for key in _THREADS if key in said} | said
+    said = {k: str(v["string_value"]) for k, v in model_config.get("parameters", {}).items()}
+    given = {key: value for key, value in said.items() if _OURS.fullmatch(key)}
+    if _THREADS in said:
+        given.setdefault("actor.threads", said[_THREADS])
     execution = given.pop("execution", "auto")
     if execution not in (allowed := get_args(Execution)):
         raise UsageError(f"execution is {execution!r}, allowed: {', '.join(allowed)}")

@@ -10,6 +10,7 @@ import pytest
 
 from lrai_core.artifact import GateResult
 from lrai_core.compiler.gate import (
+    LEVEL,
     Conditions,
     Judged,
     check_labels,
@@ -61,7 +62,7 @@ def judged(
     reference = run_alone(Fake(lambda x: x), sample, 1, lambda: None)
     model = signature(output_map)
     runs = run(Fake(function), sample, model, 1, lambda: None)
-    return judge(runs, reference, sample, model, conditions or Conditions())
+    return judge(runs, reference, sample, model.outputs, conditions or Conditions(), LEVEL)
 
 
 def ruin(share: float) -> Callable[[Array], Array]:
@@ -171,7 +172,7 @@ def test_the_score_of_a_label_is_judged_by_the_scores_that_it_is_one_of(labelled
         reference = [[x, x.max(axis=1, keepdims=True)] for (x,) in sample.inputs]
         run = [[x * tenth, score(x * tenth)] for (x,) in sample.inputs]
         model = Signature(inputs=signature("raw").inputs, outputs=tuple(specs))
-        return judge([run], reference, sample, model, Conditions())
+        return judge([run], reference, sample, model.outputs, Conditions(), LEVEL)
 
     assert told(lambda x: x.max(axis=1, keepdims=True)).result.passed
     assert not told(lambda x: x[:, :1] * np.nan).result.passed
@@ -265,11 +266,11 @@ def test_few_rows_that_all_agree_are_enough_for_what_no_label_speaks_of() -> Non
     model = Signature(inputs=model.inputs, outputs=model.outputs * 2)
     reference = [[row[0], row[0][:, :1]] for row in sample.inputs]
     allowed = Conditions(max_accuracy_loss=0.05)
-    assert judge([reference], reference, sample, model, allowed).result.passed
+    assert judge([reference], reference, sample, model.outputs, allowed, LEVEL).result.passed
     own = [
         [scores, other * np.float32(1 + (i == 7))] for i, (scores, other) in enumerate(reference)
     ]
-    assert not judge([own], reference, sample, model, allowed).result.passed
+    assert not judge([own], reference, sample, model.outputs, allowed, LEVEL).result.passed
 
 
 @pytest.mark.parametrize(("second", "passes"), [(1.0, True), (-1.0, False), (np.nan, False)])
@@ -282,7 +283,7 @@ def test_outputs_of_which_no_label_speaks_have_to_agree(second: float, passes: b
     )
     reference = [[row[0], row[0]] for row in sample.inputs]
     own = [[row[0], row[0] * np.float32(second)] for row in sample.inputs]
-    found = judge([own], reference, sample, model, Conditions()).result
+    found = judge([own], reference, sample, model.outputs, Conditions(), LEVEL).result
     assert found.passed is passes
     assert "top1 loss is 0.00%" in found.why
     assert "other outputs than y: " in found.why
@@ -347,7 +348,7 @@ def test_one_score_a_row_says_1_above_a_threshold(
             for own in (score, form)
         ]
         check_labels(runs[0][0], sample, conditions)
-        return judge(runs[1:], runs[0], sample, model, conditions).result
+        return judge(runs[1:], runs[0], sample, model.outputs, conditions, LEVEL).result
 
     same = told(lambda x: score(x * np.float32(1.1)))
     assert same.passed

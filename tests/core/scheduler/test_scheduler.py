@@ -165,7 +165,7 @@ class Bench:
         self.add("m")
 
     def add(self, model: str) -> None:
-        self.scheduler.add(model, [Replica(model, PROFILE)])
+        self.scheduler.add(model, [Replica(model, PROFILE)], self.scheduler._config)
 
     def submit(
         self,
@@ -962,7 +962,7 @@ def no_number(*_: object) -> float:
 def test_a_latency_model_that_fails_means_one_by_one_and_an_event(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., float]
 ) -> None:
-    bench.scheduler.add("m", [Replica("m", PROFILE), Replica("m2", PROFILE)])
+    bench.scheduler.add("m", [Replica("m", PROFILE), Replica("m2", PROFILE)], SchedulerConfig())
     asked = ["engine_seconds", "call_seconds", "alone_seconds"]
     asked += ["variant", "observe"] if broken is fails else []
     for method in asked:
@@ -1062,7 +1062,7 @@ def test_a_request_accepted_just_before_the_end_ends_too(
         return hand_over(item)
 
     monkeypatch.setattr(bench.scheduler, "_hand_over", closed_meanwhile)
-    bench.scheduler.accept("m", request(), lambda _, error, __: ends.append(error))
+    bench.scheduler.accept("m", request(), lambda _, error, __: ends.append(error), None, 0)
     assert isinstance(ends[0], NotReady)
 
 
@@ -1149,7 +1149,7 @@ class PromptWorkers(FakeWorkers):
 def test_many_threads_get_their_own_answer_or_one_error_each(failing: bool) -> None:
     events = EventBus()
     scheduler = Scheduler(SchedulerConfig(), PromptWorkers(failing), events)
-    scheduler.add("m", [Replica("m", PROFILE)])
+    scheduler.add("m", [Replica("m", PROFILE)], SchedulerConfig())
     scheduler.start()
     ends: Counter[str] = Counter()
 
@@ -1238,7 +1238,7 @@ def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
 ) -> None:
     workers = FakeWorkers()
     scheduler = Scheduler(SchedulerConfig(), workers, EventBus())
-    scheduler.add("m", [Replica("m", PROFILE)])
+    scheduler.add("m", [Replica("m", PROFILE)], SchedulerConfig())
 
     def bug(*_: object) -> None:
         raise RuntimeError("bug")
@@ -1278,7 +1278,7 @@ def test_a_model_that_was_slow_once_is_tried_again(bench: Bench, clock: Clock) -
 def test_a_model_with_more_threads_gets_its_cpus_in_its_turn(bench: Bench, clock: Clock) -> None:
     """Others that leave one CPU at a time, and are never without work, would keep it from them."""
     bench.scheduler._cpus = 2
-    bench.scheduler.add("wide", [Replica("wide", PROFILE, threads=2)])
+    bench.scheduler.add("wide", [Replica("wide", PROFILE, threads=2)], SchedulerConfig())
     bench.add("n")
     bench.submit()
     bench.submit(model="n")
@@ -1412,7 +1412,7 @@ def test_of_two_models_with_two_actors_each_calls_are_on_different_cpus(bench: B
         replicas = [Replica(f"{name}{cpu}", PROFILE) for cpu in (0, 1)]
         for cpu, replica in enumerate(replicas):
             replica.cpus = (cpu,)
-        bench.scheduler.add(name, replicas)
+        bench.scheduler.add(name, replicas, SchedulerConfig())
     bench.submit(model="a")
     bench.submit(model="b")
     bench.step()
@@ -1424,7 +1424,9 @@ def test_of_two_models_with_two_actors_each_calls_are_on_different_cpus(bench: B
 
 def test_who_names_no_time_may_wait_as_long_as_rows_of_usual_length_take(bench: Bench) -> None:
     usual = LatencyPoint(rows=1, length=256, median_ms=50.0, spread_ms=0.0)
-    bench.scheduler.add("text", [Replica("text", [usual])])  # a second: twenty times that
+    bench.scheduler.add(
+        "text", [Replica("text", [usual])], SchedulerConfig()
+    )  # a second: twenty times that
     bench.workers.down.add("text")
     for name, timeout_ms in (("none", None), ("soon", 500)):
         bench.submit(request(group=name), "text", timeout_ms)
@@ -1569,11 +1571,11 @@ def test_each_call_goes_to_the_variant_that_is_fastest_at_it_and_its_answers_say
     bench: Bench, clock: Clock
 ) -> None:
     broad = [replace_ms(PROFILE[0], 11.0), replace_ms(PROFILE[1], 2.0)]
-    bench.scheduler.add("two", [Replica("two", PROFILE, broad)])
+    bench.scheduler.add("two", [Replica("two", PROFILE, broad)], SchedulerConfig())
     by: list[int] = []
     for count in (1, 64):
         for _ in range(count):
-            bench.scheduler.accept("two", request(), lambda *ended: by.append(ended[2]))
+            bench.scheduler.accept("two", request(), lambda *ended: by.append(ended[2]), None, 0)
         bench.step()
         bench.workers.answer("two")
         bench.step()
