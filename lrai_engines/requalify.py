@@ -266,15 +266,14 @@ def _rows(artifact: Artifact) -> Rows:
         ArtifactError: The labels cannot, or are those of other rows.
     """
     rows = evaluation(artifact)
-    inputs, lines = list(rows.inputs), _lines(artifact, LABELS, list[int | str])
-    if not lines:
-        return Rows(inputs, None, rows.hashes)
+    if not (lines := _lines(artifact, LABELS, list[int | str])):
+        return rows
     try:
         if len(lines) != len(rows) + 1:
             raise ValueError(f"{len(lines) - 1} lines of {len(rows)} rows")
         (_, *labels), *columns = zip(*lines, strict=True)
         groups = {str(name): np.array([*map(str, own)], object) for name, *own in columns}
-        return Rows(inputs, np.array(labels, np.int64), rows.hashes, groups)
+        return Rows(rows.inputs, np.array(labels, np.int64), rows.hashes, groups)
     except (ValueError, OverflowError) as error:
         raise ArtifactError(f"{LABELS} cannot be read: {error}") from None
 
