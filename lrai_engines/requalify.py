@@ -39,7 +39,7 @@ from lrai_core.compiler.gate import Conditions, Judged, Metric
 from lrai_core.compiler.search import Candidate
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, installed_version, isa_class
-from lrai_core.errors import EngineError, LraiError, shorten
+from lrai_core.errors import CalibrationError, EngineError, LraiError, shorten
 from lrai_core.verifier.certificate import write_certificate
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.verifier import environment, evaluation, failing, issue
@@ -144,7 +144,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
 
     They are judged as at home, by what the log says was demanded there, from the one on that was
     closest on the search rows: one that passes leaves its part of the error to the next. Where no
-    labels and groups were kept agreement judges, and nothing that was judged by groups.
+    labels were kept, or too few for that, agreement judges, and nothing that was judged by groups.
 
     Args:
         artifact: Its files are as the manifest says.
@@ -164,7 +164,11 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
         raise UsageError("the artifact kept no evaluation rows: compile it with --evaluation")
     log = _lines(artifact, QUANTIZATION_LOG, _Event)
     conditions = _demanded(log, manifest, rows)
-    gate.check_row_count(rows, conditions, 0)
+    try:
+        gate.check_row_count(rows, conditions, 0)
+    except CalibrationError:  # then agreement judges, for which fewer do
+        rows = Rows(rows.inputs, None, rows.hashes)
+        gate.check_row_count(rows, conditions, 0)
     engine = find_engine("onnxruntime")
     calls = search.Calls(signature, rows.inputs, search.points(signature, rows.inputs))
     threads = threads or _threads(engine.load(source, threads=1, optimise=True), calls)
@@ -266,15 +270,14 @@ def _rows(artifact: Artifact) -> Rows:
         ArtifactError: The labels cannot, or are those of other rows.
     """
     rows = evaluation(artifact)
-    inputs, lines = list(rows.inputs), _lines(artifact, LABELS, list[int | str])
-    if not lines:
-        return Rows(inputs, None, rows.hashes)
+    if not (lines := _lines(artifact, LABELS, list[int | str])):
+        return rows
     try:
         if len(lines) != len(rows) + 1:
             raise ValueError(f"{len(lines) - 1} lines of {len(rows)} rows")
         (_, *labels), *columns = zip(*lines, strict=True)
         groups = {str(name): np.array([*map(str, own)], object) for name, *own in columns}
-        return Rows(inputs, np.array(labels, np.int64), rows.hashes, groups)
+        return Rows(rows.inputs, np.array(labels, np.int64), rows.hashes, groups)
     except (ValueError, OverflowError) as error:
         raise ArtifactError(f"{LABELS} cannot be read: {error}") from None
 

@@ -57,6 +57,7 @@ _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _ROUNDING: Final = ("QuantizeLinear", "DequantizeLinear")
 _PRODUCTS: Final = ("MatMul", "Gemm")
+_NORMS: Final = ("LayerNormalization", "InstanceNormalization")  # whose weights are few
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 
@@ -470,7 +471,8 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
 
     Rounding what is in float32 on both sides would cost closeness and time. Nor is what comes
     before the first weights (pixels are made floats there), or behind the last: a softmax in steps
-    of 1/256 says little. A bound other than 0 is no end of a range, so such a Clip stays.
+    of 1/256 says little. A bound other than 0 is no end of a range, so such a Clip stays; and for
+    norms integers have no kernel.
     """
     known = constants(model)
     given, wanted = set[str](), set[str]()  # by operators with weights, directly or not
@@ -487,7 +489,8 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
         low = known.get(node.input[1]) if len(node.input) > 1 else None
         bound = node.op_type == "Clip" and (low is None or numpy_helper.to_array(low).any())
         follows = behind or bound or not exact.isdisjoint(node.input)
-        if node.name in keep or (node.op_type not in WEIGHTED and (before or follows)):
-            exact.update(() if before and node.name not in keep else node.output)
+        kept = node.name in keep or node.op_type in _NORMS
+        if kept or (node.op_type not in WEIGHTED and (before or follows)):
+            exact.update(node.output if kept or not before else ())
             found.append(node.name)
     return found

@@ -149,7 +149,7 @@ def load_rows(path: Path, signature: Signature) -> Rows:
         raise VerificationError(f"{path.name} cannot be read: {shorten(str(e), 200)}") from None
     if repeated:
         raise VerificationError(f"{path.name}: a row is listed twice")
-    return rows
+    return Rows(list(rows.inputs), None, rows.hashes)  # they are in memory
 
 
 def _load(data: Data, names: list[str], what: str) -> dict[str, Array]:

@@ -648,7 +648,7 @@ def test_of_very_many_columns_some_are_looked_at() -> None:
 
 
 def attending() -> onnx.ModelProto:
-    """Return image -> two convolutions, attention between their places, mean, 10 classes."""
+    """Return image -> two convolutions, attention between their places, 10 classes, mean."""
     random = np.random.default_rng(0)
     weights: dict[str, Array] = {
         "first": random.standard_normal((32, 3, 3, 3)) / 5,
@@ -657,6 +657,7 @@ def attending() -> onnx.ModelProto:
         "proj": random.standard_normal((32, 32)) / 5,
         "last": random.standard_normal((32, 10)) / 5,
         "root": np.array(32**-0.5),
+        "even": np.linspace(0.5, 2, 32),
     }
     nodes = [
         helper.make_node("Conv", ["x", "first"], ["c1"], "conv1", pads=[1, 1, 1, 1]),
@@ -665,7 +666,8 @@ def attending() -> onnx.ModelProto:
         helper.make_node("Relu", ["c2"], ["r2"], "relu2"),
         helper.make_node("Reshape", ["r2", "places"], ["flat"], "flatten"),
         helper.make_node("Transpose", ["flat"], ["tokens"], "tokens", perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["tokens", "qkv"], ["all"], "qkv"),
+        helper.make_node("LayerNormalization", ["tokens", "even"], ["normed"], "norm"),
+        helper.make_node("MatMul", ["normed", "qkv"], ["all"], "qkv"),
         helper.make_node("Split", ["all"], ["q", "k", "v"], "split", axis=2),
         helper.make_node("Transpose", ["k"], ["kt"], "keys", perm=[0, 2, 1]),
         helper.make_node("MatMul", ["q", "kt"], ["scores"], "scores"),
@@ -674,8 +676,8 @@ def attending() -> onnx.ModelProto:
         helper.make_node("MatMul", ["shares", "v"], ["seen"], "mix"),
         helper.make_node("MatMul", ["seen", "proj"], ["out"], "proj"),
         helper.make_node("Add", ["out", "tokens"], ["both"], "residual"),
-        helper.make_node("ReduceMean", ["both"], ["m"], "mean", axes=[1], keepdims=0),
-        helper.make_node("MatMul", ["m", "last"], ["y"], "classes"),
+        helper.make_node("MatMul", ["both", "last"], ["each"], "classes"),
+        helper.make_node("ReduceMean", ["each"], ["y"], "mean", axes=[1], keepdims=0),
     ]
     constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
     constants.append(numpy_helper.from_array(np.array([0, 32, 49]), "places"))
@@ -685,15 +687,20 @@ def attending() -> onnx.ModelProto:
 PRODUCTS = ["qkv", "scores", "mix", "proj", "classes"]
 
 
-def test_beside_attention_convolutions_are_quantised_and_it_is_left_alone() -> None:
+def test_beside_attention_convolutions_are_quantised_and_it_is_left_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     proto, x = attending(), images(40, 2)
     quantised, report = static_int8(proto, sample())
+    assert not caplog.records
     assert {line.node: line.bits for line in report} == {"conv1": 8, "conv2": 8} | dict.fromkeys(
         PRODUCTS, 32
     )
     made = {name: node.op_type for node in quantised.graph.node for name in node.output}
     by_name = {node.name: node for node in quantised.graph.node}
     assert made[by_name["softmax"].input[0]] == "Mul", "what attention computes is not rounded"
+    assert by_name["norm"].input[1] == "even"
+    assert by_name["qkv"].input[0] == "normed"
     assert made[by_name["mix"].input[0]] == "Softmax"
     right = run(proto, x)
     assert 0 < distance(run(quantised, x), right) < 0.03
