@@ -374,6 +374,16 @@ def test_a_server_of_another_mode_is_refused(prepared: Prepared, tmp_path: Path)
     assert "has not got --model-control-mode=explicit" in said
 
 
+def test_a_server_that_wants_another_key_is_refused_by_what_it_restricts(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    apis = "model-config,statistics,metadata,inference,model-repository"
+    more = ("--model-control-mode=explicit", f"--http-restricted-api={apis}:admin=x")
+    with TritonServer(tmp_path, **prepared._asdict(), arguments=more) as server:
+        said = run("triton", "watch", "--url", f"http://{server.http}", code=5)
+    assert f"restricts {apis.replace(',', ', ')} to who has another key" in said.replace("\n", " ")
+
+
 def test_the_watch_waits_for_a_server_and_refuses_what_is_no_address() -> None:
     run("triton", "watch", "--url", "localhost:8000", code=2)
     watch = Watch("--url", f"http://{HOST}:9", "--interval", "0.1")
