@@ -270,7 +270,7 @@ def _rows(artifact: Artifact) -> Rows:
         ArtifactError: The labels cannot, or are those of other rows.
     """
     rows = evaluation(artifact)
-    if not (lines := _lines(artifact, LABELS, list[int | str])):
+    if not (lines := _lines(artifact, LABELS, list[bool | int | str])):
         return rows
     try:
         if len(lines) != len(rows) + 1:

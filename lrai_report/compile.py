@@ -77,8 +77,8 @@ def compile(
     keep_evaluation: Annotated[
         int | None,
         typer.Option(
-            help="Rows of the gate to keep in the artifact, in 256 MiB at most; 0: none. By "
-            "default what 16 MiB hold."
+            help="Rows of the gate to keep in the artifact, with labels and groups, in 256 MiB at "
+            "most; 0: none. By default what 16 MiB hold."
         ),
     ] = None,
     minutes: Annotated[
