@@ -57,6 +57,7 @@ _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _ROUNDING: Final = ("QuantizeLinear", "DequantizeLinear")
 _PRODUCTS: Final = ("MatMul", "Gemm")
+_LEAST_WORK: Final = 0.05  # of convolutions beside attention, which cuts images up in a transformer
 _NORMS: Final = ("LayerNormalization", "InstanceNormalization")  # whose weights are few
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
@@ -150,7 +151,7 @@ def static_int8(
 
     Raises:
         NothingToQuantize: It multiplies activations with one another, as transformers do, and has
-            no convolution, or all that there is was left out.
+            hardly a convolution, or all that there is was left out.
         CompileError: The quantiser cannot do it, or the model does not run on the sample.
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
@@ -161,8 +162,9 @@ def static_int8(
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     weighted = [node for node in marked.graph.node if node.op_type in WEIGHTED]
     if attends(model):
-        products = {node.name for node in weighted if node.op_type in _PRODUCTS}
-        if len(products) == len(weighted):
+        products, by_node = {n.name for n in weighted if n.op_type in _PRODUCTS}, work(marked)
+        convolved = sum(by_node[n.name] for n in weighted if n.name not in products)
+        if convolved < _LEAST_WORK * sum(by_node.values()):
             raise NothingToQuantize("static scales are not for what multiplies activations")
         keep = products.union(keep)
     rows = numbers(sample, _MOST)

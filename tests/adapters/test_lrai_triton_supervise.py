@@ -286,7 +286,8 @@ def test_a_runtime_that_is_still_not_there_when_its_start_gives_up_is_ended(
 
     monkeypatch.setattr(supervise, "_parent", parent)
     begins = f"({WAITS}) >/dev/null &\necho $! > {begun}"
-    waits = f"for _ in $(seq 1000); do test -e {seen} && break; sleep 0.02; done"
+    # It outlives the look that sees what it has begun.
+    waits = f"for _ in $(seq 1000); do test -e {seen} && break; sleep 0.02; done\nsleep 2"
     stand_in = program(tmp_path / "lrai", f"{begins}\n{waits}\nexit 5")
     monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
     path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")

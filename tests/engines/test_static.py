@@ -684,6 +684,31 @@ def attending() -> onnx.ModelProto:
     return model(nodes, [value("x", ["batch", *SHAPE])], [value("y", ["batch", 10])], constants)
 
 
+def test_a_convolution_that_cuts_images_up_for_a_transformer_is_left_alone() -> None:
+    """It is little of the work, and forms for it would take as long as those for all of it."""
+    random = np.random.default_rng(0)
+    weights = {"cut": (8, 3, 8, 8), "wide": (8, 4096), "back": (4096, 8), "last": (8, 10)}
+    nodes = [
+        helper.make_node("Conv", ["x", "cut"], ["c"], "cut", strides=[8, 8]),
+        helper.make_node("Reshape", ["c", "places"], ["flat"], "flatten"),
+        helper.make_node("Transpose", ["flat"], ["tokens"], "tokens", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["tokens", "wide"], ["h"], "wide"),
+        helper.make_node("MatMul", ["h", "back"], ["q"], "back"),
+        helper.make_node("MatMul", ["q", "flat"], ["scores"], "scores"),
+        helper.make_node("MatMul", ["scores", "q"], ["seen"], "mix"),
+        helper.make_node("ReduceMean", ["seen"], ["m"], "mean", axes=[1], keepdims=0),
+        helper.make_node("MatMul", ["m", "last"], ["y"], "classes"),
+    ]
+    constants = [
+        numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in weights.items()
+    ]
+    constants.append(numpy_helper.from_array(np.array([0, 8, 4]), "places"))
+    ends = [value("x", ["batch", *SHAPE])], [value("y", ["batch", 10])]
+    with pytest.raises(NothingToQuantize, match="multiplies activations"):
+        static_int8(model(nodes, *ends, constants), sample())
+
+
 PRODUCTS = ["qkv", "scores", "mix", "proj", "classes"]
 
 

@@ -10,10 +10,11 @@ import typer
 from mlflow import MlflowException, start_run
 from rich.console import Console
 
-from lrai_core import Artifact, ConditionNotMet, LraiError
+from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, LraiError, UsageError
 from lrai_mlflow.commands.convert import convert as convert_model
 from lrai_mlflow.commands.convert import options_of
 from lrai_mlflow.flavor import load_model
+from lrai_mlflow.serving import FLAVOR_NAME
 
 app = typer.Typer(
     help="Models of MLflow.", no_args_is_help=True, add_completion=False,
@@ -49,7 +50,10 @@ def convert(
         bool, typer.Option("--allow-pickle", help="Open what could run code, after picklescan.")
     ] = False,
 ) -> None:
-    """Compile the model of onnx, pytorch, sklearn, lightgbm or xgboost at MODEL_URI, and log it."""
+    """Compile the model of onnx, pytorch, sklearn, lightgbm or xgboost at MODEL_URI, and log it.
+
+    Exit 3: no form but fp32 passed the gate and was faster; that is logged all the same.
+    """
     how = {"metric": metric, "output_map": output_map, "threads": threads, **options_of(option)}
     try:
         with start_run(run_id=run_id or None):
@@ -62,6 +66,9 @@ def convert(
             out.print(logged.model_uri, known)  # before MLflow says where the run is
     except MlflowException as error:
         raise _ours(error) from None
+    if evaluation is not None and logged.flavors[FLAVOR_NAME]["variant"] == "fp32":
+        told = "quantization.jsonl, in the run, tells why"
+        raise ConditionNotMet(f"no form but fp32 passed the gate and was faster; {told}")
 
 
 def artifact_of(model_uri: str) -> Artifact:
@@ -73,9 +80,11 @@ def artifact_of(model_uri: str) -> Artifact:
 
 
 def _ours(error: MlflowException) -> LraiError:
-    """Return what it was made of, with its exit status; of MLflow's own the answer is no."""
-    cause = error.__cause__
-    return cause if isinstance(cause, LraiError) else ConditionNotMet(error.message)
+    """Return what it was made of, with its exit status; of MLflow's own by that of HTTP."""
+    if isinstance(cause := error.__cause__, LraiError):
+        return cause
+    asked = error.get_http_status_code() < 500
+    return UsageError(error.message) if asked else EnvironmentProblem(error.message)
 
 
 def main(arguments: Sequence[str]) -> None:

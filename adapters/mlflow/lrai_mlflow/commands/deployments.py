@@ -22,6 +22,9 @@ The model is of the flavor lrai; `lrai mlflow convert URI` makes one of others.
 `update --name NAME -C rollback=true` goes back to what served before the last change: while there
 is a canary, to the version beside it.
 
+`run-local --name NAME -m URI` serves a model over HTTP until Ctrl-C, to try it, with `host=`,
+`port=` and `workers=`, each after -C.
+
 A canary that fails more often than the version beside it is taken back, and the name frozen: it can
 be neither updated nor deleted until `lrai unfreeze NAME --by WHO --reason WHY` has said that it may
 (of another target with `--address`, the FOLDER or tcp://… of that).
