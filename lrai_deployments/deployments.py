@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -19,6 +20,7 @@ from lrai_deployments.traffic import forget_aged
 from lrai_deployments.warmup import warm_up
 
 _log = logging.getLogger(__name__)
+_AGAIN_SECONDS: Final = 60.0
 _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 
 
@@ -121,7 +123,9 @@ class Deployments(Kept):
         """See `Runtime.swap`."""
         with self._changed(name) as (name, record):
             how = record.versions[record.stable].but(variant, require, settings)
-            return self._swap(name, record, self.open(artifact), how, "swap")
+            swapped = self._swap(name, record, self.open(artifact), how, "swap")
+            self._fell.pop(name, None)
+            return swapped
 
     def rollback(self, name: str) -> str:
         """See `Runtime.rollback`."""
@@ -129,26 +133,31 @@ class Deployments(Kept):
             how = record.versions.get(record.alone, record.previous)  # first, others go again
             if not how.version:
                 raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
-            there = self.versions.get((name, how.version))
-            if how in record.versions.values() and there and self._state(there) != "dead":
-                self._commit(name, record.shared_out({how.version: 1.0}), "rollback")
-                return how.version
-            return self._swap(name, record, self._reopen(how), how, "rollback")
+            self._fell[name] = math.inf  # what was left by hand does not come back by itself
+            return self._go_back(name, record, how, "rollback")
 
-    def fall_back(self, name: str) -> None:
-        """See `Running.fall_back`. It is frozen: what serves is not what was meant to."""
-        with suppress(lrai.LraiError), self.changing(name):
-            record, there = self._records.get(name, Record()), self.find(name)
-            how, served = record.previous, self._served(name)
-            runs = any(self.runs(one) for one in served if record.shares.get(one.version))
-            if runs or record.frozen or not how.version or there.key in self._fell:
-                return
-            self._fell.add(there.key)  # once: who cannot come back is not asked at every request
-            by, why = "crash guard", f"version {there.version} was given up"
-            _log.warning("%s: %s: back to version %s", name, why, how.version)
-            self._swap(name, record, self._reopen(how), how, "fallback")
-            back = replace(self._records[name], frozen=freeze_of(by, why))
-            self._commit(name, back, "freeze", by, why)
+    def lost(self, name: str) -> None:
+        """See `Running.lost`. What served before is to serve again, where there is something."""
+        record, now = self._records.get(name, Record()), time.monotonic()
+        if record.previous.version and not record.frozen and now >= self._fell.get(name, 0.0):
+            self._fell[name] = now + _AGAIN_SECONDS  # not at every request
+            self.submit(self._fall_back, name)
+
+    def _fall_back(self, name: str) -> None:
+        """Serve what served before, and freeze that: it is not what was meant to."""
+        try:
+            with self.changing(name):
+                record, lost = self._free(name), self.find(name)
+                shares = [one for one in self._served(name) if record.shares.get(one.version)]
+                if record.previous.version and not any(map(self.runs, shares)):
+                    by, why = "crash guard", f"version {lost.version} was given up"
+                    to = self._go_back(name, record, record.previous, "fallback")
+                    _log.warning("%s: %s: version %s serves again", name, why, to)
+                    back = replace(self._records[name], frozen=freeze_of(by, why))
+                    self._commit(name, back, "freeze", by, why)
+        # As of what is restored.
+        except (lrai.LraiError, TypeError, OSError) as error:
+            _log.warning("%s: what served before does not serve again: %s", name, error)
 
     def route(
         self,
@@ -227,8 +236,15 @@ class Deployments(Kept):
                 copies = one.version in record.shadow and one.version not in answers
                 self.remove(one, drain=bool(left.versions) and not copies)
 
+    def _go_back(self, name: str, record: Record, how: How, what: str) -> str:
+        there = self.versions.get((name, how.version))
+        if how in record.versions.values() and there and self.runs(there):
+            self._commit(name, record.shared_out({how.version: 1.0}), what)
+            return how.version
+        return self._swap(name, record, self._reopen(how), how, what)
+
     def _swap(self, name: str, record: Record, new: lrai.Artifact, how: How, what: str) -> str:
-        self._is_alike(name, new, back=what == "rollback")
+        self._is_alike(name, new, back=what != "swap")
         old = self._served(name)
         with self._started(name, new, how) as (version, loaded):
             warm_up(self, version)

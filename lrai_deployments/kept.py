@@ -46,7 +46,7 @@ class Kept(Running):
         """See `Embedded.begin`. Of what was kept, take over what is frozen."""
         super().begin()
         self._store = Store(self.config.runtime.state_dir)
-        self._fell: set[str] = set()  # keys of versions in whose place others were started
+        self._fell: dict[str, float] = {}  # names that fell back, and until when they do not again
         forget_aged(self.config.runtime, halves=True)
         self._kept, self._stopped = self._store.read()
         self._records = {name: record for name, record in self._kept.items() if record.frozen}

@@ -94,13 +94,16 @@ class Route:
             self._count(version, outcome)
 
         try:
-            pending = self._core.accept(request, ended, version)
+            try:
+                pending = self._core.accept(request, ended, version)
+            except DeadlineExceeded:  # by the pace of late
+                if relief is None:
+                    raise
+                version, shadow = relief, None if shadow is relief else shadow
+                pending = self._core.accept(request, ended, version)
         except LraiError as error:
-            if relief is None or not isinstance(error, DeadlineExceeded):
-                self._count(version, error)
-                raise
-            version = relief  # by the pace of late the others have no time for it
-            pending = self._core.accept(request, ended, version)
+            self._count(version, error)
+            raise
         if shadow is not None and self._may_copy(pending.request):
             names = [spec.name for spec in version.signature.inputs]
             inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}

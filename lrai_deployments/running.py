@@ -114,11 +114,11 @@ class Running(Embedded):
             return self._accept(request, done, version)
         except lrai.ActorError:
             if version is None and not request.model_version:
-                self.submit(self.fall_back, request.model_name or self.find("").name)
+                self.lost(request.model_name or self.find("").name)
             raise
 
-    def fall_back(self, name: str) -> None:
-        """Serve what served before, where all with a share was given up; for what builds on it."""
+    def lost(self, name: str) -> None:
+        """Take note that who has a share of a name was given up; for what builds on this class."""
 
     def _accept(
         self, request: lrai.InferenceRequest, done: Ended, version: Version | None

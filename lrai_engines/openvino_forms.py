@@ -19,14 +19,14 @@ import onnx
 import openvino as ov
 from google.protobuf.message import EncodeError
 from onnx import numpy_helper
-from onnx.shape_inference import InferenceError, infer_shapes
+from onnx.shape_inference import InferenceError
 
 from lrai_core.compiler.search import Built, Material, Reject, Sample
 from lrai_core.errors import CompileError
 from lrai_engines.forms import Build, Made, int8, joint, standard
 from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
-from lrai_engines.quantize import NothingToQuantize, constants, read, weights_int8
+from lrai_engines.quantize import NothingToQuantize, constants, inferred, read, weights_int8
 from lrai_engines.smooth import QDQ
 from lrai_engines.static import goes_undefined, signed, undefined_stays
 
@@ -194,7 +194,7 @@ def _check_values(model: onnx.ModelProto) -> None:
         CompileError: It does: the engine rounds, or cuts, those, and reads zeros there.
         ValueError: Or `EncodeError`, or `InferenceError`: its types cannot be told.
     """
-    known, full = constants(model), infer_shapes(model, data_prop=True).graph
+    known, full = constants(model), inferred(model, data_prop=True).graph
     values = (*full.input, *full.output, *full.value_info)
     types = {value.name: value.type.tensor_type for value in values}
     whole = {n for n, one in types.items() if one.elem_type in (*_WIDE, onnx.TensorProto.INT32)}

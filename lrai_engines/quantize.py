@@ -30,6 +30,7 @@ SATURATING = ("avx512", "avx2", "x86_64")
 BITS: Final = 8
 FLOAT32: Final = "float32"  # the scheme of what is left alone
 INT4: Final = "matmul_4_bits"
+_SMALL_ELEMENTS: Final = 1 << 10
 _TABLE_ELEMENTS: Final = 1 << 18  # of the smallest table worth it: 1 MB
 _MOST = float(np.finfo(np.float32).max) / 256  # of what integers and a scale can give back
 _LARGER: Final = 1.5  # steps without a zero point at most
@@ -208,6 +209,24 @@ def _int8_table(graph: Graph, node: onnx.NodeProto, tensor: onnx.TensorProto) ->
 
 def _is_linear(node: onnx.NodeProto) -> bool:
     return node.domain in _ONNX and node.op_type in ("MatMul", "Gemm")
+
+
+def inferred(model: onnx.ModelProto, *, data_prop: bool = False) -> onnx.ModelProto:
+    """Return a model with the shapes and types that can be told, and no large weights in it.
+
+    All of them may be more than protobuf can write, and none tells a shape. `data_prop`: what is
+    computed of shapes is followed, too.
+    """
+    opsets, functions = model.opset_import, model.functions
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=opsets, functions=functions)
+    light.graph.name = model.graph.name
+    for part in ("input", "output", "value_info", "node"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    for tensor in model.graph.initializer:
+        bare = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        small = math.prod(tensor.dims) <= _SMALL_ELEMENTS
+        light.graph.initializer.append(tensor if small else bare)
+    return onnx.shape_inference.infer_shapes(light, data_prop=data_prop)
 
 
 def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:

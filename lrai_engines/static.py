@@ -12,6 +12,7 @@ import inspect
 import itertools
 import math
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -50,6 +51,7 @@ Pairs = frozenset[tuple[str, str]]  # of an input and an output
 _MOST: Final = 128  # rows
 # What may come behind the last weights without a value of its own: it is part of their operator.
 _JOINED: Final = ("Relu", "Clip", "Add")
+_SECONDS: Final = 2.0  # for the columns of an input
 _MOST_COLUMNS: Final = 1 << 10  # that are tried one by one
 _MOST_FREE: Final = 1 << 6  # likewise, along a free extent, as that of a sound
 _MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
@@ -256,10 +258,13 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     extents = {v.name: v.type.tensor_type.shape.dim[1:] for v in model.graph.input}
     try:
         session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        began = time.monotonic()
+        session.run(outputs, given)
+        seconds = max(1e-6, time.monotonic() - began)
         for name, array in floats.items():
             seen = set[frozenset[tuple[str, str]]]()
             most = _MOST_COLUMNS if all(d.dim_value for d in extents[name]) else _MOST_FREE
-            for probe in _no_numbers(array, most):
+            for probe in _no_numbers(array, max(1, min(most, int(_SECONDS / seconds)))):
                 told = zip(outputs, session.run(outputs, given | {name: probe}), strict=True)
                 nan = [y for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()]
                 seen.add(frozenset((name, y) for y in nan))

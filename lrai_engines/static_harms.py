@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from lrai_core.compiler.search import Sample
-from lrai_engines.quantize import Graph, assemble
+from lrai_engines.quantize import Graph, assemble, inferred
 from lrai_engines.sensitivity import SWITCHES, switched_on
 
 WEIGHTED: Final = ("Conv", "ConvTranspose", "MatMul", "Gemm")
@@ -40,7 +40,7 @@ def harms(
 
 def work(model: onnx.ModelProto) -> dict[str, float]:
     """Return for each operator with weights how many products it computes for one row."""
-    model = onnx.shape_inference.infer_shapes(model)
+    model = inferred(model)
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     places: dict[str, list[int]] = {}
     for value in (*model.graph.value_info, *model.graph.output):

@@ -63,6 +63,7 @@ class Asked(NamedTuple):
         free: Nothing says where the model runs.
         timed: Something says how long a request may take that states no time.
         here: In this process.
+        host_ms: The host's time for a request; 0 where it has none.
     """
 
     config: LraiConfig
@@ -73,6 +74,7 @@ class Asked(NamedTuple):
     free: bool
     timed: bool
     here: bool = False
+    host_ms: float = 0.0
 
     @property
     def how(self) -> Any:
@@ -107,14 +109,16 @@ class Asked(NamedTuple):
     def within(self, seconds: float) -> Asked:
         """Return the same, with the host's time for a request where nothing says another one.
 
-        After it the host answers in any case, and what is still computed is for nobody.
+        After it the host answers in any case, and what is still computed is for nobody. A runtime
+        that others share, too, does not give up what they asked for any sooner.
         """
         if self.timed or not seconds:
             return self
-        ms = min(max(1.0, seconds * 1e3), 1e9)  # as the setting allows
-        own = replace(self.config.scheduler, default_timeout_ms=ms)
-        config, rest = replace(self.config, scheduler=own), {**self.rest, _TIME: ms}
-        return self._replace(config=config, rest=rest)
+        ms, usual = min(max(1.0, seconds * 1e3), 1e9), self.config.scheduler  # as it may be set
+        if not self.here and ms <= usual.default_timeout_ms:
+            return self._replace(host_ms=ms)
+        config = replace(self.config, scheduler=replace(usual, default_timeout_ms=ms))
+        return self._replace(config=config, rest={**self.rest, _TIME: ms}, host_ms=ms)
 
     def in_process(self) -> Asked:
         """Return the same, with the model in this process, which keeps no state of its own.
@@ -126,7 +130,9 @@ class Asked(NamedTuple):
         address = str(Path(state).absolute()) if state else "embedded"
         runtime = replace(given, address=address, state_dir="", capture_rows=0)
         own = {**self.own, "actor.isolation": "inline"}
-        return self._replace(config=replace(self.config, runtime=runtime), own=own, here=True)
+        config = replace(self.config, runtime=runtime)
+        inside = self._replace(config=config, own=own, here=True)
+        return inside.within(self.host_ms / 1e3)
 
 
 def asked(given: Mapping[str, Any]) -> Asked:

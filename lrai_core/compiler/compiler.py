@@ -499,7 +499,8 @@ class _Compilation:
 
     def _calls(self) -> Calls:
         rows = self.search.inputs if self.search else []
-        return Calls(self.signature, rows, search.points(self.signature, rows))
+        row = search.longest(rows, self.signature)
+        return Calls(self.signature, row, search.points(self.signature, rows))
 
     def _at(self, share: float) -> float:
         """Return when this share of the time is gone, by `time.monotonic`."""

@@ -235,7 +235,7 @@ class Calls(NamedTuple):
 
     Attributes:
         signature: Of the model.
-        rows: As long as those served; where there are none, one is made up.
+        rows: The longest of those served; where there are none, one is made up.
         points: (rows, length) of each call.
     """
 
@@ -245,9 +245,13 @@ class Calls(NamedTuple):
 
     def feed(self, rows: int, length: int) -> list[Array]:
         """Return the longest row, brought to this length, so many times."""
-        made_up = None if self.rows else synthetic_row(self.signature, max(length, 1))
-        longest = made_up or max(self.rows, key=lambda row: length_of(row, self.signature))
-        return stretch(longest, self.signature, rows, length)
+        row = self.rows[0] if self.rows else synthetic_row(self.signature, max(length, 1))
+        return stretch(row, self.signature, rows, length)
+
+
+def longest(rows: Sequence[list[Array]], signature: Signature) -> list[list[Array]]:
+    """Return the longest row alone, nothing of nothing; rows of a file are read for it once."""
+    return [max(rows, key=lambda row: length_of(row, signature))] if rows else []
 
 
 def refusing(candidates: Sequence[Candidate], calls: Calls) -> list[tuple[Candidate, str]]:
@@ -352,7 +356,8 @@ def is_short(session: Session, calls: Calls) -> bool:
 
 
 def _repeats(session: Session, feed: list[Array]) -> int:
-    if _seconds(session, feed, 1) > 200 * _LEAST_SECONDS:  # the first takes longer, but not so much
+    session.run(feed)  # the first takes longer, by the memory that it takes
+    if _seconds(session, feed, 1) > 200 * _LEAST_SECONDS:
         return 1
     least = min(_seconds(session, feed, 1) for _ in range(ROUNDS))
     return max(1, int(_LEAST_SECONDS / max(least, 1e-7)))

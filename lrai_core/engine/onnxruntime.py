@@ -22,7 +22,6 @@ MEMORY_LACKS: Final = ("Failed to allocate", "bad_alloc", "bad allocation")
 # After a call its threads would wait awake for the next one for 45 ms, at the expense of who has
 # work then: another session of this process, or the host. This is longer than between operators.
 _SPIN_US: Final = 500
-_AS_EVER: Final = nullcontext()
 _LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "all": "ORT_ENABLE_ALL"}
 
 
@@ -63,14 +62,13 @@ class OnnxRuntimeSession:
         larger = size > self._largest_bytes  # than all before: it may take more memory, and keep it
         self._largest_bytes = max(size, self._largest_bytes)
         try:
-            with huge_pages() if larger else _AS_EVER:
+            with huge_pages() if larger else nullcontext():
                 return list(self._session.run(names, dict(zip(self._inputs, arrays, strict=True))))
         except REFUSALS as error:
-            raise EngineError(
-                f"onnxruntime cannot run the model: {reason(error)}",
-                # What is no lack of memory is in the inputs.
-                invalid=not any(lack in str(error) for lack in MEMORY_LACKS),
-            ) from None
+            # What is no lack of memory is in the inputs.
+            invalid = not any(lack in str(error) for lack in MEMORY_LACKS)
+            why = f"onnxruntime cannot run the model: {reason(error)}"
+            raise EngineError(why, invalid=invalid) from None
 
 
 def session_options(

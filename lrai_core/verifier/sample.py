@@ -11,7 +11,7 @@ from collections import UserList
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final
 
@@ -126,7 +126,7 @@ def save_rows(path: Path, rows: Rows, most: int | None = None) -> Rows:
     """
     sizes = accumulate(len(_encode(row)) for row in rows.inputs)
     room = _KEPT_BYTES if most is None else _MOST_KEPT_BYTES
-    kept = rows.take(range(sum(size <= room for size in sizes))[:_KEPT_ROWS][:most])
+    kept = rows.take(range(len([*takewhile(room.__ge__, sizes)]))[:_KEPT_ROWS][:most])
     stored = msgspec.msgpack.encode([msgspec.Raw(_encode(row)) for row in kept.inputs])
     path.write_bytes(gzip.compress(stored, compresslevel=6, mtime=0))
     return kept

@@ -191,6 +191,14 @@ def test_relief_takes_what_the_others_have_no_time_for() -> None:
     assert core.asked == ["stable", "relief", "stable", "stable", "relief", "stable"]
 
 
+def test_no_copy_goes_to_the_relief_that_answers() -> None:
+    core, stable, relief = Core(0), version("stable"), version("relief")
+    made = Route(cast("Any", core), {stable: 1.0}, {relief: 1.0}, relief)
+    core.full = {"stable"}
+    made.accept(request(50.0), lambda _: None)
+    assert core.asked == ["stable", "relief"]
+
+
 def test_the_shares_of_the_dead_are_taken_by_who_runs() -> None:
     core, (one, two, three) = Core(0), (version("one"), version("two"), version("three"))
     made = Route(cast("Any", core), {one: 0.5, two: 0.3, three: 0.2}, {})

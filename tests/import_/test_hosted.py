@@ -55,9 +55,11 @@ def test_several_processes_or_an_unknown_number_share_a_runtime(
     ("seconds", "ms"), [(0, 60_000), (10, 10_000), (300, 300_000), (1e9, 1e9), (1e-9, 1)]
 )
 def test_the_hosts_time_counts_where_nothing_says_another_one(seconds: float, ms: float) -> None:
-    found = asked({}).within(seconds)
-    assert found.config.scheduler.default_timeout_ms == ms
-    assert found.rest.get("scheduler.default_timeout_ms", 60_000) == ms  # is told where it is not
+    """In a runtime that others share, which this process may start, a longer one alone."""
+    shared = asked({}).within(seconds)
+    for found, its in ((shared.in_process(), ms), (shared, max(ms, 60_000))):
+        assert found.config.scheduler.default_timeout_ms == its
+        assert found.rest.get("scheduler.default_timeout_ms", 60_000) == its  # is told where not
 
 
 def test_the_hosts_time_does_not_count_where_something_does(

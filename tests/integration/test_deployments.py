@@ -858,12 +858,11 @@ def test_others_answer_for_a_version_that_is_dead(
             ask(runtime, model_version=version(small[2.0]))
 
 
-def swap_and_kill(runtime: lrai.Runtime, to: Path) -> None:
-    """Swap to a version, and kill its actors until it is given up."""
-    runtime.swap("m", to)
+def kill_for_good(runtime: lrai.Runtime, label: str) -> None:
+    """Kill the actors of a version until it is given up."""
 
     def dead() -> bool:
-        (model,) = runtime.models()
+        (model,) = [model for model in runtime.models() if model.version == label]
         for pid in model.actor_pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -877,7 +876,7 @@ def test_what_served_before_does_again_where_a_version_is_given_up(
 ) -> None:
     limits = config(**{"actor.restart_limit": 1})
     with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
-        swap_and_kill(runtime, small[3.0])
+        kill_for_good(runtime, runtime.swap("m", small[3.0]))
         with pytest.raises(lrai.ActorError):
             ask(runtime)
         wait_until(lambda: runtime.deployments()[0].frozen is not None)
@@ -889,13 +888,41 @@ def test_what_served_before_does_again_where_a_version_is_given_up(
         assert len(runtime.models()) == 1
 
 
+def test_what_served_before_and_still_runs_is_not_started_again(small: dict[float, Path]) -> None:
+    limits, two = config(**{"actor.restart_limit": 1}), version(small[2.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        runtime.load(small[3.0], name="m", share=0.5)
+        runtime.route("m", {version(small[3.0]): 1.0})
+        (before,) = [model.actor_pids for model in runtime.models() if model.version == two]
+        kill_for_good(runtime, version(small[3.0]))
+        with pytest.raises(lrai.ActorError):
+            ask(runtime)
+        wait_until(lambda: runtime.deployments()[0].frozen is not None)
+        assert (ask(runtime), ask(runtime, model_version=two)) == (2.0, 2.0)
+        (after,) = [model.actor_pids for model in runtime.models() if model.version == two]
+        assert after == before
+
+
+def test_what_was_left_by_hand_does_not_come_back_by_itself(small: dict[float, Path]) -> None:
+    limits = config(**{"actor.restart_limit": 1})
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        runtime.swap("m", small[3.0])
+        kill_for_good(runtime, runtime.rollback("m"))
+        for _ in range(3):
+            with pytest.raises(lrai.ActorError):
+                ask(runtime)
+        deployments(runtime)._worker.submit(lambda: None).result()
+        (now,) = runtime.deployments()
+        assert (now.frozen, now.shares) == (None, {version(small[2.0]): 1.0})
+
+
 def test_nothing_falls_back_to_what_is_no_longer_there(
     small: dict[float, Path], tmp_path: Path
 ) -> None:
     limits = config(**{"actor.restart_limit": 1})
     shutil.copytree(small[2.0], first := tmp_path / "first.lrai")
     with lrai.Runtime.open(first, name="m", config=limits) as runtime:
-        swap_and_kill(runtime, small[3.0])
+        kill_for_good(runtime, runtime.swap("m", small[3.0]))
         shutil.rmtree(first)
         core = deployments(runtime)
         for _ in range(3):

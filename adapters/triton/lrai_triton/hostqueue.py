@@ -42,8 +42,7 @@ class HostQueue:
             self._since = now
         given_ms = [us / 1e3 if us else self._usual_ms for us in timeouts_us]
         waited = [(now - since) * (1 - index / count) + _WAY_SECONDS for index in range(count)]
-        pairs = zip(given_ms, waited, strict=True)
-        return [ms - 1e3 * seconds if ms else None for ms, seconds in pairs]
+        return [ms - 1e3 * s if ms else None for ms, s in zip(given_ms, waited, strict=True)]
 
     def answered(self) -> None:
         """Take note that a list was answered."""

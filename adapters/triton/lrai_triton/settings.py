@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
 from lrai_core import UsageError
 from lrai_import.hosted import Asked, asked
+from lrai_triton.config import MAX_BATCH_SIZE
 
 Execution = Literal["auto", "lists", "sender", "inline"]
 
@@ -61,6 +62,6 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
     rows = int(wanted.own.get(_ROWS, wanted.config.scheduler.max_batch_rows))
     if 0 < size < rows and _ROWS in given:
         _log.warning("%s is %d: calls may exceed max_batch_size, which is %d", _ROWS, rows, size)
-    elif 0 < size < rows:
+    elif 0 < size < rows and size != MAX_BATCH_SIZE:  # which is what nobody has written
         wanted = wanted._replace(own={**wanted.own, _ROWS: size})
     return Settings(wanted, cast("Execution", execution), instances_of(model_config), size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mlflow import MlflowException, start_run
+from mlflow import MlflowException, end_run, get_run, start_run
 from rich.console import Console
 
 from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, LraiError, UsageError
@@ -56,17 +56,23 @@ def convert(
     """
     how = {"metric": metric, "output_map": output_map, "threads": threads, **options_of(option)}
     try:
-        with start_run(run_id=run_id or None):
+        # A run that was there is as it was, where this comes to nothing.
+        status = get_run(run_id).info.status if run_id else "FAILED"
+        start_run(run_id=run_id or None)
+        try:
             logged = convert_model(
                 model_uri, name=name, registered_model_name=registered_model_name, options=how,
                 evaluation=evaluation, allow_pickle=allow_pickle,
             )  # fmt: skip
-            version = logged.registered_model_version
+            version, status = logged.registered_model_version, "FINISHED"
             known = f"version {version}" if version is not None else "not registered"
             out.print(logged.model_uri, known)  # before MLflow says where the run is
+        finally:
+            end_run(status)
     except MlflowException as error:
         raise _ours(error) from None
-    if evaluation is not None and logged.flavors[FLAVOR_NAME]["variant"] == "fp32":
+    alone = logged.flavors[FLAVOR_NAME]["variant"] == "fp32" and how.get("keep") != 1
+    if evaluation is not None and alone:
         told = "quantization.jsonl, in the run, tells why"
         raise ConditionNotMet(f"no form but fp32 passed the gate and was faster; {told}")
 
