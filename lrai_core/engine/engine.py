@@ -69,8 +69,8 @@ def find_engine(name: str) -> Engine:
 def huge_pages() -> Iterator[None]:
     """Put what is allocated meanwhile on pages of 2 MB, where the system has them for who asks.
 
-    A call reads all weights, and a processor knows the places of few small pages: MiniLM takes a
-    fifth less time in a virtual machine.
+    A call reads all weights, and a processor knows the places of few small pages. What looking them
+    up costs is little on a quiet machine, and a third of a call where others fill its caches.
     """
     before = _own_memory()
     yield
