@@ -285,7 +285,7 @@ def _rows(artifact: Artifact) -> Rows:
 
 def _demanded(log: Sequence[_Event], manifest: Manifest, rows: Rows) -> Conditions:
     """Return what was demanded at home; where the log does not say that, what is by default."""
-    told = next((event for event in log if event.event == "decision"), _Event("decision"))
+    told = next((event for event in log if event.event == "asked"), _Event("asked"))
     epsilon, delta = manifest.demanded or (None, 0.01)
     groups, most = tuple(rows.groups), told.max_disparity
     return Conditions(told.metric, told.max_accuracy_loss, epsilon, delta, groups, most)

@@ -413,7 +413,7 @@ class _Compilation:
         shutil.rmtree(self.folder / ".scratch", ignore_errors=self.scratch.parent != self.folder)
         chosen = variants[0]
         asked, engine, isa, threads = self.conditions, self.engine, isa_class(), self.threads
-        self._record("decision", chosen=chosen.id, why=chosen.why, **asdict(asked))
+        self._record("decision", chosen=chosen.id, why=chosen.why)
         first, *others = [candidate for candidate, _ in self.kept]
         beside = [] if self.objective == "memory" else search.beside(first, others)
         together = tuple(one.form for one in beside)

@@ -319,12 +319,12 @@ def test_what_was_compiled_with_groups_is_not_judged_without_them(tmp_path: Path
     assert found.manifest.chosen == "fp32"
 
 
-def labelled(path: Path, lines: list[list[Any]], decision: dict[str, Any]) -> lrai.Artifact:
+def labelled(path: Path, lines: list[list[Any]], asked: dict[str, Any]) -> lrai.Artifact:
     """Return an artifact whose int8 is farther than 1 % and right, with labels of its rows."""
     artifact = foreign(path, factor=2.05, rows=400)
     (artifact.path / "manifest.json").unlink()
     write_lines(artifact.path / "labels.jsonl", lines)
-    write_lines(artifact.path / "quantization.jsonl", [{"event": "decision", **decision}])
+    write_lines(artifact.path / "quantization.jsonl", [{"event": "asked", **asked}])
     write_manifest(artifact.path, artifact.manifest)
     return lrai.Artifact.open(path)
 

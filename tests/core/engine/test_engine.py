@@ -101,19 +101,13 @@ def test_what_larger_calls_take_is_on_huge_pages_too(
 
 
 def test_memory_from_before_is_left_as_it_is(least_huge: int) -> None:
-    with _memory(64 << 20):
-        before = _huge_bytes()
-        with huge_pages(), _memory(64 << 20) as later:
-            between = _huge_bytes()
-            assert len(later) == 64 << 20
-        assert before <= between  # what is gone by then is nobody's
-        with _memory(64 << 20) as kept:
-            begun = _huge_bytes()
-            with huge_pages():
-                more = _memory(64 << 20)
-            assert least_huge <= _huge_bytes() - begun <= 66 << 20
-            assert len(kept) == len(more)
-            more.close()
+    with _memory(64 << 20) as before:
+        begun = _huge_bytes()
+        with huge_pages():
+            meanwhile = _memory(64 << 20)
+        assert least_huge <= _huge_bytes() - begun <= 66 << 20
+        assert len(before) == len(meanwhile)
+        meanwhile.close()
 
 
 class PluginEngine:
