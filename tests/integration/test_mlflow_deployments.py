@@ -244,7 +244,7 @@ def test_tune_finds_what_serves_by_the_uri_of_its_model(
         assert one.served is not None
         assert one.served.manifest.signature == artifact.manifest.signature
     assert alone.model.read_bytes() == artifact.file(artifact.manifest.source.file).read_bytes()
-    with pytest.raises(lrai.ConditionNotMet, match="not found"):
+    with pytest.raises(lrai.UsageError, match="not found"):
         find("models:/none/1", requests, "auto")
 
     with mlflow.start_run():
