@@ -16,6 +16,7 @@ sequencing algorithm for minimizing the number of late jobs".
 from __future__ import annotations
 
 import heapq
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from lrai_core.scheduler.waiting import Lane, Queue, Waiting
 
 PROBE_SECONDS: Final = 1.0  # without an answer, after which what was learned is not trusted
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
-_SPARE: Final = 2.5  # durations of the call after the next that its deadline has to leave for it
 _MOST_GIVEN_UP: Final = 4096  # by one decision
 _AHEAD: Final = 24  # of the most urgent, among whom it is seen whether all can be in time,
 _ROOM: Final = 0.25  # with so much of their time left for what arrives meanwhile
@@ -263,16 +263,20 @@ class _Situation:
                 yield one, alone, min(alone, costs[peers * one.rows, one.length] / peers)
 
     def rest_fits(self, call: _Call) -> bool:
-        """Return whether what `call` leaves behind can follow whole, with time to spare.
+        """Return whether what `call` leaves behind can follow whole, and who comes meanwhile too.
 
-        Time to spare, since what arrives meanwhile will want the same.
+        Of those that wait as many fall due in a time as came in one.
         """
-        gone = self.aside | {one.sequence for one in call.members}
-        for index in range(self.first, len(self.queue)):
-            if (waiting := self.queue.urgent[index]).sequence not in gone:
+        urgent, gone = self.queue.urgent, self.aside | {one.sequence for one in call.members}
+        span = max(1e-9, urgent[-1].deadline - urgent[self.first].deadline)
+        come = (len(urgent) - self.first) * call.seconds / span
+        for waiting in itertools.islice(urgent, self.first, None):
+            if waiting.sequence not in gone:
                 follows = self.lead(waiting, gone, call.seconds)
-                end = self.now + call.seconds + _SPARE * follows.seconds
-                return end <= follows.due and not follows.short_of_time
+                rows = sum([one.rows for one in follows.members]) + come * waiting.rows
+                length = max([one.length for one in follows.members])
+                takes = self.costs[min(self.bounds.rows, round(rows)), length] * self.costs.margin
+                return self.now + call.seconds + takes <= follows.due and not follows.short_of_time
         return True
 
     def give_up(self, call: _Call) -> tuple[_Call, list[Waiting]]:

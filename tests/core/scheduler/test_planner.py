@@ -160,17 +160,27 @@ def test_a_lower_number_is_served_first_and_never_given_up_for_others() -> None:
 def test_who_leaves_room_for_a_small_call_only_is_given_up_for_a_large_one() -> None:
     steep = model(10e-3, 1e-4)
     tight = steep.call_seconds(1, 8) + 1e-4
-    queue = [waiting(left=tight)] + [waiting(left=tight * 5) for _ in range(30)]
+    queue = [waiting(left=tight)] + [waiting(left=tight * 4) for _ in range(30)]
     decision = decide(queue, steep)
     assert decision.drop == (0,)
     assert len(decision.dispatch) == 30
 
 
-def test_nobody_is_given_up_while_the_others_have_time() -> None:
+@pytest.mark.parametrize("times", [5, 20])
+def test_nobody_is_given_up_while_the_others_have_time(times: int) -> None:
     steep = model(10e-3, 1e-4)
     tight = steep.call_seconds(1, 8) + 1e-4
-    queue = [waiting(left=tight)] + [waiting(left=tight * 20) for _ in range(30)]
+    queue = [waiting(left=tight)] + [waiting(left=tight * times) for _ in range(30)]
     assert decide(queue, steep) == Decision((0,), (), steep.call_seconds(1, 8), NOW + tight)
+
+
+def test_who_has_time_has_it_for_those_too_who_come_meanwhile() -> None:
+    steep = model(10e-3, 1e-4)  # the head alone takes 10.8 ms, in which as many come as fall due
+    tight = steep.call_seconds(1, 8) + 1e-4
+    slowly = [waiting(left=tight * 4.5 + index / 50) for index in range(30)]
+    quickly = [waiting(left=tight * 4.5 + index / 5000) for index in range(30)]
+    assert decide([waiting(left=tight), *slowly], steep).drop == ()
+    assert decide([waiting(left=tight), *quickly], steep).drop == (0,)
 
 
 def test_nobody_is_given_up_for_one_who_is_late_whatever_is_done() -> None:
