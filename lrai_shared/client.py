@@ -282,7 +282,7 @@ class Attached:
             if self._wake_read in ready:
                 os.read(self._wake_read, 1)  # first: who comes from here on writes again
                 self._awake = False
-            for frames in wire.receive(self._socket):
+            for frames in wire.receive(self._socket) if self._socket in ready else ():
                 with contextlib.suppress(wire.BadFrames):  # from no daemon of this version
                     self._hear(frames)
             if self._lost in ready:

@@ -136,10 +136,11 @@ class Pool:
         slept, self._polled = self.slept(now), now
         for actor in self._lives.values():  # before what they say now gives them their time anew
             actor.due += slept
-        if ready:
+        lines = [a.line for a in self._lives.values() if a.line and a.line.fileno() in ready]
+        if lines or self._socket in ready:
             self._receive()  # before the lines: an answer counts though its actor died after it
         for actor in list(self._lives.values()):
-            if actor.line is not None and actor.line.fileno() in ready:
+            if actor.line and actor.line in lines:
                 if not actor.line.recv(4096):
                     self._kill(actor, "")  # the line ended, so it is dead or as good as that
                 elif actor.state == "ready" and not actor.batches:
