@@ -9,7 +9,8 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 import msgspec
 import numpy as np
@@ -37,6 +38,7 @@ _fields: Final = threading.Lock()  # of csv's limit, which is the process's
 _USUAL_FIELD: Final = csv.field_size_limit()
 _TRUTHS: Final = {"true": "1", "false": "0"}
 _MOST_EMPTY: Final = 1 << 20  # lines of CSV, each of which takes memory
+_MOST_TEXT_BYTES: Final = 1 << 26  # of texts in npy, each of which takes as much as the longest
 _NPY_HEADERS: Final = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -121,10 +123,16 @@ def _parsed(body: bytes) -> Any:
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         if b"NaN" in body or b"Infinity" in body:  # as Python and numpy's users write them
             with contextlib.suppress(ValueError, RecursionError):
-                found = json.loads(body)
+                found = json.loads(body, parse_float=_finite)
                 json.dumps(found, ensure_ascii=False).encode()  # UTF-8 throughout
                 return found
         raise RequestError(f"the body is no JSON: {error}") from None
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(number)
+    return value
 
 
 def _json(data: Any, inputs: Sequence[TensorSpec]) -> tuple[InferenceRequest, Form]:
@@ -317,10 +325,11 @@ def _csv_of(outputs: Mapping[str, Array]) -> bytes:
         if not output.ndim or len(output) != len(next(iter(outputs.values()))):
             raise NotAcceptable(f"output {name!r} has no line for each row; ask for JSON")
         flat.append(output.reshape(len(output), math.prod(output.shape[1:])).tolist())
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
+    lines = list[str]()
+    # Python 3.11 quotes a text with a CR where that is in the end of a line, which is cut below.
+    writer = csv.writer(cast("Any", SimpleNamespace(write=lines.append)))
     writer.writerows([value for part in row for value in part] for row in zip(*flat, strict=True))
-    return file.getvalue().encode()
+    return "".join(line[:-2] + "\n" for line in lines).encode()
 
 
 def _npy_of(outputs: Mapping[str, Array]) -> bytes:
@@ -329,6 +338,10 @@ def _npy_of(outputs: Mapping[str, Array]) -> bytes:
     (array,) = outputs.values()
     file = io.BytesIO()
     if array.dtype.kind == "O":
+        texts = [str(one) for one in array.flat]
+        takes = 4 * len(texts) * max(map(len, texts), default=0)
+        if takes > _MOST_TEXT_BYTES or any(one.endswith("\0") for one in texts):
+            raise NotAcceptable("npy has no room for texts as long as these, or that end in NUL")
         array = array.astype(np.str_)
     np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
     return file.getvalue()

@@ -91,6 +91,11 @@ class Asked(NamedTuple):
         return f":{hashlib.sha256(said.encode()).hexdigest()[:8]}" * bool(self.own or self.variant)
 
     @property
+    def inline(self) -> bool:
+        """Return whether the model is to run in the process of its runtime."""
+        return bool(self.own.get("actor.isolation", self.config.actor.isolation) == "inline")
+
+    @property
     def latency_slo_ms(self) -> float:
         """Return the time that the model promises, 0 for none."""
         slo_ms = self.own.get("scheduler.latency_slo_ms")

@@ -33,7 +33,7 @@ import lrai_bentoml
 import lrai_core as lrai
 from lrai_bentoml.errors import bento_errors, waiting
 from lrai_bentoml.guard import Guard
-from lrai_bentoml.hooks import _metrics
+from lrai_bentoml.hooks import _metrics, seconds_of, workers_of
 from lrai_bentoml.metrics import exposition
 from tests.tiny_models import column_model, token_model
 
@@ -63,6 +63,13 @@ def runner(stored: bentoml.Model) -> Iterator[lrai_bentoml.Runner]:
 def expected(artifact: lrai.Artifact) -> list[Any]:
     session = onnxruntime.InferenceSession(artifact.path / "source" / "model.onnx")
     return list(session.run(None, {name: np.array(rows) for name, rows in TOKENS.items()}))
+
+
+@pytest.fixture
+def own_config() -> Iterator[None]:
+    before = copy.deepcopy(BentoMLContainer.config.get())
+    yield
+    BentoMLContainer.config.set(before)
 
 
 class TestStore:
@@ -252,10 +259,14 @@ class TestRunner:
             asyncio.run(runner.async_run(*args, **named))
         assert {sync.value.error_code, awaited.value.error_code} == {HTTPStatus.BAD_REQUEST}
 
+    @pytest.mark.parametrize(
+        ("require", "settings"), [({"epsilon": 0.1}, {}), (None, {"require.epsilon": "0.1"})]
+    )
     def test_a_certificate_that_is_demanded_and_missing_is_no_service(
-        self, stored: bentoml.Model
+        self, stored: bentoml.Model, require: Any, settings: dict[str, Any]
     ) -> None:
-        strict = lrai_bentoml.runner(str(stored.tag), require={"epsilon": 0.1}, settings=EMBEDDED)
+        settings = EMBEDDED | settings
+        strict = lrai_bentoml.runner(str(stored.tag), require=require, settings=settings)
         with pytest.raises(BentoMLException, match="certificate"):
             strict.load()
         assert strict.state() == "dead"
@@ -324,19 +335,52 @@ class TestService:
         ("settings", "timeout_ms"), [({}, 300_000), ({"scheduler.default_timeout_ms": 5}, 5)]
     )
     def test_its_time_is_that_of_who_states_none(
-        self, stored: bentoml.Model, settings: dict[str, Any], timeout_ms: float
+        self, stored: bentoml.Model, own_config: None, settings: dict[str, Any], timeout_ms: float
     ) -> None:
         class Patient:
             model = lrai_bentoml.runner(str(stored.tag), settings=settings)
 
         assert Patient.model._asked().config.scheduler.default_timeout_ms in (60_000, timeout_ms)
-        before = copy.deepcopy(BentoMLContainer.config.get())
+        service: Any = bentoml.service(traffic={"timeout": 300})(Patient)
+        service.inject_config()
+        assert Patient.model._asked().config.scheduler.default_timeout_ms == timeout_ms
+
+    @pytest.mark.parametrize("name", ["Heir", "fraud"])
+    def test_its_name_may_be_another_one_than_that_of_the_class_that_has_the_model(
+        self, stored: bentoml.Model, own_config: None, name: str
+    ) -> None:
+        class Above:
+            model = lrai_bentoml.runner(str(stored.tag))
+
+        class Heir(Above):
+            pass
+
+        service: Any = bentoml.service(name=name, workers=1, traffic={"timeout": 300})(Heir)
+        service.inject_config()
+        assert workers_of({"Above"}) == 1
+        assert seconds_of({"Above"}) == 300
+        assert Above.model._asked().config.scheduler.default_timeout_ms == 300_000
+        assert (workers_of(set()), seconds_of(set())) == (0, 0), "of a model of no service"
+
+    def test_of_several_it_is_the_one_that_starts(
+        self, stored: bentoml.Model, own_config: None
+    ) -> None:
+        other: Any = bentoml.service(name="other", traffic={"timeout": 500})(type("Other", (), {}))
+
+        class Main:
+            model = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED)
+            needed = bentoml.depends(other)
+
+        service: Any = bentoml.service(name="fraud", workers=1, traffic={"timeout": 300})(Main)
+        service.inject_config()
+        assert workers_of({"Main"}) == 0, "either may be meant"
+        assert workers_of({"Main", "fraud"}) == 1
+        service().lrai_load_model()
         try:
-            service: Any = bentoml.service(traffic={"timeout": 300})(Patient)
-            service.inject_config()
-            assert Patient.model._asked().config.scheduler.default_timeout_ms == timeout_ms
+            held = Main.model.load().held
+            assert held.settings.config.scheduler.default_timeout_ms == 300_000
         finally:
-            BentoMLContainer.config.set(before)
+            Main.model.close()
 
     def test_its_class_keeps_the_hooks_that_it_has(self) -> None:
         class Own:
@@ -362,6 +406,36 @@ class TestService:
 
         assert asyncio.run(health(Good())) == (True, True)
         assert asyncio.run(health(Both())) == (False, False)
+
+    @pytest.mark.parametrize(
+        ("stalled", "alive"), [((), True), (("apart",), True), (("inside",), False)]
+    )
+    def test_it_lives_unless_a_model_in_this_process_hangs(
+        self,
+        stored: bentoml.Model,
+        monkeypatch: pytest.MonkeyPatch,
+        stalled: tuple[str, ...],
+        alive: bool,
+    ) -> None:
+        """A process of its own is ended and started again, also where others are in this one."""
+
+        class Both:
+            apart = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED)
+            inside = lrai_bentoml.runner(
+                str(stored.tag), settings={**EMBEDDED, "actor.isolation": "inline"}
+            )
+
+        monkeypatch.setattr(
+            lrai_bentoml.Runner,
+            "state",
+            lambda one: "stalled" if any(one is getattr(Both, name) for name in stalled) else "ok",
+        )
+        service: Any = Both()
+        try:
+            assert asyncio.run(service.__is_alive__()) == alive
+        finally:
+            Both.apart.close()
+            Both.inside.close()
 
     def test_metrics_stand_below_those_of_bentoml(self, runner: lrai_bentoml.Runner) -> None:
         class Good:
@@ -619,6 +693,25 @@ def test_an_error_keeps_its_status(error: lrai.LraiError, status: int) -> None:
         raise error
     assert raised.value.error_code == status
     assert raised.value.__cause__ is error
+
+
+def test_an_error_of_a_service_is_not_raised_in_place_of_lrais(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """BentoML notes the class of a status that has none yet."""
+    monkeypatch.setattr(BentoMLException, "error_mapping", {**BentoMLException.error_mapping})
+
+    class SoldOut(BentoMLException):
+        error_code = HTTPStatus.TOO_MANY_REQUESTS
+
+        def __init__(self, article: str, left: int) -> None:
+            super().__init__(f"{left} of {article}")
+
+    assert BentoMLException.error_mapping[HTTPStatus.TOO_MANY_REQUESTS] is SoldOut
+    with pytest.raises(BentoMLException, match="full") as raised, bento_errors():
+        raise lrai.QueueFull("full", limit=1, retry_after_seconds=1.2)
+    assert not isinstance(raised.value, SoldOut)
+    assert raised.value.error_code == HTTPStatus.TOO_MANY_REQUESTS
 
 
 def test_without_bentoml_there_is_a_sentence(tmp_path: Path) -> None:

@@ -159,6 +159,17 @@ def test_a_model_with_one_output_is_answered_with_an_array(tmp_path: Path) -> No
     ast.parse(service)
 
 
+@pytest.mark.parametrize("name", ["args", "kwargs", "ctx", "context"])
+def test_an_input_keeps_off_names_that_bentoml_gives_a_meaning(name: str) -> None:
+    spec = lrai.TensorSpec(name=name, datatype="FP32", shape=("n",))
+    assert project._identifiers([spec]) == [f"{name}_"]
+
+
+@pytest.mark.parametrize("name", ["none", "true", "false"])
+def test_a_model_may_be_called_what_python_means_otherwise(name: str) -> None:
+    ast.parse(f"class {project._class_name(name)}: pass")
+
+
 NAMES = st.text(min_size=1, max_size=30) | st.sampled_from(["self", "class", "a:0", "a.0", "dict"])
 
 

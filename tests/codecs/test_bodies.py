@@ -259,6 +259,8 @@ def test_what_python_writes_of_numbers_that_are_none_is_read() -> None:
         values(b'{"age": [NaN], "job": ["a"]}', "application/json", [AGE, JOB])
     with pytest.raises(RequestError, match="no JSON"):
         values(b'{"x": [NaN', "application/json", [X])
+    with pytest.raises(RequestError, match="no JSON"):  # as in a body without NaN
+        values(b"[[NaN, 1e400, 3]]", "application/json", [X])
 
 
 @pytest.mark.parametrize("form", [Form(), Form(layout="instances"), Form(layout="inputs")])
@@ -406,6 +408,7 @@ def answer(outputs: dict[str, np.ndarray[Any, Any]]) -> InferenceResponse:
 ONE = answer({"y": np.array([[0.5], [np.nan]], np.float32)})
 TWO = answer({"y": np.array([1, 2], np.int64), "t": np.array(["a", b"b"], object)})
 
+WORDS = answer({"w": np.array([["a", b"bc"]], object)})
 NONE = answer({"boxes": np.zeros((0, 4), np.float32)})  # a detector that found nothing
 NUMBERS = answer({"a": np.array(1.5), "b": np.array(2)})
 
@@ -420,6 +423,7 @@ NUMBERS = answer({"a": np.array(1.5), "b": np.array(2)})
         (ONE, Form(media_type="text/csv", layout="instances"), "", b"0.5\nnan\n"),
         (TWO, Form(), "application/jsonlines", b'{"y":1,"t":"a"}\n{"y":2,"t":"b"}\n'),
         (ONE, Form(), "application/x-npy", npy(ONE.outputs["y"])),
+        (WORDS, Form(), "application/x-npy", npy(np.array([["a", "bc"]]))),
         (NONE, Form(), "text/csv", b""),
         (NUMBERS, Form(layout="instances"), "", b'{"predictions":[{"a":1.5,"b":2}]}'),
         (TWO, Form(layout="instances"), "text/*", b"1,a\n2,b\n"),
@@ -438,6 +442,24 @@ def test_answers_are_written_as_asked(
     written, headers = encode(response, form, accept)
     assert written == body
     assert headers["Content-Type"]
+
+
+def test_a_text_with_ends_of_lines_in_csv_is_one_text() -> None:
+    texts = ["a\rb", "c\nd", "e\r\nf", ",", '"', "g", ""]
+    body, _ = encode(answer({"y": np.array(texts, object)}), Form(), "text/csv")
+    assert values(body, "text/csv", [JOB]) == [texts]
+    assert body.endswith(b'\ng\n""\n'), "lines end as ever"
+
+
+def test_an_npy_file_is_not_as_large_as_its_longest_text_in_each_row() -> None:
+    texts = np.array(["a" * 10_000, *["b"] * 10_000], object)
+    tracemalloc.start()
+    try:
+        with pytest.raises(NotAcceptable, match="npy"):
+            encode(answer({"y": texts}), Form(), "application/x-npy")
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_protocols_answer_names_model_variant_and_tensors() -> None:
@@ -460,6 +482,7 @@ def test_the_protocols_answer_names_model_variant_and_tensors() -> None:
     [
         (ONE, "image/png", "not written here"),
         (TWO, "application/x-npy", "npy holds one array"),
+        (answer({"y": np.array(["a\0"], object)}), "application/x-npy", "end in NUL"),
         (answer({"y": np.zeros(2), "z": np.zeros(3)}), "text/csv", "'z' has no line for each row"),
         (answer({"y": np.ones(())}), "text/csv", "no line for each row"),
         (

@@ -53,7 +53,7 @@ def held_up(*arguments, **more):
 
 onnxruntime.InferenceSession.run = held_up
 
-@bentoml.service
+@bentoml.service(name="called_otherwise")
 class Tokens:
     model = lrai_bentoml.runner("one:latest")
 

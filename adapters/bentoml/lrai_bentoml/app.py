@@ -62,8 +62,7 @@ def asgi_app(*runners: Runner, limit_bytes: int = 0) -> Starlette:
         return _json({**about, "inputs": inputs, "outputs": outputs})
 
     async def ready(request: Request) -> Reply:
-        asked = (await named(request))[:1] if request.path_params else runners
-        well = await progress(asked)
+        well = await progress((await named(request))[:1] if request.path_params else runners)
         return _json({"ready": well}, 200 if well else 503)
 
     async def live(_: Request) -> Reply:
@@ -73,15 +72,11 @@ def asgi_app(*runners: Runner, limit_bytes: int = 0) -> Starlette:
         about = {"name": "lrai", "version": lrai.__version__}
         return _json(about | {"extensions": ["binary_tensor_data"]})
 
-    endpoints = {"/v2": server, "/v2/health/live": live, "/v2/health/ready": ready}
+    paths = {"/v2": server, "/v2/health/live": live, "/v2/health/ready": ready}
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        endpoints |= {path: model, f"{path}/ready": ready, f"{path}/infer": infer}
-    return Starlette(
-        routes=[
-            Route(path, _answering(endpoint), methods=["POST" if endpoint is infer else "GET"])
-            for path, endpoint in endpoints.items()
-        ]
-    )
+        paths |= {path: model, f"{path}/ready": ready, f"{path}/infer": infer}
+    every = [(at, _answering(one), "POST" if one is infer else "GET") for at, one in paths.items()]
+    return Starlette(routes=[Route(at, answer, methods=[method]) for at, answer, method in every])
 
 
 def _answering(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:

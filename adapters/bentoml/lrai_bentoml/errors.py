@@ -31,8 +31,9 @@ def bento_errors() -> Iterator[None]:
         yield
     except LraiError as error:
         status = HTTPStatus(error.http_status)
-        kind = BentoMLException.error_mapping.get(status, BentoMLException)
-        wait: float | None = getattr(error, "retry_after_seconds", None)
-        if wait is not None:
+        known = BentoMLException.error_mapping.get(status, BentoMLException)
+        # A service's own may want more than words.
+        kind = known if known.__module__.startswith("bentoml.") else BentoMLException
+        if (wait := getattr(error, "retry_after_seconds", None)) is not None:
             waiting.get([]).append(wait)
         raise kind(str(error), error_code=status) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any, Final
 
 import bentoml
@@ -31,31 +31,39 @@ def install(owner: Any, name: str, runner: Runner) -> None:
     for hook, function in hooks.items():
         if not hasattr(owner, hook):
             setattr(owner, hook, function)
+
+    def load(service: Any) -> None:
+        runner.load(service.bento_service.name)
+
     setattr(owner, f"lrai_check_{name}", bentoml.on_deployment(lambda: runner.check()))  # noqa: PLW0108 - BentoML marks functions
-    setattr(owner, f"lrai_load_{name}", bentoml.on_startup(lambda _: runner.load()))
+    setattr(owner, f"lrai_load_{name}", bentoml.on_startup(load))
     setattr(owner, f"lrai_close_{name}", bentoml.on_shutdown(lambda _: runner.close()))
 
 
-def workers_of(owners: Sequence[type]) -> int:
-    """Return how many workers the one service has that these classes are; 0: not known."""
-    counts = [own.get("workers") or 1 for own in _told(owners)]
+def workers_of(names: Set[str]) -> int:
+    """Return how many workers the one service has that is meant by these names; 0: not known."""
+    counts = [own.get("workers") or 1 for own in _told(names)]
     return counts[0] if len(counts) == 1 and isinstance(counts[0], int) else 0
 
 
-def seconds_of(owners: Sequence[type]) -> float:
-    """Return for how long the services that these classes are wait for an answer; 0: not known."""
-    return max([own["traffic"]["timeout"] for own in _told(owners) if "traffic" in own], default=0)
+def seconds_of(names: Set[str]) -> float:
+    """Return for how long the services that are meant wait for an answer; 0: not known."""
+    return max([own["traffic"]["timeout"] for own in _told(names)], default=0)
 
 
-def _told(owners: Sequence[type]) -> list[dict[str, Any]]:
-    """Return what BentoML was told of the services that these classes are."""
-    services = BentoMLContainer.config.get().get("services", {})
-    return [services[o.__name__] for o in owners if o.__name__ in services]
+def _told(names: Set[str]) -> list[dict[str, Any]]:
+    """Return what BentoML was told of the services of these names, of all if it has none of them.
+
+    A service may be called otherwise than its class, or have the model from a class above it.
+    """
+    known = {**BentoMLContainer.config.get().get("services", {}), "runner_connection": None}
+    services = {n: own for n, own in known.items() if isinstance(own, dict) and "traffic" in own}
+    return [services[n] for n in names if n in services] or [*services.values()] * bool(names)
 
 
-async def progress(runners: Sequence[Runner], *more: str) -> bool:
-    """Return whether every model makes progress, or is in one of `more` states."""
-    return {"ok", "idle", *more} >= set(await asyncio.gather(*[_soon(r.state) for r in runners]))
+async def progress(runners: Sequence[Runner]) -> bool:
+    """Return whether every model makes progress."""
+    return {"ok", "idle"} >= set(await asyncio.gather(*[_soon(one.state) for one in runners]))
 
 
 async def _is_ready(self: Any) -> bool:
@@ -63,16 +71,15 @@ async def _is_ready(self: Any) -> bool:
 
 
 async def _is_alive(self: Any) -> bool:
-    heals = all(one.shared for one in self.lrai_runners)  # a model that hangs in here does not
-    return await progress(self.lrai_runners, *["stalled"][:heals])
+    return all(await asyncio.gather(*[_soon(one.alive) for one in self.lrai_runners]))
 
 
 async def _metrics(self: Any, own: str) -> str:
     """Return BentoML's figures, and below them the runtime's."""
     from lrai_bentoml.metrics import exposition  # prometheus_client reads a variable at its import
 
-    shared = [one for one in self.lrai_runners if one.shared]  # whose runtime tells all the same
-    asked = [*(one for one in self.lrai_runners if not one.shared), *shared[:1]]
+    # All that share a runtime would tell the same.
+    asked = {one.shared or id(one): one for one in self.lrai_runners}.values()
     heard = await asyncio.gather(*[_soon(one.stats) for one in asked])
     together = Counter[str]()
     for stats in heard:

@@ -87,8 +87,8 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         # Read now: as long as a service is imported, its folder is the working folder everywhere.
         with bento_errors():
             own = asked({"variant": variant, **(settings or {})})
-        wanted = own._replace(require=None if require is None else dict(require))
-        here = SimpleNamespace(asked=wanted, serving=None, owners=[], lock=threading.Lock())
+        wanted = own if require is None else own._replace(require=dict(require))
+        here = SimpleNamespace(asked=wanted, serving=None, names=frozenset(), lock=threading.Lock())
         object.__setattr__(self, "_here", here)  # BentoML's class is frozen
 
     async def async_run(self, *args: Any, **inputs: Any) -> Any:
@@ -144,6 +144,12 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
             return self.load().held.kept_state()
         return "dead"
 
+    def alive(self) -> bool:
+        """Return whether it makes progress, or will by itself: one that hangs in here will not."""
+        state = self.state()
+        heals = state == "stalled" and (self.shared or not self.load().held.settings.inline)
+        return heals or state in {"ok", "idle"}
+
     def stats(self) -> dict[str, int]:
         """Return what the runtime has counted, over all its models."""
         return self.load().held.runtime.stats()
@@ -162,13 +168,17 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         if not self.shared:
             self.close()  # a worker has it
 
-    def load(self) -> Serving:
+    def load(self, *services: str) -> Serving:
         """Load the model, or find it loaded by another worker; return when it is ready.
+
+        Args:
+            services: Whose model it is, by the names that BentoML has for them.
 
         Raises:
             BentoMLException: It cannot be served as asked for.
         """
         with self._here.lock, bento_errors():
+            self._here.names |= set(services)
             serving: Serving = self._here.serving or self._open()
             self._here.serving = serving
             return serving
@@ -196,13 +206,12 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Have the class of the service look after the model."""
-        self._here.owners.append(owner)
+        self._here.names |= {owner.__name__}
         install(owner, name, self)
 
     def _asked(self) -> Asked:
-        stored, owners = get(str(self.tag)), self._here.owners
-        asked: Asked = self._here.asked.within(seconds_of(owners))
-        return asked.placed(artifact_of(stored, verify=False), workers_of(owners))
+        artifact, names = artifact_of(get(str(self.tag)), verify=False), self._here.names
+        return self._here.asked.within(seconds_of(names)).placed(artifact, workers_of(names))  # type: ignore[no-any-return]
 
     def _open(self) -> Serving:
         asked, stored = self._asked(), get(str(self.tag))

@@ -52,7 +52,9 @@ class {service}:
 _IGNORED: Final = (".venv/", "venv/", "env/", "fresh/", "wheels/", "*.lrai/", "__pycache__/")
 _LINE: Final = 50  # characters of arguments in one
 # Names that BentoML gives a meaning, or that are used above.
-_TAKEN: Final = frozenset({"self", "ctx", "context", "np", "names", "outputs", "dict", "zip"})
+_TAKEN: Final = frozenset(
+    {"self", "ctx", "context", "args", "kwargs", "np", "names", "outputs", "dict", "zip"}
+)
 
 
 @app.command()
@@ -201,4 +203,5 @@ def _tag_name(name: str) -> str:
 
 def _class_name(name: str) -> str:
     words = "".join(word.capitalize() for word in re.split(r"[^a-zA-Z0-9]+", name))
-    return words if words[:1].isalpha() else f"Model{words}"
+    fine = words[:1].isalpha() and not keyword.iskeyword(words)
+    return words if fine else f"Model{words}"
