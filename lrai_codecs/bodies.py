@@ -191,14 +191,11 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
             raise RequestError(f"line {number} has {len(line)} values, the first one {width}")
     known = {spec.name: spec for spec in inputs}
     if len(names) == 1 and len(inputs[0].shape) == 2:
-        return {names[0]: _numbers(lines, inputs[0])}
+        return {names[0]: _numbers(lines, inputs[0], width)}
     if width != len(names):
         raise RequestError(f"{width} values in a line, {len(names)} are needed: {names}")
-    columns = zip(*lines, strict=True)
-    return {
-        name: _numbers(list(column), known[name])
-        for name, column in zip(names, columns, strict=True)
-    }
+    columns = zip(names, zip(*lines, strict=True), strict=True)
+    return {name: _numbers(list(column), known[name]) for name, column in columns}
 
 
 @contextlib.contextmanager
@@ -237,8 +234,15 @@ def _header(first: list[str], names: list[str]) -> list[str]:
     return first
 
 
-def _numbers(values: list[Any], spec: TensorSpec) -> Array:
-    """Return values as pandas writes them: nothing between commas is NaN, and 1.0 is a 1."""
+def _numbers(values: list[Any], spec: TensorSpec, width: int = 1, first: int = 0) -> Array:
+    """Return values as pandas writes them: nothing between commas is NaN, and 1.0 is a 1.
+
+    Args:
+        values: Texts, or lines of them.
+        spec: Of the input.
+        width: Values in a line.
+        first: How many are before these.
+    """
     wanted, each = dtype_of(spec.datatype), np.asarray(values, dtype=np.object_)
     if wanted.kind == "O":
         return each
@@ -260,7 +264,11 @@ def _numbers(values: list[Any], spec: TensorSpec) -> Array:
             raise OverflowError
         return numbers
     except (ValueError, OverflowError):
-        raise InvalidTensor(spec.name, f"a value is no {spec.datatype}") from None
+        if half := each.size // 2:  # one of both says which: there may be millions
+            _numbers(each.flat[:half].tolist(), spec, width, first)
+            _numbers(each.flat[half:].tolist(), spec, width, first + half)
+        got = f"line {first // width + 1} of values: {str(each.flat[0])[:40]!r}"
+        raise InvalidTensor(spec.name, f"{got} is no {spec.datatype}") from None
 
 
 def _whole(text: str) -> int:

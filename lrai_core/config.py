@@ -253,8 +253,9 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
     sections = tuple(f"{_variable(section)}_" for section in _SECTIONS)
     said = {name for name, value in environ.items() if value}  # what is empty is not set
     named = {name for name in said if name.startswith(sections) or name in variables}
-    if unknown := {name for name in named - variables.keys() if not _LINK.search(name)}:
-        raise UsageError(f"environment: {shorten(min(unknown))} is no setting, see `lrai config`")
+    if unknown := min((n for n in named - variables.keys() if not _LINK.search(n)), default=""):
+        own = sorted(v for v in variables if v.split("_")[1] == unknown.split("_")[1])
+        raise UsageError(f"environment: {shorten(unknown)} is no setting; known: {', '.join(own)}")
     return {variables[name]: environ[name] for name in named & variables.keys()}
 
 

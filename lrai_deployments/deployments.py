@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -173,16 +174,16 @@ class Deployments(Kept):
             for label in named - record.versions.keys():
                 known = ", ".join(record.versions)
                 raise lrai.ModelNotFound(f"{name!r} has versions {known}, not {label[:40]!r}")
-            if round(sum(given.values()), 6) != 1 or len(copies) > 1:
-                raise lrai.UsageError("shares that add up to 1, and at most one shadow, are needed")
+            if (total := round(sum(given.values()), 6)) != 1:
+                raise lrai.UsageError(f"the shares add up to {total}, 1 is needed")
+            if len(copies) > 1:
+                raise lrai.UsageError(f"{len(copies)} versions are shadows, at most one may be")
             for label in {label for label, share in given.items() if share} | named - given.keys():
                 if not self.runs(self.find(name, label)):
                     raise lrai.ConditionNotMet(f"version {label} of {name!r} does not run any more")
             if relief and any(self._limits(how).deterministic for how in record.versions.values()):
-                raise lrai.UsageError(
-                    "relief steps to another version under pressure, which a model with "
-                    "scheduler.deterministic never does"
-                )
+                why = "relief steps to another version, which scheduler.deterministic never does"
+                raise lrai.UsageError(why)
             self._commit(name, record.shared_out(given, copies, relief), "route")
 
     def freeze(self, name: str, by: str, reason: str) -> None:
@@ -282,10 +283,13 @@ class Deployments(Kept):
         if (there := self.current.get(name)) is None:
             return
         old, new = there.signature, artifact.manifest.signature
-        outputs = {spec.name for spec in old.outputs} - {spec.name for spec in new.outputs}
-        if list(map(_form, old.inputs)) != list(map(_form, new.inputs)) or (outputs and not back):
-            takes = "takes other inputs, or has not all outputs of what serves"
-            raise lrai.ConditionNotMet(f"{artifact.version} {takes}; load it under another name")
+        forms = zip_longest(map(_form, old.inputs), map(_form, new.inputs), fillvalue="no more")
+        why = [f"takes {b[:200]}, what serves takes {a[:200]}" for a, b in forms if a != b]
+        outputs = sorted({spec.name for spec in old.outputs} - {spec.name for spec in new.outputs})
+        if outputs and not back:
+            why.append(f"lacks outputs of what serves, {str(outputs)[1:-1][:200]}")
+        if why:
+            raise lrai.ConditionNotMet(f"{artifact.version} {why[0]}; load it under another name")
 
 
 def _shares(given: Mapping[str, Any]) -> dict[str, float]:
@@ -295,7 +299,7 @@ def _shares(given: Mapping[str, Any]) -> dict[str, float]:
         raise lrai.UsageError(f"a share is a number from 0 to 1: {error}") from None
 
 
-def _form(spec: lrai.TensorSpec) -> tuple[object, ...]:
+def _form(spec: lrai.TensorSpec) -> str:
     """Return what a request has to know of an input."""
-    fixed = tuple(size if isinstance(size, int) else "" for size in spec.shape)
-    return spec.name, spec.datatype, fixed
+    fixed = [size if isinstance(size, int) else -1 for size in spec.shape]
+    return f"{spec.name!r} {spec.datatype} {fixed}"

@@ -161,7 +161,8 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     signature = manifest.signature
     source = artifact.file(manifest.source.file)
     if not len(rows):
-        raise UsageError("the artifact kept no evaluation rows: compile it with --evaluation")
+        how = "compile it with --evaluation, and --keep-evaluation N"
+        raise UsageError(f"the artifact kept no evaluation rows: {how}")
     log = _lines(artifact, QUANTIZATION_LOG, _Event)
     conditions = _demanded(log, manifest, rows)
     try:

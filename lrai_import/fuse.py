@@ -337,15 +337,19 @@ def command(
     a chain (--feed), which saves its callers a request, is written in any case.
     A request names the outputs that it wants, and `lrai compile` takes the file like any other.
     """
-    if len(files) < 2 or len({file.stem for file in files}) < len(files):
-        raise UsageError("two or more files are needed, each of another name")
+    [(stem, same)] = Counter(file.stem for file in files).most_common(1)
+    if len(files) < 2 or same > 1:
+        raise UsageError(f"two or more files of other names are needed, got {same} called {stem!r}")
     if output.exists() or not output.absolute().parent.is_dir():
         raise UsageError(f"{output} {'exists' if output.exists() else 'is in no folder there is'}")
     models = {file.stem: load(file, typer.echo).model for file in files}
-    pairs = [one.split("=") for one in feed or ()]
-    feeds = {one[0]: one[-1] for one in pairs}
-    if any(len(one) != 2 for one in pairs) or len(feeds) < len(pairs):
-        raise UsageError("--feed takes MODEL.INPUT=MODEL.OUTPUT, for each input once")
+    feeds = dict[str, str]()
+    for text in feed or ():
+        reads, *given = text.split("=")
+        if len(given) != 1 or reads in feeds:
+            needed = "MODEL.INPUT=MODEL.OUTPUT is needed, for each input once"
+            raise UsageError(f"--feed is {text[:200]!r}, {needed}")
+        feeds[reads] = given[0]
     fused = fuse(models, feeds)
     typer.echo(
         f"{fused.shared} of {fused.operators} operators need not run again, "

@@ -152,7 +152,7 @@ def asked(given: Mapping[str, Any]) -> Asked:
     for key in [key for key in left if key.startswith(_REQUIRE)]:
         what, value = key.removeprefix(_REQUIRE), left.pop(key)
         try:
-            require[what] = value if what == "tier" else float(value)
+            require[what] = value if what in ("tier", "sampler") else float(value)
         except (TypeError, ValueError):
             raise UsageError(f"{key} is {value!r}, a number is needed") from None
     variant = str(left.pop("variant", ""))

@@ -62,6 +62,8 @@ Relief = Annotated[str, typer.Option(help="VERSION that takes what would be late
 @app.command()
 def start(address: Folder = "", listen: Listen = "", keys: Keys = None) -> None:
     """Start the runtime, to stay until it is stopped; do nothing where one runs."""
+    if keys and not listen:
+        raise typer.BadParameter("--keys goes with --listen")
     config, folder = _place(address)
     how = listen + (f"?keys={keys.absolute()}" if keys else "") or "stay"
     if how != "stay":
@@ -235,10 +237,12 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _place(address: str) -> tuple[LraiConfig, Path]:
-    config, address = _meant(address)
-    if "://" in address:
-        raise typer.BadParameter("a runtime is started and stopped on its own machine")
-    return config, shared_folder(config, "" if address == "auto" else address)
+    config, meant = _meant(address)
+    if "://" in meant:
+        own = "" if address else " (runtime.address); give --address auto"
+        words = "a runtime is started and stopped on its own machine"
+        raise typer.BadParameter(f"{words}, not at {meant[:200]!r}{own}")
+    return config, shared_folder(config, "" if meant == "auto" else meant)
 
 
 def _meant(address: str) -> tuple[LraiConfig, str]:

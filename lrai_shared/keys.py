@@ -76,9 +76,9 @@ def server_end(address: str, config: LraiConfig) -> tuple[str, Path, wire.Option
     endpoint, folder = _parse(address)
     roots = [Path(root) for root in config.runtime.model_roots.split(":") if root]
     if not roots or not all(root.is_absolute() for root in roots):
-        raise UsageError(
-            "to listen, set runtime.model_roots to the folders artifacts may lie in, from / on"
-        )
+        given = shorten(repr(config.runtime.model_roots))
+        needed = "to listen, set it to the folders artifacts may lie in, from / on"
+        raise UsageError(f"runtime.model_roots is {given}; {needed}")
     options: wire.Options = {
         **_load_pair(folder / "server.key_secret"),
         zmq.MAXMSGSIZE: config.limits.request_bytes + _HEADER_BYTES,  # until a key is proved, too

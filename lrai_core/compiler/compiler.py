@@ -137,9 +137,10 @@ def compile(
         if got not in known:
             raise UsageError(f"{name} {shorten(got)!r} is unknown; known: {', '.join(known)}")
     keep = (3 if engines else 2) if keep is None else keep
-    if keep < 1 or min(keep_evaluation or 0, seed, threads) < 0:
-        counts = f"keep {keep}, seed {seed}, threads {threads}, keep_evaluation {keep_evaluation}"
-        raise UsageError(f"{counts}; at least 1 is needed, for fp32 is always kept, and 0")
+    counts = {"keep": keep, "seed": seed, "threads": threads, "keep_evaluation": keep_evaluation}
+    for name, given in counts.items():
+        if (given or 0) < (least := int(name == "keep")):  # fp32 is always kept
+            raise UsageError(f"{name} is {given}, at least {least} is needed")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"minutes is {minutes}, it must be above 0")
     for name in ("epsilon", "groups"):

@@ -22,7 +22,7 @@ from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler.model import SharedWeights
 from lrai_core.engine.batching import length_of, stretch, synthetic_row
 from lrai_core.engine.engine import SHORT_CALL_MS, Engine, Session, find_engine
-from lrai_core.errors import ArtifactError, EngineError, EnvironmentProblem, shorten
+from lrai_core.errors import ArtifactError, EngineError, UsageError, shorten
 from lrai_core.protocol import Array, Signature, TensorSpec
 
 ROUNDS, MOST_ROUNDS = 3, 63  # at least, and as many as fit into
@@ -194,12 +194,14 @@ def find_builder(name: str) -> Builder:
     """Return what builds for the engine of that name.
 
     Raises:
-        EnvironmentProblem: The engine is not installed, or nothing builds for it.
+        UsageError: Nothing builds for an engine of that name.
+        EnvironmentProblem: The engine is not installed.
     """
-    engine = find_engine(name)
-    for entry in entry_points(group="lrai.builders", name=name):
-        return cast("Builder", entry.load()(engine))
-    raise EnvironmentProblem(f"nothing installed builds for the engine {shorten(name)!r}")
+    known = {entry.name: entry for entry in entry_points(group="lrai.builders")}
+    if name not in known:
+        raise UsageError(f"engine {shorten(name)!r} is unknown; known: {', '.join(sorted(known))}")
+    engine = find_engine(name)  # first, for it says what is not installed
+    return cast("Builder", known[name].load()(engine))
 
 
 def build(

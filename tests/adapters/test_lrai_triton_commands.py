@@ -390,14 +390,12 @@ def test_an_onnx_file_becomes_an_entry_with_settings(
 ) -> None:
     model = token_model(tmp_path / "t.onnx")
     where = ("--model-repository", repository, "--name", "tokens", "--version", "7")
-    settings = ("--setting", "scheduler.latency_slo_ms=50", "--setting", "variant=fp32")
+    given = {"scheduler.latency_slo_ms": "50", "variant": "fp32", "intra_op_thread_count": "2"}
+    settings = [word for pair in given.items() for word in ("--setting", "=".join(pair))]
     run("add", model, *where, *settings)
     assert (repository / "tokens" / "7" / "model.onnx").read_bytes() == model.read_bytes()
     found = pbtxt.config_of((repository / "tokens" / "config.pbtxt").read_text())
-    assert found["parameters"] == {
-        "scheduler.latency_slo_ms": {"string_value": "50"},
-        "variant": {"string_value": "fp32"},
-    }
+    assert found["parameters"] == {key: {"string_value": text} for key, text in given.items()}
     assert found["backend"] == "lrai"
 
 
@@ -407,8 +405,10 @@ BAD_ADDS = {
     "settings of an entry": ("--name m --version 2 --setting variant=a", "--setting"),
     "served by another": ("--name m --version 2", "onnxruntime serves"),
     "leaves the repository": ("--name ../x", "no name for a model"),
-    "no pair": ("--name n --setting variant", "KEY=VALUE"),
-    "ends the string": ('--name n --setting variant="}#', "KEY=VALUE"),
+    "name": ("--name _m", "beginning with a letter or digit"),
+    "no pair": ("--name n --setting variant", "SECTION.NAME=VALUE, variant=... or execution=..."),
+    "no section": ("--name n --setting latency_slo_ms=50", "SECTION.NAME=VALUE, variant=..."),
+    "ends the string": ('--name n --setting variant="}#', "SECTION.NAME=VALUE"),
     "unknown setting": ("--name n --setting scheduler.speed=9", "unknown setting"),
     "wrong value": ("--name n --setting runtime.memory_mib=many", "type int"),
 }

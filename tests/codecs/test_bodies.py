@@ -155,7 +155,8 @@ def test_the_protocols_timeout_is_in_microseconds() -> None:
         (protocol(parameters={"binary_data_size": -1}), "", "binary_data_size -1"),
         (b"", "text/csv", "no line of values"),
         (b"1,2,3\n4,5\n", "text/csv", "line 2 has 2 values"),
-        (b"1,2,x\n", "text/csv", "a value is no FP32"),
+        (b"1,2,3\n4,5,x\n", "text/csv", "tensor .x.: line 2 of values: .x. is no FP32"),
+        (b"1,2,3\n4," + b"z" * 99 + b",x\n", "text/csv", "line 2 of values: .z{40}. is no FP32"),
         (b'1,2,"3\n', "text/csv", "no CSV"),
         (b"\xff,1,2", "text/csv", "no CSV"),
         (b"[1]\n{", "application/jsonlines", "no JSON"),
@@ -509,7 +510,7 @@ def test_an_answer_that_does_not_fit_is_not_acceptable(
 )  # fmt: skip
 def test_a_number_in_csv_that_does_not_fit_is_refused(datatype: str, value: str) -> None:
     spec = TensorSpec(name="x", datatype=datatype, shape=("n", 2), batch_axis=0)
-    with pytest.raises(InvalidTensor, match=f"a value is no {datatype}"):
+    with pytest.raises(InvalidTensor, match=f"line 1 of values: .* is no {datatype}"):
         decode(f"1,{value}\n".encode(), "text/csv", [spec])
     request, _ = decode(b"1, 2\n3,4\n", "text/csv", [spec])
     assert np.asarray(request.inputs["x"]).tolist() == [[1, 2], [3, 4]]
@@ -518,5 +519,5 @@ def test_a_number_in_csv_that_does_not_fit_is_refused(datatype: str, value: str)
 @pytest.mark.parametrize("datatype", ["INT32", "FP32", "BOOL"])
 def test_what_only_python_takes_for_a_number_is_refused_in_csv(datatype: str) -> None:
     spec = TensorSpec(name="x", datatype=datatype, shape=("n", 2), batch_axis=0)
-    with pytest.raises(InvalidTensor, match=f"a value is no {datatype}"):
+    with pytest.raises(InvalidTensor, match=f"line 1 of values: .* is no {datatype}"):
         decode(b"1_2,3\n", "text/csv", [spec])

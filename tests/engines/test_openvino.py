@@ -707,7 +707,8 @@ def test_what_is_faster_for_some_calls_alone_serves_beside_another_or_not_at_all
 
 
 def test_an_engine_that_is_not_there_is_named_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="the engine 'tensorrt' is not installed"):
+    known = "engine .tensorrt. is unknown; known: onnxruntime, openvino"
+    with pytest.raises(lrai.UsageError, match=known):
         lrai.compile(tmp_path / "none.onnx", out=tmp_path / "m.lrai", engines=["tensorrt"])
 
 

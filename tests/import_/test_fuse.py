@@ -255,8 +255,8 @@ def test_where_nothing_is_gained_or_some_is_lost_nothing_is_written(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["one.onnx"], "two or more files are needed"),
-        (["one.onnx", "one.onnx"], "each of another name"),
+        (["one.onnx"], "two or more files of other names are needed, got 1 called 'one'"),
+        (["one.onnx", "two.onnx", "one.onnx"], "of other names are needed, got 2 called 'one'"),
         (["one.onnx", "two.onnx"], "both.onnx exists"),
     ],
 )
@@ -404,7 +404,8 @@ def test_a_feed_says_what_reads_what_once(tmp_path: Path, feeds: list[str]) -> N
     for name, proto in chain().items():
         onnx.save(proto, tmp_path / f"{name}.onnx")
     files = [tmp_path / "trunk.onnx", tmp_path / "head.onnx"]
-    with pytest.raises(lrai.UsageError, match=r"MODEL.INPUT=MODEL.OUTPUT, for each input once"):
+    told = f"--feed is {feeds[0]!r}, MODEL.INPUT=MODEL.OUTPUT is needed, for each input once"
+    with pytest.raises(lrai.UsageError, match=told):
         command(files, tmp_path / "both.onnx", feeds)
     assert not (tmp_path / "both.onnx").exists()
 

@@ -146,10 +146,11 @@ def test_in_its_own_process_too_it_is_what_requalify_found(
 
 
 def test_settings_are_sorted_by_whose_they_are() -> None:
-    given = {"variant": "int8", "require.epsilon": "0.1", "require.tier": "STATISTICAL"}
-    found = asked({**given, "actor.threads": "2", "limits.request_rows": "7"})
+    demands = {"require.epsilon": "0.1", "require.tier": "STATISTICAL", "require.sampler": "box"}
+    others = {"actor.threads": "2", "limits.request_rows": "7"}
+    found = asked({"variant": "int8", **demands, **others})
     assert (found.variant, found.own) == ("int8", {"actor.threads": "2"})
-    assert found.require == {"epsilon": 0.1, "tier": "STATISTICAL"}
+    assert found.require == {"epsilon": 0.1, "tier": "STATISTICAL", "sampler": "box"}
     assert found.config.limits.request_rows == 7
 
 

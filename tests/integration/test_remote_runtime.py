@@ -477,6 +477,7 @@ def test_nothing_listens_without_keys_and_folders_to_load_from(
 ) -> None:
     start = ("runtime", "start", "--listen", site.endpoint)
     assert "?keys=FOLDER is needed" in run(*start, code=2)
+    assert "--keys goes with --listen" in run("runtime", "start", "--keys", site.keys, code=2)
     assert "server.key_secret has to hold" in run(*start, "--keys", site.folder.parent, code=5)
     (site.keys / "server.key_secret").chmod(0o640)
     assert "others may not read it" in run(*start, "--keys", site.keys, code=5)
@@ -485,10 +486,11 @@ def test_nothing_listens_without_keys_and_folders_to_load_from(
     assert "only its owner" in run(*start, "--keys", site.keys, code=5)
     site.keys.chmod(0o700)
     monkeypatch.delenv("LRAI_RUNTIME_MODEL_ROOTS")
-    assert "set runtime.model_roots" in run(*start, "--keys", site.keys, code=2)
+    told = "runtime.model_roots is ''; to listen, set it to the folders"
+    assert told in run(*start, "--keys", site.keys, code=2)
     daemon = site.start()  # however it is started
     assert daemon.wait(20) != 0
-    assert "set runtime.model_roots" in (site.folder / "log").read_text()
+    assert told in (site.folder / "log").read_text()
     assert not is_running(site.folder)
 
 

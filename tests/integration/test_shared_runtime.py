@@ -969,7 +969,10 @@ def test_the_command_line_asks_the_runtime_that_the_variable_names(
     monkeypatch.setenv("LRAI_RUNTIME", "embedded")  # of hosts; a command still means the shared one
     assert f"no runtime runs in {folder}" in run("runtime", "status", code=5)
     monkeypatch.setenv("LRAI_RUNTIME", "tcp://127.0.0.1:1?keys=/nowhere")
-    assert "on its own machine" in run("runtime", "stop", code=2)
+    monkeypatch.setenv("COLUMNS", "200")  # one line
+    meant = "its own machine, not at 'tcp://127.0.0.1:1?keys=/nowhere' (runtime.address);"
+    for command in ("start", "stop"):
+        assert f"{meant} give --address auto" in run("runtime", command, code=2)
 
 
 def test_a_runtime_that_ends_takes_on_nothing_more() -> None:

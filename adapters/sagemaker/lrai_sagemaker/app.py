@@ -227,7 +227,8 @@ def _wanted(attributes: str) -> tuple[tuple[str, ...], float | None]:
     except ValueError:
         timeout_ms = 0.0
     if timeout_ms is not None and not timeout_ms > 0:
-        raise lrai.RequestError(f"{ATTRIBUTES}: timeout_ms has to be a number above 0")
+        got = said["timeout_ms"][:40]
+        raise lrai.RequestError(f"{ATTRIBUTES}: timeout_ms is {got!r}, a number above 0 is needed")
     return tuple(filter(None, map(str.strip, said.get("outputs", "").split(",")))), timeout_ms
 
 

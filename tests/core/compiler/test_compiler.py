@@ -38,7 +38,7 @@ def make(tmp_path: Path) -> Compile:
 
     def compile_linear(**arguments: Any) -> lrai.Artifact:
         path = save(arguments.pop("proto", None) or linear(), tmp_path / "m.onnx")
-        return lrai.compile(path, out=tmp_path / "m.lrai", threads=1, **arguments)
+        return lrai.compile(path, out=tmp_path / "m.lrai", **{"threads": 1, **arguments})
 
     return compile_linear
 
@@ -246,7 +246,7 @@ def test_no_rows_are_kept_where_none_may_be_and_then_nothing_is_certified(
 ) -> None:
     artifact = make(evaluation=rows, keep_evaluation=0)
     assert not lrai.certificates(artifact)
-    with pytest.raises(lrai.UsageError, match="keep_evaluation -1; at least 1 is needed"):
+    with pytest.raises(lrai.UsageError, match=r"^keep_evaluation is -1, at least 0 is needed$"):
         make(evaluation=rows, keep_evaluation=-1)
 
 
@@ -452,7 +452,9 @@ def test_wrong_arguments_are_refused_with_what_is_allowed(make: Compile, rows: R
         ({"metric": "f1"}, "known: top1, top5"),
         ({"output_map": "log"}, "known: raw, softmax, l2_normalised"),
         ({"objective": "size"}, "objective 'size' is unknown; known: latency, memory"),
-        ({"keep": 0}, "at least 1"),
+        ({"keep": 0, "seed": 0}, "^keep is 0, at least 1 is needed$"),
+        ({"seed": -1}, "^seed is -1, at least 0 is needed$"),
+        ({"threads": -1}, "^threads is -1, at least 0 is needed$"),
         ({"epsilon": 0.1}, "epsilon needs evaluation rows"),
         ({"evaluation": rows, "epsilon": -1.0}, "must be above 0"),
         ({"max_accuracy_loss": 2.0}, "between 0 and 1"),

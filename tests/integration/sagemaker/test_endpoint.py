@@ -186,7 +186,8 @@ def test_custom_attributes_name_outputs_and_a_time(tokens: Container) -> None:
     late = tokens.post({"inputs": TOKENS}, X_Amzn_SageMaker_Custom_Attributes="timeout_ms=0.0001")
     assert late.status == 504
     wrong = tokens.post({"inputs": TOKENS}, X_Amzn_SageMaker_Custom_Attributes="timeout_ms=soon")
-    assert (wrong.status, "above 0" in wrong.json["error"]) == (400, True)
+    told = "timeout_ms is 'soon', a number above 0 is needed"
+    assert (wrong.status, told in wrong.json["error"]) == (400, True)
     unknown = tokens.post({"inputs": TOKENS}, X_Amzn_SageMaker_Custom_Attributes="outputs=medium")
     assert (unknown.status, "no output 'medium'" in unknown.json["error"]) == (400, True)
 

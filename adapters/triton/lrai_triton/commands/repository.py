@@ -31,11 +31,12 @@ CONFIG: Final = "config.pbtxt"
 _ORIGINAL: Final = "config.pbtxt.lrai-original"
 _WRITTEN: Final = "# Written by `lrai triton`; what is not here comes from the model.\n"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SETTING: Final = re.compile(r"([a-z_]+\.[a-z_]+|variant|execution)=([^\"\\\n]*)")
+_SETTING: Final = re.compile(r"(\w+\.\w+|variant|execution|intra_op_thread_count)=([^\"\\\n]*)")
+_FORM: Final = "SECTION.NAME=VALUE, variant=... or execution=..."
 _COMPILE: Final = "from lrai_core.cli import main; main()"
 
 Repository = Annotated[Path, typer.Option(exists=True, help="Folder that tritonserver serves.")]
-Settings = Annotated[list[str], typer.Option(help="KEY=VALUE, see `lrai config`; repeat for more.")]
+Settings = Annotated[list[str], typer.Option(help=f"{_FORM}, see `lrai config`; repeat for more.")]
 Entry = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a model.")]
 Compiled = Annotated[Path, typer.Argument(help="Folder of a model; all options come behind it.")]
 Switch = Annotated[bool, typer.Option("--switch", help="Take the entry over from onnxruntime.")]
@@ -58,10 +59,11 @@ def add(
     """
     entry, settings = model_repository / name, dict[str, str]()
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name[:80]!r} is no name for a model: letters, digits and . _ - are")
+        allowed = "letters, digits and . _ - are, beginning with a letter or digit"
+        raise UsageError(f"{name[:80]!r} is no name for a model: {allowed}")
     for text in setting:
         if not (pair := _SETTING.fullmatch(text)):
-            raise UsageError(f"--setting is {text[:80]!r}, KEY=VALUE is needed, see `lrai config`")
+            raise UsageError(f"--setting is {text[:80]!r}, {_FORM} is needed, see `lrai config`")
         settings[pair[1]] = pair[2]
     settings_of({"parameters": {key: {"string_value": settings[key]} for key in settings}})
     if entry.is_dir() and (settings or not version):
