@@ -75,26 +75,34 @@ class Deployments(Kept):
                     return name
             plain = share is None and require is None
             kept = record.serving(opened.version)
-            if shared and served and share is None and record.was(opened.version) and not kept:
+            replaced = shared and share is None and record.was(opened.version) and not kept
+            if served and replaced:
                 # Whoever starts anew with what was replaced gets what replaced it.
                 self._is_served(now := self.current[name], now.artifact, "", require)
                 return name
+            if record.away and replaced:
+                kept = record.versions[record.stable]
+                opened, variant, settings = self._reopen(kept), kept.variant, kept.settings
             there = kept is not None and (name, kept.version) in self.versions
             meanwhile = bool(served) and plain and settings is None  # others answer for it
+            as_it_was = kept is not None and settings in (None, kept.settings)
+            back = record.away and share is None and as_it_was
             if (
-                (record.frozen or meanwhile)
+                (record.frozen or meanwhile or back)
                 and kept
                 and not there
                 and variant in {"", kept.variant}
             ):
                 own = replace(kept, require=kept.require if require is None else require)
                 with self._started(name, opened, own, kept.version):
-                    self._commit(name, record, "load")  # it serves again as it served
+                    # It serves again as it served.
+                    self._commit(name, replace(record, away=False), "load")
                 return name
             record = self._free(name)
             if not served:  # nobody who runs: what was there, if anything, is what served before
                 fresh = Record(previous=record.previous, before=record.before)
-                record = Record().follows(record) if record.versions else fresh
+                other = record.versions and record.stable.partition("-")[0] != opened.version
+                record = Record().follows(record) if other else fresh
             if share is not None and not served:
                 none = f"no version of {name[:120]!r} serves"
                 raise lrai.UsageError(f"{none} beside which it could have a share: load without")
@@ -142,7 +150,7 @@ class Deployments(Kept):
         record, now = self._records.get(name, Record()), time.monotonic()
         if record.previous.version and not record.frozen and now >= self._fell.get(name, 0.0):
             self._fell[name] = now + _AGAIN_SECONDS  # not at every request
-            self.submit(self._fall_back, name)
+            self.submit(self._fall_back, name, waits=True)
 
     def _fall_back(self, name: str) -> None:
         """Serve what served before, and freeze that: it is not what was meant to."""
@@ -204,7 +212,7 @@ class Deployments(Kept):
     def deployments(self, *, save: bool = True) -> list[Deployment]:
         """See `Runtime.deployments`."""
         found = []
-        forget_aged(self.config.runtime)
+        forget_aged(self.config.runtime, self._records)
         for name, record in list(self._records.items()):
             version = self.current.get(name)
             watching = self._watches.get(version.key) if version else None

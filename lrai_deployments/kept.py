@@ -47,8 +47,8 @@ class Kept(Running):
         super().begin()
         self._store = Store(self.config.runtime.state_dir)
         self._fell: dict[str, float] = {}  # names that fell back, and until when they do not again
-        forget_aged(self.config.runtime, halves=True)
         self._kept, self._stopped = self._store.read()
+        forget_aged(self.config.runtime, self._kept, halves=True)
         self._records = {name: record for name, record in self._kept.items() if record.frozen}
 
     def restore(self, ending: Callable[[], bool] = bool) -> None:
@@ -67,7 +67,8 @@ class Kept(Running):
     def _restore(self, ending: Callable[[], bool], kept_as: tuple[str, Record]) -> None:
         name, kept = kept_as
         with self.changing(name, wait=True):  # who starts beside it has so many CPUs less
-            if self._records.get(name) is kept and not self._served(name):  # nobody was quicker
+            known = self._records.get(name)
+            if known is kept and not (kept.away or self._served(name)):  # nobody was quicker
                 self._restore_name(ending, name, kept)
 
     def _restore_name(self, ending: Callable[[], bool], name: str, kept: Record) -> None:
@@ -144,15 +145,20 @@ class Kept(Running):
         for here in list(self._here.values()):
             here.close()
         self._worker.shutdown(cancel_futures=True)
-        self._store.close()
+        self._changers.shutdown(wait=False, cancel_futures=True)  # one may be where nobody answers
+        with self._store.lock:
+            self._store.close()
 
     def give_up(self, route: Route, version: Version, why: str) -> None:
         """Take all requests from a canary, and have it stay so."""
-        name = version.name
         with self._store.lock:
-            if self._routes.get(name) is not route:
+            if self._routes.get(version.name) is not route:
                 return  # it was judged beside others than those that serve now
-            del self._routes[name]  # at once; the rest may have to wait
+            del self._routes[version.name]  # at once; the rest may have to wait
+        self.submit(self._take_back, version, why, waits=True)
+
+    def _take_back(self, version: Version, why: str) -> None:
+        name = version.name
         with suppress(lrai.LraiError), self.changing(name, wait=True):
             record = self._records.get(name, Record())
             share = record.shares.get(version.version)
@@ -170,17 +176,19 @@ class Kept(Running):
                     self._apply(name, back)
 
     def may_go(self, version: Version) -> bool:
-        """See `Running.may_go`. One that is frozen may not."""
+        """See `Running.may_go`. One that is frozen may not, and none that shares the requests."""
         record = self._records.get(version.name, Record())
-        return record.frozen is None and super().may_go(version)
+        shares = version.version in record.sharing and len(record.sharing) > 1
+        return record.frozen is None and not shares and super().may_go(version)
 
     def evict(self, version: Version) -> bool:
         """See `Running.evict`."""
         with suppress(lrai.LraiError), self._changed(version.name) as (name, record):
             left = record.without(version.version)
             others = [one for one in self._served(name) if one is not version]
-            left = left if others else Record()  # what does not run goes with the last that does
-            serves = not others or any(left.shares[one.version] for one in others)
+            if not others:  # what does not run goes with the last that does; not what it replaced
+                left = replace(record, away=True) if record.previous.version else Record()
+            serves = not (others and record.shares.get(version.version))
             if serves and version.retire(idle=True):
                 try:
                     self._commit(name, left, "unload", why="runtime.memory_mib")
@@ -214,6 +222,8 @@ class Kept(Running):
         """Write a change down, make it, and tell of it."""
         by = by or f"uid {os.geteuid()}"  # who may have no name
         with self._store.lock:
+            if self._closed:  # the next runtime may have the folder
+                raise lrai.NotReady("the runtime is closed")
             records = {**self._records, name: record}
             if not record.versions:
                 del records[name]

@@ -69,6 +69,7 @@ class Route:
         self._shadow, self._sampled = next(iter(shadow), None), sum(shadow.values())
         self._lock = threading.Lock()
         self._answers, self._failures = Counter[Version](), Counter[Version]()
+        self._to_judge = set[Version]()  # soon
         self._copied_rows = self._copied_bytes = 0
 
     def accept(
@@ -185,12 +186,17 @@ class Route:
         with self._lock:
             self._answers[version] += 1
             self._failures[version] += failed
-        if failed and version in self._canaries and self._answers[version] >= _FEWEST_ANSWERS:
+            enough = self._answers[version] >= _FEWEST_ANSWERS
+            judged = failed and enough and version in self._canaries - self._to_judge
+            if judged:
+                self._to_judge.add(version)
+        if judged:
             self._core.submit(self._judge, version)
 
     def _judge(self, version: Version) -> None:
         stable = self._stable
         with self._lock:
+            self._to_judge.discard(version)
             bad, n = self._failures[version], self._answers[version]
             also_bad, m = self._failures[stable], self._answers[stable]
         confidence = 1 - max(_FALSE_ALARM / (2 * bad * (bad + 1)), _LEAST_ERROR)

@@ -50,6 +50,7 @@ class Running(Embedded):
         at_a_time = 1 if self.config.runtime.memory_mib else STARTS
         self._room = threading.Semaphore(at_a_time)
         self._worker = ThreadPoolExecutor(1, "lrai-deployments")
+        self._changers = ThreadPoolExecutor(STARTS, "lrai-changes")
 
     def open(self, artifact: str) -> lrai.Artifact:
         """Return an artifact from a folder that may be loaded from, as it was measured here."""
@@ -150,10 +151,13 @@ class Running(Embedded):
         """Return whether a version was not given up."""
         return self._state(version) != "dead"
 
-    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run a function soon, in a thread that no request waits for."""
+    def submit(self, function: Callable[..., None], *arguments: Any, waits: bool = False) -> None:
+        """Run a function soon, in a thread that no request waits for.
+
+        `waits`: it may have to, for a model to start say, and is in nobody's way meanwhile.
+        """
         with suppress(RuntimeError):  # it is closing
-            self._worker.submit(function, *arguments)
+            (self._changers if waits else self._worker).submit(function, *arguments)
 
     @contextmanager
     def _started(

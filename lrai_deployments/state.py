@@ -51,6 +51,7 @@ class Record(msgspec.Struct, frozen=True):
     frozen: Freeze | None = None
     alone: str = ""  # the version that had all requests before others got a share
     before: tuple[str, ...] = ()  # what was `previous` earlier
+    away: bool = False  # it had to make room, and serves again for who loads what served here
 
     @property
     def sharing(self) -> list[str]:

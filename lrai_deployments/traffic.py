@@ -11,16 +11,17 @@ import contextlib
 import logging
 import os
 import random
+import shutil
 import tempfile
 import threading
 import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 import numpy as np
@@ -36,6 +37,7 @@ _LOOKS: Final = 64  # one request of so many is looked at for its values, from t
 _MOST_BYTES: Final = 64 << 20  # of one sample; of large rows so many, but no more than that
 _FEW_ROWS, _MOST_BYTES_OF_FEW = 256, 256 << 20
 _HOUR: Final = 3600.0
+_SKETCH_SECONDS: Final = 30 * 24 * _HOUR  # of a name that nobody serves; it may be served again
 _UNREADABLE: Final = (  # what a damaged file raises
     OSError, EOFError, KeyError, TypeError, ValueError, OverflowError, RecursionError,
     msgspec.DecodeError, zipfile.BadZipFile, zlib.error,
@@ -70,6 +72,9 @@ class _Sketch(msgspec.Struct):
     gaps_us: list[int]
     values: dict[str, _Range]
     sources: frozenset[str] = frozenset()
+
+
+_sketches: Final = msgspec.json.Decoder(_Sketch)  # here: several threads at once must not learn it
 
 
 class _Row(NamedTuple):
@@ -164,7 +169,7 @@ class Traffic:
         Of which one nothing else tells: two models may well take the same inputs.
         """
         with contextlib.suppress(*_UNREADABLE):
-            known = msgspec.json.decode((folder / SKETCH).read_bytes(), type=_Sketch)
+            known = _sketches.decode((folder / SKETCH).read_bytes())
             self._adopts = bool(self.sources & known.sources)
             if self._adopts:
                 self._requests = self._before = known.requests
@@ -361,17 +366,22 @@ def watch(
     return Watch(traffic, folder, later)
 
 
-def forget_aged(config: RuntimeConfig, *, halves: bool = False) -> None:
-    """Remove captured rows that nobody adds to any more, once the oldest is too old.
+def forget_aged(config: RuntimeConfig, names: Container[str] = (), *, halves: bool = False) -> None:
+    """Remove captured rows that nobody adds to any more, once the oldest is too old; old sketches.
 
-    How old that is the model's own settings said, and the sketch beside it does. `halves`: those
-    too whose writer was killed at it; there is no other.
+    How old that is the model's own settings said, and the sketch beside it does. `names`: whose
+    sketches stay. `halves`: rows too whose writer was killed at it; there is no other.
     """
     for folder in Path(config.state_dir, "traffic").glob("*") if config.state_dir else ():
         with contextlib.suppress(OSError):
             for half in folder.glob(".captured.npz.*") if halves else ():
                 half.unlink()
             captured, now, hours = folder / CAPTURED, time.time(), config.capture_ttl_hours  # noqa: TID251
+            if not captured.exists():  # there may be many: what is not needed is not read
+                aged = (folder / SKETCH).stat().st_mtime + _SKETCH_SECONDS < now
+                if aged and unquote(folder.name) not in names:
+                    shutil.rmtree(folder)
+                continue
             with contextlib.suppress(*_UNREADABLE):
                 hours = float(msgspec.json.decode((folder / SKETCH).read_bytes())[_TTL])
             if captured.stat().st_mtime + hours * _HOUR < now:

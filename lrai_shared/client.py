@@ -50,7 +50,8 @@ _MOST_STALE: Final = 1000  # keys to be sent of requests that nobody waits for a
 _MOST_LOSSES: Final = 3  # of runtimes, after which a request is not sent to another one
 _MOST_FAILURES: Final = 6  # to start one, after which the pause gets no longer
 _FEW_FAILURES: Final = 3  # after which nobody waits for the next
-_MOST_JOINT: Final = 8 << 20  # bytes of theirs outside shared memory, after which it goes
+# Bytes outside shared memory, after which it goes. Those of a header, whose size is limited, twice.
+_MOST_JOINT: Final = 8 << 20
 # What is not done again where it is not known whether it was done.
 _ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "freeze", "unfreeze"})
 _UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
@@ -307,11 +308,13 @@ class Attached:
                 _settle(asked, lrai.DeadlineExceeded("the runtime did not answer in time"))
         while self._cancelled and not self._session:  # nothing is on its way
             self._asked.pop(self._cancelled.popleft(), None)
-        if len(self._outbox) > 2 * len(self._asked) + _MOST_STALE:  # nobody takes them
-            with self._lock:
-                waiting = [key for key in self._outbox if key in self._asked]
-                self._outbox.clear()
-                self._outbox.extend(waiting)
+        boxes: list[tuple[dict[int, Any], deque[int]]] = [(self._asked, self._outbox)]
+        for wanted, keys in [*boxes, (self._calls, self._outcalls)]:
+            if len(keys) > 2 * len(wanted) + _MOST_STALE:  # nobody takes them
+                with self._lock:
+                    waiting = [key for key in keys if key in wanted]
+                    keys.clear()
+                    keys.extend(waiting)
 
     def _lose(self, event: int) -> None:
         """Begin anew: the line has ended, or was refused."""
@@ -457,6 +460,7 @@ class Attached:
                 items.append(Infer(key, asked.form, left_ms, places))
                 self._on_wire[key] = asked.nbytes
                 self._bytes += asked.nbytes
+                joint += 2 * (len(asked.form) + 16 * len(places))
                 joint += sum([size for frame, _, size in places if frame >= 0])
             self._outbox.popleft()
         if items or cancelled:

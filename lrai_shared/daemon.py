@@ -22,7 +22,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ import zmq
 from lrai_core.actor.pool import Pool
 from lrai_core.config import ActorConfig, LraiConfig
 from lrai_core.engine.engine import installed_version
-from lrai_core.errors import LraiError, NotReady, UsageError, shorten
+from lrai_core.errors import Cancelled, LraiError, NotReady, UsageError, shorten
 from lrai_core.events import EventBus
 from lrai_core.protocol import InferenceResponse
 from lrai_core.runtime.embedded import find_backend
@@ -54,7 +54,7 @@ _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _MOST_ITEMS: Final = 1_000  # of a message; a client sends a tenth of it
 _MOST_HEARD: Final = 100  # messages of one door, before actors and deadlines have their turn
 _TOUCH_SECONDS: Final = 3600.0  # what is old in the temporary folder is deleted where days are few
-_CAPTURED: Final = "captured.npz"  # as `lrai_deployments.traffic` has it
+_AGING: Final = ("captured.npz", "sketch.json")  # as `lrai_deployments.traffic` has them
 _CHANGES: Final = 256  # that may be under way; most wait for another one of the same name
 _MOST_OUTCOMES: Final = 500  # of one message
 _QUICK: Final = frozenset({"models", "ready", "stats", "stay", "stop"})
@@ -179,6 +179,8 @@ class Door(Pool):
             for key in message.cancelled:
                 if key in client.running:
                     self._daemon.runtime.scheduler.cancel(client.running[key])
+                elif len(client.failed) < self._daemon.welcome.credit:  # it may have been dropped
+                    client.failed.append(messages.failure(key, Cancelled("it does not run here")))
         elif isinstance(message, Call):
             self._daemon.operate(message, partial(self.say, sender))
 
@@ -325,7 +327,8 @@ class Daemon:
             os._exit(1)  # of a bug: the next one answers what was asked of this one
         self.runtime.drain()
         self._quick.shutdown()
-        self._slow.shutdown(wait=self.restoring.done())
+        wait(self._under_way, _END_SECONDS)  # what lies where nobody answers, for no longer
+        self._slow.shutdown(wait=False)
         # If it failed, or is only started anew, the next one is to be what this one was.
         if self.runtime.scheduler.thread.is_alive() and not self._keeps:
             (self._folder / SETTINGS).unlink(missing_ok=True)
@@ -384,7 +387,7 @@ def _touch(folder: Path) -> None:
     for inside, _, names in os.walk(folder):
         for path in (Path(inside), *(Path(inside, name) for name in names)):
             with contextlib.suppress(OSError):  # some come and go
-                if path.name != _CAPTURED:
+                if path.name not in _AGING:
                     os.utime(path)
 
 
@@ -401,8 +404,7 @@ def main(argv: list[str]) -> None:
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
     daemon.run()
-    if not daemon.restoring.done():  # its threads, at a folder that hangs, would be waited for
-        os._exit(0)
+    os._exit(0)  # its threads, at a folder that hangs, would be waited for
 
 
 if __name__ == "__main__":

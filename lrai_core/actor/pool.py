@@ -268,8 +268,9 @@ class Pool:
             if actor.line is not None:
                 actor.line.close()
             actor.why = f"the interpreter of actor.python cannot be started: {error.strerror}"
-            if actor.loaded.done():  # it could be before: of what there is too little now
-                self._ended(actor, 1, time.monotonic())
+            if actor.loaded.done():  # it could be before: that is no death, and tried again
+                actor.line, actor.due = None, time.monotonic() + 10 * _BACKOFF_SECONDS
+                self._events.emit("actor_lost", actor.name, reason=actor.why)
             else:
                 self._give_up(actor, EnvironmentProblem(actor.why))
             return

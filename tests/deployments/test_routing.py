@@ -150,6 +150,24 @@ def test_what_is_asked_of_a_canary_by_name_counts_for_it() -> None:
     assert core.given_up == [("canary", "canary failed 20 of 20 requests, stable 0 of 300")]
 
 
+def test_a_canary_whose_judge_is_late_is_judged_once_by_all_that_it_has_done() -> None:
+    core, made = route()
+    due = list[Any]()
+    core.submit = lambda *judge: due.append(judge)  # type: ignore[method-assign]
+    for _ in range(300):
+        made._count(STABLE, ANSWER)
+    for _ in range(100):
+        made._count(CANARY, ActorError("no"))
+    ((judge, *arguments),) = due
+    due.clear()
+    judge(*arguments)
+    assert core.given_up == [("canary", "canary failed 100 of 100 requests, stable 0 of 300")]
+    made._count(CANARY, ANSWER)
+    assert not due
+    made._count(CANARY, ActorError("no"))
+    assert len(due) == 1
+
+
 def test_the_guard_still_decides_after_very_many_failures() -> None:
     core, made = route()
     made._answers.update({STABLE: 10_000_000, CANARY: 10_000_000})

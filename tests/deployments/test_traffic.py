@@ -404,6 +404,39 @@ def test_what_an_ended_runtime_captured_is_removed_when_it_is_too_old(tmp_path: 
     assert {file.name for file in folder.iterdir()} == {"sketch.json"}
 
 
+def test_sketches_are_not_read_in_vain_and_not_kept_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each version of a host's model may have a name, and a sketch, of its own."""
+    config, month = RuntimeConfig(state_dir=str(tmp_path)), 31 * 86400
+    for name in ("old", "a%2Fb", "new"):
+        (folder := tmp_path / "traffic" / name).mkdir(parents=True)
+        sketch = folder / "sketch.json"
+        sketch.touch()
+        aged = sketch.stat().st_mtime - month * (name != "new")
+        os.utime(sketch, (aged, aged))
+
+    def read(path: Path) -> bytes:
+        raise AssertionError(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    forget_aged(config, {"a/b"})
+    assert {folder.name for folder in (tmp_path / "traffic").iterdir()} == {"a%2Fb", "new"}
+
+
+def test_threads_that_load_at_once_do_not_meet_where_a_type_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Traffic(SIGNATURE)
+    seen.see(request(1))
+    seen.save(tmp_path)
+    after = Traffic(SIGNATURE)
+    with monkeypatch.context() as patch:
+        patch.setattr(msgspec.json, "decode", None)  # which learns a type when it is first asked
+        after.go_on(tmp_path)
+    assert after.sketch()["requests"] == 1
+
+
 @pytest.mark.parametrize(
     "content",
     [

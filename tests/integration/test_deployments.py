@@ -42,16 +42,21 @@ from lrai_core.actor import actor
 from lrai_core.errors import EngineError
 
 class Strange:
+    def __init__(self, session):
+        self._session = session
+
     def run(self, arrays, outputs):
         if how.read_text() == "die":
             os.kill(os.getpid(), 9)
+        if how.read_text() == "well":
+            return self._session.run(arrays, outputs)
         raise EngineError("out of memory")
 
 def load(self, message):
     strange = how.exists()  # before it says that it is ready
     ordinary(self, message)
     if strange:
-        self._sessions = [Strange()]
+        self._sessions = [Strange(self._sessions[0])]
 
 how, ordinary = Path(__file__).with_name("how"), actor.Actor._load
 actor.Actor._load = load
@@ -76,7 +81,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
 
 @pytest.fixture
 def strange(tmp_path: Path) -> tuple[str, Callable[[str], None]]:
-    """Return an interpreter, and what makes actors that it starts `die` or `refuse` at work."""
+    """Return an interpreter, and what makes actors that it starts `die`, `refuse` or do `well`."""
     (tmp_path / "actor.py").write_text(STRANGE_ACTOR)
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} -P {tmp_path}/actor.py "$@"\n')
@@ -145,11 +150,18 @@ def test_what_the_old_version_has_accepted_is_answered_by_it(small: dict[float, 
         wait_until(lambda: not Path(f"/proc/{actor}").exists())
 
 
+@pytest.mark.parametrize("kept", [5, 0])
 @pytest.mark.parametrize("how", ["die", "refuse"])
 def test_a_version_that_fails_its_warm_up_is_not_switched_to(
-    how: str, small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
+    how: str,
+    kept: int,
+    small: dict[float, Path],
+    strange: tuple[str, Callable[[str], None]],
+    tmp_path: Path,
 ) -> None:
-    new = small_artifact.build(tmp_path / "n.lrai", factor=3.0, evaluation=small_artifact.rows(5))
+    """Without kept rows, too: only that a made-up one is no valid input says nothing of it."""
+    rows = small_artifact.rows(kept) if kept else None
+    new = small_artifact.build(tmp_path / "n.lrai", factor=3.0, evaluation=rows)
     python, become = strange
     with lrai.Runtime.open(
         small[2.0], name="m", config=config(**{"actor.python": python})
@@ -443,9 +455,10 @@ def test_a_shadow_that_fails_is_counted_and_harms_nobody(
     with lrai.Runtime.open(
         small[2.0], name="m", config=config(**{"actor.python": python})
     ) as runtime:
-        become("refuse")
+        become("well")
         runtime.load(small[3.0], name="m", share=0)
         runtime.route("m", {version(small[2.0]): 1}, shadow={version(small[3.0]): 1})
+        become("refuse")
         assert {ask(runtime) for _ in range(20)} == {2.0}
         wait_until(lambda: runtime.stats().get("shadow_failed") == 20)
         assert runtime.deployments()[0].frozen is None
@@ -458,8 +471,9 @@ def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
     settings = {"actor.python": python, "runtime.state_dir": str(tmp_path / "state")}
     failed = 0
     with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
-        become("refuse")
+        become("well")
         runtime.load(small[3.0], name="m", share=0.25)
+        become("refuse")
         for _ in range(600):
             try:
                 assert ask(runtime) == 2.0
@@ -481,6 +495,29 @@ def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
     lines = [json.loads(x) for x in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
     assert [line["change"] for line in lines] == ["load", "load", "canary_failed", "unfreeze"]
     assert (lines[-1]["by"], lines[-1]["reason"]) == ("ann", "it was the disk")
+
+
+def test_a_name_whose_start_takes_long_keeps_no_other_canary_in_place(
+    small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two, three, go_on = version(small[2.0]), version(small[3.0]), threading.Event()
+    with lrai.Runtime(config()) as runtime:
+        core = deployments(runtime)
+        monkeypatch.setattr(core, "_fall_back", lambda _: go_on.wait(60))
+        for name in ("m", "n", "o"):
+            runtime.load(small[2.0], name=name)
+            runtime.load(small[3.0], name=name, share=0.25)
+        runtime.swap("o", small[4.0])
+        core.lost("o")
+        with core.changing("m"):  # as while another version of it starts
+            for name in ("m", "n"):
+                core.submit(core.give_up, core._routes[name], core.find(name, three), "it failed")
+            frozen = {"m": False, "n": True, "o": False}
+            wait_until(lambda: {d.name: bool(d.frozen) for d in runtime.deployments()} == frozen)
+            assert {ask(runtime) for _ in range(30)} == {2.0}
+        wait_until(lambda: runtime.deployments()[0].frozen is not None)
+        assert runtime.deployments()[0].shares == {two: 1.0, three: 0.0}
+        go_on.set()
 
 
 def test_a_frozen_deployment_serves_on_and_does_not_change(small: dict[float, Path]) -> None:
@@ -661,6 +698,61 @@ def test_what_can_make_no_room_for_it_costs_nobody_its_place(
         kill(actor, signal.SIGCONT)
 
 
+def test_who_shares_the_requests_of_a_name_makes_no_room(
+    small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a canary with a hundredth of the requests has all of them, and nothing to go back to."""
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
+    with lrai.Runtime(patient(**{"runtime.memory_mib": 350})) as runtime:
+        runtime.load(small[2.0], name="m")
+        runtime.load(small[3.0], name="m", share=0.25)
+        runtime.load(small[4.0], name="n")
+        runtime.load(small[5.0], name="o")  # in place of the one that was used since
+        assert {model.name for model in runtime.models()} == {"m", "o"}
+        assert runtime.rollback("m") == version(small[2.0])
+        runtime.load(small[4.0], name="n")
+        (stable,) = [model for model in runtime.models() if model.name == "m"]
+        assert stable.version == version(small[2.0])
+
+
+def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replaced(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
+    state = tmp_path / "state" / "deployments.json"
+    limits = config(**{"runtime.memory_mib": 250, "runtime.state_dir": str(state.parent)})
+    with lrai.Runtime(limits) as runtime:
+        runtime.load(small[2.0], name="m", settings={"scheduler.max_batch_rows": 3})
+        runtime.swap("m", small[3.0])
+        for name in ("n", "o"):
+            runtime.load(small[4.0], name=name)
+        (before,) = [one for one in runtime.deployments() if one.name == "m"]
+        assert (before.shares, before.artifact) == ({version(small[3.0]): 1.0}, "")
+        assert {model.name for model in runtime.models()} == {"n", "o"}
+        with pytest.raises(lrai.ModelNotFound):
+            ask(runtime)
+        kept = state.read_bytes()
+    state.write_bytes(kept)  # as a kill leaves it
+    with lrai.Runtime(limits) as runtime:
+        deployments(runtime).restore()
+        assert runtime.stats()["actor_started"] == 2, "it is not started in the place of others"
+        load = partial(deployments(runtime).load, name="m", shared=True)
+        for asked in (2.0, 3.0):
+            load(str(small[asked]), settings={"scheduler.max_batch_rows": 3})
+            assert ask(runtime) == 3.0
+            (now,) = [one for one in runtime.deployments() if one.name == "m"]
+            assert (now.shares, now.previous) == (before.shares, version(small[2.0]))
+            assert deployments(runtime).find("m").limits.max_batch_rows == 3
+            for name in (f"p{asked}", f"q{asked}"):
+                runtime.load(small[5.0], name=name)
+        assert "m" not in {model.name for model in runtime.models()}
+        load(str(small[3.0]), settings={"scheduler.max_batch_rows": 4})  # as it is wanted now
+        assert ask(runtime) == 3.0
+        assert runtime.rollback("m") == version(small[2.0])
+        runtime.unload("m")
+        assert "m" not in {one.name for one in runtime.deployments()}
+
+
 def pss_mib(pid: int) -> float:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(text.partition("\nPss:")[2].split()[0]) / 1024
@@ -818,6 +910,7 @@ def test_who_loads_a_model_that_is_dead_has_it_started_anew(
     become("die")
     with lrai.Runtime.open(small[2.0], name="m", config=config(**limits)) as runtime:
         assert_a_load_brings_back(runtime, small[2.0], tmp_path / "how", shared=shared)
+        assert runtime.deployments()[0].previous == "", "it is not what served before itself"
 
 
 def test_who_loads_what_was_replaced_by_what_is_dead_has_it_back(
@@ -913,7 +1006,7 @@ def test_what_was_left_by_hand_does_not_come_back_by_itself(small: dict[float, P
         for _ in range(3):
             with pytest.raises(lrai.ActorError):
                 ask(runtime)
-        deployments(runtime)._worker.submit(lambda: None).result()
+        deployments(runtime)._changers.shutdown()  # which waits for whoever would bring it back
         (now,) = runtime.deployments()
         assert (now.frozen, now.shares) == (None, {version(small[2.0]): 1.0})
 
@@ -930,7 +1023,7 @@ def test_nothing_falls_back_to_what_is_no_longer_there(
         for _ in range(3):
             with pytest.raises(lrai.ActorError):
                 ask(runtime)
-        core._worker.submit(lambda: None).result()  # who is asked to fall back has been
+        core._changers.shutdown()  # who is asked to fall back has been
         (now,) = runtime.deployments()
         assert (now.frozen, now.shares) == (None, {version(small[3.0]): 1.0})
         runtime.load(small[3.0], name="m")  # by hand it goes on
@@ -1128,6 +1221,7 @@ def test_a_canary_of_a_frozen_name_is_taken_back_and_a_late_verdict_does_nothing
         assert runtime.deployments()[0].shares == {old: 0.4, new: 0.6}
         runtime.freeze("m", "ann", "audit week")
         core.give_up(core._routes["m"], core.find("m", old), "it failed")
+        core._changers.shutdown()
         (found,) = runtime.deployments()
         assert found.shares == {old: 0.0, new: 1.0}
         assert found.frozen is not None

@@ -989,12 +989,13 @@ def test_a_runtime_that_ends_takes_on_nothing_more() -> None:
 
 def test_what_lies_in_the_folder_is_kept_young(folder: Path) -> None:
     (folder / "held" / "deployed").mkdir(parents=True)
-    for name in ("lock", "deployments.json", "held/deployed/m.columns", "captured.npz"):
+    aging = ("captured.npz", "sketch.json")
+    for name in ("lock", "deployments.json", "held/deployed/m.columns", *aging):
         (folder / name).touch()
         os.utime(folder / name, (0, 0))
     _touch(folder)
     for path in folder.rglob("*"):
-        assert (path.stat().st_mtime > 1e9) == (path.name != "captured.npz")
+        assert (path.stat().st_mtime > 1e9) == (path.name not in aging)
 
 
 def test_a_runtime_that_ends_leaves_the_socket_of_the_next_one(
@@ -1142,3 +1143,35 @@ def test_a_folder_that_does_not_answer_takes_no_other_model(
         assert after != before
         kill(after, signal.SIGTERM)
         wait_until(lambda: after not in daemons(folder), 20)
+
+
+def test_a_load_that_hangs_keeps_no_runtime_from_ending(
+    folder: Path, classifier_fp32: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a mount that is gone."""
+    hangs = str(tmp_path / "hangs.lrai")
+    daemon_with(
+        tmp_path,
+        monkeypatch,
+        "import time",
+        "from lrai_deployments.deployments import Deployments",
+        "before = Deployments.open",
+        "def open(self, artifact):",
+        f"    while artifact == {hangs!r}:",
+        "        time.sleep(0.1)",
+        "    return before(self, artifact)",
+        "Deployments.open = open",
+        "daemon._END_SECONDS = 0.5",
+    )
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (daemon,) = daemons(folder)
+        actor = pid_of(runtime, "classifier")
+        with Stranger(folder) as stranger:
+            stranger.send(messages.Attach(PROTOCOL_VERSION, "0"))
+            stranger.send(messages.Call(1, "load", {"artifact": hangs}))
+            stranger.send(messages.Call(2, "no such operation", {}))
+            assert stranger.hear().failures[0].key == 2  # and so the load is under way
+            kill(daemon, signal.SIGTERM)
+            wait_until(lambda: not daemons(folder))
+    assert not is_running(folder)
+    assert_gone(folder, actor)

@@ -228,6 +228,24 @@ def test_what_waits_together_is_sent_together_but_never_too_much(
     assert len({value(f) for f in futures}) == 20
 
 
+def test_what_requests_say_beside_tensors_counts_for_the_size_of_a_message(
+    daemon: Daemon, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message whose header is too large is dropped, and all that was asked with it."""
+    monkeypatch.setattr(client, "_MOST_JOINT", 60_000)
+    daemon.credit = 0
+    attached = attach(daemon, parent)
+    futures = [attached.start(request(parameters={"a": "b" * 10_000})) for _ in range(20)]
+    daemon.credit, daemon.session = 100, "second"  # now all of them may go
+    daemon.welcome()
+    for _ in range(7):
+        message = daemon._hear(lambda: False, want=Requests)
+        assert len(message.items) <= 3
+    daemon.answer(*daemon.take(20))
+    assert len({value(f) for f in futures}) == 20
+    attached.close()
+
+
 def test_no_more_requests_are_on_their_way_than_there_is_credit(
     daemon: Daemon, parent: Path
 ) -> None:
@@ -868,6 +886,7 @@ def test_what_nobody_waits_for_any_more_takes_no_memory(
     monkeypatch.setattr(client, "_LIFE_SECONDS", 0.001)
     monkeypatch.setattr(client, "_GRACE_SECONDS", 0.0)
     monkeypatch.setattr(client, "_MOST_STALE", 10)
+    monkeypatch.setattr(client, "_PROBES", {"ready": 0.001})
     monkeypatch.setattr(client, "start_daemon", lambda *_, **__: None)
     daemon.credit = 1
     attached = attach(daemon, parent)
@@ -877,9 +896,11 @@ def test_what_nobody_waits_for_any_more_takes_no_memory(
         daemon.close()
     ended = [attached.start(request(timeout_ms=1)) for _ in range(100)]
     ended[0].cancel()
+    for _ in range(50):
+        assert attached.call("ready", {}, str) == "stalled"
     deadline = time.monotonic() + 10
-    while len(attached._outbox) > 15 or attached._cancelled:
-        assert time.monotonic() < deadline, (len(attached._outbox), attached._cancelled)
+    while max(len(attached._outbox), len(attached._outcalls)) > 15 or attached._cancelled:
+        assert time.monotonic() < deadline, (len(attached._outbox), attached._outcalls)
         time.sleep(0.01)
     assert not first.done()
     attached.close()

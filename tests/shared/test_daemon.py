@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from lrai_core.config import load_config
-from lrai_core.wire.messages import BadFrames
+from lrai_core.errors import Cancelled
+from lrai_core.wire.messages import BadFrames, encode
 from lrai_shared import daemon, messages
 from lrai_shared.starting import SETTINGS
 
@@ -45,6 +46,21 @@ def test_a_bug_at_one_request_ends_that_request_and_not_the_runtime(
 def test_what_is_no_request_is_left_to_who_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadFrames):
         start(monkeypatch, BadFrames("no frame"))
+
+
+def test_who_no_longer_waits_for_what_was_dropped_is_told_that_it_does_not_run() -> None:
+    """Else it would count as under way there for ever."""
+    cancelled = list[str]()
+    client = daemon._Client(0.0, running=cast("Any", {1: "one"}))
+    runtime = SimpleNamespace(scheduler=SimpleNamespace(cancel=cancelled.append))
+    known = SimpleNamespace(runtime=runtime, welcome=SimpleNamespace(credit=3))
+    door, sender = SimpleNamespace(_clients={0: client}, _daemon=known), cast("Any", 0)
+    for keys in ((1, 2), range(10, 20)):
+        told = memoryview(encode(messages.Requests((), tuple(keys))))
+        daemon.Door._hear(cast("Any", door), sender, [told], 1.0)
+    assert cancelled == ["one"]
+    assert [failed.key for failed in client.failed] == [2, 10, 11], "no more than may be under way"
+    assert isinstance(messages.error_of(client.failed[0]), Cancelled)
 
 
 def test_a_full_disk_leaves_the_settings_of_whoever_is_next(

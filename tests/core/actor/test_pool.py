@@ -343,10 +343,11 @@ def test_who_was_stopped_with_its_actors_kills_none_of_them(bench: Bench) -> Non
     assert bench.pool.state("m")[0] != "ready", "since then it was silent for too long"
 
 
+@pytest.mark.parametrize("seconds", [3, 100])
 def test_an_actor_that_cannot_be_started_again_at_once_is_started_later(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
-    """Where descriptors are short for a moment, say: neither the model is given up nor the loop."""
+    """Where descriptors are short for a while, say: neither the model is given up nor the loop."""
 
     def none_left() -> object:
         raise OSError(24, "Too many open files")
@@ -354,7 +355,7 @@ def test_an_actor_that_cannot_be_started_again_at_once_is_started_later(
     with monkeypatch.context() as patch:
         patch.setattr("socket.socketpair", none_left)
         bench.process.kill()
-        for _ in range(3):
+        for _ in range(seconds):
             bench.poll(1.0)
     assert bench.events.counts()["actor_lost"] >= 2
     assert "model_failed" not in bench.events.counts()
