@@ -198,6 +198,7 @@ class Runtime:
     def __init__(self, error: lrai.LraiError | None = None) -> None:
         self.there, self._error = dict[str, lrai.Signature](), error
         self.config, self.state = lrai.load_config(environ={}), "ok"
+        self.drained = list[str]()
 
     def load(self, artifact: lrai.Artifact, *, name: str, require: object) -> None:
         assert require is None
@@ -209,10 +210,15 @@ class Runtime:
         if self._error is not None:
             raise self._error
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, *, drain: bool = False) -> None:
         if name not in self.there:
             raise lrai.ModelNotFound("no such model")
         del self.there[name]
+        self.drained += [name] * drain
+
+    def deployments(self, *, save: bool) -> list[SimpleNamespace]:
+        assert not save
+        return self.models()
 
     def models(self) -> list[SimpleNamespace]:
         told = {"state": self.state, "version": "1", "variant": "fp32"}
@@ -280,6 +286,80 @@ def test_a_model_that_was_given_up_may_be_loaded_again(
     names.load("a", "small.lrai")
     runtime.state = "ok"
     assert [named.name for named in names.loaded()] == ["a"]
+
+
+def test_a_model_whose_loading_failed_late_has_a_name(
+    artifact: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime may go on with what nobody waits for any more; it must not stay for ever."""
+    del artifact
+    names, load = names_of(tmp_path, runtime := Runtime()), runtime.load
+
+    def late(*given: Any, **how: Any) -> None:
+        load(*given, **how)
+        raise lrai.NotReady("the runtime did not answer")
+
+    monkeypatch.setattr(runtime, "load", late)
+    with pytest.raises(lrai.NotReady):
+        names.load("a", "small.lrai")
+    assert [named.name for named in names.loaded()] == ["a"]
+    with pytest.raises(AlreadyLoaded):
+        names.load("a", "small.lrai")
+    names.unload("a")
+    assert runtime.there == {}
+    assert not names.loaded()
+
+
+def test_a_model_that_is_unloaded_to_make_room_before_it_answers_has_too_little(
+    artifact: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime())
+
+    def evicted(_: object) -> None:
+        runtime.there.clear()
+        raise lrai.ModelNotFound("no model 'a:1:1' is loaded; loaded: 'of others'")
+
+    monkeypatch.setattr(runtime, "infer", evicted)
+    with pytest.raises(lrai.MemoryBudgetExceeded, match="another model took its room"):
+        names.load("a", "small.lrai")
+    assert not names.loaded()
+    with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
+        names.find("a")
+
+
+def test_what_a_name_has_accepted_is_answered_before_it_is_unloaded(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    names = names_of(tmp_path, runtime := Runtime())
+    names.load("a", "small.lrai")
+    names.unload("a")
+    assert runtime.drained == [f"a:{artifact.version}:1"]
+
+
+def test_names_of_models_that_are_gone_are_no_files_for_ever(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    del artifact
+    names, scratch = names_of(tmp_path, runtime := Runtime()), tmp_path / "scratch-1"
+    for name in "abcd":
+        names.load(name, "small.lrai")
+    runtime.there = {key: of for key, of in runtime.there.items() if key.startswith("d:")}
+    with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
+        names.unload("a")
+    assert names_in(scratch) == ["b", "c", "d"]
+    for name in "bd":  # for c it is too early, and d is in memory
+        os.utime(names._file(name, ".name"), (1, 1))
+    with names._changing("b"):
+        names.load("e", "small.lrai")
+    assert names_in(scratch) == ["b", "c", "d", "e"]  # who is at b may be about to load it
+    names.load("f", "small.lrai")
+    assert names_in(scratch) == ["c", "d", "e", "f"]
+    assert {len(file.stem) for file in scratch.glob("*.lock")} == {3}  # 4096 at most
+
+
+def names_in(scratch: Path) -> list[str]:
+    return sorted(json.loads(file.read_text())["name"] for file in scratch.glob("*.name"))
 
 
 class Ended:
