@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -77,6 +80,8 @@ def test_a_tar_that_cannot_be_written_leaves_nothing(
 ) -> None:
     with pytest.raises(lrai.EnvironmentProblem, match="cannot be written"):
         package(artifact, tmp_path / "gone" / "model.tar.gz")
+    with pytest.raises(lrai.EnvironmentProblem, match="cannot be written: Not a directory"):
+        package(artifact, artifact.path / "manifest.json" / "model.tar.gz")
     assert [path.name for path in tmp_path.iterdir()] == ["small.lrai"]
 
 
@@ -155,6 +160,8 @@ def test_the_model_of_a_folder_is_the_only_one_there(
         artifact_in(tmp_path)
     with pytest.raises(lrai.ArtifactError, match="No such file"):
         artifact_in(tmp_path / "gone")
+    with pytest.raises(lrai.ArtifactError, match="File name too long"):  # as where nobody may look
+        artifact_in(unpacked(tmp_path / ("n" * 300), tmp_path))
 
 
 def test_a_model_of_another_lrai_is_told_of(
@@ -393,6 +400,48 @@ def test_a_worker_that_cannot_serve_has_the_last_word_and_no_successor(
         assert supervisor.run() == lrai.ArtifactError.exit_code
     assert len(started) == 1
     assert not caplog.messages
+
+
+def supervised(monkeypatch: pytest.MonkeyPatch, start: Callable[[], Ended]) -> Supervisor:
+    """Return a supervisor without a runtime whose workers are what `start` gives, if anything."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: start())
+    listening = cast("socket.socket", SimpleNamespace(fileno=lambda: 0, close=lambda: None))
+    return Supervisor(Settings(folder="model"), None, listening)
+
+
+def test_a_worker_that_the_machine_has_no_room_for_is_started_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = list[None]()
+
+    def start() -> Ended:
+        tried.append(None)
+        if len(tried) < 3:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        supervisor._told(signal.SIGTERM, None)
+        return Ended()
+
+    supervisor = supervised(monkeypatch, start)
+    assert supervisor._start() is None
+    assert supervisor._alive(None) is None
+    assert len(tried) == 1  # not at each look
+    monkeypatch.setattr(supervisor, "_start_at", 0.0)
+    monkeypatch.setattr("lrai_sagemaker.commands.supervisor._START_AGAIN_SECONDS", 0.0)
+    assert supervisor.run() == 0
+    assert caplog.messages == [f"a worker cannot be started: {os.strerror(errno.EAGAIN)}"] * 2
+
+
+def test_workers_that_can_never_be_started_end_the_container(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start() -> Ended:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("lrai_sagemaker.commands.supervisor._START_AGAIN_SECONDS", 0.0)
+    with pytest.raises(lrai.EnvironmentProblem, match="11 deaths of workers in 60 s, see above"):
+        supervised(monkeypatch, start).run()
+    assert set(caplog.messages) == {f"a worker cannot be started: {os.strerror(errno.ENOMEM)}"}
 
 
 def test_demands_are_read() -> None:
