@@ -224,7 +224,7 @@ class Deployments(Kept):
             found.append(Deployment(name, *shown, record.frozen, artifact, traffic))
         return found
 
-    def unload(self, name: str, version: str = "") -> None:
+    def unload(self, name: str, version: str = "", *, drain: bool = False) -> None:
         """See `Runtime.unload`."""
         if not version and name in self._records and not self._served(name):
             with self.changing(name, wait=True):  # what could not be restored is listed, too
@@ -241,9 +241,10 @@ class Deployments(Kept):
                 raise lrai.UsageError(f"{version} answers for {name!r}: route requests elsewhere")
             self._commit(name, left, "unload")
             answers = {*record.sharing, record.relief}
+            gone.sort(key=lambda one: one is not self.current.get(name))  # then nobody else comes
             for one in gone:  # where others stay; copies nobody waits for
                 copies = one.version in record.shadow and one.version not in answers
-                self.remove(one, drain=bool(left.versions) and not copies)
+                self.remove(one, drain=(drain or bool(left.versions)) and not copies)
 
     def _go_back(self, name: str, record: Record, how: How, what: str) -> str:
         there = self.versions.get((name, how.version))

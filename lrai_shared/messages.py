@@ -13,6 +13,7 @@ from lrai_core.wire import messages as wire
 
 _MOST_CHARACTERS: Final = 2000  # of an error, which may name all that a model takes
 _FORM_BYTES: Final = 64 << 10  # so that a header holds a hundred
+_SHORT_BYTES: Final = 1 << 10  # as forms are; a client may send any, and a longer one is not kept
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
@@ -165,7 +166,6 @@ def encode_form(form: Form) -> bytes:
     return encoded
 
 
-@lru_cache(1024)
 def decode_form(encoded: bytes) -> Form:
     """Return the form of a request.
 
@@ -174,6 +174,11 @@ def decode_form(encoded: bytes) -> Form:
     """
     if len(encoded) > _FORM_BYTES:
         raise wire.BadFrames("form too large")
+    return _kept_form(encoded) if len(encoded) <= _SHORT_BYTES else _kept_form.__wrapped__(encoded)
+
+
+@lru_cache(1024)
+def _kept_form(encoded: bytes) -> Form:
     form = wire.decode(_form, encoded)
     if not len(form.names) == len(form.datatypes) == len(form.shapes):
         raise wire.BadFrames("names and tensors differ")

@@ -9,6 +9,7 @@ harm, so killing is how it is stopped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import signal
 import socket
@@ -39,6 +40,7 @@ _STOPPED_SECONDS, _REAP_SECONDS = 2.0, 0.005
 _SIGNALS: Final = {one.value: one.name for one in signal.Signals}  # others have numbers only
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.1, 5.0
 _MEMORY: Final = Path("/sys/fs/cgroup/memory.events")  # version 2's, as a container sees its own
+_SHORT: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}  # later it may go
 
 
 @dataclass(slots=True, eq=False)
@@ -272,7 +274,8 @@ class Pool:
                 actor.line, actor.due = None, time.monotonic() + 10 * _BACKOFF_SECONDS
                 self._events.emit("actor_lost", actor.name, reason=actor.why)
             else:
-                self._give_up(actor, EnvironmentProblem(actor.why))
+                kind = OutOfResources if error.errno in _SHORT else EnvironmentProblem
+                self._give_up(actor, kind(actor.why))
             return
         self._poller.register(actor.line, zmq.POLLIN)
         actor.expect(self._config.start_timeout_seconds, "the model was not loaded")

@@ -225,12 +225,13 @@ class Runtime:
         """
         return self._backend.call("deployments", {} if save else {"save": save}, list[Deployment])
 
-    def unload(self, name: str, version: str = "") -> None:
+    def unload(self, name: str, version: str = "", *, drain: bool = False) -> None:
         """Stop serving a model, or one version of it.
 
-        One version of several answers what it has accepted; else that ends with an error.
+        One version of several answers what it has accepted; else that ends with an error, unless
+        `drain` has it answered first, within `runtime.drain_seconds`.
         """
-        self._backend.call("unload", {"name": name, "version": version}, type(None))
+        self._backend.call("unload", {"name": name, "version": version, "drain": drain}, type(None))
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Accept a request and return the future of its answer.

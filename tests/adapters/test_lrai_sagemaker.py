@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -77,6 +80,8 @@ def test_a_tar_that_cannot_be_written_leaves_nothing(
 ) -> None:
     with pytest.raises(lrai.EnvironmentProblem, match="cannot be written"):
         package(artifact, tmp_path / "gone" / "model.tar.gz")
+    with pytest.raises(lrai.EnvironmentProblem, match="cannot be written: Not a directory"):
+        package(artifact, artifact.path / "manifest.json" / "model.tar.gz")
     assert [path.name for path in tmp_path.iterdir()] == ["small.lrai"]
 
 
@@ -155,6 +160,8 @@ def test_the_model_of_a_folder_is_the_only_one_there(
         artifact_in(tmp_path)
     with pytest.raises(lrai.ArtifactError, match="No such file"):
         artifact_in(tmp_path / "gone")
+    with pytest.raises(lrai.ArtifactError, match="File name too long"):  # as where nobody may look
+        artifact_in(unpacked(tmp_path / ("n" * 300), tmp_path))
 
 
 def test_a_model_of_another_lrai_is_told_of(
@@ -198,6 +205,7 @@ class Runtime:
     def __init__(self, error: lrai.LraiError | None = None) -> None:
         self.there, self._error = dict[str, lrai.Signature](), error
         self.config, self.state = lrai.load_config(environ={}), "ok"
+        self.drained = list[str]()
 
     def load(self, artifact: lrai.Artifact, *, name: str, require: object) -> None:
         assert require is None
@@ -209,10 +217,15 @@ class Runtime:
         if self._error is not None:
             raise self._error
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, *, drain: bool = False) -> None:
         if name not in self.there:
             raise lrai.ModelNotFound("no such model")
         del self.there[name]
+        self.drained += [name] * drain
+
+    def deployments(self, *, save: bool) -> list[SimpleNamespace]:
+        assert not save
+        return self.models()
 
     def models(self) -> list[SimpleNamespace]:
         told = {"state": self.state, "version": "1", "variant": "fp32"}
@@ -282,6 +295,80 @@ def test_a_model_that_was_given_up_may_be_loaded_again(
     assert [named.name for named in names.loaded()] == ["a"]
 
 
+def test_a_model_whose_loading_failed_late_has_a_name(
+    artifact: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime may go on with what nobody waits for any more; it must not stay for ever."""
+    del artifact
+    names, load = names_of(tmp_path, runtime := Runtime()), runtime.load
+
+    def late(*given: Any, **how: Any) -> None:
+        load(*given, **how)
+        raise lrai.NotReady("the runtime did not answer")
+
+    monkeypatch.setattr(runtime, "load", late)
+    with pytest.raises(lrai.NotReady):
+        names.load("a", "small.lrai")
+    assert [named.name for named in names.loaded()] == ["a"]
+    with pytest.raises(AlreadyLoaded):
+        names.load("a", "small.lrai")
+    names.unload("a")
+    assert runtime.there == {}
+    assert not names.loaded()
+
+
+def test_a_model_that_is_unloaded_to_make_room_before_it_answers_has_too_little(
+    artifact: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime())
+
+    def evicted(_: object) -> None:
+        runtime.there.clear()
+        raise lrai.ModelNotFound("no model 'a:1:1' is loaded; loaded: 'of others'")
+
+    monkeypatch.setattr(runtime, "infer", evicted)
+    with pytest.raises(lrai.MemoryBudgetExceeded, match="another model took its room"):
+        names.load("a", "small.lrai")
+    assert not names.loaded()
+    with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
+        names.find("a")
+
+
+def test_what_a_name_has_accepted_is_answered_before_it_is_unloaded(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    names = names_of(tmp_path, runtime := Runtime())
+    names.load("a", "small.lrai")
+    names.unload("a")
+    assert runtime.drained == [f"a:{artifact.version}:1"]
+
+
+def test_names_of_models_that_are_gone_are_no_files_for_ever(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    del artifact
+    names, scratch = names_of(tmp_path, runtime := Runtime()), tmp_path / "scratch-1"
+    for name in "abcd":
+        names.load(name, "small.lrai")
+    runtime.there = {key: of for key, of in runtime.there.items() if key.startswith("d:")}
+    with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
+        names.unload("a")
+    assert names_in(scratch) == ["b", "c", "d"]
+    for name in "bd":  # for c it is too early, and d is in memory
+        os.utime(names._file(name, ".name"), (1, 1))
+    with names._changing("b"):
+        names.load("e", "small.lrai")
+    assert names_in(scratch) == ["b", "c", "d", "e"]  # who is at b may be about to load it
+    names.load("f", "small.lrai")
+    assert names_in(scratch) == ["c", "d", "e", "f"]
+    assert {len(file.stem) for file in scratch.glob("*.lock")} == {3}  # 4096 at most
+
+
+def names_in(scratch: Path) -> list[str]:
+    return sorted(json.loads(file.read_text())["name"] for file in scratch.glob("*.name"))
+
+
 class Ended:
     """Stands for a worker that has ended at once, and has said why."""
 
@@ -313,6 +400,48 @@ def test_a_worker_that_cannot_serve_has_the_last_word_and_no_successor(
         assert supervisor.run() == lrai.ArtifactError.exit_code
     assert len(started) == 1
     assert not caplog.messages
+
+
+def supervised(monkeypatch: pytest.MonkeyPatch, start: Callable[[], Ended]) -> Supervisor:
+    """Return a supervisor without a runtime whose workers are what `start` gives, if anything."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: start())
+    listening = cast("socket.socket", SimpleNamespace(fileno=lambda: 0, close=lambda: None))
+    return Supervisor(Settings(folder="model"), None, listening)
+
+
+def test_a_worker_that_the_machine_has_no_room_for_is_started_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = list[None]()
+
+    def start() -> Ended:
+        tried.append(None)
+        if len(tried) < 3:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        supervisor._told(signal.SIGTERM, None)
+        return Ended()
+
+    supervisor = supervised(monkeypatch, start)
+    assert supervisor._start() is None
+    assert supervisor._alive(None) is None
+    assert len(tried) == 1  # not at each look
+    monkeypatch.setattr(supervisor, "_start_at", 0.0)
+    monkeypatch.setattr("lrai_sagemaker.commands.supervisor._START_AGAIN_SECONDS", 0.0)
+    assert supervisor.run() == 0
+    assert caplog.messages == [f"a worker cannot be started: {os.strerror(errno.EAGAIN)}"] * 2
+
+
+def test_workers_that_can_never_be_started_end_the_container(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start() -> Ended:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("lrai_sagemaker.commands.supervisor._START_AGAIN_SECONDS", 0.0)
+    with pytest.raises(lrai.EnvironmentProblem, match="11 deaths of workers in 60 s, see above"):
+        supervised(monkeypatch, start).run()
+    assert set(caplog.messages) == {f"a worker cannot be started: {os.strerror(errno.ENOMEM)}"}
 
 
 def test_demands_are_read() -> None:

@@ -331,6 +331,31 @@ def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(
         assert not unload.is_alive()
 
 
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_what_a_model_has_accepted_is_answered_before_it_is_unloaded(
+    small: dict[float, Path], share: float | None
+) -> None:
+    """Where that is asked for; who comes meanwhile is told that it is not loaded."""
+    two = version(small[2.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
+        if share is not None:
+            runtime.load(small[3.0], name="m", share=share)
+        (actor,) = [pid for m in runtime.models() if m.version == two for pid in m.actor_pids]
+        kill(actor, signal.SIGSTOP)
+        asked = lrai.InferenceRequest(model_name="m", model_version=two, inputs=ONES)
+        ids = [runtime.submit(asked) for _ in range(9)]
+        unload = threading.Thread(target=runtime.unload, args=("m",), kwargs={"drain": True})
+        unload.start()
+        wait_until(lambda: runtime.models() == [])
+        with pytest.raises(lrai.ModelNotFound):
+            ask(runtime)
+        assert unload.is_alive()
+        kill(actor, signal.SIGCONT)
+        assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {2.0}
+        unload.join(10)
+        assert not unload.is_alive()
+
+
 def test_what_lies_on_a_mount_that_is_gone_keeps_nobody_from_starting(
     small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,14 @@ def test_a_form_that_no_client_would_send_is_not_kept() -> None:
         messages.decode_form(encode(form))
 
 
+@pytest.mark.parametrize(("characters", "kept"), [(100, True), (2000, False)])
+def test_only_short_forms_are_kept(characters: int, *, kept: bool) -> None:
+    """Whoever asks for what is refused, each time in another long form, costs no memory."""
+    form = encode(messages.Form("m" * characters, "", (), {}, (), (), ()))
+    assert messages.decode_form(form).model_name == "m" * characters
+    assert (messages.decode_form(form) is messages.decode_form(form)) == kept
+
+
 def test_a_hundred_of_the_largest_requests_fit_a_header() -> None:
     with pytest.raises(lrai.RequestError, match="65536 are allowed"):
         messages.encode_form(messages.Form("m" * 65536, "", (), {}, (), (), ()))

@@ -21,7 +21,7 @@ from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, u
 from lrai_import.held import Questions
 from lrai_import.hosted import warm_up
 from lrai_sagemaker.logs import log, one_line
-from lrai_sagemaker.names import Names, unknown
+from lrai_sagemaker.names import Named, Names, unknown
 from lrai_sagemaker.settings import MEBIBYTE, Settings
 
 ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
@@ -40,7 +40,7 @@ class Endpoint:
 
     def __init__(self, settings: Settings, runtime: lrai.Runtime) -> None:
         self._settings, self._runtime = settings, runtime
-        self._most_bytes = settings.payload_bytes(runtime.config)
+        self._most_bytes = settings.payload_mb * MEBIBYTE or runtime.config.limits.request_bytes
         self._names = Names(settings, runtime)
         self._questions = Questions()
         self._changes = ThreadPoolExecutor(_CHANGES, "lrai-models")
@@ -48,7 +48,8 @@ class Endpoint:
         self._said = "not asked yet"
         self._room = Room(max(runtime.config.scheduler.max_queue_bytes, self._most_bytes))
         if not settings.multi_model:
-            self._manifest = lrai.Artifact.open(settings.artifact, verify=False).manifest
+            its = lrai.Artifact.open(settings.artifact, verify=False).manifest
+            self._named = Named(name=its.name, url="", key=settings.model, signature=its.signature)
 
     async def ping(self, _: Request) -> Response:
         """Answer 200 where the model is loaded as required, and answers; else 503 and why."""
@@ -57,6 +58,8 @@ class Endpoint:
             why = await self._questions.soon(how, _PING_SECONDS)
         except TimeoutError:
             why = f"the model has not answered within {_PING_SECONDS} s"
+        except lrai.LraiError as error:
+            why = str(error)
         if why != self._said:
             log.log(logging.WARNING if why else logging.INFO, "ping: %s", one_line(why or "ready"))
             self._said = why
@@ -64,16 +67,14 @@ class Endpoint:
 
     async def invoke(self, request: Request) -> Response:
         """Answer a request for the model."""
-        name, signature = self._manifest.name, self._manifest.signature
-        gone = lrai.NotReady("the model is not loaded")
-        return await self._answer(request, name, self._settings.model, signature, gone)
+        return await self._answer(request, self._named, lrai.NotReady("the model is not loaded"))
 
     async def invoke_named(self, request: Request) -> Response:
         """Answer a request for a model of a multi-model endpoint."""
         name = request.path_params.get("name", request.headers.get(_TARGET, ""))
         named, gone = self._names.find(name), unknown(name)
         try:
-            return await self._answer(request, name, named.key, named.signature, gone)
+            return await self._answer(request, named, gone)
         except lrai.ActorError as error:  # what kills each actor is not to be sent again
             loaded = await asyncio.to_thread(self._names.loaded)
             if named in loaded or not error.retry_after_seconds:
@@ -111,28 +112,25 @@ class Endpoint:
     async def advice(self, _: Request) -> Response:
         """Say how batch transform does best: many rows to a body, and bodies side by side."""
         mebibytes, how = max(1, min(100, self._most_bytes // MEBIBYTE)), self._settings.strategy
-        if not (self._settings.multi_model or self._manifest.signature.coalescible):
+        if not (self._settings.multi_model or self._named.signature.coalescible):
             how = "SINGLE_RECORD"  # the model takes no more at a time
         said = {"MaxConcurrentTransforms": self._settings.concurrency, "BatchStrategy": how}
         return _json(said | {"MaxPayloadInMB": mebibytes})
 
     def _unready(self) -> str:
-        name = self._settings.model
-        try:
-            model = next((one for one in self._runtime.models() if one.name == name), None)
-            if model is None:
-                return "the model is not loaded"
-            if model.state not in ("ok", "idle"):
-                return f"the model is {model.state}"
-            if self._settings.require is not None and model.certificate is None:
-                return "no certificate speaks of what serves"
-            if model.actor_pids != self._actors:
-                self._actors, self._answered = model.actor_pids, False
-            if not self._answered:
-                warm_up(self._runtime, name, self._manifest.signature)
-                self._answered = True
-        except lrai.LraiError as error:  # where it is full of others, the first answer is enough
-            return str(error)
+        key = self._named.key
+        model = next((one for one in self._runtime.models() if one.name == key), None)
+        if model is None:
+            return "the model is not loaded"
+        if model.state not in ("ok", "idle"):
+            return f"the model is {model.state}"
+        if self._settings.require is not None and model.certificate is None:
+            return "no certificate speaks of what serves"
+        if model.actor_pids != self._actors:
+            self._actors, self._answered = model.actor_pids, False
+        if not self._answered:  # where it is full of others, the first answer is enough
+            warm_up(self._runtime, key, self._named.signature)
+            self._answered = True
         return ""
 
     async def _changed(self, what: str, change: Callable[..., None], name: str, *more: str) -> None:
@@ -147,32 +145,26 @@ class Endpoint:
             kind = type(error) if isinstance(error, lrai.OutOfResources) else lrai.RequestError
             raise kind(f"the model cannot be {what}; the log says why") from None
 
-    async def _answer(
-        self, request: Request, name: str, key: str, signature: lrai.Signature, gone: Exception
-    ) -> Response:
-        begun, headers = time.monotonic(), request.headers
-        outputs, timeout_ms = _wanted(request.headers.get(ATTRIBUTES, ""))
-        given = dict[str, Any]()
+    async def _answer(self, request: Request, named: Named, gone: lrai.LraiError) -> Response:
+        begun, headers, given = time.monotonic(), request.headers, dict[str, Any]()
+        outputs, timeout_ms = _wanted(headers.get(ATTRIBUTES, ""))
 
         async def infer(asked: lrai.InferenceRequest) -> lrai.InferenceResponse:
             stated = [ms for ms in (asked.timeout_ms, timeout_ms) if ms is not None]
             spent_ms = (time.monotonic() - begun) * 1e3
-            asked = msgspec.structs.replace(
-                asked,
-                model_name=key,
-                outputs=outputs or asked.outputs,
-                timeout_ms=max(0.0, min(stated) - spent_ms) if stated else None,
-            )
-            config = self._runtime.config
-            answer = await in_parts(self._runtime.infer_async, asked, signature, config)
+            left_ms = max(0.0, min(stated) - spent_ms) if stated else None
+            own = {"model_name": named.key, "outputs": outputs or asked.outputs}
+            asked = msgspec.structs.replace(asked, timeout_ms=left_ms, **own)
+            runtime = self._runtime
+            answer = await in_parts(runtime.infer_async, asked, named.signature, runtime.config)
             self._answered = True
             given.update(answer.parameters, version=answer.model_version)
-            return msgspec.structs.replace(answer, model_name=name)
+            return msgspec.structs.replace(answer, model_name=named.name)
 
         try:
             with self._room.held() as took:
                 body = await self._read(request, self._most_bytes, took)
-                answer = respond(infer, signature.inputs, headers, body)
+                answer = respond(infer, named.signature.inputs, headers, body)
                 response = _sent(await unless_gone(request.receive, answer))
         except lrai.ModelNotFound:  # whose words name other models
             raise gone from None

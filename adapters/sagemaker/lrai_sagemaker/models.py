@@ -19,16 +19,16 @@ def artifact_in(place: Path) -> Artifact:
     Raises:
         ArtifactError: There is none, or more than one.
     """
-    if not (place / "manifest.json").exists():
-        try:
+    try:
+        if not (place / "manifest.json").exists():
             entries = sorted(path.name for path in place.iterdir())
-        except OSError as error:
-            raise ArtifactError(f"no model at {place}: {error.strerror}") from None
-        found = [name for name in entries if name.endswith(_SUFFIX)]
-        if len(found) != 1:
-            names = ", ".join(entries[:10]) or "nothing"
-            raise ArtifactError(f"{place} has to hold one NAME{_SUFFIX}; it holds {names}")
-        place /= found[0]
+            found = [name for name in entries if name.endswith(_SUFFIX)]
+            if len(found) != 1:
+                names = ", ".join(entries[:10]) or "nothing"
+                raise ArtifactError(f"{place} has to hold one NAME{_SUFFIX}; it holds {names}")
+            place /= found[0]
+    except OSError as error:
+        raise ArtifactError(f"no model at {place}: {error.strerror}") from None
     artifact = Artifact.open(place, verify=False)  # the actor hashes what it opens
     if (its := artifact.manifest.lrai_version) != __version__:
         told = f"{place.name} was compiled by lrai {its}, and is served by lrai {__version__}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -16,15 +17,16 @@ from typing import Final
 
 import msgspec
 
-from lrai_core import LraiError, ModelNotFound, QueueFull, RequestError, Runtime, Signature
+import lrai_core as lrai
 from lrai_import.hosted import load, warm_up
 from lrai_sagemaker.models import artifact_in
 from lrai_sagemaker.settings import Settings
 
-_MOST_CHARACTERS: Final = 512
+_LONGEST: Final = 512
+_AGED_SECONDS: Final = 3600.0  # by then what was still being loaded when it was given up is there
 
 
-class AlreadyLoaded(RequestError):
+class AlreadyLoaded(lrai.RequestError):
     """The name is loaded already."""
 
     http_status = 409
@@ -42,13 +44,13 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     url: str
     key: str
-    signature: Signature
+    signature: lrai.Signature
 
 
 class Names:
     """The names of one endpoint, in all its workers; its methods block."""
 
-    def __init__(self, settings: Settings, runtime: Runtime) -> None:
+    def __init__(self, settings: Settings, runtime: lrai.Runtime) -> None:
         self._settings, self._runtime = settings, runtime
         self._scratch, self._root = Path(settings.scratch), Path(settings.folder).resolve()
 
@@ -60,45 +62,49 @@ class Names:
             RequestError: No name, or a path that leaves the root, or leads nowhere.
             LraiError: The model cannot be loaded; 507 says that memory is short.
         """
-        if not 0 < len(name) <= _MOST_CHARACTERS or not (name + url).isprintable():
-            raise RequestError(f"names are 1 to {_MOST_CHARACTERS} long, and printable, as is url")
+        if not 0 < len(name) <= _LONGEST or not (name + url).isprintable():
+            raise lrai.RequestError(f"names are 1 to {_LONGEST} long, and printable, as is url")
         place = Path(self._root, url).resolve()
         if not place.is_relative_to(self._root):
-            raise RequestError("url leads out of the folder that models lie in")
+            raise lrai.RequestError("url leads out of the folder that models lie in")
         if not os.access(place, os.F_OK):  # nor where it is too long
-            raise ModelNotFound("nothing lies at url")
+            raise lrai.ModelNotFound("nothing lies at url")
         with self._changing(name):
             if any(name == loaded.name for loaded in self.loaded()):
                 raise AlreadyLoaded(f"model {name!r} is loaded already")
-            with suppress(ModelNotFound):  # it was given up, and another one may lie there by now
+            with suppress(lrai.ModelNotFound):  # it was given up, and another one may lie there
                 self._runtime.unload(self.find(name).key)
+            self._forget()
             artifact = artifact_in(place)
             # Two artifacts, or two containers, never meet under one name.
             key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
-            load(self._runtime, artifact, key, require=self._settings.require)
-            signature = artifact.manifest.signature
-            try:
-                with suppress(QueueFull):  # it answers others
-                    warm_up(self._runtime, key, signature)
-            except LraiError:
-                self._runtime.unload(key)
-                raise
             partial = self._file(name, ".partial")
-            named = Named(name=name, url=url, key=key, signature=signature)
+            named = Named(name=name, url=url, key=key, signature=artifact.manifest.signature)
             partial.write_bytes(msgspec.json.encode(named))
-            partial.rename(self._file(name, ".name"))
+            partial.rename(self._file(name, ".name"))  # first: what comes late has to have a name
+            load(self._runtime, artifact, key, require=self._settings.require)
+            try:
+                with suppress(lrai.QueueFull):  # it answers others
+                    warm_up(self._runtime, key, named.signature)
+            except lrai.LraiError as error:
+                with suppress(lrai.ModelNotFound):
+                    self._runtime.unload(key)
+                self._file(name, ".name").unlink()
+                if isinstance(error, lrai.ModelNotFound):  # whose words name other models
+                    raise lrai.MemoryBudgetExceeded("another model took its room") from None
+                raise
 
     def unload(self, name: str) -> None:
-        """Unload a name.
+        """Unload a name, once what it has accepted is answered.
 
         Raises:
             ModelNotFound: It is not loaded.
         """
         with self._changing(name):
-            named = self.find(name)
             try:  # first: who is told that it failed asks again
-                self._runtime.unload(named.key)
-            except ModelNotFound:
+                self._runtime.unload(self.find(name).key, drain=True)
+            except lrai.ModelNotFound:
+                self._file(name, ".name").unlink(missing_ok=True)
                 raise unknown(name) from None
             self._file(name, ".name").unlink()
 
@@ -124,10 +130,7 @@ class Names:
 
     def unready(self) -> str:
         """Return why the endpoint cannot answer, nothing if it can: a model at work, or none."""
-        try:
-            states = set(self.loaded().values())
-        except LraiError as error:
-            return str(error)
+        states = set(self.loaded().values())
         return "" if not states or {"ok", "idle"} & states else "all models are stalled"
 
     def _all(self) -> list[Named]:
@@ -137,16 +140,27 @@ class Names:
                 found.append(msgspec.json.decode(file.read_bytes(), type=Named))
         return sorted(found, key=lambda named: named.name)
 
+    def _forget(self) -> None:
+        """Forget names whose models were unloaded to make room, a while after they were loaded."""
+        there = {one.name for one in self._runtime.deployments(save=False)}  # or will be again
+        for named in self._all():
+            file = self._file(named.name, ".name")
+            with suppress(OSError), self._changing(named.name, fcntl.LOCK_NB):
+                age = time.time() - file.stat().st_mtime  # noqa: TID251 - of a file
+                if named.key not in there and age > _AGED_SECONDS:
+                    file.unlink()
+
     def _file(self, name: str, suffix: str) -> Path:
         return self._scratch / (sha256(name.encode(errors="surrogatepass")).hexdigest() + suffix)
 
     @contextmanager
-    def _changing(self, name: str) -> Iterator[None]:
-        with self._file(name, ".lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def _changing(self, name: str, more: int = 0) -> Iterator[None]:
+        # Of many names, so that there are not as many of these.
+        with self._scratch.joinpath(self._file(name, ".lock").name[-8:]).open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | more)
             yield
 
 
-def unknown(name: str) -> ModelNotFound:
+def unknown(name: str) -> lrai.ModelNotFound:
     """Return the error for a name that stands for nothing in memory."""
-    return ModelNotFound(f"model {name[:120]!r} is not loaded")
+    return lrai.ModelNotFound(f"model {name[:120]!r} is not loaded")

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from lrai_core import Artifact, EnvironmentProblem, LraiConfig
+from lrai_core import Artifact, EnvironmentProblem
 from lrai_import.hosted import Asked, asked
 
 Strategy = Literal["SINGLE_RECORD", "MULTI_RECORD"]
@@ -45,10 +45,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     scratch: str = ""
     model: str = ""
     artifact: str = ""
-
-    def payload_bytes(self, config: LraiConfig) -> int:
-        """Return how large a body may be."""
-        return self.payload_mb * MEBIBYTE or config.limits.request_bytes
 
 
 def asked_of(settings: Settings) -> Asked:

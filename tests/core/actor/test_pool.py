@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import zmq
 from lrai_core.actor import pool as module
 from lrai_core.actor.pool import Pool
 from lrai_core.config import ActorConfig
-from lrai_core.errors import ArtifactError, LraiError, NotReady, OutOfResources
+from lrai_core.errors import ArtifactError, EnvironmentProblem, LraiError, NotReady, OutOfResources
 from lrai_core.events import EventBus
 from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
@@ -399,5 +400,23 @@ def test_who_is_killed_while_it_opens_a_model_may_open_it_another_time(
     process.kill()
     bench.poll()
     with pytest.raises(kind, match="while it opened the model") as raised:
+        loaded.result(0)
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EAGAIN, OutOfResources), (errno.ENOENT, EnvironmentProblem)]
+)
+def test_who_cannot_be_started_for_want_of_processes_may_be_another_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[LraiError]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module, "Popen", refuse)
+    loaded: Future[None] = Future()
+    bench.pool.add("n", LOAD, loaded)
+    bench.poll()
+    with pytest.raises(kind, match=f"cannot be started: {os.strerror(number)}") as raised:
         loaded.result(0)
     assert type(raised.value) is kind

@@ -255,6 +255,40 @@ def test_a_model_that_was_given_up_is_not_loaded_and_may_be_again(
             assert container.send("DELETE", "/models/a").status == 200
 
 
+def test_what_was_accepted_is_answered_before_its_model_is_unloaded(
+    root: Path, tmp_path: Path, sockets: Path
+) -> None:
+    variables = {"LRAI_ACTOR_HANG_SECONDS": "30"}
+    with Container([str(root), "--multi-model"], tmp_path, sockets, **variables) as container:
+        container.wait_until_ready()
+        assert load(container, "a", root / "tokens" / "model").status == 200
+        actor, replies = actors(container)["a"], dict[str, Reply]()
+        os.kill(actor, signal.SIGSTOP)
+
+        def ask() -> None:
+            replies["ask"] = container.post({"inputs": TOKENS}, "/models/a/invoke")
+
+        def unload() -> None:
+            replies["unload"] = container.send("DELETE", "/models/a")
+
+        threads = [threading.Thread(target=ask), threading.Thread(target=unload)]
+        with container.runtime() as runtime:
+            threads[0].start()
+            wait_until(lambda: runtime.stats()["outstanding_rows"] == 1)
+            threads[1].start()
+            wait_until(lambda: runtime.models() == [])
+        assert container.post({"inputs": TOKENS}, "/models/a/invoke").status == 404
+        assert replies == {}
+        os.kill(actor, signal.SIGCONT)
+        for thread in threads:
+            thread.join()
+        assert {what: reply.status for what, reply in replies.items()} == {
+            "ask": 200,
+            "unload": 200,
+        }
+        assert names(container) == []
+
+
 def test_endpoints_beside_one_another_do_not_meet(
     root: Path, tmp_path: Path, sockets: Path
 ) -> None:

@@ -28,9 +28,12 @@ from lrai_sagemaker.settings import Settings, asked_of, listen
 
 _LOOK_SECONDS: Final = 0.05
 _LOAD_AGAIN_SECONDS: Final = 1.0
+_START_AGAIN_SECONDS: Final = 5.0  # where the machine had no process, or no memory, to give
 _MOST_DEATHS, _WINDOW_SECONDS = 10, 60.0
 _SAID: Final = (2, 3, 4, 5)  # exit statuses of a worker that cannot serve, and has said why
 _GRACE_SECONDS: Final = 2.0  # beside draining; the platform kills after 30 s
+
+Worker = subprocess.Popen[bytes] | None  # None: it could not be started yet
 
 
 class Supervisor:
@@ -42,8 +45,8 @@ class Supervisor:
 
     def __init__(self, settings: Settings, runtime: Runtime | None, on: socket.socket) -> None:
         self._settings, self._runtime, self._listening = settings, runtime, on
-        self._workers: list[subprocess.Popen[bytes]] = []
-        self._deaths: list[float] = []
+        self._workers: list[Worker] = []
+        self._deaths, self._start_at = list[float](), 0.0
         self._problem: LraiError | None = None
         self._signal = self._status = 0  # the status is a worker's
         self.held: Held | None = None
@@ -75,23 +78,29 @@ class Supervisor:
     def _told(self, number: int, _: object) -> None:
         self._signal = number
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Worker:
         listening, told = self._listening.fileno(), msgspec.json.encode(self._settings).decode()
         command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told, str(listening)]
-        # In a group of its own: Ctrl-C comes from here alone.
-        return subprocess.Popen(command, pass_fds=[listening], process_group=0)
+        try:  # in a group of its own: Ctrl-C comes from here alone
+            return subprocess.Popen(command, pass_fds=[listening], process_group=0)
+        except OSError as error:
+            log.warning("a worker cannot be started: %s", error.strerror)
+            self._start_at = time.monotonic() + _START_AGAIN_SECONDS
+            return None
 
-    def _alive(self, worker: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    def _alive(self, worker: Worker) -> Worker:
         """Return the worker, or another one in its place, but where all is about to end."""
-        if worker.poll() is None or self._is_over():
-            return worker
         now = time.monotonic()
-        self._deaths = [at for at in self._deaths if now - at < _WINDOW_SECONDS]
-        if not self._runtime and worker.returncode in _SAID and not self._deaths:
-            self._status = worker.returncode  # it has said why, and that is to be the last line
+        lives = worker.poll() is None if worker else now < self._start_at
+        if lives or self._is_over():
             return worker
+        self._deaths = [at for at in self._deaths if now - at < _WINDOW_SECONDS]
+        if worker:
+            if not self._runtime and worker.returncode in _SAID and not self._deaths:
+                self._status = worker.returncode  # it has said why, and that is to be the last line
+                return worker
+            log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
         self._deaths.append(now)
-        log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
         if len(self._deaths) > max(_MOST_DEATHS, 3 * self._settings.workers):
             often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
             self._problem = EnvironmentProblem(often)
@@ -117,10 +126,11 @@ class Supervisor:
     def _end(self) -> None:
         """Have the workers answer what they have accepted, and end them."""
         self._listening.close()  # else who comes now is accepted, and answered by nobody
-        for worker in self._workers:
+        workers = list(filter(None, self._workers))
+        for worker in workers:
             worker.terminate()
         deadline = time.monotonic() + self._settings.drain_seconds + _GRACE_SECONDS
-        for worker in self._workers:
+        for worker in workers:
             try:
                 worker.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +72,8 @@ def package(artifact: Artifact, out: Path) -> None:
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be written: {error.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is said above what stands in the way
+            partial.unlink()
 
 
 def unpacked(place: Path, scratch: Path) -> Path:
@@ -85,11 +87,13 @@ def unpacked(place: Path, scratch: Path) -> Path:
         ArtifactError: The tar is damaged, or holds anything but files in folders.
         EnvironmentProblem: It cannot be unpacked here.
     """
-    if place.is_file():
-        return _unpack(place, scratch)
-    tars = [path for path in place.glob("*") if path.name.endswith(_SUFFIXES)]
-    alone = len(tars) == 1 and not any(place.glob("*.lrai"))
-    return _unpack(tars[0], scratch) if alone else place
+    with suppress(OSError):  # who opens the folder says what is wrong with it
+        if place.is_file():
+            return _unpack(place, scratch)
+        tars = [path for path in place.glob("*") if path.name.endswith(_SUFFIXES)]
+        if len(tars) == 1 and not any(place.glob("*.lrai")):
+            return _unpack(tars[0], scratch)
+    return place
 
 
 def _unpack(tar: Path, scratch: Path) -> Path:
