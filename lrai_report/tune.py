@@ -101,8 +101,8 @@ def tune(
     for, another what they are judged on, by agreement with fp32. Callers are answered as before
     without --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
     are needed at least (--minutes 0: none), and one command goes back. No gain: exit status 3, and
-    nothing is left. What is written keeps up to 2,000 of the requests that it was judged on, which
-    are what it is measured with: 256 MiB on disk at most.
+    nothing is left. What is written keeps up to 2,000 of the requests that it was judged on (more
+    where what serves has a delta under 1 %), to be measured with them: 256 MiB on disk at most.
     """
     found = find(target, requests, address)
     _refuse_at_once(found, minutes, file, apply=apply)
