@@ -28,7 +28,7 @@ from lrai_core.errors import Cancelled
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.runtime.version import Ended, Version
 from lrai_core.scheduler.state import BACKGROUND, Pending
-from lrai_core.verifier.spec import agreement, difference
+from lrai_core.verifier.spec import FAR, agreement, difference, raw_as
 
 if TYPE_CHECKING:
     from lrai_deployments.kept import Kept
@@ -169,13 +169,15 @@ class Route:
             return
         judged = self._shadow or self._stable  # after the maps that the copy's version declares
         specs = [s for s in judged.signature.outputs if s.name in original.outputs]
+        demanded = judged.artifact.manifest.demanded
+        alike, epsilon = (raw_as("derived", specs), demanded[0]) if demanded else (specs, FAR)
         for pair in _rows(specs, original.outputs, copy.outputs):
             told: dict[str, Any] = {
                 "version": copy.model_version,
                 "difference": difference(*pair, specs),
             }
             emit("shadow_compared", name, **told)
-            if not agreement(*pair, specs):
+            if not agreement(*pair, alike) or told["difference"] > epsilon:
                 emit("shadow_differs", name, **told)
 
     def _count(self, version: Version, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -46,21 +47,28 @@ class Kept:
 
     def __init__(self, material: Material, engine: Engine) -> None:
         """Find the folder for what is made of this."""
-        self._home = material.folder / _digest(material, engine)
+        self._home, self._until = material.folder / _digest(material, engine), material.until
 
     def forms(self, name: str, make: Make, reject: Reject) -> Iterator[Built]:
         """Yield what was made of a form before, or else what `make` makes in an empty folder.
 
-        What failed is tried another time, unless it has said that there is nothing to quantise.
+        What failed is tried another time, unless it has said that there is nothing to quantise, as
+        is what there was no time for.
 
         Raises:
             OSError: The folder cannot be written.
         """
-        told = self._find(name) or self._made(name, make, reject)
+        if (told := self._find(name)) is None and self._is_late(name):
+            reject(name, "not made: the minutes are up")
+            return
+        told = told or self._made(name, make, reject)
         if told.why:
             reject(name, told.why)
         for built in told.built:
             yield replace(built, graph=self._home / told.folder / built.graph)
+
+    def _is_late(self, name: str) -> bool:
+        return name != "fp32" and time.monotonic() > self._until
 
     def _find(self, name: str) -> _Told | None:
         """Return what is told of a form that is whole, and lies where it should."""
@@ -90,6 +98,9 @@ class Kept:
         try:
             for built in make(folder, refuse):
                 told.built.append(replace(built, graph=built.graph.relative_to(folder)))
+                if self._is_late(name):
+                    failed.append(name)  # it is not all that there is of it
+                    break
         except NothingToQuantize as error:
             told.why = str(error)
         if not failed:

@@ -28,7 +28,7 @@ from lrai_engines.quantize import Emit, Graph, Linear, int8_per_row, linears, re
 
 SWITCHES: Final = "lrai:switches"
 _SECONDS: Final = 15.0  # for all matrices and rows
-_FEWEST, _MOST = 4, 32  # rows
+_MOST: Final = 32  # rows
 LARGEST: Final = 1e3  # of one difference: beyond, none is worse than another
 
 
@@ -42,7 +42,7 @@ def harms(
 
     Args:
         model: Standard operators, weights inline. Not modified.
-        sample: Rows that nothing else is judged on; as many as 15 seconds allow, 4 to 32.
+        sample: Rows that nothing else is judged on; as many as 15 seconds allow, 1 to 32.
         threads: Of the engine.
         emit: Writes a layer in int8.
 
@@ -72,7 +72,7 @@ def switched_on(
     squares: list[list[float]] = [[] for _ in names]
     began = time.perf_counter()
     for done, row in enumerate(sample.rows[:_MOST]):
-        if done >= _FEWEST and (time.perf_counter() - began) * (done + 1) / done > _SECONDS:
+        if done and (time.perf_counter() - began) * (done + 1) / done > _SECONDS:
             break
         right = session.run([*row, off])
         each = ([*row, on] for on in np.eye(len(names), dtype=np.float32))

@@ -138,6 +138,11 @@ class _Fusion:
         for node in model.graph.node:
             if any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
                 raise CompileError(f"{name}: {node.op_type} is control flow, which is not fused")
+            if (constant := _constant(node)) is not None:
+                before = len(self.weights)
+                values[constant.name] = self._weight(name, constant)
+                self.shared += len(self.weights) == before
+                continue
             for old, new in zip(node.output, self._node(name, node, values), strict=True):
                 values[old] = new
         self.outputs[name] = []
@@ -293,6 +298,20 @@ class _Fusion:
         )
         opsets = [helper.make_opsetid(*pair) for pair in self.domains.items()]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """Return the tensor of a Constant by the name of what it gives, None of any other operator.
+
+    The tensor's own name, which is part of the attribute, says nothing of what it is.
+    """
+    told = next((a.t for a in node.attribute if a.name == "value"), None)
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or told is None:
+        return None
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(told)
+    tensor.name = node.output[0]
+    return tensor
 
 
 def _asked(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

@@ -26,7 +26,7 @@ from lrai_core import (
 )
 from lrai_core.errors import shorten
 from lrai_core.verifier.sample import Rows
-from lrai_core.verifier.spec import MEASURES, agreement, difference
+from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, raw_as
 from lrai_report.own import own_config
 
 _SHOWN: Final = 8  # numbers of an answer
@@ -62,9 +62,12 @@ class Side:
                 total += int(text.partition("\nVmRSS:")[2].split()[0])
         return total * 1024 / 1e6
 
-    def cost_per_million(self, price_per_hour: float) -> float:
-        """Return what a million requests cost on a machine of that price."""
-        return price_per_hour / 3600 * 1e6 / statistics.median(self.requests_per_second)
+    def figures(self, price_per_hour: float) -> dict[str, Any]:
+        """Return what was measured, and what a million requests cost where a price is given."""
+        rates = self.requests_per_second
+        cost = price_per_hour / 3600 * 1e6 / statistics.median(rates)
+        found = {"requests_per_second": rates, "p95_ms": self.p95_ms, "memory_mb": self.memory_mb}
+        return found | ({"cost_per_million": cost} if price_per_hour else {})
 
 
 @contextmanager
@@ -113,8 +116,16 @@ def answered(artifact: Artifact, file: Path, tick: Callable[[], None]) -> dict[s
 
 def measure_of(artifact: Artifact) -> str:
     """Return what answers that agree have in common."""
-    maps = dict.fromkeys(spec.output_map for spec in artifact.manifest.signature.outputs)
-    return ", ".join(MEASURES[one] for one in maps if one in MEASURES)
+    specs, epsilon = _alike(artifact)
+    words = [MEASURES[s.output_map] for s in specs if s.output_map in MEASURES]
+    words += [f"difference <= {epsilon:g}"] * (epsilon < FAR)
+    return ", ".join(dict.fromkeys(words))
+
+
+def _alike(artifact: Artifact) -> tuple[Sequence[Any], float]:
+    """Return how outputs have to agree, and by how much they may differ, as its gate saw it."""
+    specs, demanded = artifact.manifest.signature.outputs, artifact.manifest.demanded
+    return (raw_as("derived", specs), demanded[0]) if demanded else (specs, FAR)
 
 
 def requests_of(rows: Rows, artifact: Artifact) -> list[InferenceRequest]:
@@ -169,12 +180,13 @@ def differing(
     tick: Callable[[], None],
 ) -> list[Worst]:
     """Return every request with what the two say to it, the farthest apart first."""
-    specs, found = artifact.manifest.signature.outputs, []
+    specs, found = artifact.manifest.signature.outputs, list[Worst]()
+    alike, epsilon = _alike(artifact)
     for request in requests:
         first, second = (side.runtime.infer(request) for side in both)
         f, g = ([answer.outputs[spec.name] for spec in specs] for answer in (first, second))
-        gap, agrees = difference(f, g, specs), agreement(f, g, specs)
-        found.append(Worst(gap, agrees, _short(first), _short(second)))
+        gap, agrees = difference(f, g, specs), agreement(f, g, alike)
+        found.append(Worst(gap, agrees and gap <= epsilon, _short(first), _short(second)))
         tick()
     return sorted(found, key=lambda one: (one.agrees, -one.gap))
 

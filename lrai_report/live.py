@@ -25,7 +25,7 @@ from lrai_report.terminal import progress, say
 
 _TRIES: Final = 60  # once a second, to unload what got copies
 _LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
-_MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows of captured ones
+_MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows, if nothing is demanded
 _LEAST_COMPARED: Final = 30  # live rows, before anything is switched for them
 
 
@@ -106,7 +106,8 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
     Raises:
         ConditionNotMet: It fails, or says something else more often than the gate allows.
     """
-    version, began = Artifact.open(written, verify=False).version, runtime.stats()
+    artifact, began = Artifact.open(written, verify=False), runtime.stats()
+    version, (_, delta) = artifact.version, artifact.manifest.demanded or (0.0, 0.0)
     loaded = False
     try:
         runtime.load(written.absolute(), name=name, share=0.0)
@@ -135,7 +136,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
         for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
     )
     say("live", f"{seen} rows compared, {differ} changed, {failed} failed")
-    if failed or differ > _MOST_CHANGED * seen:
+    if failed or differ > max(_MOST_CHANGED, delta) * seen:
         said = f"on live requests {differ} of {seen} changed, {failed} failed"
         raise ConditionNotMet(f"{said}; {written} stays, to be looked into")
     return seen

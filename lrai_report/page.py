@@ -54,6 +54,8 @@ class _Event(msgspec.Struct, frozen=True):
     calibration: bool = False
     axes: bool = False
     keep_evaluation: int | None = None
+    engines: tuple[str, ...] = ()
+    keep: int = 0  # logs of earlier versions do not tell it
 
 
 @dataclass(slots=True)
@@ -252,13 +254,14 @@ def _command(artifact: Artifact, events: Sequence[_Event]) -> str:
         words += ["--epsilon", f"{manifest.demanded[0]:g}", "--delta", f"{manifest.demanded[1]:g}"]
     for group in judged[0].groups if judged else ():
         words += ["--group", group]
-    for engine in artifact.engines:
-        words += ["--engine", engine] if engine != "onnxruntime" else []
     usual = _Event("asked")
     asked = next((event for event in events if event.event == usual.event), usual)
+    engines = [one for one in asked.engines or artifact.engines if one != "onnxruntime"]
+    words += [word for engine in engines for word in ("--engine", engine)]
     for name in ("calibration", "axes", "max_accuracy_loss", "max_disparity", "keep_evaluation"):
         if (value := getattr(asked, name)) != getattr(usual, name):
             words += [f"--{name.replace('_', '-')}", _FILES.get(name, f"{value}")]
-    if len(manifest.variants) > 2:
-        words += ["--keep", str(len(manifest.variants))]
+    least = 3 if engines else 2
+    if (keep := asked.keep or max(least, len(manifest.variants))) != least:
+        words += ["--keep", str(keep)]
     return shlex.join([*words, "--threads", str(manifest.target.threads)])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import shlex
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Final
 
 from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
 from lrai_core.errors import shorten
 from lrai_report.live import runtime_of
+
+_CONFIG: Final = "config.pbtxt"
+_OURS: Final = r"(?m)^[^#\n]*\bbackend\s*:\s*[\"']lrai[\"']"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class Target:
         frozen: The name may not be changed.
         relief: The version that takes what the others could not answer in time.
         copied: A name whose requests are copied to another version, empty for none.
+        entry: Its folder in a model repository of Triton; None where it lies in none.
     """
 
     model: Path
@@ -38,11 +45,27 @@ class Target:
     frozen: bool = False
     relief: str = ""
     copied: str = ""
+    entry: Path | None = None
 
     @property
     def several(self) -> bool:
         """Whether several versions answer for the name, by their shares or as relief."""
         return bool(self.relief) or sum(share > 0 for share in self.shares.values()) > 1
+
+    def commands(self, written: Path) -> tuple[str, ...]:
+        """Return what has Triton serve an artifact as the next version, and what goes back.
+
+        Nothing where it lies in no repository.
+        """
+        if self.entry is None:
+            return ()
+        version = str(max(map(int, _versions(self.entry)), default=0) + 1)
+        place = ["--model-repository", f"{self.entry.parent}", "--name", self.entry.name]
+        add = ["lrai", "triton", "add", f"{written}", *place, "--version", version]
+        back = ["rm", "-r", f"{self.entry / version}"]
+        if not re.search(_OURS, (self.entry / _CONFIG).read_text(errors="replace")):
+            add, back = [*add, "--switch"], ["lrai", "triton", "remove", f"{self.entry}"]
+        return shlex.join(add), shlex.join(back)
 
 
 def find(target: str, requests: Path | None, address: str) -> Target:
@@ -52,7 +75,7 @@ def find(target: str, requests: Path | None, address: str) -> Target:
         UsageError: It means nothing, or several things.
         ConditionNotMet: Of the requests to it none are captured.
     """
-    path = Path(target)
+    path = Path(target) if Path(target).name not in ("", "..") else Path(target).resolve()
     named = Artifact.open(path) if (path / "manifest.json").is_file() else _artifact_of(target)
     if not named and path.is_file():
         return Target(path, requests)
@@ -100,7 +123,9 @@ def find(target: str, requests: Path | None, address: str) -> Target:
     rows, own = requests or captured, requests is None
     frozen, relief = served[name].frozen is not None, served[name].relief
     copied = next((one.name for one in served.values() if one.shadow), "")
-    return Target(model, rows, artifact, name, variant, shares, own, frozen, relief, copied)
+    # The artifact may lie in a version of it.
+    entry = next((p for p in (path, artifact.path.parent.parent) if (p / _CONFIG).is_file()), None)
+    return Target(model, rows, artifact, name, variant, shares, own, frozen, relief, copied, entry)
 
 
 def _alone(artifact: Artifact, requests: Path | None) -> Target:
@@ -109,15 +134,18 @@ def _alone(artifact: Artifact, requests: Path | None) -> Target:
 
 def _newest_of(path: Path, requests: Path | None) -> Target | None:
     """Return what the newest version in a model's folder of Triton holds, None if nothing known."""
-    if not (path / "config.pbtxt").is_file():
+    if not (path / _CONFIG).is_file():
         return None
-    versions = (one for one in path.iterdir() if one.name.isdecimal())
-    newest = max(versions, key=lambda one: int(one.name), default=path)
+    newest = path / max(_versions(path), key=int, default="")
     if (newest / "model.lrai").is_dir():
-        return _alone(Artifact.open(newest / "model.lrai"), requests)
+        return replace(_alone(Artifact.open(newest / "model.lrai"), requests), entry=path)
     file = newest / "model.onnx"
     file = file / file.name if file.is_dir() else file  # beside weights in files of their own
-    return Target(file, requests) if file.is_file() else None
+    return Target(file, requests, entry=path) if file.is_file() else None
+
+
+def _versions(entry: Path) -> list[str]:
+    return [one.name for one in entry.iterdir() if one.name.isdecimal()]
 
 
 def _artifact_of(target: str) -> Artifact | None:

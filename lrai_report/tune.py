@@ -7,7 +7,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -28,17 +28,8 @@ from lrai_core import (
 )
 from lrai_core import compile as compile_model
 from lrai_core.errors import shorten
-from lrai_core.verifier.verifier import evaluation
-from lrai_report.compare import (
-    Side,
-    Worst,
-    answered,
-    differing,
-    measure,
-    measure_of,
-    requests_of,
-    sides,
-)
+from lrai_core.verifier.verifier import environment, evaluation
+from lrai_report.compare import Worst, answered, differing, measure, measure_of, requests_of, sides
 from lrai_report.compile import closest
 from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
@@ -78,7 +69,7 @@ def tune(
         str, typer.Option(help="How answers are compared: raw, softmax, l2_normalised.")
     ] = "",
     engine: Annotated[
-        list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
+        list[str] | None, typer.Option(help="Another to try (openvino); by default as what serves.")
     ] = None,
     callers: Annotated[
         int, typer.Option(min=1, max=512, help="Requests at the same time while it measures.")
@@ -110,7 +101,8 @@ def tune(
     for, another what they are judged on, by agreement with fp32. Callers are answered as before
     without --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
     are needed at least (--minutes 0: none), and one command goes back. No gain: exit status 3, and
-    nothing is left.
+    nothing is left. What is written keeps up to 2,000 of the requests that it was judged on (more
+    where what serves has a delta under 1 %), to be measured with them: 256 MiB on disk at most.
     """
     found = find(target, requests, address)
     _refuse_at_once(found, minutes, file, apply=apply)
@@ -120,8 +112,8 @@ def tune(
     if os.path.lexists(written):
         remedy = "leave it where it is if it serves" if found.name else "or remove it"
         raise UsageError(f"{written} exists; choose another name (-o), {remedy}")
-    roots = list(filter(None, load_config().runtime.model_roots.split(":")))
-    if found.name and roots and not any(written.resolve().is_relative_to(r) for r in roots):
+    roots = [Path(one).resolve() for one in load_config().runtime.model_roots.split(":") if one]
+    if found.name and roots and not any(map(written.resolve().is_relative_to, roots)):
         raise UsageError(f"{written} lies in none of the folders to load from: choose -o")
     if found.requests is None:
         if found.served:
@@ -133,7 +125,7 @@ def tune(
     if any(gate and gate.disparities for gate in judged):
         why = "captured requests do not tell groups of people, by which what serves was judged"
         raise ConditionNotMet(f"{why}: compile it anew with --group, and swap")
-    artifact, applied = _compile(found, written, output_map, engine or ()), False
+    artifact, applied = _compile(found, written, output_map, engine or _engines(found)), False
     try:
         _judge(found, artifact, callers, seconds, rounds, price_per_hour, file)
         if found.name:
@@ -142,8 +134,7 @@ def tune(
             if found.several:
                 say("beware", "swap ends the versions beside; rollback brings one of them back")
             switch(found.name, found.shares, written, address, apply=apply)
-        else:
-            say("use it", f"serve {written}; to go back, serve {target}")
+        _say_use(found, written, target)
     except (KeyboardInterrupt, _NoGain):
         if applied:  # it may be loading there
             say("left", "the runtime goes on: lrai runtime deployments tells what serves")
@@ -197,7 +188,7 @@ def _judge(
         raise _NoGain(f"{none}; lrai compile --evaluation tells why of each{closest(artifact)}")
     rows = requests_of(evaluation(artifact), artifact)
     if not rows:
-        raise ConditionNotMet("one row has over 16 MiB: the artifact keeps none to measure with")
+        raise ConditionNotMet("one row has over 256 MiB: the artifact keeps none to measure with")
     # What it is to be better than is what serves, which need not be fp32.
     before = (found.served, found.variant) if found.served else (artifact, "fp32")
     with sides((before, (artifact, ""))) as both:
@@ -208,11 +199,12 @@ def _judge(
         with progress("compare", len(rows)) as tick:
             changed = differing(both, rows, artifact, tick)
         gains = [b / a for a, b in zip(*(s.requests_per_second for s in both), strict=True)]
-        _show(both, price_per_hour)
+        told = {side.variant: side.figures(price_per_hour) for side in both}
+    _show(told, priced=price_per_hour > 0)
     _show_changed(changed, artifact, both[0].variant)
     if file is not None:
         with _private(on=_is_private(found)):
-            _write(file, both, changed, gains)
+            _write(file, {"gains": gains, "sides": told}, changed)
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:
         raise _NoGain(f"no gain: {gain:.2f} times as many requests per second")
@@ -224,10 +216,27 @@ def main(arguments: Sequence[str]) -> None:
     app(args=list(arguments), prog_name="lrai tune")
 
 
+def _engines(found: Target) -> list[str]:
+    """Return the engines, but for the one that is always there, that what serves has forms for."""
+    variants = found.served.variants if found.served else ()
+    there = [one.engine for one in variants if not environment(one).endswith(" none")]
+    return [name for name in dict.fromkeys(there) if name != "onnxruntime"]
+
+
+def _say_use(found: Target, written: Path, target: str) -> None:
+    """Say how it serves for good, and how to go back."""
+    commands = found.commands(written)
+    labels = ("to keep it", "and back") if found.name else ("switch on", "switch back")
+    for label, words in zip(labels, commands, strict=False):
+        say(label, words)
+    if not (commands or found.name):
+        say("use it", f"serve {written}; to go back, serve {target}")
+
+
 def _without_requests(found: Target, written: Path, output_map: str) -> None:
     _compile(found, written, output_map, ())
     say("no requests", "fp32, optimised, is all that can be made without any (--requests)")
-    say("use it", f"serve {written}")
+    _say_use(found, written, str(found.model))
 
 
 def _compile(found: Target, written: Path, output_map: str, engines: Sequence[str]) -> Artifact:
@@ -259,6 +268,9 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
                 output_map=output_map or "raw",  # type: ignore[arg-type] # checked where it is used
                 axes=axes,
                 engines=engines,
+                # That it is measured and compared with; so many, that they tell if no more than
+                # delta are farther than epsilon.
+                keep_evaluation=max(2_000, round(20 / delta)),
                 epsilon=epsilon,  # what serves may have been made to be so close, or so small
                 delta=delta,
                 objective=served.objective if served else "latency",
@@ -307,20 +319,20 @@ def _axes(signature: Signature | None, *, maps: bool) -> Iterator[Path | None]:
         yield path
 
 
-def _show(both: Sequence[Side], price_per_hour: float) -> None:
+def _show(told: Mapping[str, Any], *, priced: bool) -> None:
     table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for side in both:
-        table.add_column(side.variant, justify="right", no_wrap=True)
-    lines: dict[str, Callable[[Side], str]] = {
-        "requests/s": lambda side: figure(statistics.median(side.requests_per_second), 4),
-        "p95 ms": lambda side: figure(statistics.median(side.p95_ms)),
-        "memory MB": lambda side: f"{side.memory_mb:.0f}",
+    for variant in told:
+        table.add_column(variant, justify="right", no_wrap=True)
+    lines: dict[str, Callable[[Any], str]] = {
+        "requests/s": lambda one: figure(statistics.median(one["requests_per_second"]), 4),
+        "p95 ms": lambda one: figure(statistics.median(one["p95_ms"])),
+        "memory MB": lambda one: f"{one['memory_mb']:.0f}",
     }
-    if price_per_hour:
-        lines["cost of a million"] = lambda side: figure(side.cost_per_million(price_per_hour), 4)
-    for label, told in lines.items():
-        table.add_row(label, *map(told, both))
+    if priced:
+        lines["cost of a million"] = lambda one: figure(one["cost_per_million"], 4)
+    for label, said in lines.items():
+        table.add_row(label, *map(said, told.values()))
     out.print(table)
 
 
@@ -336,18 +348,10 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> 
     out.print(table)
 
 
-def _write(
-    file: Path, both: Sequence[Side], changed: Sequence[Worst], gains: Sequence[float]
-) -> None:
-    content = {
-        "gains": list(gains),
-        "sides": {
-            side.variant: {"requests_per_second": side.requests_per_second, "p95_ms": side.p95_ms}
-            for side in both
-        },
-        "changed": [one._asdict() for one in changed[:_WORST]],
-        "share_changed": sum(not one.agrees for one in changed) / len(changed),
-    }
+def _write(file: Path, told: Mapping[str, Any], changed: Sequence[Worst]) -> None:
+    share = sum(not one.agrees for one in changed) / len(changed)
+    some = [one._asdict() for one in changed[:_WORST]]
+    content = {**told, "changed": some, "share_changed": share}
     try:
         file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
     except OSError as error:

@@ -157,7 +157,8 @@ def compile(
         work = _Compilation(folder, scratch, conditions, threads or available_cpus(), report)
         work.seconds, work.objective = 60 * (minutes or math.inf), objective
         asked = {"event": "asked", **asdict(conditions), "keep_evaluation": keep_evaluation}
-        work.log.append(asked | {"axes": axes is not None, "calibration": calibration is not None})
+        asked |= {"axes": axes is not None, "calibration": calibration is not None}
+        work.log.append(asked | {"engines": [*engines], "keep": keep})
         work.load(model)
         work.find_axes(None if axes is None else Path(axes), evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)
@@ -260,10 +261,11 @@ class _Compilation:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
         rows, sides = self.sample, (self.signature.outputs, self.signature.inputs)
         sample = None if rows is None else Sample(rows.inputs, *sides)
-        of = Material(self.proto, self.shared, self.scratch, sample, self.threads, self.objective)
+        of = (self.proto, self.shared, self.scratch, sample, self.threads, self.objective)
+        material = Material(*of, until=self._at(0.25))
         tick = self._begin("build", sum(builder.steps for builder in builders), "fp32")
         for builder in builders:
-            self.candidates += search.build(builder, of, tick, self._reject, self._at(0.25))
+            self.candidates += search.build(builder, material, tick, self._reject)
         if not self.candidates or self.candidates[0].form != "fp32":
             raise CompileError(f"no form runs: {next(x['why'] for x in self.log if 'kept' in x)}")
 

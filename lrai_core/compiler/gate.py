@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -22,9 +21,9 @@ from lrai_core.engine.batching import run_together, shuffled_batches
 from lrai_core.engine.engine import Session
 from lrai_core.errors import CalibrationError, UsageError, shorten
 from lrai_core.executor import on_all_cpus
-from lrai_core.protocol import Array, OutputMap, Signature, Specs, TensorSpec
+from lrai_core.protocol import Array, OutputMap, Signature, Specs
 from lrai_core.verifier.sample import Rows
-from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, round_up
+from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, raw_as, round_up
 
 Metric = Literal["top1", "top5"]
 AGREEMENT: Final = 0.98
@@ -138,7 +137,7 @@ def judge(
     if len(runs) > 1:
         unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
         effect = max(difference(a, b, unmapped) for a, b in zip(*runs, strict=True))
-    alike = specs if conditions.epsilon is None else _raw_as("derived", specs)
+    alike = specs if conditions.epsilon is None else raw_as("derived", specs)
     if labels is None:
         found = _agreement_result(reference, runs, alike, level)
     else:
@@ -283,7 +282,7 @@ def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float
         needed = confidence.rows_needed(1 - AGREEMENT, level, 1 - worst)
         why += f"; at this rate about {needed} rows would show it" if needed > n else ""
         for one, kind in _KINDS.items() if "raw" in maps else ():
-            better = min(_agreeing(reference, runs, _raw_as(one, specs))) / n
+            better = min(_agreeing(reference, runs, raw_as(one, specs))) / n
             told = f"; {MEASURES[one]} on {better:.2%}: --output-map {one}, if these are {kind}"
             why += told if better > worst else ""
     rates: dict[str, Any] = {"agreement": share, "agreement_bound": bound}
@@ -293,12 +292,6 @@ def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float
 def _agreeing(reference: Outputs, runs: Runs, specs: Specs) -> list[int]:
     pairs = [zip(reference, run, strict=True) for run in runs]
     return [sum(agreement(f, g, specs) for f, g in each) for each in pairs]
-
-
-def _raw_as(output_map: OutputMap, specs: Specs) -> list[TensorSpec]:
-    """Return the specs with this map in the place of `raw`."""
-    as_that = partial(msgspec.structs.replace, output_map=output_map)
-    return [as_that(spec) if spec.output_map == "raw" else spec for spec in specs]
 
 
 def _close_enough(

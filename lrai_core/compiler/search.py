@@ -165,6 +165,7 @@ class Material:
         sample: None where nothing can be judged: only fp32 is wanted.
         threads: Of the sessions.
         objective: One of `OBJECTIVES`: which forms are worth making.
+        until: When this is past, by `time.monotonic`, no more are made; fp32 is in any case.
         found: What one builder tells the next of the model.
     """
 
@@ -174,6 +175,7 @@ class Material:
     sample: Sample | None
     threads: int
     objective: str = OBJECTIVES[0]
+    until: float = math.inf
     found: dict[str, Any] = field(default_factory=dict)
 
 
@@ -205,7 +207,7 @@ def find_builder(name: str) -> Builder:
 
 
 def build(
-    builder: Builder, material: Material, tick: Callable[[str], None], reject: Reject, until: float
+    builder: Builder, material: Material, tick: Callable[[str], None], reject: Reject
 ) -> list[Candidate]:
     """Return the forms of one engine that can be made and loaded.
 
@@ -214,7 +216,6 @@ def build(
         material: What they are made of.
         tick: Told the name of each candidate.
         reject: Told the name of what is no candidate, and why.
-        until: When this is past, by `time.monotonic`, no more are made.
     """
     candidates = []
     for made in builder.build(material, reject):
@@ -223,10 +224,10 @@ def build(
             session = builder.engine.load(made.graph, weights=weights, threads=material.threads)
         except ArtifactError as error:
             reject(made.form, str(error))
-            continue
-        candidates.append(Candidate(**asdict(made), session=session, engine=builder.engine))
-        tick(candidates[-1].name)
-        if time.monotonic() > until:
+        else:
+            candidates.append(Candidate(**asdict(made), session=session, engine=builder.engine))
+            tick(candidates[-1].name)
+        if candidates and time.monotonic() > material.until:
             reject(f"what follows {made.form}", "not made: the minutes are up")
             break
     return candidates
@@ -260,10 +261,9 @@ def refusing(candidates: Sequence[Candidate], calls: Calls) -> list[tuple[Candid
     """Return what does not run in a call of several rows, and why; fp32 is not asked."""
     several = min((at for at in calls.points if at[0] > 1), default=calls.points[0])
     feed, found = calls.feed(*several), []
-    for candidate in candidates:
+    for candidate in (one for one in candidates if one.form != "fp32"):
         try:
-            if candidate.form != "fp32":
-                candidate.session.run(feed)
+            candidate.session.run(feed)
         except EngineError as error:
             found.append((candidate, str(error)))
     return found

@@ -116,7 +116,7 @@ class Embedded:
             limits = replace(limits, max_batch_rows=1)
         version = Version(name, label, artifact, chosen, certificate, actors, limits, tuple(beside))
         version.used_at = time.monotonic()
-        threads = config.threads or self._threads(chosen, name, config.replicas)
+        threads = config.threads or self._threads(artifact, chosen, name, config.replicas)
         alone_ms = min((point.median_ms for point in profile), default=0.0)
         if 0 < limits.latency_slo_ms <= alone_ms:
             reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
@@ -287,12 +287,15 @@ class Embedded:
         here, own = environment(variant), certificates(artifact, variant.id)
         return next((c.id for c in own if c.environment == here), None)
 
-    def _threads(self, variant: Variant, name: str, replicas: int) -> int:
-        """Return the engine threads of an actor: a share of the CPUs, one where calls are short."""
-        if max((point.median_ms for point in variant.latency), default=math.inf) < SHORT_CALL_MS:
-            return 1
+    def _threads(self, artifact: Artifact, variant: Variant, name: str, replicas: int) -> int:
+        """Return the engine threads of an actor: a share of the CPUs, one where calls are short.
+
+        That is what they would take with one: several save all but one part in so many, at most.
+        """
+        longest = max((point.median_ms for point in variant.latency), default=math.inf)
+        short = longest * artifact.manifest.target.threads < SHORT_CALL_MS
         names = self.current.keys() | self._changing | {name}
-        return max(1, available_cpus() // len(names) // replicas)
+        return 1 if short else max(1, available_cpus() // len(names) // replicas)
 
     def _start_actors(self, replicas: Sequence[Replica], load: Load) -> None:
         """Start the actors of a version, each on CPUs of its own where there are enough."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+from msgspec.structs import replace
 
 from lrai_core.protocol import Array, OutputMap, TensorSpec
 
@@ -61,6 +62,11 @@ def _to_apply(output_map: OutputMap, reference: Array) -> OutputMap:
     """
     total = reference.sum(axis=-1, dtype=np.float64) if output_map == "softmax" else 0.0
     return "raw" if np.all(abs(total - 1) <= 1e-3) and np.all(reference >= 0) else output_map
+
+
+def raw_as(output_map: OutputMap, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Return the specs with this map in the place of `raw`."""
+    return [replace(s, output_map=output_map) if s.output_map == "raw" else s for s in specs]
 
 
 def agreement(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpec]) -> bool:

@@ -6,7 +6,9 @@ import errno
 import itertools
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -25,10 +27,12 @@ from hypothesis import strategies as st
 import lrai_core as lrai
 from benchmarks.models import classifier
 from lrai_core import artifact as store
+from lrai_report.target import find
 from lrai_shared.keys import private_folder
 from lrai_triton.commands import main, pbtxt, supervise
 from lrai_triton.served import source_of
 from tests.core import small_artifact
+from tests.own_runtime import own_runtime
 from tests.shared.test_client import Daemon
 from tests.tiny_models import token_model
 
@@ -594,6 +598,28 @@ def test_a_config_that_cannot_be_changed_back_keeps_the_versions_in_place(
     monkeypatch.setattr("lrai_triton.commands.repository._switch_back", refused)
     assert "Read-only file system" in run("remove", repository / "m", code=5)
     assert content(repository) == before
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "lrai"])
+def test_what_tune_says_of_a_repository_switches_on_and_goes_back(
+    repository: Path, artifact: Path, run: Run, backend: str
+) -> None:
+    entry = repository / "m"
+    config = entry / "config.pbtxt"
+    config.write_text(before := ONNX.replace("onnxruntime", backend))
+    with own_runtime():
+        found = find(str(entry), None, "auto")
+    on, back = map(shlex.split, found.commands(artifact))
+    assert (on[:2], "--switch" in on) == (["lrai", "triton"], backend == "onnxruntime")
+    run(*on[2:])
+    assert (entry / "2" / "model.lrai").is_dir()
+    assert pbtxt.backend_of(config.read_text()) == "lrai"
+    if backend == "lrai":
+        subprocess.run(back, check=True)
+    else:
+        assert back[:2] == ["lrai", "triton"]
+        run(*back[2:])
+    assert (config.read_text(), (entry / "2").exists()) == (before, False)
 
 
 def test_what_was_moved_aside_can_be_added_again(repository: Path, run: Run) -> None:

@@ -7,6 +7,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -267,3 +268,23 @@ def test_a_shadow_may_have_one_output_more() -> None:
     assert told == ["shadow_compared"]
     made._compare(said("y", "z"), said("y"), request)
     assert told[1:] == ["shadow_failed"]
+
+
+@pytest.mark.parametrize(
+    ("demanded", "gap", "differs"),
+    [(None, 0.5, True), ((1.0, 0.01), 0.5, False), ((1.0, 0.01), 1.5, True), (None, 0.001, False)],
+)
+def test_of_raw_outputs_a_demanded_closeness_decides_as_it_does_in_the_gate(
+    demanded: tuple[float, float] | None, gap: float, differs: bool
+) -> None:
+    core, shadow = Core(0), version("shadow")
+    manifest = msgspec.structs.replace(shadow.artifact.manifest, demanded=demanded)
+    shadow.artifact = Artifact(Path(), manifest, "0" * 64)
+    made, told = Route(cast("Any", core), {STABLE: 1.0}, {shadow: 1.0}), list[str]()
+    made._core.events = cast("Any", SimpleNamespace(emit=lambda kind, *_, **__: told.append(kind)))
+    first, second = (
+        InferenceResponse(model_name="m", model_version="1", id="", outputs={"y": y}, parameters={})
+        for y in (np.ones((1, 3), np.float32), np.full((1, 3), 1 + gap, np.float32))
+    )
+    made._compare(first, second, ValidRequest((), 1, 0, (), (), 0))
+    assert told == ["shadow_compared", *["shadow_differs"] * differs]

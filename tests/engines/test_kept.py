@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,8 +17,10 @@ import pytest
 
 import lrai_core as lrai
 from lrai_core.compiler.model import SharedWeights, declared
-from lrai_core.compiler.search import Builder, Built, Material, Sample, find_builder
+from lrai_core.compiler.search import Builder, Built, Material, Reject, Sample, find_builder
+from lrai_core.engine.engine import find_engine
 from lrai_engines import fusion
+from lrai_engines.kept import Kept
 from tests.core.compiler.onnx_files import linear, save
 
 Refused = list[tuple[str, str]]
@@ -274,3 +279,34 @@ def test_a_compilation_finds_what_another_has_made(tmp_path: Path, written: list
         asked = lrai.InferenceRequest(model_name="m", inputs={"x": x})
         exact = x @ onnx.numpy_helper.to_array(linear(64, 32).graph.initializer[0])
         np.testing.assert_allclose(runtime.infer(asked).outputs["y"], exact, atol=0.5)
+
+
+def test_no_form_but_fp32_is_begun_when_the_minutes_are_up(asked: Asked) -> None:
+    builder, refused = find_builder("onnxruntime"), dict[str, str]()
+    whole = {built.form for built in asked.forms(builder)[0]}
+    asked.folder /= "elsewhere"
+    late = replace(asked.material(), until=-math.inf)
+    found = [built.form for built in builder.build(late, refused.__setitem__)]
+    assert set(found) == {"fp32"} < whole
+    assert set(refused.values()) == {"not made: the minutes are up"}
+    assert whole - {"fp32"} <= refused.keys()
+
+
+def test_what_is_half_made_when_the_minutes_are_up_is_made_again(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(home: Path, reject: Reject) -> Iterator[Built]:
+        for name in ("first", "second"):
+            file = home / name / "model.onnx"
+            file.parent.mkdir()
+            file.touch()
+            yield Built("int8-row", "int8", file, 0)
+
+    kept = Kept(replace(asked.material(), until=1.0), find_engine("onnxruntime"))
+    clock = iter([0.0, 2.0, 0.0, 0.0, 0.0])
+    told = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("lrai_engines.kept.time", told)
+    for names in (["first"], ["first", "second"], ["first", "second"]):
+        found = kept.forms("int8-row", make, lambda *_: None)
+        assert [built.graph.parent.name for built in found] == names
+    assert not list(clock), "what is kept is taken, however late it is"

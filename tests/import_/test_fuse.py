@@ -85,6 +85,34 @@ def test_a_trunk_runs_once_whatever_its_values_are_called(gemm: bool) -> None:
     assert free == {"batch", ""}, "one free extent has one name"
 
 
+def held_in_constants(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Return the model with each weight in a Constant, whose tensor is called `name`."""
+    nodes = []
+    for weight in proto.graph.initializer:
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(weight)
+        tensor.name = name
+        nodes.append(helper.make_node("Constant", [], [weight.name], value=tensor))
+    graph = [*nodes, *proto.graph.node]
+    return model(graph, proto.graph.input, proto.graph.output)
+
+
+@pytest.mark.parametrize(("other", "operators"), [("initializers", 13), ("constants", 16)])
+def test_a_constant_is_what_it_holds_whatever_its_tensor_is_called(
+    other: str, operators: int
+) -> None:
+    one, two = held_in_constants(headed(1, 50), "one"), headed(1, 60, classes=4)
+    two = held_in_constants(two, "two") if other == "constants" else two
+    fused = fuse({"one": one, "two": two})
+    onnx.checker.check_model(fused.model)
+    again = 2 * (other == "constants")  # the trunk's weights, if they are operators
+    assert (fused.operators, fused.shared, fused.joined) == (operators, 4 + again, 1)
+    assert kinds(fused) == {"MatMul": 3, "Relu": 2, "Split": 1, "Identity": 2}
+    found = run(fused.model, x=X)
+    np.testing.assert_allclose(found["one.y"], run(one, x=X)["y"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["two.y"], run(two, x=X)["y"], rtol=1e-5, atol=1e-6)
+
+
 def test_what_differs_is_kept_apart_and_outputs_of_one_name_get_their_models() -> None:
     models = {f"m{i}": headed(10 * i, 50 + i) for i in range(4)}
     fused = fuse(models)

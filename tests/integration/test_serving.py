@@ -24,8 +24,9 @@ import zmq
 
 import lrai_core as lrai
 from benchmarks.models import requests
-from lrai_core.artifact import Manifest
+from lrai_core.artifact import LatencyPoint, Manifest
 from lrai_core.runtime.embedded import Embedded
+from tests.core import small_artifact
 from tests.integration.conftest import sentence
 from tests.integration.test_runtime_faults import wait_until
 
@@ -364,8 +365,23 @@ def test_short_calls_get_one_thread_and_long_ones_their_share(
 ) -> None:
     monkeypatch.setattr("lrai_core.runtime.embedded.available_cpus", lambda: 8)
     with lrai.Runtime.open(classifier_fp32) as runtime:
-        assert embedded(runtime)._threads(classifier_fp32.manifest.variant("fp32"), "m", 1) == 1
-        assert embedded(runtime)._threads(minilm_fp32.manifest.variant("fp32"), "m", 1) == 4
+        threads = embedded(runtime)._threads
+        assert threads(classifier_fp32, classifier_fp32.manifest.variant("fp32"), "m", 1) == 1
+        assert threads(minilm_fp32, minilm_fp32.manifest.variant("fp32"), "m", 1) == 4
+
+
+@pytest.mark.parametrize(("ms", "measured_with", "wanted"), [(1.5, 1, 1), (1.5, 8, 8), (0.2, 8, 1)])
+def test_what_is_short_with_several_threads_need_not_be_so_with_one(
+    ms: float, measured_with: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_core.runtime.embedded.available_cpus", lambda: 8)
+    made = small_artifact.manifest()
+    target = msgspec.structs.replace(made.target, threads=measured_with)
+    artifact = lrai.Artifact(Path(), msgspec.structs.replace(made, target=target), "0" * 64)
+    point = LatencyPoint(rows=1, length=0, median_ms=ms, spread_ms=0.0)
+    variant = msgspec.structs.replace(made.variant("fp32"), latency=(point,))
+    with lrai.Runtime() as runtime:
+        assert embedded(runtime)._threads(artifact, variant, "m", 1) == wanted
 
 
 def test_a_deterministic_model_answers_as_if_each_request_were_alone(

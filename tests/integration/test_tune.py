@@ -10,11 +10,13 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from onnx import numpy_helper
@@ -26,7 +28,7 @@ from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
 from lrai_report.compare import Side, answered, differing, measure, sides
 from lrai_report.compile import main as compile_main
-from lrai_report.live import compare_live, switch
+from lrai_report.live import _shadow, compare_live, switch
 from lrai_report.target import Target
 from lrai_report.tune import _compile, _is_private, _refuse_at_once, main
 from tests.core import small_artifact
@@ -154,6 +156,11 @@ def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
     assert figures["gains"] == [2.0] * ROUNDS
     assert len(figures["changed"]) == 20
     assert figures["share_changed"] <= 0.02
+    assert len(figures["sides"]) == 2
+    for rate, side in zip((100.0, 200.0), figures["sides"].values(), strict=True):
+        assert side["requests_per_second"] == [rate] * ROUNDS
+        assert side["memory_mb"] > 10
+        assert side["cost_per_million"] == pytest.approx(1e6 / 3600 / rate)
 
 
 @pytest.mark.usefixtures("faster")
@@ -184,7 +191,12 @@ def test_a_model_of_triton_that_nobody_serves_yet(
     with own_runtime():
         told = ("--requests", "asked.npz", "--output-map", "softmax")
         assert tune("models/wide", *told) == 0
-    assert "serve wide-tuned.lrai" in capsys.readouterr().out
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("switch")]
+    named = "--model-repository models --name wide --version 2"
+    assert lines == [
+        f"switch on   lrai triton add wide-tuned.lrai {named} --switch",
+        "switch back lrai triton remove models/wide",
+    ]
 
 
 def test_both_sides_are_asked_in_turns_and_counted(
@@ -274,6 +286,25 @@ def test_what_lies_where_the_runtime_loads_nothing_from_is_not_made(
     assert "lies in none of the folders to load from" in str(out)
 
 
+@pytest.mark.parametrize("roots", ["link", "models", "other:link"])
+def test_folders_to_load_from_may_be_links_and_relative(
+    roots: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where they are loaded from."""
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("link").symlink_to("models")
+    monkeypatch.setenv("LRAI_RUNTIME_MODEL_ROOTS", roots)
+    found, made = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m"), list[Path]()
+    monkeypatch.setattr("lrai_report.tune.find", lambda *_: found)
+    monkeypatch.setattr("lrai_report.tune._compile", lambda _, to, *__: made.append(to))
+    for step in ("_judge", "compare_live", "switch"):
+        monkeypatch.setattr(f"lrai_report.tune.{step}", lambda *_, **__: None)
+    for to in ("models/m-tuned.lrai", "link/m-tuned.lrai"):
+        assert tune("m", "-o", to) == 0
+        assert made.pop() == Path(to)
+
+
 def cli_here(*arguments: str) -> BaseException | None:
     """Run the command in this process; return what ended it."""
     try:
@@ -340,6 +371,50 @@ def test_what_serves_says_what_is_demanded_of_what_takes_its_place(
     assert os.umask(before) == 0o022
     demanded = {"epsilon": 0.02, "delta": 0.05, "objective": "memory", "mask": 0o077}
     assert {key: asked[key] for key in demanded} == demanded
+    assert asked["keep_evaluation"] == 2_000
+    small_artifact.rewrite(path, {"demanded": (0.02, 0.001)})
+    _compile(replace(found, served=lrai.Artifact.open(path)), tmp_path / "closer.lrai", "", ())
+    assert asked["keep_evaluation"] == 20_000
+
+
+def test_the_engines_of_what_serves_are_tried_where_no_others_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = small_artifact.manifest()
+    names = ("onnxruntime", "openvino", "openvino", "elsewhere", "onnxruntime")
+    variants = (msgspec.structs.replace(manifest.variants[1], engine=name) for name in names)
+    manifest = msgspec.structs.replace(manifest, variants=tuple(variants))
+    served = lrai.Artifact(tmp_path, manifest, "0" * 64)
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", served)
+    there = {"openvino": "2026.1", "onnxruntime": "1.27"}
+    monkeypatch.setattr(
+        "lrai_report.tune.environment", lambda one: f"amx with {there.get(one.engine, 'none')}"
+    )
+    tried = list[Sequence[str]]()
+    monkeypatch.setattr("lrai_report.tune.find", lambda *_: found)
+    monkeypatch.setattr("lrai_report.tune._compile", lambda *given: tried.append(given[-1]))
+    monkeypatch.setattr("lrai_report.tune._judge", lambda *_: None)
+    for named in ((), ("--engine", "elsewhere")):
+        assert tune("m", "-o", tmp_path / "m-tuned.lrai", *named) == 0
+    assert tried == [["openvino"], ["elsewhere"]]
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_what_is_switched_is_said_to_be_kept_by_a_command_of_its_host(
+    apply: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = tmp_path / "models" / "m"
+    (entry / "4").mkdir(parents=True)
+    (entry / "config.pbtxt").write_text('backend: "lrai"\n')
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m:4f0c", entry=entry)
+    monkeypatch.setattr("lrai_report.tune.find", lambda *_: found)
+    for step in ("_compile", "_judge", "compare_live", "switch"):
+        monkeypatch.setattr(f"lrai_report.tune.{step}", lambda *_, **__: None)
+    assert tune("m", "-o", tmp_path / "t.lrai", *["--apply"] * apply) == 0
+    said = capsys.readouterr().out
+    named = f"--model-repository {tmp_path / 'models'} --name m --version 5"
+    assert f"to keep it  lrai triton add {tmp_path / 't.lrai'} {named}\n" in said
+    assert f"and back    rm -r {entry / '5'}\n" in said
 
 
 def test_a_name_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path) -> None:
@@ -448,6 +523,31 @@ def test_what_live_requests_disagree_with_is_not_applied(
             compare_live("m", before, tmp_path / "other.lrai", 0.05, "", apply=True)
         now = runtime.deployments()[0]
         assert (now.shares, now.shadow) == (before, {})
+
+
+@pytest.mark.parametrize(
+    ("demanded", "differ", "refused"),
+    [(None, 3, True), ((0.1, 0.05), 3, False), ((0.1, 0.05), 6, True)],
+)
+def test_of_live_answers_as_many_may_differ_as_of_those_that_the_gate_saw(
+    demanded: tuple[float, float] | None,
+    differ: int,
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = small_artifact.build(tmp_path / "m.lrai")
+    small_artifact.rewrite(written, {"demanded": demanded})
+    stats = iter([{}, {"shadow_compared": 100, "shadow_differs": differ}])
+    serves = SimpleNamespace(name="m", shares={"1": 1.0}, shadow={}, relief="")
+    nothing = dict.fromkeys(("load", "route", "unload"), lambda *_, **__: None)
+    runtime: Any = SimpleNamespace(
+        stats=lambda: next(stats), deployments=lambda: [serves], **nothing
+    )
+    monkeypatch.setattr("lrai_report.live.time.sleep", lambda _: None)
+    no = pytest.raises(lrai.ConditionNotMet, match="on live requests")
+    with no if refused else nullcontext():
+        assert _shadow(runtime, "m", written, 0.05, "") == 100
 
 
 def test_a_few_live_answers_switch_nothing_over(

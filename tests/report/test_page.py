@@ -19,7 +19,7 @@ import lrai_core as lrai
 from benchmarks import models
 from lrai_core.artifact import write_manifest
 from lrai_core.fairness import Disparity
-from lrai_report.page import main, page
+from lrai_report.page import _command, _Event, main, page
 
 
 class Reader(HTMLParser):
@@ -219,7 +219,38 @@ def test_the_command_has_what_was_asked(tmp_path: Path) -> None:
     artifact = lrai.compile(
         source, out=tmp_path / "c.lrai", calibration={"features": rows["features"][:64]},
         axes=axes, max_accuracy_loss=np.float64(0.02), max_disparity=0.05, keep_evaluation=0,
+        keep=4,
     )  # fmt: skip
     asked = "--calibration SAMPLE.npz --axes AXES.toml --max-accuracy-loss 0.02 --max-disparity"
-    assert f"{asked} 0.05 --keep-evaluation 0" in read(page(artifact)).text
+    assert f"{asked} 0.05 --keep-evaluation 0 --keep 4" in read(page(artifact)).text
     assert "own.toml" not in (artifact.path / "quantization.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"engines": ["openvino"], "keep": 3}, "--engine openvino"),
+        ({"engines": ["openvino"], "keep": 2}, "--engine openvino --keep 2"),
+        ({"engines": ["onnxruntime"], "keep": 3}, "--keep 3"),
+        ({"engines": [], "keep": 1}, "--keep 1"),
+        ({"engines": [], "keep": 2}, ""),
+    ],
+)
+def test_the_command_has_the_engines_that_were_tried_and_how_many_were_to_be_kept(
+    artifact: lrai.Artifact, asked: dict[str, Any], words: str
+) -> None:
+    told = _command(artifact, [msgspec.convert({"event": "asked", **asked}, _Event)])
+    own = f" {words}" if words else ""
+    threads = artifact.manifest.target.threads
+    assert told.partition(" --output-map softmax")[2] == f"{own} --threads {threads}"
+
+
+def test_where_the_log_does_not_say_it_the_command_has_what_was_kept(
+    artifact: lrai.Artifact,
+) -> None:
+    assert "--keep" not in _command(artifact, [])
+    fp32, engines = artifact.manifest.variant("fp32"), ("openvino", "other", "onnxruntime")
+    more = [msgspec.structs.replace(fp32, id=name, engine=name) for name in engines]
+    manifest = msgspec.structs.replace(artifact.manifest, variants=(*more, fp32))
+    told = _command(replace(artifact, manifest=manifest), [])
+    assert "--engine openvino --engine other --keep 4" in told

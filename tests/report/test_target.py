@@ -50,3 +50,38 @@ def test_a_folder_that_holds_no_such_model_means_nothing(repository: Path, lacks
         (repository / lacks).touch()
     with own_runtime(), pytest.raises(lrai.UsageError, match="is no file or artifact, and no runt"):
         find(str(repository), None, "auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "on", "back"),
+    [
+        ('platform: "onnxruntime_onnx"', " --switch", "lrai triton remove {}"),
+        ('# backend: "lrai"', " --switch", "lrai triton remove {}"),
+        ('name: "m" backend : "lrai"', "", "rm -r {}/11"),
+    ],
+)
+def test_a_model_of_triton_comes_with_the_commands_that_switch_it(
+    repository: Path, text: str, on: str, back: str
+) -> None:
+    (repository / "10" / "model.onnx").write_bytes(b"newer")
+    (repository / "config.pbtxt").write_text(f"max_batch_size: 8\n{text}\n")
+    with own_runtime():
+        found = find(str(repository), None, "auto")
+    told = f"--model-repository {repository.parent} --name m --version 11{on}"
+    words = f"lrai triton add 'a b.lrai' {told}", back.format(repository)
+    assert found.commands(Path("a b.lrai")) == words
+
+
+def test_a_folder_is_called_as_it_is_wherever_it_is_named_from(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "10" / "model.onnx").write_bytes(b"newer")
+    monkeypatch.chdir(repository)
+    with own_runtime():
+        found = find(".", None, "auto")
+    assert " --name m " in found.commands(Path("m.lrai"))[0]
+
+
+def test_what_lies_in_no_repository_comes_without_commands(tmp_path: Path) -> None:
+    (file := tmp_path / "m.onnx").touch()
+    assert find(str(file), None, "auto").commands(Path("m.lrai")) == ()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_core.compiler.compiler import Step
 from lrai_core.engine.onnxruntime import OnnxRuntimeSession
-from lrai_core.errors import CalibrationError, EngineError, UnsupportedOperator
+from lrai_core.errors import ArtifactError, CalibrationError, EngineError, UnsupportedOperator
 from lrai_core.verifier.sample import load_rows
 from tests.core.compiler.onnx_files import linear, model, save, value
 
@@ -71,6 +72,32 @@ def test_when_the_minutes_are_up_the_best_so_far_is_kept(make: Compile, rows: Ro
     assert [variant.id for variant in artifact.manifest.variants] == ["fp32"]
     assert artifact.manifest.variants[0].gate is not None
     assert any("the minutes are up" in str(line.get("why")) for line in log(artifact))
+
+
+@pytest.mark.parametrize(
+    "made", [["fp32", "late and broken", "int8-row"], ["late and broken", "fp32", "int8-row"]]
+)
+def test_when_the_minutes_are_up_no_more_is_made_after_what_cannot_be_loaded(
+    made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless nothing could, as there is fp32 in any case."""
+    clock = [0.0]
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def load(graph: Path, **_: Any) -> None:
+        if graph.name == "late and broken":
+            clock[0] = 2.0
+            raise ArtifactError("no")
+
+    def forms(*_: Any) -> Iterator[search.Built]:
+        yield from (search.Built(form, "", Path(form), 0) for form in made)
+
+    builder: Any = SimpleNamespace(engine=SimpleNamespace(load=load), build=forms)
+    material: Any = SimpleNamespace(until=1.0, threads=1)
+    refused = list[str]()
+    found = search.build(builder, material, lambda _: None, lambda form, _: refused.append(form))
+    assert [candidate.form for candidate in found] == ["fp32"]
+    assert refused[-1] == f"what follows {made[1]}"
 
 
 def test_what_is_kept_gives_the_source_models_answers(make: Compile, rows: Rows) -> None:
