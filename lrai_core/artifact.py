@@ -270,11 +270,8 @@ class Artifact:
     def files_of(self, variant: Variant) -> dict[str, FileEntry]:
         """Return the files that serving `variant` reads, with their hashes."""
         folders = (str(PurePosixPath(variant.model).parent), variant.weights)
-        return {
-            name: entry
-            for name, entry in self.manifest.files.items()
-            if name == variant.model or str(PurePosixPath(name).parent) in folders
-        }
+        files = self.manifest.files.items()
+        return {name: entry for name, entry in files if str(PurePosixPath(name).parent) in folders}
 
 
 def check_files(folder: Path, files: dict[str, FileEntry]) -> None:

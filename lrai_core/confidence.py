@@ -70,12 +70,8 @@ def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.
         failures = math.ceil(failure_rate * n)
         return failures < n and _cdf(failures, n, delta) <= 1 - confidence
 
-    high = 2
-    while not reached(high):
-        high *= 2
-        if high > 1 << 30:
-            return -1
-    return bisect_left(range(high), 1, lo=high // 2, key=reached)
+    high = next((1 << bits for bits in range(1, 31) if reached(1 << bits)), 0)
+    return bisect_left(range(high), 1, lo=high // 2, key=reached) if high else -1
 
 
 def _cdf(k: int, n: int, p: float) -> float:

@@ -235,8 +235,7 @@ def as_text(array: Array) -> Array:
     Raises:
         ValueError: An element is neither.
     """
-    texts = [_text(element) for element in array.ravel()]
-    return np.array(texts, dtype=np.object_).reshape(array.shape)
+    return np.array([_text(each) for each in array.ravel()], np.object_).reshape(array.shape)
 
 
 def _text(element: object) -> str:
@@ -275,8 +274,7 @@ def _decode(tensor: Tensor, room_bytes: int) -> Array:
     if size > room_bytes:
         raise ValueError(f"{size} bytes, at most {max(room_bytes, 0)} are left for this request")
     if tensor.datatype == "BYTES":
-        most = room_bytes // _TEXT_BYTES
-        if count > most:  # whoever reads them has no other work
+        if count > (most := room_bytes // _TEXT_BYTES):  # whoever reads them has no other work
             raise ValueError(f"{count} elements, at most {most} are left for this request")
         return decode_bytes(tensor.data, count).reshape(shape)
     if count * dtype.itemsize != size:
@@ -294,8 +292,7 @@ def _check_shape(shape: tuple[int, ...], spec: TensorSpec) -> None:
     Exporters give one to extents that may differ: two texts' lengths, or height and width.
     """
     if len(shape) != len(spec.shape):
-        need = f"{len(shape)} dimensions, {_shape(spec)} is needed"
-        raise ValueError(f"shape {list(shape)} has {need}")
+        raise ValueError(f"shape {[*shape]} has {len(shape)} dimensions, {_shape(spec)} is needed")
     for axis, (got, allowed) in enumerate(zip(shape, spec.shape, strict=True)):
         if isinstance(allowed, int) and got != allowed:
             raise ValueError(f"dimension {axis} is {got}, {_shape(spec)} is needed")
@@ -316,16 +313,13 @@ def check_values(array: Array, spec: TensorSpec, limits: LimitsConfig) -> None:
 def _extents(arrays: Iterable[Array], specs: tuple[TensorSpec, ...]) -> tuple[int, int]:
     rows, length = 0, 0
     for array, spec in zip(arrays, specs, strict=True):
-        if spec.batch_axis is not None:
-            count = array.shape[0]
-            if rows and count != rows:
-                raise InvalidTensor(spec.name, f"has {count} rows, other inputs have {rows}")
-            rows = count
-        if spec.length_axis is not None:
-            extent = array.shape[spec.length_axis]
-            if length and extent != length:
-                raise InvalidTensor(spec.name, f"has length {extent}, other inputs have {length}")
-            length = extent
+        count = rows if spec.batch_axis is None else array.shape[0]
+        extent = length if spec.length_axis is None else array.shape[spec.length_axis]
+        if rows and count != rows:
+            raise InvalidTensor(spec.name, f"has {count} rows, other inputs have {rows}")
+        if length and extent != length:
+            raise InvalidTensor(spec.name, f"has length {extent}, other inputs have {length}")
+        rows, length = count, extent
     return max(rows, 1), length
 
 
@@ -341,11 +335,10 @@ def _outputs(wanted: tuple[str, ...], signature: Signature) -> tuple[int, ...]:
 
 def _group(arrays: Iterable[Array], signature: Signature) -> tuple[Any, ...]:
     """Return the shapes with batch and length axes left open."""
-    key = []
-    for array, spec in zip(arrays, signature.inputs, strict=True):
-        free = (0, spec.length_axis)
-        key.append(tuple([-1 if axis in free else n for axis, n in enumerate(array.shape)]))
-    return tuple(key)
+    return tuple(
+        tuple([-1 if axis in (0, spec.length_axis) else n for axis, n in enumerate(array.shape)])
+        for array, spec in zip(arrays, signature.inputs, strict=True)
+    )
 
 
 def _names(names: Iterable[str]) -> str:

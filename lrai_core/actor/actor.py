@@ -27,14 +27,13 @@ from lrai_core.engine.engine import Session, find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
 from lrai_core.wire import messages
 from lrai_core.wire.arena import Arenas
-from lrai_core.wire.messages import Execute, Executed, Load, Packer, Refused, connect, unpack
 
 
 class Actor:
     """One model in one process."""
 
     def __init__(self, address: str, identity: bytes) -> None:
-        self._socket, self._arenas = connect(address, identity), Arenas()
+        self._socket, self._arenas = messages.connect(address, identity), Arenas()
 
     def run(self) -> NoReturn:
         """Serve until killed. What does not decode is not from a parent of this version: raise."""
@@ -42,15 +41,15 @@ class Actor:
         while True:
             header, *frames = self._socket.hear()
             message = messages.decode_to_actor(header)
-            if isinstance(message, Load):
+            if isinstance(message, messages.Load):
                 self._load(message)
-            elif isinstance(message, Execute):
+            elif isinstance(message, messages.Execute):
                 self._execute(message, frames)
             else:
                 self._arenas.forget(message.segment)
             del message, frames  # an idle actor keeps no tensors
 
-    def _load(self, load: Load) -> None:
+    def _load(self, load: messages.Load) -> None:
         started, self._signature = time.monotonic(), load.signature
         # Before the engine starts its threads, which inherit it.
         with contextlib.suppress(OSError):  # it names none, or those are gone by now
@@ -61,23 +60,23 @@ class Actor:
         except LraiError as error:
             self._socket.say(messages.LoadFailed(str(error), isinstance(error, EnvironmentProblem)))
 
-    def _execute(self, execute: Execute, frames: list[memoryview]) -> None:
+    def _execute(self, call: messages.Execute, frames: list[memoryview]) -> None:
         try:
-            shared = [self._arenas.open(segment) for segment in execute.segments]
-            parts = [[unpack(t, frames, shared) for t in part] for part in execute.parts]
+            shared = [self._arenas.open(segment) for segment in call.segments]
+            parts = [[messages.unpack(t, frames, shared) for t in part] for part in call.parts]
             arrays = coalesce(parts, self._signature)
             started = time.perf_counter()
-            outputs = self._sessions[execute.variant].run(arrays, execute.outputs)
+            outputs = self._sessions[call.variant].run(arrays, call.outputs)
             seconds = time.perf_counter() - started
-            packer = Packer()
-            packer.send(self._socket, Executed(execute.batch, seconds, packer.pack(outputs)))
+            packer = messages.Packer()
+            packer.send(self._socket, messages.Executed(call.batch, seconds, packer.pack(outputs)))
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
             known = (str(error), error.invalid) if isinstance(error, EngineError) else None
             gone = isinstance(error, messages.BadFrames)  # with who sent them
-            self._socket.say(Refused(execute.batch, *known or (type(error).__name__, gone)))
+            self._socket.say(messages.Refused(call.batch, *known or (type(error).__name__, gone)))
 
 
-def open_sessions(load: Load) -> list[Session]:
+def open_sessions(load: messages.Load) -> list[Session]:
     """Return what `load` names, its variants in order, once files are checked and each has run.
 
     Raises:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from lrai_core import confidence, fairness
@@ -135,7 +135,7 @@ def judge(
     """
     labels, effect = rows.labels, 0.0
     if len(runs) > 1:
-        unmapped = [msgspec.structs.replace(spec, output_map="raw") for spec in specs]
+        unmapped = [replace(spec, output_map="raw") for spec in specs]
         effect = max(difference(a, b, unmapped) for a, b in zip(*runs, strict=True))
     alike = specs if conditions.epsilon is None else raw_as("derived", specs)
     if labels is None:
@@ -152,7 +152,7 @@ def judge(
             why = f"{found.why}; other outputs than {specs[first].name}: {rest.why}"
             best = confidence.lower_bound(rest.rows, rest.rows, level)
             passed = rest.passed or (rest.agreement_bound or 0) >= best
-            found = msgspec.structs.replace(found, passed=passed, why=why)
+            found = replace(found, passed=passed, why=why)
         if rows.groups:
             found = _fair_enough(found, scores, rows, conditions.max_disparity)
     gaps = _gaps(reference, runs[0], specs)
@@ -160,7 +160,7 @@ def judge(
         worst = worst_gaps(reference, runs, specs)
         found = _close_enough(found, worst, conditions.epsilon, conditions.delta, level)
     far = {name: float(np.quantile(gaps, q, method="higher")) for name, q in _QUANTILES}
-    found = msgspec.structs.replace(found, difference=far)
+    found = replace(found, difference=far)
     return Judged(found, gaps, round_up(max(EFFECT_FLOOR, min(_EFFECT_MARGIN * effect, FAR))))
 
 
@@ -241,8 +241,8 @@ def _gaps(reference: Outputs, run: Outputs, specs: Specs) -> list[float]:
 def _label_result(
     scores: Sequence[_Scores], labels: Array, rule: str, conditions: Conditions, level: float
 ) -> GateResult:
-    n, allowed = len(labels), conditions.max_accuracy_loss
-    hits, *each = (_hits(one, labels, conditions.metric) for one in scores)
+    n, metric, allowed = len(labels), conditions.metric, conditions.max_accuracy_loss
+    hits, *each = (_hits(one, labels, metric) for one in scores)
     if (share := hits.mean()) <= min(allowed, _SENSELESS):  # then there is little to lose
         words = f"the source model is right on {share:.2%} of rows; are the labels its classes?"
         raise CalibrationError(words)
@@ -252,9 +252,8 @@ def _label_result(
         loss = max(loss, (lost - won) / n)
         bound = max(bound, confidence.paired_loss_bound(lost, won, n, level))
         needed = max(needed, _label_rows_needed(lost / n, won / n, allowed, level))
-    measure = f"{conditions.metric} on labels{rule}"
-    why = f"{conditions.metric} loss is {loss:.2%}, at most {bound:.2%}"
-    why += f"; {allowed:.2%} allowed{rule}"
+    measure = f"{metric} on labels{rule}"
+    why = f"{metric} loss is {loss:.2%}, at most {bound:.2%}; {allowed:.2%} allowed{rule}"
     if bound > allowed and loss < allowed and needed > n:
         why += f"; at this rate about {needed} rows would show it"
     rates: dict[str, Any] = {"accuracy_loss": loss, "accuracy_loss_bound": bound}
@@ -301,7 +300,7 @@ def _close_enough(
     bound = confidence.upper_bound(failures, len(gaps), level)
     why = f"{found.why}; {failures} of {len(gaps)} rows differ by more than epsilon {epsilon:g}"
     why += f", at most {bound:.2%}; delta {delta:.2%} allowed"
-    return msgspec.structs.replace(found, passed=bound <= delta, why=why)
+    return replace(found, passed=bound <= delta, why=why)
 
 
 def _fair_enough(found: GateResult, scores: list[_Scores], rows: Rows, most: float) -> GateResult:
@@ -323,8 +322,8 @@ def _fair_enough(found: GateResult, scores: list[_Scores], rows: Rows, most: flo
     unsure = [f"{d.measure} by {d.attribute}" for d in worst if d.widened_bound is None]
     why = "; ".join(reasons or [found.why])
     why += f"; insufficient data for {', '.join(unsure)}" if unsure else ""
-    found = msgspec.structs.replace(found, passed=found.passed and not reasons, why=why)
-    return msgspec.structs.replace(found, groups=groups, disparities=tuple(worst))
+    found = replace(found, passed=found.passed and not reasons, why=why)
+    return replace(found, groups=groups, disparities=tuple(worst))
 
 
 def _scored(reference: Outputs) -> tuple[int, float | None]:

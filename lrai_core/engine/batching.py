@@ -121,9 +121,8 @@ def stretch(row: Sequence[Array], signature: Signature, rows: int, length: int) 
     """Return `row` repeated to `rows`, and along its length axis repeated or cut to `length`."""
     stretched = []
     for array, spec in zip(row, signature.inputs, strict=True):
-        result = array
-        if (axis := spec.length_axis) is not None:
-            result = np.take(result, np.arange(length) % result.shape[axis], axis=axis)
+        axis = spec.length_axis
+        result = array if axis is None else array.take(np.arange(length) % array.shape[axis], axis)
         if spec.batch_axis is not None and rows != 1:
             result = np.repeat(result, rows, axis=0)
         stretched.append(np.ascontiguousarray(result))
@@ -148,8 +147,7 @@ def _join(arrays: list[Array], spec: TensorSpec) -> Array:
     joined = np.full(shape, "" if dtype.kind == "O" else spec.pad_value, dtype)
     start = 0
     for array in arrays:
-        own = joined[start : start + array.shape[0]]
-        _cut(own, spec, array.shape[axis])[...] = array
+        _cut(joined[start : start + array.shape[0]], spec, array.shape[axis])[...] = array
         start += array.shape[0]
     return joined
 

@@ -256,8 +256,7 @@ class Embedded:
 
     def _unique(self, name: str, artifact: Artifact) -> str:
         """Return the artifact's version, with a number where it is loaded under this name."""
-        again = (f"{artifact.version}-{number}" for number in itertools.count(2))
-        labels = itertools.chain([artifact.version], again)
+        labels = (artifact.version + f"-{i}" * (i > 1) for i in itertools.count(1))
         return next(label for label in labels if (name, label) not in self.versions)
 
     def _choose(self, artifact: Artifact, name: str, variant: str) -> list[Variant]:
@@ -301,13 +300,11 @@ class Embedded:
         """Start the actors of a version, each on CPUs of its own where there are enough."""
         cpus = sorted(os.sched_getaffinity(0))
         share = len(cpus) // len(replicas) if len(replicas) > 1 else 0
-        futures = []
-        for i, replica in enumerate(replicas):
-            loaded: Future[None] = Future()
+        futures = [Future[None]() for _ in replicas]
+        for i, (replica, loaded) in enumerate(zip(replicas, futures, strict=True)):
             replica.cpus = tuple(cpus[i * share : (i + 1) * share])
             own = msgspec.structs.replace(load, cpus=replica.cpus)
             self.scheduler.call(partial(self._pool.add, replica.actor, own, loaded))
-            futures.append(loaded)
         try:
             for loaded in futures:
                 loaded.result(self.config.actor.start_timeout_seconds + 5)

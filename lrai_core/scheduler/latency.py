@@ -87,9 +87,8 @@ class LatencyModel:
         if total_seconds is not None:
             self._learn_overhead(max(0.0, total_seconds - engine_seconds))
         one = self._curves[variant]
-        for other in self._curves:
-            if other is not one:
-                other.fade()
+        for other in [curve for curve in self._curves if curve is not one]:
+            other.fade()
         shifted = one.observe(rows, length, engine_seconds)
         self.margin, self.scale = one.margin, one.scale
         return shifted

@@ -91,14 +91,13 @@ class Scheduler:
             replicas: Its actors.
             config: Settings of this model.
         """
-        by_actor = {replica.actor: replica for replica in replicas}
         most = config.max_batch_rows, config.max_batch_elements or MEASURED_ELEMENTS
         bounds = Bounds(*most, len(replicas))
         alone_ms = 1e3 * min(replica.latency.alone_seconds() for replica in replicas)
         slo_ms = config.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = config.latency_slo_ms or config.default_timeout_ms
         paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic(), config.weight)
-        self._models[model] = Model(model, by_actor, bounds, *paces)
+        self._models[model] = Model(model, {r.actor: r for r in replicas}, bounds, *paces)
 
     def accept(
         self, model: str, request: ValidRequest, done: Done, timeout_ms: float | None, priority: int
@@ -376,17 +375,16 @@ class Scheduler:
         # The sum counts most, yet none is starved for a small gain of it.
         share = sum(model.used_seconds for model, _, _ in offers) / len(offers)
         over = _OVER_SHARE * min(model.weight for model, _, _ in offers)
-        counts = [over if m.used_seconds > share else m.weight for m, _, _ in offers]
-        each = zip(counts, (decision for _, _, decision in offers), strict=True)
-        calls = [Offer(d.due, d.predicted_seconds, len(d.dispatch) * count) for count, d in each]
+        each = [(d, over if m.used_seconds > share else m.weight) for m, _, d in offers]
+        calls = [Offer(d.due, d.predicted_seconds, len(d.dispatch) * count) for d, count in each]
         return self.ask(offers[0][0].name, 0, choose, calls, now)
 
     def _start(self, model: Model, replica: Replica, decision: Decision, now: float) -> None:
         # From here on a request holds its place until the engine is done with it, cancelled or not.
         started = self._take(model, decision.dispatch)
         batch, seconds = next(self._batches), decision.predicted_seconds
-        rows = sum(p.request.rows for p in started)
-        length = max(p.request.length for p in started)
+        requests = [pending.request for pending in started]
+        rows, length = sum(r.rows for r in requests), max(r.length for r in requests)
         variant = self.ask(model.name, 0, replica.latency.variant, rows, length)
         for pending in started:
             pending.variant = variant
@@ -395,7 +393,6 @@ class Scheduler:
         replica.calls.append(call)
         if not call.queued:
             call.begin(now)
-        requests = [pending.request for pending in started]
         self._workers.dispatch(replica.actor, Batch(batch, requests, seconds, variant))
         size = {"requests": len(started), "rows": rows, "length": length}
         self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
@@ -454,8 +451,7 @@ class Scheduler:
                         self._shrink(call)
                     call.model.fits = 0
                 kind = ActorError if call.pending[0].attempts + begun < _ATTEMPTS else PoisonRequest
-                error = kind(f"the request could not be answered: {message}")
-                self._again(call, error, int(begun))
+                self._again(call, kind(f"the request could not be answered: {message}"), int(begun))
 
     def _shrink(self, call: Call) -> None:
         """Have later calls be half as large as one that was too large."""

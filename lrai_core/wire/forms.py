@@ -33,9 +33,8 @@ def validate_by_form(
     for spec in signature.inputs:
         given, dtype = request.inputs[spec.name], protocol.DATATYPES[spec.datatype]
         if isinstance(given, Tensor):
-            arrays.append(np.frombuffer(given.data, dtype).reshape(given.shape))
-        else:
-            arrays.append(np.asarray(given, dtype, order="C"))
+            given = np.frombuffer(given.data, dtype).reshape(given.shape)
+        arrays.append(np.asarray(given, dtype, order="C"))
         protocol.check_values(arrays[-1], spec, limits)
     group = known.group if signature.coalescible else (object(),)
     return ValidRequest(tuple(arrays), known.rows, known.length, known.outputs, group, known.nbytes)

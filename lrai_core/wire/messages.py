@@ -251,8 +251,7 @@ class Packer:
                 return -1 - self.segments.index(segment), offset, size
             self._large.append(data)
             return len(self._large), 0, size
-        if len(self._small) % 8:
-            self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
+        self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
         offset = len(self._small)
         self._small += data
         return 0, offset, size
@@ -323,12 +322,10 @@ def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
 def _open(kind: int, bind_or_connect: str, address: str, options: Options) -> Line:
     socket = cast("Line", zmq.Context().socket(kind, socket_class=Line))
     socket.__dict__["tally"] = dict.fromkeys(_COUNTED, 0)
-    socket.setsockopt(zmq.LINGER, 0)
-    # Bounded by credit, by admission (one batch per actor), and by the one batch that is answered.
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, 1 << 32)
+    # Sends are bounded by credit, by admission (one batch per actor), and by the batch answered.
+    ours: Options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.MAXMSGSIZE: 1 << 32}
     try:
-        for option, value in options.items():
+        for option, value in {**ours, **options}.items():
             socket.setsockopt(option, value)
         getattr(socket, bind_or_connect)(address)
     except zmq.ZMQError as error:
