@@ -226,8 +226,7 @@ def _wanted(attributes: str) -> tuple[tuple[str, ...], float | None]:
 
 async def _refused(request: Request, error: Any) -> Response:
     level = logging.WARNING if error.http_status >= 500 else logging.INFO
-    what = f"{request.method} {request.url.path} {error.http_status}: {error}"
-    log.log(level, "%s", one_line(what))
+    log.log(level, one_line(f"{request.method} {request.url.path} {error.http_status}: {error}"))
     return _sent(failure(error))
 
 
