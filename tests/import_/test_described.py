@@ -226,10 +226,13 @@ def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: st
         (tokenizer([*WORDS, "a\nb"]), "a line break"),
         (tokenizer([*WORDS, ""]), "is empty or"),
         (tokenizer(WORDS, pre_tokenizer={"type": "Whitespace"}), "and Whitespace"),
-        (tokenizer(WORDS, post_processor=None), "[SEP]: it has the post-processor None"),
+        (tokenizer(WORDS, post_processor=None), "[SEP]: it has A"),
         (
-            tokenizer(WORDS, post_processor={"type": "RobertaProcessing", "sep": ["</s>", 2]}),
-            "between [CLS] and [SEP]: it has the post-processor RobertaProcessing",
+            tokenizer(
+                WORDS,
+                post_processor={"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 2]},
+            ),
+            "between [CLS] and [SEP]: it has <s>, A, </s>",
         ),
         (
             tokenizer(
