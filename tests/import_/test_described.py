@@ -219,6 +219,7 @@ def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: st
     [
         (b"[1", "no tokenizer.json"),
         (b"{}", "no tokenizer.json"),
+        (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "no tokenizer.json"),  # a .model
         (tokenizer(WORDS, normalizer=None), "WordPiece after None"),
         (tokenizer(WORDS, model={"type": "BPE", "vocab": {}}), "is BPE after BertNormalizer"),
         (tokenizer([*WORDS, *map(str, range(60))]), f"has {len(WORDS) + 60} tokens"),

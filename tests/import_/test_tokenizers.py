@@ -53,9 +53,10 @@ TEXTS = [
     "the words of the text " * 200,
     "\u200bzero\u200dwidth\ufeff soft\u00adhyphen \ufffd",
     "\x01control\x7f\x1fs",
-    "\\ \" ' ` ~ <s> </s> <mask> [PAD] {} =",
+    "a\x0bb \x0c c\x85d\x0b\x0c",
+    "\\ \" ' ` ~ SPECIAL xSPECIALx <s> <mask> [PAD] {} =",
 ]
-ENDS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+ENDS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "SPECIAL")
 
 
 def trained_pairs(ends: Any = None, *, spaced: bool = False, special: Sequence[str] = ENDS) -> Any:
@@ -94,7 +95,7 @@ def trained_pieces(normalizer: Any, splits: Any, ends: Any = None) -> Any:
 def charsmap() -> bytes:
     """Return rules, much as nmt_nfkc has them, as SentencePiece keeps them: a double array."""
     rules = dict.fromkeys("\t\n\r\u00a0\u2009\u2028\u3000\u200b\ufeff", " ")
-    rules |= dict.fromkeys("\x01\x1f\x7f\u00ad", "")
+    rules |= dict.fromkeys("\x01\x0b\x1f\x7f\u00ad", "")
     for char in map(chr, [*range(0xA1, 0x180), *range(0x2070, 0x2200), *range(0xFF01, 0xFF5F)]):
         whole, parts = (unicodedata.normalize(form, char) for form in ("NFKC", "NFD"))
         rules |= {char: whole} if whole != char else {}
