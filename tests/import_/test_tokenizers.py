@@ -54,7 +54,7 @@ TEXTS = [
     "\u200bzero\u200dwidth\ufeff soft\u00adhyphen \ufffd",
     "\x01control\x7f\x1fs",
     "a\x0bb \x0c c\x85d\x0b\x0c",
-    "\\ \" ' ` ~ SPECIAL xSPECIALx <s> <mask> [PAD] {} =",
+    "SPECIAL xSPECIALx \\ \" ' ` ~ <s> <mask> [PAD] {} =",
 ]
 ENDS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "SPECIAL")
 
@@ -314,6 +314,23 @@ def test_files_of_old_do_not_say_what_they_are(tmp_path: Path) -> None:
         (ids, mask) = run(describe(tmp_path, json.dumps(tree)), CORPUS[:1])
         library.enable_truncation(LENGTH)
         assert ids[0][mask[0] == 1].tolist() == library.encode(CORPUS[0]).ids
+
+
+def test_a_merge_that_looks_like_a_comment_is_none(tmp_path: Path) -> None:
+    tree = json.loads(KINDS["gpt2"]().to_str())
+    tree["model"]["merges"].insert(0, ["#", "#"])
+    tree["model"]["vocab"]["##"] = len(tree["model"]["vocab"])
+    ids_model(tmp_path / "model.onnx", len(tree["model"]["vocab"]))
+    (ids, mask) = run(describe(tmp_path, json.dumps(tree)), ["a## ###"])
+    assert ids[0][mask[0] == 1].tolist() == Library.from_str(json.dumps(tree)).encode("a## ###").ids
+
+
+def test_a_text_without_any_token_has_a_first(tmp_path: Path) -> None:
+    library = KINDS["gpt2"]()
+    embedding(tmp_path, library.get_vocab_size())
+    rest = POOLED.replace("mean", "first")
+    (_, first) = run(describe(tmp_path, library.to_str(), rest=rest), [""])
+    assert not first.any()
 
 
 def test_a_padding_token_of_the_file_fills_rows(tmp_path: Path) -> None:
