@@ -35,6 +35,7 @@ _BYTES: Final = [*map(chr, _PLAIN), *map(chr, range(0x100, 0x200 - len(_PLAIN)))
 _END: Final = "<|endoftext|>"  # a token to GPT2Tokenizer, whatever its vocabulary
 _SPACED: Final = ("^([^ ])", r" \1")
 _SPACE: Final = r"[\t\n\f\r\x{85}\p{Z}%s]+"  # to the library; with \v where no rules leave it out
+_BROKEN: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 _NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3  # kinds of pieces to SentencePiece
 
 
@@ -90,7 +91,7 @@ class Tokenizer(NamedTuple):
             space = _SPACE % ("" if rules else r"\v")
             rewrite = (space, " ") if len(splits) > 1 else (f"{space}$", "")
             return cls("SentencepieceTokenizer", _pieces(model, added, rules, name), *rest, rewrite)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+        except (*_BROKEN, RecursionError):
             raise CompileError(f"{name} is no tokenizer.json of the library tokenizers") from None
 
 
@@ -127,8 +128,8 @@ def _ids(kind: str, vocab: Any, added: dict[str, Any], name: str) -> dict[str, i
     """Return the ids of all tokens: those of the vocabulary come first, in their order."""
     vocabulary = {word: at for at, (word, _) in enumerate(vocab)} if kind == "Unigram" else vocab
     vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
-    "".join(vocabulary).encode()
     ids = vocabulary | {w: t["id"] for w, t in added.items() if "id" in t and w not in vocabulary}
+    "".join(ids).encode()
     needed = {"WordPiece": [*_SPECIAL.values()], "BPE": _BYTES}.get(kind, ["▁"])
     if {*ids.values()} != {*range(len(ids))} or not {*needed} <= vocabulary.keys():
         missing = ", ".join(needed)[:120]
@@ -217,7 +218,7 @@ def _pieces(model: Any, special: Container[str], rules: bytes, name: str) -> dic
         packed = struct.pack("<BfBB", 0x15, score, 0x18, kind)
         found.append(_field(1, _field(1, piece.encode()) + packed))
     if _UNKNOWN not in worst or worst[_NORMAL] > min(worst.values()):
-        raise CompileError(f"{name} has no unknown token, or one that is worth less than all words")
+        raise CompileError(f"{name} has no unknown token, or a special one worth less than others")
     return {"model": b"".join([*found, _field(3, _field(2, rules))])}
 
 

@@ -343,11 +343,11 @@ def test_a_padding_token_of_the_file_fills_rows(tmp_path: Path) -> None:
 
 
 def changed(tree: dict[str, Any], path: str, value: Any) -> str:
-    *parents, last = path.split(".")
+    *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
     own: Any = tree
     for parent in parents:
         own = own[parent]
-    own[int(last) if last.isdigit() else last] = value
+    own[last] = value
     return json.dumps(tree)
 
 
@@ -411,6 +411,9 @@ WORD = {"id": 500, "content": "whole", "special": False}
         ("t5", "model.unk_id", None, "has no unknown token"),
         ("t5", "model.vocab", [["<unk>", 0.0], ["a", -1.0]], "no ▁ in its vocabulary"),
         ("plain", "model.vocab", [["▁", 0.0], ["▁", 0.0]], "ids with a gap"),
+        ("plain", "model.vocab.5", ["a", -1e300], "is no tokenizer.json"),
+        ("plain", "model.vocab.1", ["<pad>", -99.0], "or a special one worth less than others"),
+        ("roberta", "added_tokens.0.content", "\ud800", "is no tokenizer.json"),
     ],
 )
 def test_what_no_operator_does_is_refused(
