@@ -36,8 +36,8 @@ class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_f
             capitals and accents beyond Latin-1 and base Cyrillic, which an uncased tokenizer of the
             library makes plain (Č, Ł, Θ, ё, й, Korean) and the graph leaves as they are; of text in
             NFD accents are left out. BPE: <|endoftext|> is a token also in the text, or the unknown
-            one where there is none; U+0085 is no white space. Unigram: of two ways to cut a word
-            that are worth the same (---- as --- and - or the other way round) it may be the other
+            one where there is none; U+0085 is no white space. Unigram: of two ways to cut a text
+            worth nearly the same (---- as --- and - or the other way round) it may be the other
             one; text in NFD, and half-width kana with a sound mark, are composed by the rules of
             the file, of which the library applies the first that fits, to short ones alone.
         ids: Input of the model that takes the tokens, integers [batch, length].
