@@ -5,6 +5,7 @@ The library has operators that read files by name; a graph that asks for one is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,10 @@ from google.protobuf.message import DecodeError
 
 from lrai_core.errors import ArtifactError, EnvironmentProblem, shorten
 
-_OPERATORS: Final = ("BertTokenizer", "StringEqual", "StringRegexReplace")
+_OPERATORS: Final = (
+    *("BertTokenizer", "GPT2Tokenizer", "SentencepieceTokenizer"),
+    *("StringEqual", "StringRegexReplace"),
+)
 _ALLOWED: Final = {("ai.onnx.contrib", operator) for operator in _OPERATORS}
 _ENGINE_DOMAINS: Final = {  # those of onnxruntime itself; the library has two, and may get more
     *("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"),
@@ -38,7 +42,12 @@ def register(options: ort.SessionOptions, model: str | bytes) -> None:
     try:
         content = model if isinstance(model, bytes) else Path(model).read_bytes()
         proto = onnx.load_model_from_string(content)
-    except (DecodeError, OSError) as error:
+        bpe = [n.attribute for n in _nodes(proto) if n.op_type == "GPT2Tokenizer"]
+        words = [json.loads(a.s) for own in bpe for a in own if a.name == "vocab"]
+        # An id as large as their number the library (0.15) writes beyond what it has allocated.
+        if any(not {*own.values()} <= {*range(len(own))} for own in words):
+            raise ArtifactError("the vocabulary of a GPT2Tokenizer has ids with a gap")
+    except (DecodeError, OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(f"the graph cannot be read: {shorten(str(error))}") from None
     asked = {(n.domain, n.op_type) for n in _nodes(proto) if n.domain not in _ENGINE_DOMAINS}
     if refused := sorted(asked - _ALLOWED):
@@ -61,5 +70,4 @@ def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         for node in bodies.pop().node:
             yield node
             for attribute in node.attribute:
-                bodies += [attribute.g] if attribute.HasField("g") else []
-                bodies += attribute.graphs
+                bodies += [attribute.g, *attribute.graphs]

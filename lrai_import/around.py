@@ -168,6 +168,8 @@ class Around:
             total = self.add("Mul", [inner, mask], after=True)
             total = self.add("ReduceSum", [total, middle], after=True, keepdims=0)
             count = self.add("ReduceSum", [mask, middle], after=True, keepdims=0)
+            least = self.constant(np.ones(1, helper.tensor_dtype_to_np_dtype(kind)))
+            count = self.add("Max", [count, least], after=True)  # of an empty text nothing is there
             self.add("Div", [total, count], name, after=True)
         del dims[1]
 

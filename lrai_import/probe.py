@@ -43,7 +43,10 @@ _MAX_PROTOBUF_BYTES: Final = 1 << 31
 _RESIZES: Final = 11  # the first operator set whose Resize knows other coordinates than asymmetric
 _GUARANTEED: Final = 7
 _TEXTS: Final = "ai.onnx.contrib"  # of what `described` puts before a model
-_OF_TEXTS: Final = {"BertTokenizer", "StringEqual", "StringRegexReplace"}
+_OF_TEXTS: Final = {
+    *("BertTokenizer", "GPT2Tokenizer", "SentencepieceTokenizer"),
+    *("StringEqual", "StringRegexReplace"),
+}
 _ENGINE_DOMAINS: Final = {"com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
 
 

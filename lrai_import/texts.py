@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import onnx
 from msgspec import Meta
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from lrai_core import CompileError
 from lrai_import.around import Around, extent
@@ -28,12 +28,18 @@ class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_f
     """Text for the inputs of an encoder: BYTES [batch], UTF-8.
 
     Attributes:
-        tokenizer: File `tokenizer.json` of the library tokenizers: WordPiece, as BERT has it. Gives
-            the same tokens, but for a word with a character that the vocabulary lacks: that is its
-            known beginning and [UNK], and for the library [UNK] alone; and but for capitals and
-            accents beyond Latin-1 and base Cyrillic, which an uncased tokenizer of the library
-            makes plain (Č, Ł, Θ, ё, й, Korean) and the graph leaves as they are; of text in NFD
-            accents are left out. Special tokens in the text are text; NUL ends the text.
+        tokenizer: File `tokenizer.json` of the library tokenizers: WordPiece, as BERT has it, BPE
+            of bytes, as GPT-2 and RoBERTa have it, or Unigram (SentencePiece), as XLM-R and T5
+            have it. Gives the same tokens, but special tokens in the text are text, and NUL ends
+            the text. WordPiece: also but for a word with a character that the vocabulary lacks:
+            that is its known beginning and [UNK], and for the library [UNK] alone; and but for
+            capitals and accents beyond Latin-1 and base Cyrillic, which an uncased tokenizer of the
+            library makes plain (Č, Ł, Θ, ё, й, Korean) and the graph leaves as they are; of text in
+            NFD accents are left out. BPE: <|endoftext|> is a token also in the text, or the unknown
+            one where there is none; U+0085 is no white space. Unigram: of two ways to cut a text
+            worth nearly the same (---- as --- and - or the other way round) it may be the other
+            one; text in NFD, and half-width kana with a sound mark, are composed by the rules of
+            the file, of which the library applies the first that fits, to short ones alone.
         ids: Input of the model that takes the tokens, integers [batch, length].
         mask: The one that takes 1 for a token and 0 for padding, if there is one.
         types: The one that takes the segments, if there is one: all are 0.
@@ -57,8 +63,8 @@ def put_text(around: Around, name: str, spec: Text, tokenizer: Tokenizer) -> Non
     given += [(own, around.take(own, _INTEGERS, 2)) for own in (spec.mask, spec.types) if own]
     tokens = _tokens(around, spec.ids)
     # A table may be longer, for an even number of rows, but not by that much.
-    if tokens is not None and not 0 <= tokens - len(tokenizer.vocabulary) < _MOST_UNUSED:
-        got = f"{len(tokenizer.vocabulary)} tokens, the model's table {tokens}"
+    if tokens is not None and not 0 <= tokens - tokenizer.tokens < _MOST_UNUSED:
+        got = f"{tokenizer.tokens} tokens, the model's table {tokens}"
         raise CompileError(f"the tokenizer does not match the model: it has {got}")
     batch = extent(given[0][1].type.tensor_type.shape.dim[0], "batch")
     around.declare(name, TensorProto.STRING, [batch])
@@ -66,11 +72,18 @@ def put_text(around: Around, name: str, spec: Text, tokenizer: Tokenizer) -> Non
     fixed = length.dim_value
     around.lengths.add(length.dim_param)
     most = min(spec.max_length, fixed) if fixed else spec.max_length
-    cleaned = _cleaned(around, name, tokenizer)
+    cleaned = name
+    if tokenizer.operator == "BertTokenizer":
+        cleaned = _cleaned(around, name, tokenizer)
+    elif tokenizer.rewrite[0]:
+        around.before.append(node := _replace(around, name, *tokenizer.rewrite))
+        cleaned = node.output[0]
     ids, lengths = _tokenised(around, cleaned, most, fixed or most, tokenizer)
     longest = around.ints(fixed)
     if not fixed:
-        longest = around.add("ReduceMax", [lengths], keepdims=0)
+        longest = around.add(
+            "Max", [around.add("ReduceMax", [lengths], keepdims=0), around.ints(1)]
+        )
         nought, one = around.ints([0]), around.ints([1])
         end = around.add("Unsqueeze", [longest, nought])
         ids = around.add("Slice", [ids, nought, end, one])
@@ -94,20 +107,14 @@ def _cleaned(around: Around, text: str, tokenizer: Tokenizer) -> str:
     done = [(_LEFT_OUT, ""), (r"\p{Z}", " "), (f"({_beyond_ascii('P')})", r" \1 ")]
     if tokenizer.attributes["strip_accents"]:
         done.insert(0, (_beyond_ascii("Mn"), ""))
-
-    def replace(old: str, pattern: str, new: str) -> onnx.NodeProto:
-        texts = [around.constant(np.array([one], np.object_)) for one in (pattern, new)]
-        inputs, output = [old, *texts], [around.fresh()]
-        return helper.make_node("StringRegexReplace", inputs, output, domain=_EXTENSIONS)
-
-    around.before.append(plain := replace(text, _PLAIN, ""))
+    around.before.append(plain := _replace(around, text, _PLAIN, ""))
     same = around.add("StringEqual", [text, plain.output[0]], domain=_EXTENSIONS)
     counted = around.add("Cast", [around.add("Not", [same])], to=TensorProto.INT64)
     counted = around.add("ReduceSum", [counted], keepdims=0)
     other = around.add("Cast", [counted], to=TensorProto.BOOL)
     nodes, last = list[onnx.NodeProto](), text
     for pattern, new in done:
-        nodes.append(replace(last, pattern, new))
+        nodes.append(_replace(around, last, pattern, new))
         last = nodes[-1].output[0]
     as_it_is = around.fresh()
     sides = [
@@ -120,6 +127,12 @@ def _cleaned(around: Around, text: str, tokenizer: Tokenizer) -> str:
         )
     ]
     return around.add("If", [other], then_branch=sides[0], else_branch=sides[1])
+
+
+def _replace(around: Around, text: str, pattern: str, new: str) -> onnx.NodeProto:
+    texts = [around.constant(np.array([one], np.object_)) for one in (pattern, new)]
+    inputs, output = [text, *texts], [around.fresh()]
+    return helper.make_node("StringRegexReplace", inputs, output, domain=_EXTENSIONS)
 
 
 def _beyond_ascii(category: str) -> str:
@@ -139,56 +152,46 @@ def _tokenised(
 
     The operator takes one text at a time.
     """
+    node, info = helper.make_node, helper.make_tensor_value_info
     own = defaultdict[str, str](around.fresh)  # values while one text is made tokens
-    integer = TensorProto.INT64
-    nought = numpy_helper.from_array(np.array([0], np.int64), own["nought"])
-    unit = numpy_helper.from_array(np.array([1], np.int64), own["unit"])
-    limit = numpy_helper.from_array(np.array([most], np.int64), own["limit"])
-    wide = numpy_helper.from_array(np.array([width], np.int64), own["wide"])
-    blank = np.array(tokenizer.vocabulary.index("[PAD]"), np.int64)
-    padding = numpy_helper.from_array(blank, own["blank"])
-    tokenize = helper.make_node(
-        "BertTokenizer",
-        [own["one"]],
-        [own["ids"], own["types"], own["mask"], own["offsets"]],
-        domain=_EXTENSIONS,
-        **tokenizer.attributes,
-    )
+    integer, ends = TensorProto.INT64, (tokenizer.first, tokenizer.last)
+    before, after = map(around.ints, ends)
+    nought, room = around.ints([0]), around.ints([max(most - sum(map(len, ends)), 0)])
+    inputs, bert = [own["text"]], tokenizer.operator == "BertTokenizer"  # it puts ends by itself
+    if tokenizer.operator == "SentencepieceTokenizer":  # not sampled, without ends, not reversed
+        inputs += [nought, around.constant(np.zeros(1, np.float32))]
+        inputs += [around.constant(np.zeros(1, np.bool_))] * 3
+    outputs = [own[name] for name in ("ids", "types", "mask", "offsets")[: 4 if bert else 2]]
+    inside = [around.ints([int(bert)]), around.ints([-1 if bert else np.iinfo(np.int64).max])]
     body = helper.make_graph(
         [
-            helper.make_node("Gather", [text, own["turn"]], [own["single"]], axis=0),
-            helper.make_node("Unsqueeze", [own["single"], own["nought"]], [own["one"]]),
-            tokenize,
-            # The operator's own truncation gives wrong tokens (0.15): so all, cut here.
-            helper.make_node("Shape", [own["ids"]], [own["all"]]),
-            helper.make_node("Sub", [own["all"], own["unit"]], [own["end"]]),
-            helper.make_node("Slice", [own["ids"], own["end"], own["all"]], [own["last"]]),
-            helper.make_node("Sub", [own["limit"], own["unit"]], [own["most"]]),
-            helper.make_node("Min", [own["end"], own["most"]], [own["cut"]]),
-            helper.make_node("Slice", [own["ids"], own["nought"], own["cut"]], [own["first"]]),
-            helper.make_node("Concat", [own["first"], own["last"]], [own["kept"]], axis=0),
-            helper.make_node("Shape", [own["kept"]], [own["length"]]),
-            helper.make_node("Sub", [own["wide"], own["length"]], [own["short"]]),
-            helper.make_node("Concat", [own["nought"], own["short"]], [own["pads"]], axis=0),
-            helper.make_node("Pad", [own["kept"], own["pads"], own["blank"]], [own["padded"]]),
-            helper.make_node("Identity", [own["going"]], [own["on"]]),
+            node("Gather", [text, own["turn"]], [own["single"]], axis=0),
+            node("Unsqueeze", [own["single"], nought], [own["text"]]),
+            node(tokenizer.operator, inputs, outputs, domain=_EXTENSIONS, **tokenizer.attributes),
+            node("Reshape", [own["ids"], around.ints([-1])], [own["row"]]),
+            node("Cast", [own["row"]], [own["all"]], to=integer),
+            # The operators' own truncation gives wrong tokens (0.15): so all, cut here.
+            node("Slice", [own["all"], *inside], [own["plain"]]),
+            node("Slice", [own["plain"], nought, room], [own["cut"]]),
+            node("Concat", [before, own["cut"], after], [own["kept"]], axis=0),
+            node("Shape", [own["kept"]], [own["length"]]),
+            node("Sub", [around.ints([width]), own["length"]], [own["short"]]),
+            node("Concat", [nought, own["short"]], [own["pads"]], axis=0),
+            node("Pad", [own["kept"], own["pads"], around.ints(tokenizer.pad)], [own["padded"]]),
+            node("Identity", [own["going"]], [own["on"]]),
         ],
         "tokenize",
+        [info(own["turn"], integer, []), info(own["going"], TensorProto.BOOL, [])],
         [
-            helper.make_tensor_value_info(own["turn"], integer, []),
-            helper.make_tensor_value_info(own["going"], TensorProto.BOOL, []),
+            info(own["on"], TensorProto.BOOL, []),
+            info(own["padded"], integer, [width]),
+            info(own["length"], integer, [1]),
         ],
-        [
-            helper.make_tensor_value_info(own["on"], TensorProto.BOOL, []),
-            helper.make_tensor_value_info(own["padded"], integer, [width]),
-            helper.make_tensor_value_info(own["length"], integer, [1]),
-        ],
-        initializer=[nought, unit, limit, wide, padding],
     )
-    rows = around.add("Squeeze", [around.add("Shape", [text]), around.ints([0])])
+    rows = around.add("Squeeze", [around.add("Shape", [text]), nought])
     always = around.constant(np.array([1], np.bool_).reshape(()))
     ids, lengths = around.fresh(), around.fresh()
-    around.before.append(helper.make_node("Loop", [rows, always], [ids, lengths], body=body))
+    around.before.append(node("Loop", [rows, always], [ids, lengths], body=body))
     if all(o.domain != _EXTENSIONS for o in around.model.opset_import):
         around.model.opset_import.append(helper.make_opsetid(_EXTENSIONS, 1))
     return ids, lengths

@@ -10,16 +10,17 @@ from packaging.version import Version
 
 from lrai_core import Artifact
 
-# The operator of onnxruntime-extensions that every graph has of a model that takes text. Its
+# Of onnxruntime-extensions, one of which every graph has of a model that takes text. Its
 # domain stands in every graph that was optimised in a process which had registered it.
-_OPERATOR = b"BertTokenizer"
+_OPERATORS = (b"BertTokenizer", b"GPT2Tokenizer", b"SentencepieceTokenizer")
 
 
 def extras_of(artifact: Artifact) -> dict[str, str]:
     """Return the extras of lrai that an artifact needs, each with the package that it brings."""
     found = {engine: engine for engine in artifact.engines}
     graph = artifact.manifest.source.file or artifact.manifest.variants[0].model  # if it is slim
-    if _OPERATOR in artifact.file(graph).read_bytes():
+    content = artifact.file(graph).read_bytes()
+    if any(operator in content for operator in _OPERATORS):
         found["text"] = "onnxruntime-extensions"
     return found
 

@@ -92,6 +92,33 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         find_engine("onnxruntime").load(tmp_path / "whole.onnx")
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "says"),
+    [
+        ('{"a": 0, "b": 2}', "ids with a gap"),
+        ('{"a": 0, "b": -4294967294}', "ids with a gap"),  # the same, cut to 32 bits
+        ('["a"]', "cannot be read"),
+        ("{", "cannot be read"),
+        ("[" * 9_999, "cannot be read"),
+    ],
+)
+def test_a_vocabulary_that_the_library_would_overrun_is_refused(vocabulary: str, says: str) -> None:
+    own = helper.make_node(
+        "GPT2Tokenizer",
+        ["t"],
+        ["i", "m"],
+        "t",
+        domain="ai.onnx.contrib",
+        vocab=vocabulary,
+        merges="a b",
+    )
+    body = helper.make_graph([own], "then", [], [])
+    inside = helper.make_node("If", ["on"], [], then_branch=body, else_branch=body)
+    model = helper.make_model(helper.make_graph([inside], "g", [], []))
+    with pytest.raises(ArtifactError, match=says):
+        text.register(ort.SessionOptions(), model.SerializeToString())
+
+
 def test_texts_alone_are_as_those_together(tmp_path: Path) -> None:
     model = load(text_model(tmp_path / "m.onnx"), print).model
     (tmp_path / "whole.onnx").write_bytes(model.SerializeToString())

@@ -219,6 +219,7 @@ def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: st
     [
         (b"[1", "no tokenizer.json"),
         (b"{}", "no tokenizer.json"),
+        (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "no tokenizer.json"),  # a .model
         (tokenizer(WORDS, normalizer=None), "WordPiece after None"),
         (tokenizer(WORDS, model={"type": "BPE", "vocab": {}}), "is BPE after BertNormalizer"),
         (tokenizer([*WORDS, *map(str, range(60))]), f"has {len(WORDS) + 60} tokens"),
@@ -226,10 +227,13 @@ def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: st
         (tokenizer([*WORDS, "a\nb"]), "a line break"),
         (tokenizer([*WORDS, ""]), "is empty or"),
         (tokenizer(WORDS, pre_tokenizer={"type": "Whitespace"}), "and Whitespace"),
-        (tokenizer(WORDS, post_processor=None), "[SEP]: it has the post-processor None"),
+        (tokenizer(WORDS, post_processor=None), "[SEP]: it has A"),
         (
-            tokenizer(WORDS, post_processor={"type": "RobertaProcessing", "sep": ["</s>", 2]}),
-            "between [CLS] and [SEP]: it has the post-processor RobertaProcessing",
+            tokenizer(
+                WORDS,
+                post_processor={"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 2]},
+            ),
+            "between [CLS] and [SEP]: it has <s>, A, </s>",
         ),
         (
             tokenizer(
