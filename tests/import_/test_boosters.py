@@ -105,7 +105,7 @@ def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:
 def test_an_exported_program_is_not_opened_but_told_how(tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Linear(5, 2).eval(), (torch.from_numpy(ROWS),))
     torch.export.save(program, file := tmp_path / "m.pt2")
-    says = r"^'m\.pt2' may run code of .* lrai_import\.objects\.to_onnx\(torch\.export\.load\('m"
+    says = r"^'m\.pt2' may run code of .* lrai_core\.compile\(torch\.export\.load\('m"
     with pytest.raises(CompileError, match=says):
         refuse(file, print)
     with pytest.raises(CompileError, match=says):
