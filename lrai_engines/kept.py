@@ -63,7 +63,7 @@ class Kept:
             return
         told = told or self._made(name, make, reject)
         if told.why:
-            reject(name, told.why)
+            reject(name, f"nothing to quantise: {told.why}")
         for built in told.built:
             yield replace(built, graph=self._home / told.folder / built.graph)
 

@@ -141,7 +141,7 @@ def static_int8(
 
     Args:
         model: Standard operators, weights inline, opset 13 or later. Not modified. Of what is
-            quantised already there is nothing to quantise.
+            quantised already, or has no weights, there is nothing to quantise.
         sample: Rows to see the activations of, 128 at most; nothing is judged on them.
         keep: Names of operators with weights that stay in float32, and with them what has no
             weights and computes with what they give.
@@ -158,8 +158,8 @@ def static_int8(
 
     Source: onnxruntime 1.32 `quantization/quantize.py`, QDQ format.
     """
-    if _is_quantised(model):
-        raise NothingToQuantize("it is quantised already")
+    if _is_quantised(model) or not any(n.op_type in WEIGHTED for n in model.graph.node):
+        raise NothingToQuantize("it is quantised already, or has no operator that could be")
     marked = _named(model)
     marked.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     weighted = [node for node in marked.graph.node if node.op_type in WEIGHTED]

@@ -17,6 +17,7 @@ from onnx.version_converter import ConvertError, convert_version
 from lrai_core import CompileError, Imported
 
 _IR: Final = 8
+_LARGE_BYTES: Final = 1 << 16  # of a weight, which checker and converter need not see
 _FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
@@ -148,7 +149,7 @@ class Around:
         graph.input.extend(inputs)
         graph.node.extend(nodes)
         try:
-            onnx.checker.check_model(self.model)
+            onnx.checker.check_model(_light(self.model)[0])
         except (onnx.checker.ValidationError, ValueError, EncodeError) as error:
             text = " ".join(str(error).split())[:200]
             raise CompileError(f"not valid with what is put around it: {text}") from None
@@ -257,10 +258,30 @@ def at_opset(model: onnx.ModelProto, opset: int, problem: str) -> onnx.ModelProt
     Raises:
         CompileError: It cannot be brought there, which is the problem.
     """
+    if opset_of(model) >= opset:
+        return model
+    light, large = _light(model)
     try:
-        return convert_version(model, opset) if opset_of(model) < opset else model
+        made = convert_version(light, opset)
     except (RuntimeError, ValueError, EncodeError, ConvertError) as error:
         raise CompileError(f"{problem}: {str(error)[:200]}") from None
+    del made.graph.input[len(model.graph.input) :]
+    made.graph.initializer.extend(large)
+    return made
+
+
+def _light(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+    """Return a model whose large weights are its last inputs, and these: protobuf writes 2 GB."""
+    opsets, functions = model.opset_import, model.functions
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=opsets, functions=functions)
+    light.graph.name = model.graph.name
+    for part in ("input", "output", "value_info", "node", "sparse_initializer"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    large = {w.name: w for w in model.graph.initializer if w.ByteSize() > _LARGE_BYTES}
+    given = (helper.make_tensor_value_info(n, w.data_type, w.dims) for n, w in large.items())
+    light.graph.input.extend(given)
+    light.graph.initializer.extend(w for w in model.graph.initializer if w.name not in large)
+    return light, list(large.values())
 
 
 def extent(dim: Any, name: str) -> int | str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
-import onnx
 from mlflow.models import Model
 from mlflow.types import ColSpec, DataType
 
@@ -24,18 +22,10 @@ from lrai_core import (
     UsageError,
     run_task,
 )
-from lrai_import import sklearn, torch, trees
+from lrai_import import objects
 
-Converter = Callable[[Any, Sequence[TensorSpec]], onnx.ModelProto]
-
-# Which extra of ours brings what opens them.
-_EXTRAS: Final = {"pytorch": "torch", "sklearn": "trees", "lightgbm": "trees", "xgboost": "trees"}
-_CONVERTERS: Final[dict[str, Converter]] = {  # by flavor; what is of several is of the first
-    "pytorch": torch.convert,
-    "lightgbm": trees.convert_lightgbm,
-    "xgboost": trees.convert_xgboost,
-    "sklearn": sklearn.convert,
-}
+# By flavor which extra of ours brings what opens it; what is of several is of the first.
+_EXTRAS: Final = {"pytorch": "torch", "lightgbm": "trees", "xgboost": "trees", "sklearn": "trees"}
 _ONNX: Final = "onnx"
 _BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
 _SECONDS: Final = 900
@@ -83,9 +73,9 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
         EnvironmentProblem: A library that it takes is not installed.
     """
     model = Model.load(str(folder))
-    flavor = next((f for f in (_ONNX, *_CONVERTERS) if f in model.flavors), "")
+    flavor = next((f for f in (_ONNX, *_EXTRAS) if f in model.flavors), "")
     if not flavor:
-        got, known = ", ".join(model.flavors), ", ".join((_ONNX, *_CONVERTERS))
+        got, known = ", ".join(model.flavors), ", ".join((_ONNX, *_EXTRAS))
         raise UsageError(f"the model has the flavors {got}; converted are {known}")
     configuration = model.flavors[flavor]
     if flavor == _ONNX:
@@ -177,10 +167,7 @@ def open_and_convert(job: Job) -> int:
         needed = f"{error.name} is needed to open it: pip install 'lrai[{_EXTRAS[job.flavor]}]'"
         own = f" and {job.flavor}" * (job.flavor in ("lightgbm", "xgboost"))
         raise EnvironmentProblem(f"{needed}{own} ({error})") from None
-    # What is large lies beside it: one file has 2 GB at most.
-    made, beside = _CONVERTERS[job.flavor](model, job.inputs), "model.data"
-    onnx.save(made, job.out, save_as_external_data=True, location=beside, size_threshold=1024)
-    return Path(job.out).stat().st_size
+    return objects.to_onnx(model, job.inputs, job.out).stat().st_size
 
 
 def _scan(folder: Path, data: str) -> None:

@@ -1,17 +1,23 @@
-"""Models in memory, of PyTorch, scikit-learn, LightGBM and XGBoost, to an ONNX file."""
+"""Models in memory, of PyTorch, scikit-learn, LightGBM and XGBoost: compiled, or as ONNX files."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, NoReturn
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import onnx
 from numpy.typing import ArrayLike
 
-from lrai_core import CompileError, TensorSpec, UsageError
+import lrai_core
+from lrai_codecs.tensors import datatype_of
+from lrai_core import Artifact, CompileError, TensorSpec, UsageError
+from lrai_import.sklearn import FEATURES
 
 _CONVERTERS: Final = {  # by the package that a class of the model comes from
     "torch": "torch:convert",
@@ -19,8 +25,28 @@ _CONVERTERS: Final = {  # by the package that a class of the model comes from
     "xgboost": "trees:convert_xgboost",
     "sklearn": "sklearn:convert",  # last: estimators of the others are of its classes, too
 }
-_KINDS: Final = dict.fromkeys("OSU", "BYTES") | {"b": "BOOL", "i": "INT", "u": "UINT", "f": "FP"}
-_INLINE_BYTES: Final = 1024  # larger tensors lie in a file beside: one has 2 GB at most
+_INLINE: Final = 1024  # bytes; larger tensors lie in a file beside: one has 2 GB at most
+
+
+def compile(
+    model: Any, inputs: Mapping[str, ArrayLike] | Sequence[TensorSpec] | None = None, **options: Any
+) -> Artifact:
+    """Compile a model as `to_onnx` writes it; `lrai_core.compile` comes here with what is no file.
+
+    Args:
+        model: See `to_onnx`, as of `inputs`.
+        inputs: By default the arrays of `calibration`, or else of `evaluation` without `label` and
+            `groups`, unless the model was fitted with columns of these names; in single precision
+            where they are in double precision and no parameter of the model is.
+        options: Of `lrai_core.compile`.
+
+    Raises:
+        UsageError: See `to_onnx` and `lrai_core.compile`, as of all others.
+    """
+    inspect.signature(lrai_core.compile).bind(model, **options)  # before the work
+    specs = _declared(_rows(model, options)) if inputs is None else inputs
+    with TemporaryDirectory(prefix="lrai-object-") as folder:
+        return lrai_core.compile(to_onnx(model, specs, Path(folder, "model.onnx")), **options)
 
 
 def to_onnx(
@@ -57,11 +83,7 @@ def to_onnx(
     try:
         beside.unlink(missing_ok=True)  # onnx would add to it
         onnx.save(
-            made,
-            out,
-            save_as_external_data=True,
-            location=beside.name,
-            size_threshold=_INLINE_BYTES,
+            made, out, save_as_external_data=True, location=beside.name, size_threshold=_INLINE
         )
     except OSError as error:
         raise CompileError(f"{out} cannot be written: {error.strerror}") from None
@@ -76,8 +98,39 @@ def refuse(path: Path, _: object) -> NoReturn:
     """
     name = path.name[:120]
     why = f"{name!r} may run code of whoever made it when torch opens it; where you trust it, "
-    how = f'lrai_import.objects.to_onnx(torch.export.load({name!r}), inputs, "model.onnx")'
-    raise CompileError(f"{why}{how} makes an ONNX file of it")
+    how = f'lrai_core.compile(torch.export.load({name!r}), out="model.lrai", …)'
+    raise CompileError(f"{why}{how} compiles it")
+
+
+def _rows(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the arrays given that are inputs, by name and without rows."""
+    data, groups = options.get("calibration"), ()  # which has inputs alone, groups among them
+    if data is None:
+        data, groups = options.get("evaluation"), options.get("groups", ())
+    apart, given = {"label", *groups} - {*getattr(model, "feature_names_in_", ())}, _told(data)
+    double = any(str(w.dtype) == "torch.float64" for w in getattr(model, "parameters", tuple)())
+    rows = {name: np.atleast_1d(given[name])[:0] for name in given if name not in apart}
+    single = [name for name, own in rows.items() if own.dtype == np.float64 and not double]
+    return rows | {name: rows[name].astype(np.float32) for name in single}
+
+
+def _told(data: Any) -> Mapping[str, Any]:
+    """Return arrays by name; of a file without rows, which may be too many for memory."""
+    if data is None or isinstance(data, Mapping):
+        return data or {}
+    path, found = Path(data), dict[str, Any]()
+    try:
+        if path.suffix == ".npy":
+            return {FEATURES: np.load(path, mmap_mode="r")}
+        with ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as stream:
+                    np.lib.format.read_magic(stream)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+                    found[name.removesuffix(".npy")] = np.empty((0, *shape[1:]), dtype)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise CompileError(f"{path.name} cannot be read: {str(error)[:200]}") from None
+    return found
 
 
 def _declared(inputs: Mapping[str, ArrayLike]) -> tuple[TensorSpec, ...]:
@@ -85,10 +138,9 @@ def _declared(inputs: Mapping[str, ArrayLike]) -> tuple[TensorSpec, ...]:
     specs = []
     for name, given in inputs.items():
         rows = np.asarray(given)
-        kind, shape = rows.dtype.kind, ("batch", *rows.shape[1:])
-        if kind not in _KINDS or not rows.ndim:
+        if rows.dtype.kind not in "OSUbiuf" or not rows.ndim:
             got = f"{rows.dtype} {list(rows.shape)}"
             raise UsageError(f"input {name[:120]!r} is {got}; needed are rows of numbers or texts")
-        bits = 8 * rows.dtype.itemsize if kind in "iuf" else ""
-        specs.append(TensorSpec(name=name, datatype=f"{_KINDS[kind]}{bits}", shape=shape))
+        shape = ("batch", *rows.shape[1:])
+        specs.append(TensorSpec(name=name, datatype=datatype_of(rows), shape=shape))
     return tuple(specs)

@@ -36,9 +36,9 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
 
     Args:
         model: Fitted: an estimator or a pipeline.
-        inputs: Columns of one dimension, or one table of two; empty for a table as wide as the
-            model was fitted with. Columns of numbers become one table, `features`, unless the model
-            asks for columns by their names.
+        inputs: Columns of one dimension, or one table of two; empty for the columns that the model
+            asks for by their names, or else a table as wide as it was fitted with. Columns of
+            numbers become one table, `features`, unless the model asks for columns by their names.
 
     Raises:
         EnvironmentProblem: skl2onnx is not installed.
@@ -53,6 +53,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
 
     from lrai_import import trees  # which takes from here, too
 
+    inputs = inputs or _columns(model)
     for part in _parts(model):
         if words := _not_converted(part):
             raise CompileError(f"{type(part).__name__} {words}, which its converter does not know")
@@ -262,10 +263,22 @@ def width(inputs: Sequence[TensorSpec]) -> int:
     """
     if len(inputs) == 1 and len(inputs[0].shape) == 2 and isinstance(inputs[0].shape[1], int):
         return inputs[0].shape[1]
-    if inputs and all(len(spec.shape) == 1 for spec in inputs):
+    if inputs and all(spec.shape[1:] in ((), (1,)) for spec in inputs):
         return len(inputs)
     shapes = ", ".join(f"{spec.name!r} {list(spec.shape)}" for spec in inputs) or "none"
     raise CompileError(f"columns, or one table of known width, are needed; the inputs: {shapes}")
+
+
+def _columns(model: Any) -> tuple[TensorSpec, ...]:
+    """Return the columns that a model asks for by their names, texts where its encoders know such.
+
+    None where it takes a table.
+    """
+    names = [*getattr(model, "feature_names_in_", ())] if _asks_for_names(model) else []
+    known = _known(model, names, len(names))
+    texts = {names[at] for at, values in known.items() if isinstance(values[0], str)}
+    kinds = {name: "BYTES" if name in texts else "FP32" for name in names}
+    return tuple(TensorSpec(name=n, datatype=kind, shape=("batch",)) for n, kind in kinds.items())
 
 
 def _types(

@@ -39,7 +39,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     except ImportError as error:
         raise EnvironmentProblem(f"{error.name} is needed: pip install 'lrai[torch]'") from None
     if not inputs:
-        raise CompileError("a signature of tensors is needed to trace a module: it has none")
+        raise CompileError("a module is traced with inputs: give rows, or a signature of tensors")
     if texts := [spec.name for spec in inputs if spec.datatype == "BYTES"]:
         raise CompileError(f"input {texts[0]!r} is of BYTES, which torch does not have")
     inputs = _in_order(model, inputs)

@@ -24,6 +24,8 @@ Feed = Annotated[
     list[str] | None, typer.Option("--feed", help="With --fuse, see lrai fuse; repeatable.")
 ]
 Slim = Annotated[bool, typer.Option("--slim", help="Only what serves here, see lrai slim.")]
+# Why a form was not made that nobody could make of the model, here.
+_MOOT: Final = ("nothing to quantise", "openvino cannot read", "this CPU has no")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @app.command()
 def compile(
-    models: Annotated[list[Path], typer.Argument(help="ONNX or tree file, SavedModel, .toml.")],
+    models: Annotated[list[Path], typer.Argument(help="ONNX, trees, .skops, SavedModel, .toml.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, NAME.lrai.")],
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
@@ -138,17 +140,25 @@ def compile(
             few = f"certified on {one.samples} of the {gate.rows} rows that judged it"
             out.print(f"{few}: those are kept; --keep-evaluation says how many", style="dim")
     if evaluation is not None and artifact.manifest.chosen == "fp32" and keep != 1:
+        if all(event["why"].startswith(_MOOT) for event in _tried(artifact)):
+            out.print("nothing in it can be quantised: fp32 serves, batched where that pays")
+            return
         none = "no form but fp32 passed the gate and was faster; quantization.jsonl tells why"
         raise ConditionNotMet(none + closest(artifact))
 
 
 def closest(artifact: lrai_core.Artifact) -> str:
     """Return what the gate said of the form that failed it by least, nothing if none was judged."""
-    log = artifact.file("quantization.jsonl").read_text(encoding="utf-8")
-    judged = [event for line in log.splitlines() if "difference" in (event := json.loads(line))]
-    failed = [event for event in judged if not event["kept"]]
+    failed = [one for one in _tried(artifact) if "difference" in one and not one["kept"]]
     best = min(failed, key=lambda event: event["difference"]["p50"], default=None)
     return f"; closest was {best['form']}: {best['why']}" if best else ""
+
+
+def _tried(artifact: lrai_core.Artifact) -> list[dict[str, Any]]:
+    """Return what the compiler's log says of each form but fp32."""
+    lines = artifact.file("quantization.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [event for line in lines if (event := json.loads(line))["event"] == "candidate"]
+    return [event for event in events if event["form"].partition(" ")[0] != "fp32"]
 
 
 def _compiled(model: Path, output: Path, **options: Any) -> lrai_core.Artifact:

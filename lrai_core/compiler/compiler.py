@@ -27,7 +27,7 @@ from lrai_core.artifact import Artifact, Manifest, Source, Target, Variant
 from lrai_core.compiler import gate, search
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
-from lrai_core.compiler.model import SharedWeights, declared, load_model
+from lrai_core.compiler.model import SharedWeights, declared, find_importer, load_model
 from lrai_core.compiler.search import Builder, Calls, Candidate, Material, Sample
 from lrai_core.config import available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, isa_class
@@ -55,7 +55,7 @@ Progress = Callable[[Step], None]
 
 
 def compile(
-    model: str | Path,
+    model: str | Path | Any,
     *,
     out: str | Path,
     calibration: Data | None = None,
@@ -82,8 +82,9 @@ def compile(
 
     Args:
         model: ONNX file, opset 17 or later (lower is upgraded where possible), or what another
-            installed importer reads: a `.toml`, a folder of a SavedModel, a file of XGBoost or
-            LightGBM.
+            installed importer reads: a `.toml`, a folder of a SavedModel, a file of XGBoost,
+            LightGBM or skops; or, in memory, what `lrai_import.objects.compile` takes, by which it
+            is compiled then.
         out: Directory to write, `NAME.lrai`; must not exist.
         calibration: Rows that forms are made for: ranges of activations, and where int8 does harm;
             128 of them, drawn by `seed`. By default a tenth of the evaluation rows.
@@ -130,6 +131,9 @@ def compile(
         UsageError: `out` exists, or an argument is out of range.
         EnvironmentProblem: The disk is full or read-only, or an engine is not installed.
     """
+    if not (isinstance(model, str) or hasattr(model, "__fspath__")):
+        made: Artifact = find_importer("Object")(**locals())
+        return made
     model, out = Path(model), Path(out)
     conditions = Conditions(metric, max_accuracy_loss, epsilon, delta, tuple(groups), max_disparity)
     choices = {"output_map": (output_map, MEASURES), "objective": (objective, search.OBJECTIVES)}

@@ -43,35 +43,43 @@ class Imported:
     opset: int
 
 
-Importer = Callable[[Path, Callable[[str], None]], Imported]  # told what it changes in the model
+def find_importer(kind: str) -> Callable[..., Any]:
+    """Return the importer, an entry point of the group `lrai.importers`, of that name.
+
+    Those of files take the path, and what is told of each change that they make in the model, and
+    return `Imported`. `Object`, of models in memory, takes what `compile` does, and returns that.
+
+    Raises:
+        EnvironmentProblem: It is not installed, or not whole.
+    """
+    try:
+        found: Callable[..., Any] = entry_points(group="lrai.importers")[kind].load()
+    except (KeyError, ImportError, AttributeError) as error:
+        problem = f"the importer of {kind} files is not installed, or not whole: {error!r}"
+        raise EnvironmentProblem(f"{problem}; install lrai again") from None
+    return found
 
 
 def load_model(path: Path, notify: Callable[[str], None]) -> tuple[onnx.ModelProto, Source]:
     """Return the model in the file, weights inline, read by the importer of its kind.
 
-    An importer is an entry point of the group `lrai.importers`, named like the suffix that it
-    reads, that of a folder `SavedModel`. What is of no such suffix is read as ONNX.
+    An importer is named like the suffix that it reads, that of a folder `SavedModel`. What is of no
+    such suffix is read as ONNX.
 
     Raises:
         CompileError: The importer cannot use the file.
         EnvironmentProblem: The importer is not installed, or not whole.
     """
-    importers = entry_points(group="lrai.importers")
+    known = entry_points(group="lrai.importers").names
     suffix = "SavedModel" if os.path.isdir(path) else path.suffix.removeprefix(".").lower()  # noqa: PTH112 - is_dir may raise
-    kind = suffix if suffix in importers.names else "onnx"
+    kind = suffix if suffix in known else "onnx"
     try:
-        importer: Importer = importers[kind].load()
-    except (KeyError, ImportError, AttributeError) as error:
-        problem = f"the importer of {kind} files is not installed, or not whole: {error!r}"
-        raise EnvironmentProblem(f"{problem}; install lrai again") from None
-    try:
-        found = importer(path, notify)
+        found: Imported = find_importer(kind)(path, notify)
     except CompileError as error:
         if kind == suffix:
             raise
-        known = ", ".join(sorted(importers.names))
-        problem = f"read as ONNX: no importer is for {shorten(path.suffix)!r}, there are {known}"
-        raise type(error)(f"{error} ({problem})") from None
+        there = f"no importer is for {shorten(path.suffix)!r}, there are {', '.join(sorted(known))}"
+        raise type(error)(f"{error} (read as ONNX: {there})") from None
     operators = len(found.model.graph.node)
     source = Source(file=_SOURCE, sha256=found.sha256, opset=found.opset, operators=operators)
     return found.model, source

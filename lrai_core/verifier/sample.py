@@ -193,12 +193,13 @@ def _member(archive: Any, name: str, stream: BinaryIO) -> Array:
 
 
 def _column(array: Array, spec: TensorSpec, what: str) -> Array:
-    """Return rows along a new first axis.
+    """Return rows along a new first axis; a table of one column may be without its second.
 
     Raises:
         CalibrationError: They lack an axis, and it is not clear that it is the batch: where steps
             come first, each row would be one step of a batch of steps.
     """
+    array = array[:, np.newaxis] if (array.ndim, *spec.shape[1:]) == (1, 1) else array
     if array.ndim == len(spec.shape):
         first, *others = spec.shape
         unclear = isinstance(first, str) and "batch" not in first.lower()

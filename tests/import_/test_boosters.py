@@ -1,16 +1,28 @@
-"""What XGBoost and LightGBM save is compiled as it is; what may run code is not opened."""
+"""What XGBoost, LightGBM and skops save is compiled as it is; what may run code is not opened."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import lightgbm
 import numpy as np
+import pandas as pd
 import pytest
+import skops.io
 import torch
 import xgboost
+from sklearn.compose import ColumnTransformer
+from sklearn.ensemble import (
+    GradientBoostingRegressor,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
 import lrai_core as lrai
 from lrai_core import CompileError
@@ -62,6 +74,52 @@ def test_a_file_of_lightgbm_answers_as_what_was_saved(
     check(load(file, print), file, answers(model))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        make_pipeline(StandardScaler(), LogisticRegression()),
+        RandomForestClassifier(n_estimators=9, max_depth=4, random_state=0),
+        HistGradientBoostingClassifier(max_iter=9, random_state=0),
+        GradientBoostingRegressor(n_estimators=9, random_state=0),
+    ],
+)
+def test_a_file_of_skops_answers_as_what_was_saved(tmp_path: Path, model: Any) -> None:
+    model.fit(ROWS, CLASSES if hasattr(model, "predict_proba") else VALUES)
+    skops.io.dump(model, file := tmp_path / "m.skops")
+    check(load(file, print), file, answers(model))
+
+
+def test_a_file_of_skops_says_which_columns_it_takes(tmp_path: Path) -> None:
+    table = pd.DataFrame({"city": ["a", "b", "c"] * 100, "x": ROWS[:, 0], "y": ROWS[:, 1]})
+    steps = [("c", OneHotEncoder(), ["city"]), ("x", StandardScaler(), ["y", "x"])]
+    model = make_pipeline(ColumnTransformer(steps), LogisticRegression()).fit(table, CLASSES)
+    skops.io.dump(model, file := tmp_path / "m.skops")
+    artifact = lrai.compile(file, out=tmp_path / "m.lrai", threads=1)
+    inputs = [(one.name, one.datatype) for one in artifact.manifest.signature.inputs]
+    assert inputs == [("city", "BYTES"), ("x", "FP32"), ("y", "FP32")]
+    made = tmp_path / "m.onnx"
+    made.write_bytes(load(file, print).model.SerializeToString())
+    columns = [table[name].to_numpy()[:, None] for name in table]
+    *_, got = find_engine("onnxruntime").load(made).run(columns)
+    np.testing.assert_allclose(got, model.predict_proba(table), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        (FunctionTransformer(os.getcwd), r"it holds posix\.getcwd, which skops does not trust; "),
+        ([1, 2], "^m.skops cannot be converted: "),
+        (LogisticRegression(), "how many columns"),
+    ],
+)
+def test_what_skops_does_not_trust_or_is_no_model_is_refused(
+    tmp_path: Path, saved: Any, says: str
+) -> None:
+    skops.io.dump(saved, file := tmp_path / "m.skops")
+    with pytest.raises(CompileError, match=says):
+        load(file, print)
+
+
 def check(found: lrai.Imported, file: Path, right: Any) -> None:
     assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     made = file.with_suffix(".onnx")
@@ -86,6 +144,8 @@ def test_the_suffix_says_who_reads_it(tmp_path: Path) -> None:
         ("m.ubj", b""),
         ("m.txt", b"a line\nand another\n"),
         ("m.txt", b""),
+        ("m.skops", b"no archive"),
+        ("m.skops", b""),
     ],
 )
 def test_what_is_none_is_refused_in_a_sentence(tmp_path: Path, name: str, content: bytes) -> None:
@@ -105,7 +165,7 @@ def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:
 def test_an_exported_program_is_not_opened_but_told_how(tmp_path: Path) -> None:
     program = torch.export.export(torch.nn.Linear(5, 2).eval(), (torch.from_numpy(ROWS),))
     torch.export.save(program, file := tmp_path / "m.pt2")
-    says = r"^'m\.pt2' may run code of .* lrai_import\.objects\.to_onnx\(torch\.export\.load\('m"
+    says = r"^'m\.pt2' may run code of .* lrai_core\.compile\(torch\.export\.load\('m"
     with pytest.raises(CompileError, match=says):
         refuse(file, print)
     with pytest.raises(CompileError, match=says):

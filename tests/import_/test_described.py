@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import tokenizers
+from onnx import helper
 from PIL import Image
 
 import lrai_core as lrai
@@ -21,6 +22,7 @@ from lrai_core.errors import EngineError
 from lrai_import.described import load
 from lrai_report.compare import measure_of
 from lrai_report.page import page
+from tests.core.compiler import onnx_files
 from tests.tiny_models import WORDS, picture_model, text_model, token_model, tokenizer
 
 TEXT = '\n[preprocess.text]\ntokenizer = "tokenizer.json"\nmask = "attention_mask"\n'
@@ -389,3 +391,53 @@ def test_what_is_not_described_stays(tmp_path: Path) -> None:
     token_model(tmp_path / "model.onnx")
     model = load(describe(tmp_path, "model.onnx", ""), print).model
     assert [value.name for value in model.graph.input] == ["input_ids", "attention_mask"]
+
+
+def look_up(folder: Path, tables: int, rows: int) -> Path:
+    """Write a description of a model that looks the brightest channel up in tables.
+
+    They are `tables.bin`, the same one for all.
+    """
+    weights = []
+    for index in range(tables):
+        weight = onnx.TensorProto(
+            name=f"t{index}", data_type=onnx.TensorProto.FLOAT, dims=[rows, 64],
+            data_location=onnx.TensorProto.EXTERNAL,
+        )  # fmt: skip
+        weight.external_data.add(key="location", value="tables.bin")
+        weights.append(weight)
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["means"]),
+        helper.make_node("Flatten", ["means"], ["scores"]),
+        helper.make_node("ArgMax", ["scores"], ["best"], axis=1, keepdims=0),
+        *(helper.make_node("Gather", [f"t{i}", "best"], [f"g{i}"]) for i in range(tables)),
+        helper.make_node("Sum", [f"g{i}" for i in range(tables)], ["y"]),
+    ]
+    inputs = [onnx_files.value("image", ["batch", 3, 8, 8])]
+    outputs = [onnx_files.value("scores", ["batch", 3]), onnx_files.value("y", ["batch", 64])]
+    made = onnx_files.model(nodes, inputs, outputs, weights)
+    onnx_files.save(made, folder / "model.onnx")
+    rest = f"{PIXELS}resize = [8, 8]\n[postprocess]\nmap = 'softmax'\n"
+    return describe(folder, "model.onnx", rest)
+
+
+def test_large_weights_stay_what_they_are(tmp_path: Path) -> None:
+    """Converter and checker do not see them, whatever comes around them."""
+    table = np.random.default_rng(0).standard_normal((1024, 64)).astype(np.float32)
+    (tmp_path / "tables.bin").write_bytes(table.tobytes())
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    pixels[range(3), ..., [2, 0, 1]] = 255
+    scores, found = run(look_up(tmp_path, 2, 1024), tmp_path, pixels)
+    assert np.allclose(scores.sum(axis=1), 1)
+    np.testing.assert_array_equal(found, 2 * table[[2, 0, 1]])
+
+
+@pytest.mark.timeout(300)  # it is read four times
+def test_a_model_of_over_2_gb_is_described_as_another(tmp_path: Path) -> None:
+    """Eight tables of 256 MB, which share one sparse file."""
+    with (tmp_path / "tables.bin").open("wb") as stream:
+        stream.truncate(1 << 28)
+    found = load(look_up(tmp_path, 8, 1 << 20), print)
+    assert found.opset == 18  # for the sake of resizing
+    assert [one.name for one in found.model.graph.input] == ["photo"]
+    assert sum(len(one.raw_data) for one in found.model.graph.initializer) > (2 << 30) - 1

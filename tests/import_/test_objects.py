@@ -1,4 +1,4 @@
-"""Models in memory become a file that is compiled as any other."""
+"""Models in memory are compiled, or become a file that is compiled as any other."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 import lrai_core as lrai
 from lrai_core.engine.engine import find_engine
-from lrai_import.objects import to_onnx
+from lrai_import.objects import compile, to_onnx
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about itself
 ROWS = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
@@ -78,3 +82,72 @@ def test_what_cannot_be_converted_is_refused_in_a_sentence(
     with pytest.raises(lrai.UsageError, match=says):
         to_onnx(model, inputs, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_module_is_compiled_as_it_is(tmp_path: Path, double: bool) -> None:
+    module = network().double() if double else network()
+    rows = {"input": ROWS.astype(float)}  # as numpy has numbers
+    artifact = lrai.compile(module, out=tmp_path / "m.lrai", calibration=rows, threads=1)
+    (given,) = artifact.manifest.signature.inputs
+    kind = "FP64" if double else "FP32"
+    assert (given.name, given.datatype, given.shape[1:]) == ("input", kind, (8,))
+    assert given.batch_axis == 0
+
+
+def test_inputs_may_be_told_apart_from_rows(tmp_path: Path) -> None:
+    table = lrai.TensorSpec(name="x", datatype="FP32", shape=("n", 8))
+    for name, inputs in (("a", {"x": ROWS}), ("b", (table,))):
+        artifact = compile(network(), inputs, out=tmp_path / f"{name}.lrai", threads=1)
+        assert [one.name for one in artifact.manifest.signature.inputs] == ["x"]
+
+
+def test_columns_are_those_that_the_model_was_fitted_with(tmp_path: Path) -> None:
+    """So a group may be one of them, and another one is not."""
+    random = np.random.default_rng(0)
+    columns: dict[str, Any] = {
+        "age": random.normal(40, 9, 600),
+        "sex": random.choice(["f", "m"], 600),
+    }
+    labels = (columns["age"] > 40).astype(int)
+    steps = [("sex", OneHotEncoder(), ["sex"]), ("age", "passthrough", ["age"])]
+    model = make_pipeline(ColumnTransformer(steps), LogisticRegression())
+    model.fit(pd.DataFrame(columns), labels)
+    groups: dict[str, Any] = {"region": random.choice(["north", "south"], 600)}
+    np.savez(tmp_path / "rows.npz", **columns, **groups, label=labels)
+    artifact = lrai.compile(
+        model,
+        out=tmp_path / "m.lrai",
+        evaluation=tmp_path / "rows.npz",
+        groups=["sex", "region"],
+        max_disparity=0.2,  # of so few rows
+        threads=1,
+    )
+    inputs = {one.name: one.datatype for one in artifact.manifest.signature.inputs}
+    assert inputs == {"age": "FP32", "sex": "BYTES"}
+
+
+def test_a_table_without_a_name_is_called_features(tmp_path: Path) -> None:
+    x, y = load_iris(return_X_y=True)
+    np.save(tmp_path / "rows.npy", x)
+    model = LogisticRegression(max_iter=500).fit(x, y)
+    rows = tmp_path / "rows.npy"
+    for name, given in (("a", rows), ("b", None)):  # or as wide as it was fitted with
+        out = tmp_path / f"{name}.lrai"
+        artifact = lrai.compile(model, out=out, calibration=given, threads=1)
+        (table,) = artifact.manifest.signature.inputs
+        assert (table.name, table.shape[1:]) == ("features", (4,))
+
+
+def test_what_cannot_be_compiled_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="'out'"):
+        compile(network(), {"x": ROWS})
+    with pytest.raises(lrai.UsageError, match=r"the model is a builtins\.object; what can be"):
+        lrai.compile(object(), out=tmp_path / "m.lrai")
+    with pytest.raises(lrai.CompileError, match=r"inputs: give rows"):
+        lrai.compile(network(), out=tmp_path / "m.lrai")
+    (tmp_path / "rows.npz").write_bytes(b"no archive")
+    for rows in ("rows.npz", "none.npz"):
+        with pytest.raises(lrai.CompileError, match=rf"^{rows} cannot be read: \S"):
+            lrai.compile(network(), out=tmp_path / "m.lrai", evaluation=tmp_path / rows)
+    assert not (tmp_path / "m.lrai").exists()

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from xgboost import XGBRegressor
 
 import lrai_core as lrai
 from lrai_core import cli
@@ -127,6 +128,21 @@ def test_what_files_say_is_shown_and_neither_obeyed_nor_read_as_markup(tmp_path:
     said += run("certificate", "check", artifact / "certificates/forged.json", *arguments, code=3)
     assert "of variant b[/bold]:smile:?[31m differs" in " ".join(said.split())
     assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("more", [(), ("--engine", "openvino")])
+def test_a_model_in_which_nothing_can_be_quantised_ends_with_exit_0(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 8)).astype("f4")
+    model = XGBRegressor(n_estimators=5, max_depth=3, n_jobs=1).fit(x, x[:, 0])
+    model.save_model(tmp_path / "m.json")
+    np.savez(tmp_path / "rows.npz", features=x)
+    out = tmp_path / "m.lrai"
+    arguments = ("--evaluation", tmp_path / "rows.npz", "--threads", "1")
+    said = run("compile", tmp_path / "m.json", "-o", out, *arguments, *more, code=0)
+    assert "nothing in it can be quantised: fp32 serves, batched" in " ".join(said.split())
+    assert lrai.Artifact.open(out).manifest.variant("fp32").gate is not None
 
 
 def test_a_model_that_no_form_makes_faster_ends_with_exit_3(model: Path, tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import lrai_core as lrai
 import lrai_mlflow
+from lrai_mlflow.commands.app import main
 from lrai_mlflow.commands.convert import _rows, options_of
+from tests.core.compiler.onnx_files import linear
 from tests.integration.mlflow_server import own_store
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model
@@ -408,8 +410,8 @@ def test_the_command_converts_too(client: mlflow.MlflowClient, tmp_path: Path) -
     more = ["--evaluation", str(tmp_path / "rows.npz"), "--threads", "1", "--metric", "top1"]
     more += ["--option", "max_accuracy_loss=0.05", "--allow-pickle"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr  # of such a model there is no other form
-    assert "no form but fp32 passed the gate and was faster" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "nothing in it can be quantised: fp32 serves, batched" in done.stdout
     assert done.stdout.startswith("models:/m-")
     assert "version 2" in done.stdout
     version = client.get_model_version("cli", "2")
@@ -429,3 +431,14 @@ def test_the_command_converts_too(client: mlflow.MlflowClient, tmp_path: Path) -
         assert subprocess.run(unknown, capture_output=True, check=False).returncode == 2
     lost = os.environ | {"MLFLOW_TRACKING_URI": "nowhere://"}
     assert subprocess.run(again, capture_output=True, env=lost, check=False).returncode == 2
+
+
+def test_the_command_says_where_no_form_passes(tmp_path: Path) -> None:
+    source = logged_by(mlflow.onnx.log_model, linear())
+    rows = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    np.savez(tmp_path / "rows.npz", x=rows)
+    arguments = ["--evaluation", str(tmp_path / "rows.npz"), "--threads", "1"]
+    arguments += ["--option", "epsilon=1e-12", "--option", "delta=0.05"]
+    says = r"^no form but fp32 passed the gate and was faster; runs:/\S+/quantization\.jsonl tells"
+    with pytest.raises(lrai.ConditionNotMet, match=says):
+        main(["convert", source.model_uri, *arguments])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import Any
 
 import pytest
 from onnx import helper
@@ -117,3 +118,30 @@ def test_an_install_without_the_importer_is_told_in_a_sentence(
         lrai.compile(path, out=tmp_path / "m.lrai")
     assert refused.value.exit_code == 5
     assert not (tmp_path / "m.lrai").exists()
+
+
+def compile_odd(model: object, **options: Any) -> tuple[object, dict[str, Any]]:
+    """Stand for what compiles models in memory."""
+    return model, options
+
+
+def test_what_is_no_file_is_compiled_by_the_importer_of_objects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, Object=f"{__name__}:{compile_odd.__name__}")
+    given = object()
+    made: Any = lrai.compile(given, out="m.lrai", threads=2)
+    assert made[0] is given
+    assert made[1] | {"out": "m.lrai", "threads": 2, "keep": None} == made[1]
+    with pytest.raises(lrai.EnvironmentProblem, match="importer of onnx files is not installed"):
+        lrai.compile(Named("m.onnx"), out="m.lrai")
+
+
+class Named:
+    """A path of another library."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return self.path

@@ -68,6 +68,13 @@ def test_a_model_with_one_input_reads_npy_and_both_take_a_path_as_text(tmp_path:
     assert len(read_rows(str(tmp_path / "e.npy"), TABLE, "evaluation")[0]) == 4
 
 
+def test_a_table_of_one_column_may_be_given_as_a_column() -> None:
+    one = TensorSpec(name="x", datatype="FP32", shape=("batch", 1), batch_axis=0)
+    for column in (x()[:, 0], x()[:, :1]):
+        rows, _ = read_rows({"x": column}, Signature(inputs=(one,), outputs=()), "evaluation")
+        assert [row[0].tolist() for row in rows.inputs] == [[[value]] for value in x()[:, 0]]
+
+
 def test_repeated_rows_are_left_out_and_the_first_of_each_stays_in_order() -> None:
     data = x()[[2, 0, 2, 1, 0]]
     rows, repeated = read_rows({"x": data, "label": np.arange(5)}, TABLE, "evaluation")
