@@ -270,12 +270,14 @@ class Pool:
             if actor.line is not None:
                 actor.line.close()
             actor.why = f"the interpreter of actor.python cannot be started: {error.strerror}"
-            if actor.loaded.done():  # it could be before: that is no death, and tried again
+            short = error.errno in _SHORT
+            if not actor.loaded.done():
+                self._give_up(actor, (OutOfResources if short else EnvironmentProblem)(actor.why))
+            elif short:  # it could be before: that is no death, and tried again
                 actor.line, actor.due = None, time.monotonic() + 10 * _BACKOFF_SECONDS
                 self._events.emit("actor_lost", actor.name, reason=actor.why)
             else:
-                kind = OutOfResources if error.errno in _SHORT else EnvironmentProblem
-                self._give_up(actor, kind(actor.why))
+                self._ended(actor, 1, time.monotonic())
             return
         self._poller.register(actor.line, zmq.POLLIN)
         actor.expect(self._config.start_timeout_seconds, "the model was not loaded")

@@ -265,18 +265,22 @@ class _Situation:
     def rest_fits(self, call: _Call) -> bool:
         """Return whether what `call` leaves behind can follow whole, and who comes meanwhile too.
 
-        Of those that wait as many fall due in a time as came in one.
+        Of those that wait as many become urgent in a time as came in one.
         """
         urgent, gone = self.queue.urgent, self.aside | {one.sequence for one in call.members}
-        span = max(1e-9, urgent[-1].deadline - urgent[self.first].deadline)
-        come = (len(urgent) - self.first) * call.seconds / span
+        first = urgent[self.first]
+        alike = bisect_left(urgent, (first.priority + 1,))  # of the same priority, with the others
+        span = urgent[alike - 1].urgency - first.urgency
+        come = (alike - self.first) * call.seconds / span if span > 0 else 0.0
         for waiting in itertools.islice(urgent, self.first, None):
             if waiting.sequence not in gone:
                 follows = self.lead(waiting, gone, call.seconds)
-                rows = sum([one.rows for one in follows.members]) + come * waiting.rows
+                own = sum([one.rows for one in follows.members])
                 length = max([one.length for one in follows.members])
-                takes = self.costs[min(self.bounds.rows, round(rows)), length] * self.costs.margin
-                return self.now + call.seconds + takes <= follows.due and not follows.short_of_time
+                most = min(self.bounds.rows, (self.bounds.elements or inf) / max(1, length))
+                rows = max(own, round(min(most, own + come * waiting.rows)))
+                end = self.now + call.seconds + self.costs[rows, length] * self.costs.margin
+                return end <= follows.due and not follows.short_of_time
         return True
 
     def give_up(self, call: _Call) -> tuple[_Call, list[Waiting]]:

@@ -367,6 +367,20 @@ def test_an_actor_that_cannot_be_started_again_at_once_is_started_later(
     assert bench.pool.state("m")[0] == "ready"
 
 
+def test_an_interpreter_that_is_gone_is_given_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> object:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr("lrai_core.actor.pool.Popen", gone)
+    bench.process.kill()
+    for _ in range(100):
+        bench.poll(1.0)
+    assert bench.pool.state("m")[0] == "failed"
+    assert bench.events.counts()["model_failed"] == 1
+
+
 def test_a_model_that_could_be_opened_before_is_opened_again(bench: Bench) -> None:
     """What it lacks for a moment, memory say, is no reason to give it up."""
     bench.process.kill()

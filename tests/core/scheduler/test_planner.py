@@ -183,6 +183,15 @@ def test_who_has_time_has_it_for_those_too_who_come_meanwhile() -> None:
     assert decide([waiting(left=tight), *quickly], steep).drop == (0,)
 
 
+def test_who_names_no_time_is_not_given_up_though_others_fall_due_before() -> None:
+    latency = model(5e-3, 2e-5)
+    patient = waiting(64, left=59.9)._replace(urgency=NOW - 0.02)  # it is urgent by now
+    queue = [patient, waiting(64, left=0.012)] + [waiting(64, left=0.06) for _ in range(8)]
+    assert decide(queue, latency, Bounds(64, 512)).drop == ()
+    low = waiting(64, left=0.01, priority=1)
+    assert decide([waiting(64, left=0.012), low, *queue[2:]], latency, Bounds(64, 512)).drop == ()
+
+
 def test_nobody_is_given_up_for_one_who_is_late_whatever_is_done() -> None:
     costly = model(15e-3, 1e-5)
     late = waiting(group="b", left=-1, priority=1)
