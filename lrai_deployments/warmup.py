@@ -14,7 +14,7 @@ from lrai_core.runtime.version import Version
 from lrai_core.verifier.sample import load_rows
 
 _LENGTH: Final = 8  # where none was measured
-_MOST_BYTES: Final = 16 << 20  # of kept rows that are read for the few that it takes
+_MOST_ROWS: Final = 64  # of the kept ones: each takes a look before it is run
 
 
 def warm_up(core: Embedded, version: Version) -> None:
@@ -31,9 +31,8 @@ def warm_up(core: Embedded, version: Version) -> None:
     measured = {(point.rows, point.length) for point in version.variant.latency}
     fits = ((n, m) for n, m in measured if n <= most_rows)  # a row alone runs, however long
     sizes = [(n, m) for n, m in fits if n == 1 or n * m <= most_elements]
-    stored = artifact.manifest.files.get(EVALUATION)
-    few = stored and stored.size_bytes <= _MOST_BYTES
-    real = load_rows(artifact.file(EVALUATION), signature).inputs if few else []
+    kept = EVALUATION in artifact.manifest.files
+    real = load_rows(artifact.file(EVALUATION), signature, _MOST_ROWS).inputs if kept else []
     names = [spec.name for spec in signature.inputs]
     limit_ms = core.config.actor.start_timeout_seconds * 1e3
     for i, (rows, length) in enumerate(sorted(sizes) or [(1, 0)]):

@@ -16,7 +16,7 @@ from lrai_core.engine.engine import Engine
 from lrai_core.errors import CompileError
 from lrai_engines import fusion
 from lrai_engines.blocks import matmul_nbits
-from lrai_engines.kept import Kept
+from lrai_engines.kept import LATE, Kept, is_late
 from lrai_engines.mixed import mixed_int4
 from lrai_engines.quantize import NothingToQuantize
 from lrai_engines.smooth import ROW, STATIC, SmoothForms
@@ -158,6 +158,9 @@ def _under_each_pass_set(
     precision = f"int{bits}" if bits < 32 else "fp32"
     weights, threads = material.shared.folder, material.threads
     for name, passes_off in fusion.DISABLEABLE:
+        if seen and is_late(form, material.until):  # the first tells what the form is worth
+            reject(f"{form} ({name})", LATE)
+            break
         file = home / name / "model.onnx"
         file.parent.mkdir()
         try:

@@ -24,6 +24,7 @@ from lrai_engines.quantize import NothingToQuantize
 Make = Callable[[Path, Reject], Iterable[Built]]
 
 _LIBRARIES = ("lrai", "onnx", "onnxruntime", "numpy")
+LATE = "not made: the minutes are up"
 
 
 class _Told(msgspec.Struct, forbid_unknown_fields=True):
@@ -58,17 +59,14 @@ class Kept:
         Raises:
             OSError: The folder cannot be written.
         """
-        if (told := self._find(name)) is None and self._is_late(name):
-            reject(name, "not made: the minutes are up")
+        if (told := self._find(name)) is None and is_late(name, self._until):
+            reject(name, LATE)
             return
         told = told or self._made(name, make, reject)
         if told.why:
             reject(name, f"nothing to quantise: {told.why}")
         for built in told.built:
             yield replace(built, graph=self._home / told.folder / built.graph)
-
-    def _is_late(self, name: str) -> bool:
-        return name != "fp32" and time.monotonic() > self._until
 
     def _find(self, name: str) -> _Told | None:
         """Return what is told of a form that is whole, and lies where it should."""
@@ -98,9 +96,6 @@ class Kept:
         try:
             for built in make(folder, refuse):
                 told.built.append(replace(built, graph=built.graph.relative_to(folder)))
-                if self._is_late(name):
-                    failed.append(name)  # it is not all that there is of it
-                    break
         except NothingToQuantize as error:
             told.why = str(error)
         if not failed:
@@ -109,6 +104,11 @@ class Kept:
             draft.write_bytes(msgspec.json.encode(told, enc_hook=os.fspath))
             draft.rename(self._home / f"{name}.json")
         return told
+
+
+def is_late(form: str, until: float) -> bool:
+    """Return whether no more of a form is to be made; fp32 is in any case."""
+    return form != "fp32" and time.monotonic() > until
 
 
 def _size(folder: Path) -> int:

@@ -110,8 +110,9 @@ def _check(kind: str, model: Any, before: list[Any], splits: list[Any], name: st
     if kind == "Unigram":
         rest = done[done[:1] == ["Precompiled"] :]
         fits = cut == ["Metaspace"] and rest == ["Strip", "Replace"]
+        options = _OPTIONS | {"add_prefix_space": (True,)}  # files of old have no prepend_scheme
         if cut == ["WhitespaceSplit", "Metaspace"]:
-            fits, options = {*rest} <= {"Strip", "Replace"}, _OPTIONS | {"content": (" ",)}
+            fits, options = {*rest} <= {"Strip", "Replace"}, options | {"content": (" ",)}
     elif kind == "WordPiece":
         options = _OPTIONS | {"continuing_subword_prefix": ("##",), "unk_token": ("[UNK]",)}
     if not fits:

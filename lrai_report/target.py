@@ -14,7 +14,7 @@ from lrai_core.errors import shorten
 from lrai_report.live import runtime_of
 
 _CONFIG: Final = "config.pbtxt"
-_OURS: Final = r"(?m)^[^#\n]*\bbackend\s*:\s*[\"']lrai[\"']"
+_NAMED: Final = r"\b(backend|platform)\s*:\s*[\"']([^\"']*)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,19 @@ class Target:
     def commands(self, written: Path) -> tuple[str, ...]:
         """Return what has Triton serve an artifact as the next version, and what goes back.
 
-        Nothing where it lies in no repository.
+        Nothing where it lies in no repository, or `lrai triton add` would refuse the entry.
         """
-        if self.entry is None:
+        if self.entry is None or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.entry.name):
             return ()
         version = str(max(map(int, _versions(self.entry)), default=0) + 1)
         place = ["--model-repository", f"{self.entry.parent}", "--name", self.entry.name]
         add = ["lrai", "triton", "add", f"{written}", *place, "--version", version]
         back = ["rm", "-r", f"{self.entry / version}"]
-        if not re.search(_OURS, (self.entry / _CONFIG).read_text(errors="replace")):
+        if (backend := _backend(self.entry / _CONFIG)) != "lrai":
+            others = [_backend(one) for one in (self.entry / "configs").glob("*.pbtxt")]
+            left = (self.entry / f"{_CONFIG}.lrai-original").exists()
+            if left or (others and "lrai" not in others) or not backend.startswith("onnxruntime"):
+                return ()
             add, back = [*add, "--switch"], ["lrai", "triton", "remove", f"{self.entry}"]
         return shlex.join(add), shlex.join(back)
 
@@ -142,6 +146,12 @@ def _newest_of(path: Path, requests: Path | None) -> Target | None:
     file = newest / "model.onnx"
     file = file / file.name if file.is_dir() else file  # beside weights in files of their own
     return Target(file, requests, entry=path) if file.is_file() else None
+
+
+def _backend(config: Path) -> str:
+    """Return what serves by a configuration of Triton: onnxruntime, where it names nothing."""
+    named = dict(re.findall(_NAMED, re.sub(r"#.*", "", config.read_text(errors="replace"))))
+    return named.get("backend") or named.get("platform") or "onnxruntime"
 
 
 def _versions(entry: Path) -> list[str]:

@@ -101,8 +101,8 @@ def tune(
     for, another what they are judged on, by agreement with fp32. Callers are answered as before
     without --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
     are needed at least (--minutes 0: none), and one command goes back. No gain: exit status 3, and
-    nothing is left. What is written keeps up to 2,000 of the requests that it was judged on (more
-    where what serves has a delta under 1 %), to be measured with them: 256 MiB on disk at most.
+    nothing is left. What is written keeps the requests that it was judged on, up to 65,536 and 256
+    MiB of them: such an artifact is as private as they are.
     """
     found = find(target, requests, address)
     _refuse_at_once(found, minutes, file, apply=apply)
@@ -186,7 +186,9 @@ def _judge(
     if artifact.manifest.chosen == "fp32":
         none = "no gain: no form was faster and right on these requests"
         raise _NoGain(f"{none}; lrai compile --evaluation tells why of each{closest(artifact)}")
-    rows = requests_of(evaluation(artifact), artifact)
+    # So many tell whether more than delta are farther than epsilon, and others take their time.
+    most = max(2_000, round(20 / (artifact.manifest.demanded or (0, 0.01))[1]))
+    rows = requests_of(evaluation(artifact), artifact)[:most]
     if not rows:
         raise ConditionNotMet("one row has over 256 MiB: the artifact keeps none to measure with")
     # What it is to be better than is what serves, which need not be fp32.
@@ -268,9 +270,7 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
                 output_map=output_map or "raw",  # type: ignore[arg-type] # checked where it is used
                 axes=axes,
                 engines=engines,
-                # That it is measured and compared with; so many, that they tell if no more than
-                # delta are farther than epsilon.
-                keep_evaluation=max(2_000, round(20 / delta)),
+                keep_evaluation=1 << 16,  # all that one may have: who judges it anew needs them
                 epsilon=epsilon,  # what serves may have been made to be so close, or so small
                 delta=delta,
                 objective=served.objective if served else "latency",

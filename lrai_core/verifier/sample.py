@@ -34,7 +34,7 @@ _UNREADABLE: Final = (  # what numpy and zipfile raise on bytes that are not the
 )  # fmt: skip
 _KEPT_ROWS: Final = 1 << 16
 _Stored = tuple[tuple[tuple[int, ...], bytes], ...]  # an empty tuple takes no memory when read
-_AtMost = Annotated[tuple[_Stored, ...], msgspec.Meta(max_length=_KEPT_ROWS)]
+_AtMost = Annotated[tuple[msgspec.Raw, ...], msgspec.Meta(max_length=_KEPT_ROWS)]  # not copied
 
 
 class _Read(UserList[Any]):
@@ -132,8 +132,8 @@ def save_rows(path: Path, rows: Rows, most: int | None = None) -> Rows:
     return kept
 
 
-def load_rows(path: Path, signature: Signature) -> Rows:
-    """Return what `save_rows` kept.
+def load_rows(path: Path, signature: Signature, most: int | None = None) -> Rows:
+    """Return what `save_rows` kept, or the first `most` of it, without a look at the others.
 
     Raises:
         VerificationError: The file cannot be read, holds more than is ever kept, a row twice, or
@@ -143,7 +143,8 @@ def load_rows(path: Path, signature: Signature) -> Rows:
         with gzip.open(path) as stream:
             content = stream.read(_MOST_KEPT_BYTES + 64)  # what is longer is cut, and so refused
         stored = msgspec.msgpack.decode(content, type=_AtMost)
-        tensors = (_tensors(row, signature) for row in stored)
+        read = (msgspec.msgpack.decode(row, type=_Stored) for row in stored[:most])
+        tensors = (_tensors(row, signature) for row in read)
         rows, repeated = _distinct(tensors, None, signature, path.name)
     except (OSError, EOFError, ValueError, zlib.error, msgspec.MsgspecError, CalibrationError) as e:
         raise VerificationError(f"{path.name} cannot be read: {shorten(str(e), 200)}") from None

@@ -26,6 +26,7 @@ import onnxruntime
 import pytest
 import yaml  # type: ignore[import-untyped]
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.context import server_context
 from bentoml.exceptions import BentoMLException, NotFound
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -35,6 +36,7 @@ from lrai_bentoml.errors import bento_errors, waiting
 from lrai_bentoml.guard import Guard
 from lrai_bentoml.hooks import _metrics, seconds_of, workers_of
 from lrai_bentoml.metrics import exposition
+from lrai_import.hosted import Asked
 from tests.tiny_models import column_model, token_model
 
 EMBEDDED = {"runtime.address": "embedded", "actor.threads": 1}
@@ -381,6 +383,41 @@ class TestService:
             assert held.settings.config.scheduler.default_timeout_ms == 300_000
         finally:
             Main.model.close()
+
+    @pytest.mark.parametrize("where", ["entry_service", "service"])
+    def test_where_it_runs_is_the_same_to_who_starts_workers_and_to_them(
+        self, stored: bentoml.Model, own_config: None, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        """A service that another one depends on is told of itself alone in its workers."""
+        told = list[int]()
+
+        def placed(own: Asked, _: lrai.Artifact, processes: int) -> Asked:
+            told.append(processes)
+            return own
+
+        monkeypatch.setattr(Asked, "placed", placed)
+
+        class Scores:
+            model = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED)
+
+        class Beside:
+            pass
+
+        named = bentoml.service(name="fraud", workers=1)
+        if where == "service":
+            service: Any = named(Scores)
+            Beside.needed = bentoml.depends(service)  # type: ignore[attr-defined]
+            first: Any = bentoml.service(name="front")(Beside)
+        else:
+            Scores.needed = bentoml.depends(bentoml.service(name="back")(Beside))  # type: ignore[attr-defined]
+            first = service = named(Scores)
+        first.inject_config()
+        Scores.model._asked()
+        monkeypatch.setattr(server_context, "service_type", where)
+        service.inject_config()
+        service().lrai_load_model()
+        Scores.model.close()
+        assert told == [0, 0]
 
     def test_its_class_keeps_the_hooks_that_it_has(self) -> None:
         class Own:

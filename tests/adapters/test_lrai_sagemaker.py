@@ -384,6 +384,13 @@ class Ended:
         return self.returncode
 
 
+class Living(Ended):
+    """Stands for a worker that goes on until it is told to end."""
+
+    def poll(self) -> None:  # type: ignore[override]
+        return None
+
+
 def test_a_worker_that_cannot_serve_has_the_last_word_and_no_successor(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -402,12 +409,14 @@ def test_a_worker_that_cannot_serve_has_the_last_word_and_no_successor(
     assert not caplog.messages
 
 
-def supervised(monkeypatch: pytest.MonkeyPatch, start: Callable[[], Ended]) -> Supervisor:
+def supervised(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[], Ended], workers: int = 1
+) -> Supervisor:
     """Return a supervisor without a runtime whose workers are what `start` gives, if anything."""
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: start())
     listening = cast("socket.socket", SimpleNamespace(fileno=lambda: 0, close=lambda: None))
-    return Supervisor(Settings(folder="model"), None, listening)
+    return Supervisor(Settings(folder="model", workers=workers), None, listening)
 
 
 def test_a_worker_that_the_machine_has_no_room_for_is_started_later(
@@ -432,15 +441,34 @@ def test_a_worker_that_the_machine_has_no_room_for_is_started_later(
     assert caplog.messages == [f"a worker cannot be started: {os.strerror(errno.EAGAIN)}"] * 2
 
 
-def test_workers_that_can_never_be_started_end_the_container(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("workers", [1, 4, 64])
+@pytest.mark.parametrize("first", ["none", "lives"])
+def test_workers_that_can_never_be_started_end_the_container_that_has_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, workers: int, first: str
 ) -> None:
+    clock, started = SimpleNamespace(now=0.0), list[float]()
+
+    def sleep(_: float) -> None:
+        clock.now += 1.0
+        if clock.now > 1000.0:
+            supervisor._told(signal.SIGTERM, None)
+
     def start() -> Ended:
+        started.append(clock.now)
+        if first == "lives" and len(started) == 1:
+            return Living()
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr("lrai_sagemaker.commands.supervisor._START_AGAIN_SECONDS", 0.0)
-    with pytest.raises(lrai.EnvironmentProblem, match="11 deaths of workers in 60 s, see above"):
-        supervised(monkeypatch, start).run()
+    told = SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep)
+    supervisor = supervised(monkeypatch, start, workers)
+    monkeypatch.setattr("lrai_sagemaker.commands.supervisor.time", told)
+    if first == "lives":
+        assert supervisor.run() == 0
+        assert clock.now > 1000.0
+        return
+    with pytest.raises(lrai.EnvironmentProblem, match=r"^no worker could be started, see above$"):
+        supervisor.run()
+    assert 50.0 < clock.now < 100.0, "what the machine lacks may come back"
     assert set(caplog.messages) == {f"a worker cannot be started: {os.strerror(errno.ENOMEM)}"}
 
 

@@ -292,21 +292,50 @@ def test_no_form_but_fp32_is_begun_when_the_minutes_are_up(asked: Asked) -> None
     assert whole - {"fp32"} <= refused.keys()
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Return the clock that forms go by: it stands at what `now` is."""
+    told = SimpleNamespace(now=0.0)
+    told.monotonic = lambda: told.now
+    monkeypatch.setattr("lrai_engines.kept.time", told)
+    return told
+
+
 def test_what_is_half_made_when_the_minutes_are_up_is_made_again(
-    asked: Asked, monkeypatch: pytest.MonkeyPatch
+    asked: Asked, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*given: Any, **options: Any) -> Any:
+        if options["level"] == "all" and notes(asked):  # fp32 is there
+            clock.now = 2.0
+        return optimise(*given, **options)
+
+    optimise, refused = fusion.optimise, dict[str, str]()
+    builder, material = find_builder("onnxruntime"), replace(asked.material(), until=1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(fusion, "optimise", slow)
+        built = [one.form for one in builder.build(material, refused.__setitem__)]
+    half = built[-1]
+    assert built.count(half) == 1
+    assert half != "fp32"
+    assert "not made: the minutes are up" in [why for n, why in refused.items() if f"{half} (" in n]
+    assert half not in [note.stem for note in notes(asked)]
+    assert half in [one.form for one in asked.forms(builder)[0]]
+    assert half in [note.stem for note in notes(asked)]
+
+
+def test_what_is_whole_when_the_minutes_are_up_is_kept(
+    asked: Asked, clock: SimpleNamespace
 ) -> None:
     def make(home: Path, reject: Reject) -> Iterator[Built]:
         for name in ("first", "second"):
             file = home / name / "model.onnx"
             file.parent.mkdir()
             file.touch()
+            clock.now += 1.0
             yield Built("int8-row", "int8", file, 0)
 
     kept = Kept(replace(asked.material(), until=1.0), find_engine("onnxruntime"))
-    clock = iter([0.0, 2.0, 0.0, 0.0, 0.0])
-    told = SimpleNamespace(monotonic=lambda: next(clock))
-    monkeypatch.setattr("lrai_engines.kept.time", told)
-    for names in (["first"], ["first", "second"], ["first", "second"]):
-        found = kept.forms("int8-row", make, lambda *_: None)
-        assert [built.graph.parent.name for built in found] == names
-    assert not list(clock), "what is kept is taken, however late it is"
+    first = list(kept.forms("int8-row", make, lambda *_: None))
+    assert [built.graph.parent.name for built in first] == ["first", "second"]
+    assert clock.now == 2.0
+    assert list(kept.forms("int8-row", make, lambda *_: None)) == first

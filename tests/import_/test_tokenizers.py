@@ -407,6 +407,13 @@ WORD = {"id": 500, "content": "whole", "special": False}
             "_",
             "replacement of Metaspace is '_', needed is '▁'",
         ),
+        *(
+            (kind, f"{place}.add_prefix_space", False, "add_prefix_space of Metaspace is False")
+            for kind, place in (
+                ("marian", "pre_tokenizer"),
+                ("t5", "pre_tokenizer.pretokenizers.1"),
+            )
+        ),
         ("t5", "model.byte_fallback", True, "byte_fallback of Unigram is True"),
         ("t5", "model.unk_id", None, "has no unknown token"),
         ("t5", "model.vocab", [["<unk>", 0.0], ["a", -1.0]], "no ▁ in its vocabulary"),

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +25,12 @@ from benchmarks import models
 from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_core.compiler.search import Candidate
+from lrai_core.verifier.sample import Rows
 from lrai_report.compare import Side, answered, differing, measure, sides
 from lrai_report.compile import main as compile_main
 from lrai_report.live import _shadow, compare_live, switch
 from lrai_report.target import Target
-from lrai_report.tune import _compile, _is_private, _refuse_at_once, main
+from lrai_report.tune import _compile, _is_private, _judge, _refuse_at_once, main
 from tests.core import small_artifact
 from tests.core.compiler.onnx_files import linear, save
 from tests.own_runtime import daemon_pids, own_runtime
@@ -371,10 +371,36 @@ def test_what_serves_says_what_is_demanded_of_what_takes_its_place(
     assert os.umask(before) == 0o022
     demanded = {"epsilon": 0.02, "delta": 0.05, "objective": "memory", "mask": 0o077}
     assert {key: asked[key] for key in demanded} == demanded
-    assert asked["keep_evaluation"] == 2_000
-    small_artifact.rewrite(path, {"demanded": (0.02, 0.001)})
-    _compile(replace(found, served=lrai.Artifact.open(path)), tmp_path / "closer.lrai", "", ())
-    assert asked["keep_evaluation"] == 20_000
+    assert asked["keep_evaluation"] == 1 << 16
+
+
+@pytest.mark.parametrize(("demanded", "compared"), [(None, 2_000), ((0.02, 0.001), 20_000)])
+def test_of_many_rows_so_many_are_compared_as_tell_of_what_is_demanded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    demanded: tuple[float, float] | None,
+    compared: int,
+) -> None:
+    path, counts = small_artifact.build(tmp_path / "m.lrai"), list[int]()
+    small_artifact.rewrite(path, {"demanded": demanded})
+    row = [np.ones((1, 3), np.float32)]
+    monkeypatch.setattr("lrai_report.tune.evaluation", lambda _: Rows([row] * 30_000, None, []))
+    both = [SimpleNamespace(variant=name) for name in ("fp32", "int8")]
+    monkeypatch.setattr("lrai_report.tune.sides", lambda _: nullcontext(both))
+
+    def measured(_: object, requests: Sequence[object], **__: object) -> None:
+        counts.append(len(requests))
+
+    def told(_: object, requests: Sequence[object], *__: object) -> None:
+        counts.append(len(requests))
+        raise InterruptedError
+
+    monkeypatch.setattr("lrai_report.tune.measure", measured)
+    monkeypatch.setattr("lrai_report.tune.differing", told)
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz")
+    with pytest.raises(InterruptedError):
+        _judge(found, lrai.Artifact.open(path), 1, 0.2, 3, 0.0, None)
+    assert counts == [compared] * 2
 
 
 def test_the_engines_of_what_serves_are_tried_where_no_others_are_named(

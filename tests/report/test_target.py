@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import lrai_core as lrai
 from lrai_report.target import find
+from lrai_triton.commands.repository import _check_backend
 from tests.core import small_artifact
 from tests.own_runtime import own_runtime
 
@@ -70,6 +72,47 @@ def test_a_model_of_triton_comes_with_the_commands_that_switch_it(
     told = f"--model-repository {repository.parent} --name m --version 11{on}"
     words = f"lrai triton add 'a b.lrai' {told}", back.format(repository)
     assert found.commands(Path("a b.lrai")) == words
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"config.pbtxt": 'platform: "tensorflow_graphdef"'}, False),
+        ({"config.pbtxt": 'platform: "ensemble"'}, False),
+        ({"config.pbtxt": "max_batch_size: 8"}, True),
+        ({"config.pbtxt": 'platform: "" # backend: "python"'}, True),
+        ({"config.pbtxt.lrai-original": "max_batch_size: 8"}, False),
+        ({"configs/gpu.pbtxt": 'backend: "onnxruntime"'}, False),
+        ({"configs/gpu.pbtxt": "x: 1", "configs/cpu.pbtxt": 'backend: "lrai"'}, True),
+        (
+            {"configs/gpu.pbtxt": "x: 1", "config.pbtxt": 'name: "m" platform: "" backend: "lrai"'},
+            True,
+        ),
+    ],
+)
+def test_a_model_of_triton_that_cannot_be_taken_over_comes_without_commands(
+    repository: Path, change: dict[str, str], told: bool
+) -> None:
+    """`lrai triton add` refuses it: the two are to agree."""
+    (repository / "10" / "model.onnx").write_bytes(b"newer")
+    (repository / "configs").mkdir()
+    for name, text in change.items():
+        (repository / name).write_text(f"{text}\n")
+    with own_runtime():
+        found = find(str(repository), None, "auto")
+    assert bool(found.commands(Path("m.lrai"))) is told
+    with pytest.raises(lrai.UsageError) if not told else nullcontext():
+        _check_backend(repository, switch=True)
+
+
+@pytest.mark.parametrize("name", ["my model", "_m", "größe"])
+def test_a_model_of_triton_whose_name_is_refused_comes_without_commands(
+    repository: Path, name: str
+) -> None:
+    (repository / "10" / "model.onnx").write_bytes(b"newer")
+    entry = repository.rename(repository.with_name(name))
+    with own_runtime():
+        assert find(str(entry), None, "auto").commands(Path("m.lrai")) == ()
 
 
 def test_a_folder_is_called_as_it_is_wherever_it_is_named_from(

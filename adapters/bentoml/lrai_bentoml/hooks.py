@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.context import server_context
 
 import lrai_core as lrai
 from lrai_import.held import Questions
@@ -32,11 +33,9 @@ def install(owner: Any, name: str, runner: Runner) -> None:
         if not hasattr(owner, hook):
             setattr(owner, hook, function)
 
-    def load(service: Any) -> None:
-        runner.load(service.bento_service.name)
-
+    load = bentoml.on_startup(lambda service: runner.load(service.bento_service.name))
     setattr(owner, f"lrai_check_{name}", bentoml.on_deployment(lambda: runner.check()))  # noqa: PLW0108 - BentoML marks functions
-    setattr(owner, f"lrai_load_{name}", bentoml.on_startup(load))
+    setattr(owner, f"lrai_load_{name}", load)
     setattr(owner, f"lrai_close_{name}", bentoml.on_shutdown(lambda _: runner.close()))
 
 
@@ -54,11 +53,13 @@ def seconds_of(names: Set[str]) -> float:
 def _told(names: Set[str]) -> list[dict[str, Any]]:
     """Return what BentoML was told of the services of these names, of all if it has none of them.
 
-    A service may be called otherwise than its class, or have the model from a class above it.
+    A service may be called otherwise than its class, or have the model from a class above it. The
+    workers of one that others depend on know of no others, where the process that starts them does.
     """
     known = {**BentoMLContainer.config.get().get("services", {}), "runner_connection": None}
     services = {n: own for n, own in known.items() if isinstance(own, dict) and "traffic" in own}
-    return [services[n] for n in names if n in services] or [*services.values()] * bool(names)
+    own = [services[name] for name in names if name in services]
+    return own or [*services.values()] * bool(names and server_context.service_type != "service")
 
 
 async def progress(runners: Sequence[Runner]) -> bool:

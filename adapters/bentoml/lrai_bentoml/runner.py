@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,7 +88,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         with bento_errors():
             own = asked({"variant": variant, **(settings or {})})
         wanted = own if require is None else own._replace(require=dict(require))
-        here = SimpleNamespace(asked=wanted, serving=None, names=frozenset(), lock=threading.Lock())
+        here = SimpleNamespace(asked=wanted, serving=None, owners=(), names=(), lock=Lock())
         object.__setattr__(self, "_here", here)  # BentoML's class is frozen
 
     async def async_run(self, *args: Any, **inputs: Any) -> Any:
@@ -172,16 +172,16 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         """Load the model, or find it loaded by another worker; return when it is ready.
 
         Args:
-            services: Whose model it is, by the names that BentoML has for them.
+            services: Whose time a request has, by the names that BentoML has for them. Where the
+                model runs they do not say: who starts workers asks before any has a name.
 
         Raises:
             BentoMLException: It cannot be served as asked for.
         """
         with self._here.lock, bento_errors():
-            self._here.names |= set(services)
-            serving: Serving = self._here.serving or self._open()
-            self._here.serving = serving
-            return serving
+            self._here.names += services
+            self._here.serving = self._here.serving or self._open()
+            return self._here.serving  # type: ignore[no-any-return]
 
     async def attach(self) -> Serving:
         """Load the model if this process has not yet, without holding up the event loop."""
@@ -206,12 +206,13 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Have the class of the service look after the model."""
-        self._here.names |= {owner.__name__}
+        self._here.owners += (owner.__name__,)
         install(owner, name, self)
 
     def _asked(self) -> Asked:
-        artifact, names = artifact_of(get(str(self.tag)), verify=False), self._here.names
-        return self._here.asked.within(seconds_of(names)).placed(artifact, workers_of(names))  # type: ignore[no-any-return]
+        artifact, here = artifact_of(get(str(self.tag)), verify=False), self._here
+        timed = here.asked.within(seconds_of({*(here.names or here.owners)}))
+        return timed.placed(artifact, workers_of({*here.owners}))  # type: ignore[no-any-return]
 
     def _open(self) -> Serving:
         asked, stored = self._asked(), get(str(self.tag))

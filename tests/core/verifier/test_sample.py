@@ -425,6 +425,17 @@ def test_what_is_asked_for_is_kept_beyond_what_is_unasked(
     assert 0 < len(save_rows(path, rows, 150)) < 100
 
 
+def test_of_many_rows_the_first_are_read_without_the_others(tmp_path: Path) -> None:
+    rows = [[[[1, 3], floats([[i, 0, 0]]).tobytes()]] for i in range(3)]
+    path = store(
+        tmp_path / "evaluation.msgpack.gz", msgspec.msgpack.encode([*rows, *[["none of its"]] * 9])
+    )
+    found = load_rows(path, TABLE, 2)
+    assert [row[0][0, 0] for row in found.inputs] == [0, 1]
+    with pytest.raises(VerificationError, match="cannot be read"):
+        load_rows(path, TABLE)
+
+
 def test_text_is_kept_as_text(tmp_path: Path) -> None:
     words = Signature(
         inputs=(TensorSpec(name="w", datatype="BYTES", shape=("n",), batch_axis=0),), outputs=()

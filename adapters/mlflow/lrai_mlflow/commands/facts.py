@@ -104,7 +104,7 @@ def example_of(artifact: Artifact) -> dict[str, Any] | None:
     if EVALUATION not in artifact.manifest.files:
         return None
     signature = artifact.manifest.signature
-    rows = load_rows(artifact.file(EVALUATION), signature).inputs
+    rows = load_rows(artifact.file(EVALUATION), signature, 1).inputs
     if not rows:
         return None
     named = zip(signature.inputs, rows[0], strict=True)

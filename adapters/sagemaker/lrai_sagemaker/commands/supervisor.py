@@ -30,6 +30,7 @@ _LOOK_SECONDS: Final = 0.05
 _LOAD_AGAIN_SECONDS: Final = 1.0
 _START_AGAIN_SECONDS: Final = 5.0  # where the machine had no process, or no memory, to give
 _MOST_DEATHS, _WINDOW_SECONDS = 10, 60.0
+_MOST_FAILED: Final = 10  # starts in a row while no worker is there
 _SAID: Final = (2, 3, 4, 5)  # exit statuses of a worker that cannot serve, and has said why
 _GRACE_SECONDS: Final = 2.0  # beside draining; the platform kills after 30 s
 
@@ -46,7 +47,7 @@ class Supervisor:
     def __init__(self, settings: Settings, runtime: Runtime | None, on: socket.socket) -> None:
         self._settings, self._runtime, self._listening = settings, runtime, on
         self._workers: list[Worker] = []
-        self._deaths, self._start_at = list[float](), 0.0
+        self._deaths, self._start_at, self._failed = list[float](), 0.0, 0
         self._problem: LraiError | None = None
         self._signal = self._status = 0  # the status is a worker's
         self.held: Held | None = None
@@ -55,7 +56,7 @@ class Supervisor:
         """Return the exit status: 0 after SIGTERM, 130 after Ctrl-C.
 
         Raises:
-            LraiError: The model cannot be served, or workers keep dying.
+            LraiError: The model cannot be served, or workers keep dying, or none can be started.
         """
         signal.signal(signal.SIGTERM, self._told)
         signal.signal(signal.SIGINT, self._told)
@@ -94,12 +95,17 @@ class Supervisor:
         lives = worker.poll() is None if worker else now < self._start_at
         if lives or self._is_over():
             return worker
+        if worker is None:
+            worker = self._start()
+            self._failed = 0 if worker or any(self._workers) else self._failed + 1
+            if self._failed > _MOST_FAILED:
+                self._problem = EnvironmentProblem("no worker could be started, see above")
+            return worker
         self._deaths = [at for at in self._deaths if now - at < _WINDOW_SECONDS]
-        if worker:
-            if not self._runtime and worker.returncode in _SAID and not self._deaths:
-                self._status = worker.returncode  # it has said why, and that is to be the last line
-                return worker
-            log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
+        if not self._runtime and worker.returncode in _SAID and not self._deaths:
+            self._status = worker.returncode  # it has said why, and that is to be the last line
+            return worker
+        log.warning("worker %d ended with status %d", worker.pid, worker.returncode)
         self._deaths.append(now)
         if len(self._deaths) > max(_MOST_DEATHS, 3 * self._settings.workers):
             often = f"{len(self._deaths)} deaths of workers in {_WINDOW_SECONDS:g} s, see above"
