@@ -221,7 +221,7 @@ class Deployments(Kept):
             artifact = str(version.artifact.path.absolute()) if version else ""
             traffic = str(watching.folder.absolute()) if watching else ""
             shown = (record.shares, record.shadow, record.relief, record.previous.version)
-            found.append(Deployment(name, *shown, record.frozen, artifact, traffic))
+            found.append(Deployment(name, *shown, record.frozen, artifact, traffic, record.away))
         return found
 
     def unload(self, name: str, version: str = "", *, drain: bool = False) -> None:

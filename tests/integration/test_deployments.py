@@ -753,6 +753,7 @@ def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replac
             runtime.load(small[4.0], name=name)
         (before,) = [one for one in runtime.deployments() if one.name == "m"]
         assert (before.shares, before.artifact) == ({version(small[3.0]): 1.0}, "")
+        assert [one.name for one in runtime.deployments() if one.away] == ["m"]
         assert {model.name for model in runtime.models()} == {"n", "o"}
         with pytest.raises(lrai.ModelNotFound):
             ask(runtime)
@@ -767,6 +768,7 @@ def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replac
             assert ask(runtime) == 3.0
             (now,) = [one for one in runtime.deployments() if one.name == "m"]
             assert (now.shares, now.previous) == (before.shares, version(small[2.0]))
+            assert not now.away
             assert deployments(runtime).find("m").limits.max_batch_rows == 3
             for name in (f"p{asked}", f"q{asked}"):
                 runtime.load(small[5.0], name=name)
