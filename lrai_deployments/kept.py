@@ -121,6 +121,7 @@ class Kept(Running):
         finally:
             with self._condition:
                 self._changing.discard(name)
+                self._leaving.discard(name)
                 self._condition.notify_all()
 
     @contextmanager
@@ -235,6 +236,8 @@ class Kept(Running):
                     self._store.write(self._records)  # what is not told of is not done
                 raise
             self._records = records
+            if record.away or not record.versions:
+                self._leaving.add(name)
             self._apply(name, record)
         self.events.emit("deployment_changed", name, change=what, by=by, reason=why)
 

@@ -349,6 +349,7 @@ def test_what_a_model_has_accepted_is_answered_before_it_is_unloaded(
         wait_until(lambda: runtime.models() == [])
         with pytest.raises(lrai.ModelNotFound):
             ask(runtime)
+        assert runtime.ready() == "idle", "others would be asked nothing meanwhile"
         assert unload.is_alive()
         kill(actor, signal.SIGCONT)
         assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {2.0}
