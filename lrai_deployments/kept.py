@@ -25,7 +25,7 @@ from lrai_deployments.traffic import forget_aged
 
 _log = logging.getLogger(__name__)
 _OPENED: Final = 64  # names at a time that were served before
-_LOST: Final = (lrai.ArtifactError, lrai.ConditionNotMet, lrai.UsageError, TypeError)  # for good
+LOST: Final = (lrai.ArtifactError, lrai.ConditionNotMet, lrai.UsageError, TypeError)  # for good
 
 
 class Kept(Running):
@@ -83,7 +83,7 @@ class Kept(Running):
             except (lrai.LraiError, TypeError, OSError) as error:
                 self.events.emit("deployment_changed", name, change="lost", reason=str(error))
                 _log.warning("%s: version %s is not served again: %s", name, label, error)
-                lost = isinstance(error, _LOST) and not kept.frozen  # which stays as it is
+                lost = isinstance(error, LOST) and not kept.frozen  # which stays as it is
                 missing = missing or not lost
                 if lost:
                     record = record.without(label)

@@ -781,6 +781,28 @@ def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replac
         assert "m" not in {one.name for one in runtime.deployments()}
 
 
+@pytest.mark.parametrize("becomes", [None, 5.0])
+def test_where_what_made_room_is_lost_what_is_asked_for_serves(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: float | None
+) -> None:
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
+    replaced = Path(shutil.copytree(small[3.0], tmp_path / "replaced.lrai"))
+    with lrai.Runtime(config(**{"runtime.memory_mib": 250})) as runtime:
+        runtime.load(small[2.0], name="m")
+        runtime.swap("m", replaced)
+        for name in ("n", "o"):
+            runtime.load(small[4.0], name=name)
+        shutil.rmtree(replaced)
+        if becomes:
+            shutil.copytree(small[becomes], replaced)
+        deployments(runtime).load(str(small[2.0]), name="m", shared=True)
+        assert ask(runtime) == 2.0
+        (now,) = [one for one in runtime.deployments() if one.name == "m"]
+        assert (now.shares, now.away) == ({version(small[2.0]): 1.0}, False)
+
+
+
+
 def pss_mib(pid: int) -> float:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(text.partition("\nPss:")[2].split()[0]) / 1024
