@@ -32,6 +32,7 @@ class Kept(Running):
     """An embedded runtime whose names and versions are kept, and restored; thread-safe."""
 
     keeps = False  # at its end, what it serves for the next one, as if it had been killed
+    _ended = False  # what is kept stays as it is
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """See `Embedded`."""
@@ -138,10 +139,12 @@ class Kept(Running):
             return
         for watching in list(self._watches.values()):
             watching.save()
-        if self.scheduler.thread.is_alive() and not self.keeps:  # else who comes next serves on
-            frozen = {name: record for name, record in self._records.items() if record.frozen}
-            with suppress(lrai.LraiError):
-                self._store.write(frozen, stopped=True)
+        with self._store.lock:  # what is under way is written before this, or not at all
+            self._ended = True
+            if self.scheduler.thread.is_alive() and not self.keeps:  # else who comes next serves on
+                frozen = {name: record for name, record in self._records.items() if record.frozen}
+                with suppress(lrai.LraiError):
+                    self._store.write(frozen, stopped=True)
         super().close()
         for here in list(self._here.values()):
             here.close()
@@ -223,7 +226,7 @@ class Kept(Running):
         """Write a change down, make it, and tell of it."""
         by = by or f"uid {os.geteuid()}"  # who may have no name
         with self._store.lock:
-            if self._closed:  # the next runtime may have the folder
+            if self._ended:  # the next runtime may have the folder
                 raise lrai.NotReady("the runtime is closed")
             records = {**self._records, name: record}
             if not record.versions:

@@ -801,6 +801,33 @@ def test_where_what_made_room_is_lost_what_is_asked_for_serves(
         assert (now.shares, now.away) == ({version(small[2.0]): 1.0}, False)
 
 
+def test_what_is_under_way_at_the_end_does_not_bring_back_what_has_ended(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, under_way, ended = tmp_path / "state", threading.Event(), threading.Event()
+    limits = config(**{"runtime.state_dir": str(state)})
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        store = deployments(runtime)._store
+        write = store.write
+
+        def slow(records: Any, *, stopped: bool = False) -> None:
+            if not stopped:
+                under_way.set()
+                ended.wait(1)  # which is to wait for this
+            write(records, stopped=stopped)
+            if stopped:
+                ended.set()
+
+        monkeypatch.setattr(store, "write", slow)
+        route = partial(runtime.route, "m", {version(small[2.0]): 1.0})
+        change = threading.Thread(target=route)
+        change.start()
+        assert under_way.wait(10)
+    change.join(10)
+    assert json.loads((state / "deployments.json").read_bytes())["stopped"]
+    with lrai.Runtime(limits) as runtime:
+        deployments(runtime).restore()
+        assert runtime.models() == []
 
 
 def pss_mib(pid: int) -> float:
