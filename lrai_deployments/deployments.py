@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Annotated, Any, Final
 
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 import lrai_core as lrai
 from lrai_core.runtime.embedded import Terms
 from lrai_core.runtime.version import Deployment, Version
-from lrai_deployments.kept import Kept, freeze_of
+from lrai_deployments.kept import LOST, Kept, freeze_of
 from lrai_deployments.state import How, Record
 from lrai_deployments.traffic import forget_aged
 from lrai_deployments.warmup import warm_up
@@ -81,8 +82,9 @@ class Deployments(Kept):
                 self._is_served(now := self.current[name], now.artifact, "", require)
                 return name
             if record.away and replaced:
-                kept = record.versions[record.stable]
-                opened, variant, settings = self._reopen(kept), kept.variant, kept.settings
+                with suppress(*LOST):  # else what is asked for serves, which lies there
+                    opened = self._reopen(was := record.versions[record.stable])
+                    kept, variant, settings = was, was.variant, was.settings
             there = kept is not None and (name, kept.version) in self.versions
             meanwhile = bool(served) and plain and settings is None  # others answer for it
             as_it_was = kept is not None and settings in (None, kept.settings)
@@ -221,7 +223,7 @@ class Deployments(Kept):
             artifact = str(version.artifact.path.absolute()) if version else ""
             traffic = str(watching.folder.absolute()) if watching else ""
             shown = (record.shares, record.shadow, record.relief, record.previous.version)
-            found.append(Deployment(name, *shown, record.frozen, artifact, traffic))
+            found.append(Deployment(name, *shown, record.frozen, artifact, traffic, record.away))
         return found
 
     def unload(self, name: str, version: str = "", *, drain: bool = False) -> None:

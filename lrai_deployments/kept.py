@@ -25,13 +25,14 @@ from lrai_deployments.traffic import forget_aged
 
 _log = logging.getLogger(__name__)
 _OPENED: Final = 64  # names at a time that were served before
-_LOST: Final = (lrai.ArtifactError, lrai.ConditionNotMet, lrai.UsageError, TypeError)  # for good
+LOST: Final = (lrai.ArtifactError, lrai.ConditionNotMet, lrai.UsageError, TypeError)  # for good
 
 
 class Kept(Running):
     """An embedded runtime whose names and versions are kept, and restored; thread-safe."""
 
     keeps = False  # at its end, what it serves for the next one, as if it had been killed
+    _ended = False  # what is kept stays as it is
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """See `Embedded`."""
@@ -83,7 +84,7 @@ class Kept(Running):
             except (lrai.LraiError, TypeError, OSError) as error:
                 self.events.emit("deployment_changed", name, change="lost", reason=str(error))
                 _log.warning("%s: version %s is not served again: %s", name, label, error)
-                lost = isinstance(error, _LOST) and not kept.frozen  # which stays as it is
+                lost = isinstance(error, LOST) and not kept.frozen  # which stays as it is
                 missing = missing or not lost
                 if lost:
                     record = record.without(label)
@@ -121,6 +122,7 @@ class Kept(Running):
         finally:
             with self._condition:
                 self._changing.discard(name)
+                self._leaving.discard(name)
                 self._condition.notify_all()
 
     @contextmanager
@@ -137,10 +139,12 @@ class Kept(Running):
             return
         for watching in list(self._watches.values()):
             watching.save()
-        if self.scheduler.thread.is_alive() and not self.keeps:  # else who comes next serves on
-            frozen = {name: record for name, record in self._records.items() if record.frozen}
-            with suppress(lrai.LraiError):
-                self._store.write(frozen, stopped=True)
+        with self._store.lock:  # what is under way is written before this, or not at all
+            self._ended = True
+            if self.scheduler.thread.is_alive() and not self.keeps:  # else who comes next serves on
+                frozen = {name: record for name, record in self._records.items() if record.frozen}
+                with suppress(lrai.LraiError):
+                    self._store.write(frozen, stopped=True)
         super().close()
         for here in list(self._here.values()):
             here.close()
@@ -222,7 +226,7 @@ class Kept(Running):
         """Write a change down, make it, and tell of it."""
         by = by or f"uid {os.geteuid()}"  # who may have no name
         with self._store.lock:
-            if self._closed:  # the next runtime may have the folder
+            if self._ended:  # the next runtime may have the folder
                 raise lrai.NotReady("the runtime is closed")
             records = {**self._records, name: record}
             if not record.versions:
@@ -235,6 +239,8 @@ class Kept(Running):
                     self._store.write(self._records)  # what is not told of is not done
                 raise
             self._records = records
+            if record.away or not record.versions:
+                self._leaving.add(name)
             self._apply(name, record)
         self.events.emit("deployment_changed", name, change=what, by=by, reason=why)
 

@@ -105,7 +105,8 @@ def find(target: str, requests: Path | None, address: str) -> Target:
         known = ", ".join(map(repr, alike or served)) or "no model"
         raise UsageError(f"{shorten(target)!r} is no file, artifact or name: there is {known}")
     if not served[name].artifact:
-        raise ConditionNotMet(f"{name!r} is frozen, and not loaded")
+        why = ", and frozen" if served[name].frozen else ": it made room" * served[name].away
+        raise ConditionNotMet(f"{name!r} is not loaded{why}")
     artifact, shares = Artifact.open(served[name].artifact), dict(served[name].shares)
     first = {v.partition("-")[0] for v, share in shares.items() if share == max(shares.values())}
     other = (named or artifact).version

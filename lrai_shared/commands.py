@@ -184,7 +184,8 @@ def deployments(address: Address = "") -> None:
             frozen = f"by {found.frozen.by}: {found.frozen.reason}" if found.frozen else ""
             for version, share in found.shares.items():
                 copies = f"{found.shadow.get(version, 0):.2%}"
-                table.add_row(found.name, version, f"{share:.2%}", copies, found.previous, frozen)
+                part = "made room" if found.away else f"{share:.2%}"
+                table.add_row(found.name, version, part, copies, found.previous, frozen)
     out.print(table)
 
 

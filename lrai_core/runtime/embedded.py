@@ -70,6 +70,7 @@ class Embedded:
         self._finalizer = weakref.finalize(self, _forget, self.folder, os.getpid())
         self._condition = threading.Condition()  # of what is being changed, by what builds on this
         self._changing: set[str] = set()
+        self._leaving: set[str] = set()  # of these, those that nobody is to serve
         self.current: dict[str, Version] = {}  # what serves who asks for no version
         self.versions: dict[tuple[str, str], Version] = {}  # what may be asked for
         self._owner = os.getpid()
@@ -197,7 +198,7 @@ class Embedded:
         """See `Runtime.ready`."""
         order: list[State] = ["dead", "stalled", "ok", "idle"]
         states: set[State] = {self._state(model) for model in list(self.current.values())}
-        states |= {"stalled"} if self._changing - self.current.keys() else set()
+        states |= {"stalled"} if self._changing - self._leaving - self.current.keys() else set()
         nothing: State = "idle" if self.scheduler.accepting else "dead"
         return next((state for state in order if state in states), nothing)
 

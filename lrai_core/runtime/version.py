@@ -75,6 +75,8 @@ class Deployment:
         artifact: Path of what serves most requests, where the runtime runs.
         traffic: Folder there of what was captured of its requests, up to now; empty where nothing
             is kept.
+        away: Nobody serves it now: it made room for others, and serves again, as is said here, for
+            who loads what served.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Deployment:
     frozen: Freeze | None
     artifact: str = ""
     traffic: str = ""
+    away: bool = False
 
 
 @dataclass(slots=True, eq=False)

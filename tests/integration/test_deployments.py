@@ -349,6 +349,7 @@ def test_what_a_model_has_accepted_is_answered_before_it_is_unloaded(
         wait_until(lambda: runtime.models() == [])
         with pytest.raises(lrai.ModelNotFound):
             ask(runtime)
+        assert runtime.ready() == "idle", "others would be asked nothing meanwhile"
         assert unload.is_alive()
         kill(actor, signal.SIGCONT)
         assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {2.0}
@@ -753,6 +754,7 @@ def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replac
             runtime.load(small[4.0], name=name)
         (before,) = [one for one in runtime.deployments() if one.name == "m"]
         assert (before.shares, before.artifact) == ({version(small[3.0]): 1.0}, "")
+        assert [one.name for one in runtime.deployments() if one.away] == ["m"]
         assert {model.name for model in runtime.models()} == {"n", "o"}
         with pytest.raises(lrai.ModelNotFound):
             ask(runtime)
@@ -767,6 +769,7 @@ def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replac
             assert ask(runtime) == 3.0
             (now,) = [one for one in runtime.deployments() if one.name == "m"]
             assert (now.shares, now.previous) == (before.shares, version(small[2.0]))
+            assert not now.away
             assert deployments(runtime).find("m").limits.max_batch_rows == 3
             for name in (f"p{asked}", f"q{asked}"):
                 runtime.load(small[5.0], name=name)
@@ -776,6 +779,55 @@ def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replac
         assert runtime.rollback("m") == version(small[2.0])
         runtime.unload("m")
         assert "m" not in {one.name for one in runtime.deployments()}
+
+
+@pytest.mark.parametrize("becomes", [None, 5.0])
+def test_where_what_made_room_is_lost_what_is_asked_for_serves(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: float | None
+) -> None:
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
+    replaced = Path(shutil.copytree(small[3.0], tmp_path / "replaced.lrai"))
+    with lrai.Runtime(config(**{"runtime.memory_mib": 250})) as runtime:
+        runtime.load(small[2.0], name="m")
+        runtime.swap("m", replaced)
+        for name in ("n", "o"):
+            runtime.load(small[4.0], name=name)
+        shutil.rmtree(replaced)
+        if becomes:
+            shutil.copytree(small[becomes], replaced)
+        deployments(runtime).load(str(small[2.0]), name="m", shared=True)
+        assert ask(runtime) == 2.0
+        (now,) = [one for one in runtime.deployments() if one.name == "m"]
+        assert (now.shares, now.away) == ({version(small[2.0]): 1.0}, False)
+
+
+def test_what_is_under_way_at_the_end_does_not_bring_back_what_has_ended(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, under_way, ended = tmp_path / "state", threading.Event(), threading.Event()
+    limits = config(**{"runtime.state_dir": str(state)})
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        store = deployments(runtime)._store
+        write = store.write
+
+        def slow(records: Any, *, stopped: bool = False) -> None:
+            if not stopped:
+                under_way.set()
+                ended.wait(1)  # which is to wait for this
+            write(records, stopped=stopped)
+            if stopped:
+                ended.set()
+
+        monkeypatch.setattr(store, "write", slow)
+        route = partial(runtime.route, "m", {version(small[2.0]): 1.0})
+        change = threading.Thread(target=route)
+        change.start()
+        assert under_way.wait(10)
+    change.join(10)
+    assert json.loads((state / "deployments.json").read_bytes())["stopped"]
+    with lrai.Runtime(limits) as runtime:
+        deployments(runtime).restore()
+        assert runtime.models() == []
 
 
 def pss_mib(pid: int) -> float:

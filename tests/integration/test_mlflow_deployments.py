@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -294,6 +295,28 @@ def test_a_deployment_is_made_updated_rolled_back_and_deleted(
     client.delete_deployment("search")  # what is gone already is no error
     assert client.list_deployments() == []
     assert not list(sockets.rglob("*.lrai"))  # nor is a copy left
+
+
+def test_what_made_room_is_no_deployment_until_it_is_created_again(
+    client: Client, saved: list[Path], sockets: Path
+) -> None:
+    first, second = map(version_of, saved)
+    client.create_deployment("search", str(saved[0]))
+    before = logits(client)
+    client.update_deployment("search", str(saved[1]))
+    (state,) = sockets.rglob("deployments.json")
+    (daemon,) = daemon_pids(sockets)
+    os.kill(daemon, signal.SIGKILL)
+    kept = json.loads(state.read_bytes())
+    kept["deployments"]["search"]["away"] = True  # as where others needed its room
+    state.write_text(json.dumps(kept))
+    assert client.list_deployments() == []
+    with pytest.raises(MlflowException, match="no deployment 'search'; there are: none"):
+        client.update_deployment("search", str(saved[0]))
+    client.create_deployment("search", str(saved[0]))
+    assert shares(client) == {first: 1.0}
+    assert logits(client) == before
+    assert client.get_deployment("search")["previous"] == second
 
 
 def test_a_prediction_does_not_have_the_runtime_write_to_its_disk(

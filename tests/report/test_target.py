@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import lrai_core as lrai
 from lrai_report.target import find
 from lrai_triton.commands.repository import _check_backend
 from tests.core import small_artifact
+from tests.integration.test_cli import run
 from tests.own_runtime import own_runtime
 
 
@@ -123,6 +126,27 @@ def test_a_folder_is_called_as_it_is_wherever_it_is_named_from(
     with own_runtime():
         found = find(".", None, "auto")
     assert " --name m " in found.commands(Path("m.lrai"))[0]
+
+
+def test_of_what_does_not_run_it_is_said_why(tmp_path: Path) -> None:
+    artifact = small_artifact.build(tmp_path / "m.lrai")
+    label = lrai.Artifact.open(artifact).version
+    how = {"version": label, "artifact": str(artifact)}
+    record = {"versions": {label: how}, "shares": {label: 1.0}, "away": True}
+    frozen = {"by": "ann", "reason": "audit week", "since": ""}
+    lost = {**record, "versions": {label: {**how, "artifact": str(tmp_path / "absent")}}}
+    kept = {"m": record, "f": {**lost, "away": False, "frozen": frozen}}
+    with own_runtime() as sockets:
+        state = sockets / f"lrai-{os.geteuid()}"
+        state.mkdir(mode=0o700)
+        told = json.dumps({"stopped": False, "deployments": kept})
+        (state / "deployments.json").write_text(told)
+        with lrai.Runtime(address="auto"):
+            with pytest.raises(lrai.ConditionNotMet, match="'m' is not loaded: it made room"):
+                find("m", None, "auto")
+            with pytest.raises(lrai.ConditionNotMet, match="'f' is not loaded, and frozen"):
+                find("f", None, "auto")
+            assert "made room" in run("runtime", "deployments", code=0)
 
 
 def test_what_lies_in_no_repository_comes_without_commands(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ is a canary, to the version beside it.
 A canary that fails more often than the version beside it is taken back, and the name frozen: it can
 be neither updated nor deleted until `lrai unfreeze NAME --by WHO --reason WHY` has said that it may
 (of another target with `--address`, the FOLDER or tcp://… of that).
+
+With `runtime.memory_mib` what was not used for longest makes room for others: then it is no
+deployment until it is created again, and `lrai runtime deployments` says so.
 """
 
 from __future__ import annotations
@@ -103,6 +106,8 @@ class Client(BaseDeploymentClient):
                 how = self._how(config, said["saved"])
                 with self._saying(name, artifact.version, said):
                     load(self._runtime, artifact, name, **how)
+                    if artifact.version not in self._versions(name):  # but what replaced it
+                        self._runtime.swap(name, artifact, **how)
                 self._forget()
         return self.get_deployment(name)
 
@@ -300,7 +305,8 @@ class Client(BaseDeploymentClient):
 
     def _found(self) -> dict[str, Any]:
         found = self._runtime.deployments(save=False)  # nobody here reads what it would write
-        return {one.name: one for one in found if one.shares and ":" not in one.name}
+        here = [one for one in found if one.shares and not one.away]  # for room; create loads again
+        return {one.name: one for one in here if ":" not in one.name}
 
     def _known(self, name: str) -> Any:
         found = self._found()
