@@ -16,7 +16,6 @@ sequencing algorithm for minimizing the number of late jobs".
 from __future__ import annotations
 
 import heapq
-import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lrai_core.scheduler.waiting import Lane, Queue, Waiting
 
 PROBE_SECONDS: Final = 1.0  # without an answer, after which what was learned is not trusted
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
+_SPARE: Final = 2.5  # durations of the call after the next that its deadline has to leave for it
 _MOST_GIVEN_UP: Final = 4096  # by one decision
 _AHEAD: Final = 24  # of the most urgent, among whom it is seen whether all can be in time,
 _ROOM: Final = 0.25  # with so much of their time left for what arrives meanwhile
@@ -263,23 +263,15 @@ class _Situation:
                 yield one, alone, min(alone, costs[peers * one.rows, one.length] / peers)
 
     def rest_fits(self, call: _Call) -> bool:
-        """Return whether what `call` leaves behind can follow whole, and who comes meanwhile too.
+        """Return whether what `call` leaves behind can follow whole, with time to spare.
 
-        Of those that wait as many become urgent in a time as came in one.
+        Time to spare, since what arrives meanwhile will want the same.
         """
-        urgent, gone = self.queue.urgent, self.aside | {one.sequence for one in call.members}
-        first = urgent[self.first]
-        alike = bisect_left(urgent, (first.priority + 1,))  # of the same priority, with the others
-        span = urgent[alike - 1].urgency - first.urgency
-        come = (alike - self.first) * call.seconds / span if span > 0 else 0.0
-        for waiting in itertools.islice(urgent, self.first, None):
-            if waiting.sequence not in gone:
+        gone = self.aside | {one.sequence for one in call.members}
+        for index in range(self.first, len(self.queue)):
+            if (waiting := self.queue.urgent[index]).sequence not in gone:
                 follows = self.lead(waiting, gone, call.seconds)
-                own = sum([one.rows for one in follows.members])
-                length = max([one.length for one in follows.members])
-                most = min(self.bounds.rows, (self.bounds.elements or inf) / max(1, length))
-                rows = max(own, round(min(most, own + come * waiting.rows)))
-                end = self.now + call.seconds + self.costs[rows, length] * self.costs.margin
+                end = self.now + call.seconds + _SPARE * follows.seconds
                 return end <= follows.due and not follows.short_of_time
         return True
 
