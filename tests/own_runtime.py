@@ -49,11 +49,12 @@ def end_runtime(folder: Path) -> None:
 
 
 def daemon_pids(folder: Path) -> list[int]:
-    """Return the daemons of a folder of sockets."""
+    """Return the daemons of a folder of sockets, without what one is about to start as an actor."""
     wanted = f"lrai_shared.daemon\0{folder}".encode()
-    found = []
+    parents: dict[int, int] = {}
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if process.name.isdigit() and wanted in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return found
+                stat = (process / "stat").read_text()
+                parents[int(process.name)] = int(stat.rpartition(")")[2].split()[1])
+    return [pid for pid, parent in parents.items() if parent not in parents]
