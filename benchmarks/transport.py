@@ -40,6 +40,7 @@ from benchmarks import harness  # noqa: E402
 from benchmarks.harness import Check  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.processes import cpu_seconds  # noqa: E402
+from lrai_shared.starting import is_running  # noqa: E402
 
 Array = npt.NDArray[Any]
 
@@ -171,6 +172,8 @@ def serve(folder: Path, model: Path) -> Iterator[lrai.Runtime]:
             yield runtime
         finally:
             runtime._backend.call("stop", {}, int)  # noqa: SLF001 - as `lrai runtime stop`
+            while is_running(sockets):  # until then it writes in there
+                time.sleep(0.05)
 
 
 def open_loop(
