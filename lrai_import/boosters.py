@@ -55,7 +55,8 @@ def convert(job: Job) -> int:
     try:
         library = import_module(job.kind)
     except ImportError:
-        raise EnvironmentProblem(f"{job.kind} is needed: pip install {job.kind}") from None
+        where = "'lrai[trees]'" if job.kind == "skops" else job.kind  # the others are in no extra
+        raise EnvironmentProblem(f"{job.kind} is needed: pip install {where}") from None
     try:
         if job.kind == "skops":
             model, how = _estimator(content), sklearn.convert

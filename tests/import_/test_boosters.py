@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
 import lrai_core as lrai
-from lrai_core import CompileError
+from lrai_core import CompileError, EnvironmentProblem
 from lrai_core.engine.engine import find_engine
-from lrai_import.boosters import load
+from lrai_import.boosters import convert, load
 from lrai_import.objects import refuse
+from lrai_import.onnx import Job
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.normal(0, 4, (300, 5)).astype(np.float32)
@@ -154,6 +156,18 @@ def test_what_is_none_is_refused_in_a_sentence(tmp_path: Path, name: str, conten
         load(tmp_path / name, print)
     assert "\n" not in str(refused.value)
     assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("skops", r"'lrai\[trees\]'$"), ("xgboost", "xgboost$")]
+)
+def test_who_lacks_a_library_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, wanted: str
+) -> None:
+    monkeypatch.setitem(sys.modules, kind, None)
+    (tmp_path / "m").touch()
+    with pytest.raises(EnvironmentProblem, match=f"{kind} is needed: pip install {wanted}"):
+        convert(Job(source=str(tmp_path / "m"), out=str(tmp_path / "o"), kind=kind))
 
 
 def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:
