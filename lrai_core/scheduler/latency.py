@@ -1,10 +1,11 @@
 """What a call costs: predicted seconds for rows and length, from the measured profile and online.
 
-With a length axis the profile is fitted by `a + b rows x length + c rows x length^2` (calls,
-elements, attention); without one it is linear between the measured row counts. From the answers two
-corrections are learned, `scale x profile + fixed`, because a machine is seldom as fast as when it
-was measured, and apart from them what a call costs outside the engine, because coalescing saves
-that too.
+With a length axis the profile is fitted by `a + b e + c e x length` of e = rows x length elements
+(calls, elements, attention); without one it is linear between the measured row counts. From the
+answers corrections are learned, `scale x profile + fixed`, and `grown x e^2` with a length axis:
+a machine is seldom as fast as when it was measured, lengths may be others, and large calls outgrow
+the caches that calls of one shape after the other keep warm. Apart from them it is learned what a
+call costs outside the engine, because coalescing saves that too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _DOWN, _UP = 0.2, 0.005
 _MEMORY: Final = 0.98  # weight of a call after the next one: about fifty count
 _FADE: Final = 0.99  # what is left of it for each call that another variant takes
 # Weight of the profile at first, of two calls, which fades like that of a call; see `_normal`.
-_PRIOR: Final = (2.0, 0.0, 2.0, 2.0, 0.0)
+_PRIOR: Final = (2.0, 0.0, 2.0, 2.0, 0.0, 0.0, 0.0, 2.0, 0.0)
 _RIDGE: Final = 0.1  # what stays of it, so that calls of one size only still have a solution
 _SHIFT: Final = 0.1  # mean relative error of late that means another speed
 _SHIFT_CALLS: Final = 6.0  # that many calls decide what is "of late"
@@ -108,34 +109,37 @@ class _Curve:
 
     def __init__(self, profile: Sequence[LatencyPoint]) -> None:
         if any(point.length for point in profile):
-            measured = partial(_by_length, _fit(profile))
+            largest = max(profile, key=lambda point: point.rows * point.length)
+            measured = partial(_by_length, _fit(profile), largest)
         else:
             known = {0: 0.0} | {point.rows: point.median_ms / 1e3 for point in profile}
             points = sorted((known if profile else known | {1: _UNKNOWN_SECONDS}).items())
             measured = partial(_by_rows, points)
         self._profile = lru_cache(_MOST_KNOWN)(measured)  # a plan asks for the same ones often
-        self.scale, self._fixed, self.margin = 1.0, 0.0, 1.0
-        self._unit = self._profile(1, 32)
-        # Sums of 1, x, x^2, y, xy over calls, with x = unit / profile and y = seconds / profile.
+        self.scale, self._fixed, self._grown, self.margin = 1.0, 0.0, 0.0, 1.0
+        self._unit = self._profile(1, 32)[0]
+        # Sums over calls of 1, x, x^2, y, xy, z, xz, z^2, yz: x, y and z are the unit, the seconds
+        # and the growth over the profile.
         self._normal = list(_PRIOR)
         self._variance = self._drift = 0.0
 
     def seconds(self, rows: int, length: int) -> float:
         """Return what is predicted for `rows` padded to `length`."""
-        return self.scale * self._profile(rows, length) + self._fixed
+        profile, growth = self._profile(rows, length)
+        return self.scale * profile + self._fixed + self._grown * growth
 
     def observe(self, rows: int, length: int, seconds: float) -> bool:
         """Learn what a call took; return whether the speed has just changed."""
-        profile = self._profile(rows, length)
-        predicted = self.scale * profile + self._fixed
+        profile, growth = self._profile(rows, length)
+        predicted = self.seconds(rows, length)
         clipped = max(-_MOST_WRONG, min(_MOST_WRONG, seconds / predicted - 1))
         self._drift += (clipped - self._drift) / _SHIFT_CALLS
         self._variance += (clipped * clipped - self._variance) / (4 * _SHIFT_CALLS)
         shifted = abs(self._drift) > max(_SHIFT, 3 * math.sqrt(self._variance / _SHIFT_CALLS))
         keep = 0.2 if shifted else _MEMORY
         self._drift = 0.0 if shifted else self._drift
-        x, y = self._unit / profile, predicted * (1 + clipped) / profile
-        seen = (1.0, x, x * x, y, x * y)
+        x, y, z = self._unit / profile, predicted * (1 + clipped) / profile, growth / profile
+        seen = (1.0, x, x * x, y, x * y, z, x * z, z * z, y * z)
         self._normal = [keep * old + new for old, new in zip(self._normal, seen, strict=True)]
         self._solve()
         self.margin = 1 + _CAUTION * min(0.5, math.sqrt(self._variance))
@@ -150,25 +154,35 @@ class _Curve:
         self._solve()
 
     def _solve(self) -> None:
-        """Set `scale` and what is fixed by least squares of the relative errors, held to 1, 0."""
-        n, sx, sxx, sy, sxy = self._normal
-        n, sxx, sy = n + _RIDGE, sxx + _RIDGE, sy + _RIDGE
+        """Set the corrections by least squares of the relative errors, held to the profile.
+
+        First the others as if `grown` were right, then that one: with the calls they converge.
+        """
+        n, sx, sxx, sy, sxy, sz, sxz, szz, syz = self._normal
+        n, sxx, sy, szz = n + _RIDGE, sxx + _RIDGE, sy + _RIDGE, szz + _RIDGE
+        sy, sxy = sy - self._grown * sz, sxy - self._grown * sxz
         fixed = max(0.0, (n * sxy - sx * sy) / (n * sxx - sx * sx))
         self.scale = max(0.01, (sy - fixed * sx) / n)
         self._fixed = fixed * self._unit
+        self._grown = max(0.0, (syz - self.scale * sz - fixed * sxz) / szz)
 
 
-def _by_length(terms: tuple[float, float, float], rows: int, length: int) -> float:
+def _by_length(
+    terms: tuple[float, float, float], largest: LatencyPoint, rows: int, length: int
+) -> tuple[float, float]:
+    """Return the seconds, and how they would grow: as those of the `largest` call at its size."""
     (fixed, linear, quadratic), elements = terms, rows * length
-    return max(_LEAST_SECONDS, fixed + linear * elements + quadratic * elements * length)
+    seconds = fixed + linear * elements + quadratic * elements * length
+    share = elements / (largest.rows * largest.length)
+    return max(_LEAST_SECONDS, seconds), share * min(share, 1.0) * largest.median_ms / 1e3
 
 
-def _by_rows(points: Sequence[tuple[int, float]], rows: int, _: int) -> float:
+def _by_rows(points: Sequence[tuple[int, float]], rows: int, _: int) -> tuple[float, float]:
     at = min(max(bisect.bisect_left(points, (rows, 0.0)), 1), len(points) - 1)
     (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
     slope = (seconds_1 - seconds_0) / (rows_1 - rows_0)
     least = max(_LEAST_SECONDS, min(seconds_0, seconds_1) * 0.5)
-    return max(least, seconds_0 + slope * (rows - rows_0))
+    return max(least, seconds_0 + slope * (rows - rows_0)), 0.0
 
 
 def _fit(profile: Sequence[LatencyPoint]) -> tuple[float, float, float]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -192,3 +194,34 @@ def test_a_row_alone_is_thought_to_be_as_long_as_rows_usually_are() -> None:
     assert model.alone_seconds() == pytest.approx(cost(1, 64))
     assert LatencyModel([point(1, 0, 0.010)]).alone_seconds() == pytest.approx(0.010)
     assert LatencyModel([]).alone_seconds() == pytest.approx(0.001)
+
+
+def learned(cost: Callable[[int, int], float], shapes: Sequence[tuple[int, int]]) -> LatencyModel:
+    """Return what knew small calls, whose elements cost alike, and has seen such calls since."""
+    measured = [point(r, n, 0.002 + 6e-5 * r * n) for r in (1, 4, 16) for n in (8, 16, 32)]
+    model = LatencyModel(measured)
+    for rows, length in itertools.islice(itertools.cycle(shapes), 200):
+        seconds = cost(rows, length)
+        model.observe(rows, length, seconds, seconds)
+    return model
+
+
+def test_it_is_learned_that_large_calls_cost_more_an_element_than_any_that_was_measured() -> None:
+    def cost(rows: int, length: int) -> float:
+        elements = rows * length
+        return 0.002 + 6e-5 * elements + 5e-8 * elements**2
+
+    model = learned(cost, [(1, 200), (2, 60), (16, 16), (1, 12), (7, 70), (3, 120)])
+    for rows, length in ((1, 8), (4, 32), (8, 32), (2, 128), (4, 110)):
+        assert model.call_seconds(rows, length) == pytest.approx(cost(rows, length), rel=0.07)
+    # So of equal rows those share a call that is cheapest for each.
+    shares = {rows: model.call_seconds(rows, 64) / rows for rows in (1, 2, 4, 8, 16, 32)}
+    assert min(shares, key=shares.__getitem__) in (2, 4)
+
+
+def test_calls_that_grow_as_they_were_measured_stay_so_and_of_one_size_nothing_grows() -> None:
+    for shapes in ([(1, 8), (4, 16), (16, 32), (2, 100)], [(4, 16)]):
+        model = learned(lambda rows, length: 1.3 * (0.002 + 6e-5 * rows * length), shapes)
+        for rows, length in ((1, 8), (16, 64), (32, 128)):
+            expected = 1.3 * (0.002 + 6e-5 * rows * length)
+            assert model.call_seconds(rows, length) == pytest.approx(expected, rel=0.1)
