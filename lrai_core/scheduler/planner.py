@@ -27,7 +27,7 @@ from lrai_core.scheduler.waiting import Lane, Queue, Waiting
 
 PROBE_SECONDS: Final = 1.0  # without an answer, after which what was learned is not trusted
 _DROP_COST: Final = 0.02  # requests that must be gained for each that is given up
-_SPARE: Final = 2.5  # durations of the call after the next that its deadline has to leave for it
+_SPARE: Final = 2.0  # durations of the call after the next that its deadline has to leave for it
 _MOST_GIVEN_UP: Final = 4096  # by one decision
 _AHEAD: Final = 24  # of the most urgent, among whom it is seen whether all can be in time,
 _ROOM: Final = 0.25  # with so much of their time left for what arrives meanwhile
