@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import mlflow
 from benchmarks import mlflow as with_mlflow
 from benchmarks.host import Host, held
 from benchmarks.hosts_fastapi import Served
-from benchmarks.processes import HOST, Server, cpu_seconds
+from benchmarks.processes import HOST, Server, confine, cpu_seconds
 from lrai_core import Artifact
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
@@ -236,6 +237,7 @@ def running(sides: Sequence[Side], files: Files, cpu: int) -> Iterator[dict[str,
             started[side.server] = Running(server, runtime, log), ready
         for one, ready in started.values():
             one.server.wait_until_ready(ready, _LOAD_SECONDS)
+            confine(itertools.chain(*one.processes().values()), [cpu])
         yield {key: one for key, (one, _) in started.items()}
 
 

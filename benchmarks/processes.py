@@ -11,17 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
 HOST: Final = "127.0.0.1"
 _END_SECONDS: Final = 15.0
 _KILL_SECONDS: Final = 5.0
-_PIN: Final = (
-    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); "
-    "os.execvp(sys.argv[2], sys.argv[2:])"
-)
 
 
 class Server:
@@ -43,14 +39,14 @@ class Server:
         Args:
             command: Program and arguments.
             log: File for what it prints; its folder is the working directory.
-            cpus: The CPUs that the tree may use; empty for all.
+            cpus: The CPUs that the tree may use from when it is ready; empty for all. Not before:
+                onnxruntime (1.32) uses AMX only where its import finds more than one, and nobody is
+                to be slower than on a machine of its own because of how he is measured.
             variables: Added to the environment.
         """
         (self.port,) = free_ports(1)
-        self.log = log
+        self.log, self._cpus = log, cpus
         arguments = [part.format(port=self.port) for part in command]
-        if cpus:
-            arguments = [sys.executable, "-c", _PIN, ",".join(map(str, cpus)), *arguments]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         with log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -72,6 +68,8 @@ class Server:
         deadline = time.monotonic() + seconds
         while self._process.poll() is None and time.monotonic() < deadline:
             if self._answers(path):
+                for _ in range(2):  # who was just about to be started
+                    confine(self.processes(), self._cpus)
                 return
             time.sleep(0.1)
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
@@ -146,6 +144,14 @@ def cpu_seconds(pid: int) -> float:
     """Return the CPU time that a process has used so far, all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def confine(pids: Iterable[int], cpus: Collection[int]) -> None:
+    """Let processes run on these CPUs alone, with the threads that they have; empty: on any."""
+    tasks = (task for pid in pids for task in Path("/proc").glob(f"{pid}/task/*"))
+    for task in tasks if cpus else ():
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(int(task.name), cpus)
 
 
 def _ports() -> Iterator[int]:

@@ -45,6 +45,7 @@ from benchmarks import harness, models  # noqa: E402
 from benchmarks.harness import Check, console, interval  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.one_by_one import memory_mb  # noqa: E402
+from benchmarks.processes import confine  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -328,9 +329,8 @@ def served(artifact: lrai.Artifact, variant: str, cpus: Sequence[int]) -> Iterat
     with lrai.Runtime(config) as runtime:
         runtime.load(artifact, variant=variant)
         (model,) = runtime.models()
-        for pid, cpu in ((model.actor_pids[0], cpus[0]), (os.getpid(), cpus[1])):
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                os.sched_setaffinity(int(task.name), {cpu})
+        confine(model.actor_pids, cpus[:1])
+        confine([os.getpid()], cpus[1:2])
         try:
             yield Ours(runtime)
         finally:

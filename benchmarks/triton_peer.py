@@ -10,6 +10,7 @@ unless the parameter `model` names another file.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ class TritonPythonModel:
 
 
 def _session(model: str, weights: str) -> Any:
+    # Bound to one CPU, as all of the server is here, onnxruntime (1.32) would not use AMX.
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     import onnxruntime
 
+    os.sched_setaffinity(0, cpus)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     if weights:  # of a compiled variant: stored as executed

@@ -104,13 +104,17 @@ class LatencyModel:
         self.overhead_seconds += weight * (around - self.overhead_seconds)
 
 
+# Weights of calls, elements and attention; the most elements measured; seconds over their square.
+_Fitted = tuple[tuple[float, float, float], int, float]
+
+
 class _Curve:
     """Predicted time of a call inside the engine of one variant."""
 
     def __init__(self, profile: Sequence[LatencyPoint]) -> None:
         if any(point.length for point in profile):
-            largest = max(profile, key=lambda point: point.rows * point.length)
-            measured = partial(_by_length, _fit(profile), largest)
+            most, ms = max((point.rows * point.length, point.median_ms) for point in profile)
+            measured = partial(_by_length, (_fit(profile), most, ms / 1e3 / most**2))
         else:
             known = {0: 0.0} | {point.rows: point.median_ms / 1e3 for point in profile}
             points = sorted((known if profile else known | {1: _UNKNOWN_SECONDS}).items())
@@ -167,14 +171,11 @@ class _Curve:
         self._grown = max(0.0, (syz - self.scale * sz - fixed * sxz) / szz)
 
 
-def _by_length(
-    terms: tuple[float, float, float], largest: LatencyPoint, rows: int, length: int
-) -> tuple[float, float]:
-    """Return the seconds, and how they would grow: as those of the `largest` call at its size."""
-    (fixed, linear, quadratic), elements = terms, rows * length
+def _by_length(fitted: _Fitted, rows: int, length: int) -> tuple[float, float]:
+    """Return the seconds, and how they would grow: as those of the largest call at its size."""
+    ((fixed, linear, quadratic), most, growth), elements = fitted, rows * length
     seconds = fixed + linear * elements + quadratic * elements * length
-    share = elements / (largest.rows * largest.length)
-    return max(_LEAST_SECONDS, seconds), share * min(share, 1.0) * largest.median_ms / 1e3
+    return max(_LEAST_SECONDS, seconds), growth * elements * min(elements, most)
 
 
 def _by_rows(points: Sequence[tuple[int, float]], rows: int, _: int) -> tuple[float, float]:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, PackageNotFoundError
@@ -223,3 +226,28 @@ def test_a_tensor_that_no_memory_holds_is_a_lack_of_it(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as refused:
         session.run([np.array([1 << 30, 1 << 20])])
     assert not refused.value.invalid
+
+
+_BOUND = """
+import os, sys
+
+class Seen:
+    cpus = None
+    def find_spec(self, name, path=None, target=None):
+        if name == "onnxruntime":
+            Seen.cpus = os.sched_getaffinity(0)
+
+cpu = int(sys.argv[1])
+os.sched_setaffinity(0, {cpu})
+sys.meta_path.insert(0, Seen())
+import lrai_core.engine.onnxruntime
+assert os.sched_getaffinity(0) == {cpu}, os.sched_getaffinity(0)
+print(len(Seen.cpus))
+"""
+
+
+def test_onnxruntime_sees_all_cpus_when_it_is_imported_by_who_is_bound_to_one() -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, "-c", _BOUND, str(cpus[-1])]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(seen) >= len(cpus)
