@@ -77,14 +77,18 @@ class Deployments(Kept):
             plain = share is None and require is None
             kept = record.serving(opened.version)
             replaced = shared and share is None and record.was(opened.version) and not kept
+            if record.away and replaced:
+                was = record.versions[record.stable]
+                with (
+                    suppress(*LOST, OSError),  # else what is asked for serves, which lies there
+                    self._started(name, self._reopen(was), was, was.version) as (_, loaded),
+                ):
+                    self._commit(name, record.again(loaded), "load")
+                served = self._served(name)
             if served and replaced:
                 # Whoever starts anew with what was replaced gets what replaced it.
                 self._is_served(now := self.current[name], now.artifact, "", require)
                 return name
-            if record.away and replaced:
-                with suppress(*LOST):  # else what is asked for serves, which lies there
-                    opened = self._reopen(was := record.versions[record.stable])
-                    kept, variant, settings = was, was.variant, was.settings
             there = kept is not None and (name, kept.version) in self.versions
             meanwhile = bool(served) and plain and settings is None  # others answer for it
             as_it_was = kept is not None and settings in (None, kept.settings)
@@ -96,9 +100,8 @@ class Deployments(Kept):
                 and variant in {"", kept.variant}
             ):
                 own = replace(kept, require=kept.require if require is None else require)
-                with self._started(name, opened, own, kept.version):
-                    # It serves again as it served.
-                    self._commit(name, replace(record, away=False), "load")
+                with self._started(name, opened, own, kept.version) as (_, loaded):
+                    self._commit(name, record.again(loaded), "load")
                 return name
             record = self._free(name)
             if not served:  # nobody who runs: what was there, if anything, is what served before

@@ -143,7 +143,7 @@ class Kept(Running):
             self._ended = True
             if self.scheduler.thread.is_alive() and not self.keeps:  # else who comes next serves on
                 frozen = {name: record for name, record in self._records.items() if record.frozen}
-                with suppress(lrai.LraiError):
+                with suppress(lrai.LraiError, OSError):
                     self._store.write(frozen, stopped=True)
         super().close()
         for here in list(self._here.values()):
@@ -191,7 +191,8 @@ class Kept(Running):
             left = record.without(version.version)
             others = [one for one in self._served(name) if one is not version]
             if not others:  # what does not run goes with the last that does; not what it replaced
-                left = replace(record, away=True) if record.previous.version else Record()
+                alone = record.without(*record.versions.keys() - {version.version})
+                left = replace(alone, away=True) if record.previous.version else Record()
             serves = not (others and record.shares.get(version.version))
             if serves and version.retire(idle=True):
                 try:

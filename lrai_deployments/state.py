@@ -97,6 +97,10 @@ class Record(msgspec.Struct, frozen=True):
         alone = before[0] if len(before) == 1 else self.alone
         return replace(new, alone=alone if len(new.sharing) > 1 else "")
 
+    def again(self, loaded: How) -> Record:
+        """Return the record once a version serves again as it served, from where it lies now."""
+        return replace(self, versions=self.versions | {loaded.version: loaded}, away=False)
+
     def without(self, *labels: str) -> Record:
         """Return the record without versions, whose shares the others take in proportion."""
         left = {known: share for known, share in self.shares.items() if known not in labels}

@@ -17,7 +17,7 @@ from onnx.version_converter import ConvertError, convert_version
 from lrai_core import CompileError, Imported
 
 _IR: Final = 8
-_LARGE_BYTES: Final = 1 << 16  # of a weight, which checker and converter need not see
+_LARGE: Final = 1 << 14  # elements of a weight, which checker and converter need not see
 _FLOATS: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
@@ -277,7 +277,7 @@ def _light(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[onnx.TensorPro
     light.graph.name = model.graph.name
     for part in ("input", "output", "value_info", "node", "sparse_initializer"):
         getattr(light.graph, part).extend(getattr(model.graph, part))
-    large = {w.name: w for w in model.graph.initializer if w.ByteSize() > _LARGE_BYTES}
+    large = {w.name: w for w in model.graph.initializer if np.prod(w.dims, dtype=np.int64) > _LARGE}
     given = (helper.make_tensor_value_info(n, w.data_type, w.dims) for n, w in large.items())
     light.graph.input.extend(given)
     light.graph.initializer.extend(w for w in model.graph.initializer if w.name not in large)

@@ -16,6 +16,8 @@ from lrai_core import CompileError, EnvironmentProblem, Imported
 from lrai_import import sklearn, trees
 from lrai_import.onnx import Job, load_converted
 
+_SKOPS: Final = (0, 13)  # what older ones open may run code
+_NEEDED: Final = "skops 0.13 or later is needed: pip install 'lrai[trees]'"
 _KINDS: Final = {".txt": "lightgbm", ".skops": "skops"}
 # Which skops does not trust because they may point out of their arrays. That is read, in a child
 # that may die of it, and what comes of it is none of the model's answers.
@@ -54,9 +56,11 @@ def convert(job: Job) -> int:
     content = Path(job.source).read_bytes()
     try:
         library = import_module(job.kind)
+        if job.kind == "skops" and tuple(map(int, library.__version__.split(".")[:2])) < _SKOPS:
+            raise ImportError
     except ImportError:
-        where = "'lrai[trees]'" if job.kind == "skops" else job.kind  # the others are in no extra
-        raise EnvironmentProblem(f"{job.kind} is needed: pip install {where}") from None
+        needed = _NEEDED if job.kind == "skops" else f"{job.kind} is needed: pip install {job.kind}"
+        raise EnvironmentProblem(needed) from None
     try:
         if job.kind == "skops":
             model, how = _estimator(content), sklearn.convert

@@ -167,7 +167,10 @@ def open_and_convert(job: Job) -> int:
         needed = f"{error.name} is needed to open it: pip install 'lrai[{_EXTRAS[job.flavor]}]'"
         own = f" and {job.flavor}" * (job.flavor in ("lightgbm", "xgboost"))
         raise EnvironmentProblem(f"{needed}{own} ({error})") from None
-    return objects.to_onnx(model, job.inputs, job.out).stat().st_size
+    try:
+        return objects.to_onnx(model, job.inputs, job.out).stat().st_size
+    except UsageError as error:  # which is not carried back
+        raise CompileError(str(error)) from None
 
 
 def _scan(folder: Path, data: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import onnx
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 import lrai_core
 from lrai_codecs.tensors import datatype_of
@@ -37,7 +38,8 @@ def compile(
         model: See `to_onnx`, as of `inputs`.
         inputs: By default the arrays of `calibration`, or else of `evaluation` without `label` and
             `groups`, unless the model was fitted with columns of these names; in single precision
-            where they are in double precision and no parameter of the model is.
+            where they are in double precision and no parameter of the model is. Columns of numbers
+            are one table, `features`, but where a ColumnTransformer asks for them by name.
         options: Of `lrai_core.compile`.
 
     Raises:
@@ -108,8 +110,9 @@ def _rows(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     if data is None:
         data, groups = options.get("evaluation"), options.get("groups", ())
     apart, given = {"label", *groups} - {*getattr(model, "feature_names_in_", ())}, _told(data)
-    double = any(str(w.dtype) == "torch.float64" for w in getattr(model, "parameters", tuple)())
-    rows = {name: np.atleast_1d(given[name])[:0] for name in given if name not in apart}
+    weights = getattr(model, "parameters", tuple)
+    double = not isinstance(model, type) and any(str(w.dtype) == "torch.float64" for w in weights())
+    rows = {name: _native(np.atleast_1d(given[name])[:0]) for name in given if name not in apart}
     single = [name for name, own in rows.items() if own.dtype == np.float64 and not double]
     return rows | {name: rows[name].astype(np.float32) for name in single}
 
@@ -128,16 +131,20 @@ def _told(data: Any) -> Mapping[str, Any]:
                     np.lib.format.read_magic(stream)
                     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
                     found[name.removesuffix(".npy")] = np.empty((0, *shape[1:]), dtype)
-    except (OSError, ValueError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, BadZipFile) as error:
         raise CompileError(f"{path.name} cannot be read: {str(error)[:200]}") from None
     return found
+
+
+def _native(rows: NDArray[Any]) -> NDArray[Any]:
+    return rows.astype(rows.dtype.newbyteorder("="), copy=False)
 
 
 def _declared(inputs: Mapping[str, ArrayLike]) -> tuple[TensorSpec, ...]:
     """Return what these arrays are rows of."""
     specs = []
     for name, given in inputs.items():
-        rows = np.asarray(given)
+        rows = _native(np.asarray(given))
         if rows.dtype.kind not in "OSUbiuf" or not rows.ndim:
             got = f"{rows.dtype} {list(rows.shape)}"
             raise UsageError(f"input {name[:120]!r} is {got}; needed are rows of numbers or texts")

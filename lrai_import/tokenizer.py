@@ -78,6 +78,10 @@ class Tokenizer(NamedTuple):
             first, last = _around(kind, after, name)
             pad = next((ids[pad] for pad in ("[PAD]", "<pad>") if pad in ids), 0)
             pad = int((tree.get("padding") or {}).get("pad_id", pad))
+            if (tree.get("truncation") or {}).get("direction", "Right") != "Right":
+                raise CompileError(
+                    f"{name} cuts long texts at their beginning, the graph at the end"
+                )
             if not {pad, *first, *last} <= {*ids.values()}:
                 raise CompileError(f"{name}: a special token is none of its {len(ids)}")
             rest = len(ids), first, last, pad

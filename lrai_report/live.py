@@ -107,7 +107,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
         ConditionNotMet: It fails, or says something else more often than the gate allows.
     """
     artifact, began = Artifact.open(written, verify=False), runtime.stats()
-    version, (_, delta) = artifact.version, artifact.manifest.demanded or (0.0, 0.0)
+    version, (_, most) = artifact.version, artifact.manifest.demanded or (0.0, _MOST_CHANGED)
     loaded = False
     try:
         runtime.load(written.absolute(), name=name, share=0.0)
@@ -136,7 +136,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
         for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
     )
     say("live", f"{seen} rows compared, {differ} changed, {failed} failed")
-    if failed or differ > max(_MOST_CHANGED, delta) * seen:
+    if failed or differ > most * seen:
         said = f"on live requests {differ} of {seen} changed, {failed} failed"
         raise ConditionNotMet(f"{said}; {written} stays, to be looked into")
     return seen

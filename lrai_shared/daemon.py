@@ -54,7 +54,7 @@ _LAST_WORDS_MS: Final = 5000  # for answers on their way when it ends
 _MOST_ITEMS: Final = 1_000  # of a message; a client sends a tenth of it
 _MOST_HEARD: Final = 100  # messages of one door, before actors and deadlines have their turn
 _TOUCH_SECONDS: Final = 3600.0  # what is old in the temporary folder is deleted where days are few
-_AGING: Final = ("captured.npz", "sketch.json")  # as `lrai_deployments.traffic` has them
+_AGING: Final = "captured.npz"  # as `lrai_deployments.traffic` has it
 _CHANGES: Final = 256  # that may be under way; most wait for another one of the same name
 _MOST_OUTCOMES: Final = 500  # of one message
 _QUICK: Final = frozenset({"models", "ready", "stats", "stay", "stop"})
@@ -383,12 +383,15 @@ class Daemon:
 
 
 def _touch(folder: Path) -> None:
-    """Make what lies in a folder look as it is: in use. Of users' rows the age counts."""
+    """Make what lies in a folder look as if it was read just now, but for users' rows.
+
+    When it was written stays: a sketch is forgotten by that.
+    """
     for inside, _, names in os.walk(folder):
         for path in (Path(inside), *(Path(inside, name) for name in names)):
             with contextlib.suppress(OSError):  # some come and go
-                if path.name not in _AGING:
-                    os.utime(path)
+                if path.name != _AGING:
+                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def main(argv: list[str]) -> None:

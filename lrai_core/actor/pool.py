@@ -154,8 +154,7 @@ class Pool:
 
     def slept(self, now: float) -> float:
         """Return for how long this process was stopped since the last look; so was all it hears."""
-        gap = now - self._polled
-        return gap if gap > _STOPPED_SECONDS else 0.0
+        return gap if (gap := now - self._polled) > _STOPPED_SECONDS else 0.0
 
     def _receive(self) -> None:
         for identity, *frames in messages.receive(self._socket):

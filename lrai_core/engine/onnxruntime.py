@@ -20,7 +20,8 @@ with suppress(OSError):  # it has none of these
 import onnxruntime as ort  # noqa: E402
 from onnxruntime.capi import onnxruntime_pybind11_state as state  # noqa: E402
 
-os.sched_setaffinity(0, _CPUS)
+with suppress(OSError):  # who may not set it has not set it above
+    os.sched_setaffinity(0, _CPUS)
 
 _ERRORS = (v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception))
 # onnxruntime's have no base of their own.

@@ -231,7 +231,8 @@ class Runtime:
         One version of several answers what it has accepted; else that ends with an error, unless
         `drain` has it answered first, within `runtime.drain_seconds`.
         """
-        self._backend.call("unload", {"name": name, "version": version, "drain": drain}, type(None))
+        arguments = {"name": name, "version": version} | ({"drain": drain} if drain else {})
+        self._backend.call("unload", arguments, type(None))
 
     def start(self, request: InferenceRequest) -> Future[InferenceResponse]:
         """Accept a request and return the future of its answer.

@@ -146,7 +146,7 @@ def load_rows(path: Path, signature: Signature, most: int | None = None) -> Rows
         read = (msgspec.msgpack.decode(row, type=_Stored) for row in stored[:most])
         tensors = (_tensors(row, signature) for row in read)
         rows, repeated = _distinct(tensors, None, signature, path.name)
-    except (OSError, EOFError, ValueError, zlib.error, msgspec.MsgspecError, CalibrationError) as e:
+    except (*_UNREADABLE, msgspec.MsgspecError, CalibrationError) as e:
         raise VerificationError(f"{path.name} cannot be read: {shorten(str(e), 200)}") from None
     if repeated:
         raise VerificationError(f"{path.name}: a row is listed twice")

@@ -365,7 +365,7 @@ class TestService:
         assert (workers_of(set()), seconds_of(set())) == (0, 0), "of a model of no service"
 
     def test_of_several_it_is_the_one_that_starts(
-        self, stored: bentoml.Model, own_config: None
+        self, stored: bentoml.Model, own_config: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         other: Any = bentoml.service(name="other", traffic={"timeout": 500})(type("Other", (), {}))
 
@@ -377,6 +377,9 @@ class TestService:
         service.inject_config()
         assert workers_of({"Main"}) == 0, "either may be meant"
         assert workers_of({"Main", "fraud"}) == 1
+        with monkeypatch.context() as worker:
+            worker.setattr(server_context, "service_type", "service")
+            assert workers_of({"Main", "fraud"}) == 0, "another's worker would decide otherwise"
         service().lrai_load_model()
         try:
             held = Main.model.load().held

@@ -56,6 +56,18 @@ def test_an_estimator_is_written_from_its_table(tmp_path: Path) -> None:
     assert (run(file, table)[0] == model.predict(table)).mean() > 0.99
 
 
+def test_numbers_of_another_byte_order_are_numbers(tmp_path: Path) -> None:
+    rows = {"input": ROWS.astype(">f4")}
+    artifact = lrai.compile(network(), out=tmp_path / "m.lrai", threads=1, calibration=rows)
+    assert artifact.manifest.signature.inputs[0].datatype == "FP32"
+    to_onnx(network(), {"input": ROWS.astype(">f8").astype(">f4")}, tmp_path / "m.onnx")
+
+
+def test_a_class_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(lrai.UsageError, match=r"the model is a builtins\.type"):
+        lrai.compile(torch.nn.Linear, out=tmp_path / "m.lrai", calibration={"x": ROWS})
+
+
 def test_what_is_there_is_replaced_whole(tmp_path: Path) -> None:
     sizes = []
     for _ in range(2):

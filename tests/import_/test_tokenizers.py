@@ -342,6 +342,14 @@ def test_a_padding_token_of_the_file_fills_rows(tmp_path: Path) -> None:
     assert not mask.any()
 
 
+def test_a_tokenizer_that_cuts_at_the_beginning_is_refused(tmp_path: Path) -> None:
+    library = KINDS["gpt2"]()
+    ids_model(tmp_path / "model.onnx", library.get_vocab_size())
+    library.enable_truncation(8, direction="left")
+    with pytest.raises(CompileError, match="cuts long texts at their beginning"):
+        load(describe(tmp_path, library.to_str()), print)
+
+
 def changed(tree: dict[str, Any], path: str, value: Any) -> str:
     *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
     own: Any = tree

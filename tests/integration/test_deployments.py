@@ -28,6 +28,7 @@ import lrai_core as lrai
 from lrai_deployments.deployments import Deployments
 from lrai_deployments.routing import Route
 from lrai_deployments.running import memory_bytes
+from lrai_deployments.state import How
 from tests.core import small_artifact
 from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import Load, config, kill, pid_of, wait_until
@@ -779,6 +780,82 @@ def test_a_name_that_made_room_is_served_as_before_for_who_loads_what_was_replac
         assert runtime.rollback("m") == version(small[2.0])
         runtime.unload("m")
         assert "m" not in {one.name for one in runtime.deployments()}
+
+
+def test_what_made_room_and_has_moved_is_kept_where_it_lies_now(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
+    there = Path(shutil.copytree(small[3.0], tmp_path / "there.lrai"))
+    state = tmp_path / "state" / "deployments.json"
+    limits = config(**{"runtime.memory_mib": 250, "runtime.state_dir": str(state.parent)})
+    with lrai.Runtime(limits) as runtime:
+        runtime.load(small[2.0], name="m")
+        runtime.swap("m", there)
+        for name in ("n", "o"):
+            runtime.load(small[4.0], name=name)
+        moved = there.rename(tmp_path / "moved.lrai")
+        runtime.load(moved, name="m")
+        assert ask(runtime) == 3.0
+        kept = state.read_bytes()
+    state.write_bytes(kept)  # as a kill leaves it
+    with lrai.Runtime(limits) as runtime:
+        deployments(runtime).restore()
+        assert ask(runtime) == 3.0
+        assert runtime.rollback("m") == version(small[2.0])
+
+
+def test_what_does_not_run_makes_room_for_good_with_what_does(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
+    state = tmp_path / "state" / "deployments.json"
+    with lrai.Runtime(config(**{"runtime.state_dir": str(state.parent)})) as runtime:
+        runtime.load(small[2.0], name="m")
+        runtime.swap("m", small[3.0])
+        runtime.load(small[5.0], name="m", share=0.0)
+        runtime.route("m", {version(small[3.0]): 1.0}, shadow={version(small[5.0]): 1.0})
+        kept = state.read_bytes()
+    state.write_bytes(kept)
+    with lrai.Runtime(
+        config(**{"runtime.memory_mib": 250, "runtime.state_dir": str(state.parent)})
+    ) as runtime:
+        core, reopen = deployments(runtime), deployments(runtime)._reopen
+
+        def unreachable(how: How) -> Any:
+            if how.version == version(small[5.0]):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return reopen(how)
+
+        monkeypatch.setattr(core, "_reopen", unreachable)
+        core.restore()
+        assert ask(runtime) == 3.0
+        for name in ("n", "o"):
+            runtime.load(small[4.0], name=name)
+        (now,) = [one for one in runtime.deployments() if one.name == "m"]
+        assert now.away
+        assert (now.shares, now.shadow) == ({version(small[3.0]): 1.0}, {})
+
+
+def test_where_what_made_room_cannot_be_started_what_is_asked_for_serves(
+    small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 100 << 20)
+    with lrai.Runtime(config(**{"runtime.memory_mib": 250})) as runtime:
+        runtime.load(small[2.0], name="m")
+        runtime.swap("m", small[3.0])
+        for name in ("n", "o"):
+            runtime.load(small[4.0], name=name)
+        core, add = deployments(runtime), deployments(runtime).add
+
+        def refused(opened: lrai.Artifact, *arguments: Any, **more: Any) -> Any:
+            if opened.version == version(small[3.0]):
+                raise lrai.ConditionNotMet("made for another engine version")
+            return add(opened, *arguments, **more)
+
+        monkeypatch.setattr(core, "add", refused)
+        core.load(str(small[2.0]), name="m", shared=True)
+        assert ask(runtime) == 2.0
 
 
 @pytest.mark.parametrize("becomes", [None, 5.0])

@@ -553,7 +553,7 @@ def test_what_live_requests_disagree_with_is_not_applied(
 
 @pytest.mark.parametrize(
     ("demanded", "differ", "refused"),
-    [(None, 3, True), ((0.1, 0.05), 3, False), ((0.1, 0.05), 6, True)],
+    [(None, 3, True), ((0.1, 0.05), 3, False), ((0.1, 0.05), 6, True), ((0.1, 0.01), 2, True)],
 )
 def test_of_live_answers_as_many_may_differ_as_of_those_that_the_gate_saw(
     demanded: tuple[float, float] | None,

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lrai_bentoml.runner import Runner
 
 _questions: Final = Questions()
-_PROBE_SECONDS: Final = 5.0  # a runtime that says nothing for that long is not in good health
 
 
 def install(owner: Any, name: str, runner: Runner) -> None:
@@ -40,9 +39,13 @@ def install(owner: Any, name: str, runner: Runner) -> None:
 
 
 def workers_of(names: Set[str]) -> int:
-    """Return how many workers the one service has that is meant by these names; 0: not known."""
+    """Return how many workers the one service has that is meant by these names; 0: not known.
+
+    A worker knows one alone of several that have the model, and must not decide for itself.
+    """
     counts = [own.get("workers") or 1 for own in _told(names)]
-    return counts[0] if len(counts) == 1 and isinstance(counts[0], int) else 0
+    told = len(names) == 1 or server_context.service_type != "service"
+    return counts[0] if told and len(counts) == 1 and isinstance(counts[0], int) else 0
 
 
 def seconds_of(names: Set[str]) -> float:
@@ -92,5 +95,6 @@ async def _metrics(self: Any, own: str) -> str:
 async def _soon(question: Callable[[], Any]) -> Any:
     """Return the answer, None where there is none in time; the event loop goes on meanwhile."""
     with contextlib.suppress(TimeoutError, lrai.LraiError, bentoml.exceptions.BentoMLException):
-        return await _questions.soon(question, _PROBE_SECONDS)
+        # A runtime that says nothing for that long is not in good health.
+        return await _questions.soon(question, 5.0)
     return None

@@ -482,3 +482,10 @@ def test_a_row_that_would_be_one_step_of_a_batch_of_steps_is_refused(
         read_rows({"x": steps}, Signature(inputs=(batched,), outputs=()), "evaluation")
         rows, _ = read_rows({"x": steps[:, :, None]}, signature, "evaluation")
         assert rows.inputs[0][0].shape == (5, 1, 3)
+
+
+def test_kept_rows_that_are_nested_deeply_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.msgpack.gz"
+    path.write_bytes(gzip.compress(b"\x91" * 5_000 + b"\xc0"))
+    with pytest.raises(VerificationError, match="cannot be read"):
+        load_rows(path, TABLE)

@@ -74,16 +74,15 @@ def convert(
             out.print(logged.model_uri, known)  # before MLflow says where the run is
         finally:
             end_run(status)
+        alone = logged.flavors[FLAVOR_NAME]["variant"] == "fp32" and how.get("keep") != 1
+        if evaluation is not None and alone:
+            file = f"runs:/{logged.run_id}/lrai/{logged.model_id}/quantization.jsonl"
+            if _MADE.search(artifacts.load_text(file)):
+                why = f"no form but fp32 passed the gate and was faster; {file} tells why"
+                raise ConditionNotMet(why)
+            out.print("nothing in it can be quantised: fp32 serves, batched where that pays")
     except MlflowException as error:
         raise _ours(error) from None
-    alone = logged.flavors[FLAVOR_NAME]["variant"] == "fp32" and how.get("keep") != 1
-    if evaluation is not None and alone:
-        file = f"runs:/{logged.run_id}/lrai/{logged.model_id}/quantization.jsonl"
-        log = artifacts.load_text(file)
-        if not _MADE.search(log):
-            out.print("nothing in it can be quantised: fp32 serves, batched where that pays")
-            return
-        raise ConditionNotMet(f"no form but fp32 passed the gate and was faster; {file} tells why")
 
 
 def artifact_of(model_uri: str) -> Artifact:

@@ -78,8 +78,9 @@ def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) 
     """Compile an entry's newest model.onnx, and add the artifact as its next version.
 
     Behind ENTRY every option of `lrai compile` can be given: --evaluation FILE, --calibration,
-    --metric, --output-map, --epsilon, --delta, --threads, --keep and so on. Where no form passes
-    the gate, the exit code is 3 and the repository is as it was.
+    --metric, --output-map, --epsilon, --delta, --threads, --keep and so on. Where forms are
+    made and none passes the gate, the exit code is 3 and the repository is as it was; where nothing
+    can be quantised, as in trees, it is 0, and fp32 is added.
     """
     if not entry.is_dir():
         raise UsageError(f"{entry} is no folder of a model, which comes before all options")
