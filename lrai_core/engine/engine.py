@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import platform
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -14,8 +15,8 @@ from lrai_core.errors import EnvironmentProblem, shorten
 from lrai_core.protocol import Array
 
 SHORT_CALL_MS: Final = 2.0  # who takes less for any call is served with one thread
-_HUGE: Final = 2 << 20  # bytes
-_HUGEPAGE, _COLLAPSE = 14, 25  # what madvise(2) calls these; the second since Linux 6.1
+# Bytes of one, and what madvise(2) calls these; the last since Linux 6.1.
+_HUGE, _HUGEPAGE, _COLLAPSE = 2 << 20, 14, 25
 
 
 class Session(Protocol):
@@ -74,9 +75,12 @@ def huge_pages() -> Iterator[None]:
     """
     before = _own_memory()
     yield
-    for start in _own_memory() - before:
-        for advice in (_HUGEPAGE, _COLLAPSE):  # refused, where there are none
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(_HUGE), advice)
+    libc, pages = ctypes.CDLL(None), ctypes.create_string_buffer(_HUGE // mmap.PAGESIZE)
+    for place in [(ctypes.c_void_p(at), ctypes.c_size_t(_HUGE)) for at in _own_memory() - before]:
+        libc.madvise(*place, _HUGEPAGE)  # refused, where there are none
+        # Else what nobody has used would become memory, too.
+        if not libc.mincore(*place, pages) and pages.raw.count(1) > 0.75 * len(pages):
+            libc.madvise(*place, _COLLAPSE)
 
 
 def _own_memory() -> set[int]:

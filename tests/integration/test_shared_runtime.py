@@ -988,7 +988,7 @@ def test_a_runtime_that_ends_takes_on_nothing_more() -> None:
 
 
 def test_what_lies_in_the_folder_is_kept_young(folder: Path) -> None:
-    (folder / "held").mkdir()
+    (folder / "held").mkdir(parents=True)
     for name in ("lock", "deployments.json", "held/m.columns", "sketch.json", "captured.npz"):
         (folder / name).touch()
         os.utime(folder / name, (0, 0))
