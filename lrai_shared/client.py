@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures._base import CANCELLED
 from importlib.metadata import version
 from pathlib import Path
@@ -279,7 +279,7 @@ class Attached:
             poller.register(source, zmq.POLLIN)
         while not self._closed:
             left = max(0.0, next_sign - time.monotonic())
-            ready = dict(poller.poll(round(left * 1e3)))
+            ready = dict(wire.poll(poller.sockets, round(left * 1e3)))
             if self._wake_read in ready:
                 os.read(self._wake_read, 1)  # first: who comes from here on writes again
                 self._awake = False
@@ -293,9 +293,10 @@ class Attached:
                 self._expire(now)
                 self._show_life()
                 next_sign = now + (_LIFE_SECONDS if self._session else _SEARCH_SECONDS)
-            with contextlib.suppress(zmq.Again):  # as below
-                while self._session and self._send():
-                    pass
+            if self._outbox or self._outcalls or self._cancelled:
+                with contextlib.suppress(zmq.Again):  # as below
+                    while self._session and self._send():
+                        pass
 
     def _expire(self, now: float) -> None:
         """End what is long past its deadline; the daemon may be stopped, or not come back."""
@@ -481,10 +482,8 @@ def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], Buffer]:
 
 
 def _settle(future: Future[Any], outcome: Any = None) -> None:
-    with future._condition:  # noqa: SLF001 - else it could be cancelled between these two
-        if future.done() or not future.set_running_or_notify_cancel():
-            return
-    if isinstance(outcome, lrai.LraiError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
+    with contextlib.suppress(InvalidStateError):  # it was cancelled, or has ended
+        if isinstance(outcome, lrai.LraiError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -82,10 +82,6 @@ class _Client:
     memory: list[memoryview] = field(default_factory=list)  # of the arena, if it is one
     read: list[int] = field(default_factory=list)  # offsets there, to be told
 
-    def waits(self) -> bool:
-        """Whether there is something to tell it."""
-        return bool(self.answered or self.failed or self.read)
-
     def lend(self, place: wire.Place) -> memoryview:
         """Return bytes of its arena; when the last view of them is gone, it is told."""
         lent = np.frombuffer(wire.view(place, (), self.memory), np.uint8)
@@ -138,8 +134,9 @@ class Door(Pool):
 
     def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
         """See `Workers.poll`."""
+        slept = self.slept(now)
         for client in self._clients.values():
-            client.heard += self.slept(now)
+            client.heard += slept
         for door in [door for door in self._doors if self.opened and door in ready]:
             for sender, *frames in itertools.islice(wire.receive(door), _MOST_HEARD):
                 try:
@@ -241,7 +238,8 @@ class Door(Pool):
             (door, identity), message = self._said.popleft()
             door.say(message, identity)
         for (door, identity), client in self._clients.items():
-            while client.waits():  # so many at a time, that a header has room for them
+            # So many at a time, that a header has room for them.
+            while client.answered or client.failed or client.read:
                 packer, most = wire.Packer(), _MOST_OUTCOMES
                 answers = tuple([messages.answer(*o, packer) for o in client.answered[:most]])
                 failed, read = tuple(client.failed[:most]), tuple(client.read[:most])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,7 +16,7 @@ from lrai_core.protocol import Array
 # thread bound to one CPU, as it is where each actor has a core of its own.
 _CPUS: Final = os.sched_getaffinity(0)
 with suppress(OSError):  # it has none of these
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    os.sched_setaffinity(0, {*_CPUS, *range(os.cpu_count() or 1)})
 import onnxruntime as ort  # noqa: E402
 from onnxruntime.capi import onnxruntime_pybind11_state as state  # noqa: E402
 
@@ -71,8 +71,9 @@ class OnnxRuntimeSession:
         larger = size > self._largest_bytes  # than all before: it may take more memory, and keep it
         self._largest_bytes = max(size, self._largest_bytes)
         try:
-            with huge_pages() if larger else nullcontext():
-                return list(self._session.run(names, dict(zip(self._inputs, arrays, strict=True))))
+            # What Python puts around the session's own `run` takes as long as a small model.
+            run = huge_pages()(self._session.run) if larger else self._session._sess.run  # noqa: SLF001
+            return list(run(names, dict(zip(self._inputs, arrays, strict=True)), None))
         except REFUSALS as error:
             # What is no lack of memory is in the inputs.
             invalid = not any(lack in str(error) for lack in MEMORY_LACKS)

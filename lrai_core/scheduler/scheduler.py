@@ -38,7 +38,7 @@ from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan, probe
 from lrai_core.scheduler.state import Call, Done, Model, Pending, Replica
 from lrai_core.scheduler.waiting import Waiting
-from lrai_core.wire.messages import Refused
+from lrai_core.wire.messages import Refused, poll
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Workers
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ class Scheduler:
         models = [replica.latency for replica in list(model.replicas.values())]
         needed = self.ask(model.name, 0.0, _least_seconds, models, rows, request.length)
         # No number is no reason to refuse: what waits then runs one by one.
-        if not allowed > 0 or allowed <= needed * model.is_known(pending.arrival):
+        if not allowed > 0 or (allowed <= needed and model.is_known(pending.arrival)):
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
         if before := bisect_left(model.queue.urgent, pending.place):
@@ -248,8 +248,8 @@ class Scheduler:
         try:
             while not self._closed:
                 now = time.monotonic()
-                pause = max(0.0, self._next_check(now) - now)
-                ready = dict(self._poller.poll(0 if self._arrived else math.ceil(pause * 1e3)))
+                pause = math.ceil(max(0.0, self._next_check(now) - now) * 1e3)
+                ready = dict(poll(self._poller.sockets, 0 if self._arrived else pause))
                 if self._awake:
                     os.read(self._wake_read, 1)  # first: who comes from here on writes again
                     self._awake = False
@@ -283,11 +283,14 @@ class Scheduler:
         for outcome in outcomes:
             self._settle(outcome)
         now = self._looked = time.monotonic()  # a call that begins here may have its next one here
-        self._expire_running(now)
+        # Callers are told in time; a request keeps its place until the engine is done with it.
+        for pending in [pending for call in self._calls.values() for pending in call.pending]:
+            if pending.place.deadline <= now:
+                self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
         models = list(self._models.values())  # `add` runs in other threads
         for model in models:
-            late = self._take(model, model.queue.expire(now))
-            self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
+            if model.waiting and (late := self._take(model, model.queue.expire(now))):
+                self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
         while any(model.waiting for model in models):
             if not (self._dispatch_one(now) or self._dispatch_next(now)):
                 break
@@ -299,7 +302,8 @@ class Scheduler:
         checks += [model.queue.next_deadline() for model in list(self._models.values())]
         for call in self._calls.values():
             checks += [p.place.deadline for p in call.pending if p.done]
-            checks += [at for at in (call.next_from, call.overdue) if at > self._looked]
+            soon = call.next_from if call.model.waiting else call.overdue  # else for nobody
+            checks += [at for at in (soon, call.overdue) if at > self._looked]
         return min(checks)
 
     def _enqueue(self, pending: Pending) -> None:
@@ -315,28 +319,22 @@ class Scheduler:
             model.queue.remove(sequence)
         return [model.waiting.pop(sequence) for sequence in sequences]
 
-    def _expire_running(self, now: float) -> None:
-        """Tell callers in time; the request keeps its place until the engine is done with it."""
-        for pending in [pending for call in self._calls.values() for pending in call.pending]:
-            if pending.place.deadline <= now:
-                self._tell(pending, None, DeadlineExceeded("the deadline passed while it ran"))
-
     def _dispatch_one(self, now: float) -> bool:
         """Start the call that is due first among those there are CPUs for; return whether one was.
 
         More calls than CPUs would only make one another late.
         """
         at_work = [call.replica for call in self._calls.values() if now < call.overdue]
-        busy, taken = sum(r.threads for r in at_work), [cpu for r in at_work for cpu in r.cpus]
+        busy, taken = sum([r.threads for r in at_work]), [cpu for r in at_work for cpu in r.cpus]
         offers: list[tuple[Model, Replica, Decision]] = []
         for model in list(self._models.values()):
             if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
-                replica = self.ask(model.name, idle[0], _best, idle, taken)
+                replica = self.ask(model.name, idle[0], _best, idle, taken) if idle[1:] else idle[0]
                 decision = self._decide(model, replica, now)
                 if decision.dispatch:
                     offers.append((model, replica, decision))
-        first_turn = min([model.turn(now) for model, _, _ in offers], default=0)
-        offers = [offer for offer in offers if offer[0].turn(now) == first_turn]
+        turns = [model.turn(now) for model, _, _ in offers] if offers[1:] else [0] * len(offers)
+        offers = [one for one, turn in zip(offers, turns, strict=True) if turn == min(turns)]
         if not offers:
             return False
         first = offers[self._choose(offers, now) if len(offers) > 1 else 0]
@@ -364,7 +362,7 @@ class Scheduler:
 
     def _wanted(self, model: Model) -> list[Replica]:
         """Return the actors that are up, none where nothing waits for them."""
-        replicas = model.replicas.values() if len(model.queue) else ()
+        replicas = model.replicas.values() if model.waiting else ()
         return [replica for replica in replicas if self._workers.state(replica.actor)[0] == "ready"]
 
     def _choose(self, offers: Sequence[tuple[Model, Replica, Decision]], now: float) -> int:
@@ -384,7 +382,7 @@ class Scheduler:
         started = self._take(model, decision.dispatch)
         batch, seconds = next(self._batches), decision.predicted_seconds
         requests = [pending.request for pending in started]
-        rows, length = sum(r.rows for r in requests), max(r.length for r in requests)
+        rows, length = sum([r.rows for r in requests]), max([r.length for r in requests])
         variant = self.ask(model.name, 0, replica.latency.variant, rows, length)
         for pending in started:
             pending.variant = variant
@@ -509,7 +507,7 @@ class Scheduler:
 
 def _least_seconds(models: Sequence[LatencyModel], rows: int, length: int, most: int = 1) -> float:
     """Return what a request takes, alone or as its share of a call with so many like it."""
-    return min([m.call_seconds(n * rows, length) / n for m in models for n in (1, most)])
+    return min([m.call_seconds(n * rows, length) / n for m in models for n in {1, most}])
 
 
 def _best(idle: Sequence[Replica], taken: Sequence[int]) -> Replica:

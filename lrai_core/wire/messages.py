@@ -8,7 +8,6 @@ receiver drops and counts. There is no pickle anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from errno import ENAMETOOLONG
@@ -29,7 +28,8 @@ _MAX_HEADER_BYTES: Final = 8 << 20
 _COUNTED: Final = ("messages_sent", "messages_received", "copied_bytes", "inline_large")
 _send: Final[Any] = zmq.backend.Socket.send
 _receive: Final[Any] = zmq.backend.Socket.recv
-_MORE, _NOW = int(zmq.SNDMORE), int(zmq.NOBLOCK)  # as members of an enum they take microseconds
+poll: Final[Any] = zmq.backend.zmq_poll
+_MORE, _IN = int(zmq.SNDMORE), int(zmq.POLLIN)  # as members of an enum they take microseconds
 _datatype_of: Final = lru_cache(256)(datatype_of)
 
 Buffer = bytes | memoryview
@@ -184,13 +184,13 @@ class Line(zmq.Socket[bytes]):
             _send(self, frame, _MORE, copy)
         _send(self, frames[-1], 0, copy)
 
-    def hear(self, flags: int = 0) -> list[memoryview]:
+    def hear(self) -> list[memoryview]:
         """Return the frames of the next message."""
-        parts = [_receive(self, flags, copy=False)]
+        parts = [_receive(self, 0, copy=False)]
         while parts[-1].more:
             parts.append(_receive(self, 0, copy=False))
         self.tally["messages_received"] += 1
-        return [part.buffer for part in parts]
+        return [memoryview(part) for part in parts]
 
 
 def listen(address: str, options: Options | None = None) -> Line:
@@ -213,9 +213,8 @@ def connect(address: str, identity: bytes, options: Options | None = None) -> Li
 
 def receive(socket: Line) -> Iterator[list[memoryview]]:
     """Yield the messages that are there, as frames; never wait."""
-    with contextlib.suppress(zmq.Again):
-        while True:
-            yield socket.hear(_NOW)
+    while poll([(socket, _IN)], 0):  # an error would tell it later
+        yield socket.hear()
 
 
 class Packer:

@@ -77,10 +77,9 @@ def _complete_tensors(
             raise UsageError(f"{kind} {name!r}: data_type is {tensor['data_type']}, not {datatype}")
         if kind == "input" and batched:
             # Requests of different lengths come in one list: it is padded where it is planned.
-            ragged = spec.length_axis is not None
-            if tensor.get("allow_ragged_batch") and not ragged:
+            if tensor.get("allow_ragged_batch") and spec.length_axis is None:
                 raise UsageError(f"{kind} {name!r}: allow_ragged_batch, but it has no length axis")
-            tensor["allow_ragged_batch"] = ragged
+            tensor["allow_ragged_batch"] = spec.length_axis is not None
         shape = [extent if isinstance(extent, int) else -1 for extent in spec.shape]
         _complete_shape(kind, tensor, shape[batched:], batched=batched)
 

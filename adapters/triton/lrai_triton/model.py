@@ -107,7 +107,8 @@ class TritonPythonModel:
         """Return the responses to a list of requests, in its order."""
         answers = self._start(requests)
         # Once for all: a thread that is woken for every answer takes the core from the model.
-        wait([answer for answer in answers if isinstance(answer, Future)])
+        left = [answer for answer in answers if isinstance(answer, Future)]
+        _ = wait(left) if len(left) > 1 else [*map(_outcome, left)]
         self._queue.answered()
         return self._responses(requests, answers)
 
@@ -160,7 +161,7 @@ class TritonPythonModel:
 
     def _request(self, request: Any, timeout_ms: float | None) -> lrai.InferenceRequest | Outcome:
         try:
-            name, said = request.request_id(), json.loads(request.parameters() or "{}")
+            name, said = request.request_id(), json.loads(p) if (p := request.parameters()) else {}
             inputs = {tensor.name(): self._array(tensor) for tensor in request.inputs()}
         except (lrai.LraiError, ValueError) as error:  # Python's own: of id or parameters
             return error if isinstance(error, lrai.LraiError) else lrai.RequestError("no UTF-8")
@@ -242,9 +243,9 @@ class TritonPythonModel:
 
 def _bytes_of(tensors: Mapping[str, Any]) -> int:
     """Return what tensors take in Triton's memory at most: a KiB each beside what they hold."""
-    texts = [array.flat for array in tensors.values() if array.dtype.hasobject]
-    content_bytes = sum(len(text.encode()) for array in texts for text in array)
-    return content_bytes + sum(1024 + int(array.nbytes) for array in tensors.values())
+    texts = [text for array in tensors.values() if array.dtype.hasobject for text in array.flat]
+    sizes = [1024 + int(array.nbytes) for array in tensors.values()]
+    return sum(sizes) + sum([len(text.encode()) for text in texts])
 
 
 def _outcome(answer: Started) -> Outcome:
