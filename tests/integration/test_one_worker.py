@@ -42,16 +42,17 @@ SERVICE = """
 import time
 from pathlib import Path
 
-import bentoml, lrai_bentoml, onnxruntime
+import bentoml, lrai_bentoml
+from lrai_core.engine.onnxruntime import OnnxRuntimeSession
 
-run, hang = onnxruntime.InferenceSession.run, Path("HANG")
+run, hang = OnnxRuntimeSession.run, Path("HANG")
 
 def held_up(*arguments, **more):
     while hang.exists():
         time.sleep(0.01)
     return run(*arguments, **more)
 
-onnxruntime.InferenceSession.run = held_up
+OnnxRuntimeSession.run = held_up
 
 @bentoml.service(name="called_otherwise")
 class Tokens:
