@@ -113,6 +113,20 @@ def test_memory_from_before_is_left_as_it_is(least_huge: int) -> None:
         meanwhile.close()
 
 
+def test_what_nobody_has_used_is_made_no_memory() -> None:
+    def resident_bytes() -> int:
+        found = re.search(r"Rss:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+        assert found is not None
+        return int(found[1]) << 10
+
+    begun = resident_bytes()
+    with huge_pages():
+        memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[:: 2 << 20] = b"\1" * 32  # a small page of each
+    assert resident_bytes() - begun < 16 << 20
+    memory.close()
+
+
 class PluginEngine:
     name = "plugin"
     version = "7"
