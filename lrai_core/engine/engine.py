@@ -77,9 +77,9 @@ def huge_pages() -> Iterator[None]:
     yield
     libc, pages = ctypes.CDLL(None), ctypes.create_string_buffer(_HUGE // mmap.PAGESIZE)
     for place in [(ctypes.c_void_p(at), ctypes.c_size_t(_HUGE)) for at in _own_memory() - before]:
-        libc.madvise(*place, _HUGEPAGE)  # refused, where there are none
         # Else what nobody has used would become memory, too.
         if not libc.mincore(*place, pages) and pages.raw.count(1) > 0.75 * len(pages):
+            libc.madvise(*place, _HUGEPAGE)  # refused, where there are none
             libc.madvise(*place, _COLLAPSE)
 
 
