@@ -18,19 +18,10 @@ from typing import Any, Final, TypeVar
 
 import zmq
 
+from lrai_core import errors
 from lrai_core.config import ActorConfig, SchedulerConfig, available_cpus
 from lrai_core.engine.batching import MEASURED_ELEMENTS
-from lrai_core.errors import (
-    ActorError,
-    Cancelled,
-    DeadlineExceeded,
-    LraiError,
-    ModelNotFound,
-    NotReady,
-    PoisonRequest,
-    RequestError,
-    shorten,
-)
+from lrai_core.errors import ActorError, DeadlineExceeded, LraiError, NotReady, PoisonRequest
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
@@ -119,7 +110,7 @@ class Scheduler:
             ModelNotFound: No such model.
         """
         if (owner := self._models.get(model)) is None:
-            raise ModelNotFound(f"no model {shorten(model)!r} is loaded")
+            raise errors.ModelNotFound(f"no model {errors.shorten(model)!r} is loaded")
         now, timeout = time.monotonic(), owner.timeout_ms if timeout_ms is None else timeout_ms
         patience = owner.slo_ms if timeout_ms is None else self._config.default_timeout_ms
         key = (priority, now + min(timeout, patience) / 1e3, next(self._sequences))
@@ -223,7 +214,7 @@ class Scheduler:
             self._admission.enter(rows, request.nbytes, needed / rows)
 
     def _cancel(self, pending: Pending) -> None:
-        error = Cancelled("cancelled")
+        error = errors.Cancelled("cancelled")
         self._tell(pending, None, error)
         if pending.place.sequence in pending.model.waiting:
             self._settle_with(self._take(pending.model, [pending.place.sequence]), error)
@@ -391,9 +382,13 @@ class Scheduler:
         replica.calls.append(call)
         if not call.queued:
             call.begin(now)
-        self._workers.dispatch(replica.actor, Batch(batch, requests, seconds, variant))
         size = {"requests": len(started), "rows": rows, "length": length}
         self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
+        try:
+            self._workers.dispatch(replica.actor, Batch(batch, requests, seconds, variant))
+        except Exception:  # noqa: BLE001 - edge: without the memory to join them each goes alone
+            replica.calls.remove(self._calls.pop(batch))
+            self._again(call, ActorError("no call could be made"), 0 if started[1:] else _ATTEMPTS)
 
     def _decide(self, model: Model, replica: Replica, start: float) -> Decision:
         """Return what the actor runs next, after those were told whom nobody will run."""
@@ -401,6 +396,12 @@ class Scheduler:
         decision = self.ask(model.name, first, plan, queue, replica.latency, start, model.bounds)
         if decision.drop and not (decision.dispatch or replica.calls or model.is_known(start)):
             return self.ask(model.name, first, probe, queue, replica.latency)
+        for other in self._wanted(model) if decision.drop else ():
+            # What a slow actor is too late for waits where another one will be in time.
+            free = max([start, *(call.begun + call.seconds for call in other.calls)])
+            if free + other.latency.alone_seconds() < start + replica.latency.alone_seconds():
+                told = self.ask(model.name, first, plan, queue, other.latency, free, model.bounds)
+                decision = decision._replace(drop=tuple({*decision.drop}.intersection(told.drop)))
         late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
         self._settle_with(self._take(model, decision.drop), late)
         return decision
@@ -437,7 +438,7 @@ class Scheduler:
                 self._last_answer = call.model.seen = now
                 self._ended += zip(call.pending, answers, strict=True)
             case Refused(message=message, invalid=invalid):
-                kind, self._last_answer = (RequestError if invalid else ActorError), now
+                kind, self._last_answer = (errors.RequestError if invalid else ActorError), now
                 error = kind(f"the engine refused the request: {message}")
                 # One that was refused alone is refused for good: it is the request's own fault.
                 self._again(call, error, 0 if shared else _ATTEMPTS)

@@ -737,6 +737,24 @@ def test_what_can_no_longer_be_answered_in_time_is_not_run(bench: Bench, clock: 
     assert len(bench.workers.dispatched) == 1
 
 
+def test_what_a_slow_actor_is_too_late_for_waits_for_a_fast_one(bench: Bench, clock: Clock) -> None:
+    slow = [LatencyPoint(rows=1, length=0, median_ms=100.0, spread_ms=0.0)]
+    bench.scheduler._cpus = 2
+    replicas = [Replica("fast", PROFILE), Replica("slow", slow)]
+    bench.scheduler.add("two", replicas, SchedulerConfig())
+    first = bench.submit(model="two")
+    bench.step()
+    clock.now += 0.005
+    urgent, hopeless = (bench.submit(model="two", timeout_ms=ms) for ms in (30, 12))
+    bench.step()
+    assert list(bench.workers.calls) == ["fast"]
+    assert "cannot be met any more" in str(failure(hopeless))
+    for _ in (first, urgent):
+        bench.workers.answer("fast")
+        bench.step()
+    assert [first.exception(0), urgent.exception(0)] == [None, None]
+
+
 def test_a_caller_is_told_at_its_deadline_but_holds_its_place_until_the_engine_is_done(
     bench: Bench, clock: Clock
 ) -> None:
@@ -1231,8 +1249,46 @@ def test_a_model_may_be_added_while_one_of_several_is_chosen(bench: Bench) -> No
     assert [future.exception(0) for future in futures] == [None, None]
 
 
+def test_a_call_that_cannot_be_made_is_made_one_by_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch = bench.workers.dispatch
+
+    def without_memory_to_join(model: str, batch: Batch) -> None:
+        if len(batch.requests) > 1:
+            raise MemoryError
+        dispatch(model, batch)
+
+    monkeypatch.setattr(bench.workers, "dispatch", without_memory_to_join)
+    futures = [bench.submit() for _ in range(3)]
+    for _ in futures:
+        bench.step()
+        bench.workers.answer()
+    bench.step()
+    assert [future.exception(0) for future in futures] == [None] * 3
+    assert [len(batch) for batch in bench.workers.dispatched] == [1, 1, 1]
+
+
+def test_one_request_that_cannot_be_handed_over_ends_and_the_next_one_runs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.workers, "dispatch", without_memory)
+        ended = bench.submit()
+        bench.step()
+    assert isinstance(failure(ended), ActorError)
+    following = bench.submit()
+    bench.step()
+    bench.workers.answer()
+    bench.step()
+    assert following.exception(0) is None
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("method", ["dispatch", "poll", "state"])
+@pytest.mark.parametrize("method", ["poll", "state"])
 def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
