@@ -380,6 +380,16 @@ def was_refused(error: BaseException, seconds: float) -> bool:
     return isinstance(error, lrai.DeadlineExceeded) and any(at_the_door)
 
 
+def count_lost(ledger: Ledger, kills: Sequence[Event]) -> None:
+    """Count what was on its way when a daemon was killed, and was refused then, as failed.
+
+    The one that was killed may have admitted it; who sends it again has to have it answered.
+    """
+    for kill in kills:
+        lost = ledger.are(End.REFUSED) & (ledger.sent < kill.at) & (ledger.ended > kill.at)
+        ledger.how[lost] = End.FAILED
+
+
 def recoveries(ledger: Ledger, kills: Sequence[Event]) -> list[float]:
     """Return for each kill the seconds to the first answer to a request that was sent after it."""
     good = ledger.are(End.ANSWERED)
@@ -438,6 +448,7 @@ def report(
         console.print(f"[bold red]{problem}[/]")
     kills = {kind: [e for e in done if e.kind == kind] for kind in ("actor", "daemon")}
     every = [*kills["actor"], *kills["daemon"]]
+    count_lost(ledger, kills["daemon"])
     total, refused = len(ledger.due), int(ledger.are(End.REFUSED).sum())
     answered, wrong = (int(ledger.are(end).sum()) for end in (End.ANSWERED, End.WRONG))
     failed = int(ledger.are(End.FAILED).sum())

@@ -14,6 +14,7 @@ from benchmarks.availability import (
     Ledger,
     arrivals,
     bursting,
+    count_lost,
     events_of,
     recoveries,
     timeline,
@@ -83,6 +84,17 @@ def test_a_failure_of_an_admitted_request_is_no_refusal() -> None:
     assert not was_refused(early, 4.9)  # by another daemon than the one that admitted it
     late = lrai.DeadlineExceeded("the deadline passed in the queue")
     assert not any(was_refused(e, 0.1) for e in (late, lrai.ActorError("died"), ValueError("bug")))
+
+
+def test_what_a_killed_daemon_may_have_admitted_is_not_refused_by_the_next_one() -> None:
+    found = ledger(
+        (0.9, 0.95, End.REFUSED),
+        (0.99, 1.01, End.REFUSED),
+        (0.99, 1.3, End.ANSWERED),
+        (1.01, 1.02, End.REFUSED),
+    )
+    count_lost(found, [Event(1.0, "daemon")])
+    assert found.how.tolist() == [End.REFUSED, End.FAILED, End.ANSWERED, End.REFUSED]
 
 
 def test_the_chart_shows_each_second_and_what_was_done() -> None:
