@@ -398,7 +398,8 @@ def _take(
         if threads > 1 and form is not before:
             if before is None or before.threads > 1:
                 time.sleep(_ASLEEP)
-            form.run(feeds[cell])
+            for feed in feeds.values():  # one may have a session for short calls, one for long ones
+                form.run(feed)
         began = time.perf_counter()
         for _ in range(repeats[cell]):
             form.run(feeds[cell])
