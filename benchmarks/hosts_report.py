@@ -28,10 +28,13 @@ PartsOf = Mapping[tuple[str, str], Parts]  # by host and form
 
 
 class Shares(NamedTuple):
-    """Where the latency of a request goes, as shares of its mean."""
+    """Where the latency of a request goes, as shares of its mean; each is an estimate.
+
+    The queue is what the others leave of the whole: None where they leave nothing.
+    """
 
     decode: float
-    queue: float
+    queue: float | None
     engine: float
     encode: float
 
@@ -91,7 +94,8 @@ def shares(row: Row, bare: Bare, parts: PartsOf) -> Shares:
     alone = bare["variant" if ours else row["file"], row["lengths"]]
     engine = (ours and row["cpu_us"]["actors"]) or 1e6 / float(np.median(alone))
     decode, engine, encode = (part / total for part in (own.decode, engine, own.encode))
-    return Shares(decode, 1 - decode - engine - encode, engine, encode)
+    left = 1 - decode - engine - encode
+    return Shares(decode, left if left >= 0 else None, engine, encode)
 
 
 def show(rows: Rows, bare: Bare, parts: PartsOf, rounds: int, variant: str) -> None:
@@ -120,14 +124,16 @@ def show(rows: Rows, bare: Bare, parts: PartsOf, rounds: int, variant: str) -> N
                 (
                     f"{row['lengths']}, {row['callers']}",
                     row["who"],
-                    *(f"{100 * part:.1f}" for part in shares(row, bare, parts)),
+                    *map(_percent, shares(row, bare, parts)),
                     *(f"{row['cpu_us'][what]:,.0f}" for what in ("host", "daemon", "actors")),
                 )
                 for row in sorted(cells, key=_order)
                 if row["workers"] == 1
             ],
-            "one worker; decode and encode: the host's own functions alone on this CPU; engine: "
-            "bare, of lrai the actors' CPU time; queue: the rest, with HTTP and hops",
+            "one worker; estimated: decode and encode by the host's own functions alone on this "
+            "CPU; engine\nby the bare one, of lrai by the actors' CPU time; queue, with HTTP and "
+            "hops, by what these leave\nof the whole: where that is less than nothing they do not "
+            "add up, and it is -",
         )
     harness.show(
         "Memory",
@@ -187,6 +193,10 @@ def _line(rows: Rows, row: Row) -> tuple[str, ...]:
             for file in ("fp32", "variant")
         ),
     )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _closed(rows: Rows) -> list[Row]:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import hosts_report as report
 from benchmarks.callers import Answers, Figures
+from benchmarks.harness import console
 from benchmarks.hosts_fastapi import decode, encode, groups
 from benchmarks.hosts_load import answer, body_of, request
 from benchmarks.hosts_parts import Parts
@@ -128,7 +129,19 @@ def test_wrong_answers_are_a_failure() -> None:
     assert held == [False, False, False], "too far, too often, and one that is another's"
 
 
-def test_the_shares_of_the_latency_are_a_whole() -> None:
-    parts = {(SAGEMAKER, file): Parts(500.0, 1_000.0) for file in ("fp32", "lrai")}
-    assert report.shares(side("lrai", [1]), BARE, parts) == pytest.approx((0.05, 0.65, 0.2, 0.1))
-    assert report.shares(side("fp32", [1]), BARE, parts) == pytest.approx((0.05, -0.15, 1.0, 0.1))
+def test_the_shares_of_the_latency_are_a_whole_or_said_not_to_add_up() -> None:
+    parts = {(SAGEMAKER, file): Parts(500.0, 1_000.0) for file in ("fp32", "variant", "lrai")}
+    cpu_us = dict.fromkeys(("host", "daemon", "actors"), 2_000.0)
+    rows = [
+        side(file, [1], way="", p50_ms=[1.0], p95_ms=[1.0], cpu_us=cpu_us)
+        for file in ("fp32", "variant", "lrai")
+    ]
+    assert report.shares(rows[2], BARE, parts) == pytest.approx((0.05, 0.65, 0.2, 0.1))
+    assert report.shares(rows[0], BARE, parts) == (0.05, None, 1.0, 0.1)
+    with console.capture() as said:
+        report.show(rows, BARE, parts, 1, "int8")
+    _, _, table = said.get().partition("Where the latency goes")
+    assert "estimated" in table
+    cells = [line.split()[2:7] for line in table.splitlines() if "search, 32" in line]
+    assert ["fp32", "5.0", "-", "100.0", "10.0"] in cells
+    assert ["lrai", "5.0", "65.0", "20.0", "10.0"] in cells
