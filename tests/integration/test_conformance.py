@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ import tritonclient.http as triton_http
 from mlflow.models import ModelSignature
 from numpy.typing import NDArray
 from PIL import Image
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 import lrai_bentoml
 import lrai_core as lrai
@@ -67,9 +68,13 @@ SHARED = ("shared", "triton", "mlflow", "bentoml", "sagemaker")
 INLINE = tuple(f"{name}, inline" for name in ("embedded", *SHARED[1:]))
 HOSTS = ("embedded", *SHARED, *INLINE)
 ONE, ONE_MODEL = ("mlflow, inline", "sagemaker, inline"), ("c_tokens",)  # they serve no other
-TRITON, SAGEMAKER = (
-    tuple(host for host in HOSTS if host.startswith(name)) for name in ("triton", "sagemaker")
+TRITON, SAGEMAKER, BENTOML = (
+    tuple(host for host in HOSTS if host.startswith(name))
+    for name in ("triton", "sagemaker", "bentoml")
 )
+WAYS = dict.fromkeys(TRITON, ("HTTP", "gRPC")) | dict.fromkeys(BENTOML, ("mounted", "API"))
+MOUNTED, API = (tuple(f"{host}, {way}" for host in BENTOML) for way in WAYS["bentoml"])
+GRPC = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "INTERNAL": 500, "UNAVAILABLE": 503}
 DEADLY = 13  # tokens, of which an actor dies
 _ACTOR = f"""
 import os, signal, sys
@@ -87,15 +92,24 @@ main(sys.argv[1:])
 """
 _SERVICE = """
 import bentoml
+import numpy as np
+
 import lrai_bentoml
 
-names = ("c_tokens", "c_columns", "c_kinds", "c_text", "c_picture")
-models = [lrai_bentoml.runner(f"{name}:latest") for name in names]
+models = [lrai_bentoml.runner(tag) for tag in {tags}]
 
 @bentoml.service
 @bentoml.asgi_app(lrai_bentoml.asgi_app(*models))
 class Conformance:
-    tokens, columns, kinds, texts, pictures = models
+    {names} = models
+{apis}
+Conformance.add_asgi_middleware(lrai_bentoml.Guard)
+"""
+_API = """
+    @bentoml.api
+    async def ask_{name}(self, {parameters}) -> dict[str, np.ndarray]:
+        made = await self.{name}.async_run({inputs})
+        return dict(zip({outputs}, made if isinstance(made, tuple) else (made,), strict=True))
 """
 
 
@@ -105,9 +119,10 @@ class Case:
 
     Attributes:
         status: Of HTTP, and of the core's error.
-        says: In every refusal.
-        other: Statuses of hosts that have none of their own for it.
-        without: Hosts that cannot state such a request.
+        says: In every refusal, but for hosts that keep it to their log.
+        other: Statuses of hosts that have none of their own for it, or of ways to ask them.
+        silent: Ways that say that there was an error, and no more.
+        without: Hosts, or ways, that cannot state such a request.
     """
 
     name: str
@@ -118,6 +133,7 @@ class Case:
     status: int = 200
     says: str = ""
     other: Mapping[str, int] = field(default_factory=dict)
+    silent: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
 
@@ -186,6 +202,11 @@ def prepared(pixels: Array) -> dict[str, Array]:
     return {"image": np.stack(made).transpose(0, 3, 1, 2).astype(np.float32)}
 
 
+def named(host: str, way: str) -> str:
+    """Return what a host is called where it is asked in that way."""
+    return f"{host}, {way}" if way else host
+
+
 LABELS = np.array(["red", "green", "bleu céleste"], np.object_)
 TEXTS = np.array(["The cats!", "é", "", "a b c d e f g h i j k l m n o p q r"], np.object_)
 COLUMNS: dict[str, Array] = {
@@ -197,13 +218,25 @@ CASES = (
     Case("one row", "c_tokens", tokens(1, 3)),
     Case("rows and padding", "c_tokens", tokens(5, 17)),
     Case("as many rows as may be", "c_tokens", tokens(MOST_ROWS, 2)),
-    Case("one output of two", "c_tokens", tokens(2, 4), outputs=("mean",)),
+    Case(
+        "one output of two",
+        "c_tokens",
+        tokens(2, 4),
+        outputs=("mean",),
+        without=API,  # `async_run` gives all outputs, and takes no time
+    ),
     Case("a column per input", "c_columns", COLUMNS),
     Case("every datatype", "c_kinds", kinds()),
     Case("text", "c_text", {"text": TEXTS}),
     Case("one text", "c_text", {"text": TEXTS[:1]}),
     Case("the pixels of photographs", "c_picture", photograph(2, 40, 23)),
-    Case("larger ones, to a label", "c_picture", photograph(1, 64, 71), outputs=("label",)),
+    Case(
+        "larger ones, to a label",
+        "c_picture",
+        photograph(1, 64, 71),
+        outputs=("label",),
+        without=API,
+    ),
     Case(
         "pixels of another kind",
         "c_picture",
@@ -218,7 +251,7 @@ CASES = (
         tokens(1, 3, more=IDS),
         status=400,
         says="more",
-        without=("mlflow, inline",),  # by the signature MLflow drops it
+        without=("mlflow, inline", *API),  # by the signature MLflow drops it, and BentoML
     ),
     Case(
         "another datatype",
@@ -257,6 +290,7 @@ CASES = (
         outputs=("median",),
         status=400,
         says="median",
+        without=API,
     ),
     Case(
         "no time at all",
@@ -265,6 +299,7 @@ CASES = (
         timeout_ms=1e-3,
         status=504,
         other=dict.fromkeys(TRITON, 503),  # Triton's codes have no other
+        without=API,
     ),
     Case(
         "an unknown model",
@@ -272,7 +307,7 @@ CASES = (
         tokens(1, 3),
         status=404,
         says="c_nobody",
-        without=("mlflow",),  # a server of one model
+        without=("mlflow", *API),  # a server of one model; a service of APIs
     ),
     Case(
         "a body over the limit",
@@ -280,7 +315,7 @@ CASES = (
         tokens(1, MOST_BYTES // 8),
         status=400,
         says=str(MOST_BYTES),
-        other=dict.fromkeys(("bentoml", "bentoml, inline"), 413),
+        other=dict.fromkeys(MOUNTED, 413),  # as numbers of JSON it is smaller
     ),
     Case(
         "not a number",
@@ -295,6 +330,7 @@ CASES = (
         tokens(1, DEADLY),
         status=500,
         says="SIGKILL",
+        silent=API,
         without=INLINE,  # which die of it
     ),
 )
@@ -321,16 +357,16 @@ class Place:
             slow = [m for m in runtime.models() if self.inline and m.name.startswith("c_picture")]
             return [pid for m in runtime.models() if m not in slow for pid in m.actor_pids]
 
-    def asked(self, ask: Ask) -> Asked:
-        """Return a host that others than this process ask that runtime for."""
-        return Asked(ask, self.actors, self.sockets)
+    def asked(self, asks: Mapping[str, Ask]) -> Asked:
+        """Return a host that others than this process ask that runtime for, in each way."""
+        return Asked(asks, self.actors, self.sockets)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A host: how to ask it, its models' processes, the folder of its runtime's sockets."""
+    """A host: the ways to ask it, its models' processes, the folder of its runtime's sockets."""
 
-    ask: Ask
+    asks: Mapping[str, Ask]
     actors: Callable[[], list[int]]
     sockets: Path
 
@@ -404,7 +440,7 @@ def through_core(address: str, place: Place) -> Asked:
     runtime = place.stack.enter_context(lrai.Runtime(config, address=address))
     for name in MODELS:
         runtime.load(place.folder / f"{name}.lrai", name=name)
-    return Asked(partial(ask_core, runtime), partial(actors_of, runtime), place.sockets)
+    return Asked({"": partial(ask_core, runtime)}, partial(actors_of, runtime), place.sockets)
 
 
 def ask_core(runtime: lrai.Runtime, case: Case) -> Outcome:
@@ -428,15 +464,17 @@ def through_triton(place: Place) -> Asked:
     for name in MODELS:
         model = {1: place.folder / f"{name}.lrai"}
         place.stack.enter_context(server.serving(name, model, "\n".join(lines)))
-    return place.asked(partial(ask_triton, server.server.port))
+    over_http = partial(ask_protocol, server.server.port, "/v2/models/{}/infer")
+    asks = {"HTTP": over_http, "gRPC": partial(ask_grpc, server)}
+    return place.asked({way: partial(ask_triton, ask) for way, ask in asks.items()})
 
 
-def ask_triton(port: int, case: Case) -> Outcome:
+def ask_triton(ask: Ask, case: Case) -> Outcome:
     """Ask Triton, which keeps the rows apart and has no tensor without dimensions beside them."""
     if case.model in ("c_tokens", "c_picture"):
-        return ask_protocol(port, "/v2/models/{}/infer", case)
+        return ask(case)
     columns = {name: array.reshape(-1, 1) for name, array in case.inputs.items()}
-    outcome = ask_protocol(port, "/v2/models/{}/infer", replace(case, inputs=columns))
+    outcome = ask(replace(case, inputs=columns))
     flat = case.model != "c_text"
     outputs = {
         name: array.reshape(-1) if flat else array for name, array in outcome.outputs.items()
@@ -444,16 +482,54 @@ def ask_triton(port: int, case: Case) -> Outcome:
     return replace(outcome, outputs=outputs)
 
 
+def ask_grpc(server: Triton, case: Case) -> Outcome:
+    """Ask Triton by gRPC; the status is that which its code is over HTTP."""
+    more: dict[str, Any] = {"protocol": "grpc", "outputs": case.outputs}
+    if case.timeout_ms is not None:
+        more["timeout"] = int(case.timeout_ms * 1e3)
+    try:
+        return Outcome(200, server.ask(case.model, case.inputs, **more))
+    except InferenceServerException as error:
+        code = error.status().removeprefix("StatusCode.")
+        return Outcome(GRPC[code], {}, error.message())
+
+
 def through_bentoml(place: Place) -> Asked:
+    apis = list[str]()
     for name in MODELS:
-        lrai_bentoml.save_model(name, place.folder / f"{name}.lrai")
+        artifact = place.folder / f"{name}.lrai"
+        lrai_bentoml.save_model(name, artifact)
+        signature = lrai.Artifact.open(artifact).manifest.signature
+        inputs = [spec.name for spec in signature.inputs]
+        parts = {
+            "parameters": ", ".join(f"{one}: np.ndarray" for one in inputs),
+            "inputs": ", ".join(inputs),  # in the model's order, as the guide has it
+            "outputs": [spec.name for spec in signature.outputs],
+        }
+        apis.append(_API.format(name=name, **parts))
+    parts = {"tags": [f"{name}:latest" for name in MODELS], "names": ", ".join(MODELS)}
     service = place.folder / "service"
     service.mkdir(exist_ok=True)
-    (service / "service.py").write_text(_SERVICE)
+    (service / "service.py").write_text(_SERVICE.format(apis="".join(apis), **parts))
     command = [sys.executable, "-m", "bentoml", "serve", "service", "--host", HOST, "-p", "{port}"]
     server = place.stack.enter_context(Server(command, place.folder / "bentoml.log"))
     server.wait_until_ready("/readyz")
-    return place.asked(partial(ask_protocol, server.port, "/v2/models/{}/infer"))
+    mounted = partial(ask_protocol, server.port, "/v2/models/{}/infer")
+    return place.asked({"mounted": mounted, "API": partial(ask_api, server.port)})
+
+
+def ask_api(port: int, case: Case) -> Outcome:
+    """Ask an API of a service as BentoML's clients do, by JSON."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=60)
+    with contextlib.closing(connection):
+        body = json.dumps({name: array.tolist() for name, array in case.inputs.items()})
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", f"/ask_{case.model}", body, headers)
+        reply = connection.getresponse()
+        content = reply.read()
+    if reply.status != 200:  # without the page that pydantic has on each of its errors
+        return Outcome(reply.status, {}, re.sub(r'"url":"[^"]*"', "", content.decode()))
+    return Outcome(200, {name: np.array(value) for name, value in json.loads(content).items()})
 
 
 def through_sagemaker(place: Place) -> Asked:
@@ -470,7 +546,7 @@ def through_sagemaker(place: Place) -> Asked:
         named = {"model_name": name, "url": str(place.folder / f"{name}.lrai")}
         loaded = container.post(named, "/models")
         assert loaded.status == 200, loaded.body
-    return place.asked(partial(ask_protocol, container.port, way))
+    return place.asked({"": partial(ask_protocol, container.port, way)})
 
 
 def ask_protocol(port: int, path: str, case: Case) -> Outcome:
@@ -520,7 +596,7 @@ def through_mlflow(place: Place) -> Asked:
     for server in servers.values():
         server.wait_until_ready("/ping")
     ports = {name: server.port for name, server in servers.items()}
-    return place.asked(partial(ask_mlflow, ports))
+    return place.asked({"": partial(ask_mlflow, ports)})
 
 
 def ask_mlflow(ports: Mapping[str, int], case: Case) -> Outcome:
@@ -556,28 +632,32 @@ _HOSTS: dict[str, Callable[[Place], Asked]] = {
 
 
 @pytest.mark.parametrize(
-    ("host", "case"),
+    ("host", "asked"),  # together: pytest would sort the servers by ways
     [
-        pytest.param(host, case, id=f"{host}, {case.name}")
+        pytest.param(host, (way, case), id=f"{named(host, way)}, {case.name}")
         for host in HOSTS
+        for way in WAYS.get(host, ("",))
         for case in CASES
-        if host not in case.without and not (host in ONE and case.model not in ONE_MODEL)
+        if not {host, named(host, way)}.intersection(case.without)
+        and not (host in ONE and case.model not in ONE_MODEL)
     ],
     indirect=["host"],
     scope="module",
 )
 def test_every_host_answers_alike(
     host: Asked,
-    case: Case,
+    asked: tuple[str, Case],
     expected: Callable[[Case], dict[str, Array]],
     request: pytest.FixtureRequest,
 ) -> None:
-    outcome, name = host.ask(case), request.node.callspec.params["host"]
-    assert outcome.status == case.other.get(name, case.status), outcome.text
+    (way, case), place = asked, request.node.callspec.params["host"]
+    outcome, name = host.asks[way](case), named(place, way)
+    status = case.other.get(place, case.other.get(name, case.status))
+    assert outcome.status == status, outcome.text
     if case.status == 200:
         check(outcome, expected(case))
     else:
-        assert case.says in outcome.text
+        assert (case.says in outcome.text) == (name not in case.silent)
         assert "/" not in outcome.text, "a path"
 
 
@@ -613,9 +693,10 @@ def test_every_host_has_a_quick_model_in_itself(
 
 def assert_answers(host: Asked, expected: Callable[[Case], dict[str, Array]]) -> None:
     case = CASES[1]
-    outcome = host.ask(case)
-    assert outcome.status == 200, outcome.text
-    check(outcome, expected(case))
+    for ask in host.asks.values():
+        outcome = ask(case)
+        assert outcome.status == 200, outcome.text
+        check(outcome, expected(case))
 
 
 def check(outcome: Outcome, right: Mapping[str, Array]) -> None:
