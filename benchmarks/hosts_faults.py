@@ -2,9 +2,10 @@
 
 MiniLM in the variant that the compiler chose, two workers that share a runtime, the whole tree on
 one CPU, and callers on another, each in a closed loop with a connection of its own for every
-request. In turn the actor, the runtime and a worker are killed. Each request ends in a ledger, by
-its status, or by what became of its connection; each answer is compared with that of float32 within
-the artifact's gate; and the host is asked all the time whether it is ready.
+request. In turn the actor, the runtime and a worker are killed, and the runtime is held up for
+longer than any host has patience with it. Each request ends in a ledger, by its status, or by what
+became of its connection; each answer is compared with that of float32 within the artifact's gate;
+and the host is asked all the time whether it is ready, of MLflow the runtime, too.
 
 Back is the service when nobody is refused any more, or waits half a second and twice as long as
 anybody did before: who is answered within that has noticed no death.
@@ -24,12 +25,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 _ROOT = Path(__file__).resolve().parents[1]
 # `benchmarks/mlflow.py` must not be what `import mlflow` finds.
@@ -41,10 +43,11 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402 - after the lines above
 
+import lrai_core as lrai  # noqa: E402
 from benchmarks import harness  # noqa: E402
 from benchmarks import hosts_load as wire  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
-from benchmarks.host import end_on_sigterm  # noqa: E402
+from benchmarks.host import Host, end_on_sigterm  # noqa: E402
 from benchmarks.hosts_servers import (  # noqa: E402
     BENTO,
     HOSTS,
@@ -62,15 +65,26 @@ from benchmarks.processes import HOST  # noqa: E402
 
 WORKERS: Final = 2
 CALLERS: Final = 8
-MOST_SECONDS: Final = {"actor": 2.0, "runtime": 5.0, "worker": 2.0}
+HELD: Final = "runtime held up"
+HELD_SECONDS: Final = 6.0  # BentoML calls a runtime silent after five, the others sooner
+MOST_SECONDS: Final = {
+    "actor killed": 2.0,
+    "runtime killed": 5.0,
+    "worker killed": 2.0,
+    HELD: HELD_SECONDS + 2.0,
+}
 QUIET_SECONDS: Final = 2.0  # of load before a fault, and after it
 COSINE, COSINE_SHARE = 0.99, 0.98
 COSINE_LEAST: Final = 0.8  # what one text has with another is far below
+AGAIN_SECONDS: Final = 1.0  # from the first answer until it is called ready
 _WAIT_SECONDS: Final = 30.0
 _PROBE_SECONDS: Final = 0.05
 _PROBE_MOST_SECONDS: Final = 1.0  # as an orchestrator waits
 _NOTICED_SECONDS: Final = 0.5
-_SILENT_SECONDS: Final = 1.5  # without an answer to anybody
+_SILENT_SECONDS: Final = 1.5  # without an answer to anybody, where nothing was done to it
+# Ready means progress: a death is noticed at once, and who is back has a first call to answer.
+_DEATH_SECONDS, _CALL_SECONDS = 0.1, 0.2
+_SILENT_AT_FAULT_SECONDS: Final = _DEATH_SECONDS + _CALL_SECONDS + _PROBE_SECONDS
 _OUTPUT: Final = "sentence_embedding"
 _SERVED: Final = {MLFLOW: "lrai", BENTO: "lrai", SAGEMAKER: SERVE}
 _READY: Final = {MLFLOW: "/ping", BENTO: "/readyz", SAGEMAKER: "/ping"}
@@ -96,18 +110,59 @@ class Entry:
         return self.end == http.client.OK
 
 
+class Told(NamedTuple):
+    """What was said of readiness: silences in which it was asked, where it was said, or too late.
+
+    In vain is most of what was said in a silence; late is what was not said soon after one.
+    """
+
+    silences: int
+    in_vain: int
+    late: int
+
+
+def told(answers: Sequence[float], probes: Sequence[Entry], faults: Sequence[float]) -> Told:
+    """Return what was said of readiness while nobody was answered, and when somebody was again.
+
+    What was said counts where the question came after a death is noticed, and the reply before the
+    first answer could be under way.
+
+    Args:
+        answers: When somebody was answered.
+        probes: Questions whether it is ready.
+        faults: When something was done to it.
+    """
+    silences = in_vain = late = 0
+    for last, first in pairwise(sorted(answers)):
+        causes = [fault for fault in faults if last - _NOTICED_SECONDS < fault < first]
+        begun = max([last, *causes])
+        if first - begun <= (_SILENT_AT_FAULT_SECONDS if causes else _SILENT_SECONDS):
+            continue
+        said = [
+            probe.answered
+            for probe in probes
+            if begun + _DEATH_SECONDS < probe.begun and probe.at < first - _CALL_SECONDS
+        ]
+        silences += bool(said)
+        in_vain += sum(said) > len(said) / 2
+        again = [p.at - first for p in probes if p.answered and p.at > first - _CALL_SECONDS]
+        late += min(again, default=np.inf) > AGAIN_SECONDS
+    return Told(silences, in_vain, late)
+
+
 @dataclass(slots=True)
 class Load:
-    """Callers in a closed loop, a caller that asks whether the host is ready, and their ledger."""
+    """Callers in a closed loop, others that ask whether the host is ready, and their ledger."""
 
     port: int
     target: str  # `FORM PATH`
-    ready: str
+    questions: Sequence[Callable[[], int | str]]  # whether it is ready; the last is told the truth
     kind: Kind
     asked: int = 0
     noticed_seconds: float = _NOTICED_SECONDS  # who waits longer has noticed
     entries: list[Entry] = field(default_factory=list)
-    probes: list[Entry] = field(default_factory=list)
+    probes: list[list[Entry]] = field(default_factory=list)  # by question
+    faults: list[float] = field(default_factory=list)
     _inside: dict[int, float] = field(default_factory=dict)  # by caller: since when
     _ended: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -116,7 +171,11 @@ class Load:
     def __enter__(self) -> Load:
         """Begin, and return when it has gone on for a while."""
         self._threads = [threading.Thread(target=self._call, args=(n,)) for n in range(CALLERS)]
-        self._threads.append(threading.Thread(target=self._probe))
+        self.probes = [[] for _ in self.questions]
+        self._threads += [
+            threading.Thread(target=self._probe, args=pair)
+            for pair in zip(self.questions, self.probes, strict=True)
+        ]
         for thread in self._threads:
             thread.start()
         time.sleep(QUIET_SECONDS)
@@ -151,14 +210,6 @@ class Load:
                 return max(late, default=0.0)
         return np.inf
 
-    def called_ready_in_vain(self) -> int:
-        """Return how often for a second nobody was answered and the host was called ready."""
-        ends = sorted(entry.at for entry in self.entries if entry.answered)
-        silent = [(a, b) for a, b in pairwise(ends) if b - a > _SILENT_SECONDS]
-        said = [(probe.begun, probe.answered) for probe in self.probes]
-        told = [[ok for at, ok in said if a + _SILENT_SECONDS / 2 < at < b] for a, b in silent]
-        return sum(sum(one) > len(one) / 2 for one in told)
-
     def _call(self, number: int) -> None:
         random = np.random.default_rng(number)
         form, _, path = self.target.partition(" ")
@@ -179,11 +230,11 @@ class Load:
                 del self._inside[number]
                 self.entries.append(Entry(begun, at, end, cosine))
 
-    def _probe(self) -> None:
+    def _probe(self, question: Callable[[], int | str], probes: list[Entry]) -> None:
         while not self._ended.wait(_PROBE_SECONDS):
             begun = time.monotonic()
-            end, _ = _asked(self.port, "GET", self.ready, None, _PROBE_MOST_SECONDS)
-            self.probes.append(Entry(begun, time.monotonic(), end))
+            end = question()
+            probes.append(Entry(begun, time.monotonic(), end))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for host in arguments.host or HOSTS:
             (side,) = [s for s in sides_of(host, [], [WORKERS]) if s.name == _SERVED[host]]
             with running([side], files, cpus[0]) as servers:
-                for victim in MOST_SECONDS:
-                    rows.append(kill(servers[side.server], side, kind, victim, times))
+                for fault in MOST_SECONDS:
+                    rows.append(disturb(servers[side.server], side, kind, fault, times))
     report(rows)
     packages = ["lrai", "onnxruntime", "numpy", "mlflow-skinny", "bentoml", "uvicorn"]
     return harness.conclude(
@@ -218,22 +269,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def kill(server: Running, side: Side, kind: Kind, victim: str, times: int) -> dict[str, Any]:
-    """Kill what is named under load, so many times, and return what callers saw."""
-    target, ready = side.ways[0].target, _READY[side.host]
-    taken, whole = list[float](), list[float]()
-    with (
-        console.status(f"{side.host}: {victim}"),
-        Load(server.server.port, target, ready, kind) as load,
-        ThreadPoolExecutor(1) as beside,
-    ):
+def disturb(server: Running, side: Side, kind: Kind, fault: str, times: int) -> dict[str, Any]:
+    """Kill what is named under load, or hold it up, so many times; return what callers saw."""
+    target, port = side.ways[0].target, server.server.port
+    questions = [partial(_readiness, port, _READY[side.host])]
+    taken, whole, victim = list[float](), list[float](), fault.partition(" ")[0]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(console.status(f"{side.host}: {fault}"))
+        if side.host == MLFLOW and server.runtime:  # whose ping says that a worker lives, no more
+            cpus = os.sched_getaffinity(server.server.processes()[0])
+            runtime = stack.enter_context(_client(server.runtime, cpus))
+            questions.append(partial(_state, runtime))
+        load = stack.enter_context(Load(port, target, questions, kind))
+        beside = stack.enter_context(ThreadPoolExecutor(1))
         while len(taken) < times and np.inf not in whole:
-            victims, killed = _victims(server, side.host, victim), time.monotonic()
+            victims, begun = _victims(server, side.host, victim), time.monotonic()
             if victims:
                 gone = {victims[0], *(server.processes()["actors"] if victim != "worker" else ())}
-                os.kill(victims[0], signal.SIGKILL)
-                again = beside.submit(_whole_after, server, side.host, killed, gone)
-                taken.append(load.back_after(killed))
+                load.faults.append(begun)
+                if fault == HELD:
+                    gone = set()
+                    _hold_up(victims[0])
+                else:
+                    os.kill(victims[0], signal.SIGKILL)
+                again = beside.submit(_whole_after, server, side.host, begun, gone)
+                taken.append(load.back_after(begun))
                 whole.append(again.result())
             else:  # it has not come back from what was killed before
                 taken.append(np.inf)
@@ -241,10 +301,11 @@ def kill(server: Running, side: Side, kind: Kind, victim: str, times: int) -> di
         settled = time.monotonic()
         time.sleep(QUIET_SECONDS)
     ends = Counter(entry.end for entry in load.entries)
-    later = [probe.answered for probe in load.probes if probe.begun > settled]
+    answers = [entry.at for entry in load.entries if entry.answered]
+    later = [probe.answered for probe in chain(*load.probes) if probe.begun > settled]
     return {
         "host": side.host,
-        "killed": victim,
+        "fault": fault,
         "times": len(taken),
         "back_s": taken,
         "whole_s": whole,
@@ -255,7 +316,7 @@ def kill(server: Running, side: Side, kind: Kind, victim: str, times: int) -> di
         "silent": load.asked - len(load.entries) + ends["TimeoutError"],
         "ends": {str(end): count for end, count in ends.items()},
         "cosines": [entry.cosine for entry in load.entries if entry.answered],
-        "ready_in_vain": load.called_ready_in_vain(),
+        "ready": told(answers, load.probes[-1], load.faults)._asdict(),
         "not_ready_later": later.count(False),
         "asked_later": len(later),
     }
@@ -263,15 +324,15 @@ def kill(server: Running, side: Side, kind: Kind, victim: str, times: int) -> di
 
 def report(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
-    columns = ["host", "killed", "times", "back, s", "worst", "whole, s"]
+    columns = ["host", "fault", "times", "back, s", "worst", "whole, s"]
     counts = ("requests", "refused", "broken", "silent")
     harness.show(
-        "Killed under load",
+        "Faults under load",
         [*columns, *counts],
         [
             (
                 row["host"],
-                row["killed"],
+                row["fault"],
                 str(row["times"]),
                 f"{np.median(row['back_s']):.2f}",
                 f"{max(row['back_s']):.2f}",
@@ -280,9 +341,9 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
             )
             for row in rows
         ],
-        f"{CALLERS} callers, {WORKERS} workers; back: until nobody has to wait, or is "
-        "refused;\nwhole: until every process is there again; refused: with a status; broken: the "
-        "line was, with a\nworker; silent: no end at all",
+        f"{CALLERS} callers, {WORKERS} workers; held up: for {HELD_SECONDS:g} s, which count; "
+        "back: until nobody has\nto wait, or is refused; whole: until every process is there "
+        "again; refused: with a\nstatus; broken: the line was, with a worker; silent: no end",
     )
 
 
@@ -290,20 +351,24 @@ def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
     """Return whether the service was back in time, and nobody was forgotten or told wrongly."""
     found = []
     for row in rows:
-        name, most = f"{row['host']}, {row['killed']} killed", MOST_SECONDS[row["killed"]]
+        name, most = f"{row['host']}, {row['fault']}", MOST_SECONDS[row["fault"]]
         back, whole = max(row["back_s"]), max(row["whole_s"])
         found.append(_at_most(f"{name}: seconds until it is back", back, most))
         found.append(_at_most(f"{name}: seconds until it is whole", whole, _WAIT_SECONDS))
         found.append(_at_most(f"{name}: requests without an end", row["silent"], 0))
-        allowed = CALLERS * row["times"] if row["killed"] == "worker" else 0
+        allowed = CALLERS * row["times"] if row["fault"] == "worker killed" else 0
         found.append(_at_most(f"{name}: requests broken off", row["broken"], allowed))
         found.append(_at_most(f"{name}: requests refused", row["refused"], 0))
-        if row["host"] != MLFLOW:  # whose ping says that a worker lives, and no more
-            words = f"{name}: silences of {_SILENT_SECONDS:g} s in which it was called ready"
-            found.append(_at_most(words, row["ready_in_vain"], 0))
-        told = f"{name}: times not ready, of {row['asked_later']} once it was whole"
+        who, said = "its runtime" if row["host"] == MLFLOW else "it", Told(**row["ready"])
+        # A kill may be over too soon to be asked in.
+        heard = said.silences >= (row["times"] if row["fault"] == HELD else 0)
+        words = f"{name}: silences, of {said.silences}, in which {who} was called ready"
+        found.append(_at_most(words, said.in_vain if heard else np.inf, 0))
+        words = f"{name}: times that {who} was not called ready within {AGAIN_SECONDS:g} s of one"
+        found.append(_at_most(words, said.late, 0))
+        words = f"{name}: times not ready, of {row['asked_later']} once it was whole"
         unready = row["not_ready_later"] if row["asked_later"] else np.inf
-        found.append(_at_most(told, unready, 0))
+        found.append(_at_most(words, unready, 0))
     cosines = np.array([cosine for row in rows for cosine in row["cosines"]])
     share, least = float((cosines >= COSINE).mean()), float(cosines.min())
     words = f"share of {len(cosines):,} answers with cosine >= {COSINE}"
@@ -322,6 +387,42 @@ def _victims(server: Running, host: str, victim: str) -> list[int]:
     if victim == "worker":
         return _workers(server, host)
     return server.processes()["actors" if victim == "actor" else "daemon"]
+
+
+def _hold_up(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(HELD_SECONDS)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def _client(host: Host, cpus: Set[int]) -> Iterator[lrai.Runtime]:
+    """Yield the runtime that is there; who asks it has these CPUs, for it may start the next."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        runtime = lrai.Runtime(host.config, address=host.address)
+    finally:
+        os.sched_setaffinity(0, own)
+    with runtime:
+        yield runtime
+
+
+def _readiness(port: int, path: str) -> int | str:
+    """Return what a host answers, or what became of the line."""
+    end, _ = _asked(port, "GET", path, None, _PROBE_MOST_SECONDS)
+    return end
+
+
+def _state(runtime: lrai.Runtime) -> int | str:
+    """Return 200 where the runtime makes progress, or how it is."""
+    try:
+        state = runtime.ready()
+    except lrai.LraiError as error:
+        return type(error).__name__
+    return http.client.OK if state in ("ok", "idle") else state
 
 
 def _workers(server: Running, host: str) -> list[int]:
