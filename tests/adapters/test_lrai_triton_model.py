@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -197,14 +198,16 @@ def row(value: float = 1.0) -> dict[str, NDArray[Any]]:
     return {"x": np.full((1, 3), value, np.float32)}
 
 
-def answering(model: Any, monkeypatch: pytest.MonkeyPatch, *answers: Any) -> list[Any]:
+def answering(
+    model: Any, monkeypatch: pytest.MonkeyPatch, *answers: Any, certificate: str | None = None
+) -> list[Any]:
     """Have the runtime answer with these arrays, as output y; return what it is asked."""
     asked = list[Any]()
 
     def start_all(requests: Sequence[Any]) -> list[lrai.InferenceResponse]:
         asked.extend(requests)
         told: dict[str, Any] = {"model_name": "m", "model_version": "1", "id": ""}
-        said = {"variant": "fp32", "certificate": None}
+        said = {"variant": "fp32", "certificate": certificate}
         return [
             lrai.InferenceResponse(outputs={"y": y}, parameters=said, **told)
             for y, _ in zip(answers, requests, strict=True)
@@ -324,6 +327,17 @@ def test_an_answer_names_its_variant_where_triton_has_a_place_for_it(stub: Stub)
     assert told == [{"variant": variant}, {}], "a certificate that there is not is left out"
 
 
+def test_an_answer_names_its_certificate_where_there_is_one(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.utils.InferenceResponse = TellingResponse
+    model = stub.load()
+    answering(model, monkeypatch, row()["x"], certificate="statistical-1")
+    (response,) = model.execute([Request(row())])
+    model.finalize()
+    assert response.parameters == {"variant": "fp32", "certificate": "statistical-1"}
+
+
 def test_a_probe_is_answered_by_the_stub_and_who_has_its_id_by_the_model(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +348,56 @@ def test_a_probe_is_answered_by_the_stub_and_who_has_its_id_by_the_model(
     assert probe.outputs["y"].tolist() == [[0, 0, 0]]
     assert other.outputs["y"].tolist() == [[5, 5, 5]]
     assert len(asked) == len(counted) == 1
+
+
+# Whether it is ready
+
+
+@pytest.mark.parametrize(
+    ("state", "ready"), [("ok", True), ("idle", True), ("stalled", False), ("dead", False)]
+)
+def test_a_model_is_ready_that_makes_progress(
+    model: Any, monkeypatch: pytest.MonkeyPatch, state: str, *, ready: bool
+) -> None:
+    assert model.is_ready()
+    others = [SimpleNamespace(name="another's", state="dead" if ready else "ok")]
+    mine = SimpleNamespace(name=model._held.name, state=state)
+    monkeypatch.setattr(model._held.runtime, "models", lambda: [*others, mine])
+    assert model.is_ready() is ready
+
+
+def test_a_model_that_was_unloaded_for_others_is_ready_until_it_does_not_load_again(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model._held.runtime, "models", list)
+    assert model.is_ready()
+    monkeypatch.setattr(model._held, "_failed", True)
+    assert not model.is_ready()
+
+
+def test_a_model_is_not_ready_whose_runtime_does_not_answer(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unheard() -> None:
+        raise lrai.NotReady("the runtime does not answer")
+
+    monkeypatch.setattr(model._held.runtime, "models", unheard)
+    assert not model.is_ready()
+
+
+def test_a_stub_imports_nothing_heavy() -> None:
+    without = "torch", "onnx", "openvino", "pandas", "mlflow", "rich", "typer", "onnxruntime"
+    program = (
+        "import sys, types\n"
+        "utils = 'triton_python_backend_utils'\n"
+        "sys.modules[utils] = types.ModuleType(utils)\n"
+        "import lrai_triton.model\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not set(done.stdout.split()) & set(without)
 
 
 # Who leaves
