@@ -43,10 +43,13 @@ class Wire(NamedTuple):
         request: Returns the whole HTTP request, of a model's name, a row, the wanted output's name
             and a timeout for the server, in us.
         answer: Returns the output, of the header and the content of an answer, and its name.
+        version: Returns which version of the model answered, of the header and the content; None
+            where answers do not say.
     """
 
     request: Callable[[str, Row, str, int | None], bytes]
     answer: Callable[[bytes, bytes, str], Array]
+    version: Callable[[bytes, bytes], str] | None = None
 
 
 class Figures(NamedTuple):
@@ -59,6 +62,7 @@ class Figures(NamedTuple):
     first_error: str
     worst: float  # difference of any element of an answer to what is expected
     cosines: NDArray[np.float64]  # of the answers to what is expected
+    versions: tuple[str, ...] = ()  # that gave the answers, in the order in which they were asked
 
     @property
     def rate(self) -> float:
@@ -295,12 +299,15 @@ class _Run:
         for caller in self._callers.values():
             caller.sock.close()
         self._poll.close()
-        latencies, worst, cosines, error = self._ended - self._begun, 0.0, [], ""
-        for index, (status, head, content) in self._replies.items():
+        latencies, worst, error = self._ended - self._begun, 0.0, ""
+        cosines, versions = list[float](), list[str]()
+        for index, (status, head, content) in sorted(self._replies.items()):
             if status != http.client.OK:
                 latencies[index] = np.nan
                 error = error or content[:300].decode("utf-8", "replace")
                 continue
+            if self._wire.version is not None:
+                versions.append(self._wire.version(head, content))
             got = self._wire.answer(head, content, self._kept.output)
             if self._kept.expected is not None:
                 expected = self._kept.expected[self._indices[index]]
@@ -311,5 +318,12 @@ class _Run:
         statuses = Counter(status for status, _, _ in self._replies.values())
         ended = self._ended - start
         return Figures(
-            seconds, latencies, ended, dict(statuses), error, worst, np.array(cosines, np.float64)
+            seconds,
+            latencies,
+            ended,
+            dict(statuses),
+            error,
+            worst,
+            np.array(cosines, np.float64),
+            tuple(versions),
         )

@@ -4,7 +4,7 @@ MiniLM behind `backend: "lrai"`, callers in open loop: as it is by default (`aut
 `triton.py` measures: the engine is in the stub), and in an actor (`lists`). First the actor is
 killed, where there is one, then the stub, beside that of a plain python backend, while `lrai triton
 watch` looks after the server; then the model is reloaded, and a new version put in the place of the
-old one. Every answer is checked.
+old one, and back. Every answer is checked, and which version gave it.
 
     python benchmarks/triton_faults.py --quick
 """
@@ -32,6 +32,7 @@ sys.path[:] = [
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402 - after the lines above
+from numpy.typing import NDArray  # noqa: E402
 
 import lrai_core as lrai  # noqa: E402
 from benchmarks import harness, models, realtime, transport  # noqa: E402
@@ -182,12 +183,15 @@ def change(
     seconds: float,
     what: str,
 ) -> dict[str, Any]:
-    """Load the model anew every few seconds while requests come."""
+    """Load the model anew every few seconds while requests come.
+
+    Versions have the same artifact, as fp32 could not answer so many: who answered says which.
+    """
     arrivals = arrivals_of(RATE, seconds, 1, bursts=False)
     load.start_open(entry.name, kind.name, arrivals, None)
-    config, times = repository.folder / entry.name / "config.pbtxt", 0
-    written, end = config.read_text(), time.monotonic() + seconds - 3.0
-    while time.monotonic() < end:
+    config, begun = repository.folder / entry.name / "config.pbtxt", time.monotonic()
+    written, times, followed = config.read_text(), 0, 0
+    while time.monotonic() < begun + seconds - 3.0:
         time.sleep(2.0)
         times += 1
         if what == "version switch":
@@ -197,9 +201,11 @@ def change(
         else:  # a model whose files have not changed is not loaded again
             config.write_text(f"{written}# {times}\n")
         entries.load(server.port, entry.name)
-    row = {"what": f"{times} x {what}", "times": times, **_seen(load.hear())}
+        followed += time.monotonic() < begun + seconds - 0.5  # by requests
+    figures = load.hear()
     config.write_text(written)
-    return row
+    row = {"what": f"{times} x {what}", "times": times, **_seen(figures)}
+    return row | (_versions(figures, followed) if what == "version switch" else {})
 
 
 @contextlib.contextmanager
@@ -246,14 +252,28 @@ def _seen(figures: Figures) -> dict[str, Any]:
         "p50_ms": figures.percentile_ms(0.5),
         "max_ms": figures.percentile_ms(1.0),
         "gap_s": float(np.diff(ended).max()) if len(ended) > 1 else 0.0,
-        "agree": float((figures.cosines >= COSINE).mean()),
-        "least_cosine": float(figures.cosines.min()),
+        **_kept(figures.cosines),
     }
+
+
+def _versions(figures: Figures, switches: int) -> dict[str, Any]:
+    """Return what each version has answered, and how often it was another than the one before."""
+    by = np.array(figures.versions)
+    answered = {
+        version: {"answers": int((by == version).sum()), **_kept(figures.cosines[by == version])}
+        for version in sorted({*figures.versions})
+    }
+    return {"switches": switches, "changes": int((by[1:] != by[:-1]).sum()), "versions": answered}
+
+
+def _kept(cosines: NDArray[np.float64]) -> dict[str, float]:
+    return {"agree": float((cosines >= COSINE).mean()), "least_cosine": float(cosines.min())}
 
 
 def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
     """Return what has to hold."""
     found, named = [], [(f"{row['execution']}, {row['what']}", row) for row in rows]
+    answered = list(named)
     for what, row in named:
         if row["what"] == "stub killed":
             back = row["back_s"] if row["back_s"] is not None else float("inf")
@@ -264,13 +284,19 @@ def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
             found.append(_at_most(f"{what}: requests that failed", row["failed"], 0))
         if row["what"] == "actor killed":
             found.append(_at_most(f"{what}: s without an answer", row["gap_s"], ACTOR_SECONDS))
+        if "versions" in row:
+            least, changes = max(1, row["switches"]), row["changes"]
+            name = f"{what}: times that another one answers"
+            found.append(Check(name, changes, f">= {least}", changes >= least))
+            each = row["versions"].items()
+            answered += [(f"{what}, by version {version}", one) for version, one in each]
     for name, key, least in (
         (f"answers with cosine >= {COSINE}", "agree", COSINE_SHARE),
         ("least cosine of an answer", "least_cosine", COSINE_LEAST),
     ):
         found += [
             Check(f"{what}: {name}", row[key], f">= {least}", row[key] >= least)
-            for what, row in named
+            for what, row in answered
         ]
     return found
 
@@ -294,6 +320,9 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         ],
         f"{FAULT_RATE:g} requests/s while processes are killed, {RATE:g} while models change",
     )
+    for row in [row for row in rows if "versions" in row]:
+        shares = [f"version {name} {one['answers']}" for name, one in row["versions"].items()]
+        console.print(f"{row['execution']}, {row['what']}: answers by {', '.join(shares)}")
     for stub in [row for row in rows if row["what"] == "stub killed"]:
         console.print(
             f"after its stub was killed: lrai, {stub['execution']}, answers after "

@@ -21,7 +21,7 @@ class Load(callers.Load):
 
     def __init__(self, port: int, cpu: int) -> None:
         """Start it on one CPU, for the server on a port."""
-        super().__init__(port, cpu, Wire(_request, _answer))
+        super().__init__(port, cpu, Wire(_request, _answer, _version))
 
 
 def _request(model: str, row: Mapping[str, Array], output: str, timeout_us: int | None) -> bytes:
@@ -46,9 +46,16 @@ def _request(model: str, row: Mapping[str, Array], output: str, timeout_us: int 
 
 
 def _answer(head: bytes, content: bytes, output: str) -> Array:
+    array: Array = _result(head, content).as_numpy(output)
+    return array
+
+
+def _version(head: bytes, content: bytes) -> str:
+    return str(_result(head, content).get_response()["model_version"])
+
+
+def _result(head: bytes, content: bytes) -> triton.InferResult:
     found = _HEADER.search(head)
-    result = triton.InferenceServerClient.parse_response_body(
+    return triton.InferenceServerClient.parse_response_body(
         content, header_length=int(found[1]) if found else None
     )
-    array: Array = result.as_numpy(output)
-    return array

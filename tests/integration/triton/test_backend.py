@@ -777,6 +777,7 @@ def test_reloads_and_another_version_under_load_fail_nobody(
             time.sleep(0.5)
             triton.put(name, 2, minilm_fp32.path)
             triton.load(name)
+            assert triton.http.is_model_ready(name, "2")
             time.sleep(0.5)
     assert load.failures == []
     assert load.answered > 20
