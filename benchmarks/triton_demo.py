@@ -2,8 +2,8 @@
 
 It holds MiniLM's `model.onnx`. One line of its configuration switches to `backend: "lrai"`, then
 `lrai triton compile` adds the compiled variant as the next version and `lrai triton add` an image
-model beside it. Every answer, over HTTP and gRPC, is checked. In the end `lrai triton remove` makes
-the entry what it was.
+model beside it. Every answer, over HTTP and gRPC, is checked; who gave it says a metric of LRAI's.
+In the end `lrai triton remove` makes the entry what it was.
 
     python benchmarks/triton_demo.py
 """
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -45,9 +48,13 @@ from benchmarks.triton_load import Load  # noqa: E402
 from benchmarks.triton_server import Prepared, TritonServer, variables  # noqa: E402
 
 CALLERS: Final = 32
+WARM_UP: Final = 64
 COSINE, COSINE_SHARE = 0.99, 0.98
 COSINE_LEAST: Final = 0.8  # what one text has with another is far below
 FP32_TOLERANCE: Final = 1e-4
+_COUNTED: Final = re.compile(r"^lrai_answered_total{(.*)} (\S+)$", re.MULTILINE)
+_LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
+_TOLD_SECONDS: Final = 20.0  # a stub tells Triton now and then
 _LRAI: Final = "from lrai_core.cli import main; main()"
 _NAME, _IMAGES = "minilm", "efficientnet"
 # Triton's own onnxruntime backend is not in the wheel; a python backend of that name stands in.
@@ -75,6 +82,8 @@ class Stage(NamedTuple):
     worst: float
     least: float  # cosine of any answer
     answers: int
+    asked: int  # with those of the warm-up
+    by: dict[str, int]  # answers that LRAI has counted, by version and variant
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,10 +138,10 @@ class Demo:
         begun = time.perf_counter()
         console.print('one line: backend: "lrai"')
         config.write_text(_CONFIG.replace('"onnxruntime"', '"lrai"'))
-        stages.append(self._stage("one line", begun))
+        stages.append(self._stage("one line", begun, ours=True))
         begun = time.perf_counter()
         self._compile(scratch, cpu, quick=quick)
-        stages.append(self._stage("compiled", begun))
+        stages.append(self._stage("compiled", begun, ours=True))
         self._add_images(scratch)
         self._lrai("remove", str(self._entry))
         checks = [
@@ -145,25 +154,29 @@ class Demo:
         ]
         stages.append(self._stage("switched back", time.perf_counter()))
         _show(stages)
-        return stages, [*checks, *_checks(stages)]
+        return stages, [*checks, *_checks(stages), *_who_answered(stages)]
 
-    def _stage(self, name: str, begun: float) -> Stage:
+    def _stage(self, name: str, begun: float, *, ours: bool = False) -> Stage:
         entries.load(self._server.port, _NAME)
         entries.wait_until_settled(self._server.port)
-        for row, expected in zip(self._kind.rows[:2], self._kind.expected[:2], strict=True):
-            for protocol in (tritonclient.http, tritonclient.grpc):
+        before, protocols = answered(self._server, _NAME), (tritonclient.http, tritonclient.grpc)
+        some = list(zip(self._kind.rows[:2], self._kind.expected[:2], strict=True))
+        for row, expected in some:
+            for protocol in protocols:
                 got = self._ask(protocol, _NAME, row, "sentence_embedding")
                 if float((got[0] * expected).sum()) < COSINE:
                     raise RuntimeError(f"{name}: a wrong answer over {protocol.__name__}")
         seconds = time.perf_counter() - begun
         indices = range(len(self._kind.rows))
-        self._load.closed(_NAME, self._kind.name, indices[:64], CALLERS)
+        self._load.closed(_NAME, self._kind.name, indices[:WARM_UP], CALLERS)
         runs = [
             self._load.closed(_NAME, self._kind.name, indices, CALLERS) for _ in range(self._rounds)
         ]
         if any(set(run.statuses) != {200} for run in runs):
             raise RuntimeError(f"{name}: {runs[0].statuses}, {runs[0].first_error}")
         cosines = np.concatenate([run.cosines for run in runs])
+        asked = len(some) * len(protocols) + WARM_UP + len(cosines)
+        by = answered(self._server, _NAME, before.total() + asked * ours) - before
         stage = Stage(
             name,
             seconds,
@@ -173,6 +186,8 @@ class Demo:
             max(run.worst for run in runs),
             float(cosines.min()),
             len(cosines),
+            asked,
+            by,
         )
         console.print(f"{name}: first checked answer after {seconds:.1f} s")
         return stage
@@ -231,6 +246,28 @@ class Demo:
         console.print(f"  {done.stdout.partition(chr(10))[0]}", soft_wrap=True)
 
 
+def answered(server: TritonServer, model: str, least: int = 0) -> Counter[str]:
+    """Return how many requests to a model LRAI has answered by its own metric, and how.
+
+    By version and variant, as in "version 2, int8-row". So many at `least` are waited for a while,
+    since a stub tells Triton now and then.
+    """
+    host, port = server.metrics.split(":")
+    end = time.monotonic() + _TOLD_SECONDS
+    while True:
+        with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=30)) as line:
+            line.request("GET", "/metrics")
+            text = line.getresponse().read().decode()
+        found = Counter[str]()
+        for labels, count in _COUNTED.findall(text):
+            said = dict(_LABEL.findall(labels))
+            if said["model"] == model:
+                found[f"version {said['version']}, {said['variant']}"] += int(float(count))
+        if found.total() >= least or time.monotonic() > end:
+            return found
+        time.sleep(0.1)
+
+
 def stand_in(backends: Path) -> None:
     """Write a backend of the name `onnxruntime`, with ONNX Runtime in it."""
     folder = backends / "onnxruntime"
@@ -243,7 +280,7 @@ def stand_in(backends: Path) -> None:
 def _show(stages: Sequence[Stage]) -> None:
     harness.show(
         f"MiniLM in Triton, one core, {CALLERS} callers, lengths of search queries",
-        ["", "requests/s", "p95 ms", "answers changed", "worst difference", "seconds"],
+        ["", "requests/s", "p95 ms", "answers changed", "worst difference", "seconds", "by LRAI"],
         [
             (
                 stage.name,
@@ -252,11 +289,12 @@ def _show(stages: Sequence[Stage]) -> None:
                 f"{stage.changed:.2%}",
                 f"{stage.worst:.1g}",
                 f"{stage.seconds:.0f}",
+                "; ".join(stage.by) or "-",
             )
             for stage in stages
         ],
         f"changed: cosine to fp32 below {COSINE}; worst difference of any element; seconds from "
-        "model.onnx to the first checked answer",
+        "model.onnx to the first checked answer; by LRAI: what it says has answered",
     )
 
 
@@ -273,6 +311,22 @@ def _checks(stages: Sequence[Stage]) -> list[Check]:
     for stage in (line, compiled):
         ratio = float(np.median(stage.rates) / np.median(before.rates))
         found.append(Check(f"{stage.name}: requests/s to before", ratio, "> 1", ratio > 1))
+    return found
+
+
+def _who_answered(stages: Sequence[Stage]) -> list[Check]:
+    """Return that LRAI answered where it was to, and with what."""
+    before, line, compiled, after = stages
+    found = []
+    for stage in (before, after):
+        ours = sum(stage.by.values())
+        found.append(Check(f"{stage.name}: answers of LRAI", ours, "0", ours == 0))
+    for stage, version in ((line, 1), (compiled, 2)):
+        mine = sum(n for who, n in stage.by.items() if who.startswith(f"version {version}, "))
+        name = f"{stage.name}: answers of LRAI's version {version}"
+        found.append(Check(name, mine, f"{stage.asked}", mine == stage.asked))
+    fp32 = compiled.by.get("version 2, fp32", 0) / compiled.asked
+    found.append(Check("compiled: share of its answers in fp32", fp32, "< 0.5", fp32 < 0.5))
     return found
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+import lrai_core as lrai
 from benchmarks import models
-from benchmarks.triton_demo import stand_in
+from benchmarks.triton_demo import answered, stand_in
 from benchmarks.triton_server import Prepared, TritonServer, make_backends, variables
 from tests.integration.triton.server import EXPLICIT, Triton
 
@@ -53,19 +55,24 @@ def test_one_line_then_compiled_then_switched_back(prepared: Prepared, tmp_path:
     ) as server:
         triton = Triton(server, entry.parent)
 
-        def assert_right(worst: float) -> None:
+        def assert_right(worst: float, *, by: str = "") -> None:
             triton.load("classifier")
-            for protocol in ("http", "grpc"):
+            before, protocols = answered(server, "classifier"), ("http", "grpc")
+            for protocol in protocols:
                 got = triton.ask("classifier", {"features": asked}, protocol=protocol)["logits"]
                 assert got.shape == expected.shape
                 assert (got.argmax(1) == expected.argmax(1)).mean() >= 0.9
                 assert np.abs(got - expected).max() <= worst
+            ours = {by: len(protocols)} if by else {}
+            assert answered(server, "classifier", (before + Counter(ours)).total()) - before == ours
 
         assert_right(1e-6)
         config.write_text(CONFIG.replace('"onnxruntime"', '"lrai"'))
-        assert_right(1e-4)
+        assert_right(1e-4, by="version 1, fp32")
         lrai_triton("compile", str(entry), "--evaluation", str(rows), "--threads", "1")
-        assert_right(np.inf)
+        chosen = lrai.Artifact.open(entry / "2" / "model.lrai").manifest.chosen
+        assert chosen != "fp32"
+        assert_right(np.inf, by=f"version 2, {chosen}")
         lrai_triton("add", str(source), "--model-repository", str(entry.parent), "--name", "other")
         triton.load("other")
         got = triton.ask("other", {"features": asked})["logits"]
