@@ -339,6 +339,18 @@ def test_what_waited_while_a_list_was_answered_has_less_time_left() -> None:
     assert queue.take([20_000]) == pytest.approx([19.0]), "the stub had nothing to do"
 
 
+def test_how_long_lists_before_ran_is_known_and_forgotten() -> None:
+    clock, ran = Clock(), []
+    queue = HostQueue(settings_of({"max_batch_size": 64}), clock)
+    for seconds in (0.4, 0.01, 0.02, 0.3, 0.01):
+        queue.take([0, 0])
+        ran.append(queue.ran)
+        clock.now += seconds
+        queue.answered()
+        clock.now += 5.0
+    assert ran == pytest.approx([0.0, 0.4, 0.2, 0.1, 0.3])
+
+
 def test_a_full_list_leaves_others_waiting() -> None:
     clock = Clock()
     queue = HostQueue(settings_of({"max_batch_size": 2}), clock)

@@ -465,6 +465,23 @@ def test_what_a_caller_who_leaves_has_asked_is_taken_out_of_the_queue(
     assert not any(one.late for one in (stays, leaves))
 
 
+@pytest.mark.parametrize("other", [Leaving, Unaskable])
+def test_who_left_while_a_long_list_ran_before_is_not_computed_for(
+    stub: Stub, model: Any, monkeypatch: pytest.MonkeyPatch, other: type[Leaving]
+) -> None:
+    answering(model, monkeypatch, row()["x"], row()["x"])
+    stays, leaves = other(), Leaving()
+    leaves.left = True
+    assert codes(model.execute([stays, leaves])) == ["", ""]
+    assert not leaves.looked.is_set(), "to ask is a message, and no list ran before"
+    monkeypatch.setattr(model._queue, "take", lambda timeouts, _: [None] * len(timeouts))
+    model._queue.ran = stub.module._LOOK_SECONDS + 0.1
+    asked = answering(model, monkeypatch, row()["x"])
+    assert codes(model.execute([stays, leaves])) == ["", "CANCELLED"]
+    assert len(asked) == 1
+    assert not model._inside
+
+
 # What is told of a model that does not load
 
 

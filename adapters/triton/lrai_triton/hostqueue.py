@@ -18,13 +18,19 @@ _IDLE_SECONDS: Final = 2e-3  # after an answer without a list: the queue was emp
 
 
 class HostQueue:
-    """Triton's queue of a model with one instance, as far as its stub can tell."""
+    """Triton's queue of a model with one instance, as far as its stub can tell.
+
+    Attributes:
+        ran: Seconds that the longest list before the last one took, halved by each that followed:
+            Triton makes up some ahead.
+    """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         """See it through lists of at most `max_batch_size` rows."""
         self._size, self._alone = settings.size, settings.instances == 1 and settings.size > 1
         self._usual_ms, self._clock = settings.asked.latency_slo_ms, clock
         self._since = self._answered = -math.inf
+        self.ran, self._took = 0.0, math.inf
         self._largest = 1  # rows of a request in the last list
 
     def take(self, timeouts_us: Sequence[int], rows: Sequence[int] = ()) -> list[float | None]:
@@ -35,6 +41,7 @@ class HostQueue:
             rows: Of each, one by default: a list is full by its rows.
         """
         now, count = self._clock(), len(timeouts_us)
+        self.ran, self._took = max(self._answered - self._took, self.ran / 2), now
         idle = now - self._answered > _IDLE_SECONDS
         since = now if idle or not self._alone else self._since
         before, self._largest = self._largest, max(rows, default=1)

@@ -570,6 +570,42 @@ def test_what_a_caller_who_leaves_has_asked_is_not_computed(
         wait_until(lambda: re.search(refused, triton.figures()) is not None)
 
 
+def test_inline_what_a_caller_who_leaves_has_waiting_is_not_computed(
+    triton: Triton, minilm: Path
+) -> None:
+    def asked(rows: int, length: int) -> list[Any]:
+        inputs = []
+        for name, array in sentence(np.random.default_rng(6), rows, length).items():
+            kind = np_to_triton_dtype(array.dtype)
+            inputs.append(triton_grpc.InferInput(name, list(array.shape), kind))
+            inputs[-1].set_data_from_numpy(array)
+        return inputs
+
+    def figure(what: str) -> float:
+        found = re.findall(rf'^{what}{{[^}}]*"left-inline"[^}}]*}} (\S+)$', triton.figures(), re.M)
+        return sum(map(float, found))
+
+    errors: list[Any] = []
+    text = LRAI + execution("inline") + "max_batch_size: 24\n"
+    with triton.serving("left-inline", {1: minilm}, text) as name:
+
+        def start(inputs: list[Any]) -> Any:
+            return triton.grpc.async_infer(name, inputs, lambda result, error: errors.append(error))
+
+        long, short, waiting = asked(24, 150), asked(1, 8), "nv_inference_pending_request_count"
+        for _ in range(2):  # each a list of its own; one runs when the other waits
+            start(long)
+        wait_until(lambda: figure(waiting) == 1)
+        calls = [start(short) for _ in range(12)]
+        wait_until(lambda: figure(waiting) == 13)
+        for call in calls[:-2]:
+            call.cancel()
+        wait_until(lambda: len(errors) == 14, 60)
+        ended = "lrai_answered_total", "lrai_refused_total", "nv_inference_request_failure"
+        wait_until(lambda: sum(map(figure, ended)) == 14)
+        assert figure("lrai_answered_total") == sum(error is None for error in errors) == 4
+
+
 def test_a_model_of_ours_is_a_step_of_an_ensemble(triton: Triton, doubler: str) -> None:
     text = f"""
 platform: "ensemble"
@@ -639,7 +675,7 @@ model_warmup {
 }
 """
     )
-    before = triton.stats()["request_accepted"]
+    before = triton.stats().get("request_accepted", 0)  # it may not run yet
     with triton.serving("warm", {1: identity(tmp_path, TensorProto.FLOAT, ["n", 3])}, text) as name:
         assert triton.stats()["request_accepted"] > before
         assert triton.ask(name, {"x": np.ones((4, 3), np.float32)})["y"].shape == (4, 3)
