@@ -1,4 +1,4 @@
-"""In which order the benchmark of Triton measures its sides."""
+"""In which order the benchmark of Triton measures its sides, and which answers it checks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from benchmarks import triton, triton_grpc
+from benchmarks import triton_entries as entries
+from benchmarks import triton_report as report
 from benchmarks.callers import Answers, Figures
 from benchmarks.kinds import Kind
-from benchmarks.triton_entries import AS_GIVEN, Entry
+from benchmarks.triton_entries import AS_GIVEN, Entry, Peer
+from benchmarks.triton_runs import Bench
 
 
 def test_over_grpc_another_side_begins_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +35,49 @@ def test_over_grpc_another_side_begins_each_round(monkeypatch: pytest.MonkeyPatc
     # Each has its own figures all the same.
     seconds = {row["who"]: [round(1 / rate) for rate in row["rates"]] for row in rows}
     assert seconds == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+def failing(**worst: float) -> list[str]:
+    """Return the checks of answers with these differences that do not hold."""
+    one = np.ones(1)
+    answers = {name.replace("_", ", "): Answers() for name in worst}
+    for shown, off in zip(answers.values(), worst.values(), strict=True):
+        shown.add(Figures(1.0, one, one, {200: 1}, "", off, one))
+    cells = [("peer fp32", 1.0), ("peer variant", 2.0), ("lrai", 2.4)]
+    rows: list[dict[str, Any]] = [
+        {"loop": "closed", "lengths": "search", "callers": 32, "who": who, "rates": [rate]}
+        for who, rate in cells
+    ]
+    rows += [
+        {"loop": "overhead", "callers": 1, "who": who, "p50_us": [100.0]}
+        for who in ("constant", "lrai-lists", "lrai-inline")
+    ]
+    bare = {(form, "search"): [rate] for form, rate in (("fp32", 1.0), ("int8", 2.0))}
+    return [check.name for check in report.checks(rows, answers, bare, "int8") if not check.holds]
+
+
+def test_what_computes_nothing_has_to_answer_rightly_too() -> None:
+    assert failing(lrai_noop=0.0, peer_noop=0.0, lrai_fp32=9e-5) == []
+    assert failing(lrai_noop=1e-6, peer_noop=0.0) == ["lrai, noop: worst difference"]
+
+
+def test_the_answers_of_what_computes_nothing_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("load", "unload", "wait_until_settled"):
+        monkeypatch.setattr(entries, name, lambda *_: None)
+    monkeypatch.setattr(Bench, "cpu_seconds", lambda _: {"stubs": 0.0})
+    one = np.ones(1)
+    wrong = Figures(1.0, one, one, {200: 1}, "", 0.5, one)
+    load: Any = SimpleNamespace(rows=lambda *_: None, closed=lambda *_: wrong)
+    repository: Any = SimpleNamespace(
+        noop="noop.onnx",
+        noop_peer=lambda name, way, _: Entry(name, Peer(way, 64), "noop"),
+        ours=lambda name, variant, ours, _: Entry(name, ours, variant),
+    )
+    extent: Any = SimpleNamespace(overhead_rounds=1, overhead_requests={1: 1})
+    server: Any = SimpleNamespace(port=1)
+    bench = Bench(server, load, repository, extent)
+    bench.overhead()
+    assert {who: shown.worst for who, shown in bench.answers.items()} == {
+        "peer, noop": 0.5,
+        "lrai, noop": 0.5,
+    }
