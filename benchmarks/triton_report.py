@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ NOT_BEHIND: Final = 0.97
 LEAST_BEST, LEAST_DEFAULT = 1.2, 2.0  # of the answers in time
 MOST_ADDED_US: Final = 300.0
 MOST_INLINE: Final = 1.1
+SAME: Final = 1.5  # times of a rate that another tool may measure, at another time
 COSINE, COSINE_SHARE = 0.99, 0.98  # the gate's own condition for unit vectors
 COSINE_LEAST = 0.8  # what one text has with another is far below
 MOST_OFF: Final = {"fp32": 1e-4, "noop": 0.0}  # of any element of an answer
@@ -76,6 +78,20 @@ def checks(rows: Rows, answers: Mapping[str, Answers], bare: Bare, chosen: str) 
         found.append(_at_least(name, float((cosines >= COSINE).mean()), COSINE_SHARE))
         least = float(cosines.min())  # an answer that is another caller's
         found.append(_at_least(f"{side}: least cosine of an answer", least, COSINE_LEAST))
+    return found
+
+
+def second_opinion(rows: Rows) -> list[Check]:
+    """Return that Triton's own tool was heard, and measures what our callers do."""
+    found = []
+    for who, protocol in itertools.product(("peer variant", "lrai"), ("http", "grpc")):
+        wanted, told = ("perf_analyzer", who, protocol), 0.0
+        for row in rows:
+            if (row["loop"], row.get("who"), row.get("protocol")) == wanted:
+                told = row["rate"] / float(np.median(_rates(rows, who, "fixed", SWEPT_AT)))
+        name = f"perf_analyzer over {protocol}, {who}: requests/s to those of our callers"
+        goal, holds = f"{1 / SAME:.2f} to {SAME:g}", 1 / SAME <= told <= SAME
+        found.append(Check(name, told, goal, holds))
     return found
 
 

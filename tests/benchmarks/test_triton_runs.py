@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,3 +84,57 @@ def test_the_answers_of_what_computes_nothing_are_kept(monkeypatch: pytest.Monke
         "peer, noop": 0.5,
         "lrai, noop": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("rates", "held"),
+    [
+        ({"http": 150.0, "grpc": 260.0}, [True] * 4),
+        ({"http": 150.0, "grpc": 20.0}, [True, False] * 2),
+        ({"http": 150.0}, [True, False] * 2),
+        ({}, [False] * 4),
+    ],
+)
+def test_tritons_own_tool_has_to_be_heard_and_to_agree(
+    rates: dict[str, float], held: list[bool]
+) -> None:
+    rows: list[dict[str, Any]] = []
+    for who in ("peer variant", "lrai"):
+        cell = {"loop": "closed", "lengths": "fixed", "callers": 32, "who": who}
+        rows.append({**cell, "rates": [100.0, 200.0, 300.0]})
+        told = {"loop": "perf_analyzer", "who": who}
+        rows += [{**told, "protocol": name, "rate": rate} for name, rate in rates.items()]
+    assert [check.holds for check in report.second_opinion(rows)] == held
+
+
+TOOL = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in -m) model=$2 ;; -i) protocol=$2 ;; -f) out=$2 ;; --input-data) data=$2 ;; esac
+  shift
+done
+grep -q '"shape": \\[3\\]' "$data" || exit 0
+[ $model$protocol = oursgrpc ] && exit 0
+echo Concurrency,Inferences/Second,p95 latency > "$out"
+echo 32,50.5,7000 >> "$out"
+"""
+
+
+def test_what_tritons_own_tool_did_not_measure_is_not_made_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tool := tmp_path / "perf_analyzer").write_text(TOOL)
+    tool.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    bench: Any = SimpleNamespace(
+        repository=SimpleNamespace(folder=tmp_path / "models"),
+        server=SimpleNamespace(http="localhost:8000", grpc="localhost:8001"),
+        loaded=contextlib.nullcontext,
+    )
+    kind = Kind("fixed", [{"ids": np.array([[1, 2, 3]])}], np.ones((1, 1), np.float32))
+    settings, found = [Entry(name, AS_GIVEN, "int8") for name in ("peer", "ours")], list[Any]()
+    triton.perf_analyzer(bench, kind, settings, found)
+    assert [(row["who"], row["protocol"], row["rate"], row["p95_ms"]) for row in found] == [
+        ("peer variant", "http", 50.5, 7.0),
+        ("peer variant", "grpc", 50.5, 7.0),
+        ("lrai", "http", 50.5, 7.0),
+    ]
