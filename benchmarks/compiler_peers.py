@@ -46,7 +46,8 @@ def peers_of(model: Model, folder: Path, *, extras: bool, olive: Olive | None) -
 
     Each once: of several copies of one graph the luckiest would be the fastest.
     """
-    memory_mb = compiler_memory.loaded_mb(model.source, optimise=True)
+    ids = compiler_memory.vocabulary(model.source)
+    memory_mb = compiler_memory.loaded_mb(model.source, ids, optimise=True)
     opens = partial(_ort, model.source, ())
     made = [Peer(REFERENCE, opens, file_mb(model.source), memory_mb=memory_mb)]
     settings = [((), ""), (TUNED, ", tuned")][: 1 + _is_tunable(model.source)]
