@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,13 @@ from benchmarks.compiler import (
     _ours,
     _row,
     _together,
+    mix_of,
     serving,
     still_in,
 )
 from benchmarks.compiler_judge import Judge, Said
 from benchmarks.compiler_models import Array, Feed, Model, Probe, made
+from benchmarks.harness import Check
 from lrai_core.artifact import LatencyPoint
 
 CELL = (1, 0)
@@ -175,6 +178,75 @@ def test_ours_is_judged_in_the_least_calls_that_each_of_its_variants_takes(
     artifact: Any = SimpleNamespace(manifest=manifest, path=Path("m.lrai"))
     served = replace(model(), cells=[(rows, 0) for rows in (1, 8, 32)])
     assert _ours(served, "lrai", Compiled(artifact, 0.0, []), 1).sizes == sizes
+
+
+def compiled_log(folder: Path, operators: list[dict[str, Any]], chosen: str = "int8-row-75") -> Any:
+    told = [{"event": "decision", "chosen": chosen}]
+    told += [{"event": "operator", "variant": "int8-row-75", **one} for one in operators]
+    file = folder / "quantization.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in told))
+    return SimpleNamespace(manifest=SimpleNamespace(chosen=chosen), file=lambda _: file)
+
+
+def operator(bits: int, harm: float, op_type: str = "MatMul") -> dict[str, Any]:
+    return {"bits": bits, "harm": harm, "op_type": op_type}
+
+
+MIX = [operator(8, 0.2), operator(32, 0.5), operator(32, 0.3), operator(32, 0.0)]
+
+
+def test_a_mix_is_told_by_the_log_and_with_its_reason(tmp_path: Path) -> None:
+    words = "2 of 3 operators in float32, which do 80% of the harm"
+    assert mix_of(compiled_log(tmp_path, MIX)) == words
+
+
+@pytest.mark.parametrize(
+    ("operators", "chosen"),
+    [
+        (MIX, "fp32"),  # they are of what came closest
+        ([operator(8, 0.2), operator(32, 0.0)], "int8-row-75"),  # as products of activations are
+        ([operator(8, 0.0, "Gather"), operator(32, 0.5)], "int8-row-75"),
+        ([operator(8, 0.6), operator(8, 0.4)], "int8-row-75"),
+        ([], "int8-row-75"),
+    ],
+)
+def test_what_is_all_in_one_precision_is_no_mix(
+    tmp_path: Path, operators: list[dict[str, Any]], chosen: str
+) -> None:
+    assert mix_of(compiled_log(tmp_path, operators, chosen)) == ""
+
+
+def close(mix: str, ours: float = 0.5) -> Check:
+    """Return what is said of a form within epsilon beside a peer that takes as long as float32."""
+    forms = [
+        form("onnxruntime fp32", 1.0),
+        form("lrai within 0.01: one", ours),
+        form("lrai: one", 1.0),
+    ]
+    forms[1].mix = mix
+    rows = []
+    for one in forms:
+        ratios = {CELL: (one.seconds[CELL][0], 0.0, 0.0)}
+        row = _row(model(delta=0.1), forms, one, ratios)  # type: ignore[arg-type]
+        rows.append(row | {"threads": 1})
+    return next(_together(rows, extras=False))
+
+
+def test_only_a_mix_is_as_fast_as_a_mix_has_to_be() -> None:
+    told = close("1 of 2 operators in float32")
+    assert told.holds
+    assert told.value == pytest.approx(2.0)
+    assert told.name.endswith("on m: 1 of 2 operators in float32")
+    assert not close("1 of 2 operators in float32", 0.9).holds
+    none = close("")
+    assert not none.holds
+    assert none.name == "lrai within 0.01: no mix was chosen"
+
+
+def test_the_share_beyond_is_said_with_the_form() -> None:
+    forms = [form("onnxruntime fp32", 1.0), form("lrai within 0.01: fp32", 1.0)]
+    told = [check.name for check in _checks(model(delta=0.1), forms, 1)]
+    assert "m, 1 thread(s): lrai within 0.01: fp32, share beyond, bound" in told
 
 
 def test_embeddings_are_judged_by_a_probe_of_what_the_reference_makes() -> None:
