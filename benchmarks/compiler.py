@@ -265,8 +265,9 @@ def _kinds(model: Model, counts: tuple[int, ...], arguments: argparse.Namespace)
     engines = ("openvino",) if arguments.extras else ()
     kinds = [Kind("lrai", (), None, counts)]
     kinds += [Kind("lrai with openvino", engines, None, counts)] * bool(engines)
-    if model.delta and not arguments.quick:  # with the extras that are there
-        kinds.append(Kind(_CLOSE_TOO if engines else _CLOSE, engines, EPSILON, (1,)))
+    if model.delta and not arguments.quick:
+        kinds.append(Kind(_CLOSE, (), EPSILON, (1,)))
+        kinds += [Kind(_CLOSE_TOO, engines, EPSILON, (1,))] * bool(engines)
     return kinds
 
 

@@ -16,6 +16,7 @@ from benchmarks.compiler import (
     Form,
     Kind,
     _checks,
+    _kinds,
     _ours,
     _row,
     _together,
@@ -247,6 +248,25 @@ def test_the_share_beyond_is_said_with_the_form() -> None:
     forms = [form("onnxruntime fp32", 1.0), form("lrai within 0.01: fp32", 1.0)]
     told = [check.name for check in _checks(model(delta=0.1), forms, 1)]
     assert "m, 1 thread(s): lrai within 0.01: fp32, share beyond, bound" in told
+
+
+@pytest.mark.parametrize(
+    ("extras", "quick", "kinds"),
+    [
+        (False, False, ["", " within 0.01"]),
+        (True, False, ["", " with openvino", " within 0.01", " with openvino within 0.01"]),
+        (True, True, ["", " with openvino"]),
+    ],
+)
+def test_closeness_is_asked_of_the_base_install_too(
+    extras: bool, quick: bool, kinds: list[str]
+) -> None:
+    arguments: Any = SimpleNamespace(extras=extras, quick=quick)
+    found = _kinds(model(delta=0.01), (1, 2), arguments)
+    assert names(found) == [f"lrai{kind}" for kind in kinds]
+    assert [one.engines for one in found] == [
+        ("openvino",) * ("openvino" in one.name) for one in found
+    ]
 
 
 def test_embeddings_are_judged_by_a_probe_of_what_the_reference_makes() -> None:
