@@ -60,6 +60,7 @@ CALLERS: Final = 8
 CAPTURE: Final = {"LRAI_RUNTIME_CAPTURE_ROWS": "2000", "LRAI_ACTOR_THREADS": "1"}
 COSINE: Final = 0.99
 LEAST_ALIKE: Final = 0.98
+FLOAT32_COSINE: Final = 0.99999  # of what float32 answers with what onnxruntime does
 LEAST_COSINE: Final = 0.8  # what one text has with another is far below
 LEAST_GAIN: Final = 1.0
 PAUSE_SECONDS: Final = 0.05  # between requests: callers are there, and the machine is not full
@@ -244,7 +245,8 @@ def _tuned(
     minutes: float,
 ) -> dict[str, Any]:
     """Ask, tune, switch, go back; return what was seen."""
-    before, pairs = Ledger(), list(zip(asked, right, strict=True))
+    before, back, pairs = Ledger(), Ledger(), list(zip(asked, right, strict=True))
+    serving = {"before": answering(served.sockets)}
     alone, together = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
     with console.status(f"{served.host}: {len(pairs)} sentences"):
         for row, expected in alone:
@@ -264,31 +266,41 @@ def _tuned(
         name = next(
             (w.split()[-1] for w in done.stdout.splitlines() if "runtime rollback" in w), ""
         )
-        now = _lrai(["runtime", "deployments"], served.sockets, scratch, cpu).stdout
-        back = _lrai(["runtime", "rollback", name], served.sockets, scratch, cpu)
+        serving["tuned"] = answering(served.sockets)
+        undone = _lrai(["runtime", "rollback", name], served.sockets, scratch, cpu)
         time.sleep(2)
-    rates.append(_rate(served, together, after))
-    ledgers = {"before": before, "meanwhile": meanwhile, "after": after}
+    serving["back"] = answering(served.sockets)
+    rates.append(_rate(served, together, back))
+    ledgers = {"before": before, "meanwhile": meanwhile, "after": after, "back": back}
     told = json.loads(figures.read_text()) if figures.is_file() else {"gains": [0.0]}
     return {
         "host": served.host,
         "exit_status": done.returncode,
-        "rolled_back": back.returncode,
+        "rolled_back": undone.returncode,
         "seconds": seconds,
         "requests_per_s": rates,
         "gain": rates[1] / float(np.mean([rates[0], rates[2]])),
         "gain_told": float(np.median(told["gains"])),
         "share_changed": told.get("share_changed"),
         "applied": "is served by" in done.stdout,
-        "deployments": now,
+        "serving": serving,
         "requests": {which: len(ledger.cosines) for which, ledger in ledgers.items()},
         "failures": [why for ledger in ledgers.values() for why in ledger.failures],
         "least_cosine": min(min(ledger.cosines, default=-1.0) for ledger in ledgers.values()),
+        "least_cosine_back": min(back.cosines, default=-1.0),
         "alike": {
             which: float(np.mean(np.array(ledger.cosines or [-1.0]) >= COSINE))
             for which, ledger in ledgers.items()
         },
     }
+
+
+def answering(sockets: Path) -> dict[str, list[str]]:
+    """Return by name the versions that answer requests, as the runtime below a folder tells it."""
+    config = lrai.load_config(call={"runtime.socket_dir": str(sockets)})
+    with lrai.Runtime(config, address="auto") as runtime:
+        found = runtime.deployments()
+    return {one.name: [version for version, share in one.shares.items() if share] for one in found}
 
 
 def _lrai(
@@ -313,6 +325,8 @@ def _checks(found: dict[str, Any]) -> list[Check]:
         console.print(why)
     asked = sum(found["requests"].values())
     alike, least = min(found["alike"].values()), found["least_cosine"]
+    before, tuned, back = (found["serving"][when] for when in ("before", "tuned", "back"))
+    same, float32 = before == back != tuned, found["least_cosine_back"]
     status = float(found["exit_status"])
     told = f"{found['gain_told']:.2f} as the tool says"
     return [
@@ -328,6 +342,10 @@ def _checks(found: dict[str, Any]) -> list[Check]:
               least >= LEAST_COSINE),
         Check(f"{host}: exit status of lrai runtime rollback", found["rolled_back"], "0",
               found["rolled_back"] == 0),
+        Check(f"{host}: served before {before}, tuned {tuned}, switched back {back}", float(same),
+              "1: what served before, which tuning replaced", same),
+        Check(f"{host}: least cosine of an answer after switching back", float32,
+              f">= {FLOAT32_COSINE}: float32's", float32 >= FLOAT32_COSINE),
     ]  # fmt: skip
 
 
