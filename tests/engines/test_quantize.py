@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,16 @@ from lrai_core.protocol import TensorSpec
 from lrai_engines.blocks import matmul_nbits
 from lrai_engines.fusion import optimise
 from lrai_engines.mixed import mixed_int4
-from lrai_engines.quantize import NothingToQuantize, int8_per_row, rewrite
+from lrai_engines.quantize import (
+    Emit,
+    NothingToQuantize,
+    Smoothing,
+    int8_per_row,
+    int8_qdq,
+    int8_static,
+    rewrite,
+    weights_int8,
+)  # fmt: skip
 from lrai_engines.static import goes_undefined, undefined_stays
 from tests.core.compiler.onnx_files import sharing
 
@@ -184,6 +194,32 @@ def test_per_row_products_err_by_at_most_half_a_step_of_each_factor(
     bound = np.abs(exact).sum(axis=1, keepdims=True) * w_step / 2
     bound = bound + x_step / 2 * restored.sum(axis=0, keepdims=True)
     assert np.all(np.abs(got - exact @ wide) <= bound * 1.0001 + 1e-18)
+
+
+@pytest.mark.parametrize(
+    ("isa", "most"),  # of 64 two products with 255 are what int16 holds at most
+    [
+        *(("avx512", 64), ("avx2", 64), ("x86_64", 64)),
+        *(("vnni", 127), ("amx", 127), ("avx-vnni", 127), ("neon-dot", 127)),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["row", "static", "qdq", "weights"])
+def test_weights_have_7_bits_where_products_of_8_would_saturate(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, isa: str, most: int
+) -> None:
+    monkeypatch.setattr("lrai_engines.quantize.isa_class", lambda: isa)
+    known = Smoothing(None, 0.05, 128)
+    emits: dict[str, Emit] = {
+        "row": int8_per_row,
+        "static": partial(int8_static, smoothing=known),
+        "qdq": partial(int8_qdq, smoothing=known),
+    }
+    model = linear(np.random.default_rng(0).standard_normal((48, 16)).astype(np.float32))
+    made, _ = rewrite(model, emits[scheme]) if scheme in emits else weights_int8(model)
+    (weight,) = (t for t in made.graph.initializer if list(t.dims) == [48, 16])
+    assert weight.data_type == TensorProto.INT8
+    peaks = np.abs(numpy_helper.to_array(weight).astype(int)).max(axis=0)
+    assert peaks.tolist() == [most] * 16, "each column has all the bits that there are"
 
 
 @pytest.mark.parametrize("scheme", PER_ROW)

@@ -79,6 +79,24 @@ def test_it_is_close_on_rows_it_has_not_seen_and_alone_as_in_a_batch() -> None:
     np.testing.assert_allclose(alone, found[:8], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("isa", "most"), [("avx512", 64), ("avx2", 64), ("x86_64", 64), ("vnni", 127), ("amx", 127)]
+)
+def test_weights_have_7_bits_where_products_of_8_would_saturate(
+    monkeypatch: pytest.MonkeyPatch, isa: str, most: int
+) -> None:
+    monkeypatch.setattr("lrai_engines.static.isa_class", lambda: isa)
+    proto, x = network(), images(40, 2)
+    quantised, _ = static_int8(proto, sample())
+    integers = {
+        tuple(tensor.dims): np.abs(numpy_helper.to_array(tensor).astype(int)).max()
+        for tensor in quantised.graph.initializer
+        if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1
+    }
+    assert integers == {(16, 3, 3, 3): most, (32, 16, 3, 3): most, (32, 10): most}
+    assert 0 < distance(run(quantised, x), run(proto, x)) < 0.06
+
+
 def test_every_operator_with_weights_is_reported_with_its_error() -> None:
     quantised, report = static_int8(network(), sample())
     assert [line.node for line in report] == ["conv1", "conv2", "classes"]
