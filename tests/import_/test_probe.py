@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
-from lrai_core.errors import CompileError, UnsupportedOperator
-from lrai_import.probe import probe
+from lrai_core.errors import CompileError, LraiError, UnsupportedOperator
+from lrai_core.executor import on_all_cpus
+from lrai_import.probe import Probe, probe
 from tests.core.compiler.onnx_files import linear, model, save, value, with_external_data
 
 WEIGHT = np.zeros(32, np.float32).tobytes()
@@ -162,3 +164,35 @@ def test_a_child_that_dies_is_a_refused_file(
     monkeypatch.setattr(sys, "executable", str(killer))
     with pytest.raises(CompileError, match=r"signal 11.*damaged or hostile"):
         probe(path)
+
+
+def test_whatever_bits_of_a_file_are_flipped_a_child_dies_of_it_at_most(tmp_path: Path) -> None:
+    """The first, a sign, has onnxruntime divide the least integer by -1: no integer holds that."""
+    nodes = [
+        helper.make_node("Div", ["zero", "less"], ["quotient"]),
+        helper.make_node("Cast", ["quotient"], ["factor"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "factor"], ["y"], name="product"),
+    ]
+    weights = [
+        numpy_helper.from_array(np.array([number]), name)
+        for name, number in (("zero", 0), ("less", -1))
+    ]
+    ends = [value("x", ["n", 2])], [value("y", ["n", 2])]
+    whole = model(nodes, *ends, weights).SerializeToString()
+    random = np.random.default_rng(1)
+    flips = [np.array([8 * (whole.index(bytes(8)) + 8) - 1])]
+    flips += [random.integers(0, 8 * len(whole), count) for count in (1, 1, 1, 1, 2, 2, 3, 4, 8)]
+
+    def probed(bits: npt.NDArray[np.int64]) -> Probe | LraiError:
+        content = bytearray(whole)
+        for bit in bits.tolist():
+            content[bit // 8] ^= 1 << bit % 8
+        path = tmp_path / f"{'-'.join(map(str, bits))}.onnx"
+        path.write_bytes(content)
+        try:
+            return probe(path)
+        except LraiError as error:
+            return error
+
+    found = list(on_all_cpus(probed, flips, threads=1))
+    assert {Probe, CompileError} <= {type(one) for one in found}
