@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ from tests.core.compiler.onnx_files import model, value
 pytestmark = pytest.mark.server
 SHAPE = (1, 64, 64)
 PROGRAM = """
-import sys, threading
+import os, sys, threading
 from pathlib import Path
 import lrai_core as lrai
 
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on several it is chance what meets
 source, evaluation, calibration, out = sys.argv[1:]
 peak, over = 0, threading.Event()
 
@@ -85,7 +87,8 @@ def test_ten_thousand_mapped_rows_take_as_much_as_three_hundred(
             capture_output=True,
             text=True,
             check=False,
+            env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # likewise how threads share several
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 40_000, peaks  # KiB; the rows alone are 164 MB and more
+    assert peaks[1] <= 1.05 * peaks[0], peaks  # the rows alone are 164 MB and more
