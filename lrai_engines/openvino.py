@@ -7,7 +7,8 @@ shape is compiled twice: for calls of one row, which have no such cost, and for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from threading import Lock
 from typing import Final
@@ -88,6 +89,19 @@ class OpenVino:
         except (*REFUSALS, KeyError, OSError, msgspec.MsgspecError) as error:
             raise ArtifactError(f"openvino cannot open {model.name}: {reason(error)}") from None
 
+    def profile(
+        self, model: Path, feed: Sequence[Array], threads: int, calls: int
+    ) -> Iterator[tuple[str, str, float]]:
+        """Yield kind, name and milliseconds of every operator of each call with one row.
+
+        What is loaded later is profiled, too, which takes time: this is for a process of its own.
+        """
+        self.core.set_property("CPU", {"PERF_COUNT": "YES"})
+        session = self.load(model, threads=threads)
+        for _ in range(calls):
+            session.run(feed)
+            yield from session.taken()
+
 
 class OpenVinoSession:
     """A compiled model, perhaps another for calls of one row; each has one request, used again.
@@ -137,6 +151,11 @@ class OpenVinoSession:
             why = reason(error)
             raise _refused(why, invalid=not any(lack in why for lack in MEMORY_LACKS)) from None
         return [results[i] for i in (self._outputs if outputs is None else outputs)]
+
+    def taken(self) -> Iterator[tuple[str, str, float]]:
+        """Yield kind, name and milliseconds of the operators of the last call; see `profile`."""
+        for one in self._requests[-1].profiling_info:
+            yield one.node_type, one.node_name, one.real_time / timedelta(milliseconds=1)
 
 
 def _of_one_row(network: ov.Model) -> list[ov.Model]:

@@ -121,8 +121,8 @@ which is not kept{% endif %}</h2>
 {% for kind, taken in spent.items() %}<tr><td class="name">{{ kind }}</td>
 {% for one in taken %}<td class="n">{{ one|figure ~ " ms" if one else "" }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
-<p class="dim">Measured when this page was made, by onnxruntime's profiler, which takes time of its
-own.</p>{% else %}<p class="dim">It was not measured: {{ unknown }}.</p>{% endif %}
+<p class="dim">Measured with this page by onnxruntime's profiler, or the engine's that is named: it
+takes its time.</p>{% else %}<p class="dim">It was not measured: {{ unknown }}.</p>{% endif %}
 <h2>Model card</h2>
 <table>
 <tr><th>inputs</th><td>{% for spec in manifest.signature.inputs %}<code>{{ spec.name }}</code>

@@ -1,17 +1,19 @@
-"""Where the time of a call goes, by kind of operator: as onnxruntime's profiler sees it here."""
+"""Where the time of a call goes, by kind of operator: as the engine's profiler sees it here."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from lrai_core import Artifact, EnvironmentProblem, LraiError, TaskError, Variant, run_task
 from lrai_core.engine.batching import synthetic_row
+from lrai_core.engine.engine import find_engine
 from lrai_core.engine.onnxruntime import REFUSALS, open_session, session_options
 from lrai_core.verifier.verifier import environment, evaluation
 
@@ -19,6 +21,7 @@ _CALLS, _FIRST = 20, 5  # and how many of them only warm up
 _LENGTH: Final = 64  # of a made-up row
 _MEMORY_BYTES: Final = 32 << 30  # address space
 _SECONDS: Final = 120.0
+_Taken = tuple[str, str, float]  # kind and name of an operator, milliseconds of a call
 
 
 class _Arguments(msgspec.Struct, frozen=True):
@@ -37,12 +40,11 @@ class _Event(msgspec.Struct, frozen=True):
 def times(artifact: Artifact, variants: tuple[Variant, ...]) -> tuple[dict[str, list[float]], str]:
     """Return milliseconds of one row by kind of operator for each variant, and else why not.
 
-    A child process runs them: a graph that crashes onnxruntime costs the table.
+    A child process runs them: a graph that crashes its engine costs the table. Other engines than
+    onnxruntime have kinds of their own, which their names tell.
     """
     found: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(variants))
     for at, variant in enumerate(variants):
-        if variant.engine != "onnxruntime":
-            return {}, f"{variant.engine} does not tell it"
         if (made := artifact.manifest.made_for(variant)) != (here := environment(variant)):
             return {}, f"made for {made}, this is {here}"
         asked = (str(artifact.path.absolute()), variant.id)
@@ -50,8 +52,9 @@ def times(artifact: Artifact, variants: tuple[Variant, ...]) -> tuple[dict[str, 
             own = run_task(profiled, asked, memory_bytes=_MEMORY_BYTES, timeout_seconds=_SECONDS)
         except (TaskError, LraiError) as error:
             return {}, str(error)
+        of = "" if variant.engine == "onnxruntime" else f" ({variant.engine})"
         for kind, milliseconds in own.items():
-            found[kind][at] = milliseconds
+            found[kind + of][at] = milliseconds
     return dict(sorted(found.items(), key=lambda one: -max(one[1]))), ""
 
 
@@ -62,14 +65,33 @@ def profiled(asked: tuple[str, str]) -> dict[str, float]:
         asked: The artifact's folder, and the variant.
 
     Raises:
-        EnvironmentProblem: onnxruntime does not run it.
+        EnvironmentProblem: Its engine does not run it, or does not tell.
+        EngineError: Likewise.
     """
     artifact = Artifact.open(asked[0], verify=False)
     manifest, variant = artifact.manifest, artifact.manifest.variant(asked[1])
     rows = evaluation(artifact).inputs
     row = rows[0] if rows else synthetic_row(manifest.signature, _LENGTH)
+    profile = getattr(find_engine(variant.engine), "profile", None)
+    if variant.engine == "onnxruntime":
+        events = _profile(artifact, variant, row)
+    elif profile is None:
+        raise EnvironmentProblem(f"{variant.engine} does not tell it")
+    else:
+        events = profile(artifact.file(variant.model), row, manifest.target.threads, _CALLS)
+    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for kind, name, milliseconds in events:
+        taken[kind, name].append(milliseconds)
+    sums: dict[str, float] = defaultdict(float)
+    for (kind, _), durations in taken.items():
+        sums[kind] += statistics.median(durations[_FIRST:] or durations)
+    return {kind: milliseconds for kind, milliseconds in sums.items() if milliseconds}
+
+
+def _profile(artifact: Artifact, variant: Variant, row: Sequence[Any]) -> Iterator[_Taken]:
+    """Yield what every operator takes in each call, by onnxruntime."""
     weights = artifact.path / variant.weights if variant.weights else None
-    options = session_options(manifest.target.threads, "none", weights)
+    options = session_options(artifact.manifest.target.threads, "none", weights)
     graph = artifact.file(variant.model)
     with tempfile.TemporaryDirectory(prefix="lrai-report-") as folder:
         options.enable_profiling = True
@@ -83,11 +105,6 @@ def profiled(asked: tuple[str, str]) -> dict[str, float]:
         except REFUSALS as error:
             raise EnvironmentProblem(f"it does not run: {type(error).__name__}") from None
         events = msgspec.json.decode(file.read_bytes(), type=list[_Event])
-    taken: dict[tuple[str, str], list[int]] = defaultdict(list)
     for event in events:
         if event.cat == "Node" and event.name.endswith("_kernel_time"):
-            taken[event.args.op_name, event.name].append(event.dur)
-    sums: dict[str, float] = defaultdict(float)
-    for (kind, _), durations in taken.items():
-        sums[kind] += statistics.median(durations[_FIRST:] or durations) / 1e3
-    return dict(sums)
+            yield event.args.op_name, event.name, event.dur / 1e3

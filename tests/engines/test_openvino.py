@@ -35,6 +35,8 @@ from lrai_engines.openvino_forms import OpenVinoForms, _bounds
 from lrai_engines.sensitivity import harms
 from lrai_engines.smooth import smoothings
 from lrai_engines.static_harms import harms as static_harms
+from lrai_report.page import page
+from lrai_report.times import times
 from tests.core.compiler.onnx_files import linear, model, save, value
 from tests.core.small_artifact import rewrite
 from tests.engines.test_sensitivity import sample as layered_sample
@@ -720,6 +722,18 @@ def test_serving_with_another_engine_does_not_bring_this_one(served: lrai.Artifa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_report_says_where_its_time_goes_by_its_own_kinds(served: lrai.Artifact) -> None:
+    chosen = served.manifest.variant(served.manifest.chosen)
+    spent, why = times(served, (served.manifest.variant("fp32"), chosen))
+    assert not why
+    own = {kind: taken for kind, taken in spent.items() if kind.endswith(" (openvino)")}
+    assert "FullyConnected (openvino)" in own
+    assert all(before == 0 < after < 50 for before, after in own.values())
+    assert all(before > 0 == after for k, (before, after) in spent.items() if k not in own)
+    assert len(spent) > len(own)
+    assert "FullyConnected (openvino)" in page(served)
 
 
 def test_what_is_faster_for_some_calls_is_kept_to_serve_those(
