@@ -56,6 +56,26 @@ def test_an_estimator_is_written_from_its_table(tmp_path: Path) -> None:
     assert (run(file, table)[0] == model.predict(table)).mean() > 0.99
 
 
+def test_a_module_that_was_written_is_described_as_any_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    module = torch.nn.Sequential(*layers, torch.nn.Linear(4, 3))
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    images = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    to_onnx(module, {"image": images}, tmp_path / "model.onnx")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    (tmp_path / "served.toml").write_text(
+        'model = "model.onnx"\n[preprocess.photo]\ninput = "image"\n'
+        '[postprocess]\nlabels = "labels.txt"\n'
+    )
+    artifact = lrai.compile(tmp_path / "served.toml", out=tmp_path / "m.lrai", threads=1)
+    with lrai.Runtime.open(artifact, name="m") as runtime:
+        request = lrai.InferenceRequest(model_name="m", inputs={"photo": pixels})
+        labels = runtime.infer(request).outputs["label"]
+    best = module(torch.from_numpy(images)).detach().numpy().argmax(axis=1)
+    assert labels[:, 0].tolist() == ["abc"[index] for index in best]
+
+
 def test_numbers_of_another_byte_order_are_numbers(tmp_path: Path) -> None:
     rows = {"input": ROWS.astype(">f4")}
     artifact = lrai.compile(network(), out=tmp_path / "m.lrai", threads=1, calibration=rows)
