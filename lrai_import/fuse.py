@@ -381,12 +381,15 @@ def command(
     except _REFUSALS as error:
         why = str(error).partition("\n")[0][:300]
         raise CompileError(f"they do not run on ones, so nothing can be measured: {why}") from None
-    for rows, (apart, together) in times.items():
-        typer.echo(f"{rows} row(s): {apart * 1e3:.3g} ms apart, {together * 1e3:.3g} ms as one")
+    taken = [
+        f"{rows} row(s): {a * 1e3:.3g} ms apart, {b * 1e3:.3g} ms as one"
+        for rows, (a, b) in times.items()
+    ]
+    typer.echo("\n".join(taken))
     gains = [apart / together for apart, together in times.values()]
     words = f"{min(gains):.2f} to {max(gains):.2f} times as fast"
     if not feeds and (min(gains) < 1 or max(gains) < _GAIN):  # a chain saves a request
-        raise ConditionNotMet(f"not fused: {words}")
+        raise ConditionNotMet(f"not fused: {words}; {'; '.join(taken)}")
     try:
         output.write_bytes(fused.model.SerializeToString())
     except OSError as error:

@@ -98,7 +98,11 @@ def compile(
     feed: Feed = None,
     slim: Slim = False,  # noqa: FBT002 - likewise
 ) -> None:
-    """Compile a model: fp32, and the fastest forms that pass the gate on the evaluation rows."""
+    """Compile a model: fp32, and the fastest forms that pass the gate on the evaluation rows.
+
+    Several (--fuse) become one where that is faster, or a chain; else nothing is written, and 3 is
+    the exit status, as it is where no form but fp32 passes.
+    """
     if fuse == (len(models) == 1):
         several = f"{len(models)} models are given: --fuse makes one of them"
         raise UsageError("--fuse needs two models or more" if fuse else several)

@@ -275,7 +275,11 @@ def test_where_nothing_is_gained_or_some_is_lost_nothing_is_written(
     for seed, file in enumerate(files):
         onnx.save(headed(10 * seed, 50), file)
     least = min(alone_ms, together_ms)
-    with pytest.raises(lrai.ConditionNotMet, match=f"not fused: {least:.2f} to .* times as fast"):
+    said = (
+        rf"not fused: {least:.2f} to .* times as fast; 1 row\(s\): {alone_ms:g} ms apart, 1 ms as "
+        rf"one; 32 row\(s\): {together_ms:g} ms apart, 1 ms as one"
+    )
+    with pytest.raises(lrai.ConditionNotMet, match=said):
         command(files, tmp_path / "both.onnx")
     assert not (tmp_path / "both.onnx").exists()
 
