@@ -354,7 +354,8 @@ def command(
 
     Nothing is written where that saves no time, or costs some, at one row or at 32 (exit status 3);
     a chain (--feed), which saves its callers a request, is written in any case.
-    A request names the outputs that it wants, and `lrai compile` takes the file like any other.
+    A request names the outputs that it wants, but sends the inputs of all models. `lrai compile`
+    takes the file like any other.
     """
     [(stem, same)] = Counter(file.stem for file in files).most_common(1)
     if len(files) < 2 or same > 1:
@@ -398,6 +399,7 @@ def command(
     typer.echo(words)
     for name, outputs in fused.outputs.items():
         typer.echo(f"{name}: {', '.join(outputs)}")
+    typer.echo(f"every request sends {', '.join(i.name for i in fused.model.graph.input)}")
 
 
 def _times(

@@ -260,6 +260,24 @@ def test_compile_takes_several_as_one_if_it_is_told_to(tmp_path: Path, files: li
     assert left == ["both.lrai", "one.onnx", "two.onnx"]
 
 
+@pytest.mark.usefixtures("gained")
+def test_models_of_different_inputs_are_asked_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(small("x", "y"), tmp_path / "a.onnx")
+    onnx.save(small("z", "w"), tmp_path / "b.onnx")
+    command([tmp_path / "a.onnx", tmp_path / "b.onnx"], tmp_path / "both.onnx")
+    assert "\na: y\nb: w\nevery request sends x, z\n" in capsys.readouterr().out
+    artifact = lrai.compile(tmp_path / "both.onnx", out=tmp_path / "both.lrai", threads=1)
+    sent = {name: np.ones((2, 4), np.float32) for name in "xz"}
+    with lrai.Runtime.open(artifact, name="m") as runtime:
+        asked = lrai.InferenceRequest(model_name="m", inputs=sent, outputs=("y",))
+        assert list(runtime.infer(asked).outputs) == ["y"]
+        alone = lrai.InferenceRequest(model_name="m", inputs={"x": sent["x"]}, outputs=("y",))
+        with pytest.raises(lrai.InvalidTensor, match="'z': missing"):
+            runtime.infer(alone)
+
+
 @pytest.mark.parametrize(
     ("alone_ms", "together_ms"),
     [(1.04, 1.04), (0.99, 3.0), (3.0, 0.99)],  # at one row, and at 32, for 1 ms as one
