@@ -75,7 +75,7 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
     elif described.signature:
         raise CompileError("signature is of a SavedModel, and the model is a file")
     else:
-        inner = onnx_files.load(source, notify)
+        inner = onnx_files.load(source, lambda why: notify(f"{source.name}: {why}"))
     around = Around(inner.model)
     for name, spec in described.preprocess.items():
         if isinstance(spec, Text):

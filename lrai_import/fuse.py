@@ -9,6 +9,7 @@ different weights become one product. An input may be fed what a model before it
 from __future__ import annotations
 
 import hashlib
+import shlex
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -33,7 +34,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 
 from lrai_core import CompileError, ConditionNotMet, EnvironmentProblem, UsageError
 from lrai_import.around import at_opset, opset_of
-from lrai_import.onnx import load
+from lrai_import.onnx import NOTE, load
 
 _RANDOM: Final = ("Bernoulli", "Multinomial")  # and what begins with Random
 _REFUSALS: Final = (Fail, InvalidArgument, NotImplemented, RuntimeException)
@@ -371,11 +372,11 @@ def command(
             raise UsageError(f"--feed is {text[:200]!r}, {needed}")
         feeds[reads] = given[0]
     fused = fuse(models, feeds)
-    typer.echo(
-        f"{fused.shared} of {fused.operators} operators need not run again, "
-        f"{fused.joined} products are part of another"
-    )
+    again = f"{fused.shared} of {fused.operators} operators need not run again"
+    said = [f"{again}, {fused.joined} products are part of another"]
+    typer.echo(said[0])
     try:
+        apart, one = sum(model.ByteSize() for model in models.values()), fused.model.ByteSize()
         times = {rows: _times([*models.values()], fused.model, rows) for rows in _ROWS}
     except EncodeError:
         raise CompileError("together they have over 2 GB, which is more than one file") from None
@@ -386,20 +387,23 @@ def command(
         f"{rows} row(s): {a * 1e3:.3g} ms apart, {b * 1e3:.3g} ms as one"
         for rows, (a, b) in times.items()
     ]
-    typer.echo("\n".join(taken))
+    said += [f"{apart / 1e6:.3g} MB apart, {one / 1e6:.3g} MB as one", *taken]
+    typer.echo("\n".join(said[1:]))
     gains = [apart / together for apart, together in times.values()]
     words = f"{min(gains):.2f} to {max(gains):.2f} times as fast"
     if not feeds and (min(gains) < 1 or max(gains) < _GAIN):  # a chain saves a request
         raise ConditionNotMet(f"not fused: {words}; {'; '.join(taken)}")
+    ends = [f"{name}: {', '.join(outputs)}" for name, outputs in fused.outputs.items()]
+    ends += [f"every request sends {', '.join(i.name for i in fused.model.graph.input)}"]
+    asked = shlex.join([*(file.name for file in files), *(f"--feed={text}" for text in feed or ())])
+    note = "; ".join([f"fused: {asked}", *said, *ends])
+    helper.set_model_props(fused.model, {NOTE: note})
     try:
         output.write_bytes(fused.model.SerializeToString())
     except OSError as error:
         output.unlink(missing_ok=True)
         raise EnvironmentProblem(f"{output}: cannot be written: {error.strerror}") from None
-    typer.echo(words)
-    for name, outputs in fused.outputs.items():
-        typer.echo(f"{name}: {', '.join(outputs)}")
-    typer.echo(f"every request sends {', '.join(i.name for i in fused.model.graph.input)}")
+    typer.echo("\n".join([words, *ends]))
 
 
 def _times(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -19,6 +20,8 @@ from lrai_import.probe import MIN_OPSET, probe, upgrade
 
 _BYTES: Final = 64 << 30  # address space, of which libraries reserve much and use little
 _SECONDS: Final = 900
+_NOTE: Final = 2000  # characters
+NOTE: Final = "lrai.note"  # metadata: what of the making of a file its artifact is to tell
 Told = TypeVar("Told")
 
 
@@ -56,8 +59,9 @@ def load_converted(
 def load(path: Path, notify: Callable[[str], None]) -> Imported:
     """Return the model in the file, after a child process has survived reading it.
 
-    Its local functions are inlined, and its opset is 17 or later; `notify` is told of an upgrade.
-    The hash is of the file, and of its external data in order of name.
+    Its local functions are inlined, and its opset is 17 or later; `notify` is told of an upgrade,
+    and what `lrai fuse` has noted.
+    The hash is of the file, and of its external data in order of name; or of a model without that.
 
     Raises:
         CompileError: Missing, not ONNX, cut short, or it cannot be brought to opset 17.
@@ -69,6 +73,11 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     model = onnx.load(path)
+    if note := next((one for one in model.metadata_props if one.key == NOTE), None):
+        notify("".join(filter(str.isprintable, str(note.value)[:_NOTE])))
+        model.metadata_props.remove(note)
+        with suppress(EncodeError):  # times in it are of one run, the model is the same after all
+            digest = hashlib.sha256(model.SerializeToString(deterministic=True))
     if not any(opset.domain in ("", "ai.onnx") for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid("", MIN_OPSET))  # it uses none of it
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):

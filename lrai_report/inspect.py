@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lrai_core import Artifact, Variant, certificates
 from lrai_core.errors import shorten
+from lrai_report.log import fused, logged
 from lrai_report.words import figure
 
 # What comes out of files is shown as it is: never read as markup, and without control characters.
@@ -35,6 +36,8 @@ def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAM
     made_for = f"{manifest.made_for(best)}, {manifest.target.threads} thread(s)"
     _say(f"  version {artifact.version}, for {made_for}", name=manifest.name)
     _say(f"made {manifest.created} by lrai {manifest.lrai_version}")
+    if told := fused(logged(artifact)):
+        _say(told)
     for side, specs in (("in", manifest.signature.inputs), ("out", manifest.signature.outputs)):
         for spec in specs:
             axes = "" if spec.batch_axis is None else f"  batch axis {spec.batch_axis}"

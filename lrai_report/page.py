@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import msgspec
 import typer
 from rich.console import Console
 
-from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError, Variant, certificates
+from lrai_core import Artifact, EnvironmentProblem, UsageError, Variant, certificates
+from lrai_report.log import Event, logged, models
 from lrai_report.template import PAGE
 from lrai_report.times import times
 from lrai_report.words import figure
 
-_LOG: Final = "quantization.jsonl"
-_MOST_BYTES: Final = 64 << 20
 _WIDTH, _HEIGHT = 640.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 16.0, 44.0
 _LEAST_GAP, _MOST_GAP = 1e-7, 1e3  # what is closer, or farther, is drawn there
@@ -29,33 +27,6 @@ _LINE: Final = 13.0
 _FILES: Final = {"calibration": "SAMPLE.npz", "axes": "AXES.toml"}  # which nobody else has
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-class _Event(msgspec.Struct, frozen=True):
-    """A line of the compiler's log; what it has no field for is left out."""
-
-    event: str
-    form: str = ""
-    kept: bool = False
-    why: str = ""
-    speedup: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
-    gap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    chosen: str = ""
-    variant: str = ""
-    node: str = ""
-    op_type: str = ""
-    bits: int = 0
-    scheme: str = ""
-    weight_elements: int = 0
-    error: float = 0.0
-    harm: float = 0.0
-    max_accuracy_loss: float = 0.01
-    max_disparity: float = 0.01
-    calibration: bool = False
-    axes: bool = False
-    keep_evaluation: int | None = None
-    engines: tuple[str, ...] = ()
-    keep: int = 0  # logs of earlier versions do not tell it
 
 
 @dataclass(slots=True)
@@ -118,7 +89,7 @@ def page(artifact: Artifact) -> str:
         import jinja2
     except ImportError:
         raise EnvironmentProblem("the page is made by jinja2: pip install 'lrai[report]'") from None
-    events = list(_events(artifact))
+    events = list(logged(artifact))
     manifest = artifact.manifest
     chosen = manifest.variant(manifest.chosen)
     dots = _dots(events, [v.id for v in manifest.variants], manifest.chosen)
@@ -153,21 +124,6 @@ def page(artifact: Artifact) -> str:
     )
 
 
-def _events(artifact: Artifact) -> Iterator[_Event]:
-    """Yield the lines of the log, none where there is no log."""
-    if _LOG not in artifact.manifest.files:
-        return
-    file = artifact.file(_LOG)
-    if file.stat().st_size > _MOST_BYTES:
-        raise ArtifactError(f"{_LOG} is over {_MOST_BYTES >> 20} MB")
-    decode = msgspec.json.Decoder(_Event).decode
-    try:
-        for line in file.read_bytes().splitlines():
-            yield decode(line)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ArtifactError(f"{_LOG} cannot be read: {str(error)[:200]}") from None
-
-
 def _points(variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
     """Yield per shape that was measured the latency of each variant, and the bars to draw."""
     shapes = dict.fromkeys((p.rows, p.length) for v in variants for p in v.latency)
@@ -183,7 +139,7 @@ def _points(variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
         yield {"rows": rows, "length": length, "bars": bars}
 
 
-def _dots(events: Sequence[_Event], kept: Sequence[str], chosen: str) -> list[Dot]:
+def _dots(events: Sequence[Event], kept: Sequence[str], chosen: str) -> list[Dot]:
     """Return every form whose closeness was looked at, where it is drawn."""
     searched = _searched(events)
     right, (low, high) = _right(searched), _decades(searched)
@@ -204,7 +160,7 @@ def _dots(events: Sequence[_Event], kept: Sequence[str], chosen: str) -> list[Do
     return found
 
 
-def _ticks(events: Sequence[_Event]) -> tuple[list[Tick], list[Tick]]:
+def _ticks(events: Sequence[Event]) -> tuple[list[Tick], list[Tick]]:
     """Return the marks of the axes, across and upward."""
     searched = _searched(events)
     right, (low, high) = _right(searched), _decades(searched)
@@ -215,31 +171,31 @@ def _ticks(events: Sequence[_Event]) -> tuple[list[Tick], list[Tick]]:
     )
 
 
-def _searched(events: Sequence[_Event]) -> list[_Event]:
+def _searched(events: Sequence[Event]) -> list[Event]:
     return [event for event in events if event.event == "searched"][:_MOST_DOTS]
 
 
-def _right(searched: Sequence[_Event]) -> float:
+def _right(searched: Sequence[Event]) -> float:
     """Return the end of the axis: a multiple of what the marks part it by, 0.1 or more."""
     most = max((event.speedup for event in searched), default=1.0)
     return math.ceil(max(most, 1.0) * 1.05 * 10 / _TICKS) * _TICKS / 10
 
 
-def _decades(searched: Sequence[_Event]) -> tuple[int, int]:
+def _decades(searched: Sequence[Event]) -> tuple[int, int]:
     """Return the ends of the axis: one below the closest form but fp32, which is at the bottom."""
     decades = [_decade(event) for event in searched if event.form.partition(" ")[0] != "fp32"]
     low = math.floor(min(decades, default=0.0)) - 1
     return low, max(low + 2, math.ceil(max(decades, default=0.0)))
 
 
-def _decade(event: _Event) -> float:
+def _decade(event: Event) -> float:
     return math.log10(min(max(event.gap, _LEAST_GAP), _MOST_GAP))
 
 
-def _command(artifact: Artifact, events: Sequence[_Event]) -> str:
+def _command(artifact: Artifact, events: Sequence[Event]) -> str:
     """Return the command that makes such an artifact, as far as it tells."""
     manifest = artifact.manifest
-    words = ["lrai", "compile", "MODEL", "-o", f"{manifest.name}.lrai"]
+    words = ["lrai", "compile", *models(events), "-o", f"{manifest.name}.lrai"]
     judged = [variant.gate for variant in manifest.variants if variant.gate]
     if judged:
         words += ["--evaluation", "ROWS.npz"]
@@ -254,7 +210,7 @@ def _command(artifact: Artifact, events: Sequence[_Event]) -> str:
         words += ["--epsilon", f"{manifest.demanded[0]:g}", "--delta", f"{manifest.demanded[1]:g}"]
     for group in judged[0].groups if judged else ():
         words += ["--group", group]
-    usual = _Event("asked")
+    usual = Event("asked")
     asked = next((event for event in events if event.event == usual.event), usual)
     engines = [one for one in asked.engines or artifact.engines if one != "onnxruntime"]
     words += [word for engine in engines for word in ("--engine", engine)]

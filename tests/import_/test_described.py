@@ -360,6 +360,16 @@ def test_the_hash_is_of_all_that_is_named(picture: Path) -> None:
     assert load(picture / "model.toml", print).sha256 != before
 
 
+def test_what_a_file_says_of_itself_is_said_of_the_file(picture: Path) -> None:
+    graph, notes = onnx.load(picture / "model.onnx"), list[str]()
+    helper.set_model_props(graph, {"lrai.note": "fused: a.onnx b.onnx;\n3 of 9" + "." * 9_000})
+    onnx.save(graph, picture / "model.onnx")
+    made = load(describe(picture, "model.onnx", PIXELS), notes.append).model
+    assert [note[:48] for note in notes] == ["model.onnx: fused: a.onnx b.onnx;3 of 9" + "." * 9]
+    assert len(notes[0]) < 2_100
+    assert not made.metadata_props
+
+
 def test_a_label_for_each_class_is_needed_where_their_number_is_free(picture: Path) -> None:
     graph = onnx.load(picture / "model.onnx")
     graph.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"

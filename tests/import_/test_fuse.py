@@ -17,7 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 import lrai_core as lrai
 from lrai_core import CompileError
 from lrai_import.fuse import Fused, _feed, command, fuse
+from lrai_import.onnx import load
 from lrai_report.compile import main as compile_
+from lrai_report.inspect import inspect
+from lrai_report.log import fused as fused_of
+from lrai_report.log import logged
+from lrai_report.page import page
 from tests.core.compiler.onnx_files import model, value
 
 LRAI = Path(sys.executable).with_name("lrai")
@@ -258,6 +263,45 @@ def test_compile_takes_several_as_one_if_it_is_told_to(tmp_path: Path, files: li
     assert [spec.name for spec in outputs] == ["y", "zy"]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["both.lrai", "one.onnx", "two.onnx"]
+
+
+@pytest.mark.usefixtures("gained")
+def test_the_artifact_says_of_which_models_it_is_and_what_that_saves(
+    tmp_path: Path, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "both.lrai"
+    with pytest.raises(SystemExit) as end:
+        compile_([*map(str, files), "--fuse", "-o", str(out), "--threads", "1"])
+    assert not end.value.code
+    capsys.readouterr()
+    artifact = lrai.Artifact.open(out)
+    note = fused_of(logged(artifact))
+    assert note.startswith("fused: one.onnx two.onnx; 24 of 50 operators need not run again, 1 pro")
+    assert re.search(r"; [\d.]+ MB apart, [\d.]+ MB as one; ", note)
+    for rows in (1, 32):
+        assert f"; {rows} row(s): 2 ms apart, 1 ms as one; " in note
+    assert note.endswith("; one: y; two: zy; every request sends x")
+    assert str(tmp_path) not in note
+    inspect(out)
+    assert note in " ".join(capsys.readouterr().out.split())
+    shown = page(artifact)
+    assert note in shown
+    assert "lrai compile one.onnx two.onnx --fuse -o both.lrai" in shown
+
+
+@pytest.mark.usefixtures("files")
+def test_what_was_measured_is_no_part_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[Path]
+) -> None:
+    notes, found = list[str](), []
+    for name, seconds in (("a", 1e-3), ("b", 1.5e-3)):
+        monkeypatch.setattr("lrai_import.fuse._times", lambda *_, one=seconds: (3e-3, one))
+        command(files, tmp_path / f"{name}.onnx")
+        found.append(load(tmp_path / f"{name}.onnx", notes.append))
+    first, second = found
+    assert ["1.5 ms as one" in note for note in notes] == [False, True]
+    assert first.sha256 == second.sha256
+    assert first.model == second.model
 
 
 @pytest.mark.usefixtures("gained")

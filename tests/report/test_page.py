@@ -19,7 +19,8 @@ import lrai_core as lrai
 from benchmarks import models
 from lrai_core.artifact import write_manifest
 from lrai_core.fairness import Disparity
-from lrai_report.page import _command, _Event, main, page
+from lrai_report.log import Event
+from lrai_report.page import _command, main, page
 
 
 class Reader(HTMLParser):
@@ -239,7 +240,7 @@ def test_the_command_has_what_was_asked(tmp_path: Path) -> None:
 def test_the_command_has_the_engines_that_were_tried_and_how_many_were_to_be_kept(
     artifact: lrai.Artifact, asked: dict[str, Any], words: str
 ) -> None:
-    told = _command(artifact, [msgspec.convert({"event": "asked", **asked}, _Event)])
+    told = _command(artifact, [msgspec.convert({"event": "asked", **asked}, Event)])
     own = f" {words}" if words else ""
     threads = artifact.manifest.target.threads
     assert told.partition(" --output-map softmax")[2] == f"{own} --threads {threads}"
@@ -254,3 +255,20 @@ def test_where_the_log_does_not_say_it_the_command_has_what_was_kept(
     manifest = msgspec.structs.replace(artifact.manifest, variants=(*more, fp32))
     told = _command(replace(artifact, manifest=manifest), [])
     assert "--engine openvino --engine other --keep 4" in told
+
+
+@pytest.mark.parametrize(
+    ("note", "words"),
+    [
+        ("fused: a.onnx b.onnx --feed=b.f=a.y; 3 of 9", "a.onnx b.onnx --feed=b.f=a.y --fuse"),
+        ("fused: 'my a.onnx' $(date); 3 of 9", "'my a.onnx' '$(date)' --fuse"),
+        ("fused: 'a; b.onnx' c.onnx; 3 of 9", "MODEL"),
+        ("c.onnx: fused: a.onnx b.onnx; 3 of 9", "MODEL"),  # of what is described
+        ("opset 11 upgraded to 17", "MODEL"),
+    ],
+)
+def test_the_command_names_the_models_that_are_one(
+    artifact: lrai.Artifact, note: str, words: str
+) -> None:
+    told = _command(artifact, [Event("asked"), Event("note", why=note)])
+    assert told.startswith(f"lrai compile {words} -o c.lrai ")
