@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +13,14 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lrai_core.compiler.model import SharedWeights
+from lrai_core.compiler.search import Material
+from lrai_core.engine.engine import find_engine
 from lrai_core.errors import CompileError, UnsupportedOperator
+from lrai_engines import fusion
+from lrai_engines.forms import OnnxRuntimeForms
 from lrai_engines.fusion import DISABLEABLE, optimise
+from tests.core.compiler.onnx_files import linear
 
 Array = npt.NDArray[Any]
 
@@ -108,6 +115,20 @@ def test_a_disabled_pass_is_left_out() -> None:
     plain = operators(optimise(encoder_block(), level="all", disabled=passes["unfused"]))
     for kind in ("SkipLayerNormalization", "BiasGelu"):
         assert (fused[kind], plain[kind]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "built"), [(encoder_block(), ["default", "unfused", "gelu"]), (linear(), ["default"])]
+)
+def test_a_form_is_built_once_for_all_sets_of_passes_that_make_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: onnx.ModelProto, built: list[str]
+) -> None:
+    more = ("gelu", ("BiasGeluFusion",)), ("unknown", ("NoSuchFusion",))
+    monkeypatch.setattr(fusion, "DISABLEABLE", (*DISABLEABLE, *more))
+    (shared := SharedWeights(tmp_path)).write(model, tmp_path / "source.onnx")
+    material = Material(model, shared, tmp_path, None, 1)
+    found = OnnxRuntimeForms(find_engine("onnxruntime")).build(material, lambda *_: None)
+    assert [dict(fusion.DISABLEABLE)[name] for name in built] == [one.passes_off for one in found]
 
 
 def test_the_model_given_is_not_modified() -> None:
