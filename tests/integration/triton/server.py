@@ -18,6 +18,8 @@ import lrai_core as lrai
 from benchmarks.triton_server import TritonServer
 
 EXPLICIT = ("--model-control-mode=explicit",)
+# A client ends by gevent's loop of its thread, and the loop of a thread that ends may go first.
+_KEPT = list[Any]()
 
 
 class Triton:
@@ -36,6 +38,7 @@ class Triton:
             # Loading a model may mean compiling it.
             made = triton_http.InferenceServerClient(self.server.http, network_timeout=600.0)
             self._clients.http = made
+            _KEPT.append(made)
         return self._clients.http
 
     def put(self, name: str, version: int, model: Path | None) -> None:
