@@ -386,7 +386,7 @@ class Scheduler:
         self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
         try:
             self._workers.dispatch(replica.actor, Batch(batch, requests, seconds, variant))
-        except Exception:  # noqa: BLE001 - edge: without the memory to join them each goes alone
+        except MemoryError:  # to join them: each goes alone
             replica.calls.remove(self._calls.pop(batch))
             self._again(call, ActorError("no call could be made"), 0 if started[1:] else _ATTEMPTS)
 

@@ -239,7 +239,7 @@ def dispatch(self, *arguments):
     failed = pathlib.Path({str(tmp_path / "failed")!r})
     if not failed.exists():
         failed.touch()
-        raise MemoryError
+        raise RuntimeError
     own(self, *arguments)
 daemon.Door.dispatch = dispatch
 """

@@ -1288,7 +1288,7 @@ def test_one_request_that_cannot_be_handed_over_ends_and_the_next_one_runs(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("method", ["poll", "state"])
+@pytest.mark.parametrize("method", ["dispatch", "poll", "state"])
 def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
