@@ -127,11 +127,11 @@ class Pool:
             parts = [coalesce(parts, actor.load.signature)]
         packer = Packer(self.arenas.find)
         tensors = tuple([packer.pack(part) for part in parts])
-        actor.batches.append(batch)
-        if len(actor.batches) == 1:
-            self._watch(actor)
         told = (batch.number, batch.outputs(), tensors, packer.segments, batch.variant)
         packer.send(self._socket, messages.Execute(*told), actor.identity)
+        actor.batches.append(batch)  # which there had to be the memory to send
+        if len(actor.batches) == 1:
+            self._watch(actor)
 
     def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
         """See `Workers.poll`."""
