@@ -316,7 +316,7 @@ class Watch:
     ) -> None:
         """Keep `traffic` in `folder`; `later` runs what may wait for the disk."""
         self.traffic, self.folder, self._later = traffic, folder, later
-        self._next_save = 0.0
+        self._next_save, self._saving = 0.0, threading.Lock()
 
     def see(self, request: ValidRequest) -> None:
         """Take note of a request."""
@@ -328,7 +328,8 @@ class Watch:
     def save(self) -> None:
         """Write down what is known; a disk that is full costs no more than that."""
         try:
-            self.traffic.save(self.folder)
+            with self._saving:  # else what was taken first could be written last
+                self.traffic.save(self.folder)
         # ValueError: rows whose shapes do not go into one array.
         except (OSError, MemoryError, ValueError) as error:
             logging.getLogger(__name__).warning("traffic is not kept: %s", error)

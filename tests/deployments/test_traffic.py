@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import lrai_core as lrai
 from lrai_core.config import LimitsConfig, RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest, validate
 from lrai_core.verifier.sample import read_rows
+from lrai_deployments import traffic as module
 from lrai_deployments.traffic import Traffic, Watch, forget_aged, watch
 from tests.core import small_artifact
 
@@ -234,6 +236,33 @@ def test_what_is_seen_is_written_down_now_and_then(tmp_path: Path) -> None:
     later[-1]()
     sketch = msgspec.json.decode((tmp_path / "m" / "sketch.json").read_bytes())
     assert sketch["requests"] == 3
+
+
+def test_of_two_that_write_at_once_the_later_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(Traffic(SIGNATURE, capture_rows=9), tmp_path / "m", lambda _: None)
+    taken, goes_on, write = threading.Event(), threading.Event(), module._write
+
+    def slow(stream: Any, sample: dict[str, Array]) -> None:
+        taken.set()
+        assert goes_on.wait(30)
+        write(stream, sample)
+
+    monkeypatch.setattr(module, "_write", slow)
+    watch.see(request(1))
+    earlier, later = (threading.Thread(target=watch.save) for _ in range(2))
+    earlier.start()
+    assert taken.wait(30)
+    monkeypatch.setattr(module, "_write", write)
+    watch.see(request(1))
+    later.start()
+    later.join(0.2)  # without waiting for the other one it would be through by now
+    goes_on.set()
+    for thread in (earlier, later):
+        thread.join()
+    with np.load(tmp_path / "m" / "captured.npz", allow_pickle=False) as found:
+        assert len(found["x"]) == 2
 
 
 def test_the_next_runtime_goes_on_with_what_was_kept(tmp_path: Path) -> None:
