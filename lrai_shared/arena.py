@@ -51,6 +51,8 @@ class Arena:
         size = len(data)
         size += -size % max(_ALIGNMENT, 1 << size.bit_length() - 3)  # few sizes, a quarter to spare
         free = self._free.setdefault(size, [])
+        if not self.blocks and len(self._free) > 1:  # all of it is there for blocks of any size
+            self._free, self._end = {size: (free := [])}, _ALIGNMENT
         if self.segment is None or (not free and self._end + size > self.segment.size):
             return None
         if not free:
@@ -70,9 +72,6 @@ class Arena:
         """Let a block be taken again; nobody reads it any more."""
         if (size := self.blocks.pop(offset, None)) is not None:
             self._free[size].append(offset)
-        if not self.blocks:  # then all of it is there for blocks of any size
-            self._free.clear()
-            self._end = _ALIGNMENT
 
     def close(self) -> None:
         """Give it up; it is there for those who map it until they are done."""

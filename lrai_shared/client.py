@@ -50,8 +50,9 @@ _MOST_STALE: Final = 1000  # keys to be sent of requests that nobody waits for a
 _MOST_LOSSES: Final = 3  # of runtimes, after which a request is not sent to another one
 _MOST_FAILURES: Final = 6  # to start one, after which the pause gets no longer
 _FEW_FAILURES: Final = 3  # after which nobody waits for the next
-# Bytes outside shared memory, after which it goes. Those of a header, whose size is limited, twice.
-_MOST_JOINT: Final = 8 << 20
+# Bytes of one, after which it goes: what answers meanwhile is heard between two. Those of a header,
+# whose size is limited, count twice.
+_MOST_JOINT: Final = 2 << 20
 # What is not done again where it is not known whether it was done.
 _ONCE: Final = frozenset({"swap", "rollback", "route", "unload", "freeze", "unfreeze"})
 _UNKNOWN: Final = "the runtime was lost while it was at it; deployments() says what was done"
@@ -295,8 +296,9 @@ class Attached:
                 next_sign = now + (_LIFE_SECONDS if self._session else _SEARCH_SECONDS)
             if self._outbox or self._outcalls or self._cancelled:
                 with contextlib.suppress(zmq.Again):  # as below
-                    while self._session and self._send():
-                        pass
+                    if self._session and self._send():
+                        with self._lock:
+                            self._wake()  # to hear what was answered, and go on
 
     def _expire(self, now: float) -> None:
         """End what is long past its deadline; the daemon may be stopped, or not come back."""
@@ -462,7 +464,7 @@ class Attached:
                 self._on_wire[key] = asked.nbytes
                 self._bytes += asked.nbytes
                 joint += 2 * (len(asked.form) + 16 * len(places))
-                joint += sum([size for frame, _, size in places if frame >= 0])
+                joint += sum([size for _, _, size in places])
             self._outbox.popleft()
         if items or cancelled:
             packer.send(self._socket, Requests(tuple(items), tuple(cancelled)))

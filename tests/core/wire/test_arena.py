@@ -122,6 +122,20 @@ def test_an_arena_in_which_nothing_is_left_has_room_for_any_size(arena: Arena) -
     assert arena.put(bytes(SIZE // 2)) is not None
 
 
+def test_memory_is_asked_for_once_for_what_comes_again_in_the_same_size(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, allocate = list[int](), os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda *a: asked.append(a[1]) or allocate(*a))
+    for _ in range(3):
+        placed = [place[1] for _ in range(7) if (place := arena.put(bytes(1 << 20)))]
+        assert len(placed) == 7
+        for offset in placed:
+            arena.give_back(offset)
+    assert len(asked) == 7
+    assert arena.put(bytes(SIZE // 2)) is not None, "of another size there was none before"
+
+
 def test_without_such_memory_everything_is_inline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(12, "Cannot allocate memory")
