@@ -65,8 +65,7 @@ class LatencyModel:
 
     def variant(self, rows: int, length: int) -> int:
         """Return the index of the variant that takes such a call."""
-        seconds = [curve.seconds(rows, length) for curve in self._curves]
-        return seconds.index(min(seconds))
+        return min((curve.seconds(rows, length), i) for i, curve in enumerate(self._curves))[1]
 
     def observe(
         self,

@@ -200,11 +200,12 @@ class Scheduler:
         if not allowed > 0 or (allowed <= needed and model.is_known(pending.arrival)):
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
-        if before := bisect_left(model.queue.urgent, pending.place):
+        before, room = bisect_left(model.queue.urgent, pending.place), allowed * len(models) * _HOPE
+        if before * model.pace > room:
             # They are like it in calls of the best size, or as they have been of late.
             most = max(1, model.bounds.rows // rows)
             each = self.ask(model.name, 0.0, _least_seconds, models, rows, request.length, most)
-            if before * min(model.pace, each) > allowed * len(models) * _HOPE:
+            if before * each > room:
                 raise DeadlineExceeded(f"{before} requests have to be answered before it")
         with self._state_lock:  # `drain` sees a request either refused or counted
             if not self.accepting:
