@@ -11,6 +11,7 @@ of this machine. An MLP of the size of those for the Adult data set runs beside 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import threading
@@ -171,9 +172,14 @@ def serve(folder: Path, model: Path) -> Iterator[lrai.Runtime]:
     sockets = folder / f"{model.stem}.d"
     config = lrai.load_config(call={"actor.threads": 1})
     with lrai.Runtime.open(artifact, address=str(sockets), config=config) as runtime:
+        # A client has not compiled: looking for garbage in all that this has left behind stopped
+        # the load for .2 s at a time.
+        gc.collect()
+        gc.freeze()
         try:
             yield runtime
         finally:
+            gc.unfreeze()
             runtime._backend.call("stop", {}, int)  # noqa: SLF001 - as `lrai runtime stop`
             while is_running(sockets):  # until then it writes in there
                 time.sleep(0.05)
