@@ -21,19 +21,12 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from lrai_core import errors
 from lrai_core.actor.pool import Pool
 from lrai_core.artifact import Artifact, Variant
 from lrai_core.config import ActorConfig, LraiConfig, available_cpus
 from lrai_core.engine.engine import SHORT_CALL_MS
-from lrai_core.errors import (
-    ConditionNotMet,
-    EnvironmentProblem,
-    LraiError,
-    ModelNotFound,
-    NotReady,
-    RequestError,
-    shorten,
-)
+from lrai_core.errors import ConditionNotMet, EnvironmentProblem, LraiError, NotReady, shorten
 from lrai_core.events import EventBus, Observers
 from lrai_core.protocol import Array, InferenceRequest, ValidRequest
 from lrai_core.runtime.version import Answer, Ended, LoadedModel, State, Version, settle
@@ -248,11 +241,11 @@ class Embedded:
             name = names[0]
         if (model := self.current.get(name)) is None:
             known = ", ".join(map(repr, self.current)) or "none"
-            raise ModelNotFound(f"no model {shorten(name)!r} is loaded; loaded: {known}")
+            raise errors.ModelNotFound(f"no model {shorten(name)!r} is loaded; loaded: {known}")
         found = model if version in ("", model.version) else self.versions.get((name, version))
         if found is None:
             other = shorten(version, 40)
-            raise ModelNotFound(f"model {name!r} has version {model.version}, not {other!r}")
+            raise errors.ModelNotFound(f"model {name!r} has version {model.version}, not {other!r}")
         return found
 
     def _unique(self, name: str, artifact: Artifact) -> str:
@@ -357,7 +350,7 @@ def priority_of(request: InferenceRequest) -> int:
     """Return the priority that a request states, 0 by default; the lower are served first."""
     priority = request.parameters.get("priority", 0)
     if not isinstance(priority, int):
-        raise RequestError(f"priority is {shorten(repr(priority))}, an integer is needed")
+        raise errors.RequestError(f"priority is {shorten(repr(priority))}, an integer is needed")
     return priority
 
 

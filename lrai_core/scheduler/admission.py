@@ -12,10 +12,8 @@ class Admission:
     """Counts rows and bytes from acceptance to the answer; thread-safe."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self._config = config
-        self._lock = threading.Lock()
-        self.rows = 0
-        self.nbytes = 0
+        self._config, self._lock = config, threading.Lock()
+        self.rows = self.nbytes = 0
 
     def enter(self, rows: int, nbytes: int, seconds_per_row: float) -> None:
         """Count a request in.

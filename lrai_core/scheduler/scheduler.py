@@ -46,9 +46,7 @@ class Scheduler:
     """Queues, plans and settles requests of all models of a runtime."""
 
     def __init__(self, config: SchedulerConfig, workers: Workers, events: EventBus) -> None:
-        self._config = config
-        self._workers = workers
-        self._events = events
+        self._config, self._workers, self._events = config, workers, events
         self._admission = Admission(config)
         self._models: dict[str, Model] = {}
         self._calls: dict[int, Call] = {}
@@ -320,11 +318,12 @@ class Scheduler:
         busy, taken = sum([r.threads for r in at_work]), [cpu for r in at_work for cpu in r.cpus]
         offers: list[tuple[Model, Replica, Decision]] = []
         for model in list(self._models.values()):
-            if idle := [r for r in self._wanted(model) if not r.calls and busy < self._cpus]:
-                replica = self.ask(model.name, idle[0], _best, idle, taken) if idle[1:] else idle[0]
+            idle = [r for r in self._wanted(model) if not r.calls and busy < self._cpus]
+            for replica in self.ask(model.name, idle, _in_order, idle, taken) if idle[1:] else idle:
                 decision = self._decide(model, replica, now)
-                if decision.dispatch:
+                if decision.dispatch:  # else another one may still be in time
                     offers.append((model, replica, decision))
+                    break
         turns = [model.turn(now) for model, _, _ in offers] if offers[1:] else [0] * len(offers)
         offers = [one for one, turn in zip(offers, turns, strict=True) if turn == min(turns)]
         if not offers:
@@ -358,8 +357,7 @@ class Scheduler:
         return [replica for replica in replicas if self._workers.state(replica.actor)[0] == "ready"]
 
     def _choose(self, offers: Sequence[tuple[Model, Replica, Decision]], now: float) -> int:
-        fade = math.exp((self._used_at - now) / _SHARE_SECONDS)
-        self._used_at = now
+        fade, self._used_at = math.exp((self._used_at - now) / _SHARE_SECONDS), now
         for model in list(self._models.values()):  # `add` runs in other threads
             model.used_seconds *= fade
         # The sum counts most, yet none is starved for a small gain of it.
@@ -393,18 +391,26 @@ class Scheduler:
 
     def _decide(self, model: Model, replica: Replica, start: float) -> Decision:
         """Return what the actor runs next, after those were told whom nobody will run."""
-        queue, first = model.queue, Decision(tuple(itertools.islice(model.queue, 1)), (), 0.0)
-        decision = self.ask(model.name, first, plan, queue, replica.latency, start, model.bounds)
+        first = Decision(tuple(itertools.islice(model.queue, 1)), (), 0.0)
+        decision = self.ask(model.name, first, self._planned, model, replica, start)
+        late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
+        self._settle_with(self._take(model, decision.drop), late)
+        return decision
+
+    def _planned(self, model: Model, replica: Replica, start: float) -> Decision:
+        queue, bounds = model.queue, model.bounds
+        decision = plan(queue, replica.latency, start, bounds)
         if decision.drop and not (decision.dispatch or replica.calls or model.is_known(start)):
-            return self.ask(model.name, first, probe, queue, replica.latency)
+            decision = probe(queue, replica.latency)
         for other in self._wanted(model) if decision.drop else ():
             # What a slow actor is too late for waits where another one will be in time.
             free = max([start, *(call.begun + call.seconds for call in other.calls)])
             if free + other.latency.alone_seconds() < start + replica.latency.alone_seconds():
-                told = self.ask(model.name, first, plan, queue, other.latency, free, model.bounds)
-                decision = decision._replace(drop=tuple({*decision.drop}.intersection(told.drop)))
-        late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
-        self._settle_with(self._take(model, decision.drop), late)
+                told = plan(queue, other.latency, free, bounds).drop
+                decision = decision._replace(drop=tuple({*decision.drop}.intersection(told)))
+        named = [*decision.dispatch, *decision.drop]
+        if len(model.waiting.keys() & named) < len(named):
+            raise ValueError("a plan of who does not wait, or of one twice")
         return decision
 
     def _settle(self, outcome: Outcome) -> None:
@@ -512,6 +518,6 @@ def _least_seconds(models: Sequence[LatencyModel], rows: int, length: int, most:
     return min([m.call_seconds(n * rows, length) / n for m in models for n in {1, most}])
 
 
-def _best(idle: Sequence[Replica], taken: Sequence[int]) -> Replica:
-    """Return the actor whose CPUs the fewest calls have already, and the fastest of such."""
-    return min(idle, key=lambda one: (sum(map(taken.count, one.cpus)), one.latency.alone_seconds()))
+def _in_order(idle: Sequence[Replica], taken: Sequence[int]) -> Sequence[Replica]:
+    """Return first the actor whose CPUs the fewest calls have already, and the fastest of such."""
+    return sorted(idle, key=lambda r: (sum(map(taken.count, r.cpus)), r.latency.alone_seconds()))
