@@ -78,8 +78,9 @@ class Route:
         """See `Embedded.accept`. `named`: who is to answer, whatever its share."""
         original = Future[InferenceResponse | None]()
         version, relief = named or self._drawn(), None if named else self._relief
-        relief = relief if relief is not None and self._core.runs(relief) else None
-        if relief is not None and self._too_late(version, request):
+        if relief is None or version.limits.deterministic or not self._core.runs(relief):
+            relief = None
+        elif self._too_late(version, request):
             version, relief = relief, None
         shadow = self._shadow if self._core.random.random() < self._sampled else None
         shadow = None if shadow is version else shadow  # which would agree with itself

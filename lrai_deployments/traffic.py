@@ -373,7 +373,10 @@ def forget_aged(config: RuntimeConfig, names: Container[str] = (), *, halves: bo
     How old that is the model's own settings said, and the sketch beside it does. `names`: whose
     sketches stay. `halves`: rows too whose writer was killed at it; there is no other.
     """
-    for folder in Path(config.state_dir, "traffic").glob("*") if config.state_dir else ():
+    folders = list[Path]()
+    with contextlib.suppress(OSError):  # a disk that fails costs no more than that
+        folders += Path(config.state_dir, "traffic").glob("*") if config.state_dir else ()
+    for folder in folders:
         with contextlib.suppress(OSError):
             for half in folder.glob(".captured.npz.*") if halves else ():
                 half.unlink()
