@@ -380,6 +380,9 @@ class Attached:
                 self._session, self._credit, self._failures = message.session, message.credit, 0
                 self._most_bytes, self._told = message.request_bytes, ""
                 self._on_wire, self._bytes = {}, 0
+                for key, asked in list(self._asked.items()):  # which callers add to
+                    if asked.cancelled():
+                        del self._asked[key]
                 with self._lock:
                     self._outbox.clear()
                     self._outbox.extend(sorted(self._asked))
@@ -394,7 +397,7 @@ class Attached:
                 if self._arena.segment and (self._asked or self._arena.blocks):
                     self._arena.close()
                     self._arena = Arena()
-                    self._greet()
+                self._greet()  # which it reads from then on
             segment = self._arena.segment
             self._sharing = segment is not None and segment.id == message.arena
         elif isinstance(message, messages.Returned):

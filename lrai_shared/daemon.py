@@ -173,6 +173,8 @@ class Door(Pool):
             for item in message.items:
                 if item.key not in client.running:
                     self._start(client, item, frames[1:])
+                elif client.memory:  # sent again, as a session began: nobody reads these blocks
+                    client.read += [offset for frame, offset, _ in item.places if frame < 0]
             for key in message.cancelled:
                 if key in client.running:
                     self._daemon.runtime.scheduler.cancel(client.running[key])
@@ -185,9 +187,10 @@ class Door(Pool):
         if message.version != wire.PROTOCOL_VERSION:
             self.say(sender, self._daemon.welcome)
             raise wire.BadFrames("another version")
-        self._clients[sender] = client
+        known, self._clients[sender] = sender in self._clients, client
         if sender[0] is self._door:  # else its numbers are of another machine
-            self._adopt(client, message.arena)
+            # Of who begins anew the client gives up what it has sent before it hears of that.
+            self._adopt(client, message.arena if known else None)
         arena = client.arena.id if client.arena and client.memory else b""
         own = msgspec.structs.replace(self._daemon.welcome, session=client.session, arena=arena)
         self.say(sender, own)
@@ -316,7 +319,8 @@ class Daemon:
                 touched = now
                 _touch(self._folder)
                 shorten_log(self._folder / "log")
-                self.runtime.deployments()  # which lets go of captured requests that are too old
+                # Which lets go of captured requests that are too old, where the disk answers.
+                self._slow.submit(self.runtime.deployments)
             idle = self._door.opened and not self._under_way and now - self._door.idle_since
             if idle > _IDLE_SECONDS and self._stay == "end":
                 self._door.opened = False  # who comes now is not refused: it starts the next one
