@@ -304,10 +304,12 @@ def check_values(array: Array, spec: TensorSpec, limits: LimitsConfig) -> None:
     """Refuse what the limits do not allow in an array.
 
     Raises:
-        InvalidTensor: It holds NaN or infinity, and they are rejected.
+        InvalidTensor: It holds NaN or infinity, and they are rejected; or what is no BOOL.
     """
     if limits.nan_policy == "reject" and array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidTensor(spec.name, "holds NaN or infinity, which are not taken here")
+    if array.dtype == bool and array.view(np.uint8).max(initial=0) > 1:
+        raise InvalidTensor(spec.name, "holds bytes other than 0 and 1, which are no BOOL")
 
 
 def _extents(arrays: Iterable[Array], specs: tuple[TensorSpec, ...]) -> tuple[int, int]:

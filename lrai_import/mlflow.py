@@ -22,7 +22,9 @@ from lrai_core import (
     UsageError,
     run_task,
 )
+from lrai_core.engine.engine import installed_version
 from lrai_import import objects
+from lrai_import.boosters import skops_is_safe
 
 # By flavor which extra of ours brings what opens it; what is of several is of the first.
 _EXTRAS: Final = {"pytorch": "torch", "lightgbm": "trees", "xgboost": "trees", "sklearn": "trees"}
@@ -112,6 +114,8 @@ def runs_code(folder: Path, flavor: str, configuration: dict[str, Any]) -> str:
     if as_sklearn and configuration.get("serialization_format", "pickle") != "skops":
         file = configuration.get("pickled_model", configuration.get("data", "model.pkl"))
         return f"it is a pickle ({file})"
+    if as_sklearn and not skops_is_safe(installed_version("skops")):
+        return "it is of skops, which below 0.13 may run code"
     trusted = configuration.get("skops_trusted_types") or ()
     if any(str(name).split(".")[0] not in (flavor, "collections") for name in trusted):
         return f"it names types that skops is to trust: {', '.join(map(str, trusted))[:200]}"

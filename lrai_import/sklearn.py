@@ -54,6 +54,9 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     from lrai_import import trees  # which takes from here, too
 
     inputs = inputs or _columns(model)
+    order = [*getattr(model, "feature_names_in_", ())]
+    if {*order} == {spec.name for spec in inputs}:  # as the converter has no names for columns
+        inputs = sorted(inputs, key=lambda spec: order.index(spec.name))
     for part in _parts(model):
         if words := _not_converted(part):
             raise CompileError(f"{type(part).__name__} {words}, which its converter does not know")
@@ -166,6 +169,9 @@ def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]
             given = {name: own.astype(kinds.get(name, float)) for name, own in feeds.items()}
             expected = [np.asarray(a).reshape(_ROWS, -1) for a in _predicted(model, given)]
         if not expected:
+            if texts:  # what is made of texts is often made otherwise
+                why = "it does not take made-up texts to be compared on"
+                raise CompileError(f"{type(model).__name__} is not converted: {why}")
             continue
         found = list[Any]()
         with suppress(Exception):
@@ -307,8 +313,11 @@ def _types(
 def _parts(model: Any) -> Iterator[Any]:
     """Yield a model, and the models that it is made of."""
     yield model
-    steps = [*getattr(model, "steps", []), *getattr(model, "transformers_", [])]
-    held = [getattr(model, name, None) for name in _HELD]
+    places = ("steps", "transformers_", "transformer_list")
+    steps = [step for place in places for step in getattr(model, place, [])]
+    # Of what selects columns by a model of its own, that one is not in the graph.
+    fitted = () if hasattr(model, "get_support") else ("estimator_",)
+    held = [getattr(model, name, None) for name in (*_HELD, *fitted)]
     held += [step for _, step, *_ in steps]
     for name in ("estimators_", "calibrated_classifiers_"):  # lists, or arrays of several axes
         held += np.ravel(np.array(getattr(model, name, []), object)).tolist()

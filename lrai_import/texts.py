@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from lrai_core import CompileError
 from lrai_import.around import Around, extent
-from lrai_import.tokenizer import Tokenizer
+from lrai_import.tokenizer import MOST_TOKENS, Tokenizer
 
 _EXTENSIONS: Final = "ai.onnx.contrib"  # the domain of onnxruntime-extensions
 _MOST_UNUSED: Final = 1024  # rows of a table for no token
@@ -43,14 +43,15 @@ class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_f
         ids: Input of the model that takes the tokens, integers [batch, length].
         mask: The one that takes 1 for a token and 0 for padding, if there is one.
         types: The one that takes the segments, if there is one: all are 0.
-        max_length: Tokens that a text is cut to, with the first and the last.
+        max_length: Tokens that a text is cut to, with the first and the last; by default what the
+            tokenizer's file says, or else 512.
     """
 
     tokenizer: str
     ids: str = "input_ids"
     mask: str = ""
     types: str = ""
-    max_length: Annotated[int, Meta(ge=3, le=8192)] = 512
+    max_length: Annotated[int, Meta(ge=3, le=MOST_TOKENS)] | None = None
 
 
 def put_text(around: Around, name: str, spec: Text, tokenizer: Tokenizer) -> None:
@@ -71,7 +72,8 @@ def put_text(around: Around, name: str, spec: Text, tokenizer: Tokenizer) -> Non
     length = given[0][1].type.tensor_type.shape.dim[1]
     fixed = length.dim_value
     around.lengths.add(length.dim_param)
-    most = min(spec.max_length, fixed) if fixed else spec.max_length
+    asked = spec.max_length or tokenizer.most
+    most = min(asked, fixed) if fixed else asked
     cleaned = name
     if tokenizer.operator == "BertTokenizer":
         cleaned = _cleaned(around, name, tokenizer)

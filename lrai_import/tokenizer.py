@@ -36,6 +36,7 @@ _END: Final = "<|endoftext|>"  # a token to GPT2Tokenizer, whatever its vocabula
 _SPACED: Final = ("^([^ ])", r" \1")
 _SPACE: Final = r"[\t\n\f\r\x{85}\p{Z}%s]+"  # to the library; with \v where no rules leave it out
 _BROKEN: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
+_USUAL, MOST_TOKENS = 512, 8192  # that a text is cut to
 _NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3  # kinds of pieces to SentencePiece
 
 
@@ -49,6 +50,7 @@ class Tokenizer(NamedTuple):
         first: Ids before those of a text.
         last: Ids after them, also where they are cut.
         pad: The id that fills a row.
+        most: Tokens that a text is cut to, where nothing else is said.
         rewrite: A pattern, and what is put for it before all else; empty for none.
     """
 
@@ -58,6 +60,7 @@ class Tokenizer(NamedTuple):
     first: list[int]
     last: list[int]
     pad: int
+    most: int
     rewrite: tuple[str, str] = ("", "")
 
     @classmethod
@@ -77,14 +80,14 @@ class Tokenizer(NamedTuple):
             ids = _ids(kind, model["vocab"], added, name)
             first, last = _around(kind, after, name)
             pad = next((ids[pad] for pad in ("[PAD]", "<pad>") if pad in ids), 0)
-            pad = int((tree.get("padding") or {}).get("pad_id", pad))
-            if (tree.get("truncation") or {}).get("direction", "Right") != "Right":
-                raise CompileError(
-                    f"{name} cuts long texts at their beginning, the graph at the end"
-                )
+            cuts, pads = tree.get("truncation") or {}, tree.get("padding") or {}
+            if {cuts.get("direction", "Right"), pads.get("direction", "Right")} != {"Right"}:
+                why = "cuts long texts or fills short ones at their beginning, the graph at the end"
+                raise CompileError(f"{name} {why}")
+            pad, most = int(pads.get("pad_id", pad)), int(cuts.get("max_length", _USUAL))
             if not {pad, *first, *last} <= {*ids.values()}:
                 raise CompileError(f"{name}: a special token is none of its {len(ids)}")
-            rest = len(ids), first, last, pad
+            rest = len(ids), first, last, pad, min(max(most, 3), MOST_TOKENS)
             if kind == "WordPiece":
                 return cls("BertTokenizer", _word_pieces(ids, before[0]), *rest)
             if kind == "BPE":

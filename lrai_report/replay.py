@@ -229,7 +229,8 @@ def join(requests: Sequence[Inputs], specs: Sequence[TensorSpec]) -> Inputs:
         arrays, axis = [request[spec.name] for request in requests], spec.length_axis
         if axis is not None:
             longest = max(array.shape[axis] for array in arrays)
-            arrays = [_pad(array, axis, longest, spec.pad_value) for array in arrays]
+            pad = "" if spec.datatype == "BYTES" else spec.pad_value
+            arrays = [_pad(array, axis, longest, pad) for array in arrays]
         joined[spec.name] = np.concatenate(arrays)
     return joined
 
@@ -334,7 +335,7 @@ async def replay(
     )
 
 
-def _pad(array: NDArray[Any], axis: int, length: int, value: float) -> NDArray[Any]:
+def _pad(array: NDArray[Any], axis: int, length: int, value: float | str) -> NDArray[Any]:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - array.shape[axis])
     return np.pad(array, widths, constant_values=value)

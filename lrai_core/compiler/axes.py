@@ -84,6 +84,8 @@ def confirm_axes(
         return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
     if _apart(session, assumed, pairs[0][1]):
         return single, "batch axis 0; no length axis: the inputs need not be of one length"
+    if all(length_of(a, assumed) == length_of(b, assumed) for a, b in pairs):
+        return single, "batch axis 0; no length axis: rows of one element do not tell; see --axes"
     if len(rows) < 2 and not any(_tells(session, pair) for pair in pairs):
         return single, "batch axis 0; no length axis: made-up rows do not tell; give --evaluation"
     return padded, "batch axis 0, length axis found: padding with 0 changes no output"
@@ -191,9 +193,10 @@ def _alike(a: Array, b: Array) -> bool:
 def _apart(session: Session, signature: Signature, row: Row) -> bool:
     """Return whether some inputs may be longer than others, as of two texts, and it matters."""
     both = list(zip(*(stretch(row, signature, 1, length) for length in (2, 3)), strict=True))
-    alike = session.run([short for short, _ in both])
+    alike: Row | None = None
     for longer in islice(product((0, 1), repeat=len(row) - 1), 1, _MOST_SPLITS):
         with suppress(EngineError):
+            alike = alike or session.run([short for short, _ in both])
             split = [pair[i] for pair, i in zip(both, (0, *longer), strict=True)]
             if not _same(session.run(split), alike):  # else nothing reads the longer ones
                 return True
