@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +16,6 @@ import onnx.helper
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec, UnsupportedOperator
 
 OPSET: Final = {"": 17, "ai.onnx.ml": 3}
-_HELD: Final = ("best_estimator_", "estimator")
 FEATURES: Final = "features"
 _ROWS: Final = 256  # on which what was made is compared with the model
 _SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
@@ -41,7 +41,8 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             numbers become one table, `features`, unless the model asks for columns by their names.
 
     Raises:
-        EnvironmentProblem: skl2onnx is not installed.
+        CompileError: It cannot be converted, or answers otherwise once it is.
+        EnvironmentProblem: skl2onnx is not installed, or pandas where columns of texts ask for it.
         UnsupportedOperator: It has no form in ONNX.
     """
     try:
@@ -66,7 +67,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     splits = any(type(part).__module__.startswith("xgboost") for part in _parts(model))
     own = trees.scaling() if splits else {}
     plain = {id(model): {"zipmap": False}} if is_classifier(model) else None
-    problem: Exception | None = None
+    problems = list[Exception]()
     # Some know no such option, and some take no whole numbers beside others.
     for options, reals in ((plain, False), (None, False), (plain, True)):
         types = _types(model, inputs, reals=reals)
@@ -77,14 +78,13 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         except (MissingConverter, MissingShapeCalculator) as error:
             raise UnsupportedOperator(f"{type(model).__name__}: {_first_line(error)}") from None
         except _FAULTS as error:
-            problem = problem or error
+            problems.append(error)
         else:
             made = _checked(found)
             _send_missing(model, made)
             _compare(model, made, types)
             return made
-    why = f"{type(model).__name__} cannot be converted: {_first_line(problem or CompileError())}"
-    raise CompileError(why)
+    raise CompileError(f"{type(model).__name__} cannot be converted: {_first_line(problems[0])}")
 
 
 def _not_converted(part: Any) -> str:
@@ -137,8 +137,8 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
 def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]) -> None:
     """Refuse what answers otherwise than the model: converters pass over what they do not know.
 
-    On what its encoders were fitted on, and made-up numbers, and apart from these on missing ones;
-    where the model does not take them nothing is compared.
+    On what its encoders were fitted on, and made-up numbers, and apart from these on missing ones.
+    Of what does not take them nothing is compared, and it is refused where it takes texts.
     """
     import onnxruntime
     from skl2onnx.common.data_types import Int64TensorType, StringTensorType
@@ -154,7 +154,9 @@ def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]
     table = random.standard_normal((_ROWS, sum(widths))) * 10.0 ** random.integers(0, 4, (_ROWS, 1))
     table[: _ROWS // 2] = np.rint(table[: _ROWS // 2])
     holes = np.where(random.random(table.shape) < _MISSING, np.nan, table)
-    for rows in (table,) if whole or texts else (table, holes):
+    compared = False
+    # Some take no negative numbers.
+    for rows in (table, np.abs(table) + 1) if whole or texts else (table, holes):
         cells = rows.astype(np.float32).astype(object)
         for place, values in known.items():
             cells[:, place] = values[random.integers(0, len(values), _ROWS)]
@@ -169,10 +171,8 @@ def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]
             given = {name: own.astype(kinds.get(name, float)) for name, own in feeds.items()}
             expected = [np.asarray(a).reshape(_ROWS, -1) for a in _predicted(model, given)]
         if not expected:
-            if texts:  # what is made of texts is often made otherwise
-                why = "it does not take made-up texts to be compared on"
-                raise CompileError(f"{type(model).__name__} is not converted: {why}")
             continue
+        compared = True
         found = list[Any]()
         with suppress(Exception):
             found = session.run(None, feeds)
@@ -181,19 +181,25 @@ def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]
         if not found or not all(map(_is_same, expected, (found[0], found[-1]), torn)):
             kind = f"{type(model).__name__} with these parameters"
             raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
+    if texts and not compared:  # which converters often take otherwise
+        if not find_spec("pandas"):
+            raise EnvironmentProblem("pandas is needed to compare texts: pip install pandas")
+        raise CompileError(f"{type(model).__name__} takes no made-up texts to be compared on")
 
 
 def _known(model: Any, names: Sequence[str], width: int) -> dict[int, Any]:
     """Return values that columns were fitted on, by place, where parts of the model tell them."""
     places = {name: at for at, name in enumerate(names)} if len(names) == width else {}
     found = dict[int, Any]()
-    for part in _parts(model):
-        steps = getattr(part, "transformers_", None) or [("", part, slice(None))]
+    chosen = [step for part in _parts(model) for step in getattr(part, "transformers_", ())]
+    for steps in (chosen, [("", model, slice(None))]):  # what is chosen is told by its own order
+        own = dict[int, Any]()
         for _, step, columns in steps:
-            if not isinstance(step, str):
-                at = _places(columns, places, width)
-                told = [each for inner in _parts(step) for each in _told(inner, len(at))]
-                found |= dict(zip(at, told, strict=False))
+            at = _places(columns, places, width)
+            for part in _parts(step):
+                for place, values in zip(at, _told(part, len(at)), strict=False):
+                    own[place] = np.concatenate([own.get(place, values[:0]), values])
+        found = own | found
     return found
 
 
@@ -233,6 +239,9 @@ def _predicted(model: Any, feeds: Mapping[str, Any]) -> list[Any]:
         table = pd.DataFrame({name: column[:, 0] for name, column in feeds.items()})
     elif table.dtype == object and any(hasattr(part, "vocabulary_") for part in _parts(model)):
         table = table[:, 0]  # texts, one after the other
+    if not hasattr(model, "predict") and any(own.dtype == object for own in feeds.values()):
+        made = model.transform(table)
+        return [made.toarray() if hasattr(made, "toarray") else made]
     how = (model.predict, getattr(model, "predict_proba", None))
     return [ask(table) for ask in how if ask is not None]
 
@@ -313,12 +322,11 @@ def _types(
 def _parts(model: Any) -> Iterator[Any]:
     """Yield a model, and the models that it is made of."""
     yield model
-    places = ("steps", "transformers_", "transformer_list")
-    steps = [step for place in places for step in getattr(model, place, [])]
+    inner = ("best_estimator_", "estimator_" if hasattr(model, "estimator_") else "estimator")
     # Of what selects columns by a model of its own, that one is not in the graph.
-    fitted = () if hasattr(model, "get_support") else ("estimator_",)
-    held = [getattr(model, name, None) for name in (*_HELD, *fitted)]
-    held += [step for _, step, *_ in steps]
+    held = [getattr(model, name, None) for name in inner if not hasattr(model, "get_support")]
+    places = ("steps", "transformers_", "transformer_list")
+    held += [step for place in places for _, step, *_ in getattr(model, place, [])]
     for name in ("estimators_", "calibrated_classifiers_"):  # lists, or arrays of several axes
         held += np.ravel(np.array(getattr(model, name, []), object)).tolist()
     held.append(getattr(model, "final_estimator_", None))  # behind the others, as in the graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import xgboost
+from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import (
@@ -23,16 +25,23 @@ from sklearn.ensemble import (
     VotingClassifier,
 )
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.feature_selection import SelectFromModel
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, PoissonRegressor
 from sklearn.model_selection import GridSearchCV, TunedThresholdClassifierCV
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
+from sklearn.pipeline import make_pipeline, make_union
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    OrdinalEncoder,
+    PowerTransformer,
+    StandardScaler,
+)
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
-from lrai_core import CompileError, TensorSpec
+from lrai_core import CompileError, EnvironmentProblem, TensorSpec
 from lrai_import.onnx import load
 from lrai_import.sklearn import convert as convert_sklearn
 from lrai_import.trees import convert_lightgbm, convert_xgboost
@@ -138,6 +147,7 @@ def test_what_the_converter_gets_wrong_is_refused(convert: Any, model: Any) -> N
 
 
 HOLES = np.where(RANDOM.random(ROWS.shape) < 0.2, np.nan, ROWS).astype(np.float32)
+FOREST = RandomForestClassifier(n_estimators=3, random_state=0)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +158,12 @@ HOLES = np.where(RANDOM.random(ROWS.shape) < 0.2, np.nan, ROWS).astype(np.float3
         ExtraTreesRegressor(n_estimators=5),
         HistGradientBoostingClassifier(max_iter=5),
         CalibratedClassifierCV(DecisionTreeClassifier(max_depth=3), cv=2),
+        TunedThresholdClassifierCV(DecisionTreeClassifier(max_depth=5), thresholds=[0.5, 2], cv=2),
+        make_pipeline(SelectFromModel(FOREST), DecisionTreeClassifier(max_depth=5)),
+        make_pipeline(
+            SelectFromModel(clone(FOREST).fit(HOLES, CLASSES), prefit=True),
+            DecisionTreeClassifier(max_depth=5),
+        ),
     ],
     ids=lambda model: type(model).__name__,
 )
@@ -267,6 +283,8 @@ def test_texts_ask_for_no_locale_that_an_image_lacks() -> None:
 
 
 TEXTS = ["one word is enough", "two words are not", "a third of them", "none at all, they say"] * 10
+LABELS = [0, 1, 1, 0] * 10
+TEXT = (TensorSpec(name="text", datatype="BYTES", shape=("n",)),)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +305,90 @@ def test_texts_are_compared_too(vectorizer: Any, texts: list[str]) -> None:
     session = onnxruntime.InferenceSession(convert_sklearn(plain, columns).SerializeToString())
     label, *_ = session.run(None, {"text": np.array(TEXTS, object)[:, None]})
     np.testing.assert_array_equal(label, plain.predict(TEXTS))
+
+
+def of_texts(made: Any) -> list[Any]:
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    return list(session.run(None, {"text": np.array(TEXTS, object)[:, None]}))
+
+
+@pytest.mark.parametrize("other", [CountVectorizer(), CountVectorizer(analyzer="char")])
+@pytest.mark.filterwarnings("ignore:The conversion of CountVectorizer")  # of what has few letters
+def test_texts_of_a_union_are_compared_too(other: Any) -> None:
+    logarithms = make_union(TfidfVectorizer(sublinear_tf=True), other)
+    model = make_pipeline(logarithms, LogisticRegression()).fit(TEXTS, LABELS)
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(model, TEXT)
+    model = make_pipeline(make_union(TfidfVectorizer(), other), LogisticRegression())
+    _, scores = of_texts(convert_sklearn(model.fit(TEXTS, LABELS), TEXT))
+    np.testing.assert_allclose(scores, model.predict_proba(TEXTS), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The conversion of CountVectorizer")  # of what has few letters
+def test_texts_that_a_column_has_for_several_are_compared_for_each() -> None:
+    letters = CountVectorizer(analyzer="char")
+    steps = [("a", letters, "text"), ("b", TfidfVectorizer(sublinear_tf=True), "text")]
+    table = pd.DataFrame({"text": TEXTS})
+    for chosen, right in ((steps[:1], True), (steps, False), (steps[::-1], False)):
+        model = make_pipeline(ColumnTransformer(chosen), LogisticRegression()).fit(table, LABELS)
+        if right:
+            convert_sklearn(model, TEXT)
+        else:
+            with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+                convert_sklearn(model, TEXT)
+
+
+def test_texts_are_compared_behind_a_threshold_too() -> None:
+    def tuned(vectorizer: Any) -> Any:
+        inner = make_pipeline(vectorizer, LogisticRegression())
+        return TunedThresholdClassifierCV(inner, thresholds=[0.5, 2], cv=2).fit(TEXTS, LABELS)
+
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(tuned(TfidfVectorizer(sublinear_tf=True)), TEXT)
+    _, scores = of_texts(convert_sklearn(model := tuned(CountVectorizer()), TEXT))
+    np.testing.assert_allclose(scores, model.predict_proba(TEXTS), atol=1e-4)
+
+
+def test_what_makes_numbers_of_texts_is_compared_too() -> None:
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(TfidfVectorizer(sublinear_tf=True).fit(TEXTS), TEXT)
+    model = TfidfVectorizer().fit(TEXTS)
+    (found,) = of_texts(convert_sklearn(model, TEXT))
+    np.testing.assert_allclose(found, model.transform(TEXTS).toarray(), atol=1e-4)
+
+
+def test_a_model_of_texts_that_cannot_be_compared_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(table: Any) -> Any:
+        raise ValueError(table)
+
+    model = make_pipeline(CountVectorizer(), LogisticRegression()).fit(TEXTS, LABELS)
+    monkeypatch.setattr(model, "predict", refuse)
+    with pytest.raises(CompileError, match="Pipeline takes no made-up texts to be compared on"):
+        convert_sklearn(model, TEXT)
+
+
+def test_columns_beside_texts_may_have_to_be_above_nought() -> None:
+    table = pd.DataFrame({"kind": [*"abc"] * 100, "x": np.abs(ROWS[:, 0]) + 1})
+    steps = [("a", OneHotEncoder(), ["kind"]), ("b", PowerTransformer(method="box-cox"), ["x"])]
+    model = make_pipeline(ColumnTransformer(steps), LogisticRegression()).fit(table, CLASSES)
+    columns = (
+        TensorSpec(name="kind", datatype="BYTES", shape=("n",)),
+        TensorSpec(name="x", datatype="FP32", shape=("n",)),
+    )
+    session = onnxruntime.InferenceSession(convert_sklearn(model, columns).SerializeToString())
+    feeds = {"kind": np.array(table[["kind"]], object), "x": np.array(table[["x"]], np.float32)}
+    np.testing.assert_array_equal(session.run(None, feeds)[0], model.predict(table))
+
+
+def test_columns_of_texts_are_not_compared_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ColumnTransformer([("a", CountVectorizer(), "text")])
+    table = pd.DataFrame({"text": TEXTS})
+    model = make_pipeline(kinds, LogisticRegression()).fit(table, LABELS)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(EnvironmentProblem, match="pandas is needed to compare texts"):
+        convert_sklearn(model, TEXT)
 
 
 def test_columns_of_text_are_compared_by_what_their_encoders_know() -> None:
