@@ -39,6 +39,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         inputs: Columns of one dimension, or one table of two; empty for the columns that the model
             asks for by their names, or else a table as wide as it was fitted with. Columns of
             numbers become one table, `features`, unless the model asks for columns by their names.
+            Columns that are all that it was fitted with are taken in its order.
 
     Raises:
         CompileError: It cannot be converted, or answers otherwise once it is.

@@ -391,6 +391,21 @@ def test_columns_of_texts_are_not_compared_without_pandas(monkeypatch: pytest.Mo
         convert_sklearn(model, TEXT)
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [OneHotEncoder(), ColumnTransformer([("all", OneHotEncoder(), ["size", "color"])])],
+    ids=lambda encoder: type(encoder).__name__,
+)
+def test_columns_in_any_order_are_those_that_the_model_was_fitted_with(encoder: Any) -> None:
+    table = pd.DataFrame({"color": ["red", "blue", "green"] * 100, "size": [*"smlxsmlsmx"] * 30})
+    labels = (table["color"] == "red") ^ (table["size"] == "s")
+    model = make_pipeline(encoder, RandomForestClassifier(random_state=0)).fit(table, labels)
+    columns = tuple(TensorSpec(name=n, datatype="BYTES", shape=("n",)) for n in ("size", "color"))
+    session = onnxruntime.InferenceSession(convert_sklearn(model, columns).SerializeToString())
+    feeds = {name: np.array(table[[name]], object) for name in table}
+    np.testing.assert_array_equal(session.run(None, feeds)[0], model.predict(table))
+
+
 def test_columns_of_text_are_compared_by_what_their_encoders_know() -> None:
     table = pd.DataFrame({"kind": ["a", "b", "c"] * 100, "x": ROWS[:, 0]})
     kinds = ColumnTransformer([("kind", OneHotEncoder(), ["kind"]), ("x", "passthrough", ["x"])])
