@@ -140,6 +140,41 @@ def test_real_rows_of_one_length_still_show_that_padding_matters(tmp_path: Path)
     assert signature.inputs[0].length_axis is None
 
 
+def test_rows_of_one_element_show_no_length_axis(tmp_path: Path) -> None:
+    rows = [[np.full((1, 1), i, np.int64)] for i in range(1, 20)]
+    signature, why = found(plain_mean(), tmp_path, rows)
+    assert signature.coalescible
+    assert signature.inputs[0].length_axis is None
+    assert "rows of one element do not tell; see --axes" in why
+
+
+def test_a_model_that_refuses_short_rows_has_axes_by_those_that_it_takes(tmp_path: Path) -> None:
+    """As one has that gives the best ten of some items."""
+    nodes = [
+        helper.make_node("Cast", ["mask"], ["there"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["there", "one"], ["absent"]),
+        helper.make_node("Mul", ["absent", "much"], ["penalty"]),
+        helper.make_node("Add", ["scores", "penalty"], ["masked"]),
+        helper.make_node("TopK", ["masked", "ten"], ["y", "places"], axis=1),
+    ]
+    constants = [
+        numpy_helper.from_array(np.array(1, np.float32), "one"),
+        numpy_helper.from_array(np.array(1e9, np.float32), "much"),
+        numpy_helper.from_array(np.array([10]), "ten"),
+    ]
+    mask = value("mask", ["batch", "items"], TensorProto.INT64)
+    inputs = [value("scores", ["batch", "items"]), mask]
+    proto = model(nodes, inputs, [value("y", ["batch", 10])], constants)
+    random = np.random.default_rng(0)
+    rows: list[list[Array]] = [
+        [random.random((1, length), np.float32), np.ones((1, length), np.int64)]
+        for length in range(24, 32)
+    ]
+    signature, _ = found(proto, tmp_path, rows)
+    assert signature.coalescible
+    assert [spec.length_axis for spec in signature.inputs] == [1, 1]
+
+
 def test_a_difference_that_one_place_hardly_makes_is_found(tmp_path: Path) -> None:
     """Rows of one length, over which a mean is taken: one place of many is a small part of it."""
     nodes = [helper.make_node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=1)]
