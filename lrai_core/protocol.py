@@ -308,7 +308,7 @@ def check_values(array: Array, spec: TensorSpec, limits: LimitsConfig) -> None:
     """
     if limits.nan_policy == "reject" and array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidTensor(spec.name, "holds NaN or infinity, which are not taken here")
-    if array.dtype == bool and array.view(np.uint8).max(initial=0) > 1:
+    if array.dtype.kind == "b" and array.view(np.uint8).max(initial=0) > 1:
         raise InvalidTensor(spec.name, "holds bytes other than 0 and 1, which are no BOOL")
 
 

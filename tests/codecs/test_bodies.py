@@ -119,6 +119,21 @@ def test_what_tritons_client_writes_is_read_and_what_is_written_it_reads(binary:
     ] == list(job)
 
 
+def test_bytes_that_are_no_truth_value_are_refused() -> None:
+    flag = TensorSpec(name="f", datatype="BOOL", shape=("n",), batch_axis=0)
+    for held in (b"\1\0", b"\1\2"):
+        given = np.frombuffer(held, bool)
+        (sent := triton.InferInput("f", [2], "BOOL")).set_data_from_numpy(given)
+        body, length = triton.InferenceServerClient.generate_request_body([sent])
+        bodies = (body, "application/octet-stream", length), (npy(given), "application/x-npy", None)
+        for content, kind, header in bodies:
+            if held == b"\1\0":
+                assert values(content, kind, [flag], header_length=header) == [[True, False]]
+            else:
+                with pytest.raises(InvalidTensor, match="bytes other than 0 and 1"):
+                    values(content, kind, [flag], header_length=header)
+
+
 def test_the_protocols_timeout_is_in_microseconds() -> None:
     tensor = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
     body = json.dumps({"inputs": [tensor], "parameters": {"timeout": 1500}}).encode()

@@ -136,6 +136,18 @@ def test_foreign_byte_order_and_strides_are_made_native_and_contiguous() -> None
     np.testing.assert_array_equal(array, x)
 
 
+def test_bytes_that_are_no_truth_value_are_refused() -> None:
+    flags = Signature(inputs=(spec("x", "BOOL"),), outputs=())
+    for held, right in ((bytes([1, 0, 1]), True), (bytes([1, 2, 0]), False), (b"\0\0\xff", False)):
+        for x in (raw((1, 3), held, "BOOL"), np.frombuffer(held, bool).reshape(1, 3)):
+            if right:
+                assert checked({"x": x}, flags).arrays[0].tolist() == [[True, False, True]]
+            else:
+                assert "bytes other than 0 and 1" in refusal({"x": x}, flags)
+    scalar = Signature(inputs=(TensorSpec(name="x", datatype="BOOL", shape=()),), outputs=())
+    assert "bytes other than 0 and 1" in refusal({"x": raw((), b"\2", "BOOL")}, scalar)
+
+
 def test_a_scalar_input_stays_a_scalar() -> None:
     scalar = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=()),), outputs=())
     assert checked({"x": np.array(3, np.float32)}, scalar).arrays[0].shape == ()

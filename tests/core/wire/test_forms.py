@@ -126,6 +126,12 @@ def test_values_are_looked_at_every_time() -> None:
     bad[1, 1] = np.nan
     with pytest.raises(InvalidTensor, match="NaN"):
         validate_by_form(request(bad), model, limits)
+    flags = Signature(inputs=(TensorSpec(name="x", datatype="BOOL", shape=("n",)),), outputs=())
+    for given in (np.array([True, False]), raw((2,), b"\1\0", "BOOL")):
+        validate_by_form(request(given), flags, LIMITS)
+    for given in (np.frombuffer(b"\1\2", bool), raw((2,), b"\1\2", "BOOL")):
+        with pytest.raises(InvalidTensor, match="bytes other than 0 and 1"):
+            validate_by_form(request(given), flags, LIMITS)
     words = Signature(inputs=(TensorSpec(name="x", datatype="BYTES", shape=("n",)),), outputs=())
     validate_by_form(request(np.array(["a"], object)), words, LIMITS)
     with pytest.raises(InvalidTensor):
