@@ -14,7 +14,7 @@
     tokenizer = "tokenizer.json"
     ids = "input_ids"
     mask = "attention_mask"       # and types = "token_type_ids", where the model has them
-    max_length = 128
+    max_length = 128              # by default what the tokenizer's file says, or else 512
 
     [postprocess]
     output = "logits"             # by default the first

@@ -80,10 +80,10 @@ class Tokenizer(NamedTuple):
             ids = _ids(kind, model["vocab"], added, name)
             first, last = _around(kind, after, name)
             pad = next((ids[pad] for pad in ("[PAD]", "<pad>") if pad in ids), 0)
-            cuts, pads = tree.get("truncation") or {}, tree.get("padding") or {}
-            if {cuts.get("direction", "Right"), pads.get("direction", "Right")} != {"Right"}:
-                why = "cuts long texts or fills short ones at their beginning, the graph at the end"
-                raise CompileError(f"{name} {why}")
+            cuts, pads = (tree.get(place) or {} for place in ("truncation", "padding"))
+            for own, does in ((cuts, "cuts long texts"), (pads, "fills short texts")):
+                if own.get("direction", "Right") != "Right":
+                    raise CompileError(f"{name} {does} at their beginning, the graph at the end")
             pad, most = int(pads.get("pad_id", pad)), int(cuts.get("max_length", _USUAL))
             if not {pad, *first, *last} <= {*ids.values()}:
                 raise CompileError(f"{name}: a special token is none of its {len(ids)}")

@@ -184,7 +184,7 @@ def ids_model(path: Path, rows: int) -> None:
     onnx.save(helper.make_model(graph, opset_imports=domains, ir_version=8), path)
 
 
-def describe(folder: Path, library: str, *, most: int = 8192, rest: str = "") -> Path:
+def describe(folder: Path, library: str, *, most: int | None = 8192, rest: str = "") -> Path:
     (folder / "tokenizer.json").write_text(library)
     (folder / "served.toml").write_text(
         f"""
@@ -192,7 +192,7 @@ model = "model.onnx"
 [preprocess.text]
 tokenizer = "tokenizer.json"
 mask = "attention_mask"
-max_length = {most}
+{f"max_length = {most}" if most else ""}
 {rest}"""
     )
     return folder / "served.toml"
@@ -342,12 +342,32 @@ def test_a_padding_token_of_the_file_fills_rows(tmp_path: Path) -> None:
     assert not mask.any()
 
 
-def test_a_tokenizer_that_cuts_at_the_beginning_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cuts_or_fills_at_the_beginning_is_refused(tmp_path: Path) -> None:
     library = KINDS["gpt2"]()
     ids_model(tmp_path / "model.onnx", library.get_vocab_size())
     library.enable_truncation(8, direction="left")
     with pytest.raises(CompileError, match="cuts long texts at their beginning"):
         load(describe(tmp_path, library.to_str()), print)
+    library.no_truncation()
+    library.enable_padding(direction="left")
+    with pytest.raises(CompileError, match="fills short texts at their beginning"):
+        load(describe(tmp_path, library.to_str()), print)
+
+
+@pytest.mark.parametrize(("own", "most"), [(7, 7), (None, 512), (100_000, 8192)])
+def test_texts_are_cut_where_the_file_says_if_nobody_else_does(
+    tmp_path: Path, own: int | None, most: int
+) -> None:
+    library = KINDS["roberta"]()
+    embedding(tmp_path, library.get_vocab_size())
+    if own:
+        library.enable_truncation(own)
+    default, same, other = (
+        load(describe(tmp_path, library.to_str(), most=asked, rest=POOLED), print).model
+        for asked in (None, most, most - 1)
+    )
+    assert default == same
+    assert default != other
 
 
 def changed(tree: dict[str, Any], path: str, value: Any) -> str:
