@@ -13,6 +13,7 @@ from mlflow.types import TensorSpec as MlflowTensorSpec
 from mlflow.types.schema import Array
 
 from lrai_core import CompileError, TensorSpec
+from lrai_import import mlflow
 from lrai_import.mlflow import inputs_of, runs_code
 from lrai_import.sklearn import width
 
@@ -71,6 +72,17 @@ def test_what_could_run_code_is_known_before_it_is_opened(
     found = runs_code(tmp_path, flavor, configuration)
     assert why in found
     assert bool(found) == bool(why)
+
+
+@pytest.mark.parametrize(("version", "safe"), [("0.12.1", False), ("0.13", True), ("", True)])
+def test_a_skops_that_may_run_code_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, safe: bool
+) -> None:
+    monkeypatch.setattr(mlflow, "installed_version", lambda name: version * (name == "skops"))
+    skops = {"serialization_format": "skops"}
+    for flavor, more in (("sklearn", {}), ("lightgbm", {"model_class": "lightgbm.LGBMModel"})):
+        found = runs_code(tmp_path, flavor, skops | more)
+        assert found == ("" if safe else "it is of skops, which below 0.13 may run code")
 
 
 def test_columns_and_tensors_of_a_signature_become_inputs() -> None:
