@@ -99,6 +99,18 @@ def test_joined_rows_are_in_order_and_padded_with_the_value_of_the_input() -> No
     assert join(requests[:1], (IDS,)) is requests[0]
 
 
+def test_joined_texts_are_padded_with_empty_ones() -> None:
+    words = TensorSpec(
+        name="words", datatype="BYTES", shape=("n", "l"), batch_axis=0, length_axis=1, pad_value=9
+    )
+    signature = Signature(inputs=(words,), outputs=())
+    joined = join([{"words": np.array([[*text]], object)} for text in ("ab", "cde")], (words,))
+    valid = validate(
+        InferenceRequest(model_name="", inputs=joined), signature, load_config().limits
+    )
+    assert valid.arrays[0].tolist() == [["a", "b", ""], ["c", "d", "e"]]
+
+
 def test_fifo_takes_what_waits_in_order_up_to_its_limit_of_rows() -> None:
     runtime = Played(1.0)
     given = arrivals([0, *np.linspace(0.01, 0.02, 7)], rows=[1, 3, 3, 2, 1, 12, 1, 1])
