@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import json
@@ -17,10 +18,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
 
 import lrai_core as lrai
 from lrai_import.hosted import zeros
+from lrai_sagemaker.app import create
 from lrai_sagemaker.commands import tars
 from lrai_sagemaker.commands.serve import _required
 from lrai_sagemaker.commands.supervisor import Supervisor
@@ -333,6 +336,41 @@ def test_a_model_that_is_unloaded_to_make_room_before_it_answers_has_too_little(
     assert not names.loaded()
     with pytest.raises(lrai.ModelNotFound, match="'a' is not loaded"):
         names.find("a")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "place", "status"),
+    [(".partial", "/dev/full", 507), (".lock", "gone/lock", 400), (".partial", "gone/name", 400)],
+)
+def test_what_the_disk_refuses_is_no_bug_and_leaves_nothing(
+    artifact: lrai.Artifact,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    suffix: str,
+    place: str,
+    status: int,
+) -> None:
+    """At 507 the platform unloads another model, and asks again."""
+    del artifact
+    names = names_of(tmp_path, runtime := Runtime())
+    file = names._file("a", suffix)
+    file = file.with_name(file.name[-8:]) if suffix == ".lock" else file
+    file.symlink_to(place)
+    app = create(names._settings, cast("lrai.Runtime", runtime))
+
+    async def load() -> httpx.Response:
+        here = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=here, base_url="http://here") as client:
+            return await client.post("/models", json={"model_name": "a", "url": "small.lrai"})
+
+    reply = asyncio.run(load())
+    assert (reply.status_code, runtime.there) == (status, {})
+    assert reply.json() == {"error": "the model cannot be loaded; the log says why"}
+    why = "the disk is full" if status == 507 else "cannot be written: No such file or directory"
+    assert f"model 'a': {tmp_path}/scratch-1: {why}" in caplog.messages
+    file.unlink(missing_ok=suffix == ".partial")
+    assert not list((tmp_path / "scratch-1").glob("*.partial"))
+    assert asyncio.run(load()).status_code == 200
 
 
 def test_what_a_name_has_accepted_is_answered_before_it_is_unloaded(

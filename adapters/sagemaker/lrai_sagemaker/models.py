@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 from lrai_core import Artifact, ArtifactError, __version__
 from lrai_sagemaker.logs import log, one_line
-
-_SUFFIX: Final = ".lrai"
 
 
 def artifact_in(place: Path) -> Artifact:
@@ -22,10 +19,10 @@ def artifact_in(place: Path) -> Artifact:
     try:
         if not (place / "manifest.json").exists():
             entries = sorted(path.name for path in place.iterdir())
-            found = [name for name in entries if name.endswith(_SUFFIX)]
+            found = [name for name in entries if name.endswith(".lrai")]
             if len(found) != 1:
                 names = ", ".join(entries[:10]) or "nothing"
-                raise ArtifactError(f"{place} has to hold one NAME{_SUFFIX}; it holds {names}")
+                raise ArtifactError(f"{place} has to hold one NAME.lrai; it holds {names}")
             place /= found[0]
     except OSError as error:
         raise ArtifactError(f"no model at {place}: {error.strerror}") from None

@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 
 import lrai_core as lrai
+from lrai_core.artifact import disk_errors
 from lrai_import.hosted import load, warm_up
 from lrai_sagemaker.models import artifact_in
 from lrai_sagemaker.settings import Settings
@@ -32,7 +33,7 @@ class AlreadyLoaded(lrai.RequestError):
     http_status = 409
 
 
-class Named(msgspec.Struct, frozen=True, kw_only=True):
+class Named(msgspec.Struct, frozen=True, kw_only=True, order=True):
     """A name of the platform's.
 
     Attributes:
@@ -69,7 +70,7 @@ class Names:
             raise lrai.RequestError("url leads out of the folder that models lie in")
         if not os.access(place, os.F_OK):  # nor where it is too long
             raise lrai.ModelNotFound("nothing lies at url")
-        with self._changing(name):
+        with disk_errors(self._scratch), self._changing(name):
             if any(name == loaded.name for loaded in self.loaded()):
                 raise AlreadyLoaded(f"model {name!r} is loaded already")
             with suppress(lrai.ModelNotFound):  # it was given up, and another one may lie there
@@ -80,8 +81,12 @@ class Names:
             key = f"{name}:{artifact.version}:{self._scratch.name.rpartition('-')[2]}"
             partial = self._file(name, ".partial")
             named = Named(name=name, url=url, key=key, signature=artifact.manifest.signature)
-            partial.write_bytes(msgspec.json.encode(named))
-            partial.rename(self._file(name, ".name"))  # first: what comes late has to have a name
+            # First: what comes late has to have a name. Of a full disk no part of one stays.
+            try:
+                partial.write_bytes(msgspec.json.encode(named))
+                partial.rename(self._file(name, ".name"))
+            finally:
+                partial.unlink(missing_ok=True)
             load(self._runtime, artifact, key, require=self._settings.require)
             try:
                 with suppress(lrai.QueueFull):  # it answers others
@@ -100,7 +105,7 @@ class Names:
         Raises:
             ModelNotFound: It is not loaded.
         """
-        with self._changing(name):
+        with disk_errors(self._scratch), self._changing(name):
             try:  # first: who is told that it failed asks again
                 self._runtime.unload(self.find(name).key, drain=True)
             except lrai.ModelNotFound:
@@ -126,19 +131,17 @@ class Names:
         was never there.
         """
         there = {one.name: one.state for one in self._runtime.models() if one.state != "dead"}
-        return {named: there[named.key] for named in self._all() if named.key in there}
+        return {named: there[named.key] for named in sorted(self._all()) if named.key in there}
 
     def unready(self) -> str:
         """Return why the endpoint cannot answer, nothing if it can: a model at work, or none."""
         states = set(self.loaded().values())
         return "" if not states or {"ok", "idle"} & states else "all models are stalled"
 
-    def _all(self) -> list[Named]:
-        found = []
-        for file in sorted(self._scratch.glob("*.name")):
+    def _all(self) -> Iterator[Named]:
+        for file in self._scratch.glob("*.name"):
             with suppress(FileNotFoundError):  # it has just been unloaded
-                found.append(msgspec.json.decode(file.read_bytes(), type=Named))
-        return sorted(found, key=lambda named: named.name)
+                yield msgspec.json.decode(file.read_bytes(), type=Named)
 
     def _forget(self) -> None:
         """Forget names whose models were unloaded to make room, a while after they were loaded."""
