@@ -318,6 +318,36 @@ def test_who_loads_from_another_place_does_not_find_what_is_loaded(
     assert held[0] != held[1]
 
 
+@pytest.mark.parametrize(
+    ("parameter", "variable", "refused"),
+    [("100", "", True), (None, "100", True), ("0", "100", False), (None, "", False)],
+)
+def test_who_has_requests_captured_is_told_that_inline_none_are(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parameter: str | None,
+    variable: str,
+    *,
+    refused: bool,
+) -> None:
+    monkeypatch.setattr("lrai_triton.served.Held", lambda _artifact, own, _name: own.here)
+    monkeypatch.setenv("LRAI_RUNTIME_CAPTURE_ROWS", variable)
+    artifact = lrai.Artifact(tmp_path, small_artifact.manifest(), "0" * 64)
+    said = {"runtime__capture_rows": parameter} if parameter else {}
+
+    def held(**more: str) -> object:
+        settings = settings_of(parameters(**said, **more))
+        return hold("m:1", artifact, settings, execution_of(artifact, settings))
+
+    if refused:
+        why = "execution is inline: nothing is captured; leave it auto"
+        with pytest.raises(lrai.UsageError, match=why):
+            held(execution="inline")
+        assert held() is False, "auto has it where requests are captured"
+    else:
+        assert held(execution="inline") is True
+
+
 class Clock:
     now = 1000.0
 

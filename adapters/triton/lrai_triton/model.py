@@ -243,9 +243,8 @@ def _has_left(request: Any) -> bool:
 def _bytes_of(tensors: Mapping[str, Any]) -> int:
     """Return what tensors take in Triton's memory at most: a KiB each beside what they hold."""
     texts = [text for array in tensors.values() if array.dtype.hasobject for text in array.flat]
-    sizes = [1024 + int(array.nbytes) for array in tensors.values()]
     as_bytes = [text if isinstance(text, bytes) else text.encode() for text in texts]  # as it came
-    return sum(sizes) + sum(map(len, as_bytes))
+    return sum(1024 + int(array.nbytes) for array in tensors.values()) + sum(map(len, as_bytes))
 
 
 def _outcome(answer: Started) -> Outcome:

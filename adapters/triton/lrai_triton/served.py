@@ -6,9 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from lrai_core import Artifact, ArtifactError, EnvironmentProblem
+from lrai_core import Artifact, ArtifactError, EnvironmentProblem, UsageError
 from lrai_import.held import Held
-from lrai_import.hosted import is_quick
 from lrai_triton.settings import Settings
 
 
@@ -21,12 +20,15 @@ def hold(name: str, artifact: Artifact, settings: Settings, execution: str) -> H
     Raises:
         LraiError: It cannot be served as the settings demand.
     """
-    own = settings.asked.in_process() if execution == "inline" else settings.asked
+    asked, inline = settings.asked, execution == "inline"
+    if inline and int(asked.own.get("runtime.capture_rows", asked.config.runtime.capture_rows)):
+        raise UsageError("execution is inline: nothing is captured; leave it auto")
+    own = asked.in_process() if inline else asked
     # By its path, too, which actors are started from: it is a copy of its own for each load of a
     # repository in a cloud, and a release's for who replaces one by the next.
     place = hashlib.sha256(bytes(artifact.path.absolute())).hexdigest()[:6]
     try:
-        return Held(artifact, own, f"{name}:{artifact.version[:12]}{place}{settings.asked.mark}")
+        return Held(artifact, own, f"{name}:{artifact.version[:12]}{place}{asked.mark}")
     except EnvironmentProblem as error:
         where = "see runtime.address, runtime.socket_dir and its log"
         raise EnvironmentProblem(f"the runtime: {error}; {where}") from None
@@ -40,8 +42,7 @@ def execution_of(artifact: Artifact, settings: Settings) -> str:
     """
     if settings.execution != "auto":
         return settings.execution
-    alone = settings.instances == 1 and settings.asked.free
-    if alone and is_quick(artifact, settings.asked.variant):
+    if settings.asked.placed(artifact, settings.instances).here:
         return "inline"
     one_by_one = settings.size == 0 and artifact.manifest.signature.coalescible
     return "sender" if settings.asked.latency_slo_ms or one_by_one else "lists"
