@@ -690,6 +690,37 @@ def test_a_configuration_that_lies_elsewhere_stays_there(
     assert real.read_text() == ONNX
 
 
+def test_a_configuration_keeps_whose_it_is(repository: Path, artifact: Path, run: Run) -> None:
+    config = repository / "m" / "config.pbtxt"
+    owner = (12345, 23456) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(config, *owner)
+    config.chmod(0o640)
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    changes = {"lrai": ("add", artifact, *where), "onnxruntime": ("remove", config.parent)}
+    for backend, arguments in changes.items():
+        run(*arguments)
+        assert f'backend: "{backend}"' in config.read_text()
+        there = config.stat()
+        assert ((there.st_uid, there.st_gid), there.st_mode & 0o777) == (owner, 0o640)
+
+
+def test_who_may_not_give_a_configuration_away_keeps_it(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[int, int]]()
+
+    def refused(_: Path, user: int, group: int) -> None:
+        asked.append((user, group))
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    config = repository / "m" / "config.pbtxt"
+    monkeypatch.setattr(os, "chown", refused)
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    run("add", artifact, *where)
+    assert asked == [(-1, config.stat().st_gid), (config.stat().st_uid, -1)]
+    assert 'backend: "lrai"' in config.read_text()
+
+
 def test_who_changed_the_backend_back_by_hand_can_begin_anew(repository: Path, run: Run) -> None:
     entry = repository / "m"
     run("compile", entry, "--switch", "--threads", "1")

@@ -136,8 +136,7 @@ def text_of(file: Path) -> str:
 
 def versions_of(entry: Path) -> list[int]:
     """Return the versions of an entry, lowest first."""
-    folders = [path.name for path in entry.glob("*/")]
-    return sorted(int(name) for name in folders if re.fullmatch(r"0|[1-9][0-9]*", name))
+    return sorted(int(p.name) for p in entry.glob("*/") if re.fullmatch(r"0|[1-9][0-9]*", p.name))
 
 
 def check_configs(entry: Path) -> None:
@@ -244,10 +243,17 @@ def _switch_back(entry: Path) -> str:
 
 
 def _replace(config: Path, text: str) -> None:
-    """Replace the content at once: a server may be reading. It keeps its place, and its mode."""
+    """Replace the content at once: a server may be reading.
+
+    It keeps its place, its mode and, as far as this user may say so, its owner and group.
+    """
     config = config.resolve()
     temporary = config.with_name(f".{CONFIG}")
     temporary.write_bytes(text.encode(errors="surrogateescape"))
     if config.exists():
         shutil.copymode(config, temporary)
+        its = config.stat()
+        for owner in ((-1, its.st_gid), (its.st_uid, -1)):  # the group also where not the owner
+            with contextlib.suppress(OSError):
+                os.chown(temporary, *owner)
     temporary.replace(config)
