@@ -507,6 +507,31 @@ class TestService:
         assert "request_answered" not in text
         assert "arena" not in exposition({"arena_blocks": 1, "request_answered": 2})
 
+    @pytest.mark.parametrize(
+        ("key", "values", "answered"),
+        [
+            ("runtime.address", ("/a", "/b"), 2),
+            ("runtime.address", ("/a", "/a"), 1),
+            ("runtime.address", ("embedded", "embedded"), 2),
+            ("runtime.socket_dir", ("/a", "/b"), 2),
+            ("runtime.socket_dir", ("/a", "/a"), 1),
+        ],
+    )
+    def test_each_runtime_is_counted_once(
+        self,
+        stored: bentoml.Model,
+        monkeypatch: pytest.MonkeyPatch,
+        key: str,
+        values: tuple[str, str],
+        answered: int,
+    ) -> None:
+        monkeypatch.delenv("LRAI_RUNTIME", raising=False)
+        monkeypatch.setattr(lrai_bentoml.Runner, "stats", lambda _: {"request_answered": 1})
+        tag = str(stored.tag)
+        runners = [lrai_bentoml.runner(tag, settings={key: value}) for value in values]
+        text = asyncio.run(_metrics(SimpleNamespace(lrai_runners=runners), ""))
+        assert f"lrai_request_answered_total {answered}.0" in text
+
     def test_what_alerts_go_by_is_there_before_it_happens(self) -> None:
         page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
         alerts = page.partition("What is worth an alert")[2].partition("\n\nBentoML's")[0]

@@ -44,9 +44,8 @@ def load_model(bento_model: bentoml.Tag | str | bentoml.Model) -> lrai.Artifact:
 def artifact_of(model: bentoml.Model, *, verify: bool = True) -> lrai.Artifact:
     """Return the artifact inside a model that `get` gave; `verify` as in `Artifact.open`."""
     its, ours = model.info.context.framework_versions.get("lrai", "?"), lrai.__version__
-    folder = path_inside(model, DATA)
     with bento_errors():
-        artifact = lrai.Artifact.open(folder, verify=verify)
+        artifact = lrai.Artifact.open(path_inside(model, DATA), verify=verify)
     if its != ours:
         _log.warning("%s was saved by lrai %s, and is served by lrai %s", model.tag, its, ours)
     return artifact

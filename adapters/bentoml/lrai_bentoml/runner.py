@@ -129,10 +129,11 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
         return serving.named(await serving.held.infer_async(serving.addressed(request)))
 
     @property
-    def shared(self) -> bool:
-        """Whether the runtime is that of other processes too."""
+    def shared(self) -> str:
+        """Which runtime it is, where that is one of other processes too; else nothing."""
         how = one.held.settings if (one := self._here.serving) else self._asked()
-        return not how.here and how.config.runtime.address != "embedded"
+        own, where = how.here, how.config.runtime
+        return "" if own or where.address == "embedded" else where.socket_dir + where.address
 
     def state(self) -> str:
         """Return `ok` or `idle` for a model that makes progress, `stalled` for one that will again.
@@ -147,7 +148,7 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     def alive(self) -> bool:
         """Return whether it makes progress, or will by itself: one that hangs in here will not."""
         state = self.state()
-        heals = state == "stalled" and (self.shared or not self.load().held.settings.inline)
+        heals = state == "stalled" and bool(self.shared or not self.load().held.settings.inline)
         return heals or state in {"ok", "idle"}
 
     def stats(self) -> dict[str, int]:
