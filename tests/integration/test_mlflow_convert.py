@@ -38,6 +38,7 @@ from lrai_mlflow.commands.app import main
 from lrai_mlflow.commands.convert import _rows, options_of
 from tests.core.compiler.onnx_files import linear
 from tests.integration.mlflow_server import own_store
+from tests.integration.test_cli import in_small_filesystem
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model
 
@@ -431,6 +432,25 @@ def test_the_command_converts_too(client: mlflow.MlflowClient, tmp_path: Path) -
         assert subprocess.run(unknown, capture_output=True, check=False).returncode == 2
     lost = os.environ | {"MLFLOW_TRACKING_URI": "nowhere://"}
     assert subprocess.run(again, capture_output=True, env=lost, check=False).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("disk", "why"),
+    [("ro", "Read-only file system"), ("size=16k", "No space left"), ("size=64k", "No space left")],
+)
+def test_the_command_says_what_the_disk_refuses(tmp_path: Path, disk: str, why: str) -> None:
+    mlflow.onnx.save_model(linear(), str(tmp_path / "source"), pip_requirements=["numpy"])
+    lrai = Path(sys.executable).with_name("lrai")
+    command = [str(lrai), "mlflow", "convert", str(tmp_path / "source"), "--threads", "1"]
+    store = {"MLFLOW_TRACKING_URI": (tmp_path / "disk" / "store").as_uri()}
+    done = subprocess.run(
+        [*in_small_filesystem(tmp_path, disk), *command],
+        capture_output=True, text=True, env=os.environ | store, check=False,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert "Traceback" not in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("lrai: ")]
+    assert why in said
 
 
 def test_the_command_says_where_no_form_passes(tmp_path: Path) -> None:

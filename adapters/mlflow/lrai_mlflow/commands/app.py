@@ -83,6 +83,11 @@ def convert(
             out.print("nothing in it can be quantised: fp32 serves, batched where that pays")
     except MlflowException as error:
         raise _ours(error) from None
+    except OSError as error:  # of what MLflow writes
+        first, *_ = error.args or [""]
+        said = first[0][-1] if isinstance(first, list) else error.strerror or error  # of a folder's
+        where = f"{error.filename}: " if error.filename else ""  # of a full disk it is not known
+        raise EnvironmentProblem(f"{where}{said}") from None
 
 
 def artifact_of(model_uri: str) -> Artifact:
