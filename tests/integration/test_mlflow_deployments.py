@@ -30,7 +30,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server, free_ports
-from lrai_mlflow.commands.deployments import Client, target_help
+from lrai_mlflow.commands.deployments import Client, run_local, target_help
 from lrai_mlflow.serving import DATA
 from lrai_report.target import find
 from lrai_report.tune import main
@@ -573,6 +573,13 @@ def test_a_model_can_be_tried_locally(saved: list[Path], tmp_path: Path, sockets
     with Server(command, tmp_path / "log") as server:
         server.wait_until_ready("/ping")
         assert post(server.port, {"inputs": {"features": ROWS.tolist()}}).status == 200
+
+
+def test_an_option_that_trying_locally_does_not_know_is_named() -> None:
+    why = "no option 'prot'; there are host, port, workers"
+    with pytest.raises(MlflowException, match=why) as refused:
+        run_local("x", "models:/nobodys/1", config={"host": HOST, "prot": "5001"})
+    assert refused.value.get_http_status_code() == 400
 
 
 def test_a_registry_flow_loses_no_request(

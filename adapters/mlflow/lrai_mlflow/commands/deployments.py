@@ -476,10 +476,16 @@ def run_local(
         model_uri: Of a model of any flavor.
         flavor: Means nothing here.
         config: `host`, `port`, `workers`.
+
+    Raises:
+        MlflowException: Another option, or a number that is none.
     """
     del name, flavor
-    options = {"host": "127.0.0.1", "port": "5000", "workers": "1"} | dict(config or {})
+    known = {"host": "127.0.0.1", "port": "5000", "workers": "1"}
+    options = known | dict(config or {})
     with mlflow_errors():
+        if unknown := options.keys() - known.keys():
+            raise UsageError(f"no option {min(unknown)[:60]!r}; there are {', '.join(known)}")
         port, workers = (int(_number(options[key])) for key in ("port", "workers"))
     backend = PyFuncBackend({}, env_manager=env_manager.LOCAL, workers=workers)
     backend.serve(_download_artifact_from_uri(model_uri), port, options["host"], None)
