@@ -400,14 +400,14 @@ class Scheduler:
     def _planned(self, model: Model, replica: Replica, start: float) -> Decision:
         queue, bounds = model.queue, model.bounds
         decision = plan(queue, replica.latency, start, bounds)
-        if decision.drop and not (decision.dispatch or replica.calls or model.is_known(start)):
-            decision = probe(queue, replica.latency)
         for other in self._wanted(model) if decision.drop else ():
             # What a slow actor is too late for waits where another one will be in time.
             free = max([start, *(call.begun + call.seconds for call in other.calls)])
             if free + other.latency.alone_seconds() < start + replica.latency.alone_seconds():
                 told = plan(queue, other.latency, free, bounds).drop
                 decision = decision._replace(drop=tuple({*decision.drop}.intersection(told)))
+        if 0 < len(decision.drop) == len(queue) and not (replica.calls or model.is_known(start)):
+            decision = probe(queue, replica.latency)
         named = [*decision.dispatch, *decision.drop]
         if len(model.waiting.keys() & named) < len(named):
             raise ValueError("a plan of who does not wait, or of one twice")
@@ -518,6 +518,6 @@ def _least_seconds(models: Sequence[LatencyModel], rows: int, length: int, most:
     return min([m.call_seconds(n * rows, length) / n for m in models for n in {1, most}])
 
 
-def _in_order(idle: Sequence[Replica], taken: Sequence[int]) -> Sequence[Replica]:
+def _in_order(idle: Sequence[Replica], taken: Sequence[int]) -> list[Replica]:
     """Return first the actor whose CPUs the fewest calls have already, and the fastest of such."""
     return sorted(idle, key=lambda r: (sum(map(taken.count, r.cpus)), r.latency.alone_seconds()))

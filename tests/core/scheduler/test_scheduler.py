@@ -755,6 +755,32 @@ def test_what_a_slow_actor_is_too_late_for_waits_for_a_fast_one(bench: Bench, cl
     assert [first.exception(0), urgent.exception(0)] == [None, None]
 
 
+@pytest.mark.parametrize("quiet_seconds", [0.0, 5.0])
+def test_where_the_actor_on_free_cpus_is_too_slow_an_idle_one_in_time_is_asked(
+    bench: Bench, clock: Clock, quiet_seconds: float
+) -> None:
+    """Also of a model that nobody has seen for a while: the slow one is not tried instead."""
+    bench.scheduler._cpus = 4
+    slow = [replace_ms(point, 10 * point.median_ms) for point in PROFILE]
+    for name, second in (("a", slow), ("b", PROFILE)):
+        replicas = [Replica(f"{name}{i}", p, threads=2) for i, p in enumerate((PROFILE, second))]
+        for replica, cpus in zip(replicas, ((0, 1), (2, 3)), strict=True):
+            replica.cpus = cpus
+        bench.scheduler.add(name, replicas, SchedulerConfig())
+    clock.now += quiet_seconds
+    other = bench.submit(model="b")
+    bench.step()
+    urgent, hopeless = (bench.submit(model="a", timeout_ms=ms) for ms in (50, 12))
+    clock.now += 0.005
+    bench.step()
+    assert list(bench.workers.calls) == ["b0", "a0"]
+    assert "cannot be met any more" in str(failure(hopeless))
+    for actor in ("b0", "a0"):
+        bench.workers.answer(actor)
+    bench.step()
+    assert [other.exception(0), urgent.exception(0)] == [None, None]
+
+
 def test_a_caller_is_told_at_its_deadline_but_holds_its_place_until_the_engine_is_done(
     bench: Bench, clock: Clock
 ) -> None:
