@@ -35,7 +35,7 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler import scheduler as module
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import plan
+from lrai_core.scheduler.planner import Decision, plan
 from lrai_core.scheduler.scheduler import Scheduler
 from lrai_core.scheduler.state import BACKGROUND, Replica
 from lrai_core.wire.messages import Refused
@@ -1021,6 +1021,44 @@ def test_a_latency_model_that_fails_means_one_by_one_and_an_event(
     assert all(future.exception(0) is None for future in futures)
     assert [len(batch) for batch in bench.workers.dispatched] == [1] * 5
     assert bench.counts("planner_failed")[0] >= 5
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda first: Decision((first, 999), (), 0.01),
+        lambda first: Decision((first,), (999,), 0.01),
+        lambda first: Decision((first, first), (), 0.01),
+        lambda first: Decision((first,), (first,), 0.01),
+    ],
+)
+def test_a_plan_of_who_does_not_wait_or_of_one_twice_means_one_by_one_and_an_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, named: Callable[[int], Decision]
+) -> None:
+    monkeypatch.setattr(module, "plan", lambda queue, *_: named(next(iter(queue))))
+    futures = [bench.submit() for _ in range(3)]
+    for _ in futures:
+        bench.step()
+        bench.workers.answer()
+    bench.step()
+    assert all(future.exception(0) is None for future in futures)
+    assert [len(batch) for batch in bench.workers.dispatched] == [1, 1, 1]
+    assert bench.counts("planner_failed") == (3,)
+
+
+def test_another_actors_latency_model_that_fails_costs_no_more_than_a_plan(
+    bench: Bench, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicas = [Replica("one", PROFILE), Replica("other", PROFILE)]
+    bench.scheduler.add("two", replicas, SchedulerConfig())
+    late = bench.submit(model="two", timeout_ms=50)
+    clock.now += 0.045
+    monkeypatch.setattr(replicas[1].latency, "alone_seconds", fails)
+    bench.step()
+    bench.workers.answer("one")
+    bench.step()
+    assert late.exception(0) is None
+    assert bench.counts("planner_failed") == (2,), "who is asked first, and what it would run"
 
 
 def test_a_choice_among_models_that_raises_means_one_after_the_other_and_an_event(
