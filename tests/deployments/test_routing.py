@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -208,6 +209,23 @@ def test_relief_takes_what_the_others_have_no_time_for() -> None:
     with pytest.raises(DeadlineExceeded):
         made.accept(request(50.0), lambda _: None)
     assert core.asked == ["stable", "relief", "stable", "stable", "relief", "stable"]
+
+
+def test_relief_takes_nothing_of_a_version_whose_answers_are_to_be_its_own() -> None:
+    """As one that is loaded beside others, which relief serves already."""
+    core, plain, own, relief = Core(0), version("plain"), version("own"), version("relief")
+    own.limits = SchedulerConfig(deterministic=True)
+    made = Route(cast("Any", core), {plain: 0.5, own: 0.5}, {}, relief)
+    core.full = {"plain", "own"}
+    for _ in range(40):
+        with suppress(DeadlineExceeded):
+            made.accept(request(50.0), lambda _: None)
+    assert set(core.asked) == {"plain", "own", "relief"}
+    assert core.asked.count("relief") == core.asked.count("plain")
+    core.full, core.asked, own.inside = set(), [], 1000  # it would be late by its profile, too
+    for _ in range(40):
+        made.accept(request(50.0), lambda _: None)
+    assert set(core.asked) == {"plain", "own"}
 
 
 def test_no_copy_goes_to_the_relief_that_answers() -> None:
