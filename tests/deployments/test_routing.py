@@ -270,6 +270,24 @@ def test_copies_are_what_nobody_waits_for() -> None:
     assert priorities == {"stable": 0, "shadow": BACKGROUND}
 
 
+def test_as_many_copies_are_made_as_are_asked_for() -> None:
+    core, shadow = Core(0), version("shadow")
+    made, asked = Route(cast("Any", core), {STABLE: 1.0}, {shadow: 0.25}), list[str]()
+
+    def accept(_: InferenceRequest, done: Ended, to: Version) -> SimpleNamespace:
+        asked.append(to.version)
+        done(ANSWER)
+        x = np.ones((1, 3), np.float32)
+        return SimpleNamespace(request=ValidRequest((x,), 1, 0, (0,), ("g",), x.nbytes))
+
+    core.accept = accept  # type: ignore[method-assign,assignment]
+    core.config = SimpleNamespace(scheduler=SchedulerConfig())  # type: ignore[attr-defined]
+    for _ in range(400):
+        made.accept(request(None), lambda _: None)
+    assert asked.count("stable") == 400
+    assert 70 < asked.count("shadow") < 130
+
+
 def test_a_shadow_may_have_one_output_more() -> None:
     _, made = route()
     told = list[str]()
