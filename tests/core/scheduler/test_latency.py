@@ -186,6 +186,13 @@ def test_the_more_calls_differ_the_more_is_held_against_a_deadline() -> None:
     assert 1.05 < unsteady.margin < 1.2  # half a standard deviation
 
 
+def test_one_call_that_a_pause_of_the_machine_fell_into_is_no_speed() -> None:
+    model = LatencyModel([point(1, 0, 0.010)])
+    for call in range(51):
+        model.observe(1, 0, None, 10.0 if call == 25 else 0.010)
+        assert model.engine_seconds(1, 0) == pytest.approx(0.010, rel=0.1)
+
+
 def test_a_row_alone_is_thought_to_be_as_long_as_rows_usually_are() -> None:
     def cost(rows: int, length: int) -> float:
         return 1e-3 + 1e-4 * rows * length
