@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lrai_core.artifact import LatencyPoint
+from lrai_core.scheduler import planner
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan
 from lrai_core.scheduler.waiting import Queue, Waiting
@@ -344,3 +346,28 @@ def test_a_queue_is_emptied_with_every_request_decided_once(
         assert len(waits) == before - len(gone)
         decided += gone
     assert sorted(decided) == list(range(len(queue)))
+
+
+@pytest.mark.parametrize("left", [0.02, 60.0])  # seconds of the first: too few for all, and enough
+def test_a_plan_asks_hardly_more_where_ten_times_as_many_wait(
+    left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[int, int]]()
+
+    def look_up(costs: dict[tuple[int, int], float], call: tuple[int, int]) -> float:
+        asked.append(call)
+        return dict.__getitem__(costs, call)
+
+    monkeypatch.setattr(planner._Costs, "__getitem__", look_up)
+
+    def cost(count: int) -> int:
+        chance = Random(0)
+        queue = [
+            waiting(chance.randint(28, 36), left=chance.uniform(left, 2 * left))
+            for _ in range(count)
+        ]
+        asked.clear()
+        assert decide(queue, model(10e-3, 1e-4), Bounds(rows=64)).dispatch
+        return len(asked)
+
+    assert cost(10_000) < 2 * cost(1_000)
