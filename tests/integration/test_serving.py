@@ -368,6 +368,7 @@ def test_short_calls_get_one_thread_and_long_ones_their_share(
         threads = embedded(runtime)._threads
         assert threads(classifier_fp32, classifier_fp32.manifest.variant("fp32"), "m", 1) == 1
         assert threads(minilm_fp32, minilm_fp32.manifest.variant("fp32"), "m", 1) == 4
+        assert threads(minilm_fp32, minilm_fp32.manifest.variant("fp32"), "m", 2) == 2
 
 
 @pytest.mark.parametrize(("ms", "measured_with", "wanted"), [(1.5, 1, 1), (1.5, 8, 8), (0.2, 8, 1)])
