@@ -151,11 +151,13 @@ def test_what_the_old_version_has_accepted_is_answered_by_it(small: dict[float, 
         wait_until(lambda: not Path(f"/proc/{actor}").exists())
 
 
+@pytest.mark.parametrize("share", [None, 0.5])
 @pytest.mark.parametrize("kept", [5, 0])
 @pytest.mark.parametrize("how", ["die", "refuse"])
-def test_a_version_that_fails_its_warm_up_is_not_switched_to(
+def test_a_version_that_fails_its_warm_up_is_not_switched_to_and_has_no_share(
     how: str,
     kept: int,
+    share: float | None,
     small: dict[float, Path],
     strange: tuple[str, Callable[[str], None]],
     tmp_path: Path,
@@ -168,13 +170,16 @@ def test_a_version_that_fails_its_warm_up_is_not_switched_to(
         small[2.0], name="m", config=config(**{"actor.python": python})
     ) as runtime:
         before = runtime.models()[0].actor_pids
+        canary = partial(runtime.load, name="m", share=share)
+        change = canary if share else partial(runtime.swap, "m")
         become(how)
         words = {"die": r"(lost an actor|could not be answered)", "refuse": "out of memory"}
         with under_load(runtime, callers=2) as load:
             with pytest.raises(lrai.ConditionNotMet, match=f"warming up m@.*{words[how]}"):
-                runtime.swap("m", new)
+                change(new)
             (model,) = runtime.models()
             assert (model.version, model.actor_pids) == (version(small[2.0]), before)
+        assert runtime.deployments()[0].shares == {version(small[2.0]): 1.0}
         assert not load.ledger.refused
         assert {float(o["y"][0, 0]) for _, o in load.ledger.answered} == {2.0}
 
