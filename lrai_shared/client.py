@@ -376,28 +376,8 @@ class Attached:
                 its = f"it speaks protocol {message.version} of lrai {message.lrai}"
                 why = f"{its}, this process {wire.PROTOCOL_VERSION}: stop it first"
                 self._fail(why, hopeless=True)
-            elif message.session != self._session:  # it knows of nothing that was asked
-                self._session, self._credit, self._failures = message.session, message.credit, 0
-                self._most_bytes, self._told = message.request_bytes, ""
-                self._on_wire, self._bytes = {}, 0
-                for key, asked in list(self._asked.items()):  # which callers add to
-                    if asked.cancelled():
-                        del self._asked[key]
-                with self._lock:
-                    self._outbox.clear()
-                    self._outbox.extend(sorted(self._asked))
-                    for key in self._calls.keys() - self._outcalls:
-                        call = self._calls.get(key)
-                        if call and call[0].operation in _ONCE:  # it may have been done
-                            _settle(self._calls.pop(key, call)[1], lrai.NotReady(_UNKNOWN))
-                    self._outcalls.clear()
-                    self._outcalls.extend(sorted(self._calls))
-                _settle(self._attached)
-                # One that the last session may still read is given up.
-                if self._arena.segment and (self._asked or self._arena.blocks):
-                    self._arena.close()
-                    self._arena = Arena()
-                self._greet()  # which it reads from then on
+            elif message.session != self._session:
+                self._begin(message)
             segment = self._arena.segment
             self._sharing = segment is not None and segment.id == message.arena
         elif isinstance(message, messages.Returned):
@@ -411,6 +391,29 @@ class Attached:
                 self._arena.give_back(offset)
             for failed in message.failures:
                 self._end(failed.key, messages.error_of(failed))
+
+    def _begin(self, message: messages.Attached) -> None:
+        """Begin a session, which knows of nothing that was asked."""
+        self._session, self._credit, self._failures = message.session, message.credit, 0
+        self._most_bytes, self._told = message.request_bytes, ""
+        self._on_wire, self._bytes = {}, 0
+        for key in [key for key, asked in list(self._asked.items()) if asked.cancelled()]:
+            del self._asked[key]
+        with self._lock:
+            self._outbox.clear()
+            self._outbox.extend(sorted(self._asked))
+            for key in self._calls.keys() - self._outcalls:
+                call = self._calls.get(key)
+                if call and call[0].operation in _ONCE:  # it may have been done
+                    _settle(self._calls.pop(key, call)[1], lrai.NotReady(_UNKNOWN))
+            self._outcalls.clear()
+            self._outcalls.extend(sorted(self._calls))
+        _settle(self._attached)
+        # One that the last session may still read is given up.
+        if self._arena.segment and (self._asked or self._arena.blocks):
+            self._arena.close()
+            self._arena = Arena()
+        self._greet()  # the daemon reads the arena from then on
 
     def _fail(self, why: str, more: str = "", *, hopeless: bool = False) -> None:
         """Tell who attaches why there is no runtime; all who wait, where there is little hope.

@@ -32,8 +32,9 @@ class Attached(msgspec.Struct, frozen=True, tag=True):
 
     A session begins when the daemon first hears of a client, or hears of it again after having
     given it up: where it is another than before, what was not answered has to be sent again.
-    `arena`: the id of the arena that it reads from now on, empty for none. `request_bytes`: the
-    most that a request may have.
+    `arena`: the id of the arena that it reads from now on, empty for none, as where a session
+    begins: what is on its way may lie in one that is given up. `request_bytes`: the most that a
+    request may have.
     """
 
     version: int

@@ -447,11 +447,12 @@ def test_numbers_of_memory_that_come_from_another_machine_are_not_looked_at(site
         for option, value in options.items():
             far.setsockopt(option, value)
         far.connect(endpoint)
-        far.send_multipart([encode(messages.Attach(PROTOCOL_VERSION, "0", arena.segment)), b""])
-        assert far.poll(10_000)
-        welcome = messages.decode_to_client(far.recv_multipart()[0])
-        assert isinstance(welcome, messages.Attached)
-        assert (bool(welcome.session), welcome.arena) == (True, b"")
+        for _ in range(2):  # as a session begins, none is looked at anyway
+            far.send_multipart([encode(messages.Attach(PROTOCOL_VERSION, "0", arena.segment)), b""])
+            assert far.poll(10_000)
+            welcome = messages.decode_to_client(far.recv_multipart()[0])
+            assert isinstance(welcome, messages.Attached)
+            assert (bool(welcome.session), welcome.arena) == (True, b"")
         assert mapped(daemon.pid) == 0
         form = messages.Form("m", "", (), {}, ("x",), ("FP32",), ((64,),))
         infer = messages.Infer(1, messages.encode_form(form), None, ((-1, 0, 256),))

@@ -277,22 +277,24 @@ def test_what_a_killed_client_had_queued_is_dropped(
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
 
 
+@pytest.mark.parametrize("rows", [1, 512])  # small, and in a block of its own
 def test_a_client_that_was_given_up_asks_again_when_it_is_back(
     folder: Path,
     classifier_fp32: lrai.Artifact,
     session: onnxruntime.InferenceSession,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    rows: int,
 ) -> None:
     daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 3")
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor, _ = stop_at_work(runtime)
-        client = program(SUBMIT, classifier_fp32.path, 4, 1)
-        wait_until(lambda: outstanding(runtime) == 5)
+        client = program(SUBMIT, classifier_fp32.path, 4, rows)
+        wait_until(lambda: outstanding(runtime) == 1 + 4 * rows)
         client.send_signal(signal.SIGSTOP)
         wait_until(lambda: outstanding(runtime) == 1, 10)
         client.send_signal(signal.SIGCONT)
-        wait_until(lambda: outstanding(runtime) == 5, 5)
+        wait_until(lambda: outstanding(runtime) == 1 + 4 * rows, 5)
         kill(actor, signal.SIGCONT)
         answers = json.loads(output(client))
     for i, logits in enumerate(answers):
@@ -719,6 +721,7 @@ def test_hostile_numbers_of_shared_memory_are_counted_and_harm_nobody(
         good = arena.segment
         assert good is not None
         fifo = os.pipe()
+        assert stranger.attach(good) == b"", "none is read as a session begins"
         for changes in ({"fd": fifo[0]}, {"fd": -1}, {"pid": 1}, {"size": 1 << 62}, {"id": b""}):
             before = runtime.stats()["dropped_frames"]
             assert stranger.attach(msgspec.structs.replace(good, **changes)) == b""

@@ -42,6 +42,7 @@ class Daemon:
         self.credit, self.session, self.version = credit, "first", PROTOCOL_VERSION
         self.arenas, self.shares = Arenas(), False
         self.segment: Segment | None = None  # that the client last named
+        self._begun, self._signs = "", 0  # the session that is known; signs of life so far
         self.taken: list[messages.Infer] = []
         self._lock = (folder / "lock").open("ab")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -52,10 +53,23 @@ class Daemon:
         self._lock.close()
         self._socket.context.destroy(linger=0)
 
-    def welcome(self) -> None:
-        """Answer every sign of life that has come."""
+    def begin(self) -> None:
+        """Answer the sign of life with which a session begins: so far no arena is read."""
         self._hear(lambda: bool(self._peer))
-        arena = self.segment.id if self.segment and self.shares else b""
+        self._begun = self.session
+        self._attach(b"")
+
+    def welcome(self) -> None:
+        """Answer every sign of life that has come; as a session begins, one that follows, too."""
+        if self._begun != self.session:
+            self.begin()
+            if not self.shares:
+                return  # there is no more to say
+            heard = self._signs
+            self._hear(lambda: self._signs > heard)
+        self._attach(self.segment.id if self.segment and self.shares else b"")
+
+    def _attach(self, arena: bytes) -> None:
         self.send(messages.Attached(self.version, "0.0", self.session, self.credit, arena))
 
     def take(self, count: int) -> list[messages.Infer]:
@@ -107,7 +121,7 @@ class Daemon:
             if isinstance(message, Requests):
                 self.taken += message.items
             if isinstance(message, messages.Attach):
-                self.segment = message.arena
+                self.segment, self._signs = message.arena, self._signs + 1
             if want is not None and isinstance(message, want):
                 return message
         return None
@@ -135,6 +149,10 @@ def attach(daemon: Daemon, parent: Path, **values: Any) -> Attached:
     thread.start()
     made = Attached(config(parent, **values))
     thread.join()
+    deadline = time.monotonic() + 5
+    while made._sharing != daemon.shares:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     return made
 
 
@@ -712,7 +730,7 @@ def test_a_new_session_has_an_arena_of_its_own(daemon: Daemon, sharing: Attached
     daemon.answer(first)
     value(futures[0])
     daemon.session = "second"
-    daemon.welcome()
+    daemon.begin()
     (again,) = daemon.take(1)
     assert again.places == ((1, 0, LARGE.nbytes),)  # inline until the daemon reads the new one
     daemon.send(Replies(read=(first.places[0][1],)))  # of the first session
@@ -723,6 +741,46 @@ def test_a_new_session_has_an_arena_of_its_own(daemon: Daemon, sharing: Attached
     assert stats(daemon, sharing)["arena_blocks"] == 0
     sharing.start(request(inputs={"x": LARGE}))
     assert daemon.take(1)[0].places[0][0] == -1
+
+
+def test_of_each_session_the_client_greets_once_more_and_then_shares(
+    daemon: Daemon, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that begins the daemon reads no arena: what came first may lie in one given up."""
+    monkeypatch.setattr(client, "_LIFE_SECONDS", 30)  # what would name it next
+    daemon.shares = True
+    attached = attach(daemon, parent)
+    assert daemon.quiet()  # of the first session nothing is on its way any more
+    old, daemon.session = daemon.segment, "second"
+    daemon.begin()
+    heard = daemon._signs
+    daemon._hear(lambda: daemon._signs > heard)
+    inline = attached.start(request(inputs={"x": LARGE}))
+    (item,) = daemon.take(1)
+    assert item.places == ((1, 0, LARGE.nbytes),)
+    daemon.welcome()
+    daemon.answer(item)
+    value(inline)
+    attached.start(request(inputs={"x": LARGE}))
+    assert daemon.take(1)[0].places[0][0] == -1
+    assert daemon.segment == old, "nobody read there, so it may stay"
+    attached.close()
+
+
+def test_what_nobody_waits_for_any_more_is_not_sent_to_the_next_session(
+    daemon: Daemon, attached: Attached
+) -> None:
+    gone, waiting = attached.start(request()), attached.start(request())
+    _, item = daemon.take(2)
+    assert gone.cancel()
+    daemon.cancelled()
+    daemon.session = "second"
+    daemon.welcome()
+    assert [again.key for again in daemon.take(1)] == [item.key]
+    assert daemon.quiet()
+    daemon.answer(item)
+    assert value(waiting) == item.key
+    assert attached.drain()
 
 
 def test_draining_refuses_requests_waits_for_the_accepted_and_answers_questions(

@@ -13,8 +13,11 @@ import pytest
 
 from lrai_core.config import load_config
 from lrai_core.errors import Cancelled
-from lrai_core.wire.messages import BadFrames, encode
+from lrai_core.wire.arena import Arenas
+from lrai_core.wire.messages import PROTOCOL_VERSION, BadFrames, encode
 from lrai_shared import daemon, messages
+from lrai_shared.arena import Arena
+from lrai_shared.daemon import Door
 from lrai_shared.starting import SETTINGS
 
 
@@ -78,3 +81,34 @@ def test_a_full_disk_leaves_the_settings_of_whoever_is_next(
     daemon.Daemon._keep_settings(made)
     assert (tmp_path / SETTINGS).read_bytes() == kept
     assert [file.name for file in tmp_path.iterdir()] == [SETTINGS]
+
+
+def test_what_a_client_names_as_a_session_begins_is_read_only_once_it_knows_of_it() -> None:
+    """Before that it sends what lies in an arena which it then gives up."""
+    said, line, arena = list[Any](), object(), Arena(1 << 16)
+    hello = messages.Attached(PROTOCOL_VERSION, "0", "", 3)
+    door = cast("Any", SimpleNamespace(_clients={}, _door=line, _lives={}, arenas=Arenas()))
+    door._daemon = SimpleNamespace(welcome=hello)
+    door.say, door._adopt = lambda _, message: said.append(message), partial(Door._adopt, door)
+    door._attach, sender = partial(Door._attach, door), cast("Any", (line, b"client"))
+    sign = memoryview(encode(messages.Attach(PROTOCOL_VERSION, "0", arena.segment)))
+    assert arena.segment
+    read, none = arena.segment.id, b""
+    for given_up in (False, True):
+        if given_up:
+            client = door._clients.pop(sender)
+            door._adopt(client, None)
+        for named in (none, read, read):
+            Door._hear(door, sender, [sign], 1.0)
+            assert (said[-1].arena, said[-1].session) == (named, door._clients[sender].session)
+    assert len({one.session for one in said}) == 2
+    arena.close()
+
+
+def test_what_is_sent_again_while_it_runs_is_not_run_twice_and_its_blocks_are_free() -> None:
+    client = daemon._Client(0.0, running=cast("Any", {1: "one"}), memory=[memoryview(bytes(9))])
+    door, sender = cast("Any", SimpleNamespace(_clients={0: client})), cast("Any", 0)
+    again = messages.Infer(1, b"", None, ((-1, 64, 8), (0, 0, 4), (-1, 128, 8)))
+    Door._hear(door, sender, [memoryview(encode(messages.Requests((again,))))], 1.0)
+    assert client.read == [64, 128]
+    assert (list(client.running), client.failed) == ([1], [])
