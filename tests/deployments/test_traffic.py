@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -483,6 +484,16 @@ def test_a_damaged_sketch_keeps_nobody_from_starting(tmp_path: Path, content: by
     os.utime(folder / "captured.npz", (0, 0))
     forget_aged(config)
     assert not (folder / "captured.npz").exists()
+
+
+def test_a_state_folder_that_cannot_be_listed_keeps_nobody_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "glob", broken)
+    forget_aged(RuntimeConfig(state_dir=str(tmp_path)), halves=True)
 
 
 def test_a_place_that_cannot_be_written_harms_nobody(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,3 +113,20 @@ def test_what_is_sent_again_while_it_runs_is_not_run_twice_and_its_blocks_are_fr
     Door._hear(door, sender, [memoryview(encode(messages.Requests((again,))))], 1.0)
     assert client.read == [64, 128]
     assert (list(client.running), client.failed) == ([1], [])
+
+
+def test_a_state_folder_that_cannot_be_listed_ends_no_daemon(tmp_path: Path) -> None:
+    def listed() -> None:
+        made.ending = True
+        raise OSError(errno.EIO, "broken")
+
+    ended, pool = list[str](), ThreadPoolExecutor(1)
+    scheduler = SimpleNamespace(thread=SimpleNamespace(is_alive=lambda: True))
+    runtime = SimpleNamespace(scheduler=scheduler, deployments=listed, drain=lambda: None)
+    runtime.close = lambda: ended.append("in order")
+    made = cast("Any", SimpleNamespace(_folder=tmp_path, ending=False, runtime=runtime))
+    made._door = SimpleNamespace(opened=False, idle_since=0.0)
+    made._stay, made._keeps, made._under_way = "stay", False, set()
+    made._quick = made._slow = pool
+    daemon.Daemon.run(made)
+    assert ended == ["in order"]
