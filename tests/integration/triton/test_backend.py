@@ -541,10 +541,10 @@ def test_what_the_queue_has_no_room_for_waits_in_the_stub(
 def test_what_a_caller_who_leaves_has_asked_is_not_computed(
     triton: Triton, minilm: Path, way: str
 ) -> None:
-    rows = 8  # of one request, which is a call for itself
+    rows = 8  # of one request, which is a call for itself, and takes until it was seen who left
     alone = f'parameters {{ key: "scheduler.max_batch_rows" value {{ string_value: "{rows}" }} }}\n'
     inputs = []
-    for name, array in sentence(np.random.default_rng(6), rows, 200).items():
+    for name, array in sentence(np.random.default_rng(6), rows, 480).items():
         kind = np_to_triton_dtype(array.dtype)
         inputs.append(triton_grpc.InferInput(name, list(array.shape), kind))
         inputs[-1].set_data_from_numpy(array)
