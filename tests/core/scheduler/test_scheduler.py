@@ -977,13 +977,24 @@ def test_cancelled_after_it_started_a_request_holds_its_place_until_the_engine_i
 # The planner's own failures
 
 
-def test_a_planner_that_raises_means_one_by_one_and_an_event(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError("policy")
+def fails(*_: object) -> float:
+    raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(module, "plan", broken)
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        fails,
+        lambda first: Decision((first, 999), (), 0.01),
+        lambda first: Decision((first,), (999,), 0.01),
+        lambda first: Decision((first, first), (), 0.01),
+        lambda first: Decision((first,), (first,), 0.01),
+    ],
+)
+def test_a_plan_that_fails_or_names_who_does_not_wait_means_one_by_one_and_an_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, named: Callable[[int], Decision]
+) -> None:
+    monkeypatch.setattr(module, "plan", lambda queue, *_: named(next(iter(queue))))
     futures = [bench.submit() for _ in range(3)]
     for _ in futures:
         bench.step()
@@ -992,10 +1003,6 @@ def test_a_planner_that_raises_means_one_by_one_and_an_event(
     assert all(future.exception(0) is None for future in futures)
     assert [len(batch) for batch in bench.workers.dispatched] == [1, 1, 1]
     assert bench.counts("planner_failed") == (3,)
-
-
-def fails(*_: object) -> float:
-    raise ZeroDivisionError("latency")
 
 
 def no_number(*_: object) -> float:
@@ -1021,29 +1028,6 @@ def test_a_latency_model_that_fails_means_one_by_one_and_an_event(
     assert all(future.exception(0) is None for future in futures)
     assert [len(batch) for batch in bench.workers.dispatched] == [1] * 5
     assert bench.counts("planner_failed")[0] >= 5
-
-
-@pytest.mark.parametrize(
-    "named",
-    [
-        lambda first: Decision((first, 999), (), 0.01),
-        lambda first: Decision((first,), (999,), 0.01),
-        lambda first: Decision((first, first), (), 0.01),
-        lambda first: Decision((first,), (first,), 0.01),
-    ],
-)
-def test_a_plan_of_who_does_not_wait_or_of_one_twice_means_one_by_one_and_an_event(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, named: Callable[[int], Decision]
-) -> None:
-    monkeypatch.setattr(module, "plan", lambda queue, *_: named(next(iter(queue))))
-    futures = [bench.submit() for _ in range(3)]
-    for _ in futures:
-        bench.step()
-        bench.workers.answer()
-    bench.step()
-    assert all(future.exception(0) is None for future in futures)
-    assert [len(batch) for batch in bench.workers.dispatched] == [1, 1, 1]
-    assert bench.counts("planner_failed") == (3,)
 
 
 def test_another_actors_latency_model_that_fails_costs_no_more_than_a_plan(
