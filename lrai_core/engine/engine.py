@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Final, Protocol, cast
@@ -67,14 +67,15 @@ def find_engine(name: str) -> Engine:
 
 
 @contextlib.contextmanager
-def huge_pages() -> Iterator[None]:
+def huge_pages(before: Set[int] | None = None) -> Iterator[Set[int]]:
     """Put what is allocated meanwhile on pages of 2 MB, where the system has them for who asks.
+
+    Or since an earlier time, whose yield is given as `before`: pages fill up after they were taken.
 
     A call reads all weights, and a processor knows the places of few small pages. What looking them
     up costs is little on a quiet machine, and a third of a call where others fill its caches.
     """
-    before = _own_memory()
-    yield
+    yield (before := _own_memory() if before is None else before)
     libc, pages = ctypes.CDLL(None), ctypes.create_string_buffer(_HUGE // mmap.PAGESIZE)
     for place in [(ctypes.c_void_p(at), ctypes.c_size_t(_HUGE)) for at in _own_memory() - before]:
         # Else what nobody has used would become memory, too.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -40,7 +40,6 @@ class OnnxRuntime:
     name = "onnxruntime"
     version: str = ort.__version__
 
-    @huge_pages()
     def load(
         self, model: Path, *, weights: Path | None = None, threads: int = 1, optimise: bool = False
     ) -> OnnxRuntimeSession:
@@ -49,17 +48,18 @@ class OnnxRuntime:
         # Without a path of its own a graph may take its external data from a folder of ours.
         given = str(model) if weights is None else model.read_bytes()
         try:
-            session = open_session(given, options)
+            with huge_pages() as before:
+                session = open_session(given, options)
         except REFUSALS as error:
             raise ArtifactError(f"onnxruntime cannot open {model.name}: {reason(error)}") from None
-        return OnnxRuntimeSession(session)
+        return OnnxRuntimeSession(session, before)
 
 
 class OnnxRuntimeSession:
     """One onnxruntime session."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
+    def __init__(self, session: ort.InferenceSession, before: Set[int]) -> None:
+        self._session, self._before = session, before
         self._inputs = [value.name for value in session.get_inputs()]
         self._outputs = [value.name for value in session.get_outputs()]
         self._largest_bytes = -1
@@ -72,7 +72,7 @@ class OnnxRuntimeSession:
         self._largest_bytes = max(size, self._largest_bytes)
         try:
             # What Python puts around the session's own `run` takes as long as a small model.
-            run = huge_pages()(self._session.run) if larger else self._session._sess.run  # noqa: SLF001
+            run = huge_pages(self._before)(self._session.run) if larger else self._session._sess.run  # noqa: SLF001
             return list(run(names, dict(zip(self._inputs, arrays, strict=True)), None))
         except REFUSALS as error:
             # What is no lack of memory is in the inputs.

@@ -99,7 +99,7 @@ def test_what_larger_calls_take_is_on_huge_pages_too(
     before = _huge_bytes()
     session.run([large := np.zeros(16 << 20, np.float32)])
     assert _huge_bytes() - before >= least_huge
-    monkeypatch.setattr(onnxruntime, "huge_pages", lambda: looks.append(1))
+    monkeypatch.setattr(onnxruntime, "huge_pages", lambda before: looks.append(1))
     session.run([large])  # no larger: it takes what is there
     assert session.run([large[:2]])[0] == 3
     assert not looks
@@ -113,6 +113,17 @@ def test_memory_from_before_is_left_as_it_is(least_huge: int) -> None:
         assert least_huge <= _huge_bytes() - begun <= 66 << 20
         assert len(before) == len(meanwhile)
         meanwhile.close()
+
+
+def test_memory_that_filled_up_later_is_on_huge_pages_too(least_huge: int) -> None:
+    with huge_pages() as loaded:
+        memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with memory:
+        begun = _huge_bytes()
+        memory.write(b"\1" * len(memory))
+        with huge_pages(loaded):
+            pass
+        assert _huge_bytes() - begun >= least_huge
 
 
 def test_what_nobody_has_used_is_made_no_memory() -> None:
