@@ -31,7 +31,7 @@ class Arena:
         self._end = _ALIGNMENT  # of what was in use at one time, behind which there is no memory
         self._free: dict[int, list[int]] = {}  # offsets by size
         self.blocks: dict[int, int] = {}  # in use: size by offset
-        self.copied_bytes = 0
+        self.copied_bytes = self.allocations = 0  # the latter of memory, not of a free block
         self._fd = -1
         try:
             self._fd = os.memfd_create("lrai", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -60,6 +60,7 @@ class Arena:
                 os.posix_fallocate(self._fd, self._end, size)
             except OSError:
                 return None
+            self.allocations += 1
             free.append(self._end)
             self._end += size
         offset = free.pop()

@@ -129,6 +129,7 @@ class Attached:
         self._outbox, self._outcalls, self._cancelled = deque[int](), deque[int](), deque[int]()
         self._session, self._credit, self._told = "", 0, ""  # the last: why there is no runtime
         self._most_bytes = 0  # of a request, as the daemon says
+        self._latest, self._resent = 0, 0  # the last key sent; how many were sent again
         self._on_wire, self._bytes = dict[int, int](), 0  # bytes there, by key; of all
         self._process: Popen[bytes] | None = None
         self._failures, self._start_at = 0, 0.0  # of daemons, and when to start the next one
@@ -216,8 +217,9 @@ class Attached:
             self._calls.pop(key, None)
 
     def _counts(self) -> dict[str, int]:
-        arena = {"blocks": len(self._arena.blocks), "copied_bytes": self._arena.copied_bytes}
-        return self._socket.counts("daemon") | {f"arena_{name}": n for name, n in arena.items()}
+        arena, own = self._arena, self._socket.counts("daemon") | {"daemon_resent": self._resent}
+        own |= {"arena_copied_bytes": arena.copied_bytes, "arena_allocations": arena.allocations}
+        return own | {"arena_blocks": len(arena.blocks)}
 
     def drain(self) -> bool:
         """See `Runtime.drain`."""
@@ -378,8 +380,7 @@ class Attached:
                 self._fail(why, hopeless=True)
             elif message.session != self._session:
                 self._begin(message)
-            segment = self._arena.segment
-            self._sharing = segment is not None and segment.id == message.arena
+            self._sharing = (at := self._arena.segment) is not None and at.id == message.arena
         elif isinstance(message, messages.Returned):
             self._end(message.key, message.value)
         elif isinstance(message, messages.Replies):
@@ -467,6 +468,8 @@ class Attached:
                 left_ms = max(0.0, (asked.deadline - now) * 1e3) if asked.stated else None
                 places = tuple([packer.place(data) for data in asked.tensors])
                 items.append(Infer(key, asked.form, left_ms, places))
+                self._resent += key <= self._latest  # keys go up
+                self._latest = max(key, self._latest)
                 self._on_wire[key] = asked.nbytes
                 self._bytes += asked.nbytes
                 joint += 2 * (len(asked.form) + 16 * len(places))

@@ -249,6 +249,7 @@ daemon.Door.dispatch = dispatch
         assert runtime.infer(request(1.0)).outputs["logits"].shape == (1, 10)
         assert daemons(folder) != [first]
         assert (tmp_path / "failed").exists()
+        assert runtime.stats()["daemon_resent"] == 1
 
 
 def test_a_request_that_ends_runtimes_is_not_sent_to_a_fourth(
@@ -609,6 +610,7 @@ def test_a_large_request_is_copied_once_and_not_on_the_way_to_the_engine(
         stats = quiet(runtime)
         changed = {name: stats[name] - before.get(name, 0) for name in stats}
         assert changed["arena_copied_bytes"] == 3 * LARGE * 64 * 4
+        assert (changed["arena_allocations"], changed["daemon_resent"]) == (1, 0)
         for hop in ("daemon", "actor"):  # from here to it
             assert (changed[f"{hop}_copied_bytes"], changed[f"{hop}_inline_large"]) == (0, 0)
         assert mapped(daemon) == mapped(actor) == 1
