@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -59,15 +60,10 @@ LEAST_BEST, LEAST_DEFAULT = 1.2, 2.0  # of the answers in time
 MOST_MEMORY_MB: Final = 20.0
 SEED: Final = 0
 # Limit of the queue and timeout in shares of the SLO; the first is the default of most servers.
-SETTINGS: Final[tuple[tuple[int | None, float | None], ...]] = (
-    (None, None),
-    (None, 0.9),
-    (None, 0.7),
-    (4, None),
-    (8, None),
-    (16, 0.9),
-    (8, 0.7),
+SETTINGS: Final[Sequence[tuple[int | None, float | None]]] = tuple(
+    itertools.product((None, 4, 8, 16), (None, 0.9, 0.7))
 )
+SWEEP: Final = 0.6  # of the seconds of a round, for each setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,11 +406,13 @@ def opened(
     rates: list[float] = []
     p95: list[float] = []
 
-    def in_time(setting: tuple[int | None, float | None] | None, turn: int) -> float:
+    def in_time(
+        setting: tuple[int | None, float | None] | None, turn: int, share: float = 1.0
+    ) -> float:
         rate = len(requests) / alone.ask(do="closed", batch=1, pad=0)["seconds"]
         rates.append(rate)
         slo, random = SLO_CALLS / rate, np.random.default_rng([SEED, turn + 99])  # alike in a turn
-        asked = int(OVERLOAD * rate * extent.open_seconds)
+        asked = int(OVERLOAD * rate * extent.open_seconds * share)
         arrivals = np.cumsum(random.exponential(1 / (OVERLOAD * rate), asked)).tolist()
         if setting is None:
             latencies = ours.open_loop(requests, arrivals, slo)
@@ -427,7 +425,8 @@ def opened(
         return float(np.sum(np.asarray(latencies) <= slo) / asked)
 
     with console.status(f"open loop: {what}"):
-        swept = [[in_time(one, -1 - turn) for one in SETTINGS] for turn in range(extent.sweeps)]
+        turns = range(-extent.sweeps, 0)
+        swept = [[in_time(one, turn, SWEEP) for one in SETTINGS] for turn in turns]
         best = SETTINGS[int(np.median(swept, axis=0).argmax())]
         sides = (None, best, SETTINGS[0])
         shares: list[list[float]] = []

@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; return 1 where a check does not hold."""
     arguments = _arguments(argv)
     end_on_sigterm()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # and all that it starts
     plan = QUICK if arguments.quick else FULL
     checks, content, table = list[Check](), list[dict[str, Any]](), list[list[str]]()
     with tempfile.TemporaryDirectory(prefix="lrai-workers-") as scratch:
