@@ -23,7 +23,7 @@ demo: $(READY)  ## compile MiniLM, serve it through MLflow, compare with plain O
 	$(BIN)/python -P benchmarks/mlflow.py --quick
 
 test: $(READY)  ## run the tests
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 check: lint types layers size unused docs test  ## everything that has to hold before a commit
 

@@ -6,9 +6,12 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 settings.register_profile("lrai", deadline=None, derandomize=True)  # a busy machine is no failure
 settings.register_profile("search", deadline=None, max_examples=2000)  # --hypothesis-profile
@@ -33,20 +36,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("server") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(_SERVER_SECONDS))
-        # Of several processes one has all tests of a file, or of a server.
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     if hasattr(config, "workerinput"):  # what takes long starts first, lest one waits for it
         items.sort(key=_turn)
 
 
-def _group(item: pytest.Item) -> str:
-    if item.path.stem == "test_conformance":  # starts every server, Triton's among them
+class _ByServer(LoadScopeScheduling):  # type: ignore[misc] # without types
+    """Of several processes one has all tests of a file, or of a server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(Path(nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByServer:
+    return _ByServer(config, log)
+
+
+def _group(path: Path) -> str:
+    if path.stem == "test_conformance":  # starts every server, Triton's among them
         return "triton"
-    return item.path.parent.name if item.path.parent.name in _SHARING else str(item.path)
+    return path.parent.name if path.parent.name in _SHARING else str(path)
 
 
 def _turn(item: pytest.Item) -> tuple[bool, int]:
-    group = _group(item)
+    group = _group(item.path)
     return "integration" not in item.path.parts, [*_SHARING, group].index(group)
 
 
