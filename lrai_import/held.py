@@ -2,7 +2,8 @@
 
 All workers of a server, and all servers of one artifact, find it loaded. A lock on a file says who
 holds it, so that a worker that was killed does not; what nobody holds is unloaded by whoever comes
-or goes next, and with the runtime at the latest.
+or goes next, and with the runtime at the latest. Names of what is held lie beside the record of the
+runtime, too: where that outlives the locks, as on a volume, the next runtime serves what it has.
 """
 
 from __future__ import annotations
@@ -29,17 +30,7 @@ from typing import Any, BinaryIO, Final
 
 import msgspec
 
-from lrai_core import (
-    Artifact,
-    ArtifactError,
-    InferenceRequest,
-    InferenceResponse,
-    LraiConfig,
-    LraiError,
-    ModelNotFound,
-    NotReady,
-    Runtime,
-)
+import lrai_core as lrai
 from lrai_import.hosted import Asked, load
 
 _WHICH: Final = {"runtime.address", "runtime.socket_dir"}  # runtime it is
@@ -59,7 +50,7 @@ class Held:
         variant: That answers; another one than was asked for where that is for other machines.
     """
 
-    def __init__(self, artifact: Artifact, settings: Asked, name: str = "") -> None:
+    def __init__(self, artifact: lrai.Artifact, settings: Asked, name: str = "") -> None:
         """Load it, or find it loaded with the same settings.
 
         Args:
@@ -72,18 +63,20 @@ class Held:
         """
         asked = json.dumps([settings.own, settings.require, settings.variant], sort_keys=True)
         self.name = name or f"{artifact.manifest.name}:{artifact.version}-{_digest(asked)[:8]}"
-        self.runtime = Runtime(settings.config, address="embedded" if settings.here else "")
+        self.runtime = lrai.Runtime(settings.config, address="embedded" if settings.here else "")
         self._artifact, self.settings, self._loads = artifact, settings, threading.Lock()
-        self._locks = None if settings.here else lock_folder(settings.config)
+        self._folders = [] if settings.here else _folders(settings.config)
         self._lock: BinaryIO | None = None
         self._closed = self._failed = False
         self._pause, self._looks_at = 1.0, -math.inf
         try:
             tell_unheard(settings)
-            if self._locks is not None:
-                file = self._locks / f"{_digest(self.name)[:32]}.held"
+            if self._folders:
+                file = self._folders[0] / f"{_digest(self.name)[:32]}.held"
                 self._lock = _held(file)
-                file.write_text(self.name, encoding="utf-8")
+                for folder in self._folders:
+                    with contextlib.suppress(OSError):  # it is unloaded with the runtime then
+                        (folder / file.name).write_text(self.name, encoding="utf-8")
             self._load()
             self._sweep()
             atexit.register(self.close)  # where nobody does, as in the process that only checks
@@ -124,7 +117,7 @@ class Held:
     def _state(self) -> str:
         return next((one.state for one in self.runtime.models() if one.name == self.name), "")
 
-    def infer(self, request: InferenceRequest) -> InferenceResponse:
+    def infer(self, request: lrai.InferenceRequest) -> lrai.InferenceResponse:
         """Return the answer of the runtime; where it has unloaded the model, see `load_again`.
 
         Raises:
@@ -133,7 +126,7 @@ class Held:
         with self._there():
             return self.runtime.infer(request)
 
-    async def infer_async(self, request: InferenceRequest) -> InferenceResponse:
+    async def infer_async(self, request: lrai.InferenceRequest) -> lrai.InferenceResponse:
         """Return the same without blocking the event loop."""
         with self._there():
             return await self.runtime.infer_async(request)
@@ -142,9 +135,10 @@ class Held:
     def _there(self) -> Iterator[None]:
         try:
             yield
-        except ModelNotFound:
+        except lrai.ModelNotFound:
             self.load_again()
-            raise NotReady("the runtime had unloaded the model, which is loaded again") from None
+            why = "the runtime had unloaded the model, which is loaded again"
+            raise lrai.NotReady(why) from None
 
     def load_again(self) -> None:
         """Have a model loaded again that the runtime has unloaded, for others or by hand.
@@ -158,7 +152,7 @@ class Held:
         try:
             self._load()
             self._failed = False
-        except LraiError as error:  # who asks for the model next tries again
+        except lrai.LraiError as error:  # who asks for the model next tries again
             self._failed = True
             _log.warning("model %s cannot be loaded again: %s", self.name, error)
         finally:
@@ -166,10 +160,10 @@ class Held:
 
     def _load(self) -> None:
         folder = self._artifact.path
-        there = Artifact.open(folder, verify=False).version
+        there = lrai.Artifact.open(folder, verify=False).version
         # The name says which one it is; the folder of what was built is named by its source's hash.
         if there != self._artifact.version and folder.parent.name != "built":
-            raise ArtifactError(f"its artifact was replaced: {there[:12]} lies there now")
+            raise lrai.ArtifactError(f"its artifact was replaced: {there[:12]} lies there now")
         self.variant = load(self.runtime, self._artifact, self.name, **self.settings.how)
 
     def close(self) -> None:
@@ -186,14 +180,15 @@ class Held:
 
     def _sweep(self) -> None:
         """Unload what nobody holds any more: a server that SIGTERM ends does not get to it."""
-        for path in self._locks.glob("*.held") if self._locks else ():
-            gone = (FileNotFoundError, BlockingIOError, LraiError)  # or another host's
-            with contextlib.suppress(*gone), path.open("r+b") as lock:
+        for path in [path for folder in self._folders for path in folder.glob("*.held")]:
+            lock_file = self._folders[0] / path.name
+            # It is gone, or another host's.
+            with contextlib.suppress(OSError, lrai.LraiError), lock_file.open("ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if name := lock.read().decode("utf-8", "replace"):
-                    with contextlib.suppress(ModelNotFound):
+                if name := path.read_text(encoding="utf-8", errors="replace"):
+                    with contextlib.suppress(lrai.ModelNotFound):
                         self.runtime.unload(name)
-                    lock.truncate(0)
+                    path.write_bytes(b"")
 
 
 def when_gone(owner: object, close: Callable[[], object]) -> None:
@@ -247,7 +242,21 @@ def _held(file: Path) -> BinaryIO:
         lock.close()
 
 
-def lock_folder(config: LraiConfig) -> Path | None:
+def _folders(config: lrai.LraiConfig) -> list[Path]:
+    """Return the folders that name what is held: that of the locks, and one beside the record.
+
+    The record may outlive the folder of sockets, as on a volume, and has the next runtime serve it.
+    """
+    if (locks := lock_folder(config)) is None:
+        return []
+    has = _running(locks)
+    beside = Path(has.runtime.state_dir, "held") if has else locks
+    with contextlib.suppress(OSError):  # it is not to be seen from here, or full
+        beside.mkdir(mode=0o700, exist_ok=True)
+    return [locks, beside]
+
+
+def lock_folder(config: lrai.LraiConfig) -> Path | None:
     """Return the folder of locks beside a shared runtime of this machine; None for any other.
 
     The runtime has made the folder that it lies in, which is this user's alone.
@@ -266,20 +275,25 @@ def tell_unheard(asked: Asked) -> None:
 
     It has those of who started it. Of one of another machine they are not known, so it is all.
     """
-    has: LraiConfig | None = None
     if asked.here or asked.config.runtime.address == "embedded":
         return
-    if (folder := lock_folder(asked.config)) is not None:
-        with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # of another version
-            content = folder.with_name("settings").read_bytes()  # it keeps them for the next one
-            has, _ = msgspec.msgpack.decode(content, type=tuple[LraiConfig, str])
+    has = _running(lock_folder(asked.config))
     wanted = {key: _meant(asked.config, key) for key in asked.rest.keys() - _WHICH}
     if others := [key for key, value in wanted.items() if has is None or _meant(has, key) != value]:
         words = "%s: the shared runtime keeps what it was started with, not what is asked for here"
         _log.warning(words, ", ".join(sorted(others)))
 
 
-def _meant(config: LraiConfig, key: str) -> Any:
+def _running(locks: Path | None) -> lrai.LraiConfig | None:
+    """Return the settings of the shared runtime of these locks; None where they are not known."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # of another version
+        if locks is not None:
+            content = locks.with_name("settings").read_bytes()  # it keeps them for the next one
+            return msgspec.msgpack.decode(content, type=tuple[lrai.LraiConfig, str])[0]
+    return None
+
+
+def _meant(config: lrai.LraiConfig, key: str) -> Any:
     """Return what a setting says: of folders where they are, for a runtime keeps them absolute."""
     said = attrgetter(key)(config)
     return [Path(one).resolve() for one in said.split(":") if one] if key in _FOLDERS else said

@@ -6,6 +6,8 @@ import os
 import queue
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from lrai_import.held import Held, when_gone
 from lrai_import.hosted import asked
 from tests.core import small_artifact
 from tests.core.compiler.onnx_files import with_external_data
-from tests.own_runtime import own_runtime
+from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import token_model
 
 ROW = {"x": np.ones((1, 3), np.float32)}
@@ -54,6 +56,53 @@ def test_a_lock_that_was_deleted_by_its_age_takes_no_model_from_who_came_later(
     second.close()
     with lrai.Runtime() as runtime:
         assert runtime.models() == []
+
+
+_HOLDS = """
+import os, sys
+from lrai_core import Artifact
+from lrai_import.held import Held
+from lrai_import.hosted import asked
+Held(Artifact.open(sys.argv[1]), asked({}), "former")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_what_the_next_runtime_serves_on_ends_where_no_host_asks_for_it(
+    artifact: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asked_for: bool
+) -> None:
+    """As in a container that is started anew, with its state on a volume."""
+    monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path / "state"))
+    subprocess.run([sys.executable, "-P", "-c", _HOLDS, str(artifact.path)], check=True)
+    sockets = Path(lrai.load_config().runtime.socket_dir)
+    (pid,) = daemon_pids(sockets)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not daemon_pids(sockets))
+    shutil.rmtree(sockets / f"lrai-{os.geteuid()}")
+    with lrai.Runtime() as runtime:
+        assert [one.name for one in runtime.models()] == ["former"]
+    helds = [Held(artifact, asked({}), name) for name in ["former"] * asked_for + ["m"]]
+    names = {one.name for one in helds[-1].runtime.models()}
+    assert names == ({"former", "m"} if asked_for else {"m"})
+    for held in helds:
+        held.close()
+
+
+def test_who_cannot_write_beside_the_record_has_its_model_all_the_same(
+    artifact: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path / "state"))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "held").touch()  # where the folder would be
+    held, killed = (Held(artifact, asked({}), name) for name in ("m", "killed"))
+    assert {one.name for one in held.runtime.models()} == {"m", "killed"}
+    assert killed._lock is not None
+    killed._lock.close()  # as where its process was
+    Held(artifact, asked({}), "n").close()
+    assert {one.name for one in held.runtime.models()} == {"m"}
+    killed.close()
+    held.close()
 
 
 def test_what_the_runtime_has_unloaded_is_loaded_again(artifact: lrai.Artifact) -> None:
