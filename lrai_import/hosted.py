@@ -42,6 +42,7 @@ _QUICK_MS: Final = 10.0  # the way to an actor adds about one
 _REQUIRE: Final = "require."
 _FOLDERS: Final = re.compile(r"(?:ipc://|(?<![\w.:/]))(/[^\s'\"/]+)/(?:[^\s'\"]*/)?")  # of paths
 _TIME: Final = "scheduler.default_timeout_ms"
+_ROWS: Final = "scheduler.max_batch_rows"
 _WHERE: Final = (  # who sets one of these wants processes of the model's own
     *("runtime.address", "runtime.memory_mib", "runtime.capture_rows"),  # who tunes asks that one
     "runtime.state_dir",  # which is one runtime's, and a host has one for each model in itself
@@ -124,6 +125,19 @@ class Asked(NamedTuple):
             return self._replace(host_ms=ms)
         config = replace(self.config, scheduler=replace(usual, default_timeout_ms=ms))
         return self._replace(config=config, rest={**self.rest, _TIME: ms}, host_ms=ms)
+
+    def limited(self, rows: int) -> Asked:
+        """Return the same, with no call of more rows than a host's knob says; 0: it says nothing.
+
+        Where a setting of the model says more, that counts, and a warning names both.
+        """
+        most = int(self.own.get(_ROWS, self.config.scheduler.max_batch_rows))
+        if 0 < rows < most and _ROWS in self.own:
+            words = "%s is %d: calls may exceed max_batch_size, which is %d"
+            _log.warning(words, _ROWS, most, rows)
+        elif 0 < rows < most:
+            return self._replace(own={**self.own, _ROWS: rows})
+        return self
 
     def in_process(self) -> Asked:
         """Return the same, with the model in this process, which keeps no state of its own.

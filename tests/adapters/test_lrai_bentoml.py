@@ -347,6 +347,30 @@ class TestService:
         service.inject_config()
         assert Patient.model._asked().config.scheduler.default_timeout_ms == timeout_ms
 
+    @pytest.mark.parametrize(("said", "most"), [({}, 4), ({"scheduler.max_batch_rows": 2}, 2)])
+    def test_no_call_has_more_rows_than_its_apis_take(
+        self, stored: bentoml.Model, said: dict[str, Any], most: int
+    ) -> None:
+        class Batched:
+            model = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED | said)
+
+            @bentoml.api(batchable=True, max_batch_size=4)  # type: ignore[untyped-decorator]
+            async def first(self, input_ids: list[list[int]]) -> list[list[float]]:
+                raise NotImplementedError
+
+            @bentoml.api(batchable=True)  # type: ignore[untyped-decorator]
+            async def second(self, input_ids: list[list[int]]) -> list[list[float]]:
+                raise NotImplementedError
+
+        async def at_once() -> None:
+            await asyncio.gather(*[Batched.model.async_run(**TOKENS) for _ in range(12)])
+
+        before = Batched.model.stats().get("batch_completed", 0)
+        asyncio.run(at_once())
+        assert Batched.model.stats()["batch_completed"] - before >= 12 / most
+        assert Batched.model._asked().own["scheduler.max_batch_rows"] == most
+        Batched.model.close()
+
     @pytest.mark.parametrize("name", ["Heir", "fraud"])
     def test_its_name_may_be_another_one_than_that_of_the_class_that_has_the_model(
         self, stored: bentoml.Model, own_config: None, name: str

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import SimpleNamespace
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 # What alerts go by is there before it happens: a rate of what comes from nothing is no rate.
 _TOLD = ["actor_hung", "actor_lost", "model_failed", "variant_refused"]
@@ -15,13 +15,9 @@ _ALWAYS = dict.fromkeys([*_TOLD, "request_failed", "request_refused"], 0)
 
 def exposition(stats: Mapping[str, int] | None) -> str:
     """Return `Runtime.stats()` as text; None where the runtime has not answered."""
-
-    class Counts(Collector):
-        def collect(self) -> Iterator[Metric]:
-            yield GaugeMetricFamily("lrai_runtime_up", "Whether it answers", stats is not None)
-            for name, value in sorted((_ALWAYS | dict(stats) if stats else {}).items()):
-                if not name.startswith(("arena_", "daemon_")):  # of the worker that is asked
-                    kind = GaugeMetricFamily if name == "outstanding_rows" else CounterMetricFamily
-                    yield kind(f"lrai_{name}", f"`{name}`, of all workers", value=value)
-
-    return generate_latest(Counts()).decode()
+    told: list[Metric] = [GaugeMetricFamily("lrai_runtime_up", "Whether it answers", stats is not None)]
+    for name, value in sorted((_ALWAYS | dict(stats) if stats else {}).items()):
+        if not name.startswith(("arena_", "daemon_")):  # of the worker that is asked
+            kind = GaugeMetricFamily if name == "outstanding_rows" else CounterMetricFamily
+            told.append(kind(f"lrai_{name}", f"`{name}`, of all workers", value=value))
+    return generate_latest(SimpleNamespace(collect=lambda: told)).decode()

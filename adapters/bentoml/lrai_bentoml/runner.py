@@ -208,6 +208,9 @@ class Runner(BentoModel):  # type: ignore[misc] # which type checkers are not sh
     def __set_name__(self, owner: type, name: str) -> None:
         """Have the class of the service look after the model."""
         self._here.owners += (owner.__name__,)
+        # With `batchable=True` an API hands over so many at most, and no call is to have more.
+        sizes = [a.max_batch_size for a in vars(owner).values() if getattr(a, "batchable", False)]
+        self._here.asked = self._here.asked.limited(min(sizes, default=0))
         install(owner, name, self)
 
     def _asked(self) -> Asked:

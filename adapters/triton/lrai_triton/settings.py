@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple, cast, get_args
@@ -17,8 +16,6 @@ WATCH: Final = "lrai-watch"  # id of the requests by which `lrai triton watch` a
 # Triton's onnxruntime backend has keys of its own, of which one is for us, too.
 _OURS: Final = re.compile(r"variant|execution|(?!session\.|memory\.|ep\.).*\..*")
 _THREADS: Final = "intra_op_thread_count"
-_ROWS: Final = "scheduler.max_batch_rows"
-_log: Final = logging.getLogger("lrai.hosted")
 
 
 class Settings(NamedTuple):
@@ -58,10 +55,7 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
     execution = given.pop("execution", "auto")
     if execution not in (allowed := get_args(Execution)):
         raise UsageError(f"execution is {execution!r}, allowed: {', '.join(allowed)}")
-    size, wanted = int(model_config.get("max_batch_size", 0)), asked(given)
-    rows = int(wanted.own.get(_ROWS, wanted.config.scheduler.max_batch_rows))
-    if 0 < size < rows and _ROWS in given:
-        _log.warning("%s is %d: calls may exceed max_batch_size, which is %d", _ROWS, rows, size)
-    elif 0 < size < rows and size != MAX_BATCH_SIZE:  # which is what nobody has written
-        wanted = wanted._replace(own={**wanted.own, _ROWS: size})
+    size = int(model_config.get("max_batch_size", 0))
+    limit = size * (size != MAX_BATCH_SIZE)  # which is what nobody has written
+    wanted = asked(given).limited(limit)
     return Settings(wanted, cast("Execution", execution), instances_of(model_config), size)
