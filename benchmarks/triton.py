@@ -179,8 +179,6 @@ def measure(
             "lrai fp32": bench.ours("fp32", AS_GIVEN),
             "lrai": bench.ours(chosen, AS_GIVEN),
         }
-        if len(bench.extent.instances) > 1:
-            who["lrai, shared"] = bench.ours(chosen, Ours("lists", 2))
         found += closed(bench, kind, who)
     for kind in kinds:
         if kind.name in bench.extent.open_kinds:

@@ -41,6 +41,7 @@ from benchmarks.callers import Figures  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.kinds import Kind, make_kinds  # noqa: E402
+from benchmarks.one_by_one import memory_mb  # noqa: E402
 from benchmarks.triton import one_core_server, prepared  # noqa: E402
 from benchmarks.triton_entries import Entry, Ours, Repository  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
@@ -109,13 +110,20 @@ def measure(
     """Return what callers saw of one way to answer them; each change takes so many seconds."""
     entry = repository.ours(f"minilm-{execution}", "artifact", Ours(execution))
     plain = repository.peer(f"plain-{execution}", "fp32", entries.WAYS[0])
-    entries.load(server.port, entry.name)
-    entries.load(server.port, plain.name)
-    load.closed(entry.name, kind.name, range(64), 8)
+    took = {}
+    for one in (entry, plain):
+        begun = time.perf_counter()
+        entries.load(server.port, one.name)
+        took[one.name] = time.perf_counter() - begun
+    for one in (entry, plain):
+        load.closed(one.name, kind.name, range(64), 8)
+    pids = server.stub_pids()
+    stubs = [{"load_s": took[n], "mb": memory_mb(pids[n][0])["pss_mb"]} for n in took]
     rows = []
     if execution == "lists":  # with `auto` the engine is in the stub
         rows.append(kill_actor(server, load, entry, kind, min(15.0, 0.4 * seconds)))
-    rows.append(kill_stubs(server, load, made, entry, plain, kind))
+    killed = kill_stubs(server, load, made, entry, plain, kind)
+    rows.append(killed | {"stub": stubs[0], "plain_stub": stubs[1]})
     entries.unload(server.port, plain.name)
     rows += [
         change(server, load, repository, entry, kind, seconds, what)
@@ -160,7 +168,7 @@ def kill_stubs(
         while back is None and time.perf_counter() - killed < _BACK_SECONDS:
             time.sleep(_TRY_SECONDS)
             figures = beside.closed(entry.name, kind.name, [0], 1)
-            if figures.statuses == {200: 1}:
+            if figures.statuses == {200: 1} and figures.cosines.min() >= COSINE:
                 back = time.perf_counter() - killed
         seen = _seen(load.hear())
         time.sleep(max(0.0, killed + _STAYS_DEAD_SECONDS - time.perf_counter()))
@@ -280,6 +288,9 @@ def checks(rows: Sequence[dict[str, Any]]) -> list[Check]:
             found.append(_at_most(f"{what}: s until it answers", back, STUB_SECONDS))
             came = float(row["plain_is_back"])
             found.append(_at_most(f"{what}: plain backends that came back", came, 0))
+            if row["execution"] == "lists":  # else the engine is in the stub
+                size, plain = row["stub"]["mb"], row["plain_stub"]["mb"]
+                found.append(_at_most(f"MB of a stub, to {plain:.0f} of a plain one", size, plain))
         else:
             found.append(_at_most(f"{what}: requests that failed", row["failed"], 0))
         if row["what"] == "actor killed":
@@ -330,6 +341,12 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
             f"{'answers' if stub['plain_is_back'] else 'does not answer'} after "
             f"{_STAYS_DEAD_SECONDS:g} s, and Triton calls it "
             f"{'ready' if stub['plain_is_ready'] else 'not ready'}"
+        )
+        mine, plain = stub["stub"], stub["plain_stub"]
+        console.print(
+            f"loaded, and the memory of its stub: lrai, {stub['execution']}, {mine['load_s']:.1f} "
+            f"s, {mine['mb']:.0f} MB; the plain backend with fp32 {plain['load_s']:.1f} s, "
+            f"{plain['mb']:.0f} MB"
         )
 
 

@@ -242,7 +242,8 @@ def measure_open(
     with bench.loaded(*models):
         for entry in models:
             warm = range(share(kind, 2 * SWEPT_AT))
-            bench.load.closed(entry.name, kind.name, warm, 4)  # some may be refused
+            warmed = bench.load.closed(entry.name, kind.name, warm, 4)  # some may be refused
+            bench.answers[entry.side].add(warmed)
         cases = itertools.product((False, True) if extent.bursts else (False,), extent.open_loads)
         for bursts, load in cases:
             shares: dict[str, list[float]] = defaultdict(list)
@@ -302,7 +303,8 @@ def _overloaded(bench: Bench, kind: Kind, entry: Entry, rate: float) -> float:
     """Return the share in time at the heaviest load."""
     arrivals = arrivals_of(OVERLOAD * rate, bench.extent.open_seconds, 99, bursts=False)
     with bench.loaded(entry):
-        bench.load.closed(entry.name, kind.name, range(share(kind, 32)), 2)  # some are refused
+        warmed = bench.load.closed(entry.name, kind.name, range(share(kind, 32)), 2)
+        bench.answers[entry.side].add(warmed)  # of which some are refused
         return bench.in_time(entry, kind, arrivals, SLO_CALLS / rate)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -138,3 +139,31 @@ def test_what_tritons_own_tool_did_not_measure_is_not_made_up(
         ("peer variant", "grpc", 50.5, 7.0),
         ("lrai", "http", 50.5, 7.0),
     ]
+
+
+@pytest.mark.parametrize("lengths", ["azure", "search"])
+def test_long_lengths_are_judged_by_what_is_usual_and_not_by_the_luckiest(lengths: str) -> None:
+    rates = {"peer fp32": [1.0] * 7, "peer variant": [1.0] * 7, "lrai": [0.9] * 5 + [1.5] * 2}
+    cells = itertools.product(dict.fromkeys(("search", lengths)), rates.items())
+    rows: list[dict[str, Any]] = [
+        {"loop": "closed", "lengths": kind, "callers": 32, "who": who, "rates": rate}
+        for kind, (who, rate) in cells
+    ]
+    rows += [
+        {"loop": "overhead", "callers": 1, "who": who, "p50_us": [100.0]}
+        for who in ("constant", "lrai-lists", "lrai-inline")
+    ]
+    bare = {(form, "search"): [1.0] for form in ("fp32", "int8")}
+    found = report.checks(rows, {}, bare, "int8")
+    (one,) = [check for check in found if check.name.startswith(f"{lengths} at 32: to the same")]
+    assert one.holds == (lengths == "search")
+
+
+def test_what_triton_waits_for_more_is_in_the_configuration(tmp_path: Path) -> None:
+    artifact: Any = None
+    repository = entries.Repository(tmp_path / "r", tmp_path / "m.onnx", artifact, tmp_path)
+    peer = Peer("grouped", 32, ragged=True, delay_us=2_000, queue=entries.Queue(4, None))
+    repository.peer("m", "fp32", peer)
+    text = (tmp_path / "r" / "m" / "config.pbtxt").read_text()
+    assert "dynamic_batching { max_queue_delay_microseconds: 2000 default_queue_policy {" in text
+    assert "waits 2000 us" in str(peer)
