@@ -10,6 +10,7 @@ What was loaded when a daemon is killed, the next one loads again before it hear
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import logging
@@ -64,6 +65,7 @@ _SLOW: Final = frozenset(
 _CHANGING: Final = _SLOW - {"drain", "deployments"}
 # For what was served before: more than a model may take to start; and once it is told to end.
 _OPEN_SECONDS, _END_SECONDS = 30.0, 5.0
+_MMAP_THRESHOLD: Final = -3  # of `mallopt`
 _log: Final = logging.getLogger("lrai.runtime")
 
 Peer = tuple[wire.Line, bytes]  # by which socket, and who there
@@ -396,6 +398,16 @@ def _touch(folder: Path) -> None:
                     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
+def return_large_memory() -> None:
+    """Have pieces of 1 MB and more go back to the system when they are free.
+
+    By itself glibc keeps what is as large as one that was freed before, between small pieces: each
+    burst of messages that hold tensors would leave a little more of the daemon.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
 def main(argv: list[str]) -> None:
     """Run the daemon."""
     folder, stay, *also = argv
@@ -408,6 +420,7 @@ def main(argv: list[str]) -> None:
     # Requests are many small objects without cycles: looking for these took a twelfth of the time.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+    return_large_memory()
     daemon.run()
     os._exit(0)  # its threads, at a folder that hangs, would be waited for
 

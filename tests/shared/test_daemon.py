@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -130,3 +133,27 @@ def test_a_state_folder_that_cannot_be_listed_ends_no_daemon(tmp_path: Path) -> 
     made._quick = made._slow = pool
     daemon.Daemon.run(made)
     assert ended == ["in order"]
+
+
+_LARGE_TWICE = """
+import ctypes, sys
+from lrai_shared.daemon import return_large_memory
+if sys.argv[1] == "daemon":
+    return_large_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+fields = [(name, ctypes.c_size_t) for name in "abcdefghij"]  # the fifth: outside the heap
+libc.mallinfo2.restype = type("mallinfo2", (ctypes.Structure,), {"_fields_": fields})
+libc.free(libc.malloc(4 << 20))
+before = libc.mallinfo2().e
+libc.malloc(3 << 20)
+print(libc.mallinfo2().e - before >> 20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's, since 2.33")
+@pytest.mark.parametrize(("where", "outside_mb"), [("daemon", 3), ("elsewhere", 0)])
+def test_large_messages_leave_no_memory_behind(where: str, outside_mb: int) -> None:
+    command = [sys.executable, "-P", "-c", _LARGE_TWICE, where]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) == outside_mb

@@ -15,7 +15,7 @@ _ALWAYS = dict.fromkeys([*_TOLD, "request_failed", "request_refused"], 0)
 
 def exposition(stats: Mapping[str, int] | None) -> str:
     """Return `Runtime.stats()` as text; None where the runtime has not answered."""
-    told: list[Metric] = [GaugeMetricFamily("lrai_runtime_up", "Whether it answers", stats is not None)]
+    told: list[Metric] = [GaugeMetricFamily("lrai_runtime_up", "If it answers", stats is not None)]
     for name, value in sorted((_ALWAYS | dict(stats) if stats else {}).items()):
         if not name.startswith(("arena_", "daemon_")):  # of the worker that is asked
             kind = GaugeMetricFamily if name == "outstanding_rows" else CounterMetricFamily
