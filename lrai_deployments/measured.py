@@ -25,12 +25,19 @@ _log: Final = logging.getLogger("lrai.deployments")
 
 
 def place(artifact: Artifact, config: LraiConfig) -> Path:
-    """Return the file in which is kept what was measured of an artifact on this kind of machine."""
-    address = config.runtime.address
-    own = address if address.startswith("/") else ""  # a daemon's folder is its state folder
-    parent = config.runtime.socket_dir or tempfile.gettempdir()
-    state = Path(config.runtime.state_dir or own or Path(parent, f"lrai-{os.geteuid()}"))
-    return state / "requalified" / f"{artifact.version}-{isa_class()}.json"
+    """Return the file in which is kept what was measured of an artifact on this kind of machine.
+
+    Raises:
+        EnvironmentProblem: There is no temporary folder, and none is named.
+    """
+    given = config.runtime
+    # The folder of a daemon is its state folder.
+    state = given.state_dir or given.address * given.address.startswith("/")
+    try:
+        folder = state or Path(given.socket_dir or tempfile.gettempdir(), f"lrai-{os.geteuid()}")
+    except FileNotFoundError as error:
+        raise EnvironmentProblem(f"{error.strerror}; set runtime.state_dir") from None
+    return Path(folder, "requalified", f"{artifact.version}-{isa_class()}.json")
 
 
 def measured_here(artifact: Artifact, config: LraiConfig) -> Artifact:

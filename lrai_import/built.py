@@ -55,10 +55,10 @@ def state_folder(config: LraiConfig) -> Path:
     Raises:
         EnvironmentProblem: It cannot be made, or is not this user's alone.
     """
-    parent = config.runtime.socket_dir or tempfile.gettempdir()
-    state = Path(config.runtime.state_dir or Path(parent, f"lrai-{os.geteuid()}"))
-    folder = state / "built"
     try:
+        parent = config.runtime.state_dir or config.runtime.socket_dir or tempfile.gettempdir()
+        state = Path(config.runtime.state_dir or Path(parent, f"lrai-{os.geteuid()}"))
+        folder = state / "built"
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         above = state.stat()
         # One that is not configured lies where anybody may have made it, who could exchange it.

@@ -264,8 +264,10 @@ def lock_folder(config: lrai.LraiConfig) -> Path | None:
     address = config.runtime.address
     if address == "embedded" or "://" in address:
         return None
-    own = Path(config.runtime.socket_dir or tempfile.gettempdir(), f"lrai-{os.geteuid()}")
-    folder = (own if address == "auto" else Path(address)) / "held"
+    if address == "auto":
+        parent = config.runtime.socket_dir or tempfile.gettempdir()
+        address = str(Path(parent, f"lrai-{os.geteuid()}"))
+    folder = Path(address, "held")
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 

@@ -36,9 +36,13 @@ def shared_folder(config: lrai.LraiConfig, address: str = "") -> Path:
         address: Another folder, for a daemon beside this user's first one; empty for that.
 
     Raises:
-        EnvironmentProblem: It is not this user's alone: what lies there could be anybody's.
+        EnvironmentProblem: It is not this user's alone: what lies there could be anybody's;
+            or there is no temporary folder, and none is named.
     """
-    parent = config.runtime.socket_dir or tempfile.gettempdir()
+    try:
+        parent = config.runtime.socket_dir or address or tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise lrai.EnvironmentProblem(f"{error.strerror}; set runtime.socket_dir") from None
     return private_folder(Path(address or Path(parent, f"lrai-{os.geteuid()}")).absolute())
 
 

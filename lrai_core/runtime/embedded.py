@@ -370,5 +370,5 @@ def _socket_folder(parent: str) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix="lrai-", dir=parent or None))  # mode 0700
     except OSError as error:
-        why = f"no folder for sockets can be made in {parent or tempfile.gettempdir()}"
+        why = f"no folder for sockets can be made in {parent or tempfile.tempdir or 'TMPDIR'}"
         raise EnvironmentProblem(f"{why}: {error.strerror}; set runtime.socket_dir") from None

@@ -541,3 +541,13 @@ def test_what_is_kept_is_its_users_alone(tmp_path: Path) -> None:
     keep(artifact, artifact.manifest, config)
     path = place(artifact, config)
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+@pytest.mark.parametrize("key", ["runtime.state_dir", "runtime.address"])
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_without_a_temporary_folder_the_setting_to_use_is_named(key: str, tmp_path: Path) -> None:
+    artifact = foreign(tmp_path / "m.lrai", rows=0)
+    with pytest.raises(lrai.EnvironmentProblem, match=r"set runtime\.state_dir"):
+        keep(artifact, artifact.manifest, lrai.load_config(environ={}))
+    own = lrai.load_config(environ={}, call={key: str(tmp_path / "own")})
+    assert keep(artifact, artifact.manifest, own).is_relative_to(tmp_path / "own")

@@ -19,7 +19,7 @@ import pytest
 
 import lrai_core as lrai
 from lrai_import.built import artifact_of, state_folder
-from lrai_import.held import Held, when_gone
+from lrai_import.held import Held, lock_folder, when_gone
 from lrai_import.hosted import asked
 from tests.core import small_artifact
 from tests.core.compiler.onnx_files import with_external_data
@@ -261,6 +261,16 @@ def test_other_weights_in_a_file_of_their_own_are_another_model(tmp_path: Path) 
         found.append(artifact_of(source, config).sha256)
         (tmp_path / "source" / "w.bin").write_bytes(np.zeros(32, np.float32).tobytes())
     assert found[0] != found[1]
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_without_a_temporary_folder_the_setting_to_use_is_named(tmp_path: Path) -> None:
+    with pytest.raises(lrai.EnvironmentProblem, match=r"runtime\.state_dir: No usable"):
+        state_folder(lrai.load_config(environ={}))
+    own = lrai.load_config(environ={}, call={"runtime.state_dir": str(tmp_path)})
+    assert state_folder(own) == tmp_path / "built"
+    own = lrai.load_config(environ={}, call={"runtime.address": str(tmp_path)})
+    assert lock_folder(own) == tmp_path / "held"
 
 
 def test_what_nobody_has_any_more_is_closed_by_a_thread_of_its_own() -> None:

@@ -222,6 +222,47 @@ except OSError as error:
     assert "telemetry" not in done.stderr  # onnxruntime was told not to report, and does not try
 
 
+NOWHERE = """
+for folder in /tmp /var/tmp; do
+    mount --bind "$folder" "$folder"
+    mount -o remount,bind,ro "$folder"
+done
+mount -t tmpfs none /mnt
+mount -o remount,bind,ro /
+cd /
+export TMPDIR=/nonexistent
+exec "$@"
+"""
+LRAI = "from lrai_core.cli import main; main()"
+EMBEDDED = """
+import sys
+import lrai_core as lrai
+try:
+    lrai.Runtime(address="embedded")
+except lrai.LraiError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [(EMBEDDED,), (LRAI, "runtime", "start"), (LRAI, "runtime", "start", "--address", "/mnt/own")],
+    ids=["embedded", "shared", "elsewhere"],
+)
+def test_without_a_temporary_folder_the_setting_to_use_is_named(program: tuple[str, ...]) -> None:
+    nowhere = ["unshare", "--map-root-user", "--mount", "sh", "-ec", NOWHERE, "sh"]
+    done = subprocess.run(
+        [*nowhere, sys.executable, "-P", "-c", *program],
+        env={name: value for name, value in os.environ.items() if not name.startswith("LRAI_")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == lrai.EnvironmentProblem.exit_code, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "No usable temporary directory" in done.stderr
+    assert "set runtime.socket_dir" in done.stderr
+
+
 def test_a_python_without_lrai_is_explained(classifier_fp32: lrai.Artifact) -> None:
     for python, error, message in (
         ("/nonexistent/python", lrai.EnvironmentProblem, "cannot be started"),

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import lrai_core as lrai
 from lrai_shared import starting
-from lrai_shared.starting import is_running
+from lrai_shared.starting import is_running, shared_folder
 
 # Its children do nothing but wait, or look at a file.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -60,3 +61,11 @@ def test_a_long_log_is_begun_anew(tmp_path: Path) -> None:
         log.write_bytes(bytes(size))
         starting.shorten_log(log)
         assert log.stat().st_size == left
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_without_a_temporary_folder_the_setting_to_use_is_named(tmp_path: Path) -> None:
+    config = lrai.load_config(environ={})
+    with pytest.raises(lrai.EnvironmentProblem, match=r"set runtime\.socket_dir"):
+        shared_folder(config)
+    assert shared_folder(config, str(tmp_path / "own")) == tmp_path / "own"
