@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import httpx
 import pytest
@@ -24,9 +24,9 @@ import pytest
 import lrai_core as lrai
 from lrai_import.hosted import zeros
 from lrai_sagemaker.app import create
-from lrai_sagemaker.commands import tars
-from lrai_sagemaker.commands.serve import _required
-from lrai_sagemaker.commands.supervisor import Supervisor
+from lrai_sagemaker.commands import main, tars
+from lrai_sagemaker.commands.serve import Drain, _required
+from lrai_sagemaker.commands.supervisor import _GRACE_SECONDS, Supervisor
 from lrai_sagemaker.commands.tars import package, unpacked
 from lrai_sagemaker.logs import one_line
 from lrai_sagemaker.models import artifact_in
@@ -508,6 +508,15 @@ def test_workers_that_can_never_be_started_end_the_container_that_has_none(
         supervisor.run()
     assert 50.0 < clock.now < 100.0, "what the machine lacks may come back"
     assert set(caplog.messages) == {f"a worker cannot be started: {os.strerror(errno.ENOMEM)}"}
+
+
+def test_a_container_has_ended_before_the_platform_kills_it() -> None:
+    _, option = get_args(Drain)
+    ending = 2 * _GRACE_SECONDS  # workers that do not end, then the runtime
+    assert option.max + ending < 30
+    with pytest.raises(SystemExit) as refused:
+        main(["serve", "--drain-seconds", str(option.max + 1)])
+    assert refused.value.code == lrai.UsageError.exit_code
 
 
 def test_demands_are_read() -> None:

@@ -44,7 +44,7 @@ Seconds = Annotated[
 ]
 Drain = Annotated[
     float,
-    typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=28, help="For answers after SIGTERM."),
+    typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=25, help="For answers after SIGTERM."),
 ]
 Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch transform.")]
 _ADVISED: Final = "What /execution-parameters advises"

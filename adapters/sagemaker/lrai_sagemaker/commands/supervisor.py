@@ -32,7 +32,7 @@ _START_AGAIN_SECONDS: Final = 5.0  # where the machine had no process, or no mem
 _MOST_DEATHS, _WINDOW_SECONDS = 10, 60.0
 _MOST_FAILED: Final = 10  # starts in a row while no worker is there
 _SAID: Final = (2, 3, 4, 5)  # exit statuses of a worker that cannot serve, and has said why
-_GRACE_SECONDS: Final = 2.0  # beside draining; the platform kills after 30 s
+_GRACE_SECONDS: Final = 2.0  # beside draining, and for the runtime; after 30 s the platform kills
 
 Worker = subprocess.Popen[bytes] | None  # None: it could not be started yet
 
