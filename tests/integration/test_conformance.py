@@ -32,7 +32,7 @@ import lrai_mlflow
 from benchmarks.processes import HOST, Server
 from tests.integration.mlflow_server import post, start
 from tests.integration.sagemaker.conftest import Container
-from tests.integration.test_runtime_faults import python
+from tests.integration.test_runtime_faults import python, wait_until
 from tests.integration.triton.server import Triton
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import (
@@ -58,10 +58,12 @@ MODELS = {
 }
 MOST_ROWS = 64  # of one request; Triton's own limit of a list, too
 MOST_BYTES = 1 << 16
+MOST_QUEUED = 16 * MOST_ROWS
 LIMITS = {
     "limits.request_rows": str(MOST_ROWS),
     "limits.request_bytes": str(MOST_BYTES),
     "limits.nan_policy": "reject",
+    "scheduler.max_queue_rows": str(MOST_QUEUED),
 }
 SHARED = ("shared", "triton", "mlflow", "bentoml", "sagemaker")
 # Where nothing says where models run, and as hosts are installed: in the process that is asked.
@@ -123,6 +125,7 @@ class Case:
         other: Statuses of hosts that have none of their own for it, or of ways to ask them.
         silent: Ways that say that there was an error, and no more.
         without: Hosts, or ways, that cannot state such a request.
+        full: Whether it finds the queue full.
     """
 
     name: str
@@ -135,15 +138,17 @@ class Case:
     other: Mapping[str, int] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    full: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a host answered: outputs, or why not."""
+    """What a host answered: outputs, or why not, and when it says that trying again makes sense."""
 
     status: int
     outputs: Mapping[str, Array]
     text: str = ""
+    retry_after_seconds: float | None = None
 
 
 def tokens(rows: int, length: int, **changes: Array) -> dict[str, Array]:
@@ -325,6 +330,16 @@ CASES = (
         says="price",
     ),
     Case(
+        "a full queue",
+        "c_tokens",
+        tokens(1, 3),
+        status=429,
+        says=str(MOST_QUEUED),
+        other=dict.fromkeys(TRITON, 503),  # Triton's codes have no other
+        without=INLINE,  # which have no actor that could be stopped
+        full=True,
+    ),
+    Case(
         "what an actor dies of",
         "c_tokens",
         tokens(1, DEADLY),
@@ -359,15 +374,16 @@ class Place:
 
     def asked(self, asks: Mapping[str, Ask]) -> Asked:
         """Return a host that others than this process ask that runtime for, in each way."""
-        return Asked(asks, self.actors, self.sockets)
+        return Asked(asks, self.actors, partial(lrai.Runtime, address="auto"), self.sockets)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A host: the ways to ask it, its models' processes, the folder of its runtime's sockets."""
+    """A host: the ways to ask it, its models' processes, its runtime, the folder of its sockets."""
 
     asks: Mapping[str, Ask]
     actors: Callable[[], list[int]]
+    runtime: Callable[[], contextlib.AbstractContextManager[lrai.Runtime]]
     sockets: Path
 
 
@@ -423,7 +439,9 @@ def host(request: pytest.FixtureRequest, folder: Path, deadly: str) -> Iterator[
     name, _, inline = request.param.partition(", ")
     if name == "triton":
         request.getfixturevalue("triton")  # first: what is set here is not for its other tests
-    settings = LIMITS | ({} if inline else {"actor.python": deadly})
+    # Actors are stopped here, and are not to be taken for dead.
+    actors = {"actor.python": deadly, "actor.hang_seconds": "60"}
+    settings = LIMITS | ({} if inline else actors)
     said = {"LRAI_" + key.upper().replace(".", "_"): value for key, value in settings.items()}
     with contextlib.ExitStack() as stack:
         address = "" if inline else "auto"
@@ -440,7 +458,12 @@ def through_core(address: str, place: Place) -> Asked:
     runtime = place.stack.enter_context(lrai.Runtime(config, address=address))
     for name in MODELS:
         runtime.load(place.folder / f"{name}.lrai", name=name)
-    return Asked({"": partial(ask_core, runtime)}, partial(actors_of, runtime), place.sockets)
+    return Asked(
+        {"": partial(ask_core, runtime)},
+        partial(actors_of, runtime),
+        lambda: contextlib.nullcontext(runtime),
+        place.sockets,
+    )
 
 
 def ask_core(runtime: lrai.Runtime, case: Case) -> Outcome:
@@ -450,7 +473,8 @@ def ask_core(runtime: lrai.Runtime, case: Case) -> Outcome:
     try:
         return Outcome(200, runtime.infer(request).outputs)
     except lrai.LraiError as error:
-        return Outcome(error.http_status, {}, str(error))
+        wait = getattr(error, "retry_after_seconds", None)
+        return Outcome(error.http_status, {}, str(error), wait)
 
 
 def through_triton(place: Place) -> Asked:
@@ -528,7 +552,8 @@ def ask_api(port: int, case: Case) -> Outcome:
         reply = connection.getresponse()
         content = reply.read()
     if reply.status != 200:  # without the page that pydantic has on each of its errors
-        return Outcome(reply.status, {}, re.sub(r'"url":"[^"]*"', "", content.decode()))
+        text = re.sub(r'"url":"[^"]*"', "", content.decode())
+        return Outcome(reply.status, {}, text, wait_of(reply))
     return Outcome(200, {name: np.array(value) for name, value in json.loads(content).items()})
 
 
@@ -573,12 +598,17 @@ def ask_protocol(port: int, path: str, case: Case) -> Outcome:
         reply = connection.getresponse()
         content, said = reply.read(), reply.headers.get("Inference-Header-Content-Length")
     if reply.status != 200:
-        return Outcome(reply.status, {}, content.decode())
+        return Outcome(reply.status, {}, content.decode(), wait_of(reply))
     result = triton_http.InferenceServerClient.parse_response_body(
         content, header_length=None if said is None else int(said)
     )
     names = [output["name"] for output in result.get_response()["outputs"]]
     return Outcome(200, {name: result.as_numpy(name) for name in names})
+
+
+def wait_of(reply: http.client.HTTPResponse) -> float | None:
+    said = reply.headers.get("Retry-After")
+    return None if said is None else float(said)
 
 
 def through_mlflow(place: Place) -> Asked:
@@ -605,7 +635,8 @@ def ask_mlflow(ports: Mapping[str, int], case: Case) -> Outcome:
     body["params"] = {name: value for name, value in params.items() if value}
     reply = post(ports[case.model], body)
     if reply.status != 200:
-        return Outcome(reply.status, {}, json.dumps(reply.content, ensure_ascii=False))
+        text = json.dumps(reply.content, ensure_ascii=False)
+        return Outcome(reply.status, {}, text, reply.content.get("retry_after_seconds"))
     return Outcome(200, {k: np.array(v) for k, v in reply.content["predictions"].items()})
 
 
@@ -651,7 +682,9 @@ def test_every_host_answers_alike(
     request: pytest.FixtureRequest,
 ) -> None:
     (way, case), place = asked, request.node.callspec.params["host"]
-    outcome, name = host.asks[way](case), named(place, way)
+    name = named(place, way)
+    with full_queue(host, expected) if case.full else contextlib.nullcontext():
+        outcome = host.asks[way](case)
     status = case.other.get(place, case.other.get(name, case.status))
     assert outcome.status == status, outcome.text
     if case.status == 200:
@@ -659,6 +692,8 @@ def test_every_host_answers_alike(
     else:
         assert (case.says in outcome.text) == (name not in case.silent)
         assert "/" not in outcome.text, "a path"
+        again = case.status in (429, 504) and place not in TRITON  # which has no place for it
+        assert (outcome.retry_after_seconds is not None) == again
 
 
 @pytest.mark.parametrize("host", ["embedded", *SHARED], indirect=True, scope="module")
@@ -689,6 +724,27 @@ def test_every_host_has_a_quick_model_in_itself(
 ) -> None:
     assert_answers(host, expected)
     assert not host.actors()
+
+
+@contextlib.contextmanager
+def full_queue(host: Asked, expected: Callable[[Case], dict[str, Array]]) -> Iterator[None]:
+    """Have as many rows wait as may, while actors stand still; then all of them are answered."""
+    case = Case("", "c_tokens", tokens(MOST_ROWS, 2))
+    with host.runtime() as runtime:
+        (name,) = {one.name for one in runtime.models() if one.name.startswith(case.model)}
+        request = lrai.InferenceRequest(model_name=name, inputs=case.inputs)
+        stopped = host.actors()
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            waiting = [runtime.start(request) for _ in range(MOST_QUEUED // MOST_ROWS)]
+            wait_until(lambda: runtime.stats()["outstanding_rows"] == MOST_QUEUED)
+            yield
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        for answer in waiting:
+            check(Outcome(200, answer.result(60).outputs), expected(case))
 
 
 def assert_answers(host: Asked, expected: Callable[[Case], dict[str, Array]]) -> None:
