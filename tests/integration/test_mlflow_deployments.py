@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -36,6 +37,8 @@ from lrai_report.target import find
 from lrai_report.tune import main
 from lrai_shared.keys import make_keys
 from tests.integration.mlflow_server import own_store, post
+from tests.integration.test_deployments import kill_for_good
+from tests.integration.test_runtime_faults import wait_until
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import column_model
 
@@ -433,6 +436,65 @@ def test_a_deployment_answers_more_rows_than_a_request_may_have(
     many = client.predict("search", {"features": rows})["predictions"]["logits"]
     assert len(many) == 5000
     np.testing.assert_allclose(many[4996:], logits(client), atol=1e-5)
+
+
+@pytest.fixture
+def frail() -> Iterator[Client]:
+    """Yield a client of a runtime that gives a version up after a few deaths."""
+    with own_runtime(LRAI_ACTOR_RESTART_LIMIT="1"):
+        found = mlflow.deployments.get_deploy_client("lrai")
+        assert isinstance(found, Client)
+        yield found
+
+
+def test_where_a_new_version_is_given_up_what_served_before_answers_again(
+    frail: Client, saved: list[Path]
+) -> None:
+    first, second = map(version_of, saved)
+    frail.create_deployment("search", str(saved[0]))
+    before = logits(frail)
+    frail.update_deployment("search", str(saved[1]))
+    kill_for_good(frail._runtime, second)
+    with pytest.raises(MlflowException) as refused:
+        logits(frail)
+    assert refused.value.get_http_status_code() == 503
+    wait_until(lambda: frail.get_deployment("search")["frozen"] is not None)
+    assert "crash guard" in frail.get_deployment("search")["frozen"]
+    assert shares(frail) == {first: 1.0}
+    assert logits(frail) == before
+
+
+def test_where_one_of_two_versions_is_given_up_the_other_answers(
+    frail: Client, saved: list[Path]
+) -> None:
+    first, second = map(version_of, saved)
+    frail.create_deployment("search", str(saved[0]))
+    frail.update_deployment("search", str(saved[1]), config={"canary": "0.25"})
+    kill_for_good(frail._runtime, first)
+    for _ in range(20):
+        assert logits(frail)
+    assert shares(frail) == {first: 0.75, second: 0.25}
+
+
+def test_what_serves_again_meanwhile_is_not_given_the_columns_of_what_was_given_up(
+    client: Client, sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"pixel {number}" for number in range(64)]
+    table = pd.DataFrame(ROWS, columns=names)
+    for source, columns in zip(sources, (names, names[::-1]), strict=True):
+        artifact = lrai.compile(source, out=tmp_path / f"{columns[0]}.lrai", threads=1)
+        signature = mlflow.models.infer_signature(table[columns], pd.DataFrame({"logits": [0.5]}))
+        lrai_mlflow.save_model(artifact, tmp_path / columns[0], signature=signature)
+    client.create_deployment("search", str(tmp_path / names[0]))
+    right = client.predict("search", table).get_predictions()
+    client.update_deployment("search", str(tmp_path / names[-1]))
+    models = lrai.Runtime.models
+    known = [dataclasses.replace(one, state="dead") for one in models(client._runtime)]
+    client.update_deployment("search", config={"rollback": "true"})
+    late = iter([known])
+    monkeypatch.setattr(lrai.Runtime, "models", lambda runtime: next(late, None) or models(runtime))
+    found = client.predict("search", table).get_predictions()
+    pd.testing.assert_frame_equal(found, right)
 
 
 def test_other_options_for_what_serves_take_effect_and_loads_leave_nothing_behind(

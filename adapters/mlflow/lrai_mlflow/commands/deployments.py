@@ -210,6 +210,8 @@ class Client(BaseDeploymentClient):
         # What could not be started keeps its share, for later; of one version none need be asked.
         known = dict.fromkeys(served, 1.0) if len(served) == 1 else self._known(name).shares
         shares = {version: share for version, share in known.items() if share and version in served}
+        alive = {one: share for one, share in shares.items() if served[one].state != "dead"}
+        shares = alive or shares
         said = self._said(name) if isinstance(inputs, pd.DataFrame) else {}
         if isinstance(inputs, pd.DataFrame) and self._copies is None:
             if not said:
@@ -217,16 +219,19 @@ class Client(BaseDeploymentClient):
                 raise UsageError(f"which column is which {seen}: give arrays by input name")
             shares = {one: share for one, share in shares.items() if _artifact_of(one) in said}
         if not shares:
-            raise ModelNotFound(f"what served {name!r} has just ended")
+            raise ModelNotFound(f"what served {name!r} has just ended or was given up")
         version = random.choices([*shares], [*shares.values()])[0]
         # What others have put in the place of a version, as `lrai tune`, takes what that took.
         said = said.get(_artifact_of(version), next(reversed(said.values()), {}))
         table, signature = ordered(inputs, said.get("columns", [])), served[version].signature
-        # One version answers all parts: what is in order for one is not for the others.
-        request = replace(to_lrai(table, signature.inputs, {}, name), model_version=version)
-        config = self._runtime.config
+        # One version answers all parts: what is in order for one is not for the others. Where none
+        # lives nobody is named: only then does the runtime have the one before serve again.
+        config, named = self._runtime.config, version if alive else ""
+        request = replace(to_lrai(table, signature.inputs, {}, name), model_version=named)
         most = rows_at_a_time(request, config)
         response = in_turn(self._runtime.infer, request, signature, most, config)
+        if said and response.model_version != version:  # it does by now, and may take other columns
+            raise ModelNotFound(f"what served {name!r} has just ended")
         return from_lrai(response, inputs, by_row=said.get("by_row", False))
 
     def _said(self, name: str) -> dict[str, Any]:
@@ -304,8 +309,8 @@ class Client(BaseDeploymentClient):
         return runtime
 
     def _found(self) -> dict[str, Any]:
-        found = self._runtime.deployments(save=False)  # nobody here reads what it would write
-        here = [one for one in found if one.shares and not one.away]  # for room; create loads again
+        # Nobody here reads what it would write; what is away for room, create loads again.
+        here = [one for one in self._runtime.deployments(save=False) if one.shares and not one.away]
         return {one.name: one for one in here if ":" not in one.name}
 
     def _known(self, name: str) -> Any:
@@ -455,10 +460,9 @@ def _digest(text: str) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    try:
+    with contextlib.suppress(ArtifactError):
         return bool(lrai.Artifact.open(path))
-    except ArtifactError:
-        return False
+    return False
 
 
 def _artifact_of(label: str) -> str:
