@@ -249,7 +249,7 @@ def _folders(config: lrai.LraiConfig) -> list[Path]:
     """
     if (locks := lock_folder(config)) is None:
         return []
-    has = _running(locks)
+    has = running(config)
     beside = Path(has.runtime.state_dir, "held") if has else locks
     with contextlib.suppress(OSError):  # it is not to be seen from here, or full
         beside.mkdir(mode=0o700, exist_ok=True)
@@ -279,17 +279,17 @@ def tell_unheard(asked: Asked) -> None:
     """
     if asked.here or asked.config.runtime.address == "embedded":
         return
-    has = _running(lock_folder(asked.config))
+    has = running(asked.config)
     wanted = {key: _meant(asked.config, key) for key in asked.rest.keys() - _WHICH}
     if others := [key for key, value in wanted.items() if has is None or _meant(has, key) != value]:
         words = "%s: the shared runtime keeps what it was started with, not what is asked for here"
         _log.warning(words, ", ".join(sorted(others)))
 
 
-def _running(locks: Path | None) -> lrai.LraiConfig | None:
-    """Return the settings of the shared runtime of these locks; None where they are not known."""
+def running(config: lrai.LraiConfig) -> lrai.LraiConfig | None:
+    """Return what the shared runtime of this machine was started with; None where not known."""
     with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):  # of another version
-        if locks is not None:
+        if (locks := lock_folder(config)) is not None:
             content = locks.with_name("settings").read_bytes()  # it keeps them for the next one
             return msgspec.msgpack.decode(content, type=tuple[lrai.LraiConfig, str])[0]
     return None

@@ -271,6 +271,22 @@ def test_any_number_of_rows_is_scored(saved: Path, sources: dict[str, Path]) -> 
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_any_number_of_rows_is_scored_within_the_limits_of_a_runtime_that_others_started(
+    saved: Path, sources: dict[str, Path]
+) -> None:
+    features = rows(500)
+    with own_runtime(LRAI_LIMITS_REQUEST_ROWS="256"), lrai.Runtime(address="auto"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("LRAI_LIMITS_REQUEST_ROWS")
+            served = ServedModel(saved / "model.lrai")
+        assert served.held.runtime.config.limits.request_rows == 4096
+        found = served.predict({"features": features})["logits"]
+        served.held.close()
+    session = onnxruntime.InferenceSession(sources["classifier"])
+    (expected,) = session.run(None, {"features": features})
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_no_rows_get_no_answers(artifacts: dict[str, lrai.Artifact], tmp_path: Path) -> None:
     lrai_mlflow.save_model(artifacts["columns"], tmp_path / "model", signature=False)
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))

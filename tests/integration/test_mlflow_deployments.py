@@ -438,6 +438,20 @@ def test_a_deployment_answers_more_rows_than_a_request_may_have(
     np.testing.assert_allclose(many[4996:], logits(client), atol=1e-5)
 
 
+def test_a_deployment_answers_them_within_the_limits_of_a_runtime_that_others_started(
+    saved: list[Path],
+) -> None:
+    rows = np.tile(ROWS, (125, 1))
+    with own_runtime(LRAI_LIMITS_REQUEST_ROWS="256"):
+        client = mlflow.deployments.get_deploy_client("lrai")
+        client.create_deployment("search", str(saved[0]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("LRAI_LIMITS_REQUEST_ROWS")
+            other = mlflow.deployments.get_deploy_client("lrai")
+            many = other.predict("search", {"features": rows})["predictions"]["logits"]
+        np.testing.assert_allclose(many, np.tile(logits(client), (125, 1)), atol=1e-5)
+
+
 @pytest.fixture
 def frail() -> Iterator[Client]:
     """Yield a client of a runtime that gives a version up after a few deaths."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import lrai_core as lrai
 from lrai_codecs import by_name, dtype_of, fit, in_turn, rows_at_a_time, text
-from lrai_import.held import Held, when_gone
+from lrai_import.held import Held, running, when_gone
 from lrai_mlflow.settings import settings_of
 from lrai_mlflow.watch import Watch, is_worker, tell_cap, workers_told
 
@@ -58,7 +58,7 @@ class ServedModel:
             held = Held(artifact, asked.placed(artifact, workers))
         self.held, self._signature = held, artifact.manifest.signature
         self._rows_a_second = rows_a_second(artifact, held.variant)
-        self._limits = None if is_worker() else asked.config  # of who asks over the network
+        self._in_parts = not is_worker()  # who asks over the network has limits
         self._by_row = not is_onnx(saved.metadata)
         when_gone(self, held.close)
         if is_worker():
@@ -87,10 +87,10 @@ class ServedModel:
                 names = [name for name in _wanted(params or {}) if name in kinds] or kinds
                 return pd.DataFrame({name: np.zeros(0, kinds[name]) for name in names})
             request = to_lrai(data, self._signature.inputs, params or {}, self.held.name)
-            most = sys.maxsize
-            if self._limits:  # calls of about a second, of one of which nobody has to wait for long
-                most = min(rows_at_a_time(request, self._limits), self._rows_a_second)
-            config = self.held.runtime.config
+            config, most = self.held.runtime.config, sys.maxsize
+            if self._in_parts:  # calls of about a second: nobody has to wait for one for long
+                config = running(config) or config  # its limits count, not those of this process
+                most = min(rows_at_a_time(request, config), self._rows_a_second)
             response = in_turn(self.held.infer, request, self._signature, most, config)
         return from_lrai(response, data, by_row=self._by_row)
 

@@ -66,7 +66,7 @@ from msgspec.structs import replace
 import lrai_core as lrai
 from lrai_codecs import in_turn, rows_at_a_time
 from lrai_core import OWN_SETTINGS, ArtifactError, LraiError, ModelNotFound, UsageError
-from lrai_import.held import lock_folder, tell_unheard, when_gone
+from lrai_import.held import lock_folder, running, tell_unheard, when_gone
 from lrai_import.hosted import load
 from lrai_mlflow.flavor import saved_model
 from lrai_mlflow.serving import FLAVOR_NAME, from_lrai, mlflow_errors, ordered, to_lrai
@@ -226,9 +226,9 @@ class Client(BaseDeploymentClient):
         table, signature = ordered(inputs, said.get("columns", [])), served[version].signature
         # One version answers all parts: what is in order for one is not for the others. Where none
         # lives nobody is named: only then does the runtime have the one before serve again.
-        config, named = self._runtime.config, version if alive else ""
+        named, own = version if alive else "", self._runtime.config
         request = replace(to_lrai(table, signature.inputs, {}, name), model_version=named)
-        most = rows_at_a_time(request, config)
+        most = rows_at_a_time(request, config := running(own) or own)
         response = in_turn(self._runtime.infer, request, signature, most, config)
         if said and response.model_version != version:  # it does by now, and may take other columns
             raise ModelNotFound(f"what served {name!r} has just ended")
