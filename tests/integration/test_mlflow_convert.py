@@ -318,6 +318,14 @@ def test_a_pickle_is_opened_only_if_that_is_allowed(form: str) -> None:
     assert answers(made, TABLE.head(3))["label"].tolist() == pipeline().predict(TABLE[:3]).tolist()
 
 
+def test_a_pickle_is_opened_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = log_sklearn(pipeline(), serialization_format="pickle")
+    monkeypatch.setattr("mlflow.sklearn.load_model", lambda *_, **__: pytest.fail("it was opened"))
+    made = lrai_mlflow.convert(source.model_uri, allow_pickle=True, threads=1)
+    assert made.metadata is not None
+    assert made.metadata["lrai_origin"]["source_model_id"] == source.model_id
+
+
 def save_sklearn(path: Path, form: str) -> None:
     mlflow.sklearn.save_model(
         pipeline(), str(path), serialization_format=form, pip_requirements=["numpy"]
