@@ -329,6 +329,23 @@ def test_in_a_worker_the_servers_time_is_that_of_who_states_none(
     assert served.held.runtime.config.scheduler.default_timeout_ms == timeout_ms
 
 
+def test_a_worker_tells_of_the_cap_of_what_it_serves(
+    saved: Path, artifact: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[tuple[str, str]]()
+
+    def tell(served: lrai.Artifact, variant: str) -> None:
+        told.append((served.sha256, variant))
+
+    monkeypatch.setattr("lrai_mlflow.serving.Watch", lambda *_: None)  # which ends processes
+    monkeypatch.setattr("lrai_mlflow.serving.tell_cap", tell)
+    ServedModel(saved / "model.lrai")
+    assert told == [], "nobody caps who is no worker"
+    monkeypatch.setattr("lrai_mlflow.serving.is_worker", lambda: True)
+    ServedModel(saved / "model.lrai")
+    assert told == [(artifact.sha256, "fp32")]
+
+
 def test_only_in_a_worker_is_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "10")
     served = ServedModel(saved / "model.lrai", {})
@@ -643,10 +660,12 @@ def test_a_model_that_works_or_is_slow_does_not(says: str) -> None:
 @pytest.mark.parametrize(
     ("workers", "told"), [("1", True), ("2", True), ("16", False), ("many", True)]
 )
+@pytest.mark.parametrize("cpus", [{"cpu_count": 2}, {"cpu_count": 28, "process_cpu_count": 2}])
 def test_a_cap_that_keeps_calls_small_is_told(
     artifact: lrai.Artifact,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    cpus: dict[str, int],
     workers: str,
     told: bool,
 ) -> None:
@@ -657,7 +676,9 @@ def test_a_cap_that_keeps_calls_small_is_told(
     )
     variants = (msgspec.structs.replace(variant, latency=profile),)
     manifest = msgspec.structs.replace(artifact.manifest, variants=variants)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.delattr("os.process_cpu_count", raising=False)  # which Python has from 3.13 on
+    for name, count in cpus.items():
+        monkeypatch.setattr(f"os.{name}", partial(int, count), raising=False)
     monkeypatch.setattr("sys.argv", ["uvicorn", "--workers", workers, "app"])
     tell_cap(dataclasses.replace(artifact, manifest=manifest), "fp32")
     assert ("at most 6 requests at a time (CPUs + 4, to 32)" in caplog.text) == told

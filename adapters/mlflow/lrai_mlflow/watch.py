@@ -44,7 +44,8 @@ def workers_told() -> int:
 
 def tell_cap(artifact: Artifact, variant: str) -> None:
     """Warn where MLflow hands over too few requests at a time for the calls that pay most."""
-    threads = min(32, (os.cpu_count() or 1) + 4)  # of asyncio.to_thread
+    # Of asyncio.to_thread, from Python 3.13 on by the CPUs that this process may use.
+    threads = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
     workers = workers_told() or 1
     profile = artifact.manifest.variant(variant).latency
     length = max((point.length for point in profile), default=0)
