@@ -210,6 +210,25 @@ def test_a_worker_ends_where_the_runtime_is_silent_for_too_long(
         assert "was not ready for" in one.log.read_text()
 
 
+def test_where_the_runtime_was_silent_for_too_long_other_workers_take_their_place(
+    saved: Path, tmp_path: Path
+) -> None:
+    patience = {"LRAI_ACTOR_START_TIMEOUT_SECONDS": "4"}
+    with own_runtime(**patience) as folder, start(saved, tmp_path, workers=2) as one:
+        one.wait_until_ready("/ping")
+        wait_for(lambda: len(clients(one)) == len(workers(one)) == 2, seconds=90)
+        before = set(workers(one))
+        (daemon,) = daemon_pids(folder)
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            wait_for(lambda: not before & set(workers(one)), seconds=90)
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+        wait_for(lambda: len(clients(one)) == len(workers(one)) == 2, seconds=90)
+        wait_for(lambda: post_or_none(one.port) == 200, seconds=90)
+        assert "was not ready for" in one.log.read_text()
+
+
 def test_a_server_that_was_ended_does_not_keep_its_model_in_the_runtime_of_others(
     saved: Path, classifier_fp32: lrai.Artifact, tmp_path: Path
 ) -> None:
