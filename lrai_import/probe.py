@@ -1,7 +1,7 @@
 """First look at a model file, in a process that may die.
 
-A child parses it, checks external data and loads the graph into onnxruntime. Parsers have crashed
-on hostile files; here that costs a child.
+A child parses it, checks external data, loads the graph into onnxruntime and runs it once. Hostile
+files have crashed parsers, and operators; here that costs a child.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def _open(path: Path, model: onnx.ModelProto, opset: int) -> None:
-    """Load the model, upgraded where it has to be, as it is and optimised."""
+    """Load and run the model, upgraded where it has to be, as it is and optimised."""
     with tempfile.TemporaryDirectory(prefix="lrai-probe-") as folder:
         if opset < MIN_OPSET:
             if model.functions:

@@ -205,8 +205,6 @@ def _apart(session: Session, signature: Signature, row: Row) -> bool:
 
 def _tells(session: Session, pair: tuple[Row, Row]) -> bool:
     """Return whether numbers with fractions differ between rows: labels may stay, come what may."""
-    for a, b in zip(*map(session.run, pair), strict=True):
-        both = tuple(map(slice, map(min, a.shape, b.shape)))  # one is longer
-        if a.dtype.kind == "f" and not _same([a[both]], [b[both]]):
-            return True
-    return False
+    both = zip(*map(session.run, pair), strict=True)
+    cut = ((a, b, tuple(map(slice, map(min, a.shape, b.shape)))) for a, b in both)  # one is longer
+    return any(a.dtype.kind == "f" and not _same([a[at]], [b[at]]) for a, b, at in cut)

@@ -263,13 +263,11 @@ def _label_result(
 def _label_rows_needed(lost: float, won: float, allowed: float, level: float) -> int:
     sizes = (int(100 * 1.25**step) for step in range(54))
     shown = ((round(lost * n), round(won * n), n) for n in sizes)
-    most = confidence.paired_loss_bound
-    return next((each[-1] for each in shown if most(*each, level) <= allowed), -1)
+    return next((of[2] for of in shown if confidence.paired_loss_bound(*of, level) <= allowed), -1)
 
 
 def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float) -> GateResult:
-    n = len(reference)
-    counts = _agreeing(reference, runs, specs)
+    n, counts = len(reference), _agreeing(reference, runs, specs)
     share, worst = counts[0] / n, min(counts) / n
     bound = confidence.lower_bound(min(counts), n, level)
     maps = dict.fromkeys(spec.output_map for spec in specs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,8 +16,10 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 from lrai_core.artifact import Source
+from lrai_core.compiler.axes import assume_axes
+from lrai_core.engine.batching import synthetic_row
 from lrai_core.engine.onnxruntime import OnnxRuntime, refusal
-from lrai_core.errors import ArtifactError, CompileError, EnvironmentProblem, shorten
+from lrai_core.errors import ArtifactError, CompileError, EngineError, EnvironmentProblem, shorten
 from lrai_core.protocol import DATATYPES, OutputMap, Signature, TensorSpec
 
 _SOURCE: Final = "source/model.onnx"
@@ -124,17 +127,19 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def check_loads(path: Path) -> None:
-    """Load an ONNX file into onnxruntime, as it is and optimised.
+    """Load an ONNX file into onnxruntime, as it is and optimised, and run it on a made-up row.
 
-    A hostile file may kill the process: see `run_task`.
+    That row it may refuse. A hostile file may kill the process: see `run_task`.
 
     Raises:
         UnsupportedOperator: It holds an operator that onnxruntime does not have.
         CompileError: onnxruntime refuses it.
     """
+    assumed = assume_axes(declared(onnx.load(path, load_external_data=False)))
     for optimise in (False, True):
         try:
-            OnnxRuntime().load(path, optimise=optimise)
+            with suppress(EngineError):  # real rows will tell
+                OnnxRuntime().load(path, optimise=optimise).run(synthetic_row(assumed, 8))
         except ArtifactError as error:
             raise refusal(error, str(error)) from None
 

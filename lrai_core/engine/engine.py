@@ -113,9 +113,8 @@ def isa_class() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
         lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
         flags = set(next(lines, "").split())
-        for flag, name in _ISA_FLAGS.items():
-            if flag in flags:
-                return name
+        if known := [name for flag, name in _ISA_FLAGS.items() if flag in flags]:
+            return known[0]
     return platform.machine().lower()
 
 

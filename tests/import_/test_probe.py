@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -196,3 +197,28 @@ def test_whatever_bits_of_a_file_are_flipped_a_child_dies_of_it_at_most(tmp_path
 
     found = list(on_all_cpus(probed, flips, threads=1))
     assert {Probe, CompileError} <= {type(one) for one in found}
+
+
+def test_what_kills_who_runs_it_costs_a_child_at_most(tmp_path: Path) -> None:
+    """The dividend is known when it runs only, so that nothing is folded when it is loaded."""
+    nodes = [
+        helper.make_node("Mul", ["x", "none"], ["nothing"]),
+        helper.make_node("Cast", ["nothing"], ["whole"], to=onnx.TensorProto.INT64),
+        helper.make_node("Add", ["whole", "zero"], ["dividend"]),
+        helper.make_node("Div", ["dividend", "less"], ["y"]),
+    ]
+    weights = [
+        numpy_helper.from_array(np.zeros(1, np.float32), "none"),
+        numpy_helper.from_array(np.array([np.iinfo(np.int64).min]), "zero"),  # its sign is flipped
+        numpy_helper.from_array(np.array([-1]), "less"),
+    ]
+    ends = [value("x", ["n", 2])], [value("y", ["n", 2], onnx.TensorProto.INT64)]
+    path = save(model(nodes, *ends, weights), tmp_path / "m.onnx")
+    with pytest.raises(CompileError, match=r"was killed \(signal 8\); the file may be damaged"):
+        probe(path)
+    lrai = Path(sys.executable).with_name("lrai")
+    command = [str(lrai), "compile", str(path), "-o", str(tmp_path / "m.lrai")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+    assert done.stderr.startswith("lrai: m.onnx cannot be read: its process was killed (signal 8)")
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
