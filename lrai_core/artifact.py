@@ -189,9 +189,8 @@ class Manifest(_Record, frozen=True, kw_only=True):
         Raises:
             UsageError: There is none.
         """
-        for variant in self.variants:
-            if variant.id == variant_id:
-                return variant
+        if found := [variant for variant in self.variants if variant.id == variant_id]:
+            return found[0]
         known = ", ".join(v.id for v in self.variants)
         raise UsageError(f"no variant {shorten(variant_id)!r}; the artifact has {known}")
 

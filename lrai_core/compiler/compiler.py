@@ -119,8 +119,9 @@ def compile(
             what fit 256 MiB.
         seed: Of the split of the evaluation rows.
         minutes: About how long it may take, the best so far is kept then: a quarter of it serves to
-            make forms, half of it is gone when they have been measured, in three rounds at least.
-            What has not been judged when they are up is not kept. fp32 is always made and judged.
+            make forms, half of it is gone when they have been measured, in three rounds at least,
+            and after three quarters it looks at no more of them. What has not been judged when they
+            are up is not kept. fp32 is always made and judged, and then one of those looked at.
         cache: Folder that keeps the forms that are made: another compilation of the same model with
             the same rows and engines, after this one or instead of it, finds them there.
             What was measured is measured anew: figures of two times cannot be compared.
@@ -345,16 +346,16 @@ class _Compilation:
 
     def _front(self, rows: Rows, keep: int, fp32: Candidate) -> list[Candidate]:
         """Return what is worth judging, the closest first: faster than closer ones, by engine."""
-        worth, front = list[Candidate](), list[Candidate]()
-        for one in self.candidates:
-            if one.form == "fp32" or self._worth(one, [], keep):
-                worth.append(one)
-            else:
-                self._reject(one.name, f"{one.pace}: a gain of {search.WORTH} is worth it")
+        others = [one for one in self.candidates if one is not fp32]
+        worth = [fp32, *(one for one in others if self._worth(one, [], keep))]
+        for one in (one for one in others if one not in worth):
+            self._reject(one.name, f"{one.pace}: a gain of {search.WORTH} is worth it")
         tick = self._begin("search", len(rows) * (1 + 2 * len(worth)), "source")
         reference = gate.run_alone(self.reference, rows, self.threads, tick)
         for candidate in tuple(worth):
             try:
+                if sum(bool(one.gaps) for one in worth) > 1 and time.monotonic() > self._at(0.75):
+                    raise ValueError("not looked at: the minutes are up")
                 told = partial(tick, candidate.name)
                 runs = gate.run(candidate.session, rows, self.signature, self.threads, told)
                 candidate.gaps = gate.worst_gaps(reference, runs, self.signature.outputs)
@@ -365,6 +366,7 @@ class _Compilation:
                 self._reject(candidate.name, f"{candidate.pace}; {error}")
                 worth.remove(candidate)
         worth.sort(key=lambda candidate: (candidate.distance, -candidate.speedup))
+        front = list[Candidate]()
         for own in (one for one in worth if one.form != "fp32"):
             # What serves some calls is no match for what serves all.
             least, some = min(own.speedup, search.WORTH), own.little(fp32)
@@ -392,7 +394,8 @@ class _Compilation:
     ) -> Judged | None:
         """Return what the gate says of a form at a level, None where it does not pass."""
         fp32 = candidate.form == "fp32"
-        if not fp32 and time.monotonic() > self._at(1):
+        # One beside fp32, which is the first, may take its time: else all was for nothing.
+        if sum("batch_effect" in line for line in self.log) > 1 and time.monotonic() > self._at(1):
             self._reject(candidate.name, f"{candidate.pace}; not judged: the minutes are up")
             return None
         try:

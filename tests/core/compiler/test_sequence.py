@@ -356,6 +356,30 @@ def test_when_the_time_is_up_what_has_passed_is_kept(
     assert "not judged: the minutes are up" in why(work, other)
 
 
+@pytest.mark.parametrize(("gate", "best"), [(FEW, "f3"), (ENOUGH, "f0")])
+def test_when_the_time_goes_by_while_forms_are_looked_at_one_is_judged_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, gate: int, best: str
+) -> None:
+    """Of those that there was time for: with fp32 alone all that it took would be for nothing."""
+    work = compilation([(f"f{i}", 4 - i / 4, 0.08 - i / 100, 0) for i in range(8)], gate=gate)
+    clock, run = [300.0], Model.run
+
+    def slowly(self: Model, arrays: Sequence[Array], outputs: Any = None) -> list[Array]:
+        clock[0] += 1
+        return run(self, arrays, outputs)
+
+    monkeypatch.setattr(Model, "run", slowly)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    work.began, work.seconds = 0.0, 600.0
+    work.judge(4)
+    assert kept(work) == [best, "fp32"]
+    assert judged(work) == ["fp32", best]
+    assert [line["form"] for line in work.log if line["event"] == "searched"] == [
+        *("fp32", "f0", "f1", "f2", "f3")
+    ]
+    assert all("not looked at: the minutes are up" in why(work, f"f{i}") for i in range(4, 8))
+
+
 def test_what_closer_forms_are_as_fast_as_is_not_judged() -> None:
     work = compilation([("far", 2.02, 0.05, 0), ("near", 2, 0.01, 0), ("slow", 1.03, 0, 0)])
     work.judge(4)
