@@ -86,6 +86,7 @@ def compile(
     minutes: Annotated[
         float | None, typer.Option(help="About so long, then the best so far.")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of which rows judge, and which make forms.")] = 0,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -133,6 +134,7 @@ def compile(
             threads=threads or lrai_core.load_config().actor.threads,
             keep_evaluation=keep_evaluation,
             minutes=minutes,
+            seed=seed,
             cache=cache,
         )
     if slim:

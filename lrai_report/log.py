@@ -39,6 +39,8 @@ class Event(msgspec.Struct, frozen=True):
     calibration: bool = False
     axes: bool = False
     keep_evaluation: int | None = None
+    minutes: float | None = None
+    seed: int = 0
     engines: tuple[str, ...] = ()
     keep: int = 0  # logs of earlier versions do not tell it
 

@@ -214,7 +214,8 @@ def _command(artifact: Artifact, events: Sequence[Event]) -> str:
     asked = next((event for event in events if event.event == usual.event), usual)
     engines = [one for one in asked.engines or artifact.engines if one != "onnxruntime"]
     words += [word for engine in engines for word in ("--engine", engine)]
-    for name in ("calibration", "axes", "max_accuracy_loss", "max_disparity", "keep_evaluation"):
+    numbers = ("max_accuracy_loss", "max_disparity", "keep_evaluation", "minutes", "seed")
+    for name in (*_FILES, *numbers):
         if (value := getattr(asked, name)) != getattr(usual, name):
             words += [f"--{name.replace('_', '-')}", _FILES.get(name, f"{value}")]
     least = 3 if engines else 2

@@ -162,8 +162,8 @@ def compile(
         work = _Compilation(folder, scratch, conditions, threads or available_cpus(), report)
         work.seconds, work.objective = 60 * (minutes or math.inf), objective
         asked = {"event": "asked", **asdict(conditions), "keep_evaluation": keep_evaluation}
-        asked |= {"axes": axes is not None, "calibration": calibration is not None}
-        work.log.append(asked | {"engines": [*engines], "keep": keep})
+        asked |= {"axes": axes is not None, "calibration": calibration is not None, "seed": seed}
+        work.log.append(asked | {"engines": [*engines], "keep": keep, "minutes": minutes})
         work.load(model)
         work.find_axes(None if axes is None else Path(axes), evaluation, output_map)
         work.split_rows(calibration, evaluation, seed)

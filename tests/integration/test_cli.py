@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -170,6 +171,13 @@ def test_an_unusable_model_ends_with_exit_4(
         (tmp_path / name).write_bytes(content)
     assert message in run("compile", tmp_path / name, "-o", tmp_path / "m.lrai", code=4)
     assert not (tmp_path / "m.lrai").exists()
+
+
+def test_minutes_and_seed_are_told_to_who_does_it_again(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.lrai"
+    run("compile", model, "-o", out, "--minutes", "9", "--seed", "3", code=0)
+    first = json.loads((out / "quantization.jsonl").read_text().splitlines()[0])
+    assert (first["event"], first["minutes"], first["seed"]) == ("asked", 9, 3)
 
 
 def test_an_output_that_exists_ends_with_exit_2(model: Path, tmp_path: Path) -> None:

@@ -220,10 +220,11 @@ def test_the_command_has_what_was_asked(tmp_path: Path) -> None:
     artifact = lrai.compile(
         source, out=tmp_path / "c.lrai", calibration={"features": rows["features"][:64]},
         axes=axes, max_accuracy_loss=np.float64(0.02), max_disparity=0.05, keep_evaluation=0,
-        keep=4,
+        keep=4, minutes=30, seed=7,
     )  # fmt: skip
     asked = "--calibration SAMPLE.npz --axes AXES.toml --max-accuracy-loss 0.02 --max-disparity"
-    assert f"{asked} 0.05 --keep-evaluation 0 --keep 4" in read(page(artifact)).text
+    more = "--keep-evaluation 0 --minutes 30.0 --seed 7 --keep 4"
+    assert f"{asked} 0.05 {more}" in read(page(artifact)).text
     assert "own.toml" not in (artifact.path / "quantization.jsonl").read_text()
 
 
