@@ -314,6 +314,35 @@ def test_unusable_evaluation_data_is_refused_in_a_sentence(
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((0, 8), np.float32), "no rows"),
+        (np.full((200, 8), np.nan, np.float32), "row 0: tensor 'x': holds NaN or infinity"),
+        (np.zeros((200, 8), np.int64), "row 0: .*datatype INT64, the model takes FP32"),
+        (np.zeros((200, 7), np.float32), r"row 0: .*dimension 1 is 7, \[batch, 8\] is needed"),
+    ],
+)
+def test_unusable_calibration_data_is_refused_in_a_sentence(
+    make: Compile, rows: Rows, tmp_path: Path, x: Any, message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=f"^calibration: {message}"):
+        make(evaluation=rows, calibration={"x": x})
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_of_calibration_that_is_all_the_same_what_can_be_made_is_judged(
+    make: Compile, rows: Rows, count: int
+) -> None:
+    """One row, once or many times, tells no range: the gate says what that is worth."""
+    artifact = make(evaluation=rows, calibration={"x": np.full((count, 8), 0.5, np.float32)})
+    why = {line["form"]: line["why"] for line in log(artifact) if line["event"] == "candidate"}
+    assert "of 1 rows 1 are finite, 2 are needed" in why["int8-smooth"]
+    assert "fp32" in {variant.id for variant in artifact.variants}
+    assert all(variant.gate and variant.gate.passed for variant in artifact.variants)
+
+
 def test_labels_must_match_the_rows(make: Compile, rows: Rows) -> None:
     with pytest.raises(CalibrationError, match="different numbers of rows"):
         make(evaluation=rows | {"label": np.zeros(3, np.int64)})
