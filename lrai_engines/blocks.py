@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
 import numpy as np
 import onnx
 
-from lrai_core.compiler.search import Quantized
 from lrai_engines.quantize import (
     BITS,
     INT4,
     Float32,
     Graph,
     Linear,
+    Made,
     relative_error,
     rewrite,
     scale_of,
@@ -25,8 +26,12 @@ _SHRUNK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # of its largest weight, where a b
 
 
 def matmul_nbits(
-    model: onnx.ModelProto, *, block_size: int, accuracy_level: int = INT8_ACTIVATIONS
-) -> tuple[onnx.ModelProto, list[Quantized]]:
+    model: onnx.ModelProto,
+    *,
+    block_size: int,
+    accuracy_level: int = INT8_ACTIVATIONS,
+    harms: Mapping[str, float] | None = None,
+) -> Made:
     """Return `model` with int8 weights and a scale per block of `block_size` along K.
 
     Args:
@@ -35,6 +40,7 @@ def matmul_nbits(
             batch (onnxruntime 1.32, AVX-512 VNNI); above, the last bits depend on the batch size.
         accuracy_level: 4 quantises activations to int8, per row and block, inside the kernel; 1
             keeps them in float32.
+        harms: See `rewrite`.
 
     Raises:
         NothingToQuantize: No operator qualifies.
@@ -43,7 +49,7 @@ def matmul_nbits(
     Source: onnxruntime contrib operator MatMulNBits, version 1.
     """
     emit = partial(nbits, block_size=block_size, accuracy_level=accuracy_level)
-    return rewrite(model, emit)
+    return rewrite(model, emit, harms)
 
 
 def nbits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,7 @@ from lrai_engines import fusion
 from lrai_engines.blocks import matmul_nbits
 from lrai_engines.kept import LATE, Kept, is_late
 from lrai_engines.mixed import mixed_int4
-from lrai_engines.quantize import NothingToQuantize
+from lrai_engines.quantize import Made, NothingToQuantize
 from lrai_engines.smooth import ROW, STATIC, SmoothForms
 from lrai_engines.static import StaticForms, attends, goes_undefined, undefined_stays
 
@@ -28,8 +29,6 @@ _EXACT: Final = (75, 85, 92)  # in float32, where the others have a scale per ro
 _KEPT: Final = (50, 80, 95)  # in float32, where the others have static scales
 _WIDER: Final = (0, 30, 50, 75, 90)  # in int8, where the others have 4 bits
 
-
-Made = tuple[onnx.ModelProto, list[Quantized]]
 Build = Callable[[onnx.ModelProto], Made]
 
 
@@ -47,6 +46,9 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
     def narrow(model: onnx.ModelProto, share: float) -> Made:
         return mixed_int4(model, smooth.harms(model), share=share)
 
+    def blocks(model: onnx.ModelProto, size: int) -> Made:
+        return matmul_nbits(model, block_size=size, harms=smooth.known(model))
+
     return {
         "int8-smooth": partial(smooth.build, scheme=STATIC),
         **{
@@ -61,8 +63,8 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
         "int8-static": partial(static.build, share=0),
         **{f"int8-static-{kept}": partial(static.build, share=kept / 100) for kept in _KEPT},
         "int8-smooth-static": partial(joint, smooth, static, STATIC),
-        "int8-block32": partial(matmul_nbits, block_size=32),
-        "int8-block128": partial(matmul_nbits, block_size=128),
+        "int8-block32": partial(blocks, size=32),
+        "int8-block128": partial(blocks, size=128),
         **{
             "int4" + f"-mixed-{share}" * bool(share): partial(narrow, share=share / 100)
             for share in (_WIDER if material.objective == "memory" else ())
@@ -85,7 +87,10 @@ def joint(
         raise NothingToQuantize("no MatMul or Gemm has a scheme of its own without attention")
     made, convolved = static.build(model, share=share, guarded=False)
     made, report = smooth.build(model, scheme=scheme, convolved=made)
-    return made, [line for line in convolved if line.weight_elements] + report
+    harm, other = (sum(one.values()) for one in (static.harms, smooth.known(model)))
+    part = harm / (harm + other or 1.0)  # of what both do
+    told = [replace(line, harm=line.harm * part) for line in convolved if line.weight_elements]
+    return made, told + [replace(line, harm=line.harm * (1 - part)) for line in report]
 
 
 class OnnxRuntimeForms:

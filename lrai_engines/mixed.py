@@ -7,16 +7,13 @@ from typing import Final
 
 import onnx
 
-from lrai_core.compiler.search import Quantized
 from lrai_engines.blocks import INT8_ACTIVATIONS, nbits
-from lrai_engines.quantize import Graph, Linear, NothingToQuantize, linears, rewrite
+from lrai_engines.quantize import Graph, Linear, Made, NothingToQuantize, linears, rewrite
 
 _NARROW_BLOCK: Final = 32  # with 4 bits
 
 
-def mixed_int4(
-    model: onnx.ModelProto, harms: Mapping[str, float], *, share: float
-) -> tuple[onnx.ModelProto, list[Quantized]]:
+def mixed_int4(model: onnx.ModelProto, harms: Mapping[str, float], *, share: float) -> Made:
     """Return `model` with 4 bits a weight, and 8 on the few matrices that harm most; in blocks.
 
     Blocks have 32 weights and a scale; of the largest weight, what a block's range ends at is
@@ -39,11 +36,10 @@ def mixed_int4(
         raise NothingToQuantize("no matrix, or every matrix would be kept closer")
 
     def emit(graph: Graph, layer: Linear) -> str:
-        graph.harms[layer.weight] = harms[layer.weight] / (sum(harms.values()) or 1)
         bits = 8 if layer.weight in closer else 4
         return nbits(graph, layer, _NARROW_BLOCK, INT8_ACTIVATIONS, bits)
 
-    return rewrite(model, emit)
+    return rewrite(model, emit, harms)
 
 
 def worst(harms: Mapping[str, float], work: Mapping[str, float], share: float) -> set[str]:

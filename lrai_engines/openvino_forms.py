@@ -23,10 +23,10 @@ from onnx.shape_inference import InferenceError
 
 from lrai_core.compiler.search import Built, Material, Reject, Sample
 from lrai_core.errors import CompileError
-from lrai_engines.forms import Build, Made, int8, joint, standard
+from lrai_engines.forms import Build, int8, joint, standard
 from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
-from lrai_engines.quantize import NothingToQuantize, constants, inferred, read, weights_int8
+from lrai_engines.quantize import Made, NothingToQuantize, constants, inferred, read, weights_int8
 from lrai_engines.smooth import QDQ
 from lrai_engines.static import goes_undefined, signed, undefined_stays
 
@@ -61,19 +61,13 @@ class _Form:
     transform: Build | None = None
 
 
-_FORMS: Final = {
-    "openvino-fp32": _Form("fp32", {}),
-    "openvino-bf16": _Form("bf16", _BF16),
-    f"openvino-int8-{_GROUP}": _Form(
-        "int8", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_GROUP)}, weights_int8
-    ),
-}
+_FORMS: Final = {"openvino-fp32": _Form("fp32", {}), "openvino-bf16": _Form("bf16", _BF16)}
 
 
 class OpenVinoForms:
     """Builds them; see `Builder`."""
 
-    steps = len(_FORMS) + 2 * len(_KEPT) + 1
+    steps = len(_FORMS) + 2 * len(_KEPT) + 2
 
     def __init__(self, engine: OpenVino) -> None:
         """Build for an engine."""
@@ -131,9 +125,10 @@ class OpenVinoForms:
 
 
 def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str, _Form]:
-    """Return those whose scales are found before; `rest`: how what stays float32 is computed."""
+    """Return those in int8; `rest`: how what stays float32 of those whose scales are known runs."""
     smooth, static = int8(material, sample)
     both = partial(joint, smooth, static, QDQ)
+    groups = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_GROUP)}
 
     def convolved(
         model: onnx.ModelProto, share: float, build: Callable[..., Made] = static.build
@@ -142,11 +137,17 @@ def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str,
         made, operators = build(model, share=share)
         return signed(made, [node.output[0] for node in clips]), operators
 
-    return {
+    def grouped(model: onnx.ModelProto) -> Made:
+        return weights_int8(model, smooth.known(model))
+
+    first = {f"openvino-int8-{_GROUP}": _Form("int8", groups, grouped)}
+    known = {
         name + f"-{kept}" * bool(kept): _Form("int8", rest, partial(build, share=kept / 100))
         for name, build in ((_STATIC, convolved), (_SMOOTH, partial(smooth.build, scheme=QDQ)))
         for kept in _KEPT
-    } | {f"{_SMOOTH}-static": _Form("int8", rest, partial(convolved, share=0, build=both))}
+    }
+    known[f"{_SMOOTH}-static"] = _Form("int8", rest, partial(convolved, share=0, build=both))
+    return first | known
 
 
 def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:

@@ -22,6 +22,7 @@ from lrai_core.engine.engine import isa_class
 from lrai_core.errors import CompileError
 
 Float32 = npt.NDArray[np.float32]
+Made = tuple[onnx.ModelProto, list[Quantized]]  # a model, and what was done to its operators
 
 _ONNX = ("", "ai.onnx")  # both name the standard's own operators
 _OPSET: Final = 13  # the first whose QuantizeLinear is the one written here
@@ -50,13 +51,14 @@ def linears(model: onnx.ModelProto) -> Iterator[Linear]:
     return (layer for layer in found if isinstance(layer, Linear))
 
 
-def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantized]]:
+def weights_int8(model: onnx.ModelProto, harms: Mapping[str, float] | None = None) -> Made:
     """Return `model` with int8 weights and a scale per column, and nothing said of activations.
 
     DequantizeLinear and MatMul, which an engine may run as one operator of its own.
 
     Args:
         model: Weights inline, opset 13 or later. Not modified.
+        harms: See `rewrite`.
 
     Raises:
         NothingToQuantize: No operator qualifies.
@@ -64,7 +66,7 @@ def weights_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Quantize
 
     Source: ONNX DequantizeLinear, opset 13.
     """
-    return rewrite(model, _weights_int8)
+    return rewrite(model, _weights_int8, harms)
 
 
 class Smoothing(NamedTuple):
@@ -101,7 +103,6 @@ class Graph:
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
     values: set[str] = field(default_factory=set)
     errors: dict[str, float] = field(default_factory=dict)  # by `Linear.weight`
-    harms: dict[str, float] = field(default_factory=dict)  # likewise, as shares
 
     def constant(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
         """Have a constant of that name; return the name."""
@@ -125,16 +126,20 @@ Emit = Callable[[Graph, Linear], str]
 """Writes a layer, and returns the name of the scheme."""
 
 
-def rewrite(model: onnx.ModelProto, emit: Emit) -> tuple[onnx.ModelProto, list[Quantized]]:
+def rewrite(model: onnx.ModelProto, emit: Emit, harms: Mapping[str, float] | None = None) -> Made:
     """Return a copy of `model` with what qualifies written by `emit`, and a line per operator.
 
     Large tables of embeddings become int8 too, with a scale per row: what is read of them is few
     rows, so that costs no time, and they are half of what a small encoder weighs.
+
+    `harms`: what int8 of each matrix does to the outputs, see `sensitivity.harms`, for the lines.
     """
     graph = Graph(next((o.version for o in model.opset_import if o.domain in _ONNX), 0))
     if graph.opset < _OPSET:
         raise CompileError(f"this form needs opset {_OPSET} or later, the model has {graph.opset}")
     known, report = constants(model), []
+    harms = harms or {}
+    every = sum(harms.values()) or 1.0
     for node in model.graph.node:
         if (table := _table(node, known)) is not None:
             report.append(_int8_table(graph, node, table))
@@ -158,7 +163,7 @@ def rewrite(model: onnx.ModelProto, emit: Emit) -> tuple[onnx.ModelProto, list[Q
                 scheme=scheme,
                 weight_elements=layer.matrix.size,
                 error=graph.errors[layer.weight],
-                harm=graph.harms.get(layer.weight, 0.0),
+                harm=harms.get(layer.weight, 0.0) / every,
             )
         )
     if not any(line.bits <= BITS and line.op_type != "Gather" for line in report):

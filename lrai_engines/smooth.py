@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from lrai_engines.quantize import (
     Float32,
     Graph,
     Linear,
+    Made,
     NothingToQuantize,
     Smoothing,
     constants,
@@ -86,7 +88,7 @@ class SmoothForms:
         scheme: str,
         share: float = 0.0,
         convolved: onnx.ModelProto | None = None,
-    ) -> tuple[onnx.ModelProto, list[Quantized]]:
+    ) -> Made:
         """Return `model` in int8, but closer where this share of the harm is done.
 
         Args:
@@ -105,7 +107,7 @@ class SmoothForms:
         """
         emit = self._emit(model, scheme)
         if not share:
-            return _with_biases(*rewrite(convolved or model, emit))
+            return _with_biases(*rewrite(convolved or model, emit, self.known(model)))
         known = self.harms(model)
         keep = worst(known, {one.weight: one.matrix.size for one in linears(model)}, share)
         if len(keep) in (0, len(known)):
@@ -113,13 +115,11 @@ class SmoothForms:
         if self._tried.setdefault((scheme, frozenset(keep)), share) != share:
             raise NothingToQuantize("the same matrices as before would be kept closer")
         closer = self._emit(model, ROW) if scheme == STATIC else _float32
-        total = sum(known.values())
 
         def mixed(graph: Graph, layer: Linear) -> str:
-            graph.harms[layer.weight] = known[layer.weight] / total
             return (closer if layer.weight in keep else emit)(graph, layer)
 
-        return _with_biases(*rewrite(model, mixed))
+        return _with_biases(*rewrite(model, mixed, known))
 
     def harms(self, model: onnx.ModelProto) -> dict[str, float]:
         """Return what int8 by row of each matrix does to the outputs, see `sensitivity.harms`.
@@ -132,6 +132,12 @@ class SmoothForms:
         find = partial(harms, model, self._sample, self._threads, self._emit(model, ROW))
         found: dict[str, float] = self._once("what each matrix does cannot be told", find)
         return found
+
+    def known(self, model: onnx.ModelProto) -> dict[str, float]:
+        """Return what `harms` does, nothing where it cannot be told."""
+        with suppress(CompileError, OSError):  # a temporary folder may be full
+            return self.harms(model)
+        return {}
 
     def _emit(self, model: onnx.ModelProto, scheme: str) -> Emit:
         find = partial(smoothings, model, self._sample, self._threads)
@@ -319,9 +325,7 @@ def _float32(graph: Graph, layer: Linear) -> str:
     return FLOAT32
 
 
-def _with_biases(
-    model: onnx.ModelProto, report: list[Quantized]
-) -> tuple[onnx.ModelProto, list[Quantized]]:
+def _with_biases(model: onnx.ModelProto, report: list[Quantized]) -> Made:
     """Let products add the vector that is added to them next: one operator for two."""
     known, nodes = constants(model), model.graph.node
     readers = Counter(name for node in nodes for name in read(node))

@@ -14,7 +14,7 @@ import math
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from lrai_engines.mixed import worst
 from lrai_engines.quantize import (
     SATURATING,
     Graph,
+    Made,
     NothingToQuantize,
     about_zero,
     assemble,
@@ -63,6 +64,7 @@ _LEAST_WORK: Final = 0.05  # of convolutions beside attention, which cuts images
 _NORMS: Final = ("LayerNormalization", "InstanceNormalization")  # whose weights are few
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
 _FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
+_UNTOLD: Final = (ArtifactError, EngineError, EncodeError, MemoryError, OSError, ValueError)
 
 
 class StaticForms:
@@ -71,20 +73,21 @@ class StaticForms:
     Args:
         sample: Rows to see the activations of; nothing is judged on them.
         threads: Of the engine that finds what int8 does to the outputs.
+
+    Attributes:
+        harms: What int8 of each operator does to them, by its name; none until it is known.
     """
 
     def __init__(self, sample: Sample, threads: int) -> None:
         self._sample, self._threads = sample, threads
         self._ranges = bytearray()
-        self._harms: dict[str, float] = {}
+        self.harms: dict[str, float] = {}
         self._work: dict[str, float] = {}
         self._tried: dict[frozenset[str], float] = {frozenset(): 0}
         self._guard: Pairs | None = None
         self._failed = ""
 
-    def build(
-        self, model: onnx.ModelProto, *, share: float, guarded: bool = True
-    ) -> tuple[onnx.ModelProto, list[Quantized]]:
+    def build(self, model: onnx.ModelProto, *, share: float, guarded: bool = True) -> Made:
         """Return `model` in int8, but for the operators that do this share of the harm.
 
         Of those that do as much for their work the fewest stay in float32.
@@ -103,26 +106,30 @@ class StaticForms:
             self._guard = goes_undefined(model, self._sample)
         guard = self._guard if guarded else frozenset()
         make = partial(static_int8, model, self._sample, ranges=self._ranges, guard=guard)
-        if not share:
-            return make()
-        if self._failed:
-            raise CompileError(self._failed)
-        if not self._harms:
-            named = _named(model)
-            whole, _ = make()
-            try:
-                self._harms = harms(named, whole, self._sample, self._threads)
-                self._work = work(named)
-            except (ArtifactError, EngineError, EncodeError, ValueError) as error:
-                self._failed = f"what each operator does cannot be told: {error}"
-                raise CompileError(self._failed) from None
-        keep = worst(self._harms, self._work, share)
-        if self._tried.setdefault(frozenset(keep), share) != share:
-            raise NothingToQuantize("the same operators as before would be kept closer")
-        made, report = make(keep=keep)
-        every = sum(self._harms.values()) or 1.0
-        told = [replace(line, harm=self._harms.get(line.node, 0.0) / every) for line in report]
-        return made, told
+        if share:
+            self._find(model, lambda: make()[0])
+            if self._failed:
+                raise CompileError(self._failed)
+            keep = worst(self.harms, self._work, share)
+            if self._tried.setdefault(frozenset(keep), share) != share:
+                raise NothingToQuantize("the same operators as before would be kept closer")
+            made, report = make(keep=keep)
+        else:
+            made, report = make()
+            self._find(model, lambda: made)
+        every = sum(self.harms.values()) or 1.0
+        return made, [replace(line, harm=self.harms.get(line.node, 0.0) / every) for line in report]
+
+    def _find(self, model: onnx.ModelProto, whole: Callable[[], onnx.ModelProto]) -> None:
+        """Find what int8 of each operator does, by the model in int8, or why it cannot be told."""
+        if self.harms or self._failed:
+            return
+        named, quantised = _named(model), whole()
+        try:
+            self.harms = harms(named, quantised, self._sample, self._threads)
+            self._work = work(named)
+        except _UNTOLD as error:
+            self._failed = f"what each operator does cannot be told: {error}"
 
 
 def static_int8(
@@ -132,7 +139,7 @@ def static_int8(
     keep: Collection[str] = (),
     ranges: bytearray | None = None,
     guard: Pairs | None = None,
-) -> tuple[onnx.ModelProto, list[Quantized]]:
+) -> Made:
     """Return `model` with QuantizeLinear and DequantizeLinear around what onnxruntime can quantise.
 
     Weights are int8 with a scale per output channel, activations uint8 from the least to the

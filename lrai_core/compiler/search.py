@@ -54,7 +54,8 @@ class Quantized:
         scheme: What was done to it; "float32" where the operator was left alone.
         weight_elements: 0 where the operator was left alone as it was.
         error: Relative L2 error of the dequantised weight.
-        harm: Its share of what int8 with a scale per row does to the outputs, where that is known.
+        harm: Its share of what int8, of one operator at a time, does to the outputs; 0 where that
+            is not known.
         why: Reason for leaving it alone, empty otherwise.
     """
 

@@ -266,6 +266,7 @@ def test_where_nothing_passes_the_log_says_what_each_operator_of_the_closest_cos
     closest = min((gap, form) for form, gap in searched.items() if form != "fp32")[1]
     assert {line["variant"] for line in lines} == {closest.split()[0]}
     assert [line["node"] for line in lines] == ["product"]
+    assert [line["harm"] for line in lines] == [1.0]
 
 
 def test_no_rows_are_kept_where_none_may_be_and_then_nothing_is_certified(
