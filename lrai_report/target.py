@@ -11,7 +11,7 @@ from typing import Final
 
 from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
 from lrai_core.errors import shorten
-from lrai_report.live import runtime_of
+from lrai_report.live import command, runtime_of
 
 _CONFIG: Final = "config.pbtxt"
 _NAMED: Final = r"\b(backend|platform)\s*:\s*[\"']([^\"']*)"
@@ -33,6 +33,7 @@ class Target:
         relief: The version that takes what the others could not answer in time.
         copied: A name whose requests are copied to another version, empty for none.
         entry: Its folder in a model repository of Triton; None where it lies in none.
+        uri: Of what MLflow keeps, and nobody serves; empty for all else.
     """
 
     model: Path
@@ -46,18 +47,22 @@ class Target:
     relief: str = ""
     copied: str = ""
     entry: Path | None = None
+    uri: str = ""
 
     @property
     def several(self) -> bool:
         """Whether several versions answer for the name, by their shares or as relief."""
         return bool(self.relief) or sum(share > 0 for share in self.shares.values()) > 1
 
-    def commands(self, written: Path) -> tuple[str, ...]:
-        """Return what has Triton serve an artifact as the next version, and what goes back.
+    def commands(self, written: Path, address: str = "") -> tuple[str, ...]:
+        """Return what has an artifact served, and what goes back: by Triton, as the next version.
 
-        Nothing where it lies in no repository, or `lrai triton add` would refuse the entry.
+        What lies in no repository of it and is not served yet, by the runtime at `address`. Nothing
+        where it serves already, or `lrai triton add` would refuse the entry.
         """
-        if self.entry is None or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.entry.name):
+        if self.entry is None:
+            return () if self.name else self._loading(written, address)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.entry.name):
             return ()
         version = str(max(map(int, _versions(self.entry)), default=0) + 1)
         place = ["--model-repository", f"{self.entry.parent}", "--name", self.entry.name]
@@ -71,6 +76,20 @@ class Target:
             add, back = [*add, "--switch"], ["lrai", "triton", "remove", f"{self.entry}"]
         return shlex.join(add), shlex.join(back)
 
+    def _loading(self, written: Path, address: str) -> tuple[str, str]:
+        name = self.served.manifest.name if self.served else self.model.stem
+        load = command("load", str(written), "--name", name, address=address)
+        if self.uri:
+            where = "lrai" if address in ("", "auto") else f"lrai:{address}"
+            update = ["mlflow", "deployments", "update", "-t", where, "--name", name]
+            return load, shlex.join([*update, "-m", self.uri])
+        if self.served:
+            return load, command("swap", name, str(self.served.path), address=address)
+        if self.requests:  # of the model as it was given there is fp32 in it
+            fp32 = ("--variant", "fp32")
+            return load, command("swap", name, str(written), *fp32, address=address)
+        return load, command("unload", name, address=address)
+
 
 def find(target: str, requests: Path | None, address: str) -> Target:
     """Return what a name, a folder, a URI or a file means; see `tune`.
@@ -80,10 +99,12 @@ def find(target: str, requests: Path | None, address: str) -> Target:
         ConditionNotMet: Of the requests to it none are captured.
     """
     path = Path(target) if Path(target).name not in ("", "..") else Path(target).resolve()
-    named = Artifact.open(path) if (path / "manifest.json").is_file() else _artifact_of(target)
+    own = (path / "manifest.json").is_file()
+    named = Artifact.open(path) if own else _artifact_of(target)
     if not named and path.is_file():
         return Target(path, requests)
-    alone = _alone(named, requests) if named else _newest_of(path, requests)
+    uri = "" if own else target
+    alone = _alone(named, requests, uri) if named else _newest_of(path, requests)
     try:
         runtime = runtime_of(address)
     except EnvironmentProblem as error:
@@ -133,8 +154,8 @@ def find(target: str, requests: Path | None, address: str) -> Target:
     return Target(model, rows, artifact, name, variant, shares, own, frozen, relief, copied, entry)
 
 
-def _alone(artifact: Artifact, requests: Path | None) -> Target:
-    return Target(artifact.file(artifact.manifest.source.file), requests, artifact)
+def _alone(artifact: Artifact, requests: Path | None, uri: str = "") -> Target:
+    return Target(artifact.file(artifact.manifest.source.file), requests, artifact, uri=uri)
 
 
 def _newest_of(path: Path, requests: Path | None) -> Target | None:

@@ -118,7 +118,7 @@ def tune(
     if found.requests is None:
         if found.served:
             raise UsageError(f"{target} is not served, so nothing is captured: give --requests")
-        _without_requests(found, written, output_map)
+        _without_requests(found, written, output_map, address)
         return
     say("requests", f"{found.requests}, each row as a request")
     judged = [variant.gate for variant in found.served.variants] if found.served else []
@@ -134,7 +134,7 @@ def tune(
             if found.several:
                 say("beware", "swap ends the versions beside; rollback brings one of them back")
             switch(found.name, found.shares, written, address, apply=apply)
-        _say_use(found, written, target)
+        _say_use(found, written, target, address)
     except (KeyboardInterrupt, _NoGain):
         if applied:  # it may be loading there
             say("left", "the runtime goes on: lrai runtime deployments tells what serves")
@@ -225,9 +225,9 @@ def _engines(found: Target) -> list[str]:
     return [name for name in dict.fromkeys(there) if name != "onnxruntime"]
 
 
-def _say_use(found: Target, written: Path, target: str) -> None:
+def _say_use(found: Target, written: Path, target: str, address: str) -> None:
     """Say how it serves for good, and how to go back."""
-    commands = found.commands(written)
+    commands = found.commands(written, address)
     labels = ("to keep it", "and back") if found.name else ("switch on", "switch back")
     for label, words in zip(labels, commands, strict=False):
         say(label, words)
@@ -235,10 +235,10 @@ def _say_use(found: Target, written: Path, target: str) -> None:
         say("use it", f"serve {written}; to go back, serve {target}")
 
 
-def _without_requests(found: Target, written: Path, output_map: str) -> None:
+def _without_requests(found: Target, written: Path, output_map: str, address: str) -> None:
     _compile(found, written, output_map, ())
     say("no requests", "fp32, optimised, is all that can be made without any (--requests)")
-    _say_use(found, written, str(found.model))
+    _say_use(found, written, str(found.model), address)
 
 
 def _compile(found: Target, written: Path, output_map: str, engines: Sequence[str]) -> Artifact:

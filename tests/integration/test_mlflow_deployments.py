@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -243,6 +244,15 @@ def test_tune_finds_what_serves_by_the_uri_of_its_model(
         alone = find("models:/tuned/1", requests, "auto")
         with pytest.raises(lrai.UsageError, match="is not served, so nothing is captured"):
             main(["models:/tuned/1"])
+        tuned = lrai.compile(sources[0], out=tmp_path / "t.lrai", threads=1)
+        on, back = map(shlex.split, alone.commands(tuned.path))
+        subprocess.run([Path(sys.executable).with_name(on[0]), *on[1:]], check=True, timeout=60)
+        answers = [one.version for one in runtime.models() if one.name == "m"]
+        done = CliRunner().invoke(cli.commands, back[2:])
+        assert done.exit_code == 0, done.output
+        answers += [one.version for one in runtime.models() if one.name == "m"]
+        runtime.unload("m")
+    assert answers == [tuned.version, artifact.version]
     assert (served.name, alone.name) == ("tuned:4f0c", "")
     for one in (served, alone):
         assert one.served is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,19 @@ def cli(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False
     )
+
+
+def pasted(said: str) -> list[str]:
+    """Run the two commands that were printed; return which variant serves after each."""
+    found, lines = list[str](), [one for one in said.splitlines() if one.startswith("switch ")]
+    assert [line[:12].strip() for line in lines] == ["switch on", "switch back"]
+    with own_runtime(), lrai.Runtime() as runtime:
+        for line in lines:
+            program, *words = shlex.split(line[12:])
+            assert program == "lrai"
+            subprocess.run([LRAI, *words], check=True, timeout=60)
+            found += [one.variant for one in runtime.models()]
+    return found
 
 
 @contextmanager
@@ -173,8 +187,22 @@ def test_a_file_with_requests(
     np.savez(tmp_path / "asked.npz", features=rows["features"][:ROWS])
     assert tune(file, "--requests", "asked.npz", "--output-map", "softmax") == 0
     said = capsys.readouterr().out
-    assert "serve wide-tuned.lrai" in said
     assert "the 20 farthest apart" in said
+    assert pasted(said) == [FASTER, "fp32"]
+
+
+@pytest.mark.usefixtures("faster")
+def test_an_artifact_that_nobody_serves_with_requests(
+    source: tuple[Path, models.Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    file, rows = source
+    lrai.compile(file, out=tmp_path / "plain.lrai", output_map="softmax", threads=1)
+    np.savez(tmp_path / "asked.npz", features=rows["features"][:ROWS])
+    with own_runtime():
+        assert tune("plain.lrai", "--requests", "asked.npz") == 0
+    assert pasted(capsys.readouterr().out) == [FASTER, "fp32"]
 
 
 @pytest.mark.usefixtures("faster")
@@ -237,6 +265,7 @@ def test_without_requests_fp32_is_what_there_is(tmp_path: Path) -> None:
     found = cli(source, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "fp32, optimised, is all that can be made without any" in found.stdout
+    assert pasted(found.stdout.replace("small-tuned", f"{tmp_path}/small-tuned")) == ["fp32"]
     assert lrai.Artifact.open(tmp_path / "small-tuned.lrai").manifest.chosen == "fp32"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,26 @@ def test_of_what_does_not_run_it_is_said_why(tmp_path: Path) -> None:
             assert "made room" in run("runtime", "deployments", code=0)
 
 
-def test_what_lies_in_no_repository_comes_without_commands(tmp_path: Path) -> None:
-    (file := tmp_path / "m.onnx").touch()
-    assert find(str(file), None, "auto").commands(Path("m.lrai")) == ()
+def test_what_lies_in_no_repository_comes_with_commands_of_the_runtime(tmp_path: Path) -> None:
+    artifact, written = small_artifact.build(tmp_path / "m.lrai"), Path("a b.lrai")
+    (file := tmp_path / "f.onnx").touch()
+    rows = tmp_path / "rows.npz"
+    load = "lrai runtime load 'a b.lrai' --name"
+    with own_runtime():
+        assert find(str(file), None, "auto").commands(written) == (
+            f"{load} f",
+            "lrai runtime unload f",
+        )
+        assert find(str(file), rows, "auto").commands(written) == (
+            f"{load} f",
+            "lrai runtime swap f 'a b.lrai' --variant fp32",
+        )
+        found = find(str(artifact), rows, "auto")
+    name = lrai.Artifact.open(artifact).manifest.name
+    assert found.commands(written, "/run/lrai") == (
+        f"{load} {name} --address /run/lrai",
+        f"lrai runtime swap {name} {artifact} --address /run/lrai",
+    )
+    _, back = replace(found, uri="models:/m/1").commands(written, "/run/lrai")
+    told = f"-t lrai:/run/lrai --name {name} -m models:/m/1"
+    assert back == f"mlflow deployments update {told}"
