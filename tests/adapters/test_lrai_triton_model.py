@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -533,3 +534,33 @@ def test_spaces_in_the_names_of_folders_hide_nothing_of_them(
     with pytest.raises(RuntimeError) as caught:
         stub.load()
     assert str(caught.value) == "a of 'c' is 3/4 at 5 rows/s, see d of e"
+
+
+def files(error: BaseException) -> list[str]:
+    """Return the files that pybind11 tells of an error: of who raised it, and of who called him."""
+    raised = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    called = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(raised)]
+    return called[: called.index(__file__)]
+
+
+def test_whoever_is_refused_something_learns_no_file(
+    stub: Stub, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("/proc/nowhere")
+
+    monkeypatch.setattr(model._held, "state", fail)
+    monkeypatch.setattr(model._held.runtime, "start_all", fail)
+    monkeypatch.setattr(stub.module, "settings_of", fail)
+    hooks: list[tuple[Any, tuple[Any, ...]]] = [
+        (model.auto_complete_config, (SimpleNamespace(as_dict=dict),)),
+        (model.initialize, ({"model_config": "{}"},)),
+        (model.execute, ([Request(row())],)),
+        (model.is_ready, ()),
+    ]
+    for hook, given in hooks:
+        with pytest.raises(RuntimeError) as caught:
+            hook(*given)
+        assert str(caught.value) == "the log tells more: OSError"
+        assert files(caught.value) == ["lrai_triton"]
+        assert "/proc/nowhere" in stub.log.pop()

@@ -13,9 +13,9 @@ import json
 import os
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -49,30 +49,52 @@ class Cancelled(lrai.LraiError):
     http_status = 499
 
 
+def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return it so that who is refused something learns no folder.
+
+    The stub tells a client the files of all frames that Python has where an error leaves it: so
+    that is one frame, and its file a name.
+    """
+
+    def called(*given: Any) -> Any:
+        try:
+            return function(*given)
+        except lrai.LraiError as error:
+            pb_utils.Logger.log_error(words := str(error))
+            words = without_folders(words)
+        except Exception as error:  # noqa: BLE001 - edge: its words may be of our folders, too
+            pb_utils.Logger.log_error(traceback.format_exc())
+            words = f"the log tells more: {type(error).__name__}"
+        raise pb_utils.TritonModelException(words)
+
+    called.__code__ = called.__code__.replace(co_filename="lrai_triton")
+    return called
+
+
 class TritonPythonModel:
     """What the stub looks for."""
 
     @staticmethod
+    @_refusing
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
         """Fill in what config.pbtxt leaves open, from the model."""
-        with _refusal():
-            given = auto_complete_model_config.as_dict()  # what is changed in it arrives
-            source = source_of(Path(_argument(1)).parent)
-            complete(given, artifact_of(source, settings_of(given).asked.config).manifest.signature)
+        given = auto_complete_model_config.as_dict()  # what is changed in it arrives
+        source = source_of(Path(_argument(1)).parent)
+        complete(given, artifact_of(source, settings_of(given).asked.config).manifest.signature)
         return auto_complete_model_config
 
+    @_refusing
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model, or find it loaded by another instance."""
-        with _refusal():
-            model_config = json.loads(args["model_config"])
-            settings = settings_of(model_config)
-            folder = Path(args["model_repository"], args["model_version"])
-            artifact = artifact_of(source_of(folder), settings.asked.config)
-            signature = artifact.manifest.signature
-            complete(model_config, signature)  # for its errors
-            name = f"{args['model_name']}:{args['model_version']}"
-            execution = execution_of(artifact, settings)
-            self._held = hold(name, artifact, settings, execution)
+        model_config = json.loads(args["model_config"])
+        settings = settings_of(model_config)
+        folder = Path(args["model_repository"], args["model_version"])
+        artifact = artifact_of(source_of(folder), settings.asked.config)
+        signature = artifact.manifest.signature
+        complete(model_config, signature)  # for its errors
+        name = f"{args['model_name']}:{args['model_version']}"
+        execution = execution_of(artifact, settings)
+        self._held = hold(name, artifact, settings, execution)
         told: dict[str, Any] = {"model_version": "", "id": "", "parameters": {}, "model_name": name}
         self._alive = lrai.InferenceResponse(outputs=zeros(signature.outputs), **told)
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
@@ -82,12 +104,13 @@ class TritonPythonModel:
         self._tells = "parameters" in str(pb_utils.InferenceResponse.__init__.__doc__)
         size = settings.size if "dynamic_batching" in model_config else 0  # then one by one
         self._queue, self._rows = HostQueue(settings._replace(size=size)), size > 1  # any number
-        self.execute = self._send_later if execution == "sender" else self._lists
+        self.execute = _refusing(self._send_later if execution == "sender" else self._lists)
         self._waiting: dict[int, tuple[Any, Future[Any]]] = {}  # requests, and what answers them
         self._looking, self._ended = threading.Lock(), threading.Event()
         self._beside = threading.Thread(target=self._run_beside, daemon=True)
         self._beside.start()
 
+    @_refusing
     def is_ready(self) -> bool:
         """Return whether the model makes progress; servers that know this hook ask it."""
         with suppress(lrai.LraiError):
@@ -263,15 +286,3 @@ def _argument(index: int) -> str:
     other way which one it is. The second is the name of its shared memory.
     """
     return os.fsdecode(Path("/proc/self/cmdline").read_bytes().split(b"\0")[index])
-
-
-@contextmanager
-def _refusal() -> Iterator[None]:
-    try:
-        yield
-    except lrai.LraiError as error:
-        pb_utils.Logger.log_error(words := str(error))
-        raise pb_utils.TritonModelException(without_folders(words)) from None
-    except Exception as error:  # noqa: BLE001 - edge: a traceback would tell a client our paths
-        pb_utils.Logger.log_error(traceback.format_exc())
-        raise pb_utils.TritonModelException(f"the log tells more: {type(error).__name__}") from None
