@@ -114,10 +114,12 @@ class Stub:
         log: What was written to its log.
         region: Its shared memory.
         free_bytes: Of the machine's.
+        lists: Triton makes them; else requests come one by one.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.log, self.free_bytes = folder, list[str](), 1 << 30
+        self.lists = True
         self.region = folder / "shm" / REGION
         self.region.parent.mkdir()
         self.grow(POOL_BYTES)
@@ -149,10 +151,11 @@ class Stub:
     def load(self, **parameters: str) -> Any:
         """Return the model, served in this process unless the parameters say otherwise."""
         said = {"execution": "inline"} | {k.replace("__", "."): v for k, v in parameters.items()}
-        config = {
+        config: dict[str, Any] = {
             "name": "m", "max_batch_size": 64, "input": [], "output": [],
             "parameters": {key: {"string_value": value} for key, value in said.items()},
         }  # fmt: skip
+        config |= {"dynamic_batching": {}} if self.lists else {}
         args = {"model_config": json.dumps(config), "model_name": "m", "model_version": "1"}
         model = self.module.TritonPythonModel()
         model.initialize(args | {"model_repository": str(self.folder / "models" / "m")})
@@ -188,6 +191,7 @@ def test_how_long_requests_waited_is_not_guessed_where_they_come_one_by_one(stub
     signature = lrai.Signature(inputs=(alone[0],), outputs=(alone[1],))
     artifact = stub.folder / "models" / "m" / "1" / "model.lrai"
     small_artifact.rewrite(artifact, {"signature": msgspec.to_builtins(signature)})
+    stub.lists = False
     model = stub.load()
     for _ in range(2):
         assert model._queue.take([20_000]) == [19.0]
@@ -481,6 +485,21 @@ def test_who_left_while_a_long_list_ran_before_is_not_computed_for(
     assert codes(model.execute([stays, leaves])) == ["", "CANCELLED"]
     assert len(asked) == 1
     assert not model._inside
+
+
+def test_where_triton_was_told_to_fill_nothing_in_requests_come_one_by_one(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {"runtime__address": "embedded", "actor__isolation": "inline"}
+    stub.lists = False
+    model, request = stub.load(execution="auto", **here), Leaving()
+    for _ in range(2):
+        assert model._queue.take([20_000]) == [19.0], "nothing is guessed"
+        model._queue.answered()
+    answering(model, monkeypatch, row()["x"])
+    assert model.execute([request]) is None, "the next one may come"
+    assert codes(request.sent) == [""]
+    model.finalize()
 
 
 # What is told of a model that does not load

@@ -88,6 +88,8 @@ class TritonPythonModel:
         """Load the model, or find it loaded by another instance."""
         model_config = json.loads(args["model_config"])
         settings = settings_of(model_config)
+        if "dynamic_batching" not in model_config:  # nor is it filled in: requests come one by one
+            settings = settings._replace(size=0)
         folder = Path(args["model_repository"], args["model_version"])
         artifact = artifact_of(source_of(folder), settings.asked.config)
         signature = artifact.manifest.signature
@@ -102,8 +104,7 @@ class TritonPythonModel:
         self._inside: dict[int, int] = {}  # bytes there of each request that is not answered
         # From 25.02 on; what pybind11 says of a function names its arguments.
         self._tells = "parameters" in str(pb_utils.InferenceResponse.__init__.__doc__)
-        size = settings.size if "dynamic_batching" in model_config else 0  # then one by one
-        self._queue, self._rows = HostQueue(settings._replace(size=size)), size > 1  # any number
+        self._queue, self._rows = HostQueue(settings), settings.size > 1  # any number
         self.execute = _refusing(self._send_later if execution == "sender" else self._lists)
         self._waiting: dict[int, tuple[Any, Future[Any]]] = {}  # requests, and what answers them
         self._looking, self._ended = threading.Lock(), threading.Event()

@@ -30,7 +30,7 @@ from benchmarks.processes import HOST, Server
 from benchmarks.triton_server import Prepared, TritonServer, variables
 from tests.integration.conftest import sentence
 from tests.integration.test_runtime_faults import wait_until
-from tests.integration.triton.server import Triton
+from tests.integration.triton.server import EXPLICIT, Triton
 
 pytestmark = pytest.mark.server
 
@@ -464,16 +464,42 @@ OUTSIDE = 'parameters { key: "actor.isolation" value { string_value: "process" }
 def test_requests_that_come_together_share_calls(
     triton: Triton, minilm: Path, minilm_session: onnxruntime.InferenceSession, shapes: str
 ) -> None:
+    with triton.serving("shares", {1: minilm}, LRAI + OUTSIDE + shapes) as name:
+        assert_shared(triton, name, minilm_session)
+
+
+def test_so_do_those_of_a_configuration_that_triton_was_told_not_to_complete(
+    prepared: Prepared,
+    tmp_path: Path,
+    minilm_fp32: lrai.Artifact,
+    minilm_session: onnxruntime.InferenceSession,
+) -> None:
+    """Which has no `dynamic_batching`, so that they come one by one."""
+    (repository := tmp_path / "repository").mkdir()
+    text = LRAI + OUTSIDE + "max_batch_size: 8" + WHOLE.replace("dims: [-1, ", "dims: [")
+    with TritonServer(
+        repository,
+        **prepared._asdict(),
+        arguments=(*EXPLICIT, "--disable-auto-complete-config"),
+        env={"LRAI_ACTOR_THREADS": "1"},
+    ) as server:
+        triton = Triton(server, repository)
+        with triton.serving("written", {1: minilm_fp32.path}, text) as name:
+            assert "dynamic_batching" not in triton.http.get_model_config(name)
+            assert_shared(triton, name, minilm_session)
+
+
+def assert_shared(triton: Triton, name: str, session: onnxruntime.InferenceSession) -> None:
+    """Check that requests of callers who ask at the same time get their answers in few calls."""
     random = np.random.default_rng(9)
     asked = [sentence(random, 1, 30) for _ in range(64)]
-    with triton.serving("shares", {1: minilm}, LRAI + OUTSIDE + shapes) as name:
-        triton.ask(name, asked[0])
-        before = triton.stats()
-        with ThreadPoolExecutor(16) as callers:
-            answers = list(callers.map(lambda one: triton.ask(name, one), asked))
-        after = triton.stats()
+    triton.ask(name, asked[0])
+    before = triton.stats()
+    with ThreadPoolExecutor(16) as callers:
+        answers = list(callers.map(lambda one: triton.ask(name, one), asked))
+    after = triton.stats()
     for one, answer in zip(asked, answers, strict=True):
-        (expected,) = minilm_session.run(["sentence_embedding"], one)
+        (expected,) = session.run(["sentence_embedding"], one)
         np.testing.assert_allclose(answer["sentence_embedding"], expected, atol=GATE)
     assert after["request_answered"] - before["request_answered"] == len(asked)
     assert after["batch_completed"] - before["batch_completed"] <= len(asked) // 2
