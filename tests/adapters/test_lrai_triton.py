@@ -172,6 +172,11 @@ def test_a_number_a_row_written_as_triton_has_it_is_no_whole_shape() -> None:
             {"max_batch_size": 8, "input": [{"name": "flag", "allow_ragged_batch": True}]},
             "input 'flag': allow_ragged_batch, but it has no length axis",
         ),
+        (
+            ENCODER,
+            {"input": [{"name": "ids", "dims": [-1], "optional": True}]},
+            "input 'ids': optional, but the model takes no request without",
+        ),
     ],
 )  # fmt: skip
 def test_a_contradiction_names_the_field(

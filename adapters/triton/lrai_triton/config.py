@@ -70,6 +70,8 @@ def _complete_tensors(
         if (spec := known.get(name := tensor["name"])) is None:
             have = ", ".join(map(repr, known))
             raise UsageError(f"{kind} {name!r} is none of the model's: it has {have}")
+        if tensor.get("optional"):
+            raise UsageError(f"{kind} {name!r}: optional, but the model takes no request without")
         datatype = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
         if tensor.get("data_type", "") in ("", "TYPE_INVALID"):
             tensor["data_type"] = datatype
