@@ -399,20 +399,30 @@ def test_a_version_that_the_policy_leaves_out_is_not_served(
             triton.ask(name, {"x": x}, version=str(3 - serves))
 
 
-def test_clients_may_hand_tensors_over_in_shared_memory(triton: Triton, doubler: str) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_clients_may_hand_tensors_over_and_get_them_in_shared_memory(
+    triton: Triton, doubler: str, protocol: str
+) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    name = f"/lrai_test_in_{os.getpid()}"
-    region = shm.create_shared_memory_region("in", name, x.nbytes)
+    kit: Any = triton_http if protocol == "http" else triton_grpc
+    client: Any = triton.http if protocol == "http" else triton.grpc
+    given, wanted = kit.InferInput("x", list(x.shape), "FP32"), kit.InferRequestedOutput("y")
+    regions = dict[str, Any]()
     try:
-        shm.set_shared_memory_region(region, [x])
-        triton.http.register_system_shared_memory("in", name, x.nbytes)
-        given = triton_http.InferInput("x", list(x.shape), "FP32")
-        given.set_shared_memory("in", x.nbytes)
-        answer = triton.http.infer(doubler, [given]).as_numpy("y")
+        for tensor in (given, wanted):
+            name = tensor.name()
+            key = f"/lrai_test_{name}_{os.getpid()}"
+            regions[name] = shm.create_shared_memory_region(name, key, x.nbytes)
+            client.register_system_shared_memory(name, key, x.nbytes)
+            tensor.set_shared_memory(name, x.nbytes)
+        shm.set_shared_memory_region(regions["x"], [x])
+        client.infer(doubler, [given], outputs=[wanted])
+        answer = shm.get_contents_as_numpy(regions["y"], np.float32, x.shape).copy()
         np.testing.assert_array_equal(answer, x)
     finally:
-        triton.http.unregister_system_shared_memory("in")
-        shm.destroy_shared_memory_region(region)
+        client.unregister_system_shared_memory()
+        for region in regions.values():
+            shm.destroy_shared_memory_region(region)
 
 
 def test_instances_and_models_share_one_runtime_and_the_last_one_unloads(
