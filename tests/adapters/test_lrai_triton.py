@@ -283,15 +283,32 @@ def test_a_version_directory_holds_one_model(tmp_path: Path) -> None:
         source_of(folder)
 
 
-def test_a_version_directory_that_may_not_be_read_is_said_to_be_so(tmp_path: Path) -> None:
-    (tmp_path / "1").mkdir()
-    (tmp_path / "1").chmod(0)
-    program = "from lrai_triton.served import *; source_of(Path(sys.argv[1]))"
-    command = [sys.executable, "-c", f"import sys; {program}", str(tmp_path / "1")]
+@pytest.mark.parametrize(
+    ("locked", "words"),
+    [
+        ("1", "EnvironmentProblem: version directory 1: no permission to read it"),
+        ("1/model.onnx", "ArtifactError: model.onnx: Permission denied"),
+        ("1/model.lrai", "/1/model.lrai: no permission to read it"),
+    ],
+)
+def test_what_may_not_be_read_is_said_to_be_so(tmp_path: Path, locked: str, words: str) -> None:
+    (path := tmp_path / locked).parent.mkdir(exist_ok=True)
+    if path.suffix == ".onnx":
+        path.touch()
+    else:
+        path.mkdir()
+    path.chmod(0)
+    program = (
+        "import sys\n"
+        "from lrai_import.built import artifact_of\n"
+        "from lrai_triton.served import *\n"
+        "from lrai_triton.settings import settings_of\n"
+        "artifact_of(source_of(Path(sys.argv[1])), settings_of({}).asked.config)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "1")]
     # Root reads everything, but not where it is somebody else.
     other = ["unshare", "--user", "--map-user=12345", *command]
     done = subprocess.run(other, capture_output=True, text=True, check=False)
-    words = "EnvironmentProblem: version directory 1: no permission to read it"
     assert done.stderr.splitlines()[-1].endswith(words), done.stderr
 
 

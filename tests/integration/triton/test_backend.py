@@ -219,13 +219,16 @@ def test_what_does_not_fit_is_refused_by_a_sentence_without_paths(
     assert triton.ask(doubler, {"x": np.ones((1, 3), np.float32)})["y"].tolist() == [[1, 1, 1]]
 
 
-def test_text_that_is_not_utf_8_is_refused_alone(triton: Triton, tmp_path: Path) -> None:
-    with triton.serving(
-        "texts", {1: identity(tmp_path, TensorProto.STRING, ["n", 1])}, LRAI
-    ) as name:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_text_that_is_not_utf_8_is_refused_alone(
+    triton: Triton, tmp_path: Path, protocol: str
+) -> None:
+    model = identity(tmp_path, TensorProto.STRING, ["n", 1])
+    with triton.serving("texts", {1: model}, LRAI) as name:
         with pytest.raises(InferenceServerException, match="'x': an element is not UTF-8"):
-            triton.ask(name, {"x": np.array([[b"\xff\xfe"]], object)})
-        assert triton.ask(name, {"x": np.array([[b"ok"]], object)})["y"].tolist() == [[b"ok"]]
+            triton.ask(name, {"x": np.array([[b"\xff\xfe"]], object)}, protocol=protocol)
+        answer = triton.ask(name, {"x": np.array([[b"ok"]], object)}, protocol=protocol)
+        assert answer["y"].tolist() == [[b"ok"]]
 
 
 def test_nan_is_the_models_business_unless_it_is_to_be_refused(
@@ -781,8 +784,8 @@ def _wait_until_grown(load: Load) -> None:
 LITTLE = 'mount -t tmpfs -o size=8m none /dev/shm && exec "$@"'
 
 
-@pytest.mark.parametrize("way", ["inline", "sender"])
-def test_an_answer_without_room_in_shared_memory_is_refused_and_names_none(
+@pytest.mark.parametrize("way", ["inline", "lists", "sender"])
+def test_what_has_no_room_in_shared_memory_is_refused_and_an_answer_names_none(
     prepared: Prepared, tmp_path: Path, way: str
 ) -> None:
     times = 64  # the text, in an answer
@@ -815,6 +818,10 @@ def test_an_answer_without_room_in_shared_memory_is_refused_and_names_none(
                 assert caught.value.status() == "503"
                 assert not re.search(r"shm|pool|key|/", str(caught.value))
             assert ask(20_000) == 20_000 * times, "for this there is"
+            with pytest.raises(InferenceServerException, match="memory") as caught:
+                ask(9 << 20)  # which reaches no backend: Triton has no room for it
+            assert caught.value.status() == "500"
+            assert ask(1000) == 1000 * times
 
 
 def repeated(path: Path, times: int) -> None:
