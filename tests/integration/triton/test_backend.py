@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import os
 import re
 import shutil
@@ -426,6 +428,70 @@ def test_clients_may_hand_tensors_over_and_get_them_in_shared_memory(
         client.unregister_system_shared_memory()
         for region in regions.values():
             shm.destroy_shared_memory_region(region)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("sequence", [7, "seven"])
+def test_requests_of_a_sequence_are_answered_each_for_itself(
+    triton: Triton, doubler: str, protocol: str, sequence: int | str
+) -> None:
+    for value in (1, 2):
+        x = np.full((1, 3), value, np.float32)
+        said: dict[str, Any] = {"sequence_start": value == 1, "sequence_end": value == 2}
+        answer = triton.ask(doubler, {"x": x}, protocol=protocol, sequence_id=sequence, **said)
+        np.testing.assert_array_equal(answer["y"], x)
+
+
+def test_a_trace_of_the_caller_has_what_triton_saw_of_his_request(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    entry = tmp_path / "repository" / "traced"
+    (entry / "1").mkdir(parents=True)
+    identity(entry / "1", TensorProto.FLOAT, ["n", 3])
+    (entry / "config.pbtxt").write_text(LRAI)
+    traces = {
+        "http": "0af7651916cd43dd8448eb211c80319c",
+        "grpc": "4bf92f3577b34da6a3ce929d0e0e4736",
+    }
+    x = np.ones((1, 3), np.float32)
+    with collector() as (url, told):
+        settings = "mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={url}"
+        options = [f"--trace-config={setting}" for setting in settings]
+        with TritonServer(entry.parent, **prepared._asdict(), arguments=options) as server:
+            triton = Triton(server, entry.parent)
+            for protocol, trace in traces.items():
+                parent = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+                answer = triton.ask("traced", {"x": x}, protocol=protocol, headers=parent)
+                np.testing.assert_array_equal(answer["y"], x)
+    spans = b"".join(told)  # in JSON, or not: then the trace is 16 bytes
+    assert all(
+        trace.encode() in spans or bytes.fromhex(trace) in spans for trace in traces.values()
+    )
+    assert b"compute" in spans
+
+
+@contextlib.contextmanager
+def collector() -> Iterator[tuple[str, list[bytes]]]:
+    """Yield where spans may be sent, and what was sent there."""
+    told = list[bytes]()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer((HOST, 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://{HOST}:{server.server_port}/v1/traces", told
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_instances_and_models_share_one_runtime_and_the_last_one_unloads(
