@@ -727,38 +727,59 @@ ensemble_scheduling {{
 
 
 CALLER = """
+import asyncio
+import json
+
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
-    def execute(self, requests):
-        return [self.answer(request) for request in requests]
+    EXECUTE
 
-    def answer(self, request):
-        x = pb_utils.Tensor("x", pb_utils.get_input_tensor_by_name(request, "a").as_numpy())
-        ask = pb_utils.InferenceRequest(
-            model_name="MODEL", requested_output_names=["y"], inputs=[x]
-        )
-        answer = ask.exec()
-        if answer.has_error():
-            raise pb_utils.TritonModelException(answer.error().message())
-        y = pb_utils.get_output_tensor_by_name(answer, "y").as_numpy()
-        return pb_utils.InferenceResponse([pb_utils.Tensor("b", y)])
+def asked(request):
+    x = pb_utils.Tensor("x", pb_utils.get_input_tensor_by_name(request, "a").as_numpy())
+    said = json.loads(request.parameters() or "{}")
+    return pb_utils.InferenceRequest(
+        model_name="MODEL", requested_output_names=["y"], inputs=[x], parameters=said
+    )
+
+def answered(answer):
+    if answer.has_error():
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(answer.error().message()))
+    y = pb_utils.get_output_tensor_by_name(answer, "y").as_numpy()
+    return pb_utils.InferenceResponse([pb_utils.Tensor("b", y)])
+"""
+AT_ONCE = """
+    def execute(self, requests):
+        return [answered(asked(request).exec()) for request in requests]
+"""
+LATER = """
+    async def execute(self, requests):
+        answers = [asked(request).async_exec() for request in requests]
+        return [*map(answered, await asyncio.gather(*answers))]
 """
 
 
+@pytest.mark.parametrize("execute", [AT_ONCE, LATER], ids=["exec", "async_exec"])
 def test_a_model_of_ours_answers_a_call_of_another_model(
-    triton: Triton, doubler: str, tmp_path: Path
+    triton: Triton, doubler: str, tmp_path: Path, execute: str
 ) -> None:
     caller = tmp_path / "model.py"
-    caller.write_text(CALLER.replace("MODEL", doubler))
+    caller.write_text(CALLER.replace("    EXECUTE", execute).replace("MODEL", doubler))
     text = (
         'backend: "python"\nmax_batch_size: 8\n'
         'input { name: "a" data_type: TYPE_FP32 dims: [3] }\n'
         'output { name: "b" data_type: TYPE_FP32 dims: [3] }\n'
+        "dynamic_batching {}\n"
     )
     with triton.serving("bls", {1: caller}, text) as name:
-        a = np.full((1, 3), 5, np.float32)
-        np.testing.assert_array_equal(triton.ask(name, {"a": a})["b"], a)
+        asked = [np.full((1, 3), value, np.float32) for value in range(16)]
+        with ThreadPoolExecutor(8) as callers:
+            answers = list(callers.map(lambda a: triton.ask(name, {"a": a})["b"], asked))
+        np.testing.assert_array_equal(answers, asked)
+        with pytest.raises(InferenceServerException, match="an integer is needed") as caught:
+            triton.ask(name, {"a": asked[0]}, parameters={"lrai_priority": "high"})
+        assert "/" not in str(caught.value)
+        np.testing.assert_array_equal(triton.ask(name, {"a": asked[1]})["b"], asked[1])
 
 
 def test_warm_up_of_the_configuration_runs_before_the_first_caller(
