@@ -45,7 +45,7 @@ from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.kinds import Kind, make_kinds  # noqa: E402
 from benchmarks.triton import one_core_server, prepared  # noqa: E402
 from benchmarks.triton_load import Load  # noqa: E402
-from benchmarks.triton_server import Prepared, TritonServer, variables  # noqa: E402
+from benchmarks.triton_server import Prepared, TritonServer, prepare, variables  # noqa: E402
 
 CALLERS: Final = 32
 WARM_UP: Final = 64
@@ -94,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrai-triton-")))
         started = time.perf_counter()
-        made = prepared(arguments.environment, scratch)
-        stand_in(made.backends)
+        made = set_up(arguments.environment, scratch)
         console.print(f"environment: {time.perf_counter() - started:.0f} s")
         entry = scratch / "models" / _NAME
         (entry / "1").mkdir(parents=True)
@@ -266,6 +265,13 @@ def answered(server: TritonServer, model: str, least: int = 0) -> Counter[str]:
         if found.total() >= least or time.monotonic() > end:
             return found
         time.sleep(0.1)
+
+
+def set_up(environment: Path | None, scratch: Path) -> Prepared:
+    """Return what the server runs from, with backends of its own in `scratch`: one is added."""
+    made = prepared(environment or prepare().environment, scratch)
+    stand_in(made.backends)
+    return made
 
 
 def stand_in(backends: Path) -> None:
