@@ -65,7 +65,6 @@ _SLOW: Final = frozenset(
 _CHANGING: Final = _SLOW - {"drain", "deployments"}
 # For what was served before: more than a model may take to start; and once it is told to end.
 _OPEN_SECONDS, _END_SECONDS = 30.0, 5.0
-_MMAP_THRESHOLD: Final = -3  # of `mallopt`
 _log: Final = logging.getLogger("lrai.runtime")
 
 Peer = tuple[wire.Line, bytes]  # by which socket, and who there
@@ -405,7 +404,7 @@ def return_large_memory() -> None:
     burst of messages that hold tensors would leave a little more of the daemon.
     """
     with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def main(argv: list[str]) -> None:
