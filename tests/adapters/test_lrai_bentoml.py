@@ -355,15 +355,16 @@ class TestService:
             model = lrai_bentoml.runner(str(stored.tag), settings=EMBEDDED | said)
 
             @bentoml.api(batchable=True, max_batch_size=4)  # type: ignore[untyped-decorator]
-            async def first(self, input_ids: list[list[int]]) -> list[list[float]]:
-                raise NotImplementedError
+            async def first(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Any:
+                return await self.model.async_run(input_ids, attention_mask)
 
             @bentoml.api(batchable=True)  # type: ignore[untyped-decorator]
-            async def second(self, input_ids: list[list[int]]) -> list[list[float]]:
-                raise NotImplementedError
+            async def second(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Any:
+                return await self.model.async_run(input_ids, attention_mask)
 
         async def at_once() -> None:
-            await asyncio.gather(*[Batched.model.async_run(**TOKENS) for _ in range(12)])
+            rows = [np.array(rows) for rows in TOKENS.values()]
+            await asyncio.gather(*[Batched.first.func(Batched, *rows) for _ in range(12)])
 
         before = Batched.model.stats().get("batch_completed", 0)
         asyncio.run(at_once())
