@@ -39,6 +39,7 @@ from lrai_shared.arena import Arena
 from lrai_shared.keys import client_end
 from lrai_shared.messages import Attach, Call, Infer, Requests
 from lrai_shared.starting import is_running, last_line, leave, shared_folder, start_daemon
+from lrai_shared.turns import unhurried
 
 _LIFE_SECONDS: Final = 1.0  # between signs of life
 _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
@@ -112,7 +113,8 @@ class Attached:
         else:
             self._folder = shared_folder(config, address)
             self._endpoint, options = f"ipc://{self._folder}/clients", {}
-        self._socket = wire.connect(self._endpoint, secrets.token_bytes(16), options)
+        with unhurried():
+            self._socket = wire.connect(self._endpoint, secrets.token_bytes(16), options)
         ends = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         self._lost, self._cuts = self._socket.get_monitor_socket(ends), 0
         self._arena, self._sharing = Arena(), False  # whether the daemon reads there
@@ -137,7 +139,8 @@ class Attached:
         self._owner = os.getpid()
         self._attached: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="lrai-client", daemon=True)
-        self._thread.start()
+        with unhurried():
+            self._thread.start()
         patience = _ANSWER_SECONDS if self._far else self._patience  # where none is started
         try:
             self._attached.result(patience)

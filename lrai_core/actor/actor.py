@@ -53,6 +53,8 @@ class Actor:
         started, self._signature = time.monotonic(), load.signature
         # Before the engine starts its threads, which inherit it.
         with contextlib.suppress(OSError):  # it names none, or those are gone by now
+            if os.sched_getscheduler(0) == os.SCHED_BATCH:  # as a daemon's threads are
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
             os.sched_setaffinity(0, load.cpus)
         try:
             self._sessions = open_sessions(load)
@@ -86,10 +88,9 @@ def open_sessions(load: messages.Load) -> list[Session]:
     check_files(folder, {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()})
     sessions = []
     for engine, model, external in ((load.engine, load.model, load.weights), *load.beside):
-        weights = folder / external if external else None
-        session = find_engine(engine).load(
-            folder / model, weights=weights, threads=load.threads, optimise=load.optimise
-        )
+        graph, weights = folder / model, folder / external if external else None
+        start = find_engine(engine).load
+        session = start(graph, weights=weights, threads=load.threads, optimise=load.optimise)
         # Once, so that the first caller does not pay for what engines put off until then. A made-up
         # row may be no valid input.
         with contextlib.suppress(EngineError):

@@ -106,7 +106,6 @@ class Replica:
     """One actor of a model: what it costs there, and how many CPUs a call takes."""
 
     def __init__(self, actor: str, *profiles: Sequence[LatencyPoint], threads: int = 1) -> None:
-        self.actor, self.threads = actor, threads
-        self.latency = LatencyModel(*profiles)
+        self.actor, self.threads, self.latency = actor, threads, LatencyModel(*profiles)
         self.cpus: tuple[int, ...] = ()  # that it keeps to, if to some
         self.calls: deque[Call] = deque()  # the first one runs

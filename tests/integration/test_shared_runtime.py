@@ -642,6 +642,30 @@ def test_a_small_request_costs_one_message_on_each_hop_and_less_where_many_wait(
             assert stats[name] - before[name] < 100, name
 
 
+def scheduled(pid: int, only: str = "") -> dict[int, int]:
+    """Return the policies of the threads of a process, or of those of such a name."""
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    named = [int(task.name) for task in tasks if only in (task / "comm").read_text()]
+    return {thread: os.sched_getscheduler(thread) for thread in named}
+
+
+def test_a_daemon_and_what_asks_it_interrupt_no_call_but_of_several_threads(
+    folder: Path, classifier_fp32: lrai.Artifact
+) -> None:
+    before = scheduled(os.getpid())
+    with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
+        (daemon,), actor = daemons(folder), pid_of(runtime, "classifier")
+        ours = {v for thread, v in scheduled(os.getpid()).items() if thread not in before}
+        lines = set(scheduled(actor, "ZMQ").values())
+        assert set(scheduled(daemon).values()) == ours == lines == {os.SCHED_BATCH}
+        # The engine's, and of who asks.
+        assert os.sched_getscheduler(actor) == os.sched_getscheduler(0) == os.SCHED_OTHER
+        runtime.load(classifier_fp32, name="wide", settings={"actor.threads": 2})
+        assert set(scheduled(daemon).values()) == {os.SCHED_OTHER}
+        runtime.unload("wide")
+        assert set(scheduled(daemon, "ZMQ").values()) == {os.SCHED_BATCH}
+
+
 def test_a_block_that_the_engine_may_read_is_kept_though_its_caller_is_gone(
     folder: Path, classifier_fp32: lrai.Artifact
 ) -> None:
