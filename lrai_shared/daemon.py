@@ -47,7 +47,7 @@ from lrai_shared import messages
 from lrai_shared.keys import Listener
 from lrai_shared.messages import Attach, Attached, Call, Requests
 from lrai_shared.starting import SETTINGS, shorten_log
-from lrai_shared.turns import wait_for_turns
+from lrai_shared.turns import POLL_SECONDS, TURN_SECONDS, wait_for_turns
 
 _SILENT_SECONDS: Final = 5.0  # without a sign of life a client is gone;
 _FAR_SILENT_SECONDS: Final = 30.0  # of another machine it may be behind tensors on a slow line
@@ -131,7 +131,9 @@ class Door(Pool):
 
     def _take_turns(self) -> None:
         """Interrupt no call, unless one has several threads: those would wait for one another."""
-        wait_for_turns(wait=all(actor.load.threads == 1 for actor in self._actors.values()))
+        wait = all(actor.load.threads == 1 for actor in self._actors.values())
+        self._daemon.runtime.scheduler.tick_seconds = TURN_SECONDS if wait else POLL_SECONDS
+        wait_for_turns(wait=wait)
 
     def close(self) -> None:
         """Send what is left to send, end every actor, and close all sockets."""

@@ -14,24 +14,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# How exactly a thread can wait: as a poller does, and where it waits for its turn besides, which is
+# for a tick of most kernels (CONFIG_HZ=250), less what has passed of it.
+POLL_SECONDS, TURN_SECONDS = 1e-3, 3e-3
+
 
 @contextmanager
 def unhurried() -> Iterator[None]:
     """Have threads that are started meanwhile wait for their turn, unless somebody chose theirs."""
     usual = os.sched_getscheduler(0)
-    _set(0, os.SCHED_BATCH if usual == os.SCHED_OTHER else usual)
+    _change(0, os.SCHED_OTHER, os.SCHED_BATCH)
     try:
         yield
     finally:
-        _set(0, usual)
+        _change(0, os.SCHED_BATCH, usual)
 
 
 def wait_for_turns(*, wait: bool) -> None:
     """Have all threads of this process wait for their turn, or none, and those they start."""
-    for thread in Path("/proc/self/task").iterdir():
-        _set(int(thread.name), os.SCHED_BATCH if wait else os.SCHED_OTHER)
+    change = (os.SCHED_OTHER, os.SCHED_BATCH) if wait else (os.SCHED_BATCH, os.SCHED_OTHER)
+    with suppress(OSError):  # no descriptor is left: they stay as they are
+        for thread in Path("/proc/self/task").iterdir():
+            _change(int(thread.name), *change)
 
 
-def _set(thread: int, policy: int) -> None:
+def _change(thread: int, before: int, after: int) -> None:
     with suppress(OSError):  # it has ended, or a sandbox knows of one policy only
-        os.sched_setscheduler(thread, policy, os.sched_param(0))
+        if os.sched_getscheduler(thread) == before:  # else somebody chose another one
+            os.sched_setscheduler(thread, after, os.sched_param(0))

@@ -53,13 +53,13 @@ class Scheduler:
         self._ended: deque[tuple[Pending, list[Array]]] = deque()  # answered, and not told yet
         self._looked = 0.0  # when it was last seen who may have a call
         self._cpus, self._owner = available_cpus(), os.getpid()
-        self._used_at = 0.0  # when what models used was last brought up to date
+        # When what models used was last brought up to date; how exactly the thread can wait.
+        self._used_at, self.tick_seconds = 0.0, 1e-3
         self._batches, self._sequences = itertools.count(1), itertools.count(1)
         self._arrived: deque[Pending | Callable[[], None]] = deque()
         self._state_lock = threading.Lock()
         self.accepting = True  # not draining, not closed, not failed
-        self._closed = False
-        self._stopped = False  # nothing that arrives now would be seen
+        self._closed = self._stopped = False  # stopped: nothing that arrives now would be seen
         self._wake_read, self._wake_write = os.pipe()
         self._awake = False  # a byte is in the pipe, or about to be
         self._poller = zmq.Poller()
@@ -380,7 +380,7 @@ class Scheduler:
         self._calls[batch] = call
         replica.calls.append(call)
         if not call.queued:
-            call.begin(now)
+            call.begin(now, self.tick_seconds)
         size = {"requests": len(started), "rows": rows, "length": length}
         self._events.emit("batch_dispatched", model.name, **size, predicted_seconds=seconds)
         try:
@@ -431,7 +431,7 @@ class Scheduler:
         call.model.ran = now
         calls.popleft()  # an actor runs them in order
         if calls:
-            calls[0].begin(now)
+            calls[0].begin(now, self.tick_seconds)
         match outcome:
             case Answered(answers=answers, engine_seconds=seconds):
                 total, name = None if call.queued else now - call.begun, call.model.name

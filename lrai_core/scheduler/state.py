@@ -21,7 +21,6 @@ BACKGROUND: Final = 1 << 30  # a priority: nobody waits for it, nor for what is 
 # Times its prediction, and on top of it, a call may take before its CPUs count as free: who hangs
 # must not stop the others.
 _OVERDUE, _OVERDUE_SECONDS = 3.0, 0.05
-_TICK_SECONDS: Final = 1e-3  # how exactly the scheduler's loop can wait
 
 
 @dataclass(slots=True, eq=False)
@@ -88,13 +87,13 @@ class Call:
     overdue: float = 0.0  # from then on its CPUs count as free
     next_from: float = 0.0  # from then on its actor may have the next one
 
-    def begin(self, now: float) -> None:
-        """Take note that it runs from now on."""
+    def begin(self, now: float, tick_seconds: float) -> None:
+        """Take note that it runs from now on; `tick_seconds`: see `Scheduler`."""
         self.begun, self.overdue = now, now + _OVERDUE * self.seconds + _OVERDUE_SECONDS
         way = 2 * self.replica.latency.overhead_seconds
         # Where the engine takes less than the way to it, waiting for more requests saves more; of a
         # model that has not answered yet, nobody knows.
-        due = now + max(0.0, self.seconds - way - _TICK_SECONDS)
+        due = now + max(0.0, self.seconds - way - tick_seconds)
         self.next_from = due if 0 < way < self.seconds else math.inf
 
     def almost_done(self, now: float) -> bool:

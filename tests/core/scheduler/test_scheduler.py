@@ -273,6 +273,21 @@ def test_the_rows_of_a_call_are_bounded_by_the_config(clock: Clock) -> None:
 # The next call, before the running one ends
 
 
+def test_where_waiting_is_less_exact_the_next_call_is_handed_over_sooner(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.latency().overhead_seconds = 1e-6
+    bench.scheduler.tick_seconds = 4e-3  # of calls of 10 ms
+    bench.submit()
+    bench.step()
+    clock.now += 5e-3
+    bench.submit()
+    for at, calls in ((5e-3, 1), (6.5e-3, 2)):
+        bench.step()
+        assert len(bench.workers.calls["m"]) == calls, at
+        clock.now += 1.5e-3
+
+
 def test_an_actor_that_is_almost_done_is_handed_its_next_call(bench: Bench, clock: Clock) -> None:
     bench.latency().overhead_seconds = 1e-6
     first = bench.submit()
