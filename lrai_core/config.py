@@ -67,6 +67,7 @@ class ActorConfig(_Section):
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
     threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask and quota
     replicas: int = _least(1, 1)  # actors of a model; weights are shared inside each only
+    devices: str = ""  # GPUs, as in CUDA_VISIBLE_DEVICES: each has an actor, which sees no other
     heartbeat_ms: int = _least(1, 200)
     hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)
     hang_factor: float = _least(1, 10.0)
@@ -80,6 +81,12 @@ class ActorConfig(_Section):
         if self.heartbeat_ms >= self.hang_seconds * 500:
             most = f"at most half of actor.hang_seconds ({self.hang_seconds:g} s) is needed"
             raise ValueError(f"actor.heartbeat_ms is {self.heartbeat_ms}, {most}")
+
+    @property
+    def device_of_each(self) -> list[str]:
+        """Return the device of each actor of a model, empty where it may see all."""
+        devices = self.devices.replace(",", " ").split() or [""]
+        return [devices[i % len(devices)] for i in range(max(self.replicas, len(devices)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +134,7 @@ _KINDS: Final = {  # dotted key to type, in the order of the tree
 
 
 OWN_SETTINGS: Final = {  # of one model
-    "actor.isolation", "actor.replicas", "actor.threads", "runtime.capture_rows",
+    "actor.devices", "actor.isolation", "actor.replicas", "actor.threads", "runtime.capture_rows",
     "runtime.capture_ttl_hours", "scheduler.deterministic", "scheduler.latency_slo_ms",
     "scheduler.max_batch_elements", "scheduler.max_batch_rows", "scheduler.weight",
 }  # fmt: skip

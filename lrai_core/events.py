@@ -54,12 +54,11 @@ class EventBus:
     """Counts every event and hands it to the observers."""
 
     def __init__(self, observers: Observers = (), *, capacity: int = 10_000) -> None:
-        self._observers, self._all = (*observers, _log_it), bool(observers)
+        self._observers, self._all, self._closed = (*observers, _log_it), bool(observers), False
         self._counts: Counter[str] = Counter()
         self._queue: deque[Event] = deque(maxlen=capacity)
         self._wake = threading.Event()
         self._lock = threading.Lock()  # callers and the scheduler count at the same time
-        self._closed = False
         self._thread = threading.Thread(target=self._deliver, name="lrai-events", daemon=True)
 
     def emit(self, kind: Kind, model: str = "", /, count: int = 1, **attributes: Any) -> None:

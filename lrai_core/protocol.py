@@ -269,8 +269,8 @@ def _decode(tensor: Tensor, room_bytes: int) -> Array:
     for axis, extent in enumerate(shape):
         if not 0 <= extent < 1 << 63:
             raise ValueError(f"dimension {axis} is {'negative' if extent < 0 else '2^63 or more'}")
-    count = math.prod(shape)  # exact: Python integers do not overflow
-    size = memoryview(tensor.data).nbytes
+    # Exact: Python integers do not overflow.
+    count, size = math.prod(shape), memoryview(tensor.data).nbytes
     if size > room_bytes:
         raise ValueError(f"{size} bytes, at most {max(room_bytes, 0)} are left for this request")
     if tensor.datatype == "BYTES":

@@ -173,7 +173,7 @@ class Running(Embedded):
         files = ChainMap(*map(artifact.files_of, artifact.manifest.serving(how.variant)))
         size = sum(entry.size_bytes for entry in files.values())
         with self._room:
-            self._make_room(name, config.actor.replicas * size, tried=tried)
+            self._make_room(name, len(config.actor.device_of_each) * size, tried=tried)
             new = self.add(artifact, name, how.variant, how.require, config, label)
             pool = self._pool
             if isinstance(pool, InlinePool) and (opened := pool.opened(new.key)):

@@ -46,7 +46,7 @@ _ROWS: Final = "scheduler.max_batch_rows"
 _WHERE: Final = (  # who sets one of these wants processes of the model's own
     *("runtime.address", "runtime.memory_mib", "runtime.capture_rows"),  # who tunes asks that one
     "runtime.state_dir",  # which is one runtime's, and a host has one for each model in itself
-    *("actor.isolation", "actor.replicas", "actor.python"),
+    *("actor.isolation", "actor.replicas", "actor.devices", "actor.python"),
 )
 # Of zeros, which a model need not take; not those of a queue that is full, or of no such model.
 _REFUSALS: Final = frozenset(range(400, 429)) - {404}

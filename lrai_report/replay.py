@@ -153,7 +153,8 @@ class Server:
     @classmethod
     def open(cls, policy: str, artifact: Artifact) -> Server:
         """Start a runtime for the policy and load the artifact; `close` ends it."""
-        settings = {"actor.replicas": 1} | (_JOINED if policy.startswith("fifo") else {})
+        alone: dict[str, Any] = {"actor.replicas": 1, "actor.devices": ""}
+        settings = alone | (_JOINED if policy.startswith("fifo") else {})
         if policy != "planner":
             settings["scheduler.max_batch_rows"] = 1
         runtime = Runtime.open(artifact, config=own_config(settings), address="embedded")

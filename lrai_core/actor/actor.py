@@ -51,7 +51,8 @@ class Actor:
 
     def _load(self, load: messages.Load) -> None:
         started, self._signature = time.monotonic(), load.signature
-        # Before the engine starts its threads, which inherit it.
+        # Before the engine is imported, which looks there, and starts threads, which inherit.
+        os.environ.update({"CUDA_VISIBLE_DEVICES": load.device} if load.device else {})
         with contextlib.suppress(OSError):  # it names none, or those are gone by now
             if os.sched_getscheduler(0) == os.SCHED_BATCH:  # as a daemon's threads are
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -80,8 +80,7 @@ class Pool:
         self._address = f"ipc://{folder}/actors"
         self._socket = messages.listen(self._address)
         self.lines = {"actor": self._socket}  # by whom they lead to
-        self.arenas, self.dropped_frames = Arenas(), 0
-        self._polled = time.monotonic()
+        self.arenas, self.dropped_frames, self._polled = Arenas(), 0, time.monotonic()
 
     def add(self, name: str, load: Load, loaded: Future[None]) -> None:
         """Start an actor that opens `load`; `loaded` is settled when it has, or cannot."""

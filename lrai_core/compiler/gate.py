@@ -225,13 +225,10 @@ def errors(rows: Rows, conditions: Conditions, forms: int) -> list[float]:
 
 def _rows_needed(rows: Rows, conditions: Conditions, level: float = LEVEL) -> int:
     """Return the fewest rows with which a form without a fault passes at a level."""
-    if rows.labels is None:
-        needed = confidence.rows_needed(1 - AGREEMENT, level)
-    else:
-        needed = confidence.rows_needed(conditions.max_accuracy_loss, 1 - (1 - level) / 2)
-    if conditions.epsilon is not None:
-        needed = max(needed, confidence.rows_needed(conditions.delta, level))
-    return needed
+    labelled = (conditions.max_accuracy_loss, 1 - (1 - level) / 2)
+    terms = [(1 - AGREEMENT, level) if rows.labels is None else labelled]
+    terms += [(conditions.delta, level)] * (conditions.epsilon is not None)
+    return max(confidence.rows_needed(*term) for term in terms)
 
 
 def _gaps(reference: Outputs, run: Outputs, specs: Specs) -> list[float]:

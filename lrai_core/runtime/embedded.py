@@ -66,8 +66,7 @@ class Embedded:
         self._leaving: set[str] = set()  # of these, those that nobody is to serve
         self.current: dict[str, Version] = {}  # what serves who asks for no version
         self.versions: dict[tuple[str, str], Version] = {}  # what may be asked for
-        self._owner = os.getpid()
-        self._closed = False
+        self._owner, self._closed = os.getpid(), False
         self._pool = (pool or self.pool)(self.folder, config.actor, self.events)
         self.scheduler = Scheduler(config.scheduler, self._pool, self.events)
         self.scheduler.start()
@@ -105,12 +104,13 @@ class Embedded:
         profile = chosen.latency if chosen else ()
         chosen = chosen or artifact.manifest.variant("fp32")
         label = label or self._unique(name, artifact)
-        actors = tuple(f"{name}@{label}" + f"#{i}" * (i > 0) for i in range(config.replicas))
+        places = enumerate(config.device_of_each)
+        actors = tuple(f"{name}@{label}" + f"#{i}" * (i > 0) for i, _ in places)
         if limits.deterministic and chosen.batch_effect:
             limits = replace(limits, max_batch_rows=1)
         version = Version(name, label, artifact, chosen, certificate, actors, limits, tuple(beside))
         version.used_at = time.monotonic()
-        threads = config.threads or self._threads(artifact, chosen, name, config.replicas)
+        threads = config.threads or self._threads(artifact, chosen, name, len(actors))
         alone_ms = min((point.median_ms for point in profile), default=0.0)
         if 0 < limits.latency_slo_ms <= alone_ms:
             reason = f"{limits.latency_slo_ms:g} ms, the least that it takes is {alone_ms:.3g}"
@@ -123,7 +123,7 @@ class Embedded:
         self.scheduler.add(version.key, replicas, limits)
         load = msgspec.structs.replace(load, threads=threads, inline=config.isolation == "inline")
         try:
-            self._start_actors(replicas, load)
+            self._start_actors(replicas, load, config.device_of_each)
         except BaseException:
             self._end(version)
             raise
@@ -290,14 +290,14 @@ class Embedded:
         names = self.current.keys() | self._changing | {name}
         return 1 if short else max(1, available_cpus() // len(names) // replicas)
 
-    def _start_actors(self, replicas: Sequence[Replica], load: Load) -> None:
+    def _start_actors(self, replicas: Sequence[Replica], load: Load, devices: list[str]) -> None:
         """Start the actors of a version, each on CPUs of its own where there are enough."""
         cpus = sorted(os.sched_getaffinity(0))
         share = len(cpus) // len(replicas) if len(replicas) > 1 else 0
         futures = [Future[None]() for _ in replicas]
         for i, (replica, loaded) in enumerate(zip(replicas, futures, strict=True)):
             replica.cpus = tuple(cpus[i * share : (i + 1) * share])
-            own = msgspec.structs.replace(load, cpus=replica.cpus)
+            own = msgspec.structs.replace(load, cpus=replica.cpus, device=devices[i])
             self.scheduler.call(partial(self._pool.add, replica.actor, own, loaded))
         try:
             for loaded in futures:

@@ -67,7 +67,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
     `files` are checked by their hash before the first parse. `cpus`: the ones to run on, all that
     the process may use if empty. `inline`: it was to run in the runtime's process. `beside`:
-    engine, model and weights of other variants that a call may name.
+    engine, model and weights of other variants that a call may name. `device`: the GPU that it may
+    see, every one if empty.
     """
 
     folder: str
@@ -81,6 +82,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     cpus: tuple[int, ...] = ()
     inline: bool = False
     beside: tuple[tuple[str, str, str], ...] = ()
+    device: str = ""
 
 
 class Execute(msgspec.Struct, frozen=True, tag=True):

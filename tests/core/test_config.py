@@ -243,11 +243,25 @@ def test_settings_of_one_model_change_a_copy() -> None:
 
 
 @pytest.mark.parametrize(
+    ("devices", "replicas", "each"),
+    [
+        ("", 1, [""]),
+        ("", 2, ["", ""]),
+        ("0, MIG-7/1/0,", 1, ["0", "MIG-7/1/0"]),
+        ("2,5", 3, ["2", "5", "2"]),
+    ],
+)
+def test_each_device_has_an_actor(devices: str, replicas: int, each: list[str]) -> None:
+    said = {"actor.devices": devices, "actor.replicas": replicas}
+    assert load_config(call=said, environ={}).actor.device_of_each == each
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"actor.replicas": 0}, r"actor\.replicas is 0, at least 1"),
         ({"actor.replicas": "two"}, r"settings: actor\.replicas is 'two', a value of type int"),
-        ({"scheduler.max_queue_rows": 1}, r"max_queue_rows' is no setting of one model: actor\.i"),
+        ({"scheduler.max_queue_rows": 1}, r"max_queue_rows' is no setting of one model: actor\.d"),
         ({"actor.replica": 1}, r"'actor\.replica' is no setting of one model"),
     ],
 )

@@ -77,6 +77,7 @@ def test_the_hosts_time_does_not_count_where_something_does(
         ({"runtime.address": "auto"}, "auto"),
         ({"runtime.address": "/d"}, "/d"),
         ({"actor.isolation": "process"}, "auto"),
+        ({"actor.devices": "0"}, "auto"),
         ({"runtime.capture_rows": 100}, "auto"),  # where `lrai tune` finds them
     ],
 )

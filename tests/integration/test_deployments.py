@@ -64,6 +64,22 @@ actor.Actor._load = load
 actor.main(sys.argv[1:])
 """
 
+SEEING_ACTOR = """
+import os, sys
+from lrai_core.actor import actor
+
+class Seeing:
+    def load(self, *_, **__):
+        self.device = float(os.environ["CUDA_VISIBLE_DEVICES"])  # as CUDA looks, once
+        return self
+
+    def run(self, arrays, outputs=None):
+        return [arrays[0] * 0 + self.device]
+
+actor.find_engine = lambda name: Seeing()
+actor.main(sys.argv[1:])
+"""
+
 
 def patient(**values: Any) -> lrai.LraiConfig:
     """Return a configuration in which an actor that is stopped for a while does not hang."""
@@ -83,15 +99,20 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
 @pytest.fixture
 def strange(tmp_path: Path) -> tuple[str, Callable[[str], None]]:
     """Return an interpreter, and what makes actors that it starts `die`, `refuse` or do `well`."""
-    (tmp_path / "actor.py").write_text(STRANGE_ACTOR)
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} -P {tmp_path}/actor.py "$@"\n')
-    python.chmod(0o700)
 
     def become(how: str) -> None:
         (tmp_path / "how").write_text(how)
 
-    return str(python), become
+    return interpreter(tmp_path, STRANGE_ACTOR), become
+
+
+def interpreter(folder: Path, actor: str) -> str:
+    """Return an interpreter that runs this in an actor's place."""
+    (folder / "actor.py").write_text(actor)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} -P {folder}/actor.py "$@"\n')
+    python.chmod(0o700)
+    return str(python)
 
 
 @contextmanager
@@ -964,6 +985,24 @@ def test_replicas_share_the_requests_and_the_cpus(small: dict[float, Path]) -> N
         assert len(runtime.models()[0].actor_pids) == 1
         assert {ask(runtime) for _ in range(20)} == {2.0}
         assert runtime.ready() in ("ok", "idle")
+
+
+def test_each_device_has_an_actor_whose_engine_sees_no_other(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrai_core.scheduler.scheduler.available_cpus", lambda: 2)  # for both calls
+    own = {"actor.devices": "3, 5", "actor.threads": 1, "scheduler.max_batch_rows": 1}
+    python = interpreter(tmp_path, SEEING_ACTOR)
+    with lrai.Runtime(config(**{"actor.python": python})) as runtime:
+        runtime.load(small[2.0], name="m", settings=own)
+        request = lrai.InferenceRequest(model_name="m", inputs=ONES)
+
+        def answers() -> set[float]:
+            asked = [runtime.start(request) for _ in range(20)]
+            return {float(one.result().outputs["y"][0, 0]) for one in asked}
+
+        wait_until(lambda: answers() == {3.0, 5.0})
+        assert len(runtime.models()[0].actor_pids) == 2
 
 
 def test_traffic_is_sketched_always_and_captured_where_that_was_asked_for(

@@ -225,6 +225,7 @@ def test_only_the_planner_may_share_calls_among_requests(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Runtime, "open", fake)
     monkeypatch.setenv("LRAI_ACTOR_REPLICAS", "2")  # fifo has one call at a time, whatever there is
+    monkeypatch.setenv("LRAI_ACTOR_DEVICES", "0,1")
     manifest = SimpleNamespace(signature=SIGNATURE)
     for policy in ("planner", "one-by-one", "fifo-8"):
         Server.open(policy, cast("Any", SimpleNamespace(manifest=manifest)))
@@ -233,4 +234,4 @@ def test_only_the_planner_may_share_calls_among_requests(monkeypatch: pytest.Mon
     # What fifo puts together is no request of one caller.
     limits = LraiConfig().limits
     assert [config.limits == limits for config in opened] == [True, True, False]
-    assert {config.actor.replicas for config in opened} == {1}
+    assert [config.actor.device_of_each for config in opened] == [[""]] * 3
