@@ -19,7 +19,7 @@ from benchmarks.models import classifier
 def main() -> None:
     """Run the example."""
     with tempfile.TemporaryDirectory() as folder:
-        model, rows = classifier(Path(folder, "classifier.onnx"), seed=0)
+        model, rows = classifier(Path(folder, "classifier.onnx"), seed=0, hidden=512)
 
         # 1. Compile: fp32, and whatever is faster and passes the gate on these labelled rows.
         artifact = lrai.compile(
