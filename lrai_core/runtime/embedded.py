@@ -321,7 +321,7 @@ class Embedded:
         states = {self._pool.state(actor)[0] for actor in version.actors}
         if states == {"failed"} or not self.scheduler.accepting:
             return "dead"
-        if "ready" not in states or (version.inside and self.scheduler.stalled(self.config.actor)):
+        if "ready" not in states or self.scheduler.stalled(version.key, self.config.actor):
             return "stalled"
         return "ok" if self.scheduler.outstanding() else "idle"
 

@@ -37,5 +37,4 @@ class Admission:
     def leave(self, rows: int, nbytes: int) -> None:
         """Count a request out, however it ended."""
         with self._lock:
-            self.rows -= rows
-            self.nbytes -= nbytes
+            self.rows, self.nbytes = self.rows - rows, self.nbytes - nbytes

@@ -68,12 +68,7 @@ class LatencyModel:
         return min((curve.seconds(rows, length), i) for i, curve in enumerate(self._curves))[1]
 
     def observe(
-        self,
-        rows: int,
-        length: int,
-        total_seconds: float | None,
-        engine_seconds: float,
-        variant: int = 0,
+        self, rows: int, length: int, total_seconds: float | None, seconds: float, variant: int = 0
     ) -> bool:
         """Learn from a call that was answered; return whether the speed has just changed.
 
@@ -81,15 +76,15 @@ class LatencyModel:
             rows: Of the call.
             length: To which they were padded.
             total_seconds: From the dispatch; None where the actor was not idle then.
-            engine_seconds: Inside the engine.
+            seconds: Inside the engine.
             variant: That ran it.
         """
         if total_seconds is not None:
-            self._learn_overhead(max(0.0, total_seconds - engine_seconds))
+            self._learn_overhead(max(0.0, total_seconds - seconds))
         one = self._curves[variant]
         for other in [curve for curve in self._curves if curve is not one]:
             other.fade()
-        shifted = one.observe(rows, length, engine_seconds)
+        shifted = one.observe(rows, length, seconds)
         self.margin, self.scale = one.margin, one.scale
         return shifted
 
@@ -99,8 +94,7 @@ class LatencyModel:
         # What else the machine did meanwhile is not the cost of a call, so the estimate follows the
         # cheap calls quickly and the dear ones slowly.
         weight = _DOWN if around < self.overhead_seconds else _UP
-        around = min(around, 2 * self.overhead_seconds)
-        self.overhead_seconds += weight * (around - self.overhead_seconds)
+        self.overhead_seconds += weight * min(around - self.overhead_seconds, self.overhead_seconds)
 
 
 # Weights of calls, elements and attention; the most elements measured; seconds over their square.
@@ -139,8 +133,7 @@ class _Curve:
         self._drift += (clipped - self._drift) / _SHIFT_CALLS
         self._variance += (clipped * clipped - self._variance) / (4 * _SHIFT_CALLS)
         shifted = abs(self._drift) > max(_SHIFT, 3 * math.sqrt(self._variance / _SHIFT_CALLS))
-        keep = 0.2 if shifted else _MEMORY
-        self._drift = 0.0 if shifted else self._drift
+        keep, self._drift = (0.2, 0.0) if shifted else (_MEMORY, self._drift)
         x, y, z = self._unit / profile, predicted * (1 + clipped) / profile, growth / profile
         seen = (1.0, x, x * x, y, x * y, z, x * z, z * z, y * z)
         self._normal = [keep * old + new for old, new in zip(self._normal, seen, strict=True)]

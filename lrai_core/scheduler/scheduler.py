@@ -27,7 +27,7 @@ from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan, probe
-from lrai_core.scheduler.state import Call, Done, Model, Pending, Replica
+from lrai_core.scheduler.state import BACKGROUND, Call, Done, Model, Pending, Replica
 from lrai_core.scheduler.waiting import Waiting
 from lrai_core.wire.messages import Refused, poll
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Workers
@@ -51,20 +51,19 @@ class Scheduler:
         self._models: dict[str, Model] = {}
         self._calls: dict[int, Call] = {}
         self._ended: deque[tuple[Pending, list[Array]]] = deque()  # answered, and not told yet
-        self._looked = 0.0  # when it was last seen who may have a call
+        # When it was last seen who may have a call, and brought up to date what models used; how
+        # exactly the thread can wait.
+        self._looked, self._used_at, self.tick_seconds = 0.0, 0.0, 1e-3
         self._cpus, self._owner = available_cpus(), os.getpid()
-        # When what models used was last brought up to date; how exactly the thread can wait.
-        self._used_at, self.tick_seconds = 0.0, 1e-3
         self._batches, self._sequences = itertools.count(1), itertools.count(1)
         self._arrived: deque[Pending | Callable[[], None]] = deque()
         self._state_lock = threading.Lock()
         self.accepting = True  # not draining, not closed, not failed
-        self._closed = self._stopped = False  # stopped: nothing that arrives now would be seen
+        # Stopped: nothing that arrives now would be seen. Awake: a byte is in the pipe, or soon.
+        self._closed = self._stopped = self._awake = False
         self._wake_read, self._wake_write = os.pipe()
-        self._awake = False  # a byte is in the pipe, or about to be
         self._poller = zmq.Poller()
         self._poller.register(self._wake_read, zmq.POLLIN)
-        self._last_answer = time.monotonic()
         self.thread = threading.Thread(target=self._run, name="lrai-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -161,11 +160,18 @@ class Scheduler:
         """Return the rows accepted and not yet ended."""
         return self._admission.rows
 
-    def stalled(self, actor: ActorConfig) -> bool:
-        """Return whether accepted requests wait for longer without any answer than a call may."""
-        longest = max([call.seconds for call in list(self._calls.values())], default=0.0)
+    def stalled(self, name: str, actor: ActorConfig) -> bool:
+        """Return whether a model's requests wait for longer without an answer than a call may take.
+
+        That is a call of its own, or one of another model that it waits or has waited behind.
+        """
+        model, calls = self._models.get(name), list(self._calls.values())
+        if model is None or not model.inside:
+            return False
+        last = max([call.begun for call in calls if call.model is model], default=math.inf)
+        longest = max([model.longest, *(call.seconds for call in calls if call.begun <= last)])
         limit = max(actor.hang_seconds, actor.hang_factor * longest)
-        return self._admission.rows > 0 and time.monotonic() - self._last_answer > limit
+        return time.monotonic() - model.since > limit
 
     def drain(self, timeout_seconds: float) -> bool:
         """Refuse new requests and wait for the accepted ones; return whether all ended."""
@@ -208,9 +214,11 @@ class Scheduler:
         with self._state_lock:  # `drain` sees a request either refused or counted
             if not self.accepting:
                 raise NotReady("the runtime is draining")
-            if not self._admission.rows:
-                self._last_answer = pending.arrival  # nobody waited until now
             self._admission.enter(rows, request.nbytes, needed / rows)
+            if not model.inside:
+                model.since, model.longest = pending.arrival, 0.0
+            if pending.place.priority < BACKGROUND:  # others may wait for as long as it takes
+                model.inside.add(pending)
 
     def _cancel(self, pending: Pending) -> None:
         error = errors.Cancelled("cancelled")
@@ -288,13 +296,12 @@ class Scheduler:
             self._end(*self._ended.popleft(), None)
 
     def _next_check(self, now: float) -> float:
-        checks = [self._workers.next_check(now)]
-        checks += [model.queue.next_deadline() for model in list(self._models.values())]
+        checks = [model.queue.next_deadline() for model in list(self._models.values())]
         for call in self._calls.values():
             checks += [p.place.deadline for p in call.pending if p.done]
             soon = call.next_from if call.model.waiting else call.overdue  # else for nobody
             checks += [at for at in (soon, call.overdue) if at > self._looked]
-        return min(checks)
+        return min([self._workers.next_check(now), *checks])
 
     def _enqueue(self, pending: Pending) -> None:
         model = pending.model  # that it was checked against, whatever has its name now
@@ -428,10 +435,13 @@ class Scheduler:
         now, calls = time.monotonic(), call.replica.calls
         shared = call.rows * max(1, call.length) if len(call.pending) > 1 else 0
         call.model.used_seconds += (now - call.begun) / call.model.weight
-        call.model.ran = now
+        call.model.ran, call.model.longest = now, 0.0
         calls.popleft()  # an actor runs them in order
         if calls:
             calls[0].begin(now, self.tick_seconds)
+        for model in list(self._models.values()):
+            if model.waiting and not any(one.calls for one in model.replicas.values()):
+                model.longest = max(model.longest, call.seconds)  # it may have waited behind it
         match outcome:
             case Answered(answers=answers, engine_seconds=seconds):
                 total, name = None if call.queued else now - call.begun, call.model.name
@@ -442,10 +452,10 @@ class Scheduler:
                 call.model.pace += pace / _RECENT
                 call.model.fits = max(call.model.fits, shared)
                 self._events.emit("batch_completed", name, engine_seconds=seconds)
-                self._last_answer = call.model.seen = now
+                call.model.since = call.model.seen = now
                 self._ended += zip(call.pending, answers, strict=True)
             case Refused(message=message, invalid=invalid):
-                kind, self._last_answer = (errors.RequestError if invalid else ActorError), now
+                kind, call.model.since = (errors.RequestError if invalid else ActorError), now
                 error = kind(f"the engine refused the request: {message}")
                 # One that was refused alone is refused for good: it is the request's own fault.
                 self._again(call, error, 0 if shared else _ATTEMPTS)
@@ -461,8 +471,7 @@ class Scheduler:
 
     def _shrink(self, call: Call) -> None:
         """Have later calls be half as large as one that was too large."""
-        model = call.model
-        rows = max(1, min(model.bounds.rows, call.rows) // 2)
+        model, rows = call.model, max(1, min(call.model.bounds.rows, call.rows) // 2)
         model.bounds = model.bounds._replace(rows=rows)
         told = f"one of {call.rows} rows was too large, {rows} is the most from now on"
         self._events.emit("limit_unreachable", model.name, setting="max_batch_rows", reason=told)
@@ -498,6 +507,7 @@ class Scheduler:
 
     def _end(self, pending: Pending, answer: list[Array] | None, error: LraiError | None) -> None:
         self._admission.leave(pending.request.rows, pending.request.nbytes)
+        pending.model.inside.discard(pending)
         self._tell(pending, answer, error)
 
     def _tell(self, pending: Pending, answer: list[Array] | None, error: LraiError | None) -> None:

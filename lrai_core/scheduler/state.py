@@ -59,6 +59,9 @@ class Model:
     ran: float = 0.0  # when a call ended, whatever came of it
     fits: int = 0  # padded elements, at most, of a shared call answered since a kill at one
     failed: str = ""
+    inside: set[Pending] = field(default_factory=set)  # accepted, not ended; without copies
+    since: float = 0.0  # when the first of them came, or one was answered or refused
+    longest: float = 0.0  # predicted seconds of the calls that it waited behind since then
 
     def is_known(self, now: float) -> bool:
         """Whether it was seen of late what its calls take."""

@@ -81,10 +81,10 @@ def test_the_same_row_count_measured_twice_is_no_division_by_zero() -> None:
 def test_what_a_call_costs_around_the_engine_is_learned() -> None:
     model = LatencyModel([point(1, 0, 0.01)])
     assert model.call_seconds(1, 0) == pytest.approx(0.01)
-    model.observe(1, 8, total_seconds=0.013, engine_seconds=0.010)
+    model.observe(1, 8, total_seconds=0.013, seconds=0.010)
     assert model.call_seconds(1, 0) == pytest.approx(0.013)
     for _ in range(500):
-        model.observe(1, 8, total_seconds=0.015, engine_seconds=0.010)
+        model.observe(1, 8, total_seconds=0.015, seconds=0.010)
     assert model.overhead_seconds == pytest.approx(0.005, rel=0.05)
 
 

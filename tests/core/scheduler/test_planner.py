@@ -82,7 +82,7 @@ def test_requests_run_one_by_one_where_coalescing_does_not_pay() -> None:
 
 def test_a_learned_cost_around_the_call_makes_coalescing_pay() -> None:
     latency = LatencyModel([LatencyPoint(rows=1, length=0, median_ms=5.0, spread_ms=0.0)])
-    latency.observe(1, 0, total_seconds=0.006, engine_seconds=0.005)
+    latency.observe(1, 0, total_seconds=0.006, seconds=0.005)
     assert dispatched([waiting(0)] * 5, latency) == [0, 1, 2, 3, 4]
 
 

@@ -218,6 +218,7 @@ def bench(clock: Clock) -> Iterator[Bench]:
     )
     assert accepted == answered + failed
     assert made.scheduler.outstanding() == 0
+    assert not any(model.inside for model in made.scheduler._models.values())
 
 
 def failure(future: Future[list[Array]]) -> BaseException:
@@ -1179,14 +1180,14 @@ def test_silence_is_counted_from_the_first_who_waits_not_from_the_last_answer(
     limits = ActorConfig(hang_seconds=6, hang_factor=10)
     clock.now += 3600
     bench.submit()
-    assert not bench.scheduler.stalled(limits)
+    assert not bench.scheduler.stalled("m", limits)
     bench.step()
     clock.now += 7
-    assert bench.scheduler.stalled(limits)
+    assert bench.scheduler.stalled("m", limits)
     bench.workers.answer()
     bench.step()
     clock.now += 7
-    assert not bench.scheduler.stalled(limits)
+    assert not bench.scheduler.stalled("m", limits)
 
 
 def test_a_call_that_was_predicted_to_take_long_may(bench: Bench, clock: Clock) -> None:
@@ -1196,9 +1197,86 @@ def test_a_call_that_was_predicted_to_take_long_may(bench: Bench, clock: Clock) 
     (call,) = bench.scheduler._calls.values()
     call.seconds = 8.0
     clock.now += 79
-    assert not bench.scheduler.stalled(limits)
+    assert not bench.scheduler.stalled("m", limits)
     clock.now += 2
-    assert bench.scheduler.stalled(limits)
+    assert bench.scheduler.stalled("m", limits)
+
+
+def test_a_model_without_an_answer_is_stalled_while_another_one_is_answered(
+    bench: Bench, clock: Clock
+) -> None:
+    limits = ActorConfig(hang_seconds=6, hang_factor=10)
+    bench.scheduler._cpus = 2
+    bench.add("other")
+    clock.now += 3600  # nothing was asked of either
+    silent = bench.submit(model="other", timeout_ms=60_000)
+    for seconds in range(7):
+        assert not bench.scheduler.stalled("other", limits), f"after {seconds} s"
+        bench.submit()
+        bench.step()
+        clock.now += 1
+        bench.workers.answer()
+        bench.step()
+    assert bench.scheduler.stalled("other", limits)
+    assert not bench.scheduler.stalled("m", limits)
+    bench.workers.answer("other")
+    bench.step()
+    assert silent.done()
+    clock.now += 7
+    bench.submit(model="other")
+    bench.step()
+    assert not bench.scheduler.stalled("other", limits), "its first request for long"
+    bench.workers.refuse("other")
+    bench.step()
+    assert not bench.scheduler.stalled("not loaded", limits)
+
+
+def test_a_model_may_wait_behind_a_long_call_of_another_one_and_is_silent_by_its_own(
+    bench: Bench, clock: Clock
+) -> None:
+    limits = ActorConfig(hang_seconds=6, hang_factor=10)
+    bench.scheduler._cpus = 1
+    slow = [replace_ms(point, 8000) for point in PROFILE]
+    bench.scheduler.add("slow", [Replica("slow", slow)], SchedulerConfig())
+    bench.add("third")
+    bench.submit(model="slow", timeout_ms=60_000)
+    bench.step()
+    for name in ("m", "third"):
+        bench.submit(model=name, timeout_ms=60_000)
+        clock.now += 4
+        bench.step()
+    bench.workers.answer("slow")
+    bench.step()
+    for _ in range(2):  # one of them waits for the other one's call, too
+        assert len(bench.workers.calls) == 1
+        assert not any(bench.scheduler.stalled(name, limits) for name in ("m", "third"))
+        clock.now += 0.01
+        bench.workers.answer(next(iter(bench.workers.calls)))
+        bench.step()
+    bench.scheduler._cpus = 2
+    bench.submit(timeout_ms=60_000)
+    bench.step()
+    clock.now += 0.001
+    bench.submit(model="slow", timeout_ms=60_000)
+    bench.step()
+    clock.now += 7
+    assert bench.scheduler.stalled("m", limits), "the long call began after its own"
+    assert not bench.scheduler.stalled("slow", limits)
+    for name in ("m", "slow"):
+        bench.workers.answer(name)
+    bench.step()
+
+
+def test_copies_that_nobody_waits_for_may_wait_for_long(bench: Bench, clock: Clock) -> None:
+    limits = ActorConfig(hang_seconds=6, hang_factor=10)
+    bench.scheduler._cpus = 1
+    bench.add("copies")
+    bench.submit(model="copies", timeout_ms=60_000, priority=BACKGROUND)
+    bench.submit()
+    bench.step()
+    clock.now += 7
+    bench.submit(model="copies", timeout_ms=60_000)
+    assert not bench.scheduler.stalled("copies", limits)
 
 
 # The thread
@@ -1674,6 +1752,7 @@ class Anything(RuleBasedStateMachine):
                     continue
                 assert error is None or isinstance(error, LraiError)
             assert self.bench.scheduler.outstanding() == 0
+            assert not any(model.inside for model in self.bench.scheduler._models.values())
             accepted, answered, failed = self.bench.counts(
                 "request_accepted", "request_answered", "request_failed"
             )
