@@ -166,8 +166,7 @@ def choose(offers: Sequence[Offer], now: float) -> int:
         kept.append(index)
         end += offers[index].seconds
         if end > offers[index].due:
-            least = min(kept, key=worth.__getitem__)
-            kept.remove(least)
+            kept.remove(least := min(kept, key=worth.__getitem__))
             end -= offers[least].seconds
     return kept[0] if kept else order[0]
 

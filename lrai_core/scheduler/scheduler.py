@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import zmq
@@ -33,6 +33,7 @@ from lrai_core.wire.messages import Refused, poll
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Workers
 
 T = TypeVar("T")
+Start = tuple[Model, Replica, Decision]  # of a call: of whom, where, and with whom
 
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
@@ -289,9 +290,12 @@ class Scheduler:
         for model in models:
             if model.waiting and (late := self._take(model, model.queue.expire(now))):
                 self._settle_with(late, DeadlineExceeded("the deadline passed in the queue"))
-        while any(model.waiting for model in models):
-            if not (self._dispatch_one(now) or self._dispatch_next(now)):
+        while waiting := [model.name for model in models if model.waiting]:
+            # A start is not undone, so it is none of what may fail.
+            starts = self.ask(waiting[0], self._one_by_one(), self._due, now)
+            if (start := next(iter(starts), None)) is None:
                 break
+            self._start(*start, now)
         while self._ended:  # told after the engines have their calls
             self._end(*self._ended.popleft(), None)
 
@@ -316,14 +320,20 @@ class Scheduler:
             model.queue.remove(sequence)
         return [model.waiting.pop(sequence) for sequence in sequences]
 
-    def _dispatch_one(self, now: float) -> bool:
-        """Start the call that is due first among those there are CPUs for; return whether one was.
+    def _one_by_one(self) -> Iterable[Start]:
+        """Yield what may start where it cannot be decided: the most urgent of each model, alone."""
+        for model in list(self._models.values()):
+            first = Decision(tuple(itertools.islice(model.queue, 1)), (), 0.0)
+            yield from [(model, one, first) for one in self._wanted(model) if not one.calls]
+
+    def _due(self, now: float) -> Iterable[Start]:
+        """Return the call that is due first among those there are CPUs for, or else what is next.
 
         More calls than CPUs would only make one another late.
         """
         at_work = [call.replica for call in self._calls.values() if now < call.overdue]
         busy, taken = sum([r.threads for r in at_work]), [cpu for r in at_work for cpu in r.cpus]
-        offers: list[tuple[Model, Replica, Decision]] = []
+        offers: list[Start] = []
         for model in list(self._models.values()):
             idle = [r for r in self._wanted(model) if not r.calls and busy < self._cpus]
             for replica in self.ask(model.name, idle, _in_order, idle, taken) if idle[1:] else idle:
@@ -333,37 +343,33 @@ class Scheduler:
                     break
         turns = [model.turn(now) for model, _, _ in offers] if offers[1:] else [0] * len(offers)
         offers = [one for one, turn in zip(offers, turns, strict=True) if turn == min(turns)]
-        if not offers:
-            return False
-        first = offers[self._choose(offers, now) if len(offers) > 1 else 0]
-        if busy and busy + first[1].threads > self._cpus:
-            return False  # until there are enough: others would never leave as many at a time
-        self._start(*first, now)
-        return True
+        if offers:
+            first = offers[self._choose(offers, now) if len(offers) > 1 else 0]
+            # Not until there are enough: others would never leave as many at a time.
+            if not busy or busy + first[1].threads <= self._cpus:
+                return [first]
+        return self._next(now)
 
-    def _dispatch_next(self, now: float) -> bool:
-        """Hand an actor that is almost done its next call, lest it wait for one; say whether.
+    def _next(self, now: float) -> Iterable[Start]:
+        """Return the next call of an actor that is almost done, lest it wait for one, if any may.
 
         Not while an idle one waits for a CPU: whose turn is next is decided when one is free. What
         may be to blame for a death has the actor for itself, so that nobody else is blamed.
         """
         busy = [(m, r) for m in list(self._models.values()) for r in self._wanted(m)]
-        if not all(replica.calls for model, replica in busy if model.turn(now) < 2):
-            return False
-        for model, replica in busy:
+        for model, replica in busy if all(r.calls for m, r in busy if m.turn(now) < 2) else ():
             if len(replica.calls) == 1 and (call := replica.calls[0]).almost_done(now):
                 decision = self._decide(model, replica, max(now, call.begun + call.seconds))
                 if decision.dispatch and not model.waiting[decision.dispatch[0]].alone:
-                    self._start(model, replica, decision, now)
-                    return True
-        return False
+                    return [(model, replica, decision)]
+        return ()
 
     def _wanted(self, model: Model) -> list[Replica]:
         """Return the actors that are up, none where nothing waits for them."""
         replicas = model.replicas.values() if model.waiting else ()
         return [replica for replica in replicas if self._workers.state(replica.actor)[0] == "ready"]
 
-    def _choose(self, offers: Sequence[tuple[Model, Replica, Decision]], now: float) -> int:
+    def _choose(self, offers: Sequence[Start], now: float) -> int:
         fade, self._used_at = math.exp((self._used_at - now) / _SHARE_SECONDS), now
         for model in list(self._models.values()):  # `add` runs in other threads
             model.used_seconds *= fade

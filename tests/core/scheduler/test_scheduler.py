@@ -37,7 +37,7 @@ from lrai_core.scheduler import scheduler as module
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Decision, plan
 from lrai_core.scheduler.scheduler import Scheduler
-from lrai_core.scheduler.state import BACKGROUND, Replica
+from lrai_core.scheduler.state import BACKGROUND, Call, Model, Replica
 from lrai_core.wire.messages import Refused
 from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome
 
@@ -1077,6 +1077,41 @@ def test_a_choice_among_models_that_raises_means_one_after_the_other_and_an_even
     bench.step()
     assert all(future.exception(0) is None for future in futures)
     assert bench.counts("planner_failed") == (1,)
+
+
+def test_where_no_turn_can_be_told_requests_run_one_by_one_and_there_is_an_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "turn", fails)
+    bench.scheduler._cpus = 1
+    bench.add("other")
+    futures = [bench.submit(model=name) for _ in range(3) for name in ("m", "other")]
+    while not all(future.done() for future in futures):
+        bench.step()
+        for name in list(bench.workers.calls):
+            bench.workers.answer(name)
+    assert [future.exception(0) for future in futures] == [None] * 6
+    assert [len(batch) for batch in bench.workers.dispatched] == [1] * 6
+    assert bench.counts("batch_dispatched", "request_answered") == (6, 6)
+    assert bench.counts("planner_failed")[0] >= 6
+
+
+def test_where_it_cannot_be_told_who_is_almost_done_the_next_call_waits_for_the_end(
+    bench: Bench, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Call, "almost_done", fails)
+    first, second = bench.submit(), list[Future[list[Array]]]()
+    bench.step()
+    for _ in range(2):
+        second.append(bench.submit())
+        clock.now += 0.0095
+        bench.step()
+        assert len(bench.workers.dispatched) == 1
+    for _ in range(2):
+        bench.workers.answer()
+        bench.step()
+    assert [future.exception(0) for future in (first, *second)] == [None] * 3
+    assert bench.counts("planner_failed") == (2,)
 
 
 # Leaving
