@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import math
 import os
 import signal
 import sys
@@ -405,6 +406,17 @@ def within_capacity(ledger: Ledger, kills: Sequence[Event]) -> npt.NDArray[np.bo
     return inside
 
 
+def least_admitted(ledger: Ledger, inside: npt.NDArray[np.bool_], seconds: float) -> float:
+    """Return the share that was admitted of those `inside`, in the period where it was least.
+
+    Of a period without any nothing is known, so it counts as none admitted.
+    """
+    refused = ledger.are(End.REFUSED)
+    periods = range(max(1, math.ceil(seconds / PERIOD_SECONDS)))
+    those = [inside & (ledger.due // PERIOD_SECONDS == period) for period in periods]
+    return min(1 - float(refused[one].mean()) if one.any() else 0.0 for one in those)
+
+
 def timeline(ledger: Ledger, done: Sequence[Event], seconds: float) -> list[str]:
     """Return a chart of what happened when, a column for some seconds."""
     width = max(1.0, np.ceil(seconds / _COLUMNS))
@@ -457,6 +469,7 @@ def report(
     served = [int((ledger.version[good] == version).sum()) for version in (0, 1)]
     inside = within_capacity(ledger, every)
     admitted_inside = 1 - float(ledger.are(End.REFUSED)[inside].mean())
+    admitted_least = least_admitted(ledger, inside, seconds)
     odd = int((ledger.ends != 1).sum())
     share = answered / max(1, total - refused)
     times = {kind: recoveries(ledger, those) for kind, those in kills.items()}
@@ -497,6 +510,12 @@ def report(
             admitted_inside,
             f">= {ADMITTED}",
             admitted_inside >= ADMITTED,
+        ),
+        Check(
+            f"admitted within capacity, least of any {PERIOD_SECONDS:g} s",
+            admitted_least,
+            f">= {ADMITTED}",
+            admitted_least >= ADMITTED,
         ),
         Check("requests without exactly one end", odd, "0", odd == 0),
         Check("wrong answers", wrong, "0", wrong == 0),

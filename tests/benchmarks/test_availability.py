@@ -16,6 +16,7 @@ from benchmarks.availability import (
     bursting,
     count_lost,
     events_of,
+    least_admitted,
     recoveries,
     timeline,
     was_refused,
@@ -75,6 +76,17 @@ def test_capacity_excepts_bursts_and_two_seconds_after_a_kill() -> None:
     found = ledger(*((at, at, End.ANSWERED) for at in (4.9, 5.0, 6.9, 7.0, 12.0, 14.9, 15.0)))
     inside = within_capacity(found, [Event(5.0, "actor")])
     assert inside.tolist() == [True, False, False, True, False, False, True]
+
+
+def test_one_bad_period_is_not_averaged_away() -> None:
+    ends = [End.REFUSED, *[End.ANSWERED] * 3]
+    second = [(35 + at, 35.5 + at, how) for at, how in enumerate(ends)]
+    found = ledger(*((at / 10, 30.0, End.ANSWERED) for at in range(100)), *second)
+    inside = within_capacity(found, [])
+    assert 1 - found.are(End.REFUSED)[inside].mean() > 0.99
+    assert least_admitted(found, inside, 60.0) == 0.75
+    assert least_admitted(found, within_capacity(found, [Event(34.0, "actor")]), 60.0) == 1.0
+    assert least_admitted(found, inside, 90.0) == 0.0  # nothing is known of the third
 
 
 def test_a_failure_of_an_admitted_request_is_no_refusal() -> None:
