@@ -3,8 +3,8 @@
 An event simulation. One server under four arrival processes, at loads up to twice what the
 clairvoyant answers, with and without noise on what calls take; a wrong or changing machine that the
 latency model has to learn; eight models on one processor; two unequal actors of one model; and what
-a decision costs with 10,000 requests queued. The planner, the choice among models and the latency
-model are the scheduler's own code, with one setting for all of it.
+a decision costs with 10,000 requests queued. The scheduler itself is asked, from its door to the
+end of a call, with one setting for all of it; of two unequal actors, its planner.
 
     python benchmarks/scheduler.py --data ../shared/data --quick
 """
@@ -12,6 +12,7 @@ model are the scheduler's own code, with one setting for all of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -40,7 +41,7 @@ from rich.progress import Progress  # noqa: E402
 
 from benchmarks import harness, sharing, simulation  # noqa: E402
 from benchmarks.harness import Check, console  # noqa: E402
-from benchmarks.simulation import Policy, Server, arrivals_of  # noqa: E402
+from benchmarks.simulation import Actual, Flags, Policy, Server, Times, arrivals_of  # noqa: E402
 from lrai_core.artifact import LatencyPoint  # noqa: E402
 from lrai_core.config import SchedulerConfig  # noqa: E402
 from lrai_core.engine.batching import MEASURED_ELEMENTS  # noqa: E402
@@ -64,7 +65,6 @@ PEERS: Final[dict[str, Callable[[Server], Policy]]] = {
     "greedy": simulation.Greedy,
     "nexus": simulation.Nexus,
     "bentoml": simulation.Bento,
-    "lrai": simulation.Ours,
 }
 
 LEARNING: Final = ("2x high", "2x low", "1 ms more", "30 % slower")
@@ -233,7 +233,7 @@ def one_server(
         }
         for (process, load, noise), policies in zip(noisy, shares, strict=True)
     ]
-    policies = ("static", "static_best", *PEERS, "clairvoyant")
+    policies = ("static", "static_best", *PEERS, "lrai", "clairvoyant")
     columns = ["static", "static\nbest", "greedy", "nexus", "bento-\nml", "lrai", "clair-\nvoyant"]
     load_1 = ", ".join(f"{process} {rate:.0f}" for process, rate in rates.items())
     harness.show(
@@ -287,6 +287,8 @@ def policy_shares(
     settings = list(itertools.product(STATIC_ROWS, STATIC_DELAYS))
     best = max(settings, key=lambda setting: static(setting, min(draws, STATIC_DRAWS)))
     found = {name: shares(functools.partial(make, SERVER)) for name, make in PEERS.items()}
+    actuals = [simulation.actual_of(SERVER, noise, seed) for seed in range(draws)]
+    found["lrai"] = [float(_ours(arrivals, actual).mean()) for actual in actuals]
     ahead = np.subtract(found["lrai"], found["greedy"])
     return {
         "draws": draws,
@@ -297,6 +299,16 @@ def policy_shares(
         **{name: float(np.mean(each)) for name, each in found.items()},
         "ahead_of_greedy_error": float(ahead.std(ddof=1) / draws**0.5) if draws > 1 else 0.0,
     }
+
+
+def _ours(
+    arrivals: Times, actual: Actual, wrong: float = 1.0, more: float = 0.0, *, learns: bool = True
+) -> Flags:
+    """Return which arrivals the scheduler answers in time, with a profile as `Server.points`."""
+    alone = sharing.Mix([SERVER], [sharing.Arrival(time, 0) for time in arrivals.tolist()])
+    profile = SERVER.points(wrong, more)
+    with contextlib.closing(sharing.Ours([SERVER], [profile], learns=learns)) as ours:
+        return sharing.on_time(ours, alone, [actual])
 
 
 def one_server_checks(rows: Sequence[Row]) -> list[Check]:
@@ -417,24 +429,23 @@ def learning_shares(
     arrivals = arrivals_of(process, rate, round(rate * (after + seconds)), data)
     measured = arrivals >= after
 
-    def share(prior: LatencyModel, *, learns: bool, slow_from: float = CHANGE_AT_SECONDS) -> float:
+    def share(
+        wrong: float = 1.0,
+        more_known: float = 0.0,
+        *,
+        learns: bool,
+        slow_from: float = CHANGE_AT_SECONDS,
+    ) -> float:
         tau = simulation.actual_of(SERVER, noise)
 
         def actual(rows: int, start: float) -> float:
             return tau(rows, start) * (slower if start >= slow_from else 1.0) + more
 
-        policy = simulation.Ours(SERVER, prior, learns=learns)
-        return float(simulation.simulate(policy, arrivals, SERVER, actual)[measured].mean())
+        return float(_ours(arrivals, actual, wrong, more_known, learns=learns)[measured].mean())
 
     # With the right prior learning still pays, for it is what finds out how much noise there is.
-    right = [
-        share(SERVER.profile(slower, more), learns=learns, slow_from=0) for learns in (False, True)
-    ]
-    return (
-        share(SERVER.profile(wrong), learns=False),
-        share(SERVER.profile(wrong), learns=True),
-        max(right),
-    )
+    right = [share(slower, more, learns=learns, slow_from=0) for learns in (False, True)]
+    return share(wrong, learns=False), share(wrong, learns=True), max(right)
 
 
 def several_models(extent: Extent, workers: Workers) -> tuple[list[Row], list[Check]]:
@@ -484,17 +495,18 @@ def mix_shares(kind: str, skew: float, load: float, seed: int, seconds: float) -
     """Return what each rule answers in time of one mix, in all and of its worst-off model."""
     mix = sharing.mix(kind, skew, load, seconds, seed)
     asked = np.bincount([arrival.model for arrival in mix.arrivals], minlength=len(mix.models))
-    rules: dict[str, sharing.Rule] = {
-        "greedy": sharing.InOrder(mix.models, by_deadline=False),
-        "edf": sharing.InOrder(mix.models, by_deadline=True),
-        "edf_drops": sharing.InOrder(mix.models, by_deadline=True, drops=True),
-        "lrai": sharing.Ours(mix.models),
-    }
     row: Row = {"requests": len(mix.arrivals)}
-    for name, rule in rules.items():
-        shares = sharing.share_on_time(rule, mix)
-        row[name] = float(np.dot(shares, asked) / asked.sum())
-        row[f"{name}_worst_model"] = min(shares)
+    with contextlib.closing(sharing.Ours(mix.models)) as ours:
+        rules: dict[str, sharing.Rule] = {
+            "greedy": sharing.InOrder(mix.models, by_deadline=False),
+            "edf": sharing.InOrder(mix.models, by_deadline=True),
+            "edf_drops": sharing.InOrder(mix.models, by_deadline=True, drops=True),
+            "lrai": ours,
+        }
+        for name, rule in rules.items():
+            shares = sharing.share_on_time(rule, mix)
+            row[name] = float(np.dot(shares, asked) / asked.sum())
+            row[f"{name}_worst_model"] = min(shares)
     row["ahead"] = 100 * (row["lrai"] - max(row["greedy"], row["edf"]))
     return row
 

@@ -1,7 +1,7 @@
 """Event simulation of what shares: several models one processor, and several actors one queue.
 
-The planner, the choice among models and the latency models are the scheduler's own; only its loop
-is written out here, with a clock that jumps. All times are seconds.
+Of several models the scheduler itself is asked, with everything that it knows; for several actors
+its loop is written out, around its planner and latency models. All times are seconds.
 """
 
 from __future__ import annotations
@@ -9,18 +9,29 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
+import zmq
 
-from benchmarks.simulation import TICK, Server
-from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan
+from benchmarks.simulation import TICK, Actual, Flags, Server, actual_of
+from lrai_core.artifact import LatencyPoint
+from lrai_core.config import SchedulerConfig, available_cpus
+from lrai_core.errors import DeadlineExceeded, LraiError, QueueFull
+from lrai_core.events import EventBus
+from lrai_core.protocol import Array, ValidRequest
+from lrai_core.scheduler import scheduler
+from lrai_core.scheduler.latency import LatencyModel
+from lrai_core.scheduler.planner import Bounds, plan
+from lrai_core.scheduler.scheduler import Scheduler
+from lrai_core.scheduler.state import Replica
 from lrai_core.scheduler.waiting import Queue, Waiting
+from lrai_core.wire.workers import Answered, Batch, Outcome
 
-# The scheduler's: over which a model's use is remembered, and what a request counts of more.
-_SHARE_SECONDS, _OVER_SHARE = 1.0, 0.5
 _RATED_ROWS: Final = 8  # a mix at load 1 keeps the processor busy with calls of that many
 
 
@@ -93,25 +104,41 @@ def mix(kind: str, skew: float, load: float, seconds: float, seed: int, count: i
 
 def share_on_time(rule: Rule, mix: Mix) -> list[float]:
     """Return for every model the share of its requests that are answered in time, 1 of none."""
-    arrivals, total = mix.arrivals, len(mix.arrivals)
     answered, asked = [0] * len(mix.models), [0] * len(mix.models)
+    good = on_time(rule, mix, [actual_of(model) for model in mix.models]).tolist()
+    for arrival, in_time in zip(mix.arrivals, good, strict=True):
+        asked[arrival.model] += 1
+        answered[arrival.model] += in_time
+    pairs = zip(answered, asked, strict=True)
+    return [good / wanted if wanted else 1.0 for good, wanted in pairs]
+
+
+def on_time(rule: Rule, mix: Mix, actuals: Sequence[Actual]) -> Flags:
+    """Return for each arrival whether it was answered in time.
+
+    Args:
+        rule: Asked whenever the processor is idle and something waits.
+        mix: Its SLOs count.
+        actuals: Of each model, what its calls take; asked once for each call, in order.
+    """
+    arrivals, total = mix.arrivals, len(mix.arrivals)
+    found = np.zeros(total, dtype=np.bool_)
     now, arrived = 0.0, 0
     while arrived < total or len(rule):
         if not len(rule):
             now = max(now, arrivals[arrived].time)
         while arrived < total and arrivals[arrived].time <= now:
             rule.add(arrived, arrivals[arrived])
-            asked[arrivals[arrived].model] += 1
             arrived += 1
         model, sequences = rule.next_call(now)
         if sequences:
-            seconds = mix.models[model].tau(len(sequences))
+            seconds = actuals[model](len(sequences), now)
             now += seconds
             rule.ran(model, len(sequences), seconds)
             first = now - mix.models[model].slo_seconds - TICK
-            answered[model] += sum(arrivals[sequence].time >= first for sequence in sequences)
-    pairs = zip(answered, asked, strict=True)
-    return [good / wanted if wanted else 1.0 for good, wanted in pairs]
+            for sequence in sequences:
+                found[sequence] = arrivals[sequence].time >= first
+    return found
 
 
 class InOrder:
@@ -160,59 +187,142 @@ class InOrder:
 
 
 class Ours:
-    """The scheduler's way: every model plans its next call, and `choose` picks one of them."""
+    """The scheduler itself, from its door to the end of a call, on a clock that jumps.
 
-    def __init__(self, models: Sequence[Server]) -> None:
-        self._models = models
-        self._queues = [Queue() for _ in models]
-        self._latencies = [model.profile() for model in models]
-        self._used = [0.0] * len(models)
-        self._used_at = 0.0
+    Args:
+        models: The mix's.
+        profiles: What is known of each at first; the right ones where nothing is said.
+        learns: Whether calls correct the latency models.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Server],
+        profiles: Sequence[Sequence[LatencyPoint]] = (),
+        *,
+        learns: bool = True,
+    ) -> None:
+        profiles = profiles or [model.points() for model in models]
+        self._processor, self._events = _Processor(), EventBus()
+        with _clock_at(0.0):
+            self._scheduler = Scheduler(SchedulerConfig(), self._processor, self._events)
+            for index, (model, profile) in enumerate(zip(models, profiles, strict=True)):
+                slo_ms = model.slo_seconds * 1e3
+                config = SchedulerConfig(max_batch_rows=model.most_rows, latency_slo_ms=slo_ms)
+                # A call takes the whole processor, whatever machine this is simulated on.
+                replica = Replica(str(index), profile, threads=available_cpus())
+                if not learns:
+                    replica.latency = _Frozen(profile)
+                self._scheduler.add(str(index), [replica], config)
+        self._begun, self._end = 0.0, math.inf  # of the call that runs
 
     def add(self, sequence: int, arrival: Arrival) -> None:
-        """See `Rule.add`."""
-        due = arrival.time + self._models[arrival.model].slo_seconds
-        self._queues[arrival.model].add(Waiting(0, due, sequence, due, 0, 1, 0))
+        """Let a request wait, unless the scheduler refuses it."""
+        if arrival.time > self._end:
+            self._answer()
+        request = ValidRequest((np.array(sequence),), 1, 0, (), (), 0)
+        with _clock_at(arrival.time):
+            with suppress(DeadlineExceeded, QueueFull):
+                self._scheduler.accept(str(arrival.model), request, _tell_nobody, None, 0)
+            if self._processor.call:  # else those that come at the same time wait for one another
+                self._step()
 
     def next_call(self, now: float) -> tuple[int, Sequence[int]]:
         """See `Rule.next_call`."""
-        offers: list[tuple[int, Decision]] = []
-        for index, (queue, model) in enumerate(zip(self._queues, self._models, strict=True)):
-            if not len(queue):
-                continue
-            decision = plan(queue, self._latencies[index], now, Bounds(model.most_rows))
-            for sequence in decision.drop:
-                queue.remove(sequence)
-            if decision.dispatch:
-                offers.append((index, decision))
-        if not offers:
+        if self._processor.call:
+            self._answer()
+        with _clock_at(now):
+            self._step()
+        if not (call := self._processor.call):
             return 0, ()
-        chosen, decision = offers[self._choose(offers, now) if len(offers) > 1 else 0]
-        for sequence in decision.dispatch:
-            self._queues[chosen].remove(sequence)
-        return chosen, decision.dispatch
+        model, batch = call
+        self._begun = now
+        return model, [int(request.arrays[0]) for request in batch.requests]
 
     def ran(self, model: int, rows: int, seconds: float) -> None:
         """See `Rule.ran`."""
-        self._used[model] += seconds
-        self._latencies[model].observe(rows, 0, seconds, seconds)
+        del model, rows
+        self._end = self._begun + seconds
 
-    def _choose(self, offers: Sequence[tuple[int, Decision]], now: float) -> int:
-        fade = math.exp((self._used_at - now) / _SHARE_SECONDS)
-        self._used_at = now
-        self._used = [seconds * fade for seconds in self._used]
-        share = sum(self._used[model] for model, _ in offers) / len(offers)
-        return choose(
-            [
-                Offer(d.due, d.predicted_seconds, len(d.dispatch) * _OVER_SHARE**over)
-                for over, d in [(self._used[model] > share, d) for model, d in offers]
-            ],
-            now,
-        )
+    def close(self) -> None:
+        """End the scheduler."""
+        self._scheduler.start()  # only what runs can be ended
+        self._scheduler.close()
+
+    def _answer(self) -> None:
+        if self._processor.call:
+            _, batch = self._processor.call
+            # By the same clock, so that nothing seems to be lost on the way to the engine.
+            answered = Answered(batch.number, [[] for _ in batch.requests], self._end - self._begun)
+            self._processor.call, self._processor.outcomes = None, [answered]
+            with _clock_at(self._end):
+                self._step()
+        self._end = math.inf
+
+    def _step(self) -> None:
+        self._scheduler._step(())  # noqa: SLF001 - what its thread does over and over
+        if self._events.counts().get("planner_failed"):
+            raise RuntimeError("the planner failed, and what waits runs one by one")
 
     def __len__(self) -> int:
         """See `Rule.__len__`."""
-        return sum(len(queue) for queue in self._queues)
+        running = len(self._processor.call[1].requests) if self._processor.call else 0
+        return self._scheduler.outstanding() - running
+
+
+class _Frozen(LatencyModel):
+    """Knows what it was told."""
+
+    def observe(self, *_: object) -> bool:
+        """Learn nothing."""
+        return False
+
+
+class _Processor:
+    """The actors of all models, of which one runs at a time."""
+
+    def __init__(self) -> None:
+        self.call: tuple[int, Batch] | None = None  # a model's, which runs
+        self.outcomes: list[Outcome] = []
+
+    def register(self, poller: zmq.Poller) -> None:
+        """See `Workers.register`."""
+
+    def poll(self, now: float, ready: Collection[object]) -> list[Outcome]:
+        """See `Workers.poll`."""
+        del now, ready
+        found, self.outcomes = self.outcomes, []
+        return found
+
+    def next_check(self, now: float) -> float:
+        """See `Workers.next_check`."""
+        return now + 1.0
+
+    def state(self, name: str) -> tuple[str, int | None]:
+        """See `Workers.state`."""
+        del name
+        return "ready", None
+
+    def dispatch(self, actor: str, batch: Batch) -> None:
+        """See `Workers.dispatch`."""
+        if self.call:
+            raise RuntimeError("two calls at a time")
+        self.call = int(actor), batch
+
+
+@contextmanager
+def _clock_at(now: float) -> Iterator[None]:
+    """Have the scheduler see this time."""
+    names = vars(scheduler)
+    real, names["time"] = names["time"], SimpleNamespace(monotonic=lambda: now)
+    try:
+        yield
+    finally:
+        names["time"] = real
+
+
+def _tell_nobody(answer: list[Array] | None, error: LraiError | None, variant: int) -> None:
+    """Let an end go unheard: what is in time is counted by the clock."""
 
 
 def closed_queue(actors: Sequence[Server], clients: int, seconds: float) -> float:

@@ -19,8 +19,6 @@ import numpy.typing as npt
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import Bounds, plan
-from lrai_core.scheduler.waiting import Queue, Waiting
 
 Times = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -52,20 +50,22 @@ class Server:
         """Return what a call takes by the profile."""
         return self.call_seconds + self.row_seconds * rows
 
+    def points(self, wrong: float = 1.0, more_seconds: float = 0.0) -> list[LatencyPoint]:
+        """Return a profile of it: `wrong` x tau(b) + `more_seconds`."""
+        return [
+            LatencyPoint(
+                rows=rows,
+                length=0,
+                median_ms=(wrong * self.tau(rows) + more_seconds) * 1e3,
+                spread_ms=0,
+            )
+            for rows in PROFILED_ROWS
+            if rows <= self.most_rows
+        ]
+
     def profile(self, wrong: float = 1.0, more_seconds: float = 0.0) -> LatencyModel:
-        """Return what the scheduler knows of it at first: `wrong` x tau(b) + `more_seconds`."""
-        return LatencyModel(
-            [
-                LatencyPoint(
-                    rows=rows,
-                    length=0,
-                    median_ms=(wrong * self.tau(rows) + more_seconds) * 1e3,
-                    spread_ms=0,
-                )
-                for rows in PROFILED_ROWS
-                if rows <= self.most_rows
-            ]
-        )
+        """Return what the scheduler knows of it at first; see `points`."""
+        return LatencyModel(self.points(wrong, more_seconds))
 
 
 class Policy(Protocol):
@@ -288,45 +288,6 @@ class Bento:
         per_row, fixed = np.linalg.lstsq(sizes, taken, rcond=None)[0]
         self._per_row, self._fixed = max(float(per_row), 1e-6), max(float(fixed), 0.0)
         self._wait = sum(wait for _, _, wait in self._seen) / len(self._seen)
-
-
-class Ours:
-    """The planner and the latency model that the scheduler runs, unchanged.
-
-    Args:
-        server: Its SLO is every request's deadline.
-        prior: What is known of it at first; the right profile where nothing is said.
-        learns: Whether calls correct the latency model.
-    """
-
-    def __init__(
-        self, server: Server, prior: LatencyModel | None = None, *, learns: bool = True
-    ) -> None:
-        self._server, self._learns = server, learns
-        self._latency = prior or server.profile()
-        self._bounds = Bounds(server.most_rows)
-        self._queue = Queue()
-        self._next, self._oldest = 0, 0  # sequences of the next arrival and of the head
-
-    def decide(self, waiting: deque[float], now: float) -> tuple[int, int, float]:
-        """See `Policy.decide`."""
-        while self._next < self._oldest + len(waiting):
-            due = waiting[self._next - self._oldest] + self._server.slo_seconds
-            self._queue.add(Waiting(0, due, self._next, due, 0, 1, 0))
-            self._next += 1
-        decision = plan(self._queue, self._latency, now, self._bounds)
-        gone = (*decision.drop, *decision.dispatch)
-        if gone != tuple(range(self._oldest, self._oldest + len(gone))):
-            raise RuntimeError(f"equal inputs are served in order, not {gone[:10]} ...")
-        for sequence in gone:
-            self._queue.remove(sequence)
-        self._oldest += len(gone)
-        return len(decision.drop), len(decision.dispatch), now
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """Learn as the scheduler does."""
-        if self._learns:
-            self._latency.observe(rows, 0, seconds, seconds)
 
 
 def arrivals_of(name: str, rate: float, count: int, data: Path | None, seed: int = 0) -> Times:

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.sharing import Arrival, InOrder, Mix, Ours, Rule, closed_queue, mix, share_on_time
-from benchmarks.simulation import Greedy, Server, actual_of, arrivals_of, simulate
-from benchmarks.simulation import Ours as OneServer
+from benchmarks.sharing import (
+    Arrival,
+    InOrder,
+    Mix,
+    Ours,
+    Rule,
+    closed_queue,
+    mix,
+    on_time,
+    share_on_time,
+)
+from benchmarks.simulation import (
+    Flags,
+    Greedy,
+    Server,
+    Times,
+    actual_of,
+    arrivals_of,
+    clairvoyant,
+    simulate,
+)
+from tests.benchmarks.test_simulation import arrivals as bursts
+from tests.benchmarks.test_simulation import small_servers
 
+SERVER = Server()
 PATIENT, URGENT = Server(slo_seconds=0.2), Server(slo_seconds=0.02)
+
+
+def alone(
+    times: Times, server: Server, ours: Callable[[Sequence[Server]], Ours] = Ours, noise: float = 0
+) -> Flags:
+    """Return what the scheduler answers in time of one model."""
+    one = Mix([server], [Arrival(time, 0) for time in times.tolist()])
+    with closing(ours([server])) as rule:
+        found = on_time(rule, one, [actual_of(server, noise)])
+        assert not len(rule)
+    return found
+
+
+def offered(rule: Ours, *arrivals: Arrival) -> Ours:
+    for sequence, arrival in enumerate(arrivals):
+        rule.add(sequence, arrival)
+    return rule
 
 
 def test_greedy_goes_by_arrival_and_edf_by_deadline() -> None:
@@ -39,18 +81,101 @@ def test_a_model_is_served_in_time_that_the_others_let_wait() -> None:
     both = Mix([Server(0.01, 0.0005, slo_seconds=0.2), URGENT], arrivals)
     assert share_on_time(InOrder(both.models, by_deadline=False), both) == [1.0, 0.0]
     assert share_on_time(InOrder(both.models, by_deadline=True), both) == [1.0, 1.0]
-    assert share_on_time(Ours(both.models), both) == [1.0, 1.0]
+    with closing(Ours(both.models)) as ours:
+        assert share_on_time(ours, both) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("rate", [1_800, 3_000])
 def test_one_model_alone_is_the_simulation_of_one_server(rate: int) -> None:
-    server = Server()
     times = arrivals_of("mmpp", rate, 3_000, None)
-    one = Mix([server], [Arrival(time, 0) for time in times.tolist()])
-    greedy = simulate(Greedy(server), times, server, actual_of(server))
-    ours = simulate(OneServer(server), times, server, actual_of(server))
-    for rule, expected in ((InOrder([server], by_deadline=False), greedy), (Ours([server]), ours)):
-        assert share_on_time(rule, one) == [pytest.approx(expected.mean())]
+    one = Mix([SERVER], [Arrival(time, 0) for time in times.tolist()])
+    greedy = simulate(Greedy(SERVER), times, SERVER, actual_of(SERVER))
+    found = on_time(InOrder([SERVER], by_deadline=False), one, [actual_of(SERVER)])
+    assert found.tolist() == greedy.tolist()
+
+
+@pytest.mark.parametrize("name", ["poisson", "mmpp"])
+@pytest.mark.parametrize("rate", [2_300, 3_500])  # at, and at 1.5 times, what can be done
+def test_ours_is_within_three_points_of_the_clairvoyant(name: str, rate: int) -> None:
+    times = arrivals_of(name, rate, 2_000, None)
+    found = alone(times, SERVER).mean()
+    assert clairvoyant(times, SERVER) - found <= 0.03
+    assert found >= simulate(Greedy(SERVER), times, SERVER, actual_of(SERVER)).mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(times=bursts(10), server=small_servers)
+def test_ours_never_beats_the_clairvoyant(times: Times, server: Server) -> None:
+    assert alone(times, server).mean() <= clairvoyant(times, server) + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    times=bursts(50),
+    server=small_servers,
+    wrong=st.floats(0.05, 20),
+    more=st.floats(0, 0.02),
+    noise=st.floats(0, 1),
+    learns=st.booleans(),
+)
+def test_ours_ends_whatever_it_believes_and_whatever_calls_take(
+    times: Times, server: Server, wrong: float, more: float, noise: float, learns: bool
+) -> None:
+    ours = partial(Ours, profiles=[server.points(wrong, more)], learns=learns)
+    assert len(alone(times, server, ours, noise)) == len(times)
+
+
+def test_ours_gives_up_two_where_that_serves_sixty() -> None:
+    # The two have 12 ms, which a call of 8 takes; the others have 30 ms, of which 60 take 25.
+    times = [1 - 0.0379] * 2 + [1 - 0.020] * 60
+    with closing(Ours([SERVER])) as ours:
+        offered(ours, *(Arrival(time, 0) for time in times))
+        assert ours.next_call(1) == (0, list(range(2, 62)))
+        assert not len(ours)
+
+
+def test_ours_gives_up_nobody_where_the_rest_can_wait() -> None:
+    times = [1 - 0.0379] * 2 + [1 - 0.001] * 10
+    with closing(Ours([SERVER])) as ours:
+        offered(ours, *(Arrival(time, 0) for time in times))
+        assert ours.next_call(1) == (0, list(range(8)))
+        assert len(ours) == 4
+
+
+def test_ours_refuses_at_once_what_cannot_be_answered_any_more() -> None:
+    with closing(Ours([SERVER])) as ours:
+        offered(ours, Arrival(0.0, 0))
+        assert ours.next_call(0.0) == (0, [0])
+        ours.ran(0, 1, SERVER.tau(1))
+        for sequence in range(1, 1_000):  # a call of 128 takes 42 ms
+            ours.add(sequence, Arrival(0.001, 0))
+        assert len(ours) < 150
+
+
+def test_ours_serves_first_whom_nobody_has_served_for_a_second() -> None:
+    often, rare = Server(0.001, 0.0001, slo_seconds=0.02), Server(0.9, 0.0, slo_seconds=5)
+    with closing(Ours([often, rare])) as ours:
+        ours.add(0, Arrival(0.0, 1))
+        now, calls = 0.0, list[tuple[float, int]]()
+        for first in range(1, 10_001, 100):
+            for sequence in range(first, first + 100):
+                ours.add(sequence, Arrival(now, 0))
+            model, sequences = ours.next_call(now)
+            calls.append((now, model))
+            seconds = (often, rare)[model].tau(len(sequences))
+            ours.ran(model, len(sequences), seconds)
+            now += seconds
+    (started,) = [at for at, model in calls if model == 1]
+    # Its own deadline is far away, and the other one is worth more per second.
+    assert 1 <= started <= 1.02
+
+
+def test_ours_tries_a_model_that_was_not_seen_for_a_second() -> None:
+    times = np.arange(400) / 100
+    ours = partial(Ours, profiles=[SERVER.points(wrong=10)])
+    found = alone(times, SERVER, ours)
+    assert not found[times < 1].any()
+    assert found[100]
 
 
 @settings(max_examples=25, deadline=None)
@@ -62,16 +187,17 @@ def test_one_model_alone_is_the_simulation_of_one_server(rate: int) -> None:
 )
 def test_every_rule_comes_to_an_end(kind: str, skew: float, load: float, seed: int) -> None:
     drawn = mix(kind, skew, load, 0.3, seed)
-    rules: list[Rule] = [
-        InOrder(drawn.models, by_deadline=False),
-        InOrder(drawn.models, by_deadline=True, drops=True),
-        Ours(drawn.models),
-    ]
-    for rule in rules:
-        shares = share_on_time(rule, drawn)
-        assert len(shares) == len(drawn.models) == 8
-        assert all(0 <= share <= 1 for share in shares)
-        assert not len(rule)
+    with closing(Ours(drawn.models)) as ours:
+        rules: list[Rule] = [
+            InOrder(drawn.models, by_deadline=False),
+            InOrder(drawn.models, by_deadline=True, drops=True),
+            ours,
+        ]
+        for rule in rules:
+            shares = share_on_time(rule, drawn)
+            assert len(shares) == len(drawn.models) == 8
+            assert all(0 <= share <= 1 for share in shares)
+            assert not len(rule)
 
 
 def test_a_mix_is_skewed_loaded_and_in_order() -> None:

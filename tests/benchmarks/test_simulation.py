@@ -19,7 +19,6 @@ from benchmarks.simulation import (
     Bento,
     Greedy,
     Nexus,
-    Ours,
     Policy,
     Server,
     Static,
@@ -36,7 +35,6 @@ POLICIES: tuple[Callable[[Server], Policy], ...] = (
     Greedy,
     Nexus,
     Bento,
-    Ours,
     lambda server: Static(2, 0.003),
 )
 
@@ -122,31 +120,6 @@ def test_every_policy_ends_and_none_beats_the_clairvoyant(
     assert found.mean() <= clairvoyant(times, server) + 1e-9
 
 
-@pytest.mark.parametrize("name", ["poisson", "mmpp"])
-@pytest.mark.parametrize("rate", [2_300, 3_500])  # at, and at 1.5 times, what can be done
-def test_ours_is_within_three_points_of_the_clairvoyant(name: str, rate: int) -> None:
-    times = arrivals_of(name, rate, 2_000, None)
-    found = simulate(Ours(SERVER), times, SERVER, actual_of(SERVER)).mean()
-    assert clairvoyant(times, SERVER) - found <= 0.03
-    assert found >= simulate(Greedy(SERVER), times, SERVER, actual_of(SERVER)).mean()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    times=arrivals(50),
-    server=small_servers,
-    wrong=st.floats(0.05, 20),
-    more=st.floats(0, 0.02),
-    noise=st.floats(0, 1),
-    learns=st.booleans(),
-)
-def test_ours_ends_whatever_it_believes_and_whatever_calls_take(
-    times: Times, server: Server, wrong: float, more: float, noise: float, learns: bool
-) -> None:
-    ours = Ours(server, server.profile(wrong, more), learns=learns)
-    assert len(simulate(ours, times, server, actual_of(server, noise))) == len(times)
-
-
 def waiting(*waited_ms: float, now: float) -> deque[float]:
     return deque(now - ms / 1e3 for ms in waited_ms)
 
@@ -199,15 +172,6 @@ def test_bentoml_waits_a_millisecond_at_a_time_while_few_are_there_for_its_avera
     assert bento.decide(waiting(7.2, 6.2, 5.2, now=10.002), 10.002)[:2] == (0, 3)
     assert bento.decide(waiting(*[0] * 15, now=11), 11)[:2] == (0, 0)
     assert bento.decide(waiting(*[0] * 16, now=12), 12)[:2] == (0, 16)
-
-
-def test_ours_gives_up_two_where_that_serves_sixty() -> None:
-    # The two have 12 ms, which a call of 8 takes; the others have 30 ms, of which 60 take 25.
-    assert Ours(SERVER).decide(waiting(*[37.9] * 2, *[20] * 60, now=1), 1)[:2] == (2, 60)
-
-
-def test_ours_gives_up_nobody_where_the_rest_can_wait() -> None:
-    assert Ours(SERVER).decide(waiting(*[37.9] * 2, *[1] * 10, now=1), 1)[:2] == (0, 8)
 
 
 def test_a_late_answer_does_not_count() -> None:
