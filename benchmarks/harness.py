@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lrai_core.artifact import Manifest
 from lrai_core.engine.engine import isa_class
 
 _RESAMPLES: Final = 10_000
@@ -51,6 +52,12 @@ class Check:
     value: float
     goal: str
     holds: bool
+
+
+def int8_check(manifest: Manifest) -> Check:
+    """Return whether what is measured as int8 is that: where no form passes, fp32 is chosen."""
+    holds = manifest.variant(manifest.chosen).precision == "int8"
+    return Check(f"the chosen variant, {manifest.chosen}, is a form of int8", holds, "1", holds)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Interval:

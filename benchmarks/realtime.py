@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         artifact = arguments.artifact or compile_minilm(Path(scratch), cpus[0])
         artifact = lrai.Artifact.open(artifact)
         chosen = artifact.manifest.chosen
+        checks.append(harness.int8_check(artifact.manifest))
         for variant in ["fp32", chosen] if extent.fp32 else [chosen]:
             found = measure(artifact, variant, lengths, extent, cpus, Path(scratch))
             rows += found[0]

@@ -117,7 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks, content, table = list[Check](), list[dict[str, Any]](), list[list[str]]()
     with tempfile.TemporaryDirectory(prefix="lrai-workers-") as scratch:
         artifact = arguments.artifact or compile_minilm(Path(scratch), plan)
-        names = {"fp32": "fp32", "int8": lrai.Artifact.open(artifact).manifest.chosen}
+        manifest = lrai.Artifact.open(artifact).manifest
+        names = {"fp32": "fp32", "int8": manifest.chosen}
+        if "int8" in plan.variants:
+            checks.append(harness.int8_check(manifest))
         for variant in plan.variants:
             sides = measure(artifact, names[variant], plan)
             ratios = compare(sides)

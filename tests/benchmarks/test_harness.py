@@ -10,11 +10,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from benchmarks import load
-from benchmarks.harness import Check, bar_chart, conclude, environment, interval
+from benchmarks.harness import Check, bar_chart, conclude, environment, int8_check, interval
 from benchmarks.processes import Server
+from tests.core.small_artifact import manifest
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
@@ -121,3 +123,14 @@ def state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+def test_fp32_is_not_taken_for_int8() -> None:
+    made = manifest()
+    smooth = msgspec.structs.replace(made.variants[0], id="int8-smooth-50")
+    several = msgspec.structs.replace(made, variants=(*made.variants, smooth))
+    found = {
+        chosen: int8_check(msgspec.structs.replace(several, chosen=chosen)).holds
+        for chosen in ("int8-smooth-50", "fp32")
+    }
+    assert found == {"int8-smooth-50": True, "fp32": False}
