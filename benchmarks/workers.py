@@ -2,9 +2,9 @@
 
 The worker processes are those of a host: each has callers that ask again as soon as they have their
 answer, for MiniLM with the lengths of search queries. All sides run on all CPUs, in turns. One
-runtime has an actor of one thread for every CPU, which is the setting for a small model, or one
-actor with all threads, which holds the weights once. What they take of memory, and how soon a
-further worker has its first answer, is seen on a model of BERT-base's size.
+runtime has an actor of one thread for every CPU, which is the setting for throughput, or one actor
+with all threads, which is the one for memory, as it holds the weights once. What they take of it,
+and how soon a further worker has its first answer, is seen on a model of BERT-base's size.
 
     python benchmarks/workers.py --quick
 """
@@ -140,12 +140,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{WORKERS} workers, {CALLERS} callers each, closed loop, MiniLM, search lengths",
         ["variant, side", "requests/s", "ratio", "rows/call", "ratio", "p95 ms", "ratio"],
         table,
-        f"medians of {plan.rounds} rounds of {plan.seconds:g} s; ratios within rounds, 95 %",
+        f"medians of {plan.rounds} rounds of {plan.seconds:g} s; ratios within rounds, 95 %;\n"
+        "an actor a CPU is the setting for throughput, one actor that for memory: nothing is both",
     )
     harness.show(
         "A model of BERT-base's size, fp32",
         ["side", "MB in all"],
         [[name, f"{value / 1e6:,.0f}"] for name, value in memory.items()],
+        "one actor is the setting for memory, an actor a CPU that for throughput;\n"
         "a further worker's first answer: "
         + ", ".join(f"{opened:.2f} s ({whole:.2f} s from its start)" for opened, whole in first),
     )
