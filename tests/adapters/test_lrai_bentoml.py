@@ -562,7 +562,7 @@ class TestService:
         alerts = page.partition("What is worth an alert")[2].partition("\n\nBentoML's")[0]
         of_bentoml = [row.split(" | ")[-1] for row in alerts.splitlines() if row.startswith("|")]
         names = re.findall(r"lrai_\w+_total", " ".join(of_bentoml))
-        assert len(names) == 6
+        assert len(names) == 7
         for name in names:
             assert f"{name} 0.0" in exposition({"outstanding_rows": 0})
 

@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 # What alerts go by is there before it happens: a rate of what comes from nothing is no rate.
-_TOLD = ["actor_hung", "actor_lost", "model_failed", "variant_refused"]
+_TOLD = ["actor_hung", "actor_lost", "model_failed", "planner_failed", "variant_refused"]
 _ALWAYS = dict.fromkeys([*_TOLD, "request_failed", "request_refused"], 0)
 
 
