@@ -1,8 +1,9 @@
-"""What a model is asked: a sketch of the requests, always kept, and a sample of them, on request.
+"""What a model is asked: a sketch of the requests to a name, and a sample of them, on request.
 
-The sketch has no content in it: how many rows, how long, how often, between which values. The
-sample holds real rows, so it is off until somebody asks for it, is bounded, drawn at random, ages,
-and is written for its owner's eyes only. `lrai compile --evaluation` reads what it writes.
+Both are kept where there is a `runtime.state_dir` (a daemon has one), else nowhere. The sketch
+has no content in it: how many rows, how long, how often, between which values. The sample holds
+real rows, so it is off until somebody asks for it, is bounded, drawn at random, ages, and is
+written for its owner's eyes only. `lrai compile --evaluation` reads what it writes.
 """
 
 from __future__ import annotations
