@@ -33,6 +33,7 @@ from lrai_shared.daemon import Daemon, _touch
 from lrai_shared.starting import is_running, start_daemon
 from tests.integration.test_cli import LRAI, run
 from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
+from tests.integration.test_serving import BARE
 
 pytestmark = pytest.mark.server
 
@@ -614,6 +615,51 @@ def test_a_large_request_is_copied_once_and_not_on_the_way_to_the_engine(
         for hop in ("daemon", "actor"):  # from here to it
             assert (changed[f"{hop}_copied_bytes"], changed[f"{hop}_inline_large"]) == (0, 0)
         assert mapped(daemon) == mapped(actor) == 1
+
+
+ASK_BARE = f"""{START}
+import os, subprocess
+assert os.getuid() == 12345
+assert os.statvfs("/dev/shm").f_blocks == 1
+for path in ("/x", "/dev/shm/x"):
+    try:
+        open(path, "w")
+    except OSError as error:
+        assert error.errno == 30  # read-only file system
+try:
+    asked = [(1.0, {LARGE}), (2.0, 1), (3.0, {LARGE})]
+    ids = [(v, runtime.submit(request(v, rows))) for v, rows in asked]
+    answers = [[v, runtime.result(i).outputs["logits"].tolist()] for v, i in ids]
+    print(json.dumps({{"answers": answers, "stats": runtime.stats()}}))
+finally:
+    command = "from lrai_core.cli import main; main()"
+    stop = [sys.executable, "-P", "-c", command, "runtime", "stop"]
+    subprocess.run(stop, check=True, stdout=subprocess.DEVNULL)
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["with memory to share", "with none"])
+def test_it_is_shared_on_a_read_only_root_without_network_dev_shm_or_a_known_user(
+    classifier_fp32: lrai.Artifact, session: onnxruntime.InferenceSession, *, shared: bool
+) -> None:
+    bare = ["unshare", "--map-root-user", "--mount", "--net", "sh", "-ec", BARE, "sh"]
+    # Of 512 KB: then a file of 256 MB cannot be made, as which an arena begins.
+    bare += [] if shared else ["sh", "-c", 'ulimit -f 1000 && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*bare, PYTHON, "-P", "-c", ASK_BARE, classifier_fp32.path],
+        env={name: value for name, value in os.environ.items() if not name.startswith("LRAI_")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [len(logits) for _, logits in said["answers"]] == [LARGE, 1, LARGE]
+    for value, logits in said["answers"]:
+        right = np.repeat(expected(session, value), len(logits), axis=0)
+        np.testing.assert_allclose(logits, right, atol=1e-4)
+    stats = said["stats"]
+    copied, inline = (2 * LARGE * 64 * 4, 0) if shared else (0, 2)
+    assert (stats["arena_copied_bytes"], stats["daemon_inline_large"]) == (copied, inline)
+    assert (stats["dropped_frames"], stats["outstanding_rows"]) == (0, 0)
 
 
 def test_a_small_request_costs_one_message_on_each_hop_and_less_where_many_wait(
