@@ -31,7 +31,8 @@ from lrai_shared import messages
 from lrai_shared.arena import Arena
 from lrai_shared.daemon import Daemon, _touch
 from lrai_shared.starting import is_running, start_daemon
-from tests.integration.test_cli import LRAI, run
+from tests.core import small_artifact
+from tests.integration.test_cli import LRAI, in_small_filesystem, run
 from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
 from tests.integration.test_serving import BARE
 
@@ -1250,3 +1251,84 @@ def test_a_load_that_hangs_keeps_no_runtime_from_ending(
             wait_until(lambda: not daemons(folder))
     assert not is_running(folder)
     assert_gone(folder, actor)
+
+
+FULL = """
+import errno, json, os, sys
+from pathlib import Path
+import numpy as np
+import lrai_core as lrai
+
+old, new, state, address = sys.argv[1:]
+state, ones = Path(state), {"x": np.ones((1, 3), np.float32)}
+
+def ask():
+    request = lrai.InferenceRequest(model_name="m", inputs=ones)
+    return float(runtime.infer(request).outputs["y"][0, 0])
+
+def fill():
+    with open(state / "others", "wb", 0) as others:
+        while True:
+            try:
+                others.write(b"x" * 4096)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                return
+
+def changes():
+    return [json.loads(line)["change"] for line in (state / "audit.jsonl").open()]
+
+def refused(change):
+    try:
+        change()
+    except lrai.OutOfResources as error:
+        assert str(error) == f"{state}: the disk is full", error
+    else:
+        raise AssertionError("it was done")
+    (found,) = runtime.deployments()  # for which captured rows are to be written, too
+    assert (found.shares, found.frozen) == (before.shares, None)
+    assert json.loads((state / "deployments.json").read_bytes()) == kept
+    assert ask() == 2.0
+
+settings = {"runtime.state_dir": str(state), "actor.threads": 1}
+with lrai.Runtime(lrai.load_config(call=settings), address=address) as runtime:
+    runtime.load(old, name="m", settings={"runtime.capture_rows": 20})
+    (before,) = runtime.deployments()
+    kept, captured = json.loads((state / "deployments.json").read_bytes()), Path(before.traffic)
+    fill()
+    assert ask() == 2.0
+    refused(lambda: runtime.swap("m", new))
+    refused(lambda: runtime.freeze("m", by="me", reason="it is so"))
+    assert changes() == ["load"]
+    assert not (captured / "captured.npz").exists()
+    assert len(runtime.models()) == 1
+    (state / "others").unlink()
+    runtime.deployments()
+    with np.load(captured / "captured.npz") as rows:
+        assert len(rows["x"]) == 3
+    runtime.swap("m", new)
+    runtime.freeze("m", by="me", reason="it is so")
+    assert ask() == 3.0
+    assert changes() == ["load", "swap", "freeze"]
+    assert runtime.deployments()[0].frozen.by == "me"
+    left = sorted(one.name for one in state.iterdir())
+    assert left == ["audit.jsonl", "deployments.json", "state.lock", "traffic"]
+"""
+
+
+@pytest.mark.parametrize("address", ["auto", "embedded"])
+def test_a_full_disk_costs_what_cannot_be_written_no_request_and_no_later_change(
+    folder: Path, tmp_path: Path, address: str
+) -> None:
+    artifacts = [
+        small_artifact.build(tmp_path / f"{times:g}.lrai", factor=times) for times in (2.0, 3.0)
+    ]
+    full = in_small_filesystem(tmp_path, "size=256k")
+    done = subprocess.run(
+        [*full, PYTHON, "-P", "-c", FULL, *artifacts, tmp_path / "disk" / "state", address],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    log = done.stderr if address == "embedded" else (folder / "log").read_text()
+    assert "traffic is not kept: [Errno 28]" in log
+    assert "Traceback" not in log
