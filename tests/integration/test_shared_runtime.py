@@ -702,9 +702,9 @@ def test_a_daemon_and_what_asks_it_interrupt_no_call_but_of_several_threads(
     before = scheduled(os.getpid())
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         (daemon,), actor = daemons(folder), pid_of(runtime, "classifier")
-        named = [t.native_id for t in threading.enumerate() if t.name == "lrai-client"]
+        named = [t.native_id or 0 for t in threading.enumerate() if t.name == "lrai-client"]
         ours = scheduled(os.getpid(), "ZMQ").items() - before.items()
-        ours |= {(thread, os.sched_getscheduler(thread or 0)) for thread in named}
+        ours |= {(thread, os.sched_getscheduler(thread)) for thread in named}
         lines = set(scheduled(actor, "ZMQ").values())
         assert {policy for _, policy in ours} == lines == {os.SCHED_BATCH}
         assert set(scheduled(daemon).values()) == {os.SCHED_BATCH}
