@@ -689,27 +689,39 @@ def test_a_small_request_costs_one_message_on_each_hop_and_less_where_many_wait(
             assert stats[name] - before[name] < 100, name
 
 
+SCHEDULED = f"""{START}
+import os, threading
+from pathlib import Path
+policies = {{t.name: os.sched_getscheduler(t.native_id) for t in threading.enumerate()}}
+for task in Path("/proc/self/task").iterdir():
+    if (name := (task / "comm").read_text().strip()).startswith("ZMQ"):
+        policies[name] = os.sched_getscheduler(int(task.name))
+print(json.dumps(policies))
+"""
+
+
 def scheduled(pid: int, only: str = "") -> dict[int, int]:
     """Return the policies of the threads of a process, or of those of such a name."""
-    tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    named = [int(task.name) for task in tasks if only in (task / "comm").read_text()]
-    return {thread: os.sched_getscheduler(thread) for thread in named}
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            if only in (task / "comm").read_text():
+                found[int(task.name)] = os.sched_getscheduler(int(task.name))
+    return found
 
 
 def test_a_daemon_and_what_asks_it_interrupt_no_call_but_of_several_threads(
     folder: Path, classifier_fp32: lrai.Artifact
 ) -> None:
-    before = scheduled(os.getpid())
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         (daemon,), actor = daemons(folder), pid_of(runtime, "classifier")
-        named = [t.native_id or 0 for t in threading.enumerate() if t.name == "lrai-client"]
-        ours = scheduled(os.getpid(), "ZMQ").items() - before.items()
-        ours |= {(thread, os.sched_getscheduler(thread)) for thread in named}
+        asks = json.loads(output(program(SCHEDULED, classifier_fp32.path)))  # there is no other
         lines = set(scheduled(actor, "ZMQ").values())
-        assert {policy for _, policy in ours} == lines == {os.SCHED_BATCH}
+        assert asks.pop("MainThread") == os.SCHED_OTHER
+        assert asks.keys() == {"lrai-client", "ZMQbg/IO/0", "ZMQbg/Reaper"}
+        assert set(asks.values()) == lines == {os.SCHED_BATCH}
         assert set(scheduled(daemon).values()) == {os.SCHED_BATCH}
-        # The engine's, and of who asks.
-        assert os.sched_getscheduler(actor) == os.sched_getscheduler(0) == os.SCHED_OTHER
+        assert os.sched_getscheduler(actor) == os.SCHED_OTHER  # the engine's
         runtime.load(classifier_fp32, name="wide", settings={"actor.threads": 2})
         assert set(scheduled(daemon).values()) == {os.SCHED_OTHER}
         runtime.unload("wide")
