@@ -88,8 +88,7 @@ class QueueFull(RequestError):
     http_status = 429
 
     def __init__(self, message: str, *, limit: int, retry_after_seconds: float) -> None:
-        self.limit = limit
-        self.retry_after_seconds = retry_after_seconds
+        self.limit, self.retry_after_seconds = limit, retry_after_seconds
         super().__init__(message)
 
 

@@ -132,8 +132,8 @@ class Door(Pool):
     def _take_turns(self) -> None:
         """Interrupt no call, unless one has several threads: those would wait for one another."""
         wait = all(actor.load.threads == 1 for actor in self._actors.values())
-        self._daemon.runtime.scheduler.tick_seconds = TURN_SECONDS if wait else POLL_SECONDS
-        wait_for_turns(wait=wait)
+        tick = TURN_SECONDS if wait_for_turns(wait=wait) else POLL_SECONDS
+        self._daemon.runtime.scheduler.tick_seconds = tick
 
     def close(self) -> None:
         """Send what is left to send, end every actor, and close all sockets."""

@@ -53,9 +53,10 @@ class Actor:
         started, self._signature = time.monotonic(), load.signature
         # Before the engine is imported, which looks there, and starts threads, which inherit.
         os.environ.update({"CUDA_VISIBLE_DEVICES": load.device} if load.device else {})
-        with contextlib.suppress(OSError):  # it names none, or those are gone by now
+        with contextlib.suppress(OSError):  # a sandbox knows of one policy only
             if os.sched_getscheduler(0) == os.SCHED_BATCH:  # as a daemon's threads are
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        with contextlib.suppress(OSError):  # it names none, or those are gone by now
             os.sched_setaffinity(0, load.cpus)
         try:
             self._sessions = open_sessions(load)
@@ -70,8 +71,7 @@ class Actor:
             arrays = coalesce(parts, self._signature)
             started = time.perf_counter()
             outputs = self._sessions[call.variant].run(arrays, call.outputs)
-            seconds = time.perf_counter() - started
-            packer = messages.Packer()
+            seconds, packer = time.perf_counter() - started, messages.Packer()
             packer.send(self._socket, messages.Executed(call.batch, seconds, packer.pack(outputs)))
         except Exception as error:  # noqa: BLE001 - edge: whatever a model raises is the batch's outcome
             known = (str(error), error.invalid) if isinstance(error, EngineError) else None

@@ -279,8 +279,7 @@ class Pool:
             return
         self._poller.register(actor.line, zmq.POLLIN)
         actor.expect(self._config.start_timeout_seconds, "the model was not loaded")
-        actor.oom_kills = _oom_kills()
-        actor.state = "starting"
+        actor.oom_kills, actor.state = _oom_kills(), "starting"
         self._events.emit("actor_started", actor.name, pid=actor.process.pid)
 
     def _kill(self, actor: _Actor, why: str) -> None:

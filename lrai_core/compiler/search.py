@@ -299,8 +299,7 @@ def profile(
     each = [(f, [_repeats(session, f) for session in sessions]) for f in feeds.values()]
     taken = np.full((len(each), MOST_ROUNDS, len(candidates)), np.nan)
     forms = [candidate.form for candidate in candidates]
-    still = list(range(len(forms)))
-    began = time.monotonic()
+    still, began = list(range(len(forms))), time.monotonic()
     for done in range(MOST_ROUNDS):  # from point to point, as traffic goes from shape to shape
         if done >= ROUNDS and time.monotonic() > min(until, began + _ROUNDS_SECONDS):
             break

@@ -103,8 +103,7 @@ class Embedded:
         # What was measured elsewhere says nothing of the source model's speed here.
         profile = chosen.latency if chosen else ()
         chosen = chosen or artifact.manifest.variant("fp32")
-        label = label or self._unique(name, artifact)
-        places = enumerate(config.device_of_each)
+        label, places = label or self._unique(name, artifact), enumerate(config.device_of_each)
         actors = tuple(f"{name}@{label}" + f"#{i}" * (i > 0) for i, _ in places)
         if limits.deterministic and chosen.batch_effect:
             limits = replace(limits, max_batch_rows=1)

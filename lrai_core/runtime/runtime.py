@@ -270,8 +270,7 @@ class Runtime:
 
     def submit(self, request: InferenceRequest) -> str:
         """Accept a request and return the id under which `result` gives its answer, once."""
-        identity = request.id or os.urandom(8).hex()
-        limit = self.config.scheduler.max_queue_rows
+        identity, limit = request.id or os.urandom(8).hex(), self.config.scheduler.max_queue_rows
         with self._lock:
             if identity in self._results:
                 raise RequestError(f"a request with id {shorten(identity)!r} is outstanding")

@@ -102,8 +102,7 @@ def require_certificate(
             known = "tier, sampler, and the numbers epsilon, delta and confidence"
             raise UsageError(f"require: {shorten(f'{key} is {value!r}')}; known: {known}")
         wanted[key] = value
-    rows = verifier.evaluation(artifact)
-    found = certificates(artifact, variant)
+    rows, found = verifier.evaluation(artifact), certificates(artifact, variant)
     both = (artifact, Artifact.open(artifact.path, verify=False))  # as measured here, and at home
     own = [c for c in found if not all(_objections(c, one, rows) for one in both)]
     for c in own:

@@ -9,7 +9,9 @@ receiver drops and counts. There is no pickle anywhere.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from errno import ENAMETOOLONG
 from functools import lru_cache, partial
 from typing import Any, Final, TypeVar, cast
@@ -22,7 +24,7 @@ from msgspec.msgpack import Decoder, Encoder
 from lrai_core.errors import EnvironmentProblem
 from lrai_core.protocol import DATATYPES, Array, Signature, datatype_of, decode_bytes, encode_bytes
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 OWN_FRAME_BYTES: Final = 64 << 10
 _MAX_HEADER_BYTES: Final = 8 << 20
 _COUNTED: Final = ("messages_sent", "messages_received", "copied_bytes", "inline_large")
@@ -232,8 +234,7 @@ class Packer:
             share: Returns the shared memory in which the bytes of a large tensor lie, and where;
                 None where they do not.
         """
-        self._share = share
-        self._small = bytearray()
+        self._share, self._small = share, bytearray()
         self._large: list[Buffer] = []
         self.segments: tuple[Segment, ...] = ()
 
@@ -321,7 +322,12 @@ def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
 
 
 def _open(kind: int, bind_or_connect: str, address: str, options: Options) -> Line:
-    socket = cast("Line", zmq.Context().socket(kind, socket_class=Line))
+    context = zmq.Context()
+    with suppress(OSError):  # a sandbox has none
+        # ZeroMQ's threads choose what glibc remembers of this one: after calls of grpc's, the old.
+        if os.sched_getscheduler(0) == os.SCHED_BATCH:
+            context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)
+    socket = cast("Line", context.socket(kind, socket_class=Line))
     socket.__dict__["tally"] = dict.fromkeys(_COUNTED, 0)
     # Sends are bounded by credit, by admission (one batch per actor), and by the batch answered.
     ours: Options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.MAXMSGSIZE: 1 << 32}

@@ -689,9 +689,14 @@ def test_a_small_request_costs_one_message_on_each_hop_and_less_where_many_wait(
             assert stats[name] - before[name] < 100, name
 
 
-SCHEDULED = f"""{START}
-import os, threading
+SCHEDULED = f"""
+import ctypes, os, threading
 from pathlib import Path
+policy, priority = ctypes.c_int(), ctypes.c_int()
+me = ctypes.c_ulong(threading.get_ident())
+# As grpc does; from then on glibc tells this thread's children what it was told here.
+assert not ctypes.CDLL(None).pthread_getschedparam(me, ctypes.byref(policy), ctypes.byref(priority))
+{START}
 policies = {{t.name: os.sched_getscheduler(t.native_id) for t in threading.enumerate()}}
 for task in Path("/proc/self/task").iterdir():
     if (name := (task / "comm").read_text().strip()).startswith("ZMQ"):
