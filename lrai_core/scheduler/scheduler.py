@@ -164,15 +164,15 @@ class Scheduler:
     def stalled(self, name: str, actor: ActorConfig) -> bool:
         """Return whether a model's requests wait for longer without an answer than a call may take.
 
-        That is a call of its own, or one of another model that it waits or has waited behind.
+        That is a call of its own, or one of another model that it waits behind. It has not waited
+        until that ends: from then on it has its turn, or waits for one of several.
         """
         model, calls = self._models.get(name), list(self._calls.values())
         if model is None or not model.inside:
             return False
         last = max([call.begun for call in calls if call.model is model], default=math.inf)
-        longest = max([model.longest, *(call.seconds for call in calls if call.begun <= last)])
-        limit = max(actor.hang_seconds, actor.hang_factor * longest)
-        return time.monotonic() - model.since > limit
+        limits = [actor.hang_factor * call.seconds for call in calls if call.begun <= last]
+        return time.monotonic() - model.since > max([actor.hang_seconds, *limits])
 
     def drain(self, timeout_seconds: float) -> bool:
         """Refuse new requests and wait for the accepted ones; return whether all ended."""
@@ -217,7 +217,7 @@ class Scheduler:
                 raise NotReady("the runtime is draining")
             self._admission.enter(rows, request.nbytes, needed / rows)
             if not model.inside:
-                model.since, model.longest = pending.arrival, 0.0
+                model.since = pending.arrival
             if pending.place.priority < BACKGROUND:  # others may wait for as long as it takes
                 model.inside.add(pending)
 
@@ -322,9 +322,15 @@ class Scheduler:
 
     def _one_by_one(self) -> Iterable[Start]:
         """Yield what may start where it cannot be decided: the most urgent of each model, alone."""
-        for model in list(self._models.values()):
-            first = Decision(tuple(itertools.islice(model.queue, 1)), (), 0.0)
-            yield from [(model, one, first) for one in self._wanted(model) if not one.calls]
+        for m in list(self._models.values()):
+            yield from [(m, r, self._alone(m, r)) for r in self._wanted(m) if not r.calls]
+
+    def _alone(self, model: Model, replica: Replica) -> Decision:
+        """Return a call of the most urgent request alone, which takes what it is known to take."""
+        first, seconds = model.queue.urgent[0], replica.latency.call_seconds
+        # That may be no number; `max` then returns its first.
+        takes = max(0.0, self.ask(model.name, 0.0, seconds, first.rows, first.length))
+        return Decision((first.sequence,), (), takes)
 
     def _due(self, now: float) -> Iterable[Start]:
         """Return the call that is due first among those there are CPUs for, or else what is next.
@@ -404,8 +410,8 @@ class Scheduler:
 
     def _decide(self, model: Model, replica: Replica, start: float) -> Decision:
         """Return what the actor runs next, after those were told whom nobody will run."""
-        first = Decision(tuple(itertools.islice(model.queue, 1)), (), 0.0)
-        decision = self.ask(model.name, first, self._planned, model, replica, start)
+        decision = self.ask(model.name, None, self._planned, model, replica, start)
+        decision = decision or self._alone(model, replica)
         late = DeadlineExceeded("the deadline cannot be met any more; it was not run")
         self._settle_with(self._take(model, decision.drop), late)
         return decision
@@ -441,13 +447,13 @@ class Scheduler:
         now, calls = time.monotonic(), call.replica.calls
         shared = call.rows * max(1, call.length) if len(call.pending) > 1 else 0
         call.model.used_seconds += (now - call.begun) / call.model.weight
-        call.model.ran, call.model.longest = now, 0.0
+        call.model.ran = now
         calls.popleft()  # an actor runs them in order
         if calls:
             calls[0].begin(now, self.tick_seconds)
         for model in list(self._models.values()):
-            if model.waiting and not any(one.calls for one in model.replicas.values()):
-                model.longest = max(model.longest, call.seconds)  # it may have waited behind it
+            if self._wanted(model) and not any(one.calls for one in model.replicas.values()):
+                model.since = now  # it waits for its turn, and not for its actors
         match outcome:
             case Answered(answers=answers, engine_seconds=seconds):
                 total, name = None if call.queued else now - call.begun, call.model.name

@@ -60,8 +60,7 @@ class Model:
     fits: int = 0  # padded elements, at most, of a shared call answered since a kill at one
     failed: str = ""
     inside: set[Pending] = field(default_factory=set)  # accepted, not ended; without copies
-    since: float = 0.0  # when the first of them came, or one was answered or refused
-    longest: float = 0.0  # predicted seconds of the calls that it waited behind since then
+    since: float = 0.0  # when the first came, one was answered or refused, or its turn could come
 
     def is_known(self, now: float) -> bool:
         """Whether it was seen of late what its calls take."""

@@ -1096,6 +1096,23 @@ def test_where_no_turn_can_be_told_requests_run_one_by_one_and_there_is_an_event
     assert bench.counts("planner_failed")[0] >= 6
 
 
+@pytest.mark.parametrize("broken", [fails, no_number])
+def test_where_it_cannot_be_decided_what_is_next_a_call_still_has_the_time_it_takes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., float]
+) -> None:
+    profile = [replace_ms(point, 8000) for point in PROFILE]
+    bench.scheduler.add("slow", [Replica("slow", profile)], SchedulerConfig())
+    monkeypatch.setattr(module, "plan", fails)
+    for takes in (8.0, 0.0):
+        bench.submit(model="slow", timeout_ms=60_000)
+        bench.step()
+        (call,) = bench.scheduler._calls.values()
+        assert call.seconds == takes
+        bench.workers.answer("slow")
+        bench.step()
+        monkeypatch.setattr(LatencyModel, "call_seconds", broken)
+
+
 def test_where_it_cannot_be_told_who_is_almost_done_the_next_call_waits_for_the_end(
     bench: Bench, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1299,6 +1316,31 @@ def test_a_model_may_wait_behind_a_long_call_of_another_one_and_is_silent_by_its
     assert not bench.scheduler.stalled("slow", limits)
     for name in ("m", "slow"):
         bench.workers.answer(name)
+    bench.step()
+
+
+def test_many_models_that_take_turns_at_one_cpu_are_not_stalled_but_one_without_an_actor(
+    bench: Bench, clock: Clock
+) -> None:
+    limits = ActorConfig(hang_seconds=3, hang_factor=1)
+    bench.scheduler._cpus = 1
+    names = [f"m{i}" for i in range(12)]
+    for name in names:
+        profile = [replace_ms(point, 1000) for point in PROFILE]
+        bench.scheduler.add(name, [Replica(name, profile)], SchedulerConfig())
+        bench.submit(model=name, timeout_ms=60_000)
+    bench.workers.down.add("m")
+    bench.submit(timeout_ms=60_000)
+    for done in range(12):
+        bench.step()
+        assert not any(bench.scheduler.stalled(name, limits) for name in names)
+        assert bench.scheduler.stalled("m", limits) == (done > 3)
+        clock.now += 1
+        bench.workers.answer(next(iter(bench.workers.calls)))
+    bench.step()
+    bench.workers.down.clear()
+    bench.step()
+    bench.workers.answer()
     bench.step()
 
 
