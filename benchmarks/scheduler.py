@@ -4,7 +4,8 @@ An event simulation. One server under four arrival processes, at loads up to twi
 clairvoyant answers, with and without noise on what calls take; a wrong or changing machine that the
 latency model has to learn; eight models on one processor; two unequal actors of one model; and what
 a decision costs with 10,000 requests queued. The scheduler itself is asked, from its door to the
-end of a call, with one setting for all of it; of two unequal actors, its planner.
+end of a call, with one setting for all of it; nothing takes time on its way, so no call is handed
+over ahead. Of two unequal actors, its planner.
 
     python benchmarks/scheduler.py --data ../shared/data --quick
 """
