@@ -22,6 +22,7 @@ from benchmarks.models import requests
 from lrai_core.wire.messages import PROTOCOL_VERSION
 from tests.core import small_artifact
 from tests.integration.conftest import sentence
+from tests.integration.quick import until_quick
 
 pytestmark = pytest.mark.server
 
@@ -115,16 +116,18 @@ def test_a_killed_actor_costs_no_request_and_no_neighbour(
         neighbour_pid = pid_of(runtime, "classifier")
         neighbour = Load(runtime, "classifier", [beside], callers=1)
         load = Load(runtime, "minilm", payloads, callers=8)
-        recoveries = []
-        for _ in range(3):
-            time.sleep(0.5)
-            kill(pid_of(runtime, "minilm"))
-            started, before = time.monotonic(), len(load.ledger.answered)
-            while len(load.ledger.answered) <= before + 8:
-                assert time.monotonic() < started + 20
-                time.sleep(0.005)
-            recoveries.append(time.monotonic() - started)
-        ledger, neighbours = load.stop(), neighbour.stop()
+        recoveries = list[float]()
+        try:
+            for _ in until_quick(recoveries, 2.0, least=3):
+                time.sleep(0.5)
+                kill(pid_of(runtime, "minilm"))
+                started, before = time.monotonic(), len(load.ledger.answered)
+                while len(load.ledger.answered) <= before + 8:
+                    assert time.monotonic() < started + 20
+                    time.sleep(0.005)
+                recoveries.append(time.monotonic() - started)
+        finally:
+            ledger, neighbours = load.stop(), neighbour.stop()
         stats = runtime.stats()
         assert pid_of(runtime, "classifier") == neighbour_pid
 
@@ -132,11 +135,11 @@ def test_a_killed_actor_costs_no_request_and_no_neighbour(
     assert not ledger.refused  # one death per batch: every request was tried once more
     for index, outputs in ledger.answered:
         np.testing.assert_allclose(outputs["sentence_embedding"], expected[index], atol=1e-4)
-    assert sorted(recoveries)[1] < 2.0, recoveries  # one may meet what else this machine does
-    assert stats["actor_lost"] == 3
+    assert stats["actor_lost"] == len(recoveries)
     assert stats["batch_retried"] >= 1
     assert not neighbours.refused
-    assert sorted(neighbours.latencies)[-3] < min(recoveries), "it waited at each of three deaths"
+    longest = sorted(neighbours.latencies)[-len(recoveries) :]
+    assert longest[0] < min(recoveries), "it waited at each death"
 
 
 def test_a_request_whose_actor_dies_twice_ends_with_one_error(minilm_fp32: lrai.Artifact) -> None:
