@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from botocore.config import Config
 
 import lrai_core as lrai
 from benchmarks.processes import free_ports
+from tests.integration.quick import Stalls
 from tests.own_runtime import end_runtime
 from tests.tiny_models import column_model, token_model
 
@@ -194,10 +196,10 @@ class Load:
             thread.join(70)
             assert not thread.is_alive(), "a caller never got its answer"
 
-    def longest_silence(self, since: float) -> float:
-        """Return the longest time without an answer, in seconds."""
+    def longest_silence(self, since: float, stalls: Stalls) -> float:
+        """Return the longest time without an answer, in seconds, but for those of stalls."""
         times = [since, *(at for at in sorted(self.answered_at) if at > since)]
-        return max(np.diff(times))
+        return max(end - begun - stalls.between(begun, end) for begun, end in pairwise(times))
 
     def _run(self) -> None:
         while not self._stop.is_set():

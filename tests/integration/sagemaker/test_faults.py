@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import lrai_core as lrai
-from tests.integration.quick import until_quick
+from tests.integration.quick import Stalls, until_quick
 from tests.integration.sagemaker.conftest import HOST, TOKENS, Container, Load, wait_until
 from tests.own_runtime import end_runtime
 
@@ -34,11 +34,11 @@ def serve(models: Path, folder: Path, sockets: Path) -> Container:
 
 
 class Pings:
-    """What ping said, in a thread of its own, and whether that took the two seconds allowed."""
+    """What ping said, in a thread of its own, and how often not in the two seconds allowed."""
 
-    def __init__(self, container: Container) -> None:
+    def __init__(self, container: Container, stalls: Stalls) -> None:
         self.said, self.slow = list[int](), 0
-        self._container, self._stop = container, threading.Event()
+        self._container, self._stalls, self._stop = container, stalls, threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -53,7 +53,8 @@ class Pings:
                 self.said.append(self._container.get("/ping").status)
             except (OSError, http.client.HTTPException):
                 self.said.append(0)  # the worker that it was sent to was killed
-            self.slow += time.monotonic() - begun > 2.0
+            ended = time.monotonic()
+            self.slow += ended - begun - self._stalls.between(begun, ended) > 2.0
             time.sleep(0.02)
 
 
@@ -65,23 +66,25 @@ def answered(load: Load, count: int) -> bool:
 def test_what_is_killed_under_load_is_back_in_time(
     victim: str, seconds: float, models: Path, tmp_path: Path, sockets: Path
 ) -> None:
-    with serve(models, tmp_path, sockets) as container:
+    with serve(models, tmp_path, sockets) as container, Stalls() as stalls:
         find: dict[str, Callable[[], int]] = {
             "actor": container.actor,
             "worker": lambda: container.workers()[0],
             "daemon": container.daemon,
         }
-        load, pings = Load(container, BODY), Pings(container)
+        load, pings = Load(container, BODY), Pings(container, stalls)
         silences = list[float]()
-        for _ in until_quick(silences, seconds):
-            wait_until(lambda: container.get("/ping").status == 200)
-            time.sleep(0.5)
-            pid, killed_at = find[victim](), time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            wait_until(partial(answered, load, len(load.answered_at) + 40))
-            silences.append(load.longest_silence(killed_at))
-        load.stop()
-        pings.stop()
+        try:
+            for _ in until_quick(silences, seconds):
+                wait_until(lambda: container.get("/ping").status == 200)
+                time.sleep(0.5)
+                pid, killed_at = find[victim](), time.monotonic()
+                os.kill(pid, signal.SIGKILL)
+                wait_until(partial(answered, load, len(load.answered_at) + 40))
+                silences.append(load.longest_silence(killed_at, stalls))
+        finally:
+            pings.stop()
+            load.stop()
         container.wait_until_ready()
         wait_until(lambda: len(container.workers()) == WORKERS)
         assert "Traceback" not in container.log
@@ -90,7 +93,7 @@ def test_what_is_killed_under_load_is_back_in_time(
     assert load.wrong == 0
     assert set(load.statuses) <= {200, 503}
     assert max(silences) < 5 * seconds, silences
-    assert pings.slow <= 1  # as above
+    assert pings.slow <= 1  # that one may meet what else this machine does
     assert set(pings.said) <= {200, 503, 0}
     if victim == "worker":
         assert (
