@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 import lrai_core as lrai
 from benchmarks.models import classifier, requests
 from lrai_sagemaker.commands.tars import package
+from tests.integration.quick import until_quick
 from tests.integration.sagemaker.conftest import (
     HOST,
     JSON,
@@ -338,25 +339,33 @@ def test_ping_is_false_until_the_model_is_loaded_and_while_it_is_stopped(
 ) -> None:
     with Container([str(models / "tokens.lrai")], tmp_path, sockets) as container:
         container.wait_until_ready()
-        actor = container.actor()
-        os.kill(actor, signal.SIGSTOP)
-        threads = [
-            threading.Thread(target=container.post, args=({"inputs": TOKENS},)) for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        deadline, pings = time.monotonic() + 20, set[int]()
-        while pings != {200, 503} and time.monotonic() < deadline:
-            begun = time.monotonic()
-            pings.add(container.get("/ping").status)
-            assert time.monotonic() - begun < 4
-            time.sleep(0.05)
-        for thread in threads:
-            thread.join()
-        assert pings == {200, 503}
-        container.wait_until_ready()  # it was replaced
-        assert container.actor() != actor
+        slowest = list[float]()
+        for _ in until_quick(slowest, 4):
+            slowest.append(slowest_ping_while_stopped(container))
         assert "ping: " in container.log
+
+
+def slowest_ping_while_stopped(container: Container) -> float:
+    """Return the most seconds that a ping takes until it is false; after that all is well again."""
+    actor = container.actor()
+    os.kill(actor, signal.SIGSTOP)
+    threads = [
+        threading.Thread(target=container.post, args=({"inputs": TOKENS},)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    deadline, pings, slowest = time.monotonic() + 20, set[int](), 0.0
+    while pings != {200, 503} and time.monotonic() < deadline:
+        begun = time.monotonic()
+        pings.add(container.get("/ping").status)
+        slowest = max(slowest, time.monotonic() - begun)
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert pings == {200, 503}
+    container.wait_until_ready()  # it was replaced
+    assert container.actor() != actor
+    return slowest
 
 
 def test_ping_is_false_as_long_as_a_model_has_never_answered(

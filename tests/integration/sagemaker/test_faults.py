@@ -169,10 +169,11 @@ def test_a_runtime_that_hangs_makes_ping_false_in_time(
     with serve(models, tmp_path, sockets) as container:
         daemon = container.daemon()
         os.kill(daemon, signal.SIGSTOP)
-        for _ in range(3):
+        taken = list[float]()
+        for _ in until_quick(taken, 4, least=3):
             begun = time.monotonic()
             assert container.get("/ping").status == 503
-            assert time.monotonic() - begun < 4
+            taken.append(time.monotonic() - begun)
         late = container.post(BODY, X_Amzn_SageMaker_Custom_Attributes="timeout_ms=500")
         assert late.status == 504
         os.kill(daemon, signal.SIGCONT)
