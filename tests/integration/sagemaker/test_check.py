@@ -16,12 +16,27 @@ from tests.integration.sagemaker.conftest import HOST, LRAI, Container, free_por
 
 pytestmark = pytest.mark.server
 
+Expected = tuple[str, str] | None  # how "where" begins in a row, and what "found" holds in it
 Checked = Future[tuple[int, str]]  # exit status, and the table
 PLANTED = [sys.executable, str(Path(__file__).with_name("planted.py"))]
 
 
-def check(folder: Path, *arguments: str, sockets: Path | None = None) -> tuple[int, str]:
-    """Return the exit status of a check and the rows of its table."""
+def check(
+    folder: Path, *arguments: str, sockets: Path | None = None, expected: Expected = None
+) -> tuple[int, str]:
+    """Return the exit status of a check and its table.
+
+    They are those of a second one where nothing is wrong with the first but that a ping was late: a
+    machine that stands still for two seconds makes any ping so.
+    """
+    status, said = checked_once(folder, *arguments, sockets=sockets)
+    more = [cells for cells in rows(said) if not is_expected(cells, expected)]
+    if more and all(is_expected(cells, ("GET /ping", "timed out")) for cells in more):
+        return checked_once(folder, *arguments, sockets=sockets)
+    return status, said
+
+
+def checked_once(folder: Path, *arguments: str, sockets: Path | None) -> tuple[int, str]:
     own = {"COLUMNS": "400", "LRAI_ACTOR_THREADS": "1"}
     own |= {"LRAI_RUNTIME_SOCKET_DIR": str(sockets)} if sockets else {}
     done = subprocess.run(
@@ -37,8 +52,14 @@ def check(folder: Path, *arguments: str, sockets: Path | None = None) -> tuple[i
 
 
 def rows(text: str) -> list[list[str]]:
-    """Return the cells of the lines of a table."""
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()[3:-1]]
+    """Return the cells of the lines of a table, whatever is said before it."""
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+
+
+def is_expected(cells: list[str], expected: Expected) -> bool:
+    """Return whether a row says what is looked for."""
+    return expected is not None and cells[0].startswith(expected[0]) and expected[1] in cells[1]
 
 
 PLANTED_FAULTS = (
@@ -60,7 +81,8 @@ PLANTED_FAULTS = (
     ("wrong status", "SIGTERM", "exit status 1"),
     ("requests dropped", "SIGTERM", "requests lost"),
 )
-NEVER_READY = ("ping missing", "ping slow", "port ignored")
+# Seconds, all of which pass; of the first two the server has to be up by then, however busy it is.
+NEVER_READY = {"ping missing": 15, "ping slow": 15, "port ignored": 4}
 FAULTS_OF_MANY_MODELS = (
     ("loaded twice", "POST /models", "200"),
     ("every model known", "GET /models/check-2", "200"),
@@ -81,11 +103,13 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, C
             (PLANTED_FAULTS, []),
             (FAULTS_OF_MANY_MODELS, ["--model-url", "/opt/ml/models/x"]),
         ):
-            for fault, _, _ in faults:
-                start = 4 if fault in NEVER_READY else 30  # which is waited for to the end
+            for fault, where, found in faults:
+                start = NEVER_READY.get(fault, 30)
                 grace = 3 if fault == "sigterm ignored" else 30
                 limits = ["--start-seconds", str(start), "--grace-seconds", str(grace)]
-                begun[fault] = pool.submit(check, folder, *given, *limits, *more, *PLANTED, fault)
+                arguments = [*given, *limits, *more, *PLANTED, fault]
+                expected = where, found
+                begun[fault] = pool.submit(check, folder, *arguments, expected=expected)
         yield begun
         pool.shutdown(cancel_futures=True)
 
