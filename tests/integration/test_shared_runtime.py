@@ -467,11 +467,12 @@ def test_what_does_not_end_in_time_is_told_so(
 
 
 def test_a_deadline_and_a_cancellation_reach_the_queue_of_the_daemon(
-    folder: Path, classifier_fp32: lrai.Artifact
+    folder: Path, classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The daemon says so, and not the client, which has other words where a busy one is late.
+    monkeypatch.setattr("lrai_shared.client._GRACE_SECONDS", 20.0)
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor, identity = stop_at_work(runtime)
-        # The daemon says so, not the client's patience, which has other words.
         with pytest.raises(lrai.DeadlineExceeded, match=r"in the queue|cannot be met|while it ran"):
             runtime.infer(request(timeout_ms=2000))
 
@@ -534,6 +535,9 @@ def test_errors_are_the_same_as_in_one_process(
 
     with lrai.Runtime.open(classifier_fp32) as embedded:
         there = list(errors(embedded))
+    # At a sign of life the client tells by itself, in other words, what has no time left.
+    monkeypatch.setattr("lrai_shared.client._LIFE_SECONDS", 60.0)
+    daemon_with(tmp_path, monkeypatch, "daemon._SILENT_SECONDS = 90")
     with lrai.Runtime.open(classifier_fp32, address="auto") as attached:
         here = list(errors(attached))
     assert here == there
@@ -750,8 +754,9 @@ def test_a_daemon_and_what_asks_it_interrupt_no_call_but_of_several_threads(
 
 
 def test_a_block_that_the_engine_may_read_is_kept_though_its_caller_is_gone(
-    folder: Path, classifier_fp32: lrai.Artifact
+    folder: Path, classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lrai_shared.client._GRACE_SECONDS", 20.0)  # the daemon is to say it
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor = pid_of(runtime, "classifier")
         runtime.infer(request(rows=LARGE))
