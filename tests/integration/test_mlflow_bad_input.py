@@ -177,7 +177,7 @@ def test_callers_who_hang_up_leave_the_server_to_the_others(server: Server) -> N
                 caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     started = time.monotonic()
     assert post(server.port, GOOD).status == 200
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # and not the 60 that `post` waits
 
 
 @pytest.mark.timeout(200)

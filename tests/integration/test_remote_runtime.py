@@ -200,11 +200,11 @@ def line(site: Site) -> Iterator[Line]:
 
 
 def refused(attempt: Callable[[], object], kind: type[Exception], words: str) -> None:
-    """Check that an attempt to get in ends with these words, and soon."""
+    """Check that an attempt to get in ends with these words, before it is given up after 20 s."""
     started = time.monotonic()
     with pytest.raises(kind, match=words):
         attempt()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
 
 
 def test_a_client_with_keys_is_answered_as_one_of_the_same_machine(
@@ -373,7 +373,7 @@ def test_a_client_whose_key_was_taken_away_waits_no_longer_than_its_deadlines(
         kill(daemons(site.folder)[0])
         time.sleep(1)
         started = time.monotonic()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 15  # it waits for no answer, which would be for 20
 
 
 def test_a_line_that_breaks_for_the_client_alone_costs_no_request(
@@ -390,7 +390,7 @@ def test_a_line_that_breaks_for_the_client_alone_costs_no_request(
         wait_until(lambda: outstanding(near) == 6)
         line.break_for_the_client()
         ids.append(far.submit(request(5)))
-        wait_until(lambda: outstanding(near) == 7, 5)  # and nothing is there twice
+        wait_until(lambda: outstanding(near) == 7)  # nothing is twice, as it would be for 30 s
         kill(actor, signal.SIGCONT)
         for i, identity in enumerate(ids):
             logits = far.result(identity, 10).outputs["logits"]

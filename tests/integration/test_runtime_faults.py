@@ -337,7 +337,7 @@ def test_actors_end_with_their_parent(classifier_fp32: lrai.Artifact) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    wait_until(lambda: not alive(actor), 5)
+    wait_until(lambda: not alive(actor))
 
 
 def test_actors_end_with_their_parent_though_a_fork_of_it_lives_on(
@@ -359,7 +359,7 @@ def test_actors_end_with_their_parent_though_a_fork_of_it_lives_on(
     try:
         parent.kill()
         parent.wait()
-        wait_until(lambda: not alive(int(actor)), 5)
+        wait_until(lambda: not alive(int(actor)))
         assert alive(int(fork))
         assert not Path(folder.decode()).exists()  # the last one turns off the light
     finally:

@@ -345,7 +345,7 @@ def test_a_closed_runtime_refuses_at_once(classifier_fp32: lrai.Artifact) -> Non
     ):
         with pytest.raises(lrai.NotReady):
             action()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # none waits, which would be for 60
     assert runtime.ready() == "dead"
 
 
@@ -486,6 +486,6 @@ def test_nobody_waits_for_the_collector_to_have_its_tensors_back(
             future = embedded(runtime).start(asked)
             answer = weakref.ref(future.result(10).outputs["logits"])
             del asked, sent, future
-            wait_until(lambda: given() is None and answer() is None, 2)
+            wait_until(lambda: given() is None and answer() is None)
         finally:
             gc.enable()

@@ -291,7 +291,7 @@ def test_what_a_killed_client_had_queued_is_dropped(
         client.communicate()
         wait_until(lambda: outstanding(runtime) == 1, 10)
         kill(actor, signal.SIGCONT)
-        wait_until(lambda: outstanding(runtime) == 0, 5)
+        wait_until(lambda: outstanding(runtime) == 0)
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
 
 
@@ -312,7 +312,7 @@ def test_a_client_that_was_given_up_asks_again_when_it_is_back(
         client.send_signal(signal.SIGSTOP)
         wait_until(lambda: outstanding(runtime) == 1, 10)
         client.send_signal(signal.SIGCONT)
-        wait_until(lambda: outstanding(runtime) == 1 + 4 * rows, 5)
+        wait_until(lambda: outstanding(runtime) == 1 + 4 * rows)
         kill(actor, signal.SIGCONT)
         answers = json.loads(output(client))
     for i, logits in enumerate(answers):
@@ -370,7 +370,7 @@ def test_who_comes_while_an_idle_daemon_ends_is_served_by_the_next_one(
 
 def assert_gone(folder: Path, actor: int) -> None:
     """Nothing is left but a lock that nobody holds, a log without complaints, and no deployment."""
-    wait_until(lambda: not is_running(folder), 5)
+    wait_until(lambda: not is_running(folder))
     assert {path.name for path in folder.iterdir()} == {
         "lock",
         "log",
@@ -410,7 +410,7 @@ def test_a_daemon_that_is_told_to_end_answers_what_it_accepted(
         ids = [runtime.submit(request(i)) for i in range(20)]
         wait_until(lambda: outstanding(runtime) == 20)
         daemon.terminate()
-        wait_until(lambda: runtime.ready() == "dead", 5)
+        wait_until(lambda: runtime.ready() == "dead")
         with pytest.raises(lrai.NotReady, match="draining"):
             runtime.infer(request())
         assert daemon.poll() is None
@@ -612,7 +612,7 @@ def mapped(pid: int) -> int:
 
 def quiet(runtime: lrai.Runtime) -> dict[str, int]:
     """Return the counters once nobody reads the arena any more."""
-    wait_until(lambda: runtime.stats()["arena_blocks"] == 0, 5)
+    wait_until(lambda: runtime.stats()["arena_blocks"] == 0)
     return runtime.stats()
 
 
