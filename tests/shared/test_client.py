@@ -149,7 +149,7 @@ def attach(daemon: Daemon, parent: Path, **values: Any) -> Attached:
     thread.start()
     made = Attached(config(parent, **values))
     thread.join()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while made._sharing != daemon.shares:
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -169,7 +169,7 @@ def request(**changes: Any) -> lrai.InferenceRequest:
 
 
 def value(future: Future[lrai.InferenceResponse]) -> int:
-    return int(future.result(5).outputs["y"][0])
+    return int(future.result(20).outputs["y"][0])
 
 
 def call(attached: Attached, operation: str, results: list[Any]) -> threading.Thread:
@@ -310,7 +310,7 @@ def test_operations_use_up_no_credit_and_need_none(daemon: Daemon, parent: Path)
     for _ in range(3):
         thread = call(attached, "ready", results)
         daemon.send(Returned(daemon.call().key, "ok"))
-        thread.join(5)
+        thread.join(20)
     assert results == ["ok"] * 3
     daemon.answer(item)
     assert value(future) == item.key
@@ -345,7 +345,7 @@ def test_an_operation_is_asked_again_of_the_next_daemon(daemon: Daemon, attached
     daemon.welcome()
     assert daemon.call().key == key
     daemon.send(Returned(key, "m"))
-    thread.join(5)
+    thread.join(20)
     assert results == ["m"]
 
 
@@ -359,13 +359,13 @@ def test_a_change_that_may_have_been_made_is_not_asked_for_again(
         daemon.session = "second"
         daemon.welcome()
         with pytest.raises(lrai.NotReady, match="was lost while it was at it"):
-            lost.result(5)
+            lost.result(20)
     results: list[Any] = []
     thread = call(attached, "ready", results)
     asked = daemon.call()
     assert asked.operation == "ready"
     daemon.send(Returned(asked.key, "ok"))
-    thread.join(5)
+    thread.join(20)
     assert results == ["ok"]
 
 
@@ -400,7 +400,7 @@ def test_who_waits_for_several_hears_of_what_was_cancelled(
     items = daemon.take(2)
     assert first.cancel()
     assert first.cancel()
-    assert not wait([first], timeout=5).not_done
+    assert not wait([first], timeout=20).not_done
     daemon.answer(*items)
     value(second)
 
@@ -443,7 +443,7 @@ def test_without_a_timeout_the_daemon_knows_it_and_the_default_one_ends_the_wait
     (item,) = daemon.take(1)
     assert item.timeout_ms is None
     with pytest.raises(lrai.DeadlineExceeded, match="did not answer in time"):
-        answer.result(5)
+        answer.result(20)
     attached.close()
 
 
@@ -480,7 +480,7 @@ def test_whoever_probes_a_daemon_that_does_not_answer_is_told_soon(
     while (asked := daemon.call()).operation != "stats":
         pass
     daemon.send(Returned(asked.key, "told"))
-    thread.join(5)
+    thread.join(20)
     assert results == ["told"]
 
 
@@ -647,7 +647,7 @@ def stats(daemon: Daemon, attached: Attached) -> dict[str, int]:
     )
     thread.start()
     daemon.send(Returned(daemon.call().key, {"events": 1}))
-    thread.join(5)
+    thread.join(20)
     found: dict[str, int] = results[0]
     return found
 
@@ -692,7 +692,7 @@ def test_what_is_cancelled_or_late_keeps_its_block_until_the_daemon_has_read_it(
     items = daemon.take(2)
     assert cancelled.cancel()
     with pytest.raises(lrai.DeadlineExceeded):
-        late.result(5)
+        late.result(20)
     third = sharing.start(request(inputs={"x": LARGE}))
     items += daemon.take(1)
     assert len({item.places for item in items}) == 3
@@ -797,13 +797,13 @@ def test_draining_refuses_requests_waits_for_the_accepted_and_answers_questions(
     assert attached.call("ready", {}, str) == "dead"
     assert not ended
     daemon.answer(*daemon.take(1))
-    thread.join(5)
+    thread.join(20)
     assert ended == [True]
     value(future)
     results: list[Any] = []
     asking = call(attached, "name", results)
     daemon.send(Returned(daemon.call().key, "told"))
-    asking.join(5)
+    asking.join(20)
     assert results == ["told"]
 
 
@@ -829,7 +829,7 @@ def test_nobody_waits_for_a_thread_that_a_bug_has_ended(
     future = attached.start(request())
     daemon.answer(*daemon.take(1))
     with pytest.raises(lrai.NotReady):
-        future.result(5)
+        future.result(20)
     attached.close()
     assert failed
 
@@ -908,7 +908,7 @@ def test_a_client_without_a_wish_starts_no_daemon_when_it_loses_one(
     time.sleep(0.5)
     assert not started
     attached.start(request())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
