@@ -44,6 +44,7 @@ class Daemon:
         self.segment: Segment | None = None  # that the client last named
         self._begun, self._signs = "", 0  # the session that is known; signs of life so far
         self.taken: list[messages.Infer] = []
+        self.clients: list[Attached] = []
         self._lock = (folder / "lock").open("ab")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._socket = listen(f"ipc://{folder}/clients")
@@ -137,17 +138,24 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def daemon(parent: Path) -> Iterator[Daemon]:
+def daemon(parent: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """Return a daemon whose clients end before it does, and before what was patched is as it was.
+
+    One with a request that is open would start a real one in its place.
+    """
     made = Daemon(shared_folder(config(parent)))
     yield made
+    for one in made.clients:
+        one.close()
     made.close()
 
 
 def attach(daemon: Daemon, parent: Path, **values: Any) -> Attached:
-    """Return a client that `daemon` has welcomed."""
+    """Return a client that `daemon` has welcomed, and is closed with it."""
     thread = threading.Thread(target=daemon.welcome)
     thread.start()
     made = Attached(config(parent, **values))
+    daemon.clients.append(made)
     thread.join()
     deadline = time.monotonic() + 20
     while made._sharing != daemon.shares:
@@ -157,10 +165,8 @@ def attach(daemon: Daemon, parent: Path, **values: Any) -> Attached:
 
 
 @pytest.fixture
-def attached(daemon: Daemon, parent: Path) -> Iterator[Attached]:
-    made = attach(daemon, parent)
-    yield made
-    made.close()
+def attached(daemon: Daemon, parent: Path) -> Attached:
+    return attach(daemon, parent)
 
 
 def request(**changes: Any) -> lrai.InferenceRequest:
@@ -208,7 +214,6 @@ def test_large_tensors_wait_for_the_room_that_the_queue_has_wherever_they_lie(
     huge = attached.start(request(inputs={"x": np.zeros(1 << 20, np.float32)}))
     daemon.answer(*daemon.take(1))  # alone it may
     value(huge)
-    attached.close()
 
 
 def test_what_would_be_too_much_beside_others_waits_for_them(daemon: Daemon, parent: Path) -> None:
@@ -222,7 +227,6 @@ def test_what_would_be_too_much_beside_others_waits_for_them(daemon: Daemon, par
         assert daemon.quiet()
         daemon.answer(*items)
     assert [value(future) for future in futures] == [1, 2, 3, 4]
-    attached.close()
 
 
 def test_a_request_that_is_too_large_is_told_by_which_setting(attached: Attached) -> None:
@@ -261,7 +265,6 @@ def test_what_requests_say_beside_tensors_counts_for_the_size_of_a_message(
         assert len(message.items) <= 3
     daemon.answer(*daemon.take(20))
     assert len({value(f) for f in futures}) == 20
-    attached.close()
 
 
 def test_no_more_requests_are_on_their_way_than_there_is_credit(
@@ -278,7 +281,6 @@ def test_no_more_requests_are_on_their_way_than_there_is_credit(
     daemon.answer(first, third)
     daemon.answer(*daemon.take(1))
     assert len({value(f) for f in futures}) == 4
-    attached.close()
 
 
 def test_a_time_of_numpy_is_a_time_and_ends_nobody(daemon: Daemon, attached: Attached) -> None:
@@ -299,7 +301,6 @@ def test_no_more_requests_wait_to_be_sent_than_a_queue_takes(daemon: Daemon, par
         attached.start(request())
     assert full.value.limit == 3
     waiting[-1].cancel()
-    attached.close()
 
 
 def test_operations_use_up_no_credit_and_need_none(daemon: Daemon, parent: Path) -> None:
@@ -317,7 +318,6 @@ def test_operations_use_up_no_credit_and_need_none(daemon: Daemon, parent: Path)
     future = attached.start(request())
     daemon.answer(*daemon.take(1))
     value(future)
-    attached.close()
 
 
 def test_a_new_session_gets_what_was_not_answered_once_more(
@@ -416,7 +416,6 @@ def test_what_is_cancelled_before_it_is_sent_is_never_sent_and_not_waited_for(
     value(first)
     assert attached.drain()
     assert daemon.quiet()
-    attached.close()
 
 
 def test_a_daemon_that_does_not_answer_is_waited_for_until_the_deadline(
@@ -444,7 +443,6 @@ def test_without_a_timeout_the_daemon_knows_it_and_the_default_one_ends_the_wait
     assert item.timeout_ms is None
     with pytest.raises(lrai.DeadlineExceeded, match="did not answer in time"):
         answer.result(20)
-    attached.close()
 
 
 def test_an_operation_without_an_answer_ends_in_one_sentence(
@@ -653,12 +651,10 @@ def stats(daemon: Daemon, attached: Attached) -> dict[str, int]:
 
 
 @pytest.fixture
-def sharing(daemon: Daemon, parent: Path) -> Iterator[Attached]:
+def sharing(daemon: Daemon, parent: Path) -> Attached:
     """Return a client whose arena the daemon reads."""
     daemon.shares = True
-    made = attach(daemon, parent)
-    yield made
-    made.close()
+    return attach(daemon, parent)
 
 
 def test_a_large_tensor_is_copied_once_and_sent_by_its_place(
@@ -721,7 +717,6 @@ def test_what_finds_no_room_in_the_arena_goes_inline_and_is_counted(
         attached.start(request(inputs={"x": LARGE}))
     assert [item.places[0][0] for item in daemon.take(4)].count(-1) == 2
     assert stats(daemon, attached)["daemon_inline_large"] == 2
-    attached.close()
 
 
 def test_a_new_session_has_an_arena_of_its_own(daemon: Daemon, sharing: Attached) -> None:
@@ -764,7 +759,6 @@ def test_of_each_session_the_client_greets_once_more_and_then_shares(
     attached.start(request(inputs={"x": LARGE}))
     assert daemon.take(1)[0].places[0][0] == -1
     assert daemon.segment == old, "nobody read there, so it may stay"
-    attached.close()
 
 
 def test_what_nobody_waits_for_any_more_is_not_sent_to_the_next_session(
@@ -961,7 +955,6 @@ def test_what_nobody_waits_for_any_more_takes_no_memory(
         assert time.monotonic() < deadline, (len(attached._outbox), attached._outcalls)
         time.sleep(0.01)
     assert not first.done()
-    attached.close()
 
 
 def test_a_stopped_daemon_blocks_no_client(
