@@ -413,14 +413,14 @@ def test_a_time_that_is_none_is_refused_and_leaves_nothing_inside(
 def test_a_model_that_was_slow_once_is_tried_again(inline: lrai.Runtime) -> None:
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
     (curve,) = here._latency._curves
-    curve.scale = 1e6  # as it was learned
-    hurried = msgspec.structs.replace(request(1.0), timeout_ms=500.0)
+    curve.scale = 1e9  # as it was learned
+    hurried = msgspec.structs.replace(request(1.0), timeout_ms=5000.0)
     here._seen = time.monotonic() + 60  # not long ago, however long that takes
     with pytest.raises(lrai.DeadlineExceeded):
         inline.infer(hurried)
     here._seen = time.monotonic() - 2.0  # seconds ago
     assert inline.infer(hurried).outputs["logits"].shape == (1, 10)
-    curve.scale, here._seen = 1e6, time.monotonic() + 60
+    curve.scale, here._seen = 1e9, time.monotonic() + 60
     assert isinstance(together(inline, [hurried, hurried])[0], lrai.DeadlineExceeded)
     here._seen = time.monotonic() - 2.0
     answers = together(inline, [hurried, hurried])
@@ -431,7 +431,7 @@ def test_what_can_be_in_time_in_calls_that_are_shared_is_not_refused(inline: lra
     """One after the other they would be late."""
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
     latency = here._latency
-    latency.overhead_seconds = 0.05
+    latency.overhead_seconds = 0.5
     alone = latency.call_seconds(1, 0) * latency.margin
     given_ms = 32 * alone * 1e3 / 3
     some = [msgspec.structs.replace(request(float(i)), timeout_ms=given_ms) for i in range(32)]
