@@ -21,6 +21,7 @@ import pytest
 import lrai_core as lrai
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_deployments.inline import run
+from tests.own_runtime import own_runtime
 
 pytestmark = pytest.mark.server
 
@@ -36,13 +37,13 @@ def request(value: float, rows: int = 1, columns: int = 64) -> lrai.InferenceReq
     return lrai.InferenceRequest(model_name="classifier", inputs={"features": features})
 
 
-def children() -> int:
-    """Return how many processes this one has started that still run."""
-    count = 0
+def children() -> set[int]:
+    """Return the processes that this one has started and that still run."""
+    found = set[int]()
     for task in Path("/proc/self/task").glob("*/children"):  # each thread has its own
         with contextlib.suppress(OSError):  # it has ended
-            count += len(task.read_text().split())
-    return count
+            found |= set(map(int, task.read_text().split()))
+    return found
 
 
 @pytest.fixture
@@ -84,15 +85,15 @@ def test_many_callers_get_the_answers_that_a_process_gives(
 
 
 def test_it_starts_no_process_and_sends_nothing(classifier_fp32: lrai.Artifact) -> None:
-    before = children()
+    before = children()  # of earlier tests, and they may end meanwhile
     with lrai.Runtime.open(classifier_fp32, config=config(**INLINE)) as runtime:
         runtime.infer(request(1.0))
         (model,) = runtime.models()
-        assert (children(), model.actor_pids) == (before, [])
+        assert (children() - before, model.actor_pids) == (set(), [])
         assert runtime.stats()["actor_messages_sent"] == 0
         assert runtime.ready() == "idle"
     with lrai.Runtime.open(classifier_fp32, config=config()) as runtime:
-        assert children() > before, "which is what would be seen"
+        assert children() - before, "which is what would be seen"
 
 
 def test_what_the_engine_refuses_ends_alone(
@@ -148,10 +149,9 @@ def test_a_model_that_cannot_be_opened_says_why_and_leaves_nothing(
 
 
 def test_a_runtime_that_processes_share_has_no_model_in_its_own(
-    classifier_fp32: lrai.Artifact, tmp_path: Path
+    classifier_fp32: lrai.Artifact,
 ) -> None:
-    shared = config(**{"runtime.socket_dir": str(tmp_path)})
-    with lrai.Runtime(shared, address="auto") as runtime:
+    with own_runtime(), lrai.Runtime(config(), address="auto") as runtime:
         with pytest.raises(lrai.UsageError, match=r"actor\.isolation inline .* this one is shared"):
             runtime.load(classifier_fp32, settings=INLINE)
         runtime.load(classifier_fp32)
