@@ -1032,7 +1032,8 @@ def test_traffic_is_sketched_always_and_captured_where_that_was_asked_for(
 def test_under_pressure_a_cheaper_version_takes_what_would_be_late(
     small: dict[float, Path],
 ) -> None:
-    with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
+    room = patient(**{"scheduler.max_queue_rows": 20_000})
+    with lrai.Runtime.open(small[2.0], name="m", config=room) as runtime:
         runtime.load(small[3.0], name="m", share=0.0)
         shares = {version(small[2.0]): 1.0}
         with pytest.raises(lrai.ModelNotFound):
@@ -1043,8 +1044,8 @@ def test_under_pressure_a_cheaper_version_takes_what_would_be_late(
         (stopped,) = (pid for m in runtime.models() if m.version == two for pid in m.actor_pids)
         kill(stopped, signal.SIGSTOP)
         asked = lrai.InferenceRequest(model_name="m", inputs=ONES)
-        waiting = [runtime.submit(asked) for _ in range(3000)]  # of 1 ms each by the profile
-        hurried = lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=2500)
+        waiting = [runtime.submit(asked) for _ in range(10_000)]  # of 1 ms each by the profile
+        hurried = lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=9000)
         relieved = runtime.infer(hurried)
         assert float(relieved.outputs["y"][0, 0]) == 3.0
         assert relieved.model_version == version(small[3.0])
