@@ -721,6 +721,7 @@ def test_a_registry_flow_loses_no_request(
             client.update_deployment("search", champion)
             at = len(answered)
             time.sleep(2)
+            wait_until(lambda at=at: len(answered) > at + 30)  # type: ignore[misc]
             assert set(answered[at + 8 :]) == {int(alias)}, "who begins now is answered by it"
     finally:
         over.set()
