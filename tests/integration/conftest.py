@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,17 @@ def prepared() -> Prepared:
 def triton(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
     """Yield one real Triton for all tests that need one."""
     repository = tmp_path_factory.mktemp("repository")
-    with TritonServer(
-        repository,
-        environment=prepared.environment,
-        backends=prepared.backends,
-        arguments=EXPLICIT,
-        env={"LRAI_ACTOR_THREADS": "1"},
-    ) as server:
-        yield Triton(server, repository)
+    with (
+        TritonServer(
+            repository,
+            environment=prepared.environment,
+            backends=prepared.backends,
+            arguments=EXPLICIT,
+            env={"LRAI_ACTOR_THREADS": "1"},
+        ) as server,
+        contextlib.closing(Triton(server, repository)) as served,
+    ):
+        yield served
 
 
 def sentence(random: np.random.Generator, rows: int, length: int) -> dict[str, Any]:

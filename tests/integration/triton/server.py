@@ -31,6 +31,10 @@ class Triton:
         self.grpc = triton_grpc.InferenceServerClient(server.grpc)
         self.metrics = server.metrics
 
+    def close(self) -> None:
+        """Have gRPC ask no more, which it would try again and again once the server has ended."""
+        self.grpc.close()
+
     @property
     def http(self) -> Any:
         """This thread's client: it has to stay in the thread that made it."""

@@ -457,8 +457,10 @@ def test_a_trace_of_the_caller_has_what_triton_saw_of_his_request(
     with collector() as (url, told):
         settings = "mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={url}"
         options = [f"--trace-config={setting}" for setting in settings]
-        with TritonServer(entry.parent, **prepared._asdict(), arguments=options) as server:
-            triton = Triton(server, entry.parent)
+        with (
+            TritonServer(entry.parent, **prepared._asdict(), arguments=options) as server,
+            contextlib.closing(Triton(server, entry.parent)) as triton,
+        ):
             for protocol, trace in traces.items():
                 parent = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
                 answer = triton.ask("traced", {"x": x}, protocol=protocol, headers=parent)
@@ -556,16 +558,18 @@ def test_so_do_those_of_a_configuration_that_triton_was_told_not_to_complete(
     """Which has no `dynamic_batching`, so that they come one by one."""
     (repository := tmp_path / "repository").mkdir()
     text = LRAI + OUTSIDE + "max_batch_size: 8" + WHOLE.replace("dims: [-1, ", "dims: [")
-    with TritonServer(
-        repository,
-        **prepared._asdict(),
-        arguments=(*EXPLICIT, "--disable-auto-complete-config"),
-        env={"LRAI_ACTOR_THREADS": "1"},
-    ) as server:
-        triton = Triton(server, repository)
-        with triton.serving("written", {1: minilm_fp32.path}, text) as name:
-            assert "dynamic_batching" not in triton.http.get_model_config(name)
-            assert_shared(triton, name, minilm_session)
+    with (
+        TritonServer(
+            repository,
+            **prepared._asdict(),
+            arguments=(*EXPLICIT, "--disable-auto-complete-config"),
+            env={"LRAI_ACTOR_THREADS": "1"},
+        ) as server,
+        contextlib.closing(Triton(server, repository)) as triton,
+        triton.serving("written", {1: minilm_fp32.path}, text) as name,
+    ):
+        assert "dynamic_batching" not in triton.http.get_model_config(name)
+        assert_shared(triton, name, minilm_session)
 
 
 def assert_shared(triton: Triton, name: str, session: onnxruntime.InferenceSession) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ def test_one_line_then_compiled_then_switched_back(tmp_path: Path) -> None:
         environment = {**os.environ, **variables(made.environment)}
         subprocess.run(command, check=True, env=environment, capture_output=True)
 
-    with TritonServer(
-        entry.parent, **made._asdict(), arguments=EXPLICIT, env={"LRAI_ACTOR_THREADS": "1"}
-    ) as server:
-        triton = Triton(server, entry.parent)
+    with (
+        TritonServer(
+            entry.parent, **made._asdict(), arguments=EXPLICIT, env={"LRAI_ACTOR_THREADS": "1"}
+        ) as server,
+        closing(Triton(server, entry.parent)) as triton,
+    ):
 
         def ask(name: str, rows: Any, protocol: str = "http") -> Any:
             return triton.ask(name, {"features": rows}, protocol=protocol)["logits"]
