@@ -199,6 +199,7 @@ class Bench:
     def close(self) -> None:
         self.scheduler.start()
         self.scheduler.close()
+        self.events.close()
 
 
 @pytest.fixture
@@ -1381,9 +1382,17 @@ class PromptWorkers(FakeWorkers):
         return now if self.calls else now + 1
 
 
+@pytest.fixture
+def events() -> Iterator[EventBus]:
+    made = EventBus()
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("failing", [False, True])
-def test_many_threads_get_their_own_answer_or_one_error_each(failing: bool) -> None:
-    events = EventBus()
+def test_many_threads_get_their_own_answer_or_one_error_each(
+    events: EventBus, failing: bool
+) -> None:
     scheduler = Scheduler(SchedulerConfig(), PromptWorkers(failing), events)
     scheduler.add("m", [Replica("m", PROFILE)], SchedulerConfig())
     scheduler.start()
@@ -1410,8 +1419,8 @@ def test_many_threads_get_their_own_answer_or_one_error_each(failing: bool) -> N
     assert failing or ends["answered"] == 320
 
 
-def test_an_action_runs_in_the_schedulers_thread() -> None:
-    scheduler = Scheduler(SchedulerConfig(), FakeWorkers(), EventBus())
+def test_an_action_runs_in_the_schedulers_thread(events: EventBus) -> None:
+    scheduler = Scheduler(SchedulerConfig(), FakeWorkers(), events)
     scheduler.start()
     ran: Future[str] = Future()
     scheduler.call(lambda: ran.set_result(threading.current_thread().name))
@@ -1508,10 +1517,10 @@ def test_one_request_that_cannot_be_handed_over_ends_and_the_next_one_runs(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("method", ["dispatch", "poll", "state"])
 def test_even_if_the_thread_dies_of_a_bug_nobody_waits_for_ever(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    method: str, events: EventBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = FakeWorkers()
-    scheduler = Scheduler(SchedulerConfig(), workers, EventBus())
+    scheduler = Scheduler(SchedulerConfig(), workers, events)
     scheduler.add("m", [Replica("m", PROFILE)], SchedulerConfig())
 
     def bug(*_: object) -> None:
