@@ -183,10 +183,9 @@ def test_callers_who_hang_up_leave_the_server_to_the_others(server: Server) -> N
 @pytest.mark.timeout(200)
 def test_ten_thousand_at_once_are_all_answered(server: Server) -> None:
     """MLflow refuses nobody: it keeps them waiting, and says 504 after 60 s."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = 10_000
     assert most >= count + 200, f"{most} open files allowed, {count + 200} are needed"
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     content = json.dumps(GOOD).encode()
     head = "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     whole = f"{head}Connection: close\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
@@ -211,7 +210,11 @@ def test_ten_thousand_at_once_are_all_answered(server: Server) -> None:
     async def ask_all() -> Counter[str]:
         return Counter(await asyncio.gather(*(ask() for _ in range(count))))
 
-    found = asyncio.run(ask_all())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        found = asyncio.run(ask_all())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
     assert sum(found.values()) == count
     assert set(found) <= {"200", "429", "503", "504"}, found
     assert found["200"] > 1000

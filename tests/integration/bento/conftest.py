@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import resource
@@ -143,8 +144,17 @@ def project(
 
 @pytest.fixture(scope="module")
 def served(project: Path) -> Iterator[Served]:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # ten thousand callers, both ends here
-    with Host() as host, start(project, host) as server:
+    with many_files(), Host() as host, start(project, host) as server:
         server.wait_until_ready("/readyz")
         yield Served(server, host)
+
+
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """Let this process and its children have as many open as may be, for ten thousand callers."""
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
