@@ -28,7 +28,7 @@ from lrai_core.scheduler import scheduler
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import Bounds, plan
 from lrai_core.scheduler.scheduler import Scheduler
-from lrai_core.scheduler.state import Replica
+from lrai_core.scheduler.state import Pending, Replica
 from lrai_core.scheduler.waiting import Queue, Waiting
 from lrai_core.wire.workers import Answered, Batch, Outcome
 
@@ -225,7 +225,7 @@ class Ours:
             with suppress(DeadlineExceeded, QueueFull):
                 self._scheduler.accept(str(arrival.model), request, _tell_nobody, None, 0)
             if self._processor.call:  # else those that come at the same time wait for one another
-                self._step()
+                self._hear(arrival.time)
 
     def next_call(self, now: float) -> tuple[int, Sequence[int]]:
         """See `Rule.next_call`."""
@@ -258,6 +258,16 @@ class Ours:
             with _clock_at(self._end):
                 self._step()
         self._end = math.inf
+
+    def _hear(self, now: float) -> None:
+        """Do what a step does while the processor is taken, in less time."""
+        scheduler = self._scheduler
+        if any(model.queue.next_deadline() <= now for model in scheduler._models.values()):  # noqa: SLF001
+            self._step()
+        for _ in range(len(scheduler._arrived)):  # noqa: SLF001
+            pending = scheduler._arrived.popleft()  # noqa: SLF001
+            if isinstance(pending, Pending):
+                scheduler._enqueue(pending)  # noqa: SLF001
 
     def _step(self) -> None:
         self._scheduler._step(())  # noqa: SLF001 - what its thread does over and over

@@ -103,6 +103,31 @@ def test_ours_is_within_three_points_of_the_clairvoyant(name: str, rate: int) ->
     assert found >= simulate(Greedy(SERVER), times, SERVER, actual_of(SERVER)).mean()
 
 
+class StepByStep(Ours):
+    """Runs a whole step of the scheduler at each arrival."""
+
+    def _hear(self, now: float) -> None:
+        del now
+        self._step()
+
+
+@pytest.mark.parametrize("rate", [1_500, 2_300, 5_000])
+def test_what_comes_while_a_call_runs_is_heard_as_in_a_whole_step(rate: int) -> None:
+    times = arrivals_of("mmpp", rate, 3_000, None)
+    ours, whole = (alone(times, SERVER, kind, noise=0.15) for kind in (Ours, StepByStep))
+    assert ours.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("kind", ["equal", "mixed", "linear"])
+def test_models_that_share_a_processor_hear_it_likewise(kind: str) -> None:
+    drawn = mix(kind, skew=1, load=1.2, seconds=3, seed=7)
+    found = []
+    for rule in (Ours(drawn.models), StepByStep(drawn.models)):
+        with closing(rule):
+            found.append(on_time(rule, drawn, [actual_of(one) for one in drawn.models]).tolist())
+    assert found[0] == found[1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(times=bursts(10), server=small_servers)
 def test_ours_never_beats_the_clairvoyant(times: Times, server: Server) -> None:
