@@ -96,6 +96,7 @@ class Extent:
     learning: Sequence[str]  # processes; the trace of Azure is too short for it
     learning_loads: Sequence[float]
     learning_seconds: float  # measured, after those that learning may take
+    learning_draws: int  # of noise: of one point that is lost, luck is a tenth or two in one draw
     mix_seeds: int
     mix_seconds: float
     cost_repeats: int
@@ -113,6 +114,7 @@ QUICK: Final = Extent(
     learning=("poisson", "mmpp"),
     learning_loads=(1.2,),
     learning_seconds=10.0,
+    learning_draws=4,
     mix_seeds=1,
     mix_seconds=20.0,
     cost_repeats=3,
@@ -125,6 +127,7 @@ FULL: Final = Extent(
     learning=("poisson", "mmpp", "twitter"),
     learning_loads=(0.9, 1.2, 1.5),
     learning_seconds=20.0,
+    learning_draws=4,
     mix_seeds=5,
     mix_seconds=60.0,
     cost_repeats=7,
@@ -352,8 +355,9 @@ def learning(
         "learning",
         learning_shares,
         [
-            (which, process, rates[process] * load, noise, extent.learning_seconds, data)
+            (which, process, rates[process] * load, noise, draws, extent.learning_seconds, data)
             for which, process, load, noise in cases
+            for draws in [extent.learning_draws if noise else 1]
         ],
     )
     rows = []
@@ -389,7 +393,7 @@ def learning(
         ],
         "-: the loss is under one point, so it is not checked; the trace of Azure is too short;\n"
         f"the 30 % come at {CHANGE_AT_SECONDS:g} s, the rest is wrong from the start; "
-        f"{extent.learning_seconds:g} s are measured",
+        f"{extent.learning_seconds:g} s are measured, with noise in {extent.learning_draws} draws",
     )
     checks = []
     for which in LEARNING:
@@ -402,17 +406,25 @@ def learning(
 
 
 def learning_shares(
-    which: str, process: str, rate: float, noise: float, seconds: float, data: Path | None
+    which: str,
+    process: str,
+    rate: float,
+    noise: float,
+    draws: int,
+    seconds: float,
+    data: Path | None,
 ) -> tuple[float, float, float]:
     """Return the shares in time of a planner that learns nothing, one that learns, one that knew.
 
-    The last one is the better of those two, with the right prior from the start.
+    The last one is the better of those two, with the right prior from the start. All are means over
+    the same draws of the noise.
 
     Args:
         which: One of `LEARNING`, what the first two do not know.
         process: Of the arrivals.
         rate: Of the arrivals.
         noise: On what calls take.
+        draws: Of the noise.
         seconds: Measured, after those that learning may take.
         data: Folder of the traces.
     """
@@ -437,12 +449,15 @@ def learning_shares(
         learns: bool,
         slow_from: float = CHANGE_AT_SECONDS,
     ) -> float:
-        tau = simulation.actual_of(SERVER, noise)
+        def drawn(seed: int) -> float:
+            tau = simulation.actual_of(SERVER, noise, seed)
 
-        def actual(rows: int, start: float) -> float:
-            return tau(rows, start) * (slower if start >= slow_from else 1.0) + more
+            def actual(rows: int, start: float) -> float:
+                return tau(rows, start) * (slower if start >= slow_from else 1.0) + more
 
-        return float(_ours(arrivals, actual, wrong, more_known, learns=learns)[measured].mean())
+            return float(_ours(arrivals, actual, wrong, more_known, learns=learns)[measured].mean())
+
+        return float(np.mean([drawn(seed) for seed in range(draws)]))
 
     # With the right prior learning still pays, for it is what finds out how much noise there is.
     right = [share(slower, more, learns=learns, slow_from=0) for learns in (False, True)]
