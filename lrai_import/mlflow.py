@@ -29,6 +29,7 @@ from lrai_import.boosters import skops_is_safe
 # By flavor which extra of ours brings what opens it; what is of several is of the first.
 _EXTRAS: Final = {"pytorch": "torch", "lightgbm": "trees", "xgboost": "trees", "sklearn": "trees"}
 _ONNX: Final = "onnx"
+_NAMING: Final = ("sklearn", "xgboost")  # LightGBM goes by the place of a column, as ONNX
 _BYTES: Final = 64 << 30  # address space, of which torch reserves much and uses little
 _SECONDS: Final = 900
 _PLAIN: Final = {"lightgbm": "lightgbm.basic.Booster", "xgboost": "xgboost.core.Booster"}
@@ -59,8 +60,8 @@ class Job(msgspec.Struct, frozen=True):
     data: str = "data"
 
 
-def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
-    """Return a model as an ONNX file, and the flavor that it was made from.
+def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str, list[str]]:
+    """Return a model as an ONNX file, the flavor that it was made from, and `fitted_with`.
 
     Args:
         folder: Of the model, with its `MLmodel`.
@@ -84,7 +85,7 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
         source = (folder / str(configuration["data"])).resolve()
         if not source.is_relative_to(folder.resolve()):
             raise ArtifactError("the model's data lies outside of it")
-        return source, flavor
+        return source, flavor, []
     why = runs_code(folder, flavor, configuration)
     if why and not allow_pickle:
         raise ConditionNotMet(
@@ -95,10 +96,10 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str]:
     own = str(configuration.get(_DATA.get(flavor, "data"), "data"))
     job = Job(str(folder), flavor, inputs_of(model), str(made), bool(why), own)
     try:
-        run_task(open_and_convert, job, memory_bytes=_BYTES, timeout_seconds=_SECONDS)
+        columns = run_task(open_and_convert, job, memory_bytes=_BYTES, timeout_seconds=_SECONDS)
     except TaskError as error:
         raise CompileError(f"the {flavor} model cannot be opened: {error}") from None
-    return made, flavor
+    return made, flavor, columns
 
 
 def runs_code(folder: Path, flavor: str, configuration: dict[str, Any]) -> str:
@@ -155,8 +156,8 @@ def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
     return tuple(found)
 
 
-def open_and_convert(job: Job) -> int:
-    """Write a model as ONNX; return the bytes of the file.
+def open_and_convert(job: Job) -> list[str]:
+    """Write a model as ONNX; return `fitted_with`.
 
     Raises:
         CompileError: picklescan found something, or it cannot be converted.
@@ -171,10 +172,22 @@ def open_and_convert(job: Job) -> int:
         needed = f"{error.name} is needed to open it: pip install 'lrai[{_EXTRAS[job.flavor]}]'"
         own = f" and {job.flavor}" * (job.flavor in ("lightgbm", "xgboost"))
         raise EnvironmentProblem(f"{needed}{own} ({error})") from None
+    columns = fitted_with(model) if job.flavor in _NAMING else []
     try:
-        return objects.to_onnx(model, job.inputs, job.out).stat().st_size
+        objects.to_onnx(model, job.inputs, job.out)
     except UsageError as error:  # which is not carried back
         raise CompileError(str(error)) from None
+    return columns
+
+
+def fitted_with(model: Any) -> list[str]:
+    """Return the columns that a table has to have for a model, in order; none if it takes any.
+
+    Else it refuses the table, but ONNX has no names for them.
+    """
+    names = getattr(model, "feature_names_in_", None)
+    names = getattr(model, "feature_names", None) if names is None else names
+    return list(map(str, () if names is None else names))
 
 
 def _scan(folder: Path, data: str) -> None:

@@ -33,7 +33,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "prover": (2300, ["lrai_prover"]),
     "monitor": (1400, ["lrai_monitor"]),
     "report": (2510, ["lrai_report"]),
-    "import": (2625, ["lrai_import"]),
+    "import": (2635, ["lrai_import"]),
     "shared": (1365, ["lrai_shared"]),
     "deployments": (1980, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
@@ -41,7 +41,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "wheel": (120, ["lrai_wheel"]),
 }
 ADAPTER_BUDGET = 400  # what the host loads
-COMMANDS_BUDGET = 710  # an adapter's commands/ folder
+COMMANDS_BUDGET = 735  # an adapter's commands/ folder
 
 COLUMNS = "{:<22}{:>6}{:>7}{:>7}{:>8}{:>6}"
 

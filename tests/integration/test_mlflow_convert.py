@@ -36,6 +36,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from lrai_mlflow.commands.app import main
 from lrai_mlflow.commands.convert import _rows, options_of
+from lrai_mlflow.commands.facts import saved_model
 from tests.core.compiler.onnx_files import linear
 from tests.integration.mlflow_server import own_store
 from tests.integration.test_cli import in_small_filesystem
@@ -217,6 +218,9 @@ def test_a_table_to_evaluate_on_goes_by_its_names(tmp_path: Path) -> None:
     rows: Any = _rows(turned, source, infer_signature(TABLE, LABELS))
     np.testing.assert_array_equal(rows["x"], TABLE.to_numpy(np.float32))
     np.testing.assert_array_equal(rows["label"], LABELS)
+    rows = _rows(turned, source, None, list("abcd"))  # that it was fitted with
+    np.testing.assert_array_equal(rows["x"], TABLE.to_numpy(np.float32))
+    np.testing.assert_array_equal(rows["label"], LABELS)
     wide: list[Any] = [None, infer_signature(TABLE.to_numpy(), LABELS.to_numpy())]
     for signature in wide:  # that name no columns
         rows = _rows(TABLE.assign(label=LABELS), source, signature)
@@ -250,6 +254,28 @@ def test_a_model_without_a_signature_takes_tables_as_before() -> None:
     for table in tables:
         answer = answers(made, table)
         assert list(answer["label"]) == model.predict(TABLE).tolist()
+
+
+@pytest.mark.parametrize("kind", ["sklearn", "xgboost", "xgboost booster"])
+def test_without_a_signature_columns_go_by_the_names_that_a_model_was_fitted_with(
+    kind: str,
+) -> None:
+    log, model, told = mlflow.sklearn.log_model, pipeline(), {"serialization_format": "skops"}
+    if kind != "sklearn":
+        trees, told = xgboost.XGBClassifier(n_estimators=5).fit(TABLE, LABELS), {}
+        log, model = mlflow.xgboost.log_model, trees.get_booster() if "booster" in kind else trees
+    made = lrai_mlflow.convert(logged_by(log, model, **told).model_uri, threads=1)
+    assert made.signature is None
+    served = mlflow.pyfunc.load_model(made.model_uri)
+    expected = served.predict(TABLE.to_numpy())["label"].tolist()
+    assert len(set(expected)) == 2
+    for table in (TABLE[list("dcba")], TABLE.set_axis(range(4), axis=1), TABLE.assign(e="more")):
+        assert served.predict(table)["label"].tolist() == expected
+    with pytest.raises(MlflowException, match=r"columns \['a'\] are missing") as refused:
+        served.predict(TABLE.rename(columns={"a": "x"}))
+    assert refused.value.get_http_status_code() == 400
+    folder = mlflow.artifacts.download_artifacts(made.model_uri)
+    assert saved_model(folder)[1]["columns"] == list("abcd")  # of a deployment
 
 
 def boosted() -> dict[str, tuple[Callable[..., ModelInfo], Any]]:

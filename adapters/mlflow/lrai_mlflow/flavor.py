@@ -25,8 +25,8 @@ from mlflow.utils.model_utils import (
 )
 
 from lrai_core import Artifact, UsageError
-from lrai_mlflow.serving import DATA, FLAVOR_NAME, ServedModel, is_onnx, mlflow_errors, opened
-from lrai_mlflow.settings import flat, settings_of
+from lrai_mlflow.serving import DATA, FLAVOR_NAME, ServedModel, mlflow_errors, opened
+from lrai_mlflow.settings import settings_of
 
 _MODULE: Final = "lrai_mlflow"  # stored in saved models
 
@@ -197,33 +197,17 @@ def load_model(model_uri: str, dst_path: str | None = None) -> Artifact:
     """
     local = _download_artifact_from_uri(artifact_uri=str(model_uri), output_path=dst_path)
     with mlflow_errors():
-        artifact = opened(Path(local), model := _of_ours(local))
+        artifact = opened(Path(local), model := of_ours(local))
     _add_code_from_conf_to_system_path(local, model.flavors[FLAVOR_NAME])
     return artifact
 
 
-def saved_model(folder: str, *, verify: bool = True) -> tuple[Artifact, dict[str, Any]]:
-    """Return the artifact in a saved model, and what else that says: what a deployment goes by.
-
-    That is the names of its `columns`, if it has any, `by_row` of `from_lrai`, and the settings
-    `saved` with it.
+def of_ours(folder: str) -> Model:
+    """Return a saved model.
 
     Raises:
         UsageError: It is of another flavor.
-        ArtifactError: See `opened`.
     """
-    model = _of_ours(folder)
-    saved = flat(model.flavors.get("python_function", {}).get("config") or {})  # `model_config`
-    for key in ("actor.isolation", "runtime.address"):  # where it runs, who deploys it says
-        saved.pop(key, None)
-    inputs = model.signature and model.signature.inputs
-    named = inputs and inputs.has_input_names() and not inputs.is_tensor_spec()
-    columns, by_row = inputs.input_names() if named else [], not is_onnx(model.metadata)
-    said = {"columns": columns, "by_row": by_row, "saved": saved}
-    return opened(Path(folder), model, verify=verify), said
-
-
-def _of_ours(folder: str) -> Model:
     model = Model.load(folder)
     if FLAVOR_NAME not in model.flavors:
         got = ", ".join(model.flavors)

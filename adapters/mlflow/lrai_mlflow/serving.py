@@ -59,7 +59,8 @@ class ServedModel:
         self.held, self._signature = held, artifact.manifest.signature
         self._rows_a_second = rows_a_second(artifact, held.variant)
         self._in_parts = not is_worker()  # who asks over the network has limits
-        self._by_row = not is_onnx(saved.metadata)
+        source = origin(saved)
+        self._by_row, self._columns = not is_onnx(source), source.get("source_columns", [])
         when_gone(self, held.close)
         if is_worker():
             _log.info("LRAI serves %s: %s", artifact.manifest.name, held.variant)
@@ -86,7 +87,8 @@ class ServedModel:
                 kinds = {one.name: dtype_of(one.datatype) for one in self._signature.outputs}
                 names = [name for name in _wanted(params or {}) if name in kinds] or kinds
                 return pd.DataFrame({name: np.zeros(0, kinds[name]) for name in names})
-            request = to_lrai(data, self._signature.inputs, params or {}, self.held.name)
+            table = ordered(data, self._columns)
+            request = to_lrai(table, self._signature.inputs, params or {}, self.held.name)
             config, most = self.held.runtime.config, sys.maxsize
             if self._in_parts:  # calls of about a second: nobody has to wait for one for long
                 config = running(config) or config  # its limits count, not those of this process
@@ -171,19 +173,23 @@ def from_lrai(response: lrai.InferenceResponse, data: Any, *, by_row: bool = Fal
     return answer
 
 
-def is_onnx(metadata: Mapping[str, Any] | None) -> bool:
-    """Return whether a saved model takes the place of one of `mlflow.onnx`, or of none."""
-    origin: dict[str, str] = (metadata or {}).get("lrai_origin") or {}
-    return origin.get("source_flavor", "onnx") == "onnx"
+def origin(model: Model) -> dict[str, Any]:
+    """Return what a saved model says of the one that it was made of; nothing where of none."""
+    return (model.metadata or {}).get("lrai_origin") or {}
+
+
+def is_onnx(source: Mapping[str, Any]) -> bool:
+    """Return whether what was made of this takes the place of a model of `mlflow.onnx`."""
+    return bool(source.get("source_flavor", "onnx") == "onnx")
 
 
 def ordered(data: Any, columns: Sequence[str]) -> Any:
-    """Return a table with these columns, in this order, where there are any.
+    """Return a table with these columns, in this order; as it is where there are no names.
 
     Raises:
         UsageError: Some are missing.
     """
-    if not isinstance(data, pd.DataFrame) or not columns:
+    if not isinstance(data, pd.DataFrame) or not columns or data.columns.dtype.kind == "i":
         return data
     if missing := [name for name in columns if name not in data.columns]:
         raise lrai.UsageError(f"columns {missing} are missing; the model takes {columns}")

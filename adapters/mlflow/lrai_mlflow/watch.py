@@ -46,8 +46,7 @@ def tell_cap(artifact: Artifact, variant: str) -> None:
     """Warn where MLflow hands over too few requests at a time for the calls that pay most."""
     # Of asyncio.to_thread, from Python 3.13 on by the CPUs that this process may use.
     threads = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
-    workers = workers_told() or 1
-    profile = artifact.manifest.variant(variant).latency
+    workers, profile = workers_told() or 1, artifact.manifest.variant(variant).latency
     length = max((point.length for point in profile), default=0)
     speed = {p.rows: p.rows / p.median_ms for p in profile if p.length == length}
     here = max((rows for rows in speed if rows <= threads * workers), default=0)

@@ -47,8 +47,9 @@ def convert(
     """Compile a logged model of another flavor, log it as one of lrai's, and return that.
 
     It keeps the inputs of its signature, or that it has none, so that it takes the requests that it
-    took; its outputs are those of the ONNX model, a row of them for a row. It keeps its example and
-    its metadata; not what its Python code took, which it has no more. Tags name what it was made of
+    took: of a table whose columns have names the ones that it was fitted with, in any order. Its
+    outputs are those of the ONNX model, a row of them for a row. It keeps its example and its
+    metadata; not what its Python code took, which it has no more. Tags name what it was made of
     (`lrai.source_…`), metadata too.
 
     Args:
@@ -84,23 +85,27 @@ def convert(
         registered = registered_model_name or _registered(str(model_uri))
         called = name or re.sub(r"[/:.%\"']", "_", registered or "model")  # not all is allowed
         (converter,) = entry_points(group="lrai.converters", name="mlflow")
-        source, flavor = converter.load()(folder, Path(scratch), allow_pickle=allow_pickle)
+        source, flavor, fitted = converter.load()(folder, Path(scratch), allow_pickle=allow_pickle)
         artifact = lrai.compile(
             source,
             out=Path(scratch, re.sub(r"[^\w.-]", "_", called) + ".lrai"),
-            evaluation=_rows(evaluation, source, model.signature),
+            evaluation=_rows(evaluation, source, model.signature, fitted),
             **how,
         )
         origin = {
             "source_uri": str(model_uri), "source_model_id": model.model_id or model.model_uuid,
             "source_run_id": model.run_id, "source_flavor": flavor,
         }  # fmt: skip
+        tags = {f"lrai.{k}": str(v) for k, v in origin.items() if v}
+        asked = model.signature and model.signature.inputs
+        if len(artifact.manifest.signature.inputs) == 1 and not (asked and asked.is_tensor_spec()):
+            origin["source_columns"] = fitted  # of a table, which has no names any more
         own = {
             "signature": _signature(model, artifact) if model.signature else False,
             "input_example": example,
             **log,
             "metadata": carried | (log.get("metadata") or {}) | {"lrai_origin": origin},
-            "tags": {f"lrai.{k}": str(v) for k, v in origin.items() if v} | (log.get("tags") or {}),
+            "tags": tags | (log.get("tags") or {}),
         }
         return log_model(artifact, name=called, registered_model_name=registered, **own)
 
@@ -137,6 +142,7 @@ def _rows(
     given: str | Path | Mapping[str, Any] | pd.DataFrame | None,
     source: Path,
     signature: ModelSignature | None,
+    fitted: Sequence[str] = (),
 ) -> str | Path | Mapping[str, Any] | None:
     """Return rows to judge on; of a table the columns that requests have, and the labels."""
     if not isinstance(given, pd.DataFrame):
@@ -144,12 +150,14 @@ def _rows(
     memory_bytes = _MEMORY_BYTES + 4 * source.stat().st_size
     told = lrai.run_task(told_by, str(source), memory_bytes=memory_bytes, timeout_seconds=_SECONDS)
     inputs, names = signature and signature.inputs, list(given.columns)
-    if inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
+    if fitted and len(told.inputs) == 1:
+        names = [*fitted]
+    elif inputs and inputs.has_input_names() and not inputs.is_tensor_spec():
         names = [one.name for one in inputs.inputs if one.required or one.name in given.columns]
-        if missing := [name for name in names if name not in given.columns]:
-            raise lrai.UsageError(f"evaluation has no columns {missing}; the model takes {names}")
     elif not any(one.name == _LABEL or one.shape[1:] == (len(names),) for one in told.inputs):
         names = [name for name in names if name != _LABEL]
+    if missing := [name for name in names if name not in given.columns]:
+        raise lrai.UsageError(f"evaluation has no columns {missing}; the model takes {names}")
     labels = {n: given[n].to_numpy() for n in given.columns if n == _LABEL and n not in names}
     return {**to_lrai(given[names], told.inputs, {}, "").inputs, **labels}
 

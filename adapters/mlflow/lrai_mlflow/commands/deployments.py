@@ -68,7 +68,7 @@ from lrai_codecs import in_turn, rows_at_a_time
 from lrai_core import OWN_SETTINGS, ArtifactError, LraiError, ModelNotFound, UsageError
 from lrai_import.held import lock_folder, running, tell_unheard, when_gone
 from lrai_import.hosted import load
-from lrai_mlflow.flavor import saved_model
+from lrai_mlflow.commands.facts import saved_model
 from lrai_mlflow.serving import FLAVOR_NAME, from_lrai, mlflow_errors, ordered, to_lrai
 from lrai_mlflow.settings import flat, settings_of
 

@@ -21,6 +21,9 @@ from lrai_codecs import dtype_of, text
 from lrai_core import Artifact, TensorSpec, certificates
 from lrai_core.artifact import EVALUATION, QUANTIZATION_LOG
 from lrai_core.verifier.sample import load_rows
+from lrai_mlflow import serving
+from lrai_mlflow.flavor import of_ours
+from lrai_mlflow.settings import flat
 
 _PREFIX: Final = "lrai."
 _TYPES: Final = {"timeout_ms": "double", "outputs": "string"}  # of `params`
@@ -118,3 +121,25 @@ def _schema(specs: Sequence[TensorSpec]) -> Schema:
         shape = tuple(extent if isinstance(extent, int) else -1 for extent in spec.shape)
         made.append(MlflowTensorSpec(kind, shape, spec.name))
     return Schema(made)
+
+
+def saved_model(folder: str, *, verify: bool = True) -> tuple[Artifact, dict[str, Any]]:
+    """Return the artifact in a saved model, and what else that says: what a deployment goes by.
+
+    That is the names of its `columns`, if it has any, `by_row` of `from_lrai`, and the settings
+    `saved` with it.
+
+    Raises:
+        UsageError: It is of another flavor.
+        ArtifactError: See `serving.opened`.
+    """
+    model = of_ours(folder)
+    saved = flat(model.flavors.get("python_function", {}).get("config") or {})  # `model_config`
+    for key in ("actor.isolation", "runtime.address"):  # where it runs, who deploys it says
+        saved.pop(key, None)
+    inputs = model.signature and model.signature.inputs
+    named = inputs and inputs.has_input_names() and not inputs.is_tensor_spec()
+    source = serving.origin(model)
+    columns = source.get("source_columns") or (inputs.input_names() if named else [])
+    said = {"columns": columns, "by_row": not serving.is_onnx(source), "saved": saved}
+    return serving.opened(Path(folder), model, verify=verify), said
