@@ -119,7 +119,7 @@ def encode(
 
 def _parsed(body: bytes) -> Any:
     try:
-        return _any_decoder.decode(body)
+        return _any_decoder.decode(body.removeprefix(b"\xef\xbb\xbf"))  # as PowerShell writes it
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         if b"NaN" in body or b"Infinity" in body:  # as Python and numpy's users write them
             with contextlib.suppress(ValueError, RecursionError):
