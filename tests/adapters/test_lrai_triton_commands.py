@@ -494,6 +494,33 @@ def test_compile_adds_a_version_that_answers_as_the_model_does(
     assert np.linalg.norm(got - wanted) <= 0.2 * np.linalg.norm(wanted)
 
 
+def test_an_interrupted_compilation_leaves_nothing_behind(
+    repository: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler is told to end once, and has the time to put away what it has."""
+    left = tmp_path / "left"
+    stand_in = f"""
+import os, pathlib, signal, time
+assert os.getpgrp() == os.getpid(), "Ctrl-C in a terminal would come to both"
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+left = pathlib.Path({str(left)!r})
+left.mkdir()
+try:
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+finally:
+    time.sleep(1)
+    left.rmdir()
+    pathlib.Path({str(tmp_path / "ended")!r}).touch()
+"""
+    monkeypatch.setattr("lrai_triton.commands.repository.PROGRAM", (sys.executable, "-c", stand_in))
+    before = content(repository)
+    run("compile", repository / "m", "--switch", code=130)
+    assert (tmp_path / "ended").exists()
+    assert not left.exists()
+    assert content(repository) == before
+
+
 def test_options_before_the_entry_are_told_where_they_belong(repository: Path, run: Run) -> None:
     said = run("compile", "--threads", "1", "--switch", repository / "m", code=2)
     assert "--threads is no folder of a model, which comes before all options" in said

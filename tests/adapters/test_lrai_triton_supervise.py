@@ -21,6 +21,7 @@ import typer
 
 import lrai_core as lrai
 from lrai_triton.commands import supervise
+from lrai_triton.commands.app import PROGRAM
 from tests.core import small_artifact
 from tests.own_runtime import daemon_pids, own_runtime
 
@@ -187,7 +188,7 @@ def ended(
     """Return the exit status of `serve` with these scripts as tritonserver and as the watch."""
     monkeypatch.setattr(supervise, "_RESTART_SECONDS", 0.01)
     stand_in = program(folder / "lrai", f'test "$2" != watch && exit 0\n{watch}')
-    monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
+    monkeypatch.setattr(supervise, "PROGRAM", (str(stand_in),))
     path, backends = planted(folder, server)
     monkeypatch.setenv("PATH", path)
     with pytest.raises(typer.Exit) as caught:
@@ -257,7 +258,7 @@ def test_a_signal_is_heard_while_the_runtime_restores_its_models(tmp_path: Path)
     late = {"LRAI_ACTOR_PYTHON": str(python), "LRAI_ACTOR_START_TIMEOUT_SECONDS": "600"}
     with own_runtime(PATH=path, **late) as sockets:
         for arguments in (["start"], ["load", str(model)]):
-            subprocess.run([*supervise._LRAI, "runtime", *arguments], check=True)
+            subprocess.run([*PROGRAM, "runtime", *arguments], check=True)
         held.touch()
         (killed,) = daemon_pids(sockets)
         os.kill(killed, signal.SIGKILL)
@@ -289,7 +290,7 @@ def test_a_runtime_that_is_still_not_there_when_its_start_gives_up_is_ended(
     # It outlives the look that sees what it has begun.
     waits = f"for _ in $(seq 1000); do test -e {seen} && break; sleep 0.02; done\nsleep 2"
     stand_in = program(tmp_path / "lrai", f"{begins}\n{waits}\nexit 5")
-    monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
+    monkeypatch.setattr(supervise, "PROGRAM", (str(stand_in),))
     path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
     monkeypatch.setenv("PATH", path)
     try:
@@ -307,7 +308,7 @@ def test_a_runtime_that_ran_before_stays_though_it_serves_no_more(tmp_path: Path
     path, backends = planted(tmp_path, "exit 0")
     with own_runtime(PATH=path) as sockets:
         for command in ("start", "drain"):
-            subprocess.run([*supervise._LRAI, "runtime", command], check=True)
+            subprocess.run([*PROGRAM, "runtime", command], check=True)
         (before,) = daemon_pids(sockets)
         with pytest.raises(lrai.EnvironmentProblem, match="cannot be started, see above"):
             supervise.serve([backends])
@@ -322,7 +323,7 @@ def test_where_a_second_signal_comes_nothing_is_waited_for(
     deaf = f"trap 'kill -INT {os.getpid()}' TERM; touch {up}; {WAITS}"
     script = f"({deaf}) >/dev/null &\necho $! > {begun}\nwhile ! test -e {up}; do sleep 0.02; done"
     stand_in = program(tmp_path / "lrai", f"{script}\nkill -TERM $PPID\nwait")
-    monkeypatch.setattr(supervise, "_LRAI", (str(stand_in),))
+    monkeypatch.setattr(supervise, "PROGRAM", (str(stand_in),))
     path, backends = planted(tmp_path, "exit 0")
     monkeypatch.setenv("PATH", path)
     try:
@@ -335,7 +336,7 @@ def test_where_a_second_signal_comes_nothing_is_waited_for(
 
 def serve_until(seen: Callable[[int], bool], backends: str) -> int:
     """Return how `serve` ends that is told to when this is so of its process."""
-    with subprocess.Popen([*supervise._LRAI, "triton", "serve", "--", backends]) as serve:
+    with subprocess.Popen([*PROGRAM, "triton", "serve", "--", backends]) as serve:
         try:
             while not seen(serve.pid):
                 assert serve.poll() is None
@@ -425,7 +426,7 @@ class Answering(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def watching(url: str) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
     """Yield a watch, and what it says of m."""
-    command = [*supervise._LRAI, "triton", "watch", "--url", url, "--interval", "0.05"]
+    command = [*PROGRAM, "triton", "watch", "--url", url, "--interval", "0.05"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
         words = (line.partition(" ")[2].rstrip("\n") for line in watch.stdout or ())
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 from rich.console import Console
 
@@ -11,6 +13,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+PROGRAM = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
+END_SECONDS = 30.0  # for a program of ours that is told to end
 BACKENDS = "/opt/tritonserver/backends"  # of NVIDIA's images
 # What comes out of files is shown as it is: never read as markup. Lines hold paths and commands to
 # copy, so they are not broken.

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,7 +21,7 @@ import typer
 
 from lrai_core import Artifact, ArtifactError, CompileError, EnvironmentProblem, UsageError
 from lrai_core.artifact import disk_errors, writing
-from lrai_triton.commands.app import app, out
+from lrai_triton.commands.app import END_SECONDS, PROGRAM, app, out
 from lrai_triton.commands.pbtxt import LRAI, backend_of, config_of, switched, switched_back
 from lrai_triton.served import onnx_of
 from lrai_triton.settings import settings_of
@@ -33,7 +32,6 @@ _WRITTEN: Final = "# Written by `lrai triton`; what is not here comes from the m
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SETTING: Final = re.compile(r"(\w+\.\w+|variant|execution|intra_op_thread_count)=([^\"\\\n]*)")
 _FORM: Final = "SECTION.NAME=VALUE, variant=... or execution=..."
-_COMPILE: Final = "from lrai_core.cli import main; main()"
 
 Repository = Annotated[Path, typer.Option(exists=True, help="Folder that tritonserver serves.")]
 Settings = Annotated[list[str], typer.Option(help=f"{_FORM}, see `lrai config`; repeat for more.")]
@@ -85,19 +83,26 @@ def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) 
     if not entry.is_dir():
         raise UsageError(f"{entry} is no folder of a model, which comes before all options")
     versions = versions_of(entry)
-    sources = [one for v in versions if (one := onnx_of(entry / str(v))).is_file()]
-    if not sources:
+    if not (sources := [one for v in versions if (one := onnx_of(entry / str(v))).is_file()]):
         raise UsageError(f"no version of {entry} holds a model.onnx to compile")
     _check_backend(entry, switch=switch)
-    source, name = sources[-1], entry.absolute().name
     # Elsewhere, since a server that polls the repository reloads an entry that changes.
     with tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
-        made = Path(scratch, f"{name}.lrai")
-        command = [sys.executable, "-P", "-c", _COMPILE, "compile", str(source), *context.args]
-        done = subprocess.run([*command, "--output", str(made)], check=False)
-        if done.returncode:
-            raise typer.Exit(done.returncode)
-        _publish(entry, max(versions) + 1, made, _new_config(name, {}))
+        made = Path(scratch, f"{entry.absolute().name}.lrai")
+        command = [*PROGRAM, "compile", str(sources[-1]), *context.args, "--output", str(made)]
+        # In a group of its own: Ctrl-C comes from here alone, as a second one would cut off what
+        # the first has it put away.
+        child = subprocess.Popen(command, process_group=0)
+        try:
+            child.wait()
+        finally:
+            child.terminate()  # then it leaves nothing
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(END_SECONDS)
+            child.kill()
+        if child.returncode:
+            raise typer.Exit(child.returncode)
+        _publish(entry, max(versions) + 1, made, _new_config(made.stem, {}))
 
 
 @app.command()
@@ -110,13 +115,12 @@ def remove(entry: Entry) -> None:
     Nothing is deleted; who wants to be rid of a model deletes its folder.
     """
     versions = versions_of(entry)
-    ours = [v for v in versions if (entry / str(v) / "model.lrai").exists()]
+    ours, done = [v for v in versions if (entry / str(v) / "model.lrai").exists()], list[str]()
     if ours == versions:
         raise UsageError(f"{entry} has nothing that onnxruntime can serve; delete the folder")
     # There may be an original though the backend was changed back by hand.
     if not (ours or (entry / _ORIGINAL).exists() or backend_of(text_of(entry / CONFIG)) == "lrai"):
         raise UsageError(f"{entry} has nothing of lrai's")
-    done = list[str]()
     with contextlib.ExitStack() as undo, disk_errors(entry):
         for folder in (entry / str(version) for version in ours):
             aside = Path(tempfile.mkdtemp(prefix=f"lrai-{folder.name}-", dir=entry))
@@ -212,10 +216,9 @@ def _check_onnx(copy: Path, name: str) -> None:
 
 def _switch(entry: Path, config: str) -> None:
     """Have the entry name our backend; keep what it had; write `config` where it had nothing."""
+    if backend_of(text := text_of(entry / CONFIG)) == "lrai":
+        return
     if (entry / CONFIG).exists():
-        text = text_of(entry / CONFIG)
-        if backend_of(text) == "lrai":
-            return
         shutil.copy2(entry / CONFIG, entry / _ORIGINAL)
         config = switched(text)
     _replace(entry / CONFIG, config)
@@ -252,8 +255,8 @@ def _replace(config: Path, text: str) -> None:
     temporary.write_bytes(text.encode(errors="surrogateescape"))
     if config.exists():
         shutil.copymode(config, temporary)
-        its = config.stat()
-        for owner in ((-1, its.st_gid), (its.st_uid, -1)):  # the group also where not the owner
+        # The group also where not the owner.
+        for owner in ((-1, (its := config.stat()).st_gid), (its.st_uid, -1)):
             with contextlib.suppress(OSError):
                 os.chown(temporary, *owner)
     temporary.replace(config)

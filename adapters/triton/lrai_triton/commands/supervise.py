@@ -30,18 +30,16 @@ import typer
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, UsageError, load_config
 from lrai_import.built import locked, state_folder
-from lrai_triton.commands.app import BACKENDS, app, out
+from lrai_triton.commands.app import BACKENDS, END_SECONDS, PROGRAM, app, out
 from lrai_triton.settings import WATCH, instances_of
 
 _URL: Final = "http://127.0.0.1:8000"
-_LRAI: Final = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
 _HEADER, _KEY, _LOADING = "lrai-key", "TRITON_REPOSITORY_KEY", "model-repository"  # who may load
 _RESTRICTIONS: Final = ("http-restricted-api", "grpc-restricted-protocol")
 _ASKED = {"model-config": "/config", "statistics": "/stats", "metadata": "", "inference": "/infer"}
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
 _LOOK_SECONDS: Final = 0.2
-_END_SECONDS: Final = 30.0  # for a runtime that could not be started
 _RESTART_SECONDS: Final = 2.0  # before a watch that has ended is started again
 _SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
@@ -108,8 +106,7 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
 
     SIGTERM and SIGINT go to the server, which drains; its exit status is this one's.
     """
-    program = shutil.which("tritonserver")
-    if program is None:
+    if not (program := shutil.which("tritonserver")):
         raise EnvironmentProblem(f"no tritonserver on PATH, which is {os.environ.get('PATH')!r}")
     backends = _given(arguments, "backend-directory", BACKENDS)[-1]
     if not Path(backends, "lrai", "model.py").is_file():
@@ -128,7 +125,7 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         os.environ[_KEY] = _keys(arguments).get(_RESTRICTIONS[0]) or os.environ.get(_KEY, "")
         host = _given(arguments, "http-address", "127.0.0.1")[-1]  # 0.0.0.0 leads there, too
         url = f"http://{host}:{_given(arguments, 'http-port', '8000')[-1]}"
-        commands.append([*_LRAI, "triton", "watch", "--url", url])
+        commands.append([*PROGRAM, "triton", "watch", "--url", url])
     told, ours = list[int](), False
     # From now on: process 1 of a container hears nothing that it does not handle.
     before = _handled_by(lambda number, _: told.append(number))
@@ -140,7 +137,7 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
         status = -told[0] if told else _run_both(commands, told)
     finally:
         if ours:
-            subprocess.run([*_LRAI, "runtime", "stop"], capture_output=True, check=False)
+            subprocess.run([*PROGRAM, "runtime", "stop"], capture_output=True, check=False)
         for kept, handler in before.items():
             signal.signal(kept, handler)
     raise typer.Exit(status if status >= 0 else 128 - status)
@@ -361,7 +358,7 @@ def _start_runtime(told: list[int]) -> bool:
     vain: by a signal, for it hears no client until it serves what it served before, which may take
     minutes.
     """
-    command, begun, stopped = [*_LRAI, "runtime", "start"], set[int](), False
+    command, begun, stopped = [*PROGRAM, "runtime", "start"], set[int](), False
     # In a group of its own, as the others are: Ctrl-C comes from here alone.
     with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as start:
         while start.poll() is None and not stopped:
@@ -371,7 +368,7 @@ def _start_runtime(told: list[int]) -> bool:
             found = {pid for pid in running if _parent(pid) == start.pid}
             begun = found if start.poll() is None else begun  # then they are no longer its own
             time.sleep(_LOOK_SECONDS)
-        until = time.monotonic() + (float("inf") if told else _END_SECONDS)
+        until = time.monotonic() + (float("inf") if told else END_SECONDS)
         if start.poll() != 0:
             for pid in begun:
                 with contextlib.suppress(ProcessLookupError):  # it has ended by itself
