@@ -400,8 +400,10 @@ def command(
     helper.set_model_props(fused.model, {NOTE: note})
     try:
         output.write_bytes(fused.model.SerializeToString())
-    except OSError as error:
+    except BaseException as error:
         output.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise EnvironmentProblem(f"{output}: cannot be written: {error.strerror}") from None
     typer.echo("\n".join([words, *ends]))
 

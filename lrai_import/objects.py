@@ -83,10 +83,15 @@ def to_onnx(
     made, out = convert(model, specs), Path(out)
     beside = out.with_name(f"{out.name}.data")
     try:
-        beside.unlink(missing_ok=True)  # onnx would add to it
-        onnx.save(
-            made, out, save_as_external_data=True, location=beside.name, size_threshold=_INLINE
-        )
+        # What is there stays until both are whole.
+        with TemporaryDirectory(prefix=".lrai-", dir=out.parent) as folder:
+            new = Path(folder, out.name)
+            onnx.save(
+                made, new, save_as_external_data=True, location=beside.name, size_threshold=_INLINE
+            )
+            beside.unlink(missing_ok=True)
+            for one in sorted(Path(folder).iterdir(), reverse=True):
+                one.replace(out.with_name(one.name))
     except OSError as error:
         raise CompileError(f"{out} cannot be written: {error.strerror}") from None
     return out

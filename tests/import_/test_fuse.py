@@ -240,6 +240,22 @@ def test_the_command_writes_what_compiles_and_each_model_can_be_asked(
     np.testing.assert_allclose(answer.outputs["zy"], right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("gained")
+@pytest.mark.parametrize("why", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_half_a_file_does_not_stay(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch, why: BaseException
+) -> None:
+    def cut(path: Path, _: bytes) -> None:
+        path.touch()
+        raise why
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", cut)
+        with pytest.raises((lrai.EnvironmentProblem, KeyboardInterrupt)):
+            command(files, tmp_path / "both.onnx")
+    assert not (tmp_path / "both.onnx").exists()
+
+
 @pytest.mark.usefixtures("files")
 def test_what_this_machine_takes_decides(tmp_path: Path) -> None:
     done = cli(tmp_path, "one.onnx", "two.onnx", "-o", "both.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,26 @@ def test_what_is_there_is_replaced_whole(tmp_path: Path) -> None:
         to_onnx(network(), {"input": ROWS}, tmp_path / "m.onnx")
         sizes.append((tmp_path / "m.onnx.data").stat().st_size)
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("why", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_is_there_stays_whole_where_the_new_one_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: BaseException
+) -> None:
+    file = to_onnx(network(), {"input": ROWS}, tmp_path / "m.onnx")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"m.onnx", "m.onnx.data"}
+
+    def cut(_: object, to: Path, *, location: str, **__: object) -> None:
+        Path(to).write_bytes(b"half")
+        Path(to).with_name(location).write_bytes(b"half")
+        raise why
+
+    # For what is written here alone: PyTorch's own exporter saves by it, too.
+    monkeypatch.setattr("lrai_import.objects.onnx", SimpleNamespace(save=cut))
+    with pytest.raises((lrai.CompileError, KeyboardInterrupt)):
+        to_onnx(network(), {"input": ROWS}, file)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
