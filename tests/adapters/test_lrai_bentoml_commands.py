@@ -125,6 +125,28 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(
     assert not (tmp_path / "project" / "service.py").exists()
 
 
+@pytest.mark.parametrize("why", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_was_cut_off_is_written_again(
+    tokens: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: BaseException
+) -> None:
+    opened = Path.open
+
+    def full(_: str) -> None:
+        raise why
+
+    def cut(path: Path, mode: str = "r", **options: Any) -> Any:
+        stream = opened(path, mode, **options)
+        if path.name == WRITTEN[2]:
+            monkeypatch.setattr(stream, "write", full)
+        return stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", cut)
+        assert run("init", tokens.path, "--folder", tmp_path).returncode in (5, 130)
+    assert not [name for name in WRITTEN if (tmp_path / name).exists()]
+    assert run("init", tokens.path, "--folder", tmp_path).returncode == 0
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(tokens: lrai.Artifact) -> None:
     done = run("init", tokens.path, "--folder", "/proc/lrai")
     assert done.returncode == 5

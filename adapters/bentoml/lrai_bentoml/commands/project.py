@@ -94,9 +94,16 @@ def init(
             ),
             "\n".join([*_IGNORED, *_home(stored, folder)]),
         )
-        for file, content in zip(names, texts, strict=True):
-            with (folder / file).open("x", encoding="utf-8") as stream:
-                stream.write(content.rstrip("\n") + "\n")
+        made = list[Path]()
+        try:
+            for file, content in zip(names, texts, strict=True):
+                with (folder / file).open("x", encoding="utf-8") as stream:
+                    made.append(folder / file)
+                    stream.write(content.rstrip("\n") + "\n")
+        except BaseException:  # else the next one would find them there already
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise
     out.print(f"wrote {', '.join(names)} and wheels/{wheel.name} for {stored.tag}")
     out.print("now: bentoml build && bentoml serve")
 
