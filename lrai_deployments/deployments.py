@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -105,7 +104,7 @@ class Deployments(Kept):
                 return name
             record = self._free(name)
             if not served:  # nobody who runs: what was there, if anything, is what served before
-                fresh = Record(previous=record.previous, before=record.before)
+                fresh = Record(previous=record.previous, before=record.before, left=record.left)
                 other = record.versions and record.stable.partition("-")[0] != opened.version
                 record = Record().follows(record) if other else fresh
             if share is not None and not served:
@@ -147,13 +146,13 @@ class Deployments(Kept):
             how = record.versions.get(record.alone, record.previous)  # first, others go again
             if not how.version:
                 raise lrai.ConditionNotMet(f"model {name!r} has had no version to go back to")
-            self._fell[name] = math.inf  # what was left by hand does not come back by itself
             return self._go_back(name, record, how, "rollback")
 
     def lost(self, name: str) -> None:
         """See `Running.lost`. What served before is to serve again, where there is something."""
         record, now = self._records.get(name, Record()), time.monotonic()
-        if record.previous.version and not record.frozen and now >= self._fell.get(name, 0.0):
+        there = record.previous.version and not (record.left or record.frozen)
+        if there and now >= self._fell.get(name, 0.0):
             self._fell[name] = now + _AGAIN_SECONDS  # not at every request
             self.submit(self._fall_back, name, waits=True)
 
@@ -163,7 +162,7 @@ class Deployments(Kept):
             with self.changing(name):
                 record, lost = self._free(name), self.find(name)
                 shares = [one for one in self._served(name) if record.shares.get(one.version)]
-                if record.previous.version and not any(map(self.runs, shares)):
+                if record.previous.version and not (record.left or any(map(self.runs, shares))):
                     by, why = "crash guard", f"version {lost.version} was given up"
                     to = self._go_back(name, record, record.previous, "fallback")
                     _log.warning("%s: %s: version %s serves again", name, why, to)
@@ -254,7 +253,9 @@ class Deployments(Kept):
     def _go_back(self, name: str, record: Record, how: How, what: str) -> str:
         there = self.versions.get((name, how.version))
         if how in record.versions.values() and there and self.runs(there):
-            self._commit(name, record.shared_out({how.version: 1.0}), what)
+            new = record.shared_out({how.version: 1.0})
+            by_hand = what == "rollback" and how.version != record.stable
+            self._commit(name, replace(new, left=by_hand or new.left), what)
             return how.version
         return self._swap(name, record, self._reopen(how), how, what)
 
@@ -263,7 +264,8 @@ class Deployments(Kept):
         old = self._served(name)
         with self._started(name, new, how) as (version, loaded):
             warm_up(self, version)
-            self._commit(name, Record().beside(loaded, 1.0).follows(record), what)
+            swapped = Record().beside(loaded, 1.0).follows(record)
+            self._commit(name, replace(swapped, left=what == "rollback"), what)
         for gone in old:
             self.remove(gone)
         return version.version

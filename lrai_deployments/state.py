@@ -52,6 +52,7 @@ class Record(msgspec.Struct, frozen=True):
     alone: str = ""  # the version that had all requests before others got a share
     before: tuple[str, ...] = ()  # what was `previous` earlier
     away: bool = False  # it had to make room, and serves again for who loads what served here
+    left: bool = False  # `previous` was, by a rollback, and does not come back by itself
 
     @property
     def sharing(self) -> list[str]:
@@ -82,7 +83,7 @@ class Record(msgspec.Struct, frozen=True):
     def follows(self, record: Record) -> Record:
         """Return the record, which comes after another one whose stable version goes."""
         before = tuple(filter(None, (*record.before, record.previous.version)))[-_MOST_BEFORE:]
-        return replace(self, previous=record.versions[record.stable], before=before)
+        return replace(self, previous=record.versions[record.stable], before=before, left=False)
 
     def beside(self, how: How, share: float) -> Record:
         """Return the record with another version, whose share the others give up in proportion."""

@@ -89,6 +89,17 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert all(json.loads(line)["when"].endswith("+00:00") for line in lines)
 
 
+def test_what_an_earlier_release_wrote_is_read(tmp_path: Path) -> None:
+    """It did not write down that what served before was left by a rollback."""
+    store = Store(str(tmp_path / "state"))
+    store.write({"m": replace(record("a"), left=True)})
+    file = tmp_path / "state" / "deployments.json"
+    kept = json.loads(file.read_text())
+    assert kept["deployments"]["m"].pop("left")
+    file.write_text(json.dumps(kept))
+    assert store.read() == ({"m": record("a")}, False)
+
+
 def test_one_runtime_at_a_time_keeps_its_state_in_a_folder(tmp_path: Path) -> None:
     first = Store(str(tmp_path))
     with pytest.raises(EnvironmentProblem, match="holds the state of another runtime"):

@@ -1210,6 +1210,44 @@ def test_what_was_left_by_hand_does_not_come_back_by_itself(small: dict[float, P
         assert (now.frozen, now.shares) == (None, {version(small[2.0]): 1.0})
 
 
+def test_after_a_rollback_what_served_before_a_later_version_comes_back(
+    small: dict[float, Path],
+) -> None:
+    limits, two = config(**{"actor.restart_limit": 1}), version(small[2.0])
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        runtime.swap("m", small[3.0])
+        runtime.rollback("m")
+        runtime.load(small[4.0], name="m", share=0.25)
+        runtime.route("m", {version(small[4.0]): 1.0})
+        kill_for_good(runtime, version(small[4.0]))
+        with pytest.raises(lrai.ActorError):
+            ask(runtime)
+        wait_until(lambda: runtime.deployments()[0].frozen is not None)
+        assert (ask(runtime), ask(runtime, model_version=two)) == (2.0, 2.0)
+
+
+def test_what_was_left_by_hand_stays_so_for_the_next_runtime_and_who_loads_again(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    limits = config(**{"actor.restart_limit": 1, "runtime.state_dir": str(tmp_path / "state")})
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        runtime.swap("m", small[3.0])
+        runtime.rollback("m")
+        deployments(runtime).keeps = True  # as if it had been killed
+    with lrai.Runtime(limits) as runtime:
+        core = deployments(runtime)
+        core.restore()
+        kill_for_good(runtime, version(small[2.0]))
+        runtime.load(small[2.0], name="m")
+        kill_for_good(runtime, version(small[2.0]))
+        for _ in range(3):
+            with pytest.raises(lrai.ActorError):
+                ask(runtime)
+        core._changers.shutdown()  # which waits for whoever would bring it back
+        (now,) = runtime.deployments()
+        assert (now.frozen, now.shares) == (None, {version(small[2.0]): 1.0})
+
+
 def test_nothing_falls_back_to_what_is_no_longer_there(
     small: dict[float, Path], tmp_path: Path
 ) -> None:
