@@ -79,8 +79,8 @@ def start_daemon(
             daemon = Popen(
                 argv, stdin=PIPE, stdout=DEVNULL, stderr=log, start_new_session=True, pass_fds=held
             )
-    with daemon.stdin as stream:  # type: ignore[union-attr] # a pipe
-        stream.write(msgspec.msgpack.encode(config))
+        with daemon.stdin as stream:  # type: ignore[union-attr] # a pipe, which a fork would keep
+            stream.write(msgspec.msgpack.encode(config))
     return daemon
 
 

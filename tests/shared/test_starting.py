@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import lrai_core as lrai
 from lrai_shared import starting
-from lrai_shared.starting import is_running, shared_folder
+from lrai_shared.starting import is_running, shared_folder, start_daemon
 
 # Its children do nothing but wait, or look at a file.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -53,6 +56,32 @@ def test_who_forks_while_he_looks_is_not_kept_waiting(tmp_path: Path) -> None:
         if not (child := os.fork()):
             os._exit(is_running(tmp_path))
     assert os.waitpid(child, 0) == (child, 0)
+
+
+def test_nobody_is_forked_while_the_settings_are_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child would keep the pipe's end, and the daemon wait for the rest of them."""
+    free = list[bool]()
+
+    def look() -> None:
+        free.append(starting._gate.acquire(blocking=False))
+
+    class Pipe(io.BytesIO):
+        def write(self, content: Any) -> int:
+            looking = threading.Thread(target=look)
+            looking.start()
+            looking.join()
+            return super().write(content)
+
+        def close(self) -> None:
+            self.write(b"")
+            super().close()
+
+    daemon = SimpleNamespace(stdin=Pipe())
+    monkeypatch.setattr(starting, "Popen", lambda *_, **__: daemon)
+    start_daemon(tmp_path, lrai.load_config(environ={}))
+    assert free == [False, False]
 
 
 def test_a_long_log_is_begun_anew(tmp_path: Path) -> None:
