@@ -87,7 +87,8 @@ class Record(msgspec.Struct, frozen=True):
 
     def beside(self, how: How, share: float) -> Record:
         """Return the record with another version, whose share the others give up in proportion."""
-        shares = {label: own * (1 - share) for label, own in self.shares.items()}
+        others = self.without(how.version).shares  # it may be there, and not run
+        shares = {label: own * (1 - share) for label, own in others.items()}
         versions = self.versions | {how.version: how}
         new = self._with(versions=versions, shares=shares | {how.version: share})
         return new.follows(self) if self.versions and new.stable != self.stable else new

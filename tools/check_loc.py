@@ -35,7 +35,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "report": (2510, ["lrai_report"]),
     "import": (2640, ["lrai_import"]),
     "shared": (1365, ["lrai_shared"]),
-    "deployments": (1983, ["lrai_deployments"]),
+    "deployments": (1984, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
     "codecs": (850, ["lrai_codecs"]),
     "wheel": (120, ["lrai_wheel"]),

@@ -45,6 +45,13 @@ def test_shares_add_up_to_one_whoever_comes_and_goes(
     assert list(made.versions) == ["first"]
 
 
+def test_who_comes_beside_others_again_leaves_them_all_that_it_does_not_take() -> None:
+    both = record("a").beside(How(version="b"), 0.25).beside(How(version="c"), 0.2)
+    again = both.beside(How("int8", version="b"), 0.4)
+    assert again.shares == pytest.approx({"a": 0.45, "c": 0.15, "b": 0.4})
+    assert again.versions["b"].variant == "int8"
+
+
 def test_another_stable_version_is_remembered_as_the_one_to_go_back_from() -> None:
     made = record("a", "b")
     assert made.stable == "a"
