@@ -173,7 +173,7 @@ class Kept(Running):
             _log.warning("%s: %s", name, why)
             try:
                 self._commit(name, back, "canary_failed", by, why)
-            except lrai.LraiError as error:  # a full disk: it is so until the end, and said
+            except (lrai.LraiError, OSError) as error:  # a full disk: so until the end, and said
                 _log.warning("%s: that is not kept: %s", name, error)
                 with self._store.lock:
                     self._records = self._records | {name: back}
@@ -235,8 +235,8 @@ class Kept(Running):
             self._store.write(records)
             try:
                 self._store.note(change=what, model=name, by=by, reason=why, shares=record.shares)
-            except lrai.EnvironmentProblem:
-                with suppress(lrai.EnvironmentProblem):
+            except (lrai.EnvironmentProblem, OSError):  # no descriptor is left, say
+                with suppress(lrai.EnvironmentProblem, OSError):
                     self._store.write(self._records)  # what is not told of is not done
                 raise
             self._records = records

@@ -1083,6 +1083,30 @@ def test_a_version_that_cannot_be_written_off_serves_on(
         assert ask(runtime) == 2.0
 
 
+def test_a_change_is_undone_and_a_canary_given_up_where_no_file_can_be_opened(
+    small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two, three, state = version(small[2.0]), version(small[3.0]), tmp_path / "state"
+
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    limits = config(**{"runtime.state_dir": str(state)})
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        runtime.load(small[3.0], name="m", share=0.25)
+        core, kept = deployments(runtime), (state / "deployments.json").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(core._store, "note", none_left)
+            with pytest.raises(OSError, match="Too many open files"):
+                runtime.route("m", {three: 1.0})
+            assert (state / "deployments.json").read_bytes() == kept
+            assert runtime.deployments()[0].shares == {two: 0.75, three: 0.25}
+            patch.setattr(core._store, "write", none_left)
+            core.give_up(core._routes["m"], core.find("m", three), "it failed")
+            wait_until(lambda: runtime.deployments()[0].frozen is not None)
+            assert runtime.deployments()[0].shares == {two: 1.0, three: 0.0}
+
+
 def assert_a_load_brings_back(
     runtime: lrai.Runtime, twice: Path, how: Path, *, shared: bool = True
 ) -> None:
