@@ -109,8 +109,9 @@ class Route:
         if shadow is not None and self._may_copy(pending.request):
             names = [spec.name for spec in version.signature.inputs]
             inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}
-            last = {"priority": BACKGROUND}
-            copy = replace(request, inputs=inputs, timeout_ms=None, parameters=last)
+            # By its name: once it is gone, nobody answers in its place.
+            own = {"model_version": shadow.version, "parameters": {"priority": BACKGROUND}}
+            copy = replace(request, inputs=inputs, timeout_ms=None, **own)
             self._send(copy, pending.request, original)
         return pending
 

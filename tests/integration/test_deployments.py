@@ -1107,6 +1107,20 @@ def test_a_change_is_undone_and_a_canary_given_up_where_no_file_can_be_opened(
             assert runtime.deployments()[0].shares == {two: 1.0, three: 0.0}
 
 
+def test_nobody_answers_copies_for_a_shadow_that_is_gone(small: dict[float, Path]) -> None:
+    """The stable version once did, and agreed with itself."""
+    two, three, ended = version(small[2.0]), version(small[3.0]), list[object]()
+    told = ("shadow_failed", "shadow_compared")
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        runtime.load(small[3.0], name="m", share=0.0)
+        runtime.route("m", {two: 1.0}, shadow={three: 1.0})
+        route = deployments(runtime)._routes["m"]  # which a request may still go by
+        runtime.unload("m", three)
+        route.accept(lrai.InferenceRequest(model_name="m", inputs=ONES), ended.append)
+        wait_until(lambda: any(kind in runtime.stats() for kind in told))
+        assert [kind for kind in told if kind in runtime.stats()] == ["shadow_failed"]
+
+
 def assert_a_load_brings_back(
     runtime: lrai.Runtime, twice: Path, how: Path, *, shared: bool = True
 ) -> None:
