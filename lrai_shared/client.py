@@ -30,7 +30,6 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 import lrai_core as lrai
-from lrai_core.errors import shorten
 from lrai_core.runtime.version import Started, started
 from lrai_core.wire import messages as wire
 from lrai_core.wire.messages import Buffer, contents
@@ -46,6 +45,7 @@ _SEARCH_SECONDS: Final = 0.1  # while no daemon is known
 _ANSWER_SECONDS: Final = 20.0  # beside what loading a model may take
 _PROBES: Final = {"ready": 2.0, "models": 5.0}  # seconds: whoever probes does not wait for long
 _GRACE_SECONDS: Final = 1.0  # for the daemon itself to say that a deadline has passed
+_MOST_MS: Final = 1e300
 _MOST_ITEMS: Final = 100  # of one message
 _MOST_STALE: Final = 1000  # keys to be sent of requests that nobody waits for any more
 _MOST_LOSSES: Final = 3  # of runtimes, after which a request is not sent to another one
@@ -162,9 +162,11 @@ class Attached:
     def start(self, request: lrai.InferenceRequest) -> Future[lrai.InferenceResponse]:
         """Send a request; cancelling the future takes it out of the queue if it has not begun."""
         given, usual_ms = request.timeout_ms, self._config.scheduler.default_timeout_ms
-        timeout_ms = usual_ms if given is None else given
-        if not isinstance(timeout_ms, int | float):
-            raise lrai.RequestError(f"timeout_ms is {shorten(repr(given))}, a number is needed")
+        timeout_ms: Any = usual_ms if given is None else given
+        # A whole number may be larger than any other, and too long to be said.
+        if not isinstance(timeout_ms, int | float) or _MOST_MS < timeout_ms < np.inf:
+            kind = type(given).__name__
+            raise lrai.RequestError(f"timeout_ms is a {kind}, a number is needed")
         tensors = [_contents(name, given) for name, given in request.inputs.items()]
         kinds, shapes, contents = zip(*tensors, strict=True) if tensors else ((), (), ())
         named = (request.model_name, request.model_version, tuple(request.outputs))
@@ -177,7 +179,8 @@ class Attached:
             words = f"{most} requests of this process wait to be sent, the most that may"
             raise lrai.QueueFull(words, limit=most, retry_after_seconds=1.0)
         asked = _Asked(self, messages.encode_form(form), list(contents), request.id)
-        asked.deadline = time.monotonic() + float(timeout_ms) / 1e3  # of numpy it may be
+        # Of numpy it may be; NaN is no time, too.
+        asked.deadline = time.monotonic() + float(max(0.0, timeout_ms)) / 1e3
         asked.stated = given is not None
         texts = [data for kind, data in zip(kinds, contents, strict=True) if kind == "BYTES"]
         asked.nbytes = size + sum(map(len, texts))  # in memory they take up to twice as much

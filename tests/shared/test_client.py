@@ -283,6 +283,13 @@ def test_no_more_requests_are_on_their_way_than_there_is_credit(
     assert len({value(f) for f in futures}) == 4
 
 
+@pytest.mark.parametrize("none", [float("nan"), -(10**400)], ids=["nan", "negative"])
+def test_what_is_no_time_is_not_waited_for(attached: Attached, none: float) -> None:
+    future = attached.start(request(timeout_ms=none))  # of a daemon that does not answer
+    with pytest.raises(lrai.DeadlineExceeded):
+        future.result(20)
+
+
 def test_a_time_of_numpy_is_a_time_and_ends_nobody(daemon: Daemon, attached: Attached) -> None:
     futures = [attached.start(request(timeout_ms=time)) for time in (np.float64(5e3), 5e3)]
     items = daemon.take(2)
@@ -578,6 +585,8 @@ def test_what_does_not_decode_is_dropped(daemon: Daemon, attached: Attached) -> 
         ({"outputs": (1,)}, lrai.RequestError),
         ({"model_name": None}, lrai.RequestError),
         ({"timeout_ms": "soon"}, lrai.RequestError),
+        ({"timeout_ms": 10**400}, lrai.RequestError),
+        ({"timeout_ms": 10**5000}, lrai.RequestError),  # which has no repr
         ({"inputs": {1: np.zeros(1)}}, lrai.RequestError),
         ({"inputs": {"x": [1, 2]}}, lrai.InvalidTensor),
         ({"inputs": {"x": np.zeros(1, "c16")}}, lrai.RequestError),
