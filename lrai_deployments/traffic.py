@@ -235,7 +235,7 @@ class Traffic:
         """Go on with the rows of a file, if they are of such a model; each as old as the oldest."""
         before, age = list[Array](), 0.0
         with contextlib.suppress(*_UNREADABLE), captured.open("rb") as file, np.load(file) as found:
-            age = time.time() - os.fstat(file.fileno()).st_mtime  # noqa: TID251 - of a file
+            age = max(0.0, time.time() - os.fstat(file.fileno()).st_mtime)  # noqa: TID251 - a file's
             before = [found[spec.name] for spec in self._signature.inputs]
         before = [array.astype(object) if array.dtype.kind == "U" else array for array in before]
         with self._lock:

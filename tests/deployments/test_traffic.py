@@ -291,6 +291,24 @@ def test_the_next_runtime_goes_on_with_what_was_kept(tmp_path: Path) -> None:
     assert len(np.load(file)["ids"]) == 1
 
 
+def test_rows_are_forgotten_in_time_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    before = Traffic(SIGNATURE, capture_rows=10, seed=1)
+    before.see(request(1))
+    before.save(tmp_path)
+    file = tmp_path / "captured.npz"
+    later = file.stat().st_mtime + 7200
+    os.utime(file, (later, later))
+    clock = Clock()
+    after = Traffic(SIGNATURE, capture_rows=10, ttl_hours=1, clock=clock)
+    after.go_on(tmp_path)
+    after.see(request(2))
+    after.save(tmp_path)
+    assert sorted(kept(after)) == [1, 2]
+    clock.now += 3660
+    after.see(request(3))
+    assert kept(after) == [3]
+
+
 def test_a_restart_goes_on_with_the_sketch(tmp_path: Path) -> None:
     def sketched(*requests: ValidRequest, hours: float = 24.0) -> dict[str, Any]:
         """Return what is kept after a runtime has begun, and seen these."""
