@@ -362,6 +362,8 @@ class Attached:
                 self._process = start_daemon(self._folder, self._config, stay=self._stay)
             except OSError as error:
                 self._start_later(f"it cannot be started: {error.strerror}")
+            except lrai.EnvironmentProblem as error:  # which names the folder
+                self._start_later("it cannot be started", f": {error}")
         if not self._greeted:  # else they would pile up where nobody hears them
             self._greet()
 

@@ -57,7 +57,11 @@ def start_daemon(
         stay: Until when: `end` with its last client, unless one was killed that was to stay, as
             which it is started, with the settings of that one; or `stay`; or stay and listen for
             other machines, at `tcp://HOST:PORT?keys=FOLDER`.
+
+    Raises:
+        EnvironmentProblem: As `shared_folder`.
     """
+    private_folder(folder)  # it may be gone by now, and what is there somebody else's
     with _gate, (folder / "lock").open("ab") as lock:
         if not _take(lock):
             return None

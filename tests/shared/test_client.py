@@ -517,6 +517,24 @@ def test_where_no_daemon_can_be_started_any_more_who_waits_is_told_why(
     assert caplog.text.count(why) == 1
 
 
+def test_no_daemon_is_started_in_a_folder_that_others_may_enter_by_now(
+    daemon: Daemon,
+    attached: Attached,
+    parent: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = shared_folder(config(parent))
+    monkeypatch.setattr(client, "_SEARCH_SECONDS", 0.01)
+    running = attached.start(request())
+    daemon.take(1)
+    folder.chmod(0o755)
+    daemon.close()
+    with pytest.raises(lrai.NotReady, match=r"no runtime is there: it cannot be started$"):
+        running.result(10)
+    assert f"{folder} has to be a folder that only its owner, you, may enter" in caplog.text
+
+
 def test_what_a_daemon_has_said_at_its_end_is_for_the_log_and_no_caller(
     daemon: Daemon,
     attached: Attached,

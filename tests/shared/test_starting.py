@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_nobody_is_forked_while_the_settings_are_handed_over(
     monkeypatch.setattr(starting, "Popen", lambda *_, **__: daemon)
     start_daemon(tmp_path, lrai.load_config(environ={}))
     assert free == [False, False]
+
+
+def test_a_folder_that_is_gone_is_made_again_for_a_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon, folder = SimpleNamespace(stdin=io.BytesIO()), tmp_path / "gone"
+    monkeypatch.setattr(starting, "Popen", lambda *_, **__: daemon)
+    start_daemon(folder, lrai.load_config(environ={}))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_a_long_log_is_begun_anew(tmp_path: Path) -> None:
