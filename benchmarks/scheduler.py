@@ -699,7 +699,7 @@ COSTS: Final[dict[str, Callable[[], LatencyModel]]] = {
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The planner against peers and a clairvoyant.")
-    parser.add_argument("--quick", action="store_true", help="two to three minutes")
+    parser.add_argument("--quick", action="store_true", help="three and a half minutes")
     parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results")
     parser.add_argument("--data", type=Path, help="folder of data sets: traces of arrivals")
     return parser.parse_args(argv)
