@@ -35,6 +35,7 @@ from tests.integration.sagemaker.conftest import Container
 from tests.integration.test_runtime_faults import python, wait_until
 from tests.integration.triton.server import Triton
 from tests.own_runtime import daemon_pids, own_runtime
+from tests.pause import pause
 from tests.tiny_models import (
     DATATYPES,
     WORDS,
@@ -735,7 +736,7 @@ def full_queue(host: Asked, expected: Callable[[Case], dict[str, Array]]) -> Ite
         request = lrai.InferenceRequest(model_name=name, inputs=case.inputs)
         stopped = host.actors()
         for pid in stopped:
-            os.kill(pid, signal.SIGSTOP)
+            pause(pid)
         try:
             waiting = [runtime.start(request) for _ in range(MOST_QUEUED // MOST_ROWS)]
             wait_until(lambda: runtime.stats()["outstanding_rows"] == MOST_QUEUED)

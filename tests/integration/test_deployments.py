@@ -32,6 +32,7 @@ from lrai_deployments.state import How
 from tests.core import small_artifact
 from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import Load, config, kill, pid_of, wait_until
+from tests.pause import pause
 
 pytestmark = pytest.mark.server
 
@@ -159,7 +160,7 @@ def test_requests_under_way_while_versions_change_are_all_answered(
 def test_what_the_old_version_has_accepted_is_answered_by_it(small: dict[float, Path]) -> None:
     with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
         actor = pid_of(runtime, "m")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         ids = [runtime.submit(lrai.InferenceRequest(model_name="m", inputs=ONES)) for _ in range(9)]
         swap = threading.Thread(target=runtime.swap, args=("m", small[3.0]))
         swap.start()
@@ -343,7 +344,7 @@ def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(
     with lrai.Runtime.open(small[2.0], name="m", config=patient()) as runtime:
         runtime.load(small[3.0], name="m", share=0.5)
         (actor,) = [pid for m in runtime.models() if m.version == three for pid in m.actor_pids]
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         asked = lrai.InferenceRequest(model_name="m", model_version=three, inputs=ONES)
         ids = [runtime.submit(asked) for _ in range(9)]
         if away:
@@ -368,7 +369,7 @@ def test_what_a_model_has_accepted_is_answered_before_it_is_unloaded(
         if share is not None:
             runtime.load(small[3.0], name="m", share=share)
         (actor,) = [pid for m in runtime.models() if m.version == two for pid in m.actor_pids]
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         asked = lrai.InferenceRequest(model_name="m", model_version=two, inputs=ONES)
         ids = [runtime.submit(asked) for _ in range(9)]
         unload = threading.Thread(target=runtime.unload, args=("m",), kwargs={"drain": True})
@@ -493,7 +494,7 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
         assert told == [{"version": three, "difference": 1.0}] * count
         wait_until(lambda: runtime.stats()["shadow_differs"] == count)  # that it differs comes last
         shadow = next(m.actor_pids[0] for m in runtime.models() if m.version == three)
-        kill(shadow, signal.SIGSTOP)  # nobody waits for a shadow
+        pause(shadow)  # nobody waits for a shadow
         started = time.monotonic()
         assert {ask(runtime) for _ in range(600)} == {2.0}  # more than copies may wait
         assert time.monotonic() - started < 20
@@ -714,7 +715,7 @@ def test_what_was_used_longest_ago_makes_room(
         runtime.load(small[4.0], name="c")
         assert {model.name for model in runtime.models()} == {"a", "c"}
         actor = pid_of(runtime, "a")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         identity = runtime.submit(lrai.InferenceRequest(model_name="a", inputs=ONES))
         runtime.freeze("c", "ann", "it is needed")
         with pytest.raises(lrai.MemoryBudgetExceeded, match=rf"needs .* of {budget} MiB") as full:
@@ -740,7 +741,7 @@ def test_what_can_make_no_room_for_it_costs_nobody_its_place(
             runtime.load(small[times], name=name)
         runtime.freeze("kept", "ann", "it is needed")
         actor = pid_of(runtime, "busy")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         runtime.submit(lrai.InferenceRequest(model_name="busy", inputs=ONES))
         monkeypatch.setattr(
             "lrai_deployments.running.memory_bytes", lambda pids: len(pids) * 200 << 20
@@ -1042,7 +1043,7 @@ def test_under_pressure_a_cheaper_version_takes_what_would_be_late(
         assert {ask(runtime, timeout_ms=10_000) for _ in range(9)} == {2.0}
         two = version(small[2.0])
         (stopped,) = (pid for m in runtime.models() if m.version == two for pid in m.actor_pids)
-        kill(stopped, signal.SIGSTOP)
+        pause(stopped)
         asked = lrai.InferenceRequest(model_name="m", inputs=ONES)
         waiting = [runtime.submit(asked) for _ in range(10_000)]  # of 1 ms each by the profile
         hurried = lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=9000)

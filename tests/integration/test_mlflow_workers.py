@@ -21,6 +21,7 @@ from benchmarks.processes import Server
 from tests.integration.mlflow_server import post, processes_with, runtime_of, start, traffic
 from tests.integration.quick import until_quick
 from tests.own_runtime import daemon_pids, end_runtime, own_runtime
+from tests.pause import paused
 
 pytestmark = pytest.mark.server
 
@@ -202,11 +203,8 @@ def test_a_worker_ends_where_the_runtime_is_silent_for_too_long(
         one.wait_until_ready("/ping")
         (worker,) = clients(one)
         (daemon,) = daemon_pids(folder)
-        os.kill(daemon, signal.SIGSTOP)
-        try:
+        with paused(daemon):
             wait_for(lambda: not Path(f"/proc/{worker}").exists(), seconds=20)
-        finally:
-            os.kill(daemon, signal.SIGCONT)
         assert "was not ready for" in one.log.read_text()
 
 
@@ -219,11 +217,8 @@ def test_where_the_runtime_was_silent_for_too_long_other_workers_take_their_plac
         wait_for(lambda: len(clients(one)) == len(workers(one)) == 2, seconds=90)
         before = set(workers(one))
         (daemon,) = daemon_pids(folder)
-        os.kill(daemon, signal.SIGSTOP)
-        try:
+        with paused(daemon):
             wait_for(lambda: not before & set(workers(one)), seconds=90)
-        finally:
-            os.kill(daemon, signal.SIGCONT)
         wait_for(lambda: len(clients(one)) == len(workers(one)) == 2, seconds=90)
         wait_for(lambda: post_or_none(one.port) == 200, seconds=90)
         assert "was not ready for" in one.log.read_text()

@@ -45,6 +45,7 @@ from tests.integration.test_shared_runtime import (
     session,
     stop_at_work,
 )
+from tests.pause import pause
 
 __all__ = ["folder", "session"]  # fixtures
 pytestmark = pytest.mark.server
@@ -340,7 +341,7 @@ def test_a_daemon_that_is_killed_and_started_by_hand_answers_what_was_open(
     monkeypatch.setattr(client, "start_daemon", lambda *_, **__: started.append(1))
     daemon = site.start()
     with lrai.Runtime.open(classifier_fp32, address=site.client("ann")) as runtime:
-        kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
+        pause(pid_of(runtime, "classifier"))
         ids = [runtime.submit(request(i, LARGE if i == 3 else 1)) for i in range(5)]
         wait_until(lambda: outstanding(runtime) == 4 + LARGE)
         daemon.kill()

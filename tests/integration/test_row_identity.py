@@ -22,6 +22,7 @@ from lrai_core.artifact import LatencyPoint
 from lrai_core.compiler import search
 from lrai_engines import forms
 from tests.integration.conftest import sentence
+from tests.pause import pause
 from tests.tiny_models import token_model
 
 pytestmark = pytest.mark.server
@@ -101,7 +102,7 @@ def at_once(runtime: lrai.Runtime) -> Iterator[None]:
     """Have what is asked meanwhile wait, so that it shares calls."""
     pids = [pid for model in runtime.models() for pid in model.actor_pids]
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        pause(pid)
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from lrai_core.wire.messages import PROTOCOL_VERSION
 from tests.core import small_artifact
 from tests.integration.conftest import sentence
 from tests.integration.quick import until_quick
+from tests.pause import pause
 
 pytestmark = pytest.mark.server
 
@@ -196,7 +197,7 @@ def test_a_hung_actor_is_killed_and_replaced(classifier_fp32: lrai.Artifact) -> 
     settings = config(**{"actor.hang_seconds": 1.5, "actor.hang_factor": 10})
     with lrai.Runtime.open(classifier_fp32, config=settings) as runtime:
         pid = pid_of(runtime, "classifier")
-        kill(pid, signal.SIGSTOP)
+        pause(pid)
         started = time.monotonic()
         answer = runtime.infer(request())
         assert time.monotonic() - started < 10
@@ -208,7 +209,7 @@ def test_a_hung_actor_is_killed_and_replaced(classifier_fp32: lrai.Artifact) -> 
 def test_an_idle_actor_that_falls_silent_is_replaced(classifier_fp32: lrai.Artifact) -> None:
     settings = config(**{"actor.hang_seconds": 1.5})
     with lrai.Runtime.open(classifier_fp32, config=settings) as runtime:
-        kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
+        pause(pid_of(runtime, "classifier"))
         wait_until(counted(runtime, "actor_ready", 2))
         assert runtime.ready() == "idle"
 
@@ -269,7 +270,7 @@ def test_calls_that_memory_does_not_suffice_for_get_smaller_and_all_are_answered
         actor = pid_of(runtime, "small")
         for _ in range(2):
             before = dispatched(runtime)
-            kill(actor, signal.SIGSTOP)
+            pause(actor)
             ids = [runtime.submit(threefold(0))]
             wait_until(lambda before=before: dispatched(runtime) > before)  # type: ignore[misc]
             ids += [runtime.submit(threefold(number)) for number in range(1, 41)]
@@ -313,7 +314,7 @@ def test_calls_at_which_the_kernel_kills_the_actor_get_smaller(
     with lrai.Runtime.open(classifier_fp32, config=config(**{"actor.python": killed})) as runtime:
         for _ in range(3):
             actor, before = pid_of(runtime, "classifier"), dispatched(runtime)
-            kill(actor, signal.SIGSTOP)
+            pause(actor)
             ids = [runtime.submit(request())]
             wait_until(lambda before=before: dispatched(runtime) > before)  # type: ignore[misc]
             ids += [runtime.submit(request()) for _ in range(12)]
@@ -453,7 +454,7 @@ def test_unloading_a_stopped_actor_keeps_no_other_model_waiting(
     with lrai.Runtime.open(classifier_fp32, name="a", config=config()) as runtime:
         runtime.load(classifier_fp32, name="classifier")
         pid = pid_of(runtime, "a")
-        kill(pid, signal.SIGSTOP)
+        pause(pid)
         started = time.monotonic()
         runtime.unload("a")
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
@@ -475,7 +476,7 @@ def test_drain_answers_what_was_accepted_and_refuses_the_rest(
 
 def test_a_late_answer_is_refused_in_time(classifier_fp32: lrai.Artifact) -> None:
     with lrai.Runtime.open(classifier_fp32, config=config()) as runtime:
-        kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
+        pause(pid_of(runtime, "classifier"))
         started = time.monotonic()
         with pytest.raises(lrai.DeadlineExceeded):
             runtime.infer(request(timeout_ms=200))

@@ -35,6 +35,7 @@ from tests.core import small_artifact
 from tests.integration.test_cli import LRAI, in_small_filesystem, run
 from tests.integration.test_runtime_faults import Load, alive, kill, pid_of, wait_until
 from tests.integration.test_serving import BARE
+from tests.pause import pause
 
 pytestmark = pytest.mark.server
 
@@ -161,7 +162,7 @@ def request(value: float = 0.0, rows: int = 1, **more: Any) -> lrai.InferenceReq
 def stop_at_work(runtime: lrai.Runtime) -> tuple[int, str]:
     """Return the actor, stopped, and the request that it has begun: what comes now has to wait."""
     actor, before = pid_of(runtime, "classifier"), runtime.stats().get("batch_dispatched", 0)
-    kill(actor, signal.SIGSTOP)
+    pause(actor)
     identity = runtime.submit(request())
     wait_until(lambda: runtime.stats().get("batch_dispatched", 0) > before)
     return actor, identity
@@ -210,7 +211,7 @@ def test_requests_of_different_processes_share_a_call(
 ) -> None:
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor = pid_of(runtime, "classifier")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         ids = [runtime.submit(request(i)) for i in range(3)]
         other = program(SUBMIT, classifier_fp32.path, 3, 1)
         wait_until(lambda: outstanding(runtime) == 6)
@@ -309,7 +310,7 @@ def test_a_client_that_was_given_up_asks_again_when_it_is_back(
         actor, _ = stop_at_work(runtime)
         client = program(SUBMIT, classifier_fp32.path, 4, rows)
         wait_until(lambda: outstanding(runtime) == 1 + 4 * rows)
-        client.send_signal(signal.SIGSTOP)
+        pause(client.pid)
         wait_until(lambda: outstanding(runtime) == 1, 10)
         client.send_signal(signal.SIGCONT)
         wait_until(lambda: outstanding(runtime) == 1 + 4 * rows)
@@ -406,7 +407,7 @@ def test_a_daemon_that_is_told_to_end_answers_what_it_accepted(
     assert daemon is not None
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         actor = pid_of(runtime, "classifier")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         ids = [runtime.submit(request(i)) for i in range(20)]
         wait_until(lambda: outstanding(runtime) == 20)
         daemon.terminate()
@@ -434,10 +435,10 @@ def test_a_slow_client_gets_its_answers_though_the_daemon_ends(
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         (daemon,) = daemons(folder)
         actor = pid_of(runtime, "classifier")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         client = program(SUBMIT, classifier_fp32.path, 9, 4096)  # more than a socket buffers
         wait_until(lambda: outstanding(runtime) == 9 * 4096)
-        client.send_signal(signal.SIGSTOP)
+        pause(client.pid)
         kill(daemon, signal.SIGTERM)
         kill(actor, signal.SIGCONT)
         wait_until(lambda: not alive(actor))  # all was answered
@@ -455,7 +456,7 @@ def test_what_does_not_end_in_time_is_told_so(
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         (daemon,) = daemons(folder)
         actor = pid_of(runtime, "classifier")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         ids = [runtime.submit(request()) for _ in range(5)]
         wait_until(lambda: outstanding(runtime) == 5)
         kill(daemon, signal.SIGTERM)
@@ -761,7 +762,7 @@ def test_a_block_that_the_engine_may_read_is_kept_though_its_caller_is_gone(
         actor = pid_of(runtime, "classifier")
         runtime.infer(request(rows=LARGE))
         quiet(runtime)
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         with pytest.raises(lrai.DeadlineExceeded, match="while it ran"):
             runtime.infer(request(rows=LARGE, timeout_ms=3000))
         time.sleep(0.3)
@@ -782,7 +783,7 @@ def test_a_block_is_given_back_though_its_request_was_refused_or_its_actor_died(
             runtime.infer(request(inputs=wrong))
         quiet(runtime)
         actor = pid_of(runtime, "classifier")
-        kill(actor, signal.SIGSTOP)
+        pause(actor)
         identity = runtime.submit(request(rows=LARGE))
         wait_until(lambda: outstanding(runtime) == LARGE)
         kill(actor)
@@ -795,7 +796,7 @@ def test_large_requests_survive_the_death_of_the_daemon(
 ) -> None:
     with lrai.Runtime.open(classifier_fp32, address="auto") as runtime:
         (daemon,) = daemons(folder)
-        kill(pid_of(runtime, "classifier"), signal.SIGSTOP)
+        pause(pid_of(runtime, "classifier"))
         ids = [runtime.submit(request(value, LARGE)) for value in range(4)]
         wait_until(lambda: outstanding(runtime) == 4 * LARGE)
         kill(daemon)

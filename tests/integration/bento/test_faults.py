@@ -26,6 +26,7 @@ from benchmarks.processes import HOST, Server
 from tests.integration.bento.conftest import WORKERS, Served, start
 from tests.integration.conftest import sentence
 from tests.integration.quick import until_quick
+from tests.pause import pause, paused
 
 pytestmark = pytest.mark.server
 
@@ -173,7 +174,7 @@ def test_a_killed_worker_takes_only_its_own_requests_along(served: Served, load:
 
 
 def test_readiness_tells_when_a_model_hangs_and_when_it_is_back(served: Served, load: Load) -> None:
-    os.kill(minilm_actor(served), signal.SIGSTOP)
+    pause(minilm_actor(served))
     # It heals by itself; asked together, as it may be back by the next question.
     paths = ("/readyz", "/livez", "/v2/models/minilm/ready")
     wait_until(lambda: [served.get(path).status for path in paths] == [503, 200, 503])
@@ -183,15 +184,12 @@ def test_readiness_tells_when_a_model_hangs_and_when_it_is_back(served: Served, 
 
 def test_a_runtime_that_hangs_is_neither_ready_nor_alive(served: Served) -> None:
     (runtime,) = served.host.daemons()
-    os.kill(runtime, signal.SIGSTOP)
-    try:
+    with paused(runtime):
         with ThreadPoolExecutor() as pool:  # each waits until the runtime's patience is over
             replies = pool.map(served.get, ("/readyz", "/livez", "/metrics"))
         ready, alive, figures = replies
         assert (ready.status, alive.status) == (503, 503)
         assert b"lrai_runtime_up 0.0" in figures.content
-    finally:
-        os.kill(runtime, signal.SIGCONT)
     wait_until(lambda: served.get("/readyz").status == 200)
     assert served.get("/livez").status == 200
 

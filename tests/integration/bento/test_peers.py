@@ -37,8 +37,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -59,6 +57,7 @@ from starlette.testclient import TestClient
 
 import lrai_bentoml
 from tests.own_runtime import own_runtime
+from tests.pause import paused
 from tests.tiny_models import column_model
 
 pytestmark = [
@@ -329,8 +328,7 @@ class TestRunner:
                     await asyncio.sleep(0.005)
 
         pid, calls = actor(one), list[asyncio.Task[Any]]()
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with paused(pid):
             for n in range(11):
                 calls.append(asyncio.create_task(one.async_run([float(n)], [2])))
                 await until(lambda: one.stats()["outstanding_rows"] == len(calls))
@@ -339,8 +337,6 @@ class TestRunner:
                 calls[n].cancel()
             left = 11 - len(set(cancelled) - {0})  # an engine does not stop halfway
             await until(lambda: one.stats()["outstanding_rows"] == left)
-        finally:
-            os.kill(pid, signal.SIGCONT)
         return await asyncio.gather(*calls, return_exceptions=True)
 
 

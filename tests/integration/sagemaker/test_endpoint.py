@@ -40,6 +40,7 @@ from tests.integration.sagemaker.conftest import (
     free_port,
     wait_until,
 )
+from tests.pause import pause
 
 pytestmark = pytest.mark.server
 
@@ -348,7 +349,7 @@ def test_ping_is_false_until_the_model_is_loaded_and_while_it_is_stopped(
 def slowest_ping_while_stopped(container: Container) -> float:
     """Return the most seconds that a ping takes until it is false; after that all is well again."""
     actor = container.actor()
-    os.kill(actor, signal.SIGSTOP)
+    pause(actor)
     threads = [
         threading.Thread(target=container.post, args=({"inputs": TOKENS},)) for _ in range(2)
     ]
@@ -375,7 +376,7 @@ def test_ping_is_false_as_long_as_a_model_has_never_answered(
     variables = {"LRAI_ACTOR_HANG_SECONDS": "60"}  # nobody else finds out that it is stopped
     with Container(given, tmp_path, sockets, **variables) as container:
         wait_until(lambda: "is loaded" in container.log)
-        os.kill(actor := container.actor(), signal.SIGSTOP)
+        pause(actor := container.actor())
         pings = [container.get("/ping").status for _ in range(3)]
         os.kill(actor, signal.SIGCONT)
         assert pings == [503] * 3
@@ -517,7 +518,7 @@ def test_sigterm_has_what_was_accepted_answered(
         ]
         with container.runtime() as runtime:
             (actor,) = [pid for model in runtime.models() for pid in model.actor_pids]
-            os.kill(actor, signal.SIGSTOP)
+            pause(actor)
             for thread in threads:
                 thread.start()
             wait_until(lambda: runtime.stats()["outstanding_rows"] == 4 * 8)

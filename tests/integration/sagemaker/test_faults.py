@@ -20,6 +20,7 @@ import lrai_core as lrai
 from tests.integration.quick import Stalls, until_quick
 from tests.integration.sagemaker.conftest import HOST, TOKENS, Container, Load, wait_until
 from tests.own_runtime import end_runtime
+from tests.pause import pause, paused
 
 pytestmark = pytest.mark.server
 
@@ -168,15 +169,14 @@ def test_a_runtime_that_hangs_makes_ping_false_in_time(
 ) -> None:
     with serve(models, tmp_path, sockets) as container:
         daemon = container.daemon()
-        os.kill(daemon, signal.SIGSTOP)
-        taken = list[float]()
-        for _ in until_quick(taken, 4, least=3):
-            begun = time.monotonic()
-            assert container.get("/ping").status == 503
-            taken.append(time.monotonic() - begun)
-        late = container.post(BODY, X_Amzn_SageMaker_Custom_Attributes="timeout_ms=500")
-        assert late.status == 504
-        os.kill(daemon, signal.SIGCONT)
+        with paused(daemon):
+            taken = list[float]()
+            for _ in until_quick(taken, 4, least=3):
+                begun = time.monotonic()
+                assert container.get("/ping").status == 503
+                taken.append(time.monotonic() - begun)
+            late = container.post(BODY, X_Amzn_SageMaker_Custom_Attributes="timeout_ms=500")
+            assert late.status == 504
         container.wait_until_ready(10)
         assert container.post(BODY).status == 200
 
@@ -197,7 +197,7 @@ def test_what_has_not_begun_is_dropped_when_its_caller_hangs_up(
             def inside() -> int:
                 return runtime.stats()["outstanding_rows"]
 
-            os.kill(actor, signal.SIGSTOP)
+            pause(actor)
             lines = []
             for _ in range(40):
                 lines.append(socket.create_connection((HOST, container.port)))

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.integration.sagemaker.conftest import JSON, TOKENS, Container, Reply, serving, wait_until
+from tests.pause import pause
 
 pytestmark = pytest.mark.server
 
@@ -182,7 +183,7 @@ def test_memory_is_kept_and_what_is_at_work_is_not_unloaded_for_it(
             assert container.get("/models/b").status == 404
         stopped, replies = actors(container), list[Reply]()
         for pid in stopped.values():
-            os.kill(pid, signal.SIGSTOP)
+            pause(pid)
         threads = [
             threading.Thread(
                 target=lambda at=f"/models/{name}/invoke": replies.append(
@@ -263,7 +264,7 @@ def test_what_was_accepted_is_answered_before_its_model_is_unloaded(
         container.wait_until_ready()
         assert load(container, "a", root / "tokens" / "model").status == 200
         actor, replies = actors(container)["a"], dict[str, Reply]()
-        os.kill(actor, signal.SIGSTOP)
+        pause(actor)
 
         def ask() -> None:
             replies["ask"] = container.post({"inputs": TOKENS}, "/models/a/invoke")

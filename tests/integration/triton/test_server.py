@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,10 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks.processes import HOST
 from benchmarks.triton_server import Prepared, TritonServer, prepare
-from tests.integration.test_runtime_faults import kill, wait_until
+from tests.integration.test_runtime_faults import wait_until
 from tests.integration.triton.models import WIDTH, config, plain
 from tests.integration.triton.server import Triton
+from tests.pause import pause
 
 pytestmark = pytest.mark.server
 
@@ -90,7 +90,7 @@ def test_a_server_ends_with_its_stubs_and_its_runtime_alone(
         (daemon,) = server.runtime.daemons()
         assert os.sched_getaffinity(stub) == {cpu}
         assert regions(server)
-        kill(server.pid, signal.SIGSTOP)  # so that it hears no SIGTERM
+        pause(server.pid)  # so that it hears no SIGTERM
         assert set(server.stop(grace_seconds=1)) == {server.pid, stub}
         assert daemon in server.runtime.daemons()
     for pid in (server.pid, stub, daemon):

@@ -29,6 +29,7 @@ from tests.integration.test_cli import run
 from tests.integration.test_runtime_faults import kill, wait_until
 from tests.integration.triton.models import WIDTH, config, identity, plain
 from tests.integration.triton.server import Triton
+from tests.pause import pause
 
 pytestmark = pytest.mark.server
 
@@ -171,7 +172,7 @@ def test_a_stub_that_hangs_is_reloaded(triton: Triton, tmp_path: Path) -> None:
 def test_a_stub_that_is_stopped_is_reloaded(triton: Triton, tmp_path: Path) -> None:
     with triton.serving("stopped", {1: plain(tmp_path)}, config("python")):
         (stub,) = triton.server.stub_pids()["stopped"]
-        kill(stub, signal.SIGSTOP)
+        pause(stub)
         with watching(triton, "stopped", interval=0.1) as watch:
             wait_until(lambda: answers(triton.server.http, "stopped"), 30)
             assert watch.said("stopped: its stub is not healthy; reloading it")
