@@ -19,6 +19,7 @@ certificate_app: Final = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 _LINE: Final = 2000
+_BEFORE: Final = " The bound is for one that was chosen before."
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,8 +38,8 @@ def verify(
     epsilon: Annotated[float, typer.Option(help="Largest difference after the output maps.")],
     variant: Annotated[str, typer.Option(help="Variant; the chosen one by default.")] = "",
     radius: Annotated[float, typer.Option(help="Box around evaluation rows; 0: the rows.")] = 0.0,
-    samples: Annotated[int, typer.Option(help="Draws from the box.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    samples: Annotated[int, typer.Option(help=f"Draws from the box.{_BEFORE}")] = 1000,
+    seed: Annotated[int, typer.Option(help=f"Of the draws.{_BEFORE}")] = 0,
 ) -> None:
     """Certify statistically how far a variant is from the source model; keep the certificate."""
     spec = Spec(epsilon=epsilon, variant=variant, radius=radius, samples=samples, seed=seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,7 +13,7 @@ from lrai_core.artifact import CERTIFICATES, SCHEMA_VERSION, Artifact, disk_erro
 from lrai_core.confidence import upper_bound
 from lrai_core.errors import ArtifactError, UsageError, VerificationError, shorten
 from lrai_core.protocol import OutputMap
-from lrai_core.verifier.spec import round_up
+from lrai_core.verifier.spec import FAR, round_up
 
 CONFIDENCE: Final = 0.95
 _MAX_BYTES: Final = 4 << 20
@@ -44,11 +43,11 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def __post_init__(self) -> None:
         """Refuse what cannot be certified, and what no certificate can say."""
         for name, holds, allowed in (
-            ("epsilon", 0 < self.epsilon < math.inf, "above 0 and finite"),
+            ("epsilon", 0 < self.epsilon < FAR, "above 0 and finite"),
             ("radius", 0 <= self.radius < 1e300, "0 or more and finite"),
             ("samples", 1 <= self.samples < 1 << 32, "1 or more and below 2^32"),
             ("seed", self.seed >= 0, "0 or more"),
-            ("confidence", 0 < self.confidence < 1 - 1e-9, "above 0 and below 1 - 1e-9"),
+            ("confidence", 1e-9 < self.confidence < 1 - 1e-9, "above 1e-9 and below 1 - 1e-9"),
         ):
             if not holds:
                 raise UsageError(f"{name} is {getattr(self, name)}, it must be {allowed}")
@@ -104,7 +103,7 @@ class Certificate(Spec, frozen=True, kw_only=True):
     def statement(self) -> str:
         """Return what is certified, in a sentence."""
         maps = ", ".join(f"{name} ({kind})" for name, kind in self.output_maps.items())
-        box = f"within {self.radius:g} of an evaluation row"
+        box = f"within {self.radius!r} of an evaluation row"
         inputs = box if self.radius else "like the evaluation rows"
         share = f"{100 * round_up(self.upper_bound, 3):g}%"  # more would be said by less
         return (

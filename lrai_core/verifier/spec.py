@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from lrai_core.protocol import Array, OutputMap, TensorSpec
 
+_MASK: Final = 1e4  # in size, and the same on both sides, what stands for minus infinity
 FAR: Final = sys.float_info.max  # infinity, but for JSON, which has none
 
 
@@ -23,7 +24,7 @@ def mapped(output: Array, output_map: OutputMap) -> Array:
     values = output.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         if output_map == "softmax" and values.shape[-1:] != (1,):
-            values = np.exp(values - values.max(axis=-1, keepdims=True))
+            values = np.exp(values - values.max(axis=-1, keepdims=True, initial=-np.inf))
             values /= values.sum(axis=-1, keepdims=True)
         elif output_map == "l2_normalised" and values.shape[-1:] != (1,):
             size = np.linalg.norm(values, axis=-1, keepdims=True)
@@ -92,15 +93,15 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
         cosine = (mapped(a, output_map) * mapped(b, output_map)).sum(axis=-1)
         return bool(((cosine >= 0.99) | (x == y).all(axis=-1)).all())  # a zero vector has none
     with np.errstate(invalid="ignore", over="ignore"):  # infinite on both sides is no difference
-        gap, size = np.where(x == y, 0.0, x - y), np.where(np.isfinite(x), x, 0.0)
-        squares = gap * gap, size * size
+        masked = ~np.isfinite(x) | ((x == y) & (abs(x) >= _MASK))  # which says nothing of the rest
+        gap, size = np.where(x == y, 0.0, x - y), np.where(masked, 0.0, x)
         # Of channels each: beside boxes in pixels no score of a detector would count. They lie
         # along the first axis or the last. One of noise alone is as near as a millionth of the
         # largest; along the longer axis, which may be that of places, as the usual one.
         wide = [axis for axis in range(a.ndim) if a.shape[axis] > 1]
         for part in {wide[0], wide[-1]} if len(wide) > 1 else {-1}:
             over = tuple(axis for axis in range(a.ndim) if axis != part)
-            far, most = (np.sqrt(square.sum(axis=over)) for square in squares)
+            far, most = (np.sqrt((one * one).sum(axis=over)) for one in (gap, size))
             longer = len(wide) > 1 and a.shape[part] > min(a.shape[axis] for axis in wide)
             least = np.median(most) if longer else 1e-4 * np.max(most)
             if not (far <= 0.01 * np.maximum(most, least)).all():

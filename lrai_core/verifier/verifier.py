@@ -38,8 +38,8 @@ def verify(artifact: Artifact, spec: Spec) -> list[Certificate]:
             there are too many failures to list.
         UsageError: The artifact is slim: it has no source model.
     """
-    certificate = issue(artifact, spec, evaluation(artifact))
-    write_certificate(artifact.path, certificate)
+    now = Artifact.open(artifact.path)  # with hashes: it may have been changed since
+    write_certificate(now.path, certificate := issue(now, spec, evaluation(now)))
     return [certificate]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def test_the_statement_says_how_many_how_far_and_how_sure() -> None:
 def test_the_statement_says_which_inputs_it_speaks_about() -> None:
     said = certificate(radius=0.25).statement()
     assert "1% of inputs within 0.25 of an evaluation row no element" in said
+    assert "within 0.12345678 of" in certificate(radius=0.12345678).statement()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,8 @@ def test_a_file_that_is_no_certificate_is_refused(tmp_path: Path, content: bytes
         ({"epsilon": -1.0}, "epsilon is -1.0"),
         ({"confidence": 1.0}, "confidence is 1.0"),
         ({"confidence": 0.0}, "confidence is 0.0"),
+        ({"confidence": 1e-17}, "confidence is 1e-17"),  # of which the bound has no number
+        ({"epsilon": sys.float_info.max}, "above 0 and finite"),  # as far as a NaN is
         ({"confidence": 0.9999999999999999}, "confidence is 0.9999999999999999"),
         ({"samples": 0}, "samples is 0"),
         ({"samples": 10**30}, "samples is 1"),

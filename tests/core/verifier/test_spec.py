@@ -307,3 +307,22 @@ def test_boxes_hide_no_scores_wherever_the_channels_are(
     np.moveaxis(blind, channels, 0)[4:] = 0.0
     assert not agrees(found, blind, "raw")
     assert agrees(found, found * np.float32(1.005), "raw")
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("channels", [3, 8])
+def test_a_mask_hides_nothing_of_what_is_not_masked(mask: float, channels: int) -> None:
+    scores = np.random.default_rng(0).uniform(0, 5, (1, 4, channels)).astype(np.float32)
+    scores[..., 0] = mask
+    assert agrees(scores, scores * np.float32(1.0), "raw")
+    near, far = scores.copy(), scores.copy()
+    near[..., 1:] *= 1.005
+    far[..., 1:] = scores[..., :0:-1]
+    assert agrees(scores, near, "raw")
+    assert not agrees(scores, far, "raw")
+
+
+def test_of_no_classes_none_is_the_most_probable() -> None:
+    nothing = np.empty((1, 0), np.float32)
+    assert mapped(nothing, "softmax").shape == (1, 0)
+    assert gap([nothing], [nothing], "softmax") == 0.0

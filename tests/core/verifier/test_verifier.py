@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lrai_core.artifact import Artifact
 from lrai_core.confidence import upper_bound
+from lrai_core.errors import ArtifactError
 from lrai_core.verifier import verifier
 from lrai_core.verifier.certificate import Spec
 from lrai_core.verifier.sample import Rows
@@ -68,6 +69,19 @@ def test_gaps_come_draw_by_draw_each_run_alone(tmp_path: Path) -> None:
 
 def test_failing_are_those_above_epsilon_and_those_that_are_no_number() -> None:
     assert verifier.failing([0.1, 0.2, 0.3, math.nan, math.inf], 0.2) == (2, 3, 4)
+
+
+def test_nothing_is_certified_of_a_model_that_was_changed_since_it_was_opened(
+    tmp_path: Path,
+) -> None:
+    path = small_artifact.build(tmp_path / "a.lrai", evaluation=small_artifact.rows(5))
+    opened = Artifact.open(path)
+    model = path / opened.manifest.variant("int8").model
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    with pytest.raises(ArtifactError, match="differs"):
+        verifier.verify(opened, Spec(epsilon=1.0, variant="int8"))
 
 
 @pytest.mark.parametrize("candidates", [1, 5])
