@@ -42,7 +42,8 @@ class Deployments(Kept):
         if terms is not None:
             if known.certificate is None:  # the source model may serve in its place
                 raise lrai.ConditionNotMet(f"no certificate speaks of what serves {known.name!r}")
-            self._certificate(artifact, known.variant, terms)
+            for own, _ in ((known.variant, None), *known.beside):  # each answers some calls
+                self._certificate(artifact, own, terms)
         return True
 
     def load(

@@ -934,6 +934,25 @@ def test_a_required_certificate_is_demanded_of_what_another_process_loaded(
             assert pid_of(second, "m") == pid_of(first, "m")
 
 
+def test_a_required_certificate_is_demanded_of_all_variants_that_another_process_loaded(
+    folder: Path, certified: lrai.Artifact, tmp_path: Path
+) -> None:
+    path = tmp_path / "several.lrai"
+    shutil.copytree(certified.path, path)
+    one = msgspec.to_builtins(certified.manifest.variant(certified.manifest.chosen))
+    variants = [one, one | {"id": "other"}]
+    small_artifact.rewrite(path, {"variants": variants, "together": ["other"]})
+    several = lrai.Artifact.open(path)
+    lrai.verify(several, lrai.Spec(epsilon=1.0))  # of the chosen one alone
+    terms = {"epsilon": 1.0, "delta": 0.5}
+    with lrai.Runtime.open(several, require=terms) as alone:
+        assert alone.ready() == "idle"  # the other one is left out
+    with lrai.Runtime.open(several, address="auto") as first:
+        assert first.ready() == "idle"
+        with pytest.raises(lrai.ConditionNotMet, match="no certificate"):
+            lrai.Runtime.open(several, address="auto", require=terms)
+
+
 def test_a_certificate_does_not_speak_of_the_source_that_another_process_was_given(
     folder: Path, certified: lrai.Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
