@@ -45,8 +45,25 @@ _WIDE: Final = {  # of which it takes 32 bits
     onnx.TensorProto.UINT64: (0, (1 << 31) - 1),
     onnx.TensorProto.UINT32: (0, (1 << 31) - 1),
 }
-# What it computes of integers has 32 bits, or those of float32.
-_COMPUTING: Final = ("CumSum", "Div", "Mod", "Mul", "Pow", "ReduceProd", "ReduceSum")
+_INTEGERS: Final = {
+    getattr(onnx.TensorProto, f"{u}INT{n}") for u in ("", "U") for n in (8, 16, 32, 64)
+}
+_FLOATS: Final = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
+# What it computes of integers has 32 bits, or those of float32, or stays at the end of 8.
+_COMPUTING: Final = (
+    "Abs", "Add", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CumSum",
+    "Div", "MatMul", "Mod", "Mul", "Neg", "Pow", "ReduceL1", "ReduceMean", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare", "Sub",
+)  # fmt: skip
+# What is right of integers that float32 has.
+_COMPARING: Final = (
+    "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "ReduceMax", "ReduceMin",
+)  # fmt: skip
+_CHOOSING: Final = ("Concat", "Max", "Min", "Where")  # one of which is an answer, perhaps
+_SMALL: Final = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)  # at whose ends it stays
+_ROUNDED: Final = (onnx.TensorProto.BOOL, onnx.TensorProto.DOUBLE)  # to which it goes by float32
+_EXACT: Final = 1 << 24
+_MOST: Final = (1 << 31) - 1
 _KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that is undone
 _STATIC, _SMOOTH = "openvino-int8-static", "openvino-int8-smooth"
 _BF16: Final = {"INFERENCE_PRECISION_HINT": "bf16"}
@@ -79,8 +96,7 @@ class OpenVinoForms:
             return
         try:
             model = standard(material)
-            bounds = _bounds(model)
-            _check_values(model)
+            bounds = _bounds(model, _check_values(model))
         except (CompileError, EncodeError, InferenceError, ValueError) as error:
             reject(self.engine.name, str(error))
             return
@@ -150,8 +166,12 @@ def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str,
     return first | known
 
 
-def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+def _bounds(model: onnx.ModelProto, most: int = _MOST) -> dict[str, tuple[int, int]]:
     """Return what every input may hold that is wide, or goes into a table as an index, as it is.
+
+    Args:
+        model: Its inputs have the names that notes have.
+        most: What `_check_values` returns.
 
     Raises:
         CompileError: An index is computed of what callers send, or of how much: beyond its table
@@ -160,7 +180,10 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     inputs = {value.name: value.name for value in model.graph.input}
     tables = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
-    found = {name: _WIDE[kind] for name, kind in kinds.items() if kind in _WIDE}
+    wide = _WIDE if most == _MOST else _WIDE | {onnx.TensorProto.INT32: (-most, most)}
+    found = {
+        n: (max(wide[k][0], ~most), min(wide[k][1], most)) for n, k in kinds.items() if k in wide
+    }
     told, counted = set(inputs), set[str]()  # what values, and what their number, depends on
     for node in model.graph.node:
         if node.op_type in _SAME and node.input[0] in inputs:
@@ -188,30 +211,50 @@ def _bounds(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _check_values(model: onnx.ModelProto) -> None:
-    """Refuse what computes with integers that callers send, or reads a place that they may not.
+def _check_values(model: onnx.ModelProto) -> int:
+    """Return the largest integer that may be sent, so that none is rounded.
 
     Raises:
-        CompileError: It does: the engine rounds, or cuts, those, and reads zeros there.
+        CompileError: It computes with integers that callers send, or makes some of numbers, or
+            reads a place that they may not have: the engine rounds, or cuts, those, and reads
+            zeros there.
         ValueError: Or `EncodeError`, or `InferenceError`: its types cannot be told.
     """
     known, full = constants(model), inferred(model, data_prop=True).graph
     values = (*full.input, *full.output, *full.value_info)
     types = {value.name: value.type.tensor_type for value in values}
-    whole = {n for n, one in types.items() if one.elem_type in (*_WIDE, onnx.TensorProto.INT32)}
+    kinds = {name: one.elem_type for name, one in types.items()}
     sent = {value.name for value in model.graph.input}  # what depends on it, but for its extents
+    most = _MOST
     for node in model.graph.node:
         if node.op_type in ("Shape", "Size") or sent.isdisjoint(read(node)):
             continue
         sent.update(node.output)
-        if node.op_type in _COMPUTING and any(n in sent and n in whole for n in node.input):
+        given = {kinds.get(name, 0) for name in node.input if name in sent}
+        to = next((one.i for one in node.attribute if one.name == "to"), 0)
+        whole = not given.isdisjoint(_INTEGERS)
+        if node.op_type in _COMPUTING and whole:
             raise CompileError(f"{node.op_type} of integers, which the engine does in 32 bits")
+        if node.op_type == "Cast" and given <= _FLOATS and (to in _WIDE or to in _SMALL):
+            raise CompileError("Cast of numbers to integers that the engine cuts otherwise")
+        if node.op_type in _CHOOSING and any(_is_wide(known.get(name)) for name in node.input):
+            raise CompileError(f"{node.op_type} of an integer that has more than 32 bits")
+        if whole and (node.op_type in _COMPARING or (node.op_type == "Cast" and to in _ROUNDED)):
+            most = _EXACT
         if node.op_type == "Gather" and node.input[0] in sent and (at := known.get(node.input[1])):
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
             dims = types[node.input[0]].shape.dim if node.input[0] in types else []
             extent = max(1, dims[axis].dim_value if dims else 0)  # the first is there, or nothing
             if not all(-extent <= place < extent for place in numpy_helper.to_array(at).flat):
                 raise CompileError("Gather of a place that what is sent may not have")
+    return most
+
+
+def _is_wide(constant: onnx.TensorProto | None) -> bool:
+    if constant is None or constant.data_type not in _WIDE:
+        return False
+    values = numpy_helper.to_array(constant)
+    return bool(values.size and not ~_MOST <= int(values.min()) <= int(values.max()) <= _MOST)
 
 
 def _inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

@@ -356,17 +356,19 @@ def refusals(proto: onnx.ModelProto, folder: Path) -> dict[str, str]:
     return refused if not made else {}
 
 
-@pytest.mark.parametrize("kind", ["CumSum", "Div", "Mod", "Mul", "Pow", "ReduceProd", "ReduceSum"])
+@pytest.mark.parametrize(
+    "kind", ["Add", "CumSum", "Div", "Mod", "Mul", "Neg", "Pow", "ReduceProd", "ReduceSum", "Sub"]
+)
 @pytest.mark.parametrize("after", ["Identity", "Unsqueeze", "Cast"])
 @pytest.mark.parametrize("datatype", [TensorProto.INT64, TensorProto.INT32], ids=str)
 def test_integers_that_are_computed_with_are_left_to_onnxruntime(
     tmp_path: Path, kind: str, after: str, datatype: int
 ) -> None:
     """Such as the hour of a time in seconds, for which float32 has not enough bits."""
-    floats = after == "Cast"
+    floats, binary = after == "Cast", ("Add", "Div", "Mod", "Mul", "Pow", "Sub")
     dtype = np.float32 if floats else helper.tensor_dtype_to_np_dtype(datatype)
     other: dict[str, Array] = {"CumSum": np.array(1), "ReduceSum": np.array([1])}
-    other |= {name: np.array(24, dtype) for name in ("Div", "Mod", "Mul", "Pow")}
+    other |= {name: np.array(24, dtype) for name in binary}
     arrays = {"last": np.array([2]), "w": np.ones((1, 1), np.float32)}
     given = {"Unsqueeze": ["last"]}.get(after, [])
     first = helper.make_node(after, ["time", *given], ["t"])
@@ -387,6 +389,58 @@ def test_integers_that_are_computed_with_are_left_to_onnxruntime(
     weights = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     why = {"openvino": f"{kind} of integers, which the engine does in 32 bits"}
     assert refusals(model(nodes, *ends, weights), tmp_path) == ({} if floats else why)
+
+
+@pytest.mark.parametrize("to", ["INT64", "UINT32", "INT8", "UINT8", "INT32", "FLOAT16"])
+def test_numbers_that_become_integers_that_are_cut_otherwise_are_left_to_onnxruntime(
+    tmp_path: Path, to: str
+) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["whole"], to=getattr(TensorProto, to)),
+        helper.make_node("Cast", ["whole"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["number", "w"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(np.ones((1, 1), np.float32), "w")]
+    proto = model(nodes, [value("x", ["batch", 1])], [value("y", ["batch", 1])], weights)
+    why = {"openvino": "Cast of numbers to integers that the engine cuts otherwise"}
+    assert refusals(proto, tmp_path) == ({} if to in ("INT32", "FLOAT16") else why)
+
+
+def test_an_integer_that_the_engine_does_not_have_is_none_of_its_answers(tmp_path: Path) -> None:
+    large = numpy_helper.from_array(np.array(-(1 << 40)), "large")
+    ends = [value("n", ["batch", 1], TensorProto.INT64)], [value("y", ["any"], TensorProto.INT64)]
+    nodes = [helper.make_node("Max", ["n", "large"], ["y"])]
+    why = {"openvino": "Max of an integer that has more than 32 bits"}
+    assert refusals(model(nodes, *ends, [large]), tmp_path) == why
+
+
+@pytest.mark.parametrize("datatype", [TensorProto.INT64, TensorProto.INT32], ids=str)
+@pytest.mark.parametrize("kind", ["Equal", "Less", "ReduceMax", "Cast", "Identity"])
+def test_integers_are_compared_as_far_as_float32_has_them(
+    tmp_path: Path, kind: str, datatype: int
+) -> None:
+    end = (1 << 24) - 1
+    more: dict[str, dict[str, Any]] = {
+        "Cast": {"to": TensorProto.BOOL},
+        "ReduceMax": {"keepdims": 0, "axes": [1]},
+    }
+    given = ["n", "end"] if kind in ("Equal", "Less") else ["n"]
+    nodes = [
+        helper.make_node(kind, given, ["found"], **more.get(kind, {})),
+        helper.make_node("Cast", ["found"], ["y"], to=TensorProto.FLOAT),
+    ]
+    dtype = helper.tensor_dtype_to_np_dtype(datatype)
+    ends = [value("n", ["batch", 2], datatype)], [value("y", ["any"])]
+    proto = model(nodes, *ends, [numpy_helper.from_array(np.array(end, dtype), "end")])
+    session = session_of(proto, tmp_path)
+    rows = np.array([[end, end + 1], [-end, end - 1], [0, -end - 1]], dtype)
+    np.testing.assert_array_equal(session.run([rows])[0], reference(proto, rows)[0])
+    rows[0, 0] = end + 2
+    if kind == "Identity":
+        assert session.run([rows])
+    else:
+        with pytest.raises(EngineError, match="input 0 is outside"):
+            session.run([rows])
 
 
 @pytest.mark.parametrize(
