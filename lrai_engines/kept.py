@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -98,11 +99,16 @@ class Kept:
                 told.built.append(replace(built, graph=built.graph.relative_to(folder)))
         except NothingToQuantize as error:
             told.why = str(error)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         if not failed:
             told.size_bytes = _size(folder)
             draft = self._home / f"{folder.name}.draft"
             draft.write_bytes(msgspec.json.encode(told, enc_hook=os.fspath))
             draft.rename(self._home / f"{name}.json")
+        elif not told.built:  # else this compilation uses it
+            shutil.rmtree(folder, ignore_errors=True)
         return told
 
 

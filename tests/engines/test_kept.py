@@ -92,6 +92,11 @@ def notes(asked: Asked) -> list[Path]:
     return sorted((asked.folder / "cache").glob("*/*.json"))
 
 
+def folders(asked: Asked) -> list[str]:
+    """Return the names of what forms were made in."""
+    return [path.name for path in (asked.folder / "cache").glob("*/*/")]
+
+
 def test_what_was_made_is_found_again_and_why_there_is_nothing_to_make(
     asked: Asked, builder: Builder, written: list[str]
 ) -> None:
@@ -162,6 +167,7 @@ def test_what_an_interrupt_left_half_made_is_made_again(
             asked.forms(builder)
     begun, kept = len(written), notes(asked)
     assert kept
+    assert {note.stem for note in kept} == {name.partition(".")[0] for name in folders(asked)}
     found = asked.forms(builder)
     again = len(written) - begun
     asked.folder /= "elsewhere"
@@ -257,6 +263,9 @@ def test_what_failed_is_tried_another_time(
         built, refused = asked.forms(builder)
     assert not built
     assert refused
+    assert {note.stem for note in notes(asked)} == {
+        name.partition(".")[0] for name in folders(asked)
+    }
     assert asked.forms(builder)[0]
 
 
