@@ -155,6 +155,8 @@ async def read(
             try:
                 most = min(limit_bytes, max(_PLAIN_BYTES, _MOST_TIMES * max(sent, received)))
                 part = inflate.decompress(chunk, most - size + 1)
+                if inflate.unused_data:  # kept aside, and copied with each chunk that follows
+                    raise zlib.error
             except zlib.error:
                 raise RequestError(f"the body is no {coding}") from None
         size += len(part)
@@ -164,7 +166,7 @@ async def read(
             raise PayloadTooLarge(f"the body is over {_MOST_TIMES} times as large as it was sent")
         took(size)
         parts.append(part)
-    if inflate is not None and (not inflate.eof or inflate.unused_data):
+    if inflate is not None and not inflate.eof:
         raise RequestError(f"the body is no whole {coding}")
     return b"".join(parts)
 

@@ -172,7 +172,8 @@ def joined(answers: Sequence[InferenceResponse]) -> InferenceResponse:
     """Return the rows of all answers, in their order, as the answer to one request.
 
     Args:
-        answers: Of `parts`. Where different versions gave them, the last one is named.
+        answers: Of `parts`. Where different versions, or variants, gave them, all are named;
+            a certificate is where each was given under one.
 
     Raises:
         RequestError: The shape of a row depends on those beside it.
@@ -184,4 +185,15 @@ def joined(answers: Sequence[InferenceResponse]) -> InferenceResponse:
         except ValueError:
             what = f"output {name!r} has another shape in each part of so many rows"
             raise RequestError(f"{what}: ask for fewer at a time") from None
-    return msgspec.structs.replace(answers[-1], outputs=outputs)
+    names = answers[0].parameters
+    said = {name: _together([one.parameters.get(name) for one in answers]) for name in names}
+    version = _together([answer.model_version for answer in answers])
+    own = {"model_version": version, "outputs": outputs, "parameters": said}
+    return msgspec.structs.replace(answers[-1], **own)
+
+
+def _together(values: Sequence[Any]) -> Any:
+    """Return what all say, or else what each does, and None where one says nothing."""
+    if len(different := dict.fromkeys(values)) == 1:
+        return values[0]
+    return None if None in different else ",".join(map(str, different))

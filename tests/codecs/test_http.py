@@ -102,6 +102,20 @@ def test_a_damaged_compressed_body_is_refused(body: bytes) -> None:
         read_all(body, {"content-encoding": "gzip"})
 
 
+def test_what_follows_a_compressed_body_is_not_kept() -> None:
+    """It would be held beside what is counted, and copied with each chunk that comes."""
+    heard = list[bytes]()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for chunk in (gzip.compress(b"{}"), *[b"x" * 1000] * 10):
+            heard.append(chunk)
+            yield chunk
+
+    with pytest.raises(RequestError, match="no gzip"):
+        asyncio.run(read(chunks(), {"content-encoding": "gzip"}, 1 << 20))
+    assert len(heard) == 2
+
+
 def test_another_content_coding_is_refused() -> None:
     with pytest.raises(UnsupportedMediaType, match="'br'; read are gzip"):
         read_all(b"", {"content-encoding": "br"})

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrai_codecs import in_parts, in_turn, rows_at_a_time
+from lrai_codecs.rows import joined
 from lrai_core import (
     InferenceRequest,
     InferenceResponse,
@@ -227,6 +228,29 @@ def test_what_cannot_be_divided_is_asked_as_it_is(
     with contextlib.suppress(ValueError):  # of the model, which has no rules for rows that differ
         asyncio.run(in_parts(model.infer, whole, signature, FOUR))
     assert model.asked == [whole]
+
+
+def test_the_answer_names_all_that_gave_parts_of_it() -> None:
+    """A call of few rows may have another variant, or go to another version."""
+
+    def answer(version: str, **parameters: Any) -> InferenceResponse:
+        y = {"y": np.ones((1, 1), np.float32)}
+        return InferenceResponse(
+            model_name="m", model_version=version, id="", outputs=y, parameters=parameters
+        )
+
+    one = answer("1", variant="int8", certificate="int8-aa", batch_effect=None)
+    other = answer("1", variant="fp32", certificate="fp32-bb", batch_effect=None)
+    bare = answer("2", variant="fp32", certificate=None, batch_effect=None)
+    assert joined([one, one]).parameters == one.parameters
+    both = joined([one, other, one])
+    assert both.parameters["variant"] == "int8,fp32"
+    assert both.parameters["certificate"] == "int8-aa,fp32-bb"
+    assert both.model_version == "1"
+    several = joined([one, bare])
+    assert several.parameters["variant"] == "int8,fp32"
+    assert several.parameters["certificate"] is None
+    assert several.model_version == "1,2"
 
 
 def test_parts_are_within_the_bytes_of_a_request() -> None:
