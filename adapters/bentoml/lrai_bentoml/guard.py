@@ -48,8 +48,8 @@ class Guard:
         async def sending(message: Message) -> None:
             body.begun = True
             if told and message["type"] == "http.response.start" and message["status"] >= 400:
-                seconds = str(max(1, math.ceil(told[-1]))).encode()
-                message["headers"] = [*message.get("headers", ()), (b"retry-after", seconds)]
+                rest = [one for one in message.get("headers", ()) if one[0] != b"retry-after"]
+                message["headers"] = [*rest, (b"retry-after", b"%d" % max(1, math.ceil(told[-1])))]
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 body.wanted = False  # for the server says it of who has the answer, too
             await send(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Set
 from typing import TYPE_CHECKING, Any, Final
 
 import bentoml
@@ -26,7 +26,7 @@ def install(owner: Any, name: str, runner: Runner) -> None:
 
     What the class defines itself is left alone.
     """
-    owner.lrai_runners = (*getattr(owner, "lrai_runners", ()), runner)
+    owner.lrai_runners = {**getattr(owner, "lrai_runners", {}), name: runner}
     hooks = {"__is_ready__": _is_ready, "__is_alive__": _is_alive, "__metrics__": _metrics}
     for hook, function in hooks.items():
         if not hasattr(owner, hook):
@@ -65,17 +65,17 @@ def _told(names: Set[str]) -> list[dict[str, Any]]:
     return own or [*services.values()] * bool(names and server_context.service_type != "service")
 
 
-async def progress(runners: Sequence[Runner]) -> bool:
+async def progress(runners: Collection[Runner]) -> bool:
     """Return whether every model makes progress."""
     return {"ok", "idle"} >= set(await asyncio.gather(*[_soon(one.state) for one in runners]))
 
 
 async def _is_ready(self: Any) -> bool:
-    return await progress(self.lrai_runners)
+    return await progress(self.lrai_runners.values())
 
 
 async def _is_alive(self: Any) -> bool:
-    return all(await asyncio.gather(*[_soon(one.alive) for one in self.lrai_runners]))
+    return all(await asyncio.gather(*[_soon(one.alive) for one in self.lrai_runners.values()]))
 
 
 async def _metrics(self: Any, own: str) -> str:
@@ -83,7 +83,7 @@ async def _metrics(self: Any, own: str) -> str:
     from lrai_bentoml.metrics import exposition  # prometheus_client reads a variable at its import
 
     # All that share a runtime would tell the same.
-    asked = {one.shared or id(one): one for one in self.lrai_runners}.values()
+    asked = {one.shared or id(one): one for one in self.lrai_runners.values()}.values()
     heard = await asyncio.gather(*[_soon(one.stats) for one in asked])
     together = Counter[str]()
     for stats in heard:
