@@ -166,7 +166,7 @@ class Attached:
         # A whole number may be larger than any other, and too long to be said.
         if not isinstance(timeout_ms, int | float) or _MOST_MS < timeout_ms < np.inf:
             kind = type(given).__name__
-            raise lrai.RequestError(f"timeout_ms is a {kind}, a number is needed")
+            raise lrai.RequestError(f"timeout_ms is {kind}, a number up to 1e300 is needed")
         tensors = [_contents(name, given) for name, given in request.inputs.items()]
         kinds, shapes, contents = zip(*tensors, strict=True) if tensors else ((), (), ())
         named = (request.model_name, request.model_version, tuple(request.outputs))
@@ -292,7 +292,9 @@ class Attached:
             if self._wake_read in ready:
                 os.read(self._wake_read, 1)  # first: who comes from here on writes again
                 self._awake = False
-            for frames in wire.receive(self._socket) if self._socket in ready else ():
+            # Of a line that has ended all is heard before that, though it came after the look.
+            hear = self._socket in ready or self._lost in ready
+            for frames in wire.receive(self._socket) if hear else ():
                 with contextlib.suppress(wire.BadFrames):  # from no daemon of this version
                     self._hear(frames)
             if self._lost in ready:
@@ -420,8 +422,9 @@ class Attached:
         _settle(self._attached)
         # One that the last session may still read is given up.
         if self._arena.segment and (self._asked or self._arena.blocks):
-            self._arena.close()
+            (old := self._arena).close()
             self._arena = Arena()
+            self._arena.copied_bytes, self._arena.allocations = old.copied_bytes, old.allocations
         self._greet()  # the daemon reads the arena from then on
 
     def _fail(self, why: str, more: str = "", *, hopeless: bool = False) -> None:

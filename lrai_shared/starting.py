@@ -99,12 +99,12 @@ def _as_before(folder: Path, config: lrai.LraiConfig) -> tuple[lrai.LraiConfig, 
 def is_running(folder: Path) -> bool:
     """Return whether a daemon holds the lock of the folder."""
     with _gate, (folder / "lock").open("ab") as lock:
-        return not _take(lock)
+        return not _take(lock, fcntl.LOCK_SH)  # which several that look may have
 
 
-def _take(lock: BinaryIO) -> bool:
+def _take(lock: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
     with contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
         return True
     return False
 

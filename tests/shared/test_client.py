@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
+from lrai_core.wire import messages as wire
 from lrai_core.wire.arena import Arenas
 from lrai_core.wire.messages import (
     PROTOCOL_VERSION,
@@ -933,6 +934,42 @@ def test_a_client_without_a_wish_starts_no_daemon_when_it_loses_one(
     while not started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_a_daemon_said_as_it_ended_begins_no_session(
+    daemon: Daemon, attached: Attached, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come after the socket was looked at, and before the end of the line is."""
+    started, poll, missed = list[bool](), wire.poll, list[bool]()
+    looking = threading.Event()
+
+    def poll_before(sources: Any, milliseconds: float) -> Any:
+        looking.set()
+        ready = dict(poll(sources, milliseconds))
+        if attached._lost in ready and not missed:
+            missed.append(ready.pop(attached._socket, 0) != 0)
+        return [] if attached._socket in ready and not missed else list(ready.items())
+
+    def start(*_: Any, **__: Any) -> None:
+        started.append(True)
+
+    monkeypatch.setattr(client, "start_daemon", start)
+    monkeypatch.setattr(wire, "poll", poll_before)
+    attached.cancel(-1)  # of nothing: it looks once more
+    assert looking.wait(10)
+    daemon.session = "second"
+    daemon._attach(b"")
+    daemon._socket.context.destroy(linger=1000)
+    deadline = time.monotonic() + 20
+    while not missed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert missed == [True]
+    future = attached.start(request(timeout_ms=60_000))
+    while not started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    future.cancel()
 
 
 def test_a_client_that_waits_for_long_piles_up_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import stat
@@ -26,8 +27,8 @@ def test_a_process_that_is_forked_meanwhile_keeps_no_lock(
 ) -> None:
     take, found, ended = starting._take, list[bool](), threading.Event()
 
-    def slowly(lock: object) -> bool:
-        taken = take(lock)  # type: ignore[arg-type]
+    def slowly(*how: Any) -> bool:
+        taken = take(*how)
         time.sleep(0.002)
         return taken
 
@@ -50,6 +51,13 @@ def test_a_process_that_is_forked_meanwhile_keeps_no_lock(
     for child in children:
         os.waitpid(child, 0)
     assert not any(found)
+
+
+def test_who_looks_is_not_taken_for_a_daemon_by_others_who_look(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("ab") as lock:
+        assert starting._take(lock, fcntl.LOCK_SH)  # as another process does meanwhile
+        assert not is_running(tmp_path)
+        assert start_daemon(tmp_path, lrai.LraiConfig()) is None  # it looks again soon
 
 
 def test_who_forks_while_he_looks_is_not_kept_waiting(tmp_path: Path) -> None:
