@@ -106,7 +106,8 @@ def limit_memory(memory_bytes: int) -> None:
     What asks for more memory than that, a constant in a hostile file say, is refused it instead of
     taking the machine's. The limit can be set anew.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, resource.RLIM_INFINITY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # which root alone can raise; -1 is none
+    resource.setrlimit(resource.RLIMIT_AS, (min(memory_bytes, hard % (1 << 64)), hard))
 
 
 def find_task(task: str) -> Callable[[Any], Any]:

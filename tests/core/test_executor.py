@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from lrai_core.errors import CompileError, EnvironmentProblem
-from lrai_core.executor import TaskError, find_task, run_task
+from lrai_core.executor import TaskError, find_task, limit_memory, run_task
 
 TASKS = '''
 import os, signal, time
@@ -91,6 +92,18 @@ def test_more_memory_than_allowed_is_refused(tasks: Any) -> None:
     assert run(tasks.allocate, 1 << 20) == 1 << 20
     with pytest.raises(TaskError, match="MemoryError"):
         run(tasks.allocate, 4 << 30)
+
+
+@pytest.mark.parametrize(("hard", "limit"), [(-1, 10), (7, 7), (20, 10)])
+def test_a_limit_of_the_machine_stays_and_is_not_exceeded(
+    monkeypatch: pytest.MonkeyPatch, hard: int, limit: int
+) -> None:
+    """Nobody but root may raise it, as where `ulimit -v` is set."""
+    found = list[tuple[int, int]]()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (5, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: found.append(both))
+    limit_memory(10)
+    assert found == [(limit, hard)]
 
 
 def test_a_child_that_takes_too_long_is_killed(tasks: Any) -> None:
