@@ -316,11 +316,11 @@ def writing(out: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
+                sync(path)
             if os.path.lexists(out):
                 raise UsageError(f"{out} exists; it appeared while this was being written")
             temporary.rename(out)
-            _sync(out.absolute().parent)
+            sync(out.absolute().parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -437,7 +437,7 @@ def _check_strangers(folder: Path, files: dict[str, FileEntry]) -> None:
             raise ArtifactError(f"{shorten(name)} is no file that the manifest names")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -154,7 +154,7 @@ class Here:
             given: Any = request.timeout_ms
             if not (given is None or _is_number(given)):
                 kind = type(given).__name__
-                raise RequestError(f"timeout_ms is a {kind}, a number is needed")
+                raise RequestError(f"timeout_ms is {kind}, a number up to 1e300 is needed")
             valid = validate_by_form(request, version.signature, runtime.config.limits)
             if not runtime.scheduler.accepting:
                 raise NotReady("the runtime is draining")

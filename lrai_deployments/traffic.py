@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 
 from lrai_core import Artifact, Signature, TensorSpec, UsageError
+from lrai_core.artifact import sync
 from lrai_core.config import RuntimeConfig
 from lrai_core.protocol import Array, ValidRequest
 
@@ -437,6 +438,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         Path(name).replace(path)
+        sync(path.parent)  # else what was told to be done may be as before after a power cut
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

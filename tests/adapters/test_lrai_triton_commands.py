@@ -572,7 +572,7 @@ def test_a_disk_that_is_found_full_in_the_end_leaves_the_entry_as_it_was(
     before = content(repository)
     where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
     with monkeypatch.context() as patched:
-        patched.setattr("lrai_core.artifact._sync", full)
+        patched.setattr("lrai_core.artifact.sync", full)
         assert "the disk is full" in run("add", artifact, *where, code=5)
     assert content(repository) == before
 
@@ -582,7 +582,7 @@ def test_who_is_second_leaves_the_entry_to_who_was_first(
     repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     where = ("--model-repository", repository, "--name", name, "--version", "2", "--switch")
-    synced, first = store._sync, dict[str, bytes]()
+    synced, first = store.sync, dict[str, bytes]()
 
     def meanwhile(path: Path) -> None:
         if not first:
@@ -592,7 +592,7 @@ def test_who_is_second_leaves_the_entry_to_who_was_first(
             first.update((file, data) for file, data in there if not file.startswith("."))
         synced(path)
 
-    monkeypatch.setattr("lrai_core.artifact._sync", meanwhile)
+    monkeypatch.setattr("lrai_core.artifact.sync", meanwhile)
     assert "appeared while this was being written" in run("add", artifact, *where, code=2)
     del first["begun"]
     assert content(repository / name) == first

@@ -361,7 +361,7 @@ def test_a_time_that_is_text_is_refused_and_nobody_counts_it(inline: lrai.Runtim
     refused, answered = together(inline, [bad, request(1.0)])
     assert isinstance(refused, lrai.RequestError)
     assert isinstance(answered, lrai.InferenceResponse)
-    with pytest.raises(lrai.RequestError, match="timeout_ms is a str"):
+    with pytest.raises(lrai.RequestError, match="timeout_ms is str, a number up to 1e300"):
         inline.infer(bad)
     (version,) = inline._backend.versions.values()  # type: ignore[attr-defined]
     assert version.inside == 0
@@ -402,7 +402,7 @@ def test_a_time_that_is_none_is_refused_and_leaves_nothing_inside(
     inline: lrai.Runtime, timeout_ms: Any
 ) -> None:
     wrong = msgspec.structs.replace(request(1.0), timeout_ms=timeout_ms)
-    with pytest.raises(lrai.RequestError, match="timeout_ms is a"):
+    with pytest.raises(lrai.RequestError, match="timeout_ms is"):
         inline.infer(wrong)
     good, bad = together(inline, [request(1.0), wrong])
     assert isinstance(good, lrai.InferenceResponse)
