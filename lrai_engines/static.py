@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -44,10 +45,10 @@ from lrai_engines.quantize import (
     read,
     relative_error,
 )  # fmt: skip
-from lrai_engines.sensitivity import numbers
+from lrai_engines.sensitivity import finite, numbers
 from lrai_engines.static_harms import WEIGHTED, harms, restored, work
 
-Pairs = frozenset[tuple[str, str]]  # of an input and an output
+Pairs = frozenset[tuple[str, ...]]  # of an input and an output, and with a sign of infinity
 
 _MOST: Final = 128  # rows
 # What may come behind the last weights without a value of its own: it is part of their operator.
@@ -223,8 +224,7 @@ def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelP
         model: As the quantiser makes it. Not modified.
         clipped: Values whose range is to end where it does: it is in place of an operator.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     known = {tensor.name: tensor for tensor in result.graph.initializer}
     fixed = {value.name for value in result.graph.output}.union(clipped)
     pairs = dict[tuple[str, ...], list[onnx.NodeProto]]()  # a scale and its zero point, by readers
@@ -252,6 +252,9 @@ def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelP
 def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     """Return where the model answers NaN with NaN, and not as one that looks for it.
 
+    Again with a sign where it answers infinity of that sign otherwise, in whatever columns, as one
+    that bounds what it is given first of all: no operator with weights has infinity to read there.
+
     Raises:
         CompileError: It answers NaN where some columns are, and a number where others are: it looks
             for NaN, or does not read them.
@@ -260,39 +263,52 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     everything = frozenset(itertools.product(inputs, outputs))
     if not sample.rows:
         return everything
-    given, found = dict(zip(inputs, sample.rows[0], strict=True)), set[tuple[str, str]]()
+    given, found = dict(zip(inputs, sample.rows[0], strict=True)), set[tuple[str, ...]]()
     floats = {name: array for name, array in given.items() if array.dtype.kind == "f"}
     extents = {v.name: v.type.tensor_type.shape.dim[1:] for v in model.graph.input}
+    entered = _late(model)[1] - constants(model).keys() - {""}
+    names = [*outputs, *entered.difference(inputs, outputs)]
+    more = onnx.GraphProto(output=[onnx.ValueInfoProto(name=n) for n in names[len(outputs) :]])
     try:
-        session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        # What is appended is merged when it is read: a copy would hold the weights once more.
+        content = model.SerializeToString() + onnx.ModelProto(graph=more).SerializeToString()
+        session = InferenceSession(content, providers=["CPUExecutionProvider"])
         began = time.monotonic()
-        session.run(outputs, given)
+        session.run(names, given)
         seconds = max(1e-6, time.monotonic() - began)
         for name, array in floats.items():
             seen = set[frozenset[tuple[str, str]]]()
             most = _MOST_COLUMNS if all(d.dim_value for d in extents[name]) else _MOST_FREE
-            for probe in _no_numbers(array, max(1, min(most, int(_SECONDS / seconds)))):
+            most = max(1, min(most, int(_SECONDS / seconds)))
+            for probe in _no_numbers(array, most, np.nan):
                 told = zip(outputs, session.run(outputs, given | {name: probe}), strict=True)
                 nan = [y for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()]
                 seen.add(frozenset((name, y) for y in nan))
                 if len(seen) > 1:
                     why = "float32 answers NaN where some of its columns are, not where others are"
                     raise CompileError(f"input {name!r}: {why}; int8 would not tell them apart")
-            found |= seen.pop()
+            found |= (pairs := seen.pop())
+            for sign in "+-" if name not in entered and array.dtype == np.float32 else "":
+                bounded = set(names)
+                for probe in _no_numbers(array, most, float(f"{sign}inf")):
+                    told = zip(names, session.run(names, given | {name: probe}), strict=True)
+                    bounded &= {value for value, array in told if finite(array)}
+                if bounded.issuperset(entered.difference(inputs)):
+                    found |= {(name, y, sign) for _, y in pairs if y in bounded}
     except (*_FAULTS, EncodeError, ValueError):
         return everything
     return frozenset(found)
 
 
-def _no_numbers(array: Array, most: int) -> Iterator[Array]:
-    """Yield the array with NaN alone and, unless of planes, with NaN in one column each.
+def _no_numbers(array: Array, most: int, none: float) -> Iterator[Array]:
+    """Yield the array with `none` alone and, unless of planes, with it in one column each.
 
     Of more than `most` columns some of them, all over it.
     """
     columns = range(0, array.size if array.ndim < 3 else 0, -(-array.size // most) or 1)
     for place in (slice(None), *columns):
         probe = array.copy()
-        probe.flat[place] = np.nan
+        probe.flat[place] = none
         yield probe
 
 
@@ -305,7 +321,7 @@ def undefined_stays(
     """Return `model`, with NaN for what reads NaN or infinity: a row, or all without a batch axis.
 
     That an input of integers holds neither is known. `inputs`: by default all have rows. `pairs`:
-    of input and output where that is so; by default in all.
+    of input and output where that is so, see `goes_undefined`; by default in all.
     """
     graph = Graph(0)
     types = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
@@ -317,8 +333,7 @@ def undefined_stays(
     before = {spec.name: f"{spec.name}:defined" for spec in given}
     whole = {spec.name for spec in inputs if spec.batch_axis is None}
     for node in model.graph.node:
-        own = onnx.NodeProto()
-        own.CopyFrom(node)
+        own = deepcopy(node)
         own.input[:] = [before.get(name, name) for name in node.input]
         own.output[:] = [before.get(name, name) for name in node.output]
         graph.nodes.append(own)
@@ -326,18 +341,24 @@ def undefined_stays(
         value, rank, kind = before[spec.name], len(spec.shape), types[spec.name].elem_type
         for x in reads[spec.name]:
             end = spec.name if x == reads[spec.name][-1] else f"{spec.name}:{x}"
+            signs = [sign for sign in "+-" if (x, spec.name, sign) in (pairs or ())]
+            own = ":".join([x, *signs])
+            if signs:  # infinity that has an answer is as good as a number
+                what: Any = {"detect_positive": "+" in signs, "detect_negative": "-" in signs}
+                where = graph.add("IsInf", [x], f"{own}:infinite", **what)
+                graph.add("Where", [where, graph.constant("float32:0", 0, np.float32), x], own)
             first = int(spec.batch_axis == 0 and x not in whole)
             dims = [dim.dim_value for dim in types[x].shape.dim]
             if first and rank == 2 and isinstance(spec.shape[1], int) and len(dims) > 1:
                 plain = types[x].elem_type == kind == _FLOAT
-                sums = _sums(graph, x, dims, spec.shape[1]) if plain else None
+                sums = _sums(graph, own, dims, spec.shape[1]) if plain else None
                 if sums is not None:  # one operator for three, at half of what they cost
                     noughts = np.zeros((sums[1], spec.shape[1]), np.float32)
-                    name = graph.constant(f"{x}:noughts:{spec.shape[1]}", noughts, np.float32)
+                    name = graph.constant(f"{own}:noughts:{spec.shape[1]}", noughts, np.float32)
                     value = graph.add("Gemm", [sums[0], name, value], end)
                     graph.nodes[-1].name = f"{end}:stays"  # what gave it may be named like it
                     continue
-            nought = _nought(graph, x, types[x].elem_type, first, len(dims))
+            nought = _nought(graph, own, types[x].elem_type, first, len(dims))
             if first and rank > 1:
                 shape = graph.constant(f"rows:{rank}", [-1] + [1] * (rank - 1), np.int64)
                 nought = graph.add("Reshape", [nought, shape], f"{nought}:{rank}")
@@ -458,8 +479,7 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
 
     A bias [1, N] is one [N] there: the quantiser gives it N scales along its first axis.
     """
-    named, seen = onnx.ModelProto(), {""}
-    named.CopyFrom(model)
+    named, seen = deepcopy(model), {""}
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     for index, node in enumerate(named.graph.node):
         bias = known.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
@@ -489,10 +509,7 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
     norms integers have no kernel.
     """
     known = constants(model)
-    given, wanted = set[str](), set[str]()  # by operators with weights, directly or not
-    for node in model.graph.node:
-        if node.op_type in WEIGHTED or not given.isdisjoint(node.input):
-            given.update(node.output)
+    given, wanted = _late(model)[0], set[str]()  # by operators with weights, directly or not
     for node in reversed(model.graph.node):
         if node.op_type in WEIGHTED or not wanted.isdisjoint(node.output):
             wanted.update(node.input)
@@ -508,3 +525,13 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
             exact.update(node.output if kept or not before else ())
             found.append(node.name)
     return found
+
+
+def _late(model: onnx.ModelProto) -> tuple[set[str], set[str]]:
+    """Return what operators with weights give, directly or not, and what they read beside it."""
+    given, beside = set[str](), set[str]()
+    for node in model.graph.node:
+        if node.op_type in WEIGHTED or not given.isdisjoint(node.input):
+            beside |= set(node.input) - given
+            given.update(node.output)
+    return given, beside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Final
 
 import numpy as np
@@ -108,7 +109,7 @@ def _switched(
     ends = _ends(model, scales)
     rounds: dict[str, str] = {}  # values that an operator in int8 rounds, and its switch
     for node in model.graph.node:
-        own, value = _copy(node), node.output[0]
+        own, value = deepcopy(node), node.output[0]
         own.ClearField("name")  # which may be that of what it gives, as new nodes have it
         switch = ""
         if (name := node.name) in weights:
@@ -120,7 +121,7 @@ def _switched(
         own.output[0] = f"{value}:float32" if switch else exact
         graph.nodes.append(own)
         if switch:
-            low = _copy(node)
+            low = deepcopy(node)
             if node.input[0] in scales:
                 low.input[0] = rounded(node.input[0], node.input[0], f"{name}:read")
             low.input[1] = graph.constant(f"{name}:weight", weights[name], np.float32)
@@ -134,12 +135,6 @@ def _switched(
     given = onnx.helper.make_tensor_value_info(SWITCHES, TensorProto.FLOAT, [len(names)])
     made.graph.input.append(given)
     return made
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copied = onnx.NodeProto()
-    copied.CopyFrom(node)
-    return copied
 
 
 def _ends(model: onnx.ModelProto, scales: Mapping[str, object]) -> dict[str, list[str]]:

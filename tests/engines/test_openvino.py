@@ -42,7 +42,7 @@ from tests.core.small_artifact import rewrite
 from tests.engines.test_sensitivity import sample as layered_sample
 from tests.engines.test_sensitivity import three_layers
 from tests.engines.test_smooth import sample_of, two_layers, uneven
-from tests.engines.test_static import attending, images, network
+from tests.engines.test_static import attending, bounding, images, network
 from tests.engines.test_static import sample as images_sample
 
 OURS = OpenVino()
@@ -138,6 +138,24 @@ def test_static_int8_is_made_of_convolutions_and_keeps_what_is_no_number(tmp_pat
         assert np.isnan(own[1]).all()
         assert np.array_equal(own[::2], found[::2])
     assert 0 < far["openvino-int8-static-50"] < far["openvino-int8-static"] < 0.1
+
+
+def test_infinity_that_a_model_bounds_has_an_answer_in_every_form(tmp_path: Path) -> None:
+    proto, x = bounding("Clip"), np.random.default_rng(1).standard_normal((60, 16))
+    x = (3 * x).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
+    sample = Sample([[row[None]] for row in x], (spec,))
+    given = replace(material(proto, tmp_path), sample=sample)
+    rows = x[:5].copy()
+    rows[1, 3], rows[2, 4], rows[3], rows[4, 2] = np.inf, -np.inf, np.inf, np.nan
+    right, seen = reference(proto, rows)[0], set[str]()
+    for built in FORMS.build(given, lambda *_: None):
+        if built.form.startswith("openvino-int8"):
+            (found,) = OURS.load(built.graph).run([rows])
+            assert np.linalg.norm(found[:4] - right[:4]) < 0.15 * np.linalg.norm(right[:4])
+            assert np.isnan(found[4]).all()
+            seen.add(built.form)
+    assert {"openvino-int8-static", "openvino-int8-smooth", INT8} <= seen
 
 
 def test_beside_attention_convolutions_are_static_int8_and_matrices_smoothed(

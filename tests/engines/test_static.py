@@ -821,3 +821,59 @@ def test_a_model_that_looks_for_what_is_no_number_does_so_in_int8_too() -> None:
     (found,) = session.run(None, {"known": rows})
     assert np.isnan(found[3]).all()
     assert np.isfinite(found[:3]).all()
+
+
+def bounding(first: str, *between: int) -> onnx.ModelProto:
+    """Return 16 numbers -> what `first` makes of them, two layers."""
+    random = np.random.default_rng(0)
+    weights = {"w": random.standard_normal((16, 32)) / 4, "v": random.standard_normal((32, 4)) / 5}
+    if first == "Clip":
+        weights |= {"low": np.array(-2.0), "high": np.array(2.0)}
+    nodes = [
+        helper.make_node(first, ["x", *([] if first != "Clip" else ["low", "high"])], ["k"], "k"),
+        helper.make_node("MatMul", ["k", "w"], ["h"], "first"),
+        helper.make_node("Relu", ["h"], ["r"], "relu"),
+        helper.make_node("MatMul", ["r", "v"], ["y"], "second"),
+    ]
+    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    ends = [value("x", ["batch", *between, 16])], [value("y", ["batch", *between, 4])]
+    return model(nodes, *ends, constants)
+
+
+@pytest.mark.parametrize("between", [(), (3,)], ids=str)
+@pytest.mark.parametrize(
+    ("first", "signs"), [("Clip", "+-"), ("Tanh", "+-"), ("Relu", "-"), ("Neg", "")]
+)
+def test_infinity_to_which_float32_has_an_answer_has_one_in_int8(
+    first: str, signs: str, between: tuple[int, ...]
+) -> None:
+    """Such a model bounds what it is given before the first weights read it; NaN it passes on."""
+    proto, x = (
+        bounding(first, *between),
+        np.random.default_rng(1).standard_normal((40, *between, 16)),
+    )
+    x = (3 * x).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", *between, 4), batch_axis=0)
+    of = Sample([[row[None]] for row in x], (spec,))
+    pairs = goes_undefined(proto, of)
+    assert pairs == {("x", "y"), *(("x", "y", sign) for sign in signs)}
+    made, _ = static_int8(proto, of, guard=pairs)
+    rows = x[:6].copy()
+    rows[1, ..., 3], rows[2, ..., 4], rows[3], rows[4] = np.inf, -np.inf, np.inf, -np.inf
+    rows[5].flat[[2, 3]] = np.nan, np.inf
+    own, right = run(made, rows), run(proto, rows)
+    answered = [True, "+" in signs, "-" in signs, "+" in signs, "-" in signs, False]
+    for row, (found, wanted) in enumerate(zip(own, right, strict=True)):
+        assert np.isfinite(found).all() == answered[row]
+        assert np.isnan(found).all() != answered[row]
+        assert not answered[row] or np.abs(found - wanted).max() <= 0.2 * np.abs(wanted).max()
+
+
+def test_infinity_that_weights_read_has_no_answer_in_int8_though_it_ends_as_a_number() -> None:
+    """Integers would have one for it that is another: a sigmoid of it is 0 or 1."""
+    proto = bounding("Neg")
+    proto.graph.node[-1].output[0] = "scores"
+    proto.graph.node.append(helper.make_node("Sigmoid", ["scores"], ["y"], "end"))
+    x = np.random.default_rng(1).standard_normal((1, 16)).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
+    assert goes_undefined(proto, Sample([[x]], (spec,))) == {("x", "y")}
