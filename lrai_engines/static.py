@@ -46,7 +46,7 @@ from lrai_engines.quantize import (
     relative_error,
 )  # fmt: skip
 from lrai_engines.sensitivity import finite, numbers
-from lrai_engines.static_harms import WEIGHTED, harms, restored, work
+from lrai_engines.static_harms import ABSORBED, WEIGHTED, harms, restored, work
 
 Pairs = frozenset[tuple[str, ...]]  # of an input and an output, and with a sign of infinity
 
@@ -506,9 +506,11 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
     Rounding what is in float32 on both sides would cost closeness and time. Nor is what comes
     before the first weights (pixels are made floats there), or behind the last: a softmax in steps
     of 1/256 says little. A bound other than 0 is no end of a range, so such a Clip stays; and for
-    norms integers have no kernel.
+    norms integers have no kernel. The quantiser leaves a Relu or Clip out by who reads it in the
+    graph: where a body of If, Loop or Scan reads what is on either side of it, it stays.
     """
     known = constants(model)
+    inner = {v for n in model.graph.node for v in itertools.islice(read(n), len(n.input), None)}
     given, wanted = _late(model)[0], set[str]()  # by operators with weights, directly or not
     for node in reversed(model.graph.node):
         if node.op_type in WEIGHTED or not wanted.isdisjoint(node.output):
@@ -521,6 +523,7 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
         bound = node.op_type == "Clip" and (low is None or numpy_helper.to_array(low).any())
         follows = behind or bound or not exact.isdisjoint(node.input)
         kept = node.name in keep or node.op_type in _NORMS
+        kept |= node.op_type in ABSORBED and not inner.isdisjoint([*node.input, *node.output])
         if kept or (node.op_type not in WEIGHTED and (before or follows)):
             exact.update(node.output if kept or not before else ())
             found.append(node.name)

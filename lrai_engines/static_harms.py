@@ -17,7 +17,7 @@ from lrai_engines.quantize import Graph, assemble, inferred
 from lrai_engines.sensitivity import SWITCHES, switched_on
 
 WEIGHTED: Final = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-_ABSORBED: Final = ("Relu", "Clip")  # by the scale of what they give
+ABSORBED: Final = ("Relu", "Clip")  # by the scale of what they give
 
 Float32 = npt.NDArray[np.float32]
 
@@ -147,7 +147,7 @@ def _ends(model: onnx.ModelProto, scales: Mapping[str, object]) -> dict[str, lis
     for node in model.graph.node:
         value = node.output[0]
         after = readers.get(value, [])
-        if value not in scales and len(after) == 1 and after[0].op_type in _ABSORBED:
+        if value not in scales and len(after) == 1 and after[0].op_type in ABSORBED:
             value = after[0].output[0]
         ends[node.name] = [value] if value in scales else []
     return ends

@@ -314,6 +314,42 @@ def test_a_bound_at_0_is_the_end_of_a_range() -> None:
     assert "Clip" not in {node.op_type for node in quantised.graph.node}
 
 
+@pytest.mark.parametrize("kind", ["Relu", "Clip"])
+@pytest.mark.parametrize("seen", ["r1", "c1"])
+def test_what_a_body_reads_is_what_it_was(kind: str, seen: str) -> None:
+    """The quantiser leaves out a Relu by who reads it, and knows of readers in the graph alone."""
+    proto, x = network(), images(20, 2)
+    for node in [node for node in proto.graph.node if node.op_type == "Relu"]:
+        node.op_type = kind
+        node.input.extend(["nought"] if kind == "Clip" else [])
+    if kind == "Clip":
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "nought"))
+    bodies = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("ReduceMin", [seen], [name], name, axes=[1, 2, 3], keepdims=0)],
+            name, [], [value(name, ["batch"])],
+        )
+        for name in ("then", "else")
+    }  # fmt: skip
+    proto.graph.node.append(helper.make_node("ReduceMax", ["x"], ["most"], "most", keepdims=0))
+    proto.graph.node.append(helper.make_node("Cast", ["most"], ["on"], "on", to=TensorProto.BOOL))
+    proto.graph.node.append(helper.make_node("If", ["on"], ["least"], "if", **bodies))
+    proto.graph.output.append(value("least", ["batch"]))
+    least = TensorSpec(name="least", datatype="FP32", shape=("batch",), batch_axis=0)
+    made, report = static_int8(proto, Sample(sample().rows, (OUTPUT, least)), guard=frozenset())
+    assert {line.bits for line in report} == {8}
+    right, found = (
+        ort.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"x": x}
+        )
+        for one in (proto, made)
+    )
+    assert distance(found[0], right[0]) < 0.06
+    assert np.abs(found[1] - right[1]).max() < 0.1
+    kinds = Counter(node.op_type for node in optimise(made, level="all").graph.node)
+    assert kinds["QLinearConv"] == 1 + (seen == "r1"), "one that gives float32 is none"
+
+
 def test_plain_layers_are_quantised_too() -> None:
     x = np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
     specs = (
