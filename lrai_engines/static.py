@@ -25,12 +25,11 @@ import numpy as np
 import onnx
 from google.protobuf.message import EncodeError
 from onnx import numpy_helper
-from onnxruntime import InferenceSession
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from lrai_core.compiler.search import Quantized, Sample
 from lrai_core.engine.engine import isa_class
-from lrai_core.engine.onnxruntime import REFUSALS, reason
+from lrai_core.engine.onnxruntime import REFUSALS, open_session, reason, session_options
 from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines.mixed import worst
@@ -257,7 +256,7 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
 
     Raises:
         CompileError: It answers NaN where some columns are, and a number where others are: it looks
-            for NaN, or does not read them.
+            for NaN, or does not read them. Or it may look for NaN, and cannot be asked.
     """
     inputs, outputs = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
     everything = frozenset(itertools.product(inputs, outputs))
@@ -272,7 +271,7 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
     try:
         # What is appended is merged when it is read: a copy would hold the weights once more.
         content = model.SerializeToString() + onnx.ModelProto(graph=more).SerializeToString()
-        session = InferenceSession(content, providers=["CPUExecutionProvider"])
+        session = open_session(content, session_options(1, "all", None))
         began = time.monotonic()
         session.run(names, given)
         seconds = max(1e-6, time.monotonic() - began)
@@ -295,7 +294,10 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
                     bounded &= {value for value, array in told if finite(array)}
                 if bounded.issuperset(entered.difference(inputs)):
                     found |= {(name, y, sign) for _, y in pairs if y in bounded}
-    except (*_FAULTS, EncodeError, ValueError):
+    except _FAULTS as error:  # as of 2 GB
+        if any(node.op_type == "IsNaN" for node in model.graph.node):
+            why = f"it cannot be told where float32 answers NaN: {reason(error)}"
+            raise CompileError(why) from None
         return everything
     return frozenset(found)
 

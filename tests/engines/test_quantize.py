@@ -619,6 +619,10 @@ def test_a_model_that_looks_for_what_is_no_number_is_left_to_it() -> None:
     rows = Sample([[np.ones((1, 64), np.float32)]], (spec,))
     assert not goes_undefined(imputing, rows)
     assert goes_undefined(linear(matrix), rows)
+    shorter = Sample([[np.ones((1, 63), np.float32)]], (spec,))
+    assert goes_undefined(linear(matrix), shorter), "what cannot be asked has no number for none"
+    with pytest.raises(CompileError, match="it cannot be told where float32 answers NaN"):
+        goes_undefined(imputing, shorter)
 
 
 def test_a_model_that_looks_for_it_in_some_columns_only_stays_as_it_is() -> None:

@@ -8,12 +8,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import lrai_engines.text as text
+from lrai_core.compiler.search import Sample
 from lrai_core.engine.engine import find_engine
 from lrai_core.errors import ArtifactError, EnvironmentProblem
+from lrai_core.protocol import TensorSpec
+from lrai_engines.static import goes_undefined
 from lrai_import.described import load
+from tests.core.compiler.onnx_files import model, value
 from tests.tiny_models import text_model
 
 
@@ -127,3 +131,38 @@ def test_texts_alone_are_as_those_together(tmp_path: Path) -> None:
     together = session.run([texts])[0]
     for index in range(len(texts)):
         assert np.allclose(session.run([texts[index : index + 1]])[0][0], together[index])
+
+
+def imputing() -> tuple[onnx.ModelProto, Sample]:
+    """Return whether a text is "yes", and eight numbers with 0 for NaN -> a layer."""
+    nodes = [
+        helper.make_node("StringEqual", ["text", "yes"], ["is"], domain="ai.onnx.contrib"),
+        helper.make_node("Cast", ["is"], ["one"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["one", "axis"], ["column"]),
+        helper.make_node("IsNaN", ["x"], ["none"]),
+        helper.make_node("Where", ["none", "zero", "x"], ["known"]),
+        helper.make_node("Concat", ["column", "known"], ["all"], axis=1),
+        helper.make_node("MatMul", ["all", "w"], ["y"], "layer"),
+    ]
+    weights = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    constants = [
+        numpy_helper.from_array(array, name)
+        for name, array in (
+            ("axis", np.array([1])),
+            ("zero", np.zeros((), np.float32)),
+            ("w", weights),
+            ("yes", np.array(["yes"], np.object_)),
+        )
+    ]
+    ends = (
+        [value("text", ["batch"], TensorProto.STRING), value("x", ["batch", 8])],
+        [value("y", ["batch", 4])],
+    )
+    proto = model(nodes, *ends, constants, domains=[("ai.onnx.contrib", 1)])
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
+    row = [np.array(["yes"], np.object_), np.ones((1, 8), np.float32)]
+    return proto, Sample([row], (spec,))
+
+
+def test_a_model_of_text_that_looks_for_what_is_no_number_is_left_to_it() -> None:
+    assert not goes_undefined(*imputing())
