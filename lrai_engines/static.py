@@ -296,8 +296,7 @@ def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
                     found |= {(name, y, sign) for _, y in pairs if y in bounded}
     except _FAULTS as error:  # as of 2 GB
         if any(node.op_type == "IsNaN" for node in model.graph.node):
-            why = f"it cannot be told where float32 answers NaN: {reason(error)}"
-            raise CompileError(why) from None
+            raise CompileError(f"float32 cannot be asked about NaN: {reason(error)}") from None
         return everything
     return frozenset(found)
 
@@ -479,15 +478,19 @@ def _report(
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which every operator has a name of its own: by it they are told apart.
 
-    A bias [1, N] is one [N] there: the quantiser gives it N scales along its first axis.
+    A bias [1, N], or of one number, is one [N] there: the quantiser gives it N scales along its
+    first axis.
     """
     named, seen = deepcopy(model), {""}
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     for index, node in enumerate(named.graph.node):
         bias = known.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
-        if bias is not None and len(bias.dims) == 2 and bias.dims[0] == 1:
+        if bias is not None and (math.prod(bias.dims) == 1 or list(bias.dims[:-1]) == [1]):
+            vector = numpy_helper.to_array(bias).ravel()
+            if vector.size == 1 and (matrix := known.get(node.input[1])) is not None:
+                turned = any(a.name == "transB" and a.i for a in node.attribute)
+                vector = np.repeat(vector, matrix.dims[0 if turned else 1])
             node.input[2] = f"{bias.name}:vector:{index}"
-            vector = numpy_helper.to_array(bias)[0]
             named.graph.initializer.append(numpy_helper.from_array(vector, node.input[2]))
         if node.name in seen:
             node.name = f"lrai:{index}"

@@ -621,7 +621,7 @@ def test_a_model_that_looks_for_what_is_no_number_is_left_to_it() -> None:
     assert goes_undefined(linear(matrix), rows)
     shorter = Sample([[np.ones((1, 63), np.float32)]], (spec,))
     assert goes_undefined(linear(matrix), shorter), "what cannot be asked has no number for none"
-    with pytest.raises(CompileError, match="it cannot be told where float32 answers NaN"):
+    with pytest.raises(CompileError, match="float32 cannot be asked about NaN"):
         goes_undefined(imputing, shorter)
 
 

@@ -363,17 +363,44 @@ def test_plain_layers_are_quantised_too() -> None:
     assert np.isnan(run(quantised, x)).all(axis=1).tolist() == [i == 3 for i in range(40)]
 
 
-def test_a_bias_of_one_row_is_a_bias() -> None:
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 4), (1, 1), (1,), ()], ids=str)
+def test_a_bias_of_one_row_or_number_is_a_bias(shape: tuple[int, ...], turned: int) -> None:
     """Which scikit-learn's converter writes, and the quantiser would give a scale per column."""
     random = np.random.default_rng(0)
-    parts = (("w", random.standard_normal((8, 4))), ("b", random.standard_normal((1, 4))))
-    weights = [numpy_helper.from_array(part.astype(np.float32), name) for name, part in parts]
-    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], "layer")]
+    parts = {"w": random.standard_normal((4, 8) if turned else (8, 4))}
+    parts["b"] = random.standard_normal(shape) + np.float64(1)
+    weights = [
+        numpy_helper.from_array(np.asarray(part, np.float32), name) for name, part in parts.items()
+    ]
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], "layer", transB=turned)]
     proto = model(nodes, [value("x", ["batch", 8])], [value("y", ["batch", 4])], weights)
     x = random.standard_normal((40, 8)).astype(np.float32)
     spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
     made, report = static_int8(proto, Sample([[row[None]] for row in x], (spec,)))
     assert [line.scheme for line in report] == ["static_int8"]
+    assert 0 < distance(run(made, x), run(proto, x)) < 0.05
+
+
+def test_a_bias_beside_weights_that_are_int8_already_is_one() -> None:
+    random = np.random.default_rng(0)
+    arrays: dict[str, Array] = {
+        "wq": random.integers(-127, 127, (8, 4)).astype(np.int8),
+        "ws": np.full(4, 0.01, np.float32),
+        "b": random.standard_normal((1, 4)).astype(np.float32),
+        "v": random.standard_normal((4, 4)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["wq", "ws"], ["w"], "weights", axis=1),
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], "first"),
+        helper.make_node("MatMul", ["h", "v"], ["y"], "second"),
+    ]
+    weights = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    proto = model(nodes, [value("x", ["batch", 8])], [value("y", ["batch", 4])], weights)
+    x = random.standard_normal((40, 8)).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0)
+    made, report = static_int8(proto, Sample([[row[None]] for row in x], (spec,)))
+    assert [line.bits for line in report] == [32, 8]
     assert 0 < distance(run(made, x), run(proto, x)) < 0.05
 
 
