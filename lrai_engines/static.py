@@ -50,6 +50,7 @@ from lrai_engines.static_harms import ABSORBED, WEIGHTED, harms, restored, work
 Pairs = frozenset[tuple[str, ...]]  # of an input and an output, and with a sign of infinity
 
 _MOST: Final = 128  # rows
+_LONGEST: Final = 60.0  # seconds for them: four times what ResNet-50 takes for all on two cores
 # What may come behind the last weights without a value of its own: it is part of their operator.
 _JOINED: Final = ("Relu", "Clip", "Add")
 _SECONDS: Final = 2.0  # for the columns of an input
@@ -149,7 +150,8 @@ def static_int8(
     Args:
         model: Standard operators, weights inline, opset 13 or later. Not modified. Of what is
             quantised already, or has no weights, there is nothing to quantise.
-        sample: Rows to see the activations of, 128 at most; nothing is judged on them.
+        sample: Rows to see the activations of, 128 at most, or as many as a minute allows; nothing
+            is judged on them.
         keep: Names of operators with weights that stay in float32, and with them what has no
             weights and computes with what they give.
         ranges: Of the activations, in onnxruntime's words, if they were found before; else they
@@ -442,11 +444,13 @@ class _Rows(CalibrationDataReader):  # type: ignore[misc] # without types
     """The sample, as the quantiser asks for it: an input by its name, row after row."""
 
     def __init__(self, names: Sequence[str], rows: Sequence[list[Array]]) -> None:
-        self._feeds = (dict(zip(names, row, strict=True)) for row in rows)
+        self._until, self._feeds = math.inf, (dict(zip(names, row, strict=True)) for row in rows)
 
     def get_next(self) -> dict[str, Array] | None:
-        """Return the next row, None where there is none."""
-        return next(self._feeds, None)
+        """Return the next row, None where there is none, or the first was long ago."""
+        row = next(self._feeds, None) if time.monotonic() < self._until else None
+        self._until = min(self._until, time.monotonic() + _LONGEST)
+        return row
 
 
 def _report(

@@ -145,8 +145,7 @@ def _ends(model: onnx.ModelProto, scales: Mapping[str, object]) -> dict[str, lis
             readers.setdefault(value, []).append(node)
     ends = {}
     for node in model.graph.node:
-        value = node.output[0]
-        after = readers.get(value, [])
+        value, after = node.output[0], readers.get(node.output[0], [])
         if value not in scales and len(after) == 1 and after[0].op_type in ABSORBED:
             value = after[0].output[0]
         ends[node.name] = [value] if value in scales else []

@@ -538,6 +538,15 @@ def test_every_row_of_the_sample_tells_of_the_activations(count: int) -> None:
     assert distance(own, right) < 0.1
 
 
+def test_rows_that_take_long_are_as_many_as_the_time_allows_and_one_in_any_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone, _ = static_int8(network(), sample(1))
+    monkeypatch.setattr("lrai_engines.static._LONGEST", 0.0)
+    made, _ = static_int8(network(), sample(20))
+    assert made.SerializeToString() == alone.SerializeToString()
+
+
 def test_weights_that_are_int8_already_may_have_no_zero_point() -> None:
     random = np.random.default_rng(0)
     integers = random.integers(-127, 127, (8, 3, 3, 3)).astype(np.int8)
