@@ -102,6 +102,42 @@ def test_fp32_gives_what_onnxruntime_gives_for_any_number_of_rows(tmp_path: Path
         np.testing.assert_allclose(found, reference(proto, x)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("extents", [(5, 16, 3), (13, 32, 4), (32, 16, 2), (100, 50, 5)])
+def test_int8_of_small_layers_gives_one_row_what_it_gives_many(
+    tmp_path: Path, extents: tuple[int, int, int], seed: int
+) -> None:
+    """Two of them in one operator of OpenVINO's gave rubbish (2026.4.1, with VNNI)."""
+    random, (width, inner, classes) = np.random.default_rng(seed), extents
+    sizes = {"v": (width, inner), "a": (inner,), "w": (inner, classes), "b": (classes,)}
+    weights = [
+        numpy_helper.from_array(
+            (random.standard_normal(size) / size[0] ** (len(size) / 2 - 0.5)).astype(np.float32), n
+        )
+        for n, size in sizes.items()
+    ]
+    nodes = [
+        helper.make_node("Gemm", ["x", "v", "a"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "w", "b"], ["y"]),
+    ]
+    proto = model(nodes, [value("x", ["batch", width])], [value("y", ["batch", classes])], weights)
+    rows = random.standard_normal((40, 1, width)).astype(np.float32)
+    sides = [
+        TensorSpec(name=name, datatype="FP32", shape=("batch", extent), batch_axis=0)
+        for name, extent in (("y", classes), ("x", width))
+    ]
+    sample = Sample([[row] for row in rows], sides[:1], sides[1:])
+    asked, tried = replace(material(proto, tmp_path), sample=sample), 0
+    for built in FORMS.build(asked, lambda *_: None):
+        if built.precision == "int8":
+            session, tried = OURS.load(built.graph), tried + 1
+            (together,) = session.run([np.concatenate(rows)])
+            alone = np.concatenate([session.run([row])[0] for row in rows])
+            np.testing.assert_allclose(alone, together, atol=0.05, err_msg=built.form)
+    assert tried > 2
+
+
 def test_int8_is_close_smaller_and_says_what_it_did(tmp_path: Path) -> None:
     proto = linear(256, 512)
     built = {b.form: b for b in FORMS.build(material(proto, tmp_path), lambda *_: None)}
