@@ -73,6 +73,8 @@ def convert(job: Job) -> int:
             text, how = job.kind == "lightgbm", getattr(trees, f"convert_{job.kind}")
             given = {"model_str": content.decode()} if text else {"model_file": bytearray(content)}
             model = library.Booster(**given)
+            if not text and model.attr("scikit_learn") and (best := model.attr("best_iteration")):
+                model = model[: int(best) + 1]  # where the estimator stops, and no booster does
     except (ValueError, LookupError, BadZipFile) as error:
         # Those of XGBoost end with where in its code they happened.
         why = f"no model of {job.kind}: {str(error).strip() or 'empty'}".splitlines()[0][:300]

@@ -63,6 +63,35 @@ def test_a_file_of_xgboost_answers_as_what_was_saved(
 @pytest.mark.parametrize(
     ("kind", "labels"),
     [
+        (xgboost.XGBClassifier, CLASSES),
+        (xgboost.XGBClassifier, np.digitize(VALUES, [-5, 5])),
+        (xgboost.XGBRegressor, VALUES),
+    ],
+)
+def test_a_file_of_what_was_stopped_early_answers_as_the_estimator(
+    tmp_path: Path, kind: Any, labels: Any
+) -> None:
+    noisy = RANDOM.permutation(labels[:150])  # nothing is to be learnt, so that it stops
+    model = kind(**QUICK | {"n_estimators": 40}, early_stopping_rounds=5)
+    model.fit(ROWS[:150], noisy, eval_set=[(ROWS[150:], labels[150:])], verbose=False)
+    assert model.best_iteration + 1 < model.get_booster().num_boosted_rounds()
+    model.save_model(file := tmp_path / "m.json")
+    check(load(file, print), file, answers(model))
+
+
+def test_a_booster_has_no_use_for_its_best_iteration(tmp_path: Path) -> None:
+    """It predicts with all of its trees, unless it is asked for some."""
+    rows = xgboost.DMatrix(ROWS, CLASSES)
+    model = xgboost.train({"objective": "binary:logistic", "max_depth": 3}, rows, 5)
+    model.set_attr(best_iteration="1")
+    model.save_model(file := tmp_path / "m.json")
+    right = model.predict(rows)
+    check(load(file, print), file, np.stack([1 - right, right], 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
         (lightgbm.LGBMClassifier, CLASSES),
         (lightgbm.LGBMClassifier, np.digitize(VALUES, [-5, 5])),
         (lightgbm.LGBMRegressor, VALUES),
