@@ -92,10 +92,13 @@ def _not_converted(part: Any) -> str:
     """Return what of a part skl2onnx passes over, so that its graph answers otherwise."""
     losses = ("poisson", "gamma")
     infrequent = getattr(part, "_infrequent_indices", None) or ()
+    chances = hasattr(getattr(part, "estimator_", part), "predict_proba")
+    usual = chances / 2 * (getattr(part, "response_method", "") != "decision_function")
     known = {
         "splits by categories": np.any(getattr(part, "is_categorical_", None)),
         "has add_indicator": getattr(part, "add_indicator", False),
         "has a loss with a logarithm": hasattr(part, "_predictors") and part.loss in losses,
+        "has a threshold of its own": getattr(part, "best_threshold_", usual) != usual,
         "weighs neighbours": str(getattr(part, "weights", "")) == "distance",
         "calibrates in steps": getattr(part, "method", "") == "isotonic",
         "has infrequent categories": any(one is not None for one in infrequent),

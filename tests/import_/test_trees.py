@@ -447,7 +447,10 @@ def test_columns_that_are_told_by_a_mask_are_refused() -> None:
         convert_sklearn(model, specs)
 
 
-def test_a_table_whose_columns_have_no_names_is_compared_too() -> None:
+def test_a_table_whose_columns_have_no_names_is_compared_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lrai_import.sklearn._not_converted", lambda _: "")  # nor its threshold
     kinds = ColumnTransformer([("all", SimpleImputer(), [0, 1, 2, 3])])
     tuned = TunedThresholdClassifierCV(LogisticRegression(), scoring="recall", cv=3)
     model = make_pipeline(kinds, tuned).fit(ROWS, (VALUES > 8).astype(int))
@@ -466,10 +469,38 @@ def test_letters_are_compared_as_texts_have_them() -> None:
     np.testing.assert_array_equal(label, model.predict(TEXTS))
 
 
-def test_labels_are_compared_beside_what_they_are_made_of() -> None:
+def test_labels_are_compared_beside_what_they_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrai_import.sklearn._not_converted", lambda _: "")  # nor its threshold
     tuned = TunedThresholdClassifierCV(LogisticRegression(), scoring="recall", cv=3)
     with pytest.raises(CompileError, match="answers otherwise once it is converted"):
         convert_sklearn(tuned.fit(ROWS, (VALUES > 8).astype(int)), [])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "how", "own", "none"),
+    [
+        (LogisticRegression(), "auto", 0.45, 0.5),
+        (LogisticRegression(), "decision_function", -0.2, 0.0),
+        (LinearSVC(), "auto", 0.5, 0.0),
+    ],
+)
+def test_a_threshold_that_was_tuned_is_refused_however_little_it_changes(
+    estimator: Any, how: str, own: float, none: float
+) -> None:
+    labels = (VALUES + RANDOM.normal(0, 9, len(VALUES)) > 0).astype(int)
+
+    def tuned(threshold: float) -> Any:
+        given = [threshold, threshold + 99]
+        return TunedThresholdClassifierCV(
+            estimator, scoring="accuracy", thresholds=given, response_method=how, cv=2
+        ).fit(ROWS, labels)
+
+    with pytest.raises(CompileError, match="has a threshold of its own"):
+        convert_sklearn(make_pipeline(StandardScaler(), tuned(own)), [])
+    model = tuned(none)
+    session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
+    label, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
+    np.testing.assert_array_equal(label, model.predict(ROWS))
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries, about one another
