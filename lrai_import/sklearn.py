@@ -25,10 +25,17 @@ _FAULTS: Final = (
     *(AttributeError, LookupError),
 )
 _TORN: Final = 1e-3
+_BITS: Final = 2.0**-23  # of a number: as much as several roundings in single precision do
+_NOUGHT: Final = 1e-30  # to which what LightGBM has on both sides of zero is nearer
+_CPU: Final = "CPUExecutionProvider"
+_DTYPES: Final[dict[str, Any]] = {"FloatTensorType": np.float32, "Int64TensorType": np.int64}
 _MISSING: Final = 0.2  # of the numbers, where some are
 _SIGNED: Final = ("INT8", "INT16", "INT32", "INT64")
 _INTEGERS: Final = ("BOOL", *_SIGNED, *(f"U{kind}" for kind in _SIGNED))
 _REALS: Final = ("FP16", "FP32", "FP64")
+
+_Types = Sequence[tuple[str, Any]]
+_Known = Mapping[int, Any]
 
 
 def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
@@ -83,7 +90,9 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         else:
             made = _checked(found)
             _send_missing(model, made)
-            _compare(model, made, types)
+            known = _known(model, [*dict(types)], sum(kind.shape[1] for _, kind in types))
+            _move_thresholds(model, made, types, known)
+            _compare(model, made, types, known)
             return made
     raise CompileError(f"{type(model).__name__} cannot be converted: {_first_line(problems[0])}")
 
@@ -138,41 +147,80 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
         tracks.ints[:] = [int(left[number][at]) for number, at in pairs]
 
 
-def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]) -> None:
+def _move_thresholds(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) -> None:
+    """Have rows that lie on a threshold go where the model sends them.
+
+    Boosted trees split at values that rows have. What is calculated of these in single precision,
+    in which they come, lies now on this side, now on that. So thresholds make way, by less than two
+    values of a column differ: by a few of the last bits of what is calculated and of its addends,
+    or of the first alone where it is no sum of columns. Nothing is calculated of what is copied.
+    """
+    between = any(hasattr(part, "tree_") for part in _parts(model))  # values, as forests split
+    splits = {b"BRANCH_LT"} if between else {b"BRANCH_LT", b"BRANCH_LEQ"}
+    trees = [n for n in made.graph.node if any(splits & {*one.strings} for one in n.attribute)]
+    if not (names := [*{node.input[0] for node in trees} - {*dict(types)}]):
+        return
+    table, probe = np.rint(_made_up(types, 3, 8)).astype(np.float32), onnx.ModelProto()
+    probe.CopyFrom(made)
+    probe.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, names))
+    with suppress(Exception), np.errstate(all="ignore"):  # a model need not take these
+        session = session_of(probe)
+        found = [session.run(names, _fed(types, sign * table, known)) for sign in (0, 1, -1)]
+        columns = dict(zip(names, zip(*found, strict=True), strict=True))
+        for node in (node for node in trees if node.input[0] in columns):
+            given = {one.name: one for one in node.attribute}
+            way = -1 if b"BRANCH_LT" in given["nodes_modes"].strings else 1
+            limits, places = given["nodes_values"].floats, [*given["nodes_featureids"].ints]
+            zero, more, less = columns[node.input[0]]
+            sums = np.isclose(more + less, 2 * zero, 0, 1e-5 * np.abs(more).max(axis=0)).all(axis=0)
+            moves = ~(more[:2, :, None] == table[:2, None]).any(axis=2).all(axis=0)
+            size = np.abs(values := np.array(limits))
+            by = size + np.abs(values - np.where(sums, zero[0], 0)[places])
+            moves = moves[places] & (size > _NOUGHT) & (size < 1 / _NOUGHT)
+            limits[:] = np.where(moves, values + way * _BITS * by, values)
+
+
+def _made_up(types: _Types, least: int, most: int) -> Any:
+    """Return rows of numbers of all sizes between two powers of ten."""
+    random, wide = np.random.default_rng(0), sum(kind.shape[1] for _, kind in types)
+    return random.standard_normal((_ROWS, wide)) * 10.0 ** random.integers(least, most, (_ROWS, 1))
+
+
+def _fed(types: _Types, rows: Any, known: _Known) -> dict[str, Any]:
+    """Return rows as inputs, in which columns have values that they were fitted on, where known."""
+    cells, random = rows.astype(np.float32).astype(object), np.random.default_rng(0)
+    for place, values in known.items():
+        cells[:, place] = values[random.integers(0, len(values), _ROWS)]
+    columns = np.split(cells, np.cumsum([kind.shape[1] for _, kind in types])[:-1], axis=1)
+    dtypes = [_DTYPES.get(type(kind).__name__, object) for _, kind in types]
+    return {n: own.astype(d) for (n, _), own, d in zip(types, columns, dtypes, strict=True)}
+
+
+def session_of(made: onnx.ModelProto) -> Any:
+    """Return what runs a model, on a CPU."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(made.SerializeToString(), providers=[_CPU])
+
+
+def _compare(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) -> None:
     """Refuse what answers otherwise than the model: converters pass over what they do not know.
 
     On what its encoders were fitted on, and made-up numbers, and apart from these on missing ones.
     Of what does not take them nothing is compared, and it is refused where it takes texts.
     """
-    import onnxruntime
-    from skl2onnx.common.data_types import Int64TensorType, StringTensorType
-
-    session = onnxruntime.InferenceSession(
-        made.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    names, widths = [name for name, _ in types], [kind.shape[1] for _, kind in types]
-    whole = {name for name, kind in types if isinstance(kind, Int64TensorType)}
-    texts = {name for name, kind in types if isinstance(kind, StringTensorType)}
-    known = _known(model, names, sum(widths))
-    random = np.random.default_rng(0)
-    table = random.standard_normal((_ROWS, sum(widths))) * 10.0 ** random.integers(0, 4, (_ROWS, 1))
+    session, table = session_of(made), _made_up(types, 0, 4)
     table[: _ROWS // 2] = np.rint(table[: _ROWS // 2])
-    holes = np.where(random.random(table.shape) < _MISSING, np.nan, table)
-    compared = False
+    holes = np.where(np.random.default_rng(1).random(table.shape) < _MISSING, np.nan, table)
+    kinds, compared = {type(kind).__name__ for _, kind in types}, False
     # Some take no negative numbers.
-    for rows in (table, np.abs(table) + 1) if whole or texts else (table, holes):
-        cells = rows.astype(np.float32).astype(object)
-        for place, values in known.items():
-            cells[:, place] = values[random.integers(0, len(values), _ROWS)]
-        columns = np.split(cells, np.cumsum(widths)[:-1], axis=1)
-        kinds = {**dict.fromkeys(whole, np.int64), **dict.fromkeys(texts, object)}
+    for rows in (table, holes if kinds == {"FloatTensorType"} else np.abs(table) + 1):
         expected, feeds = list[Any](), dict[str, Any]()
         with warnings.catch_warnings(), suppress(Exception):  # a model need not take these
             warnings.simplefilter("ignore")
-            for name, own in zip(names, columns, strict=True):
-                feeds[name] = own.astype(kinds.get(name, np.float32))
+            feeds = _fed(types, rows, known)
             # In double precision, as most are fitted, and in which they may scale their columns.
-            given = {name: own.astype(kinds.get(name, float)) for name, own in feeds.items()}
+            given = {n: a.astype(float) if a.dtype == np.float32 else a for n, a in feeds.items()}
             expected = [np.asarray(a).reshape(_ROWS, -1) for a in _predicted(model, given)]
         if not expected:
             continue
@@ -185,7 +233,7 @@ def _compare(model: Any, made: onnx.ModelProto, types: Sequence[tuple[str, Any]]
         if not found or not all(map(_is_same, expected, (found[0], found[-1]), torn)):
             kind = f"{type(model).__name__} with these parameters"
             raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
-    if texts and not compared:  # which converters often take otherwise
+    if "StringTensorType" in kinds and not compared:  # which converters often take otherwise
         if not find_spec("pandas"):
             raise EnvironmentProblem("pandas is needed to compare texts: pip install pandas")
         raise CompileError(f"{type(model).__name__} takes no made-up texts to be compared on")

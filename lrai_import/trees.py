@@ -10,10 +10,9 @@ from typing import Any, Final
 import numpy as np
 import onnx
 import onnx.helper
-import onnxruntime
 
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec
-from lrai_import.sklearn import FEATURES, width
+from lrai_import.sklearn import FEATURES, session_of, width
 
 _OPSET = 15  # what the converters write; the importer of ONNX brings it to 17
 _OPERATORS: Final = {"lightgbm": "LightGbm", "xgboost": "XGBoost"}
@@ -65,11 +64,8 @@ def scaling() -> dict[str, Any]:
     from skl2onnx.shape_calculators.scaler import calculate_sklearn_scaler_output_shapes as shapes
     from sklearn.preprocessing import StandardScaler
 
-    kind = StandardScaler
-    return {
-        "custom_conversion_functions": {kind: _scale},
-        "custom_shape_calculators": {kind: shapes},
-    }
+    own = {"custom_conversion_functions": _scale, "custom_shape_calculators": shapes}
+    return {name: {StandardScaler: how} for name, how in own.items()}
 
 
 def _scale(scope: Any, operator: Any, container: Any) -> None:
@@ -142,9 +138,7 @@ def _compare(model: Any, made: onnx.ModelProto, features: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns that had names
         expected = np.asarray(_predicted(model, rows), np.float64).reshape(_ROWS, -1)
-    session = onnxruntime.InferenceSession(
-        made.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = session_of(made)
     *_, scores = session.run(None, {session.get_inputs()[0].name: rows})
     found = np.asarray(scores, np.float64).reshape(_ROWS, -1)
     if (expected.shape[1], found.shape[1]) == (1, 2):  # a booster tells of one class only

@@ -33,9 +33,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import (
     FunctionTransformer,
+    MaxAbsScaler,
+    MinMaxScaler,
     OneHotEncoder,
     OrdinalEncoder,
+    PolynomialFeatures,
     PowerTransformer,
+    RobustScaler,
     StandardScaler,
 )
 from sklearn.svm import LinearSVC
@@ -219,6 +223,72 @@ def test_boosted_trees_may_be_part_of_another_model(estimator: Any, labels: Any)
         *_, found = session.run(None, {session.get_inputs()[0].name: ROWS})
         right = getattr(trained, "predict_proba", trained.predict)(table)
         np.testing.assert_allclose(np.reshape(found, right.shape), right, rtol=1e-4, atol=1e-4)
+
+
+DECIMALS = np.round(RANDOM.normal(20, 12, (1500, 4)), 1)
+STEPS = {
+    "StandardScaler": StandardScaler(),
+    "MinMaxScaler": MinMaxScaler(),
+    "RobustScaler": RobustScaler(),
+    "MaxAbsScaler": MaxAbsScaler(),
+    "PolynomialFeatures": PolynomialFeatures(2),
+    "some": ColumnTransformer([("a", MinMaxScaler(), [0, 1])], remainder="passthrough"),
+    "none": SimpleImputer(),
+}
+
+
+BOOSTED = {
+    "XGBRegressor": xgboost.XGBRegressor(n_estimators=20, max_depth=4, n_jobs=1),
+    "HistGradientBoostingRegressor": HistGradientBoostingRegressor(max_iter=20, max_depth=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "estimator"),
+    [
+        (step, estimator)
+        for step in STEPS
+        for estimator in BOOSTED
+        # Products that are the same but for the last bit are two to the latter.
+        if (step, estimator) != ("PolynomialFeatures", "HistGradientBoostingRegressor")
+    ],
+)
+@pytest.mark.parametrize("rows", [DECIMALS, np.rint(DECIMALS)], ids=["decimals", "whole"])
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_rows_on_thresholds_go_where_the_model_sends_them(
+    rows: Any, estimator: str, step: str
+) -> None:
+    """They lie there, as these trees split at values that rows have."""
+    values = rows @ np.array([1.0, -2.0, 0.5, 0.0]) + np.sin(rows[:, 2]) + rows[:, 0] * rows[:, 1]
+    model = make_pipeline(STEPS[step], BOOSTED[estimator]).fit(rows, values)
+    session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: rows.astype(np.float32)})
+    np.testing.assert_allclose(found[:, 0], model.predict(rows), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_rows_on_thresholds_go_there_beside_texts_too() -> None:
+    table = pd.DataFrame({"kind": [*"abc"] * 500, "x": DECIMALS[:, 0], "y": DECIMALS[:, 1]})
+    steps = [("a", OneHotEncoder(), ["kind"]), ("b", MinMaxScaler(), ["x", "y"])]
+    chosen = ColumnTransformer(steps, sparse_threshold=0)
+    values = table["x"] * table["y"] + (table["kind"] == "a")
+    model = make_pipeline(chosen, xgboost.XGBRegressor(**QUICK)).fit(table, values)
+    kinds = {"kind": "BYTES", "x": "FP32", "y": "FP32"}
+    specs = tuple(TensorSpec(name=n, datatype=kind, shape=("n",)) for n, kind in kinds.items())
+    session = onnxruntime.InferenceSession(convert_sklearn(model, specs).SerializeToString())
+    feeds = {name: np.array(table[[name]], np.float32) for name in "xy"}
+    (found,) = session.run(None, feeds | {"kind": np.array(table[["kind"]], object)})
+    np.testing.assert_allclose(found[:, 0], model.predict(table), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_thresholds_of_what_is_not_calculated_stay() -> None:
+    """Single precision has numbers so near to one another that another one would be right."""
+    rows = np.arange(2.0**23, 2.0**23 + 600)[:, None] + np.array([0.0, 600.0])
+    model = make_pipeline(SimpleImputer(), xgboost.XGBRegressor(**QUICK)).fit(rows, rows[:, 0] % 7)
+    session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: rows.astype(np.float32)})
+    np.testing.assert_allclose(found[:, 0], model.predict(rows), rtol=1e-4)
 
 
 def test_boosted_trees_of_categories_are_refused_in_a_pipeline_too() -> None:
