@@ -17,7 +17,7 @@ from lrai_core import CompileError, EnvironmentProblem, TensorSpec, UnsupportedO
 
 OPSET: Final = {"": 17, "ai.onnx.ml": 3}
 FEATURES: Final = "features"
-_ROWS: Final = 256  # on which what was made is compared with the model
+ROWS: Final = 256  # on which what was made is compared with the model
 _SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
 _INTS: Final = onnx.AttributeProto.INTS
 _FAULTS: Final = (
@@ -27,7 +27,6 @@ _FAULTS: Final = (
 _TORN: Final = 1e-3
 _BITS: Final = 2.0**-23  # of a number: as much as several roundings in single precision do
 _NOUGHT: Final = 1e-30  # to which what LightGBM has on both sides of zero is nearer
-_CPU: Final = "CPUExecutionProvider"
 _DTYPES: Final[dict[str, Any]] = {"FloatTensorType": np.float32, "Int64TensorType": np.int64}
 _MISSING: Final = 0.2  # of the numbers, where some are
 _SIGNED: Final = ("INT8", "INT16", "INT32", "INT64")
@@ -73,28 +72,26 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         if hasattr(part, "flatten_transform"):
             part.flatten_transform = False  # of no matter for what it predicts
     splits = any(type(part).__module__.startswith("xgboost") for part in _parts(model))
-    own = trees.scaling() if splits else {}
+    own: dict[str, Any] = {"target_opset": OPSET} | (trees.scaling() if splits else {})
     plain = {id(model): {"zipmap": False}} if is_classifier(model) else None
     problems = list[Exception]()
     # Some know no such option, and some take no whole numbers beside others.
     for options, reals in ((plain, False), (None, False), (plain, True)):
         types = _types(model, inputs, reals=reals)
         try:
-            found = skl2onnx.convert_sklearn(
-                model, initial_types=types, options=options, target_opset=OPSET, **own
-            )
+            found = skl2onnx.convert_sklearn(model, None, types, options=options, **own)
         except (MissingConverter, MissingShapeCalculator) as error:
-            raise UnsupportedOperator(f"{type(model).__name__}: {_first_line(error)}") from None
+            raise UnsupportedOperator(f"{type(model).__name__}: {first_line(error)}") from None
         except _FAULTS as error:
             problems.append(error)
         else:
-            made = _checked(found)
+            made = checked(found)
             _send_missing(model, made)
             known = _known(model, [*dict(types)], sum(kind.shape[1] for _, kind in types))
             _move_thresholds(model, made, types, known)
             _compare(model, made, types, known)
             return made
-    raise CompileError(f"{type(model).__name__} cannot be converted: {_first_line(problems[0])}")
+    raise CompileError(f"{type(model).__name__} cannot be converted: {first_line(problems[0])}")
 
 
 def _not_converted(part: Any) -> str:
@@ -135,9 +132,7 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
         if [tree.node_count for tree in own.values()] != [*sizes.values()]:
             continue
         del trees[: len(own)]
-        left: dict[int, Any] = {
-            number: getattr(tree, "missing_go_to_left", None) for number, tree in own.items()
-        }
+        left: Any = {n: getattr(tree, "missing_go_to_left", None) for n, tree in own.items()}
         if any(one is None for one in left.values()):
             return
         tracks = given.get("nodes_missing_value_tracks_true")
@@ -183,14 +178,14 @@ def _move_thresholds(model: Any, made: onnx.ModelProto, types: _Types, known: _K
 def _made_up(types: _Types, least: int, most: int) -> Any:
     """Return rows of numbers of all sizes between two powers of ten."""
     random, wide = np.random.default_rng(0), sum(kind.shape[1] for _, kind in types)
-    return random.standard_normal((_ROWS, wide)) * 10.0 ** random.integers(least, most, (_ROWS, 1))
+    return random.standard_normal((ROWS, wide)) * 10.0 ** random.integers(least, most, (ROWS, 1))
 
 
 def _fed(types: _Types, rows: Any, known: _Known) -> dict[str, Any]:
     """Return rows as inputs, in which columns have values that they were fitted on, where known."""
     cells, random = rows.astype(np.float32).astype(object), np.random.default_rng(0)
     for place, values in known.items():
-        cells[:, place] = values[random.integers(0, len(values), _ROWS)]
+        cells[:, place] = values[random.integers(0, len(values), ROWS)]
     columns = np.split(cells, np.cumsum([kind.shape[1] for _, kind in types])[:-1], axis=1)
     dtypes = [_DTYPES.get(type(kind).__name__, object) for _, kind in types]
     return {n: own.astype(d) for (n, _), own, d in zip(types, columns, dtypes, strict=True)}
@@ -198,30 +193,30 @@ def _fed(types: _Types, rows: Any, known: _Known) -> dict[str, Any]:
 
 def session_of(made: onnx.ModelProto) -> Any:
     """Return what runs a model, on a CPU."""
-    import onnxruntime
+    import onnxruntime as ort
 
-    return onnxruntime.InferenceSession(made.SerializeToString(), providers=[_CPU])
+    return ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def _compare(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) -> None:
     """Refuse what answers otherwise than the model: converters pass over what they do not know.
 
     On what its encoders were fitted on, and made-up numbers, and apart from these on missing ones.
-    Of what does not take them nothing is compared, and it is refused where it takes texts.
+    What takes none of them, so that nothing is compared, is refused.
     """
     session, table = session_of(made), _made_up(types, 0, 4)
-    table[: _ROWS // 2] = np.rint(table[: _ROWS // 2])
+    table[: ROWS // 2] = np.rint(table[: ROWS // 2])
     holes = np.where(np.random.default_rng(1).random(table.shape) < _MISSING, np.nan, table)
     kinds, compared = {type(kind).__name__ for _, kind in types}, False
-    # Some take no negative numbers.
-    for rows in (table, holes if kinds == {"FloatTensorType"} else np.abs(table) + 1):
+    reals = kinds == {"FloatTensorType"}
+    for rows in (table, np.abs(table) + 1, *[holes] * reals):  # some take none below nought
         expected, feeds = list[Any](), dict[str, Any]()
         with warnings.catch_warnings(), suppress(Exception):  # a model need not take these
             warnings.simplefilter("ignore")
             feeds = _fed(types, rows, known)
             # In double precision, as most are fitted, and in which they may scale their columns.
             given = {n: a.astype(float) if a.dtype == np.float32 else a for n, a in feeds.items()}
-            expected = [np.asarray(a).reshape(_ROWS, -1) for a in _predicted(model, given)]
+            expected = [np.asarray(a).reshape(ROWS, -1) for a in _predicted(model, given)]
         if not expected:
             continue
         compared = True
@@ -230,13 +225,14 @@ def _compare(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) ->
             found = session.run(None, feeds)
         # First what it predicts, where it is not torn, and at last how sure it is.
         torn = [_torn(expected[-1]) if len(expected) > 1 else False, False]
-        if not found or not all(map(_is_same, expected, (found[0], found[-1]), torn)):
+        if not found or not all(map(is_same, expected, (found[0], found[-1]), torn)):
             kind = f"{type(model).__name__} with these parameters"
             raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
-    if "StringTensorType" in kinds and not compared:  # which converters often take otherwise
-        if not find_spec("pandas"):
-            raise EnvironmentProblem("pandas is needed to compare texts: pip install pandas")
-        raise CompileError(f"{type(model).__name__} takes no made-up texts to be compared on")
+    if not compared:
+        what = "texts" if "StringTensorType" in kinds else "numbers"
+        if not find_spec("pandas") and (len(types) > 1 or what == "texts"):
+            raise EnvironmentProblem(f"pandas is needed to compare {what}: pip install pandas")
+        raise CompileError(f"{type(model).__name__} takes no made-up {what} to be compared on")
 
 
 def _known(model: Any, names: Sequence[str], width: int) -> dict[int, Any]:
@@ -276,7 +272,7 @@ def _told(part: Any, count: int) -> list[Any]:
         return []
     random = np.random.default_rng(1)
     made = list[str]()
-    for _ in range(_ROWS):  # of few, so that some come again, also with what is no word between
+    for _ in range(ROWS):  # of few, so that some come again, also with what is no word between
         text = " ".join(" ".join(random.choice(random.choice(words, 3), 6)).split())
         made.append(f"{text} {text.replace(' ', ' a ')}")
     return [np.array(made, object)]
@@ -291,7 +287,7 @@ def _predicted(model: Any, feeds: Mapping[str, Any]) -> list[Any]:
         table = pd.DataFrame({name: column[:, 0] for name, column in feeds.items()})
     elif table.dtype == object and any(hasattr(part, "vocabulary_") for part in _parts(model)):
         table = table[:, 0]  # texts, one after the other
-    if not hasattr(model, "predict") and any(own.dtype == object for own in feeds.values()):
+    if not hasattr(model, "predict"):
         made = model.transform(table)
         return [made.toarray() if hasattr(made, "toarray") else made]
     how = (model.predict, getattr(model, "predict_proba", None))
@@ -306,19 +302,19 @@ def _torn(scores: Any) -> Any:
     return best - second < _TORN
 
 
-def _is_same(expected: Any, found: Any, torn: Any) -> bool:
+def is_same(expected: Any, found: Any, torn: Any = 0) -> bool:
     """Return whether nearly all rows are, or are torn; what is no number is compared as it is."""
-    first, second = expected, np.asarray(found).reshape(_ROWS, -1)
+    first, second = expected, np.asarray(found).reshape(ROWS, -1)
     first, second = (a.astype(int) if a.dtype == bool else a for a in (first, second))
     if first.shape != second.shape:
         return True  # decisions, where the graph has probabilities
     if first.dtype.kind == second.dtype.kind == "f":
         with np.errstate(over="ignore"):  # what is infinite in single precision is so
             first = first.astype(second.dtype)
-    texts = {first.dtype.kind, second.dtype.kind} & set("OSU")
-    same = (
-        first.astype(str) == second.astype(str) if texts else np.isclose(second, first, 1e-3, 1e-4)
-    )
+    if {first.dtype.kind, second.dtype.kind} & set("OSU"):
+        same = first.astype(str) == second.astype(str)
+    else:
+        same = np.isclose(second, first, 1e-3, 1e-4, equal_nan=True)
     return bool((same.all(axis=1) | torn).mean() >= _SAME)
 
 
@@ -393,7 +389,12 @@ def _asks_for_names(model: Any) -> bool:
     return any(isinstance(part, ColumnTransformer) for part in _parts(model))
 
 
-def _checked(found: Any) -> onnx.ModelProto:
+def checked(found: Any) -> onnx.ModelProto:
+    """Return what a converter gave.
+
+    Raises:
+        CompileError: It is no model.
+    """
     if not isinstance(found, onnx.ModelProto):
         raise CompileError(f"the converter gave a {type(found).__name__}")
     for node in found.graph.node:
@@ -402,5 +403,6 @@ def _checked(found: Any) -> onnx.ModelProto:
     return found
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

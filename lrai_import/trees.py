@@ -12,12 +12,10 @@ import onnx
 import onnx.helper
 
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec
-from lrai_import.sklearn import FEATURES, session_of, width
+from lrai_import.sklearn import FEATURES, ROWS, checked, first_line, is_same, session_of, width
 
 _OPSET = 15  # what the converters write; the importer of ONNX brings it to 17
 _OPERATORS: Final = {"lightgbm": "LightGbm", "xgboost": "XGBoost"}
-_ROWS: Final = 256  # on which what they wrote is compared with the model
-_SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
 
 
 def convert_lightgbm(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
@@ -114,12 +112,10 @@ def _convert(
     name = inputs[0].name if len(inputs) == 1 and inputs[0].name else FEATURES
     types = [(name, FloatTensorType([None, features]))]
     try:
-        found = converter(model, initial_types=types, target_opset=_OPSET, **options)
+        found = checked(converter(model, initial_types=types, target_opset=_OPSET, **options))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        why = (str(error) or type(error).__name__)[:300]
-        raise CompileError(f"{type(model).__name__} cannot be converted: {why}") from None
-    if not isinstance(found, onnx.ModelProto):
-        raise CompileError(f"the converter gave a {type(found).__name__}")
+        why = f"{type(model).__name__} cannot be converted: {first_line(error)}"
+        raise CompileError(why) from None
     if not any(opset.domain == "" for opset in found.opset_import):  # where it uses none of it
         found.opset_import.append(onnx.helper.make_opsetid("", _OPSET))
     _compare(model, found, features)
@@ -132,31 +128,28 @@ def _compare(model: Any, made: onnx.ModelProto, features: int) -> None:
     The rows are whole numbers of all sizes, since a category is one, and zeros and missing values.
     """
     random = np.random.default_rng(0)
-    rows = random.standard_normal((_ROWS, features)) * 10.0 ** random.integers(0, 4, (_ROWS, 1))
+    rows = random.standard_normal((ROWS, features)) * 10.0 ** random.integers(0, 4, (ROWS, 1))
     rows = np.rint(rows).astype(np.float32)
     rows[random.random(rows.shape) < 0.05] = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns that had names
-        expected = np.asarray(_predicted(model, rows), np.float64).reshape(_ROWS, -1)
+        expected = np.asarray(_predicted(model, rows), np.float64).reshape(ROWS, -1)
     session = session_of(made)
     *_, scores = session.run(None, {session.get_inputs()[0].name: rows})
-    found = np.asarray(scores, np.float64).reshape(_ROWS, -1)
+    found = np.asarray(scores, np.float64).reshape(ROWS, -1)
     if (expected.shape[1], found.shape[1]) == (1, 2):  # a booster tells of one class only
         found = found[:, 1:]
-    same = expected.shape == found.shape and np.isclose(found, expected, 1e-3, 1e-4).all(axis=1)
-    if np.mean(same) < _SAME:
+    if expected.shape != found.shape or not is_same(expected, found):
         kind = f"{type(model).__name__} with these parameters"
         raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
 
 
 def _predicted(model: Any, rows: Any) -> Any:
-    if hasattr(model, "predict_proba"):
-        return model.predict_proba(rows)
     if type(model).__module__.startswith("xgboost") and type(model).__name__ == "Booster":
         import xgboost
 
         rows = xgboost.DMatrix(rows)
-    return model.predict(rows)
+    return getattr(model, "predict_proba", model.predict)(rows)
 
 
 def _features(model: Any) -> int:

@@ -452,6 +452,35 @@ def test_columns_beside_texts_may_have_to_be_above_nought() -> None:
     np.testing.assert_array_equal(session.run(None, feeds)[0], model.predict(table))
 
 
+def test_numbers_that_have_to_be_above_nought_are_compared_too() -> None:
+    rows, steps = np.abs(ROWS) + 1, PowerTransformer(method="box-cox")
+    two = make_pipeline(steps, xgboost.XGBRegressor(**QUICK)).fit(rows, np.c_[VALUES, -VALUES])
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(two, [])
+    convert_sklearn(make_pipeline(steps, LogisticRegression()).fit(rows, CLASSES), [])
+
+
+def test_what_makes_numbers_of_numbers_is_compared_too() -> None:
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert_sklearn(PowerTransformer().fit(ROWS), [])  # of missing ones
+    model = StandardScaler().fit(ROWS)
+    session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: HOLES})
+    np.testing.assert_allclose(found, model.transform(HOLES), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_of_numbers_that_cannot_be_compared_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(table: Any) -> Any:
+        raise ValueError(table)
+
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(ROWS, CLASSES)
+    monkeypatch.setattr(model, "predict", refuse)
+    with pytest.raises(CompileError, match="Pipeline takes no made-up numbers to be compared on"):
+        convert_sklearn(model, [])
+
+
 def test_columns_of_texts_are_not_compared_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ColumnTransformer([("a", CountVectorizer(), "text")])
     table = pd.DataFrame({"text": TEXTS})
