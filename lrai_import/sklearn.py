@@ -313,8 +313,9 @@ def is_same(expected: Any, found: Any, torn: Any = 0) -> bool:
             first = first.astype(second.dtype)
     if {first.dtype.kind, second.dtype.kind} & set("OSU"):
         same = first.astype(str) == second.astype(str)
-    else:
-        same = np.isclose(second, first, 1e-3, 1e-4, equal_nan=True)
+    else:  # what is small is told by its own size
+        size = min(1.0, np.abs(first).max(initial=1e-6, where=np.isfinite(first)))
+        same = np.isclose(second, first, 1e-3, 1e-4 * size, equal_nan=True)
     return bool((same.all(axis=1) | torn).mean() >= _SAME)
 
 

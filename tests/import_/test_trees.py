@@ -150,6 +150,21 @@ def test_what_the_converter_gets_wrong_is_refused(convert: Any, model: Any) -> N
         convert(model(), [])
 
 
+def test_what_is_small_is_compared_by_its_own_size() -> None:
+    values = np.stack([VALUES, -VALUES], 1) * 1e-5  # of two columns, which the converter mixes up
+    model = xgb(xgboost.XGBRegressor, values, base_score=0.0)
+    for convert, trained in (
+        (convert_xgboost, model),
+        (convert_sklearn, make_pipeline(StandardScaler(), model).fit(ROWS, values)),
+    ):
+        with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+            convert(trained, [])
+    small = xgb(xgboost.XGBRegressor, VALUES * 1e-5, base_score=0.0)
+    session = onnxruntime.InferenceSession(convert_xgboost(small, []).SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: ROWS})
+    np.testing.assert_allclose(found[:, 0], small.predict(ROWS), rtol=1e-4, atol=1e-9)
+
+
 HOLES = np.where(RANDOM.random(ROWS.shape) < 0.2, np.nan, ROWS).astype(np.float32)
 FOREST = RandomForestClassifier(n_estimators=3, random_state=0)
 
