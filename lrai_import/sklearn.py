@@ -19,7 +19,7 @@ OPSET: Final = {"": 17, "ai.onnx.ml": 3}
 FEATURES: Final = "features"
 ROWS: Final = 256  # on which what was made is compared with the model
 _SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
-_INTS: Final = onnx.AttributeProto.INTS
+_INTS, _INT64 = onnx.AttributeProto.INTS, onnx.TensorProto.INT64
 _FAULTS: Final = (
     *(RuntimeError, ValueError, TypeError, NameError, AssertionError),
     *(AttributeError, LookupError),
@@ -86,6 +86,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             problems.append(error)
         else:
             made = checked(found)
+            _guard(made)
             _send_missing(model, made)
             known = _known(model, [*dict(types)], sum(kind.shape[1] for _, kind in types))
             _move_thresholds(model, made, types, known)
@@ -140,6 +141,23 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
             tracks = node.attribute.add(name="nodes_missing_value_tracks_true", type=_INTS)
         pairs = zip(numbers, nodes, strict=True)
         tracks.ints[:] = [int(left[number][at]) for number, at in pairs]
+
+
+def _guard(made: onnx.ModelProto) -> None:
+    """Have encoders fail at a category that they do not know, as the model does.
+
+    Their converter has them say -1. Here they look it up behind the end of a table.
+    """
+    for at, node in reversed([*enumerate(made.graph.node)]):
+        places = [i for one in node.attribute if one.name == "values_int64s" for i in one.ints]
+        if len(node.attribute) == 2 and places == [*range(len(places) or 1)]:  # without a default
+            name, count = node.output[0], len(places)
+            found, known = f"{name}_found", f"known_to_{name}"
+            node.output[0] = found
+            node.attribute.append(onnx.helper.make_attribute("default_int64", count))
+            made.graph.initializer.append(onnx.helper.make_tensor(known, _INT64, [count], places))
+            lookup = onnx.helper.make_node("Gather", [known, found], [name], known)
+            made.graph.node.insert(at + 1, lookup)
 
 
 def _move_thresholds(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) -> None:
@@ -208,8 +226,8 @@ def _compare(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) ->
     table[: ROWS // 2] = np.rint(table[: ROWS // 2])
     holes = np.where(np.random.default_rng(1).random(table.shape) < _MISSING, np.nan, table)
     kinds, compared = {type(kind).__name__ for _, kind in types}, False
-    reals = kinds == {"FloatTensorType"}
-    for rows in (table, np.abs(table) + 1, *[holes] * reals):  # some take none below nought
+    # Some take no negative numbers.
+    for rows in (table, np.abs(table) + 1, *[holes] * (kinds == {"FloatTensorType"})):
         expected, feeds = list[Any](), dict[str, Any]()
         with warnings.catch_warnings(), suppress(Exception):  # a model need not take these
             warnings.simplefilter("ignore")

@@ -153,7 +153,5 @@ def _predicted(model: Any, rows: Any) -> Any:
 
 
 def _features(model: Any) -> int:
-    for name in ("num_feature", "num_features"):  # of LightGBM and XGBoost
-        if callable(count := getattr(model, name, None)):
-            return int(count())
-    return int(model.n_features_in_)
+    count = getattr(model, "num_feature", getattr(model, "num_features", None))
+    return int(count() if callable(count) else model.n_features_in_)  # of LightGBM and XGBoost

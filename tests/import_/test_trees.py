@@ -646,6 +646,29 @@ def test_a_category_for_what_is_missing_is_refused(encoder: Any, column: list[An
         convert_sklearn(model, (TensorSpec(name="port", datatype=kind, shape=("n",)),))
 
 
+@pytest.mark.parametrize("column", [[*"abc"], [1.0, 2.0, 5.0]], ids=["texts", "numbers"])
+def test_a_category_that_an_encoder_does_not_know_is_no_answer(column: list[Any]) -> None:
+    """Nor is it to the model."""
+    table = pd.DataFrame({"kind": column * 100, "x": column[::-1] * 100})
+    datatype, dtype, new = ("BYTES", object, "q") if column[0] == "a" else ("FP32", np.float32, 9)
+    names = ["kind", "x"]
+    specs = tuple(TensorSpec(name=name, datatype=datatype, shape=("n",)) for name in names)
+    feeds = {name: np.array(table[[name]], dtype) for name in names}
+    unknown = feeds | {"x": np.full_like(feeds["x"], new)}
+    told = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
+    for encoder, refuses in ((OrdinalEncoder(), True), (told, False)):
+        steps = ColumnTransformer([("all", encoder, names)])
+        model = make_pipeline(steps, LogisticRegression()).fit(table, CLASSES)
+        session = onnxruntime.InferenceSession(convert_sklearn(model, specs).SerializeToString())
+        right = model.predict_proba(table)
+        np.testing.assert_allclose(session.run(None, feeds)[1], right, atol=1e-4)
+        if refuses:
+            with pytest.raises(Exception, match=r"known_to_.*out of data bounds"):
+                session.run(None, unknown)
+        else:
+            session.run(None, unknown)
+
+
 def test_without_a_signature_a_model_of_texts_says_what_it_lacks() -> None:
     model = make_pipeline(CountVectorizer(), LogisticRegression()).fit(TEXTS, [0, 1, 1, 0] * 10)
     with pytest.raises(CompileError, match="a signature is needed"):
