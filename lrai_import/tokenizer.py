@@ -145,7 +145,7 @@ def _ids(kind: str, vocab: Any, added: dict[str, Any], name: str) -> dict[str, i
     if any(not word or (kind == "WordPiece" and {*"\n\r"} & {*word}) for word in vocabulary):
         raise CompileError(f"{name}: a word of its vocabulary is empty or has a line break")
     for word, token in sorted(added.items()):
-        if word not in vocabulary if kind == "WordPiece" else not token.get("special"):
+        if not token.get("special") or (kind == "WordPiece" and word not in vocabulary):
             raise CompileError(f"{name} adds {word[:60]!r}, not in its vocabulary or not special")
     return ids
 

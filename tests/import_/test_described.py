@@ -248,6 +248,10 @@ def test_what_does_not_fit_is_refused_by_name(picture: Path, rest: str, says: st
             "is Unigram after Precompiled and Metaspace; what can be part of a graph is WordPiece",
         ),
         (tokenizer(WORDS, added_tokens=[{"content": "[X]"}]), "adds '[X]', not in its"),
+        (
+            tokenizer(WORDS, added_tokens=[{"content": WORDS[-1], "special": False}]),
+            f"adds {WORDS[-1]!r}, not in its vocabulary or not special",  # found whole, also within
+        ),
         (b"[" * 5_000, "no tokenizer.json"),
     ],
 )
