@@ -141,7 +141,7 @@ def test_what_is_gone_is_loaded_again_where_its_state_is_asked_for(artifact: lra
     assert state_after_loading(held) in {"ok", "idle"}
     aside = artifact.path.rename(artifact.path.with_suffix(".aside"))
     held.runtime.unload("m")
-    assert held.kept_state() == "stalled"
+    assert held.kept_state() in {"stalled", "dead"}  # where it is tried at once, it may have failed
     assert state_after_loading(held) == "dead"
     aside.rename(artifact.path)
     deadline = time.monotonic() + 30
