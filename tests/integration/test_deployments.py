@@ -527,6 +527,9 @@ def test_a_canary_that_fails_is_taken_back_and_the_deployment_frozen(
     with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)) as runtime:
         become("well")
         runtime.load(small[3.0], name="m", share=0.25)
+        ask(runtime, model_version=version(small[2.0]))
+        # Once that was written, however slow the disk: who judges canaries waits for it.
+        wait_until((tmp_path / "state/traffic/m/sketch.json").is_file)
         become("refuse")
         for _ in range(600):
             try:
