@@ -256,15 +256,20 @@ def test_a_version_that_does_not_meet_its_requirements_is_not_switched_to(
         assert ask(runtime) == 2.0
 
 
-def test_of_two_changes_of_a_name_at_once_one_is_refused(small: dict[float, Path]) -> None:
-    refused = list[str]()
+def test_of_two_changes_of_a_name_at_once_one_is_refused(
+    small: dict[float, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, go_on = list[str](), threading.Event()
 
     def swap(times: float) -> None:
         try:
             runtime.swap("m", small[times])
         except lrai.UsageError as error:
             refused.append(str(error))
+            go_on.set()
 
+    # The first one is under way until there was a second one.
+    monkeypatch.setattr("lrai_deployments.deployments.warm_up", lambda *_: go_on.wait(60))
     with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
         threads = [threading.Thread(target=swap, args=(times,)) for times in (3.0, 4.0)]
         for thread in threads:
