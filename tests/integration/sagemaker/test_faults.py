@@ -161,7 +161,7 @@ def test_a_container_takes_its_model_out_of_a_runtime_that_goes_on(
         assert len(runtime.models()) == 1
         assert one.post(BODY).status == 200
         assert one.stop() == 0
-        assert runtime.models() == []
+        wait_until(lambda: runtime.models() == [])  # for which it waits no longer than it may
 
 
 def test_a_runtime_that_hangs_makes_ping_false_in_time(
