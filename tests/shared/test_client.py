@@ -445,7 +445,7 @@ def test_a_daemon_that_does_not_answer_is_waited_for_until_the_deadline(
 def test_without_a_timeout_the_daemon_knows_it_and_the_default_one_ends_the_wait(
     daemon: Daemon, parent: Path
 ) -> None:
-    attached = attach(daemon, parent, **{"scheduler.default_timeout_ms": 100})
+    attached = attach(daemon, parent, **{"scheduler.default_timeout_ms": 1000})
     answer = attached.start(request())
     (item,) = daemon.take(1)
     assert item.timeout_ms is None
@@ -712,7 +712,7 @@ def test_what_is_cancelled_or_late_keeps_its_block_until_the_daemon_has_read_it(
 ) -> None:
     monkeypatch.setattr(client, "_GRACE_SECONDS", 0.1)
     cancelled = sharing.start(request(inputs={"x": LARGE}))
-    late = sharing.start(request(inputs={"x": LARGE}, timeout_ms=50))
+    late = sharing.start(request(inputs={"x": LARGE}, timeout_ms=1000))
     items = daemon.take(2)
     assert cancelled.cancel()
     with pytest.raises(lrai.DeadlineExceeded):
