@@ -1396,9 +1396,9 @@ def test_many_threads_get_their_own_answer_or_one_error_each(
     scheduler = Scheduler(SchedulerConfig(), PromptWorkers(failing), events)
     scheduler.add("m", [Replica("m", PROFILE)], SchedulerConfig())
     scheduler.start()
-    ends: Counter[str] = Counter()
 
-    def caller(_: int) -> None:
+    def caller(_: int) -> Counter[str]:
+        ends: Counter[str] = Counter()
         for _ in range(40):
             one = request()
             try:
@@ -1408,9 +1408,10 @@ def test_many_threads_get_their_own_answer_or_one_error_each(
             else:
                 assert answer[0][0, 0] == 2 * number(one)
                 ends["answered"] += 1
+        return ends
 
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(caller, range(8)))
+        ends = sum(threads.map(caller, range(8)), Counter[str]())
     assert scheduler.drain(10)
     scheduler.close()
     counts = events.counts()
