@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 
 import lrai_core as lrai
+from lrai_shared.client import Attached
 from tests.core import small_artifact
 from tests.integration.test_runtime_faults import config, counted, pid_of, wait_until
 from tests.integration.test_shared_runtime import daemon_with, expected, folder, request, session
@@ -116,8 +117,16 @@ def test_a_line_that_breaks_and_heals_runs_no_request_twice_and_loses_none(
         with behind_a_proxy(folder, classifier_fp32) as (proxy, runtime):
             before = [runtime.submit(request(i)) for i in range(20)]
             wait_until(lambda: direct.stats().get("request_answered", 0) == 20)
+            client = runtime._backend
+            assert isinstance(client, Attached)
+            wait_until(lambda: not (client._asked or client._greeted))
+            # No sign of life between those that pile up: it would begin a session, in which those
+            # behind it run before this client knows of it, and sends them once more.
+            client._greeted = True
             proxy.cut()
             during = [runtime.submit(request(i)) for i in range(20, 40)]
+            wait_until(lambda: len(client._on_wire) == 20)
+            client._greeted = False
             time.sleep(seconds)
             assert direct.infer(request(1)).outputs["logits"].shape == (1, 10)
             proxy.heal()
