@@ -365,7 +365,8 @@ class Dying(ThreadingHTTPServer):
 
     Attributes:
         loads: How often that was asked for; the first one does not end.
-        begun: Set when it is.
+        looks: How often, at least, watches have asked which models there are.
+        begun: Set when the first load is asked for.
     """
 
     daemon_threads = True
@@ -373,6 +374,7 @@ class Dying(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answering)
         self.url, self.loads, self.loaded = f"http://127.0.0.1:{self.server_port}", 0, True
+        self.looks = 0
         self.begun, self.over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
 
@@ -402,6 +404,7 @@ class Answering(BaseHTTPRequestHandler):
         path = self.path.removeprefix("/v2/")
         if path == "repository/models/m/load":
             its.load()
+        its.looks += path == "repository/index"
         its.loaded = its.loaded and path != "repository/models/m/unload"
         listed, never = its.loaded or b"true" not in body, {"count": 0, "ns": 0}
         stats = {"version": "1", "inference_stats": {"success": never, "fail": never}}
@@ -445,9 +448,12 @@ def test_what_one_watch_reloads_another_leaves_alone_until_that_is_killed(
         server.begun.wait()
         with watching(server.url) as (_, said):
             assert next(said) == f"m is left to another watch of {server.url} until that ends"
+            seen = server.looks
+            while server.looks < seen + 20:
+                time.sleep(0.01)
+            assert server.loads == 1, "that of the first"
             first.kill()
             assert next(said) == "m is watched"
-            assert server.loads == 1, "that of the first"
             assert next(said) == "m: a watch was killed while it reloaded it; reloading it"
             assert next(said).startswith("m: reloaded in")
     assert server.loads == 2
