@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from typing import Any
 
 FAULT = sys.argv[1]
 TRACE = 'Traceback (most recent call last):\n  File "app.py", line 1'
@@ -89,6 +90,14 @@ def main() -> None:
     host = "127.0.0.1" if FAULT == "this machine only" else "0.0.0.0"  # noqa: S104
     kind = HTTPServer if FAULT == "ping waits" else ThreadingHTTPServer
     server = kind((host, port), Handler)
+    if FAULT == "none, but slow to accept":
+        accept = server.get_request
+
+        def late() -> Any:
+            time.sleep(0.2)
+            return accept()
+
+        server.get_request = late  # type: ignore[method-assign]
 
     def end(*_: object) -> None:
         if FAULT == "sigterm ignored":

@@ -143,6 +143,13 @@ def test_nothing_is_found_where_nothing_was_planted(tmp_path: Path) -> None:
         assert (status, said) == (0, "nothing that the platform would trip over\n")
 
 
+def test_requests_that_a_busy_container_accepts_late_are_not_taken_for_lost(tmp_path: Path) -> None:
+    (tmp_path / "row.json").write_text('{"x": 1}')
+    slow = [*PLANTED, "none, but slow to accept"]
+    status, said = check(tmp_path, "--payload", "row.json", *slow)
+    assert (status, said) == (0, "nothing that the platform would trip over\n")
+
+
 def test_nothing_is_found_in_ours(models: Path, tmp_path: Path, sockets: Path) -> None:
     many = tmp_path / "models"
     shutil.copytree(models / "tokens.lrai", many / "a" / "model.lrai")

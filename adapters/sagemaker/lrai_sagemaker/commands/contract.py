@@ -83,9 +83,16 @@ class Container:
             self._ends(self.process, grace_seconds)
         return self.found
 
-    def ask(self, method: str, path: str, body: Body = _NONE, seconds: float = 60) -> Answer:
-        """Return the answer to one request on a connection of its own."""
-        with closing(http.client.HTTPConnection(self.host, self.port, timeout=seconds)) as line:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Body = _NONE,
+        seconds: float = 60,
+        own: http.client.HTTPConnection | None = None,
+    ) -> Answer:
+        """Return the answer to one request on a connection of its own: `own`, if that is given."""
+        with closing(own or self._line(seconds)) as line:
             try:
                 line.request(method, path, body[0], {"Content-Type": body[1]} if body[1] else {})
                 reply = line.getresponse()
@@ -93,6 +100,9 @@ class Container:
             except (OSError, http.client.HTTPException) as error:
                 return Answer(0, str(error) or type(error).__name__)
         return Answer(reply.status, text, reply.headers.get("Content-Type", ""))
+
+    def _line(self, seconds: float = 60) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.host, self.port, timeout=seconds)
 
     def _note(self, where: str, found: str, wanted: str) -> None:
         self.found.append(Finding(where, " ".join(found.split())[:200], wanted))
@@ -200,6 +210,8 @@ class Container:
         count = _AT_A_TIME if self.payload[0] and not self.found and not self.model_url else 0
         with ThreadPoolExecutor(_AT_A_TIME) as callers:
             asked = self._several(callers, "/invocations", count)
+            if asked:  # who answers this has accepted what came before, however busy it is
+                self.ask("GET", "/ping", seconds=PING_SECONDS)
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(grace_seconds)
@@ -212,6 +224,10 @@ class Container:
             self._note("SIGTERM", f"{len(lost)} requests lost: {lost[0]}", "they are answered")
 
     def _several(self, pool: ThreadPoolExecutor, path: str, count: int) -> list[Future[Answer]]:
-        asked = [pool.submit(self.ask, "POST", path, self.payload) for _ in range(count)]
+        lines = [self._line() for _ in range(count)]
+        for line in lines:  # here: a thread may come to it late
+            with suppress(OSError):  # it tries again, and says why
+                line.connect()
+        asked = [pool.submit(self.ask, "POST", path, self.payload, own=line) for line in lines]
         time.sleep(0.5)  # they are on their way, and taken
         return asked
