@@ -487,7 +487,8 @@ class Attached:
                 joint += sum([size for _, _, size in places])
             self._outbox.popleft()
         if items or cancelled:
-            packer.send(self._socket, Requests(tuple(items), tuple(cancelled)))
+            requests = Requests(tuple(items), tuple(cancelled), self._session)
+            packer.send(self._socket, requests)
         return len(items) == _MOST_ITEMS or joint >= _MOST_JOINT
 
 

@@ -181,7 +181,7 @@ class Door(Pool):
         if client is None:
             return  # it attaches again, and sends again what it asked
         client.heard = now
-        if isinstance(message, Requests):
+        if isinstance(message, Requests) and message.session in ("", client.session):
             if len(message.items) > _MOST_ITEMS:
                 raise wire.BadFrames("more requests than a message has")
             for item in message.items:

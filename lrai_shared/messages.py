@@ -70,10 +70,17 @@ class Infer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Requests(msgspec.Struct, frozen=True, tag=True):
-    """From a client: what it asks since the last message, and what it no longer waits for."""
+    """From a client: what it asks since the last message, and what it no longer waits for.
+
+    Attributes:
+        items: What it asks.
+        cancelled: Keys.
+        session: That it knows of. What was sent in an earlier one comes again.
+    """
 
     items: tuple[Infer, ...]
     cancelled: tuple[int, ...] = ()
+    session: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):

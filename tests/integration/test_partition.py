@@ -120,13 +120,15 @@ def test_a_line_that_breaks_and_heals_runs_no_request_twice_and_loses_none(
             client = runtime._backend
             assert isinstance(client, Attached)
             wait_until(lambda: not (client._asked or client._greeted))
-            # No sign of life between those that pile up: it would begin a session, in which those
-            # behind it run before this client knows of it, and sends them once more.
-            client._greeted = True
+            client._greeted = True  # no sign of life goes out
             proxy.cut()
-            during = [runtime.submit(request(i)) for i in range(20, 40)]
-            wait_until(lambda: len(client._on_wire) == 20)
+            during = [runtime.submit(request(i)) for i in range(20, 30)]
+            wait_until(lambda: len(client._on_wire) == 10)
+            # Now one does. It may begin a session, of which those behind it know nothing.
             client._greeted = False
+            wait_until(lambda: client._greeted)
+            during += [runtime.submit(request(i)) for i in range(30, 40)]
+            wait_until(lambda: len(client._on_wire) == 20)
             time.sleep(seconds)
             assert direct.infer(request(1)).outputs["logits"].shape == (1, 10)
             proxy.heal()
