@@ -37,6 +37,26 @@ _PLAIN: Final = {"lightgbm": "lightgbm.basic.Booster", "xgboost": "xgboost.core.
 _DATA: Final = {"sklearn": "pickled_model", "pytorch": "model_data"}  # data of others
 _NO_PICKLE: Final = "pickle_module_info.txt"  # in a folder of PyTorch's
 _PICKLES: Final = (".pkl", ".pickle", ".pth", ".pt", ".pt2", ".joblib", ".cloudpickle")
+# By the whole name what skops does not trust by itself, and does nothing but hold what was fitted:
+# a module may hold a function of another one, which runs programs.
+_TRUSTED: Final = frozenset((
+    "collections.OrderedDict", "lightgbm.basic.Booster", "lightgbm.sklearn.LGBMClassifier",
+    "lightgbm.sklearn.LGBMModel", "lightgbm.sklearn.LGBMRanker", "lightgbm.sklearn.LGBMRegressor",
+    "numpy.dtype", "sklearn._loss.loss.HalfTweedieLossIdentity",
+    "sklearn.calibration._CalibratedClassifier", "sklearn.calibration._SigmoidCalibration",
+    "sklearn.cluster._bisect_k_means._BisectingTree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    "sklearn.feature_selection._univariate_selection.f_classif",
+    "sklearn.gaussian_process._gpc._BinaryGaussianProcessClassifierLaplace",
+    "sklearn.gaussian_process.kernels.ConstantKernel", "sklearn.gaussian_process.kernels.Product",
+    "sklearn.gaussian_process.kernels.RBF", "sklearn.gaussian_process.kernels.Sum",
+    "sklearn.gaussian_process.kernels.WhiteKernel",
+    "sklearn.metrics._dist_metrics.EuclideanDistance64", "sklearn.neighbors._ball_tree.BallTree",
+    "sklearn.neighbors._kd_tree.KDTree",
+    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
+    "sklearn.tree._tree.Tree",
+))  # fmt: skip
 _NO_TENSORS: Final = (DataType.binary, DataType.datetime)  # of the types of columns
 
 
@@ -118,7 +138,7 @@ def runs_code(folder: Path, flavor: str, configuration: dict[str, Any]) -> str:
     if as_sklearn and not skops_is_safe(installed_version("skops")):
         return "it is of skops, which below 0.13 may run code"
     trusted = configuration.get("skops_trusted_types") or ()
-    if any(str(name).split(".")[0] not in (flavor, "collections") for name in trusted):
+    if any(str(name) not in _TRUSTED for name in trusted):
         return f"it names types that skops is to trust: {', '.join(map(str, trusted))[:200]}"
     if made_of.split(".", maxsplit=1)[0] != flavor:
         return f"it is to be loaded as a {made_of[:100]}"

@@ -31,6 +31,15 @@ from lrai_import.sklearn import width
             "types that skops is to trust: os.system",
         ),
         (
+            "sklearn",  # which imports that, and skops calls what it takes for the class of a list
+            {
+                "serialization_format": "skops",
+                "skops_trusted_types": ["sklearn.utils._testing.check_output"],
+            },
+            ["model.skops"],
+            "types that skops is to trust: sklearn.utils._testing.check_output",
+        ),
+        (
             "lightgbm",
             {"skops_trusted_types": ["lightgbm.basic.Booster", "collections.OrderedDict"]},
             ["model.skops"],

@@ -256,6 +256,19 @@ def test_a_model_without_a_signature_takes_tables_as_before() -> None:
         assert list(answer["label"]) == model.predict(TABLE).tolist()
 
 
+def test_an_example_that_lies_outside_of_the_model_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("[1.0]")
+    folder, example = tmp_path / "model", TABLE[:1]
+    options: dict[str, Any] = {"serialization_format": "skops", "pip_requirements": ["numpy"]}
+    mlflow.sklearn.save_model(pipeline(), folder, input_example=example, **options)
+    description = (folder / "MLmodel").read_text()
+    assert "artifact_path: input_example.json" in description
+    outside = description.replace("input_example.json", "../secret.json", 1)
+    (folder / "MLmodel").write_text(outside)
+    with pytest.raises(MlflowException, match="example lies outside of it"):
+        lrai_mlflow.convert(folder, threads=1)
+
+
 @pytest.mark.parametrize("kind", ["sklearn", "xgboost", "xgboost booster"])
 def test_without_a_signature_columns_go_by_the_names_that_a_model_was_fitted_with(
     kind: str,

@@ -81,6 +81,9 @@ def convert(
         folder = Path(_download_artifact_from_uri(str(model_uri), output_path=str(to)))
         model = Model.load(str(folder))
         carried = model.metadata or {}
+        told = str((model.saved_input_example_info or {}).get("artifact_path", ""))
+        if not (folder / told).resolve().is_relative_to(folder.resolve()):  # it would be published
+            raise lrai.ArtifactError("the model's example lies outside of it")
         example = model.load_input_example(str(folder))  # before the work, for it may not be there
         registered = registered_model_name or _registered(str(model_uri))
         called = name or re.sub(r"[/:.%\"']", "_", registered or "model")  # not all is allowed
