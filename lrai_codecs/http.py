@@ -32,6 +32,7 @@ _JSON_SIZE: Final = "json-header-size="
 # What is compressed more than so many times is no data of a model; little of it does no harm.
 _MOST_TIMES, _PLAIN_BYTES = 100, 4 << 20
 _LOOK_SECONDS: Final = 0.02  # until somebody looks whether the caller is still there
+_OBJECT_BYTES: Final = 64
 _THREAD_ABOVE_BYTES: Final = 1 << 18  # parsing that takes milliseconds must not hold the event loop
 
 
@@ -193,6 +194,7 @@ async def respond(
     inputs: Sequence[TensorSpec],
     headers: Mapping[str, str],
     body: bytes,
+    took: Callable[[int], None] = lambda _: None,
 ) -> Reply:
     """Return the answer to a body that was read: decoded, inferred, encoded.
 
@@ -201,6 +203,7 @@ async def respond(
         inputs: What the model declares.
         headers: By name in lower case.
         body: See `read`.
+        took: Likewise; told what a large body may take while it is parsed.
 
     Raises:
         LraiError: The request cannot be answered; `failure` says it in HTTP.
@@ -218,7 +221,10 @@ async def respond(
 
     # One of CSV may wait for others: the longest field is a setting of the process.
     large = len(body) > _THREAD_ABOVE_BYTES or kind.lower().startswith("text/csv")
+    if large and length is None:  # of lists and lines each is an object
+        took(len(body) + _OBJECT_BYTES * sum(map(body.count, (b"[", b"{", b"\n"))))
     request, form = await _aside(parsed) if large else parsed()
+    took(len(body))
     response = await infer(request)
 
     def written() -> tuple[bytes, dict[str, str]]:

@@ -342,3 +342,16 @@ def test_a_cancelled_request_counts_until_its_thread_lets_go_of_it(
             took(900)
 
     asyncio.run(cancel())
+
+
+def test_what_a_body_may_become_takes_room_while_it_is_parsed() -> None:
+    """Each of many small lists takes twenty times of what it takes as text."""
+    told = list[int]()
+
+    async def none(_: InferenceRequest) -> InferenceResponse:
+        raise NotReady("it is asked nothing")
+
+    body = b'{"instances": [' + b"[1, 2, 3]," * 100_000 + b"[1, 2, 3]]}"
+    with pytest.raises(NotReady):
+        asyncio.run(respond(none, [X], {"content-type": "application/json"}, body, told.append))
+    assert told == [len(body) + 64 * 100_003, len(body)]

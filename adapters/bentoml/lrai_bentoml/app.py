@@ -53,7 +53,7 @@ def asgi_app(*runners: Runner, limit_bytes: int = 0) -> Starlette:
         (runner, serving), headers = await named(request), dict(request.headers)
         with room.held() as took:
             body = await read(request.stream(), headers, limit_bytes, took)
-            return await respond(runner.ask, serving.signature.inputs, headers, body)
+            return await respond(runner.ask, serving.signature.inputs, headers, body, took)
 
     async def model(request: Request) -> Reply:
         _, serving = await named(request)

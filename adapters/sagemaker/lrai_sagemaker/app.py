@@ -164,7 +164,7 @@ class Endpoint:
         try:
             with self._room.held() as took:
                 body = await self._read(request, self._most_bytes, took)
-                answer = respond(infer, named.signature.inputs, headers, body)
+                answer = respond(infer, named.signature.inputs, headers, body, took)
                 response = _sent(await unless_gone(request.receive, answer))
         except lrai.ModelNotFound:  # whose words name other models
             raise gone from None
