@@ -248,9 +248,9 @@ def _from_file(file: Path | None) -> list[tuple[str, Mapping[str, Any]]]:
         if not isinstance(content, dict):
             raise UsageError(f"{found}: {shorten(section)!r} stands outside a section")
         flat |= {f"{section}.{name}": value for name, value in content.items()}
-    if file is None and "actor.python" in flat:
-        why = "sets actor.python, which would run a program that the working folder names"
-        where = "set it where you name the file, in LRAI_ACTOR_PYTHON or in code"
+    if file is None and ("actor.python" in flat or "://" in str(flat.get("runtime.address"))):
+        why = "names a program to run, or another machine to ask, which a working folder must not"
+        where = "set it where you name the file, in the environment or in code"
         raise UsageError(f"{found} {why}; {where}")
     return [(found.name, flat)]
 

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import BinaryIO, Final
@@ -92,7 +93,9 @@ def _as_before(folder: Path, config: lrai.LraiConfig) -> tuple[lrai.LraiConfig, 
     """Return the settings of the daemon that was killed there, so that the next one has them."""
     with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError):
         content = (folder / SETTINGS).read_bytes()
-        return msgspec.msgpack.decode(content, type=tuple[lrai.LraiConfig, str])
+        before, stay = msgspec.msgpack.decode(content, type=tuple[lrai.LraiConfig, str])
+        # What programs run is not for a folder to say, which may have been unpacked here.
+        return replace(before, actor=replace(before.actor, python=config.actor.python)), stay
     return config, "end"
 
 

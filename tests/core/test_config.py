@@ -224,8 +224,11 @@ def test_cpus_are_no_more_than_the_quota_of_the_cgroup(
 
 
 def test_the_working_folder_cannot_choose_a_program_to_run() -> None:
+    Path("lrai.toml").write_text('[runtime]\naddress = "tcp://10.0.0.9:7000?keys=k"\n')
+    with pytest.raises(UsageError, match=r"lrai\.toml names a .* another machine to ask"):
+        load_config(environ={})
     Path("lrai.toml").write_text('[actor]\npython = "./mine"\n')
-    with pytest.raises(UsageError, match=r"lrai\.toml sets actor\.python"):
+    with pytest.raises(UsageError, match=r"lrai\.toml names a program to run"):
         load_config(environ={})
     assert load_config(environ={}, file=Path("lrai.toml")).actor.python == "./mine"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 import lrai_core as lrai
@@ -100,6 +101,21 @@ def test_a_folder_that_is_gone_is_made_again_for_a_daemon(
     monkeypatch.setattr(starting, "Popen", lambda *_, **__: daemon)
     start_daemon(folder, lrai.load_config(environ={}))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_does_not_say_what_program_actors_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been unpacked here, with settings of a daemon that never was."""
+    left = lrai.load_config(environ={}, call={"actor.python": "./evil", "actor.threads": 3})
+    (tmp_path / starting.SETTINGS).write_bytes(msgspec.msgpack.encode((left, "stay")))
+    tmp_path.chmod(0o700)
+    pipe = io.BytesIO()
+    monkeypatch.setattr(pipe, "close", lambda: None)
+    monkeypatch.setattr(starting, "Popen", lambda *_, **__: SimpleNamespace(stdin=pipe))
+    start_daemon(tmp_path, lrai.load_config(environ={}))
+    given = msgspec.msgpack.decode(pipe.getvalue(), type=lrai.LraiConfig)
+    assert (given.actor.python, given.actor.threads) == ("", 3)
 
 
 def test_a_long_log_is_begun_anew(tmp_path: Path) -> None:
