@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import io
 import json
@@ -105,7 +106,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
         (member("link", tarfile.LNKTYPE, "../x"), "'link', no file"),
         (member("pipe", tarfile.FIFOTYPE), "'pipe', no file"),
         (member("disk", tarfile.BLKTYPE), "'disk', no file"),
-        (member("large", size=1 << 50), "too much for this disk"),
+        (member("large", size=1 << 50), "too much, for this disk or its size"),
         (member("short", size=100_000), "no whole and safe tar"),
         (member("long", tarfile.XHDTYPE, size=1 << 30), "an attribute has 1073741824 bytes"),
         (member("long", tarfile.GNUTYPE_LONGNAME, size=1 << 30), "an attribute has"),
@@ -143,6 +144,20 @@ def test_a_tar_of_very_many_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     with pytest.raises(lrai.ArtifactError, match="too much"):
         unpacked(tmp_path, tmp_path / "scratch")
+
+
+def test_a_tar_that_holds_much_more_than_it_takes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "_PLAIN_BYTES", 1 << 16)
+    (tmp_path / "scratch").mkdir()
+    for extent, told in ((1 << 16, None), (1 << 22, "too much, for this disk or its size")):
+        entry = tarfile.TarInfo("zeros")
+        entry.size = extent
+        with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
+            archive.addfile(entry, io.BytesIO(bytes(extent)))
+        with pytest.raises(lrai.ArtifactError, match=told) if told else contextlib.nullcontext():
+            unpacked(tmp_path, tmp_path / "scratch")
 
 
 def test_only_a_folder_with_nothing_but_a_tar_is_unpacked(

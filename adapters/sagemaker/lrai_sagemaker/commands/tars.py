@@ -27,6 +27,7 @@ _BAD_TARS: Final = (
 )
 _MOST_MEMBERS: Final = 10_000
 _MOST_HEADER_BYTES: Final = 1 << 20
+_MOST_TIMES, _PLAIN_BYTES = 100, 1 << 26  # of a tar that it may hold; with so many in any case
 _FOLDER: Final = "model.lrai"
 
 
@@ -99,13 +100,17 @@ def unpacked(place: Path, scratch: Path) -> Path:
 def _unpack(tar: Path, scratch: Path) -> Path:
     try:
         into = Path(tempfile.mkdtemp(prefix="model-", dir=scratch))
-        room = shutil.disk_usage(into).free
+        room = min(shutil.disk_usage(into).free, _PLAIN_BYTES + _MOST_TIMES * tar.stat().st_size)
         with tarfile.open(tar, tarinfo=_Entry) as archive:
             for count, member in enumerate(archive, 1):
                 room -= member.size
                 plain = (member.isreg() or member.isdir()) and member.sparse is None
                 if not plain or count > _MOST_MEMBERS or room < 0:
-                    why = "too much for this disk" if plain else f"{member.name[:80]!r}, no file"
+                    why = (
+                        "too much, for this disk or its size"
+                        if plain
+                        else f"{member.name[:80]!r}, no file"
+                    )
                     raise ArtifactError(f"{tar.name} holds {why}")
                 member.name = member.name.lstrip("/")
                 if not (into / member.name).resolve().is_relative_to(into.resolve()):
