@@ -364,7 +364,8 @@ def watch(
             one.traffic.sources |= traffic.sources
             return one
         traffic.sources |= one.traffic.sources
-    folder = Path(config.state_dir, "traffic", quote(name, safe=""))
+    inside = quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")
+    folder = Path(config.state_dir, "traffic", inside)
     traffic.go_on(folder)
     return Watch(traffic, folder, later)
 

@@ -60,9 +60,10 @@ def state_folder(config: LraiConfig) -> Path:
         state = Path(config.runtime.state_dir or Path(parent, f"lrai-{os.geteuid()}"))
         folder = state / "built"
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        above = state.stat()
+        above = state.stat() if config.runtime.state_dir else state.lstat()  # a link may be moved
         # One that is not configured lies where anybody may have made it, who could exchange it.
-        mine = above.st_uid == os.geteuid() and not above.st_mode & 0o022
+        own = stat.S_ISDIR(above.st_mode) and above.st_uid == os.geteuid()
+        mine = own and not above.st_mode & 0o022
         if not (config.runtime.state_dir or mine):
             raise EnvironmentProblem("the folder of runtime.state_dir has to be this user's alone")
         with locked(state / "built.lock", fcntl.LOCK_EX):
@@ -74,12 +75,12 @@ def state_folder(config: LraiConfig) -> Path:
             elif now and ours:
                 folder.chmod(0o700)
             folder.mkdir(mode=0o700, exist_ok=True)
-        own = folder.lstat()
+        made = folder.lstat()
     except OSError as error:
         why = f"no folder for state, runtime.state_dir: {error.strerror}"
         raise EnvironmentProblem(why) from None
-    alone = own.st_uid == os.geteuid() and not own.st_mode & 0o077
-    if not stat.S_ISDIR(own.st_mode) or not alone:
+    alone = made.st_uid == os.geteuid() and not made.st_mode & 0o077
+    if not stat.S_ISDIR(made.st_mode) or not alone:
         why = "the folder built in runtime.state_dir has to be this user's alone"
         raise EnvironmentProblem(why)
     return folder

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ _QUICK_MS: Final = 10.0  # the way to an actor adds about one
 _REQUIRE: Final = "require."
 _FOLDERS: Final = re.compile(r"(?:ipc://|(?<![\w.:/]))(/[^\s'\"/]+)/(?:[^\s'\"]*/)?")  # of paths
 _TIME: Final = "scheduler.default_timeout_ms"
+_MOST_ELEMENTS: Final = 1 << 28  # of a row that is made up, as of an actor's
 _ROWS: Final = "scheduler.max_batch_rows"
 _WHERE: Final = (  # who sets one of these wants processes of the model's own
     *("runtime.address", "runtime.memory_mib", "runtime.capture_rows"),  # who tunes asks that one
@@ -216,12 +218,17 @@ def is_quick(artifact: Artifact, variant: str = "") -> bool:
 
 
 def zeros(specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
-    """Return one row of zeros and empty texts, of the smallest shape."""
+    """Return one row of zeros and empty texts, of the smallest shape.
+
+    Raises:
+        UsageError: It would be larger than any: whoever made the artifact says how large.
+    """
+    shapes = {one.name: [n if isinstance(n, int) else 1 for n in one.shape] for one in specs}
+    if (large := max(map(math.prod, shapes.values()), default=0)) > _MOST_ELEMENTS:
+        raise UsageError(f"a row of {large} elements is too large to be made up")
     return {
         spec.name: np.full(
-            [extent if isinstance(extent, int) else 1 for extent in spec.shape],
-            "" if spec.datatype == "BYTES" else 0,
-            dtype_of(spec.datatype),
+            shapes[spec.name], "" if spec.datatype == "BYTES" else 0, dtype_of(spec.datatype)
         )
         for spec in specs
     }

@@ -239,6 +239,16 @@ def test_what_is_seen_is_written_down_now_and_then(tmp_path: Path) -> None:
     assert sketch["requests"] == 3
 
 
+@pytest.mark.parametrize("name", ["..", ".", "a/../b", "m"])
+def test_what_a_name_has_lies_where_rows_are_forgotten(tmp_path: Path, name: str) -> None:
+    artifact = lrai.Artifact.open(small_artifact.build(tmp_path / "m.lrai"))
+    config = RuntimeConfig(state_dir=str(tmp_path / "state"))
+    watch = module.watch(name, artifact, config, lambda _: None)
+    assert watch is not None
+    assert watch.folder.resolve().parent == (tmp_path / "state" / "traffic").resolve()
+    assert module.unquote(watch.folder.name) == name
+
+
 def test_of_two_that_write_at_once_the_later_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

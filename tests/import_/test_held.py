@@ -273,6 +273,15 @@ def test_without_a_temporary_folder_the_setting_to_use_is_named(tmp_path: Path) 
     assert lock_folder(own) == tmp_path / "held"
 
 
+def test_a_link_where_the_folder_for_state_should_be_is_none(tmp_path: Path) -> None:
+    """Whoever made it could have it lead elsewhere later."""
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / f"lrai-{os.geteuid()}").symlink_to(tmp_path / "mine")
+    config = lrai.load_config(environ={}, call={"runtime.socket_dir": str(tmp_path)})
+    with pytest.raises(lrai.EnvironmentProblem, match="this user's alone"):
+        state_folder(config)
+
+
 def test_what_nobody_has_any_more_is_closed_by_a_thread_of_its_own() -> None:
     class Owner:
         pass

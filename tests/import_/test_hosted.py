@@ -12,7 +12,7 @@ import pytest
 import lrai_core as lrai
 from lrai_core.artifact import GateResult, LatencyPoint
 from lrai_deployments.measured import place
-from lrai_import.hosted import asked, is_quick, load
+from lrai_import.hosted import asked, is_quick, load, zeros
 from tests.core import small_artifact
 
 
@@ -204,3 +204,12 @@ def test_another_variant_that_serves_in_place_is_warned_of(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "model m: fp32 serves in place of int8, made for" in record.getMessage()
+
+
+def test_no_row_is_made_up_that_is_larger_than_any() -> None:
+    """An artifact says what it likes of its shapes, and a host asks its model with such a row."""
+    spec = lrai.TensorSpec(name="x", datatype="FP64", shape=("batch", 4_000_000_000))
+    with pytest.raises(lrai.UsageError, match="4000000000 elements is too large"):
+        zeros([spec])
+    (row,) = zeros([msgspec.structs.replace(spec, shape=("batch", 4))]).values()
+    assert row.shape == (1, 4)
