@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import numpy as np
@@ -246,7 +247,7 @@ def test_what_a_name_has_lies_where_rows_are_forgotten(tmp_path: Path, name: str
     watch = module.watch(name, artifact, config, lambda _: None)
     assert watch is not None
     assert watch.folder.resolve().parent == (tmp_path / "state" / "traffic").resolve()
-    assert module.unquote(watch.folder.name) == name
+    assert unquote(watch.folder.name) == name
 
 
 def test_of_two_that_write_at_once_the_later_one_stays(

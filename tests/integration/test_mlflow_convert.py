@@ -266,7 +266,7 @@ def test_an_example_that_lies_outside_of_the_model_is_not_published(tmp_path: Pa
     outside = description.replace("input_example.json", "../secret.json", 1)
     (folder / "MLmodel").write_text(outside)
     with pytest.raises(MlflowException, match="example lies outside of it"):
-        lrai_mlflow.convert(folder, threads=1)
+        lrai_mlflow.convert(str(folder), threads=1)
 
 
 @pytest.mark.parametrize("kind", ["sklearn", "xgboost", "xgboost booster"])
