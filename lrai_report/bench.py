@@ -113,6 +113,7 @@ def bench(
         float | None,
         typer.Option(
             min=0.1,
+            max=1e9,
             help="For how long an answer is of use. By default ten times what a large request of "
             "this trace (the 95th percentile) takes alone by the artifact's profile, at least 10.",
         ),
@@ -150,9 +151,7 @@ def bench(
     parts_of = f"{len(names)} policies, {rounds} rounds of {seconds:g} s each; --seconds, --rounds"
     _say("takes", f"about {minutes:.2g} minutes: {parts_of}")
     if not kept and not all(map(is_told, opened.manifest.signature.inputs)):
-        _say(
-            "note", "texts of one letter and small sizes are asked: the artifact kept no real rows"
-        )
+        _say("note", "texts of one letter and small sizes are asked: the artifact kept no rows")
     cpus, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if busy > _BUSY * cpus:
         _say("note", f"other work is going on (load {busy:.1f} on {cpus} CPUs), and will tell")

@@ -84,7 +84,7 @@ def tune(
         float, typer.Option(min=0, max=1440, help="For which live requests are copied to it.")
     ] = 1.0,
     price_per_hour: Annotated[
-        float, typer.Option(min=0, help="Of the machine; tells what a million requests cost.")
+        float, typer.Option(min=0, max=1e9, help="Of a machine; says what a million requests cost.")
     ] = 0.0,
     apply: Apply = False,
     file: Annotated[

@@ -211,6 +211,13 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_loaded(
         bench.main([str(trace), str(artifact), *options])
 
 
+def test_a_deadline_that_never_comes_is_none(artifact: Path, trace: Path) -> None:
+    options = "--deadline-ms inf --rate 20 --seconds 0.5 --rounds 1 --policies planner"
+    with pytest.raises(SystemExit) as ended:
+        bench.main([str(trace), str(artifact), *options.split()])
+    assert ended.value.code == 2
+
+
 def test_more_requests_than_memory_should_hold_are_refused(artifact: Path, trace: Path) -> None:
     options = "--rate 100000 --rounds 100"
     with pytest.raises(UsageError, match="over 1,000,000 requests; a lower --rate"):
