@@ -1,7 +1,8 @@
-"""How answers of two variants are compared: as the gate compares them."""
+"""How two variants are compared: in answers as the gate does, in time by the same requests."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from lrai_core import Artifact, InferenceRequest, InferenceResponse
-from lrai_report.compare import Side, differing, measure_of
+from lrai_report.compare import Side, differing, measure, measure_of
 from tests.core import small_artifact
 
 
@@ -46,3 +47,27 @@ def test_of_raw_outputs_a_demanded_closeness_decides_as_it_does_in_the_gate(
     (worst,) = differing([side(0.0), side(gap)], asked, artifact, lambda: None)
     assert worst.agrees is agrees
     assert measure_of(artifact) == words
+
+
+def test_every_round_begins_at_other_requests_and_at_the_same_for_both_sides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = list[tuple[str, list[str]]]()
+
+    async def asked(
+        runtime: Any, requests: Sequence[InferenceRequest], *_: object
+    ) -> tuple[list[float], float]:
+        begun.append((runtime.name, [request.model_name for request in requests]))
+        return [0.001, 0.002], 1.0
+
+    monkeypatch.setattr("lrai_report.compare._asked", asked)
+    names = ("fp32", "int8")
+    both = [
+        Side(one, cast("Any", SimpleNamespace(infer=lambda _: None, name=one))) for one in names
+    ]
+    requests = [InferenceRequest(model_name=name, inputs={}) for name in "abcdef"]
+    measure(both, requests, callers=1, seconds=1.0, rounds=3, tick=lambda: None)
+    for name in names:
+        own = ["".join(order) for side, order in begun if side == name]
+        assert own == ["abcdef", "cdefab", "efabcd"]
+    assert both[0].p95_ms == [2.0] * 3  # what was seen, and nothing between
