@@ -40,10 +40,6 @@ _GAIN: Final = 1.05  # times as many requests per second, and more in every roun
 _WORST: Final = 20
 
 
-class _NoGain(ConditionNotMet):
-    """What was made is no faster than what serves."""
-
-
 Apply = Annotated[bool, typer.Option("--apply", help="Have it serve, if it is better.")]
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -125,9 +121,16 @@ def tune(
     if any(gate and gate.disparities for gate in judged):
         why = "captured requests do not tell groups of people, by which what serves was judged"
         raise ConditionNotMet(f"{why}: compile it anew with --group, and swap")
-    artifact, applied = _compile(found, written, output_map, engine or _engines(found)), False
+    artifact = _compile(found, written, output_map, engine or _engines(found))
+    better, applied, figures = False, False, dict[str, Any]()
     try:
-        _judge(found, artifact, callers, seconds, rounds, price_per_hour, file)
+        try:
+            _judge(found, artifact, callers, seconds, rounds, price_per_hour, figures)
+            better = True
+        finally:
+            if file is not None and figures:
+                with _private(on=_is_private(found)):
+                    _write(file, figures)
         if found.name:
             compare_live(found.name, found.shares, written, minutes, address, apply=apply)
             applied = apply
@@ -135,12 +138,14 @@ def tune(
                 say("beware", "swap ends the versions beside; rollback brings one of them back")
             switch(found.name, found.shares, written, address, apply=apply)
         _say_use(found, written, target, address)
-    except (KeyboardInterrupt, _NoGain):
-        if applied:  # it may be loading there
+    except BaseException as error:
+        if better and not isinstance(error, KeyboardInterrupt):
+            say("kept", f"{written}, which is faster on the requests that it was judged by")
+        elif applied:  # it may be loading there
             say("left", "the runtime goes on: lrai runtime deployments tells what serves")
             say("switch back", command("rollback", found.name, address=address))
         else:  # what is not better is not to be taken for what is, nor in the way of the next one
-            shutil.rmtree(written)
+            shutil.rmtree(written, ignore_errors=True)
             say("removed", str(written))
         raise
 
@@ -175,17 +180,17 @@ def _judge(
     seconds: float,
     rounds: int,
     price_per_hour: float,
-    file: Path | None,
+    figures: dict[str, Any],
 ) -> None:
-    """Compare what was made with what serves.
+    """Compare what was made with what serves, and leave what was found in `figures`.
 
     Raises:
-        _NoGain: It is no faster.
-        ConditionNotMet: There is nothing to compare them with.
+        ConditionNotMet: It is no faster, or there is nothing to compare them with.
     """
     if artifact.manifest.chosen == "fp32":
         none = "no gain: no form was faster and right on these requests"
-        raise _NoGain(f"{none}; lrai compile --evaluation tells why of each{closest(artifact)}")
+        why = f"lrai compile --evaluation tells why of each{closest(artifact)}"
+        raise ConditionNotMet(f"{none}; {why}")
     # So many tell whether more than delta are farther than epsilon, and others take their time.
     most = max(2_000, round(20 / (artifact.manifest.demanded or (0, 0.01))[1]))
     rows = requests_of(evaluation(artifact), artifact)[:most]
@@ -202,14 +207,14 @@ def _judge(
             changed = differing(both, rows, artifact, tick)
         gains = [b / a for a, b in zip(*(s.requests_per_second for s in both), strict=True)]
         told = {side.variant: side.figures(price_per_hour) for side in both}
+    figures |= {"gains": gains, "sides": told}
+    figures["changed"] = [one._asdict() for one in changed[:_WORST]]
+    figures["share_changed"] = sum(not one.agrees for one in changed) / len(changed)
     _show(told, priced=price_per_hour > 0)
     _show_changed(changed, artifact, both[0].variant)
-    if file is not None:
-        with _private(on=_is_private(found)):
-            _write(file, {"gains": gains, "sides": told}, changed)
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:
-        raise _NoGain(f"no gain: {gain:.2f} times as many requests per second")
+        raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second")
     say("gain", f"{gain:.2f} times as many requests per second", style="bold")
 
 
@@ -348,11 +353,8 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> 
     out.print(table)
 
 
-def _write(file: Path, told: Mapping[str, Any], changed: Sequence[Worst]) -> None:
-    share = sum(not one.agrees for one in changed) / len(changed)
-    some = [one._asdict() for one in changed[:_WORST]]
-    content = {**told, "changed": some, "share_changed": share}
+def _write(file: Path, figures: Mapping[str, Any]) -> None:
     try:
-        file.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(figures, indent=1, default=float) + "\n", encoding="utf-8")
     except OSError as error:
         raise EnvironmentProblem(f"--json {file}: {error.strerror}") from None

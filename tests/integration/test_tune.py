@@ -428,7 +428,7 @@ def test_of_many_rows_so_many_are_compared_as_tell_of_what_is_demanded(
     monkeypatch.setattr("lrai_report.tune.differing", told)
     found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz")
     with pytest.raises(InterruptedError):
-        _judge(found, lrai.Artifact.open(path), 1, 0.2, 3, 0.0, None)
+        _judge(found, lrai.Artifact.open(path), 1, 0.2, 3, 0.0, {})
     assert counts == [compared] * 2
 
 

@@ -2,12 +2,89 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 
+import lrai_core as lrai
+from lrai_core.verifier.sample import Rows
+from lrai_report.compare import Worst
+from lrai_report.target import Target
 from lrai_report.tune import main
+from tests.core import small_artifact
+
+
+def side(variant: str, rate: float) -> Any:
+    """Return what was measured of a variant, without measuring it."""
+    told = {"requests_per_second": [rate] * 3, "p95_ms": [1e3 / rate] * 3, "memory_mb": 10.0}
+    return SimpleNamespace(
+        variant=variant, requests_per_second=[rate] * 3, figures=lambda price: told
+    )
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    """Have what is made answer so many requests, and what serves a hundred."""
+    both = [side("fp32", 100.0), side("int8", rate)]
+    row = [np.ones((1, 3), np.float32)]
+    monkeypatch.setattr("lrai_report.tune.evaluation", lambda _: Rows([row], None, []))
+    monkeypatch.setattr("lrai_report.tune.sides", lambda _: nullcontext(both))
+    monkeypatch.setattr("lrai_report.tune.measure", lambda *_, **__: None)
+    same = [Worst(0.0, True, "1", "1")]
+    monkeypatch.setattr("lrai_report.tune.differing", lambda *_: same)
 
 
 def test_a_price_that_is_no_number_is_refused_before_anything_is_looked_for() -> None:
     with pytest.raises(SystemExit) as ended:
         main(["nothing-of-that-name", "--price-per-hour", "inf"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("rate", "fails", "error", "said"),
+    [
+        (200.0, "", None, ["gain"]),
+        (200.0, "_write", lrai.EnvironmentProblem, ["gain", "kept"]),
+        (200.0, "compare_live", lrai.ConditionNotMet, ["gain", "kept"]),
+        (200.0, "switch", lrai.EnvironmentProblem, ["gain", "kept"]),
+        (200.0, "compare_live", KeyboardInterrupt, ["gain", "removed"]),
+        (100.0, "", lrai.ConditionNotMet, ["removed"]),
+        (100.0, "_write", lrai.EnvironmentProblem, ["removed"]),
+        (200.0, "differing", lrai.ActorError, ["removed"]),
+        (200.0, "measure", ValueError, ["removed"]),
+    ],
+)
+def test_what_an_error_leaves_is_what_was_judged_to_be_faster_and_that_is_said(
+    rate: float,
+    fails: str,
+    error: type[BaseException] | None,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        assert error
+        raise error("as is tested")
+
+    written, file = tmp_path / "m-tuned.lrai", tmp_path / "figures.json"
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m")
+    measured(monkeypatch, rate)
+    monkeypatch.setattr("lrai_report.tune.find", lambda *_: found)
+    monkeypatch.setattr(
+        "lrai_report.tune._compile", lambda *_: lrai.Artifact.open(small_artifact.build(written))
+    )
+    for step in ("compare_live", "switch"):
+        monkeypatch.setattr(f"lrai_report.tune.{step}", lambda *_, **__: None)
+    if fails:
+        monkeypatch.setattr(f"lrai_report.tune.{fails}", failing)
+    ended = SystemExit if error is None or error is KeyboardInterrupt else error
+    with pytest.raises(ended):
+        main(["m", "--apply", "-o", str(written), "--json", str(file)])
+    told = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [word for word in told if word in ("gain", "kept", "removed")] == said
+    assert written.exists() is ("removed" not in said)
+    assert file.exists() is (fails not in ("_write", "differing", "measure"))
