@@ -24,6 +24,7 @@ from lrai_core import (
     EnvironmentProblem,
     Signature,
     UsageError,
+    explain_config,
     load_config,
 )
 from lrai_core import compile as compile_model
@@ -38,6 +39,7 @@ from lrai_report.words import figure
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
+_DECIDE: Final = ("actor.replicas", "actor.threads", "scheduler.deterministic")  # which is faster
 
 
 Apply = Annotated[bool, typer.Option("--apply", help="Have it serve, if it is better.")]
@@ -96,9 +98,11 @@ def tune(
     a random sample of real ones, in the runtime's state_dir. A part of them is what forms are made
     for, another what they are judged on, by agreement with fp32. Callers are answered as before
     without --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
-    are needed at least (--minutes 0: none), and one command goes back. No gain: exit status 3, and
-    nothing is left. What is written keeps the requests that it was judged on, up to 65,536 and 256
-    MiB of them: such an artifact is as private as they are.
+    are needed at least (--minutes 0: none), and one command goes back. It makes and measures under
+    the settings of this shell and folder: give it the LRAI_ACTOR_THREADS, LRAI_ACTOR_REPLICAS and
+    LRAI_SCHEDULER_DETERMINISTIC that the host has. No gain: exit status 3, and nothing is left.
+    What is written keeps the requests that it was judged on, up to 65,536 and 256 MiB of them: such
+    an artifact is as private as they are.
     """
     found = find(target, requests, address)
     _refuse_at_once(found, minutes, file, apply=apply)
@@ -207,10 +211,13 @@ def _judge(
             changed = differing(both, rows, artifact, tick)
         gains = [b / a for a, b in zip(*(s.requests_per_second for s in both), strict=True)]
         told = {side.variant: side.figures(price_per_hour) for side in both}
-    figures |= {"gains": gains, "sides": told}
+    # Those of what serves are its host's, which nobody tells.
+    under = [f"{one.key} = {one.value}" for one in explain_config() if one.key in _DECIDE]
+    figures |= {"gains": gains, "settings": under, "sides": told}
     figures["changed"] = [one._asdict() for one in changed[:_WORST]]
     figures["share_changed"] = sum(not one.agrees for one in changed) / len(changed)
     _show(told, priced=price_per_hour > 0)
+    say("measured", f"with {', '.join(under)}, as set here; a host of others may gain less")
     _show_changed(changed, artifact, both[0].variant)
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:

@@ -14,7 +14,7 @@ import lrai_core as lrai
 from lrai_core.verifier.sample import Rows
 from lrai_report.compare import Worst
 from lrai_report.target import Target
-from lrai_report.tune import main
+from lrai_report.tune import _judge, main
 from tests.core import small_artifact
 
 
@@ -41,6 +41,21 @@ def test_a_price_that_is_no_number_is_refused_before_anything_is_looked_for() ->
     with pytest.raises(SystemExit) as ended:
         main(["nothing-of-that-name", "--price-per-hour", "inf"])
     assert ended.value.code == 2
+
+
+def test_it_is_said_under_which_settings_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The host that serves may have others, by which nothing is gained."""
+    monkeypatch.setenv("LRAI_ACTOR_THREADS", "3")
+    monkeypatch.setenv("LRAI_SCHEDULER_DETERMINISTIC", "1")
+    measured(monkeypatch, 200.0)
+    artifact = lrai.Artifact.open(small_artifact.build(tmp_path / "m.lrai"))
+    found, figures = Target(tmp_path / "m.onnx", tmp_path / "rows.npz"), dict[str, Any]()
+    _judge(found, artifact, 1, 0.2, 3, 0.0, figures)
+    under = ["scheduler.deterministic = True", "actor.threads = 3", "actor.replicas = 1"]
+    assert figures["settings"] == under
+    assert f"with {', '.join(under)}, as set here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
