@@ -146,7 +146,8 @@ def tune(
         if better and not isinstance(error, KeyboardInterrupt):
             say("kept", f"{written}, which is faster on the requests that it was judged by")
         elif applied:  # it may be loading there
-            say("left", "the runtime goes on: lrai runtime deployments tells what serves")
+            # Where the new one does not serve, this would bring back what served before what does.
+            say("left", f"it goes on: go back if lrai runtime deployments says {artifact.version}")
             say("switch back", command("rollback", found.name, address=address))
         else:  # what is not better is not to be taken for what is, nor in the way of the next one
             shutil.rmtree(written, ignore_errors=True)

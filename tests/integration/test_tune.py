@@ -351,11 +351,15 @@ def test_who_interrupts_a_switch_is_told_how_to_go_back(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    def compiled(*_: object) -> SimpleNamespace:
+        written.mkdir()
+        return SimpleNamespace(version="4f0c")
+
     written = tmp_path / "m-tuned.lrai"
     found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m")
     for name, does in (
         ("find", lambda *_: found),
-        ("_compile", lambda *_: written.mkdir()),
+        ("_compile", compiled),
         ("_judge", lambda *_: None),
         ("compare_live", lambda *_, **__: None),
         ("switch", interrupted),
@@ -364,7 +368,9 @@ def test_who_interrupts_a_switch_is_told_how_to_go_back(
     end = cli_here("m", "--apply", "-o", str(written))
     assert isinstance(end, SystemExit)
     assert end.code == 130
-    assert "lrai runtime rollback m" in capsys.readouterr().out
+    left, back = capsys.readouterr().out.splitlines()[-2:]
+    assert left.endswith("go back if lrai runtime deployments says 4f0c")
+    assert back == "switch back lrai runtime rollback m"
     assert written.exists()
     written.rmdir()
     monkeypatch.setattr("lrai_report.tune.compare_live", interrupted)
