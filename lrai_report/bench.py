@@ -193,13 +193,15 @@ def bench(
         for name, outcomes in results.items()
     }
     said = verdict(found, plan.rate, plan.deadline_ms)
-    _show(results, found, plan)
-    if served:
-        made = f"{opened.manifest.chosen} was made for another processor or engine version"
-        _say("note", f"{made}: {served} served")
-    out.print(Text(said, style="bold"))
-    if file is not None:
-        _write(file, trace, plan, found, said)
+    try:  # who reads what is printed may be gone
+        if file is not None:
+            _write(file, trace, plan, found, said)
+    finally:
+        _show(results, found, plan)
+        if served:
+            made = f"{opened.manifest.chosen} was made for another processor or engine version"
+            _say("note", f"{made}: {served} served")
+        out.print(Text(said, style="bold"))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -87,6 +87,30 @@ def test_a_trace_is_replayed_and_what_came_of_it_is_shown_and_written(
 
 
 @pytest.mark.server
+@pytest.mark.parametrize(("fails", "other"), [("_show", "figures"), ("_write", "planner: ")])
+def test_figures_that_cannot_be_printed_are_written_and_the_other_way_round(
+    fails: str,
+    other: str,
+    artifact: Path,
+    trace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: object) -> None:
+        raise EnvironmentProblem("as is tested")
+
+    monkeypatch.setattr(bench, "_WARM_UP_SECONDS", 0.1)
+    monkeypatch.setattr(bench, fails, failing)
+    options = "--rate 20 --seconds 0.5 --rounds 1 --deadline-ms 500 --policies planner"
+    file = tmp_path / "figures.json"
+    with pytest.raises(EnvironmentProblem, match="as is tested"):
+        bench.main([str(trace), str(artifact), *options.split(), "--json", str(file)])
+    found = [path.stem for path in tmp_path.glob("*.json")] + capsys.readouterr().out.splitlines()
+    assert [line for line in found if line.startswith(other)]
+
+
+@pytest.mark.server
 def test_the_rate_is_a_share_of_what_one_by_one_answers_where_none_is_given(
     tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
