@@ -21,6 +21,7 @@ _CALLS, _FIRST = 20, 5  # and how many of them only warm up
 _LENGTH: Final = 64  # of a made-up row
 _MEMORY_BYTES: Final = 32 << 30  # address space
 _SECONDS: Final = 120.0
+_AROUND: Final = ("If", "Loop", "Scan")  # their times are of what is in them, which is told as well
 _Taken = tuple[str, str, float]  # kind and name of an operator, milliseconds of a call
 
 
@@ -105,6 +106,10 @@ def _profile(artifact: Artifact, variant: Variant, row: Sequence[Any]) -> Iterat
         except REFUSALS as error:
             raise EnvironmentProblem(f"it does not run: {type(error).__name__}") from None
         events = msgspec.json.decode(file.read_bytes(), type=list[_Event])
+    taken: dict[tuple[str, str], float] = defaultdict(float)  # in a loop one has several turns
     for event in events:
-        if event.cat == "Node" and event.name.endswith("_kernel_time"):
-            yield event.args.op_name, event.name, event.dur / 1e3
+        if event.name == "model_run":  # a call, behind all that it ran
+            yield from ((*which, ms) for which, ms in taken.items() if which[0] not in _AROUND)
+            taken.clear()
+        elif event.cat == "Node" and event.name.endswith("_kernel_time"):
+            taken[event.args.op_name, event.name] += event.dur / 1e3

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import lrai_core as lrai
 from benchmarks import models
 from lrai_report.page import page
-from lrai_report.times import times
+from lrai_report.times import _CALLS, _profile, times
 from tests.core import small_artifact
 
 
@@ -34,6 +39,37 @@ def test_every_kind_of_operator_of_the_graph_has_its_time_and_no_other(
         # A call takes what its operators take, and what is between them, which here is more.
         assert 0 < sum(own[at] for own in spent.values()) < 50
     assert any("Gemm" in kind or "MatMul" in kind for kind in list(spent)[:2])
+
+
+def test_what_a_loop_runs_is_counted_once_and_with_all_its_turns(tmp_path: Path) -> None:
+    rows: tuple[str, list[Any]] = ("FLOAT", ["n", 3])
+    truth: tuple[str, list[Any]] = ("BOOL", [])
+
+    def value(name: str, kind: str, shape: list[Any]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, getattr(TensorProto, kind), shape)
+
+    turn = helper.make_graph(
+        [helper.make_node("Relu", ["a"], ["b"]), helper.make_node("Not", ["off"], ["on"])],
+        "turn",
+        [value("i", "INT64", []), value("go", *truth), value("a", *rows)],
+        [value("on", *truth), value("b", *rows)],
+        [numpy_helper.from_array(np.array(False), "off")],
+    )
+    nodes = [
+        helper.make_node("Loop", ["turns", "", "x"], ["y"], body=turn),
+        helper.make_node("Mul", ["y", "y"], ["z"]),
+    ]
+    constants = [numpy_helper.from_array(np.array(7), "turns")]
+    graph = helper.make_graph(nodes, "g", [value("x", *rows)], [value("z", *rows)], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "m.onnx")
+    manifest = SimpleNamespace(target=SimpleNamespace(threads=1))
+    opened: Any = SimpleNamespace(manifest=manifest, file=lambda name: tmp_path / name)
+    variant: Any = SimpleNamespace(weights="", model="m.onnx")
+    seen = Counter(kind for kind, *_ in _profile(opened, variant, [np.ones((1, 3), np.float32)]))
+    assert {"Relu", "Mul"} <= seen.keys() <= {"Relu", "Mul", "Not"}
+    assert set(seen.values()) == {_CALLS}
 
 
 def test_they_stand_in_the_page(artifact: lrai.Artifact) -> None:
