@@ -149,7 +149,7 @@ def bench(
     _say("trace", f"{trace.name}: {words}")
     minutes = len(names) * rounds * seconds / 60
     parts_of = f"{len(names)} policies, {rounds} rounds of {seconds:g} s each; --seconds, --rounds"
-    _say("takes", f"about {minutes:.2g} minutes: {parts_of}")
+    _say("takes", f"about {figure(minutes, 2)} minutes: {parts_of}")
     if not kept and not all(map(is_told, opened.manifest.signature.inputs)):
         _say("note", "texts of one letter and small sizes are asked: the artifact kept no rows")
     cpus, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
@@ -320,7 +320,7 @@ def _show(
     for name, each in medians.items():
         out.print(Text.assemble(*bar_line(name, each.on_time, width - 8)))
     seconds = plan.seconds * len(plan.rounds)
-    _heading(f"p95 latency over the {seconds:g} s of the trace, {seconds / width:.2g} s a column")
+    _heading(f"p95 latency over the {seconds:g} s, {figure(seconds / width, 2)} s a column")
     out.print(Text.assemble(*load_line(load_over_time(plan.rounds, plan.seconds, width))))
     for name, outcomes in results.items():
         heights = p95_over_time(plan.rounds, outcomes, plan.seconds, width) * 1e3

@@ -8,6 +8,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from lrai_report.words import figure
+
 _RISING, _GROWING = " ▁▂▃▄▅▆▇█", " ▏▎▍▌▋▊▉█"
 _PANEL_ROWS: Final = 4  # the lower half is within the deadline
 MARGIN: Final = 12  # columns, for names
@@ -36,7 +38,7 @@ def panel(name: str, heights_ms: Curve, deadline_ms: float) -> list[Line]:
         for value in heights_ms
     ]
     middle = _PANEL_ROWS // 2
-    labels = {_PANEL_ROWS - 1: name, middle: f"{deadline_ms:.3g} ms"}
+    labels = {_PANEL_ROWS - 1: name, middle: f"{figure(deadline_ms)} ms"}
     lines: list[Line] = [[]]  # apart from what is above
     for row in reversed(range(_PANEL_ROWS)):
         line = [(_label(labels.get(row, "")), "")]

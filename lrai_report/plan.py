@@ -10,12 +10,13 @@ import numpy as np
 
 from lrai_core import Artifact, UsageError
 from lrai_report.trace import Arrivals, Range, Trace, fit_lengths
+from lrai_report.words import figure
 
-_DEADLINE_FACTOR: Final = 10
+_FACTOR: Final = 10
 _LEAST_DEADLINE_MS: Final = 10.0
 _LARGE: Final = 95  # percentile of what the requests cost
 _MOST_LENGTH: Final = 1 << 20
-_MOST_REQUESTS: Final = 1_000_000
+_MOST: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,10 @@ def check_size(rate: float, seconds: float, rounds: int) -> None:
     Raises:
         UsageError: Too many requests.
     """
-    if rate * seconds * rounds > _MOST_REQUESTS:
+    if rate * seconds * rounds > _MOST:
         raise UsageError(
-            f"{rate:.4g} requests/s x {seconds:g} s x {rounds} rounds: over {_MOST_REQUESTS:,} "
-            "requests; a lower --rate, or fewer --seconds or --rounds are needed"
+            f"{figure(rate, 4)} requests/s x {seconds:g} s x {rounds} rounds: over {_MOST:,}"
+            " requests; a lower --rate, or fewer --seconds or --rounds are needed"
         )
 
 
@@ -81,7 +82,7 @@ def sized(
             words += "; of one row each, for the model has no batch axis"
             trace = replace(trace, rows=np.ones_like(trace.rows))
     else:
-        words = f"{len(trace.per_second):,} s, {trace.per_second.mean():,.4g} requests/s"
+        words = f"{len(trace.per_second):,} s, {figure(trace.per_second.mean(), 4)} requests/s"
     if not any(spec.length_axis is not None for spec in inputs):
         if wanted is not None:
             raise UsageError("--lengths: the model has no length axis")
@@ -116,10 +117,10 @@ def suggest_deadline(artifact: Artifact, arrivals: Arrivals) -> tuple[float, str
     costs = np.interp(arrivals.lengths, known, [alone[length] for length in known])
     costs *= np.maximum(arrivals.lengths / max(known[-1], 1), 1) * arrivals.rows
     large = float(np.percentile(costs, _LARGE))
-    words = f"{_DEADLINE_FACTOR} x a large request (p{_LARGE}) alone, {large:.3g} ms by the profile"
-    if large * _DEADLINE_FACTOR < _LEAST_DEADLINE_MS:
+    words = f"{_FACTOR} x a large request (p{_LARGE}) alone, {figure(large)} ms by the profile"
+    if large * _FACTOR < _LEAST_DEADLINE_MS:
         return _LEAST_DEADLINE_MS, f"{words}, but at least {_LEAST_DEADLINE_MS:g} ms"
-    return large * _DEADLINE_FACTOR, words
+    return large * _FACTOR, words
 
 
 def _profiled(artifact: Artifact) -> Range:

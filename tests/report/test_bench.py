@@ -29,7 +29,7 @@ from lrai_core import (
 from lrai_report import bench
 from lrai_report.figures import Figures
 from lrai_report.plan import Plan
-from lrai_report.replay import Outcome
+from lrai_report.replay import Outcome, Server
 from lrai_report.trace import Arrivals
 from tests.core import small_artifact
 from tests.report.played import Played, server
@@ -244,8 +244,21 @@ def test_a_deadline_that_never_comes_is_none(artifact: Path, trace: Path) -> Non
 
 def test_more_requests_than_memory_should_hold_are_refused(artifact: Path, trace: Path) -> None:
     options = "--rate 100000 --rounds 100"
-    with pytest.raises(UsageError, match="over 1,000,000 requests; a lower --rate"):
+    with pytest.raises(UsageError, match=r"^100,000 requests/s .*: over 1,000,000 requests; a low"):
         bench.main([str(trace), str(artifact), *options.split()])
+
+
+def test_it_is_said_beforehand_about_how_many_minutes_it_takes(
+    artifact: Path, trace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(Server, "open", ended)
+    options = "--rate 1 --seconds 3600 --rounds 3 --policies planner"
+    with pytest.raises(InterruptedError):
+        bench.main([str(trace), str(artifact), *options.split()])
+    assert "about 180 minutes: 1 policies" in capsys.readouterr().out
 
 
 @pytest.mark.server

@@ -25,6 +25,7 @@ def test_a_panel_is_green_up_to_the_deadline_and_red_above() -> None:
     assert [line[12:] for line in shown] == ["    ███ ", "___▁███_", "  █████ ", "▁██████ "]
     assert shown[0].startswith("a ")
     assert shown[1].startswith("50 ms ")
+    assert plain(panel("a", heights, 120_000)[2]).startswith("120,000 ms ")
     styles = [{style for _, style in line[1:]} for line in lines]
     assert styles == [{"red"}, {"red", "dim"}, {"green"}, {"green"}]
 

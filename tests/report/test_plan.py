@@ -55,6 +55,10 @@ def arrivals(lengths: list[int], rows: list[int] | None = None) -> Arrivals:
             Counts(np.array([1.0, 4.0])), None, None, (8, 32),
             "2 s, 2.5 requests/s; lengths drawn from 8..32",
         ),
+        (
+            Counts(np.array([40_000.0, 41_000.0])), None, None, (8, 32),
+            "2 s, 40,500 requests/s; lengths drawn from 8..32",
+        ),
     ],
 )  # fmt: skip
 def test_lengths_are_those_that_the_model_was_measured_with_or_those_that_are_wanted(
@@ -97,6 +101,8 @@ def test_the_deadline_is_ten_times_what_a_large_request_takes_alone_by_the_profi
     ):
         found, _ = suggest_deadline(made(), arrivals(lengths, rows))
         assert found == pytest.approx(expected)
+    _, words = suggest_deadline(made(((1, 8, 2345.0),)), arrivals([8, 8]))
+    assert words == "10 x a large request (p95) alone, 2,345 ms by the profile"
     short = made(((1, 0, 0.01),), length=False)
     assert suggest_deadline(short, arrivals([0, 0])) == (
         10, "10 x a large request (p95) alone, 0.01 ms by the profile, but at least 10 ms"
