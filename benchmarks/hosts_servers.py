@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from lrai_core import Artifact
 
 _ROOT: Final = Path(__file__).resolve().parents[1]
 _LOAD_SECONDS: Final = 180.0
+_IMPORT_SECONDS: Final = 0.5
 _ENGINE: Final = "onnxruntime_pybind11_state"  # the library that a process with a session has
 MLFLOW, BENTO, SAGEMAKER = "MLflow", "BentoML", "FastAPI and SageMaker"
 HOSTS: Final = (MLFLOW, BENTO, SAGEMAKER)
@@ -223,6 +225,7 @@ def running(sides: Sequence[Side], files: Files, cpu: int) -> Iterator[dict[str,
     """Start the servers of these sides on one CPU; yield them by key when all are ready."""
     with contextlib.ExitStack() as stack:
         started: dict[str, tuple[Running, str]] = {}
+        least: dict[str, int] = {}
         for side in sides:
             if side.server in started:
                 continue
@@ -232,13 +235,28 @@ def running(sides: Sequence[Side], files: Files, cpu: int) -> Iterator[dict[str,
             if runtime is not None:
                 more["LRAI_RUNTIME_SOCKET_DIR"] = str(runtime.folder)
             log = files.scratch / f"{side.host}-{side.server}.log".replace(" ", "-")
-            server = Server(command, log, cpus=[cpu], variables={**more, **variables})
+            # On its CPU when all workers have the engine: the first one says that it is ready.
+            server = Server(command, log, variables={**more, **variables})
             stack.enter_context(server)
             started[side.server] = Running(server, runtime, log), ready
-        for one, ready in started.values():
+            least[side.server] = side.workers if side.file != "lrai" else 1
+        for key, (one, ready) in started.items():
             one.server.wait_until_ready(ready, _LOAD_SECONDS)
-            confine(itertools.chain(*one.processes().values()), [cpu])
+            _wait_for_engines(one, least[key])
+        for one, _ in started.values():
+            for _ in range(2):  # who was just about to be started
+                confine(itertools.chain(*one.processes().values()), [cpu])
         yield {key: one for key, (one, _) in started.items()}
+
+
+def _wait_for_engines(one: Running, least: int) -> None:
+    """Return once so many processes have imported onnxruntime, and gone on from there."""
+    deadline = time.monotonic() + _LOAD_SECONDS
+    while one.engines() < least:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not {least} processes have the engine; see {one.log}")
+        time.sleep(0.1)
+    time.sleep(_IMPORT_SECONDS)  # a library is mapped before it looks for CPUs
 
 
 def _command(side: Side, files: Files) -> tuple[list[str], str, Mapping[str, str]]:

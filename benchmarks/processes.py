@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Self
 
 HOST: Final = "127.0.0.1"
+_CPUS: Final = os.sched_getaffinity(0)  # before any process is put on one of them
 _END_SECONDS: Final = 15.0
 _KILL_SECONDS: Final = 5.0
 
@@ -39,16 +40,15 @@ class Server:
         Args:
             command: Program and arguments.
             log: File for what it prints; its folder is the working directory.
-            cpus: The CPUs that the tree may use from when it is ready; empty for all. Not before:
-                onnxruntime (1.32) uses AMX only where its import finds more than one, and nobody is
-                to be slower than on a machine of its own because of how he is measured.
+            cpus: The CPUs that the tree may use from when it is ready; empty for all. Not before,
+                see `on_all_cpus`.
             variables: Added to the environment.
         """
         (self.port,) = free_ports(1)
         self.log, self._cpus = log, cpus
         arguments = [part.format(port=self.port) for part in command]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        with log.open("wb") as output:
+        with log.open("wb") as output, on_all_cpus():
             self._process = subprocess.Popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
@@ -144,6 +144,22 @@ def cpu_seconds(pid: int) -> float:
     """Return the CPU time that a process has used so far, all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def on_all_cpus() -> Iterator[None]:
+    """Have what is started here begin with the CPUs that this program began with.
+
+    It inherits those of the thread that starts it, which may have been put on one of them, and
+    onnxruntime (1.32) uses AMX only where its import finds more than one. Nobody is to be slower
+    than on a machine of its own because of how he is measured.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _CPUS)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def confine(pids: Iterable[int], cpus: Collection[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 
 from benchmarks import load
 from benchmarks.harness import Check, bar_chart, conclude, environment, int8_check, interval
-from benchmarks.processes import Server
+from benchmarks.processes import Server, on_all_cpus
 from tests.core.small_artifact import manifest
 
 
@@ -105,6 +106,24 @@ def test_a_server_is_pinned_measured_and_ended_with_its_children(tmp_path: Path)
         assert server.memory_bytes() > 1 << 20
         assert server.stop(grace_seconds=3) == pids[1:]  # the child had not been told
     assert state(pids[1]) == "Z"
+
+
+@pytest.mark.server
+def test_who_is_put_on_one_cpu_does_not_hand_that_down_to_servers(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import os; raise SystemExit(str(os.sched_getaffinity(0)))"]
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        with (
+            Server(command, tmp_path / "log") as server,
+            pytest.raises(RuntimeError, match=re.escape(f"{before}")),
+        ):
+            server.wait_until_ready("/")
+        with on_all_cpus():
+            assert os.sched_getaffinity(0) == before
+        assert os.sched_getaffinity(0) == {min(before)}
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.server
