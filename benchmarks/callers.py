@@ -116,7 +116,13 @@ class Load:
         self._helper.ask("rows", name, list(rows), output, expected)
 
     def closed(self, model: str, rows: str, indices: Sequence[int], callers: int) -> Figures:
-        """Send these rows, so many at a time, and return what became of them."""
+        """Send these rows, so many at a time, and return what became of them.
+
+        Raises:
+            ValueError: There are fewer rows than callers, who would not all ask.
+        """
+        if len(indices) < callers:
+            raise ValueError(f"{len(indices)} requests are too few for {callers} callers")
         return self._ask("closed", self.port, model, rows, list(indices), callers)
 
     def open(
@@ -209,7 +215,7 @@ class _Run:
 
     def closed(self, callers: int) -> Figures:
         waiting = iter(range(len(self._indices)))
-        self._idle = [self._connect() for _ in range(min(callers, len(self._indices)))]
+        self._idle = [self._connect() for _ in range(callers)]
         gc.disable()
         start = time.perf_counter()
         while len(self._replies) < len(self._indices):

@@ -29,11 +29,11 @@ class Extent:
         rows: Distinct ones, by kind of lengths.
         workers: Numbers of processes that take requests, of all sides.
         ours_too: Further ones of LRAI alone, for their memory.
-        swept: Requests of each try of a way; a quarter of them of the Azure conversations', and by
-            a single caller.
+        swept: Requests of each try of a way; of the Azure conversations' see `share`; by a single
+            caller a quarter of them.
         tries: Of every way, in turns; the best one counts.
         rounds: In which every side has its turn.
-        requests: By callers, in a round; a quarter likewise.
+        requests: By callers, in a round; of the Azure conversations' likewise.
     """
 
     rows: dict[str, int]
@@ -78,10 +78,11 @@ class Bench:
 
     def _best(self, side: Side, kind: Kind, callers: int) -> Way:
         """Return the fastest way of a side for so many callers, first for many, which warms up."""
-        count, rates = share(kind, self.extent.swept), defaultdict[Way, float](float)
-        for way in side.ways if callers > 1 else ():
+        few, rates = callers == 1, defaultdict[Way, float](float)
+        count = share(kind, self.extent.swept, callers)
+        for way in () if few else side.ways:
             self._closed(side, way, kind, 0, count, callers)
-        count = count if callers > 1 else -(-count // 4)
+        count = -(-count // 4) if few else count
         for turn in range(self.extent.tries if len(side.ways) > 1 else 0):
             for way in side.ways:
                 run, _ = self._closed(side, way, kind, turn * count, count, callers)
@@ -98,7 +99,7 @@ class Bench:
             first = turn // 2 % len(sides)
             order = [*sides[first:], *sides[:first]][:: -1 if turn % 2 else 1]
             for callers, requests in self.extent.requests.items():
-                count = share(kind, requests)
+                count = share(kind, requests, callers)
                 for side in order:
                     ways = many if callers >= _MANY else few
                     costed = self._closed(side, ways[side], kind, turn * count, count, callers)

@@ -185,7 +185,8 @@ def measure(
             console.print(f"open loop: {kind.name}")
             alone = bench.peer(chosen, entries.WAYS[0])
             with bench.loaded(alone):  # what it can do through the server, one by one
-                tries = [bench.closed(alone, kind, 0, share(kind, 160), 32).rate for _ in range(3)]
+                count = share(kind, 160, SWEPT_AT)
+                tries = [bench.closed(alone, kind, 0, count, SWEPT_AT).rate for _ in range(3)]
             rate = float(np.median(tries))
             found += measure_open(bench, kind, peers[chosen, kind.name], chosen, rate)
     return [bench.peer(chosen, peers[chosen, kinds[0].name]), bench.ours(chosen, AS_GIVEN)]
@@ -244,7 +245,8 @@ def closed(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str,
 
 def over_grpc(bench: Bench, kind: Kind, who: Mapping[str, Entry]) -> list[dict[str, Any]]:
     """Return rows of the same entries over gRPC, by Triton's own client."""
-    count, figures = share(kind, bench.extent.requests[SWEPT_AT]), dict[str, list[Figures]]()
+    count = share(kind, bench.extent.requests[SWEPT_AT], SWEPT_AT)
+    figures = dict[str, list[Figures]]()
     for turn in range(bench.extent.rounds):
         indices = [(turn * count + i) % len(kind.rows) for i in range(count)]
         for name, entry in in_turns(list(who.items()), turn):

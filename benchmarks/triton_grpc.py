@@ -26,7 +26,10 @@ def closed(
 
     Raises:
         RuntimeError: Not all were answered.
+        ValueError: There are fewer rows than callers, who would not all ask.
     """
+    if len(indices) < callers:
+        raise ValueError(f"{len(indices)} requests are too few for {callers} callers")
     asked = {index: _inputs(kind.rows[index]) for index in set(indices)}
     wanted = [triton.InferRequestedOutput(output)]
     free, answers, errors = threading.Semaphore(callers), dict[int, Any](), list[str]()

@@ -41,10 +41,10 @@ class Extent:
     instances: tuple[int, ...]
     sweep_fp32: bool  # else it runs with the settings that were best for the variant
     rows: dict[str, int]  # distinct ones, by kind
-    swept: int  # rows of each try of the sweep; a quarter of them for Azure's
+    swept: int  # rows of each try of the sweep; for Azure's see `share`
     tries: int  # of each setting in it; the best one counts
     rounds: int
-    requests: dict[int, int]  # by callers, in a round; a quarter of them for Azure's
+    requests: dict[int, int]  # by callers, in a round; for Azure's see `share`
     open_rounds: int
     open_seconds: float
     open_kinds: tuple[str, ...]
@@ -111,8 +111,8 @@ class Bench:
         rates = {}
         with self.loaded(entry):
             for kind in kinds:
-                count = share(kind, self.extent.swept)
-                self.closed(entry, kind, 0, share(kind, SWEPT_AT), SWEPT_AT)
+                count = share(kind, self.extent.swept, SWEPT_AT)
+                self.closed(entry, kind, 0, SWEPT_AT, SWEPT_AT)
                 tries = [
                     self.costed(entry, kind, turn * count, count, SWEPT_AT)
                     for turn in range(self.extent.tries)
@@ -127,10 +127,10 @@ class Bench:
         """Return the figures of every round in turns, by the entry's name and the callers."""
         found: dict[tuple[str, int], list[Costed]] = defaultdict(list)
         for entry in models:
-            self.closed(entry, kind, 0, share(kind, 2 * SWEPT_AT), SWEPT_AT)
+            self.closed(entry, kind, 0, 2 * SWEPT_AT, SWEPT_AT)
         for turn in range(self.extent.rounds):
             for callers, requests in self.extent.requests.items():
-                count = share(kind, requests)
+                count = share(kind, requests, callers)
                 for entry in in_turns(models, turn):
                     costed = self.costed(entry, kind, turn * count, count, callers)
                     found[entry.name, callers].append(costed)

@@ -16,8 +16,8 @@ import pytest
 from benchmarks import triton, triton_grpc
 from benchmarks import triton_entries as entries
 from benchmarks import triton_report as report
-from benchmarks.callers import Answers, Figures
-from benchmarks.kinds import Kind
+from benchmarks.callers import Answers, Figures, Load
+from benchmarks.kinds import Kind, share
 from benchmarks.triton_entries import AS_GIVEN, Entry, Peer
 from benchmarks.triton_runs import Bench
 
@@ -39,6 +39,20 @@ def test_over_grpc_another_side_begins_each_round(monkeypatch: pytest.MonkeyPatc
     # Each has its own figures all the same.
     seconds = {row["who"]: [round(1 / rate) for rate in row["rates"]] for row in rows}
     assert seconds == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+def test_every_caller_asks_a_few_times_whatever_the_lengths() -> None:
+    azure, search = (Kind(name, [], np.ones((1, 1), np.float32)) for name in ("azure", "search"))
+    assert [share(azure, 384, callers) for callers in (1, 8, 32, 128)] == [96, 96, 96, 384]
+    assert [share(search, 48, callers) for callers in (1, 8, 32)] == [48, 48, 96]
+
+
+def test_callers_that_would_not_ask_are_refused() -> None:
+    kind = Kind("azure", [{}], np.ones((1, 1), np.float32))
+    with pytest.raises(ValueError, match="too few for 3 callers"):
+        Load.__new__(Load).closed("m", "azure", [0, 0], 3)
+    with pytest.raises(ValueError, match="too few for 3 callers"):
+        triton_grpc.closed("", "m", kind, "y", [0, 0], 3)
 
 
 def failing(**worst: float) -> list[str]:
