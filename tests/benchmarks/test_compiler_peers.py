@@ -17,7 +17,7 @@ from onnx import helper
 
 from benchmarks import compiler_torch, models
 from benchmarks.compiler_olive import Olive
-from benchmarks.compiler_peers import executed
+from benchmarks.compiler_peers import _ort, executed
 
 Array = NDArray[Any]
 
@@ -123,6 +123,19 @@ def test_an_olive_that_ends_is_no_peer(tmp_path: Path) -> None:
     with Olive(python(tmp_path, source), tmp_path) as olive:
         for made in olive.made(Path("model.onnx"), tmp_path):
             assert made.error == "its process has ended"
+
+
+def test_onnxruntime_is_called_as_directly_as_by_lrai(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    labels = (features[:, 0] > 0).astype(np.int64)
+    path = models.train_mlp(tmp_path / "mlp.onnx", features, labels, (16,))
+    feed = {"features": features[:5]}
+    meant = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feed)
+    monkeypatch.delattr(ort.InferenceSession, "run")
+    for own, right in zip(_ort(path, (), 1)(feed), meant, strict=True):
+        np.testing.assert_array_equal(own, right)
 
 
 def test_a_file_that_is_run_as_another_is_no_other_peer(tmp_path: Path) -> None:
