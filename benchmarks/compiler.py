@@ -5,7 +5,7 @@ rows in the same batches; what counts is the ratio to ONNX Runtime in float32 wi
 Peers of the base install: ONNX Runtime in float32 and its quantiser, dynamic and static, each with
 its default optimizer passes and without those that cost int8 speed. With `--extras` also torch, not
 compiled, OpenVINO in float32 and bfloat16, and OpenVINO in int8 as NNCF quantises it, each where it
-is installed. With `--olive` what Olive's automatic optimisation makes in float32 and int8, in an
+is installed; those of OpenVINO with free shapes, and compiled for the shapes that are timed. With `--olive` what Olive's automatic optimisation makes in float32 and int8, in an
 environment of its own.
 
 A form that does not say what the source model says is no peer: each is judged on rows that nothing
@@ -256,7 +256,7 @@ def _theirs(peer: Peer, threads: int) -> Form:
     """Return a peer as it is served with so many threads."""
     opens = partial(peer.opens, threads)
     form = Form(peer.name, peer.name, threads, opens, peer.size_mb, peer.build_seconds)
-    form.memory_mb = peer.memory_mb
+    form.memory_mb, form.sizes = peer.memory_mb, peer.sizes
     return form
 
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from benchmarks import compiler_torch, models
+from benchmarks.compiler_models import Model
 from benchmarks.compiler_olive import Olive
-from benchmarks.compiler_peers import _ort, executed
+from benchmarks.compiler_peers import _ort, cell_shapes, executed, openvino_run
 
 Array = NDArray[Any]
 
@@ -136,6 +137,32 @@ def test_onnxruntime_is_called_as_directly_as_by_lrai(
     monkeypatch.delattr(ort.InferenceSession, "run")
     for own, right in zip(_ort(path, (), 1)(feed), meant, strict=True):
         np.testing.assert_array_equal(own, right)
+
+
+def test_openvino_is_compiled_for_the_shapes_that_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ov = pytest.importorskip("openvino")
+    features = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    labels = (features[:, 0] > 0).astype(np.int64)
+    path = models.train_mlp(tmp_path / "mlp.onnx", features, labels, (16,))
+    unseen = [{"features": features[:1]}]
+    model = Model("mlp", path, {}, unseen, "softmax", [(1, 0), (8, 0)])
+    assert cell_shapes(model) == {((1, 8),), ((8, 8),)}
+    compiled, real = list[bool](), ov.Core.compile_model
+
+    def compile_model(self: Any, network: Any, *rest: Any) -> Any:
+        compiled.append(network.is_dynamic())
+        return real(self, network, *rest)
+
+    monkeypatch.setattr(ov.Core, "compile_model", compile_model)
+    network = ov.Core().read_model(path)
+    run = openvino_run(network, "f32", cell_shapes(model), 1)
+    free = openvino_run(network, "f32", frozenset(), 1)
+    for rows in (1, 8, 8, 3, 5, 1):
+        feed = {"features": features[:rows]}
+        np.testing.assert_allclose(run(feed)[0], free(feed)[0], atol=1e-5)
+    assert compiled == [True, False, False, True]  # free, one row, eight rows, any other
 
 
 def test_a_file_that_is_run_as_another_is_no_other_peer(tmp_path: Path) -> None:
