@@ -1,9 +1,10 @@
 """What the way through the shared runtime costs: client, scheduler, actor, and back.
 
 Models that compute next to nothing, so that what is measured is the transport: requests of 1 KB and
-of an image, sent open loop (each at its time, whatever became of the others; latencies count from
-that time), from one process through the daemon's scheduler to the actor. All of it shares the CPUs
-of this machine. An MLP of the size of those for the Adult data set runs beside it.
+of an image, sent open loop (each at its time, drawn before, whatever became of the others;
+latencies count from that time), from one process through the daemon's scheduler to the actor. All
+of it shares the CPUs of this machine. An MLP of the size of those for the Adult data set runs
+beside it. Requests differ, and each has to be answered with what its own row gives.
 
     python benchmarks/transport.py --quick
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [
@@ -35,6 +37,7 @@ sys.path[:] = [
 import numpy as np  # noqa: E402 - after the lines above
 import numpy.typing as npt  # noqa: E402
 import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 import lrai_core as lrai  # noqa: E402
@@ -53,6 +56,8 @@ IMAGE_RATE: Final = 2_000
 MORE: Final = 1.01  # is asked than has to be answered: arrivals are drawn
 _IMAGE: Final = (3, 224, 224)
 _TICK_SECONDS: Final = 0.001
+_DISTINCT: Final = 64  # rows that are asked in turn
+_SEED: Final = 0
 _MESSAGES: Final = tuple(
     f"{peer}_messages_{way}" for peer in ("actor", "client") for way in ("sent", "received")
 )
@@ -60,7 +65,7 @@ _MESSAGES: Final = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One load on one model."""
+    """What became of one load on one model."""
 
     model: str
     payload: str
@@ -69,6 +74,7 @@ class Run:
     p50_ms: float
     p95_ms: float
     refused: int
+    wrong: int  # answers
     rows_per_batch: float
     client_us: float  # of CPU per request, likewise:
     daemon_us: float
@@ -78,6 +84,15 @@ class Run:
     inline: float  # tensors per request that should go through shared memory, and do not
 
 
+class Load(NamedTuple):
+    """What a model is asked in turn, and what it says of each row."""
+
+    model: str
+    payload: str
+    rows: Sequence[Array]
+    expected: Array
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; return 1 where a check does not hold."""
     arguments = _arguments(argv)
@@ -85,25 +100,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # and all that it starts
     seconds = 4.0 if arguments.quick else 15.0
     rounds = 1 if arguments.quick else 3
-    small = np.zeros((1, 256), np.float32)
-    adult = np.zeros((1, 108), np.float32)
-    image8, image32 = np.zeros((1, *_IMAGE), np.uint8), np.zeros((1, *_IMAGE), np.float32)
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
         folder = Path(scratch)
-        with serve(folder, _first_element(folder / "noop.onnx", np.float32, [256])) as runtime:
+        model = _first_element(folder / "noop.onnx", np.float32, [256])
+        with serve(folder, model) as runtime:
+            load = load_of("no-op", "1 KB", model, _marked((256,), np.float32))
             rates = (5_000, 8_000, int(MORE * GOAL_RATE)) * rounds
-            runs += [open_loop(runtime, "no-op", "1 KB", small, rate, seconds) for rate in rates]
-        with serve(folder, _mlp(folder / "adult.onnx")) as runtime:
-            load: tuple[str, str, Array] = ("Adult MLP", "432 B", adult)
-            runs += [open_loop(runtime, *load, rate, seconds) for rate in (5_000, 8_000) * rounds]
-        with serve(folder, _first_element(folder / "image8.onnx", np.uint8, _IMAGE)) as runtime:
-            load = ("no-op", "150 KB uint8", image8)
+            runs += [open_loop(runtime, load, rate, seconds) for rate in rates]
+        model = _mlp(folder / "adult.onnx")
+        with serve(folder, model) as runtime:
+            drawn = np.random.default_rng(_SEED).standard_normal((_DISTINCT, 1, 108), np.float32)
+            load = load_of("Adult MLP", "432 B", model, list(drawn))
+            runs += [open_loop(runtime, load, rate, seconds) for rate in (5_000, 8_000) * rounds]
+        model = _first_element(folder / "image8.onnx", np.uint8, _IMAGE)
+        with serve(folder, model) as runtime:
+            load = load_of("no-op", "150 KB uint8", model, _marked(_IMAGE, np.uint8))
             asked = int(MORE * IMAGE_RATE)
-            runs += [open_loop(runtime, *load, asked, seconds) for _ in range(rounds)]
-        with serve(folder, _first_element(folder / "image32.onnx", np.float32, _IMAGE)) as runtime:
-            load = ("no-op", "602 KB fp32", image32)
-            runs += [closed_loop(runtime, *load, 16, seconds) for _ in range(rounds)]
+            runs += [open_loop(runtime, load, asked, seconds) for _ in range(rounds)]
+        model = _first_element(folder / "image32.onnx", np.float32, _IMAGE)
+        with serve(folder, model) as runtime:
+            load = load_of("no-op", "602 KB fp32", model, _marked(_IMAGE, np.float32))
+            runs += [closed_loop(runtime, load, 16, seconds) for _ in range(rounds)]
     rows = _medians(runs)
     loads = [(f"{r.model}, {r.payload}", f"{r.asked_per_s:,.0f}") for r in rows]
     harness.show(
@@ -136,9 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     goal = next(r for r in rows if r.asked_per_s == int(MORE * GOAL_RATE))
     small_rows = [r for r in rows if r.payload == "1 KB"]
+    mistaken = sum(r.wrong for r in rows)
     image = next(r for r in rows if r.payload == "150 KB uint8")
     checks = [
         _at_least("answered per second, 1 KB", goal.answered_per_s, GOAL_RATE),
+        Check("wrong answers", mistaken, "0", mistaken == 0),
         Check("refused, 1 KB", goal.refused, "0", goal.refused == 0),
         Check(
             f"p95 ms at {GOAL_RATE:,}/s, 1 KB",
@@ -187,25 +207,52 @@ def serve(folder: Path, model: Path) -> Iterator[lrai.Runtime]:
                 time.sleep(0.05)
 
 
-def open_loop(
-    runtime: lrai.Runtime, model: str, payload: str, row: Array, rate: float, seconds: float
-) -> Run:
+def load_of(name: str, payload: str, model: Path, rows: Sequence[Array]) -> Load:
+    """Return rows of a model with what onnxruntime says of each."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    expected = np.array([session.run(None, {"x": row})[0].ravel() for row in rows])
+    return Load(name, payload, rows, expected)
+
+
+def wrong(load: Load, answers: Array, answered: npt.NDArray[np.bool_]) -> int:
+    """Return how many of the answers, each to the next row in turn, are not what is expected.
+
+    As near as sums are that an engine adds up in another order with more rows in a call.
+    """
+    expected = np.resize(load.expected, answers.shape)  # in turn, as the rows were sent
+    right = np.isclose(answers, expected, rtol=1e-4, atol=1e-4).all(axis=1)
+    return int((answered & ~right).sum())
+
+
+def arrivals(count: int, rate: float) -> npt.NDArray[np.float64]:
+    """Return times of a Poisson process in which so many come in the time for them."""
+    times = np.cumsum(np.random.default_rng(_SEED).exponential(1.0, count))
+    found: npt.NDArray[np.float64] = times * (count / rate / times[-1])
+    return found
+
+
+def open_loop(runtime: lrai.Runtime, load: Load, rate: float, seconds: float) -> Run:
     """Send requests at their times, and say what became of them."""
     count = int(rate * seconds)
     latencies, left = np.full(count, np.nan), threading.Semaphore(0)
-    request = _request(runtime, row)
+    answers = np.full((count, load.expected.shape[1]), np.nan)
+    requests, due = _requests(runtime, load), arrivals(count, rate)
+    times: list[float] = due.tolist()
     before, start = _used(runtime), time.perf_counter() + 0.05
 
     def ended(index: int, future: Future[Any]) -> None:
         if future.exception() is None:
-            latencies[index] = time.perf_counter() - start - index / rate
+            latencies[index] = time.perf_counter() - start - times[index]
+            answers[index] = _said(future)  # looked at when the clock has stopped
         left.release()
 
-    for index in range(count):
-        if (early := start + index / rate - time.perf_counter()) > _TICK_SECONDS:
+    for index, at in enumerate(times):
+        if (early := start + at - time.perf_counter()) > _TICK_SECONDS:
             time.sleep(early)
         try:
-            sent = runtime._backend.start(request)  # noqa: SLF001 - what `infer` waits for
+            sent = runtime._backend.start(requests[index % _DISTINCT])  # noqa: SLF001 - what `infer` waits for
         except lrai.LraiError:  # refused at once, as too many wait here
             left.release()
         else:
@@ -214,25 +261,24 @@ def open_loop(
         if not left.acquire(timeout=30):
             raise RuntimeError("a request was neither answered nor refused")
     # Until the last answer, not until all of them were counted here.
-    elapsed = float(np.nanmax(latencies + np.arange(count) / rate))
-    return _run(runtime, model, payload, rate, row, latencies, elapsed, before)
+    elapsed = float(np.nanmax(latencies + due))
+    return _run(runtime, load, rate, answers, latencies, elapsed, before)
 
 
-def closed_loop(
-    runtime: lrai.Runtime, model: str, payload: str, row: Array, window: int, seconds: float
-) -> Run:
+def closed_loop(runtime: lrai.Runtime, load: Load, window: int, seconds: float) -> Run:
     """Keep so many requests on their way, and say how many were answered."""
-    request, latencies, waiting = _request(runtime, row), list[float](), deque[Any]()
+    requests, latencies, answers = _requests(runtime, load), list[float](), list[Array]()
+    waiting, turns = deque[Any](), itertools.cycle(range(_DISTINCT))
     before, start = _used(runtime), time.perf_counter()
     while (now := time.perf_counter()) < start + seconds or waiting:
         if now < start + seconds:
-            waiting.append((now, runtime._backend.start(request)))  # noqa: SLF001 - likewise
+            waiting.append((now, runtime._backend.start(requests[next(turns)])))  # noqa: SLF001 - likewise
         if len(waiting) >= window or now >= start + seconds:
             sent, future = waiting.popleft()
-            future.result()
+            answers.append(_said(future))
             latencies.append(time.perf_counter() - sent)
     elapsed = time.perf_counter() - start
-    return _run(runtime, model, payload, 0, row, np.array(latencies), elapsed, before)
+    return _run(runtime, load, 0, np.array(answers), np.array(latencies), elapsed, before)
 
 
 def _at_least(name: str, value: float, goal: float) -> Check:
@@ -241,10 +287,9 @@ def _at_least(name: str, value: float, goal: float) -> Check:
 
 def _run(
     runtime: lrai.Runtime,
-    model: str,
-    payload: str,
+    load: Load,
     rate: float,
-    row: Array,
+    answers: Array,
     latencies: npt.NDArray[np.float64],
     elapsed: float,
     before: dict[str, float],
@@ -254,19 +299,20 @@ def _run(
     used = {name: (after[name] - before[name]) / count * 1e6 for name in after}
     batches = after["batches"] - before["batches"]
     return Run(
-        model=model,
-        payload=payload,
+        model=load.model,
+        payload=load.payload,
         asked_per_s=rate,
         answered_per_s=(count - refused) / elapsed,
         p50_ms=float(np.nanquantile(latencies, 0.5)) * 1e3,
         p95_ms=float(np.nanquantile(latencies, 0.95)) * 1e3,
         refused=refused,
+        wrong=wrong(load, answers, ~np.isnan(latencies)),
         rows_per_batch=count / max(1.0, batches),
         client_us=used["client"],
         daemon_us=used["daemon"],
         actor_us=used["actor"],
         messages=used["messages"] / 1e6,
-        copies=used["copied"] / 1e6 / row.nbytes,
+        copies=used["copied"] / 1e6 / load.rows[0].nbytes,
         inline=used["inline"] / 1e6,
     )
 
@@ -292,15 +338,25 @@ def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def _request(runtime: lrai.Runtime, row: Array) -> lrai.InferenceRequest:
+def _requests(runtime: lrai.Runtime, load: Load) -> list[lrai.InferenceRequest]:
     (model,) = runtime.models()
-    return lrai.InferenceRequest(
-        model_name=model.name, inputs={model.signature.inputs[0].name: row}
-    )
+    name = model.signature.inputs[0].name
+    return [lrai.InferenceRequest(model_name=model.name, inputs={name: row}) for row in load.rows]
+
+
+def _said(future: Future[Any]) -> Array:
+    """Return a copy of what is answered, which need not stay where it is then."""
+    (array,) = future.result().outputs.values()
+    return np.array(array, np.float64).ravel()
+
+
+def _marked(shape: Sequence[int], dtype: npt.DTypeLike) -> list[Array]:
+    """Return rows of which each is full of a number of its own."""
+    return [np.full((1, *shape), value, dtype) for value in range(_DISTINCT)]
 
 
 def _medians(runs: Sequence[Run]) -> list[Run]:
-    """Return the round with the median p95 of every load, with what all of them refused.
+    """Return the round with the median p95 of every load, with what all of them did wrong.
 
     And the fewest that any of them answered.
     """
@@ -311,6 +367,7 @@ def _medians(runs: Sequence[Run]) -> list[Run]:
         replace(
             sorted(group, key=lambda run: run.p95_ms)[len(group) // 2],
             refused=sum(run.refused for run in group),
+            wrong=sum(run.wrong for run in group),
             answered_per_s=min(run.answered_per_s for run in group),
         )
         for group in loads.values()
