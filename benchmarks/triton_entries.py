@@ -115,6 +115,7 @@ QUEUES: Final = (
 )
 QUICK_QUEUES: Final = (QUEUES[1],)
 EXECUTIONS: Final = ("inline", "lists", "sender")
+CONSTANTS: Final = ("constant", "constant-alone")  # names of entries without a model
 AS_GIVEN: Final = Ours("auto")  # by the one line, without another setting
 
 
@@ -152,9 +153,13 @@ class Repository:
         shutil.copy(_FOLDER / "triton_peer.py", self.folder / name / "1" / "model.py")
         return Entry(name, peer, variant)
 
-    def noop_peer(self, name: str, way: str, width: int) -> Entry:
-        """Write a plain python backend that computes nothing, with a session or without."""
-        lines = ['backend: "python"', "max_batch_size: 64", "dynamic_batching { }"]
+    def noop_peer(self, name: str, way: str, width: int, *, batches: bool = True) -> Entry:
+        """Write a plain python backend that computes nothing, with a session or without.
+
+        Where it `batches`, Triton's own batcher hands over lists.
+        """
+        lines = ['backend: "python"', "max_batch_size: 64"]
+        lines += ["dynamic_batching { }"] * batches
         lines += [f'input {{ name: "x" data_type: TYPE_FP32 dims: [ {width} ] }}']
         lines += ['output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] }']
         parameters = {"way": way, "model": str(self.noop), "weights": ""}

@@ -148,7 +148,10 @@ class Bench:
         """Compare what a request costs when the model costs nothing."""
         made = self.repository.noop
         models = [
-            self.repository.noop_peer("constant", "constant", NOOP_WIDTH),
+            *(
+                self.repository.noop_peer(name, "constant", NOOP_WIDTH, batches=batches)
+                for name, batches in zip(entries.CONSTANTS, (True, False), strict=True)
+            ),
             self.repository.noop_peer("onnxruntime", "one", NOOP_WIDTH),
         ]
         models += [

@@ -68,10 +68,41 @@ def failing(**worst: float) -> list[str]:
     ]
     rows += [
         {"loop": "overhead", "callers": 1, "who": who, "p50_us": [100.0]}
-        for who in ("constant", "lrai-lists", "lrai-inline")
+        for who in (*entries.CONSTANTS, "lrai-lists", "lrai-inline")
     ]
     bare = {(form, "search"): [rate] for form, rate in (("fp32", 1.0), ("int8", 2.0))}
     return [check.name for check in report.checks(rows, answers, bare, "int8") if not check.holds]
+
+
+def overhead(**p50_us: float) -> dict[str, float]:
+    """Return what is checked of these p50 of what computes nothing."""
+    rows: list[dict[str, Any]] = [
+        {"loop": "overhead", "callers": 1, "who": who.replace("_", "-"), "p50_us": [p50] * 3}
+        for who, p50 in p50_us.items()
+    ]
+    rows += [
+        {"loop": "closed", "lengths": "search", "callers": 32, "who": who, "rates": [1.0]}
+        for who in ("peer fp32", "peer variant", "lrai")
+    ]
+    bare = {(form, "search"): [1.0] for form in ("fp32", "int8")}
+    found = {check.name: check.value for check in report.checks(rows, {}, bare, "int8")}
+    return {name: value for name, value in found.items() if "p50" in name}
+
+
+def test_the_faster_that_returns_a_constant_counts_with_a_batcher_or_without() -> None:
+    ours = {"lrai_lists": 180.0, "lrai_inline": 120.0}
+    for alone, batched in ((80.0, 100.0), (100.0, 80.0)):
+        found = overhead(constant=batched, constant_alone=alone, **ours)
+        assert sorted(found.values()) == [1.5, 100.0]
+
+
+def test_a_batcher_is_in_the_configuration_where_lists_are_wanted(tmp_path: Path) -> None:
+    artifact: Any = None
+    repository = entries.Repository(tmp_path / "r", tmp_path / "m.onnx", artifact, tmp_path)
+    for batches in (True, False):
+        repository.noop_peer(f"m{batches}", "constant", 256, batches=batches)
+        text = (tmp_path / "r" / f"m{batches}" / "config.pbtxt").read_text()
+        assert ("dynamic_batching" in text) is batches
 
 
 def test_what_computes_nothing_has_to_answer_rightly_too() -> None:
@@ -88,7 +119,7 @@ def test_the_answers_of_what_computes_nothing_are_kept(monkeypatch: pytest.Monke
     load: Any = SimpleNamespace(rows=lambda *_: None, closed=lambda *_: wrong)
     repository: Any = SimpleNamespace(
         noop="noop.onnx",
-        noop_peer=lambda name, way, _: Entry(name, Peer(way, 64), "noop"),
+        noop_peer=lambda name, way, *_, **__: Entry(name, Peer(way, 64), "noop"),
         ours=lambda name, variant, ours, _: Entry(name, ours, variant),
     )
     extent: Any = SimpleNamespace(overhead_rounds=1, overhead_requests={1: 1})
@@ -165,7 +196,7 @@ def test_long_lengths_are_judged_by_what_is_usual_and_not_by_the_luckiest(length
     ]
     rows += [
         {"loop": "overhead", "callers": 1, "who": who, "p50_us": [100.0]}
-        for who in ("constant", "lrai-lists", "lrai-inline")
+        for who in (*entries.CONSTANTS, "lrai-lists", "lrai-inline")
     ]
     bare = {(form, "search"): [1.0] for form in ("fp32", "int8")}
     found = report.checks(rows, {}, bare, "int8")
