@@ -50,6 +50,8 @@ MOST_SECONDS: Final = 600.0  # what was not asked until then is not asked
 # of a kilobyte that one in five hundred does.
 MOST_MB: Final = 2.0  # per million requests
 STEP_MB: Final = 1.05  # Python's allocator takes memory a MiB at a time: less is no trend
+MOST_STEP_MB: Final = 2 * STEP_MB  # that the run ends above its beginning; visits take one, or two
+MOST_STEP_FILES: Final = 2.0  # a visitor that is there, or has just gone, has some
 WARM_UP: Final = 0.2  # of the run: pools and arenas fill up once
 PARTS: Final = ("daemon", "actor, rows", "actor, images", "client")
 
@@ -59,6 +61,7 @@ _LARGE, _CANCELLED, _SHORT = 0.01, 0.01, 0.01  # shares of the requests
 _SHORT_MS: Final = (0.2, 1.0, 4.0)
 _DISTINCT: Final = 64
 _LEFT_SECONDS: Final = 90.0  # an unanswered one ends with its deadline after a minute
+_LEAST_SEEN: Final = 3
 _VISITS, _VISIT_REQUESTS, _VISIT_PAUSE_SECONDS = 4, 50, 4.0
 _NOISES: Final = 2.0
 _MOST_NOISE_MB: Final = 4.0
@@ -70,6 +73,7 @@ class Trend(NamedTuple):
     slope: float  # per million requests
     span: float  # millions of requests that it was seen over
     noise: float  # standard deviation about the line
+    step: float = 0.0  # from the first tenth to the last, medians: what grows once has no slope
 
     @property
     def grown(self) -> float:
@@ -261,7 +265,9 @@ def trend(ended: Sequence[int], values: Sequence[float]) -> Trend:
     slopes = (y[second] - y[first])[apart] / (x[second] - x[first])[apart]
     slope = float(np.median(slopes))
     left = y - slope * x
-    return Trend(slope, float(x[-1] - x[0]), float(np.std(left)))
+    tenth = max(len(y) // 10, _LEAST_SEEN)
+    step = float(np.median(y[-tenth:]) - np.median(y[:tenth]))
+    return Trend(slope, float(x[-1] - x[0]), float(np.std(left)), step)
 
 
 def flat(name: str, moved: Trend, most: float) -> Check:
@@ -273,6 +279,14 @@ def flat(name: str, moved: Trend, most: float) -> Check:
     bound = max(most * moved.span, STEP_MB, min(_NOISES * moved.noise, _MOST_NOISE_MB))
     goal = f"<= {bound:.2g}, of {moved.span:.2g} million requests"
     return Check(name, moved.grown, goal, moved.grown <= bound)
+
+
+def level(name: str, moved: Trend, most: float) -> Check:
+    """Return the check that the end lies by no more than `most` above the beginning.
+
+    Of one step, which stays, half of all pairs see nothing, so that their median has no slope.
+    """
+    return Check(name, moved.step, f"<= {most:g}", moved.step <= most)
 
 
 def report(
@@ -304,6 +318,10 @@ def report(
         checks += [
             flat(f"{part}: memory, MB grown", memory, MOST_MB),
             flat(f"{part}: of it shared, MB grown", shared, MOST_MB),
+            level(f"{part}: memory, MB from first to last tenth", memory, MOST_STEP_MB),
+            level(f"{part}: of it shared, MB likewise", shared, MOST_STEP_MB),
+            level(f"{part}: descriptors, likewise", files, MOST_STEP_FILES),
+            level(f"{part}: memory files, likewise", memory_files, MOST_STEP_FILES),
             Check(f"{part}: descriptors, slope", files.slope, "0", abs(files.slope) < 1e-9),
             Check(
                 f"{part}: memory files, slope",

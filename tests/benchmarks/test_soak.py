@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 import lrai_core as lrai
-from benchmarks.soak import MOST_MB, STEP_MB, Ledger, flat, trend
+from benchmarks.soak import (
+    MOST_MB,
+    MOST_STEP_FILES,
+    MOST_STEP_MB,
+    STEP_MB,
+    Ledger,
+    flat,
+    level,
+    trend,
+)
 
 ENDED = np.arange(0, 1_000_001, 2_000)
 
@@ -26,6 +35,26 @@ def test_a_slope_is_found_under_noise_and_visits() -> None:
     assert found.span == pytest.approx(0.8)
     assert found.grown == pytest.approx(4, abs=0.2)
     assert not flat("", found, MOST_MB).holds
+
+
+@pytest.mark.parametrize("at", [0.35, 0.5, 0.85])
+def test_one_step_that_stays_is_found_though_it_has_no_slope(at: float) -> None:
+    values = 100 + 3.0 * (at * ENDED[-1] < ENDED) + noise(0) / 10
+    values[::7] += 3  # while a visitor is there
+    found = trend(ENDED.tolist(), values.tolist())
+    assert found.step == pytest.approx(3, abs=0.1)
+    assert not level("", found, MOST_STEP_MB).holds
+    files = trend(ENDED.tolist(), (20 + 3 * (at * ENDED[-1] < ENDED)).tolist())
+    assert files.slope == 0
+    assert not level("", files, MOST_STEP_FILES).holds
+
+
+def test_what_visits_take_and_give_back_is_no_step() -> None:
+    values = 100 + 1.05 * (0.6 * ENDED[-1] < ENDED) + noise(2) / 10
+    values[::7] += 3
+    assert level("", trend(ENDED.tolist(), values.tolist()), MOST_STEP_MB).holds
+    files = 38 + (np.arange(len(ENDED)) > 300) + 5 * (np.arange(len(ENDED)) % 9 == 0)
+    assert level("", trend(ENDED.tolist(), files.tolist()), MOST_STEP_FILES).holds
 
 
 def test_what_fills_up_at_first_is_no_growth() -> None:
