@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,6 +27,7 @@ _RESAMPLES: Final = 10_000
 _LEVEL: Final = 0.95
 _ENOUGH: Final = 6  # rounds, below which the interval is from the least of them to the most
 _CPUS: Final = len(os.sched_getaffinity(0))  # before any process is put on one of them
+_LOAD_AVERAGE: Final = os.getloadavg()  # before a benchmark adds to it
 _COLOURS: Final = ("#9aa5b1", "#e0a458", "#2a6f97", "#7a4f9a")
 
 _WIDTH: Final = None if Console().is_terminal else 160  # of a pipe, which would cut tables at 80
@@ -70,7 +73,7 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def environment(threads: int, packages: Sequence[str]) -> dict[str, Any]:
-    """Return what figures depend on: processor, engine threads, versions of `packages`."""
+    """Return what figures depend on: processor, engine threads, versions of `packages` and LRAI."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "isa": isa_class(),
@@ -79,7 +82,10 @@ def environment(threads: int, packages: Sequence[str]) -> dict[str, Any]:
         "threads": threads,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "versions": {name: version(name) for name in packages},
+        "huge_pages": _huge_pages(),
+        "load_average": _LOAD_AVERAGE,
+        "commit": _commit(),
+        "versions": {name: version(name) for name in dict.fromkeys(["lrai", *packages])},
     }
 
 
@@ -200,6 +206,27 @@ def bar_chart(
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
+
+
+def _huge_pages() -> str:
+    """Return who has pages of 2 MB, as the kernel says it: the one in brackets."""
+    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return file.read_text(encoding="ascii").strip() if file.exists() else "none"
+
+
+def _commit() -> str:
+    """Return which commit is measured, with a plus where files differ from it; empty without one."""
+    if not (commit := _git("rev-parse", "HEAD")):
+        return ""
+    return commit + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    return ""
 
 
 def _processor() -> str:

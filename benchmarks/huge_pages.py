@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"medians of {rounds} rounds in turns, 95 % bootstrap intervals; below 1 is faster",
     )
     packages = ["lrai", "onnxruntime", "numpy"]
-    environment = harness.environment(1, packages) | {"huge_pages": _setting()}
+    environment = harness.environment(1, packages)
     return harness.conclude(
         "huge_pages", arguments.out, environment, rows, checks, quick=arguments.quick
     )
@@ -122,11 +122,6 @@ def _ratios(plain: Call, huge: Call, feed: Feed, rounds: int) -> dict[str, Any]:
 def _huge_mb() -> float:
     text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
     return int(text.partition("AnonHugePages:")[2].split()[0]) / 1e3
-
-
-def _setting() -> str:
-    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return file.read_text(encoding="ascii").strip() if file.exists() else "none"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

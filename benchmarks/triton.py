@@ -144,7 +144,7 @@ def run(
     return harness.conclude(
         "triton",
         arguments.out,
-        harness.environment(1, packages),
+        harness.environment(1, packages) | {"server": server.versions()},
         found,
         checks,
         variant=chosen,

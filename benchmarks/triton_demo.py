@@ -111,10 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError:
             console.print(server.log.read_text(errors="replace")[-3000:])
             raise
+        versions = server.versions()
         left = server.stop()
         checks.append(Check("processes left behind", len(left), "0", not left))
     rows = [stage._asdict() for stage in stages]
     environment = harness.environment(1, ["lrai", "onnxruntime", "numpy", "tritonclient"])
+    environment |= {"server": versions}
     return harness.conclude(
         "triton_demo", arguments.out, environment, rows, checks, quick=arguments.quick
     )

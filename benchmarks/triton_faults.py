@@ -87,11 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for execution in _EXECUTIONS
             for row in measure(server, load, made, repository, kind, execution, seconds)
         ]
+        versions = server.versions()
     report(rows)
     return harness.conclude(
         "triton_faults",
         arguments.out,
-        harness.environment(1, ["lrai", "onnxruntime", "numpy", "tritonclient"]),
+        harness.environment(1, ["lrai", "onnxruntime", "numpy", "tritonclient"])
+        | {"server": versions},
         rows,
         checks(rows),
         quick=arguments.quick,

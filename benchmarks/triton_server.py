@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -31,6 +33,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 _PYTHON: Final = "3.11"  # the newest that both a stub and numpy 1.26 come for, and lrai runs on
 # The stub of this version writes wrong values with numpy 2, and numpy 1.26 needs that ml_dtypes.
 _PINS: Final = ("nvidia-pytriton==0.7.0", "numpy==1.26.4", "ml_dtypes==0.5.4")
+_PACKAGES: Final = ("nvidia-pytriton", "lrai", "onnxruntime", "numpy")
 _STUB: Final = b"triton_python_backend_stub"
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where the Python backend keeps its regions
 
@@ -132,7 +135,7 @@ class TritonServer(Server):
             env: Added to the environment; `LRAI_RUNTIME_SOCKET_DIR` names another's runtime.
             log: File for what it prints; by default one that goes when the server ends.
         """
-        self.runtime = Host()
+        self.runtime, self._environment = Host(), environment
         grpc_port, metrics_port = free_ports(2)
         # Regions are found by it, should the server be killed.
         self._regions = f"lrai-{grpc_port}-"
@@ -166,6 +169,17 @@ class TritonServer(Server):
     def pid(self) -> int:
         """The server's process id."""
         return self._process.pid
+
+    def versions(self) -> dict[str, str]:
+        """Return the version that the server says it has, and those of its stubs' environment."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", "/v2")
+            found = {"triton": str(json.loads(connection.getresponse().read())["version"])}
+        code = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
+        python = str(self._environment / "bin" / "python")
+        said = _output(python, "-P", "-c", code, *_PACKAGES, **variables(self._environment))
+        return found | dict(zip(_PACKAGES, said.split(), strict=False))
 
     def stub_pids(self) -> dict[str, list[int]]:
         """Return the process ids of the stubs that live, by model."""

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import load
+from benchmarks import harness, load
 from benchmarks.harness import Check, bar_chart, conclude, environment, int8_check, interval
 from benchmarks.processes import Server, on_all_cpus
 from tests.core.small_artifact import manifest
@@ -76,7 +77,31 @@ def test_a_check_that_fails_is_the_exit_status(tmp_path: Path, holds: bool, stat
         "holds": holds,
     }
     assert written["environment"]["threads"] == 1
+    assert set(written["environment"]["versions"]) == {"lrai", "numpy"}
+    assert len(written["environment"]["load_average"]) == 3
+    assert written["environment"]["huge_pages"]
     assert written["rounds"] == 3
+
+
+def git(*words: str) -> str:
+    command = ["git", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize(("changed", "mark"), [(False, ""), (True, "+")])
+def test_the_commit_is_written_and_whether_it_is_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: bool, mark: str
+) -> None:
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment(1, [])["commit"] == ""
+    (file := tmp_path / "benchmarks" / "harness.py").touch()
+    of = ("-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        git(*of, *words)
+    file.write_text("pass" * changed)
+    assert environment(1, [])["commit"] == git(*of, "rev-parse", "HEAD") + mark
 
 
 def test_a_chart_is_a_picture(tmp_path: Path) -> None:
