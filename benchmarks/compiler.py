@@ -517,7 +517,8 @@ def _show(
         title,
         ["", "form", *columns],
         paces,
-        "latency to onnxruntime fp32 with its defaults, medians of rounds in turn; rows x length"
+        "latency to onnxruntime fp32 with its defaults, medians of rounds in turn; rows x length\n"
+        + harness.ON_HUGE_PAGES
         + "\nolive: not given (--olive)" * (not olive),
     )
     harness.show(

@@ -1,4 +1,8 @@
-"""What the compiler is measured against: forms of a model that others make, and who runs them."""
+"""What the compiler is measured against: forms of a model that others make, and who runs them.
+
+They are opened as people open them, which is without asking for huge pages, as LRAI does for its
+sessions.
+"""
 
 from __future__ import annotations
 

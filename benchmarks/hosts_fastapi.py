@@ -1,7 +1,8 @@
 """A plain FastAPI container, as it stands beside SageMaker's: around ONNX Runtime, or around LRAI.
 
 Bodies are what `lrai sagemaker serve` takes too, and are read and written with msgspec, without
-FastAPI's own checks: no container is faster at it. `HOSTS_SERVED` says what is served.
+FastAPI's own checks: no container is faster at it. The session is opened as people open it, which
+is without asking for huge pages, as LRAI does for its own. `HOSTS_SERVED` says what is served.
 
     python -m benchmarks.hosts_fastapi PORT WORKERS
 """

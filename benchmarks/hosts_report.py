@@ -112,7 +112,8 @@ def show(rows: Rows, bare: Bare, parts: PartsOf, rounds: int, variant: str) -> N
             ],
             [_line(rows, row) for row in sorted(cells, key=_order)],
             f"medians of {rounds} rounds in turns, 95 % bootstrap intervals, each to the best peer "
-            f"with that file; the variant is {variant}; mounted: an application inside the host",
+            f"with that file; the variant is {variant}; mounted: an application inside the host\n"
+            f"{harness.ON_HUGE_PAGES}",
         )
         harness.show(
             f"Where the latency goes in {host}: % of its mean, and CPU us of a request",

@@ -2,8 +2,9 @@
 
 There is no transport and nothing but numpy and onnxruntime in the process: requests lie in its
 memory before the clock starts, and in open loop it looks at the same schedule of arrivals that the
-others get. So it is a peer that no server can beat. It is told by one JSON object a line what to
-do, and answers each with one.
+others get. So it is a peer that no server around such a session can beat; for huge pages, as LRAI
+does for its own, it does not ask. It is told by one JSON object a line what to do, and answers each
+with one.
 """
 
 from __future__ import annotations

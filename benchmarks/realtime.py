@@ -4,7 +4,7 @@ The MiniLM sentence encoder, fp32 and the variant that the compiler chose, with 
 lengths of search queries and of the Azure conversations. The engine, of LRAI's actor as of the
 peers, has one core and one thread; scheduler and load generator share another. Peers
 (`one_by_one.py`) run the same file of the same variant and have no transport: what they lose they
-lose to the policy alone.
+lose to the policy, and to huge pages, which LRAI asks for where its sessions lie and they do not.
 
 Closed loop: 64 requests wait at any time. Open loop: Poisson arrivals at 1.5 times what one by one
 can do, each due a fixed time after it.
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows,
         checks,
         azure="trace" if arguments.data else "lognormal of the same median and 99th percentile",
-        peers="no transport: requests lie in their memory, arrivals come from the same schedule",
+        peers="no transport: requests lie in their memory, arrivals come from the same schedule; "
+        f"{harness.ON_HUGE_PAGES}",
         quick=arguments.quick,
     )
 
@@ -494,7 +495,8 @@ def report(rows: Sequence[Row], extent: Extent) -> None:
             )
             for row in by_loop["closed"]
         ],
-        f"medians of {extent.rounds} rounds in turns; 95 % bootstrap intervals; p95 of lrai",
+        f"medians of {extent.rounds} rounds in turns; 95 % bootstrap intervals; p95 of lrai\n"
+        f"{harness.ON_HUGE_PAGES}",
     )
     harness.show(
         f"{OVERLOAD:g} times the load that one by one can do: % answered in time",

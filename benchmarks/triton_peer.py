@@ -4,7 +4,7 @@ How it runs the requests of a list is said by the configuration's parameters: `w
 by one), `equal` (all of one shape, in one call), `padded` (up to `rows` of them in one call, padded
 to the longest), `grouped` (those of one length in one call, without padding) or `constant` (no
 model at all, an answer that is always the same). The model is the `model.onnx` of the version,
-unless the parameter `model` names another file.
+unless the parameter `model` names another file. Nobody asks for huge pages here, as LRAI does.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def show(rows: Rows, extent: Extent) -> None:
         ],
         f"medians of {extent.rounds} rounds in turns, 95 % bootstrap intervals; peers at their "
         "best setting for these lengths; not model: of the CPU time of a request, what is spent "
-        "outside the process with the model",
+        f"outside the process with the model\n{harness.ON_HUGE_PAGES}",
     )
     _show_split(rows, [row for row in closed if row["who"] == "lrai"])
     _show_sharing(swept)
