@@ -26,7 +26,9 @@ from benchmarks.compiler_models import Array, Feed, Model
 from benchmarks.compiler_olive import Olive
 from benchmarks.compiler_torch import Module
 from benchmarks.harness import console
+from lrai_core.engine.engine import isa_class
 from lrai_core.engine.onnxruntime import REFUSALS, reason
+from lrai_engines.quantize import SATURATING
 
 Open = Callable[[int], Run]  # with so many threads
 Shapes = tuple[tuple[int, ...], ...]  # of the inputs of a call
@@ -151,6 +153,14 @@ def _torch(make: Callable[[], Module], names: Sequence[str], threads: int) -> Ru
     return run
 
 
+def _is_saturating() -> bool:
+    """Return whether sums of two products may overflow here: then weights have 7 bits, as LRAI's.
+
+    So onnxruntime's documentation has it for processors without VNNI.
+    """
+    return isa_class() in SATURATING
+
+
 def _dynamic(model: Model, out: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.registry import IntegerOpsRegistry
@@ -158,7 +168,12 @@ def _dynamic(model: Model, out: Path) -> None:
     # Without convolutions, which this makes 4 to 12 times slower: nobody would serve that.
     kinds = [kind for kind in IntegerOpsRegistry if kind != "Conv"]
     quantize_dynamic(
-        model.source, out, op_types_to_quantize=kinds, per_channel=True, weight_type=QuantType.QInt8
+        model.source,
+        out,
+        op_types_to_quantize=kinds,
+        per_channel=True,
+        reduce_range=_is_saturating(),
+        weight_type=QuantType.QInt8,
     )
 
 
@@ -187,6 +202,7 @@ def _static(model: Model, out: Path) -> None:
         _Reader(_calibration(model)),
         op_types_to_quantize=products,
         per_channel=True,
+        reduce_range=_is_saturating(),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )

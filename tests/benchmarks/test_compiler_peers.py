@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper
 
-from benchmarks import compiler_torch, models
+from benchmarks import compiler_peers, compiler_torch, models
 from benchmarks.compiler_models import Model
 from benchmarks.compiler_olive import Olive
 from benchmarks.compiler_peers import _ort, cell_shapes, executed, openvino_run
@@ -134,7 +134,7 @@ def test_onnxruntime_is_called_as_directly_as_by_lrai(
     path = models.train_mlp(tmp_path / "mlp.onnx", features, labels, (16,))
     feed = {"features": features[:5]}
     meant = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feed)
-    monkeypatch.delattr(ort.InferenceSession, "run")
+    monkeypatch.delattr(ort.InferenceSession.__mro__[1], "run")
     for own, right in zip(_ort(path, (), 1)(feed), meant, strict=True):
         np.testing.assert_array_equal(own, right)
 
@@ -163,6 +163,23 @@ def test_openvino_is_compiled_for_the_shapes_that_are_timed(
         feed = {"features": features[:rows]}
         np.testing.assert_allclose(run(feed)[0], free(feed)[0], atol=1e-5)
     assert compiled == [True, False, False, True]  # free, one row, eight rows, any other
+
+
+@pytest.mark.parametrize(("isa", "most"), [("avx2", 64), ("avx512", 64), ("vnni", 127)])
+@pytest.mark.parametrize("build", [compiler_peers._dynamic, compiler_peers._static])
+def test_weights_have_seven_bits_where_sums_of_products_may_overflow(
+    build: Callable[..., None], isa: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_peers, "isa_class", lambda: isa)
+    features = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    labels = (features[:, 0] > 0).astype(np.int64)
+    path = models.train_mlp(tmp_path / "mlp.onnx", features, labels, (16,))
+    unseen = [{"features": features[:1]}]
+    model = Model("mlp", path, {"features": features}, unseen, "softmax", [(1, 0)])
+    build(model, out := tmp_path / "out.onnx")
+    arrays = [onnx.numpy_helper.to_array(one) for one in onnx.load(out).graph.initializer]
+    weights = [array for array in arrays if array.dtype == np.int8 and array.ndim == 2]
+    assert max(np.abs(array.astype(int)).max() for array in weights) == most
 
 
 def test_a_file_that_is_run_as_another_is_no_other_peer(tmp_path: Path) -> None:
