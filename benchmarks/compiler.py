@@ -5,8 +5,9 @@ rows in the same batches; what counts is the ratio to ONNX Runtime in float32 wi
 Peers of the base install: ONNX Runtime in float32 and its quantiser, dynamic and static, each with
 its default optimizer passes and without those that cost int8 speed. With `--extras` also torch, not
 compiled, OpenVINO in float32 and bfloat16, and OpenVINO in int8 as NNCF quantises it, each where it
-is installed; those of OpenVINO with free shapes, and compiled for the shapes that are timed. With `--olive` what Olive's automatic optimisation makes in float32 and int8, in an
-environment of its own.
+is installed; those of OpenVINO with free shapes, and compiled for the shapes that are timed. With
+`--olive` what Olive's automatic optimisation makes in float32 and int8, in an environment of its
+own.
 
 A form that does not say what the source model says is no peer: each is judged on rows that nothing
 else has seen, by accuracy (with 95 % confidence one point is lost at most; of ours what is lost is
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -65,6 +67,7 @@ CLOSE_TIMES: Final = 1.2  # as fast as the fastest peer that is as close, on one
 SEED: Final = 0
 _CLOSE: Final = f"lrai within {EPSILON}"
 _CLOSE_TOO: Final = f"lrai with openvino within {EPSILON}"
+_GRID_ROWS, _GRID_THREADS = (1, 8, 32), (1, 2)  # of every model, were there the time for it
 _ASLEEP: Final = 0.06  # seconds
 _QUICK_MINUTES: Final = 1.5
 # After these rounds a peer drops out of a cell if all of the interval of its ratio to the fastest
@@ -192,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks = [*whole.checks, *_together(whole.rows, extras=arguments.extras)]
     spent = ", ".join(f"{part} {seconds:.0f}" for part, seconds in whole.seconds.items())
     console.print(f"seconds: {spent}")
+    _say_not_measured(left := not_measured(whole.rows))
     return harness.conclude(
         "compiler",
         arguments.out,
@@ -201,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quick=arguments.quick,
         rounds=whole.rounds,
         seconds=whole.seconds,
+        not_measured=left,
     )
 
 
@@ -678,6 +683,30 @@ def _paces(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[float
             best = min(row["ratios"][cell][0] for row in left)
             logs.setdefault(ours["model"], []).append(float(np.log(found[0] / best)))
     return logs
+
+
+def not_measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return by model which cells of the whole grid no row has: 1, 8, 32 rows with 1, 2 threads.
+
+    Lengths, where there are any, are those that the model is measured with.
+    """
+    found: dict[str, list[str]] = {}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        seen = {(cell, row["threads"]) for row in own for cell in row["ratios"]}
+        lengths = dict.fromkeys(cell.partition("x")[2] for cell, _ in sorted(seen))
+        grid = itertools.product(_GRID_ROWS, lengths, _GRID_THREADS)
+        left = [(f"{count}x{length}", threads) for count, length, threads in grid]
+        found[model] = [
+            f"{cell}, {threads}" for cell, threads in left if (cell, threads) not in seen
+        ]
+    return {model: cells for model, cells in found.items() if cells}
+
+
+def _say_not_measured(left: Mapping[str, Sequence[str]]) -> None:
+    for model, cells in left.items():
+        words = f"not measured of {model} (rows x length, threads): {'; '.join(cells)}"
+        console.print(words.replace("x0,", ","), markup=False)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

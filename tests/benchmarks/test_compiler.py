@@ -21,6 +21,7 @@ from benchmarks.compiler import (
     _row,
     _together,
     mix_of,
+    not_measured,
     serving,
     still_in,
 )
@@ -335,3 +336,19 @@ def test_what_models_need_is_asked_for_before_the_first(
     assert not any(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="--only other: known are classifier, minilm"):
         next(made(tmp_path, None, ["classifier", "other"], quick=False))
+
+
+def test_what_of_the_grid_is_not_measured_is_said() -> None:
+    whole = {f"{count}x0": [1.0, 1.0, 1.0] for count in (1, 8, 32)}
+    heavy = {cell: [1.0, 1.0, 1.0] for cell in ("1x128", "8x64")}
+    rows = [
+        {"model": "classifier", "threads": 1, "ratios": whole},
+        {"model": "classifier", "threads": 2, "ratios": whole},
+        {"model": "cnn", "threads": 1, "ratios": {cell: whole[cell] for cell in ("1x0", "8x0")}},
+        {"model": "bert", "threads": 1, "ratios": heavy},
+    ]
+    found = not_measured(rows)
+    assert found["cnn"] == ["1x0, 2", "8x0, 2", "32x0, 1", "32x0, 2"]
+    assert len(found["bert"]) == 10, "of 3 x 2 lengths x 2 threads there are two"
+    assert "8x128, 1" in found["bert"]
+    assert "classifier" not in found
