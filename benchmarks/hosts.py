@@ -116,6 +116,7 @@ def run(
         rows,
         report.checks(rows, bare, answers),
         variant=chosen,
+        memory=report.MEMORY_SHARED,
         bare={f"{file}, {lengths}": rates for (file, lengths), rates in bare.items()},
         parts_us={f"{host}, {form}": one._asdict() for (host, form), one in taken.items()},
         azure="trace" if arguments.data else "lognormal of the same median and 99th percentile",

@@ -17,6 +17,10 @@ LEAST_TO_FP32: Final = 1.7
 LEAST_OF_BARE: Final = 0.85  # of the speed-up of the bare engine
 LEAST_TO_VARIANT: Final = 1.1
 NOT_BEHIND: Final = 0.97
+MEMORY_SHARED: Final = (
+    "read while all servers of the host run: of libraries and weights that several of them map, "
+    "each is counted a part"
+)
 COSINE, COSINE_SHARE = 0.99, 0.98  # the gate's own condition for unit vectors
 COSINE_LEAST = 0.8  # what one text has with another is far below
 FP32_TOLERANCE: Final = 1e-4
@@ -152,7 +156,8 @@ def show(rows: Rows, bare: Bare, parts: PartsOf, rounds: int, variant: str) -> N
             if row["loop"] == "memory" and row["path"] == "API"
         ],
         "proportional set size of the whole tree, LRAI's daemon and actors included, after all "
-        "requests; who shares a server has one line too",
+        "requests; who shares a server has one line too;\n"
+        f"{MEMORY_SHARED}",
     )
 
 

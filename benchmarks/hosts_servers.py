@@ -81,7 +81,10 @@ class Running:
         return {"host": tree, "daemon": daemons, "actors": actors}
 
     def memory_bytes(self) -> int:
-        """Return the proportional set size of everything."""
+        """Return the proportional set size of everything.
+
+        What other servers that run map of the same files, libraries and weights, counts in parts.
+        """
         return sum(held(pid).pss_bytes for pids in self.processes().values() for pid in pids)
 
     def cpu_seconds(self) -> dict[str, float]:
