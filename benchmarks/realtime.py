@@ -58,6 +58,8 @@ LEAST: Final = {"search": 1.15, "azure": 0.97}  # of the rate of one by one
 LEAST_FIFO: Final = {"search": 1.8, "azure": 3.0}  # of the rate of FIFO batches
 LEAST_BEST, LEAST_DEFAULT = 1.2, 2.0  # of the answers in time
 MOST_MEMORY_MB: Final = 20.0
+COSINE, COSINE_SHARE = 0.99, 0.98  # the gate's own condition for unit vectors
+COSINE_LEAST = 0.8  # what one text has with another is far below
 SEED: Final = 0
 # Limit of the queue and timeout in shares of the SLO; the first is the default of most servers.
 SETTINGS: Final[Sequence[tuple[int | None, float | None]]] = tuple(
@@ -183,12 +185,16 @@ def measure(
         for name in lengths:
             for peer in (alone, fifo):
                 peer.ask(do="requests", requests=str(files[name]))
+            # In its process, as what this one maps of the weights would count for the actor, too.
+            alone.ask(do="answers", file=str(answers := scratch / f"{variant}-{name}.npy"))
+            ours.expected = np.load(answers)
             found, more = closed(ours, alone, fifo, requests[name], extent, f"{variant}, {name}")
             rows.append({"loop": "closed", "variant": variant, "lengths": name, **found})
             checks += more
             found, more = opened(ours, alone, requests[name], extent, f"{variant}, {name}")
             rows.append({"loop": "open", "variant": variant, "lengths": name, **found})
             checks += more
+        checks += agreed(variant, np.concatenate(ours.cosines))
         actor, plain = ours.actor_memory(), alone.ask(do="memory")
     above = actor["pss_mb"] - plain["pss_mb"]
     row = {"loop": "memory", "variant": variant, "actor": actor, "one_by_one": plain}
@@ -248,19 +254,27 @@ class Peer:
 
 
 class Ours:
-    """LRAI with one model, whose actor has a core of its own."""
+    """LRAI with one model, whose actor has a core of its own.
+
+    Attributes:
+        expected: What one by one answers to the requests.
+        cosines: Of all answers so far to that.
+    """
 
     def __init__(self, runtime: lrai.Runtime) -> None:
         self._runtime = runtime
         (self._model,) = runtime.models()
+        self.expected: NDArray[np.float32] = np.zeros((0, 0), np.float32)
+        self.cosines: list[NDArray[np.float64]] = []
 
     def closed(self, requests: Sequence[NDArray[np.int64]]) -> tuple[float, float, float]:
         """Return requests per second, rows a call and the p95 in ms with `WINDOW` waiting."""
         before, latencies = self._calls(), np.zeros(len(requests))
+        answers: dict[int, NDArray[Any]] = {}
         room = threading.Semaphore(WINDOW)  # whoever is answered makes room, in whatever order
 
         def note(index: int, sent: float, future: Future[Any]) -> None:
-            future.result()
+            (answers[index],) = future.result().outputs.values()
             latencies[index] = time.perf_counter() - sent
             room.release()
 
@@ -273,6 +287,7 @@ class Ours:
             if not room.acquire(timeout=60):
                 raise RuntimeError("a request was not answered")
         seconds = time.perf_counter() - started
+        self._compare(answers)
         calls = self._calls() - before
         p95 = float(np.quantile(latencies, 0.95)) * 1e3
         return len(requests) / seconds, len(requests) / calls, p95
@@ -282,11 +297,13 @@ class Ours:
     ) -> list[float]:
         """Return the seconds from arrival to answer of those that were answered."""
         latencies, ended = np.full(len(arrivals), np.inf), threading.Semaphore(0)
+        answers: dict[int, NDArray[Any]] = {}
         start = time.perf_counter() + 0.05
 
         def note(index: int, future: Future[Any]) -> None:
             if future.exception() is None:
                 latencies[index] = time.perf_counter() - start - arrivals[index]
+                (answers[index],) = future.result().outputs.values()
             ended.release()
 
         sent = 0
@@ -300,7 +317,15 @@ class Ours:
                 sent += 1
         for _ in range(sent):
             ended.acquire()
+        self._compare(answers)
         return [float(seconds) for seconds in latencies if seconds < np.inf]
+
+    def _compare(self, answers: dict[int, NDArray[Any]]) -> None:
+        """Note how near answers are to what is expected, by the number of the request."""
+        if answers:
+            got = np.concatenate([*answers.values()])
+            meant = self.expected[[index % len(self.expected) for index in answers]]
+            self.cosines.append(cosines(got, meant))
 
     def actor_memory(self) -> dict[str, float]:
         """Return the resident memory of the actor."""
@@ -319,6 +344,28 @@ class Ours:
 
     def _calls(self) -> int:
         return self._runtime.stats().get("batch_completed", 0)
+
+
+def cosines(got: NDArray[Any], meant: NDArray[Any]) -> NDArray[np.float64]:
+    """Return those of each row with the other one's, 0 where either is none."""
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(meant, axis=1)
+    found: NDArray[np.float64] = (got * meant).sum(axis=1) / np.maximum(norms, 1e-12)
+    return found
+
+
+def agreed(variant: str, found: NDArray[np.float64]) -> list[Check]:
+    """Return the checks of the answers: rows of int8 that share a call may differ by a little."""
+    share, least = float((found >= COSINE).mean()), float(found.min())
+    name = f"{variant}: share of {len(found):,} answers with cosine >= {COSINE} to one by one"
+    return [
+        Check(name, share, f">= {COSINE_SHARE}", share >= COSINE_SHARE),
+        Check(
+            f"{variant}: least cosine of an answer",
+            least,
+            f">= {COSINE_LEAST}",
+            least >= COSINE_LEAST,
+        ),
+    ]
 
 
 @contextlib.contextmanager
