@@ -353,10 +353,10 @@ def cosines(got: NDArray[Any], meant: NDArray[Any]) -> NDArray[np.float64]:
     return found
 
 
-def agreed(variant: str, found: NDArray[np.float64]) -> list[Check]:
+def agreed(variant: str, found: NDArray[np.float64], other: str = "one by one") -> list[Check]:
     """Return the checks of the answers: rows of int8 that share a call may differ by a little."""
     share, least = float((found >= COSINE).mean()), float(found.min())
-    name = f"{variant}: share of {len(found):,} answers with cosine >= {COSINE} to one by one"
+    name = f"{variant}: share of {len(found):,} answers with cosine >= {COSINE} to {other}"
     return [
         Check(name, share, f">= {COSINE_SHARE}", share >= COSINE_SHARE),
         Check(

@@ -66,6 +66,9 @@ QUICK: Final = Plan(rounds=5, seconds=2.0, variants=("fp32",))
 FULL: Final = Plan(rounds=10, seconds=3.0, variants=("fp32", "int8"))
 
 
+Answers = dict[int, Any]  # the last one to each request
+
+
 class Round(NamedTuple):
     """What one round of closed-loop requests showed, over all workers of a side."""
 
@@ -82,6 +85,7 @@ class Side:
     host: Host
     workers: list[Helper]
     rounds: list[Round] = field(default_factory=list)
+    answers: list[Answers] = field(default_factory=list)  # of each worker, when all rounds are over
 
     def round(self, seconds: float) -> Round:
         """Have all callers ask for so long."""
@@ -124,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for variant in plan.variants:
             sides = measure(artifact, names[variant], plan)
             ratios = compare(sides)
-            checks += checks_of(variant, ratios)
+            checks += [*checks_of(variant, ratios), *agreement(variant, sides)]
             table += [_row(variant, side, ratios) for side in sides]
             content += [
                 {"variant": names[variant], "side": side.name, "rounds": side.rounds}
@@ -204,6 +208,8 @@ def measure(artifact: Path, variant: str, plan: Plan) -> list[Side]:
             for turn in range(plan.rounds):
                 for side in sides[:: -1 if turn % 2 else 1]:
                     side.rounds.append(side.round(plan.seconds))
+        for side in sides:
+            side.answers = [worker.ask("answers") for worker in side.workers]
     return sides
 
 
@@ -260,28 +266,38 @@ def work(
     """Be a worker: serve with a runtime, and have callers ask when told to."""
     with lrai.Runtime(lrai.load_config(call=settings), address=address) as runtime:
         requests = _requests(runtime.load(artifact, variant=variant), lengths, seed)
+        answers: Answers = {}
         line.send("ready")
         while True:
             what, *arguments = line.recv()
             if what == "round":
                 begun = time.monotonic()
-                latencies = ask(runtime, requests, *arguments)
+                latencies = ask(runtime, requests, answers, *arguments)
                 line.send((latencies, time.monotonic() - begun))
+            elif what == "answers":
+                line.send(answers)
             else:
                 line.send(runtime.stats().get("batch_completed", 0))
 
 
 def ask(
-    runtime: lrai.Runtime, requests: Sequence[lrai.InferenceRequest], seconds: float
+    runtime: lrai.Runtime,
+    requests: Sequence[lrai.InferenceRequest],
+    answers: Answers,
+    seconds: float,
 ) -> list[float]:
-    """Return the latencies of what `CALLERS` threads asked in that time, one after the other."""
+    """Return the latencies of what `CALLERS` threads asked in that time, one after the other.
+
+    What was answered last to each request is put into `answers`.
+    """
     latencies, end, failed = list[float](), time.monotonic() + seconds, list[Exception]()
 
     def caller(first: int) -> None:
         index = first * len(requests) // CALLERS
         while not failed and (begun := time.monotonic()) < end:
             try:
-                runtime.infer(requests[index % len(requests)])
+                answer = runtime.infer(requests[index % len(requests)])
+                (answers[index % len(requests)],) = answer.outputs.values()
             except lrai.LraiError as error:
                 failed.append(error)
             latencies.append(time.monotonic() - begun)
@@ -322,6 +338,27 @@ def compare(sides: Sequence[Side]) -> Ratios:
             for figure in Round._fields
         }
     return ratios
+
+
+def agreement(variant: str, sides: Sequence[Side]) -> list[Check]:
+    """Return the checks that the answers of all sides are those of one runtime each.
+
+    Each of these has one worker's requests alone, so that none is mistaken for another worker's.
+    """
+    from benchmarks.realtime import agreed, cosines  # here, as what workers import is counted
+
+    (each,) = [side for side in sides if side.name == EACH]
+    found: list[Check] = []
+    for side in sides:
+        pairs = [
+            (mine[index], right[index])
+            for mine, right in zip(side.answers, each.answers, strict=True)
+            for index in sorted(mine.keys() & right.keys())
+        ]
+        if side is not each:
+            got, meant = (np.concatenate(rows) for rows in zip(*pairs, strict=True))
+            found += agreed(f"{variant}, {side.name}", cosines(got, meant), "one each")
+    return found
 
 
 def checks_of(variant: str, ratios: Ratios) -> list[Check]:

@@ -8,17 +8,19 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.host import Helper, Host, held
-from benchmarks.workers import EACH, ONE, Round, Side, checks_of, compare
+from benchmarks.workers import EACH, ONE, Round, Side, agreement, checks_of, compare
 from tests.integration.test_runtime_faults import wait_until
 
 
 def sides(*pairs: tuple[Round, Round]) -> list[Side]:
     with Host() as host:
         one, each = Side(ONE, host, []), Side(EACH, host, [])
-    one.rounds, each.rounds = map(list, zip(*pairs, strict=True))
+    if pairs:
+        one.rounds, each.rounds = map(list, zip(*pairs, strict=True))
     return [one, each]
 
 
@@ -44,6 +46,16 @@ def test_more_rows_per_call_and_not_behind_is_what_has_to_hold(
 ) -> None:
     ratios = compare(sides(*[(Round(100 * speed, 2 * rows, 10), Round(100, 2, 10))] * 5))
     assert [check.holds for check in checks_of("fp32", ratios)] == holds
+
+
+def test_answers_of_all_sides_are_compared_by_worker_and_request() -> None:
+    one, each = sides()
+    each.answers = [{index: np.eye(50)[[at + index]] for index in range(40)} for at in (0, 5)]
+    one.answers = [dict(answers) for answers in each.answers]
+    del one.answers[0][3]  # whom nobody has asked there
+    assert [check.holds for check in agreement("fp32", [one, each])] == [True, True]
+    one.answers.reverse()
+    assert [check.holds for check in agreement("fp32", [one, each])] == [False, False]
 
 
 def echo(line: Connection, first: int) -> None:
