@@ -598,6 +598,25 @@ def test_who_is_second_leaves_the_entry_to_who_was_first(
     assert content(repository / name) == first
 
 
+def test_a_copy_that_fails_undoes_nothing_of_what_others_did_meanwhile(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ("--model-repository", repository, "--name", "m", "--switch", "--version")
+    copy, found = shutil.copytree, dict[str, bytes]()
+
+    def meanwhile(*_: Any) -> None:
+        monkeypatch.setattr(shutil, "copytree", copy)
+        run("add", artifact, *where, "2")
+        there = content(repository / "m").items()
+        found.update((file, data) for file, data in there if not file.startswith("."))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", meanwhile)
+    run("add", artifact, *where, "3", code=5)
+    assert content(repository / "m") == found
+    assert b'backend: "lrai"' in found["config.pbtxt"]
+
+
 def test_a_version_that_is_a_link_is_moved_aside_as_one(
     repository: Path, artifact: Path, run: Run, tmp_path: Path
 ) -> None:

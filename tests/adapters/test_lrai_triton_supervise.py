@@ -133,6 +133,8 @@ LOADING = "model-repository"
         ([f"{HTTP}=trace,{LOADING}:admin=x"], [f"{GRPC}={LOADING}:admin=x"]),
         ([GRPC, f"{LOADING}:admin=x", f"{GRPC}=trace:a=b"], [f"{HTTP}={LOADING}:admin=x"]),
         ([f"{HTTP}={LOADING}:admin=x", f"{GRPC}={LOADING}:other=y"], []),
+        # Names of gRPC's metadata are in lower case.
+        ([f"{HTTP}={LOADING}:X-Admin=Y"], [f"{GRPC}={LOADING}:x-admin=Y"]),
     ],
 )
 def test_loading_is_restricted_by_every_protocol_whatever_else_is(
@@ -140,6 +142,26 @@ def test_loading_is_restricted_by_every_protocol_whatever_else_is(
 ) -> None:
     told = started(tmp_path, *given)
     assert [one for one in told if "-restricted-" in one and one not in given] == added
+
+
+def test_a_key_is_without_the_end_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a secret has it that was made of a line: nobody could send a header with that."""
+    monkeypatch.setenv("TRITON_REPOSITORY_KEY", "k\n")
+    assert f"{HTTP}={LOADING}:lrai-key=k" in started(tmp_path)
+    assert supervise._told() == "lrai-key=k"
+
+
+@pytest.mark.parametrize(("mode", "option"), [("PREDICTION", ""), ("", "--allow-vertex-ai=true")])
+def test_a_port_that_would_load_models_without_a_key_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, option: str
+) -> None:
+    path, backends = planted(tmp_path, "exit 7")
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("AIP_MODE", mode)
+    with pytest.raises(lrai.UsageError, match=r"Vertex AI would load models .* without a key"):
+        supervise.serve([backends, option], watched=True)
 
 
 def test_the_watch_has_the_key_that_the_server_demands(

@@ -179,8 +179,7 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
 
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
-    new, kept = not entry.is_dir(), (entry / _ORIGINAL).exists()
-    there, before = (entry / CONFIG).exists(), text_of(entry / CONFIG)
+    new, was = not entry.is_dir(), None
     try:
         with writing(entry if new else entry / str(version)) as folder:
             target = folder / str(version) if new else folder
@@ -189,9 +188,13 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
                 shutil.copytree(Artifact.open(model).path, target / "model.lrai")
             else:
                 _check_onnx(Path(shutil.copy2(model, target / "model.onnx")), model.name)
+            # Now: another command may have switched it while this one copied.
+            files = (entry / CONFIG, entry / _ORIGINAL)
+            was = text_of(files[0]), *(file.exists() for file in files)
             _switch(folder if new else entry, config)
     except BaseException:  # a disk may be found full when all is written
-        if not new and not os.path.lexists(entry / str(version)):  # else it is somebody else's
+        if was and not new and not os.path.lexists(entry / str(version)):  # else somebody else's
+            before, there, kept = was
             if not there:
                 (entry / CONFIG).unlink(missing_ok=True)
             elif text_of(entry / CONFIG) != before:
@@ -252,11 +255,14 @@ def _replace(config: Path, text: str) -> None:
     """
     config = config.resolve()
     temporary = config.with_name(f".{CONFIG}")
-    temporary.write_bytes(text.encode(errors="surrogateescape"))
-    if config.exists():
-        shutil.copymode(config, temporary)
-        # The group also where not the owner.
-        for owner in ((-1, (its := config.stat()).st_gid), (its.st_uid, -1)):
-            with contextlib.suppress(OSError):
-                os.chown(temporary, *owner)
-    temporary.replace(config)
+    try:
+        temporary.write_bytes(text.encode(errors="surrogateescape"))
+        if config.exists():
+            shutil.copymode(config, temporary)
+            # The group also where not the owner.
+            for owner in ((-1, (its := config.stat()).st_gid), (its.st_uid, -1)):
+                with contextlib.suppress(OSError):
+                    os.chown(temporary, *owner)
+        temporary.replace(config)
+    finally:
+        temporary.unlink(missing_ok=True)

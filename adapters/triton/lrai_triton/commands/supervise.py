@@ -114,15 +114,21 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
     if watched and _given(arguments, "allow-http", "")[-1].lower() in ("false", "0"):
         raise UsageError("--allow-http is false, but the watch asks by HTTP: see --no-watch")
     if watched and not _given(arguments, "model-control-mode"):
+        vertex = str(os.environ.get("AIP_MODE") == "PREDICTION")  # where that is the default
         arguments = [*arguments, "--model-control-mode=explicit"]
         arguments += ["--load-model=*"] * (not _given(arguments, "load-model"))  # as without a mode
+        if _given(arguments, "allow-vertex-ai", vertex)[-1].lower() in ("true", "1"):
+            why = "the port of Vertex AI would load models for whoever asks, without a key"
+            raise UsageError(f"{why}: see --no-watch")
         keys = _keys(arguments)
-        said = next(iter(keys.values()), "") or os.environ.get(_KEY) or secrets.token_hex(16)
+        said = next(iter(keys.values()), "") or _told() or secrets.token_hex(16)
         # Else whoever asks could load code, by the protocol that is left open.
-        arguments += [f"--{o}={_LOADING}:{_named(said)}" for o in _RESTRICTIONS if o not in keys]
+        name, _, value = _named(said).partition("=")  # gRPC knows names in lower case alone
+        own = f"{_LOADING}:{name.lower()}={value}"
+        arguments += [f"--{option}={own}" for option in _RESTRICTIONS if option not in keys]
     commands = [[program, *arguments]]
     if watched:
-        os.environ[_KEY] = _keys(arguments).get(_RESTRICTIONS[0]) or os.environ.get(_KEY, "")
+        os.environ[_KEY] = _keys(arguments).get(_RESTRICTIONS[0]) or _told()
         host = _given(arguments, "http-address", "127.0.0.1")[-1]  # 0.0.0.0 leads there, too
         url = f"http://{host}:{_given(arguments, 'http-port', '8000')[-1]}"
         commands.append([*PROGRAM, "triton", "watch", "--url", url])
@@ -270,7 +276,7 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
         headers: Of the request.
     """
     seconds = _SECONDS.get(path.rpartition("/")[2], 10.0)
-    name, _, value = _named(os.environ.get(_KEY, "")).partition("=")
+    name, _, value = _named(_told()).partition("=")
     sent = {name: value, **(headers or {})}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     with contextlib.closing(connection):
@@ -333,6 +339,11 @@ def _zeros(inputs: list[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
     answer = {"binary_data_output": True}  # JSON would have no half-precision numbers
     text = json.dumps({"id": WATCH, "inputs": tensors, "parameters": answer}).encode()
     return text + bytes(total), {"Inference-Header-Content-Length": str(len(text))}
+
+
+def _told() -> str:
+    """Return the key of the environment, without the end of the line that a file of it has."""
+    return os.environ.get(_KEY, "").strip()
 
 
 def _named(key: str) -> str:
