@@ -179,7 +179,8 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
 
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
-    new, was = not entry.is_dir(), None
+    new = not entry.is_dir()
+    was: tuple[str, bool, bool] | None = None
     try:
         with writing(entry if new else entry / str(version)) as folder:
             target = folder / str(version) if new else folder
@@ -189,8 +190,8 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
             else:
                 _check_onnx(Path(shutil.copy2(model, target / "model.onnx")), model.name)
             # Now: another command may have switched it while this one copied.
-            files = (entry / CONFIG, entry / _ORIGINAL)
-            was = text_of(files[0]), *(file.exists() for file in files)
+            config_file, original = entry / CONFIG, entry / _ORIGINAL
+            was = text_of(config_file), config_file.exists(), original.exists()
             _switch(folder if new else entry, config)
     except BaseException:  # a disk may be found full when all is written
         if was and not new and not os.path.lexists(entry / str(version)):  # else somebody else's
