@@ -55,6 +55,7 @@ from benchmarks.compiler_olive import Olive  # noqa: E402
 from benchmarks.compiler_peers import REFERENCE, Peer, peers_of  # noqa: E402
 from benchmarks.harness import Check, Interval, console, interval  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
+from benchmarks.processes import on_cpus  # noqa: E402
 from lrai_core.artifact import QUANTIZATION_LOG  # noqa: E402
 from lrai_core.engine.engine import find_engine, isa_class  # noqa: E402
 from lrai_core.scheduler.latency import LatencyModel  # noqa: E402
@@ -217,19 +218,19 @@ def _compare(model: Model, folder: Path, peers: Sequence[Peer], whole: Whole) ->
     compiled = cache(partial(_compiled, model, folder, arguments))
     for threads in counts:
         try:
-            with _on(cpus[:threads]):
+            with on_cpus(cpus[:threads]):
                 # Who has dropped out of every cell with one thread does not come again.
                 left = [peer for peer in peers if peer.name in (REFERENCE, *stayed) or not stayed]
                 with whole.timed("loading"):
                     forms = [_theirs(peer, threads) for peer in left]
-                with whole.timed("compiling"), _on(cpus):
+                with whole.timed("compiling"), on_cpus(cpus):
                     served = [
                         (kind, serving(kind, threads, compiled))
                         for kind in _kinds(model, counts, arguments)
                         if threads in kind.counts
                     ]
                 forms += [_ours(model, kind.name, found, threads) for kind, found in served]
-                with whole.timed("judging"), _on(cpus):
+                with whole.timed("judging"), on_cpus(cpus):
                     asked = [(form.key, form.run, form.sizes) for form in forms]
                     said = judge.said(asked, threads)
                 for form, one in zip(forms, said, strict=True):
@@ -244,17 +245,6 @@ def _compare(model: Model, folder: Path, peers: Sequence[Peer], whole: Whole) ->
         stayed = [form.name for form in theirs if rounds in map(len, form.seconds.values())]
         whole.rows += _show(model, forms, threads, olive=bool(arguments.olive))
         whole.checks += _checks(model, forms, threads)
-
-
-@contextlib.contextmanager
-def _on(cpus: Sequence[int]) -> Iterator[None]:
-    """Keep this thread, and those that it starts, on these CPUs."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def _theirs(peer: Peer, threads: int) -> Form:

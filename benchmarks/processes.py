@@ -41,14 +41,14 @@ class Server:
             command: Program and arguments.
             log: File for what it prints; its folder is the working directory.
             cpus: The CPUs that the tree may use from when it is ready; empty for all. Not before,
-                see `on_all_cpus`.
+                see `on_cpus`.
             variables: Added to the environment.
         """
         (self.port,) = free_ports(1)
         self.log, self._cpus = log, cpus
         arguments = [part.format(port=self.port) for part in command]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        with log.open("wb") as output, on_all_cpus():
+        with log.open("wb") as output, on_cpus():
             self._process = subprocess.Popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
@@ -147,15 +147,15 @@ def cpu_seconds(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def on_all_cpus() -> Iterator[None]:
-    """Have what is started here begin with the CPUs that this program began with.
+def on_cpus(cpus: Iterable[int] = _CPUS) -> Iterator[None]:
+    """Keep this thread, and what it starts, on these CPUs: by default on all.
 
-    It inherits those of the thread that starts it, which may have been put on one of them, and
-    onnxruntime (1.32) uses AMX only where its import finds more than one. Nobody is to be slower
-    than on a machine of its own because of how he is measured.
+    What is started inherits those of the thread that starts it, which may have been put on one, and
+    onnxruntime (1.32) uses AMX only where its import finds more. Nobody is to be slower than on a
+    machine of its own because of how he is measured.
     """
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, _CPUS)
+    os.sched_setaffinity(0, cpus)
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ from benchmarks import harness, models  # noqa: E402
 from benchmarks.harness import Check, console, interval  # noqa: E402
 from benchmarks.host import end_on_sigterm  # noqa: E402
 from benchmarks.one_by_one import memory_mb  # noqa: E402
-from benchmarks.processes import confine, on_all_cpus  # noqa: E402
+from benchmarks.processes import confine, on_cpus  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -218,7 +218,7 @@ class Peer:
     ) -> None:
         """Start it and wait until it has loaded the variant, or a `plain` file in its place."""
         chosen = artifact.manifest.variant(variant)
-        with on_all_cpus():  # it goes to its own when it has imported onnxruntime
+        with on_cpus():  # it goes to its own when it has imported onnxruntime
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", "from benchmarks.one_by_one import main; main()"],
                 stdin=subprocess.PIPE,

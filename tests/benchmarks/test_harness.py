@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import harness, load
 from benchmarks.harness import Check, bar_chart, conclude, environment, int8_check, interval
-from benchmarks.processes import Server, on_all_cpus
+from benchmarks.processes import Server, on_cpus
 from tests.core.small_artifact import manifest
 
 
@@ -144,7 +144,7 @@ def test_who_is_put_on_one_cpu_does_not_hand_that_down_to_servers(tmp_path: Path
             pytest.raises(RuntimeError, match=re.escape(f"{before}")),
         ):
             server.wait_until_ready("/")
-        with on_all_cpus():
+        with on_cpus():
             assert os.sched_getaffinity(0) == before
         assert os.sched_getaffinity(0) == {min(before)}
     finally:
