@@ -106,11 +106,8 @@ def _unpack(tar: Path, scratch: Path) -> Path:
                 room -= member.size
                 plain = (member.isreg() or member.isdir()) and member.sparse is None
                 if not plain or count > _MOST_MEMBERS or room < 0:
-                    why = (
-                        "too much, for this disk or its size"
-                        if plain
-                        else f"{member.name[:80]!r}, no file"
-                    )
+                    over, other = "too much, for this disk or its size", member.name[:80]
+                    why = over if plain else f"{other!r}, no file"
                     raise ArtifactError(f"{tar.name} holds {why}")
                 member.name = member.name.lstrip("/")
                 if not (into / member.name).resolve().is_relative_to(into.resolve()):
