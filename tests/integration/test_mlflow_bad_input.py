@@ -156,13 +156,14 @@ def test_a_flood_of_chunks_is_held_whole_and_given_back(server: Server) -> None:
     worker = server.processes()[1]
     before = resident_bytes(worker)
     Path(f"/proc/{worker}/clear_refs").write_text("5")  # the peak is that of what comes now
-    for _ in range(4):
+    for _ in range(8):
         chunks = (b"[" * CHUNK_BYTES for _ in range(FLOOD_BYTES // CHUNK_BYTES))
         reply = post(server.port, chunks, "application/x-foo")  # read whole, then looked at
         assert reply.status == 415
         assert post(server.port, GOOD).status == 200
     assert peak_bytes(worker) - before > FLOOD_BYTES
-    assert resident_bytes(worker) - before < FLOOD_BYTES  # of four
+    # Of eight. glibc keeps the pieces of one where something lies above them in its heap.
+    assert resident_bytes(worker) - before < 2 * FLOOD_BYTES
 
 
 def test_callers_who_hang_up_leave_the_server_to_the_others(server: Server) -> None:
