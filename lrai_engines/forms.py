@@ -62,6 +62,7 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
         },
         "int8-static": partial(static.build, share=0),
         **{f"int8-static-{kept}": partial(static.build, share=kept / 100) for kept in _KEPT},
+        "int8-static-tensor": partial(static.build, share=0, columns=False),
         "int8-smooth-static": partial(joint, smooth, static, STATIC),
         "int8-block32": partial(blocks, size=32),
         "int8-block128": partial(blocks, size=128),

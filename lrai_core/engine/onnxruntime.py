@@ -68,8 +68,8 @@ class OnnxRuntimeSession:
         """Return the outputs; see `Session.run`."""
         names = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
         size = sum([array.nbytes for array in arrays])
-        larger = size > self._largest_bytes  # than all before: it may take more memory, and keep it
-        self._largest_bytes = max(size, self._largest_bytes)
+        if larger := size > self._largest_bytes:  # it may take more memory than before, and keep it
+            self._largest_bytes = size
         try:
             # What Python puts around the session's own `run` takes as long as a small model.
             run = huge_pages(self._before)(self._session.run) if larger else self._session._sess.run  # noqa: SLF001

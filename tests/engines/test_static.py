@@ -350,17 +350,28 @@ def test_what_a_body_reads_is_what_it_was(kind: str, seen: str) -> None:
     assert kinds["QLinearConv"] == 1 + (seen == "r1"), "one that gives float32 is none"
 
 
-def test_plain_layers_are_quantised_too() -> None:
+@pytest.mark.parametrize("columns", [True, False])
+def test_plain_layers_are_quantised_too(columns: bool) -> None:
     x = np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
     specs = (
         TensorSpec(name="y", datatype="FP32", shape=("batch", 4), batch_axis=0),
         TensorSpec(name="label", datatype="INT64", shape=("batch",), batch_axis=0),
     )
-    quantised, report = static_int8(plain(), Sample([[row[None]] for row in x], specs))
+    forms = StaticForms(Sample([[row[None]] for row in x], specs), 1)
+    quantised, report = forms.build(plain(), share=0, columns=columns)
     assert [line.scheme for line in report] == ["static_int8"] * 2
+    assert sum(line.harm for line in report) == pytest.approx(1)
+    sizes = {t.name: numpy_helper.to_array(t).size for t in quantised.graph.initializer}
+    scales = {n.input[1] for n in quantised.graph.node if n.op_type == "DequantizeLinear"}
+    assert {sizes[name] for name in scales} == ({1, 32, 4} if columns else {1})
     assert 0 < distance(run(quantised, x), run(plain(), x)) < 0.1
     x[3, 5] = np.nan
     assert np.isnan(run(quantised, x)).all(axis=1).tolist() == [i == 3 for i in range(40)]
+
+
+def test_beside_convolutions_every_channel_has_its_scale() -> None:
+    with pytest.raises(NothingToQuantize, match="beside convolutions"):
+        StaticForms(sample(), 1).build(network(), share=0, columns=False)
 
 
 @pytest.mark.parametrize("turned", [0, 1])
