@@ -29,7 +29,7 @@ from benchmarks.models import classifier
 from lrai_core import artifact as store
 from lrai_report.target import find
 from lrai_shared.keys import private_folder
-from lrai_triton.commands import main, pbtxt, supervise
+from lrai_triton.commands import main, pbtxt, watch
 from lrai_triton.served import source_of
 from tests.core import small_artifact
 from tests.own_runtime import own_runtime
@@ -982,8 +982,8 @@ def test_who_answers_others_while_a_probe_waits_is_slow_and_not_dead(
         stats = [{"version": "1", "inference_stats": counts}]
         return 200, {"model_stats": stats} if path.endswith("/stats") else {"inputs": []}
 
-    monkeypatch.setattr(supervise, "_ask", ask)
-    monkeypatch.setattr(supervise._Model, "start", lambda model: None)
-    model = supervise._Model("http://nowhere", "m", 1.0, silent_seconds, tmp_path)
+    monkeypatch.setattr(watch, "_ask", ask)
+    monkeypatch.setattr(watch._Model, "start", lambda model: None)
+    model = watch._Model("http://nowhere", "m", 1.0, silent_seconds, tmp_path)
     found = [model._dead("1", model._count()["1"], [1]) for _ in range(2)][-1]
     assert ("it has given no answer for" in found) is dead

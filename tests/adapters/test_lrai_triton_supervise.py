@@ -20,7 +20,7 @@ import pytest
 import typer
 
 import lrai_core as lrai
-from lrai_triton.commands import supervise
+from lrai_triton.commands import serve, watch
 from lrai_triton.commands.app import PROGRAM
 from tests.core import small_artifact
 from tests.own_runtime import daemon_pids, own_runtime
@@ -32,7 +32,7 @@ def tensor(name: str, datatype: str, shape: list[int]) -> dict[str, Any]:
 
 def test_a_probe_is_zeros_of_the_smallest_shape() -> None:
     inputs = [tensor("ids", "INT64", [-1, -1]), tensor("image", "FP16", [-1, 3, 2])]
-    body, headers = supervise._zeros(inputs)
+    body, headers = watch._zeros(inputs)
     text = int(headers["Inference-Header-Content-Length"])
     sent = json.loads(body[:text])["inputs"]
     assert [given["shape"] for given in sent] == [[1, 1], [1, 3, 2]]
@@ -44,7 +44,7 @@ def test_a_probe_is_zeros_of_the_smallest_shape() -> None:
     ("datatype", "size"), [("BOOL", 1), ("UINT8", 1), ("BF16", 2), ("FP64", 8), ("BYTES", 4)]
 )
 def test_a_zero_has_the_size_of_its_datatype(datatype: str, size: int) -> None:
-    body, headers = supervise._zeros([tensor("x", datatype, [3])])
+    body, headers = watch._zeros([tensor("x", datatype, [3])])
     assert len(body) - int(headers["Inference-Header-Content-Length"]) == 3 * size
 
 
@@ -60,7 +60,7 @@ def test_a_zero_has_the_size_of_its_datatype(datatype: str, size: int) -> None:
     ],
 )
 def test_options_of_the_server_are_read_in_both_forms(arguments: list[str], value: str) -> None:
-    assert supervise._given(arguments, "http-port", "80")[-1] == value
+    assert serve._given(arguments, "http-port", "80")[-1] == value
 
 
 def program(path: Path, script: str) -> Path:
@@ -86,7 +86,7 @@ def started(folder: Path, *arguments: str, watched: bool = True, status: int = 7
     with own_runtime(PATH=path) as sockets:
         given = [backends, *arguments]
         with pytest.raises(typer.Exit) as ended:
-            supervise.serve(given, watched=watched)
+            serve.serve(given, watched=watched)
         assert ended.value.exit_code == status
         assert daemon_pids(sockets) == [], "the runtime that it started ends with it"
     return (folder / "given").read_text().splitlines()[1:]
@@ -150,7 +150,7 @@ def test_a_key_is_without_the_end_of_its_line(
     """As a secret has it that was made of a line: nobody could send a header with that."""
     monkeypatch.setenv("TRITON_REPOSITORY_KEY", "k\n")
     assert f"{HTTP}={LOADING}:lrai-key=k" in started(tmp_path)
-    assert supervise._told() == "lrai-key=k"
+    assert watch.told_key() == "lrai-key=k"
 
 
 @pytest.mark.parametrize(("mode", "option"), [("PREDICTION", ""), ("", "--allow-vertex-ai=true")])
@@ -161,7 +161,7 @@ def test_a_port_that_would_load_models_without_a_key_is_refused(
     monkeypatch.setenv("PATH", path)
     monkeypatch.setenv("AIP_MODE", mode)
     with pytest.raises(lrai.UsageError, match=r"Vertex AI would load models .* without a key"):
-        supervise.serve([backends, option], watched=True)
+        serve.serve([backends, option], watched=True)
 
 
 def test_the_watch_has_the_key_that_the_server_demands(
@@ -184,8 +184,8 @@ def test_a_stub_of_a_repository_in_a_cloud_is_known_by_its_instance(tmp_path: Pa
         try:
             while not Path(f"/proc/{stub.pid}/cmdline").read_bytes():  # it is not quite there yet
                 time.sleep(0.005)
-            assert supervise._stubs("lone") == {"1": [stub.pid]}
-            assert supervise._stubs("lone_0") == {}
+            assert watch._stubs("lone") == {"1": [stub.pid]}
+            assert watch._stubs("lone_0") == {}
         finally:
             stub.kill()
 
@@ -208,13 +208,13 @@ def ended(
     *arguments: str,
 ) -> int:
     """Return the exit status of `serve` with these scripts as tritonserver and as the watch."""
-    monkeypatch.setattr(supervise, "_RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(serve, "_RESTART_SECONDS", 0.01)
     stand_in = program(folder / "lrai", f'test "$2" != watch && exit 0\n{watch}')
-    monkeypatch.setattr(supervise, "PROGRAM", (str(stand_in),))
+    monkeypatch.setattr(serve, "PROGRAM", (str(stand_in),))
     path, backends = planted(folder, server)
     monkeypatch.setenv("PATH", path)
     with pytest.raises(typer.Exit) as caught:
-        supervise.serve([backends, *arguments])
+        serve.serve([backends, *arguments])
     return caught.value.exit_code
 
 
@@ -299,7 +299,7 @@ def test_a_signal_is_heard_while_the_runtime_restores_its_models(tmp_path: Path)
 def test_a_runtime_that_is_still_not_there_when_its_start_gives_up_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, seen, known = tmp_path / "begun", tmp_path / "seen", supervise._parent
+    begun, seen, known = tmp_path / "begun", tmp_path / "seen", watch.parent_of
 
     def parent(pid: int) -> int:
         found = known(pid)
@@ -307,17 +307,17 @@ def test_a_runtime_that_is_still_not_there_when_its_start_gives_up_is_ended(
             seen.touch()
         return found
 
-    monkeypatch.setattr(supervise, "_parent", parent)
+    monkeypatch.setattr(serve, "parent_of", parent)
     begins = f"({WAITS}) >/dev/null &\necho $! > {begun}"
     # It outlives the look that sees what it has begun.
     waits = f"for _ in $(seq 1000); do test -e {seen} && break; sleep 0.02; done\nsleep 2"
     stand_in = program(tmp_path / "lrai", f"{begins}\n{waits}\nexit 5")
-    monkeypatch.setattr(supervise, "PROGRAM", (str(stand_in),))
+    monkeypatch.setattr(serve, "PROGRAM", (str(stand_in),))
     path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
     monkeypatch.setenv("PATH", path)
     try:
         with pytest.raises(lrai.EnvironmentProblem, match="cannot be started, see above"):
-            supervise.serve([backends])
+            serve.serve([backends])
         assert known(int(begun.read_text())) == 0
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -333,7 +333,7 @@ def test_a_runtime_that_ran_before_stays_though_it_serves_no_more(tmp_path: Path
             subprocess.run([*PROGRAM, "runtime", command], check=True)
         (before,) = daemon_pids(sockets)
         with pytest.raises(lrai.EnvironmentProblem, match="cannot be started, see above"):
-            supervise.serve([backends])
+            serve.serve([backends])
         assert daemon_pids(sockets) == [before]
 
 
@@ -345,12 +345,12 @@ def test_where_a_second_signal_comes_nothing_is_waited_for(
     deaf = f"trap 'kill -INT {os.getpid()}' TERM; touch {up}; {WAITS}"
     script = f"({deaf}) >/dev/null &\necho $! > {begun}\nwhile ! test -e {up}; do sleep 0.02; done"
     stand_in = program(tmp_path / "lrai", f"{script}\nkill -TERM $PPID\nwait")
-    monkeypatch.setattr(supervise, "PROGRAM", (str(stand_in),))
+    monkeypatch.setattr(serve, "PROGRAM", (str(stand_in),))
     path, backends = planted(tmp_path, "exit 0")
     monkeypatch.setenv("PATH", path)
     try:
         with pytest.raises(typer.Exit) as caught:
-            supervise.serve([backends])
+            serve.serve([backends])
     finally:
         os.kill(int(begun.read_text()), signal.SIGKILL)
     assert caught.value.exit_code == 128 + signal.SIGTERM
@@ -373,7 +373,7 @@ def runs_below(parent: int, words: str) -> bool:
     """Return whether a child of a process has these words in its command."""
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
-            mine = supervise._parent(int(process.parent.name)) == parent
+            mine = watch.parent_of(int(process.parent.name)) == parent
             if mine and words in process.read_text(errors="replace"):
                 return True
     return False
@@ -528,13 +528,13 @@ def test_a_server_that_wants_another_key_is_said_and_for_what(
     monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path))
     words = f"restricts {api} to who has another key: set TRITON_REPOSITORY_KEY to HEADER=VALUE"
     with restricting(api) as url, pytest.raises(lrai.EnvironmentProblem, match=words):
-        supervise.watch(url, interval=0.01)
+        watch.watch(url, interval=0.01)
 
 
 def test_the_name_of_a_header_goes_before_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_REPOSITORY_KEY", "admin=x")
     with restricting("model-repository") as url:
-        assert supervise._ask(url, "/repository/index", b"{}")[0] == 400
-    assert supervise._named("a-b=c=d") == "a-b=c=d"
+        assert watch._ask(url, "/repository/index", b"{}")[0] == 400
+    assert watch.named_key("a-b=c=d") == "a-b=c=d"
     for value in ("plain", "Zm9v=", "Zm8==", ""):  # base64 ends like this
-        assert supervise._named(value) == f"lrai-key={value}"
+        assert watch.named_key(value) == f"lrai-key={value}"

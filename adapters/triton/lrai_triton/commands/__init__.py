@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lrai_triton.commands import install, repository, supervise
+from lrai_triton.commands import install, repository, serve, watch
 from lrai_triton.commands.app import app
 
-__all__ = ["install", "main", "repository", "supervise"]
+__all__ = ["install", "main", "repository", "serve", "watch"]
 
 
 def main(arguments: Sequence[str]) -> None:

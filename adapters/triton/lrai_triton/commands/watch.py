@@ -1,4 +1,4 @@
-"""`lrai triton watch` and `lrai triton serve`: Triton never starts a dead stub again, so we do.
+"""`lrai triton watch`: Triton never starts a dead stub again, so we do.
 
 A stub is the process in which Triton runs a Python model. When it is killed, its model stays
 "ready", and every request fails until somebody unloads the model and loads it again.
@@ -12,11 +12,7 @@ import http.client
 import json
 import os
 import re
-import secrets
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -30,18 +26,14 @@ import typer
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, UsageError, load_config
 from lrai_import.built import locked, state_folder
-from lrai_triton.commands.app import BACKENDS, END_SECONDS, PROGRAM, app, out
+from lrai_triton.commands.app import app, out
 from lrai_triton.settings import WATCH, instances_of
 
 _URL: Final = "http://127.0.0.1:8000"
-_HEADER, _KEY, _LOADING = "lrai-key", "TRITON_REPOSITORY_KEY", "model-repository"  # who may load
-_RESTRICTIONS: Final = ("http-restricted-api", "grpc-restricted-protocol")
+KEY, LOADING = "TRITON_REPOSITORY_KEY", "model-repository"  # whoever has the one may do the other
 _ASKED = {"model-config": "/config", "statistics": "/stats", "metadata": "", "inference": "/infer"}
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
-_LOOK_SECONDS: Final = 0.2
-_RESTART_SECONDS: Final = 2.0  # before a watch that has ended is started again
-_SECONDS: Final = {"infer": 5.0, "load": 600.0}  # what is built at the first load takes its time
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
 _SIZES: Final = {"BOOL": 1, "BYTES": 4}  # of a zero, in bytes; of an empty text, its length
 
@@ -49,8 +41,6 @@ Models = Annotated[list[str] | None, typer.Option(help="Model to watch; by defau
 Url = Annotated[str, typer.Option(help="Where the server answers HTTP.")]
 Interval = Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")]
 Silent = Annotated[float, typer.Option(min=1.0, help="Seconds until a silent model is dead.")]
-Watched = Annotated[bool, typer.Option("--watch/--no-watch", help="Reload models that have died.")]
-Arguments = Annotated[list[str], typer.Argument(help="Those of tritonserver, after --.")]
 
 
 @app.command()
@@ -76,12 +66,12 @@ def watch(
         try:
             if words != said:  # a server has come up: does it let us ask, and unload models?
                 asked = {api: _ask(url, f"/models/-{p}", b"{}")[0] for api, p in _ASKED.items()}
-                asked[_LOADING], _ = _ask(url, "/repository/models/-/unload", b"{}")
-                if asked[_LOADING] == http.client.SERVICE_UNAVAILABLE:
+                asked[LOADING], _ = _ask(url, "/repository/models/-/unload", b"{}")
+                if asked[LOADING] == http.client.SERVICE_UNAVAILABLE:
                     raise EnvironmentProblem(f"{url} has not got --model-control-mode=explicit")
                 if others := [api for api in asked if asked[api] == http.client.FORBIDDEN]:
                     what = f"{url} restricts {', '.join(others)} to who has another key"
-                    raise EnvironmentProblem(f"{what}: set {_KEY} to HEADER=VALUE, one for all")
+                    raise EnvironmentProblem(f"{what}: set {KEY} to HEADER=VALUE, one for all")
             ready, marked = _models(url), [path for path in marks.glob("*") if path.stat().st_size]
             # A server that was started since then has not had it.
             left = [n for path in marked if (n := unquote(path.name)) in _index(url, ready=False)]
@@ -98,55 +88,6 @@ def watch(
             say(words)
             said = words
         time.sleep(interval)
-
-
-@app.command()
-def serve(arguments: Arguments, *, watched: Watched = True) -> None:
-    """Run tritonserver with the shared runtime and the watch: the one process of a container.
-
-    SIGTERM and SIGINT go to the server, which drains; its exit status is this one's.
-    """
-    if not (program := shutil.which("tritonserver")):
-        raise EnvironmentProblem(f"no tritonserver on PATH, which is {os.environ.get('PATH')!r}")
-    backends = _given(arguments, "backend-directory", BACKENDS)[-1]
-    if not Path(backends, "lrai", "model.py").is_file():
-        raise EnvironmentProblem(f"no backend: lrai triton install --backend-directory {backends}")
-    if watched and _given(arguments, "allow-http", "")[-1].lower() in ("false", "0"):
-        raise UsageError("--allow-http is false, but the watch asks by HTTP: see --no-watch")
-    if watched and not _given(arguments, "model-control-mode"):
-        vertex = str(os.environ.get("AIP_MODE") == "PREDICTION")  # where that is the default
-        arguments = [*arguments, "--model-control-mode=explicit"]
-        arguments += ["--load-model=*"] * (not _given(arguments, "load-model"))  # as without a mode
-        if _given(arguments, "allow-vertex-ai", vertex)[-1].lower() in ("true", "1"):
-            why = "the port of Vertex AI would load models for whoever asks, without a key"
-            raise UsageError(f"{why}: see --no-watch")
-        keys = _keys(arguments)
-        said = next(iter(keys.values()), "") or _told() or secrets.token_hex(16)
-        # Else whoever asks could load code, by the protocol that is left open.
-        name, _, value = _named(said).partition("=")  # gRPC knows names in lower case alone
-        own = f"{_LOADING}:{name.lower()}={value}"
-        arguments += [f"--{option}={own}" for option in _RESTRICTIONS if option not in keys]
-    commands = [[program, *arguments]]
-    if watched:
-        os.environ[_KEY] = _keys(arguments).get(_RESTRICTIONS[0]) or _told()
-        host = _given(arguments, "http-address", "127.0.0.1")[-1]  # 0.0.0.0 leads there, too
-        url = f"http://{host}:{_given(arguments, 'http-port', '8000')[-1]}"
-        commands.append([*PROGRAM, "triton", "watch", "--url", url])
-    told, ours = list[int](), False
-    # From now on: process 1 of a container hears nothing that it does not handle.
-    before = _handled_by(lambda number, _: told.append(number))
-    try:
-        # The runtime is not left to the first stub: like this its settings are those given here,
-        # whatever model loads first, what is wrong with it is said at once, and it lives on during
-        # reloads. One on another machine is not ours to start.
-        ours = "://" not in load_config().runtime.address and _start_runtime(told)
-        status = -told[0] if told else _run_both(commands, told)
-    finally:
-        if ours:
-            subprocess.run([*PROGRAM, "runtime", "stop"], capture_output=True, check=False)
-        for kept, handler in before.items():
-            signal.signal(kept, handler)
-    raise typer.Exit(status if status >= 0 else 128 - status)
 
 
 class _Model(threading.Thread):
@@ -252,8 +193,8 @@ class _Model(threading.Thread):
         status, answer = _ask(self._url, f"{path}/load", b"{}")
         self._silent.clear()
         now_there = _pids(_stubs(self.name))
-        servers = {_parent(pid) for pid in now_there - before}  # another one has stubs of its own
-        self._left = {pid for pid in now_there & before if _parent(pid) in servers}
+        servers = {parent_of(pid) for pid in now_there - before}  # another one has stubs of its own
+        self._left = {pid for pid in now_there & before if parent_of(pid) in servers}
         self._left_until = time.monotonic() + self._silent_seconds  # to answer what they have
         self._note("" if status == http.client.OK else f"it did not load: {answer}")
         say(f"{self.name}: {self._unloaded or f'reloaded in {time.monotonic() - begun:.1f} s'}")
@@ -275,8 +216,9 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
         body: Sent by POST; else the request is a GET.
         headers: Of the request.
     """
-    seconds = _SECONDS.get(path.rpartition("/")[2], 10.0)
-    name, _, value = _named(_told()).partition("=")
+    # What is built at the first load takes its time.
+    seconds = {"infer": 5.0, "load": 600.0}.get(path.rpartition("/")[2], 10.0)
+    name, _, value = named_key(told_key()).partition("=")
     sent = {name: value, **(headers or {})}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     with contextlib.closing(connection):
@@ -318,7 +260,7 @@ def _pids(stubs: Mapping[str, Collection[int]]) -> set[int]:
     return {pid for pids in stubs.values() for pid in pids}
 
 
-def _parent(pid: int) -> int:
+def parent_of(pid: int) -> int:
     """Return the process that has started it, 0 if it has ended."""
     with contextlib.suppress(OSError, ValueError):
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -341,98 +283,14 @@ def _zeros(inputs: list[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
     return text + bytes(total), {"Inference-Header-Content-Length": str(len(text))}
 
 
-def _told() -> str:
+def told_key() -> str:
     """Return the key of the environment, without the end of the line that a file of it has."""
-    return os.environ.get(_KEY, "").strip()
+    return os.environ.get(KEY, "").strip()
 
 
-def _named(key: str) -> str:
+def named_key(key: str) -> str:
     """Return HEADER=VALUE; a value alone, of which base64 may end with =, is of our header."""
-    return key if re.fullmatch(r"[\w-]+=(?!=+$).+", key) else f"{_HEADER}={key}"
-
-
-def _keys(arguments: list[str]) -> dict[str, str]:
-    """Return what the server demands of who loads models, HEADER=VALUE, by option."""
-    found = [(o, one.partition(":")) for o in _RESTRICTIONS for one in _given(arguments, o)]
-    return {o: key for o, (apis, _, key) in found if _LOADING in apis.split(",")}
-
-
-def _given(arguments: list[str], name: str, *default: str) -> list[str]:
-    """Return the values of an option of tritonserver, which holds no NUL; the last one counts."""
-    return [*default, *re.findall(rf"\0--{name}[=\0]([^\0]*)", "\0".join(["", *arguments]))]
-
-
-def _start_runtime(told: list[int]) -> bool:
-    """Have the shared runtime run; return whether it was started for that.
-
-    One that is started here is ended again where this is told to end meanwhile, or waited for it in
-    vain: by a signal, for it hears no client until it serves what it served before, which may take
-    minutes.
-    """
-    command, begun, stopped = [*PROGRAM, "runtime", "start"], set[int](), False
-    # In a group of its own, as the others are: Ctrl-C comes from here alone.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as start:
-        while start.poll() is None and not stopped:
-            if stopped := bool(told):
-                start.send_signal(signal.SIGSTOP)  # lest it starts the next one
-            running = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
-            found = {pid for pid in running if _parent(pid) == start.pid}
-            begun = found if start.poll() is None else begun  # then they are no longer its own
-            time.sleep(_LOOK_SECONDS)
-        until = time.monotonic() + (float("inf") if told else END_SECONDS)
-        if start.poll() != 0:
-            for pid in begun:
-                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                    os.kill(pid, signal.SIGTERM)
-            # A second signal waits for nothing; what hangs in the kernel may never end.
-            while any(map(_parent, begun)) and len(told) < 2 and time.monotonic() < until:
-                time.sleep(_LOOK_SECONDS)
-            start.kill()
-        said, _ = start.communicate()
-    if start.returncode and not told:
-        raise EnvironmentProblem("the shared runtime cannot be started, see above")
-    return b"was started" in said
-
-
-def _run_both(commands: list[list[str]], told: list[int]) -> int:
-    """Return the first program's exit status when it has ended; what is told goes to both."""
-    # The stub is the first python3 on PATH.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environ, processes = {**os.environ, "PATH": path}, list[subprocess.Popen[bytes]]()
-    try:
-        for command in commands:  # in groups of their own: Ctrl-C comes from here alone
-            processes.append(subprocess.Popen(command, env=environ, process_group=0))
-        (server, *watches), passed_on = processes, 0
-        while server.poll() is None:
-            for number in told[passed_on:]:  # a terminal that closes ends a server, as others do
-                passed_on += 1
-                for process in processes:
-                    process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-            ended = watches[0].poll() if watches else None
-            if ended == ConditionNotMet.exit_code:  # whoever runs us starts us anew
-                say("no model is left: the server ends, too")
-                return ConditionNotMet.exit_code
-            if ended == EnvironmentProblem.exit_code:
-                say("nothing is watched, for the reason above")
-                watches = []
-            elif ended is not None and not told:
-                say(f"the watch has ended with status {ended}: it is started again")
-                time.sleep(_RESTART_SECONDS)
-                processes[1] = subprocess.Popen(commands[1], env=environ, process_group=0)
-                watches = processes[1:]
-            time.sleep(_LOOK_SECONDS)
-        return server.returncode
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait()
-
-
-def _handled_by(handler: Any) -> dict[int, Any]:
-    """Have what ends a program told to this; return whom it was told to, by signal."""
-    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    # One that nohup has had ignored stays so.
-    return {n: signal.signal(n, handler) for n in ends if signal.getsignal(n) != signal.SIG_IGN}
+    return key if re.fullmatch(r"[\w-]+=(?!=+$).+", key) else f"lrai-key={key}"
 
 
 def say(words: str) -> None:
