@@ -188,8 +188,8 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     # As many as were judged on these rows at home: what is here was chosen among them.
     forms = max(manifest.candidates - 1, sum(c.form != "fp32" for c in candidates))
     parts = gate.errors(rows, conditions, forms)
-    if parts[-1]:  # alike: which of them are here, these rows have told at home
-        parts = [(1 - gate.LEVEL) / len(parts)] * len(parts)
+    if alike := parts[-1] > 0:  # which of them are here, these rows have told at home:
+        parts = [(1 - gate.LEVEL) / len(parts)] * len(parts)  # so none is handed on, either
     left = iter(parts)
     chance, failed = 0.0, ""  # how surely who is judged has to pass, as at home
     for candidate in candidates[1:]:
@@ -198,7 +198,7 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
         if home and home.disparities and not (fp32 or rows.groups):
             verdicts[form] = "groups can only be judged at home"
             continue
-        chance += 0.0 if fp32 else next(left)
+        chance = (0.0 if alike else chance) + (0.0 if fp32 else next(left))
         if not (fp32 or chance):
             verdicts[form] = f"{failed} is closer, and failed"
             continue

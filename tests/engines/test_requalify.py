@@ -227,11 +227,12 @@ def test_the_closest_at_home_is_judged_first_and_the_first_that_fails_ends_it(
     assert found.verdicts["int8-far"] == "int8 is closer, and failed"
 
 
-def test_where_rows_are_many_one_that_fails_takes_its_part_of_the_error_alone(
-    tmp_path: Path, told: dict[str, float]
+@pytest.mark.parametrize("factor", [2.2, 2.001], ids=["fails", "passes"])
+def test_where_rows_are_many_each_has_its_part_of_the_error_whatever_becomes_of_others(
+    tmp_path: Path, told: dict[str, float], factor: float
 ) -> None:
     """What follows has to pass by its own half, of which 300 rows without a fault are enough."""
-    artifact = with_a_farther_one(tmp_path / "m.lrai", rows=300)
+    artifact = with_a_farther_one(tmp_path / "m.lrai", rows=300, factor=factor)
     told["int8-far"] = 3.0
     found = requalify(artifact, threads=1)
     assert "relative error" in found.verdicts["int8"]
