@@ -13,8 +13,8 @@ The model is of the flavor lrai; `lrai mlflow convert URI` makes one of others.
 
 * `canary=SHARE`, of update: the new version answers this share of the requests, 0 to 1. Without it
   the new version is warmed up and answers all, and the old one ends what it has begun.
-* `require.NAME=VALUE`: refuse the model unless its certificate has this tier, epsilon, delta or
-  confidence, or a better one.
+* `require.NAME=VALUE`: refuse the model unless its certificate has this tier, sampler, epsilon,
+  delta or confidence, or a better one.
 * `variant=ID`: another variant than the chosen one.
 * `actor.threads=N`, or another setting of one model: `lrai config` lists them all.
 
