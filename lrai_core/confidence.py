@@ -63,8 +63,6 @@ def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.
     """
     if failure_rate >= delta:
         return -1
-    if delta >= 1:
-        return 1
 
     def reached(n: int) -> bool:  # one tail instead of solving for the bound
         failures = math.ceil(failure_rate * n)

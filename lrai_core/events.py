@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Literal
 
 Kind = (
@@ -54,10 +55,9 @@ class EventBus:
     """Counts every event and hands it to the observers."""
 
     def __init__(self, observers: Observers = (), *, capacity: int = 10_000) -> None:
-        self._observers, self._all, self._closed = (*observers, _log_it), bool(observers), False
-        self._counts: Counter[str] = Counter()
-        self._queue: deque[Event] = deque(maxlen=capacity)
-        self._wake = threading.Event()
+        self._observers, self._all = (*observers, _log_it), bool(observers)
+        self._counts, self._capacity = Counter[str](), capacity
+        self._queue: SimpleQueue[Event | None] = SimpleQueue()  # None ends it
         self._lock = threading.Lock()  # callers and the scheduler count at the same time
         self._thread = threading.Thread(target=self._deliver, name="lrai-events", daemon=True)
 
@@ -67,13 +67,14 @@ class EventBus:
             self._counts[kind] += count
         if not self._all and kind not in _LOGGED:
             return
-        if len(self._queue) == self._queue.maxlen:
-            self._counts["events_dropped"] += 1
-        self._queue.append(Event(kind, model, attributes))
+        if self._queue.qsize() >= self._capacity:
+            with suppress(Empty):  # the thread was quicker
+                self._queue.get_nowait()
+                self._counts["events_dropped"] += 1
+        self._queue.put(Event(kind, model, attributes))
         with self._lock, suppress(RuntimeError):  # where no thread can be had, the next one tries
             if not self._thread.ident:  # most runtimes have nothing to tell
                 self._thread.start()
-        self._wake.set()
 
     def counts(self) -> dict[str, int]:
         """Return how often each kind was emitted, with `events_dropped` and `observer_errors`."""
@@ -81,24 +82,17 @@ class EventBus:
 
     def close(self) -> None:
         """Deliver what is queued, then stop."""
-        self._closed = True
-        self._wake.set()
+        self._queue.put(None)
         if self._thread.ident:
             self._thread.join(timeout=5)
 
     def _deliver(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                event = self._queue.popleft()
-                for observer in self._observers:
-                    try:
-                        observer(event)
-                    except Exception:  # noqa: BLE001 - edge: an observer can never fail a request
-                        self._counts["observer_errors"] += 1
-            if self._closed:
-                return
+        while (event := self._queue.get()) is not None:
+            for observer in self._observers:
+                try:
+                    observer(event)
+                except Exception:  # noqa: BLE001 - edge: an observer can never fail a request
+                    self._counts["observer_errors"] += 1
 
 
 def _log_it(event: Event) -> None:

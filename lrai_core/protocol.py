@@ -170,9 +170,8 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
         RequestError: Too many rows or bytes, or an output that the model does not have.
     """
     known = {spec.name: spec for spec in signature.inputs}
-    for name in request.inputs:
-        if name not in known:
-            raise InvalidTensor(name, f"the model has no such input; it has {_names(known)}")
+    if wrong := [name for name in request.inputs if name not in known]:
+        raise InvalidTensor(wrong[0], f"the model has no such input; it has {_names(known)}")
     arrays, nbytes = list[Array](), 0
     for name, spec in known.items():
         if name not in request.inputs:
@@ -329,9 +328,8 @@ def _outputs(wanted: tuple[str, ...], signature: Signature) -> tuple[int, ...]:
     index = {spec.name: i for i, spec in enumerate(signature.outputs)}
     if len(wanted) > len({*wanted}):  # each would be copied
         raise RequestError(f"{len(wanted)} outputs are named, {len({*wanted})} different ones")
-    for name in wanted:
-        if name not in index:
-            raise RequestError(f"the model has no output {shorten(name)!r}; it has {_names(index)}")
+    if wrong := [name for name in wanted if name not in index]:
+        raise RequestError(f"the model has no output {shorten(wrong[0])!r}; it has {_names(index)}")
     return tuple(index[name] for name in wanted) or tuple(index.values())
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 import onnx
 from onnx import helper, numpy_helper
@@ -56,11 +56,10 @@ def find_importer(kind: str) -> Callable[..., Any]:
         EnvironmentProblem: It is not installed, or not whole.
     """
     try:
-        found: Callable[..., Any] = entry_points(group="lrai.importers")[kind].load()
+        return cast("Callable[..., Any]", entry_points(group="lrai.importers")[kind].load())
     except (KeyError, ImportError, AttributeError) as error:
         problem = f"the importer of {kind} files is not installed, or not whole: {error!r}"
         raise EnvironmentProblem(f"{problem}; install lrai again") from None
-    return found
 
 
 def load_model(path: Path, notify: Callable[[str], None]) -> tuple[onnx.ModelProto, Source]:

@@ -306,14 +306,10 @@ class Embedded:
 
     def _end(self, version: Version) -> None:
         done = threading.Event()
-
-        def run() -> None:
-            self.scheduler.remove(version.key)
-            for actor in version.actors:
-                self._pool.remove(actor)
-            done.set()
-
-        self.scheduler.call(run)
+        self.scheduler.call(partial(self.scheduler.remove, version.key))
+        for actor in version.actors:
+            self.scheduler.call(partial(self._pool.remove, actor))
+        self.scheduler.call(done.set)
         done.wait(10)
 
     def _state(self, version: Version) -> State:

@@ -105,7 +105,8 @@ def read_rows(
     columns = {s.name: _column(arrays[s.name], s, what) for s in signature.inputs}
     given = ({name: column[i, ...] for name, column in columns.items()} for i in range(*counts))
     told = {name: _groups(arrays[name], name, what) for name in groups}
-    return _distinct(given, labels, signature, what, told)
+    rows, first = _distinct(given, signature, what)
+    return Rows(rows.inputs, labels, rows.hashes, told).take(first), len(rows) - len(first)
 
 
 def disjoint(first: Rows, second: Rows, what: str) -> None:
@@ -145,10 +146,10 @@ def load_rows(path: Path, signature: Signature, most: int | None = None) -> Rows
         stored = msgspec.msgpack.decode(content, type=_AtMost)
         read = (msgspec.msgpack.decode(row, type=_Stored) for row in stored[:most])
         tensors = (_tensors(row, signature) for row in read)
-        rows, repeated = _distinct(tensors, None, signature, path.name)
+        rows, first = _distinct(tensors, signature, path.name)
     except (*_UNREADABLE, msgspec.MsgspecError, CalibrationError) as e:
         raise VerificationError(f"{path.name} cannot be read: {shorten(str(e), 200)}") from None
-    if repeated:
+    if len(first) < len(rows):
         raise VerificationError(f"{path.name}: a row is listed twice")
     return Rows(list(rows.inputs), None, rows.hashes)  # they are in memory
 
@@ -238,13 +239,9 @@ def _groups(column: Array, name: str, what: str) -> Array:
 
 
 def _distinct(
-    given: Iterable[Mapping[str, Any]],
-    labels: Array | None,
-    signature: Signature,
-    what: str,
-    groups: dict[str, Array] | None = None,
-) -> tuple[Rows, int]:
-    """Return the rows, each checked, trimmed, and once; and how many were there again.
+    given: Iterable[Mapping[str, Any]], signature: Signature, what: str
+) -> tuple[Rows, list[int]]:
+    """Return the rows, each checked and trimmed; and which are there for the first time.
 
     Raises:
         CalibrationError: The model does not take a row.
@@ -263,8 +260,7 @@ def _distinct(
             raise CalibrationError(f"{what}: row {i}: {shorten(str(error), 200)}") from None
         inputs.data.append(partial(read, row))
     first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
-    rows = Rows(inputs, labels, hashes, groups or {}).take(sorted(first.values()))
-    return rows, len(inputs) - len(rows)
+    return Rows(inputs, None, hashes), sorted(first.values())
 
 
 def _trim(row: Sequence[Array], signature: Signature) -> list[Array]:

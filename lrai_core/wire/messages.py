@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from errno import ENAMETOOLONG
 from functools import lru_cache, partial
-from typing import Any, Final, TypeVar, cast
+from typing import Annotated, Any, Final, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -49,7 +49,7 @@ class TensorFrame(msgspec.Struct, frozen=True, array_like=True):
     """Where a tensor lies; see `Place`."""
 
     datatype: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=64)]
     frame: int
     offset: int
     nbytes: int
@@ -299,26 +299,17 @@ def unpack(tensor: TensorFrame, frames: Sequence[Buffer], shared: Sequence[Buffe
     Raises:
         BadFrames: The tensor does not lie inside its frame, or its shape does not match its bytes.
     """
-    dtype, count = _layout(tensor.datatype, tensor.shape)
     data = view((tensor.frame, tensor.offset, tensor.nbytes), frames, shared)
     try:
+        dtype, count = DATATYPES[tensor.datatype], math.prod(tensor.shape)
         if tensor.datatype == "BYTES":
             return decode_bytes(data, count).reshape(tensor.shape)
         if count * dtype.itemsize != tensor.nbytes:
             raise BadFrames("shape and bytes of a tensor differ")
+        # A negative extent makes the product differ, or numpy refuse the shape.
         return np.frombuffer(data, dtype).reshape(tensor.shape)
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         raise BadFrames(str(error)) from None
-
-
-@lru_cache(maxsize=4096)
-def _layout(datatype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
-    """Return dtype and number of elements; few pairs are in use at a time."""
-    if datatype not in DATATYPES:
-        raise BadFrames("unknown datatype")
-    if len(shape) > 64 or any(extent < 0 for extent in shape):
-        raise BadFrames("a negative extent, or too many")
-    return DATATYPES[datatype], math.prod(shape)
 
 
 def _open(kind: int, bind_or_connect: str, address: str, options: Options) -> Line:
