@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count, takewhile
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import onnx
@@ -133,8 +133,7 @@ def compile(
         EnvironmentProblem: The disk is full or read-only, or an engine is not installed.
     """
     if not (isinstance(model, str) or hasattr(model, "__fspath__")):
-        made: Artifact = find_importer("Object")(**locals())
-        return made
+        return cast("Artifact", find_importer("Object")(**locals()))
     model, out = Path(model), Path(out)
     conditions = Conditions(metric, max_accuracy_loss, epsilon, delta, tuple(groups), max_disparity)
     choices = {"output_map": (output_map, MEASURES), "objective": (objective, search.OBJECTIVES)}
@@ -158,7 +157,8 @@ def compile(
     with store.writing(out) as folder:
         # On the disk of the artifact, which is the one that is said to be full, and gone with it.
         scratch = Path(cache) if cache else folder / ".scratch"
-        scratch.mkdir(parents=True, exist_ok=True)
+        with store.disk_errors(Path(cache or out)):
+            scratch.mkdir(parents=True, exist_ok=True)
         work = _Compilation(folder, scratch, conditions, threads or available_cpus(), report)
         work.seconds, work.objective = 60 * (minutes or math.inf), objective
         asked = {"event": "asked", **asdict(conditions), "keep_evaluation": keep_evaluation}
@@ -169,7 +169,8 @@ def compile(
         work.split_rows(calibration, evaluation, seed)
         if not threads:
             work.settle_threads()
-        work.build(builders)
+        with store.disk_errors(Path(cache or out)):
+            work.build(builders)
         work.measure()
         work.judge(keep)
         work.write(out.name.removesuffix(".lrai"), keep_evaluation)
@@ -409,6 +410,8 @@ class _Compilation:
         if fp32 and not found.result.passed:
             wrong = "the optimised fp32 model does not give the source model's answers"
             axes = "if --axes was given, its axes are wrong"
+            if self.conditions.epsilon is not None:
+                axes += "; or epsilon is less than what float32 is rounded by"
             raise CompileError(f"{wrong}: {found.result.why}; {axes}")
         result, why = found.result, f"{candidate.pace}; {found.result.why}"
         measured = {"batch_effect": found.batch_effect, "difference": result.difference}

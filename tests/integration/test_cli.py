@@ -219,6 +219,21 @@ def test_a_read_only_disk_ends_with_exit_5(model: Path, tmp_path: Path) -> None:
     assert "cannot be written: Read-only file system" in said
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [("ro", "cannot be written: Read-only file system"), ("nr_inodes=4", "the disk is full")],
+    ids=["read-only", "full"],
+)
+def test_where_the_cache_has_no_room_that_is_said_of_it(
+    model: Path, tmp_path: Path, options: str, why: str
+) -> None:
+    cache, before = tmp_path / "disk" / "cache", in_small_filesystem(tmp_path, options)
+    command = ("compile", model, "-o", tmp_path / "m.lrai", "--cache", cache)
+    said = run(*command, code=5, before=before)
+    assert f"{cache}: {why}" in said.replace("\n", "")
+    assert not list(tmp_path.glob("*m.lrai*"))
+
+
 def test_a_folder_that_does_not_exist_ends_with_exit_5(model: Path, tmp_path: Path) -> None:
     said = run("compile", model, "-o", tmp_path / "absent" / "m.lrai", code=5)
     assert "cannot be written" in said
