@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
@@ -87,10 +88,11 @@ class Route:
 
         def ended(outcome: Outcome) -> None:
             if shadow is not None:
-                kept = None  # nothing to compare with
-                if isinstance(outcome, InferenceResponse):  # the caller may write to his
-                    outputs = {name: array.copy() for name, array in outcome.outputs.items()}
-                    kept = replace(outcome, outputs=outputs)
+                kept = None  # nothing to compare with, or no memory for it
+                with suppress(MemoryError):
+                    if isinstance(outcome, InferenceResponse):  # the caller may write to his
+                        outputs = {name: array.copy() for name, array in outcome.outputs.items()}
+                        kept = replace(outcome, outputs=outputs)
                 original.set_result(kept)
             done(outcome)
             self._count(version, outcome)
@@ -108,10 +110,10 @@ class Route:
             raise
         if shadow is not None and self._may_copy(pending.request):
             names = [spec.name for spec in version.signature.inputs]
-            inputs = {n: a.copy() for n, a in zip(names, pending.request.arrays, strict=True)}
+            given = dict(zip(names, pending.request.arrays, strict=True))
             # By its name: once it is gone, nobody answers in its place.
             own = {"model_version": shadow.version, "parameters": {"priority": BACKGROUND}}
-            copy = replace(request, inputs=inputs, timeout_ms=None, **own)
+            copy = replace(request, inputs=given, timeout_ms=None, **own)
             self._send(copy, pending.request, original)
         return pending
 
@@ -153,9 +155,12 @@ class Route:
             )
 
         try:
-            self._core.accept(copy, ended, self._shadow)
+            inputs = {n: a.copy() for n, a in zip(copy.inputs, request.arrays, strict=True)}
+            self._core.accept(replace(copy, inputs=inputs), ended, self._shadow)
         except LraiError as error:
             ended(error)
+        except MemoryError:
+            ended(DeadlineExceeded("no memory for a copy"))
 
     def _compare(
         self, original: InferenceResponse | None, copy: Outcome, request: ValidRequest

@@ -7,6 +7,7 @@ request ends exactly once: with its outputs, or with one error.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import threading
@@ -26,7 +27,7 @@ from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_core.scheduler.planner import Bounds, Decision, Offer, choose, plan, probe
+from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Offer, choose, plan, probe
 from lrai_core.scheduler.state import BACKGROUND, Call, Done, Model, Pending, Replica
 from lrai_core.scheduler.waiting import Waiting
 from lrai_core.wire.messages import Refused, poll
@@ -35,6 +36,7 @@ from lrai_core.wire.workers import Answered, Batch, GaveUp, Lost, Outcome, Worke
 T = TypeVar("T")
 Start = tuple[Model, Replica, Decision]  # of a call: of whom, where, and with whom
 
+_log: Final = logging.getLogger("lrai.runtime")
 _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
 _OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more than its share
@@ -220,6 +222,9 @@ class Scheduler:
                 model.since = pending.arrival
             if pending.place.priority < BACKGROUND:  # others may wait for as long as it takes
                 model.inside.add(pending)
+                if pending.arrival - model.asked > PROBE_SECONDS:
+                    model.wants = pending.arrival
+                model.asked = pending.arrival
 
     def _cancel(self, pending: Pending) -> None:
         error = errors.Cancelled("cancelled")
@@ -532,7 +537,10 @@ class Scheduler:
             self._events.emit("request_answered", name, seconds=seconds, rows=pending.request.rows)
         else:
             self._events.emit("request_failed", name, reason=type(error).__name__)
-        done(answer, error, pending.variant)
+        try:
+            done(answer, error, pending.variant)
+        except Exception:  # noqa: BLE001 - edge: what one is told with cannot end it for the others
+            _log.exception("%s: an answer could not be handed over", name)
 
 
 def _least_seconds(models: Sequence[LatencyModel], rows: int, length: int, most: int = 1) -> float:

@@ -57,6 +57,8 @@ class Model:
     waiting: dict[int, Pending] = field(default_factory=dict)
     used_seconds: float = 0.0  # of the processor, lately, by its weight
     ran: float = 0.0  # when a call ended, whatever came of it
+    asked: float = -math.inf  # when a request was accepted, and the first of those that have come
+    wants: float = -math.inf  # without a pause of a second
     fits: int = 0  # padded elements, at most, of a shared call answered since a kill at one
     failed: str = ""
     inside: set[Pending] = field(default_factory=set)  # accepted, not ended; without copies
@@ -70,7 +72,9 @@ class Model:
         """Return when it has the CPU: 0 first, where nothing has run for long; 2 last."""
         if self.queue.urgent[0].priority >= BACKGROUND:
             return 2
-        return int(max(self.ran, next(iter(self.waiting.values())).arrival) > now - PROBE_SECONDS)
+        # Where requests are given up sooner than that, others have waited before those that do.
+        wants = min(self.wants, next(iter(self.waiting.values())).arrival)
+        return int(max(self.ran, wants) > now - PROBE_SECONDS)
 
 
 @dataclass(slots=True, eq=False)

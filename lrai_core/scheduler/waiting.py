@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
 class Waiting(NamedTuple):
@@ -19,6 +19,8 @@ class Waiting(NamedTuple):
     rows: int
     length: int  # 0 where there is no length axis
 
+
+_FEW: Final = 64  # who have left, and are still remembered
 
 Lane = list[tuple[int, Waiting]]  # of one group, by length
 
@@ -61,6 +63,9 @@ class Queue:
         del lane[bisect_left(lane, (waiting.length, waiting))]
         if not lane:
             del self.lanes[waiting.group]
+        if len(self._deadlines) > 2 * len(self._known) + _FEW:  # of who was to wait for longer
+            self._deadlines = [(one.deadline, one.sequence) for one in self._known.values()]
+            heapq.heapify(self._deadlines)
 
     def next_deadline(self) -> float:
         """Return the earliest deadline, infinity where nothing waits."""

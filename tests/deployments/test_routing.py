@@ -288,6 +288,38 @@ def test_as_many_copies_are_made_as_are_asked_for() -> None:
     assert 70 < asked.count("shadow") < 130
 
 
+class Large(np.ndarray[Any, Any]):
+    """An array of which no copy finds room."""
+
+    def copy(self, *_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("large", ["request", "answer"])
+def test_where_memory_lacks_for_a_copy_the_caller_has_his_answer(large: str) -> None:
+    core, shadow = Core(0), version("shadow")
+    made, told = Route(cast("Any", core), {STABLE: 1.0}, {shadow: 1.0}), list[object]()
+    arrays = {one: np.ones((1, 3), np.float32) for one in ("request", "answer")}
+    arrays[large] = arrays[large].view(Large)
+    said = InferenceResponse(
+        model_name="m", model_version="1", id="", outputs={"y": arrays["answer"]}, parameters={}
+    )
+
+    def accept(asked: InferenceRequest, done: Ended, to: Version) -> SimpleNamespace:
+        core.asked.append(to.version)
+        done(said)
+        x = arrays["request"]
+        return SimpleNamespace(request=ValidRequest((x,), 1, 0, (0,), ("g",), x.nbytes))
+
+    core.accept = accept  # type: ignore[method-assign,assignment]
+    core.config = SimpleNamespace(scheduler=SchedulerConfig())  # type: ignore[attr-defined]
+    core.events = SimpleNamespace(emit=lambda *_, **__: None)  # type: ignore[attr-defined]
+    made.accept(request(None), told.append)
+    assert told == [said]
+    assert core.asked == ["stable", *["shadow"] * (large == "answer")]
+    assert (made._copied_rows, made._copied_bytes) == (0, 0), "its room is given back"
+
+
 def test_a_shadow_may_have_one_output_more() -> None:
     _, made = route()
     told = list[str]()

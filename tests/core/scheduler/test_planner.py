@@ -227,6 +227,16 @@ def test_the_queue_knows_its_deadlines_and_forgets_who_left() -> None:
     assert queue.next_deadline() == math.inf
 
 
+def test_who_left_is_forgotten_though_somebody_due_sooner_waits() -> None:
+    queue = queue_of(numbered([waiting(left=1), *[waiting(left=1e9)] * 999]))
+    for sequence in range(1, 998):
+        queue.remove(sequence)
+    assert len(queue._deadlines) < 100
+    assert (queue.next_deadline(), list(queue)) == (NOW + 1, [0, 998, 999])
+    assert queue.expire(NOW + 1) == [0]
+    assert queue.next_deadline() == NOW + 1e9
+
+
 def test_models_take_turns_by_deadline_and_in_need_the_least_serving_waits() -> None:
     slow, quick = Offer(NOW + 1.0, 0.9, 1), Offer(NOW + 1.1, 0.2, 8)
     assert choose([quick, slow], NOW) == 0  # both cannot end in time: 1 request against 8

@@ -411,6 +411,31 @@ def test_models_that_cannot_all_be_in_time_share_the_processor_by_weight(
     assert ran["other"] / ran["m"] == pytest.approx(weight, rel=0.25)
 
 
+def test_a_model_whose_requests_cannot_wait_long_has_its_turn_too(
+    bench: Bench, clock: Clock
+) -> None:
+    """Nobody is starved by one whose calls are worth more, however soon its requests are given up.
+
+    Each of the favoured model's calls holds 64 requests, and is due before the other's.
+    """
+    bench.scheduler._cpus = 1
+    bench.add("small")
+    ran, future = Counter[str](), bench.submit(model="small", timeout_ms=300)
+    bench.submit()
+    bench.step()
+    for _ in range(400):
+        clock.now += 0.012
+        for _ in range(64):
+            bench.submit(timeout_ms=15)
+        if future.done():
+            future = bench.submit(model="small", timeout_ms=300)
+        (running,) = bench.workers.calls
+        ran[running] += 1
+        bench.workers.answer(running)
+        bench.step()
+    assert 3 <= ran["small"] < 100  # about once a second
+
+
 def test_the_call_behind_a_refused_one_runs(bench: Bench, clock: Clock) -> None:
     bad, good = bench.hand_over_two(clock)
     bench.workers.refuse()
@@ -1159,6 +1184,27 @@ def test_draining_says_when_it_did_not_end_in_time(bench: Bench, clock: Clock) -
     assert not bench.scheduler.drain(3)
     assert [*accepting, bench.scheduler.accepting] == [True, False]
     assert clock.now - started == pytest.approx(3, abs=0.1)
+
+
+def test_whoever_fails_to_hear_an_answer_keeps_it_from_nobody_else(
+    bench: Bench, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    bench.submit()
+    bench.step()  # then what comes next waits
+    bench.scheduler.accept("m", request(), fails, 100, 0)
+    late, good = bench.submit(timeout_ms=100), bench.submit()
+    clock.now += 0.2
+    bench.step()
+    assert isinstance(failure(late), DeadlineExceeded)
+    for _ in range(2):
+        bench.workers.answer()
+        bench.step()
+    assert good.exception(0) is None
+    assert bench.scheduler.outstanding() == 0
+    assert "could not be handed over" in caplog.text
 
 
 def test_closing_ends_what_arrived_what_waits_and_what_runs(clock: Clock) -> None:
