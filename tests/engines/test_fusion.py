@@ -53,17 +53,20 @@ def encoder_block() -> onnx.ModelProto:
 
 
 def model_of(
-    nodes: list[onnx.NodeProto], constants: dict[str, Array], shape: list[int | str]
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, Array],
+    shape: list[int | str],
+    given: list[int | str] | None = None,
 ) -> onnx.ModelProto:
     return helper.make_model(
         helper.make_graph(
             nodes,
             "g",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, given or shape)],
             [numpy_helper.from_array(value, name) for name, value in constants.items()],
         ),
-        opset_imports=[helper.make_opsetid("", 17)],
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)],
         ir_version=8,
     )
 
@@ -129,6 +132,43 @@ def test_a_form_is_built_once_for_all_sets_of_passes_that_make_no_difference(
     material = Material(model, shared, tmp_path, None, 1)
     found = OnnxRuntimeForms(find_engine("onnxruntime")).build(material, lambda *_: None)
     assert [dict(fusion.DISABLEABLE)[name] for name in built] == [one.passes_off for one in found]
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+def test_a_pooling_runs_in_int8_only_where_what_it_reads_does(convolved: bool) -> None:
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("MaxPool", ["c"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Reshape", ["p", "flat"], ["f"]),
+        helper.make_node("QuantizeLinear", ["f", "step", "zero"], ["integers"]),
+        helper.make_node(
+            "MatMulIntegerToFloat",
+            ["integers", "weight", "step", "step", "zero"],
+            ["y"],
+            domain="com.microsoft",
+        ),
+    ]
+    if convolved:  # as the quantiser writes it
+        nodes[0].input[0] = "rounded"
+        nodes.insert(0, helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["q"]))
+        nodes.insert(1, helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["rounded"]))
+    constants: dict[str, Array] = {
+        "kernel": random.standard_normal((16, 3, 3, 3)).astype(np.float32),
+        "step": np.array(0.1, np.float32),
+        "zero": np.array(128, np.uint8),
+        "weight": random.integers(-9, 9, (64, 4)).astype(np.int8),
+        "flat": np.array([-1, 64], np.int64),
+    }
+    graph = model_of(nodes, constants, ["batch", 3, 4, 4], ["batch", 4])
+    made = {name: node for node in optimise(graph, level="all").graph.node for name in node.output}
+    pooling = next(node for node in made.values() if "MaxPool" in node.op_type)
+    rounded = made[pooling.input[0]].op_type == "QuantizeLinear"
+    assert rounded == convolved
+    x = random.standard_normal((2, 3, 4, 4)).astype(np.float32)
+    right = run(graph, x, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    found = run(optimise(graph, level="all"), x, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    np.testing.assert_allclose(found, right, atol=0.2)
 
 
 def test_the_model_given_is_not_modified() -> None:
