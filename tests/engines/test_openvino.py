@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -930,3 +931,16 @@ def test_a_manifest_that_names_a_partner_it_has_not_is_refused(
     rewrite(path, {"together": ["int8-none"]})
     with pytest.raises(ArtifactError, match="has no variant 'int8-none'"):
         lrai.Artifact.open(path)
+
+
+def test_it_reports_to_nobody_and_leaves_nothing_in_the_home(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "CI"}
+    program = "import lrai_engines.openvino, lrai_engines.openvino_forms, sys; "
+    program += "print(sys.modules['openvino_telemetry'])"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env=environ | {"HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "None\n"
+    assert not list(tmp_path.iterdir())
