@@ -484,6 +484,26 @@ def test_what_makes_numbers_of_numbers_is_compared_too() -> None:
     np.testing.assert_allclose(found, model.transform(HOLES), rtol=1e-4, atol=1e-6)
 
 
+def test_missing_numbers_beside_texts_are_compared_too() -> None:
+    table = pd.DataFrame({"kind": [*"abc"] * 100, "x": ROWS[:, 0]})
+    table.loc[::7, "x"] = np.nan
+    columns = (
+        TensorSpec(name="kind", datatype="BYTES", shape=("n",)),
+        TensorSpec(name="x", datatype="FP32", shape=("n",)),
+    )
+
+    def convert(step: Any) -> Any:
+        both = ColumnTransformer(
+            [("a", OneHotEncoder(sparse_output=False), ["kind"]), ("b", step, ["x"])]
+        )
+        model = make_pipeline(both, HistGradientBoostingClassifier(max_iter=5))
+        return convert_sklearn(model.fit(table, CLASSES), columns)
+
+    assert convert(StandardScaler()).graph.node
+    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        convert(PowerTransformer())  # whose converter has 0 for them
+
+
 def test_a_model_of_numbers_that_cannot_be_compared_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
