@@ -28,7 +28,7 @@ from lrai_core.config import ActorConfig, LraiConfig, available_cpus
 from lrai_core.engine.engine import SHORT_CALL_MS
 from lrai_core.errors import ConditionNotMet, EnvironmentProblem, LraiError, NotReady, shorten
 from lrai_core.events import EventBus, Observers
-from lrai_core.protocol import Array, InferenceRequest, ValidRequest
+from lrai_core.protocol import Array, InferenceRequest
 from lrai_core.runtime.version import Answer, Ended, LoadedModel, State, Version, settle
 from lrai_core.scheduler.scheduler import Scheduler
 from lrai_core.scheduler.state import Pending, Replica
@@ -74,9 +74,8 @@ class Embedded:
     def begin(self) -> None:
         """Called once, before anything is started: for what builds on this class."""
 
-    def call(self, operation: str, arguments: dict[str, Any], kind: type[T]) -> T:
+    def call(self, operation: str, arguments: dict[str, Any], _: type[T]) -> T:
         """Return what an operation gives, by its name, as over the wire."""
-        del kind
         return cast("T", getattr(self, operation)(**arguments))
 
     def add(
@@ -145,12 +144,10 @@ class Embedded:
 
     def start(self, request: InferenceRequest, version: Version | None = None) -> Answer:
         """Accept a request; cancelling the future takes it out of the queue if it has not begun."""
-        future: Answer = Future()
-        pending = self.accept(request, partial(settle, future), version)
-        future.add_done_callback(
-            lambda f: self.scheduler.cancel(pending) if f.cancelled() else None
-        )
-        return future
+        reply: Answer = Future()
+        pending = self.accept(request, partial(settle, reply), version)
+        reply.add_done_callback(lambda f: self.scheduler.cancel(pending) if f.cancelled() else None)
+        return reply
 
     def accept(
         self, request: InferenceRequest, done: Ended, version: Version | None = None
@@ -162,7 +159,15 @@ class Embedded:
         if os.getpid() != self._owner:
             raise NotReady("this process was forked from the runtime's; open one of its own")
         priority = priority_of(request)
-        model, valid = self._enter(request, version)
+        gone: Version | None = None
+        while True:
+            model = version or self.find(request.model_name, request.model_version)
+            if model is gone:
+                raise NotReady(f"model {model.name!r} is being unloaded")
+            valid = validate_by_form(request, model.signature, self.config.limits)
+            if model.enter():
+                break
+            version, gone = None, model  # another one has just taken its place
 
         def ended(arrays: list[Array] | None, error: LraiError | None, variant: int) -> None:
             model.leave()
@@ -215,20 +220,6 @@ class Embedded:
         self._pool.close()
         self.events.close()
         self._finalizer()
-
-    def _enter(
-        self, request: InferenceRequest, version: Version | None
-    ) -> tuple[Version, ValidRequest]:
-        """Return the version that takes the request, which it counts, and the request checked."""
-        gone: Version | None = None
-        while True:
-            model = version or self.find(request.model_name, request.model_version)
-            if model is gone:
-                raise NotReady(f"model {model.name!r} is being unloaded")
-            valid = validate_by_form(request, model.signature, self.config.limits)
-            if model.enter():
-                return model, valid
-            version, gone = None, model  # another one has just taken its place
 
     def find(self, name: str, version: str = "") -> Version:
         """Return the version that serves a name, or the one of that name that is asked for.

@@ -262,18 +262,15 @@ class Scheduler:
             end = NotReady(f"the scheduler failed: {type(bug).__name__}")
             raise
         finally:  # closed, or a bug: either way nobody waits for a thread that is gone
-            self._end_all(end)
-
-    def _end_all(self, error: LraiError) -> None:
-        with self._state_lock:
-            self.accepting, self._stopped = False, True
-        inside = [item for item in self._arrived if isinstance(item, Pending)]
-        inside += [pending for call in self._calls.values() for pending in call.pending]
-        inside += [pending for pending, _ in self._ended]
-        for model in list(self._models.values()):
-            inside += model.waiting.values()
-            model.waiting.clear()
-        self._settle_with(inside, error)
+            with self._state_lock:
+                self.accepting, self._stopped = False, True
+            inside = [item for item in self._arrived if isinstance(item, Pending)]
+            inside += [pending for call in self._calls.values() for pending in call.pending]
+            inside += [pending for pending, _ in self._ended]
+            for model in list(self._models.values()):
+                inside += model.waiting.values()
+                model.waiting.clear()
+            self._settle_with(inside, end)
 
     def _step(self, ready: Collection[object]) -> None:
         now = time.monotonic()
