@@ -125,6 +125,8 @@ class LraiConfig:
 # What Kubernetes tells every pod of a service, say one that is called lrai-runtime.
 _LINK: Final = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
 _QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
+_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+_MEMORY: Final = Path("/proc/meminfo")
 _SECTIONS: Final = typing.get_type_hints(LraiConfig)
 _KINDS: Final = {  # dotted key to type, in the order of the tree
     f"{section}.{name}": kind
@@ -203,6 +205,18 @@ def available_cpus() -> int:
         quota, period = map(int, _QUOTA.read_text(encoding="ascii").split())
         count = min(count, max(1, quota // period))
     return count
+
+
+def available_bytes() -> int:
+    """Return how much memory a process may yet take: of the machine's, and of its cgroup's limit.
+
+    Of the limit all counts as free: in what is in use are pages of files, which make room.
+    """
+    (told,) = re.findall(r"MemAvailable:\s+(\d+) kB", _MEMORY.read_text(encoding="ascii"))
+    found = int(told) << 10
+    with contextlib.suppress(OSError, ValueError):  # no limit: max
+        found = min(found, int(_LIMIT.read_text(encoding="ascii")))
+    return found
 
 
 def _settings(base: LraiConfig, layers: list[tuple[str, Mapping[str, Any]]]) -> list[Setting]:

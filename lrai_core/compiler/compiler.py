@@ -29,7 +29,7 @@ from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
 from lrai_core.compiler.model import SharedWeights, declared, find_importer, load_model
 from lrai_core.compiler.search import Builder, Calls, Candidate, Material, Sample
-from lrai_core.config import available_cpus
+from lrai_core.config import available_bytes, available_cpus
 from lrai_core.engine.engine import Engine, Session, find_engine, isa_class
 from lrai_core.errors import VERSION, CompileError, EngineError, UsageError, shorten
 from lrai_core.protocol import OutputMap, Signature
@@ -39,6 +39,7 @@ from lrai_core.verifier.spec import FAR, MEASURES, round_up
 from lrai_core.verifier.verifier import failing, issue
 
 _SEARCH_SHARE: Final = 0.2  # of the evaluation rows; the rest is the gate's
+_HELD: Final = 6  # answers to a row, at a time: of the source, alone and in batches, in half of all
 _log: Final = logging.getLogger("lrai.compiler")
 
 
@@ -248,6 +249,11 @@ class _Compilation:
             # Forms may be made of the first ones only, and they may be sorted.
             given = given.take(np.random.default_rng(seed).permutation(len(given)).tolist())
         order = np.random.default_rng(seed).permutation(len(self.rows)).tolist()
+        answer = self.reference.run(search.longest(self.rows.inputs, self.signature)[0])
+        each = _HELD * max(1, sum(array.nbytes for array in answer))
+        if (most := available_bytes() // each) < len(order):
+            self._notify(f"{len(order) - most} rows left out: memory lacks for their answers")
+            order = order[:most]
         cut = round(len(order) * _SEARCH_SHARE)
         own = 0 if given is not None else cut // 2  # of the search rows, what forms are made for
         self.sample = given or self.rows.take(order[:own])

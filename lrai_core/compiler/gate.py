@@ -156,9 +156,13 @@ def judge(
         if rows.groups:
             found = _fair_enough(found, scores, rows, conditions.max_disparity)
     gaps = _gaps(reference, runs[0], specs)
-    if found.passed and conditions.epsilon is not None:
+    if found.passed and (epsilon := conditions.epsilon) is not None:
         worst = worst_gaps(reference, runs, specs)
-        found = _close_enough(found, worst, conditions.epsilon, conditions.delta, level)
+        beyond = sum(not gap <= epsilon for gap in worst)
+        bound = confidence.upper_bound(beyond, len(worst), level)
+        why = f"{found.why}; {beyond} of {len(worst)} rows differ by more than epsilon {epsilon:g}"
+        why += f", at most {bound:.2%}; delta {conditions.delta:.2%} allowed"
+        found = replace(found, passed=bound <= conditions.delta, why=why)
     far = {name: float(np.quantile(gaps, q, method="higher")) for name, q in _QUANTILES}
     found = replace(found, difference=far)
     return Judged(found, gaps, round_up(max(EFFECT_FLOOR, min(_EFFECT_MARGIN * effect, FAR))))
@@ -286,16 +290,6 @@ def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float
 def _agreeing(reference: Outputs, runs: Runs, specs: Specs) -> list[int]:
     pairs = [zip(reference, run, strict=True) for run in runs]
     return [sum(agreement(f, g, specs) for f, g in each) for each in pairs]
-
-
-def _close_enough(
-    found: GateResult, gaps: list[float], epsilon: float, delta: float, level: float
-) -> GateResult:
-    failures = sum(not gap <= epsilon for gap in gaps)
-    bound = confidence.upper_bound(failures, len(gaps), level)
-    why = f"{found.why}; {failures} of {len(gaps)} rows differ by more than epsilon {epsilon:g}"
-    why += f", at most {bound:.2%}; delta {delta:.2%} allowed"
-    return replace(found, passed=bound <= delta, why=why)
 
 
 def _fair_enough(found: GateResult, scores: list[_Scores], rows: Rows, most: float) -> GateResult:

@@ -14,6 +14,7 @@ from lrai_core.config import (
     ActorConfig,
     LraiConfig,
     Setting,
+    available_bytes,
     available_cpus,
     explain_config,
     load_config,
@@ -221,6 +222,23 @@ def test_cpus_are_no_more_than_the_quota_of_the_cgroup(
     monkeypatch.setattr("lrai_core.config._QUOTA", file)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
     assert available_cpus() == cpus
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [(None, 8 << 20), ("max\n", 8 << 20), ("4194304\n", 4 << 20), ("99999999999\n", 8 << 20)],
+    ids=["no cgroup", "no limit", "a limit", "more than there is"],
+)
+def test_memory_that_is_free_is_the_machines_or_what_the_cgroup_leaves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str | None, free: int
+) -> None:
+    told, file = tmp_path / "meminfo", tmp_path / "memory.max"
+    told.write_text("MemTotal:  16384 kB\nMemFree:  1 kB\nMemAvailable:  8192 kB\n")
+    if limit is not None:
+        file.write_text(limit)
+    monkeypatch.setattr("lrai_core.config._MEMORY", told)
+    monkeypatch.setattr("lrai_core.config._LIMIT", file)
+    assert available_bytes() == free
 
 
 def test_the_working_folder_cannot_choose_a_program_to_run() -> None:

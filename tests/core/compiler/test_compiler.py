@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,24 @@ def test_without_data_only_fp32_is_kept_and_a_sentence_says_what_data_buys(make:
     assert [variant.id for variant in artifact.variants] == ["fp32"]
     assert any("--evaluation" in line.get("why", "") for line in log(artifact))
     assert lrai.certificates(artifact) == []
+
+
+def test_of_rows_whose_answers_do_not_fit_into_memory_some_are_left_out(
+    make: Compile, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six times: those of the source, alone and in batches, are to fill half of it."""
+    free, nbytes = "lrai_core.compiler.compiler.available_bytes", 4 * np.dtype(np.float32).itemsize
+    monkeypatch.setattr(free, lambda: 6 * nbytes * 300)
+    artifact = make(evaluation=rows)
+    told = [str(line.get("why")) for line in log(artifact)]
+    assert "100 rows left out: memory lacks for their answers" in told
+    gated = artifact.manifest.variants[0].gate
+    assert gated is not None
+    assert gated.rows == 240
+    monkeypatch.setattr(free, lambda: 6 * nbytes * 100)
+    shutil.rmtree(artifact.path)
+    with pytest.raises(CalibrationError, match="is left with 80 and needs 149"):
+        make(evaluation=rows)
 
 
 def test_when_the_minutes_are_up_the_best_so_far_is_kept(make: Compile, rows: Rows) -> None:
