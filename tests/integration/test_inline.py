@@ -21,6 +21,7 @@ import pytest
 import lrai_core as lrai
 from lrai_core.scheduler.latency import LatencyModel
 from lrai_deployments.inline import run
+from tests.integration.test_runtime_faults import wait_until
 from tests.own_runtime import own_runtime
 
 pytestmark = pytest.mark.server
@@ -73,8 +74,12 @@ def test_many_callers_get_the_answers_that_a_process_gives(
     inline: lrai.Runtime, classifier_fp32: lrai.Artifact
 ) -> None:
     requests = [request(0.01 * i, rows=1 + i % 3) for i in range(300)]
-    with ThreadPoolExecutor(32) as callers:
-        here = list(callers.map(inline.infer, requests))
+    with ThreadPoolExecutor(32) as callers, held_up(inline, 30) as (began, go_on):
+        asked = callers.map(inline.infer, requests)
+        assert began.wait(10)
+        wait_until(lambda: inline.stats()["request_accepted"] == 32)  # one of each thread
+        go_on.set()
+        here = list(asked)
     stats = inline.stats()
     assert stats["request_answered"] == len(requests)
     assert stats["batch_completed"] < len(requests), "requests share calls"
@@ -283,7 +288,10 @@ def held_up(
         patch.setattr("lrai_deployments.here.run", slow)
         hang = replace(inline.config.actor, hang_seconds=hang_seconds)
         patch.setattr(inline._backend, "config", replace(inline.config, actor=hang))
-        yield began, go_on
+        try:
+            yield began, go_on
+        finally:
+            go_on.set()
 
 
 def test_a_call_that_hangs_here_is_told(inline: lrai.Runtime) -> None:

@@ -30,6 +30,7 @@ from tests.integration import mlflow_server
 from tests.integration.quick import until_quick
 from tests.integration.sagemaker.conftest import Container
 from tests.integration.test_inline import held_up
+from tests.integration.test_runtime_faults import wait_until
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import token_model
 
@@ -266,9 +267,13 @@ def test_what_a_loop_and_threads_ask_of_a_runtime_shares_calls(artifact: lrai.Ar
         async def ask() -> list[lrai.InferenceResponse]:
             return await asyncio.gather(*[runtime.infer_async(request) for _ in range(40)])
 
-        with ThreadPoolExecutor(4) as callers:
+        with ThreadPoolExecutor(5) as callers, held_up(runtime, 30) as (began, go_on):
+            loop = callers.submit(lambda: asyncio.run(ask()))
             others = [callers.submit(runtime.infer, request) for _ in range(20)]
-            answers = asyncio.run(ask()) + [other.result() for other in others]
+            assert began.wait(10)
+            wait_until(lambda: runtime.stats()["request_accepted"] == 44)  # four of the threads
+            go_on.set()
+            answers = loop.result() + [other.result() for other in others]
         assert len({answer.outputs["mean"].tobytes() for answer in answers}) == 1
         stats = runtime.stats()
         assert stats["batch_completed"] < stats["request_answered"] == 60
