@@ -33,6 +33,7 @@ IDS = {"input_ids": [[3, 14, 15], [9, 2, 0]], "attention_mask": [[1, 1, 1], [1, 
 ZEROS = [[0.0] * 64]
 CROWD = 10_000
 CALLERS = 36  # of eight long sentences, as many as the queue takes
+CALL_ROWS = lrai.LraiConfig().scheduler.max_batch_rows  # at most
 
 
 def protocol(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -311,10 +312,25 @@ def test_who_hangs_up_leaves_nothing_behind(served: Served, path: str) -> None:
     ]
     for line in lines:
         line.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    _wait_until(lambda: _outstanding(served) > 8 * CALLERS / 2)
+    looks = [_stats(served)]
+
+    def inside() -> int:
+        looks.append(_stats(served))
+        return looks[-1]["outstanding_rows"]
+
+    _wait_until(lambda: inside() > 8 * CALLERS / 2)
+    before = looks[-1]
     for line in lines:
         line.close()
-    _wait_until(lambda: _outstanding(served) == 0, 12)  # what was left would take far longer
+
+    def some_were_dropped() -> bool:
+        """Return whether more rows are gone than the calls since then had room for."""
+        gone = before["outstanding_rows"] - inside()
+        calls = looks[-1].get("batch_completed", 0) - before.get("batch_completed", 0)
+        return gone > calls * CALL_ROWS
+
+    _wait_until(some_were_dropped, 60)
+    _wait_until(lambda: inside() == 0, 60)
     left = f'endpoint="{path}",http_response_code="499"'
     _wait_until(lambda: left in served.get("/metrics").content.decode())
     assert "Exception in ASGI application" not in served.server.log.read_text()
@@ -327,10 +343,10 @@ def _wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def _outstanding(served: Served) -> int:
+def _stats(served: Served) -> dict[str, int]:
     config = lrai.load_config(call={"runtime.socket_dir": str(served.host.folder)})
     with lrai.Runtime(config, address="auto") as runtime:
-        return runtime.stats()["outstanding_rows"]
+        return runtime.stats()
 
 
 def test_ten_thousand_at_once_are_answered_or_told_to_come_again(served: Served) -> None:
