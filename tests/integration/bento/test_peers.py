@@ -39,6 +39,7 @@ import contextlib
 import copy
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -279,7 +280,7 @@ class TestRunner:
         for threads in (1, 3):  # test_runner_cpu
             with running(TAG, **{"actor.threads": threads}) as one:
                 assert one.run(**COLUMNS).tolist() == TOTAL
-                found.append(len(list(Path(f"/proc/{actor(one)}/task").iterdir())))
+                found.append(threads_of(actor(one)))
         assert found[1] - found[0] == 2  # the engine's
 
     def test_service_init_checks(self) -> None:
@@ -345,6 +346,16 @@ def actor(one: lrai_bentoml.Runner) -> int:
     held = one.load().held
     (pid,) = (pid for m in held.runtime.models() if m.name == held.name for pid in m.actor_pids)
     return pid
+
+
+def threads_of(pid: int) -> int:
+    """Return how many threads a process has, once two looks see as many."""
+    counts = [0]
+    while (count := len(list(Path(f"/proc/{pid}/task").iterdir()))) != counts[-1]:
+        counts.append(count)
+        assert len(counts) < 100, counts
+        time.sleep(0.2)
+    return count
 
 
 class TestService:
