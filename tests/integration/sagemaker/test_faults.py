@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import lrai_core as lrai
-from tests.integration.quick import Stalls, until_quick
+from tests.integration.quick import Stalls, scaled, until_quick
 from tests.integration.sagemaker.conftest import HOST, TOKENS, Container, Load, wait_until
 from tests.own_runtime import end_runtime
 from tests.pause import pause, paused
@@ -74,15 +74,17 @@ def test_what_is_killed_under_load_is_back_in_time(
             "daemon": container.daemon,
         }
         load, pings = Load(container, BODY), Pings(container, stalls)
-        silences = list[float]()
+        silences, starts, spoiled, slow = list[float](), list[float](), list[bool](), 0
         try:
-            for _ in until_quick(silences, seconds):
+            for _ in until_quick(silences, seconds, spoiled=spoiled, starts=starts):
                 wait_until(lambda: container.get("/ping").status == 200)
                 time.sleep(0.5)
                 pid, killed_at = find[victim](), time.monotonic()
                 os.kill(pid, signal.SIGKILL)
                 wait_until(partial(answered, load, len(load.answered_at) + 40))
                 silences.append(load.longest_silence(killed_at, stalls))
+                spoiled.append(pings.slow > slow)
+                slow = pings.slow
         finally:
             pings.stop()
             load.stop()
@@ -93,8 +95,7 @@ def test_what_is_killed_under_load_is_back_in_time(
     assert load.sent == len(load.statuses) + len(load.lost)  # nobody was forgotten
     assert load.wrong == 0
     assert set(load.statuses) <= {200, 503}
-    assert max(silences) < 5 * seconds, silences
-    assert pings.slow <= 1  # that one may meet what else this machine does
+    assert max(silences) < 5 * scaled(seconds, starts), silences
     assert set(pings.said) <= {200, 503, 0}
     if victim == "worker":
         assert (
