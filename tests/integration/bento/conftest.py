@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
-import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +18,7 @@ import lrai_core as lrai
 from benchmarks.host import Host
 from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server
+from tests.many_files import many_files
 from tests.tiny_models import token_model
 
 WORKERS = 3
@@ -147,14 +146,3 @@ def served(project: Path) -> Iterator[Served]:
     with many_files(), Host() as host, start(project, host) as server:
         server.wait_until_ready("/readyz")
         yield Served(server, host)
-
-
-@contextlib.contextmanager
-def many_files() -> Iterator[None]:
-    """Let this process and its children have as many open as may be, for ten thousand callers."""
-    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))

@@ -26,6 +26,7 @@ from botocore.config import Config
 import lrai_core as lrai
 from benchmarks.processes import free_ports
 from tests.integration.quick import Stalls
+from tests.many_files import many_files
 from tests.own_runtime import end_runtime
 from tests.tiny_models import column_model, token_model
 
@@ -255,6 +256,7 @@ def serving(
 ) -> Iterator[Container]:
     model, *options = arguments
     with (
+        many_files(),
         tempfile.TemporaryDirectory(prefix="lrai-") as short,
         Container(
             [str(models / model), *options], folders.mktemp("container"), Path(short)
