@@ -87,7 +87,7 @@ class Container:
     def log(self) -> str:
         return self._log.read_text()
 
-    def wait_until_ready(self, seconds: float = 30) -> None:
+    def wait_until_ready(self, seconds: float = 120) -> None:
         def ready() -> bool:
             assert self.process.poll() is None, self.log
             with contextlib.suppress(OSError, http.client.HTTPException):

@@ -375,7 +375,7 @@ def test_ping_is_false_as_long_as_a_model_has_never_answered(
     given = [str(models / "tokens.lrai"), "--timeout-seconds", "0.5"]
     variables = {"LRAI_ACTOR_HANG_SECONDS": "60"}  # nobody else finds out that it is stopped
     with Container(given, tmp_path, sockets, **variables) as container:
-        wait_until(lambda: "is loaded" in container.log)
+        wait_until(lambda: "is loaded" in container.log, 120)
         pause(actor := container.actor())
         pings = [container.get("/ping").status for _ in range(3)]
         os.kill(actor, signal.SIGCONT)
@@ -537,14 +537,17 @@ def test_who_never_sends_the_rest_does_not_keep_a_container_from_ending(
     given = [str(models / "tokens.lrai"), "--drain-seconds", "2"]
     with Container(given, tmp_path, sockets) as container:
         container.wait_until_ready()
-        with socket.create_connection((HOST, container.port)) as line:
+        address = HOST, container.port
+        with socket.create_connection(address, 60) as line, line.makefile("rb") as answer:
             head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\n"
-            line.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-            time.sleep(2)  # until a worker has read it
+            line.sendall(f"{head}Content-Length: 100\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert answer.readline().startswith(b"HTTP/1.1 100"), "a worker has read it"
+            answer.readline()
+            line.sendall(b"{")
             begun = time.monotonic()
             assert container.stop() == 0
             assert 1.5 < time.monotonic() - begun < 20
-            assert b"503 Service Unavailable" in line.recv(1 << 16)
+            assert b"503 Service Unavailable" in answer.readline()
         assert "Traceback" not in container.log, container.log
 
 
