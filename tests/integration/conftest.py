@@ -62,7 +62,7 @@ def triton(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iter
             environment=prepared.environment,
             backends=prepared.backends,
             arguments=EXPLICIT,
-            env={"LRAI_ACTOR_THREADS": "1"},
+            env={"LRAI_ACTOR_THREADS": "1", "LRAI_ACTOR_HANG_SECONDS": "60"},  # some are stopped
         ) as server,
         contextlib.closing(Triton(server, repository)) as served,
     ):

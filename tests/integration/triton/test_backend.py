@@ -33,6 +33,7 @@ from benchmarks.triton_server import Prepared, TritonServer, variables
 from tests.integration.conftest import sentence
 from tests.integration.test_runtime_faults import wait_until
 from tests.integration.triton.server import EXPLICIT, Triton
+from tests.pause import paused
 
 pytestmark = pytest.mark.server
 
@@ -563,7 +564,7 @@ def test_so_do_those_of_a_configuration_that_triton_was_told_not_to_complete(
             repository,
             **prepared._asdict(),
             arguments=(*EXPLICIT, "--disable-auto-complete-config"),
-            env={"LRAI_ACTOR_THREADS": "1"},
+            env={"LRAI_ACTOR_THREADS": "1", "LRAI_ACTOR_HANG_SECONDS": "60"},  # some are stopped
         ) as server,
         contextlib.closing(Triton(server, repository)) as triton,
         triton.serving("written", {1: minilm_fp32.path}, text) as name,
@@ -578,8 +579,18 @@ def assert_shared(triton: Triton, name: str, session: onnxruntime.InferenceSessi
     asked = [sentence(random, 1, 30) for _ in range(64)]
     triton.ask(name, asked[0])
     before = triton.stats()
-    with ThreadPoolExecutor(16) as callers:
-        answers = list(callers.map(lambda one: triton.ask(name, one), asked))
+
+    def all_wait() -> bool:
+        """Return whether all have come: to the runtime, or to Triton's queue before it."""
+        queue = rf'^nv_inference_pending_request_count{{[^}}]*"{name}"[^}}]*}} (\S+)$'
+        waiting = sum(map(float, re.findall(queue, triton.figures(), re.M)))
+        accepted = triton.stats()["request_accepted"] - before["request_accepted"]
+        return accepted + waiting == len(asked)
+
+    with ThreadPoolExecutor(len(asked)) as callers, paused(triton.actor_pid(name)):
+        answered = callers.map(lambda one: triton.ask(name, one), asked)
+        wait_until(all_wait)
+    answers = list(answered)
     after = triton.stats()
     for one, answer in zip(asked, answers, strict=True):
         (expected,) = session.run(["sentence_embedding"], one)
