@@ -942,11 +942,6 @@ def test_what_is_under_way_at_the_end_does_not_bring_back_what_has_ended(
         assert runtime.models() == []
 
 
-def pss_mib(pid: int) -> float:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(text.partition("\nPss:")[2].split()[0]) / 1024
-
-
 def test_artifacts_come_from_the_folders_that_are_allowed(
     small: dict[float, Path], tmp_path: Path
 ) -> None:
