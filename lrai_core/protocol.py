@@ -181,9 +181,7 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
             _check_shape(array.shape, spec)
         except ValueError as error:
             raise InvalidTensor(name, str(error)) from None
-        nbytes += array.nbytes
-        if spec.datatype == "BYTES":
-            nbytes += sum(map(len, array.flat))
+        nbytes += array.nbytes + (sum(map(len, array.flat)) if spec.datatype == "BYTES" else 0)
         if nbytes > limits.request_bytes:
             words = f"{nbytes} bytes; one request has {limits.request_bytes} at most"
             raise RequestError(f"{words}, see limits.request_bytes")
@@ -228,6 +226,16 @@ def decode_bytes(data: bytes | memoryview, count: int) -> Array:
     return elements
 
 
+def check_texts(datatype: str, shape: Iterable[int], room_bytes: int) -> None:
+    """Count what is of BYTES before any of it is read: whoever reads texts has no other work.
+
+    Raises:
+        ValueError: It is more than fits `room_bytes`.
+    """
+    if datatype == "BYTES" and (count := math.prod(shape)) > (most := room_bytes // _TEXT_BYTES):
+        raise ValueError(f"{count} elements, at most {most} are left for this request")
+
+
 def as_text(array: Array) -> Array:
     """Return an array of strings or UTF-8 bytes as an object array of `str`, as engines take it.
 
@@ -258,6 +266,7 @@ def _array(given: Array | Tensor, spec: TensorSpec, room_bytes: int) -> Array:
         raise ValueError(f"datatype {shorten(got, 20)}, the model takes {spec.datatype}")
     if isinstance(given, Tensor):
         return _decode(given, room_bytes)
+    check_texts(got, given.shape, room_bytes)
     return as_text(given) if got == "BYTES" else np.asarray(given, dtype=DATATYPES[got], order="C")
 
 
@@ -272,9 +281,8 @@ def _decode(tensor: Tensor, room_bytes: int) -> Array:
     count, size = math.prod(shape), memoryview(tensor.data).nbytes
     if size > room_bytes:
         raise ValueError(f"{size} bytes, at most {max(room_bytes, 0)} are left for this request")
+    check_texts(tensor.datatype, shape, room_bytes)
     if tensor.datatype == "BYTES":
-        if count > (most := room_bytes // _TEXT_BYTES):  # whoever reads them has no other work
-            raise ValueError(f"{count} elements, at most {most} are left for this request")
         return decode_bytes(tensor.data, count).reshape(shape)
     if count * dtype.itemsize != size:
         need = "more than memory" if count >> 63 else f"{count} elements of {dtype.itemsize} bytes"

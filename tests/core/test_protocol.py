@@ -428,6 +428,21 @@ def test_texts_are_counted_before_they_are_looked_at(monkeypatch: pytest.MonkeyP
         validate(InferenceRequest(model_name="", inputs={"s": many}), signature, LimitsConfig())
 
 
+@pytest.mark.parametrize("dtype", [np.object_, np.str_, np.bytes_])
+def test_texts_in_an_array_are_as_many_as_in_a_binary_tensor(
+    dtype: type[np.generic], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is answered in one process must not be refused where it is sent to another."""
+    limits = LimitsConfig(request_bytes=1 << 16)
+    few, many = np.full(1024, "a", dtype), np.full(1025, "a", dtype)
+    fits = validate(InferenceRequest(model_name="", inputs={"words": few}), WORDS, limits)
+    assert (fits.rows, fits.nbytes) == (1024, 9 * 1024)
+    monkeypatch.setattr("lrai_core.protocol.as_text", lambda _: pytest.fail("it was read"))
+    for each in (many, raw((1025,), encode_bytes(many), "BYTES", "words")):
+        with pytest.raises(InvalidTensor, match="1025 elements, at most 1024 are left"):
+            validate(InferenceRequest(model_name="", inputs={"words": each}), WORDS, limits)
+
+
 def test_an_output_is_named_once() -> None:
     """Each name would be a copy of it."""
     message = refusal({"x": np.zeros((1, 3), np.float32)}, outputs=("y",) * 1_000 + ("z",))
