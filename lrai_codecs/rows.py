@@ -24,6 +24,7 @@ from lrai_core import (
 )
 
 _AT_A_TIME: Final = 2  # one runs, one waits; the queue is not for one caller alone
+_TEXT_BYTES: Final = 64  # that the runtime has to have room for, at least, for a text
 
 Infer = Callable[[InferenceRequest], Awaitable[InferenceResponse]]
 
@@ -110,9 +111,10 @@ def rows_at_a_time(request: InferenceRequest, config: LraiConfig) -> int:
 def _bytes(array: NDArray[Any] | Tensor) -> int:
     if isinstance(array, Tensor):
         return memoryview(array.data).nbytes
+    least = _TEXT_BYTES * array.size if array.dtype.kind in "OSU" else 0
     if array.dtype.kind != "O":
-        return array.nbytes
-    return sum(len(one) if isinstance(one, str | bytes) else 0 for one in array.flat)
+        return max(least, array.nbytes)
+    return max(least, sum(len(one) if isinstance(one, str | bytes) else 0 for one in array.flat))
 
 
 def _within(part: InferenceRequest, begun: float) -> InferenceRequest:

@@ -169,6 +169,14 @@ def test_long_texts_make_parts_of_few_rows() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [np.object_, np.str_, np.bytes_])
+def test_short_texts_make_parts_of_no_more_than_a_request_may_hold(dtype: type[np.generic]) -> None:
+    """The runtime counts 64 bytes for each, however short it is."""
+    asked = InferenceRequest(model_name="m", inputs={"x": np.full((5_000, 2), "a", dtype)})
+    own = load_config(environ={}, call={"limits.request_bytes": 1 << 16})
+    assert rows_at_a_time(asked, own) == (1 << 16) // (2 * 64) // 4
+
+
 @pytest.mark.parametrize(
     ("limits", "rows"),
     [
