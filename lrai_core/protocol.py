@@ -195,12 +195,13 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
     return ValidRequest(tuple(arrays), rows, length, outputs, group, nbytes)
 
 
-def encode_bytes(array: Array) -> bytes:
+def encode_bytes(array: Array, room_bytes: int = 1 << 62) -> bytes:
     """Return the protocol's wire form of a BYTES tensor: length-prefixed elements, row-major.
 
     Raises:
-        ValueError: An element is no text.
+        ValueError: An element is no text, or they are more than fit `room_bytes`.
     """
+    check_texts("BYTES", array.shape, room_bytes)
     texts = [_text(element).encode() for element in array.ravel()]
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
 

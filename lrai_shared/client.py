@@ -167,12 +167,13 @@ class Attached:
         if not isinstance(timeout_ms, int | float) or _MOST_MS < timeout_ms < np.inf:
             kind = type(given).__name__
             raise lrai.RequestError(f"timeout_ms is {kind}, a number up to 1e300 is needed")
-        tensors = [_contents(name, given) for name, given in request.inputs.items()]
+        room_bytes = self._most_bytes
+        tensors = [_contents(name, given, room_bytes) for name, given in request.inputs.items()]
         kinds, shapes, contents = zip(*tensors, strict=True) if tensors else ((), (), ())
         named = (request.model_name, request.model_version, tuple(request.outputs))
         form = messages.Form(*named, dict(request.parameters), tuple(request.inputs), kinds, shapes)
-        if (size := sum(map(len, contents))) > self._most_bytes:  # else the line is cut, and again
-            words = f"{size} bytes; one request has {self._most_bytes} at most"
+        if (size := sum(map(len, contents))) > room_bytes:  # else the line is cut, and again
+            words = f"{size} bytes; one request has {room_bytes} at most"
             raise lrai.RequestError(f"{words}, see limits.request_bytes")
         most = self._config.scheduler.max_queue_rows
         if len(self._asked) - len(self._on_wire) >= most:  # beside those on their way
@@ -492,14 +493,14 @@ class Attached:
         return len(items) == _MOST_ITEMS or joint >= _MOST_JOINT
 
 
-def _contents(name: str, given: Any) -> tuple[str, tuple[int, ...], Buffer]:
+def _contents(name: str, given: Any, room_bytes: int) -> tuple[str, tuple[int, ...], Buffer]:
     if isinstance(given, lrai.Tensor):
         data = given.data if isinstance(given.data, bytes) else given.data.tobytes()
         return given.datatype, tuple(given.shape), data
     if not isinstance(given, np.ndarray):
         raise lrai.InvalidTensor(name, f"got a {type(given).__name__}, a numpy array is needed")
     try:
-        return contents(given)
+        return contents(given, room_bytes)  # what the daemon is sure to refuse is not encoded
     except ValueError as error:
         raise lrai.InvalidTensor(name, str(error)) from None
 

@@ -269,11 +269,15 @@ class Packer:
         socket.tell([*head, encode(message), *self.frames()], copy=not self._large)
 
 
-def contents(array: Array) -> tuple[str, tuple[int, ...], Buffer]:
-    """Return datatype, shape and little-endian, row-major bytes of an array."""
+def contents(array: Array, room_bytes: int = 1 << 62) -> tuple[str, tuple[int, ...], Buffer]:
+    """Return datatype, shape and little-endian, row-major bytes of an array.
+
+    Raises:
+        ValueError: It holds more texts than fit `room_bytes` where they are read, or what is none.
+    """
     datatype = _datatype_of(array.dtype)
     if datatype == "BYTES":
-        return datatype, array.shape, encode_bytes(array)
+        return datatype, array.shape, encode_bytes(array, room_bytes)
     plain = np.asarray(array, DATATYPES[datatype], order="C")
     return datatype, plain.shape, plain.data.cast("B") if plain.size else b""
 

@@ -237,6 +237,19 @@ def test_a_request_that_is_too_large_is_told_by_which_setting(attached: Attached
         attached.start(request())
 
 
+@pytest.mark.parametrize("dtype", [np.object_, np.str_, np.bytes_])
+def test_more_texts_than_the_daemon_would_read_are_not_made_bytes(
+    daemon: Daemon, attached: Attached, dtype: type[np.generic], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached._most_bytes = 10 * 64
+    future = attached.start(request(inputs={"s": np.full((5, 2), "a", dtype)}))
+    daemon.answer(*daemon.take(1))
+    assert value(future) == 1
+    monkeypatch.setattr("lrai_core.protocol._text", lambda _: pytest.fail("one was read"))
+    with pytest.raises(lrai.InvalidTensor, match="'s': 11 elements, at most 10 are left"):
+        attached.start(request(inputs={"s": np.full(11, "a", dtype)}))
+
+
 def test_what_waits_together_is_sent_together_but_never_too_much(
     daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
