@@ -234,8 +234,8 @@ class Pool:
         fatal = actor.fatal + (blamed := bool(actor.batches) and actor.answered)
         deaths = deaths if blamed else [*deaths, now]
         if not actor.loaded.done():
-            # Killed for want of memory, or of time: that may be another time.
-            kind = OutOfResources if status == -signal.SIGKILL else ArtifactError
+            # Killed for want of memory or time, or with a whole service: that may be another time.
+            kind = OutOfResources if -status in (signal.SIGKILL, signal.SIGTERM) else ArtifactError
             self._give_up(actor, kind(f"{why} while it opened the model"))
         elif len(deaths) + fatal / 2 > self._config.restart_limit:
             span = max([window, *(now - death for death in deaths[:1])])

@@ -1539,6 +1539,23 @@ def test_a_version_that_could_not_start_for_now_keeps_its_share_of_what_was_kept
         assert runtime.deployments()[0].shares == {old: 0.75, new: 0.25}
 
 
+def test_a_signal_to_a_whole_service_that_meets_an_actor_at_its_start_loses_no_name(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    """As `systemctl stop` sends it while a runtime restores: an actor ignores it only later."""
+    state, python = tmp_path / "state", tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -TERM $$\nsleep 60\n")
+    python.chmod(0o700)
+    settings = {"runtime.state_dir": str(state)}
+    with lrai.Runtime.open(small[2.0], name="m", config=config(**settings)):
+        left = (state / "deployments.json").read_bytes()
+    (state / "deployments.json").write_bytes(left)  # as a kill would leave it
+    with lrai.Runtime(config(**settings, **{"actor.python": str(python)})) as runtime:
+        deployments(runtime).restore()
+        assert runtime.models() == []
+        assert (state / "deployments.json").read_bytes() == left
+
+
 def test_what_serves_in_place_of_a_variant_is_what_its_next_worker_means(
     small: dict[float, Path], tmp_path: Path
 ) -> None:

@@ -401,7 +401,12 @@ def test_a_model_that_could_be_opened_before_is_opened_again(bench: Bench) -> No
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(-signal.SIGKILL, OutOfResources), (-signal.SIGSEGV, ArtifactError)]
+    ("status", "kind"),
+    [
+        (-signal.SIGKILL, OutOfResources),
+        (-signal.SIGTERM, OutOfResources),  # to a whole service, before an actor ignores it
+        (-signal.SIGSEGV, ArtifactError),
+    ],
 )
 def test_who_is_killed_while_it_opens_a_model_may_open_it_another_time(
     bench: Bench, status: int, kind: type[LraiError]
