@@ -126,6 +126,7 @@ class Traffic:
         self._first_aged = 0.0  # no row is too old before
         self._full = False  # it was: from then on each row has the same chance
         self._adopts = False  # what was kept before, once there is a row to compare with
+        self._rows_file: object = []  # that is this one's to remove; others may write theirs
 
     @property
     def captures(self) -> tuple[int, float]:
@@ -171,6 +172,7 @@ class Traffic:
         Of which one nothing else tells: two models may well take the same inputs.
         """
         with contextlib.suppress(*_UNREADABLE):
+            self._rows_file = _captured(folder)
             known = _sketches.decode((folder / SKETCH).read_bytes())
             self._adopts = bool(self.sources & known.sources)
             if self._adopts:
@@ -229,7 +231,9 @@ class Traffic:
                 _write(stream, sample)
             oldest = time.time() - self._oldest_seconds()  # noqa: TID251 - for who finds it later
             os.utime(captured, (oldest, oldest))
-        elif not self._adopts:  # what was kept has aged, or is of another model
+            self._rows_file = _captured(folder)
+        elif not self._adopts and self._rows_file == _captured(folder):
+            # What was kept has aged, or is of another model.
             captured.unlink(missing_ok=True)
 
     def _adopt(self, captured: Path) -> None:
@@ -359,11 +363,10 @@ def watch(
     rows, hours, manifest = config.capture_rows, config.capture_ttl_hours, artifact.manifest
     model = (manifest.signature, manifest.source.sha256)
     traffic = Traffic(*model, capture_rows=rows, ttl_hours=hours)
-    for one in filter(None, beside):
+    for one in filter(None, beside):  # whichever of them saves last tells of all
+        traffic.sources = one.traffic.sources = traffic.sources | one.traffic.sources
         if one.traffic.captures == traffic.captures:
-            one.traffic.sources |= traffic.sources
             return one
-        traffic.sources |= one.traffic.sources
     inside = quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")
     folder = Path(config.state_dir, "traffic", inside)
     traffic.go_on(folder)
@@ -393,6 +396,11 @@ def forget_aged(config: RuntimeConfig, names: Container[str] = (), *, halves: bo
                 hours = float(msgspec.json.decode((folder / SKETCH).read_bytes())[_TTL])
             if captured.stat().st_mtime + hours * _HOUR < now:
                 captured.unlink()
+
+
+def _captured(folder: Path) -> list[tuple[int, int]]:
+    """Return what tells the file of rows there from any other, nothing where there is none."""
+    return [(of.st_ino, of.st_mtime_ns) for of in map(Path.stat, folder.glob(CAPTURED))]
 
 
 def _size(arrays: tuple[Array, ...]) -> int:

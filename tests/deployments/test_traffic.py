@@ -428,6 +428,33 @@ def test_a_model_goes_on_with_its_own_and_not_with_that_of_another_of_its_name(
     assert asked(4, "another") == [4], "its inputs are the same, what it is asked need not be"
 
 
+def test_versions_that_capture_otherwise_leave_each_others_rows(tmp_path: Path) -> None:
+    def serving(source: str, rows: int, *beside: Watch) -> Watch:
+        config = RuntimeConfig(state_dir=str(tmp_path), capture_rows=rows)
+        made = watch("m", of(source), config, lambda _: None, beside)
+        assert made is not None
+        return made
+
+    def asked(one: Watch, first: int) -> list[int]:
+        """Return the rows that lie there once it was asked for this one, and has saved."""
+        one.see(request(first))
+        one.save()
+        return sorted(np.load(captured)["ids"][:, 0].tolist()) if captured.exists() else []
+
+    captured = tmp_path / "traffic" / "m" / "captured.npz"
+    plain = serving("a", 0)
+    few = serving("few", 5, plain)
+    assert asked(plain, 1) == []
+    keeps = serving("tuned", 10, plain, few)
+    assert asked(keeps, 2) == [2]
+    assert asked(plain, 3) == [2], "it keeps none, and has none to remove"
+    few.see(request(4, x=math.nan))  # which nobody could be judged by
+    few.save()
+    assert asked(plain, 5) == [2], "nor has who would keep some"
+    assert asked(serving("tuned", 10), 6) == [2, 6], "the next runtime goes on, whoever saved last"
+    assert asked(serving("another", 0), 7) == [], "what is of another model is removed"
+
+
 def test_who_has_seen_nothing_leaves_what_others_kept(tmp_path: Path) -> None:
     seen = Traffic(SIGNATURE, capture_rows=5)
     seen.see(request(1))
