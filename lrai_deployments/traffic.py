@@ -219,8 +219,11 @@ class Traffic:
             if self._requests == self._before:
                 return  # what lies there is of others
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        hours = self._ttl_seconds / _HOUR
+        if not self._sample:  # what lies there may be of who promised to forget it sooner
+            hours = min(hours, _ttl_hours(folder, hours))
         with replaced(folder / SKETCH) as stream:
-            said = self.sketch() | {_TTL: self._ttl_seconds / _HOUR}
+            said = self.sketch() | {_TTL: hours}
             stream.write(msgspec.json.format(msgspec.json.encode(said)))
         captured = folder / CAPTURED
         if self._adopts and self._sample:
@@ -386,16 +389,22 @@ def forget_aged(config: RuntimeConfig, names: Container[str] = (), *, halves: bo
         with contextlib.suppress(OSError):
             for half in folder.glob(".captured.npz.*") if halves else ():
                 half.unlink()
-            captured, now, hours = folder / CAPTURED, time.time(), config.capture_ttl_hours  # noqa: TID251
+            captured, now = folder / CAPTURED, time.time()  # noqa: TID251 - a file's
             if not captured.exists():  # there may be many: what is not needed is not read
                 aged = (folder / SKETCH).stat().st_mtime + _SKETCH_SECONDS < now
                 if aged and unquote(folder.name) not in names:
                     shutil.rmtree(folder)
                 continue
-            with contextlib.suppress(*_UNREADABLE):
-                hours = float(msgspec.json.decode((folder / SKETCH).read_bytes())[_TTL])
+            hours = _ttl_hours(folder, config.capture_ttl_hours)
             if captured.stat().st_mtime + hours * _HOUR < now:
                 captured.unlink()
+
+
+def _ttl_hours(folder: Path, otherwise: float) -> float:
+    """Return at which age the captured rows there are forgotten, as the sketch says."""
+    with contextlib.suppress(*_UNREADABLE):
+        return float(msgspec.json.decode((folder / SKETCH).read_bytes())[_TTL])
+    return otherwise
 
 
 def _captured(folder: Path) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -488,6 +489,25 @@ def test_what_an_ended_runtime_captured_is_removed_when_it_is_too_old(tmp_path: 
     os.utime(folder / "captured.npz", (found.st_mtime - 1801, found.st_mtime - 1801))
     forget_aged(config)
     assert {file.name for file in folder.iterdir()} == {"sketch.json"}
+
+
+def test_rows_are_forgotten_as_they_were_captured_though_nobody_captures_now(
+    tmp_path: Path,
+) -> None:
+    captured = tmp_path / "traffic" / "m" / "captured.npz"
+    config = RuntimeConfig(state_dir=str(tmp_path))
+    for rows, hours in [(5, 1.0), (0, 24.0), (0, 24.0)]:
+        given = replace(config, capture_rows=rows, capture_ttl_hours=hours)
+        made = watch("m", of("a"), given, lambda _: None)
+        assert made is not None
+        made.see(request(1))
+        made.save()
+    forget_aged(config)
+    assert captured.exists()
+    aged = captured.stat().st_mtime - 3601
+    os.utime(captured, (aged, aged))
+    forget_aged(config)
+    assert not captured.exists()
 
 
 def test_sketches_are_not_read_in_vain_and_not_kept_for_ever(
