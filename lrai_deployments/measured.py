@@ -19,6 +19,7 @@ import msgspec
 from lrai_core import Artifact, ArtifactError, EnvironmentProblem, LraiConfig
 from lrai_core.artifact import Manifest, Variant, disk_errors, read_record
 from lrai_core.engine.engine import installed_version, isa_class
+from lrai_deployments.traffic import replaced
 
 _MOST_BYTES: Final = 64 << 20
 _log: Final = logging.getLogger("lrai.deployments")
@@ -80,10 +81,8 @@ def keep(artifact: Artifact, found: Manifest, config: LraiConfig) -> Path:
             except ArtifactError as error:
                 raise EnvironmentProblem(f"{folder} cannot keep it: {error}") from None
         content = msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n"
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-        os.close(descriptor)
-        Path(temporary).write_bytes(content)
-        Path(temporary).replace(path)
+        with replaced(path) as stream:
+            stream.write(content)
     return path
 
 

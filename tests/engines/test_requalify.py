@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -542,6 +544,35 @@ def test_what_is_kept_is_its_users_alone(tmp_path: Path) -> None:
     keep(artifact, artifact.manifest, config)
     path = place(artifact, config)
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_what_does_not_fit_on_the_disk_leaves_nothing_there(tmp_path: Path) -> None:
+    artifact, config = foreign(tmp_path / "m.lrai", rows=0), lrai.load_config()
+    kept = keep(artifact, artifact.manifest, config)
+    before, limits = kept.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(lrai.EnvironmentProblem, match="File too large"):
+            keep(artifact, artifact.manifest, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(kept.parent.iterdir()) == [kept]
+    assert kept.read_bytes() == before
+
+
+def test_what_is_kept_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, sync = set[int](), os.fsync
+
+    def synced(handle: int) -> None:
+        written.add(os.fstat(handle).st_ino)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    artifact = foreign(tmp_path / "m.lrai", rows=0)
+    kept = keep(artifact, artifact.manifest, lrai.load_config())
+    assert {kept.stat().st_ino, kept.parent.stat().st_ino} <= written
 
 
 @pytest.mark.parametrize("key", ["runtime.state_dir", "runtime.address"])
