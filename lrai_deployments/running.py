@@ -89,7 +89,7 @@ class Running(Embedded):
         if self._here and os.getpid() == self._owner:
             with suppress(lrai.ModelNotFound):  # which each of them is told
                 version = self.find(name, label)
-                if label or version.name not in self._routes:
+                if version.name not in self._routes:  # what is asked of one of several counts
                     return self._here.get(version.key)
         return None
 

@@ -20,7 +20,8 @@ import pytest
 
 import lrai_core as lrai
 from lrai_core.scheduler.latency import LatencyModel
-from lrai_deployments.inline import run
+from lrai_core.wire.messages import Refused
+from lrai_deployments.inline import InlinePool, run
 from tests.integration.test_runtime_faults import wait_until
 from tests.own_runtime import own_runtime
 
@@ -267,6 +268,31 @@ def test_together_they_follow_a_swap_a_canary_and_an_end(
     assert first != second
     inline.unload("classifier")
     assert all(isinstance(answer, lrai.ModelNotFound) for answer in together(inline, good))
+
+
+def test_what_is_asked_of_a_canary_by_name_counts_for_it(
+    inline: lrai.Runtime, classifier_fp32: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stable = inline.models()[0].version
+    inline.load(classifier_fp32, name="classifier", settings=INLINE, share=0.01)
+    (canary,) = {model.version for model in inline.models()} - {stable}
+    pool: InlinePool = inline._backend._pool  # type: ignore[attr-defined]
+    opened = pool.opened(f"classifier@{canary}")
+    assert opened is not None
+
+    def run_but(load: Any, session: Any, batch: Any) -> Any:
+        broken = Refused(batch.number, "out of memory", invalid=False)
+        return broken if session in opened[1] else run(load, session, batch)
+
+    for module in ("here", "inline"):
+        monkeypatch.setattr(f"lrai_deployments.{module}.run", run_but)
+    for version, times in [(stable, 200), (canary, 20)]:
+        asked = msgspec.structs.replace(request(0.5), model_version=version)
+        for _ in range(times):
+            with contextlib.suppress(lrai.ActorError):
+                inline.infer(asked)
+    wait_until(lambda: inline.deployments()[0].frozen is not None)
+    assert inline.deployments()[0].shares == {stable: 1.0, canary: 0.0}
 
 
 @contextmanager
