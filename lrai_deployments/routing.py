@@ -106,7 +106,9 @@ class Route:
                 version, shadow = relief, None if shadow is relief else shadow
                 pending = self._core.accept(request, ended, version)
         except LraiError as error:
-            self._count(version, error)
+            # Where all are full, whoever relieves the others has refused their requests, too.
+            if self._relief is None or not isinstance(error, DeadlineExceeded):
+                self._count(version, error)
             raise
         if shadow is not None and self._may_copy(pending.request):
             names = [spec.name for spec in version.signature.inputs]

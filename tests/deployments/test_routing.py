@@ -211,6 +211,31 @@ def test_relief_takes_what_the_others_have_no_time_for() -> None:
     assert core.asked == ["stable", "relief", "stable", "stable", "relief", "stable"]
 
 
+def test_that_all_are_full_is_no_fault_of_the_canary_that_relieves_the_others() -> None:
+    core, stable, canary = Core(0), version("stable"), version("cheaper")
+    made = Route(cast("Any", core), {stable: 0.9, canary: 0.1}, {}, canary)
+    for _ in range(300):
+        made.accept(request(50.0), lambda _: None)
+    core.full = {"stable", "cheaper"}
+    for stable.inside in (0, 1000):  # then it would be late by its profile, too
+        for _ in range(200):
+            with pytest.raises(DeadlineExceeded):
+                made.accept(request(50.0), lambda _: None)
+    assert not core.given_up
+    assert made._failures[stable] == made._failures[canary] == 0, "they are judged by the same"
+
+
+def test_a_canary_that_fails_what_it_takes_as_relief_is_given_up() -> None:
+    core = Core(0)
+    made = Route(cast("Any", core), {STABLE: 0.9, CANARY: 0.1}, {}, CANARY)
+    for _ in range(300):
+        made._count(STABLE, ANSWER)
+    core.full = {"stable"}
+    for _ in range(20):
+        made.accept(request(50.0), lambda _: None)
+    assert core.given_up == [("canary", "canary failed 20 of 20 requests, stable 0 of 300")]
+
+
 def test_relief_takes_nothing_of_a_version_whose_answers_are_to_be_its_own() -> None:
     """As one that is loaded beside others, which relief serves already."""
     core, plain, own, relief = Core(0), version("plain"), version("own"), version("relief")
