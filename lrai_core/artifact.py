@@ -187,9 +187,9 @@ class Manifest(_Record, frozen=True, kw_only=True):
         """Return the variant of that id.
 
         Raises:
-            UsageError: There is none.
+            UsageError: There is none, or there are several: nobody could tell whose proof it is.
         """
-        if found := [variant for variant in self.variants if variant.id == variant_id]:
+        if len(found := [variant for variant in self.variants if variant.id == variant_id]) == 1:
             return found[0]
         known = ", ".join(v.id for v in self.variants)
         raise UsageError(f"no variant {shorten(variant_id)!r}; the artifact has {known}")

@@ -81,7 +81,7 @@ def _column(variant: Variant, serves: str) -> dict[str, str]:
         for one in gate.disparities:
             widened = one.widened_bound
             said = "insufficient data" if widened is None else f"wider by {widened:.2%} at most"
-            left = ", ".join(gate.groups[one.attribute].keys() - set(one.groups))
+            left = ", ".join(gate.groups.get(one.attribute, {}).keys() - set(one.groups))
             said += f"; too few rows of {left}" if left else ""
             column[f"{one.measure} by {one.attribute}"] = f"{one.variant:.2%}, {said}"
         column["differs by"] = f"p50 {gate.difference['p50']:.2g}, p99 {gate.difference['p99']:.2g}"

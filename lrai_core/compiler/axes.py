@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -24,13 +24,15 @@ _SAME: Final = 1e-4
 _MOST_SPLITS: Final = 256  # of inputs into shorter and longer ones
 Row = list[Array]
 
+_FINITE: Final = msgspec.Meta(ge=-3.41e38, le=3.41e38)  # as JSON has them, and float32
+
 
 class _Stated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an axes file says of one tensor; the field's name is the specification's."""
 
     batch_axis: int | None = msgspec.field(name="batch", default=None)
     length_axis: int | None = msgspec.field(name="length", default=None)
-    pad_value: float = msgspec.field(name="pad", default=0)
+    pad_value: Annotated[float, _FINITE] = msgspec.field(name="pad", default=0)
     output_map: OutputMap = msgspec.field(name="map", default="raw")
 
 

@@ -18,6 +18,7 @@ from lrai_core.errors import ConditionNotMet, EngineError, UsageError, Verificat
 from lrai_core.verifier import verifier
 from lrai_core.verifier.certificate import CONFIDENCE, Certificate, certificates, read_certificate
 from lrai_core.verifier.sample import Rows
+from lrai_core.verifier.spec import round_up
 
 _ALL = 1 << 15  # up to so many draws are all run again;
 _FAILURES = 512  # of more a random part, as many, and of the recorded failures so many
@@ -144,8 +145,8 @@ def _rerun(
     if c.samples > _ALL:
         part = np.random.default_rng(seed).choice(c.samples, _ALL, replace=False).tolist()
         draws = sorted({*part, *c.failures[:_FAILURES]})
-        shown = upper_bound(len(failures.intersection(part)), _ALL, c.confidence)
-        alone = f"; by themselves they bound the share by {shown:.2g}"
+        shown = upper_bound(len(failures & {*part}), _ALL, 1 - (1 - c.confidence) / c.comparisons)
+        alone = f"; by themselves they bound the share by {round_up(shown):g}"
     gaps = verifier.gaps(artifact, c, rows, draws, None if source is None else Path(source))
     # How near epsilon a difference may lie and, rounded otherwise, fall on the other side.
     rounding, epsilon = min(1e-6, 0.01 * c.epsilon), c.epsilon

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lrai_core as lrai
 from lrai_core import artifact as store
 from lrai_core.artifact import Artifact, check_files, disk_errors, write_lines, writing
 from lrai_core.errors import VERSION, ArtifactError, EnvironmentProblem, LraiError, UsageError
@@ -287,6 +288,18 @@ def test_a_manifest_that_contradicts_itself_is_refused(
 ) -> None:
     small_artifact.rewrite(path, change)
     assert message in refusal(path)
+
+
+def test_of_two_variants_of_one_id_none_is_served(path: Path) -> None:
+    """Else the proof of the one could be that of the other."""
+    first, *others = msgspec.to_builtins(small_artifact.manifest().variants)
+    known = first | {"engine_version": "0"}, first | {"model": others[-1]["model"]}
+    small_artifact.rewrite(path, {"variants": [*known, *others], "chosen": first["id"]})
+    artifact, told = Artifact.open(path), f"no variant '{first['id']}'; the artifact has "
+    with pytest.raises(UsageError, match=told):
+        artifact.manifest.serving()
+    with pytest.raises(UsageError, match=told):
+        lrai.Runtime.open(artifact)
 
 
 def test_a_profile_of_nothing_is_refused(path: Path) -> None:

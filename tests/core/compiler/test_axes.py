@@ -324,6 +324,7 @@ def test_labels_that_stay_whatever_is_padded_show_no_length_axis(tmp_path: Path)
 def test_a_file_states_axes_pad_value_and_map(tmp_path: Path) -> None:
     (tmp_path / "axes.toml").write_text(
         "[inputs.ids]\nbatch = 0\nlength = 1\npad = 7\n[outputs.total]\nmap = 'softmax'\n"
+        f"[inputs.mask]\npad = {np.finfo(np.float32).min}\n"
     )
     signature = apply_axes(declared(masked_sum()), tmp_path / "axes.toml")
     ids, mask = signature.inputs
@@ -350,6 +351,8 @@ def test_a_file_that_states_no_map_leaves_what_the_graph_says(tmp_path: Path) ->
         ("[inputs.ids]\nbatch = 'x'", "axes of 'ids': Expected"),
         ("[outputs.total]\nmap = 'log'", "axes of 'total': Invalid enum value"),
         ("inputs = 3", r"Expected `object`, got `int` - at `\$\.inputs`"),
+        ("[inputs.mask]\npad = -inf", "axes of 'mask': Expected `float` >= -3"),
+        ("[inputs.mask]\npad = nan", "axes of 'mask': Expected `float`"),
         ("[inputs.ids]\nlength = 2", "length axis 2 of 'ids' is none of its dimensions"),
         ("not toml", "Expected"),
     ],

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
 from lrai_core.artifact import Artifact, FileEntry, sha256_file
+from lrai_core.confidence import upper_bound
 from lrai_core.errors import ArtifactError, ConditionNotMet, UsageError, VerificationError
 from lrai_core.verifier import verifier
 from lrai_core.verifier.certificate import Certificate, Spec, read_certificate, write_certificate
 from lrai_core.verifier.check import Verdict, check, require_certificate
 from lrai_core.verifier.sample import Rows, save_rows
+from lrai_core.verifier.spec import round_up
 from lrai_core.verifier.verifier import verify
 from tests.core import small_artifact
 
@@ -288,6 +291,12 @@ def test_of_a_large_sample_another_part_is_run_each_time(
         runs.append(set(drawn))
     assert runs[0] != runs[1]
     assert runs[2] == runs[3]
+    part = {*np.random.default_rng(1).choice(4000, 2048, replace=False).tolist()}
+    error = 0.05 / certificate.comparisons  # of several candidates, as the certificate pays for it
+    bound = upper_bound(len(part & {*certificate.failures}), 2048, 1 - error)
+    assert certificate.comparisons > 1
+    told = check(certificate, artifact, seed=1).confirmed[-1]
+    assert told.endswith(f"the share by {round_up(bound):g}")
     assert all(2048 <= len(run) <= 2048 + 512 for run in runs)
 
 

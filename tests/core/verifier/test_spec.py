@@ -249,6 +249,9 @@ def test_integers_that_a_double_takes_for_the_same_are_told_apart() -> None:
     large = np.array([[2**53]])
     assert difference([large], [large + 1], [output("raw")]) == FAR
     assert difference([large], [large], [output("raw")]) == 0.0
+    small, both = np.array([[0]]), np.array([[0, 2**62]])
+    assert difference([small], [small + 1], [output("raw")]) == 1.0
+    assert difference([both], [both + 1], [output("raw")]) == FAR  # beside one that is seen
 
 
 def test_a_length_that_no_double_holds_hides_no_direction() -> None:
