@@ -26,6 +26,7 @@ from lrai_report.terminal import progress, say
 _TRIES: Final = 60  # once a second, to unload what got copies
 _LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
 _MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows, if nothing is demanded
+_CHANGED: Final = "deployment_changed"  # how often, in what a runtime counts
 _LEAST_COMPARED: Final = 30  # live rows, before anything is switched for them
 
 
@@ -106,26 +107,25 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
     Raises:
         ConditionNotMet: It fails, or says something else more often than the gate allows.
     """
-    artifact, began = Artifact.open(written, verify=False), runtime.stats()
+    artifact = Artifact.open(written, verify=False)
     version, (_, most) = artifact.version, artifact.manifest.demanded or (0.0, _MOST_CHANGED)
     loaded = False
     try:
         runtime.load(written.absolute(), name=name, share=0.0)
         loaded = True
         now = _deployment(runtime, name)
-        for one in runtime.deployments():  # what copies say is counted for all together
-            for copied in one.shadow:
-                end = command("unload", one.name, "--version", copied, address=address)
-                why = f"requests to {one.name} are copied to {copied}"
-                raise ConditionNotMet(f"{why}; this ends it: {end}")
+        _check_alone(runtime, name, version, address)
         shares = {label: share for label, share in now.shares.items() if label != version}
+        began = ended = runtime.stats()
         runtime.route(name, shares, {version: 1.0}, now.relief)
         total = math.ceil(minutes * 60 / _LIVE_SECONDS)
         with progress("live requests, copied", total) as tick:
             for _ in range(total):
                 time.sleep(_LIVE_SECONDS)
+                before, ended = ended, runtime.stats()
+                if ended.get(_CHANGED) != before.get(_CHANGED):  # what tells how waits for loads
+                    _check_alone(runtime, name, version, address)
                 tick()
-        ended = runtime.stats()
     except MemoryBudgetExceeded as error:  # nobody else is unloaded for a trial
         say("live", f"not compared: {error}")
         return 0
@@ -140,6 +140,20 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
         said = f"on live requests {differ} of {seen} changed, {failed} failed"
         raise ConditionNotMet(f"{said}; {written} stays, to be looked into")
     return seen
+
+
+def _check_alone(runtime: Runtime, name: str, version: str, address: str) -> None:
+    """Check that no others get copies: what these say is counted for all together.
+
+    Raises:
+        ConditionNotMet: Others do.
+    """
+    for one in runtime.deployments(save=False):
+        for copied in one.shadow:
+            if (one.name, copied) != (name, version):
+                end = command("unload", one.name, "--version", copied, address=address)
+                why = f"requests to {one.name!r} are copied to {copied}, and counted with these"
+                raise ConditionNotMet(f"{why}; this ends it: {end}")
 
 
 def _unload(runtime: Runtime, name: str, version: str, address: str, *, loaded: bool) -> None:

@@ -599,11 +599,12 @@ def test_of_live_answers_as_many_may_differ_as_of_those_that_the_gate_saw(
 ) -> None:
     written = small_artifact.build(tmp_path / "m.lrai")
     small_artifact.rewrite(written, {"demanded": demanded})
-    stats = iter([{}, {"shadow_compared": 100, "shadow_differs": differ}])
+    compared = {"shadow_compared": 100, "shadow_differs": differ}
+    stats = iter([{}, *[compared] * 3])
     serves = SimpleNamespace(name="m", shares={"1": 1.0}, shadow={}, relief="")
     nothing = dict.fromkeys(("load", "route", "unload"), lambda *_, **__: None)
     runtime: Any = SimpleNamespace(
-        stats=lambda: next(stats), deployments=lambda: [serves], **nothing
+        stats=lambda: next(stats), deployments=lambda **_: [serves], **nothing
     )
     monkeypatch.setattr("lrai_report.live.time.sleep", lambda _: None)
     no = pytest.raises(lrai.ConditionNotMet, match="on live requests")
