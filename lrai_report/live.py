@@ -27,6 +27,8 @@ _TRIES: Final = 60  # once a second, to unload what got copies
 _LIVE_SECONDS: Final = 1.0  # between two looks at the shadow
 _MOST_CHANGED: Final = 0.02  # of the live answers: what the gate allows, if nothing is demanded
 _CHANGED: Final = "deployment_changed"  # how often, in what a runtime counts
+# None of them goes down while a runtime lives, and the first one has counted what is done here.
+_COUNTS: Final = (_CHANGED, "request_accepted", "actor_started", "shadow_compared")
 _LEAST_COMPARED: Final = 30  # live rows, before anything is switched for them
 
 
@@ -123,6 +125,9 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
             for _ in range(total):
                 time.sleep(_LIVE_SECONDS)
                 before, ended = ended, runtime.stats()
+                if any(ended.get(kind, 0) < before.get(kind, 0) for kind in _COUNTS):
+                    why = "the runtime was started again meanwhile, and counts from 0"
+                    raise ConditionNotMet(f"live requests tell nothing: {why}; {written} stays")
                 if ended.get(_CHANGED) != before.get(_CHANGED):  # what tells how waits for loads
                     _check_alone(runtime, name, version, address)
                 tick()

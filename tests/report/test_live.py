@@ -102,3 +102,23 @@ def test_what_was_counted_while_the_new_one_was_loaded_is_not_its_own(
     serving: Any = Loading(answers)
     monkeypatch.setattr("lrai_report.live.time.sleep", serving.sleep)
     assert _shadow(serving, "m", small_artifact.build(tmp_path / "m.lrai"), 1 / 60, "") == 40
+
+
+def starts_again(serving: Serving) -> None:
+    """As after a crash: it goes on with what was copied, and counts from 0."""
+    serving.counts = {"request_accepted": 3}
+
+
+def starts_again_and_is_busy(serving: Serving) -> None:
+    serving.counts = {"request_accepted": 1000, "shadow_compared": 1000, "deployment_changed": 1}
+
+
+@pytest.mark.parametrize("again", [starts_again, starts_again_and_is_busy])
+@pytest.mark.parametrize("then", [[], [answers, answers]])
+def test_where_the_runtime_was_started_again_its_counts_tell_nothing(
+    again: Callable[[Serving], None],
+    then: list[Callable[[Serving], None]],
+    window: Callable[..., int],
+) -> None:
+    with pytest.raises(lrai.ConditionNotMet, match="the runtime was started again meanwhile"):
+        window(answers, again, *then)
