@@ -22,6 +22,7 @@ from lrai_core import (
     Artifact,
     ConditionNotMet,
     EnvironmentProblem,
+    NotReady,
     Signature,
     UsageError,
     explain_config,
@@ -143,16 +144,21 @@ def tune(
             switch(found.name, found.shares, written, address, apply=apply)
         _say_use(found, written, target, address)
     except BaseException as error:
-        if better and not isinstance(error, KeyboardInterrupt):
-            say("kept", f"{written}, which is faster on the requests that it was judged by")
-        elif applied:  # it may be loading there
+        _leave(written, error, better=better, applied=applied)
+        if applied and type(error) in (KeyboardInterrupt, NotReady):  # it may go on there
             # Where the new one does not serve, this would bring back what served before what does.
-            say("left", f"it goes on: go back if lrai runtime deployments says {artifact.version}")
+            say("left", f"it may come: go back if lrai runtime deployments says {artifact.version}")
             say("switch back", command("rollback", found.name, address=address))
-        else:  # what is not better is not to be taken for what is, nor in the way of the next one
-            shutil.rmtree(written, ignore_errors=True)
-            say("removed", str(written))
         raise
+
+
+def _leave(written: Path, error: BaseException, *, better: bool, applied: bool) -> None:
+    """Say what an error leaves, and remove what is of no use: it was not judged to be better."""
+    if better and not isinstance(error, KeyboardInterrupt):
+        say("kept", f"{written}, which is faster on the requests that it was judged by")
+    elif not applied:  # it is not to be taken for what is better, nor in the way of the next one
+        shutil.rmtree(written, ignore_errors=True)
+        say("removed", str(written))
 
 
 def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: bool) -> None:

@@ -103,3 +103,48 @@ def test_what_an_error_leaves_is_what_was_judged_to_be_faster_and_that_is_said(
     assert [word for word in told if word in ("gain", "kept", "removed")] == said
     assert written.exists() is ("removed" not in said)
     assert file.exists() is (fails not in ("_write", "differing", "measure"))
+
+
+@pytest.mark.parametrize(
+    ("apply", "fails", "error", "told"),
+    [
+        (True, "switch", lrai.NotReady, True),
+        (True, "switch", lrai.ActorError, False),
+        (True, "switch", lrai.ConditionNotMet, False),
+        (True, "compare_live", lrai.NotReady, False),
+        (False, "switch", lrai.NotReady, False),
+    ],
+)
+def test_a_switch_that_outlasts_the_clients_patience_may_still_come_and_that_is_said(
+    apply: bool,
+    fails: str,
+    error: type[lrai.LraiError],
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error("the runtime did not answer within 60 s")
+
+    written = tmp_path / "m-tuned.lrai"
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", name="m")
+    made = lrai.Artifact.open(small_artifact.build(tmp_path / "made.lrai"))
+    for step, does in (
+        ("find", lambda *_: found),
+        ("_compile", lambda *_: made),
+        ("_judge", lambda *_: None),
+        ("compare_live", lambda *_, **__: None),
+        ("switch", lambda *_, **__: None),
+        (fails, failing),
+    ):
+        monkeypatch.setattr(f"lrai_report.tune.{step}", does)
+    with pytest.raises(error):
+        main(["m", "-o", str(written), *["--apply"] * apply])
+    _, kept, *more = capsys.readouterr().out.splitlines()
+    assert kept.startswith("kept")
+    assert bool(more) is told
+    if told:
+        left, back = more
+        assert left.endswith(f"go back if lrai runtime deployments says {made.version}")
+        assert back == "switch back lrai runtime rollback m"
