@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -111,7 +111,8 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
     """
     artifact = Artifact.open(written, verify=False)
     version, (_, most) = artifact.version, artifact.manifest.demanded or (0.0, _MOST_CHANGED)
-    loaded = False
+    end, loaded = command("unload", name, "--version", version, address=address), False
+    say("copies", f"are answered by it for a while; if this is killed, so ends that: {end}")
     try:
         runtime.load(written.absolute(), name=name, share=0.0)
         loaded = True
@@ -135,7 +136,7 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
         say("live", f"not compared: {error}")
         return 0
     finally:
-        _unload(runtime, name, version, address, loaded=loaded)
+        _unload(runtime, name, version, end, loaded=loaded)
     seen, differ, failed = (
         ended.get(kind, 0) - began.get(kind, 0)
         for kind in ("shadow_compared", "shadow_differs", "shadow_failed")
@@ -148,20 +149,26 @@ def _shadow(runtime: Runtime, name: str, written: Path, minutes: float, address:
 
 
 def _check_alone(runtime: Runtime, name: str, version: str, address: str) -> None:
-    """Check that no others get copies: what these say is counted for all together.
+    """Check that no others get copies.
 
     Raises:
         ConditionNotMet: Others do.
     """
-    for one in runtime.deployments(save=False):
-        for copied in one.shadow:
-            if (one.name, copied) != (name, version):
-                end = command("unload", one.name, "--version", copied, address=address)
-                why = f"requests to {one.name!r} are copied to {copied}, and counted with these"
-                raise ConditionNotMet(f"{why}; this ends it: {end}")
+    if others := copied(runtime.deployments(save=False), address, (name, version)):
+        raise ConditionNotMet(f"{others}; what copies say is counted for all names together")
 
 
-def _unload(runtime: Runtime, name: str, version: str, address: str, *, loaded: bool) -> None:
+def copied(served: Iterable[Any], address: str, but: tuple[str, str] = ("", "")) -> str:
+    """Return who gets copies of requests, but for one version, and what ends that; or nothing."""
+    for one in served:
+        for version in one.shadow:
+            if (one.name, version) != but:
+                end = command("unload", one.name, "--version", version, address=address)
+                return f"requests to {one.name!r} are copied to {version}; this ends it: {end}"
+    return ""
+
+
+def _unload(runtime: Runtime, name: str, version: str, end: str, *, loaded: bool) -> None:
     """End the version that got copies, though it may still be loading; say where it stays."""
     problem: LraiError | None = None
     for _ in range(_TRIES):
@@ -179,8 +186,7 @@ def _unload(runtime: Runtime, name: str, version: str, address: str, *, loaded: 
             return
     if not loaded and not isinstance(problem, UsageError):
         return
-    how = command("unload", name, "--version", version, address=address)
-    say("left", f"{version} is still loaded, and gets copies ({problem}): {how}")
+    say("left", f"{version} is still loaded, and gets copies ({problem}): {end}")
 
 
 def command(*words: str, address: str) -> str:

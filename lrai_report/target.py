@@ -11,7 +11,7 @@ from typing import Final
 
 from lrai_core import Artifact, ConditionNotMet, EnvironmentProblem, UsageError
 from lrai_core.errors import shorten
-from lrai_report.live import command, runtime_of
+from lrai_report.live import command, copied, runtime_of
 
 _CONFIG: Final = "config.pbtxt"
 _NAMED: Final = r"\b(backend|platform)\s*:\s*[\"']([^\"']*)"
@@ -31,7 +31,7 @@ class Target:
         captured: The rows are those that the runtime has captured.
         frozen: The name may not be changed.
         relief: The version that takes what the others could not answer in time.
-        copied: A name whose requests are copied to another version, empty for none.
+        copied: Which requests are copied to another version, and what ends that; empty for none.
         entry: Its folder in a model repository of Triton; None where it lies in none.
         uri: Of what MLflow keeps, and nobody serves; empty for all else.
     """
@@ -148,10 +148,10 @@ def find(target: str, requests: Path | None, address: str) -> Target:
     variant = mine[0] if mine and mine[0] != artifact.manifest.chosen else ""
     rows, own = requests or captured, requests is None
     frozen, relief = served[name].frozen is not None, served[name].relief
-    copied = next((one.name for one in served.values() if one.shadow), "")
+    copies = copied(served.values(), address)
     # The artifact may lie in a version of it.
     entry = next((p for p in (path, artifact.path.parent.parent) if (p / _CONFIG).is_file()), None)
-    return Target(model, rows, artifact, name, variant, shares, own, frozen, relief, copied, entry)
+    return Target(model, rows, artifact, name, variant, shares, own, frozen, relief, copies, entry)
 
 
 def _alone(artifact: Artifact, requests: Path | None, uri: str = "") -> Target:

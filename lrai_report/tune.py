@@ -178,8 +178,7 @@ def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: 
         why = "--apply would end them, and rollback not bring them back"
         raise ConditionNotMet(f"{several}: {why}")
     if minutes and found.copied:
-        how = "end that, or compare no live requests (--minutes 0)"
-        raise ConditionNotMet(f"requests to {found.copied!r} are copied already: {how}")
+        raise ConditionNotMet(f"{found.copied}; or compare no live requests (--minutes 0)")
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
 

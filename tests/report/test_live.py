@@ -11,6 +11,8 @@ import pytest
 
 import lrai_core as lrai
 from lrai_report.live import _shadow
+from lrai_report.target import find
+from lrai_report.tune import _refuse_at_once
 from tests.core import small_artifact
 
 
@@ -22,6 +24,12 @@ class Serving:
         self.other = SimpleNamespace(name="other", shares={"7": 1.0}, shadow={}, relief="")
         self.counts = {"deployment_changed": 2, "request_accepted": 10}
         self._seconds = iter(seconds)
+
+    def __enter__(self) -> Serving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def load(self, *_: object, **__: object) -> None:
         self.counts["deployment_changed"] += 1
@@ -36,6 +44,9 @@ class Serving:
 
     def deployments(self, *, save: bool = True) -> list[Any]:
         return [self.m, self.other]
+
+    def models(self) -> list[Any]:
+        return []
 
     def stats(self) -> dict[str, int]:
         return dict(self.counts)
@@ -86,7 +97,9 @@ def test_copies_of_another_name_that_begin_in_the_window_are_not_counted_as_its_
     then: list[Callable[[Serving], None]], window: Callable[..., int]
 ) -> None:
     """The runtime counts what copies say for all names together."""
-    said = "requests to 'other' are copied to 8.*lrai runtime unload other --version 8"
+    said = (
+        "requests to 'other' are copied to 8; this ends it: lrai runtime unload other --version 8"
+    )
     with pytest.raises(lrai.ConditionNotMet, match=said):
         window(answers, copies, *then)
 
@@ -122,3 +135,35 @@ def test_where_the_runtime_was_started_again_its_counts_tell_nothing(
 ) -> None:
     with pytest.raises(lrai.ConditionNotMet, match="the runtime was started again meanwhile"):
         window(answers, again, *then)
+
+
+def test_what_ends_the_copies_is_said_before_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who is killed says nothing any more, and the runtime goes on with them."""
+    written, said = small_artifact.build(tmp_path / "m.lrai"), list[str]()
+    version = lrai.Artifact.open(written).version
+
+    class Killed(Serving):
+        def load(self, *_: object, **__: object) -> None:
+            said.append(capsys.readouterr().out)
+
+    serving: Any = Killed(answers)
+    monkeypatch.setattr("lrai_report.live.time.sleep", serving.sleep)
+    _shadow(serving, "m", written, 1 / 60, "tcp://there:1")
+    end = f"lrai runtime unload m --version {version} --address tcp://there:1\n"
+    assert said[0].endswith(end)
+
+
+def test_what_was_left_by_one_that_was_killed_is_refused_with_what_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, serving = small_artifact.build(tmp_path / "m.lrai"), Serving()
+    version = lrai.Artifact.open(artifact).version
+    more = {"artifact": str(artifact), "traffic": "", "frozen": None, "away": False}
+    serving.m.__dict__.update(more, shares={version: 1.0}, shadow={"8": 1.0})
+    monkeypatch.setattr("lrai_report.target.runtime_of", lambda _: serving)
+    found = find("m", tmp_path / "rows.npz", "")
+    said = "requests to 'm' are copied to 8; this ends it: lrai runtime unload m --version 8; or"
+    with pytest.raises(lrai.ConditionNotMet, match=said):
+        _refuse_at_once(found, 1.0, None, apply=False)
