@@ -97,8 +97,9 @@ def tune(
 
     Requests are captured where runtime.capture_rows says how many (LRAI_RUNTIME_CAPTURE_ROWS=2000):
     a random sample of real ones, in the runtime's state_dir. A part of them is what forms are made
-    for, another what they are judged on, by agreement with fp32. Callers are answered as before
-    without --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
+    for, another what they are judged on, by agreement with fp32: the share of answers that change
+    is of distinct requests, however often each was asked. Callers are answered as before without
+    --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
     are needed at least (--minutes 0: none), and one command goes back. It makes and measures under
     the settings of this shell and folder: give it the LRAI_ACTOR_THREADS, LRAI_ACTOR_REPLICAS and
     LRAI_SCHEDULER_DETERMINISTIC that the host has. No gain: exit status 3, and nothing is left.
@@ -221,7 +222,8 @@ def _judge(
     under = [f"{one.key} = {one.value}" for one in explain_config() if one.key in _DECIDE]
     figures |= {"gains": gains, "settings": under, "sides": told}
     figures["changed"] = [one._asdict() for one in changed[:_WORST]]
-    figures["share_changed"] = sum(not one.agrees for one in changed) / len(changed)
+    some, of = sum(not one.agrees for one in changed), len(changed)
+    figures |= {"share_changed": some / of, "distinct_changed": some, "distinct_compared": of}
     _show(told, priced=price_per_hour > 0)
     say("measured", f"with {', '.join(under)}, as set here; a host of others may gain less")
     _show_changed(changed, artifact, both[0].variant)
@@ -271,6 +273,8 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
             if step.name != "note":
                 words = shorten(f"{step.name} {step.detail}".strip())
                 bar.update(task, description=words, completed=step.done, total=step.total or None)
+            elif found.requests:  # else all there is to say is said below
+                say("note", step.detail)
 
         evaluation: Any = found.requests
         if found.served and found.captured and found.requests:
@@ -356,8 +360,9 @@ def _show(told: Mapping[str, Any], *, priced: bool) -> None:
 
 def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> None:
     count = sum(not one.agrees for one in changed)
-    share, alike = f"({count / len(changed):.2%})", measure_of(artifact)
-    say("answers", f"{count} of {len(changed)} answers changed {share}; alike is {alike}")
+    # However often each was asked: repeated rows are left out where they are read.
+    told = f"changed to {count} of {len(changed)} distinct requests ({count / len(changed):.2%})"
+    say("answers", f"{told}; alike is {measure_of(artifact)}")
     table = Table("differs by", "", before, "tuned", box=SIMPLE_HEAD, pad_edge=False)
     for one in changed[:_WORST]:
         said = "" if one.agrees else "changed"

@@ -159,7 +159,7 @@ def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
     said = capsys.readouterr().out
     for words in (
         "2.00 times as many requests per second",
-        "answers changed",
+        "answers     changed to",
         "cost of a million",
         "rows compared",
         f"{name} is served by",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import lrai_core as lrai
 from lrai_core.verifier.sample import Rows
 from lrai_report.compare import Worst
 from lrai_report.target import Target
-from lrai_report.tune import _judge, main
+from lrai_report.tune import _compile, _judge, main
 from tests.core import small_artifact
 
 
@@ -103,6 +104,36 @@ def test_what_an_error_leaves_is_what_was_judged_to_be_faster_and_that_is_said(
     assert [word for word in told if word in ("gain", "kept", "removed")] == said
     assert written.exists() is ("removed" not in said)
     assert file.exists() is (fails not in ("_write", "differing", "measure"))
+
+
+def test_the_share_of_answers_that_change_is_said_to_be_of_distinct_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(monkeypatch, 200.0)
+    told = [Worst(1.0, False, "1", "2"), *[Worst(0.0, True, "1", "1")] * 3]
+    monkeypatch.setattr("lrai_report.tune.differing", lambda *_: told)
+    artifact = lrai.Artifact.open(small_artifact.build(tmp_path / "m.lrai"))
+    figures = dict[str, Any]()
+    _judge(Target(tmp_path / "m.onnx", tmp_path / "rows.npz"), artifact, 1, 0.2, 3, 0.0, figures)
+    assert "changed to 1 of 4 distinct requests (25.00%)" in capsys.readouterr().out
+    shares = ("share_changed", "distinct_changed", "distinct_compared")
+    assert [figures[key] for key in shares] == [0.25, 1, 4]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_the_compiler_leaves_out_of_the_requests_is_said(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of none it says what is of no use here: which option of its own command takes some."""
+
+    def compiled(*_: object, progress: Callable[[lrai.Step], None], **__: object) -> None:
+        progress(lrai.Step("note", "evaluation: 7 repeated rows left out"))
+
+    monkeypatch.setattr("lrai_report.tune.compile_model", compiled)
+    found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz" if given else None)
+    _compile(found, tmp_path / "t.lrai", "", ())
+    said = capsys.readouterr().out
+    assert said == "note        evaluation: 7 repeated rows left out\n" * given
 
 
 @pytest.mark.parametrize(
