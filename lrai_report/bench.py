@@ -242,20 +242,15 @@ async def _play(
 ) -> dict[str, list[Outcome]]:
     """Return what became of each round under each policy; they take turns, and in going first."""
     results: dict[str, list[Outcome]] = {name: [] for name in servers}
-    names, over = list(servers), 0.0
+    names, limit, over = list(servers), plan.deadline_ms / 1e3, 0.0
     bar.update(task, total=len(plan.rounds) * len(names) * plan.seconds)
     for index, arrivals in enumerate(plan.rounds):
         made_up = _made_up(plan.artifact, kept, arrivals)
         for turn in range(len(names)):
             name = names[(index + turn) % len(names)]
             bar.update(task, description=f"round {index + 1} of {len(plan.rounds)}: {name}")
-            outcome = await replay(
-                servers[name],
-                arrivals,
-                made_up,
-                plan.deadline_ms / 1e3,
-                functools.partial(_advance, bar, task, over),
-            )
+            advance = functools.partial(_advance, bar, task, over)
+            outcome = await replay(servers[name], arrivals, made_up, limit, advance)
             results[name].append(outcome)
             over += plan.seconds
     return results
@@ -286,9 +281,8 @@ def _say(label: str, words: str) -> None:
 def _say_plan(plan: Plan) -> None:
     rate = f"{figure(plan.rate, 4)} requests/s"
     if plan.capacity:
-        rate += (
-            f": {_SHARE_OF_CAPACITY} of the {figure(plan.capacity, 4)} that one by one answers here"
-        )
+        alone = figure(plan.capacity, 4)
+        rate += f": {_SHARE_OF_CAPACITY} of the {alone} that one by one answers here"
     _say("rate", rate)
     _say("deadline", f"{figure(plan.deadline_ms)} ms: {plan.deadline_is}")
     if min(len(arrivals.seconds) for arrivals in plan.rounds) < _FEW:
@@ -304,14 +298,9 @@ def _show(
     for column in ("on time", "p50 ms", "p95 ms", "p99 ms", "answers/s", "refused", "rows/call"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, each in medians.items():
-        table.add_row(
-            name,
-            f"{each.on_time:.1%}",
-            *(_ms(value) for value in (each.p50_ms, each.p95_ms, each.p99_ms)),
-            figure(each.answered_per_second, 4),
-            f"{each.refused:.1%}",
-            f"{each.rows_per_call:.2f}",
-        )
+        times = (_ms(value) for value in (each.p50_ms, each.p95_ms, each.p99_ms))
+        more = figure(each.answered_per_second, 4), f"{each.refused:.1%}"
+        table.add_row(name, f"{each.on_time:.1%}", *times, *more, f"{each.rows_per_call:.2f}")
     out.print(table)
     width = max(10, min(out.width, _WIDEST) - MARGIN)
     _heading(
@@ -330,10 +319,8 @@ def _show(
     out.print(f"{'':{MARGIN}}{words}\n", style="dim")
     lag = max(outcome.lag_seconds for outcomes in results.values() for outcome in outcomes)
     if lag * 1e3 > _LAG_SHARE * plan.deadline_ms:
-        _say(
-            "note",
-            f"requests were sent up to {figure(lag * 1e3)} ms late (p99): the machine was too busy",
-        )
+        late = f"up to {figure(lag * 1e3)} ms late (p99)"
+        _say("note", f"requests were sent {late}: the machine was too busy")
 
 
 def _heading(words: str) -> None:
@@ -370,7 +357,5 @@ def _write(
 
 
 def _plain(each: Figures) -> dict[str, Any]:
-    return {
-        key: value if math.isfinite(value) else None  # JSON has no infinity
-        for key, value in asdict(each).items()
-    }
+    told = asdict(each).items()  # JSON has no infinity
+    return {key: value if math.isfinite(value) else None for key, value in told}
