@@ -47,7 +47,7 @@ from lrai_report.replay import (
     replay,
 )
 from lrai_report.trace import Arrivals, part, read_trace, slices
-from lrai_report.words import figure
+from lrai_report.words import check_numbers, figure
 
 _ALONE: Final = "one-by-one"
 _SHARE_OF_CAPACITY: Final = 0.7
@@ -139,6 +139,7 @@ def bench(
     ] = None,
 ) -> None:
     """Compare the policies; `_HELP` is what a person reads."""
+    check_numbers(rate=rate, seconds=seconds, deadline_ms=deadline_ms)
     names = _names(policies)
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UsageError(f"--json {file}: it is a folder, or its own does not exist")

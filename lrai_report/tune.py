@@ -36,7 +36,7 @@ from lrai_report.compile import closest
 from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
 from lrai_report.terminal import out, progress, say
-from lrai_report.words import figure
+from lrai_report.words import check_numbers, figure
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
@@ -106,6 +106,7 @@ def tune(
     What is written keeps the requests that it was judged on, up to 65,536 and 256 MiB of them: such
     an artifact is as private as they are.
     """
+    check_numbers(seconds=seconds, minutes=minutes, price_per_hour=price_per_hour)
     found = find(target, requests, address)
     _refuse_at_once(found, minutes, file, apply=apply)
     plain = found.served.manifest.name if found.served else Path(target).stem
@@ -373,6 +374,7 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> 
 
 def _write(file: Path, figures: Mapping[str, Any]) -> None:
     try:
-        file.write_text(json.dumps(figures, indent=1, default=float) + "\n", encoding="utf-8")
+        text = json.dumps(figures, indent=1, default=float, allow_nan=False)
+        file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise EnvironmentProblem(f"--json {file}: {error.strerror}") from None

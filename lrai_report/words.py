@@ -1,8 +1,23 @@
-"""How figures are written."""
+"""How figures are written, and which are none."""
 
 from __future__ import annotations
+
+import math
+
+from lrai_core import UsageError
 
 
 def figure(value: float, digits: int = 3) -> str:
     """Return a figure with so many digits, and large ones whole, without a power of ten."""
     return f"{value:,.0f}" if 10 ** (digits - 1) <= abs(value) < 1e15 else f"{value:.{digits}g}"
+
+
+def check_numbers(**options: float | None) -> None:
+    """Refuse NaN, which older typers find in every range.
+
+    Raises:
+        UsageError: One is NaN.
+    """
+    for name, value in options.items():
+        if value is not None and math.isnan(value):
+            raise UsageError(f"--{name.replace('_', '-')} is no number: {value}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -233,6 +235,16 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(error, match=words):
         bench.main([str(trace), str(artifact), *options])
+
+
+@pytest.mark.parametrize("option", ["rate", "seconds", "deadline_ms"])
+def test_what_is_no_number_is_refused_though_typer_lets_it_pass(
+    artifact: Path, trace: Path, option: str
+) -> None:
+    """As 0.20 does: NaN is neither below the least nor above the most."""
+    given: dict[str, Any] = {option: math.nan}
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is no number"):
+        bench.bench(trace, artifact, **given)
 
 
 def test_a_deadline_that_never_comes_is_none(artifact: Path, trace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import lrai_core as lrai
 from lrai_core.verifier.sample import Rows
 from lrai_report.compare import Worst
 from lrai_report.target import Target
-from lrai_report.tune import _compile, _judge, main
+from lrai_report.tune import _compile, _judge, _write, main, tune
 from tests.core import small_artifact
 
 
@@ -42,6 +43,19 @@ def test_a_price_that_is_no_number_is_refused_before_anything_is_looked_for() ->
     with pytest.raises(SystemExit) as ended:
         main(["nothing-of-that-name", "--price-per-hour", "inf"])
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("option", ["price_per_hour", "seconds", "minutes"])
+def test_what_is_no_number_is_refused_though_typer_lets_it_pass(option: str) -> None:
+    """As 0.20 does: NaN is neither below the least nor above the most."""
+    given: dict[str, Any] = {option: math.nan}
+    with pytest.raises(lrai.UsageError, match=f"--{option.replace('_', '-')} is no number"):
+        tune("nothing-of-that-name", **given)
+
+
+def test_figures_that_json_has_no_word_for_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        _write(tmp_path / "figures.json", {"gains": [math.nan]})
 
 
 def test_it_is_said_under_which_settings_was_measured(
