@@ -136,8 +136,7 @@ def tune(
             better = True
         finally:
             if file is not None and figures:
-                with _private(on=_is_private(found)):
-                    _write(file, figures)
+                _write(file, figures, private=_is_private(found))
         if found.name:
             compare_live(found.name, found.shares, written, minutes, address, apply=apply)
             applied = apply
@@ -312,7 +311,7 @@ def _is_private(found: Target) -> bool:
 
 
 @contextmanager
-def _private(*, on: bool) -> Iterator[None]:
+def _private(*, on: bool = True) -> Iterator[None]:
     """Have what is written be this user's alone: it keeps some of the captured rows."""
     mask = os.umask(0o077) if on else None
     try:
@@ -372,9 +371,16 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> 
     out.print(table)
 
 
-def _write(file: Path, figures: Mapping[str, Any]) -> None:
+def _write(file: Path, figures: Mapping[str, Any], *, private: bool) -> None:
+    text = json.dumps(figures, indent=1, default=float, allow_nan=False) + "\n"
     try:
-        text = json.dumps(figures, indent=1, default=float, allow_nan=False)
-        file.write_text(text + "\n", encoding="utf-8")
+        if not private or (file.exists() and not file.is_file()):  # a pipe stays one
+            file.write_text(text, encoding="utf-8")
+            return
+        place = file.resolve()  # a link, too
+        with tempfile.TemporaryDirectory(prefix=".lrai-", dir=place.parent) as folder, _private():
+            # What lay there may be anybody's to read, and somebody have it open.
+            (new := Path(folder, place.name)).write_text(text, encoding="utf-8")
+            new.replace(place)
     except OSError as error:
         raise EnvironmentProblem(f"--json {file}: {error.strerror}") from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,7 +58,50 @@ def test_what_is_no_number_is_refused_though_typer_lets_it_pass(option: str) -> 
 
 def test_figures_that_json_has_no_word_for_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        _write(tmp_path / "figures.json", {"gains": [math.nan]})
+        _write(tmp_path / "figures.json", {"gains": [math.nan]}, private=False)
+
+
+@pytest.mark.parametrize("place", ["figures.json", "link.json", "new.json"])
+def test_figures_of_captured_requests_are_for_their_owner_alone_whatever_lay_there(
+    place: str, tmp_path: Path
+) -> None:
+    (tmp_path / "figures.json").write_text("of old")
+    (tmp_path / "figures.json").chmod(0o644)
+    (tmp_path / "link.json").symlink_to("figures.json")
+    file = tmp_path / place
+    _write(file, {"gains": [2.0]}, private=True)
+    assert json.loads(file.read_text()) == {"gains": [2.0]}
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "link.json").is_symlink()
+    _write(file, {"gains": [3.0]}, private=True)
+    assert json.loads(file.read_text()) == {"gains": [3.0]}
+    assert len(list(tmp_path.iterdir())) == 2 + (place == "new.json")
+
+
+def test_what_cannot_be_written_leaves_what_lay_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (file := tmp_path / "figures.json").write_text("of old")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(lrai.EnvironmentProblem, match=r"figures\.json: No space left"):
+        _write(file, {"gains": [2.0]}, private=True)
+    assert [one.name for one in tmp_path.iterdir()] == ["figures.json"]
+    assert file.read_text() == "of old"
+
+
+def test_figures_go_into_a_pipe_and_stay_as_public_as_the_requests_are(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    heard = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    _write(pipe, {"gains": [2.0]}, private=True)
+    assert json.loads(os.read(heard, 1000)) == {"gains": [2.0]}
+    os.close(heard)
+    assert pipe.is_fifo()
+    (file := tmp_path / "figures.json").touch(0o644)
+    _write(file, {"gains": [2.0]}, private=False)
+    assert file.stat().st_mode & 0o777 == 0o644
 
 
 def test_it_is_said_under_which_settings_was_measured(
