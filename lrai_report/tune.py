@@ -182,6 +182,8 @@ def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: 
         raise ConditionNotMet(f"{found.copied}; or compare no live requests (--minutes 0)")
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
+    if file is not None and found.requests is None:
+        raise UsageError("--json: nothing is measured without requests (--requests)")
 
 
 def _judge(

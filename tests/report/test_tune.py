@@ -19,7 +19,7 @@ import lrai_core as lrai
 from lrai_core.verifier.sample import Rows
 from lrai_report.compare import Worst
 from lrai_report.target import Target
-from lrai_report.tune import _compile, _judge, _write, main, tune
+from lrai_report.tune import _compile, _judge, _refuse_at_once, _write, main, tune
 from tests.core import small_artifact
 
 
@@ -102,6 +102,14 @@ def test_figures_go_into_a_pipe_and_stay_as_public_as_the_requests_are(tmp_path:
     (file := tmp_path / "figures.json").touch(0o644)
     _write(file, {"gains": [2.0]}, private=False)
     assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_figures_of_what_nothing_is_measured_of_are_refused_at_once(tmp_path: Path) -> None:
+    """Without requests there is fp32 alone, and who asked for figures would look for them."""
+    found, file = Target(tmp_path / "m.onnx", None), tmp_path / "figures.json"
+    with pytest.raises(lrai.UsageError, match="--json: nothing is measured without requests"):
+        _refuse_at_once(found, 1.0, file, apply=False)
+    _refuse_at_once(found, 1.0, None, apply=False)
 
 
 def test_it_is_said_under_which_settings_was_measured(
