@@ -47,7 +47,7 @@ from lrai_report.replay import (
     replay,
 )
 from lrai_report.trace import Arrivals, part, read_trace, slices
-from lrai_report.words import check_numbers, figure
+from lrai_report.words import FEW, check_numbers, figure
 
 _ALONE: Final = "one-by-one"
 _SHARE_OF_CAPACITY: Final = 0.7
@@ -55,7 +55,6 @@ _CAPACITY_SECONDS: Final = 2.1
 _WARM_UP_SECONDS: Final = 0.6
 _SAMPLE: Final = 500  # requests whose sizes these two use
 _BUSY: Final = 0.5  # of the CPUs
-_FEW: Final = 100  # requests a round: a single one moves the share in time by a point
 _LAG_SHARE: Final = 0.1  # of the deadline; what is sent later than that tells of the sender
 
 _WIDEST: Final = 96
@@ -286,8 +285,8 @@ def _say_plan(plan: Plan) -> None:
         rate += f": {_SHARE_OF_CAPACITY} of the {alone} that one by one answers here"
     _say("rate", rate)
     _say("deadline", f"{figure(plan.deadline_ms)} ms: {plan.deadline_is}")
-    if min(len(arrivals.seconds) for arrivals in plan.rounds) < _FEW:
-        _say("note", f"under {_FEW} requests in a round say little: more --seconds would help")
+    if min(len(arrivals.seconds) for arrivals in plan.rounds) < FEW:
+        _say("note", f"under {FEW} requests in a round say little: more --seconds would help")
 
 
 def _show(

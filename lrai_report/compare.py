@@ -50,6 +50,7 @@ class Side:
     runtime: Runtime
     requests_per_second: list[float] = field(default_factory=list)
     p95_ms: list[float] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
 
     @property
     def memory_mb(self) -> float:
@@ -62,12 +63,12 @@ class Side:
                 total += int(text.partition("\nVmRSS:")[2].split()[0])
         return total * 1024 / 1e6
 
-    def figures(self, price_per_hour: float) -> dict[str, Any]:
-        """Return what was measured, and what a million requests cost where a price is given."""
+    def figures(self, price: float) -> dict[str, Any]:
+        """Return what was measured, and what a million requests cost at a price an hour, if any."""
         rates = self.requests_per_second
-        cost = price_per_hour / 3600 * 1e6 / statistics.median(rates)
-        found = {"requests_per_second": rates, "p95_ms": self.p95_ms, "memory_mb": self.memory_mb}
-        return found | ({"cost_per_million": cost} if price_per_hour else {})
+        cost = price / 3600 * 1e6 / statistics.median(rates)
+        found = {"requests_per_second": rates, "p95_ms": self.p95_ms, "answers": self.answers}
+        return found | {"memory_mb": self.memory_mb} | ({"cost_per_million": cost} if price else {})
 
 
 @contextmanager
@@ -155,6 +156,7 @@ def measure(
             asked = [*requests[first:], *requests[:first]]
             for side in both if index % 2 else reversed(both):
                 latencies, took = runner.run(_asked(side.runtime, asked, callers, seconds))
+                side.answers.append(len(latencies))
                 side.requests_per_second.append(len(latencies) / took)
                 side.p95_ms.append(1e3 * float(np.percentile(latencies, 95, method="higher")))
                 tick()
@@ -197,10 +199,9 @@ def differing(
 def _short(answer: InferenceResponse) -> str:
     """Return the start of the first output, or its best class."""
     values: Any = next(iter(answer.outputs.values())).ravel()
-    if values.dtype.kind == "f" and len(values) > 1:
+    real = values.dtype.kind == "f"
+    if real and len(values) > 1:
         best = int(values.argmax())
         return f"[{best}] {values[best]:.4g}"
-    some = [
-        f"{v:.4g}" if values.dtype.kind == "f" else shorten(str(v), 60) for v in values[:_SHOWN]
-    ]
+    some = [f"{v:.4g}" if real else shorten(str(v), 60) for v in values[:_SHOWN]]
     return ", ".join(some) + ", …" * (len(values) > _SHOWN)

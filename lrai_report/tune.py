@@ -36,7 +36,7 @@ from lrai_report.compile import closest
 from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
 from lrai_report.terminal import out, progress, say
-from lrai_report.words import check_numbers, figure
+from lrai_report.words import FEW, check_numbers, figure
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
@@ -228,6 +228,8 @@ def _judge(
     figures |= {"share_changed": some / of, "distinct_changed": some, "distinct_compared": of}
     _show(told, priced=price_per_hour > 0)
     say("measured", f"with {', '.join(under)}, as set here; a host of others may gain less")
+    if any(answers < FEW for side in both for answers in side.answers):
+        say("note", f"under {FEW} answers in a round say little of p95: more --seconds would help")
     _show_changed(changed, artifact, both[0].variant)
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from lrai_core import UsageError
+
+FEW: Final = 100  # requests a round: a single one moves a share of them by a point
 
 
 def figure(value: float, digits: int = 3) -> str:

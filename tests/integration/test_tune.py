@@ -242,6 +242,9 @@ def test_both_sides_are_asked_in_turns_and_counted(
         assert len(ticks) == 6
         for side in both:
             assert len(side.requests_per_second) == len(side.p95_ms) == 3
+            assert side.figures(0.0)["answers"] == side.answers
+            assert all(answers > 0 for answers in side.answers)
+            assert len(side.answers) == 3
             assert min(side.requests_per_second) > 0
             assert side.memory_mb > 10
         worst = differing(both, asked, artifact, lambda: None)

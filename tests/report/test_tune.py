@@ -23,17 +23,20 @@ from lrai_report.tune import _compile, _judge, _refuse_at_once, _write, main, tu
 from tests.core import small_artifact
 
 
-def side(variant: str, rate: float) -> Any:
+def side(variant: str, rate: float, answers: int = 100) -> Any:
     """Return what was measured of a variant, without measuring it."""
     told = {"requests_per_second": [rate] * 3, "p95_ms": [1e3 / rate] * 3, "memory_mb": 10.0}
     return SimpleNamespace(
-        variant=variant, requests_per_second=[rate] * 3, figures=lambda price: told
+        variant=variant,
+        requests_per_second=[rate] * 3,
+        answers=[answers, 200, 200],
+        figures=lambda price: told,
     )
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+def measured(monkeypatch: pytest.MonkeyPatch, rate: float, answers: int = 100) -> None:
     """Have what is made answer so many requests, and what serves a hundred."""
-    both = [side("fp32", 100.0), side("int8", rate)]
+    both = [side("fp32", 100.0, answers), side("int8", rate)]
     row = [np.ones((1, 3), np.float32)]
     monkeypatch.setattr("lrai_report.tune.evaluation", lambda _: Rows([row], None, []))
     monkeypatch.setattr("lrai_report.tune.sides", lambda _: nullcontext(both))
@@ -186,6 +189,21 @@ def test_the_share_of_answers_that_change_is_said_to_be_of_distinct_requests(
     assert "changed to 1 of 4 distinct requests (25.00%)" in capsys.readouterr().out
     shares = ("share_changed", "distinct_changed", "distinct_compared")
     assert [figures[key] for key in shares] == [0.25, 1, 4]
+
+
+@pytest.mark.parametrize(("answers", "few"), [(99, True), (100, False)])
+def test_a_percentile_of_few_answers_is_said_to_be_one(
+    answers: int,
+    few: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured(monkeypatch, 200.0, answers)
+    artifact = lrai.Artifact.open(small_artifact.build(tmp_path / "m.lrai"))
+    _judge(Target(tmp_path / "m.onnx", tmp_path / "rows.npz"), artifact, 1, 0.2, 3, 0.0, {})
+    said = "under 100 answers in a round say little of p95: more --seconds would help"
+    assert (said in capsys.readouterr().out) is few
 
 
 @pytest.mark.parametrize("given", [True, False])
