@@ -98,13 +98,15 @@ def tune(
     Requests are captured where runtime.capture_rows says how many (LRAI_RUNTIME_CAPTURE_ROWS=2000):
     a random sample of real ones, in the runtime's state_dir. A part of them is what forms are made
     for, another what they are judged on, by agreement with fp32: the share of answers that change
-    is of distinct requests, however often each was asked. Callers are answered as before without
-    --apply, though live requests are copied to it for --minutes. With it, 30 rows of them
-    are needed at least (--minutes 0: none), and one command goes back. It makes and measures under
-    the settings of this shell and folder: give it the LRAI_ACTOR_THREADS, LRAI_ACTOR_REPLICAS and
-    LRAI_SCHEDULER_DETERMINISTIC that the host has. No gain: exit status 3, and nothing is left.
-    What is written keeps the requests that it was judged on, up to 65,536 and 256 MiB of them: such
-    an artifact is as private as they are.
+    is of distinct requests, however often each was asked. Callers have the answers of before
+    without --apply, though live requests are copied to it for --minutes; but where it runs,
+    compiling and measuring take the CPUs, and two more copies of the model lie in memory, outside
+    runtime.memory_mib. With --apply, 30 rows of live requests are needed at least (--minutes 0:
+    none), and one command goes back. It makes and measures under the settings of this shell and
+    folder: give it the LRAI_ACTOR_THREADS, LRAI_ACTOR_REPLICAS and LRAI_SCHEDULER_DETERMINISTIC
+    that the host has. No gain: exit status 3, and nothing is left. What is written keeps the
+    requests that it was judged on, up to 65,536 and 256 MiB of them: such an artifact is as private
+    as they are.
     """
     check_numbers(seconds=seconds, minutes=minutes, price_per_hour=price_per_hour)
     found = find(target, requests, address)

@@ -51,6 +51,14 @@ def test_a_price_that_is_no_number_is_refused_before_anything_is_looked_for() ->
     assert ended.value.code == 2
 
 
+def test_the_help_says_what_it_takes_from_callers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "compiling and measuring take the CPUs" in said
+    assert "two more copies of the model lie in memory, outside runtime.memory_mib" in said
+
+
 @pytest.mark.parametrize("option", ["price_per_hour", "seconds", "minutes"])
 def test_what_is_no_number_is_refused_though_typer_lets_it_pass(option: str) -> None:
     """As 0.20 does: NaN is neither below the least nor above the most."""
