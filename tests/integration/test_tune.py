@@ -6,10 +6,12 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -585,6 +587,31 @@ def test_what_live_requests_disagree_with_is_not_applied(
         before = runtime.deployments()[0].shares
         with asking("m", rows), pytest.raises(lrai.ConditionNotMet, match="on live requests"):
             compare_live("m", before, tmp_path / "other.lrai", 0.05, "", apply=True)
+        now = runtime.deployments()[0]
+        assert (now.shares, now.shadow) == (before, {})
+
+
+def test_a_runtime_that_is_killed_while_live_requests_are_compared_tells_nothing(
+    source: tuple[Path, models.Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one goes on where it was, copies and all, but counts from 0."""
+    file, rows = source
+    served = lrai.compile(file, out=tmp_path / "wide.lrai", output_map="softmax", threads=1)
+    lrai.compile(file, out=tmp_path / "new.lrai", output_map="raw", threads=1)
+    naps = iter(range(10))
+    with own_runtime() as sockets, lrai.Runtime() as runtime:
+        runtime.load(served, name="m")
+        before = runtime.deployments()[0].shares
+
+        def nap(seconds: float, sleep: Callable[[float], None] = time.sleep) -> None:
+            sleep(seconds)
+            if threading.current_thread() is threading.main_thread() and next(naps) == 1:
+                os.kill(daemon_pids(sockets)[0], signal.SIGKILL)
+
+        monkeypatch.setattr("lrai_report.live.time", SimpleNamespace(sleep=nap))
+        no = pytest.raises(lrai.ConditionNotMet, match="the runtime was started again meanwhile")
+        with asking("m", rows), no:
+            compare_live("m", before, tmp_path / "new.lrai", 4 / 60, "", apply=True)
         now = runtime.deployments()[0]
         assert (now.shares, now.shadow) == (before, {})
 
