@@ -6,6 +6,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -14,16 +15,18 @@ import onnx
 
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec
 from lrai_import.compared import compare, made_up
+from lrai_import.onnx import NOTE
 
 _OPSET: Final = 18
 _ESCAPES: Final = re.compile("\x1b\\[[0-9;]*m")
+_UNLIKE: Final = "torch answers no made-up rows twice alike: what was traced is not compared"
 
 
 def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     """Return the module in ONNX, traced with made-up values: zeros where they are integers.
 
     Args:
-        model: A module, set to evaluation here.
+        model: A module, set to evaluation here; what torch.export gives runs as it was exported.
         inputs: By the names that its `forward` has for them, or else in its order; with symbols
             for free dimensions.
 
@@ -50,8 +53,11 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         for spec in inputs
     )
     names = [spec.name for spec in inputs]
-    if not isinstance(model, torch.fx.GraphModule):  # which was exported as it is to run
+    unset = ""
+    try:
         model.eval()
+    except NotImplementedError:  # of what was exported as it runs, while it learnt perhaps
+        model, unset = deepcopy(model), "; or it was exported in training: call eval() before that"
     with tempfile.TemporaryDirectory(prefix="lrai-torch-") as folder:
         path = Path(folder, "model.onnx")
         try:
@@ -76,8 +82,9 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
                 return _arrays(model(*map(torch.from_numpy, rows.values())))
 
         what = f"{type(model).__name__}, traced,"
-        why = "it may branch on an extent; use torch.cond, or fix it in the signature"
-        compare(answer, path, inputs, what=what, why=why)
+        why = "it may branch on an extent; use torch.cond, or fix it in the signature" + unset
+        if not compare(answer, path, inputs, what=what, why=why):
+            made.metadata_props.add(key=NOTE, value=_UNLIKE)
     return made
 
 

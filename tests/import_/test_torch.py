@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from lrai_core import CompileError, TensorSpec
+from lrai_import.objects import to_onnx
+from lrai_import.onnx import load
 from lrai_import.torch import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about itself
@@ -132,3 +135,58 @@ def test_names_that_forward_does_not_have_go_by_their_places() -> None:
 def test_names_that_lie_elsewhere_are_refused() -> None:
     with pytest.raises(CompileError, match="has second, a, which is not how forward begins: first"):
         convert(Less(), [table("second"), table("a")])
+
+
+FOUR = (TensorSpec(name="input", datatype="FP32", shape=("n", 4)),)
+
+
+def learning(layer: torch.nn.Module) -> torch.nn.Module:
+    """Return a network in training, as torch makes them."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), layer)
+
+
+def exported(model: torch.nn.Module) -> Any:
+    rows = {"input": {0: torch.export.Dim.AUTO}}
+    return torch.export.export(model, (torch.randn(3, 4),), dynamic_shapes=rows).module()
+
+
+def state(model: torch.nn.Module) -> dict[str, list[Any]]:
+    return {name: value.tolist() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("layer", [torch.nn.BatchNorm1d(4), torch.nn.Dropout()])
+def test_a_module_that_torch_fx_traced_is_converted_as_in_evaluation(
+    layer: torch.nn.Module,
+) -> None:
+    model = torch.fx.symbolic_trace(learning(layer))
+    before = state(model)
+    made = convert(model, FOUR)
+    assert state(model) == before
+    rows = np.random.default_rng(0).normal(3, 5, (6, 4)).astype(np.float32)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    with torch.no_grad():
+        right = model.eval()(torch.from_numpy(rows)).numpy()
+    np.testing.assert_allclose(session.run(None, {"input": rows})[0], right, atol=1e-4)
+
+
+def test_a_program_that_was_exported_in_training_is_refused_and_left_as_it_was() -> None:
+    model = exported(learning(torch.nn.BatchNorm1d(4)))
+    before = state(model)
+    with pytest.raises(CompileError, match=r"or it was exported in training: call eval\(\) before"):
+        convert(model, FOUR)
+    assert state(model) == before
+    convert(exported(learning(torch.nn.BatchNorm1d(4)).eval()), FOUR)
+
+
+class Noisy(torch.nn.Module):
+    """Never the same, in evaluation too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_what_answers_never_twice_alike_is_said_not_to_be_compared(tmp_path: Path) -> None:
+    for layer, says in ((Noisy(), True), (torch.nn.ReLU(), False)):
+        told = list[str]()
+        load(to_onnx(learning(layer), FOUR, tmp_path / "m.onnx"), told.append)
+        assert any("what was traced is not compared" in one for one in told) == says
