@@ -101,10 +101,11 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str, 
         got, known = ", ".join(model.flavors), ", ".join((_ONNX, *_EXTRAS))
         raise UsageError(f"the model has the flavors {got}; converted are {known}")
     configuration = model.flavors[flavor]
+    own = str(configuration.get(_DATA.get(flavor, "data"), "data"))
+    source = (folder / own).resolve()
+    if not source.is_relative_to(folder.resolve()):  # it would be published
+        raise ArtifactError("the model's data lies outside of it")
     if flavor == _ONNX:
-        source = (folder / str(configuration["data"])).resolve()
-        if not source.is_relative_to(folder.resolve()):
-            raise ArtifactError("the model's data lies outside of it")
         return source, flavor, []
     why = runs_code(folder, flavor, configuration)
     if why and not allow_pickle:
@@ -113,7 +114,6 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str, 
             "allow_pickle=True (--allow-pickle) opens it in a child process, after picklescan"
         )
     made = out / "model.onnx"
-    own = str(configuration.get(_DATA.get(flavor, "data"), "data"))
     job = Job(str(folder), flavor, inputs_of(model), str(made), bool(why), own)
     try:
         columns = run_task(open_and_convert, job, memory_bytes=_BYTES, timeout_seconds=_SECONDS)
@@ -211,9 +211,7 @@ def fitted_with(model: Any) -> list[str]:
 
 
 def _scan(folder: Path, data: str) -> None:
-    own = (folder / data).resolve()
-    if not own.is_relative_to(folder.resolve()):
-        raise CompileError("the model's data lies outside of it")
+    own = folder / data
     try:
         from picklescan.scanner import SafetyLevel, scan_bytes, scan_directory_path
     except ImportError:

@@ -12,9 +12,9 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types import TensorSpec as MlflowTensorSpec
 from mlflow.types.schema import Array
 
-from lrai_core import CompileError, TensorSpec
+from lrai_core import ArtifactError, CompileError, TensorSpec
 from lrai_import import mlflow
-from lrai_import.mlflow import inputs_of, runs_code
+from lrai_import.mlflow import inputs_of, runs_code, to_onnx
 from lrai_import.sklearn import width
 
 
@@ -92,6 +92,33 @@ def test_a_skops_that_may_run_code_is_not_asked(
     for flavor, more in (("sklearn", {}), ("lightgbm", {"model_class": "lightgbm.LGBMModel"})):
         found = runs_code(tmp_path, flavor, skops | more)
         assert found == ("" if safe else "it is of skops, which below 0.13 may run code")
+
+
+@pytest.mark.parametrize(
+    "data", ["../private/model.ubj", "/etc/passwd", "link", "linked/model.ubj"]
+)
+@pytest.mark.parametrize(
+    ("flavor", "key", "more"),
+    [
+        ("onnx", "data", {}),
+        ("lightgbm", "data", {}),
+        ("xgboost", "data", {"model_class": "xgboost.sklearn.XGBClassifier"}),
+        ("sklearn", "pickled_model", {"serialization_format": "skops"}),
+        ("sklearn", "pickled_model", {}),
+        ("pytorch", "model_data", {}),
+    ],
+)
+def test_data_outside_of_a_model_is_not_read(
+    tmp_path: Path, flavor: str, key: str, more: dict[str, str], data: str
+) -> None:
+    (folder := tmp_path / "model").mkdir()
+    (private := tmp_path / "private").mkdir()
+    (private / "model.ubj").touch()
+    (folder / "link").symlink_to(private / "model.ubj")
+    (folder / "linked").symlink_to(private)
+    Model(flavors={flavor: {key: data, **more}}).save(str(folder / "MLmodel"))
+    with pytest.raises(ArtifactError, match="the model's data lies outside of it"):
+        to_onnx(folder, tmp_path, allow_pickle=True)
 
 
 def test_columns_and_tensors_of_a_signature_become_inputs() -> None:
