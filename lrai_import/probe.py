@@ -24,6 +24,7 @@ from onnx.external_data_helper import ExternalDataInfo, _get_all_tensors
 
 from lrai_core import (
     CompileError,
+    EnvironmentProblem,
     TaskError,
     TensorSpec,
     UnsupportedOperator,
@@ -68,6 +69,7 @@ def probe(model: Path) -> Probe:
     Raises:
         CompileError: The file cannot be compiled, or reading it killed the child.
         UnsupportedOperator: It holds an operator that onnxruntime does not have.
+        EnvironmentProblem: There is no room for temporary files.
     """
     try:
         info = model.stat()
@@ -75,27 +77,28 @@ def probe(model: Path) -> Probe:
         raise CompileError(f"{model}: {error.strerror}") from None
     if not stat.S_ISREG(info.st_mode):
         raise CompileError(f"{model} is not a file")
+    memory = _memory_bytes(info.st_size)
     try:
-        return run_task(
-            inspect,
-            os.fsencode(model),
-            memory_bytes=_memory_bytes(info.st_size),
-            timeout_seconds=_TIMEOUT_SECONDS,
-        )
+        # Made here, or it would outlive a child that is killed.
+        with tempfile.TemporaryDirectory(prefix="lrai-probe-") as folder:
+            paths = (os.fsencode(model), os.fsencode(folder))
+            return run_task(inspect, paths, memory_bytes=memory, timeout_seconds=_TIMEOUT_SECONDS)
     except TaskError as error:
         problem = f"{model.name} cannot be read: {error}; the file may be damaged or hostile"
         raise CompileError(problem) from None
+    except OSError as error:
+        raise EnvironmentProblem(f"no folder for temporary files: {error.strerror}") from None
     except CompileError as error:
         raise type(error)(f"{model.name}: {error}") from None
 
 
-def inspect(model: bytes) -> Probe:
-    """Look at the file in this process; see `probe`.
+def inspect(paths: tuple[bytes, bytes]) -> Probe:
+    """Look at the file in this process, with a folder to write to; see `probe`.
 
     External data is onnx's to guard: since 1.21 its loader refuses what leaves the model's folder,
     links of both kinds, and places beyond the end of a file.
     """
-    path = Path(os.fsdecode(model))  # a name need not be text
+    path, folder = (Path(os.fsdecode(one)) for one in paths)  # a name need not be text
     if path.stat().st_size >= _MAX_PROTOBUF_BYTES:
         raise CompileError("over 2 GB in one file: store its weights as external data")
     try:
@@ -113,7 +116,7 @@ def inspect(model: bytes) -> Probe:
         limit_memory(_memory_bytes(sum(file.stat().st_size for file in files if file.is_file())))
         onnx.checker.check_model(path)
         whole = onnx.load(path) if external else proto
-        _open(path, whole, opset)
+        _open(path, whole, opset, folder)
     except DecodeError as error:
         raise CompileError(f"not an ONNX model, or cut short: {error}") from None
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
@@ -171,19 +174,18 @@ def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     return upgraded
 
 
-def _open(path: Path, model: onnx.ModelProto, opset: int) -> None:
+def _open(path: Path, model: onnx.ModelProto, opset: int, folder: Path) -> None:
     """Load and run the model, upgraded where it has to be, as it is and optimised."""
-    with tempfile.TemporaryDirectory(prefix="lrai-probe-") as folder:
-        if opset < MIN_OPSET:
-            if model.functions:
-                model = onnx.inliner.inline_local_functions(model)
-            before, path = path, Path(folder, path.name)
-            path.write_bytes(upgrade(model, opset).SerializeToString())
-            check_loads(path)
-            if opset >= _GUARANTEED:  # of an older one onnxruntime promises nothing
-                _compare(before, path, declared(model).inputs)
-        else:
-            check_loads(path)
+    if opset < MIN_OPSET:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model)
+        before, path = path, folder / path.name
+        path.write_bytes(upgrade(model, opset).SerializeToString())
+        check_loads(path)
+        if opset >= _GUARANTEED:  # of an older one onnxruntime promises nothing
+            _compare(before, path, declared(model).inputs)
+    else:
+        check_loads(path)
 
 
 def _compare(model: Path, upgraded: Path, inputs: Sequence[TensorSpec]) -> None:

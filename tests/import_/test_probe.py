@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from lrai_core.errors import CompileError, LraiError, UnsupportedOperator
+from lrai_core.errors import CompileError, EnvironmentProblem, LraiError, UnsupportedOperator
 from lrai_core.executor import on_all_cpus
 from lrai_import.probe import Probe, probe
 from tests.core.compiler.onnx_files import linear, model, save, value, with_external_data
@@ -199,7 +200,19 @@ def test_whatever_bits_of_a_file_are_flipped_a_child_dies_of_it_at_most(tmp_path
     assert {Probe, CompileError} <= {type(one) for one in found}
 
 
-def test_what_kills_who_runs_it_costs_a_child_at_most(tmp_path: Path) -> None:
+@pytest.fixture
+def scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where temporary files go, here and in children."""
+    folder = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # what is known already
+    return folder
+
+
+@pytest.mark.parametrize("opset", [17, 13])
+def test_what_kills_who_runs_it_costs_a_child_at_most(
+    tmp_path: Path, scratch: Path, opset: int
+) -> None:
     """The dividend is known when it runs only, so that nothing is folded when it is loaded."""
     nodes = [
         helper.make_node("Mul", ["x", "none"], ["nothing"]),
@@ -213,12 +226,21 @@ def test_what_kills_who_runs_it_costs_a_child_at_most(tmp_path: Path) -> None:
         numpy_helper.from_array(np.array([-1]), "less"),
     ]
     ends = [value("x", ["n", 2])], [value("y", ["n", 2], onnx.TensorProto.INT64)]
-    path = save(model(nodes, *ends, weights), tmp_path / "m.onnx")
+    path = save(model(nodes, *ends, weights, opset=opset), tmp_path / "m.onnx")
     with pytest.raises(CompileError, match=r"was killed \(signal 8\); the file may be damaged"):
         probe(path)
+    assert [one.name for one in scratch.iterdir()] == []
     lrai = Path(sys.executable).with_name("lrai")
     command = [str(lrai), "compile", str(path), "-o", str(tmp_path / "m.lrai")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
     assert done.stderr.startswith("lrai: m.onnx cannot be read: its process was killed (signal 8)")
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_without_room_for_temporary_files_nothing_is_said_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(EnvironmentProblem, match="no folder for temporary files: No such file"):
+        probe(save(linear(), tmp_path / "m.onnx"))
