@@ -70,9 +70,10 @@ def put_pixels(around: Around, name: str, spec: Pixels) -> None:
             got = f"{len(values)} numbers for {colours} channels"
             raise CompileError(f"preprocess.{name}.{what} has {got}")
     _check_extents(name, spec, (height.dim_value, width.dim_value))
-    extents: list[int | str] = [height.dim_value or "height", width.dim_value or "width"]
-    if spec.resize is not None or spec.crop is not None:
-        extents = [f"{name}.height", f"{name}.width"]
+    sides = [f"{name}.height", f"{name}.width"]  # of this one: two need not be of one size
+    extents: list[int | str] = [*sides]
+    if spec.resize is None and spec.crop is None:
+        extents = [extent(*side) for side in zip((height, width), sides, strict=True)]
     around.declare(name, TensorProto.UINT8, [extent(batch, "batch"), *extents, colours])
     value = name
     if spec.channels == "BGR":

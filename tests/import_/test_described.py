@@ -122,6 +122,31 @@ def test_pixels_are_resized_as_pillow_does_it(
     assert np.abs(got[0].transpose(1, 2, 0) - right).max() <= 1, "a level of 255"
 
 
+def test_two_pictures_may_be_of_different_sizes(tmp_path: Path) -> None:
+    nodes, ends = list[onnx.NodeProto](), list[onnx.ValueInfoProto]()
+    for name in "ab":
+        ends.append(helper.make_tensor_value_info(name, 1, ["batch", 3, None, None]))
+        nodes += [
+            helper.make_node("Relu", [name], [f"{name}.plain"]),
+            helper.make_node("Exp", [f"{name}.plain"], [f"{name}.large"]),  # in memory of others
+            helper.make_node("GlobalAveragePool", [f"{name}.large"], [f"{name}.mean"]),
+        ]
+    nodes += [helper.make_node("Sub", ["a.mean", "b.mean"], ["difference"])]
+    nodes += [helper.make_node("Flatten", ["difference"], ["scores"])]
+    scores = helper.make_tensor_value_info("scores", 1, ["batch", 3])
+    graph = helper.make_graph(nodes, "pictures", ends, [scores])
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "model.onnx")
+    photos = "".join(f'[preprocess.photo_{name}]\ninput = "{name}"\n' for name in "ab")
+    sizes = [(40, 50), (5, 6)]
+    for one, other in (sizes, sizes[::-1]):
+        pixels = [
+            np.full((2, *size, 3), 255 * at, np.uint8) for at, size in enumerate((one, other))
+        ]
+        found = run(describe(tmp_path, "model.onnx", photos), tmp_path, *pixels)
+        np.testing.assert_allclose(found[0], 1 - np.e, rtol=1e-4)
+
+
 def test_the_border_of_a_picture_is_resized_as_pillow_does_it(picture: Path) -> None:
     graph = onnx.load(picture / "model.onnx")
     image = onnx.helper.make_tensor_value_info("image", 1, ["batch", 3, 8, 8])
