@@ -61,12 +61,12 @@ def compare(model: Model, made: Path, inputs: Sequence[TensorSpec], *, what: str
         answers = list[Sequence[Any]]()
         with suppress(Exception):  # of a model anything may come
             answers += (model(values) for _ in range(2))
-        if len(answers) < 2 or not _alike(*answers):
+        if len(answers) < 2 or not alike(*answers):
             continue
         converted: list[Any] | None = None
         with suppress(Exception):  # the graph refuses what the model takes
             converted = session.run(None, {name: values[name] for name in names})
-        if converted is None or not _alike(answers[0], converted):
+        if converted is None or not alike(answers[0], converted):
             sizes = ", ".join(map(str, dict.fromkeys(extents.values()))) or str(extent)
             size = f"{rows} rows and free extents of {sizes}"
             raise CompileError(f"{what} answers otherwise for {size}: {why}")
@@ -90,7 +90,7 @@ def made_up(
     return np.full(shape, str(fill) if dtype.hasobject else fill, dtype)
 
 
-def _alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
+def alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Return whether they are the same but for rounding; what graphs lack, as caches, is not."""
     if len(first) != len(second):
         return True

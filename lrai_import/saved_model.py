@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 import onnx
 
 from lrai_core import CompileError, EnvironmentProblem, Imported, check_loads, declared
-from lrai_import.compared import compare
+from lrai_import.compared import alike, compare, made_up
 from lrai_import.onnx import Job, load_converted
 
 _GRAPH: Final = "saved_model.pb"
@@ -76,18 +77,31 @@ def convert(job: Job) -> bool:
         raise CompileError(why) from None
     check_loads(Path(job.out))
     made = onnx.shape_inference.infer_shapes(onnx.load(job.out))  # some outputs come without
-    for dim in (d for given in made.graph.input for d in given.type.tensor_type.shape.dim[:1]):
-        if dim.dim_param:  # free, which is to say that there are as many as rows
-            dim.dim_param = "batch"
-    onnx.save(made, job.out)
     served = declared(made)
 
     def answer(rows: Mapping[str, Any]) -> list[Any]:
         outputs = model.signatures[name](**{key: tf.constant(rows[key]) for key in rows})
         return [outputs[one.name].numpy() for one in served.outputs]
 
+    def first(rows: int, more: int = 0) -> list[Any] | None:
+        """Return what comes first in answers to so many rows, of each input more than before.
+
+        None where they are refused.
+        """
+        values = {s.name: made_up(s, rows + more * k) for k, s in enumerate(served.inputs)}
+        with suppress(Exception):
+            return [one[:1] for one in answer(values)]
+        return None
+
+    unequal, two, one = first(2, 1), first(2), first(1)
+    # Rows of several inputs go together where they have to, or where each is answered by itself.
+    if len(served.inputs) == 1 or not unequal or (two and one and alike(two, one)):
+        for dim in (d for given in made.graph.input for d in given.type.tensor_type.shape.dim[:1]):
+            if dim.dim_param:  # free, which is to say that there are as many as rows
+                dim.dim_param = "batch"
+    onnx.save(made, job.out)
     what, why = "the SavedModel, converted,", "tf2onnx has taken something for something else"
-    return compare(answer, Path(job.out), served.inputs, what=what, why=why)
+    return compare(answer, Path(job.out), declared(made).inputs, what=what, why=why)
 
 
 def _signature(model: Any, wanted: str) -> str:

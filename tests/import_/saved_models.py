@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import tensorflow as tf
 
-from lrai_core import LraiError
+from lrai_core import LraiError, declared
 from lrai_import.onnx import Job
 from lrai_import.saved_model import convert
 
@@ -25,16 +26,19 @@ def main(folder: Path) -> None:
     (folder / "damaged").mkdir()
     (folder / "damaged" / "saved_model.pb").write_bytes(b"no SavedModel")
     tf.saved_model.save(tf.Module(), str(folder / "unsigned"))
-    jobs = [("columns", name) for name in ("", "lengths", "lesser", "ranks")]
+    names = ("", "lengths", "lesser", "ranks", "scores", "pairs", "apart")
+    jobs = [("columns", name) for name in names]
     jobs += [("damaged", ""), ("unsigned", "")]
     said = {f"{name}:{signature}": say(folder, name, signature) for name, signature in jobs}
     (folder / "said.json").write_text(json.dumps(said))
 
 
 def say(folder: Path, name: str, signature: str) -> str:
-    """Return what comes of converting a signature here."""
+    """Return whether a signature is compared when it is converted, and the rows of its inputs."""
     try:
-        return str(convert(Job(str(folder / name), signature, str(folder / "converted.onnx"))))
+        compared = convert(Job(str(folder / name), signature, str(folder / "converted.onnx")))
+        inputs = declared(onnx.load(folder / "converted.onnx")).inputs
+        return " ".join([str(compared), *sorted(str(one.shape[0]) for one in inputs)])
     except LraiError as error:
         return f"{type(error).__name__}: {error}"
 
@@ -56,12 +60,20 @@ def columns(folder: Path) -> None:
     def less(x: tf.Tensor, a: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"less": x - 2 * a}
 
+    def pairs(x: tf.Tensor, a: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"pairs": tf.matmul(x, a, transpose_b=True)}
+
+    def apart(x: tf.Tensor, a: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"two": x * 2, "three": a * 3}
+
     def lengths(kind: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"lengths": tf.strings.length(kind)}
 
     signatures = {
         "serving_default": tf.function(less, [numbers, others]),
         "scores": tf.function(scores, [texts, numbers]),
+        "pairs": tf.function(pairs, [numbers, others]),
+        "apart": tf.function(apart, [numbers, others]),
         "lengths": tf.function(lengths, [texts]),
         "ranks": tf.function(less, [tf.TensorSpec(None, tf.float32, "x"), others]),
     }

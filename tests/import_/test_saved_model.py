@@ -77,7 +77,10 @@ def test_a_network_of_keras_is_compiled_and_tensorflow_says_nothing(
 @pytest.mark.parametrize(
     ("job", "says"),
     [
-        ("columns:", "^True$"),  # serving_default, compared
+        ("columns:", "^True batch batch$"),  # serving_default, compared
+        ("columns:scores", "^True batch batch$"),
+        ("columns:pairs", r"^True a\.0 x\.0$"),  # as many of one as of the other they need not be
+        ("columns:apart", "^True batch batch$"),  # each row is answered by itself
         ("columns:lengths", "^UnsupportedOperator: .*StringLength"),
         ("columns:lesser", "^CompileError: .* 'lesser', its own are: .*scores.*; a .toml"),
         ("columns:ranks", "^CompileError: input 'x' has a dynamic rank; give it a shape$"),
