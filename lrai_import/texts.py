@@ -38,7 +38,9 @@ class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_f
             NFD accents are left out. BPE: <|endoftext|> is a token also in the text, or the unknown
             one where there is none; U+0085 is no white space. Unigram: of two ways to cut a text
             worth nearly the same (---- as --- and - or the other way round) it may be the other
-            one; text in NFD, and half-width kana with a sound mark, are composed by the rules of
+            one; U+2581, which marks a word's beginning, is a token more where a word of a text
+            begins with it, and none at the end of a text, but where rules of the file make it a
+            space; text in NFD, and half-width kana with a sound mark, are composed by the rules of
             the file, of which the library applies the first that fits, to short ones alone.
         ids: Input of the model that takes the tokens, integers [batch, length].
         mask: The one that takes 1 for a token and 0 for padding, if there is one.

@@ -220,6 +220,22 @@ def test_texts_become_the_ids_of_the_library(library: Any, tmp_path: Path, most:
         assert mask.tolist() == own.attention_mask, text
 
 
+def test_a_mark_of_a_words_beginning_in_a_text_is_a_token_more_or_less(
+    library: Any, tmp_path: Path
+) -> None:
+    """Where a word begins with it, or the text ends, and nowhere else: all other tokens stay."""
+    ids_model(tmp_path / "model.onnx", library.get_vocab_size())
+    mark = library.token_to_id("▁")
+    same = ["a▁the", "the▁▁text of"]
+    texts = [*same, "▁the", "a ▁the", "▁▁the", "the ▁ text", "▁", "the▁", "the ▁"]
+    found = run(describe(tmp_path, library.to_str()), texts)
+    for text, ids, mask in zip(texts, *found, strict=True):
+        own, right = ids[mask == 1].tolist(), library.encode(text).ids
+        if text in same or mark is None:
+            assert own == right, text
+        assert [i for i in own if i != mark] == [i for i in right if i != mark], text
+
+
 def test_special_tokens_in_a_text_are_text(library: Any, tmp_path: Path) -> None:
     ids_model(tmp_path / "model.onnx", library.get_vocab_size())
     text = TEXTS[-1]
