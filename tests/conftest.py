@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -23,6 +24,8 @@ os.environ["BENTOML_DO_NOT_TRACK"] = "true"
 os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="lrai-bentoml-")
 # Who starts tests in the background has interrupts ignored, which children would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Open files as usual: where a process may have many more, what is left open goes unseen.
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 from lrai_core.compiler import search  # noqa: E402 - after the lines above
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gevent
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from tritonclient.utils import np_to_triton_dtype
@@ -18,8 +19,6 @@ import lrai_core as lrai
 from benchmarks.triton_server import TritonServer
 
 EXPLICIT = ("--model-control-mode=explicit",)
-# A client ends by gevent's loop of its thread, and the loop of a thread that ends may go first.
-_KEPT = list[Any]()
 
 
 class Triton:
@@ -27,23 +26,15 @@ class Triton:
 
     def __init__(self, server: TritonServer, repository: Path) -> None:
         self.server, self.repository = server, repository
-        self._clients = threading.local()
+        self._thread = threading.current_thread()
+        self.http = self._new_http()
         self.grpc = triton_grpc.InferenceServerClient(server.grpc)
         self.metrics = server.metrics
 
     def close(self) -> None:
         """Have gRPC ask no more, which it would try again and again once the server has ended."""
         self.grpc.close()
-
-    @property
-    def http(self) -> Any:
-        """This thread's client: it has to stay in the thread that made it."""
-        if not hasattr(self._clients, "http"):
-            # Loading a model may mean compiling it.
-            made = triton_http.InferenceServerClient(self.server.http, network_timeout=600.0)
-            self._clients.http = made
-            _KEPT.append(made)
-        return self._clients.http
+        self.http.close()
 
     def put(self, name: str, version: int, model: Path | None) -> None:
         """Put a model into a version directory, under the name that it has there."""
@@ -88,8 +79,8 @@ class Triton:
             given.append(kit.InferInput(key, list(array.shape), np_to_triton_dtype(array.dtype)))
             given[-1].set_data_from_numpy(array)
         wanted = [kit.InferRequestedOutput(output) for output in outputs] or None
-        client: Any = self.http if protocol == "http" else self.grpc
-        answer = client.infer(name, given, model_version=version, outputs=wanted, **more)
+        with self._client(protocol) as client:
+            answer = client.infer(name, given, model_version=version, outputs=wanted, **more)
         said = answer.get_response() if protocol == "http" else answer.get_response(as_json=True)
         return {one["name"]: answer.as_numpy(one["name"]) for one in said["outputs"]}
 
@@ -116,6 +107,24 @@ class Triton:
                 if model.name.startswith(f"{name}:") and model.actor_pids:
                     return model.actor_pids[0]
         raise LookupError(name)
+
+    @contextlib.contextmanager
+    def _client(self, protocol: str) -> Iterator[Any]:
+        """Yield a client for this thread: one of HTTP stays in the thread that made it."""
+        if protocol == "grpc":
+            yield self.grpc
+        elif threading.current_thread() is self._thread:
+            yield self.http
+        else:
+            try:
+                with contextlib.closing(self._new_http()) as client:
+                    yield client
+            finally:  # else each thread that was leaves the files of its loop behind
+                gevent.get_hub().destroy(destroy_loop=True)
+
+    def _new_http(self) -> Any:
+        # Loading a model may mean compiling it.
+        return triton_http.InferenceServerClient(self.server.http, network_timeout=600.0)
 
     def _runtime(self) -> lrai.Runtime:
         folder = str(self.server.runtime.folder)
