@@ -108,9 +108,11 @@ class StaticForms:
         """
         if self._guard is None:
             self._guard = goes_undefined(model, self._sample)
-        guard = self._guard if guarded else frozenset()
-        make = partial(static_int8, model, self._sample, ranges=self._ranges, guard=guard)
-        make = partial(make, columns=columns)
+        make = partial(
+            static_int8, model, self._sample, ranges=self._ranges, columns=columns,
+            guard=self._guard if guarded else frozenset(),
+        )  # fmt: skip
+        keep = set[str]()
         if share:
             self._find(model, lambda: make()[0])
             if self._failed:
@@ -118,10 +120,8 @@ class StaticForms:
             keep = worst(self.harms, self._work, share)
             if self._tried.setdefault(frozenset(keep), share) != share:
                 raise NothingToQuantize("the same operators as before would be kept closer")
-            made, report = make(keep=keep)
-        else:
-            made, report = make()
-            self._find(model, lambda: made)
+        made, report = make(keep=keep)
+        self._find(model, lambda: made)  # where all is in int8; else it is known by now
         every = sum(self.harms.values()) or 1.0
         return made, [replace(line, harm=self.harms.get(line.node, 0.0) / every) for line in report]
 
