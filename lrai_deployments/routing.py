@@ -111,12 +111,11 @@ class Route:
                 self._count(version, error)
             raise
         if shadow is not None and self._may_copy(pending.request):
-            names = [spec.name for spec in version.signature.inputs]
-            given = dict(zip(names, pending.request.arrays, strict=True))
             # By its name: once it is gone, nobody answers in its place.
             own = {"model_version": shadow.version, "parameters": {"priority": BACKGROUND}}
-            copy = replace(request, inputs=given, timeout_ms=None, **own)
-            self._send(copy, pending.request, original)
+            copy = replace(request, timeout_ms=None, **own)
+            names = [spec.name for spec in version.signature.inputs]
+            self._send(copy, names, pending.request, original)
         return pending
 
     def _drawn(self) -> Version:
@@ -148,16 +147,19 @@ class Route:
     def _send(
         self,
         copy: InferenceRequest,
+        names: Sequence[str],
         request: ValidRequest,
         original: Future[InferenceResponse | None],
     ) -> None:
+        """Ask the shadow a copy, with inputs of its own: the caller may write to the others."""
+
         def ended(outcome: Outcome) -> None:
             original.add_done_callback(
                 lambda first: self._core.submit(self._compare, first.result(), outcome, request)
             )
 
         try:
-            inputs = {n: a.copy() for n, a in zip(copy.inputs, request.arrays, strict=True)}
+            inputs = {n: a.copy() for n, a in zip(names, request.arrays, strict=True)}
             self._core.accept(replace(copy, inputs=inputs), ended, self._shadow)
         except LraiError as error:
             ended(error)
