@@ -62,19 +62,23 @@ def package(artifact: Artifact, out: Path) -> None:
             gzip.GzipFile("", "wb", fileobj=file, mtime=0) as stream,
             tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
         ):
-            for path in sorted(path for path in artifact.path.rglob("*") if path.is_file()):
-                if path.suffix != ".partial":  # a certificate that is being written
-                    name = path.relative_to(artifact.path).as_posix()
-                    entry = tarfile.TarInfo(f"{_FOLDER}/{name}")  # of nobody, in 1970, mode 0644
-                    entry.size = path.stat().st_size
-                    with path.open("rb") as content:
-                        archive.addfile(entry, content)
+            for path in sorted(artifact.path.rglob("*")):
+                if path.is_file() and path.suffix != ".partial":  # a certificate being written
+                    _add(archive, path, f"{_FOLDER}/{path.relative_to(artifact.path).as_posix()}")
         partial.rename(out)
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be written: {error.strerror}") from None
     finally:
         with suppress(OSError):  # it is said above what stands in the way
             partial.unlink()
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    """Add a file as nobody's, of 1970, with mode 0644: its bytes are all that tells it apart."""
+    entry = tarfile.TarInfo(name)
+    entry.size = path.stat().st_size
+    with path.open("rb") as content:
+        archive.addfile(entry, content)
 
 
 def unpacked(place: Path, scratch: Path) -> Path:
