@@ -572,7 +572,7 @@ def test_a_canary_gets_its_share_and_is_promoted(client: Client, saved: list[Pat
         (
             lambda c, m: c.update_deployment("search", config={"canary": 0.1}),
             400,
-            "a canary is needed beside one",
+            "canary=SHARE takes two",
         ),
         (lambda c, m: c.update_deployment("search", m, config={"canary": "x"}), 400, "no number"),
         (lambda c, m: c.update_deployment("search", m, config={"canary": "nan"}), 400, "no number"),

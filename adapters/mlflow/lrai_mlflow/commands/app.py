@@ -17,10 +17,7 @@ from lrai_mlflow.commands.convert import options_of
 from lrai_mlflow.flavor import load_model
 from lrai_mlflow.serving import FLAVOR_NAME
 
-app = typer.Typer(
-    help="Models of MLflow.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
-)  # fmt: skip
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # In the compiler's log a form beside fp32 but for what nobody could make of the model, here.
 _MOOT: Final = "nothing to quantise|openvino cannot read|this CPU has no"
 _MADE: Final = re.compile(rf'"form":"(?!fp32).*"why":"(?!{_MOOT})')
