@@ -40,6 +40,7 @@ _LEAST_ERROR: Final = 1e-12
 _COPIES: Final = 8  # of the places in the queue, copies take at most one in so many
 
 Outcome = InferenceResponse | LraiError
+Original = Future[InferenceResponse | None]  # that a copy is compared with, if it is kept
 
 
 class Route:
@@ -77,7 +78,7 @@ class Route:
         self, request: InferenceRequest, done: Ended, named: Version | None = None
     ) -> Pending:
         """See `Embedded.accept`. `named`: who is to answer, whatever its share."""
-        original = Future[InferenceResponse | None]()
+        original = Original()
         version, relief = named or self._drawn(), None if named else self._relief
         if relief is None or version.limits.deterministic or not self._core.runs(relief):
             relief = None
@@ -149,7 +150,7 @@ class Route:
         copy: InferenceRequest,
         names: Sequence[str],
         request: ValidRequest,
-        original: Future[InferenceResponse | None],
+        original: Original,
     ) -> None:
         """Ask the shadow a copy, with inputs of its own: the caller may write to the others."""
 
@@ -183,12 +184,10 @@ class Route:
         demanded = judged.artifact.manifest.demanded
         alike, epsilon = (raw_as("derived", specs), demanded[0]) if demanded else (specs, FAR)
         for pair in _rows(specs, original.outputs, copy.outputs):
-            told: dict[str, Any] = {
-                "version": copy.model_version,
-                "difference": difference(*pair, specs),
-            }
+            far = difference(*pair, specs)
+            told: dict[str, Any] = {"version": copy.model_version, "difference": far}
             emit("shadow_compared", name, **told)
-            if not agreement(*pair, alike) or told["difference"] > epsilon:
+            if not agreement(*pair, alike) or far > epsilon:
                 emit("shadow_differs", name, **told)
 
     def _count(self, version: Version, outcome: Outcome) -> None:
