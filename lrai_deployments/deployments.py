@@ -28,22 +28,19 @@ _SHARES: Final = dict[str, Annotated[float, msgspec.Meta(ge=0, le=1)]]
 class Deployments(Kept):
     """An embedded runtime whose names have versions; thread-safe."""
 
-    def _is_served(
-        self, known: Version, artifact: lrai.Artifact, variant: str, terms: Terms
-    ) -> bool:
-        """Return whether a version is the artifact's, and of this variant if one is named.
+    def _is_served(self, known: Version, new: lrai.Artifact, variant: str, terms: Terms) -> bool:
+        """Return whether a version is the new artifact's, and of this variant if one is named.
 
         Raises:
             ConditionNotMet: It is, but does not meet the terms.
         """
-        same = known.artifact.version == artifact.version
-        if not same or variant not in ("", known.variant.id):
+        if known.artifact.version != new.version or variant not in ("", known.variant.id):
             return False
         if terms is not None:
             if known.certificate is None:  # the source model may serve in its place
                 raise lrai.ConditionNotMet(f"no certificate speaks of what serves {known.name!r}")
             for own, _ in ((known.variant, None), *known.beside):  # each answers some calls
-                self._certificate(artifact, own, terms)
+                self._certificate(new, own, terms)
         return True
 
     def load(
@@ -60,50 +57,18 @@ class Deployments(Kept):
         """See `Runtime.load`. `shared`: to find the same version and variant loaded is no error."""
         opened = self.open(artifact)
         name, part = name or opened.manifest.name, _shares({"share": share or 0.0})["share"]
+        asked = How(variant, require, settings)
         with self.changing(name, wait=shared):
             if shared and not self.scheduler.accepting:  # it has ended meanwhile
                 raise lrai.NotReady("the runtime is draining")
             again = self.scheduler.accepting and self._restart_dead(name, opened)
-            served, record = self._served(name), self._records.get(name, Record())
-            for one in served if shared or again else ():
-                # Who asks for the same again means what serves in its place, where it cannot.
-                same = record.versions.get(one.version, How()).variant == variant
-                if self._is_served(one, opened, "" if same else variant, require):
-                    has_now = record.shares.get(one.version, 0.0)
-                    if share is not None and has_now != part:
-                        has = f"{one.version} is loaded with a share of {has_now:g}"
-                        raise lrai.UsageError(f"{has}: route gives it another one")
-                    return name
-            plain = share is None and require is None
-            kept = record.serving(opened.version)
-            replaced = shared and share is None and record.was(opened.version) and not kept
-            if record.away and replaced:
-                was = record.versions[record.stable]
-                with (
-                    suppress(*LOST, OSError),  # else what is asked for serves, which lies there
-                    self._started(name, self._reopen(was), was, was.version) as (_, loaded),
-                ):
-                    self._commit(name, record.again(loaded), "load")
-                served = self._served(name)
-            if served and replaced:
-                # Whoever starts anew with what was replaced gets what replaced it.
-                self._is_served(now := self.current[name], now.artifact, "", require)
+            if (shared or again) and self._is_there(name, opened, asked, share):
                 return name
-            there = kept is not None and (name, kept.version) in self.versions
-            meanwhile = bool(served) and plain and settings is None  # others answer for it
-            as_it_was = kept is not None and settings in (None, kept.settings)
-            back = record.away and share is None and as_it_was
-            if (
-                (record.frozen or meanwhile or back)
-                and kept
-                and not there
-                and variant in {"", kept.variant}
-            ):
-                own = replace(kept, require=kept.require if require is None else require)
-                with self._started(name, opened, own, kept.version) as (_, loaded):
-                    self._commit(name, record.again(loaded), "load")
+            if shared and share is None and self._is_replaced(name, opened, asked):
                 return name
-            record = self._free(name)
+            if self._brought_back(name, opened, asked, share):
+                return name
+            record, served = self._free(name), self._served(name)
             if not served:  # nobody who runs: what was there, if anything, is what served before
                 fresh = Record(previous=record.previous, before=record.before, left=record.left)
                 other = record.versions and record.stable.partition("-")[0] != opened.version
@@ -124,6 +89,63 @@ class Deployments(Kept):
                     warm_up(self, new)
                 self._commit(name, record.beside(loaded, part), "load")
         return name
+
+    def _is_there(self, name: str, new: lrai.Artifact, asked: How, share: float | None) -> bool:
+        """Return whether a version that is loaded is what is asked for.
+
+        Raises:
+            UsageError: It is, with another share.
+        """
+        record = self._records.get(name, Record())
+        for one in self._served(name):
+            # Who asks for the same again means what serves in its place, where it cannot.
+            same = record.versions.get(one.version, How()).variant == asked.variant
+            if self._is_served(one, new, "" if same else asked.variant, asked.require):
+                has_now = record.shares.get(one.version, 0.0)
+                if share is not None and has_now != share:
+                    has = f"{one.version} is loaded with a share of {has_now:g}"
+                    raise lrai.UsageError(f"{has}: route gives it another one")
+                return True
+        return False
+
+    def _is_replaced(self, name: str, new: lrai.Artifact, asked: How) -> bool:
+        """Return whether another version serves in place of this one, started again if need be.
+
+        Whoever starts anew with what was replaced gets what replaced it.
+        """
+        record = self._records.get(name, Record())
+        if not record.was(new.version) or record.serving(new.version):
+            return False
+        if record.away:
+            was = record.versions[record.stable]
+            with suppress(*LOST, OSError):  # else what is asked for serves, which lies there
+                self._serve_again(name, record, self._reopen(was), was)
+        if not self._served(name):
+            return False
+        self._is_served(now := self.current[name], now.artifact, "", asked.require)
+        return True
+
+    def _brought_back(self, name: str, new: lrai.Artifact, asked: How, share: float | None) -> bool:
+        """Have a version that is written down, and does not run, serve as it did; or return False.
+
+        One of a frozen name, one beside others that run, or what has made room.
+        """
+        record = self._records.get(name, Record())
+        kept = record.serving(new.version)
+        if kept is None or (name, kept.version) in self.versions:
+            return False
+        plain = share is None and asked.require is None and asked.settings is None
+        meanwhile = plain and bool(self._served(name))  # others answer for it
+        back = record.away and share is None and asked.settings in (None, kept.settings)
+        if asked.variant not in ("", kept.variant) or not (record.frozen or meanwhile or back):
+            return False
+        own = replace(kept, require=kept.require if asked.require is None else asked.require)
+        self._serve_again(name, record, new, own)
+        return True
+
+    def _serve_again(self, name: str, record: Record, new: lrai.Artifact, how: How) -> None:
+        with self._started(name, new, how, how.version) as (_, loaded):
+            self._commit(name, record.again(loaded), "load")
 
     def swap(
         self,

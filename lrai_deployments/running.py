@@ -47,8 +47,7 @@ class Running(Embedded):
         self._here: dict[str, Here] = {}  # the same, of those that run in this process
         self.random = Random()
         # With a budget one version starts at a time, so that what it takes can be counted.
-        at_a_time = 1 if self.config.runtime.memory_mib else STARTS
-        self._room = threading.Semaphore(at_a_time)
+        self._room = threading.Semaphore(1 if self.config.runtime.memory_mib else STARTS)
         self._worker = ThreadPoolExecutor(1, "lrai-deployments")
         self._changers = ThreadPoolExecutor(STARTS, "lrai-changes")
 
@@ -175,8 +174,7 @@ class Running(Embedded):
         with self._room:
             self._make_room(name, len(config.actor.device_of_each) * size, tried=tried)
             new = self.add(artifact, name, how.variant, how.require, config, label)
-            pool = self._pool
-            if isinstance(pool, InlinePool) and (opened := pool.opened(new.key)):
+            if isinstance(self._pool, InlinePool) and (opened := self._pool.opened(new.key)):
                 self._here[new.key] = Here(self, new, *opened)
             if watching is not None:
                 self._watches[new.key] = watching
@@ -198,9 +196,8 @@ class Running(Embedded):
             if used + needed <= budget:
                 return
             others = [v for v in takes if v.name != name and takes[v] and self.may_go(v)]
-            others = [] if tried else others
+            others = [] if tried else sorted(others, key=lambda version: version.used_at)
             enough = used + needed - sum(takes[version] for version in others) <= budget
-            others.sort(key=lambda version: version.used_at)
             if not enough or not any(map(self.evict, others)):
                 have = f"{used >> 20} of {budget >> 20} MiB are in use, by it and by models at work"
                 needs = f"{name!r} needs {needed >> 20} MiB more"

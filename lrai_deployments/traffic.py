@@ -191,9 +191,8 @@ class Traffic:
             self._forget(self._clock())
             rows = list(self._sample)
         forms = Counter(self._form(row) for row in rows)
-        if len(forms) > 1:  # they go into one array
-            usual = max(forms, key=forms.__getitem__)
-            rows = [row for row in rows if self._form(row) == usual]
+        usual = max(forms, key=forms.__getitem__, default=None)  # they go into one array
+        rows = [row for row in rows if self._form(row) == usual]
         widths = sorted(_width(row.arrays) for row in rows)
         while widths and len(widths) * widths[-1] > self._most_bytes:
             widths.pop()  # all are padded to the longest
@@ -262,9 +261,8 @@ class Traffic:
 
     def _are_rows(self, before: Sequence[Array]) -> bool:
         """Return whether arrays can be of rows for this model. The lock is held."""
-        for array, spec, ours in zip(
-            before, self._signature.inputs, self._sample[0].arrays, strict=True
-        ):
+        inputs, sampled = self._signature.inputs, self._sample[0].arrays
+        for array, spec, ours in zip(before, inputs, sampled, strict=True):
             shape = (*before[0].shape[:1], *spec.shape[spec.batch_axis is not None :])
             dims = zip(array.shape, shape, strict=False)
             known = all(isinstance(one, str) or n == one for n, one in dims)
