@@ -1,6 +1,7 @@
-"""Check what the pages say: relative links lead somewhere, and `lrai` commands exist.
+"""Check what the pages say: relative links lead to a file and a heading, `lrai` commands exist.
 
-Commands of the README and of the hosts' pages.
+Commands of the README, of the pages below `docs/` and of the hosts' pages; not of decisions, which
+tell of what was.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?")
+HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
+CODE = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^(?:\$ )?|`)(lrai [^`\n]*)", re.MULTILINE)
-GUIDES = list(ROOT.glob("adapters/*/README.md"))
+GUIDES = [*ROOT.glob("adapters/*/README.md"), *ROOT.glob("docs/*.md")]
 WORD = re.compile(r"[a-z][a-z-]*")
 
 
 def main() -> int:
     """Print each fault; return 1 when there is one."""
+    pages = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *GUIDES})
     faults = [
-        f"{page.relative_to(ROOT)}: nothing at {target}"
-        for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *GUIDES])
-        for target in LINK.findall(page.read_text())
-        if not (page.parent / target).exists()
+        f"{page.relative_to(ROOT)}: nothing at {target}{'#' * bool(place)}{place}"
+        for page in pages
+        for target, place in LINK.findall(page.read_text())
+        if not is_there(page.parent / target if target else page, place)
     ]
     commands = sorted(
         {
@@ -37,6 +41,19 @@ def main() -> int:
         print(fault)
     print(f"{len(commands)} commands looked up, {len(faults)} faults")
     return 1 if faults else 0
+
+
+def is_there(target: Path, place: str) -> bool:
+    """Return whether a link leads to a file or folder and, if it names one, to a heading of it."""
+    if not (place and target.suffix == ".md"):
+        return target.exists()
+    text = CODE.sub("", target.read_text()) if target.exists() else ""
+    return place in {slug(title) for title in HEADING.findall(text)}
+
+
+def slug(title: str) -> str:
+    """Return the anchor that a heading has on the web."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def check(command: str) -> list[str]:
