@@ -64,7 +64,7 @@ from lrai_codecs import in_turn, rows_at_a_time
 from lrai_core import OWN_SETTINGS, Artifact, ModelNotFound, UsageError
 from lrai_import.held import running, tell_unheard, when_gone
 from lrai_import.hosted import load
-from lrai_mlflow.commands.kept import Kept, artifact_of
+from lrai_mlflow.commands.deployed import Deployed, artifact_of
 from lrai_mlflow.serving import FLAVOR_NAME, from_lrai, mlflow_errors, ordered, to_lrai
 from lrai_mlflow.settings import flat, settings_of
 
@@ -91,16 +91,18 @@ class Client(BaseDeploymentClient):
             if not name or ":" in name or not name.isprintable():
                 raise UsageError(f"{name!r} is no name of a deployment: printable, without ':'")
             _check_options(config)
-            if name in self._kept.found():
+            if name in self._deployed.found():
                 raise MlflowException(f"deployment {name!r} is there", RESOURCE_ALREADY_EXISTS)
-            with self._kept.alone():
-                artifact, said = self._kept.keep(model_uri)
+            with self._deployed.alone():
+                artifact, said = self._deployed.keep(model_uri)
                 how = self._how(config, said["saved"])
-                with self._kept.saying(name, artifact.version, said):
+                with self._deployed.saying(name, artifact.version, said):
                     load(self._runtime, artifact, name, **how)
-                    if artifact.version not in self._kept.versions(name):  # but what replaced it
+                    if artifact.version not in self._deployed.versions(
+                        name
+                    ):  # but what replaced it
                         self._runtime.swap(name, artifact, **how)
-                self._kept.forget()
+                self._deployed.forget()
         return self.get_deployment(name)
 
     def update_deployment(
@@ -119,7 +121,7 @@ class Client(BaseDeploymentClient):
         """
         options = dict(config or {})
         share, back = options.pop("canary", None), options.pop("rollback", None)
-        with mlflow_errors(), self._kept.alone():
+        with mlflow_errors(), self._deployed.alone():
             shares = self._known(name).shares
             _check_options(options)
             if options and model_uri is None:
@@ -134,31 +136,31 @@ class Client(BaseDeploymentClient):
             elif model_uri is None:
                 self._weigh(name, shares, _number(share))
             else:
-                artifact, said = self._kept.keep(model_uri)
-                known = self._kept.said(name).get(artifact.version, {})
+                artifact, said = self._deployed.keep(model_uri)
+                known = self._deployed.said(name).get(artifact.version, {})
                 same = known.get("saved", {}) == said["saved"]
                 loaded = [one for one in shares if artifact_of(one) == artifact.version]
                 there = "".join(loaded[-1:]) if same and not options else ""  # else otherwise
                 how = self._how(options, said["saved"])
-                with self._kept.saying(name, artifact.version, said):
+                with self._deployed.saying(name, artifact.version, said):
                     self._serve(name, shares, artifact, share, how, there)
-            self._kept.forget()
+            self._deployed.forget()
         return self.get_deployment(name)
 
     def delete_deployment(
         self, name: str, config: Mapping[str, Any] | None = None, endpoint: str | None = None
     ) -> None:
         """Stop serving under a name, if it is served."""
-        with mlflow_errors(), contextlib.suppress(ModelNotFound), self._kept.alone():
+        with mlflow_errors(), contextlib.suppress(ModelNotFound), self._deployed.alone():
             if ":" not in name:  # those of others are no deployments
                 self._runtime.unload(name)
-            self._kept.forget()
+            self._deployed.forget()
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
         """Return every deployment; models that workers of MLflow hold are not among them."""
         with mlflow_errors():
             models = self._runtime.models()  # first: what is deleted after that is not listed
-            return [_shown(models, one) for one in self._kept.found().values()]
+            return [_shown(models, one) for one in self._deployed.found().values()]
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
         """Return a deployment: its versions with share, variant, certificate and state.
@@ -199,8 +201,8 @@ class Client(BaseDeploymentClient):
         shares = {version: share for version, share in known.items() if share and version in served}
         alive = {one: share for one, share in shares.items() if served[one].state != "dead"}
         shares = alive or shares
-        said = self._kept.said(name) if isinstance(inputs, pd.DataFrame) else {}
-        if isinstance(inputs, pd.DataFrame) and self._kept.copies is None:
+        said = self._deployed.said(name) if isinstance(inputs, pd.DataFrame) else {}
+        if isinstance(inputs, pd.DataFrame) and self._deployed.copies is None:
             if not said:
                 seen = f"only the folder of {name!r} says, and it is not seen here"
                 raise UsageError(f"which column is which {seen}: give arrays by input name")
@@ -256,11 +258,11 @@ class Client(BaseDeploymentClient):
         return runtime
 
     @cached_property
-    def _kept(self) -> Kept:
-        return Kept(self._runtime)
+    def _deployed(self) -> Deployed:
+        return Deployed(self._runtime)
 
     def _known(self, name: str) -> Any:
-        found = self._kept.found()
+        found = self._deployed.found()
         if name not in found:
             problem = f"no deployment {name[:120]!r}; there are: {', '.join(found) or 'none'}"
             raise MlflowException(problem, RESOURCE_DOES_NOT_EXIST)
@@ -298,7 +300,7 @@ def _check_options(config: Mapping[str, Any] | None) -> None:
     settings_of(config)  # for its errors
     for key in flat(config or {}):
         if key not in OWN_SETTINGS and key != "variant" and not key.startswith("require."):
-            raise UsageError(f"{key} is the runtime's, not one model's: say it where that starts")
+            raise UsageError(f"{key} is the runtime's, not one model's: set it where that starts")
 
 
 def _shown(models: Sequence[Any], found: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _READ: Final = ", ".join(f"{name}:" for name in _SCHEMES if name)
 _MOST_SAID: Final = 32  # versions of a deployment of which it is kept what they take
 
 
-class Kept:
+class Deployed:
     """The deployments of one runtime, and what is kept of them on this machine."""
 
     def __init__(self, runtime: lrai.Runtime) -> None:
@@ -55,7 +55,7 @@ class Kept:
         """
         scheme = urlparse(str(model_uri)).scheme
         if scheme not in _SCHEMES:
-            raise lrai.UsageError(f"{scheme[:40]}: is not read here, but a path and {_READ}")
+            raise lrai.UsageError(f"{scheme[:40]}: is not read here; a path is, and {_READ}")
         if self.copies is None:  # the runtime of another machine
             return saved_model(_download_artifact_from_uri(str(model_uri)))
         with tempfile.TemporaryDirectory(prefix="lrai-deploy-") as scratch:
