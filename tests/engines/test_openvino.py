@@ -526,7 +526,7 @@ def test_a_place_that_may_not_be_there_is_left_to_onnxruntime(
     assert refusals(proto, tmp_path) == why
 
 
-def test_a_transformer_has_forms(tmp_path: Path) -> None:
+def test_a_transformer_answers_as_before(tmp_path: Path) -> None:
     """Its mask is made floats before it is computed with, and it computes with its own shapes."""
     random, free = np.random.default_rng(0), ["batch", "length"]
     arrays: dict[str, Array] = {

@@ -115,7 +115,7 @@ def test_many_callers_of_many_lengths_get_their_own_answers(
         np.testing.assert_allclose(answer["sentence_embedding"], expected, atol=GATE)
 
 
-def test_an_artifact_serves_what_was_compiled(
+def test_an_artifact_answers_as_its_source_does(
     triton: Triton, minilm_fp32: lrai.Artifact, minilm_session: onnxruntime.InferenceSession
 ) -> None:
     with triton.serving("compiled", {1: minilm_fp32.path}, LRAI) as name:
