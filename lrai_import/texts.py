@@ -30,18 +30,24 @@ class Text(msgspec.Struct, tag=True, frozen=True, kw_only=True, forbid_unknown_f
     Attributes:
         tokenizer: File `tokenizer.json` of the library tokenizers: WordPiece, as BERT has it, BPE
             of bytes, as GPT-2 and RoBERTa have it, or Unigram (SentencePiece), as XLM-R and T5
-            have it. Gives the same tokens, but special tokens in the text are text, and NUL ends
-            the text. WordPiece: also but for a word with a character that the vocabulary lacks:
-            that is its known beginning and [UNK], and for the library [UNK] alone; and but for
-            capitals and accents beyond Latin-1 and base Cyrillic, which an uncased tokenizer of the
-            library makes plain (Č, Ł, Θ, ё, й, Korean) and the graph leaves as they are; of text in
-            NFD accents are left out. BPE: <|endoftext|> is a token also in the text, or the unknown
-            one where there is none; U+0085 is no white space. Unigram: of two ways to cut a text
-            worth nearly the same (---- as --- and - or the other way round) it may be the other
-            one; U+2581, which marks a word's beginning, is a token more where a word of a text
-            begins with it, and none at the end of a text, but where rules of the file make it a
-            space; text in NFD, and half-width kana with a sound mark, are composed by the rules of
-            the file, of which the library applies the first that fits, to short ones alone.
+            have it. The graph gives the same tokens, with these exceptions.
+
+            All: special tokens in the text are text, and NUL ends the text.
+
+            WordPiece: a word with a character that the vocabulary lacks becomes its known beginning
+            and [UNK], where the library gives [UNK] alone. An uncased tokenizer leaves capitals and
+            accents beyond Latin-1 and base Cyrillic as they are (Č, Ł, Θ, ё, й, Korean), where the
+            library makes them plain. In text in NFD, accents are left out.
+
+            BPE: <|endoftext|> is a token also in the text, or the unknown one if the vocabulary
+            lacks it. U+0085 is not white space.
+
+            Unigram: of two ways to cut a text that are worth nearly the same (---- as --- and -, or
+            the other way round), it may take the other one. U+2581, which marks the beginning of a
+            word, is one more token if a word of a text begins with it, and none at the end of a
+            text, unless rules of the file make it a space. Text in NFD, and half-width kana with a
+            sound mark, are composed by the rules of the file, of which the library applies the
+            first that fits, to short ones alone.
         ids: Input of the model that takes the tokens, integers [batch, length].
         mask: The one that takes 1 for a token and 0 for padding, if there is one.
         types: The one that takes the segments, if there is one: all are 0.

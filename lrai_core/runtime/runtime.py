@@ -163,11 +163,11 @@ class Runtime:
         require: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> str:
-        """Have another version serve in place of all that a name has; return the version.
+        """Have another version serve in place of all versions of a name; return that version.
 
-        It is loaded beside them and warmed up with rows of its own evaluation sample. Then it
-        serves, and the others end when what they have accepted is answered. Where anything fails
-        before, they serve on.
+        It is loaded beside them, and warmed up with rows of its own evaluation sample. Then it
+        serves, and the others end once they have answered what they had accepted. If anything fails
+        before that, they serve on.
 
         Args:
             name: Model name.
@@ -186,50 +186,51 @@ class Runtime:
     def route(
         self, name: str, shares: Shares, shadow: Shares | None = None, relief: str = ""
     ) -> None:
-        """Share out the requests for a name that name no version.
+        """Divide the requests for a name among its versions; a request may still name a version.
 
-        While a version with less than the largest share fails significantly more often than that
-        one, it is a canary that has died: everything goes back, and the deployment is frozen.
+        If a version with less than the largest share, a canary, fails significantly more often than
+        the one with the largest, all requests go to that one, and the deployment is frozen.
 
         Args:
             name: Model name.
-            shares: By version, together 1; a version that is not named gets none, and stays loaded.
-            shadow: A version, and of how many of the requests a copy goes to it: 0 to 1. Its
+            shares: By version, adding up to 1; a version that is not named gets no requests, and
+                stays loaded.
+            shadow: A version, and the share of the requests that are copied to it, 0 to 1. Its
                 answers are compared, and never returned.
-            relief: A version, such as a cheaper variant, that under pressure takes the requests
-                which the others could not answer in the time that the request or
-                `scheduler.latency_slo_ms` allows. As ever, the reply names who answered.
+            relief: A version, such as a cheaper variant, that takes requests which the others could
+                not answer in the time that the request or `scheduler.latency_slo_ms` allows. As
+                always, the reply names the version that answered.
         """
         arguments = {"name": name, "shares": dict(shares), "shadow": dict(shadow or {})}
         self._backend.call("route", arguments | {"relief": relief}, type(None))
 
     def rollback(self, name: str) -> str:
-        """Go back to the version before the last `swap` or `route`; return it.
+        """Go back to the version before the last `swap` or `route`; return that version.
 
-        While several share the requests, to the one that was there before the others came.
+        While several versions share the requests, it is the one that was there before the others.
         """
         return self._backend.call("rollback", {"name": name}, str)
 
     def freeze(self, name: str, by: str, reason: str) -> None:
-        """Have a deployment stay as it is until somebody unfreezes it, restarts included."""
+        """Keep a deployment as it is until somebody unfreezes it, also over restarts."""
         self._backend.call("freeze", {"name": name, "by": by, "reason": reason}, type(None))
 
     def unfreeze(self, name: str, by: str, reason: str) -> None:
-        """Let a deployment be changed again."""
+        """Allow a deployment to be changed again."""
         self._backend.call("unfreeze", {"name": name, "by": by, "reason": reason}, type(None))
 
     def deployments(self, *, save: bool = True) -> list[Deployment]:
         """Return every name with its versions and their shares.
 
-        `save`: have what was seen of the requests written down first, for who reads it.
+        `save`: first write down what was seen of the requests, for whoever reads it.
         """
         return self._backend.call("deployments", {} if save else {"save": save}, list[Deployment])
 
     def unload(self, name: str, version: str = "", *, drain: bool = False) -> None:
         """Stop serving a model, or one version of it.
 
-        One version of several answers what it has accepted; else that ends with an error, unless
-        `drain` has it answered first, within `runtime.drain_seconds`.
+        One version of several answers what it has accepted. Otherwise what was accepted ends with
+        an error, unless `drain` is set: then it is answered first, within `runtime.drain_seconds`.
         """
         arguments = {"name": name, "version": version} | ({"drain": drain} if drain else {})
         self._backend.call("unload", arguments, type(None))
@@ -250,8 +251,8 @@ class Runtime:
     def start_all(self, requests: Sequence[InferenceRequest]) -> list[Started]:
         """Accept requests that came together; return for each its future, or its outcome.
 
-        An outcome, an answer or an error, is there at once where the request was refused, and where
-        the model runs in this process: then this thread runs it.
+        An outcome, an answer or an error, is there at once if the request was refused, or if the
+        model runs in this process: then this thread runs it.
         """
         return self._backend.start_all(requests)
 
