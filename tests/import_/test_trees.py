@@ -336,7 +336,9 @@ def test_what_is_infinite_in_single_precision_is_no_other_answer() -> None:
 def test_weights_of_voters_are_none_of_neighbours() -> None:
     voters = [("a", LogisticRegression()), ("b", DecisionTreeClassifier())]
     model = VotingClassifier(voters, weights=np.array([1, 2])).fit(ROWS, CLASSES)
-    convert_sklearn(model, [])
+    session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
+    labels, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
+    np.testing.assert_array_equal(labels, model.predict(ROWS))
 
 
 def test_whole_numbers_beside_others_are_taken() -> None:
