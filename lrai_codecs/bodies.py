@@ -176,7 +176,7 @@ def _csv(body: bytes, inputs: Sequence[TensorSpec], content_type: str) -> dict[s
     except (csv.Error, UnicodeError) as error:
         raise RequestError(f"the body is no CSV in UTF-8: {error}") from None
     if texts == [True] and empty > _MOST_EMPTY:
-        raise RequestError(f"the body has {empty} lines of nothing, {_MOST_EMPTY} are allowed")
+        raise RequestError(f"the body has {empty} empty lines, {_MOST_EMPTY} are allowed")
     lines = [line or [""] for line in _ended(lines)]
     # One text alone may be any text, the name of the input too.
     if lines and "header=present" in content_type.replace(" ", ""):

@@ -23,8 +23,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.callback()
 def lrai() -> None:
-    """Coalesced, compiled and certified inference inside the serving stack you already run.
+    """Make the model that you already serve faster, and say how far off it can be.
 
+    Start with `lrai compile`; `lrai COMMAND --help` explains a command.
+    Exit status: 0 done, 1 a bug, 2 wrong arguments, 3 the answer is no,
+    4 a file that cannot be used, 5 the machine stands in the way.
     `lrai --version` says which version this is.
     """
 

@@ -75,10 +75,10 @@ class Deployments(Kept):
                 record = Record().follows(record) if other else fresh
             if share is not None and not served:
                 none = f"no version of {name[:120]!r} serves"
-                raise lrai.UsageError(f"{none} beside which it could have a share: load without")
+                raise lrai.UsageError(f"{none} that it could share with: load it without a share")
             self._is_alike(name, opened)
             if served and share is None:
-                many = "swap replaces it, a share has both serve"
+                many = "swap replaces it, with a share both serve"
                 raise lrai.UsageError(f"a model {name[:120]!r} is loaded already: {many}")
             part = part if served else 1.0
             # Beside others it is to be as good as they are, and what is not said stays as it is.
@@ -104,7 +104,7 @@ class Deployments(Kept):
                 has_now = record.shares.get(one.version, 0.0)
                 if share is not None and has_now != share:
                     has = f"{one.version} is loaded with a share of {has_now:g}"
-                    raise lrai.UsageError(f"{has}: route gives it another one")
+                    raise lrai.UsageError(f"{has}: route changes that")
                 return True
         return False
 

@@ -1,4 +1,4 @@
-"""`lrai requalify NAME.lrai`: gate and timing again, on the machine that is to serve.
+"""`lrai requalify NAME.lrai`: measure and judge again, on the machine that is to serve.
 
 People compile on a build machine and serve on others, whose processors run other kernels: other
 figures, another speed. What is found is kept beside the user's state, and the runtime goes by it.

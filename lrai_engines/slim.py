@@ -1,4 +1,4 @@
-"""`lrai slim NAME.lrai`: the chosen variant alone, which reads nothing of the source.
+"""`lrai slim NAME.lrai`: a smaller artifact, of nothing but the variant that serves.
 
 What is left out is the source model, by which fp32 would serve on another machine, and every other
 variant. The source is named by its hash. Certificates are issued again, from a run of what is kept.
@@ -42,10 +42,14 @@ def main(arguments: Sequence[str]) -> None:
 def command(
     path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to; by default in its place.")
+        Path | None, typer.Option("--output", "-o", help="Where to; by default, replace it.")
     ] = None,
 ) -> None:
-    """Leave the chosen variant only: no source model, fp32 by reference."""
+    """Leave only the variant that serves here: neither the source model nor fp32.
+
+    The artifact gets smaller, and no longer loads on another class of processor, or with another
+    onnxruntime. Its certificates are issued again.
+    """
     before = _size(path)
     artifact = slim(path, output)
     kept, mebi = artifact.manifest.variants[0].id, 1 << 20

@@ -113,7 +113,7 @@ class SmoothForms:
         if len(keep) in (0, len(known)):
             raise NothingToQuantize("no matrix, or every matrix would be kept closer")
         if self._tried.setdefault((scheme, frozenset(keep)), share) != share:
-            raise NothingToQuantize("the same matrices as before would be kept closer")
+            raise NothingToQuantize("it would be a form that was made before")
         closer = self._emit(model, ROW) if scheme == STATIC else _float32
 
         def mixed(graph: Graph, layer: Linear) -> str:

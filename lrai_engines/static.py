@@ -119,7 +119,7 @@ class StaticForms:
                 raise CompileError(self._failed)
             keep = worst(self.harms, self._work, share)
             if self._tried.setdefault(frozenset(keep), share) != share:
-                raise NothingToQuantize("the same operators as before would be kept closer")
+                raise NothingToQuantize("it would be a form that was made before")
         made, report = make(keep=keep)
         self._find(model, lambda: made)  # where all is in int8; else it is known by now
         every = sum(self.harms.values()) or 1.0

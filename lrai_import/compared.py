@@ -69,7 +69,7 @@ def compare(model: Model, made: Path, inputs: Sequence[TensorSpec], *, what: str
         if converted is None or not alike(answers[0], converted):
             sizes = ", ".join(map(str, dict.fromkeys(extents.values()))) or str(extent)
             size = f"{rows} rows and free extents of {sizes}"
-            raise CompileError(f"{what} answers otherwise for {size}: {why}")
+            raise CompileError(f"{what} gives other answers for {size}: {why}")
         compared = True
     return compared
 

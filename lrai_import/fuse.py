@@ -1,4 +1,4 @@
-"""`lrai fuse A.onnx B.onnx -o C.onnx`: several models as one; what they have in common runs once.
+"""`lrai fuse A.onnx B.onnx -o C.onnx`: one model of several, in which what they share runs once.
 
 Two operators are the same if they are of one kind, have equal attributes, and read the same values;
 weights are the same if they are equal in type, shape and bytes. So models that share a trunk share
@@ -348,21 +348,22 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
     feed: Annotated[
         list[str] | None,
-        typer.Option(help="MODEL.INPUT=MODEL.OUTPUT: what a model before gives; repeatable."),
+        typer.Option(help="MODEL.INPUT=MODEL.OUTPUT of an earlier model; repeatable."),
     ] = None,
 ) -> None:
     """Make one model of several, in which what they have in common runs once.
 
-    Nothing is written where that saves no time, or costs some, at one row or at 32 (exit status 3);
-    a chain (--feed), which saves its callers a request, is written in any case.
+    Nothing is written, and the exit status is 3, if that saves no time, or costs some, at one row
+    or at 32. A chain (--feed), which saves its callers a request, is written in any case.
+
     A request names the outputs that it wants, but sends the inputs of all models. `lrai compile`
     takes the file like any other.
     """
     [(stem, same)] = Counter(file.stem for file in files).most_common(1)
     if len(files) < 2 or same > 1:
-        raise UsageError(f"two or more files of other names are needed, got {same} called {stem!r}")
+        raise UsageError(f"several files of different names are needed, got {same} called {stem!r}")
     if output.exists() or not output.absolute().parent.is_dir():
-        raise UsageError(f"{output} {'exists' if output.exists() else 'is in no folder there is'}")
+        raise UsageError(f"{output} {'exists' if output.exists() else 'is in a missing folder'}")
     models = {file.stem: load(file, typer.echo).model for file in files}
     feeds = dict[str, str]()
     for text in feed or ():

@@ -99,7 +99,7 @@ def to_onnx(folder: Path, out: Path, *, allow_pickle: bool) -> tuple[Path, str, 
     flavor = next((f for f in (_ONNX, *_EXTRAS) if f in model.flavors), "")
     if not flavor:
         got, known = ", ".join(model.flavors), ", ".join((_ONNX, *_EXTRAS))
-        raise UsageError(f"the model has the flavors {got}; converted are {known}")
+        raise UsageError(f"the model has the flavors {got}; what can be converted: {known}")
     configuration = model.flavors[flavor]
     own = str(configuration.get(_DATA.get(flavor, "data"), "data"))
     source = (folder / own).resolve()

@@ -254,7 +254,7 @@ def _compare(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) ->
         torn = [_torn(expected[-1]) if len(expected) > 1 else False, False]
         if not found or not all(map(is_same, expected, (found[0], found[-1]), torn)):
             kind = f"{type(model).__name__} with these parameters"
-            raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
+            raise CompileError(f"{kind} gives other answers once it is converted, so it is refused")
     if not compared:
         what = "texts" if "StringTensorType" in kinds else "numbers"
         if not find_spec("pandas") and (len(types) > 1 or what == "texts"):

@@ -141,7 +141,7 @@ def _compare(model: Any, made: onnx.ModelProto, features: int) -> None:
         found = found[:, 1:]
     if expected.shape != found.shape or not is_same(expected, found):
         kind = f"{type(model).__name__} with these parameters"
-        raise CompileError(f"{kind} answers otherwise once it is converted, so it is not")
+        raise CompileError(f"{kind} gives other answers once it is converted, so it is refused")
 
 
 def _predicted(model: Any, rows: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`lrai bench TRACE ARTIFACT`: whether lrai helps on one's own traffic, on this machine."""
+"""`lrai bench TRACE ARTIFACT`: would sharing calls help on your traffic, on this machine?"""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _HELP: Final = """Replay the traffic of TRACE against ARTIFACT, and compare policies, here.
 
-TRACE is a CSV file with a column timestamp or time (ISO 8601, or seconds as a number) and, where
-you have them, length (or tokens, ContextTokens) and rows; or with a single column, of requests per
-second. Moments and sizes are the trace's, scaled to the rate and the lengths that you ask for. What
-is in the requests is made up, but for texts and sizes that the trace does not tell: those are of
-rows that the artifact kept. The answers are really computed.
+TRACE is a CSV file with a column timestamp or time (ISO 8601, or seconds as a number) and, if you
+have them, length (or tokens, ContextTokens) and rows; or with a single column, requests per second.
+Times and sizes of the requests are the trace's, scaled to the rate and the lengths you ask for. The
+contents are made up, except for texts, and sizes that the trace does not tell: these are taken from
+the rows that the artifact kept. The answers are really computed.
 
 The policies take turns at the same requests, round by round:
 
@@ -106,29 +106,29 @@ def bench(
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.5, max=3600, help="Of the trace, per policy and round.")
+        float, typer.Option(min=0.5, max=3600, help="Of the trace, for each policy and round.")
     ] = 20,
     deadline_ms: Annotated[
         float | None,
         typer.Option(
             min=0.1,
             max=1e9,
-            help="For how long an answer is of use. By default ten times what a large request of "
+            help="How soon an answer is needed. By default ten times what a large request of "
             "this trace (the 95th percentile) takes alone by the artifact's profile, at least 10.",
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, max=100, help="Each is the next part of the trace.")
+        int, typer.Option(min=1, max=100, help="How many; each takes the next part of the trace.")
     ] = 3,
     policies: Annotated[
-        str, typer.Option(help="Which, with commas; the first is compared with the others.")
+        str, typer.Option(help="Separated by commas; the first is compared with the others.")
     ] = ",".join(POLICIES),
     lengths: Annotated[
         str,
         typer.Option(
             metavar="LOW..HIGH",
-            help="Lay the trace's lengths over this range; draw them from it where there are none. "
-            "By default the range of the artifact's profile, where they are not within it.",
+            help="Scale the trace's lengths to this range, or draw them from it if there are none. "
+            "By default the range of the artifact's profile, if they are not within it.",
             show_default=False,
         ),
     ] = "",
@@ -141,7 +141,7 @@ def bench(
     check_numbers(rate=rate, seconds=seconds, deadline_ms=deadline_ms)
     names = _names(policies)
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
+        raise UsageError(f"--json {file}: it is a folder, or lies in none that exists")
     check_size(rate or 0, seconds, rounds)
     opened = Artifact.open(artifact)
     kept = evaluation(opened).inputs

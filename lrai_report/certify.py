@@ -19,7 +19,7 @@ certificate_app: Final = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 _LINE: Final = 2000
-_BEFORE: Final = " The bound is for one that was chosen before."
+_BEFORE: Final = " Choose it before you look: the bound holds only then."
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,13 +35,16 @@ def main_certificate(arguments: Sequence[str]) -> None:
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")],
-    epsilon: Annotated[float, typer.Option(help="Largest difference after the output maps.")],
-    variant: Annotated[str, typer.Option(help="Variant; the chosen one by default.")] = "",
-    radius: Annotated[float, typer.Option(help="Box around evaluation rows; 0: the rows.")] = 0.0,
-    samples: Annotated[int, typer.Option(help=f"Draws from the box.{_BEFORE}")] = 1000,
+    epsilon: Annotated[float, typer.Option(help="Largest difference, after the output map.")],
+    variant: Annotated[str, typer.Option(help="Variant; by default the chosen one.")] = "",
+    radius: Annotated[float, typer.Option(help="Noise around each row; 0: the rows.")] = 0.0,
+    samples: Annotated[int, typer.Option(help=f"Draws of noise.{_BEFORE}")] = 1000,
     seed: Annotated[int, typer.Option(help=f"Of the draws.{_BEFORE}")] = 0,
 ) -> None:
-    """Certify statistically how far a variant is from the source model; keep the certificate."""
+    """Certify statistically how far a variant is from the source model, on kept rows.
+
+    The certificate is kept in the artifact, beside those that are there.
+    """
     spec = Spec(epsilon=epsilon, variant=variant, radius=radius, samples=samples, seed=seed)
     for certificate in lrai_core.verify(Artifact.open(path), spec):
         _say(f"certificate {certificate.id}: {certificate.statement()}")
@@ -60,7 +63,10 @@ def check(
         Path | None, typer.Option(help="The original model; by default the artifact's copy.")
     ] = None,
 ) -> None:
-    """Validate every field of a certificate and run its sample, or part of it, again."""
+    """Check a certificate: every field, and its sample, or a part of it, run again.
+
+    Exit status 3: it does not hold here.
+    """
     verdict = lrai_core.check(file, artifact, source=source)
     for line in verdict.confirmed:
         _say(line, mark=("ok", "green"))

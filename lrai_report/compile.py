@@ -1,4 +1,4 @@
-"""`lrai compile`: fp32, and the fastest forms of a model that pass the gate on your rows."""
+"""`lrai compile`: make the fastest form of a model that agrees with it on your rows."""
 
 from __future__ import annotations
 
@@ -35,74 +35,76 @@ def main(arguments: Sequence[str]) -> None:
 
 @app.command()
 def compile(
-    models: Annotated[list[Path], typer.Argument(help="ONNX, trees, .skops, SavedModel, .toml.")],
+    models: Annotated[list[Path], typer.Argument(help="Model: a file, or a SavedModel.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write, NAME.lrai.")],
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Rows that forms are made for.")] = None,
-    metric: Annotated[str, typer.Option(help="With labels: top1 or top5.")] = "top1",
+    calibration: Annotated[Path | None, typer.Option(help="Rows to make forms with.")] = None,
+    metric: Annotated[str, typer.Option(help="What labels judge: top1 or top5.")] = "top1",
     output_map: Annotated[
         str, typer.Option(help="How outputs are compared: raw, softmax or l2_normalised.")
     ] = "raw",
-    max_accuracy_loss: Annotated[float, typer.Option(help="Largest loss, as a share.")] = 0.01,
-    epsilon: Annotated[float | None, typer.Option(help="Closeness to demand and certify.")] = None,
-    delta: Annotated[float, typer.Option(help="Share of inputs that may exceed epsilon.")] = 0.01,
+    max_accuracy_loss: Annotated[float, typer.Option(help="As a share, judged by labels.")] = 0.01,
+    epsilon: Annotated[float | None, typer.Option(help="Difference to allow and certify.")] = None,
+    delta: Annotated[float, typer.Option(help="Share of inputs that may exceed it.")] = 0.01,
     group: Annotated[
-        list[str] | None, typer.Option(help="Array of groups to treat alike; repeatable.")
+        list[str] | None, typer.Option(help="Array that says who is in which group; repeatable.")
     ] = None,
     max_disparity: Annotated[
-        float,
-        typer.Option(help="Most, as a share, by which a form may widen what groups differ by."),
+        float, typer.Option(help="By how much, as a share, groups may differ more than before.")
     ] = 0.01,
     axes: Annotated[
         Path | None, typer.Option(help="TOML that states the axes; see docs/architecture.md.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="latency, or memory: least of it.")] = "latency",
+    objective: Annotated[str, typer.Option(help="Choose by latency or memory.")] = "latency",
     keep: Annotated[
         int | None,
         typer.Option(
-            help="Variants to keep, fp32 among them; 3: two that share the calls. By default 2, "
-            "with --engine 3.",
+            help="How many variants to keep, counting fp32; with 3, two can share the calls. By "
+            "default 2, with --engine 3.",
             show_default=False,
         ),
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option(help="Another engine to try, openvino; repeatable.")
+        list[str] | None, typer.Option(help="Another engine to try: openvino; repeatable.")
     ] = None,
     threads: Annotated[
         int,
         typer.Option(
-            help="Of the engine, as it is served; 0: as many as this machine would serve with."
+            help="Engine threads to measure with; 0: as many as this machine would serve with."
         ),
     ] = 0,
     keep_evaluation: Annotated[
         int | None,
         typer.Option(
-            help="Rows of the gate to keep in the artifact, with labels and groups, in 256 MiB at "
-            "most; 0: none. By default what 16 MiB hold."
+            help="How many of the rows that judge to keep in the artifact, with labels and groups, "
+            "in 256 MiB at most; 0: none. By default as many as 16 MiB hold."
         ),
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="About so long, then the best so far.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of which rows judge, and which make forms.")] = 0,
+    minutes: Annotated[float | None, typer.Option(help="Then stop, with the best so far.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides which rows judge.")] = 0,
     cache: Annotated[
         Path | None,
         typer.Option(
             file_okay=False,
-            help="Keep the forms that are made in this folder, and take those that are there, "
-            "after an interrupt or for other conditions. What is measured is measured anew.",
+            help="Folder to keep forms in, and to take them from after an interrupt or to judge by "
+            "other conditions. Timings are always taken anew.",
         ),
     ] = None,
     fuse: Fuse = False,  # noqa: FBT002 - typer's way
     feed: Feed = None,
     slim: Slim = False,  # noqa: FBT002 - likewise
 ) -> None:
-    """Compile a model: fp32, and the fastest forms that pass the gate on the evaluation rows.
+    """Compile a model to the fastest form that agrees with it on the evaluation rows.
 
-    Several (--fuse) become one where that is faster, or a chain; else nothing is written, and 3 is
-    the exit status, as it is where no form but fp32 passes.
+    MODELS: an ONNX file; trees (.json, .ubj, .txt) or .skops; the folder of a SavedModel; a
+    description (.toml); with --fuse, several ONNX files. Without --evaluation it is fp32 that you
+    get, optimised.
+
+    Exit status 3: no form but fp32 passed the gate and was faster. The artifact is written all the
+    same, and serves fp32; its quantization.jsonl says why of each form. With --fuse, the status is
+    3 where one model is no faster than several; then nothing is written.
     """
     if fuse == (len(models) == 1):
         several = f"{len(models)} models are given: --fuse makes one of them"

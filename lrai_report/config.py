@@ -22,9 +22,9 @@ def main(arguments: Sequence[str]) -> None:
 
 @app.command()
 def config(
-    file: Annotated[Path | None, typer.Option(help="lrai.toml; the one here by default.")] = None,
+    file: Annotated[Path | None, typer.Option(help="lrai.toml; by default the one here.")] = None,
 ) -> None:
-    """Print every setting and where its value came from: a table, or a line each where piped."""
+    """Print every setting and where its value came from: as a table, or in a pipe one per line."""
     table = Table()
     for column in ("setting", "value", "from"):
         table.add_column(column, overflow="fold")

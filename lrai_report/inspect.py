@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")]) -> None:
-    """Show an artifact: its variants with what was measured, its certificates; check every file."""
+    """Show an artifact: its variants, what was measured, its certificates; check its files."""
     artifact = Artifact.open(path)
     manifest = artifact.manifest
     best = manifest.variant(manifest.chosen)

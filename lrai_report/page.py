@@ -62,9 +62,10 @@ def report(
         Path | None, typer.Option("--output", "-o", help="File to write; NAME.html by default.")
     ] = None,
 ) -> None:
-    """Write a page: forms tried, the Pareto front, operators, accuracy, groups, environment.
+    """Write an HTML page: forms tried, the Pareto front, operators, accuracy, groups, environment.
 
-    Where the time goes, by kind of operator, is measured now, if the artifact was made for here.
+    Where the time goes, by kind of operator, is measured now, if the artifact was made for a
+    machine like this one.
     """
     path = path.resolve()
     artifact = Artifact.open(path)
@@ -88,7 +89,7 @@ def page(artifact: Artifact) -> str:
     try:
         import jinja2
     except ImportError:
-        raise EnvironmentProblem("the page is made by jinja2: pip install 'lrai[report]'") from None
+        raise EnvironmentProblem("the page needs jinja2: pip install 'lrai[report]'") from None
     events = list(logged(artifact))
     manifest = artifact.manifest
     chosen = manifest.variant(manifest.chosen)

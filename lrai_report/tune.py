@@ -1,4 +1,4 @@
-"""`lrai tune TARGET`: is a faster form of a model right on its own requests, and how fast is it?"""
+"""`lrai tune TARGET`: try faster forms of a model on the requests that it was really asked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _WORST: Final = 20
 _DECIDE: Final = ("actor.replicas", "actor.threads", "scheduler.deterministic")  # which is faster
 
 
-Apply = Annotated[bool, typer.Option("--apply", help="Have it serve, if it is better.")]
+Apply = Annotated[bool, typer.Option("--apply", help="Switch over to it, if it is better.")]
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -52,14 +52,14 @@ def tune(
     target: Annotated[
         str,
         typer.Argument(
-            help="What the runtime serves (also by its folder, or as MLflow's models:/…), "
-            "an artifact, a model file, a model of Triton by its folder."
+            help="Name of what the runtime serves (or its folder, or MLflow's models:/…); or an "
+            "artifact, a model file, the folder of a Triton model."
         ),
     ],
     *,
     requests: Annotated[
         Path | None,
-        typer.Option(help="Rows that were asked, .npz; by default what the runtime captured."),
+        typer.Option(help=".npz of rows to tune for; by default what the runtime captured."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Artifact to write, NAME.lrai.")
@@ -71,42 +71,47 @@ def tune(
         list[str] | None, typer.Option(help="Another to try (openvino); by default as what serves.")
     ] = None,
     callers: Annotated[
-        int, typer.Option(min=1, max=512, help="Requests at the same time while it measures.")
+        int, typer.Option(min=1, max=512, help="Concurrent requests while it measures.")
     ] = 8,
     seconds: Annotated[
-        float, typer.Option(min=0.2, max=600, help="That a round of measuring takes.")
+        float, typer.Option(min=0.2, max=600, help="Length of a round of measuring.")
     ] = 3.0,
     rounds: Annotated[
-        int, typer.Option(min=3, max=99, help="Of measuring each side, in turns.")
+        int, typer.Option(min=3, max=99, help="Rounds of measuring for each side, in turns.")
     ] = 5,
     minutes: Annotated[
-        float, typer.Option(min=0, max=1440, help="For which live requests are copied to it.")
+        float, typer.Option(min=0, max=1440, help="How long to copy live requests to it; 0: not.")
     ] = 1.0,
     price_per_hour: Annotated[
-        float, typer.Option(min=0, max=1e9, help="Of a machine; says what a million requests cost.")
+        float, typer.Option(min=0, max=1e9, help="Price of a machine, to say what requests cost.")
     ] = 0.0,
     apply: Apply = False,
     file: Annotated[
         Path | None, typer.Option("--json", help="File to write all figures to.")
     ] = None,
     address: Annotated[
-        str, typer.Option(help="Of the runtime; by default as LRAI_RUNTIME says, or auto.")
+        str, typer.Option(help="Runtime to ask; by default as LRAI_RUNTIME says, or auto.")
     ] = "",
 ) -> None:
     """Try faster forms of TARGET on its own requests; say what is gained, and what changes.
 
-    Requests are captured where runtime.capture_rows says how many (LRAI_RUNTIME_CAPTURE_ROWS=2000):
-    a random sample of real ones, in the runtime's state_dir. A part of them is what forms are made
-    for, another what they are judged on, by agreement with fp32: the share of answers that change
-    is of distinct requests, however often each was asked. Callers have the answers of before
-    without --apply, though live requests are copied to it for --minutes; but where it runs,
-    compiling and measuring take the CPUs, and two more copies of the model lie in memory, outside
-    runtime.memory_mib. With --apply, 30 rows of live requests are needed at least (--minutes 0:
-    none), and one command goes back. It makes and measures under the settings of this shell and
-    folder: give it the LRAI_ACTOR_THREADS, LRAI_ACTOR_REPLICAS and LRAI_SCHEDULER_DETERMINISTIC
-    that the host has. No gain: exit status 3, and nothing is left. What is written keeps the
-    requests that it was judged on, up to 65,536 and 256 MiB of them: such an artifact is as private
-    as they are.
+    Requests are captured if runtime.capture_rows says how many (LRAI_RUNTIME_CAPTURE_ROWS=2000): a
+    random sample of real ones, kept in the runtime's state_dir. Forms are made for a part of them,
+    and judged on another part, by agreement with fp32. The share of answers that change is counted
+    over distinct requests, however often each was asked.
+
+    Without --apply callers get the answers of before, though live requests are copied to the new
+    form for --minutes. With --apply it is compared on at least 30 rows of live requests (none with
+    --minutes 0) before it serves, and one command goes back. If nothing is gained, the exit status
+    is 3, and nothing is left behind.
+
+    Where it runs, compiling and measuring take the CPUs meanwhile, and two more copies of the model
+    lie in memory, outside runtime.memory_mib. It measures under the settings of this shell and
+    folder: give it the LRAI_ACTOR_THREADS, LRAI_ACTOR_REPLICAS and LRAI_SCHEDULER_DETERMINISTIC of
+    the host.
+
+    The artifact that is written keeps the requests that it was judged on (up to 65,536, and 256 MiB
+    of them): it is as private as they are.
     """
     check_numbers(seconds=seconds, minutes=minutes, price_per_hour=price_per_hour)
     found = find(target, requests, address)
@@ -183,7 +188,7 @@ def _refuse_at_once(found: Target, minutes: float, file: Path | None, *, apply: 
     if minutes and found.copied:
         raise ConditionNotMet(f"{found.copied}; or compare no live requests (--minutes 0)")
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UsageError(f"--json {file}: it is a folder, or its own does not exist")
+        raise UsageError(f"--json {file}: it is a folder, or lies in none that exists")
     if file is not None and found.requests is None:
         raise UsageError("--json: nothing is measured without requests (--requests)")
 

@@ -25,7 +25,7 @@ _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 app = typer.Typer(help="The shared runtime.", no_args_is_help=True, add_completion=False)
 out = Console(highlight=False, markup=False, emoji=False)
 _WHERE: Final = "by default as LRAI_RUNTIME says, or this user's (auto)"
-Folder = Annotated[str, typer.Option("--address", help=f"Its folder; {_WHERE}.")]
+Folder = Annotated[str, typer.Option("--address", help=f"Runtime's folder; {_WHERE}.")]
 Address = Annotated[str, typer.Option(help=f"Its folder or tcp://HOST:PORT?keys=FOLDER; {_WHERE}.")]
 Listen = Annotated[
     str,
@@ -36,9 +36,9 @@ Client = Annotated[str, typer.Option(help="Name of a client to make keys for.")]
 Name = Annotated[str, typer.Option(help="Model name; by default the artifact's.")]
 Share = Annotated[
     float | None,
-    typer.Option(help="Of the requests for a name that serves already, 0 to 1: a canary."),
+    typer.Option(help="Share of the requests to take beside what serves, 0 to 1: a canary."),
 ]
-Variant = Annotated[str, typer.Option(help="One of the artifact's; by default the chosen one.")]
+Variant = Annotated[str, typer.Option(help="Variant of the artifact; by default the chosen one.")]
 Require = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,20 +48,20 @@ Require = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--setting", metavar="KEY=VALUE", help="Of this model, as actor.replicas=2."),
+    typer.Option("--setting", metavar="KEY=VALUE", help="For this model, as actor.replicas=2."),
 ]
 Model = Annotated[str, typer.Argument(help="Name, as lrai runtime status shows it.")]
-Version = Annotated[str, typer.Option(help="One of its versions; by default all.")]
-By = Annotated[str, typer.Option(help="Who says so.")]
-Reason = Annotated[str, typer.Option(help="And why.")]
-Shares = Annotated[list[str], typer.Argument(help="VERSION=SHARE …, together 1.")]
-Shadow = Annotated[str, typer.Option(help="VERSION=SHARE of the requests that are copied to it.")]
-Relief = Annotated[str, typer.Option(help="VERSION that takes what would be late elsewhere.")]
+Version = Annotated[str, typer.Option(help="Version to unload; by default all.")]
+By = Annotated[str, typer.Option(help="Who decides it.")]
+Reason = Annotated[str, typer.Option(help="Why.")]
+Shares = Annotated[list[str], typer.Argument(help="VERSION=SHARE …, which add up to 1.")]
+Shadow = Annotated[str, typer.Option(help="VERSION=SHARE: copy this share of requests to it.")]
+Relief = Annotated[str, typer.Option(help="VERSION that takes what the others are too late for.")]
 
 
 @app.command()
 def start(address: Folder = "", listen: Listen = "", keys: Keys = None) -> None:
-    """Start the runtime, to stay until it is stopped; do nothing where one runs."""
+    """Start the runtime, and have it stay until it is stopped; one that runs already stays, too."""
     if keys and not listen:
         raise typer.BadParameter("--keys goes with --listen")
     config, folder = _place(address)
@@ -76,7 +76,7 @@ def start(address: Folder = "", listen: Listen = "", keys: Keys = None) -> None:
 
 @app.command()
 def keys(folder: Path, client: Client = "") -> None:
-    """Make in FOLDER the keys of a runtime that other machines reach, and those of a client."""
+    """Make the keys of a runtime that other machines reach, and those of a client, in FOLDER."""
     files = make_keys(folder.absolute(), client)
     out.print(f"{folder} holds the keys, for lrai runtime start --listen tcp://… --keys")
     if files:
@@ -87,7 +87,7 @@ def keys(folder: Path, client: Client = "") -> None:
 def status(address: Address = "") -> None:
     """Show what is loaded, how it is, and what has happened so far.
 
-    Ends with 3 where the runtime is not ready, and with 5 where there is none.
+    Exit status: 0 ready, 3 not ready, 5 there is none.
     """
     with _running(address) as runtime:
         columns = "model", "version", "variant", "certificate", "state", "pids"
@@ -121,7 +121,10 @@ def load(
 
 @app.command()
 def unload(model: Model, version: Version = "", address: Address = "") -> None:
-    """Stop serving MODEL; or one version of it, which answers what it has where others stay."""
+    """Stop serving MODEL, or one version of it.
+
+    A version beside others answers what it has accepted first.
+    """
     with _running(address) as runtime:
         runtime.unload(model, version)
 
@@ -135,9 +138,9 @@ def swap(
     setting: Settings = None,
     address: Address = "",
 ) -> None:
-    """Have ARTIFACT serve in place of what serves as MODEL, without losing a request.
+    """Have ARTIFACT serve as MODEL in place of what does now, without losing a request.
 
-    What is not said of its certificate and settings stays as it is.
+    What --require and --setting do not say stays as it is.
     """
     how = _how(variant, require, setting)
     with _running(address) as runtime:
@@ -148,7 +151,7 @@ def swap(
 def route(
     model: Model, shares: Shares, shadow: Shadow = "", relief: Relief = "", address: Address = ""
 ) -> None:
-    """Share out the requests for MODEL among versions that are loaded."""
+    """Divide the requests for MODEL among versions that are loaded."""
     with _running(address) as runtime:
         copies = dict([_share(shadow)] if shadow else [])
         runtime.route(model, dict(map(_share, shares)), copies, relief)
@@ -156,21 +159,21 @@ def route(
 
 @app.command()
 def rollback(model: Model, address: Address = "") -> None:
-    """Go back to the version that served as MODEL before: a canary is taken back."""
+    """Go back to the version that served as MODEL before; take back a canary if there is one."""
     with _running(address) as runtime:
         out.print(f"{model} is served by {runtime.rollback(model)}")
 
 
 @app.command()
 def freeze(model: Model, by: By, reason: Reason, address: Address = "") -> None:
-    """Have MODEL stay as it is deployed until it is unfrozen."""
+    """Keep the deployment of MODEL as it is until it is unfrozen."""
     with _running(address) as runtime:
         runtime.freeze(model, by, reason)
 
 
 @app.command()
 def unfreeze(model: Model, by: By, reason: Reason, address: Address = "") -> None:
-    """Let the deployment of MODEL be changed again."""
+    """Allow the deployment of MODEL to be changed again."""
     with _running(address) as runtime:
         runtime.unfreeze(model, by, reason)
 
@@ -191,14 +194,14 @@ def deployments(address: Address = "") -> None:
 
 @app.command()
 def drain(address: Address = "") -> None:
-    """Refuse new requests for good, and wait for the accepted ones."""
+    """Refuse new requests from now on, and wait for the accepted ones to be answered."""
     if not _call(address, "drain"):
         raise ConditionNotMet("not all requests have ended in time")
 
 
 @app.command()
 def stop(address: Folder = "") -> None:
-    """Refuse new requests, wait for the accepted ones, and end."""
+    """Refuse new requests, wait for the accepted ones to be answered, and end the runtime."""
     config, folder = _place(address)
     program = f"/proc/{_call(address, 'stop')}/exe"
     seen = os.path.lexists(program)  # it may run in another container
@@ -286,10 +289,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def main_freeze(arguments: Sequence[str]) -> None:
-    """`lrai freeze`: have a deployment stay as it is until it is unfrozen."""
+    """`lrai freeze`: keep a deployment as it is until it is unfrozen."""
     main(["freeze", *arguments])
 
 
 def main_unfreeze(arguments: Sequence[str]) -> None:
-    """`lrai unfreeze`: let a deployment be changed again."""
+    """`lrai unfreeze`: allow a deployment to be changed again."""
     main(["unfreeze", *arguments])

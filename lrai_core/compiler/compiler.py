@@ -82,50 +82,51 @@ def compile(
     """Compile an ONNX model into an artifact: fp32, and the fastest forms that pass the gate.
 
     Args:
-        model: ONNX file, opset 17 or later (lower is upgraded where possible), or what another
-            installed importer reads: a `.toml`, a folder of a SavedModel, a file of XGBoost,
-            LightGBM or skops; or, in memory, what `lrai_import.objects.compile` takes, by which it
-            is compiled then.
+        model: ONNX file, opset 17 or later (lower is upgraded where possible); or what another
+            installed importer reads: a `.toml`, the folder of a SavedModel, a file of XGBoost,
+            LightGBM or skops; or a model in memory, which `lrai_import.objects.compile` then
+            compiles.
         out: Directory to write, `NAME.lrai`; must not exist.
-        calibration: Rows that forms are made for: ranges of activations, and where int8 does harm;
-            128 of them, drawn by `seed`. By default a tenth of the evaluation rows.
+        calibration: Rows to make forms with: they show ranges of activations, and where int8 does
+            harm; 128 of them are drawn by `seed`. By default a tenth of the evaluation rows.
         evaluation: `.npz` with an array per input and optionally `label`, or the same as a mapping.
             A fifth serves calibration and search, the rest the gate. Without it only fp32 is kept.
-        metric: Judged where there are labels: `top1` or `top5`, on the first output with scores of
-            classes, or else with one score a row, which says 1 above 0.5, or above 0 where those of
-            fp32 are not all between 0 and 1.
+        metric: What labels judge, `top1` or `top5`. They are of the first output with scores of
+            classes; or else of the first with one score a row, which means 1 above 0.5, or above 0
+            if the scores of fp32 are not all between 0 and 1.
         output_map: How outputs are compared: `raw`, `softmax` or `l2_normalised`.
         max_accuracy_loss: Largest loss in the metric, as a share, at 95 % confidence.
-        epsilon: Closeness to certify, and to demand of all but `delta` of inputs; of outputs that
-            are compared as `raw` it decides in place of the 1 per cent. By default the
-            99th percentile on the search rows is certified and nothing is demanded.
+        epsilon: Difference to certify, and to demand that all but `delta` of inputs stay within. Of
+            outputs that are compared as `raw` it decides in place of the 1 per cent. By default the
+            99th percentile on the search rows is certified, and nothing is demanded.
         delta: Share of inputs that may differ by more than epsilon.
-        groups: Arrays of the evaluation that say to which group a row belongs, of two-class models
-            with labels: demographic parity and equalised odds may not widen between those that
-            have enough rows to tell; what has not is said. Rows with equal inputs count once, in
-            the group of the first: let what tells people apart be an input.
-        max_disparity: By how much they may, as a share, at 95 % confidence.
+        groups: Names of arrays of the evaluation that say to which group a row belongs, for models
+            of two classes with labels. Demographic parity and equalised odds may not widen between
+            groups that have enough rows to tell; it is said which have not. Rows with equal inputs
+            count once, in the group of the first: let what tells people apart be an input.
+        max_disparity: By how much these may widen, as a share, at 95 % confidence.
         axes: TOML file that states batch and length axes instead of finding them.
-        objective: What is wanted of forms that pass: least `latency`, or least `memory` of those
-            that are not slower than fp32; then forms with 4 bits are tried, too.
-        keep: Variants to keep, fp32 among them; at least 1, by default 2, or 3 where other engines
-            are tried. With 3 or more, one that is faster for calls of some size than the chosen one
-            serves those, and is loaded beside it.
-        engines: Those whose forms are tried beside onnxruntime's: `openvino`. What is chosen may
-            need them where it serves; where they are not, the next variant that can serves.
+        objective: Which of the forms that pass is chosen: that of least `latency`, or that of least
+            `memory` among those that are not slower than fp32; then forms with 4 bits are tried,
+            too.
+        keep: How many variants to keep, fp32 among them; at least 1, by default 2, or 3 if other
+            engines are tried. With 3 or more, a variant that is faster than the chosen one for
+            calls of some size serves those, and is loaded beside it.
+        engines: Engines to try beside onnxruntime: `openvino`. Where the artifact serves, the
+            chosen variant may need them; if they are missing there, the next one that can serves.
         threads: Engine threads to measure with; 0 for the CPUs that there are, or one where all
             calls take less than 2 ms, as it is served then.
         keep_evaluation: Gate rows to keep in the artifact, with their labels and groups, for
             certificates and for measuring it elsewhere; by default as many as fit 16 MiB, at most
             what fit 256 MiB.
-        seed: Of the split of the evaluation rows.
-        minutes: About how long it may take, the best so far is kept then: a quarter of it serves to
-            make forms, half of it is gone when they have been measured, in three rounds at least,
-            and after three quarters it looks at no more of them. What has not been judged when they
-            are up is not kept. fp32 is always made and judged, and then one of those looked at.
-        cache: Folder that keeps the forms that are made: another compilation of the same model with
-            the same rows and engines, after this one or instead of it, finds them there.
-            What was measured is measured anew: figures of two times cannot be compared.
+        seed: Decides how the evaluation rows are split.
+        minutes: About how long it may take; then the best so far is kept. A quarter of the time is
+            for making forms; after half of it they have been measured, in three rounds at least;
+            after three quarters no further ones are looked at. What has not been judged when the
+            time is up is not kept. fp32 is always made and judged, and one of those looked at, too.
+        cache: Folder to keep forms in. Another compilation of the same model with the same rows and
+            engines, after this one or instead of it, finds them there. Timings are taken anew:
+            those of two times cannot be compared.
         progress: Told of every step.
 
     Raises:
@@ -356,7 +357,7 @@ class _Compilation:
         others = [one for one in self.candidates if one is not fp32]
         worth = [fp32, *(one for one in others if self._worth(one, [], keep))]
         for one in (one for one in others if one not in worth):
-            self._reject(one.name, f"{one.pace}: a gain of {search.WORTH} is worth it")
+            self._reject(one.name, f"{one.pace}: a gain of {search.WORTH} is needed")
         tick = self._begin("search", len(rows) * (1 + 2 * len(worth)), "source")
         reference = gate.run_alone(self.reference, rows, self.threads, tick)
         for candidate in tuple(worth):

@@ -267,8 +267,8 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config('parameters { key: "require.delta" value { string_value: "0.01" } }'),
         "variant int8 has no certificate that meets the requirement .delta=0.01.",
     ),
-    "number": (config("max_batch_size: many"), "config.pbtxt is not as Triton's: 2:"),
-    "kind": (config("input: 3"), "config.pbtxt is not as Triton's: 2:"),
+    "number": (config("max_batch_size: many"), "config.pbtxt is not as Triton reads it: 2:"),
+    "kind": (config("input: 3"), "config.pbtxt is not as Triton reads it: 2:"),
 }
 
 
@@ -282,7 +282,7 @@ def test_the_doctor_finds_what_is_wrong_with_a_model(
     said = run("doctor", "--model-repository", repository, code=3)
     assert re.search(words, said), said
     assert said.startswith(f"- {repository / 'small' / '1'}: ")
-    assert "1 to put right" in said
+    assert "1 problem(s)" in said
 
 
 def test_the_doctor_looks_at_models_that_are_served_as_they_are(repository: Path, run: Run) -> None:

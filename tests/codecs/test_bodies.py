@@ -376,7 +376,7 @@ def test_lines_of_nothing_take_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:
         tracemalloc.stop()
-    with pytest.raises(RequestError, match="2200000 lines of nothing, 1048576 are allowed"):
+    with pytest.raises(RequestError, match="2200000 empty lines, 1048576 are allowed"):
         decode(body, "text/csv", [JOB])
 
 

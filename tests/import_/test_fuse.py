@@ -365,8 +365,8 @@ def test_where_nothing_is_gained_or_some_is_lost_nothing_is_written(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["one.onnx"], "two or more files of other names are needed, got 1 called 'one'"),
-        (["one.onnx", "two.onnx", "one.onnx"], "of other names are needed, got 2 called 'one'"),
+        (["one.onnx"], "several files of different names are needed, got 1 called 'one'"),
+        (["one.onnx", "two.onnx", "one.onnx"], "of different names are needed, got 2 called 'one'"),
         (["one.onnx", "two.onnx"], "both.onnx exists"),
     ],
 )

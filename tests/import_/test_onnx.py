@@ -119,7 +119,7 @@ def test_what_answers_otherwise_at_a_newer_opset_is_refused(tmp_path: Path) -> N
     inputs, outputs = [value("x", ["n", 3, 4])], [value("y", ["n", 3, 4])]
     proto = model([node], inputs, outputs, opset=11)
     with pytest.raises(
-        UnsupportedOperator, match="brought to opset 17 the model answers otherwise"
+        UnsupportedOperator, match="brought to opset 17 the model gives other answers"
     ):
         load(save(proto, tmp_path / "m.onnx"), print)
 

@@ -146,7 +146,7 @@ def test_what_is_converted_answers_as_before(convert: Any, model: Any) -> None:
     ],
 )
 def test_what_the_converter_gets_wrong_is_refused(convert: Any, model: Any) -> None:
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert(model(), [])
 
 
@@ -157,7 +157,7 @@ def test_what_is_small_is_compared_by_its_own_size() -> None:
         (convert_xgboost, model),
         (convert_sklearn, make_pipeline(StandardScaler(), model).fit(ROWS, values)),
     ):
-        with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+        with pytest.raises(CompileError, match="gives other answers once it is converted"):
             convert(trained, [])
     small = xgb(xgboost.XGBRegressor, VALUES * 1e-5, base_score=0.0)
     session = onnxruntime.InferenceSession(convert_xgboost(small, []).SerializeToString())
@@ -386,7 +386,7 @@ TEXT = (TensorSpec(name="text", datatype="BYTES", shape=("n",)),)
 def test_texts_are_compared_too(vectorizer: Any, texts: list[str]) -> None:
     model = make_pipeline(vectorizer, LogisticRegression()).fit(texts, [0, 1, 1, 0] * 10)
     columns = (TensorSpec(name="text", datatype="BYTES", shape=("n",)),)
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(model, columns)
     plain = make_pipeline(CountVectorizer(), LogisticRegression()).fit(TEXTS, [0, 1, 1, 0] * 10)
     session = onnxruntime.InferenceSession(convert_sklearn(plain, columns).SerializeToString())
@@ -404,7 +404,7 @@ def of_texts(made: Any) -> list[Any]:
 def test_texts_of_a_union_are_compared_too(other: Any) -> None:
     logarithms = make_union(TfidfVectorizer(sublinear_tf=True), other)
     model = make_pipeline(logarithms, LogisticRegression()).fit(TEXTS, LABELS)
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(model, TEXT)
     model = make_pipeline(make_union(TfidfVectorizer(), other), LogisticRegression())
     _, scores = of_texts(convert_sklearn(model.fit(TEXTS, LABELS), TEXT))
@@ -421,7 +421,7 @@ def test_texts_that_a_column_has_for_several_are_compared_for_each() -> None:
         if right:
             convert_sklearn(model, TEXT)
         else:
-            with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+            with pytest.raises(CompileError, match="gives other answers once it is converted"):
                 convert_sklearn(model, TEXT)
 
 
@@ -430,14 +430,14 @@ def test_texts_are_compared_behind_a_threshold_too() -> None:
         inner = make_pipeline(vectorizer, LogisticRegression())
         return TunedThresholdClassifierCV(inner, thresholds=[0.5, 2], cv=2).fit(TEXTS, LABELS)
 
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(tuned(TfidfVectorizer(sublinear_tf=True)), TEXT)
     _, scores = of_texts(convert_sklearn(model := tuned(CountVectorizer()), TEXT))
     np.testing.assert_allclose(scores, model.predict_proba(TEXTS), atol=1e-4)
 
 
 def test_what_makes_numbers_of_texts_is_compared_too() -> None:
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(TfidfVectorizer(sublinear_tf=True).fit(TEXTS), TEXT)
     model = TfidfVectorizer().fit(TEXTS)
     (found,) = of_texts(convert_sklearn(model, TEXT))
@@ -472,13 +472,13 @@ def test_columns_beside_texts_may_have_to_be_above_nought() -> None:
 def test_numbers_that_have_to_be_above_nought_are_compared_too() -> None:
     rows, steps = np.abs(ROWS) + 1, PowerTransformer(method="box-cox")
     two = make_pipeline(steps, xgboost.XGBRegressor(**QUICK)).fit(rows, np.c_[VALUES, -VALUES])
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(two, [])
     convert_sklearn(make_pipeline(steps, LogisticRegression()).fit(rows, CLASSES), [])
 
 
 def test_what_makes_numbers_of_numbers_is_compared_too() -> None:
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(PowerTransformer().fit(ROWS), [])  # of missing ones
     model = StandardScaler().fit(ROWS)
     session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
@@ -502,7 +502,7 @@ def test_missing_numbers_beside_texts_are_compared_too() -> None:
         return convert_sklearn(model.fit(table, CLASSES), columns)
 
     assert convert(StandardScaler()).graph.node
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert(PowerTransformer())  # whose converter has 0 for them
 
 
@@ -579,7 +579,7 @@ def test_columns_that_are_told_by_a_mask_are_refused() -> None:
     kinds = ColumnTransformer([("some", SimpleImputer(), [False, True, True])])
     model = make_pipeline(kinds, LogisticRegression()).fit(table, CLASSES)
     specs = tuple(TensorSpec(name=name, datatype="FP32", shape=("n",)) for name in "abc")
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(model, specs)
 
 
@@ -591,7 +591,7 @@ def test_a_table_whose_columns_have_no_names_is_compared_too(
     tuned = TunedThresholdClassifierCV(LogisticRegression(), scoring="recall", cv=3)
     model = make_pipeline(kinds, tuned).fit(ROWS, (VALUES > 8).astype(int))
     table = (TensorSpec(name="x", datatype="FP32", shape=("n", 4)),)
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(model, table)
 
 
@@ -608,7 +608,7 @@ def test_letters_are_compared_as_texts_have_them() -> None:
 def test_labels_are_compared_beside_what_they_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrai_import.sklearn._not_converted", lambda _: "")  # nor its threshold
     tuned = TunedThresholdClassifierCV(LogisticRegression(), scoring="recall", cv=3)
-    with pytest.raises(CompileError, match="answers otherwise once it is converted"):
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert_sklearn(tuned.fit(ROWS, (VALUES > 8).astype(int)), [])
 
 

@@ -303,11 +303,11 @@ def test_an_unknown_setting_ends_with_exit_2(
 def test_help_says_of_every_command_what_it_is_for() -> None:
     shown = " ".join(run("--help", code=0).replace("│", " ").split())
     for said in (
-        "compile Fp32, and the fastest forms of a model that pass the gate",
+        "compile Make the fastest form of a model that agrees with it",
         "config Every setting, its value",
         "certificate Check a certificate again",
         "mlflow Models of other flavors of MLflow, compiled and logged",
-        "freeze Have a deployment stay as it is",
+        "freeze Keep a deployment as it is",
         "triton Install the backend",
     ):
         assert said in shown

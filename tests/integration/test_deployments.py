@@ -1453,7 +1453,7 @@ def test_a_share_is_given_to_what_comes_beside_others_and_nothing_else(
         load = partial(deployments(runtime).load, str(small[3.0]), name="m", shared=True)
         load(share=0.25)
         load(share=0.25)
-        with pytest.raises(lrai.UsageError, match=r"a share of 0.25: route gives it another"):
+        with pytest.raises(lrai.UsageError, match=r"a share of 0.25: route changes that"):
             load(share=0.05)
 
 

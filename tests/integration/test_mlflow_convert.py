@@ -427,7 +427,9 @@ def test_data_outside_of_the_model_is_not_read(tmp_path: Path) -> None:
 
 def test_a_flavor_that_is_not_converted_is_named(tmp_path: Path) -> None:
     Model(flavors={"spacy": {"data": "x"}}).save(str(tmp_path / "MLmodel"))
-    with pytest.raises(MlflowException, match=r"has the flavors spacy; converted are onnx, pyt"):
+    with pytest.raises(
+        MlflowException, match=r"has the flavors spacy; what can be converted: onnx, py"
+    ):
         lrai_mlflow.convert(str(tmp_path))
 
 

@@ -226,7 +226,7 @@ def children(pid: int) -> set[int]:
         (["--lengths", "0..4"], UsageError, r"--lengths is '0..4'"),
         (["--lengths", "9..4"], UsageError, r"--lengths is '9..4'"),
         (["--lengths", "4..9"], UsageError, "the model has no length axis"),
-        (["--json", "nowhere/figures.json"], UsageError, "or its own does not exist"),
+        (["--json", "nowhere/figures.json"], UsageError, "or lies in none that exists"),
         (["--json", "."], UsageError, "it is a folder"),
     ],
 )

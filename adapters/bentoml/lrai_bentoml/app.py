@@ -35,7 +35,7 @@ def asgi_app(*runners: Runner, limit_bytes: int = 0) -> Starlette:
     """
     by_name = {runner.tag.name: runner for runner in runners}
     if len(by_name) < len(runners):
-        raise lrai.UsageError("a name is there twice: each model of an app has its own")
+        raise lrai.UsageError("two models have one name: each model of an app needs its own")
     config = lrai.load_config()
     limit_bytes = limit_bytes or config.limits.request_bytes
     room = Room(max(limit_bytes, config.scheduler.max_queue_bytes))

@@ -372,7 +372,7 @@ def test_what_a_watch_was_reloading_when_it_was_killed_the_next_one_loads(
 def test_a_server_of_another_mode_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     with TritonServer(tmp_path, **prepared._asdict()) as server:
         said = run("triton", "watch", "--url", f"http://{server.http}", code=5)
-    assert "has not got --model-control-mode=explicit" in said
+    assert "lacks --model-control-mode=explicit" in said
 
 
 def test_a_server_that_wants_another_key_is_refused_by_what_it_restricts(
@@ -483,7 +483,7 @@ def test_serve_drains_on_sigterm(prepared: Prepared, tmp_path: Path, host: Host)
     more = ("--model-control-mode=none", "--exit-timeout-secs=30")
     with served(prepared, tmp_path, host, *more) as server:
         server.wait_until_ready("/v2/health/ready")
-        wait_until(lambda: "has not got --model-control-mode=explicit" in server.log.read_text())
+        wait_until(lambda: "lacks --model-control-mode=explicit" in server.log.read_text())
         assert answers(f"{HOST}:{server.port}", "ours")
         assert end(server, server._process.pid, signal.SIGTERM) == 0
     assert host.daemons() == []

@@ -62,11 +62,13 @@ def init(
     model: Annotated[
         str, typer.Argument(help="Artifact, a directory NAME.lrai; or the tag of a saved model.")
     ],
-    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path(),
-    name: Annotated[str, typer.Option(help="To save an artifact under; its own by default.")] = "",
+    folder: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
+    name: Annotated[
+        str, typer.Option(help="Name to save an artifact under; by default its own.")
+    ] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes that take requests.")] = 2,
 ) -> None:
-    """Write service.py, bentofile.yaml and what they need; save MODEL if it is an artifact."""
+    """Write a project around MODEL, which is saved if it is an artifact; nothing is overwritten."""
     names = ("service.py", "bentofile.yaml", "requirements.txt", ".bentoignore")
     if there := [name for name in names if (folder / name).exists()]:
         raise UsageError(f"{', '.join(there)}: there already, and nothing is overwritten")
@@ -78,7 +80,7 @@ def init(
             tag = f"{stored.tag.name}:latest"
         elif "/" in model or Path(model).is_file():
             what = "a file: lrai compile makes an artifact of it" if Path(model).is_file() else ""
-            raise UsageError(f"{model!r} is {what or 'no artifact, and no tag'}")
+            raise UsageError(f"{model!r} is {what or 'neither an artifact nor a tag'}")
         elif name:
             raise UsageError(f"--name {name!r} is for an artifact; {model!r} is saved already")
         else:

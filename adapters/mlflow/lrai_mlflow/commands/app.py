@@ -32,20 +32,20 @@ def main_options() -> None:
 @app.command()
 def convert(
     model_uri: Annotated[str, typer.Argument(help="runs:/…, models:/… or a folder.")],
-    name: Annotated[str, typer.Option(help="Of the logged model.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the logged model.")] = "",
     registered_model_name: Annotated[
-        str, typer.Option(help="Becomes a new version of it; by default of the one in MODEL_URI.")
+        str, typer.Option(help="Log it as a version of this; by default of the one in MODEL_URI.")
     ] = "",
     evaluation: Annotated[
         Path | None, typer.Option(help=".npz with an array per input, and 'label' where known.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="With labels: top1 or top5.")] = "top1",
+    metric: Annotated[str, typer.Option(help="What labels judge: top1 or top5.")] = "top1",
     output_map: Annotated[str, typer.Option(help="raw, softmax or l2_normalised.")] = "raw",
-    threads: Annotated[int, typer.Option(help="To measure with; see lrai compile.")] = 0,
+    threads: Annotated[int, typer.Option(help="As of lrai compile.")] = 0,
     option: Annotated[
-        list[str] | None, typer.Option(help="Another of compile's, KEY=VALUE; repeatable.")
+        list[str] | None, typer.Option(help="Another of lrai compile's, KEY=VALUE; repeatable.")
     ] = None,
-    run_id: Annotated[str, typer.Option(help="Of the run to log to; by default a new one.")] = "",
+    run_id: Annotated[str, typer.Option(help="Run to log to; by default a new one.")] = "",
     *,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open what could run code, after picklescan.")
@@ -53,8 +53,8 @@ def convert(
 ) -> None:
     """Compile the model of onnx, pytorch, sklearn, lightgbm or xgboost at MODEL_URI, and log it.
 
-    Exit 3: no form but fp32 passed the gate and was faster; that is logged all the same. Where
-    nothing can be quantised, as in trees, it ends with 0.
+    Exit status 3: no form but fp32 passed the gate and was faster; fp32 is logged all the same.
+    If nothing can be quantised, as in trees, the status is 0.
     """
     how = {"metric": metric, "output_map": output_map, "threads": threads, **options_of(option)}
     try:

@@ -20,16 +20,16 @@ from lrai_import.hosted import zeros
 from lrai_sagemaker.commands.app import app, out
 from lrai_sagemaker.commands.contract import Container
 
-Target = Annotated[list[str], typer.Argument(help="URL, or a command, which is started and ended.")]
-Sample = Annotated[Path | None, typer.Option("--artifact", help="Model, to ask it for zeros.")]
+Target = Annotated[list[str], typer.Argument(help="URL, or a command, which is run meanwhile.")]
+Sample = Annotated[Path | None, typer.Option("--artifact", help="Model, to ask it zeros.")]
 Payload = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, readable=True, help="A body that the model takes."),
 ]
-ContentType = Annotated[str, typer.Option(help="Of the payload.")]
-ModelUrl = Annotated[str, typer.Option(help="Path of a model, there: checks a multi-model one.")]
-Start = Annotated[float, typer.Option(help="Until /ping has to say 200.")]
-Grace = Annotated[float, typer.Option(help="Between SIGTERM and SIGKILL.")]
+ContentType = Annotated[str, typer.Option(help="Type of the payload.")]
+ModelUrl = Annotated[str, typer.Option(help="Path of a model there: check a multi-model one.")]
+Start = Annotated[float, typer.Option(help="Time until /ping has to say 200.")]
+Grace = Annotated[float, typer.Option(help="Time between SIGTERM and SIGKILL.")]
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -42,9 +42,10 @@ def check(
     start_seconds: Start = 480.0,
     grace_seconds: Grace = 30.0,
 ) -> None:
-    """Ask a container all that SageMaker would, and say what it would trip over: exit code 3.
+    """Ask a container all that SageMaker would, and say what a deployment would trip over.
 
-    A command is run as in a container: on the port of SAGEMAKER_BIND_TO_PORT, until SIGTERM.
+    A command is run as in a container: on the port of SAGEMAKER_BIND_TO_PORT, until SIGTERM. Exit
+    status 3: there is something.
     """
     body = payload.read_bytes() if payload else _zeros(artifact) if artifact else b""
     url, process = urlsplit(target[0]), None
@@ -82,7 +83,7 @@ def check(
         for finding in found:
             table.add_row(*finding)
         out.print(table)
-        raise ConditionNotMet(f"{len(found)} to put right, as said above")
+        raise ConditionNotMet(f"{len(found)} problem(s), as said above")
     out.print("nothing that the platform would trip over")
 
 

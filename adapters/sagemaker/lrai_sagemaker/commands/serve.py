@@ -26,13 +26,13 @@ _HOST: Final = "Who is answered: 0.0.0.0 for all, which our image sets."
 _CERTIFICATE: Final = "To demand, as in epsilon=0.1,delta=0.01."
 
 Folder = Annotated[Path | None, typer.Argument(help=f"{_MODEL}, or {_MODELS} of many models.")]
-Multi = Annotated[bool, typer.Option(envvar="SAGEMAKER_MULTI_MODEL", help="Many models.")]
+Multi = Annotated[bool, typer.Option(envvar="SAGEMAKER_MULTI_MODEL", help="Serve many models.")]
 Host = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_HOST", help=_HOST)]
 Port = Annotated[
     int, typer.Option(envvar="SAGEMAKER_BIND_TO_PORT", min=0, max=65535, help="0: any free one.")
 ]
 Workers = Annotated[
-    int, typer.Option(envvar="SAGEMAKER_MODEL_SERVER_WORKERS", min=1, help="Processes of HTTP.")
+    int, typer.Option(envvar="SAGEMAKER_MODEL_SERVER_WORKERS", min=1, help="Processes for HTTP.")
 ]
 Require = Annotated[str, typer.Option(envvar="LRAI_SAGEMAKER_REQUIRE", help=_CERTIFICATE)]
 Payload = Annotated[
@@ -44,7 +44,7 @@ Seconds = Annotated[
 ]
 Drain = Annotated[
     float,
-    typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=25, help="For answers after SIGTERM."),
+    typer.Option(envvar="LRAI_SAGEMAKER_DRAIN", min=0, max=25, help="To answer after SIGTERM."),
 ]
 Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch transform.")]
 _ADVISED: Final = "What /execution-parameters advises"
@@ -60,7 +60,7 @@ Strategies = Annotated[
     Strategy, typer.Option(envvar="SAGEMAKER_BATCH_STRATEGY", help=f"{_ADVISED}.")
 ]
 Level = Annotated[
-    LogLevel, typer.Option(envvar=_LEVEL, case_sensitive=False, help="Least that is logged.")
+    LogLevel, typer.Option(envvar=_LEVEL, case_sensitive=False, help="Least level to log.")
 ]
 
 
@@ -80,10 +80,11 @@ def serve(
     batch_strategy: Strategies = "MULTI_RECORD",
     log_level: Level = "info",
 ) -> None:
-    """Serve a model as SageMaker has it: /ping and /invocations, until SIGTERM, which drains.
+    """Serve a model as SageMaker has it, with /ping and /invocations, until SIGTERM.
 
-    Each option is also a variable, those that the platform sets among them. Several workers share a
-    runtime. Without --host only this machine is answered.
+    Each option can also be set by a variable; the platform sets some of them. Several workers share
+    a runtime. Without --host only this machine is answered. After SIGTERM it answers what it has
+    accepted, and ends.
     """
     largest_mb = max_payload_mb or min(100, load_config().limits.request_bytes // MEBIBYTE)
     settings = Settings(
@@ -101,7 +102,7 @@ def serve(
         log_level=log_level,
     )
     if not all(map(find_spec, ("starlette", "uvicorn"))):
-        raise EnvironmentProblem("serving takes more: pip install 'lrai[sagemaker]'")
+        raise EnvironmentProblem("serving needs more packages: pip install 'lrai[sagemaker]'")
     # In this process's place: what the command line needs would be in memory as long as it serves.
     program = [sys.executable, "-P", "-m", "lrai_sagemaker.commands.supervisor"]
     sys.stdout.flush()

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(
-    help="Serve models of a Triton model repository through LRAI, and back.",
+    help="Serve models of a Triton model repository through LRAI, or no longer.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

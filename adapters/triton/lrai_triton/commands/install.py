@@ -32,7 +32,7 @@ _ASK = "import sys; print(sys.version[:4]); import lrai_triton, numpy; print(num
 _LIBRARY: Final = Path("python", "libtriton_python.so")
 _STUB: Final = Path("python", "triton_python_backend_stub")
 
-Backends = Annotated[Path, typer.Option(help="What tritonserver is told; it holds python/.")]
+Backends = Annotated[Path, typer.Option(help="As tritonserver has it; it holds python/.")]
 Python = Annotated[str, typer.Option(help="What will be python3 on the PATH of the server.")]
 Folder = Annotated[Path | None, typer.Option(help="Triton's folder of backends, with lrai/ in it.")]
 Entries = Annotated[Path | None, typer.Option(exists=True, help="Folder of models to look at.")]
@@ -41,10 +41,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a file that is not
 
 @app.command()
 def install(backend_directory: Backends, python: Python = "", *, force: Force = False) -> None:
-    """Put the backend into Triton's backend directory: B/lrai/model.py, of two lines.
+    """Put the backend, the two lines of lrai/model.py, into Triton's backend directory.
 
     It runs in the stub of Triton's own python backend, which takes its packages from the first
-    python3 on the PATH of the server. That one is looked at, and has to have lrai.
+    python3 on the PATH of the server. That Python is checked first, and has to have lrai.
     """
     _check_backend(backend_directory)
     path = _check_python(backend_directory, python)
@@ -83,7 +83,7 @@ def doctor(
     given = {"backend-directory": folder, "model-repository": model_repository}
     left = "".join(f"; not looked at: --{what}" for what, path in given.items() if path is None)
     if wrong:
-        raise lrai.ConditionNotMet(f"{wrong} to put right, as said above{left}")
+        raise lrai.ConditionNotMet(f"{wrong} problem(s), as said above{left}")
     out.print(f"nothing is wrong{left}")
 
 

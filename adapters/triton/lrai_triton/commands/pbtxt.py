@@ -29,11 +29,11 @@ def config_of(text: str) -> dict[str, Any]:
     try:
         from tritonclient.grpc.model_config_pb2 import ModelConfig
     except ImportError:
-        raise EnvironmentProblem("it takes tritonclient: pip install 'lrai[triton]'") from None
+        raise EnvironmentProblem("this needs tritonclient: pip install 'lrai[triton]'") from None
     try:
         config = text_format.Parse(text, ModelConfig(), allow_unknown_field=True)
     except text_format.ParseError as error:
-        raise ArtifactError(f"config.pbtxt is not as Triton's: {error}") from None
+        raise ArtifactError(f"config.pbtxt is not as Triton reads it: {error}") from None
     options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
     return dict(json_format.MessageToDict(config, **options))
 

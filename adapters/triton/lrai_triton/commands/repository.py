@@ -44,8 +44,8 @@ Switch = Annotated[bool, typer.Option("--switch", help="Take the entry over from
 def add(
     model: Annotated[Path, typer.Argument(exists=True, help="Artifact, NAME.lrai, or ONNX.")],
     model_repository: Repository,
-    name: Annotated[str, typer.Option(help="Of the model.")],
-    version: Annotated[int, typer.Option(min=0, help="Needed where the model has some.")] = 0,
+    name: Annotated[str, typer.Option(help="Name of the model.")],
+    version: Annotated[int, typer.Option(min=0, help="Needed if the model has any.")] = 0,
     setting: Settings = [],  # noqa: B006 - typer's form of a list; it is not changed
     *,
     switch: Switch = False,
@@ -75,10 +75,11 @@ def add(
 def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) -> None:
     """Compile an entry's newest model.onnx, and add the artifact as its next version.
 
-    Behind ENTRY every option of `lrai compile` can be given: --evaluation FILE, --calibration,
-    --metric, --output-map, --epsilon, --delta, --threads, --keep and so on. Where forms are
-    made and none passes the gate, the exit code is 3 and the repository is as it was; where nothing
-    can be quantised, as in trees, it is 0, and fp32 is added.
+    Every option of `lrai compile` can be given behind ENTRY: --evaluation FILE, --calibration,
+    --metric, --output-map, --epsilon, --delta, --threads, --keep and so on.
+
+    Exit status 3: forms were made, and none passed the gate; the repository is as it was. If
+    nothing can be quantised, as in trees, the status is 0, and fp32 is added.
     """
     if not entry.is_dir():
         raise UsageError(f"{entry} is no folder of a model, which comes before all options")
@@ -109,10 +110,10 @@ def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) 
 def remove(entry: Entry) -> None:
     """Undo what was added to an entry: onnxruntime serves it again.
 
-    Its config.pbtxt is again what it was, byte for byte; one that was edited since only has its
-    backend changed back; one that lrai wrote is renamed. Versions that are artifacts, which
-    onnxruntime cannot read, are moved aside within the entry, from where `add` takes them again.
-    Nothing is deleted; who wants to be rid of a model deletes its folder.
+    Its config.pbtxt becomes what it was, byte for byte. If it was edited since, only its backend is
+    changed back; if lrai wrote it, it is renamed. Versions that are artifacts, which onnxruntime
+    cannot read, are moved aside within the entry, from where `add` takes them again. Nothing is
+    deleted: to get rid of a model, delete its folder.
     """
     versions = versions_of(entry)
     ours, done = [v for v in versions if (entry / str(v) / "model.lrai").exists()], list[str]()

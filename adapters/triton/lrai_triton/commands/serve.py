@@ -25,7 +25,7 @@ _LOOK_SECONDS: Final = 0.2
 _RESTART_SECONDS: Final = 2.0  # before a watch that has ended is started again
 
 Watched = Annotated[bool, typer.Option("--watch/--no-watch", help="Reload models that have died.")]
-Arguments = Annotated[list[str], typer.Argument(help="Those of tritonserver, after --.")]
+Arguments = Annotated[list[str], typer.Argument(help="Arguments of tritonserver, after --.")]
 
 
 @app.command()

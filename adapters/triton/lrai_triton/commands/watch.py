@@ -49,9 +49,9 @@ def watch(
 ) -> None:
     """Reload models whose process has died; needs a server with --model-control-mode=explicit.
 
-    A model that gets its requests answered is left alone; else it is sent one, which its stub
-    answers by itself. What a watch was at when it was killed, the next one goes on with; a model
-    of one that runs is left to that, until it ends.
+    A model whose requests are answered is left alone. Any other one is sent a request that its stub
+    answers by itself. If a watch is killed, the next one finishes what it was doing. Models that
+    another watch looks after are left to it until it ends.
     """
     if urlsplit(url).scheme != "http":
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
@@ -68,7 +68,7 @@ def watch(
                 asked = {api: _ask(url, f"/models/-{p}", b"{}")[0] for api, p in _ASKED.items()}
                 asked[LOADING], _ = _ask(url, "/repository/models/-/unload", b"{}")
                 if asked[LOADING] == http.client.SERVICE_UNAVAILABLE:
-                    raise EnvironmentProblem(f"{url} has not got --model-control-mode=explicit")
+                    raise EnvironmentProblem(f"{url} lacks --model-control-mode=explicit")
                 if others := [api for api in asked if asked[api] == http.client.FORBIDDEN]:
                     what = f"{url} restricts {', '.join(others)} to who has another key"
                     raise EnvironmentProblem(f"{what}: set {KEY} to HEADER=VALUE, one for all")
