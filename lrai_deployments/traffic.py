@@ -125,6 +125,7 @@ class Traffic:
         self._sample: list[_Row] = []
         self._first_aged = 0.0  # no row is too old before
         self._full = False  # it was: from then on each row has the same chance
+        self._later = list[float]()  # when places of aged rows may be taken
         self._adopts = False  # what was kept before, once there is a row to compare with
         self._rows_file: object = []  # that is this one's to remove; others may write theirs
 
@@ -280,8 +281,12 @@ class Traffic:
         self._forget(now)
         self._candidates += 1
         place = len(self._sample)
-        full = place >= self._capture_rows or self._kept_bytes >= self._most_bytes
-        self._full = self._full or full
+        while self._later and self._later[0] <= now:
+            del self._later[0]
+            self._full = False
+        taken = place + len(self._later)
+        full = taken >= self._capture_rows or self._kept_bytes * taken >= self._most_bytes * place
+        self._full = self._full or (full and place > 0)
         if self._full:
             place = self._random.randrange(self._candidates)
             if place >= len(self._sample):
@@ -309,6 +314,11 @@ class Traffic:
         kept = [row for row in self._sample if now - row.seen < self._ttl_seconds]
         if len(kept) < len(self._sample):
             share = len(kept) / len(self._sample)
+            # Of many that age at once the places are free as the rows came: else those that come
+            # next, one after the other, would be as many as all that they stand for.
+            gone = sorted(row.seen for row in self._sample if now - row.seen >= self._ttl_seconds)
+            later = [*self._later, *(now + seen - gone[0] for seen in gone[1:])]
+            self._later = sorted(later) if kept else []
             self._full, self._sample = False, kept
             self._candidates = max(len(kept), round(share * self._candidates))
             self._kept_bytes = sum(_size(row.arrays) for row in kept)

@@ -625,3 +625,23 @@ def test_the_sample_stays_one_of_all_that_came_when_rows_age() -> None:
     ages = sorted(clock.now - row.seen for row in traffic._sample)
     assert ages[-1] <= 3600
     assert ages[len(ages) // 2] > 600  # a fair median is 1800
+
+
+def test_rows_that_come_after_many_have_aged_at_once_are_no_large_part_of_the_sample() -> None:
+    """As after a pause: those that are left stand for many more than have come since."""
+    clock = Clock()
+    traffic = Traffic(SIGNATURE, capture_rows=100, ttl_hours=1, seed=0, clock=clock)
+    for first in range(6_000):  # for twenty minutes
+        clock.now += 0.2
+        traffic.see(request(first))
+    clock.now += 50 * 60  # half of them have aged
+    for first in range(6_000, 6_200):
+        clock.now += 0.1
+        traffic.see(request(first))
+    came_since = sum(row >= 6_000 for row in kept(traffic))
+    assert came_since < 20  # 200 of 3,200 would be 6 of 100
+    clock.now += 10 * 60  # the last of them have not
+    for first in range(6_200, 6_400):
+        clock.now += 0.1
+        traffic.see(request(first))
+    assert len(traffic._sample) > 50, "their places are taken as time goes by"
