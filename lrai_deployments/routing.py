@@ -22,6 +22,7 @@ from lrai_core import (
     InferenceResponse,
     LraiError,
     QueueFull,
+    RequestError,
     TensorSpec,
 )
 from lrai_core.confidence import lower_bound, upper_bound
@@ -96,7 +97,7 @@ class Route:
                         kept = replace(outcome, outputs=outputs)
                 original.set_result(kept)
             done(outcome)
-            self._count(version, outcome)
+            self._count(version, outcome, drawn=named is None)
 
         try:
             try:
@@ -190,11 +191,16 @@ class Route:
             if not agreement(*pair, alike) or far > epsilon:
                 emit("shadow_differs", name, **told)
 
-    def _count(self, version: Version, outcome: Outcome) -> None:
-        """Count an answer or a failure of the server, not of the caller; look into the latter."""
+    def _count(self, version: Version, outcome: Outcome, *, drawn: bool = False) -> None:
+        """Count an answer or a failure of the server, not of the caller; look into the latter.
+
+        What an engine refuses is the one or the other: of `drawn` versions each refuses as much of
+        what callers get wrong, so more is its own.
+        """
         if isinstance(outcome, Cancelled):
             return
         failed = isinstance(outcome, LraiError) and outcome.http_status >= 500
+        failed = failed or (drawn and type(outcome) is RequestError)
         with self._lock:
             self._answers[version] += 1
             self._failures[version] += failed

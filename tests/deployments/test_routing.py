@@ -19,6 +19,7 @@ from lrai_core import (
     InferenceResponse,
     InvalidTensor,
     LraiError,
+    RequestError,
 )
 from lrai_core.artifact import Artifact
 from lrai_core.config import SchedulerConfig
@@ -150,6 +151,32 @@ def test_what_is_asked_of_a_canary_by_name_counts_for_it() -> None:
     for named in [STABLE] * 300 + [CANARY] * 20:
         made.accept(request(None), lambda _: None, named)
     assert core.given_up == [("canary", "canary failed 20 of 20 requests, stable 0 of 300")]
+
+
+@pytest.mark.parametrize(
+    ("error", "rate", "given_up"),
+    [
+        (RequestError("the engine refused it"), 0.0, True),
+        (RequestError("the engine refused it"), 1.0, False),  # as the stable version does
+        (InvalidTensor("x", "y"), 0.0, False),
+    ],
+)
+def test_a_canary_whose_engine_refuses_what_the_stable_ones_takes_is_given_up(
+    error: LraiError, rate: float, given_up: bool
+) -> None:
+    core, made = route()
+
+    def accept(_: InferenceRequest, done: Ended, version: Version) -> None:
+        refused = version is CANARY or core.random.random() < rate
+        done(error if refused else ANSWER)
+
+    core.accept = accept  # type: ignore[assignment, method-assign]
+    for named in [STABLE] * 100 + [CANARY] * 100:
+        made.accept(request(None), lambda _: None, named)
+    assert not core.given_up, "who names a version may ask for what its engine does not take"
+    for _ in range(500):
+        made.accept(request(None), lambda _: None)
+    assert bool(core.given_up) is given_up
 
 
 def test_a_canary_whose_judge_is_late_is_judged_once_by_all_that_it_has_done() -> None:
