@@ -2,6 +2,7 @@
 
 A canary is judged by its error rate beside the stable version's: exact binomial bounds, at an error
 probability that is spent over all looks, so that looking often does not make a false alarm likely.
+That is of independent failures: what one death of an actor makes late counts one by one.
 """
 
 from __future__ import annotations
