@@ -105,8 +105,8 @@ def read_rows(
     columns = {s.name: _column(arrays[s.name], s, what) for s in signature.inputs}
     given = ({name: column[i, ...] for name, column in columns.items()} for i in range(*counts))
     told = {name: _groups(arrays[name], name, what) for name in groups}
-    rows, first = _distinct(given, signature, what)
-    return Rows(rows.inputs, labels, rows.hashes, told).take(first), len(rows) - len(first)
+    rows, kept = _distinct(given, signature, what)
+    return Rows(rows.inputs, labels, rows.hashes, told).take(kept), len(rows) - len(kept)
 
 
 def disjoint(first: Rows, second: Rows, what: str) -> None:
@@ -146,10 +146,10 @@ def load_rows(path: Path, signature: Signature, most: int | None = None) -> Rows
         stored = msgspec.msgpack.decode(content, type=_AtMost)
         read = (msgspec.msgpack.decode(row, type=_Stored) for row in stored[:most])
         tensors = (_tensors(row, signature) for row in read)
-        rows, first = _distinct(tensors, signature, path.name)
+        rows, kept = _distinct(tensors, signature, path.name)
     except (*_UNREADABLE, msgspec.MsgspecError, CalibrationError) as e:
         raise VerificationError(f"{path.name} cannot be read: {shorten(str(e), 200)}") from None
-    if len(first) < len(rows):
+    if len(kept) < len(rows):
         raise VerificationError(f"{path.name}: a row is listed twice")
     return Rows(list(rows.inputs), None, rows.hashes)  # they are in memory
 
@@ -241,7 +241,9 @@ def _groups(column: Array, name: str, what: str) -> Array:
 def _distinct(
     given: Iterable[Mapping[str, Any]], signature: Signature, what: str
 ) -> tuple[Rows, list[int]]:
-    """Return the rows, each checked and trimmed; and which are there for the first time.
+    """Return the rows, each checked and trimmed; and which stay, one of equal ones, drawn.
+
+    Their labels and groups may differ, and be sorted: the first would not speak for the others.
 
     Raises:
         CalibrationError: The model does not take a row.
@@ -259,8 +261,8 @@ def _distinct(
         except RequestError as error:
             raise CalibrationError(f"{what}: row {i}: {shorten(str(error), 200)}") from None
         inputs.data.append(partial(read, row))
-    first = {digest: i for i, digest in reversed(list(enumerate(hashes)))}
-    return Rows(inputs, None, hashes), sorted(first.values())
+    order = np.random.default_rng(0).permutation(len(hashes)).tolist()
+    return Rows(inputs, None, hashes), sorted({hashes[i]: i for i in order}.values())
 
 
 def _trim(row: Sequence[Array], signature: Signature) -> list[Array]:
