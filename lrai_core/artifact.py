@@ -136,7 +136,8 @@ class Variant(_Record, frozen=True, kw_only=True):
         size_bytes: Bytes that serving it has to read: graph, and external data that it refers to.
         speedup: Latency of fp32 over that of this variant, geometric mean over the profile but for
             its long calls, that three of four rounds reach.
-        batch_effect: Bound on the element difference to the same row run alone, see the gate.
+        batch_effect: Twice the element difference to the same row run alone, see the gate; of no
+            rows 1e-4, unmeasured.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]

@@ -85,7 +85,7 @@ def _column(variant: Variant, serves: str) -> dict[str, str]:
             said += f"; too few rows of {left}" if left else ""
             column[f"{one.measure} by {one.attribute}"] = f"{one.variant:.2%}, {said}"
         column["differs by"] = f"p50 {gate.difference['p50']:.2g}, p99 {gate.difference['p99']:.2g}"
-    column["batch effect"] = f"{variant.batch_effect:g}"
+    column["batch effect"] = f"{variant.batch_effect:g}" if gate else "not measured"
     column["why"] = variant.why
     return column
 

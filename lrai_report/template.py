@@ -136,8 +136,8 @@ takes its time.</p>{% else %}<p class="dim">It was not measured: {{ unknown }}.<
  lrai {{ manifest.lrai_version }}</td></tr>
 <tr><th>measured on</th><td>{{ made_for }},
  {{ manifest.target.threads }} thread(s)</td></tr>
-<tr><th>batch effect</th><td>a row's answer moves by {{ "%g"|format(chosen.batch_effect) }} at most
- with what shares its call</td></tr>
+<tr><th>batch effect</th><td>{% if chosen.gate %}{{ "%g"|format(chosen.batch_effect) }}: twice what
+ moved a gate row among others, at least 0.0001{% else %}not measured{% endif %}</td></tr>
 {% for note in notes %}<tr><th>{{ "notes" if loop.first else "" }}</th><td>{{ note }}</td></tr>
 {% endfor %}</table>
 <h2>Again, as far as the artifact tells</h2>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ import lrai_core as lrai
 from benchmarks import models
 from lrai_core.artifact import write_manifest
 from lrai_core.fairness import Disparity
+from lrai_report.inspect import inspect
 from lrai_report.log import Event
 from lrai_report.page import _command, main, page
 
@@ -87,6 +89,7 @@ def test_a_page_says_what_was_tried_and_measured(artifact: lrai.Artifact) -> Non
     reader = read(page(artifact))
     for words in ("int8-smooth", "int8-row", "fp32", "opset", artifact.version, "--output-map"):
         assert words in reader.text
+    assert "twice what moved a gate row among others" in " ".join(reader.text.split())
     assert artifact.manifest.variant("fp32").gate is not None
     lines = (artifact.path / "quantization.jsonl").read_text().splitlines()
     searched = [line for line in lines if '"searched"' in line]
@@ -133,10 +136,16 @@ def test_extremes_are_drawn_inside_the_picture(
     assert all(0 <= x <= 640 and 0 <= y <= 330 for x, y in reader.places)
 
 
-def test_an_artifact_without_rows_has_a_page(tmp_path: Path) -> None:
+def test_an_artifact_without_rows_has_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, _ = models.classifier(tmp_path / "c.onnx", 7, hidden=16)
     artifact = lrai.compile(source, out=tmp_path / "c.lrai")
-    assert "Nothing was judged" in read(page(artifact)).text
+    text = read(page(artifact)).text
+    assert "Nothing was judged" in text
+    assert re.search(r"batch effect\s*not measured", text)
+    inspect(artifact.path)
+    assert re.search(r"batch effect\W+not measured", capsys.readouterr().out)
 
 
 def test_the_command_writes_a_file_here(
