@@ -18,6 +18,7 @@ import threading
 import time
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -124,7 +125,7 @@ class Traffic:
         self._ranges = [_Range() for _ in signature.inputs]
         self._sample: list[_Row] = []
         self._first_aged = 0.0  # no row is too old before
-        self._full = False  # it was: from then on each row has the same chance
+        self._full = False  # of bytes it was: from then on each row has the same chance
         self._later = list[float]()  # when places of aged rows may be taken
         self._adopts = False  # what was kept before, once there is a row to compare with
         self._rows_file: object = []  # that is this one's to remove; others may write theirs
@@ -281,13 +282,9 @@ class Traffic:
         self._forget(now)
         self._candidates += 1
         place = len(self._sample)
-        while self._later and self._later[0] <= now:
-            del self._later[0]
-            self._full = False
-        taken = place + len(self._later)
-        full = taken >= self._capture_rows or self._kept_bytes * taken >= self._most_bytes * place
-        self._full = self._full or (full and place > 0)
-        if self._full:
+        taken = place + len(self._later) - bisect_right(self._later, now)
+        self._full |= self._kept_bytes * taken >= self._most_bytes * max(1, place)
+        if self._full or taken >= self._capture_rows:
             place = self._random.randrange(self._candidates)
             if place >= len(self._sample):
                 return
@@ -300,12 +297,15 @@ class Traffic:
         more = _size(arrays)
         usual = (self._kept_bytes + more) / (len(self._sample) + 1)
         self._most_bytes = max(_MOST_BYTES, min(_FEW_ROWS * usual, _MOST_BYTES_OF_FEW))
-        if place < len(self._sample):
-            more -= _size(self._sample[place].arrays)
-        if more > 0 and self._kept_bytes + more > 2 * self._most_bytes:
+        more -= sum(_size(one.arrays) for one in self._sample[place : place + 1])
+        most = 2 * self._most_bytes
+        if self._kept_bytes + more > most and more > most / 16:  # for one, many would have to go
             return
         self._kept_bytes += more
         self._sample[place : place + 1] = [_Row(now, arrays)]
+        while self._kept_bytes > most:  # whichever: else what comes would have to be as small
+            gone = self._sample.pop(self._random.randrange(len(self._sample)))
+            self._kept_bytes -= _size(gone.arrays)
 
     def _forget(self, now: float) -> None:
         """Let go of what is too old; those that stay stand for as many as there are."""
@@ -317,8 +317,8 @@ class Traffic:
             # Of many that age at once the places are free as the rows came: else those that come
             # next, one after the other, would be as many as all that they stand for.
             gone = sorted(row.seen for row in self._sample if now - row.seen >= self._ttl_seconds)
-            later = [*self._later, *(now + seen - gone[0] for seen in gone[1:])]
-            self._later = sorted(later) if kept else []
+            later = [*self._later, *(now + seen - gone[0] for seen in gone[1:])] if kept else ()
+            self._later = sorted(at for at in later if at > now)
             self._full, self._sample = False, kept
             self._candidates = max(len(kept), round(share * self._candidates))
             self._kept_bytes = sum(_size(row.arrays) for row in kept)

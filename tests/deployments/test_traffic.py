@@ -202,6 +202,18 @@ def test_a_sample_that_is_bounded_by_its_bytes_favours_nobody(
     assert 0.4 <= late / total <= 0.6
 
 
+def test_rows_that_are_larger_than_those_before_are_kept_as_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES", 100_000)
+    monkeypatch.setattr("lrai_deployments.traffic._MOST_BYTES_OF_FEW", 100_000)
+    traffic = Traffic(SIGNATURE, capture_rows=1000, seed=0)
+    for first in range(10_000):
+        traffic.see(request(first, length=1 if first < 2_000 else 200))
+    assert traffic._kept_bytes <= 200_000
+    assert 0.7 <= np.mean([row.arrays[0][0, 0] >= 2_000 for row in traffic._sample]) <= 0.9
+
+
 def test_what_is_written_is_the_owners_alone_and_judges_a_model(tmp_path: Path) -> None:
     traffic = Traffic(SIGNATURE, capture_rows=100)
     for first, length in [(10, 2), (20, 5), (30, 3)]:
