@@ -66,11 +66,10 @@ def issue(
         raise VerificationError("the failures are not draws of the sample, each once and in order")
     bound = upper_bound(len(failures), n, 1 - (1 - spec.confidence) / manifest.candidates)
     first = spec.confidence <= CONFIDENCE and not spec.radius and manifest.made_for(variant) == here
-    if manifest.demanded and first:
-        # What was demanded was judged there, by parts that add up to the whole level.
-        epsilon, delta = manifest.demanded
-        if epsilon <= spec.epsilon and upper_bound(len(failures), n, CONFIDENCE) <= delta:
-            bound = min(bound, delta)
+    # What was demanded was judged there, by parts that add up to the whole level.
+    epsilon, delta = manifest.demanded or (spec.epsilon, 0.0)
+    if first and epsilon <= spec.epsilon and upper_bound(len(failures), n, CONFIDENCE) <= delta:
+        bound = min(bound, delta)
     return Certificate(
         **{name: getattr(spec, name) for name in Spec.__struct_fields__},
         failures=failures,
@@ -115,13 +114,16 @@ def gaps(
     weights = artifact.path / variant.weights if variant.weights else None
     f = find_engine("onnxruntime").load(source or artifact.file(artifact.manifest.source.file))
     g = find_engine(variant.engine).load(artifact.file(variant.model), weights=weights)
-    for index in draws:
-        row = draw(spec, rows, index)
+    for row in (draw(spec, rows, index) for index in draws):
         yield difference(f.run(row), g.run(row), artifact.manifest.signature.outputs)
 
 
 def draw(spec: Spec, rows: Rows, index: int) -> list[Array]:
-    """Return draw `index` of the sampler; the same arguments give the same bits."""
+    """Return draw `index` of the sampler; the same arguments give the same bits.
+
+    Raises:
+        VerificationError: It is infinite, of which any two models may well make the same.
+    """
     if spec.sampler == "evaluation":
         return rows.inputs[index]
     random = np.random.default_rng([spec.seed, index])
@@ -129,6 +131,8 @@ def draw(spec: Spec, rows: Rows, index: int) -> list[Array]:
     for i, array in enumerate(row):
         if array.dtype.kind == "f":
             noise = random.uniform(-spec.radius, spec.radius, array.shape)
+            if (np.isfinite(array) & (abs(array + noise) > np.finfo(array.dtype).max)).any():
+                raise VerificationError("an input cannot hold the noise; use a smaller radius")
             row[i] = (array + noise).astype(array.dtype)
     return row
 

@@ -173,6 +173,20 @@ def test_a_box_is_not_the_evaluation_rows(artifact: Artifact, box: Certificate) 
     assert "samples is 200, 80 follows" in found
 
 
+@pytest.mark.parametrize("radius", [1e39, 1e42])
+def test_a_box_of_infinite_inputs_certifies_nothing(tmp_path: Path, radius: float) -> None:
+    """Any two models agree there: this variant trebles where the source doubles."""
+    path = small_artifact.build(tmp_path / "a.lrai", factor=3, evaluation=small_artifact.rows(80))
+    wrong = Artifact.open(path)
+    with pytest.raises(VerificationError, match="use a smaller radius"):
+        verify(wrong, Spec(epsilon=0.003, radius=radius))
+    (failing,) = verify(wrong, Spec(epsilon=0.003, radius=0.1))
+    assert len(failing.failures) == failing.samples
+    rows = verifier.evaluation(wrong)
+    forged = verifier.issue(wrong, changed(failing, radius=radius), rows, ())
+    assert "use a smaller radius" in objections(forged, wrong)
+
+
 def test_another_variants_certificate_is_found_by_running_again(artifact: Artifact) -> None:
     exact = verify(artifact, Spec(epsilon=1e-6, variant="fp32"))[0]
     assert "but for 80" in objections(changed(exact, variant="int8"), artifact)
