@@ -256,7 +256,7 @@ def _label_result(
     measure = f"{metric} on labels{rule}"
     why = f"{metric} loss is {loss:.2%}, at most {bound:.2%}; {allowed:.2%} allowed{rule}"
     if bound > allowed and loss < allowed and needed > n:
-        why += f"; at this rate about {needed} rows would show it"
+        why += f"; at this rate about {needed} rows of the gate would show it"
     rates: dict[str, Any] = {"accuracy_loss": loss, "accuracy_loss_bound": bound}
     return GateResult(passed=bound <= allowed, why=why, rows=n, measure=measure, **rates)
 
@@ -278,7 +278,7 @@ def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float
     why += f", at least {bound:.2%}; {AGREEMENT:.0%} needed"
     if bound < AGREEMENT:
         needed = confidence.rows_needed(1 - AGREEMENT, level, 1 - worst)
-        why += f"; at this rate about {needed} rows would show it" if needed > n else ""
+        why += f"; at this rate about {needed} rows of the gate would show it" if needed > n else ""
         for one, kind in _KINDS.items() if "raw" in maps else ():
             better = min(_agreeing(reference, runs, raw_as(one, specs))) / n
             told = f"; {MEASURES[one]} on {better:.2%}: --output-map {one}, if these are {kind}"

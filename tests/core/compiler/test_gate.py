@@ -80,7 +80,7 @@ def test_a_flawless_form_passes_with_149_rows_and_not_with_148(output_map: Outpu
     assert judged(lambda x: x, rows(149), output_map).result.passed
     found = judged(lambda x: x, rows(148), output_map).result
     assert not found.passed
-    assert "about 149 rows would show it" in found.why
+    assert "about 149 rows of the gate would show it" in found.why
 
 
 @pytest.mark.parametrize("output_map", ["raw", "softmax", "l2_normalised"])
@@ -137,7 +137,7 @@ def test_labels_bound_the_loss_and_say_how_many_rows_it_would_take() -> None:
     few = judged(lambda x: x, rows(300, labelled=True)).result
     assert not few.passed
     assert "368 rows" not in few.why  # 300 flawless rows: the count is an estimate, not a promise
-    assert "rows would show it" in few.why
+    assert "rows of the gate would show it" in few.why
     bad = judged(ruin(0.05), rows(1000, labelled=True)).result
     assert not bad.passed
     assert bad.accuracy_loss is not None
