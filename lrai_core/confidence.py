@@ -57,9 +57,11 @@ def paired_loss_bound(lost: int, won: int, n: int, confidence: float = 0.95) -> 
 
 
 def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.0) -> int:
-    """Return the least n at which the bound reaches `delta` when `failure_rate` of rows fail.
+    """Return about the least n at which the bound is `delta` when `failure_rate` of rows fail.
 
-    Returns -1 where no n suffices, that is where `failure_rate` is `delta` or more.
+    Exactly where none do: else a failure more, or less, makes that go up and down with n.
+
+    Returns -1 where `failure_rate` is `delta` or more, or so near that a billion do not suffice.
     """
     if failure_rate >= delta:
         return -1
@@ -68,7 +70,8 @@ def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.
         failures = math.ceil(failure_rate * n)
         return failures < n and _cdf(failures, n, delta) <= 1 - confidence
 
-    high = next((1 << bits for bits in range(1, 31) if reached(1 << bits)), 0)
+    # Without failures the tail is a single term, however many there are.
+    high = next((1 << n for n in range(1, 31 if failure_rate else 61) if reached(1 << n)), 0)
     return bisect_left(range(high), 1, lo=high // 2, key=reached) if high else -1
 
 

@@ -126,6 +126,11 @@ def test_rows_needed_reach_the_bound(delta: float, share: float) -> None:
     assert upper_bound(math.ceil(rate * n), n) <= delta * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("delta", [1e-9, 1e-12, 1e-15])
+def test_where_hardly_any_may_fail_as_many_rows_are_needed_as_that_takes(delta: float) -> None:
+    assert rows_needed(delta) == pytest.approx(math.log(0.05) / math.log1p(-delta), rel=1e-9)
+
+
 def test_no_number_of_rows_shows_a_rate_that_is_not_there() -> None:
     assert rows_needed(0.01, failure_rate=0.01) == -1
     assert rows_needed(0.01, failure_rate=0.5) == -1
