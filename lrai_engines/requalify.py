@@ -142,9 +142,10 @@ def command(
 def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *_: None) -> Found:
     """Return what gate and timing say of an artifact's variants on this machine.
 
-    They are judged as at home, by what the log says was demanded there, from the one on that was
-    closest on the search rows: one that passes leaves its part of the error to the next. Where no
-    labels were kept, or too few for that, agreement judges, and nothing that was judged by groups.
+    They are judged as at home, by what the log says was demanded there, each by an equal part of
+    the error. Where rows are too few for parts, it has all of it, from the one on that was closest
+    on the search rows until one fails. Where no labels were kept, or too few for that, agreement
+    judges, and nothing that was judged by groups.
 
     Args:
         artifact: Its files are as the manifest says.
