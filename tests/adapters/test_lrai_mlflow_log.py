@@ -22,6 +22,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
 from lrai_core import certificates
+from lrai_mlflow.commands.facts import facts_of, metrics_of
 from tests.own_runtime import own_runtime
 
 
@@ -103,6 +104,12 @@ def test_what_was_measured_are_metrics_of_the_run_and_of_the_model(
     of_model = {m.key: m for m in mlflow.get_logged_model(logged.model_id).metrics or []}
     assert of_model["lrai.speedup"].value == pytest.approx(chosen.speedup)
     assert of_model["lrai.speedup"].step == 3
+
+
+def test_without_rows_no_batch_effect_was_measured(artifact: lrai.Artifact) -> None:
+    said = facts_of(artifact)
+    assert "lrai.batch_effect" in metrics_of(said)
+    assert "lrai.batch_effect" not in metrics_of(said | {"gate": None})
 
 
 def test_the_compilers_log_is_an_artifact_of_the_run(

@@ -79,7 +79,7 @@ def metrics_of(facts: Mapping[str, Any]) -> dict[str, float]:
     """Return what was measured; what does not apply to this model is left out."""
     gate = facts["gate"] or {}
     found = {name: facts[name] for name in ("speedup", "batch_effect", "size_bytes")}
-    found |= {name: gate.get(name) for name in _GATE}
+    found |= {name: gate.get(name) for name in _GATE} | ({} if gate else {"batch_effect": None})
     found |= {f"difference_{at}": value for at, value in gate.get("difference", {}).items()}
     for certificate in facts["certificates"][:1]:
         found |= {f"certificate_{n}": certificate[n] for n in ("epsilon", "upper_bound")}
