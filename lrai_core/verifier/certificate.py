@@ -108,8 +108,8 @@ class Certificate(Spec, frozen=True, kw_only=True):
         share = f"{100 * round_up(self.upper_bound, 3):g}%"  # more would be said by less
         return (
             f"with {100 * self.confidence:.10g}% confidence, for all but {share} of inputs "
-            f"{inputs} no element of {maps} of variant {self.variant} differs from the source "
-            f"model by more than {self.epsilon!r} "
+            f"{inputs}, each run alone, no element of {maps} of variant {self.variant} differs "
+            f"from the source model by more than {self.epsilon!r} "
             f"({len(self.failures)} failures in {self.samples}, {self.environment})"
         )
 

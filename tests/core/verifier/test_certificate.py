@@ -75,15 +75,15 @@ def test_the_id_names_the_variant_and_changes_with_any_content() -> None:
 
 def test_the_statement_says_how_many_how_far_and_how_sure() -> None:
     assert certificate(failures=(1, 2)).statement() == (
-        "with 95% confidence, for all but 1% of inputs like the evaluation rows no element of "
-        "y (raw) of variant int8 differs from the source model by more than 0.01 "
+        "with 95% confidence, for all but 1% of inputs like the evaluation rows, each run alone, "
+        "no element of y (raw) of variant int8 differs from the source model by more than 0.01 "
         "(2 failures in 299, here)"
     )
 
 
 def test_the_statement_says_which_inputs_it_speaks_about() -> None:
     said = certificate(radius=0.25).statement()
-    assert "1% of inputs within 0.25 of an evaluation row no element" in said
+    assert "1% of inputs within 0.25 of an evaluation row, each run alone, no element" in said
     assert "within 0.12345678 of" in certificate(radius=0.12345678).statement()
 
 
