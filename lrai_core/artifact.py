@@ -103,9 +103,10 @@ class GateResult(_Record, frozen=True, kw_only=True):
         rows: Gate rows.
         measure: What agreement means, for example `cosine >= 0.99`.
         agreement: Share of rows that agree, alone; None with labels.
-        agreement_bound: Its one-sided 95 % lower bound, the worse of alone and batched.
+        agreement_bound: Its one-sided lower bound, the worse of alone and batched; at 95 %, or at
+            more where the error is parted among the forms judged, as in `gate.errors`.
         accuracy_loss: Metric of the source less that of the variant; None without labels.
-        accuracy_loss_bound: Its one-sided 95 % upper bound, the worse of alone and batched.
+        accuracy_loss_bound: Its one-sided upper bound, likewise.
         difference: Quantiles (p50, p90, p99, max) of the largest difference per row after the
             output map.
         groups: By column and group how the variant's decisions fare, alone.

@@ -68,7 +68,7 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 </table></div>{% endif %}
 <h2>Accuracy and closeness</h2>
 <div class="scroll"><table><tr><th>form</th><th>measure</th><th class="n">found</th>
-<th class="n">bound, 95 %</th><th class="n">p50</th><th class="n">p99</th><th class="n">max</th>
+<th class="n">bound, ≥ 95 %</th><th class="n">p50</th><th class="n">p99</th><th class="n">max</th>
 <th class="n">rows</th></tr>
 {% for variant in manifest.variants if variant.gate %}{% set gate = variant.gate %}<tr>
 <td>{{ variant.id }}</td><td>{{ gate.measure }}</td>
