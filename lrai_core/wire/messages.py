@@ -254,9 +254,8 @@ class Packer:
             self._large.append(data)
             return len(self._large), 0, size
         self._small += bytes(-len(self._small) % 8)  # numpy reads aligned views
-        offset = len(self._small)
         self._small += data
-        return 0, offset, size
+        return 0, len(self._small) - size, size
 
     def frames(self) -> list[Buffer]:
         """Return the frames that follow the header."""
@@ -322,16 +321,18 @@ def _open(kind: int, bind_or_connect: str, address: str, options: Options) -> Li
         # ZeroMQ's threads choose what glibc remembers of this one: after calls of grpc's, the old.
         if os.sched_getscheduler(0) == os.SCHED_BATCH:
             context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)
-    socket = cast("Line", context.socket(kind, socket_class=Line))
-    socket.__dict__["tally"] = dict.fromkeys(_COUNTED, 0)
     # Sends are bounded by credit, by admission (one batch per actor), and by the batch answered.
     ours: Options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.MAXMSGSIZE: 1 << 32}
     try:
+        # What sends without a copy need is there before this process runs out of descriptors.
+        zmq.Frame(b"0", copy=False)
+        socket = cast("Line", context.socket(kind, socket_class=Line))
+        socket.__dict__["tally"] = dict.fromkeys(_COUNTED, 0)
         for option, value in {**ours, **options}.items():
             socket.setsockopt(option, value)
         getattr(socket, bind_or_connect)(address)
-    except zmq.ZMQError as error:
-        socket.context.destroy(linger=0)
+    except (zmq.ZMQError, OSError) as error:
+        context.destroy(linger=0)
         shorter = ", set runtime.socket_dir to a shorter path" * (error.errno == ENAMETOOLONG)
         raise EnvironmentProblem(f"no socket at {address}: {error.strerror}{shorter}") from None
     return socket

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import zmq
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from lrai_core.errors import EnvironmentProblem
 from lrai_core.protocol import DATATYPES, Array
 from lrai_core.wire import messages
 from lrai_core.wire.messages import BadFrames, Execute, Packer, TensorFrame, unpack
@@ -230,3 +236,45 @@ def test_no_line_of_ours_takes_pickles() -> None:
     assert len(sources) > 100
     banned = re.compile("recv_pyobj|send_pyobj|recv_json")
     assert [path for path in sources if banned.search(path.read_text("utf-8"))] == []
+
+
+_LARGE_WITHOUT_DESCRIPTORS = """
+import os, resource, sys
+import numpy as np
+from lrai_core.wire import messages
+
+heard, said = messages.listen(sys.argv[1]), messages.connect(sys.argv[1], b"me")
+said.say(messages.Hello(1))
+heard.hear()
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+try:
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+except OSError:
+    pass
+packer = messages.Packer()
+packer.pack([np.zeros(messages.OWN_FRAME_BYTES, np.int8)])
+packer.send(said, messages.Hello(1))
+assert heard.poll(10_000)
+assert [len(frame) for frame in heard.hear()][2:] == [0, messages.OWN_FRAME_BYTES]
+os._exit(0)
+"""
+
+
+def test_the_first_large_tensor_is_sent_though_no_descriptor_is_left() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, "-c", _LARGE_WITHOUT_DESCRIPTORS, f"ipc://{folder}/s"]
+        subprocess.run(argv, check=True, timeout=60)
+
+
+def test_a_socket_for_which_no_descriptor_is_left_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    zmq.Frame(b"0", copy=False)  # else ZeroMQ's own thread would have none either
+    monkeypatch.setattr("zmq.Context.socket", none_left)
+    with pytest.raises(EnvironmentProblem, match="Too many open files"):
+        messages.listen(f"ipc://{tmp_path}/s")
