@@ -109,7 +109,8 @@ def installed_version(name: str) -> str:
 @cache
 def isa_class() -> str:
     """Return what decides speed and rounding of integer kernels: `amx`, `vnni`, `avx2`, …."""
-    with contextlib.suppress(OSError):
+    # Anything else, as that no descriptor is left, passes: it must not be remembered as a class.
+    with contextlib.suppress(FileNotFoundError, PermissionError):
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
         lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
         flags = set(next(lines, "").split())

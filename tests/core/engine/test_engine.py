@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import mmap
 import os
@@ -258,6 +259,21 @@ def test_without_a_list_of_flags_the_machine_is_the_class(monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(platform, "machine", lambda: "ppc64le")
     assert isa_class() == "ppc64le"
+
+
+def test_a_moment_without_descriptors_is_not_remembered_as_another_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_text(path: Path, **_: Any) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    known = isa_class()
+    isa_class.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        with pytest.raises(OSError, match="Too many open files"):
+            isa_class()
+    assert isa_class() == known
 
 
 def test_inputs_that_the_graph_cannot_take_are_to_blame_for_it(tmp_path: Path) -> None:
