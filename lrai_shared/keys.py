@@ -12,6 +12,7 @@ import re
 import stat
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import zmq
@@ -116,15 +117,26 @@ def make_keys(folder: Path, client: str = "") -> list[Path]:
         EnvironmentProblem: The folder is not this user's alone, or cannot be written to.
     """
     clients = private_folder(private_folder(folder) / "clients")
-    if client and (Path(client).name != client or (clients / f"{client}.key").exists()):
-        raise UsageError(f"{shorten(client)!r} has keys in {clients} already, or is no name there")
-    if not (folder / "server.key_secret").exists():
-        create_certificates(folder, "server")
-    if client:
-        create_certificates(clients, client)
-    for secret in folder.rglob("*.key_secret"):
-        secret.chmod(0o600)  # until now, the folder kept others away
+    try:
+        if client and (Path(client).name != client or (clients / f"{client}.key").exists()):
+            known = f"{shorten(client)!r} has keys in {clients} already, or is no name there"
+            raise UsageError(known)
+        if not (folder / "server.key_secret").exists():
+            _make_pair(folder, "server", "key", "key_secret")
+        if client:
+            _make_pair(clients, client, "key_secret", "key")
+    except OSError as error:
+        raise EnvironmentProblem(f"no keys in {folder}: {error.strerror}") from None
     return [folder / "server.key", clients / f"{client}.key_secret"] if client else []
+
+
+def _make_pair(folder: Path, name: str, *kinds: str) -> None:
+    """Make two files, whole or not at all: the last of `kinds` says that they are there."""
+    with TemporaryDirectory(dir=folder) as half:
+        create_certificates(half, name)
+        Path(half, f"{name}.key_secret").chmod(0o600)  # until now, the folder kept others away
+        for kind in kinds:
+            Path(half, f"{name}.{kind}").replace(folder / f"{name}.{kind}")
 
 
 def private_folder(folder: Path) -> Path:

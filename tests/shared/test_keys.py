@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -66,6 +67,25 @@ def test_keys_are_made_once_and_no_client_gets_those_of_another(keys: Path) -> N
     assert first.with_name("moved").read_bytes() == before
     assert make_keys(keys) == []
     assert (keys / "server.key_secret").read_bytes() == server
+
+
+def test_a_full_disk_leaves_no_half_of_a_pair_that_is_taken_for_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path | str, name: str) -> None:
+        Path(folder, f"{name}.key").write_text("public")
+        Path(folder, f"{name}.key_secret").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    keys = tmp_path / "keys"
+    for client in ("", "ann"):
+        with monkeypatch.context() as patch:
+            patch.setattr("lrai_shared.keys.create_certificates", full)
+            with pytest.raises(lrai.EnvironmentProblem, match="No space left"):
+                make_keys(keys, client)
+        assert not list(keys.rglob(f"{client or 'server'}*"))
+        for file in make_keys(keys, client) or [keys / "server.key", keys / "server.key_secret"]:
+            assert load_certificate(file)[0]
 
 
 @pytest.mark.parametrize("name", ["../ann", "a/b", "/ann", "clients/", "."])
