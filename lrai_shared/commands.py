@@ -19,7 +19,8 @@ from lrai_shared.keys import make_keys, server_end
 from lrai_shared.starting import is_running, shared_folder
 
 _INTERRUPTED: Final = 130  # exit status
-_GOES_ON: Final = ("load", "unload", "swap", "route", "rollback", "freeze", "unfreeze")
+_CHANGES: Final = ("load", "unload", "swap", "route", "rollback", "freeze", "unfreeze")
+_GOES_ON: Final = ("start", "drain", "stop", *_CHANGES)  # though whoever asked for it is gone
 _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 
 app = typer.Typer(help="The shared runtime.", no_args_is_help=True, add_completion=False)
@@ -284,7 +285,8 @@ def main(arguments: Sequence[str]) -> None:
         app(args=list(arguments), prog_name="lrai runtime")
     except SystemExit as end:
         if end.code == _INTERRUPTED and arguments[0] in _GOES_ON:
-            out.print("the runtime goes on with it, see lrai runtime deployments")
+            see = "deployments" if arguments[0] in _CHANGES else "status"
+            out.print(f"the runtime goes on with it, see lrai runtime {see}")
         raise
 
 
