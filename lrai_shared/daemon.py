@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -225,7 +226,9 @@ class Door(Pool):
                 if actor.state == "ready":
                     self._socket.say(wire.Forget(client.arena), actor.identity)
         client.arena, client.memory, client.read = arena, [], []
-        if arena is not None:
+        # Where addresses are few, an actor could lack those for what this process has mapped.
+        few = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+        if arena is not None and not few:
             try:
                 client.memory = [self.arenas.open(arena)]
             except wire.BadFrames:  # it is told, and sends everything inline

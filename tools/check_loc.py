@@ -34,7 +34,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "monitor": (1400, ["lrai_monitor"]),
     "report": (2555, ["lrai_report"]),
     "import": (2706, ["lrai_import"]),
-    "shared": (1386, ["lrai_shared"]),
+    "shared": (1388, ["lrai_shared"]),
     "deployments": (2013, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
     "codecs": (866, ["lrai_codecs"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,21 @@ def test_what_a_client_names_as_a_session_begins_is_read_only_once_it_knows_of_i
             Door._hear(door, sender, [sign], 1.0)
             assert (said[-1].arena, said[-1].session) == (named, door._clients[sender].session)
     assert len({one.session for one in said}) == 2
+    arena.close()
+
+
+def test_where_addresses_are_few_nobody_maps_what_an_actor_may_have_no_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arena = Arena(1 << 16)
+    door = cast("Any", SimpleNamespace(_lives={}, arenas=Arenas(), dropped_frames=0))
+    for limit, maps in ((resource.RLIM_INFINITY, 1), (8 << 30, 0)):
+        client = daemon._Client(0.0)
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        Door._adopt(door, client, arena.segment)
+        assert len(client.memory) == maps
+        assert client.arena == arena.segment, "nothing is told of it twice"
+    assert door.dropped_frames == 0
     arena.close()
 
 
