@@ -11,20 +11,19 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lrai_core import ConditionNotMet, EnvironmentProblem, LraiConfig, Runtime, load_config
 from lrai_shared.client import Attached
 from lrai_shared.keys import make_keys, server_end
 from lrai_shared.starting import is_running, shared_folder
 
-_INTERRUPTED: Final = 130  # exit status
 _CHANGES: Final = ("load", "unload", "swap", "route", "rollback", "freeze", "unfreeze")
 _GOES_ON: Final = ("start", "drain", "stop", *_CHANGES)  # though whoever asked for it is gone
 _END_SECONDS: Final = 30.0  # beside draining: a load may be under way
 
 app = typer.Typer(help="The shared runtime.", no_args_is_help=True, add_completion=False)
-out = Console(highlight=False, markup=False, emoji=False)
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 _WHERE: Final = "by default as LRAI_RUNTIME says, or this user's (auto)"
 Folder = Annotated[str, typer.Option("--address", help=f"Runtime's folder; {_WHERE}.")]
 Address = Annotated[str, typer.Option(help=f"Its folder or tcp://HOST:PORT?keys=FOLDER; {_WHERE}.")]
@@ -81,7 +80,7 @@ def keys(folder: Path, client: Client = "") -> None:
     files = make_keys(folder.absolute(), client)
     out.print(f"{folder} holds the keys, for lrai runtime start --listen tcp://… --keys")
     if files:
-        out.print("the client needs these, the second is secret:", *files, sep="\n", soft_wrap=True)
+        out.print("the client needs these, the second is secret:", *files, sep="\n")
 
 
 @app.command()
@@ -92,12 +91,11 @@ def status(address: Address = "") -> None:
     """
     with _running(address) as runtime:
         columns = "model", "version", "variant", "certificate", "state", "pids"
-        table = Table(*columns, title=(state := runtime.ready()))
+        table = _table(*columns, title=(state := runtime.ready()))
         for one in runtime.models():
-            pids = " ".join(map(str, one.actor_pids))
-            known = one.certificate or ""
+            pids, known = " ".join(map(str, one.actor_pids)), one.certificate or ""
             table.add_row(one.name, one.version, one.variant, known, one.state, pids)
-        out.print(table)
+        out.print(table, soft_wrap=False)
         for event, count in sorted(runtime.stats().items()):
             out.print(f"{count:>12,} {event}")
     if state not in ("ok", "idle"):
@@ -182,7 +180,7 @@ def unfreeze(model: Model, by: By, reason: Reason, address: Address = "") -> Non
 @app.command()
 def deployments(address: Address = "") -> None:
     """Show every name with its versions, and what is frozen."""
-    table = Table("model", "version", "share", "shadow", "goes back to", "frozen")
+    table = _table("model", "version", "share", "shadow", "goes back to", "frozen")
     with _running(address) as runtime:
         for found in runtime.deployments():
             frozen = f"by {found.frozen.by}: {found.frozen.reason}" if found.frozen else ""
@@ -190,7 +188,7 @@ def deployments(address: Address = "") -> None:
                 copies = f"{found.shadow.get(version, 0):.2%}"
                 part = "made room" if found.away else f"{share:.2%}"
                 table.add_row(found.name, version, part, copies, found.previous, frozen)
-    out.print(table)
+    out.print(table, soft_wrap=False)
 
 
 @app.command()
@@ -211,6 +209,11 @@ def stop(address: Folder = "") -> None:
         if time.monotonic() > deadline:
             raise ConditionNotMet(f"the runtime in {folder} was told to end, and has not ended yet")
         time.sleep(0.01)
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    """Return a table that cuts no name off: commands take the whole ones."""
+    return Table(*(Column(name, overflow="fold") for name in columns), title=title)
 
 
 def _how(variant: str, require: list[str] | None, setting: list[str] | None) -> dict[str, Any]:
@@ -284,7 +287,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         app(args=list(arguments), prog_name="lrai runtime")
     except SystemExit as end:
-        if end.code == _INTERRUPTED and arguments[0] in _GOES_ON:
+        if end.code == 130 and arguments[0] in _GOES_ON:  # Ctrl-C
             see = "deployments" if arguments[0] in _CHANGES else "status"
             out.print(f"the runtime goes on with it, see lrai runtime {see}")
         raise
