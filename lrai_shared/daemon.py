@@ -288,7 +288,8 @@ class Daemon:
         self._quick, self._slow = ThreadPoolExecutor(1), ThreadPoolExecutor(_CHANGES)
         # Absolute, for whoever starts the next one with these may do so from elsewhere.
         state = str(Path(config.runtime.state_dir or folder).absolute())
-        roots = [str(Path(one).absolute()) for one in config.runtime.model_roots.split(":") if one]
+        # Empty ones stay: where there are no others, nothing may be loaded, and not anything.
+        roots = [one and str(Path(one).absolute()) for one in config.runtime.model_roots.split(":")]
         runtime = replace(config.runtime, state_dir=state, model_roots=":".join(roots))
         config = replace(config, runtime=runtime)
         make_door = partial(self._make_door, folder / "clients")

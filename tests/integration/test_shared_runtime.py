@@ -1082,6 +1082,20 @@ def test_a_process_beside_another_finds_the_daemon_at_its_address(
         kill(daemons(other)[0])
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_runtime_whose_folders_to_load_from_are_all_empty_loads_from_none(
+    classifier_fp32: lrai.Artifact,
+) -> None:
+    """They are of variables that nobody has set, as `$MODELS:$MORE`; embedded it is so, too."""
+    given = lrai.load_config(call={"runtime.model_roots": ":"})
+    for address in ("embedded", "auto"):
+        with (
+            lrai.Runtime(given, address=address) as runtime,
+            pytest.raises(lrai.ConditionNotMet, match=r"runtime\.model_roots"),
+        ):
+            runtime.load(classifier_fp32)
+
+
 def test_the_command_to_stop_returns_when_the_daemon_has_ended(
     folder: Path, classifier_fp32: lrai.Artifact
 ) -> None:
