@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +86,7 @@ class Request:
         self, inputs: dict[str, NDArray[Any]], identity: str = "", said: str = "{}"
     ) -> None:
         self._inputs, self._identity, self._said = inputs, identity, said
+        self.wanted: Collection[str] = ()
 
     def inputs(self) -> list[Tensor]:
         return [Tensor(*pair) for pair in self._inputs.items()]
@@ -96,8 +97,8 @@ class Request:
     def parameters(self) -> str:
         return self._said
 
-    def requested_output_names(self) -> list[str]:
-        return []
+    def requested_output_names(self) -> Collection[str]:
+        return self.wanted
 
     def timeout(self) -> int:
         return 0
@@ -311,6 +312,16 @@ def test_priority_and_id_go_to_the_runtime(model: Any, monkeypatch: pytest.Monke
     model.execute([Request(row(), "seven", said), Request(row())])
     assert [one.id for one in asked] == ["seven", ""]
     assert [one.parameters for one in asked] == [{"priority": -2}, {"priority": 0}]
+
+
+def test_outputs_come_in_one_order_whatever_that_of_a_set_is(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answering(model, monkeypatch, row()["x"], row()["x"])
+    requests = Request(row()), Request(row())
+    requests[0].wanted, requests[1].wanted = ("a", "c", "b"), ("c", "b", "a")
+    model.execute(requests)
+    assert [one.outputs for one in asked] == [("a", "b", "c")] * 2
 
 
 def test_a_priority_that_is_none_is_refused_alone(model: Any) -> None:

@@ -201,7 +201,8 @@ class TritonPythonModel:
             model_name=self._held.name,
             inputs=inputs,
             id=name,
-            outputs=tuple(request.requested_output_names()),
+            # They come as a set. In this order onnxruntime's backend gives them.
+            outputs=tuple(sorted(request.requested_output_names())),
             timeout_ms=timeout_ms,
             parameters={"priority": said.get(_PRIORITY, 0)},
         )
