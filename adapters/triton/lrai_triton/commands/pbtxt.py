@@ -45,8 +45,8 @@ def backend_of(text: str) -> str:
         ArtifactError: A string or a brace does not end.
     """
     fields = {name: text[place] for name, place in _places(text).items()}
-    named = fields.get("backend") or fields.get("platform") or ""
-    return named.partition(":")[2].strip()[1:-1]
+    named = fields.get("backend") or fields.get("platform") or '""'
+    return str(_TOKEN.findall(named)[-1][1:-1])  # before it there may be comments
 
 
 def switched(text: str) -> str:
