@@ -14,7 +14,7 @@ from lrai_core.errors import shorten
 from lrai_report.live import command, copied, runtime_of
 
 _CONFIG: Final = "config.pbtxt"
-_NAMED: Final = r"\b(backend|platform)\s*:\s*[\"']([^\"']*)"
+_NAMED: Final = r"\b(backend|platform|default_model_filename)\s*:\s*[\"']([^\"']*)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +165,18 @@ def _newest_of(path: Path, requests: Path | None) -> Target | None:
     newest = path / max(_versions(path), key=int, default="")
     if (newest / "model.lrai").is_dir():
         return replace(_alone(Artifact.open(newest / "model.lrai"), requests), entry=path)
-    file = newest / "model.onnx"
-    file = file / file.name if file.is_dir() else file  # beside weights in files of their own
+    file = newest / (_named(path / _CONFIG).get("default_model_filename") or "model.onnx")
+    file = file / "model.onnx" if file.is_dir() else file  # beside weights in files of their own
     return Target(file, requests, entry=path) if file.is_file() else None
+
+
+def _named(config: Path) -> dict[str, str]:
+    return dict(re.findall(_NAMED, re.sub(r"#.*", "", config.read_text(errors="replace"))))
 
 
 def _backend(config: Path) -> str:
     """Return what serves by a configuration of Triton: onnxruntime, where it names nothing."""
-    named = dict(re.findall(_NAMED, re.sub(r"#.*", "", config.read_text(errors="replace"))))
+    named = _named(config)
     return named.get("backend") or named.get("platform") or "onnxruntime"
 
 

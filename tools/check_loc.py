@@ -32,7 +32,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "engines": (2255, ["lrai_engines"]),
     "prover": (2300, ["lrai_prover"]),
     "monitor": (1400, ["lrai_monitor"]),
-    "report": (2555, ["lrai_report"]),
+    "report": (2557, ["lrai_report"]),
     "import": (2706, ["lrai_import"]),
     "shared": (1388, ["lrai_shared"]),
     "deployments": (2013, ["lrai_deployments"]),

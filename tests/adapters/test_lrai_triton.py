@@ -275,12 +275,22 @@ def test_a_version_directory_holds_one_model(tmp_path: Path) -> None:
     folder = tmp_path / "3"
     folder.mkdir()
     with pytest.raises(lrai.ArtifactError, match=r"version directory 3 holds neither model\.onnx"):
-        source_of(folder)
+        source_of(folder, "")
     (folder / "model.onnx").touch()
-    assert source_of(folder).name == "model.onnx"
+    assert source_of(folder, "").name == "model.onnx"
     (folder / "model.lrai").mkdir()
     with pytest.raises(lrai.ArtifactError, match=r"holds both model\.onnx and model\.lrai"):
-        source_of(folder)
+        source_of(folder, "")
+
+
+def test_the_file_that_a_configuration_names_is_the_model(tmp_path: Path) -> None:
+    for name in ("model.onnx", "net.onnx", "several/model.onnx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert source_of(tmp_path, "net.onnx") == tmp_path / "net.onnx"
+    assert source_of(tmp_path, "several") == tmp_path / "several" / "model.onnx"
+    with pytest.raises(lrai.ArtifactError, match=r"holds neither no\.onnx nor model\.lrai"):
+        source_of(tmp_path, "no.onnx")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +313,7 @@ def test_what_may_not_be_read_is_said_to_be_so(tmp_path: Path, locked: str, word
         "from lrai_import.built import artifact_of\n"
         "from lrai_triton.served import *\n"
         "from lrai_triton.settings import settings_of\n"
-        "artifact_of(source_of(Path(sys.argv[1])), settings_of({}).asked.config)"
+        "artifact_of(source_of(Path(sys.argv[1]), ''), settings_of({}).asked.config)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "1")]
     # Root reads everything, but not where it is somebody else.

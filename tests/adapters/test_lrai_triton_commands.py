@@ -783,7 +783,7 @@ def test_a_model_of_several_files_lies_in_a_folder_of_its_name(repository: Path,
     model = (entry / "1" / "model.onnx").rename(entry / "aside")
     (entry / "1" / "model.onnx").mkdir()
     model.rename(entry / "1" / "model.onnx" / "model.onnx")
-    assert source_of(entry / "1").is_file()
+    assert source_of(entry / "1", "").is_file()
     assert "version 2 is there" in run("compile", entry, "--switch", "--threads", "1")
     assert "nothing is wrong" in run("doctor", "--model-repository", repository)
 
@@ -813,6 +813,24 @@ def test_the_newest_model_is_compiled_into_the_next_version(repository: Path, ru
     (entry / "3" / "model.onnx").unlink()
     (entry / "1" / "model.onnx").unlink()
     assert "no version" in run("compile", entry, code=2)
+
+
+def test_the_file_that_a_configuration_names_is_the_one_that_is_compiled_and_added(
+    repository: Path, run: Run
+) -> None:
+    """As onnxruntime serves it: what lies beside it under the usual name is another model."""
+    entry = repository / "m"
+    (entry / "1" / "model.onnx").rename(entry / "1" / "net.onnx")
+    (entry / "1" / "model.onnx").write_bytes(b"another")
+    (entry / "config.pbtxt").write_text(f'{ONNX}\ndefault_model_filename: "net.onnx"\n')
+    run("compile", entry, "--switch", "--threads", "1")
+    where = ("--model-repository", repository, "--name", "m", "--version")
+    run("add", entry / "1" / "net.onnx", *where, "3")
+    assert [path.name for path in (entry / "3").iterdir()] == ["net.onnx"]
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
+    (entry / "1" / "net.onnx").unlink()
+    (entry / "3" / "net.onnx").unlink()
+    assert "holds a net.onnx to compile" in run("compile", entry, code=2)
 
 
 def test_a_backend_that_is_not_onnxruntime_is_not_taken_over(repository: Path, run: Run) -> None:

@@ -39,6 +39,14 @@ def test_a_model_of_triton_is_the_file_of_its_newest_version(repository: Path, p
     assert (found.model, found.requests, found.served, found.name) == (file, rows, None, "")
 
 
+def test_a_model_of_triton_is_called_what_its_configuration_says(repository: Path) -> None:
+    (repository / "config.pbtxt").write_text('default_model_filename: "net.onnx"\n')
+    for name in ("model.onnx", "net.onnx"):
+        (repository / "10" / name).touch()
+    with own_runtime():
+        assert find(str(repository), None, "auto").model == repository / "10" / "net.onnx"
+
+
 def test_a_model_of_triton_may_be_an_artifact(repository: Path) -> None:
     folder = small_artifact.build(repository / "10" / "model.lrai")
     with own_runtime():

@@ -25,8 +25,8 @@ class Metrics:
         }
         self._labels = {"model": model, "version": version}
         self._metrics: dict[tuple[str, str], Any] = {}
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._told: Counter[tuple[str, str]] = Counter()  # of them, to Triton
+        # All, and those of them that Triton was told.
+        self._counts, self._told = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
         self._lock = threading.Lock()
 
     def count(self, outcome: InferenceResponse | LraiError) -> None:

@@ -37,8 +37,7 @@ _STEP_BYTES: Final = 1 << 20  # by which a stub's share of it grows, at least
 
 _LOOK_SECONDS: Final = 0.2  # between looks whether a caller has left
 _PRIORITY: Final = "lrai_priority"  # a parameter of requests; `priority` Triton keeps to itself
-_BUSY: Final = dict.fromkeys((429, 503, 504, 507), "UNAVAILABLE")
-_CODES: Final = _BUSY | {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED"}
+_CODES: Final = {400: "INVALID_ARG", 404: "NOT_FOUND", 499: "CANCELLED", 500: "INTERNAL"}
 Outcome = lrai.InferenceResponse | lrai.LraiError
 Started = Future[lrai.InferenceResponse] | Outcome
 
@@ -79,7 +78,7 @@ class TritonPythonModel:
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
         """Fill in what config.pbtxt leaves open, from the model."""
         given = auto_complete_model_config.as_dict()  # what is changed in it arrives
-        source = source_of(Path(_argument(1)).parent)
+        source = source_of(Path(_argument(1)).parent, given.get("default_model_filename", ""))
         complete(given, artifact_of(source, settings_of(given).asked.config).manifest.signature)
         return auto_complete_model_config
 
@@ -91,7 +90,8 @@ class TritonPythonModel:
         if "dynamic_batching" not in model_config:  # nor is it filled in: requests come one by one
             settings = settings._replace(size=0)
         folder = Path(args["model_repository"], args["model_version"])
-        artifact = artifact_of(source_of(folder), settings.asked.config)
+        source = source_of(folder, model_config.get("default_model_filename", ""))
+        artifact = artifact_of(source, settings.asked.config)
         signature = artifact.manifest.signature
         complete(model_config, signature)  # for its errors
         name = f"{args['model_name']}:{args['model_version']}"
@@ -185,8 +185,10 @@ class TritonPythonModel:
     def _request(self, request: Any, timeout_ms: float | None) -> lrai.InferenceRequest | Outcome:
         # Triton drops nothing of lists that it has made up, as it does while another one runs. To
         # ask it is a message: not after short ones.
-        if self._queue.ran > _LOOK_SECONDS and _has_left(request):
-            return Cancelled("cancelled")
+        if self._queue.ran > _LOOK_SECONDS:
+            with suppress(Exception):  # edge: who cannot be asked about has not left
+                if request.is_cancelled():
+                    return Cancelled("cancelled")
         try:
             name, said = request.request_id(), json.loads(p) if (p := request.parameters()) else {}
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -242,8 +244,8 @@ class TritonPythonModel:
         disk = os.statvfs(_MEMORY)
         room_bytes = disk.f_bavail * disk.f_frsize // 2 - _STEP_BYTES
         with suppress(OSError):  # another server may name it otherwise
-            held_bytes = sum(list(self._inside.values()))  # a list, for others change it meanwhile
-            room_bytes = max(room_bytes, self._pool.stat().st_size - held_bytes)
+            # A list, for others change it meanwhile.
+            room_bytes = max(room_bytes, self._pool.stat().st_size - sum([*self._inside.values()]))
         return room_bytes
 
     def _response(self, outcome: Outcome, tensors: list[Any]) -> Any:
@@ -253,16 +255,10 @@ class TritonPythonModel:
         if outcome is not self._alive:  # probes are nobody's requests
             self._metrics.count(outcome)
         if isinstance(outcome, lrai.LraiError):
-            code = getattr(pb_utils.TritonError, _CODES.get(outcome.http_status, "INTERNAL"))
+            code = getattr(pb_utils.TritonError, _CODES.get(outcome.http_status, "UNAVAILABLE"))
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(outcome), code))
         said = {key: value for key, value in outcome.parameters.items() if value is not None}
         return pb_utils.InferenceResponse(tensors, **({"parameters": said} if self._tells else {}))
-
-
-def _has_left(request: Any) -> bool:
-    with suppress(Exception):  # edge: who cannot be asked about has not left
-        return bool(request.is_cancelled())
-    return False
 
 
 def _bytes_of(tensors: Mapping[str, Any]) -> int:

@@ -48,8 +48,8 @@ def execution_of(artifact: Artifact, settings: Settings) -> str:
     return "sender" if settings.asked.latency_slo_ms or one_by_one else "lists"
 
 
-def source_of(folder: Path) -> Path:
-    """Return the `model.onnx` or the `model.lrai/` of a version directory.
+def source_of(folder: Path, filename: str) -> Path:
+    """Return the ONNX model, see `onnx_of`, or the `model.lrai/` of a version directory.
 
     Raises:
         ArtifactError: There is neither, or both.
@@ -57,17 +57,21 @@ def source_of(folder: Path) -> Path:
     """
     if os.path.isdir(folder) and not os.access(folder, os.X_OK):  # noqa: PTH112 - is_dir may raise
         raise EnvironmentProblem(f"version directory {folder.name}: no permission to read it")
-    found = [path for path in (onnx_of(folder), folder / "model.lrai") if path.exists()]
+    onnx = onnx_of(folder, filename)
+    found = [path for path in (onnx, folder / "model.lrai") if path.exists()]
     if len(found) != 1:
-        what = "both model.onnx and model.lrai" if found else "neither model.onnx nor model.lrai"
+        what = (
+            f"both {onnx.name} and model.lrai" if found else f"neither {onnx.name} nor model.lrai"
+        )
         raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")
     return found[0]
 
 
-def onnx_of(folder: Path) -> Path:
+def onnx_of(folder: Path, filename: str) -> Path:
     """Return where the ONNX model of a version directory is, if it has one.
 
-    One with weights in files of their own lies with them in a folder of that name.
+    It is called `model.onnx`, or as `default_model_filename` says. One with weights in files of
+    their own lies with them, as `model.onnx`, in a folder of that name.
     """
-    model = folder / "model.onnx"
-    return model / model.name if model.is_dir() else model
+    model = folder / (filename or "model.onnx")
+    return model / "model.onnx" if model.is_dir() else model

@@ -56,6 +56,5 @@ def settings_of(model_config: Mapping[str, Any]) -> Settings:
     if execution not in (allowed := get_args(Execution)):
         raise UsageError(f"execution is {execution!r}, allowed: {', '.join(allowed)}")
     size = int(model_config.get("max_batch_size", 0))
-    limit = size * (size != MAX_BATCH_SIZE)  # which is what nobody has written
-    wanted = asked(given).limited(limit)
+    wanted = asked(given).limited(size * (size != MAX_BATCH_SIZE))  # which nobody has written
     return Settings(wanted, cast("Execution", execution), instances_of(model_config), size)

@@ -285,6 +285,19 @@ def assert_refused(triton: Triton, model: Path, text: str, message: str) -> None
         shutil.rmtree(triton.repository / "refused")
 
 
+def test_the_file_that_the_configuration_names_is_served(triton: Triton, tmp_path: Path) -> None:
+    """As by onnxruntime's backend, also where another model has the usual name."""
+    for folder, width in (("usual", 3), ("named", 5)):
+        (tmp_path / folder).mkdir()
+        identity(tmp_path / folder, TensorProto.FLOAT, ["n", width])
+    triton.put("named", 1, tmp_path / "usual" / "model.onnx")
+    shutil.copy(tmp_path / "named" / "model.onnx", triton.repository / "named" / "1" / "net.onnx")
+    text = f'{LRAI}default_model_filename: "net.onnx"\n'
+    with triton.serving("named", {}, text) as name:
+        x = np.ones((2, 5), np.float32)
+        np.testing.assert_array_equal(triton.ask(name, {"x": x})["y"], x)
+
+
 def test_a_version_without_a_model_or_with_a_damaged_one_is_refused(
     triton: Triton, tmp_path: Path, minilm_fp32: lrai.Artifact
 ) -> None:

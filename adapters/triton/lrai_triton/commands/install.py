@@ -155,7 +155,7 @@ def _check_version(folder: Path) -> None:
     full = {one.key.rpartition(".")[2]: one.key for one in lrai.explain_config()}
     for key in config.get("parameters", {}):
         _demand(key not in full, f"parameter {key!r} is not read, {full.get(key)} would be")
-    settings, source = settings_of(config), source_of(folder)
+    settings, source = settings_of(config), source_of(folder, config["default_model_filename"])
     compiled = source.name == "model.lrai"
     if not compiled and not newest:
         return  # it would have to be built

@@ -44,9 +44,14 @@ def backend_of(text: str) -> str:
     Raises:
         ArtifactError: A string or a brace does not end.
     """
-    fields = {name: text[place] for name, place in _places(text).items()}
-    named = fields.get("backend") or fields.get("platform") or '""'
-    return str(_TOKEN.findall(named)[-1][1:-1])  # before it there may be comments
+    said = said_in(text)
+    return said.get("backend") or said.get("platform") or ""
+
+
+def said_in(text: str) -> dict[str, str]:
+    """Return what the strings of the outermost message say, by field; raises the same."""
+    # Before a string there may be comments.
+    return {n: str(_TOKEN.findall(text[at])[-1][1:-1]) for n, at in _places(text).items()}
 
 
 def switched(text: str) -> str:

@@ -22,7 +22,7 @@ import typer
 from lrai_core import Artifact, ArtifactError, CompileError, EnvironmentProblem, UsageError
 from lrai_core.artifact import disk_errors, writing
 from lrai_triton.commands.app import END_SECONDS, PROGRAM, app, out
-from lrai_triton.commands.pbtxt import LRAI, backend_of, config_of, switched, switched_back
+from lrai_triton.commands.pbtxt import LRAI, backend_of, config_of, said_in, switched, switched_back
 from lrai_triton.served import onnx_of
 from lrai_triton.settings import settings_of
 
@@ -84,8 +84,9 @@ def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) 
     if not entry.is_dir():
         raise UsageError(f"{entry} is no folder of a model, which comes before all options")
     versions = versions_of(entry)
-    if not (sources := [one for v in versions if (one := onnx_of(entry / str(v))).is_file()]):
-        raise UsageError(f"no version of {entry} holds a model.onnx to compile")
+    name = said_in(text_of(entry / CONFIG)).get("default_model_filename", "")
+    if not (sources := [one for v in versions if (one := onnx_of(entry / str(v), name)).is_file()]):
+        raise UsageError(f"no version of {entry} holds a {name or 'model.onnx'} to compile")
     _check_backend(entry, switch=switch)
     # Elsewhere, since a server that polls the repository reloads an entry that changes.
     with tempfile.TemporaryDirectory(prefix="lrai-") as scratch:
@@ -161,10 +162,9 @@ def left_out(entry: Path, version: int) -> str:
 
 
 def _new_config(name: str, settings: dict[str, str]) -> str:
-    text = f'{_WRITTEN}name: "{name}"\n{LRAI}\n'
-    for key, value in settings.items():
-        text += f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
-    return text
+    parameter = 'parameters {{ key: "{}" value {{ string_value: "{}" }} }}\n'
+    said = "".join(parameter.format(*pair) for pair in settings.items())
+    return f'{_WRITTEN}name: "{name}"\n{LRAI}\n{said}'
 
 
 def _check_backend(entry: Path, *, switch: bool) -> None:
@@ -181,7 +181,7 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
     new = not entry.is_dir()
-    was: tuple[str, bool, bool] | None = None
+    was = list[tuple[Path, str | None]]()
     try:
         with writing(entry if new else entry / str(version)) as folder:
             target = folder / str(version) if new else folder
@@ -189,20 +189,19 @@ def _publish(entry: Path, version: int, model: Path, config: str) -> None:
             if model.is_dir():
                 shutil.copytree(Artifact.open(model).path, target / "model.lrai")
             else:
-                _check_onnx(Path(shutil.copy2(model, target / "model.onnx")), model.name)
+                name = said_in(text_of(entry / CONFIG)).get("default_model_filename", "")
+                _check_onnx(Path(shutil.copy2(model, onnx_of(target, name))), model.name)
             # Now: another command may have switched it while this one copied.
-            config_file, original = entry / CONFIG, entry / _ORIGINAL
-            was = text_of(config_file), config_file.exists(), original.exists()
+            files = entry / CONFIG, entry / _ORIGINAL
+            was = [(file, text_of(file) if file.exists() else None) for file in files]
             _switch(folder if new else entry, config)
     except BaseException:  # a disk may be found full when all is written
-        if was and not new and not os.path.lexists(entry / str(version)):  # else somebody else's
-            before, there, kept = was
-            if not there:
-                (entry / CONFIG).unlink(missing_ok=True)
-            elif text_of(entry / CONFIG) != before:
-                _replace(entry / CONFIG, before)
-            if not kept:
-                (entry / _ORIGINAL).unlink(missing_ok=True)
+        if not new and not os.path.lexists(entry / str(version)):  # else it is somebody else's
+            for file, before in was:
+                if before is None:
+                    file.unlink(missing_ok=True)
+                elif text_of(file) != before:
+                    _replace(file, before)
         raise
     why = left_out(entry, version) or "by default Triton serves the highest one"
     out.print(f"version {version} is there; {why}, after")
