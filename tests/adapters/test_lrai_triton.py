@@ -77,6 +77,17 @@ def test_a_model_without_rows_is_not_batched() -> None:
     assert config["input"] == [{"name": "image", "data_type": "TYPE_UINT8", "dims": [-1, 3]}]
 
 
+def test_a_tensor_without_dimensions_is_one_number() -> None:
+    signature = Signature(inputs=WHOLE.inputs, outputs=(spec("mean", "FP32", (), batch_axis=None),))
+    mean = {"name": "mean", "data_type": "TYPE_FP32", "dims": [1]}
+    assert completed(signature)["output"] == [mean]
+    assert completed(signature, output=[dict(mean)])["output"] == [mean]
+    with pytest.raises(
+        lrai.UsageError, match=r"output 'mean': dims are \[2\], the model has \[1\]"
+    ):
+        completed(signature, output=[mean | {"dims": [2]}])
+
+
 def test_a_model_whose_rows_share_no_call_may_have_them_beside_max_batch_size() -> None:
     config = completed(WHOLE, max_batch_size=4)
     assert config["input"][0]["dims"] == [3]

@@ -82,7 +82,8 @@ def _complete_tensors(
             if tensor.get("allow_ragged_batch") and spec.length_axis is None:
                 raise UsageError(f"{kind} {name!r}: allow_ragged_batch, but it has no length axis")
             tensor["allow_ragged_batch"] = spec.length_axis is not None
-        shape = [extent if isinstance(extent, int) else -1 for extent in spec.shape]
+        # Triton has no tensor without dimensions: it is one number, as of onnxruntime's backend.
+        shape = [extent if isinstance(extent, int) else -1 for extent in spec.shape] or [1]
         _complete_shape(kind, tensor, shape[batched:], batched=batched)
 
 
@@ -90,7 +91,7 @@ def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int], *, batc
     reshape, dims = tensor.get("reshape"), _dims(tensor)
     if not dims and reshape is None:
         tensor["dims"] = shape
-        if not shape:  # Triton has no tensor without dimensions
+        if not shape:  # nor without them beside the batch dimension
             tensor["dims"], tensor["reshape"] = [1], {"shape": []}
         return
     # Narrower than the model is a promise of the caller; wider or of another rank is an error.

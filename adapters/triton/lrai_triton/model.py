@@ -97,6 +97,7 @@ class TritonPythonModel:
         name = f"{args['model_name']}:{args['model_version']}"
         execution = execution_of(artifact, settings)
         self._held = hold(name, artifact, settings, execution)
+        self._scalars = [spec.name for spec in signature.inputs if not spec.shape]  # Triton has [1]
         told: dict[str, Any] = {"model_version": "", "id": "", "parameters": {}, "model_name": name}
         self._alive = lrai.InferenceResponse(outputs=zeros(signature.outputs), **told)
         self._metrics = Metrics(pb_utils, args["model_name"], args["model_version"])
@@ -194,6 +195,7 @@ class TritonPythonModel:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         except ValueError:  # Python's own: of id or parameters
             return lrai.RequestError("no UTF-8")
+        inputs |= {name: inputs[name].reshape(()) for name in self._scalars}
         self._inside[id(request)] = _bytes_of(inputs)
         # No request of a user's: the model is not asked, and nothing of it captured; an actor that
         # hangs is found without.
@@ -223,6 +225,7 @@ class TritonPythonModel:
                     taken_bytes = _bytes_of(outcome.outputs)
                     if taken_bytes > room_bytes:
                         raise MemoryError
+                    # Of what has no dimensions this makes [1].
                     made = [(n, np.ascontiguousarray(a)) for n, a in outcome.outputs.items()]
                     tensors = [pb_utils.Tensor(*pair) for pair in made]
                     room_bytes -= taken_bytes

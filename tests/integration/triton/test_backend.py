@@ -285,6 +285,34 @@ def assert_refused(triton: Triton, model: Path, text: str, message: str) -> None
         shutil.rmtree(triton.repository / "refused")
 
 
+@pytest.mark.parametrize("way", ["inline", "lists", "sender"])
+@pytest.mark.parametrize("tensors", ["", "data_type: TYPE_FP32 dims: [1]"])
+def test_a_tensor_without_dimensions_is_one_number_for_triton(
+    triton: Triton, tmp_path: Path, way: str, tensors: str
+) -> None:
+    """As onnxruntime's backend has it; Triton itself knows no tensor without dimensions."""
+    values: dict[str, list[Any]] = {"x": ["n", 3], "k": [], "y": ["n", 3], "m": []}
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in values.items()]
+    nodes = [
+        helper.make_node("Mul", ["x", "k"], ["y"]),
+        helper.make_node("ReduceMean", ["y"], ["m"], keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "g", infos[:2], infos[2:])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "m.onnx")
+    text = LRAI + execution(way)
+    if tensors:
+        whole = "data_type: TYPE_FP32 dims: [-1, 3]"
+        text += f'input [{{ name: "x" {whole} }}, {{ name: "k" {tensors} }}]\n'
+        text += f'output [{{ name: "y" {whole} }}, {{ name: "m" {tensors} }}]\n'
+    given = {"x": np.full((2, 3), 2, np.float32), "k": np.array([3], np.float32)}
+    with triton.serving("numbers", {1: tmp_path / "m.onnx"}, text) as name:
+        for protocol in PROTOCOLS:
+            answer = triton.ask(name, given, protocol=protocol)
+            np.testing.assert_array_equal(answer["y"], np.full((2, 3), 6, np.float32))
+            np.testing.assert_array_equal(answer["m"], np.array([6], np.float32))
+
+
 def test_the_file_that_the_configuration_names_is_served(triton: Triton, tmp_path: Path) -> None:
     """As by onnxruntime's backend, also where another model has the usual name."""
     for folder, width in (("usual", 3), ("named", 5)):
