@@ -73,11 +73,12 @@ def fit(given: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> dict[str, Arr
     """Return arrays of what was given by name, as the model takes them where nothing is lost.
 
     A column of scalars becomes [rows, 1] where the model has that shape. A real number is rounded
-    to the model's precision, as JSON knows one only; no other value is changed. What does not fit
-    keeps its own dtype, for the runtime to refuse.
+    to the model's precision, as JSON knows one only; no other value is changed. Numbers that do not
+    fit keep their own dtype, for the runtime to refuse.
 
     Raises:
-        InvalidTensor: The rows of a tensor have different shapes.
+        InvalidTensor: The rows of a tensor have different shapes, or there is more than numbers in
+            one of numbers.
     """
     specs = {spec.name: spec for spec in inputs}
     return {name: _fit(name, value, specs.get(name)) for name, value in given.items()}
@@ -159,6 +160,9 @@ def _fit(name: str, value: Any, spec: TensorSpec | None) -> Array:
     if spec is None:  # an input that the model does not have, which the runtime names
         return np.zeros(0)
     array = array_of(name, value, dtype_of(spec.datatype))
+    if array.dtype.kind == "O" and spec.datatype != "BYTES":  # a shared runtime takes it for text
+        what = f"holds text, null or too large a number: the model takes {spec.datatype}"
+        raise InvalidTensor(name, what)
     if array.ndim == 1 and len(spec.shape) == 2 and spec.shape[1] == 1:
         return array.reshape(-1, 1)
     return array
