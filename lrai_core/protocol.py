@@ -189,7 +189,7 @@ def validate(request: InferenceRequest, signature: Signature, limits: LimitsConf
         arrays.append(array)
     rows, length = _extents(arrays, signature.inputs)
     if rows > limits.request_rows:
-        raise RequestError(f"{rows} rows, at most {limits.request_rows} are allowed in one request")
+        raise RequestError(f"{rows} rows, at most {limits.request_rows}: see limits.request_rows")
     outputs = _outputs(request.outputs, signature)
     group = _group(arrays, signature) if signature.coalescible else (object(),)
     return ValidRequest(tuple(arrays), rows, length, outputs, group, nbytes)

@@ -258,7 +258,8 @@ def test_too_many_bytes_or_rows_are_refused_by_their_limit() -> None:
     tight = LimitsConfig(request_bytes=47)
     assert "one request has 47 at most, see limits.request_bytes" in refusal({"x": x}, limits=tight)
     assert "48 bytes, at most 47" in refusal({"x": raw((4, 3), x.tobytes())}, limits=tight)
-    assert "4 rows, at most 3" in refusal({"x": x}, limits=LimitsConfig(request_rows=3))
+    said = refusal({"x": x}, limits=LimitsConfig(request_rows=3))
+    assert "4 rows, at most 3: see limits.request_rows" in said
 
 
 def test_the_bytes_of_all_tensors_count_together() -> None:
