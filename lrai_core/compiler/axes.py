@@ -47,10 +47,8 @@ def assume_axes(signature: Signature) -> Signature:
     A free dimension 0 common to all inputs, or of matrices and more that have no name for it, is
     taken for the batch axis, the one other free dimension common to all inputs for the length axis.
     """
-    free = [
-        {symbol: axis for axis, symbol in enumerate(spec.shape) if isinstance(symbol, str)}
-        for spec in signature.inputs
-    ]
+    shapes = (enumerate(spec.shape) for spec in signature.inputs)
+    free = [{symbol: axis for axis, symbol in one if isinstance(symbol, str)} for one in shapes]
     common = set.intersection(*(set(symbols) for symbols in free))
     batch = {symbol for symbol in common if all(symbols[symbol] == 0 for symbols in free)}
     if not batch and any(s.shape[:-1][:1] != (f"{s.name}.0",) for s in signature.inputs):
@@ -82,6 +80,9 @@ def confirm_axes(
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
     padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
+    with suppress(EngineError):  # among many elements a few of padding may not show
+        session.run(short := stretch(pairs[0][0], assumed, 1, 1))
+        pairs.append((short, pairs[0][1]))
     if not all(_together_as_alone(padded, session, pair) for pair in pairs):
         return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
     if _apart(session, assumed, pairs[0][1]):
@@ -195,10 +196,9 @@ def _alike(a: Array, b: Array) -> bool:
 def _apart(session: Session, signature: Signature, row: Row) -> bool:
     """Return whether some inputs may be longer than others, as of two texts, and it matters."""
     both = list(zip(*(stretch(row, signature, 1, length) for length in (2, 3)), strict=True))
-    alike: Row | None = None
     for longer in islice(product((0, 1), repeat=len(row) - 1), 1, _MOST_SPLITS):
         with suppress(EngineError):
-            alike = alike or session.run([short for short, _ in both])
+            alike = session.run([short for short, _ in both])
             split = [pair[i] for pair, i in zip(both, (0, *longer), strict=True)]
             if not _same(session.run(split), alike):  # else nothing reads the longer ones
                 return True

@@ -112,6 +112,17 @@ def test_padding_that_only_the_largest_of_all_tokens_shows_is_no_length_axis(
     assert "padding with 0 changes the outputs" in why
 
 
+def test_padding_that_long_rows_hide_is_no_length_axis(tmp_path: Path) -> None:
+    """The largest of many tokens is hardly ever below that of the padding; of few it is."""
+    nodes = [LOOK_UP, helper.make_node("ReduceMax", ["words"], ["y"], axes=[1], keepdims=0)]
+    proto = model(nodes, [IDS], [value("y", ["batch", 4])], [TABLE])
+    random = np.random.default_rng(0)
+    rows = [[random.integers(1, 50, (1, length))] for length in range(40, 60)]
+    signature, why = found(proto, tmp_path, rows)
+    assert signature.inputs[0].length_axis is None
+    assert "padding with 0 changes the outputs" in why
+
+
 def test_an_extent_that_an_input_has_twice_is_no_length(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Cast", ["mask"], ["weights"], to=TensorProto.FLOAT),
