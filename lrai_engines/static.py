@@ -61,6 +61,7 @@ _FLOAT: Final = onnx.TensorProto.FLOAT
 _REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _ROUNDING: Final = ("QuantizeLinear", "DequantizeLinear")
 _PRODUCTS: Final = ("MatMul", "Gemm")
+_TURNED: Final = ":turned"  # what a weight is called that is read along its other axis, too
 _LEAST_WORK: Final = 0.05  # of convolutions beside attention, which cuts images up in a transformer
 _NORMS: Final = ("LayerNormalization", "InstanceNormalization")  # whose weights are few
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
@@ -474,12 +475,12 @@ def _report(
     before = {tensor.name: tensor for tensor in model.graph.initializer}
     after = restored(quantised)
     for node in weighted:
-        name, kind = node.name, node.op_type
-        if name not in after or node.input[1] not in before:
+        name, kind, source = node.name, node.op_type, node.input[1].removesuffix(_TURNED)
+        if name not in after or source not in before:
             why = "kept closer" if name in keep else "the quantiser left it alone"
             yield Quantized(node=name, op_type=kind, why=why)
             continue
-        weight = numpy_helper.to_array(before[node.input[1]])
+        weight = numpy_helper.to_array(before[source])
         yield Quantized(
             node=name,
             op_type=kind,
@@ -494,17 +495,27 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which every operator has a name of its own: by it they are told apart.
 
     A bias [1, N], or of one number, is one [N] there: the quantiser gives it N scales along its
-    first axis.
+    first axis. A weight whose outputs lie along one axis for some operators and along another for
+    others is two: the quantiser gives each one scale per output of who reads it first, with which
+    others do not run, or end the process (OpenVINO 2026.4, in bf16).
     """
-    named, seen = deepcopy(model), {""}
+    named, seen, ways = deepcopy(model), {""}, dict[str, bool]()
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     for index, node in enumerate(named.graph.node):
+        turned = any(a.name == "transB" and a.i for a in node.attribute)
+        turned |= node.op_type == "ConvTranspose"
+        weight = known.get(node.input[1]) if node.op_type in WEIGHTED else None
+        if weight is not None and ways.setdefault(weight.name, turned) != turned:
+            node.input[1] = f"{weight.name}{_TURNED}"
+            if node.input[1] not in ways:
+                ways[node.input[1]] = turned
+                named.graph.initializer.add().CopyFrom(weight)
+                named.graph.initializer[-1].name = node.input[1]
         bias = known.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
         if bias is not None and (math.prod(bias.dims) == 1 or list(bias.dims[:-1]) == [1]):
             vector = numpy_helper.to_array(bias).ravel()
-            if vector.size == 1 and (matrix := known.get(node.input[1])) is not None:
-                turned = any(a.name == "transB" and a.i for a in node.attribute)
-                vector = np.repeat(vector, matrix.dims[0 if turned else 1])
+            if vector.size == 1 and weight is not None:
+                vector = np.repeat(vector, weight.dims[0 if turned else 1])
             node.input[2] = f"{bias.name}:vector:{index}"
             named.graph.initializer.append(numpy_helper.from_array(vector, node.input[2]))
         if node.name in seen:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -391,6 +392,36 @@ def test_a_bias_of_one_row_or_number_is_a_bias(shape: tuple[int, ...], turned: i
     made, report = static_int8(proto, Sample([[row[None]] for row in x], (spec,)))
     assert [line.scheme for line in report] == ["static_int8"]
     assert 0 < distance(run(made, x), run(proto, x)) < 0.05
+
+
+@pytest.mark.parametrize("turned", ["Gemm", "ConvTranspose"])
+def test_weights_that_are_read_along_both_axes_have_a_scale_per_output_of_each(turned: str) -> None:
+    """As of an autoencoder whose halves share them."""
+    random, place = np.random.default_rng(0), [3, 3] * (turned == "ConvTranspose")
+    tied = (random.standard_normal((6, 4, *place)) / 3).astype(np.float32)
+    turn: dict[str, Any] = {} if place else {"transB": 1}
+    first, second = ("Conv", turned) if place else (turned, "MatMul")
+    nodes = [
+        helper.make_node(first, ["x", "tied"], ["h"], "encoder", **turn),
+        helper.make_node("Relu", ["h"], ["r"], "relu"),
+        helper.make_node(second, ["r", "tied"], ["y"], "decoder"),
+    ]
+    shape = [4, *(8 for _ in place)]
+    ends = [value("x", ["batch", *shape])], [value("y", ["batch", *shape])]
+    proto = model(nodes, *ends, [numpy_helper.from_array(tied, "tied")])
+    x = random.standard_normal((40, *shape)).astype(np.float32)
+    spec = TensorSpec(name="y", datatype="FP32", shape=("batch", *shape), batch_axis=0)
+    made, report = static_int8(proto, Sample([[row[None]] for row in x], (spec,)))
+    assert [line.weight_elements for line in report] == [tied.size] * 2
+    assert 0 < distance(run(made, x), run(proto, x)) < 0.05
+    makers = {name: node for node in made.graph.node for name in node.output}
+    sizes = {tensor.name: list(tensor.dims) for tensor in made.graph.initializer}
+    scales = [
+        sizes[makers[node.input[1]].input[1]]
+        for node in made.graph.node
+        if node.name in ("encoder", "decoder")
+    ]
+    assert scales == [[6], [4]]
 
 
 def test_a_bias_beside_weights_that_are_int8_already_is_one() -> None:
