@@ -417,7 +417,7 @@ class _Compilation:
             return None
         if fp32 and not found.result.passed:
             wrong = "the optimised fp32 model does not give the source model's answers"
-            axes = "if --axes was given, its axes are wrong"
+            axes = "its axes, found or stated, are wrong (see --axes), or it answers NaN"
             if self.conditions.epsilon is not None:
                 axes += "; or epsilon is less than what float32 is rounded by"
             raise CompileError(f"{wrong}: {found.result.why}; {axes}")

@@ -85,6 +85,16 @@ def test_of_rows_whose_answers_do_not_fit_into_memory_some_are_left_out(
         make(evaluation=rows)
 
 
+def test_a_model_that_answers_nan_is_refused_with_that_as_a_reason(
+    make: Compile, rows: Rows
+) -> None:
+    """Nobody has stated axes, and those that were found are right."""
+    nodes = [helper.make_node("Sqrt", ["x"], ["y"])]
+    proto = model(nodes, [value("x", ["batch", 8])], [value("y", ["batch", 8])], [])
+    with pytest.raises(lrai.CompileError, match="or it answers NaN"):
+        make(proto=proto, evaluation=rows)
+
+
 def test_when_the_minutes_are_up_the_best_so_far_is_kept(make: Compile, rows: Rows) -> None:
     """fp32 is always made, and judged."""
     artifact = make(evaluation=rows, minutes=1e-9)
