@@ -85,7 +85,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         except _FAULTS as error:
             problems.append(error)
         else:
-            made = checked(found)
+            made = checked(found, types)
             _guard(made)
             _send_missing(model, made)
             known = _known(model, [*dict(types)], sum(kind.shape[1] for _, kind in types))
@@ -417,8 +417,8 @@ def _asks_for_names(model: Any) -> bool:
     return any(isinstance(part, ColumnTransformer) for part in _parts(model))
 
 
-def checked(found: Any) -> onnx.ModelProto:
-    """Return what a converter gave.
+def checked(found: Any, types: _Types) -> onnx.ModelProto:
+    """Return what a converter gave, whose inputs have their own names.
 
     Raises:
         CompileError: It is no model.
@@ -428,6 +428,14 @@ def checked(found: Any) -> onnx.ModelProto:
     for node in found.graph.node:
         if node.op_type == "StringNormalizer":  # else of a locale that few images have
             node.attribute.append(onnx.helper.make_attribute("locale", "C.UTF-8"))
+    graph, given = found.graph, [name for name, _ in types]  # which the converter has changed
+    names = {value.name: f"{value.name}_predicted" for value in graph.output if value.name in given}
+    names |= {value.name: name for value, name in zip(graph.input, given, strict=True)}
+    for value in (*graph.input, *graph.output):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for ends in (node.input, node.output):
+            ends[:] = [names.get(name, name) for name in ends]
     return found
 
 

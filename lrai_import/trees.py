@@ -112,7 +112,8 @@ def _convert(
     name = inputs[0].name if len(inputs) == 1 and inputs[0].name else FEATURES
     types = [(name, FloatTensorType([None, features]))]
     try:
-        found = checked(converter(model, initial_types=types, target_opset=_OPSET, **options))
+        made = converter(model, initial_types=types, target_opset=_OPSET, **options)
+        found = checked(made, types)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         why = f"{type(model).__name__} cannot be converted: {first_line(error)}"
         raise CompileError(why) from None

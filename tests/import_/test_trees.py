@@ -469,6 +469,37 @@ def test_columns_beside_texts_may_have_to_be_above_nought() -> None:
     np.testing.assert_array_equal(session.run(None, feeds)[0], model.predict(table))
 
 
+def test_inputs_have_the_names_that_they_were_given() -> None:
+    """Converters make letters, digits and underscores of them, and call outputs as they like."""
+    names = ["sepal length (cm)", "sepal_length__cm_", "label", "2nd"]
+    table = pd.DataFrame(ROWS, columns=names)
+    steps = ColumnTransformer([("all", StandardScaler(), names)])
+    model = make_pipeline(steps, LogisticRegression()).fit(table, CLASSES)
+    columns = [TensorSpec(name=name, datatype="FP32", shape=("n",)) for name in names]
+    made = convert_sklearn(model, columns)
+    assert [value.name for value in made.graph.output] == ["label_predicted", "probabilities"]
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    found, _ = session.run(None, {name: table[[name]].to_numpy() for name in names})
+    np.testing.assert_array_equal(found, model.predict(table))
+
+
+@pytest.mark.parametrize(
+    ("convert", "model"),
+    [
+        (convert_sklearn, LogisticRegression().fit(ROWS, CLASSES)),
+        (convert_lightgbm, lgbm(lightgbm.LGBMClassifier, CLASSES)),
+        (convert_xgboost, xgb(xgboost.XGBClassifier, CLASSES)),
+    ],
+    ids=["sklearn", "lightgbm", "xgboost"],
+)
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_a_table_has_the_name_that_it_was_given(convert: Any, model: Any) -> None:
+    made = convert(model, [TensorSpec(name="données: 1", datatype="FP32", shape=("n", 4))])
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    found, _ = session.run(None, {"données: 1": ROWS})
+    np.testing.assert_array_equal(found, model.predict(ROWS))
+
+
 def test_numbers_that_have_to_be_above_nought_are_compared_too() -> None:
     rows, steps = np.abs(ROWS) + 1, PowerTransformer(method="box-cox")
     two = make_pipeline(steps, xgboost.XGBRegressor(**QUICK)).fit(rows, np.c_[VALUES, -VALUES])
