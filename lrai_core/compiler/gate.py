@@ -273,9 +273,8 @@ def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float
     bound = confidence.lower_bound(min(counts), n, level)
     maps = dict.fromkeys(spec.output_map for spec in specs)
     measure = ", ".join(MEASURES[one] for one in maps if one in MEASURES) or "finite"
-    why = f"{measure} on {share:.2%} of rows"
-    why += "" if worst == share else f" ({worst:.2%} in batches)"
-    why += f", at least {bound:.2%}; {AGREEMENT:.0%} needed"
+    beside = "" if worst == share else f" ({worst:.2%} in batches)"
+    why = f"{measure} on {share:.2%} of rows{beside}, at least {bound:.2%}; {AGREEMENT:.0%} needed"
     if bound < AGREEMENT:
         needed = confidence.rows_needed(1 - AGREEMENT, level, 1 - worst)
         why += f"; at this rate about {needed} rows of the gate would show it" if needed > n else ""

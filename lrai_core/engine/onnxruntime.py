@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -58,8 +58,11 @@ class OnnxRuntime:
 class OnnxRuntimeSession:
     """One onnxruntime session."""
 
+    # What Python puts around the session's own `run` takes as long as a small model.
+    _run: Callable[..., list[Array]]
+
     def __init__(self, session: ort.InferenceSession, before: Set[int]) -> None:
-        self._session, self._before = session, before
+        self._session, self._run, self._before = session, session._sess.run, before  # noqa: SLF001
         self._inputs = [value.name for value in session.get_inputs()]
         self._outputs = [value.name for value in session.get_outputs()]
         self._largest_bytes = -1
@@ -67,13 +70,14 @@ class OnnxRuntimeSession:
     def run(self, arrays: Sequence[Array], outputs: Sequence[int] | None = None) -> list[Array]:
         """Return the outputs; see `Session.run`."""
         names = self._outputs if outputs is None else [self._outputs[i] for i in outputs]
-        size = sum([array.nbytes for array in arrays])
-        if larger := size > self._largest_bytes:  # it may take more memory than before, and keep it
-            self._largest_bytes = size
+        feed, size = {}, 0
         try:
-            # What Python puts around the session's own `run` takes as long as a small model.
-            run = huge_pages(self._before)(self._session.run) if larger else self._session._sess.run  # noqa: SLF001
-            return list(run(names, dict(zip(self._inputs, arrays, strict=True)), None))
+            for name, array in zip(self._inputs, arrays, strict=True):
+                feed[name], size = array, size + array.nbytes
+            if size > self._largest_bytes:  # it may take more memory than before, and keep it
+                self._largest_bytes = size
+                return huge_pages(self._before)(self._run)(names, feed, None)
+            return self._run(names, feed, None)
         except REFUSALS as error:
             # What is no lack of memory is in the inputs.
             invalid = not any(lack in str(error) for lack in MEMORY_LACKS)

@@ -114,8 +114,8 @@ class Certificate(Spec, frozen=True, kw_only=True):
         )
 
 
-def write_certificate(folder: Path, certificate: Certificate) -> Path:
-    """Write the certificate into the artifact at `folder`, and return its path.
+def write_certificate(folder: Path, certificate: Certificate) -> None:
+    """Write the certificate into the artifact at `folder`.
 
     Raises:
         EnvironmentProblem: The disk is full, read-only or not permitted.
@@ -134,7 +134,6 @@ def write_certificate(folder: Path, certificate: Certificate) -> Path:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-    return target
 
 
 def read_certificate(path: Path) -> Certificate:

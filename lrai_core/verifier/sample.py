@@ -145,8 +145,7 @@ def load_rows(path: Path, signature: Signature, most: int | None = None) -> Rows
             content = stream.read(_MOST_KEPT_BYTES + 64)  # what is longer is cut, and so refused
         stored = msgspec.msgpack.decode(content, type=_AtMost)
         read = (msgspec.msgpack.decode(row, type=_Stored) for row in stored[:most])
-        tensors = (_tensors(row, signature) for row in read)
-        rows, kept = _distinct(tensors, signature, path.name)
+        rows, kept = _distinct((_tensors(row, signature) for row in read), signature, path.name)
     except (*_UNREADABLE, msgspec.MsgspecError, CalibrationError) as e:
         raise VerificationError(f"{path.name} cannot be read: {shorten(str(e), 200)}") from None
     if len(kept) < len(rows):

@@ -53,8 +53,8 @@ def refusal(path: Path) -> str:
 
 def test_a_written_certificate_is_read_as_it_was(artifact: Artifact) -> None:
     written = certificate(failures=(3, 7))
-    path = write_certificate(artifact.path, written)
-    assert path == artifact.path / "certificates" / f"{written.id}.json"
+    write_certificate(artifact.path, written)
+    path = artifact.path / "certificates" / f"{written.id}.json"
     assert read_certificate(path) == written
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     Artifact.open(artifact.path)  # the manifest does not know about it
@@ -184,7 +184,8 @@ def test_only_certificates_of_this_manifest_are_listed_most_telling_first(
 
 def test_more_failures_than_a_reader_takes_are_not_written(artifact: Artifact) -> None:
     most = certificate(samples=1 << 30, failures=tuple(range(10**9, 10**9 + 100_000)))
-    assert read_certificate(write_certificate(artifact.path, most)) == most
+    write_certificate(artifact.path, most)
+    assert read_certificate(artifact.path / "certificates" / f"{most.id}.json") == most
     over = certificate(samples=1 << 30, failures=tuple(range(10**9, 10**9 + 400_000)))
     with pytest.raises(VerificationError, match="400000 inputs differ, too many to list"):
         write_certificate(artifact.path, over)
