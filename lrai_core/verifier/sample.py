@@ -190,6 +190,8 @@ def _member(archive: Any, name: str, stream: BinaryIO) -> Array:
         raise zipfile.BadZipFile(f"{name} has changed since it was written")
     stream.seek(start + np.lib.format.MAGIC_LEN)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{name!r} holds objects of Python; of texts make an array of str")
     return whole[stream.tell() - start :].view(dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -266,11 +268,9 @@ def _distinct(
 
 def _trim(row: Sequence[Array], signature: Signature) -> list[Array]:
     """Cut off the end of the length axis where every input holds its pad value."""
-    used = 1
     axes = {i: s.length_axis for i, s in enumerate(signature.inputs) if s.length_axis is not None}
-    for i, axis in axes.items():
-        filled = np.nonzero(row[i] != signature.inputs[i].pad_value)[axis]
-        used = max(used, int(filled.max(initial=0)) + 1)
+    filled = (np.nonzero(row[i] != signature.inputs[i].pad_value)[axis] for i, axis in axes.items())
+    used = max((int(places.max(initial=0)) + 1 for places in filled), default=1)
     return [a.take(range(used), axes[i]) if i in axes else a for i, a in enumerate(row)]
 
 

@@ -165,6 +165,18 @@ def test_text_becomes_text_and_anything_else_is_refused() -> None:
     assert "text is needed" in refusal({"w": np.array([None])}, words)
 
 
+def test_a_file_of_texts_that_are_objects_says_what_texts_are_to_be(tmp_path: Path) -> None:
+    """As a column of pandas has them."""
+    words = Signature(
+        inputs=(TensorSpec(name="w", datatype="BYTES", shape=("n",), batch_axis=0),), outputs=()
+    )
+    np.savez(tmp_path / "rows.npz", w=np.array(["a", "b"], object))
+    with pytest.raises(CalibrationError, match="'w' holds objects of Python; of texts make an arr"):
+        read_rows(tmp_path / "rows.npz", words, "evaluation")
+    np.savez(tmp_path / "rows.npz", w=np.array(["a", "b"], str))
+    assert len(read_rows(tmp_path / "rows.npz", words, "evaluation")[0]) == 2
+
+
 def test_a_scalar_input_is_one_number_per_row() -> None:
     scalar = Signature(inputs=(TensorSpec(name="x", datatype="FP32", shape=()),), outputs=())
     rows, _ = read_rows({"x": floats([1, 2])}, scalar, "evaluation")
