@@ -76,7 +76,7 @@ def confirm_axes(
     single = _with_axes(signature, [None] * len(signature.inputs))
     alike = [(stretch(a, assumed, 1, length_of(b, assumed)), b) for a, b in pairs]
     if not all(_together_as_alone(single, session, pair) for pair in alike):
-        return signature, "no batch axis: a row's outputs depend on the rows beside it"
+        return signature, "no batch axis: outputs have no rows, or depend on the rows beside it"
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
     padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
