@@ -219,7 +219,8 @@ class Traffic:
         with self._lock:
             if self._requests == self._before:
                 return  # what lies there is of others
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for one in (folder.parent, folder):  # what lies above one has no mode of ours
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
         hours = self._ttl_seconds / _HOUR
         if not self._sample:  # what lies there may be of who promised to forget it sooner
             hours = min(hours, _ttl_hours(folder, hours))

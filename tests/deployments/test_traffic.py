@@ -214,6 +214,19 @@ def test_rows_that_are_larger_than_those_before_are_kept_as_often(
     assert 0.7 <= np.mean([row.arrays[0][0, 0] >= 2_000 for row in traffic._sample]) <= 0.9
 
 
+def test_the_folder_of_all_names_is_the_owners_alone_whatever_the_mask_is(tmp_path: Path) -> None:
+    """Else others could put rows in the place of those that a model is judged by."""
+    traffic = Traffic(SIGNATURE)
+    traffic.see(request(1, length=2))
+    before = os.umask(0)
+    try:
+        traffic.save(tmp_path / "traffic" / "m")
+    finally:
+        os.umask(before)
+    for made in (tmp_path / "traffic", tmp_path / "traffic" / "m"):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
 def test_what_is_written_is_the_owners_alone_and_judges_a_model(tmp_path: Path) -> None:
     traffic = Traffic(SIGNATURE, capture_rows=100)
     for first, length in [(10, 2), (20, 5), (30, 3)]:
