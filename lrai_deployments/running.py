@@ -54,6 +54,8 @@ class Running(Embedded):
     def open(self, artifact: str) -> lrai.Artifact:
         """Return an artifact from a folder that may be loaded from, as it was measured here."""
         path, roots = Path(artifact), self.config.runtime.model_roots
+        if "\0" in artifact:  # which would be a bug of ours wherever it is looked for
+            raise lrai.ConditionNotMet(f"{artifact[:120]!r}: no path has a NUL in it")
         if roots:
             path = path.resolve()  # where links and dots lead to, and what is opened then
             if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):

@@ -1623,3 +1623,24 @@ def test_a_path_that_is_no_utf_8_is_refused_and_ends_nothing(
             with pytest.raises(lrai.ConditionNotMet, match="has to be UTF-8"):
                 runtime.load(path, name="n")
         assert ask(runtime) == 2.0
+
+
+def test_a_path_with_a_nul_is_refused_and_of_what_was_kept_costs_its_own_name_alone(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    """A file that somebody has changed by hand, say: no runtime started any more."""
+    label, state = version(small[2.0]), tmp_path / "state"
+    state.mkdir(mode=0o700)
+    how = {"variant": "", "require": None, "settings": None, "version": label}
+    kept = {
+        name: {"versions": {label: how | {"artifact": path}}, "shares": {label: 1}}
+        for name, path in (("gone", "/nowhere\0.lrai"), ("m", str(small[2.0])))
+    }
+    told = json.dumps({"stopped": False, "deployments": kept})
+    (state / "deployments.json").write_text(told)
+    with lrai.Runtime(config(**{"runtime.state_dir": str(state)})) as runtime:
+        deployments(runtime).restore(lambda: False)  # as a daemon does
+        assert [one.name for one in runtime.deployments()] == ["m"]
+        assert ask(runtime, model_name="m") == 2.0
+        with pytest.raises(lrai.ConditionNotMet, match="NUL"):
+            runtime.load("/nowhere\0.lrai", name="n")
