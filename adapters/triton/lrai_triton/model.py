@@ -195,7 +195,7 @@ class TritonPythonModel:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         except ValueError:  # Python's own: of id or parameters
             return lrai.RequestError("no UTF-8")
-        inputs |= {name: inputs[name].reshape(()) for name in self._scalars}
+        inputs |= {n: inputs[n].reshape(()) for n in self._scalars if n in inputs}
         self._inside[id(request)] = _bytes_of(inputs)
         # No request of a user's: the model is not asked, and nothing of it captured; an actor that
         # hangs is found without.
