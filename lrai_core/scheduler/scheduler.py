@@ -41,7 +41,7 @@ _ATTEMPTS: Final = 2  # deliveries of one request to an actor that dies of it
 _SHARE_SECONDS: Final = 1.0  # over which a model's use of the processor is remembered
 _OVER_SHARE: Final = 0.5  # what a request counts of a model that has had more than its share
 _SLO_MS, _SLO_CALLS = 100.0, 20.0  # who names no time becomes urgent after the larger of both
-_RECENT: Final = 20  # calls that count as of late
+_RECENT: Final = 200  # requests that count as of late
 _HOPE: Final = 0.9  # of its time a request may have to wait for those before it
 
 
@@ -462,8 +462,8 @@ class Scheduler:
                 latency, size = call.replica.latency, (call.rows, call.length)
                 if self.ask(name, None, latency.observe, *size, total, seconds, call.variant):
                     self._events.emit("speed_changed", name, scale=latency.scale)
-                pace = (now - call.begun) / len(call.pending) - call.model.pace
-                call.model.pace += pace / _RECENT
+                took = now - call.begun - call.model.pace * len(call.pending)
+                call.model.pace += took / max(_RECENT, len(call.pending))
                 call.model.fits = max(call.model.fits, shared)
                 self._events.emit("batch_completed", name, engine_seconds=seconds)
                 call.model.since = call.model.seen = now

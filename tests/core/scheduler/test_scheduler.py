@@ -768,6 +768,29 @@ def test_who_cannot_be_answered_in_time_for_those_before_it_is_refused_at_once(
     assert hopeful.exception(0) is urgent.exception(0) is None
 
 
+def test_those_who_share_a_call_before_a_large_request_do_not_keep_it_out(
+    bench: Bench, clock: Clock
+) -> None:
+    for _ in range(20):  # a call for each large one, and one for the small ones together
+        for rows in 3 * [64] + 40 * [1]:
+            bench.submit(request(rows))
+        while bench.scheduler.outstanding():
+            bench.step()
+            clock.now += 0.012
+            bench.workers.answer()
+            bench.step()
+    bench.workers.down.add("m")
+    small = [bench.submit(timeout_ms=300) for _ in range(40)]
+    bench.step()
+    large = bench.submit(request(64), timeout_ms=301)
+    bench.workers.down.clear()
+    while bench.scheduler.outstanding():
+        bench.step()
+        bench.workers.answer()
+        bench.step()
+    assert [one.exception(0) for one in (*small, large)] == 41 * [None]
+
+
 def test_what_can_no_longer_be_answered_in_time_is_not_run(bench: Bench, clock: Clock) -> None:
     bench.submit()
     bench.step()
