@@ -80,21 +80,19 @@ class LatencyModel:
             variant: That ran it.
         """
         if total_seconds is not None:
-            self._learn_overhead(max(0.0, total_seconds - seconds))
+            around = max(0.0, total_seconds - seconds)
+            if self.overhead_seconds == 0.0:  # of the first alone it is not known what it was
+                self.overhead_seconds = min(around, 50 * _UNKNOWN_SECONDS)
+            # What else the machine did meanwhile is not the cost of a call, so the estimate follows
+            # the cheap calls quickly and the dear ones slowly.
+            gap = around - self.overhead_seconds
+            self.overhead_seconds += (_DOWN if gap < 0 else _UP) * min(gap, self.overhead_seconds)
         one = self._curves[variant]
         for other in [curve for curve in self._curves if curve is not one]:
             other.fade()
         shifted = one.observe(rows, length, seconds)
         self.margin, self.scale = one.margin, one.scale
         return shifted
-
-    def _learn_overhead(self, around: float) -> None:
-        if self.overhead_seconds == 0.0:  # of the first alone it is not known what it was
-            self.overhead_seconds = min(around, 50 * _UNKNOWN_SECONDS)
-        # What else the machine did meanwhile is not the cost of a call, so the estimate follows the
-        # cheap calls quickly and the dear ones slowly.
-        weight = _DOWN if around < self.overhead_seconds else _UP
-        self.overhead_seconds += weight * min(around - self.overhead_seconds, self.overhead_seconds)
 
 
 # Weights of calls, elements and attention; the most elements measured; seconds over their square.
@@ -117,8 +115,7 @@ class _Curve:
         self._unit = self._profile(1, 32)[0]
         # Sums over calls of 1, x, x^2, y, xy, z, xz, z^2, yz: x, y and z are the unit, the seconds
         # and the growth over the profile.
-        self._normal = list(_PRIOR)
-        self._variance = self._drift = 0.0
+        self._normal, self._variance, self._drift = list(_PRIOR), 0.0, 0.0
 
     def seconds(self, rows: int, length: int) -> float:
         """Return what is predicted for `rows` padded to `length`."""

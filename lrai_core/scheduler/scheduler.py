@@ -26,7 +26,6 @@ from lrai_core.errors import ActorError, DeadlineExceeded, LraiError, NotReady, 
 from lrai_core.events import EventBus
 from lrai_core.protocol import Array, ValidRequest
 from lrai_core.scheduler.admission import Admission
-from lrai_core.scheduler.latency import LatencyModel
 from lrai_core.scheduler.planner import PROBE_SECONDS, Bounds, Decision, Offer, choose, plan, probe
 from lrai_core.scheduler.state import BACKGROUND, Call, Done, Model, Pending, Replica
 from lrai_core.scheduler.waiting import Waiting
@@ -201,17 +200,22 @@ class Scheduler:
         model, request, rows = pending.model, pending.request, pending.request.rows
         if model.failed:
             raise ActorError(model.failed)
-        models = [replica.latency for replica in list(model.replicas.values())]
-        needed = self.ask(model.name, 0.0, _least_seconds, models, rows, request.length)
+        replicas, urgent = list(model.replicas.values()), model.queue.urgent
+        needed = self.ask(model.name, 0.0, _least_seconds, replicas, rows, request.length)
         # No number is no reason to refuse: what waits then runs one by one.
         if not allowed > 0 or (allowed <= needed and model.is_known(pending.arrival)):
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
-        before, room = bisect_left(model.queue.urgent, pending.place), allowed * len(models) * _HOPE
+        before, room = bisect_left(urgent, pending.place), allowed * len(replicas) * _HOPE
         if before * model.pace > room:
             # They are like it in calls of the best size, or as they have been of late.
             most = max(1, model.bounds.rows // rows)
-            each = self.ask(model.name, 0.0, _least_seconds, models, rows, request.length, most)
+            each = self.ask(model.name, 0.0, _least_seconds, replicas, rows, request.length, most)
+            # Nobody waits for those who will be late when the first actor is free, who are among
+            # the first, and of whom hardly more than a few calls' come while one runs.
+            free = min([c.begun + c.seconds for r in replicas for c in [*r.calls][:1]], default=0.0)
+            near = urgent[: min(before, 4 * model.bounds.rows)]
+            before -= sum([one.deadline < free + needed for one in near])
             if before * each > room:
                 raise DeadlineExceeded(f"{before} requests have to be answered before it")
         with self._state_lock:  # `drain` sees a request either refused or counted
@@ -397,8 +401,8 @@ class Scheduler:
         variant = self.ask(model.name, 0, replica.latency.variant, rows, length)
         for pending in started:
             pending.variant = variant
-        call = Call(model, replica, started, rows, length, seconds, variant, bool(replica.calls))
-        self._calls[batch] = call
+        own = (rows, length, seconds, variant, bool(replica.calls))
+        call = self._calls[batch] = Call(model, replica, started, *own)
         replica.calls.append(call)
         if not call.queued:
             call.begin(now, self.tick_seconds)
@@ -540,9 +544,9 @@ class Scheduler:
             _log.exception("%s: an answer could not be handed over", name)
 
 
-def _least_seconds(models: Sequence[LatencyModel], rows: int, length: int, most: int = 1) -> float:
+def _least_seconds(replicas: Sequence[Replica], rows: int, length: int, most: int = 1) -> float:
     """Return what a request takes, alone or as its share of a call with so many like it."""
-    return min([m.call_seconds(n * rows, length) / n for m in models for n in {1, most}])
+    return min([r.latency.call_seconds(n * rows, length) / n for r in replicas for n in {1, most}])
 
 
 def _in_order(idle: Sequence[Replica], taken: Sequence[int]) -> list[Replica]:

@@ -791,6 +791,23 @@ def test_those_who_share_a_call_before_a_large_request_do_not_keep_it_out(
     assert [one.exception(0) for one in (*small, large)] == 41 * [None]
 
 
+def test_those_who_will_be_late_themselves_do_not_keep_who_comes_after_them_out(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.submit()
+    bench.step()
+    late = [bench.submit(timeout_ms=12) for _ in range(100)]
+    bench.step()
+    clock.now += 0.009
+    in_time = bench.submit(timeout_ms=12)
+    for _ in range(2):
+        clock.now += 0.001
+        bench.workers.answer()
+        bench.step()
+    assert in_time.exception(0) is None
+    assert all("cannot be met any more" in str(failure(one)) for one in late)
+
+
 def test_what_can_no_longer_be_answered_in_time_is_not_run(bench: Bench, clock: Clock) -> None:
     bench.submit()
     bench.step()
