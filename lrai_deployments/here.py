@@ -280,7 +280,7 @@ class Here:
         now, first = time.monotonic(), Decision((next(iter(queue)),), (), 0.0)
         decision = self._ask(first, plan, queue, self._latency, now, self._bounds)
         if not decision.dispatch and now - self._seen > PROBE_SECONDS:
-            return self._ask(first, probe, queue, self._latency)
+            return self._ask(first, probe, queue.urgent, self._latency)
         return decision
 
     def _ask(self, otherwise: T, question: Callable[..., T], *arguments: Any) -> T:

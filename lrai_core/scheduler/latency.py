@@ -170,9 +170,8 @@ def _by_length(fitted: _Fitted, rows: int, length: int) -> tuple[float, float]:
 def _by_rows(points: Sequence[tuple[int, float]], rows: int, _: int) -> tuple[float, float]:
     at = min(max(bisect.bisect_left(points, (rows, 0.0)), 1), len(points) - 1)
     (rows_0, seconds_0), (rows_1, seconds_1) = points[at - 1], points[at]
-    slope = (seconds_1 - seconds_0) / (rows_1 - rows_0)
-    least = max(_LEAST_SECONDS, min(seconds_0, seconds_1) * 0.5)
-    return max(least, seconds_0 + slope * (rows - rows_0)), 0.0
+    least, share = min(seconds_0, seconds_1) * 0.5, (rows - rows_0) / (rows_1 - rows_0)
+    return max(_LEAST_SECONDS, least, seconds_0 + share * (seconds_1 - seconds_0)), 0.0
 
 
 def _fit(profile: Sequence[LatencyPoint]) -> tuple[float, float, float]:

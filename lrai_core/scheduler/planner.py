@@ -79,12 +79,12 @@ def plan(queue: Queue, latency: LatencyModel, now: float, bounds: Bounds) -> Dec
     return Decision(tuple([one.sequence for one in call.members]), drop, call.seconds, call.due)
 
 
-def probe(queue: Queue, latency: LatencyModel) -> Decision:
-    """Return a call of the one with the most time left, to see what a model takes, not to be late.
+def probe(late: Sequence[Waiting], latency: LatencyModel) -> Decision:
+    """Return a call of the one with the most time left, to see what it takes, not to be in time.
 
-    Where all seem too late a model would never be seen again, however fast it is by now.
+    Where all seem too late an actor would never be seen again, however fast it is by now.
     """
-    one = max(queue.urgent, key=lambda waiting: waiting.deadline)
+    one = max(late, key=lambda waiting: waiting.deadline)
     return Decision((one.sequence,), (), latency.call_seconds(one.rows, one.length), one.deadline)
 
 

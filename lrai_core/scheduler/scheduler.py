@@ -82,12 +82,13 @@ class Scheduler:
             config: Settings of this model.
         """
         most = config.max_batch_rows, config.max_batch_elements or MEASURED_ELEMENTS
-        bounds = Bounds(*most, len(replicas))
         alone_ms = 1e3 * min(replica.latency.alone_seconds() for replica in replicas)
         slo_ms = config.latency_slo_ms or max(_SLO_MS, _SLO_CALLS * alone_ms)
         timeout_ms = config.latency_slo_ms or config.default_timeout_ms
-        paces = (slo_ms, timeout_ms, alone_ms / 1e3, time.monotonic(), config.weight)
-        self._models[model] = Model(model, {r.actor: r for r in replicas}, bounds, *paces)
+        paces = (Bounds(*most, len(replicas)), slo_ms, timeout_ms, alone_ms / 1e3, config.weight)
+        for replica in replicas:
+            replica.seen = time.monotonic()
+        self._models[model] = Model(model, {r.actor: r for r in replicas}, *paces)
 
     def accept(
         self, model: str, request: ValidRequest, done: Done, timeout_ms: float | None, priority: int
@@ -200,10 +201,10 @@ class Scheduler:
         model, request, rows = pending.model, pending.request, pending.request.rows
         if model.failed:
             raise ActorError(model.failed)
-        replicas, urgent = list(model.replicas.values()), model.queue.urgent
+        replicas, urgent, now = list(model.replicas.values()), model.queue.urgent, pending.arrival
         needed = self.ask(model.name, 0.0, _least_seconds, replicas, rows, request.length)
         # No number is no reason to refuse: what waits then runs one by one.
-        if not allowed > 0 or (allowed <= needed and model.is_known(pending.arrival)):
+        if not allowed > 0 or (allowed <= needed and any(r.is_known(now) for r in replicas)):
             given = f"{allowed * 1e3:g} ms allowed"
             raise DeadlineExceeded(f"{given}, the model takes {needed * 1e3:.3g} ms")
         before, room = bisect_left(urgent, pending.place), allowed * len(replicas) * _HOPE
@@ -423,16 +424,18 @@ class Scheduler:
         return decision
 
     def _planned(self, model: Model, replica: Replica, start: float) -> Decision:
-        queue, bounds = model.queue, model.bounds
-        decision = plan(queue, replica.latency, start, bounds)
+        decision = plan(model.queue, replica.latency, start, model.bounds)
         for other in self._wanted(model) if decision.drop else ():
             # What a slow actor is too late for waits where another one will be in time.
             free = max([start, *(call.begun + call.seconds for call in other.calls)])
             if free + other.latency.alone_seconds() < start + replica.latency.alone_seconds():
-                told = plan(queue, other.latency, free, bounds).drop
+                told = plan(model.queue, other.latency, free, model.bounds).drop
                 decision = decision._replace(drop=tuple({*decision.drop}.intersection(told)))
-        if 0 < len(decision.drop) == len(queue) and not (replica.calls or model.is_known(start)):
-            decision = probe(queue, replica.latency)
+        idle = [one for one in self._wanted(model) if not one.calls] if decision.drop else []
+        # A CPU that another one can use for who is left is not spent on it.
+        spare = idle == [replica] or (replica in idle and len(decision.drop) == len(model.queue))
+        if spare and not (decision.dispatch or replica.is_known(start)):
+            decision = probe([model.waiting[s].place for s in decision.drop], replica.latency)
         named = [*decision.dispatch, *decision.drop]
         if len(model.waiting.keys() & named) < len(named):
             raise ValueError("a plan of who does not wait, or of one twice")
@@ -450,13 +453,12 @@ class Scheduler:
             self._end_call(call, outcome)
 
     def _end_call(self, call: Call, outcome: Answered | Refused | Lost) -> None:
-        now, calls = time.monotonic(), call.replica.calls
+        now = call.model.ran = time.monotonic()
         shared = call.rows * max(1, call.length) if len(call.pending) > 1 else 0
         call.model.used_seconds += (now - call.begun) / call.model.weight
-        call.model.ran = now
-        calls.popleft()  # an actor runs them in order
-        if calls:
-            calls[0].begin(now, self.tick_seconds)
+        call.replica.calls.popleft()  # an actor runs them in order
+        if behind := call.replica.calls:
+            behind[0].begin(now, self.tick_seconds)
         for model in list(self._models.values()):
             if self._wanted(model) and not any(one.calls for one in model.replicas.values()):
                 model.since = now  # it waits for its turn, and not for its actors
@@ -470,7 +472,7 @@ class Scheduler:
                 call.model.pace += took / max(_RECENT, len(call.pending))
                 call.model.fits = max(call.model.fits, shared)
                 self._events.emit("batch_completed", name, engine_seconds=seconds)
-                call.model.since = call.model.seen = now
+                call.model.since = call.replica.seen = now
                 self._ended += zip(call.pending, answers, strict=True)
             case Refused(message=message, invalid=invalid):
                 kind, call.model.since = (errors.RequestError if invalid else ActorError), now

@@ -51,7 +51,6 @@ class Model:
     slo_ms: float  # after which who names no time is as urgent as can be,
     timeout_ms: float  # and after which it is given up
     pace: float  # seconds of its actors for a request, lately
-    seen: float  # when an answer came, or it was loaded
     weight: float  # what a request counts, and of its share of the processor
     queue: Queue = field(default_factory=Queue)
     waiting: dict[int, Pending] = field(default_factory=dict)
@@ -63,10 +62,6 @@ class Model:
     failed: str = ""
     inside: set[Pending] = field(default_factory=set)  # accepted, not ended; without copies
     since: float = 0.0  # when the first came, one was answered or refused, or its turn could come
-
-    def is_known(self, now: float) -> bool:
-        """Whether it was seen of late what its calls take."""
-        return now - self.seen < PROBE_SECONDS
 
     def turn(self, now: float) -> int:
         """Return when it has the CPU: 0 first, where nothing has run for long; 2 last."""
@@ -114,3 +109,8 @@ class Replica:
         self.actor, self.threads, self.latency = actor, threads, LatencyModel(*profiles)
         self.cpus: tuple[int, ...] = ()  # that it keeps to, if to some
         self.calls: deque[Call] = deque()  # the first one runs
+        self.seen = 0.0  # when an answer came, or it was loaded
+
+    def is_known(self, now: float) -> bool:
+        """Whether it was seen of late what its calls take."""
+        return now - self.seen < PROBE_SECONDS

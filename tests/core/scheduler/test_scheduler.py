@@ -1645,6 +1645,31 @@ def test_a_model_that_was_slow_once_is_tried_again(bench: Bench, clock: Clock) -
     assert isinstance(failure(other), DeadlineExceeded), "one call, and it is known again"
 
 
+def test_an_actor_that_was_slow_once_is_tried_again_though_another_one_answers(
+    bench: Bench, clock: Clock
+) -> None:
+    bench.scheduler._cpus = 2
+    replicas = [Replica("one", PROFILE), Replica("other", PROFILE)]
+    bench.scheduler.add("two", replicas, SchedulerConfig())
+    for _ in range(50):
+        replicas[1].latency.observe(1, 0, None, 0.2)
+    clock.now += 2.0
+    ends = [bench.submit(model="two")]
+    bench.step()
+    clock.now += 0.01
+    bench.workers.answer("one")
+    ends += [bench.submit(model="two")]
+    bench.step()
+    ends += [bench.submit(model="two", timeout_ms=15)]  # too late for both, by what is known
+    bench.step()
+    assert bench.workers.calls.keys() == {"one", "other"}
+    for actor in ("one", "other"):
+        clock.now += 0.005
+        bench.workers.answer(actor)
+        bench.step()
+    assert [end.exception(0) for end in ends] == [None, None, None]
+
+
 def test_a_model_with_more_threads_gets_its_cpus_in_its_turn(bench: Bench, clock: Clock) -> None:
     """Others that leave one CPU at a time, and are never without work, would keep it from them."""
     bench.scheduler._cpus = 2
