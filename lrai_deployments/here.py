@@ -14,10 +14,12 @@ import math
 import numbers
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from lrai_core.engine.batching import MEASURED_ELEMENTS
 from lrai_core.engine.engine import Session
@@ -255,26 +257,12 @@ class Here:
         latency = self._latency
         last = sum(latency.call_seconds(one.rows, one.length) for one in places) * latency.margin
         due = min((one.deadline for one in places), default=math.inf)
-        if now + last <= due or self._last_end(places, now) <= due:
+        if now + last <= due or not _late(places, latency, now, self._bounds, len(places)):
             return {one.sequence for one in places}
-        chosen = choose_together(places, latency, now)
+        chosen = choose_together(places, latency, now, self._bounds)
         if not chosen and now - self._seen > PROBE_SECONDS:
             return {max(places, key=lambda one: one.deadline).sequence}
         return chosen
-
-    def _last_end(self, places: Sequence[Waiting], now: float) -> float:
-        """Return when the last of the calls ends that all would share, infinity if one is late."""
-        queue, end = Queue(), now
-        for one in places:
-            queue.add(one)
-        while len(queue):
-            decision = plan(queue, self._latency, end, self._bounds)
-            if decision.drop or not decision.dispatch:
-                return math.inf
-            for index in decision.dispatch:
-                queue.remove(index)
-            end += decision.predicted_seconds * self._latency.margin
-        return end
 
     def _decide(self, queue: Queue) -> Decision:
         now, first = time.monotonic(), Decision((next(iter(queue)),), (), 0.0)
@@ -343,36 +331,66 @@ def _is_number(given: object) -> bool:
     return True
 
 
-def choose_together(waiting: Sequence[Waiting], latency: LatencyModel, now: float) -> set[int]:
+def choose_together(
+    waiting: Sequence[Waiting], latency: LatencyModel, now: float, bounds: Bounds
+) -> set[int]:
     """Return the sequences of the most requests that all end in time where answers leave together.
 
+    In calls that they share, or each alone where that lets more be in time, as it may of unequal
+    lengths. Nobody is left out for the sake of a lower priority.
+    """
+    sharing: list[Waiting] = []  # of each priority those with the latest deadlines
+    for _, level in itertools.groupby(sorted(waiting), key=lambda one: one.priority):
+        order = sharing + sorted(level, key=lambda one: -one.deadline)
+        late = partial(_late, order, latency, now, bounds)
+        sharing = order[: bisect_left(range(len(order)), x=True, lo=len(sharing), key=late)]
+    ways = {one.sequence for one in sharing}, _alone(waiting, latency, now)
+    priority = {one.sequence: one.priority for one in waiting}
+    return min(ways, key=lambda some: [*sorted(map(priority.__getitem__, some)), math.inf])
+
+
+def _late(
+    order: Sequence[Waiting], latency: LatencyModel, end: float, bounds: Bounds, last: int
+) -> bool:
+    """Return whether the first ones, up to `last`, do not all end in time in calls they share."""
+    queue, due = Queue(), min(one.deadline for one in order[: last + 1])
+    for one in order[: last + 1]:
+        queue.add(one)
+    while len(queue):
+        decision = plan(queue, latency, end, bounds)
+        if decision.drop or not decision.dispatch:
+            return True
+        for index in decision.dispatch:
+            queue.remove(index)
+        end += decision.predicted_seconds * latency.margin
+    return end > due
+
+
+def _alone(waiting: Sequence[Waiting], latency: LatencyModel, now: float) -> set[int]:
+    """Return who ends in time if each takes what it takes alone.
+
     Of those whose deadline is not before a certain one the shortest are taken, as many as end by
-    then; that deadline is the one with which they are the most. Nobody is left out for the sake of
-    a lower priority. O(n log n).
+    then; that deadline is the one with which they are the most. O(n log n).
     """
     chosen, end, due = set[int](), now, math.inf
     for _, level in itertools.groupby(sorted(waiting), key=lambda one: one.priority):
         order = sorted(level, key=lambda one: -one.deadline)
-        sizes = [len(fit.kept) for fit in _fits(order, latency, end, due)]
+        sizes = [len(kept) for kept, _, _ in _fits(order, latency, end, due)]
         most = sizes.index(max(sizes)) + 1
-        *_, fit = _fits(order[:most], latency, end, due)
-        chosen |= {sequence for _, sequence in fit.kept}
-        end, due = fit.end, fit.due
+        *_, (kept, end, due) = _fits(order[:most], latency, end, due)
+        chosen |= {sequence for _, sequence in kept}
     return chosen
 
 
-class _Fit(NamedTuple):
-    """What ends in time of those with the latest deadlines."""
-
-    kept: list[tuple[float, int]]  # a heap of -seconds and sequence
-    end: float
-    due: float
+# What ends in time of those with the latest deadlines, a heap of -seconds and sequence; their end;
+# the first deadline.
+_Fit = tuple[list[tuple[float, int]], float, float]
 
 
 def _fits(
     order: Sequence[Waiting], latency: LatencyModel, end: float, due: float
 ) -> Iterator[_Fit]:
-    """Yield what is kept after each request in order of deadlines, the latest first."""
+    """Yield what is kept, the same list, after each request in order of deadlines, latest first."""
     kept: list[tuple[float, int]] = []
     for one in order:
         alone, until = latency.call_seconds(one.rows, one.length), min(due, one.deadline)
@@ -380,4 +398,4 @@ def _fits(
         end += alone * latency.margin
         while kept and end > until:
             end += heapq.heappop(kept)[0]
-        yield _Fit(kept, end, until)
+        yield kept, end, until
