@@ -292,10 +292,12 @@ class Here:
             self._overdue = math.inf
         match outcome:
             case Answered(answers=answers, engine_seconds=seconds):
-                self._calls, self._seen = self._calls + 1, time.monotonic()
-                if len(valid) > 1 or self._calls % _LEARN_EVERY == 0:
-                    total = time.monotonic() - began
-                    seen = (rows, length, total, seconds, variant)
+                self._calls, now = self._calls + 1, time.monotonic()
+                # Who is faster than thought is tried again at once: it is not known what it takes.
+                known = seconds > predicted / 2
+                self._seen = now if known else self._seen
+                if len(valid) > 1 or not known or self._calls % _LEARN_EVERY == 0:
+                    seen = (rows, length, now - began, seconds, variant)
                     if self._ask(None, self._latency.observe, *seen):
                         emit("speed_changed", name, scale=self._latency.scale)
                 emit("batch_completed", name, engine_seconds=seconds)

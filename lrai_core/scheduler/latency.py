@@ -81,8 +81,8 @@ class LatencyModel:
         """
         if total_seconds is not None:
             around = max(0.0, total_seconds - seconds)
-            if self.overhead_seconds == 0.0:  # of the first alone it is not known what it was
-                self.overhead_seconds = min(around, 50 * _UNKNOWN_SECONDS)
+            # Of the first alone it is not known what it was.
+            self.overhead_seconds = self.overhead_seconds or min(around, 50 * _UNKNOWN_SECONDS)
             # What else the machine did meanwhile is not the cost of a call, so the estimate follows
             # the cheap calls quickly and the dear ones slowly.
             gap = around - self.overhead_seconds

@@ -472,7 +472,9 @@ class Scheduler:
                 call.model.pace += took / max(_RECENT, len(call.pending))
                 call.model.fits = max(call.model.fits, shared)
                 self._events.emit("batch_completed", name, engine_seconds=seconds)
-                call.model.since = call.replica.seen = now
+                # Who is faster than thought is tried again at once: it is not known what it takes.
+                slow, call.model.since = now - call.begun > call.seconds / 2, now
+                call.replica.seen = now if slow else call.replica.seen
                 self._ended += zip(call.pending, answers, strict=True)
             case Refused(message=message, invalid=invalid):
                 kind, call.model.since = (errors.RequestError if invalid else ActorError), now

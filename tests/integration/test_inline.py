@@ -461,6 +461,19 @@ def test_a_model_that_was_slow_once_is_tried_again(inline: lrai.Runtime) -> None
     assert [type(answer) for answer in answers].count(lrai.InferenceResponse) >= 1
 
 
+def test_a_model_that_is_fast_again_is_believed_from_its_next_answer_on(
+    inline: lrai.Runtime,
+) -> None:
+    (here,) = inline._backend._here.values()  # type: ignore[attr-defined]
+    while here._latency.call_seconds(1, 0) < 30.0:
+        here._latency.observe(1, 0, None, 60.0)
+    here._seen = time.monotonic() - 2.0
+    hurried = msgspec.structs.replace(request(1.0), timeout_ms=5000.0)
+    for _ in range(100):
+        assert inline.infer(hurried).outputs["logits"].shape == (1, 10)
+    assert here._latency.call_seconds(1, 0) < 5.0
+
+
 def test_what_can_be_in_time_in_calls_that_are_shared_is_not_refused(inline: lrai.Runtime) -> None:
     """One after the other they would be late."""
     (here,) = inline._backend._here.values()  # type: ignore[attr-defined]

@@ -1639,10 +1639,27 @@ def test_a_model_that_was_slow_once_is_tried_again(bench: Bench, clock: Clock) -
     bench.step()
     assert not tried.done()
     assert len(bench.workers.dispatched) == 1
-    bench.workers.answer()  # in 10 ms
+    clock.now += 0.2
+    bench.workers.answer()
     bench.step()
-    assert tried.exception(0) is None
-    assert isinstance(failure(other), DeadlineExceeded), "one call, and it is known again"
+    assert isinstance(failure(other), DeadlineExceeded)
+    with pytest.raises(DeadlineExceeded, match="the model takes"):
+        bench.submit(timeout_ms=50)  # one call, and it is known again
+
+
+def test_a_model_that_is_fast_again_is_believed_from_its_next_answer_on(
+    bench: Bench, clock: Clock
+) -> None:
+    for _ in range(50):
+        bench.latency().observe(1, 0, 0.2, 0.2)
+    clock.now += 1.5
+    for _ in range(20):
+        tried = bench.submit(timeout_ms=50)
+        bench.step()
+        clock.now += 0.01
+        bench.workers.answer()
+        bench.step()
+        assert tried.exception(0) is None
 
 
 def test_an_actor_that_was_slow_once_is_tried_again_though_another_one_answers(
