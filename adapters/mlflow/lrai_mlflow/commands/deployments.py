@@ -26,9 +26,9 @@ is a canary, to the version beside it.
 `port=` and `workers=`, each after -C.
 
 A canary that fails more often than the version beside it is taken back while it has less than half
-of the requests, and the name frozen: it can be neither updated nor deleted until `lrai unfreeze
-NAME --by WHO --reason WHY` has said that it may (of another target with `--address`, the FOLDER or
-tcp://… of that).
+of the requests, and the name frozen: it can be neither updated nor deleted until
+`lrai unfreeze NAME --by WHO --reason WHY` has said that it may (of another target with `--address`,
+the FOLDER or tcp://… of that).
 
 With `runtime.memory_mib` what was not used for longest makes room for others: then it is no
 deployment until it is created again, and `lrai runtime deployments` says so.
