@@ -103,8 +103,7 @@ def compile(
         groups: Names of arrays of the evaluation that say to which group a row belongs, for models
             of two classes with labels. Demographic parity and equalised odds may not widen between
             groups that have enough rows to tell; it is said which have not. Rows with equal inputs
-            count once, as one of them that is drawn: let what tells people apart be an
-            input.
+            count once, as one that is drawn of them: let what tells people apart be an input.
         max_disparity: By how much these may widen, as a share, at 95 % confidence.
         axes: TOML file that states batch and length axes instead of finding them.
         objective: Which of the forms that pass is chosen: that of least `latency`, or that of least

@@ -99,9 +99,8 @@ class Client(BaseDeploymentClient):
                 how = self._how(config, said["saved"])
                 with self._deployed.saying(name, artifact.version, said):
                     load(self._runtime, artifact, name, **how)
-                    if artifact.version not in self._deployed.versions(
-                        name
-                    ):  # but what replaced it
+                    # If it does not serve, what replaced it does.
+                    if artifact.version not in self._deployed.versions(name):
                         self._runtime.swap(name, artifact, **how)
                 self._deployed.forget()
         return self.get_deployment(name)
