@@ -49,6 +49,12 @@ def execution(way: str) -> str:
     return f'parameters {{ key: "execution" value {{ string_value: "{way}" }} }}\n'
 
 
+def queued(triton: Triton, name: str) -> float:
+    """Return how many requests wait in Triton itself."""
+    queue = rf'^nv_inference_pending_request_count{{[^}}]*"{name}"[^}}]*}} (\S+)$'
+    return sum(map(float, re.findall(queue, triton.figures(), re.M)))
+
+
 def identity(folder: Path, datatype: int, shape: list[Any]) -> Path:
     """Write a model that returns its input."""
     values = [helper.make_tensor_value_info(name, datatype, shape) for name in ("x", "y")]
@@ -623,10 +629,8 @@ def assert_shared(triton: Triton, name: str, session: onnxruntime.InferenceSessi
 
     def all_wait() -> bool:
         """Return whether all have come: to the runtime, or to Triton's queue before it."""
-        queue = rf'^nv_inference_pending_request_count{{[^}}]*"{name}"[^}}]*}} (\S+)$'
-        waiting = sum(map(float, re.findall(queue, triton.figures(), re.M)))
         accepted = triton.stats()["request_accepted"] - before["request_accepted"]
-        return accepted + waiting == len(asked)
+        return accepted + queued(triton, name) == len(asked)
 
     with ThreadPoolExecutor(len(asked)) as callers, paused(triton.actor_pid(name)):
         answered = callers.map(lambda one: triton.ask(name, one), asked)
@@ -699,7 +703,7 @@ def test_what_the_queue_has_no_room_for_waits_in_the_stub(
 def test_what_a_caller_who_leaves_has_asked_is_not_computed(
     triton: Triton, minilm: Path, way: str
 ) -> None:
-    rows = 8  # of one request, which is a call for itself, and takes until it was seen who left
+    rows = 8  # of one request, which is a call for itself
     alone = f'parameters {{ key: "scheduler.max_batch_rows" value {{ string_value: "{rows}" }} }}\n'
     inputs = []
     for name, array in sentence(np.random.default_rng(6), rows, 480).items():
@@ -713,15 +717,23 @@ def test_what_a_caller_who_leaves_has_asked_is_not_computed(
         def counted(what: str) -> int:
             return triton.stats().get(what, 0) - before.get(what, 0)
 
-        calls = [
-            triton.grpc.async_infer(name, inputs, lambda result, error: seen.append(error))
-            for _ in range(8)  # the first one, and then a list of those that came meanwhile
-        ]
+        def start() -> Any:
+            return triton.grpc.async_infer(name, inputs, lambda result, error: seen.append(error))
+
+        def all_wait() -> bool:
+            return counted("request_accepted") + queued(triton, name) == len(calls)
+
+        calls = list[Any]()
+        with paused(actor := triton.actor_pid(name)):  # in the first one, until all are there
+            for _ in range(8):  # in this order: by themselves they overtake each other
+                calls.append(start())
+                wait_until(all_wait)
         wait_until(lambda: counted("request_accepted") == len(calls), 60)
-        for call in calls[-3:]:
-            call.cancel()
+        with paused(actor):
+            for call in calls[-3:]:
+                call.cancel()
+            wait_until(lambda: counted("request_failed") == 3)
         wait_until(lambda: len(seen) == len(calls), 60)
-        wait_until(lambda: counted("request_failed") == 3)
         assert counted("request_answered") == counted("batch_completed") == 5
         assert sum(error is None for error in seen) == 5
         refused = rf'lrai_refused_total{{[^}}]*model="{name}"[^}}]*"Cancelled"[^}}]*}} 3'
