@@ -152,8 +152,7 @@ class Attached:
     @staticmethod
     def runs(config: lrai.LraiConfig, address: str) -> bool:
         """Return whether a daemon is there already; of another machine that is not known before."""
-        own = "" if address == "auto" else address
-        return "://" in address or is_running(shared_folder(config, own))
+        return "://" in address or is_running(shared_folder(config, address))
 
     def start_all(self, requests: Sequence[lrai.InferenceRequest]) -> list[Started]:
         """See `Runtime.start_all`."""

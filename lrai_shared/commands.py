@@ -250,7 +250,7 @@ def _place(address: str) -> tuple[LraiConfig, Path]:
         own = "" if address else " (runtime.address); give --address auto"
         words = "a runtime is started and stopped on its own machine"
         raise typer.BadParameter(f"{words}, not at {meant[:200]!r}{own}")
-    return config, shared_folder(config, "" if meant == "auto" else meant)
+    return config, shared_folder(config, meant)
 
 
 def _meant(address: str) -> tuple[LraiConfig, str]:

@@ -34,12 +34,13 @@ def shared_folder(config: lrai.LraiConfig, address: str = "") -> Path:
 
     Args:
         config: Its `runtime.socket_dir` holds the folder of each user.
-        address: Another folder, for a daemon beside this user's first one; empty for that.
+        address: Another folder, for a daemon beside this user's first; for that, none or `auto`.
 
     Raises:
         EnvironmentProblem: It is not this user's alone: what lies there could be anybody's;
             or there is no temporary folder, and none is named.
     """
+    address = "" if address == "auto" else address
     try:
         parent = config.runtime.socket_dir or address or tempfile.gettempdir()
     except FileNotFoundError as error:

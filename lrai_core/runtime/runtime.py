@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 
 from lrai_core.artifact import Artifact
 from lrai_core.config import LraiConfig, load_config
-from lrai_core.errors import QueueFull, RequestError, UsageError, shorten
+from lrai_core.errors import EnvironmentProblem, QueueFull, RequestError, UsageError, shorten
 from lrai_core.events import Observers
 from lrai_core.protocol import InferenceRequest, InferenceResponse
 from lrai_core.runtime.embedded import find_backend
@@ -73,18 +73,19 @@ class Runtime:
 
         Raises:
             UsageError: The address is none, or its folder does not have the keys.
-            EnvironmentProblem: The daemon cannot be started or reached, or refuses the key.
+            EnvironmentProblem: The daemon cannot be started or reached, or refuses the key; or
+                threads are no threads here.
         """
+        if threading.Lock.__module__ != "_thread":  # who waits would stop all greenlets for good
+            raise EnvironmentProblem("gevent or eventlet has patched threads: real ones are needed")
         self.config = config or load_config()
         address = address or self.config.runtime.address
-        if address != "embedded" and observers:
+        if not (here := address == "embedded") and observers:
             raise UsageError("observers hear the process that runs the scheduler: embedded only")
         self._results: dict[str, Future[InferenceResponse]] = {}
         self._lock = threading.Lock()
-        if address == "embedded":
-            self._backend: Backend = find_backend("deployments")(self.config, observers)
-        else:
-            self._backend = find_backend("ipc")(self.config, "" if address == "auto" else address)
+        kind, given = ("deployments", observers) if here else ("ipc", address)
+        self._backend: Backend = find_backend(kind)(self.config, given)
 
     @classmethod
     def open(

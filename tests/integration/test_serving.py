@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,26 @@ def modules(program: str, artifact: lrai.Artifact) -> set[str]:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("address", ["embedded", "auto"])
+def test_where_threads_are_greenlets_nothing_is_opened(address: str) -> None:
+    """It would wait for good: each of its loops waits in C, and with it all greenlets."""
+    program = """
+        from gevent import monkey
+        monkey.patch_all()
+        import sys
+        import lrai_core as lrai
+        try:
+            lrai.Runtime(address=sys.argv[1])
+        except lrai.EnvironmentProblem as problem:
+            print(problem)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), address],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "gevent or eventlet has patched threads: real ones are needed\n"
 
 
 def test_a_served_inference_imports_nothing_heavy(classifier_fp32: lrai.Artifact) -> None:
