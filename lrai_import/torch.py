@@ -75,6 +75,8 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             why = f"{type(model).__name__} cannot be converted: {lines[0][:300]}"
             raise CompileError(why) from None
         made = onnx.load(path)
+        if _name_apart(made.graph):
+            onnx.save(made, path)
         _check_free(made, inputs)
 
         def answer(rows: Mapping[str, Any]) -> list[Any]:
@@ -110,6 +112,16 @@ def _arrays(answer: Any) -> list[Any]:
     if isinstance(answer, list | tuple):
         return [array for part in answer for array in _arrays(part)]
     return [answer.numpy()] if hasattr(answer, "numpy") else []
+
+
+def _name_apart(graph: onnx.GraphProto) -> bool:
+    """Name outputs that are inputs otherwise; return whether there are any. torch 2.13 fails to."""
+    given = [node for node in graph.node if list(node.output) == list(node.input)]
+    for node in given:
+        node.output[0] += "_output"
+        for value in graph.output:
+            value.name = node.output[0] if value.name == node.input[0] else value.name
+    return bool(given)
 
 
 def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:

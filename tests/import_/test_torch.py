@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -75,6 +76,24 @@ def test_a_branch_on_which_input_is_longer_is_refused() -> None:
         convert(Longer(), both)
     alike = tuple(TensorSpec(name=n, datatype="FP32", shape=("n", "length")) for n in "qd")
     convert(Longer(), alike)  # whose extents are the same by what is declared
+
+
+class Beside(torch.nn.Module):
+    """Gives back what it was given, too."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return x.mean(1), x, x
+
+
+def test_an_output_that_is_an_input_has_a_name_of_its_own() -> None:
+    made = convert(Beside(), TABLE)
+    onnx.checker.check_model(made, full_check=True)
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    mean, *same = session.run(None, {"x": x})
+    np.testing.assert_allclose(mean, x.mean(1), rtol=1e-5)
+    assert len(same) == 2
+    assert all(np.array_equal(one, x) for one in same)
 
 
 class Many(torch.nn.Module):
