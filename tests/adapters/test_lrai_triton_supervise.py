@@ -300,17 +300,20 @@ def test_a_runtime_that_is_still_not_there_when_its_start_gives_up_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, seen, known = tmp_path / "begun", tmp_path / "seen", watch.parent_of
+    looks = list[int]()
 
     def parent(pid: int) -> int:
         found = known(pid)
         if begun.exists() and begun.read_text() == f"{pid}\n":
-            seen.touch()
+            looks.append(pid)
+            if len(looks) == 2:  # the first one is over, and has seen it
+                seen.touch()
         return found
 
     monkeypatch.setattr(serve, "parent_of", parent)
     begins = f"({WAITS}) >/dev/null &\necho $! > {begun}"
     # It outlives the look that sees what it has begun.
-    waits = f"for _ in $(seq 1000); do test -e {seen} && break; sleep 0.02; done\nsleep 2"
+    waits = f"for _ in $(seq 3000); do test -e {seen} && break; sleep 0.02; done"
     stand_in = program(tmp_path / "lrai", f"{begins}\n{waits}\nexit 5")
     monkeypatch.setattr(serve, "PROGRAM", (str(stand_in),))
     path, backends = planted(tmp_path, f"touch {tmp_path}/given\nexit 0")
