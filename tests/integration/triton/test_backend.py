@@ -503,7 +503,8 @@ def test_a_trace_of_the_caller_has_what_triton_saw_of_his_request(
     }
     x = np.ones((1, 3), np.float32)
     with collector() as (url, told):
-        settings = "mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={url}"
+        settings = ["mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={url}"]
+        settings.append("opentelemetry,bsp_schedule_delay=100")  # ms between what it sends
         options = [f"--trace-config={setting}" for setting in settings]
         with (
             TritonServer(entry.parent, **prepared._asdict(), arguments=options) as server,
@@ -513,11 +514,14 @@ def test_a_trace_of_the_caller_has_what_triton_saw_of_his_request(
                 parent = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
                 answer = triton.ask("traced", {"x": x}, protocol=protocol, headers=parent)
                 np.testing.assert_array_equal(answer["y"], x)
-    spans = b"".join(told)  # in JSON, or not: then the trace is 16 bytes
-    assert all(
-        trace.encode() in spans or bytes.fromhex(trace) in spans for trace in traces.values()
-    )
-    assert b"compute" in spans
+
+            def all_told() -> bool:
+                spans = b"".join(told)  # in JSON, or not: then the trace is 16 bytes
+                forms = [(trace.encode(), bytes.fromhex(trace)) for trace in traces.values()]
+                own = all(any(form in spans for form in either) for either in forms)
+                return own and b"compute" in spans
+
+            wait_until(all_told, 60)  # now: a server whose time to exit is over tells no more
 
 
 @contextlib.contextmanager
