@@ -935,7 +935,6 @@ def test_an_actor_that_is_killed_costs_time_and_no_answer(triton: Triton, minilm
                 os.kill(triton.actor_pid(name), signal.SIGKILL)
                 _wait_until_grown(load)
     assert load.failures == []
-    assert load.answered > 20
     assert load.longest_seconds < 60  # within two seconds, says benchmarks/triton_faults.py
 
 
@@ -1020,6 +1019,5 @@ def test_reloads_and_another_version_under_load_fail_nobody(
             triton.put(name, 2, minilm_fp32.path)
             triton.load(name)
             assert triton.http.is_model_ready(name, "2")
-            time.sleep(0.5)
+            _wait_until_grown(load)
     assert load.failures == []
-    assert load.answered > 20
