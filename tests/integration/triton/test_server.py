@@ -85,7 +85,8 @@ def test_a_server_ends_with_its_stubs_and_its_runtime_alone(
     (tmp_path / "held" / "config.pbtxt").write_text(config("python"))
     cpu = min(os.sched_getaffinity(0))
     with TritonServer(tmp_path, **prepared._asdict(), cpus=[cpu]) as server:
-        Triton(server, tmp_path).ask("held", GIVEN)
+        with contextlib.closing(Triton(server, tmp_path)) as its:
+            its.ask("held", GIVEN)
         (stub,) = server.stub_pids()["held"]
         (daemon,) = server.runtime.daemons()
         assert os.sched_getaffinity(stub) == {cpu}
