@@ -7,6 +7,7 @@ It answers `{"x": …}` with `{"y": …}`, a second and a half later.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from typing import Any
 FAULT = sys.argv[1]
 TRACE = 'Traceback (most recent call last):\n  File "app.py", line 1'
 MODELS: dict[str, str] = {}
+ANSWERED = itertools.count()
+BEFORE_SIGTERM = 5  # requests that the check sends before those that SIGTERM comes upon
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
             said = TRACE if FAULT == "stack trace" else str(error)
             status = {"bad is fine": 200, "bad is an own fault": 500}.get(FAULT, 400)
             return self.answer(status, {"error": said})
+        if FAULT == "requests dropped" and next(ANSWERED) >= BEFORE_SIGTERM:
+            time.sleep(60)  # it ends before, however late SIGTERM comes
         time.sleep(2.5 if FAULT == "ping waits" else 1.5)
         return self.answer(200, {"y": value})
 
@@ -102,10 +107,8 @@ def main() -> None:
     def end(*_: object) -> None:
         if FAULT == "sigterm ignored":
             return
-        if FAULT in ("requests dropped", "wrong status"):
-            if FAULT == "wrong status":
-                time.sleep(3)
-            os._exit(1 if FAULT == "wrong status" else 0)
+        if FAULT == "requests dropped":
+            os._exit(0)
         threading.Thread(target=server.shutdown).start()
 
     signal.signal(signal.SIGTERM, end)
@@ -115,6 +118,7 @@ def main() -> None:
         server.daemon_threads = False  # their answers are waited for
     server.serve_forever()
     server.server_close()
+    sys.exit(1 if FAULT == "wrong status" else 0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def checked_once(folder: Path, *arguments: str, sockets: Path | None) -> tuple[i
         check=False,
         cwd=folder,
         env={**os.environ, **own},
-        timeout=120,
+        timeout=280,
     )
     return done.returncode, done.stdout
 
