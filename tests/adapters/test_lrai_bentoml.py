@@ -725,14 +725,18 @@ class TestGuard:
         parts: list[dict[str, Any]] = [{"type": "http.request"}]
 
         async def leaving_later() -> None:
+            complete = asyncio.Event()
+
             async def receive() -> MutableMapping[str, Any]:
                 if parts:
                     return parts.pop()
-                await asyncio.sleep(0.01)  # as uvicorn does once the answer is complete
+                await complete.wait()  # as uvicorn's does
                 return {"type": "http.disconnect"}
 
             async def send(message: MutableMapping[str, Any]) -> None:
                 await asyncio.sleep(0)
+                if message["type"] == "http.response.body":
+                    complete.set()
 
             await Guard(background)({"type": "http"}, receive, send)
 
