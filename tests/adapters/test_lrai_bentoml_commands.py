@@ -39,7 +39,7 @@ def written(tokens: lrai.Artifact, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("project")
     command = [str(LRAI), "bentoml", "init", str(tokens.path)]
     command += ["--folder", str(folder), "--workers", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "now: bentoml build && bentoml serve" in done.stdout
     return folder
