@@ -138,6 +138,7 @@ def test_a_runtime_that_was_stopped_is_started_and_loaded_again(
     models: Path, tmp_path: Path, sockets: Path
 ) -> None:
     with serve(models, tmp_path, sockets) as container:
+        wait_until(lambda: container.log.count("is loaded") == 1)  # said after the first ping
         end_runtime(sockets)
         wait_until(lambda: container.log.count("is loaded") == 2)
         container.wait_until_ready()
@@ -178,7 +179,7 @@ def test_a_runtime_that_hangs_makes_ping_false_in_time(
                 taken.append(time.monotonic() - begun)
             late = container.post(BODY, X_Amzn_SageMaker_Custom_Attributes="timeout_ms=500")
             assert late.status == 504
-        container.wait_until_ready(10)
+        container.wait_until_ready()
         assert container.post(BODY).status == 200
 
 
