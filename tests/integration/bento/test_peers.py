@@ -300,7 +300,7 @@ class TestRunner:
             assert one.stats()["batch_dispatched"] == 1
 
     def test_cancelled_requests_are_not_dispatched(self) -> None:
-        with running(TAG) as one:
+        with running(TAG, **{"actor.hang_seconds": 60}) as one:  # it is stopped
             one.load()
             calls = asyncio.run(self.crowd(one, cancelled=range(4)))
             stats = one.stats()
@@ -312,7 +312,7 @@ class TestRunner:
         assert stats["batch_dispatched"] == 2  # test_batch_size_limit: what waits goes together
 
     def test_all_cancelled_batch_does_not_call_model(self) -> None:
-        with running(TAG) as one:
+        with running(TAG, **{"actor.hang_seconds": 60}) as one:  # it is stopped
             one.load()
             calls = asyncio.run(self.crowd(one, cancelled=range(1, 11)))
             stats = one.stats()
