@@ -141,7 +141,7 @@ def test_names_outlive_the_runtime(many: Container, root: Path) -> None:
     begun = time.monotonic()
     assert many.post({"inputs": TOKENS}, "/models/a/invoke").status == 200
     assert many.post(COLUMNS, "/models/b/invoke").status == 200
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 60
     assert names(many) == ["a", "b"]
     assert many.get("/ping").status == 200
 
@@ -178,7 +178,7 @@ def test_memory_is_kept_and_what_is_at_work_is_not_unloaded_for_it(
     path = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
     variables = {
         "LRAI_RUNTIME_MEMORY_MIB": "250",  # for two of them
-        "LRAI_ACTOR_HANG_SECONDS": "30",
+        "LRAI_ACTOR_HANG_SECONDS": "60",
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
     }
     with Container([*given, "--workers", "2"], tmp_path, sockets, **variables) as container:
@@ -265,7 +265,7 @@ def test_a_model_that_was_given_up_is_not_loaded_and_may_be_again(
 def test_what_was_accepted_is_answered_before_its_model_is_unloaded(
     root: Path, tmp_path: Path, sockets: Path
 ) -> None:
-    variables = {"LRAI_ACTOR_HANG_SECONDS": "30"}
+    variables = {"LRAI_ACTOR_HANG_SECONDS": "60"}
     with Container([str(root), "--multi-model"], tmp_path, sockets, **variables) as container:
         container.wait_until_ready()
         assert load(container, "a", root / "tokens" / "model").status == 200
