@@ -26,7 +26,7 @@ MAX_QUEUE_ROWS = 300
 LIMIT_BYTES = 1 << 20
 VARIABLES = {
     "LRAI_ACTOR_THREADS": "1",
-    "LRAI_ACTOR_HANG_SECONDS": "2",
+    "LRAI_ACTOR_HANG_SECONDS": "300",  # some are stopped
     "LRAI_LIMITS_REQUEST_BYTES": str(LIMIT_BYTES),
     "LRAI_SCHEDULER_MAX_QUEUE_ROWS": str(MAX_QUEUE_ROWS),
     "BENTOML_DO_NOT_TRACK": "true",
@@ -82,6 +82,13 @@ class Served:
             if b"_bentoml_impl.worker.service" in command:
                 found.append(pid)
         return found
+
+    def actor(self, model: str) -> int:
+        """Return the process that computes for a model."""
+        with lrai.Runtime(self.host.config, address="auto") as runtime:
+            (found,) = [m.actor_pids for m in runtime.models() if m.name.startswith(f"{model}:")]
+        (pid,) = found
+        return pid
 
 
 def _reply(reply: http.client.HTTPResponse) -> Reply:
@@ -143,6 +150,10 @@ def project(
 
 @pytest.fixture(scope="module")
 def served(project: Path) -> Iterator[Served]:
-    with many_files(), Host() as host, start(project, host) as server:
+    yield from serving(project)
+
+
+def serving(project: Path, **variables: str) -> Iterator[Served]:
+    with many_files(), Host() as host, start(project, host, **variables) as server:
         server.wait_until_ready("/readyz")
         yield Served(server, host)

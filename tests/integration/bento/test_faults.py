@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.host import Host
 from benchmarks.processes import HOST, Server
-from tests.integration.bento.conftest import WORKERS, Served, start
+from tests.integration.bento.conftest import WORKERS, Served, serving, start
 from tests.integration.conftest import sentence
 from tests.integration.quick import until_quick
 from tests.pause import pause, paused
@@ -107,6 +107,11 @@ class Load:
             return type(error).__name__, True
         finally:
             line.close()
+
+
+@pytest.fixture(scope="module")
+def served(project: Path) -> Iterator[Served]:
+    yield from serving(project, LRAI_ACTOR_HANG_SECONDS="2")
 
 
 @pytest.fixture(scope="module")

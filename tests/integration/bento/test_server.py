@@ -27,6 +27,7 @@ from benchmarks.host import held
 from benchmarks.processes import HOST
 from tests.integration.bento.conftest import LIMIT_BYTES, WORKERS, Served
 from tests.integration.conftest import sentence
+from tests.pause import paused
 
 pytestmark = pytest.mark.server
 
@@ -309,7 +310,7 @@ def test_a_time_that_is_too_short_is_a_504_that_says_when_to_come_again(served: 
     reply = served.ask("/hurry", {"features": ZEROS, "timeout_ms": 0.001})
     assert reply.status == 504, reply.content
     assert reply.headers["retry-after"] == "1"
-    assert served.ask("/hurry", {"features": ZEROS, "timeout_ms": 5000}).status == 200
+    assert served.ask("/hurry", {"features": ZEROS, "timeout_ms": 60_000}).status == 200
 
 
 @pytest.mark.parametrize("path", ["/embed", "/v2/models/minilm/infer"])
@@ -319,42 +320,34 @@ def test_who_hangs_up_leaves_nothing_behind(served: Served, path: str) -> None:
     lines = [
         http.client.HTTPConnection(HOST, served.server.port, timeout=30) for _ in range(CALLERS)
     ]
-    for line in lines:
-        line.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    looks = [_stats(served)]
 
     def inside() -> int:
-        looks.append(_stats(served))
-        return looks[-1]["outstanding_rows"]
+        return _stats(served)["outstanding_rows"]
 
-    _wait_until(lambda: inside() > 8 * CALLERS / 2)
-    before = looks[-1]
-    for line in lines:
-        line.close()
-
-    def some_were_dropped() -> bool:
-        """Return whether more rows are gone than the calls since then had room for."""
-        gone = before["outstanding_rows"] - inside()
-        calls = looks[-1].get("batch_completed", 0) - before.get("batch_completed", 0)
-        return gone > calls * CALL_ROWS
-
-    _wait_until(some_were_dropped, 60)
-    _wait_until(lambda: inside() == 0, 60)
+    with paused(served.actor("minilm")):  # so that no row is gone because it was answered
+        for line in lines:
+            kind = {"Content-Type": "application/json"}
+            line.request("POST", path, json.dumps(body).encode(), kind)
+        _wait_until(lambda: inside() == 8 * CALLERS)
+        for line in lines:
+            line.close()
+        # What the actor has, and has next, is not taken back.
+        _wait_until(lambda: inside() <= 2 * CALL_ROWS)
+    _wait_until(lambda: inside() == 0)
     left = f'endpoint="{path}",http_response_code="499"'
     _wait_until(lambda: left in served.get("/metrics").content.decode())
     assert "Exception in ASGI application" not in served.server.log.read_text()
 
 
-def _wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def _stats(served: Served) -> dict[str, int]:
-    config = lrai.load_config(call={"runtime.socket_dir": str(served.host.folder)})
-    with lrai.Runtime(config, address="auto") as runtime:
+    with lrai.Runtime(served.host.config, address="auto") as runtime:
         return runtime.stats()
 
 
