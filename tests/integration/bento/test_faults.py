@@ -94,7 +94,7 @@ class Load:
                 self.entries.append(Entry(time.monotonic(), end, right))
 
     def _one(self, index: int) -> tuple[int | str, bool]:
-        line = http.client.HTTPConnection(HOST, self.port, timeout=30)
+        line = http.client.HTTPConnection(HOST, self.port, timeout=120)
         try:
             kind = {"Content-Type": "application/json"}
             line.request("POST", "/embed", self.bodies[index], kind)
@@ -129,7 +129,8 @@ def load(served: Served, requests: tuple[list[bytes], list[Any]]) -> Iterator[Lo
         yield made
     assert made.asked == len(made.entries), "a request was lost without a word"
     assert all(entry.right for entry in made.entries), "an answer was another request's"
-    assert served.get("/readyz").status == 200
+    # Models that nobody asks for may be back later than the one that is asked.
+    wait_until(lambda: served.get("/readyz").status == 200)
     assert len(served.workers()) == WORKERS
 
 
@@ -137,16 +138,11 @@ def ends(load: Load) -> set[int | str]:
     return {entry.end for entry in load.entries}
 
 
-def minilm_actor(served: Served) -> int:
-    """Return the process that works: of three models only this one is asked for anything."""
-    return max(served.host.actors(), key=_cpu_ticks)
-
-
 def test_a_killed_actor_is_a_delay(served: Served, load: Load) -> None:
     before, taken = served.host.actors(), list[float]()
     for _ in until_quick(taken, ACTOR_SECONDS):
-        begun = time.monotonic()
-        os.kill(minilm_actor(served), signal.SIGKILL)
+        actor, begun = served.actor("minilm"), time.monotonic()
+        os.kill(actor, signal.SIGKILL)
         taken.append(load.back_after(begun))
     assert ends(load) == {200}
     assert len(served.host.actors()) == len(before)
@@ -179,7 +175,7 @@ def test_a_killed_worker_takes_only_its_own_requests_along(served: Served, load:
 
 
 def test_readiness_tells_when_a_model_hangs_and_when_it_is_back(served: Served, load: Load) -> None:
-    pause(minilm_actor(served))
+    pause(served.actor("minilm"))
     # It heals by itself; asked together, as it may be back by the next question.
     paths = ("/readyz", "/livez", "/v2/models/minilm/ready")
     wait_until(lambda: [served.get(path).status for path in paths] == [503, 200, 503])
@@ -195,8 +191,8 @@ def test_a_runtime_that_hangs_is_neither_ready_nor_alive(served: Served) -> None
         ready, alive, figures = replies
         assert (ready.status, alive.status) == (503, 503)
         assert b"lrai_runtime_up 0.0" in figures.content
-    wait_until(lambda: served.get("/readyz").status == 200)
-    assert served.get("/livez").status == 200
+    paths = ("/readyz", "/livez")  # whichever workers answer: each has to find out
+    wait_until(lambda: [served.get(path).status for path in paths] == [200, 200])
 
 
 def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
@@ -206,7 +202,7 @@ def test_a_port_that_is_taken_is_named(served: Served, project: Path) -> None:
         log = project.parent / "taken.log"
         sockets = {"LRAI_RUNTIME_SOCKET_DIR": str(host.folder)}
         with Server([*command, "-p", port], log, variables=sockets) as second:
-            wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text(), 120)
+            wait_until(lambda: len(second.processes()) == 1 and "in use" in log.read_text())
     assert served.get("/readyz").status == 200
 
 
@@ -231,17 +227,18 @@ def test_a_model_that_was_unloaded_is_not_said_to_be_ready_until_it_is_back(proj
             runtime.unload(name)
         assert one.get("/readyz").status == 503
         assert one.get("/livez").status == 200, "it heals by itself"
-        deadline = time.monotonic() + 30
-        while one.get("/readyz").status != 200:
-            assert time.monotonic() < deadline, "who asks has it loaded again"
-            time.sleep(0.05)
+        wait_until(lambda: one.get("/readyz").status == 200)  # who asks has it loaded again
         assert one.ask("/classify", {"features": [[0.0] * 64]}).status == 200
         with lrai.Runtime(host.config, address="auto") as runtime:
             runtime.unload(name)
-        while (status := one.ask("/classify", {"features": [[0.0] * 64]}).status) != 200:
-            assert status == 503
-            assert time.monotonic() < deadline + 30, "requests do, too"
-            time.sleep(0.05)
+        statuses = list[int]()
+
+        def classified() -> bool:
+            statuses.append(one.ask("/classify", {"features": [[0.0] * 64]}).status)
+            return statuses[-1] == 200
+
+        wait_until(classified)  # requests have it loaded, too
+        assert set(statuses) <= {200, 503}
 
 
 def test_it_is_not_ready_before_every_model_is(project: Path) -> None:
@@ -270,7 +267,7 @@ def test_what_stands_in_the_way_ends_the_server_with_a_sentence(
     project: Path, variables: dict[str, str], message: str
 ) -> None:
     with Host() as host, start(project, host, **variables) as server:
-        wait_until(lambda: server._process.poll() is not None, 60)
+        wait_until(lambda: server._process.poll() is not None)
         assert message in server.log.read_text()
         assert server._process.poll() != 0
 
@@ -284,7 +281,7 @@ def test_a_server_that_ends_leaves_the_runtime_to_the_others(project: Path) -> N
         with start(second_project, host) as second:
             second.wait_until_ready("/readyz")
             first._process.send_signal(signal.SIGINT)
-            wait_until(lambda: first._process.poll() is not None, 60)
+            wait_until(lambda: first._process.poll() is not None)
             one = Served(second, host)
             for _ in range(10):
                 assert one.ask("/classify", {"features": [[0.0] * 64]}).status == 200
@@ -310,7 +307,7 @@ def test_a_model_that_changed_since_it_was_saved_ends_the_server(
         "    @bentoml.api\n    def one(self) -> int:\n        return 1\n"
     )
     with Host() as host, start(folder, host) as server:
-        wait_until(lambda: server.processes()[1:] == [] and server._process.poll() is not None, 60)
+        wait_until(lambda: server.processes()[1:] == [] and server._process.poll() is not None)
         assert "source/model.onnx" in server.log.read_text()
         assert server._process.poll() != 0
         assert host.daemons() == []
@@ -318,19 +315,14 @@ def test_a_model_that_changed_since_it_was_saved_ends_the_server(
 
 def test_who_ends_the_server_ends_everything(ended: set[int]) -> None:
     """Last, as the runtime ends half a minute after its last client."""
-    wait_until(lambda: not any(map(_is_alive, ended)), 60)
+    wait_until(lambda: not any(map(_is_alive, ended)))
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def _cpu_ticks(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
 
 
 def _is_alive(pid: int) -> bool:
