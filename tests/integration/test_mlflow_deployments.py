@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
 from benchmarks.processes import HOST, Server, free_ports
+from lrai_mlflow.commands.deployed import Deployed
 from lrai_mlflow.commands.deployments import Client, run_local, target_help
 from lrai_mlflow.serving import DATA
 from lrai_report.target import find
@@ -49,9 +51,22 @@ ROWS = np.random.default_rng(7).normal(size=(4, 64)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def sockets() -> Iterator[Path]:
+def runtime_folder() -> Iterator[Path]:
     with own_runtime() as folder:
         yield folder
+
+
+@pytest.fixture
+def sockets(runtime_folder: Path) -> Iterator[Path]:
+    """Yield the folder of a runtime that serves nothing, whatever became of the tests before."""
+    yield runtime_folder
+    with lrai.Runtime(address="auto") as runtime:
+        for one in runtime.deployments():
+            if one.frozen:
+                runtime.unfreeze(one.name, "the tests", "this one is over")
+            with contextlib.suppress(lrai.ModelNotFound):  # frozen, it was all that was left
+                runtime.unload(one.name)
+        Deployed(runtime).forget()
 
 
 @pytest.fixture(scope="module")
@@ -85,39 +100,36 @@ def test_the_columns_of_a_table_go_by_their_names(sources: list[Path], tmp_path:
     lrai_mlflow.save_model(artifact, tmp_path / "named", signature=signature)
     client = mlflow.deployments.get_deploy_client("lrai")
     client.create_deployment("named", str(tmp_path / "named"))
-    try:
-        right = client.predict("named", table).get_predictions()
-        turned = client.predict("named", table[names[::-1]].assign(more=1.0)).get_predictions()
+    right = client.predict("named", table).get_predictions()
+    turned = client.predict("named", table[names[::-1]].assign(more=1.0)).get_predictions()
+    pd.testing.assert_frame_equal(turned, right)
+    with pytest.raises(MlflowException, match=r"columns \['pixel 3'\] are missing"):
+        client.predict("named", table.drop(columns="pixel 3"))
+    # Another deployment of the artifact, by places, is none of its business.
+    lrai_mlflow.save_model(artifact, tmp_path / "plain")
+    client.create_deployment("plain", str(tmp_path / "plain"))
+    client.delete_deployment("plain")
+    config = {"require.delta": "0.5"}
+    with pytest.raises(MlflowException, match="certificate"):
+        client.update_deployment("named", str(tmp_path / "plain"), config=config)
+    again = client.predict("named", table[names[::-1]]).get_predictions()
+    pd.testing.assert_frame_equal(again, right)
+    other = lrai.compile(sources[1], out=tmp_path / "other.lrai", threads=1)
+    with lrai.Runtime(address="auto") as runtime:  # as `lrai tune --apply` does
+        runtime.swap("named", other)
+    right = client.predict("named", table).get_predictions()
+    turned = client.predict("named", table[names[::-1]]).get_predictions()
+    pd.testing.assert_frame_equal(turned, right)
+    # And goes on taking it when a version by places comes beside it.
+    client.update_deployment("named", str(tmp_path / "plain"), config={"canary": 0.0})
+    turned = client.predict("named", table[names[::-1]]).get_predictions()
+    pd.testing.assert_frame_equal(turned, right)
+    # Also for who has not the settings that the runtime was started with.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path / "elsewhere"))
+        other_client = mlflow.deployments.get_deploy_client("lrai")
+        turned = other_client.predict("named", table[names[::-1]]).get_predictions()
         pd.testing.assert_frame_equal(turned, right)
-        with pytest.raises(MlflowException, match=r"columns \['pixel 3'\] are missing"):
-            client.predict("named", table.drop(columns="pixel 3"))
-        # Another deployment of the artifact, by places, is none of its business.
-        lrai_mlflow.save_model(artifact, tmp_path / "plain")
-        client.create_deployment("plain", str(tmp_path / "plain"))
-        client.delete_deployment("plain")
-        config = {"require.delta": "0.5"}
-        with pytest.raises(MlflowException, match="certificate"):
-            client.update_deployment("named", str(tmp_path / "plain"), config=config)
-        again = client.predict("named", table[names[::-1]]).get_predictions()
-        pd.testing.assert_frame_equal(again, right)
-        other = lrai.compile(sources[1], out=tmp_path / "other.lrai", threads=1)
-        with lrai.Runtime(address="auto") as runtime:  # as `lrai tune --apply` does
-            runtime.swap("named", other)
-        right = client.predict("named", table).get_predictions()
-        turned = client.predict("named", table[names[::-1]]).get_predictions()
-        pd.testing.assert_frame_equal(turned, right)
-        # And goes on taking it when a version by places comes beside it.
-        client.update_deployment("named", str(tmp_path / "plain"), config={"canary": 0.0})
-        turned = client.predict("named", table[names[::-1]]).get_predictions()
-        pd.testing.assert_frame_equal(turned, right)
-        # Also for who has not the settings that the runtime was started with.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path / "elsewhere"))
-            other_client = mlflow.deployments.get_deploy_client("lrai")
-            turned = other_client.predict("named", table[names[::-1]]).get_predictions()
-            pd.testing.assert_frame_equal(turned, right)
-    finally:
-        client.delete_deployment("named")
 
 
 @pytest.fixture
@@ -216,14 +228,11 @@ def test_versions_with_other_columns_each_get_theirs(sources: list[Path], tmp_pa
         lrai_mlflow.save_model(artifact, tmp_path / label, signature=signature)
     client = mlflow.deployments.get_deploy_client("lrai")
     client.create_deployment("both", str(tmp_path / "one"))
-    try:
-        right = client.predict("both", table).get_predictions()
-        client.update_deployment("both", str(tmp_path / "two"), config={"canary": 0.5})
-        for _ in range(30):
-            found = client.predict("both", table).get_predictions()
-            np.testing.assert_allclose(found["logits"], right["logits"], atol=1e-4)
-    finally:
-        client.delete_deployment("both")
+    right = client.predict("both", table).get_predictions()
+    client.update_deployment("both", str(tmp_path / "two"), config={"canary": 0.5})
+    for _ in range(30):
+        found = client.predict("both", table).get_predictions()
+        np.testing.assert_allclose(found["logits"], right["logits"], atol=1e-4)
 
 
 @pytest.mark.usefixtures("registry", "sockets")
@@ -268,12 +277,10 @@ def test_tune_finds_what_serves_by_the_uri_of_its_model(
 
 
 @pytest.fixture
-def client(sockets: Path) -> Iterator[Client]:
+def client(sockets: Path) -> Client:
     found = mlflow.deployments.get_deploy_client("lrai")
     assert isinstance(found, Client)
-    yield found
-    for one in found.list_deployments():
-        found.delete_deployment(one["name"])
+    return found
 
 
 def logits(client: Client, name: str = "search") -> Any:
@@ -717,13 +724,12 @@ def test_a_registry_flow_loses_no_request(
     for thread in threads:
         thread.start()
     try:
-        time.sleep(2)
+        wait_until(lambda: len(answered) > 40, seconds=60)
         for alias in ("2", "1"):  # the new version; and back
             registry.set_registered_model_alias("search", "champion", alias)
             client.update_deployment("search", champion)
             at, updated = len(answered), time.monotonic()
-            time.sleep(2)
-            wait_until(lambda at=at: len(answered) > at + 30)  # type: ignore[misc]
+            wait_until(lambda at=at: len(answered) > at + 40, seconds=60)  # type: ignore[misc]
             late = {number for begun, number in answered if begun > updated}
             assert late == {int(alias)}, "who begins now is answered by it"
     finally:
