@@ -42,7 +42,10 @@ def start(
     """Serve a model; its runtime is the one of `LRAI_RUNTIME_SOCKET_DIR`."""
     command = [*SERVE, "--env-manager", env_manager, "-m", str(model), "-h", HOST, "-p", "{port}"]
     log = folder / f"{Path(model).name}-{time.monotonic_ns()}.log"
-    return Server([*command, "--workers", str(workers)], log, variables=variables)
+    # uvicorn kills a worker that does not answer it within 5 s, as none does on a machine that
+    # stands still for so long, or where it is not yet started by then.
+    given = {"UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "30", **(variables or {})}
+    return Server([*command, "--workers", str(workers)], log, variables=given)
 
 
 @contextlib.contextmanager
