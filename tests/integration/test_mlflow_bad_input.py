@@ -67,7 +67,10 @@ def sockets() -> Iterator[Path]:
 def server(
     saved: Path, sockets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with many_files(), start(saved, tmp_path_factory.mktemp("logs")) as found:
+    # Of ten thousand the first is answered after the last was read: a busy machine takes 60 s.
+    patient = {"MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "180"}
+    logs = tmp_path_factory.mktemp("logs")
+    with many_files(), start(saved, logs, variables=patient) as found:
         found.wait_until_ready("/ping")
         yield found
 
@@ -177,14 +180,12 @@ def test_callers_who_hang_up_leave_the_server_to_the_others(server: Server) -> N
                 caller.sendall(whole[:cut])
                 linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # a reset, not an end
                 caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    started = time.monotonic()
-    assert post(server.port, GOOD).status == 200
-    assert time.monotonic() - started < 15  # and not the 60 that `post` waits
+    # Not only when the time of those who hung up is over.
+    assert post(server.port, GOOD, timeout_seconds=45).status == 200
 
 
-@pytest.mark.timeout(200)
 def test_ten_thousand_at_once_are_all_answered(server: Server) -> None:
-    """MLflow refuses nobody: it keeps them waiting, and says 504 after 60 s."""
+    """MLflow refuses nobody: it keeps them waiting, and says 504 when its time is up."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # which this process and the server have
     count = 10_000
     assert most >= count + 200, f"{most} open files allowed, {count + 200} are needed"
@@ -202,7 +203,7 @@ def test_ten_thousand_at_once_are_all_answered(server: Server) -> None:
             return "no connection"
         try:
             writer.write(whole)
-            reply = await asyncio.wait_for(reader.read(), 120)
+            reply = await asyncio.wait_for(reader.read(), 400)  # some wait until they are read
             return reply[9:12].decode()
         except OSError as error:
             return type(error).__name__
@@ -228,7 +229,7 @@ def refused(model: Path, *, port: int = 0, **variables: str) -> str:
     """Serve a model that cannot be, and return what the server says before it ends."""
     command = [*SERVE, "--env-manager", "local", "-m", str(model), "-h", HOST, "-p", str(port)]
     done = subprocess.run(
-        command, cwd=model.parent, capture_output=True, text=True, timeout=120, check=False,
+        command, cwd=model.parent, capture_output=True, text=True, timeout=300, check=False,
         env=environment(**variables),
     )  # fmt: skip
     assert done.returncode != 0
@@ -332,7 +333,7 @@ def test_without_mlflow_the_flavor_says_what_to_install(code: str, status: int) 
 
 def test_a_port_that_is_taken_is_said_and_leaves_nothing(refusals: Refusals, alone: Path) -> None:
     assert "address already in use" in refusals["taken"].result()
-    deadline = time.monotonic() + 45
+    deadline = time.monotonic() + 120
     while processes_with(str(alone)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
