@@ -507,7 +507,7 @@ def test_the_command_says_where_no_form_passes(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
     np.savez(tmp_path / "rows.npz", x=rows)
     arguments = ["--evaluation", str(tmp_path / "rows.npz"), "--threads", "1"]
-    arguments += ["--option", "epsilon=1e-12", "--option", "delta=0.05"]
+    arguments += ["--option", "epsilon=1e-5", "--option", "delta=0.05"]
     says = r"^no form but fp32 passed the gate and was faster; runs:/\S+/quantization\.jsonl tells"
     with pytest.raises(lrai.ConditionNotMet, match=says):
         main(["convert", source.model_uri, *arguments])
