@@ -22,7 +22,7 @@ from benchmarks.models import requests
 from lrai_core.wire.messages import PROTOCOL_VERSION
 from tests.core import small_artifact
 from tests.integration.conftest import sentence
-from tests.integration.quick import Stalls, until_quick
+from tests.integration.quick import until_quick
 from tests.pause import pause
 
 pytestmark = pytest.mark.server
@@ -50,7 +50,8 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
     os.kill(pid, number)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for what happens in any case; how long that takes is a matter of who else is busy."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -58,8 +59,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def counted(runtime: lrai.Runtime, kind: str, count: int) -> Callable[[], bool]:
-    """Return whether events of this kind have been counted so often, to be asked again."""
-    return lambda: runtime.stats().get(kind, 0) == count
+    """Return whether events of this kind have been counted so often, to be asked again.
+
+    Or more often: two may come between two looks.
+    """
+    return lambda: runtime.stats().get(kind, 0) >= count
 
 
 class Load:
@@ -112,24 +116,20 @@ def test_a_killed_actor_costs_no_request_and_no_neighbour(
     payloads = requests(60, seed=1)
     expected = [minilm_session.run(None, payload)[0] for payload in payloads]
     beside = {"features": np.ones((1, 64), np.float32)}
-    with (
-        lrai.Runtime.open(minilm_fp32, name="minilm", config=config()) as runtime,
-        Stalls() as stalls,
-    ):
+    with lrai.Runtime.open(minilm_fp32, name="minilm", config=config()) as runtime:
         runtime.load(classifier_fp32, name="classifier")
         neighbour_pid = pid_of(runtime, "classifier")
         neighbour = Load(runtime, "classifier", [beside], callers=1)
         load = Load(runtime, "minilm", payloads, callers=8)
-        recoveries = list[float]()
+        recoveries, kills = list[float](), list[float]()
         try:
             for _ in until_quick(recoveries, 2.0, least=3):
                 time.sleep(0.5)
                 kill(pid_of(runtime, "minilm"))
                 started, before = time.monotonic(), len(load.ledger.answered)
-                while len(load.ledger.answered) <= before + 8:
-                    assert time.monotonic() < started + 20
-                    time.sleep(0.005)
+                wait_until(lambda before=before: len(load.ledger.answered) > before + 8)  # type: ignore[misc]
                 recoveries.append(time.monotonic() - started)
+                kills.append(started)
         finally:
             ledger, neighbours = load.stop(), neighbour.stop()
         stats = runtime.stats()
@@ -142,46 +142,63 @@ def test_a_killed_actor_costs_no_request_and_no_neighbour(
     assert stats["actor_lost"] == len(recoveries)
     assert stats["batch_retried"] >= 1
     assert not neighbours.refused
-    latencies = [end - begun - stalls.between(begun, end) for begun, end in neighbours.spans]
-    longest = sorted(latencies)[-len(recoveries) :]
-    assert longest[0] < min(recoveries), "it waited at each death"
+    # Of the time without an actor the second quarter: it is not noticed at once that one is dead.
+    without = [(at + 0.25 * s, at + 0.5 * s) for at, s in zip(kills, recoveries, strict=True)]
+    meanwhile = [
+        any(first < begun and end < last for begun, end in neighbours.spans)
+        for first, last in without
+    ]
+    assert any(meanwhile), "it waited at each death"
 
 
-def test_a_request_whose_actor_dies_twice_ends_with_one_error(minilm_fp32: lrai.Artifact) -> None:
-    poison = sentence(np.random.default_rng(0), rows=16, length=128)  # a second of work
-    with lrai.Runtime.open(minilm_fp32, config=config()) as runtime:
-        identity = runtime.submit(lrai.InferenceRequest(model_name="minilm", inputs=poison))
+def at_work(tmp_path: Path) -> dict[str, Any]:
+    """Return settings of actors that are at work on 8 rows or more for longer than a test takes."""
+    endless = python(
+        tmp_path,
+        "import sys, time\n"
+        "from lrai_core.actor.actor import Actor, main\n"
+        "execute = Actor._execute\n"
+        "def slowly(self, message, frames):\n"
+        "    if message.parts[0][0].shape[0] >= 8:\n"
+        "        time.sleep(600)\n"
+        "    execute(self, message, frames)\n"
+        "Actor._execute = slowly\n"
+        "main(sys.argv[1:])\n",
+    )
+    return {"actor.python": endless, "actor.hang_seconds": 600}
+
+
+def test_a_request_whose_actor_dies_twice_ends_with_one_error(
+    classifier_fp32: lrai.Artifact, tmp_path: Path
+) -> None:
+    with lrai.Runtime.open(classifier_fp32, config=config(**at_work(tmp_path))) as runtime:
+        identity = runtime.submit(request(rows=8))
         for attempt in (1, 2):
             wait_until(counted(runtime, "batch_dispatched", attempt))
-            kill(pid_of(runtime, "minilm"))
+            kill(pid_of(runtime, "classifier"))
         with pytest.raises(lrai.ActorError, match=r"could not be answered.*SIGKILL") as poisoned:
             runtime.result(identity)
         assert poisoned.value.http_status == 500
-        small = sentence(np.random.default_rng(1), rows=1, length=5)
-        after = runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
-        assert after.outputs["sentence_embedding"].shape == (1, 384)
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
         assert runtime.stats()["actor_lost"] == 2
 
 
 def test_a_request_that_kills_again_and_again_takes_the_model_from_nobody(
-    minilm_fp32: lrai.Artifact,
+    classifier_fp32: lrai.Artifact, tmp_path: Path
 ) -> None:
-    poison = sentence(np.random.default_rng(0), rows=16, length=128)  # a second of work
-    small = sentence(np.random.default_rng(1), rows=1, length=5)
-    with lrai.Runtime.open(minilm_fp32, config=config(**{"actor.restart_limit": 2})) as runtime:
-        runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
+    settings = config(**at_work(tmp_path), **{"actor.restart_limit": 2})
+    with lrai.Runtime.open(classifier_fp32, config=settings) as runtime:
+        runtime.infer(request())
         identity = ""
         for attempt in (1, 2, 3, 4):
             if attempt % 2:
-                asked = lrai.InferenceRequest(model_name="minilm", inputs=poison)
-                identity = runtime.submit(asked)
+                identity = runtime.submit(request(rows=8))
             wait_until(counted(runtime, "batch_dispatched", 1 + attempt))
-            kill(pid_of(runtime, "minilm"))
+            kill(pid_of(runtime, "classifier"))
             if not attempt % 2:
                 with pytest.raises(lrai.ActorError, match="could not be answered"):
                     runtime.result(identity)
-        answer = runtime.infer(lrai.InferenceRequest(model_name="minilm", inputs=small))
-        assert answer.outputs["sentence_embedding"].shape == (1, 384)
+        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
         assert (runtime.stats()["actor_lost"], runtime.stats().get("model_failed", 0)) == (4, 0)
 
 
@@ -199,15 +216,16 @@ def test_mates_of_a_request_that_kills_its_actor_are_answered(minilm_fp32: lrai.
 
 def test_a_hung_actor_is_killed_and_replaced(classifier_fp32: lrai.Artifact) -> None:
     settings = config(**{"actor.hang_seconds": 1.5, "actor.hang_factor": 10})
-    with lrai.Runtime.open(classifier_fp32, config=settings) as runtime:
+    seen = list[lrai.Event]()
+    with lrai.Runtime.open(classifier_fp32, config=settings, observers=[seen.append]) as runtime:
         pid = pid_of(runtime, "classifier")
         pause(pid)
-        started = time.monotonic()
         answer = runtime.infer(request())
-        assert time.monotonic() - started < 10
         assert answer.outputs["logits"].shape == (1, 10)
         assert pid_of(runtime, "classifier") != pid
-        assert runtime.stats()["actor_hung"] >= 1  # the next one may be slow to start
+    # Of those that follow one may be slow to start, and hang too.
+    first = next(event for event in seen if event.kind == "actor_hung")
+    assert first.attributes["reason"] == "the model made no progress in 1.5 s"
 
 
 def test_an_idle_actor_that_falls_silent_is_replaced(classifier_fp32: lrai.Artifact) -> None:
@@ -447,7 +465,7 @@ def test_an_actor_that_prints_and_starts_programs_disturbs_nothing(
         time.sleep(0.3)
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
         kill(pid_of(runtime, "classifier"))
-        wait_until(counted(runtime, "actor_lost", 1), 20)  # its child does not hold the line
+        wait_until(counted(runtime, "actor_lost", 1))  # its child does not hold the line
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
         assert "actor_hung" not in runtime.stats()
 
@@ -463,7 +481,7 @@ def test_unloading_a_stopped_actor_keeps_no_other_model_waiting(
         runtime.unload("a")
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
         assert time.monotonic() - started < 10
-        wait_until(lambda: not alive(pid), 30)
+        wait_until(lambda: not alive(pid))
         assert runtime.stats().get("actor_lost", 0) == 0
 
 
@@ -479,12 +497,14 @@ def test_drain_answers_what_was_accepted_and_refuses_the_rest(
 
 
 def test_a_late_answer_is_refused_in_time(classifier_fp32: lrai.Artifact) -> None:
-    with lrai.Runtime.open(classifier_fp32, config=config()) as runtime:
+    with lrai.Runtime.open(
+        classifier_fp32, config=config(**{"actor.hang_seconds": 600})
+    ) as runtime:
         pause(pid_of(runtime, "classifier"))
         started = time.monotonic()
         with pytest.raises(lrai.DeadlineExceeded):
             runtime.infer(request(timeout_ms=200))
-        assert time.monotonic() - started < 10  # an answer could take 30
+        assert time.monotonic() - started < 30  # who names no time is given 60
         kill(pid_of(runtime, "classifier"), signal.SIGCONT)
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
 
