@@ -85,9 +85,9 @@ def sockets() -> Iterator[Path]:
         yield folder
 
 
-def status(port: int, path: str, body: Any, **headers: str) -> int:
-    """Return how a request ends, 0 for one that has no answer in five seconds."""
-    line = http.client.HTTPConnection(HOST, port, timeout=5)
+def status(port: int, path: str, body: Any, seconds: float = 60, **headers: str) -> int:
+    """Return how a request ends, 0 for one that has no answer in so many seconds."""
+    line = http.client.HTTPConnection(HOST, port, timeout=seconds)
     with contextlib.closing(line), contextlib.suppress(OSError):
         content = None if body is None else json.dumps(body)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -194,8 +194,8 @@ def test_bentoml(artifact: lrai.Artifact, expected: Any, tmp_path: Path, sockets
             hang.touch()
             slow = caller.submit(post, server.port, "/predict", BODY)
             for path in ("/livez", "/readyz"):  # on one CPU nobody answers at all
-                deadline = time.monotonic() + 30
-                while status(server.port, path, None) == 200:
+                deadline = time.monotonic() + 60
+                while status(server.port, path, None, 5) == 200:
                     assert time.monotonic() < deadline
             server._process.terminate()
             hang.unlink()
@@ -227,12 +227,12 @@ def test_sagemaker(artifact: lrai.Artifact, expected: Any, tmp_path: Path, socke
             ("/models", {}, "", 404),
             ("/invocations", {"inputs": BODY}, "", 200),
         ):
-            given = {"X_Amzn_SageMaker_Custom_Attributes": how}
-            assert status(container.port, path, body, **given) == end
+            ended = status(container.port, path, body, X_Amzn_SageMaker_Custom_Attributes=how)
+            assert ended == end
         with accepted(container.port, "/invocations", {"inputs": BODY}) as rest:
             container.process.terminate()
             assert rest() == 200, "what was accepted is answered"
-        assert container.process.wait(30) == 0
+        assert container.process.wait(60) == 0
     for answer in answers:
         np.testing.assert_allclose(answer["outputs"]["mean"], expected, atol=1e-5)
 
@@ -245,7 +245,7 @@ def test_a_container_whose_model_cannot_be_opened_ends_and_says_why(
     for model in [*broken.glob("variants/*/model.onnx"), broken / "source" / "model.onnx"]:
         model.write_bytes(model.read_bytes()[:-1] + b"\0")
     with Container([str(broken)], tmp_path, sockets, LRAI_RUNTIME="") as container:
-        assert container.process.wait(30) == lrai.ArtifactError.exit_code
+        assert container.process.wait(60) == lrai.ArtifactError.exit_code
         assert "model.onnx" in container.log.splitlines()[-1]
 
 
@@ -254,7 +254,7 @@ def test_a_container_refuses_what_has_no_certificate(
 ) -> None:
     demand = ["--require", "epsilon=0.0001,delta=0.0001"]
     with Container([str(artifact.path), *demand], tmp_path, sockets, LRAI_RUNTIME="") as container:
-        assert container.process.wait(30) == lrai.ConditionNotMet.exit_code
+        assert container.process.wait(60) == lrai.ConditionNotMet.exit_code
         assert "certificate" in container.log.splitlines()[-1]
 
 
@@ -270,7 +270,7 @@ def test_what_a_loop_and_threads_ask_of_a_runtime_shares_calls(artifact: lrai.Ar
         with ThreadPoolExecutor(5) as callers, held_up(runtime, 30) as (began, go_on):
             loop = callers.submit(lambda: asyncio.run(ask()))
             others = [callers.submit(runtime.infer, request) for _ in range(20)]
-            assert began.wait(10)
+            assert began.wait(60)
             wait_until(lambda: runtime.stats()["request_accepted"] == 44)  # four of the threads
             go_on.set()
             answers = loop.result() + [other.result() for other in others]
@@ -282,7 +282,7 @@ def test_what_a_loop_and_threads_ask_of_a_runtime_shares_calls(artifact: lrai.Ar
         assert runtime.result(identity, 10).model_name == "tokens"
         with held_up(runtime, 30) as (began, go_on):
             first = runtime.start(request)
-            assert began.wait(10)
+            assert began.wait(60)
             waiting = [runtime.start(request) for _ in range(63)]
             with pytest.raises(lrai.QueueFull):
                 runtime.start(request)

@@ -133,7 +133,7 @@ def test_a_line_that_breaks_and_heals_runs_no_request_twice_and_loses_none(
             assert direct.infer(request(1)).outputs["logits"].shape == (1, 10)
             proxy.heal()
             for i, identity in enumerate(before + during):
-                logits = runtime.result(identity, 15).outputs["logits"]
+                logits = runtime.result(identity).outputs["logits"]
                 np.testing.assert_allclose(logits, expected(session, i), atol=1e-4)
             stats = direct.stats()
         # What was answered before is not run again, and what was sent once more ran once.
@@ -213,7 +213,7 @@ class Cut:
 
     def assert_answered(self, sent: dict[int, str]) -> None:
         for value, identity in sent.items():
-            assert self.runtime.result(identity, 15).outputs["y"].tolist() == [[2.0 * value] * 3]
+            assert self.runtime.result(identity).outputs["y"].tolist() == [[2.0 * value] * 3]
 
     def ran(self) -> list[float]:
         """Return what was asked for by the requests that actors began, in order."""
