@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import pytest
 from onnx import numpy_helper
+from onnx.helper import make_node
 
 import lrai_core as lrai
 from benchmarks import models
@@ -35,7 +36,8 @@ from lrai_report.live import _shadow, compare_live, switch
 from lrai_report.target import Target
 from lrai_report.tune import _compile, _is_private, _judge, _refuse_at_once, main
 from tests.core import small_artifact
-from tests.core.compiler.onnx_files import linear, save
+from tests.core.compiler.onnx_files import linear, model, save, value
+from tests.integration.test_runtime_faults import wait_until
 from tests.own_runtime import daemon_pids, own_runtime
 from tests.tiny_models import token_model
 
@@ -123,13 +125,30 @@ def asking(name: str, rows: models.Arrays) -> Iterator[list[str]]:
         yield versions
     finally:
         ended.set()
-        thread.join(30)
+        thread.join()
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> Callable[[lrai.Runtime], None]:
+    """Return what has each look at the shadow of a runtime wait for 10 rows, however long."""
+
+    def each_look(runtime: lrai.Runtime) -> None:
+        def rows() -> int:
+            return runtime.stats().get("shadow_compared", 0)
+
+        def nap(_: float) -> None:
+            before = rows()
+            wait_until(lambda: rows() >= before + 10)
+
+        monkeypatch.setattr("lrai_report.live.time", SimpleNamespace(sleep=nap))
+
+    return each_look
 
 
 @pytest.mark.usefixtures("faster")
 def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
     source: tuple[Path, models.Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], compared: Callable[[lrai.Runtime], None],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     file, rows = source
@@ -149,10 +168,12 @@ def test_a_served_model_is_tuned_shadowed_applied_and_switched_back(
         assert runtime.deployments()[0].shares == {served.version: 1.0}
         with asking(name, rows) as versions:
             arguments = ("--minutes", 0.05, "--price-per-hour", 1, "--json", "figures.json")
+            compared(runtime)
             assert tune("wide", "--apply", *arguments) == 0
             new = runtime.deployments()[0]
+            tuned = lrai.Artifact.open(tmp_path / "wide-tuned.lrai")
+            wait_until(lambda: tuned.version in versions)
             assert runtime.rollback(name).startswith(served.version)
-        tuned = lrai.Artifact.open(tmp_path / "wide-tuned.lrai")
         assert tuned.manifest.chosen == FASTER
         assert new.shares == {tuned.version: 1.0}
         assert new.shadow == {}
@@ -255,7 +276,11 @@ def test_both_sides_are_asked_in_turns_and_counted(
 
 
 def test_where_nothing_is_gained_it_says_so(tmp_path: Path) -> None:
-    source = save(linear(), tmp_path / "small.onnx")
+    # Nothing in it can be quantised: else a busy machine may find that a form of it is faster.
+    relu = model(
+        [make_node("Relu", ["x"], ["y"])], [value("x", ["n", 8])], [value("y", ["n", 8])], []
+    )
+    source = save(relu, tmp_path / "small.onnx")
     x = np.random.default_rng(0).standard_normal((ROWS, 8)).astype(np.float32)
     np.savez(tmp_path / "asked.npz", x=x)
     found = cli(source, "--requests", "asked.npz", cwd=tmp_path)
@@ -576,7 +601,7 @@ def test_what_was_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_what_live_requests_disagree_with_is_not_applied(
-    source: tuple[Path, models.Arrays], tmp_path: Path
+    source: tuple[Path, models.Arrays], tmp_path: Path, compared: Callable[[lrai.Runtime], None]
 ) -> None:
     file, rows = source
     other, _ = models.classifier(tmp_path / "other.onnx", 1)
@@ -585,6 +610,7 @@ def test_what_live_requests_disagree_with_is_not_applied(
     with own_runtime(), lrai.Runtime() as runtime:
         runtime.load(served, name="m")
         before = runtime.deployments()[0].shares
+        compared(runtime)
         with asking("m", rows), pytest.raises(lrai.ConditionNotMet, match="on live requests"):
             compare_live("m", before, tmp_path / "other.lrai", 0.05, "", apply=True)
         now = runtime.deployments()[0]
