@@ -169,7 +169,7 @@ def test_what_the_old_version_has_accepted_is_answered_by_it(small: dict[float, 
         assert swap.is_alive()
         kill(actor, signal.SIGCONT)
         assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {2.0}
-        swap.join(10)
+        swap.join(60)
         wait_until(lambda: not Path(f"/proc/{actor}").exists())
 
 
@@ -360,7 +360,7 @@ def test_what_an_unloaded_canary_has_accepted_is_answered_by_it(
         assert ask(runtime) == 2.0
         kill(actor, signal.SIGCONT)
         assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {3.0}
-        unload.join(10)
+        unload.join(60)
         assert not unload.is_alive()
 
 
@@ -386,7 +386,7 @@ def test_what_a_model_has_accepted_is_answered_before_it_is_unloaded(
         assert unload.is_alive()
         kill(actor, signal.SIGCONT)
         assert {float(runtime.result(i).outputs["y"][0, 0]) for i in ids} == {2.0}
-        unload.join(10)
+        unload.join(60)
         assert not unload.is_alive()
 
 
@@ -502,7 +502,7 @@ def test_copies_go_to_the_shadow_and_are_compared_and_never_returned(
         pause(shadow)  # nobody waits for a shadow
         started = time.monotonic()
         assert {ask(runtime) for _ in range(600)} == {2.0}  # more than copies may wait
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 50  # one that waited would for a minute
         assert runtime.stats()["outstanding_rows"] <= 512
         kill(shadow, signal.SIGCONT)
 
@@ -934,8 +934,8 @@ def test_what_is_under_way_at_the_end_does_not_bring_back_what_has_ended(
         route = partial(runtime.route, "m", {version(small[2.0]): 1.0})
         change = threading.Thread(target=route)
         change.start()
-        assert under_way.wait(10)
-    change.join(10)
+        assert under_way.wait(60)
+    change.join(60)
     assert json.loads((state / "deployments.json").read_bytes())["stopped"]
     with lrai.Runtime(limits) as runtime:
         deployments(runtime).restore()
@@ -1047,7 +1047,7 @@ def test_under_pressure_a_cheaper_version_takes_what_would_be_late(
         two = version(small[2.0])
         (stopped,) = (pid for m in runtime.models() if m.version == two for pid in m.actor_pids)
         pause(stopped)
-        asked = lrai.InferenceRequest(model_name="m", inputs=ONES)
+        asked = lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=600_000)
         waiting = [runtime.submit(asked) for _ in range(10_000)]  # of 1 ms each by the profile
         hurried = lrai.InferenceRequest(model_name="m", inputs=ONES, timeout_ms=9000)
         relieved = runtime.infer(hurried)
