@@ -291,7 +291,7 @@ def test_what_a_killed_client_had_queued_is_dropped(
         wait_until(lambda: outstanding(runtime) == 11)
         client.kill()
         client.communicate()
-        wait_until(lambda: outstanding(runtime) == 1, 10)
+        wait_until(lambda: outstanding(runtime) == 1)
         kill(actor, signal.SIGCONT)
         wait_until(lambda: outstanding(runtime) == 0)
         assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
@@ -312,7 +312,7 @@ def test_a_client_that_was_given_up_asks_again_when_it_is_back(
         client = program(SUBMIT, classifier_fp32.path, 4, rows)
         wait_until(lambda: outstanding(runtime) == 1 + 4 * rows)
         pause(client.pid)
-        wait_until(lambda: outstanding(runtime) == 1, 10)
+        wait_until(lambda: outstanding(runtime) == 1)
         client.send_signal(signal.SIGCONT)
         wait_until(lambda: outstanding(runtime) == 1 + 4 * rows)
         kill(actor, signal.SIGCONT)
@@ -331,7 +331,7 @@ def test_a_daemon_ends_by_itself_after_its_last_client(
         time.sleep(4)  # at rest, and yet there
         assert pid_of(runtime, "classifier") == actor
         assert (folder / "deployments.json").is_file()
-    wait_until(lambda: not daemons(folder), 20)
+    wait_until(lambda: not daemons(folder))
     assert_gone(folder, actor)
 
 
@@ -420,7 +420,7 @@ def test_a_daemon_that_is_told_to_end_answers_what_it_accepted(
         for i, identity in enumerate(ids):
             answer = runtime.result(identity).outputs["logits"]
             np.testing.assert_allclose(answer, expected(session, i), atol=1e-4)
-        assert daemon.wait(10) == 0
+        assert daemon.wait(60) == 0
         time.sleep(0.3)
         assert not daemons(folder)  # its client has nothing to ask, and starts none
         assert_gone(folder, actor)
@@ -463,7 +463,7 @@ def test_what_does_not_end_in_time_is_told_so(
         kill(daemon, signal.SIGTERM)
         for identity in ids:
             with pytest.raises(lrai.NotReady, match="the runtime was closed"):
-                runtime.result(identity, 10)
+                runtime.result(identity)
         wait_until(lambda: not daemons(folder))
         assert_gone(folder, actor)
 
@@ -820,10 +820,10 @@ def test_the_memory_of_a_client_that_is_gone_is_unmapped_everywhere(
         runtime.infer(request(rows=LARGE))
         actor, (daemon,) = pid_of(runtime, "classifier"), daemons(folder)
         client = program(SUBMIT + "time.sleep(60)", classifier_fp32.path, 1, LARGE)
-        wait_until(lambda: mapped(actor) == mapped(daemon) == 2, 20)
+        wait_until(lambda: mapped(actor) == mapped(daemon) == 2)
         client.kill()
         client.communicate()
-        wait_until(lambda: mapped(actor) == mapped(daemon) == 1, 10)
+        wait_until(lambda: mapped(actor) == mapped(daemon) == 1)
         assert runtime.infer(request(rows=LARGE)).outputs["logits"].shape == (LARGE, 10)
 
 
@@ -894,7 +894,7 @@ class Stranger:
 
     def hear(self) -> messages.Replies:
         while True:
-            assert self._socket.poll(10_000)
+            assert self._socket.poll(60_000)
             reply = messages.decode_to_client(self._socket.recv_multipart()[0])
             if isinstance(reply, messages.Replies):
                 return reply
@@ -1108,7 +1108,7 @@ def test_the_command_to_stop_returns_when_the_daemon_has_ended(
             stop.wait(1)
         kill(actor, signal.SIGCONT)
         assert runtime.result(identity).outputs["logits"].shape == (1, 10)
-        assert stop.wait(10) == 0
+        assert stop.wait(60) == 0
         assert not is_running(folder)
 
 
@@ -1177,7 +1177,7 @@ def test_a_process_is_left_with_no_dead_daemons(
             (daemon,) = daemons(folder)
             assert not any(Path(f"/proc/{pid}").exists() for pid in before)
         kill(daemon)
-        wait_until(lambda: not daemons(folder))
+        os.waitid(os.P_PID, daemon, os.WEXITED | os.WNOWAIT)  # until all its threads have ended
         before.add(daemon)
 
 
@@ -1252,7 +1252,7 @@ def test_a_runtime_that_was_to_stay_serves_on_after_a_machine_went_down(
     run("runtime", "load", classifier_fp32.path, code=0)
     (daemon,) = daemons(folder)
     kill(daemon, signal.SIGTERM)
-    wait_until(lambda: daemons(folder) == [], 20)
+    wait_until(lambda: daemons(folder) == [])
     with lrai.Runtime(address="auto") as runtime:  # whoever comes first starts it as it was
         assert [model.name for model in runtime.models()] == ["classifier"]
     (after,) = daemons(folder)
@@ -1291,14 +1291,15 @@ def test_a_folder_that_does_not_answer_takes_no_other_model(
         (before,) = daemons(folder)
         hangs.touch()
         kill(before)
-        assert runtime.infer(request()).outputs["logits"].shape == (1, 10)
+        patient = request(timeout_ms=300_000)  # the next one waits for a quarter of a minute
+        assert runtime.infer(patient).outputs["logits"].shape == (1, 10)
         with pytest.raises(lrai.ModelNotFound, match="loaded: 'classifier'"):
             runtime.infer(request(model_name="minilm"))
         assert "a folder does not answer" in (folder / "log").read_text()
         (after,) = daemons(folder)
         assert after != before
         kill(after, signal.SIGTERM)
-        wait_until(lambda: after not in daemons(folder), 20)
+        wait_until(lambda: after not in daemons(folder))
 
 
 def test_a_load_that_hangs_keeps_no_runtime_from_ending(
