@@ -351,7 +351,7 @@ def test_a_daemon_that_is_killed_and_started_by_hand_answers_what_was_open(
         assert not started  # nobody starts one on another machine, nor here in its place
         site.start()
         for i, identity in enumerate(ids):
-            logits = runtime.result(identity, 30).outputs["logits"][-1:]
+            logits = runtime.result(identity).outputs["logits"][-1:]
             np.testing.assert_allclose(logits, expected(session, i), atol=1e-4)
 
 
@@ -394,7 +394,7 @@ def test_a_line_that_breaks_for_the_client_alone_costs_no_request(
         wait_until(lambda: outstanding(near) == 7)  # nothing is twice, as it would be for 30 s
         kill(actor, signal.SIGCONT)
         for i, identity in enumerate(ids):
-            logits = far.result(identity, 10).outputs["logits"]
+            logits = far.result(identity).outputs["logits"]
             np.testing.assert_allclose(logits, expected(session, i), atol=1e-4)
         assert near.stats()["request_answered"] == 7
 
@@ -410,7 +410,7 @@ def test_a_line_on_which_nobody_answers_is_given_up(
         daemon.kill()
         daemon.wait()
         site.start()
-        assert runtime.infer(request(timeout_ms=10_000)).outputs["logits"].shape == (1, 10)
+        assert runtime.infer(request(timeout_ms=60_000)).outputs["logits"].shape == (1, 10)
 
 
 def test_a_client_behind_a_slow_line_is_given_more_time_and_a_killed_one_not_for_ever(
@@ -450,7 +450,7 @@ def test_numbers_of_memory_that_come_from_another_machine_are_not_looked_at(site
         far.connect(endpoint)
         for _ in range(2):  # as a session begins, none is looked at anyway
             far.send_multipart([encode(messages.Attach(PROTOCOL_VERSION, "0", arena.segment)), b""])
-            assert far.poll(10_000)
+            assert far.poll(60_000)
             welcome = messages.decode_to_client(far.recv_multipart()[0])
             assert isinstance(welcome, messages.Attached)
             assert (bool(welcome.session), welcome.arena) == (True, b"")
@@ -491,7 +491,7 @@ def test_nothing_listens_without_keys_and_folders_to_load_from(
     told = "runtime.model_roots is ''; to listen, set it to the folders"
     assert told in run(*start, "--keys", site.keys, code=2)
     daemon = site.start()  # however it is started
-    assert daemon.wait(20) != 0
+    assert daemon.wait(60) != 0
     assert told in (site.folder / "log").read_text()
     assert not is_running(site.folder)
 
