@@ -26,6 +26,7 @@ def until_quick(
     most: int = 7,
     spoiled: Sequence[bool] = (),
     starts: list[float] | None = None,
+    start_seconds: float = _START_SECONDS,
 ) -> Iterator[None]:
     """Yield for each try, until the median of an odd number is no longer than it may be.
 
@@ -40,6 +41,7 @@ def until_quick(
         most: Tries.
         spoiled: Whether something else was wrong in a try, which fewer than half may be.
         starts: Gets the seconds of a bare start after each try.
+        start_seconds: Of a bare start on a machine so slow that `seconds` begin to be too few.
     """
     starts = [] if starts is None else starts
     for count in range(1, most + 1):
@@ -49,15 +51,15 @@ def until_quick(
         begun = time.monotonic()
         subprocess.run(_BARE_START, check=True)
         starts.append(time.monotonic() - begun)
-        quick = median(taken) <= scaled(seconds, starts) and 2 * sum(spoiled) < count
+        quick = median(taken) <= scaled(seconds, starts, start_seconds) and 2 * sum(spoiled) < count
         if count >= least and count % 2 and quick:
             return
     raise AssertionError(f"{taken} s, and not {seconds}; bare starts: {starts} s; {spoiled}")
 
 
-def scaled(seconds: float, starts: Sequence[float]) -> float:
+def scaled(seconds: float, starts: Sequence[float], start_seconds: float = _START_SECONDS) -> float:
     """Return what may take so many seconds on a quiet machine where bare starts took those."""
-    return seconds * max(1.0, median(starts) / _START_SECONDS)
+    return seconds * max(1.0, median(starts) / start_seconds)
 
 
 class Stalls:

@@ -116,14 +116,15 @@ def test_a_killed_actor_costs_no_request_and_no_neighbour(
     payloads = requests(60, seed=1)
     expected = [minilm_session.run(None, payload)[0] for payload in payloads]
     beside = {"features": np.ones((1, 64), np.float32)}
-    with lrai.Runtime.open(minilm_fp32, name="minilm", config=config()) as runtime:
+    unhung = config(**{"actor.hang_seconds": 600})  # by its silence no death is noticed
+    with lrai.Runtime.open(minilm_fp32, name="minilm", config=unhung) as runtime:
         runtime.load(classifier_fp32, name="classifier")
         neighbour_pid = pid_of(runtime, "classifier")
         neighbour = Load(runtime, "classifier", [beside], callers=1)
         load = Load(runtime, "minilm", payloads, callers=8)
         recoveries, kills = list[float](), list[float]()
         try:
-            for _ in until_quick(recoveries, 2.0, least=3):
+            for _ in until_quick(recoveries, 2.0, least=3, start_seconds=0.2):
                 time.sleep(0.5)
                 kill(pid_of(runtime, "minilm"))
                 started, before = time.monotonic(), len(load.ledger.answered)
