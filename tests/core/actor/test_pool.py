@@ -26,6 +26,7 @@ from lrai_core.protocol import ValidRequest
 from lrai_core.wire import messages
 from lrai_core.wire.messages import (
     PROTOCOL_VERSION,
+    Execute,
     Executed,
     Hello,
     Load,
@@ -57,12 +58,14 @@ class Process:
     def say(self, message: messages.FromActor, *frames: bytes) -> None:
         self.socket.send_multipart([messages.encode(message), *frames])
 
-    def heard(self) -> tuple[messages.ToActor, bytes]:
-        """Return the last message that it was sent, and its first frame of tensors."""
-        found: list[bytes] = []
-        while self.socket.poll(5000 if not found else 500):
-            found = self.socket.recv_multipart()
-        return messages.decode_to_actor(found[0]), [*found, b""][1]
+    def heard(self) -> tuple[Execute, bytes]:
+        """Return the next batch that it was sent, and its first frame of tensors."""
+        while self.socket.poll(60_000):
+            header, *frames = self.socket.recv_multipart()
+            message = messages.decode_to_actor(header)
+            if isinstance(message, Execute):  # the model comes before
+                return message, [*frames, b""][0]
+        raise AssertionError("no batch came")
 
     def kill(self) -> None:
         self.status = -9 if self.status is None else self.status
@@ -100,7 +103,7 @@ class Bench:
 
     def hear(self, message: messages.FromActor, *frames: bytes) -> list[Outcome]:
         self.process.say(message, *frames)
-        assert self.pool._socket.poll(5_000)
+        assert self.pool._socket.poll(60_000)
         return self.poll()
 
     def poll(self, seconds: float = 0.0) -> list[Outcome]:
@@ -306,7 +309,6 @@ def test_small_requests_are_joined_before_they_are_sent_and_get_their_own_rows(
 ) -> None:
     bench.pool.dispatch("m", Batch(1, [asked(1.0), asked(2.0, rows=2)], 0.01))
     execute, joined = bench.process.heard()
-    assert isinstance(execute, messages.Execute)
     ((tensor,),) = execute.parts
     assert (execute.outputs, tensor.shape) == ((0,), (3, 3))
     (answered,) = bench.hear(Executed(1, 0.01, (tensor,)), joined)
@@ -319,8 +321,7 @@ def test_large_requests_are_sent_as_they_are(bench: Bench) -> None:
     large = messages.OWN_FRAME_BYTES // 4
     requests = [asked(1.0, columns=large), asked(2.0, columns=large)]
     bench.pool.dispatch("m", Batch(1, requests, 0.01))
-    execute, *_ = bench.process.heard()
-    assert isinstance(execute, messages.Execute)
+    execute, _ = bench.process.heard()
     assert [part[0].shape for part in execute.parts] == [(1, large), (1, large)]
 
 
