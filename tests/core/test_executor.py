@@ -64,7 +64,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("lrai_example.tasks")
 
 
-def run(function: Any, argument: Any, *, timeout_seconds: float = 15) -> Any:
+def run(function: Any, argument: Any, *, timeout_seconds: float = 60) -> Any:
     return run_task(function, argument, memory_bytes=2 << 30, timeout_seconds=timeout_seconds)
 
 
