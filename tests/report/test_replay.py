@@ -125,9 +125,9 @@ def test_fifo_takes_what_waits_in_order_up_to_its_limit_of_rows() -> None:
 
 def test_the_other_policies_send_each_request_with_the_time_that_is_left() -> None:
     runtime = Played()
-    replayed("planner", runtime, arrivals([0, 0.02]), deadline=0.5)
+    replayed("planner", runtime, arrivals([0, 0.02]), deadline=30)
     assert len(runtime.sent) == 2
-    assert all(0 < cast("float", request.timeout_ms) <= 500 for request in runtime.sent)
+    assert all(0 < cast("float", request.timeout_ms) <= 30_000 for request in runtime.sent)
 
 
 @pytest.mark.parametrize("policy", ["planner", "fifo-8"])
@@ -206,7 +206,8 @@ def test_capacity_is_what_is_answered_while_there_is_always_more() -> None:
 def test_the_loop_sleeps_less_than_a_millisecond_where_that_is_asked_for() -> None:
     async def shortest() -> float:
         loop, found = asyncio.get_running_loop(), math.inf
-        for _ in range(50):
+        end = loop.time() + 30  # as long as others have the CPU, none is so short
+        while found >= 0.0009 and loop.time() < end:
             start = loop.time()
             await asyncio.sleep(0.0002)
             found = min(found, loop.time() - start)
