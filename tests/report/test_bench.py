@@ -200,7 +200,7 @@ def test_an_interrupted_replay_ends_with_130_and_leaves_no_process(
             actors = children(child.pid)
             assert len(actors) == 2
             child.send_signal(signal.SIGINT)
-            _, said = child.communicate(timeout=15)
+            _, said = child.communicate(timeout=60)
         finally:
             child.kill()
     assert child.returncode == 130
