@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 import lrai_core as lrai
 from lrai_core.wire import messages as wire
@@ -113,7 +114,7 @@ class Daemon:
         self._socket.send_multipart([self._peer, *frames])
 
     def _hear(self, enough: Callable[[], bool], want: Any = None) -> Any:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not enough():
             assert time.monotonic() < deadline, "the client did not send what was expected"
             if not self._socket.poll(10):
@@ -177,6 +178,11 @@ def request(**changes: Any) -> lrai.InferenceRequest:
 
 def value(future: Future[lrai.InferenceResponse]) -> int:
     return int(future.result(20).outputs["y"][0])
+
+
+def let_pass(attached: Attached, item: messages.Infer) -> None:
+    """Have the deadline of a request be over, which was far away so that it was sent."""
+    attached._asked[item.key].deadline = time.monotonic()
 
 
 def call(attached: Attached, operation: str, results: list[Any]) -> threading.Thread:
@@ -443,12 +449,14 @@ def test_a_daemon_that_does_not_answer_is_waited_for_until_the_deadline(
     daemon: Daemon, attached: Attached, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_GRACE_SECONDS", 0.1)
-    future = attached.start(request(timeout_ms=1000))
+    future = attached.start(request(timeout_ms=100_000))
     (item,) = daemon.take(1)
     assert item.timeout_ms is not None
-    assert 0 < item.timeout_ms <= 1000
+    assert 0 < item.timeout_ms <= 100_000
+    assert 0 < attached._asked[item.key].deadline - time.monotonic() <= 100
+    let_pass(attached, item)
     with pytest.raises(lrai.DeadlineExceeded, match="did not answer in time"):
-        future.result(10)
+        future.result(20)
     daemon.answer(item)  # too late, and harmless
     later = attached.start(request())
     daemon.answer(*daemon.take(1))
@@ -458,10 +466,12 @@ def test_a_daemon_that_does_not_answer_is_waited_for_until_the_deadline(
 def test_without_a_timeout_the_daemon_knows_it_and_the_default_one_ends_the_wait(
     daemon: Daemon, parent: Path
 ) -> None:
-    attached = attach(daemon, parent, **{"scheduler.default_timeout_ms": 1000})
+    attached = attach(daemon, parent, **{"scheduler.default_timeout_ms": 100_000})
     answer = attached.start(request())
     (item,) = daemon.take(1)
     assert item.timeout_ms is None
+    assert 30 < attached._asked[item.key].deadline - time.monotonic() <= 100  # 30 is usual
+    let_pass(attached, item)
     with pytest.raises(lrai.DeadlineExceeded, match="did not answer in time"):
         answer.result(20)
 
@@ -725,8 +735,9 @@ def test_what_is_cancelled_or_late_keeps_its_block_until_the_daemon_has_read_it(
 ) -> None:
     monkeypatch.setattr(client, "_GRACE_SECONDS", 0.1)
     cancelled = sharing.start(request(inputs={"x": LARGE}))
-    late = sharing.start(request(inputs={"x": LARGE}, timeout_ms=1000))
+    late = sharing.start(request(inputs={"x": LARGE}, timeout_ms=100_000))
     items = daemon.take(2)
+    let_pass(sharing, items[1])
     assert cancelled.cancel()
     with pytest.raises(lrai.DeadlineExceeded):
         late.result(20)
@@ -959,8 +970,9 @@ def test_what_a_daemon_said_as_it_ended_begins_no_session(
     def poll_before(sources: Any, milliseconds: float) -> Any:
         looking.set()
         ready = dict(poll(sources, milliseconds))
-        if attached._lost in ready and not missed:
-            missed.append(ready.pop(attached._socket, 0) != 0)
+        if attached._lost in ready and not missed:  # both may have come after the look at one
+            missed.append(bool(poll([(attached._socket, zmq.POLLIN)], 0)))
+            ready.pop(attached._socket, None)
         return [] if attached._socket in ready and not missed else list(ready.items())
 
     def start(*_: Any, **__: Any) -> None:
@@ -995,7 +1007,7 @@ def test_a_client_that_waits_for_long_piles_up_nothing(
     time.sleep(1)
     successor = Daemon(shared_folder(config(parent)))
     successor.session = "second"
-    assert successor._socket.poll(5000)
+    assert successor._socket.poll(60_000)
     signs, deadline = 0, time.monotonic() + 0.1
     while time.monotonic() < deadline and successor._socket.poll(1):
         successor._peer, *_ = successor._socket.recv_multipart()
@@ -1027,7 +1039,7 @@ def test_what_nobody_waits_for_any_more_takes_no_memory(
     ended[0].cancel()
     for _ in range(50):
         assert attached.call("ready", {}, str) == "stalled"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while max(len(attached._outbox), len(attached._outcalls)) > 15 or attached._cancelled:
         assert time.monotonic() < deadline, (len(attached._outbox), attached._outcalls)
         time.sleep(0.01)
@@ -1045,7 +1057,7 @@ def test_a_stopped_daemon_blocks_no_client(
         attached.start(request(inputs={"x": large}))
     started = time.monotonic()
     attached.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_the_socket_is_not_polled_by_a_client_at_rest(attached: Attached) -> None:
