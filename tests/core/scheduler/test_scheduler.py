@@ -162,6 +162,7 @@ class Bench:
         self.workers = FakeWorkers()
         self.events = EventBus()
         self.scheduler = Scheduler(SchedulerConfig(**config), self.workers, self.events)
+        self.scheduler._cpus = 2  # however many this process may use
         self.add("m")
 
     def add(self, model: str) -> None:
