@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def profiled(
     monkeypatch.setattr(search, "_repeats", lambda session, feed: 1)
     monkeypatch.setattr(search, "_seconds", seconds)
     monkeypatch.setattr(search, "MOST_ROUNDS", most)
+    now = itertools.count(1.0, 1e-6)  # of a pause of this machine it would take another way
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(now)))
     made = {name: candidate(name, told) for name, told in times.items()}
     search.profile(list(made.values()), Calls(SIGNATURE, [ROW], [(1, 0)]), lambda: None, until)
     return made
