@@ -39,10 +39,10 @@ def end_runtime(folder: Path) -> None:
     config = lrai.load_config(call={"runtime.socket_dir": str(folder)})
     own = Path(folder, f"lrai-{os.geteuid()}")
     if own.exists() and is_running(shared_folder(config)):
-        ending = set(daemon_pids(folder))
         with contextlib.closing(Attached(config)) as client:
+            ending = set(daemon_pids(folder))  # by now: as it is started, it looks like who does
             client.call("stop", {}, int)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while ending.intersection(daemon_pids(folder)):
             assert time.monotonic() < deadline, "the runtime does not end"
             time.sleep(0.02)
