@@ -71,7 +71,8 @@ def test_a_file_of_xgboost_answers_as_what_was_saved(
 def test_a_file_of_what_was_stopped_early_answers_as_the_estimator(
     tmp_path: Path, kind: Any, labels: Any
 ) -> None:
-    noisy = RANDOM.permutation(labels[:150])  # nothing is to be learnt, so that it stops
+    # Nothing is to be learnt, so that it stops, whichever tests have run before.
+    noisy = np.random.default_rng(1).permutation(labels[:150])
     model = kind(**QUICK | {"n_estimators": 40}, early_stopping_rounds=5)
     model.fit(ROWS[:150], noisy, eval_set=[(ROWS[150:], labels[150:])], verbose=False)
     assert model.best_iteration + 1 < model.get_booster().num_boosted_rounds()
