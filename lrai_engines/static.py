@@ -188,6 +188,9 @@ def static_int8(
         if convolved < _LEAST_WORK * sum(by_node.values()):
             raise NothingToQuantize("static scales are not for what multiplies activations")
         keep = products.union(keep)
+    # Integers of its own have 8 bits: what multiplies them would saturate.
+    made = {v: n.op_type for n in marked.graph.node for v in n.output if isa_class() in SATURATING}
+    keep = {n.name for n in weighted if made.get(n.input[1]) == _ROUNDING[1]}.union(keep)
     if not columns and any(node.op_type not in _PRODUCTS for node in weighted):
         raise NothingToQuantize("beside convolutions a scale per channel takes no time")
     rows = numbers(sample, _MOST)
@@ -241,9 +244,8 @@ def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelP
     known = {tensor.name: tensor for tensor in result.graph.initializer}
     fixed = {value.name for value in result.graph.output}.union(clipped)
     pairs = dict[tuple[str, ...], list[onnx.NodeProto]]()  # a scale and its zero point, by readers
-    for node in result.graph.node:
-        if node.op_type in _ROUNDING:
-            pairs.setdefault(tuple(node.input[1:]), []).append(node)
+    for node in (node for node in result.graph.node if node.op_type in _ROUNDING):
+        pairs.setdefault(tuple(node.input[1:]), []).append(node)
     read = Counter(name for node in result.graph.node for name in node.input)
     for pair, nodes in pairs.items():
         made = [node.output[0] for node in nodes if node.op_type == _ROUNDING[0]]
@@ -254,9 +256,8 @@ def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelP
             continue
         scale, point = (known[name] for name in pair)
         step, zero = map(numpy_helper.to_array, (scale, point))
-        if zero.dtype != np.uint8 or zero.ndim or step.ndim:
-            continue
-        if (about := about_zero(float(step), int(zero))) is not None:
+        plain = zero.dtype == np.uint8 and not (zero.ndim or step.ndim)
+        if plain and (about := about_zero(float(step), int(zero))) is not None:
             scale.CopyFrom(numpy_helper.from_array(np.array(about, step.dtype), scale.name))
             point.CopyFrom(numpy_helper.from_array(np.array(0, np.int8), point.name))
     return result

@@ -589,7 +589,12 @@ def test_rows_that_take_long_are_as_many_as_the_time_allows_and_one_in_any_case(
     assert made.SerializeToString() == alone.SerializeToString()
 
 
-def test_weights_that_are_int8_already_may_have_no_zero_point() -> None:
+@pytest.mark.parametrize("isa", [isa_class(), "avx2"])
+def test_weights_that_are_int8_already_may_have_no_zero_point(
+    monkeypatch: pytest.MonkeyPatch, isa: str
+) -> None:
+    """Of 8 bits they are: without VNNI what they multiply stays in float32, lest it saturate."""
+    monkeypatch.setattr("lrai_engines.static.isa_class", lambda: isa)
     random = np.random.default_rng(0)
     integers = random.integers(-127, 127, (8, 3, 3, 3)).astype(np.int8)
     constants: dict[str, Array] = {"wq": integers, "ws": np.full(8, 0.01, np.float32)}
@@ -605,6 +610,8 @@ def test_weights_that_are_int8_already_may_have_no_zero_point() -> None:
     proto = model(nodes, [value("x", ["batch", *SHAPE])], [value("y", ["batch", 10])], weights)
     quantised, report = static_int8(proto, sample())
     assert {line.node: line.bits for line in report} == {"conv": 32, "classes": 8}
+    (conv,) = (node for node in quantised.graph.node if node.name == "conv")
+    assert (conv.input[0] == "x") is (isa in SATURATING)
     assert distance(run(quantised, images(4, 3)), run(proto, images(4, 3))) < 0.1
 
 
