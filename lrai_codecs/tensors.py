@@ -161,7 +161,7 @@ def _fit(name: str, value: Any, spec: TensorSpec | None) -> Array:
         return np.zeros(0)
     array = array_of(name, value, dtype_of(spec.datatype))
     if array.dtype.kind == "O" and spec.datatype != "BYTES":  # a shared runtime takes it for text
-        what = f"holds text, null or too large a number: the model takes {spec.datatype}"
+        what = f"holds text, null, objects or too large a number: the model takes {spec.datatype}"
         raise InvalidTensor(name, what)
     if array.ndim == 1 and len(spec.shape) == 2 and spec.shape[1] == 1:
         return array.reshape(-1, 1)

@@ -32,16 +32,16 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "engines": (2264, ["lrai_engines"]),
     "prover": (2300, ["lrai_prover"]),
     "monitor": (1400, ["lrai_monitor"]),
-    "report": (2557, ["lrai_report"]),
-    "import": (2724, ["lrai_import"]),
+    "report": (2571, ["lrai_report"]),
+    "import": (2728, ["lrai_import"]),
     "shared": (1388, ["lrai_shared"]),
-    "deployments": (2028, ["lrai_deployments"]),
+    "deployments": (2034, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
     "codecs": (869, ["lrai_codecs"]),
     "wheel": (120, ["lrai_wheel"]),
 }
 ADAPTER_BUDGET = 400  # what the host loads
-COMMANDS_BUDGET = 735  # an adapter's commands/ folder
+COMMANDS_BUDGET = 736  # an adapter's commands/ folder
 
 COLUMNS = "{:<22}{:>6}{:>7}{:>7}{:>8}{:>6}"
 

@@ -70,7 +70,7 @@ def test_large_integers_are_those_that_were_sent() -> None:
 
 def test_null_among_real_numbers_is_nan_and_nothing_else_is() -> None:
     assert np.isnan(fit({"age": [None, 1.5]}, [AGE])["age"]).tolist() == [[True], [False]]
-    with pytest.raises(InvalidTensor, match=r"'ids': holds text, null or .* INT64"):
+    with pytest.raises(InvalidTensor, match=r"'ids': holds text, null, objects or .* INT64"):
         fit({"ids": [[None, 1]]}, [IDS])
 
 
