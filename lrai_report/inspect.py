@@ -14,7 +14,7 @@ from rich.text import Text
 from lrai_core import Artifact, Variant, certificates
 from lrai_core.errors import shorten
 from lrai_report.log import fused, logged
-from lrai_report.words import figure
+from lrai_report.words import distance, figure
 
 # What comes out of files is shown as it is: never read as markup, and without control characters.
 out: Final = Console(highlight=False, markup=False, emoji=False)
@@ -77,14 +77,18 @@ def _column(variant: Variant, serves: str) -> dict[str, str]:
             column["accuracy"] = f"loss {gate.accuracy_loss:.2%} ({bound}), {gate.measure}"
         elif gate.agreement is not None:
             bound = f"at least {gate.agreement_bound:.2%}"
-            column["accuracy"] = f"{gate.agreement:.2%} ({bound}) {gate.measure}"
+            column["agreement"] = f"{gate.agreement:.2%} ({bound}) {gate.measure}"
         for one in gate.disparities:
             widened = one.widened_bound
-            said = "insufficient data" if widened is None else f"wider by {widened:.2%} at most"
+            said = "insufficient data"  # then nothing was measured either
+            if widened is not None:
+                said = f"{one.variant:.2%}, wider by {widened:.2%} at most"
             left = ", ".join(gate.groups.get(one.attribute, {}).keys() - set(one.groups))
             said += f"; too few rows of {left}" if left else ""
-            column[f"{one.measure} by {one.attribute}"] = f"{one.variant:.2%}, {said}"
-        column["differs by"] = f"p50 {gate.difference['p50']:.2g}, p99 {gate.difference['p99']:.2g}"
+            column[f"{one.measure} by {one.attribute}"] = said
+        column["differs by"] = ", ".join(
+            f"{name} {distance(gate.difference[name])}" for name in ("p50", "p99")
+        )
     column["batch effect"] = f"{variant.batch_effect:g}" if gate else "not measured"
     column["why"] = variant.why
     return column

@@ -16,7 +16,7 @@ from lrai_core import Artifact, EnvironmentProblem, UsageError, Variant, certifi
 from lrai_report.log import Event, logged, models
 from lrai_report.template import PAGE
 from lrai_report.times import times
-from lrai_report.words import figure
+from lrai_report.words import distance, figure
 
 _WIDTH, _HEIGHT = 640.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 24.0, 16.0, 44.0
@@ -99,7 +99,7 @@ def page(artifact: Artifact) -> str:
     both = tuple(dict.fromkeys((manifest.variants[-1].id, chosen.id)))
     spent, unknown = times(artifact, tuple(map(manifest.variant, both)))
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    engine.filters.update(quote=shlex.quote, figure=figure)
+    engine.filters.update(quote=shlex.quote, figure=figure, distance=distance)
     return engine.from_string(PAGE).render(
         artifact=artifact,
         manifest=manifest,

@@ -51,7 +51,7 @@ other form was found that is worth it and passes{% endif %}.{% else %}Served as
 </svg>
 <p class="dim">Green is chosen, blue is kept beside it; orange was not kept, though none that is
 as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %}
-{% if tried %}<div class="scroll"><table><tr><th>form</th><th>passed</th><th>why</th></tr>
+{% if tried %}<div class="scroll"><table><tr><th>form</th><th>kept</th><th>why</th></tr>
 {% for one in tried %}<tr><td class="name">{{ one.form }}</td><td>
 {{ "yes" if one.kept else "not judged" if "not judged" in one.why else "no" }}</td>
 <td class="long">{{ one.why }}</td></tr>
@@ -80,7 +80,7 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 <td class="n">≥ {{ "%.2f"|format(100 * gate.agreement_bound) }} %</td>
 {% else %}<td></td><td></td>{% endif %}
 {% for name in ("p50", "p99", "max") %}<td class="n">{% if name in gate.difference %}
-{{ "%.2g"|format(gate.difference[name]) }}{% endif %}</td>{% endfor %}
+{{ gate.difference[name]|distance }}{% endif %}</td>{% endfor %}
 <td class="n">{{ gate.rows }}</td></tr>
 {% else %}<tr><td colspan="8">Nothing was judged: no evaluation rows were given.</td></tr>
 {% endfor %}</table></div>
@@ -96,9 +96,10 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 <table><tr><th>difference between groups</th><th class="n">float32</th>
 <th class="n">{{ chosen.id }}</th><th>wider by</th></tr>
 {% for one in chosen.gate.disparities %}<tr><td>{{ one.measure }} by {{ one.attribute }}</td>
+{% if one.widened_bound is none %}<td></td><td></td><td>insufficient data{% else %}
 <td class="n">{{ "%.2f"|format(100 * one.source) }} %</td>
-<td class="n">{{ "%.2f"|format(100 * one.variant) }} %</td><td>{% if one.widened_bound is none %}
-insufficient data{% else %}{{ "%.2f"|format(100 * one.widened_bound) }} % at most{% endif %}
+<td class="n">{{ "%.2f"|format(100 * one.variant) }} %</td><td>
+{{ "%.2f"|format(100 * one.widened_bound) }} % at most{% endif %}
 {% for group in chosen.gate.groups.get(one.attribute, {}) if group not in one.groups %}{{
 "; too few rows of " if loop.first else ", " }}{{ group }}{% endfor %}</td></tr>
 {% endfor %}</table></div>{% endif %}

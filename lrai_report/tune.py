@@ -36,7 +36,7 @@ from lrai_report.compile import closest
 from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
 from lrai_report.terminal import out, progress, say
-from lrai_report.words import FEW, check_numbers, figure
+from lrai_report.words import FEW, check_numbers, distance, figure
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
 _WORST: Final = 20
@@ -240,7 +240,8 @@ def _judge(
     _show_changed(changed, artifact, both[0].variant)
     gain = statistics.median(gains)
     if gain < _GAIN or min(gains) <= 1:
-        raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second")
+        worst = f", {min(gains):.2f} in the worst of {len(gains)} rounds"
+        raise ConditionNotMet(f"no gain: {gain:.2f} times as many requests per second{worst}")
     say("gain", f"{gain:.2f} times as many requests per second", style="bold")
 
 
@@ -289,9 +290,13 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
 
         evaluation: Any = found.requests
         if found.served and found.captured and found.requests:
-            evaluation = answered(found.served, found.requests, lambda: None)
-            if not len(next(iter(evaluation.values()))):
+            asked = list[None]()
+            evaluation = answered(found.served, found.requests, lambda: asked.append(None))
+            if not (count := len(next(iter(evaluation.values())))):
                 raise ConditionNotMet("the model answers none of the requests that were captured")
+            if count < len(asked):
+                left = f"{len(asked) - count} of {len(asked)} captured rows were not answered"
+                say("note", f"{left}, and are left out")
         served = found.served.manifest if found.served else None
         signature = served.signature if served else None
         epsilon, delta = (served and served.demanded) or (None, 0.01)
@@ -377,7 +382,7 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> 
     table = Table("differs by", "", before, "tuned", box=SIMPLE_HEAD, pad_edge=False)
     for one in changed[:_WORST]:
         said = "" if one.agrees else "changed"
-        table.add_row(f"{one.gap:.3g}", said, one.first, one.second)
+        table.add_row(distance(one.gap, 3), said, one.first, one.second)
     out.print(Text(f"the {min(_WORST, len(changed))} farthest apart", style="bold"))
     out.print(table)
 

@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 from lrai_core import UsageError
+from lrai_core.verifier.spec import FAR
 
 FEW: Final = 100  # requests a round: a single one moves a share of them by a point
 
@@ -13,6 +14,11 @@ FEW: Final = 100  # requests a round: a single one moves a share of them by a po
 def figure(value: float, digits: int = 3) -> str:
     """Return a figure with so many digits, and large ones whole, without a power of ten."""
     return f"{value:,.0f}" if 10 ** (digits - 1) <= abs(value) < 1e15 else f"{value:.{digits}g}"
+
+
+def distance(gap: float, digits: int = 2) -> str:
+    """Return a difference with so many digits; of texts and NaN there is none."""
+    return f"{gap:.{digits}g}" if gap < FAR else "not comparable"
 
 
 def check_numbers(**options: float | None) -> None:

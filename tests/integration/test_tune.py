@@ -419,7 +419,7 @@ def test_rows_that_only_their_owner_may_read_stay_so(tmp_path: Path) -> None:
 
 
 def test_what_serves_says_what_is_demanded_of_what_takes_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = small_artifact.build(tmp_path / "m.lrai")
     small_artifact.rewrite(path, {"demanded": (0.02, 0.05), "objective": "memory"})
@@ -429,11 +429,18 @@ def test_what_serves_says_what_is_demanded_of_what_takes_its_place(
         asked.update(arguments, mask=os.umask(0o022))
 
     monkeypatch.setattr("lrai_report.tune.compile_model", compiled)
-    monkeypatch.setattr("lrai_report.tune.answered", lambda *_: {"x": np.ones((1, 3))})
+
+    def answering(_: object, __: object, tick: Callable[[], None]) -> dict[str, Any]:
+        for _row in range(3):
+            tick()
+        return {"x": np.ones((1, 3))}
+
+    monkeypatch.setattr("lrai_report.tune.answered", answering)
     before = os.umask(0o022)
     found = Target(tmp_path / "m.onnx", tmp_path / "rows.npz", artifact, captured=True)
     _compile(found, tmp_path / "m-tuned.lrai", "", ())
     assert os.umask(before) == 0o022
+    assert "2 of 3 captured rows were not answered" in capsys.readouterr().out
     demanded = {"epsilon": 0.02, "delta": 0.05, "objective": "memory", "mask": 0o077}
     assert {key: asked[key] for key in demanded} == demanded
     assert asked["keep_evaluation"] == 1 << 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from lrai_core import Artifact, InferenceRequest, InferenceResponse
-from lrai_report.compare import Side, differing, measure, measure_of
+from lrai_core import Artifact, InferenceRequest, InferenceResponse, LraiConfig
+from lrai_report.compare import Side, _asked, differing, measure, measure_of, sides
 from tests.core import small_artifact
 
 
@@ -71,3 +72,34 @@ def test_every_round_begins_at_other_requests_and_at_the_same_for_both_sides(
         own = ["".join(order) for side, order in begun if side == name]
         assert own == ["abcdef", "cdefab", "efabcd"]
     assert both[0].p95_ms == [2.0] * 3  # what was seen, and nothing between
+
+
+def test_every_caller_is_answered_once_however_short_a_round_is() -> None:
+    async def infer(_: InferenceRequest) -> None:
+        await asyncio.sleep(0)
+
+    runtime: Any = SimpleNamespace(infer_async=infer)
+    requests = [InferenceRequest(model_name="", inputs={})]
+    latencies, took = asyncio.run(_asked(runtime, requests, 3, 0.0))
+    assert len(latencies) == 3
+    assert 0 < max(latencies) <= took
+
+
+def test_callers_find_room_in_the_queue_whatever_it_holds_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = list[LraiConfig]()
+
+    def opened(config: LraiConfig, **_: Any) -> Any:
+        given.append(config)
+        serving = SimpleNamespace(variant="fp32")
+        return SimpleNamespace(
+            load=lambda *_, **__: None, models=lambda: [serving], close=lambda: None
+        )
+
+    monkeypatch.setattr("lrai_report.compare.Runtime", opened)
+    monkeypatch.setenv("LRAI_SCHEDULER_MAX_QUEUE_ROWS", "4")
+    with sides([(Artifact(Path(), small_artifact.manifest(), "0" * 64), "")]):
+        (config,) = given
+    assert config.scheduler.max_queue_rows > 1_000_000
+    assert config.scheduler.max_queue_bytes > 1 << 40

@@ -20,7 +20,7 @@ import lrai_core as lrai
 from benchmarks import models
 from lrai_core.artifact import write_manifest
 from lrai_core.fairness import Disparity
-from lrai_report.inspect import inspect
+from lrai_report.inspect import _column, inspect
 from lrai_report.log import Event
 from lrai_report.page import _command, main, page
 
@@ -194,6 +194,10 @@ def test_groups_of_people_are_shown(artifact: lrai.Artifact) -> None:
     text = read(page(replace(artifact, manifest=changed_manifest))).text
     for words in ("<f>", "selection_rate 0.25", "3.10 % at most", "insufficient data"):
         assert words in text
+    assert "20.00 %" not in text  # of what nobody has measured
+    columns = _column(variants[0], "")
+    assert columns["demographic_parity by sex"].startswith("12.00%, wider by 3.10% at most")
+    assert columns["equalised_odds by race"].startswith("insufficient data")
     assert "--group sex" in text
 
 

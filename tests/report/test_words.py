@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lrai_report.words import figure
+from lrai_core.verifier.spec import FAR
+from lrai_report.words import distance, figure
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,8 @@ def test_a_figure_has_its_digits_and_no_power_of_ten_where_it_is_large(
     value: float, digits: int, written: str
 ) -> None:
     assert figure(value, digits) == written
+
+
+def test_what_no_number_says_is_not_written_as_one() -> None:
+    assert (distance(0.1234), distance(0.1234, 3)) == ("0.12", "0.123")
+    assert distance(FAR) == "not comparable"
