@@ -833,6 +833,21 @@ def test_the_file_that_a_configuration_names_is_the_one_that_is_compiled_and_add
     assert "holds a net.onnx to compile" in run("compile", entry, code=2)
 
 
+@pytest.mark.parametrize("name", ["../../../kept", "sub/net.onnx", "..", "."])
+def test_a_file_that_is_named_by_a_path_is_neither_read_nor_written(
+    repository: Path, run: Run, name: str
+) -> None:
+    entry, kept = repository / "m", repository.parent / "kept"
+    kept.write_text("what somebody has there")
+    (entry / "config.pbtxt").write_text(f'backend: "lrai"\ndefault_model_filename: "{name}"\n')
+    where = ("--model-repository", repository, "--name", "m", "--version", "3")
+    told = f"default_model_filename is '{name}'"
+    assert told in run("add", entry / "1" / "model.onnx", *where, code=2)
+    assert told in run("compile", entry, code=2)
+    assert kept.read_text() == "what somebody has there"
+    assert sorted(path.name for path in entry.iterdir()) == ["1", "config.pbtxt"]
+
+
 def test_a_backend_that_is_not_onnxruntime_is_not_taken_over(repository: Path, run: Run) -> None:
     config = repository / "m" / "config.pbtxt"
     config.write_text('backend: "tensorrt"')

@@ -60,10 +60,8 @@ def source_of(folder: Path, filename: str) -> Path:
     onnx = onnx_of(folder, filename)
     found = [path for path in (onnx, folder / "model.lrai") if path.exists()]
     if len(found) != 1:
-        what = (
-            f"both {onnx.name} and model.lrai" if found else f"neither {onnx.name} nor model.lrai"
-        )
-        raise ArtifactError(f"version directory {folder.name} holds {what}, one is needed")
+        it = f"both {onnx.name} and" if found else f"neither {onnx.name} nor"
+        raise ArtifactError(f"version directory {folder.name} holds {it} model.lrai, one is needed")
     return found[0]
 
 
@@ -72,6 +70,11 @@ def onnx_of(folder: Path, filename: str) -> Path:
 
     It is called `model.onnx`, or as `default_model_filename` says. One with weights in files of
     their own lies with them, as `model.onnx`, in a folder of that name.
+
+    Raises:
+        UsageError: It says a path, which may lead anywhere.
     """
+    if "/" in filename or filename in (".", ".."):
+        raise UsageError(f"default_model_filename is {filename!r}: a name without / is needed")
     model = folder / (filename or "model.onnx")
     return model / "model.onnx" if model.is_dir() else model
