@@ -73,6 +73,7 @@ class Route:
         self._shadow, self._sampled = next(iter(shadow), None), sum(shadow.values())
         self._lock = threading.Lock()
         self._answers, self._failures = Counter[Version](), Counter[Version]()
+        self._shared, self._refusals = Counter[Version](), Counter[Version]()  # of those by share
         self._to_judge = set[Version]()  # soon
         self._copied_rows = self._copied_bytes = 0
 
@@ -81,7 +82,8 @@ class Route:
     ) -> Pending:
         """See `Embedded.accept`. `named`: who is to answer, whatever its share."""
         original = Original()
-        version, relief = named or self._drawn(), None if named else self._relief
+        version = drawn = named or self._drawn()
+        relief = None if named else self._relief
         if relief is None or version.limits.deterministic or not self._core.runs(relief):
             relief = None
         elif self._too_late(version, request):
@@ -98,7 +100,7 @@ class Route:
                         kept = replace(outcome, outputs=outputs)
                 original.set_result(kept)
             done(outcome)
-            self._count(version, outcome, drawn=named is None)
+            self._count(version, outcome, drawn=named is None and version is drawn)
 
         try:
             try:
@@ -109,9 +111,7 @@ class Route:
                 version, shadow = relief, None if shadow is relief else shadow
                 pending = self._core.accept(request, ended, version)
         except LraiError as error:
-            # Where all are full, whoever relieves the others has refused their requests, too.
-            if self._relief is None or not isinstance(error, DeadlineExceeded):
-                self._count(version, error)
+            self._count(version, error)
             raise
         if shadow is not None and self._may_copy(pending.request):
             # By its name: once it is gone, nobody answers in its place.
@@ -196,17 +196,21 @@ class Route:
         """Count an answer or a failure of the server, not of the caller; look into the latter.
 
         What an engine refuses is the one or the other: of `drawn` versions each refuses as much of
-        what callers get wrong, so more is its own.
+        what callers get wrong, so more is its own. These are judged by themselves.
         """
-        if isinstance(outcome, Cancelled):
+        # Where all are full, whoever relieves the others is late with their requests, too.
+        late = self._relief is not None and isinstance(outcome, DeadlineExceeded)
+        if late or isinstance(outcome, Cancelled):
             return
         failed = isinstance(outcome, LraiError) and outcome.http_status >= 500
-        failed = failed or (drawn and type(outcome) is RequestError)
+        refused = drawn and type(outcome) is RequestError
         with self._lock:
             self._answers[version] += 1
             self._failures[version] += failed
+            self._shared[version] += drawn
+            self._refusals[version] += refused
             enough = self._answers[version] >= _FEWEST_ANSWERS
-            judged = failed and enough and version in self._canaries - self._to_judge
+            judged = (failed or refused) and enough and version in self._canaries - self._to_judge
             if judged:
                 self._to_judge.add(version)
         if judged:
@@ -214,15 +218,17 @@ class Route:
 
     def _judge(self, version: Version) -> None:
         stable = self._stable
+        failed, refused = (self._failures, self._answers), (self._refusals, self._shared)
         with self._lock:
             self._to_judge.discard(version)
-            bad, n = self._failures[version], self._answers[version]
-            also_bad, m = self._failures[stable], self._answers[stable]
-        confidence = 1 - max(_FALSE_ALARM / (2 * bad * (bad + 1)), _LEAST_ERROR)
-        if m and lower_bound(bad, n, confidence) > upper_bound(also_bad, m, confidence):
-            beside = f"{stable.version} {also_bad} of {m}"
-            why = f"{version.version} failed {bad} of {n} requests, {beside}"
-            self._core.give_up(self, version, why)
+            found = [[(bad[v], of[v]) for v in (version, stable)] for bad, of in (failed, refused)]
+        for kind, ((bad, n), (also_bad, m)) in zip(("failed", "refused"), found, strict=True):
+            confidence = 1 - max(_FALSE_ALARM / (4 * max(bad, 1) * (bad + 1)), _LEAST_ERROR)
+            if m and lower_bound(bad, n, confidence) > upper_bound(also_bad, m, confidence):
+                beside = f"{stable.version} {also_bad} of {m}"
+                why = f"{version.version} {kind} {bad} of {n} requests, {beside}"
+                self._core.give_up(self, version, why)
+                break
 
 
 def _rows(

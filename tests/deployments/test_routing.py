@@ -179,6 +179,27 @@ def test_a_canary_whose_engine_refuses_what_the_stable_ones_takes_is_given_up(
     assert bool(core.given_up) is given_up
 
 
+@pytest.mark.parametrize("pinned", [STABLE, CANARY])
+def test_what_is_asked_by_name_hides_nothing_of_what_engines_refuse(pinned: Version) -> None:
+    """Of requests that name no version, both refuse the same share, or the canary's more."""
+    same = pinned is STABLE
+    for seed in range(20):
+        core, made = route(seed)
+
+        def accept(asked: InferenceRequest, done: Ended, by: Version, core: Core = core) -> None:
+            rate = 0.05 if same else 0.5 if by is CANARY else 0.0
+            bad = asked.timeout_ms is None and core.random.random() < rate
+            done(RequestError("the engine refused it") if bad else ANSWER)
+
+        core.accept = accept  # type: ignore[method-assign, assignment]
+        for _ in range(5_000):
+            made.accept(request(50.0), lambda _: None, pinned)  # which are right
+        for _ in range(4_000):
+            made.accept(request(None), lambda _: None)
+        assert bool(core.given_up) is not same
+        assert same or core.given_up[0][1].startswith("canary refused ")
+
+
 def test_a_canary_whose_judge_is_late_is_judged_once_by_all_that_it_has_done() -> None:
     core, made = route()
     due = list[Any]()
@@ -250,6 +271,22 @@ def test_that_all_are_full_is_no_fault_of_the_canary_that_relieves_the_others() 
                 made.accept(request(50.0), lambda _: None)
     assert not core.given_up
     assert made._failures[stable] == made._failures[canary] == 0, "they are judged by the same"
+
+
+def test_a_canary_that_relieves_the_others_is_not_judged_by_what_is_late() -> None:
+    """It is given what would be late elsewhere, so that more of what it has is."""
+    core = Core(0)
+    made = Route(cast("Any", core), {STABLE: 0.9, CANARY: 0.1}, {}, CANARY)
+    core.accept = lambda _, done, __: done(DeadlineExceeded("it was not run"))  # type: ignore[method-assign, assignment]
+    for _ in range(300):
+        made._count(STABLE, ANSWER)
+    STABLE.inside = 1000
+    try:
+        for _ in range(200):
+            made.accept(request(50.0), lambda _: None)
+    finally:
+        STABLE.inside = 0
+    assert not core.given_up
 
 
 def test_a_canary_that_fails_what_it_takes_as_relief_is_given_up() -> None:
