@@ -76,7 +76,7 @@ class Runtime:
             EnvironmentProblem: The daemon cannot be started or reached, or refuses the key; or
                 threads are no threads here.
         """
-        if threading.Lock.__module__ != "_thread":  # who waits would stop all greenlets for good
+        if threading.Lock.__module__.startswith(("gevent", "eventlet")):  # who waits stops them all
             raise EnvironmentProblem("gevent or eventlet has patched threads: real ones are needed")
         self.config = config or load_config()
         address = address or self.config.runtime.address

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,21 @@ def test_where_threads_are_greenlets_nothing_is_opened(address: str) -> None:
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert done.stdout == "gevent or eventlet has patched threads: real ones are needed\n"
+
+
+def test_where_a_profiler_counts_locks_threads_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Profiled:
+        """As ddtrace's: it stands in the place of the function, and is none."""
+
+        def __init__(self, made: Any) -> None:
+            self.made = made
+
+        def __call__(self) -> Any:
+            return self.made()
+
+    monkeypatch.setattr(threading, "Lock", Profiled(threading.Lock))
+    with lrai.Runtime(address="embedded") as runtime:
+        assert runtime.ready() == "idle"
 
 
 def test_a_served_inference_imports_nothing_heavy(classifier_fp32: lrai.Artifact) -> None:
