@@ -146,7 +146,11 @@ class Held:
         Beside what else is done; who asks meanwhile finds it so.
         """
         if self._loads.acquire(blocking=False):
-            threading.Thread(target=self._load_again, daemon=True).start()
+            try:
+                threading.Thread(target=self._load_again, daemon=True).start()
+            except RuntimeError:  # no other thread can be: who asks for the model next tries again
+                self._failed = True
+                self._loads.release()
 
     def _load_again(self) -> None:
         try:

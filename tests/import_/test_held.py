@@ -118,6 +118,24 @@ def test_what_the_runtime_has_unloaded_is_loaded_again(artifact: lrai.Artifact) 
     held.close()
 
 
+def test_where_no_thread_can_be_started_who_asks_next_has_it_loaded_again(
+    artifact: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(artifact, asked({}), "m")
+    held.runtime.unload("m")
+
+    def refused(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrai_import.held.threading.Thread.start", refused)
+        held.load_again()
+    assert not answers(held)
+    held.load_again()
+    wait_until(lambda: answers(held))
+    held.close()
+
+
 def test_what_is_gone_is_loaded_again_for_who_asks_it(artifact: lrai.Artifact) -> None:
     held = Held(artifact, asked({}), "m")
     held.runtime.unload("m")
