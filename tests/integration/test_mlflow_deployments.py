@@ -201,7 +201,19 @@ def test_copies_last_as_long_as_the_deployments_do(
         kept = [path for path in tmp_path.rglob("*.lrai") if path.is_dir()]
         assert [path.parent.parent for path in kept] == [tmp_path / "state" / "deployed"]
         assert not list(folder.rglob("*.lrai"))
+        (kept[0].parent / "0123.partial").mkdir()  # as a kill in the middle of a copy leaves it
+
+        def full(_: object, target: Path) -> None:
+            target.mkdir()
+            raise shutil.Error([("from", str(target), "[Errno 28] No space left on device")])
+
+        with monkeypatch.context() as patch:
+            patch.setattr("lrai_mlflow.commands.deployed.shutil.copytree", full)
+            with pytest.raises(MlflowException, match=r"cannot be copied: .* No space left"):
+                client.create_deployment("other", str(saved[1]))
+        assert {path.name for path in tmp_path.rglob("*.partial")} <= {"0123.partial"}
         client.delete_deployment("search")
+        assert not list(tmp_path.rglob("*.partial"))
         assert not list(tmp_path.rglob("*.lrai"))
         assert not list(tmp_path.rglob("*.said"))
 

@@ -69,7 +69,12 @@ class Deployed:
                 lrai.Artifact.open(kept)
             except lrai.ArtifactError:  # none is there; or, in a temporary folder, a part is gone
                 shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(artifact.path, partial)
+                try:
+                    shutil.copytree(artifact.path, partial)
+                except shutil.Error as error:  # of each file that it could not copy
+                    shutil.rmtree(partial, ignore_errors=True)
+                    why = f"{artifact.path} cannot be copied: {error.args[0][0][2]}"
+                    raise lrai.EnvironmentProblem(why) from None
                 partial.rename(kept)
             issued = artifact.path / "certificates"  # of which there may be more by now
             if issued.is_dir():
@@ -160,7 +165,8 @@ class Deployed:
         states = {Path(one.traffic).parents[1] for one in found if one.traffic}
         places = {self.copies, *map(self._place, states)} if self.copies else set[Path]()
         for kept in [path for place in places for path in place.glob("*")]:
-            if kept.suffix == ".lrai" and kept.stem not in needed:
+            # A part is of a copy that did not fit, or was cut off: this is done `alone`.
+            if kept.suffix == ".partial" or (kept.suffix == ".lrai" and kept.stem not in needed):
                 shutil.rmtree(kept)
             elif kept.suffix == ".said" and kept.stem not in names:
                 kept.unlink()
