@@ -242,6 +242,28 @@ def test_a_watch_that_has_ended_is_started_again(
     assert said.count("the watch has ended with status 1: it is started again") == 1
 
 
+def test_a_server_outlives_a_watch_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no process may be added: it is tried again."""
+    runs, tries = tmp_path / "runs", list[int]()
+    server = f"until test $(wc -l < {runs}) -ge 2; do sleep 0.02; done\nexit 7"
+    runs.touch()
+
+    class Refusing(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **how: Any) -> None:
+            if "watch" in command:
+                tries.append(len(tries))
+                if tries[-1] in (1, 2):
+                    raise BlockingIOError("Resource temporarily unavailable")
+            super().__init__(command, **how)
+
+    monkeypatch.setattr("lrai_triton.commands.serve.subprocess.Popen", Refusing)
+    once = f"echo >> {runs}\ntest $(wc -l < {runs}) -ge 2 || exit 1\nexec sleep 60"
+    assert ended(tmp_path, monkeypatch, server, watch=once) == 7
+    assert len(tries) == 4
+
+
 @pytest.mark.parametrize(("sent", "heard"), [("HUP", "TERM"), ("TERM", "TERM"), ("INT", "INT")])
 def test_what_would_end_a_program_ends_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, heard: str

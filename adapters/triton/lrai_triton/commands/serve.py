@@ -144,7 +144,8 @@ def _run_both(commands: list[list[str]], told: list[int]) -> int:
             elif ended is not None and not told:
                 say(f"the watch has ended with status {ended}: it is started again")
                 time.sleep(_RESTART_SECONDS)
-                processes[1] = subprocess.Popen(commands[1], env=environ, process_group=0)
+                with contextlib.suppress(OSError):  # no process can be made now: at the next look
+                    processes[1] = subprocess.Popen(commands[1], env=environ, process_group=0)
                 watches = processes[1:]
             time.sleep(_LOOK_SECONDS)
         return server.returncode
