@@ -20,11 +20,10 @@ from lrai_sagemaker.settings import Settings, asked_of
 _KEEP_SECONDS: Final = 75  # longer than the platform keeps a connection that nobody uses
 
 
-def main(settings: Settings, listening: int) -> None:
-    """Answer until told to end, or until the supervisor is gone."""
+def main(settings: Settings, listening: int, parent: int) -> None:
+    """Answer until told to end, or until the supervisor is gone, which may be so at once."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn's own comes in its place
     set_up_log(settings.log_level)
-    parent = os.getppid()
 
     async def look() -> None:
         server.should_exit |= os.getppid() != parent
@@ -45,7 +44,7 @@ def main(settings: Settings, listening: int) -> None:
 
 if __name__ == "__main__":
     try:
-        main(msgspec.json.decode(sys.argv[1], type=Settings), int(sys.argv[2]))
+        main(msgspec.json.decode(sys.argv[1], type=Settings), *map(int, sys.argv[2:]))
     except LraiError as error:
         log.error("%s", one_line(error))
         sys.exit(error.exit_code)

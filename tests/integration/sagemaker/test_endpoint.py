@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 import lrai_core as lrai
 from benchmarks.models import classifier, requests
 from lrai_sagemaker.commands.tars import package
+from lrai_sagemaker.settings import Settings
 from tests.integration.quick import until_quick
 from tests.integration.sagemaker.conftest import (
     HOST,
@@ -601,3 +603,18 @@ def test_workers_do_not_outlive_their_supervisor(
             while Path(f"/proc/{worker}/cmdline").read_bytes():
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+
+
+def test_a_worker_whose_supervisor_had_died_before_it_looked_ends(
+    tmp_path: Path, sockets: Path
+) -> None:
+    settings = Settings(folder=str(tmp_path), multi_model=True, scratch=str(tmp_path))
+    told = msgspec.json.encode(settings).decode()
+    with socket.create_server((HOST, 0)) as listening:
+        number = listening.fileno()
+        command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told, str(number), "1"]
+        own = {"LRAI_RUNTIME": "auto", "LRAI_RUNTIME_SOCKET_DIR": str(sockets)}
+        done = subprocess.run(
+            command, pass_fds=[number], env=os.environ | own, timeout=120, check=False
+        )
+    assert done.returncode == 0

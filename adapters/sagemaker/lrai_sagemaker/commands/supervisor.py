@@ -6,6 +6,7 @@ with it; starts a worker that cannot work again for ever; and watches none that 
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -81,7 +82,8 @@ class Supervisor:
 
     def _start(self) -> Worker:
         listening, told = self._listening.fileno(), msgspec.json.encode(self._settings).decode()
-        command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told, str(listening)]
+        command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told]
+        command += [str(listening), str(os.getpid())]
         try:  # in a group of its own: Ctrl-C comes from here alone
             return subprocess.Popen(command, pass_fds=[listening], process_group=0)
         except OSError as error:
