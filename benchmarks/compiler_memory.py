@@ -52,7 +52,8 @@ held, library = 0, False  # of libraries it has a share, which others change as 
 for line in Path("/proc/self/smaps").read_text().splitlines():
     name, *values = line.split()
     if not name.endswith(":"):  # of a mapping: its addresses, and its file
-        library = "x" in values[0] or ".so" in line.rpartition("/")[2]
+        # Code that an engine has made for this model lies in no file: it counts.
+        library = "/" in line and ("x" in values[0] or ".so" in line.rpartition("/")[2])
     elif name == "Pss:":
         held += int(values[0]) * (not library)
 print(held)
