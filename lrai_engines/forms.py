@@ -26,7 +26,7 @@ from lrai_engines.static import StaticForms, attends, goes_undefined, undefined_
 # Per cent of the harm that is kept closer:
 _BY_ROW: Final = (30, 60)  # with a scale per row, where the others have static scales
 _EXACT: Final = (75, 85, 92)  # in float32, where the others have a scale per row
-_KEPT: Final = (50, 80, 95)  # in float32, where the others have static scales
+_KEPT: Final = (25, 50, 80, 95)  # in float32, where the others have static scales
 _WIDER: Final = (0, 30, 50, 75, 90)  # in int8, where the others have 4 bits
 
 Build = Callable[[onnx.ModelProto], Made]
@@ -61,9 +61,14 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
             for share in _EXACT
         },
         "int8-static": partial(static.build, share=0),
-        **{f"int8-static-{kept}": partial(static.build, share=kept / 100) for kept in _KEPT},
+        "int8-static-inner": partial(static.build, share=0, inner=True),
+        **{
+            f"int8-static-{kept}": partial(static.build, share=kept / 100, inner=True)
+            for kept in _KEPT
+        },
         "int8-static-tensor": partial(static.build, share=0, columns=False),
         "int8-smooth-static": partial(joint, smooth, static, STATIC),
+        "int8-smooth-static-inner": partial(joint, smooth, static, STATIC, inner=True),
         "int8-block32": partial(blocks, size=32),
         "int8-block128": partial(blocks, size=128),
         **{
@@ -74,11 +79,17 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
 
 
 def joint(
-    smooth: SmoothForms, static: StaticForms, scheme: str, model: onnx.ModelProto, share: float = 0
+    smooth: SmoothForms,
+    static: StaticForms,
+    scheme: str,
+    model: onnx.ModelProto,
+    share: float = 0,
+    *,
+    inner: bool = False,
 ) -> Made:
     """Return a network of convolutions and attention in int8: matrices smoothed, the others static.
 
-    Answers to what is no number are left to the caller. `share`: as of `StaticForms.build`.
+    Answers to what is no number are left to the caller. `share`, `inner`: see `StaticForms.build`.
 
     Raises:
         NothingToQuantize: It has not both.
@@ -86,7 +97,7 @@ def joint(
     """
     if not attends(model):
         raise NothingToQuantize("no MatMul or Gemm has a scheme of its own without attention")
-    made, convolved = static.build(model, share=share, guarded=False)
+    made, convolved = static.build(model, share=share, guarded=False, inner=inner)
     made, report = smooth.build(model, scheme=scheme, convolved=made)
     harm, other = (sum(one.values()) for one in (static.harms, smooth.known(model)))
     part = harm / (harm + other or 1.0)  # of what both do
@@ -97,7 +108,7 @@ def joint(
 class OnnxRuntimeForms:
     """Builds them; see `Builder`."""
 
-    steps = 20 * len(fusion.DISABLEABLE)
+    steps = 22 * len(fusion.DISABLEABLE)
 
     def __init__(self, engine: Engine) -> None:
         """Build for an engine."""

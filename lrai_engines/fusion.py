@@ -32,8 +32,8 @@ two sets more a small encoder of that kind takes 1.4 times as long to compile (p
 """
 _NEVER = ("WeightBiasQuantization",)  # quantises, per tensor, what a form keeps in float32
 # Rounds before a pooling in place of behind it, whose kernel for integers is several times slower
-# than that of float32 convolutions (a small network of both, 8 rows: 415 us for 255). Where
-# convolutions are in int8 too, it reads what they give, and this belongs to it.
+# than that of float32 convolutions (a small network of both, 8 rows: 415 us for 255). Where the
+# convolution before it is in int8 too, it reads what that gives, and this belongs to it.
 _BEFORE_POOLING = "QDQPropagationTransformer"
 
 
@@ -66,9 +66,7 @@ def optimise(
     Source: onnxruntime "Graph optimizations", offline mode.
     """
     options = session_options(threads, level, weights)
-    kinds = {node.op_type for node in model.graph.node}
-    plain = "MaxPool" in kinds and "DequantizeLinear" not in kinds
-    never = [*_NEVER, *[_BEFORE_POOLING] * plain]
+    never = [*_NEVER, *[_BEFORE_POOLING] * _pools_float32(model)]
     # No inference happens here, so packing the weights would only cost a second copy of them.
     options.add_session_config_entry("session.disable_prepacking", "1")
     with tempfile.TemporaryDirectory(prefix="lrai-fusion-") as folder:
@@ -82,3 +80,15 @@ def optimise(
         except (*REFUSALS, EncodeError, DecodeError) as error:
             problem = f"onnxruntime cannot optimise the model: {reason(error)}"
             raise refusal(error, problem) from error
+
+
+def _pools_float32(model: onnx.ModelProto) -> bool:
+    """Return whether a pooling reads what is not of int8, directly or by way of a convolution."""
+    rounded = set[str]()
+    for node in model.graph.node:
+        if node.op_type == "MaxPool" and node.input[0] not in rounded:
+            return True
+        of_it = node.op_type in ("Conv", "Relu", "Clip", "MaxPool") and node.input[0] in rounded
+        if of_it or node.op_type == "DequantizeLinear":
+            rounded.update(node.output)
+    return False

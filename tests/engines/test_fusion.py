@@ -171,6 +171,37 @@ def test_a_pooling_runs_in_int8_only_where_what_it_reads_does(convolved: bool) -
     np.testing.assert_allclose(found, right, atol=0.2)
 
 
+def test_behind_a_convolution_of_float32_a_pooling_is_not_rounded_before_int8() -> None:
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("MaxPool", ["c"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("QuantizeLinear", ["p", "step", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["second", "own"], ["weight"]),
+        helper.make_node("Conv", ["rounded", "weight"], ["d"], pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["d", "step", "zero"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "step", "zero"], ["y"]),
+    ]
+    constants: dict[str, Array] = {
+        "first": random.standard_normal((16, 3, 3, 3)).astype(np.float32) / 5,
+        "second": random.integers(-9, 9, (16, 16, 3, 3)).astype(np.int8),
+        "step": np.array(0.1, np.float32),
+        "own": np.array(0.01, np.float32),
+        "zero": np.array(128, np.uint8),
+    }
+    graph = model_of(nodes, constants, ["batch", 3, 8, 8], ["batch", 16, 4, 4])
+    ready = optimise(graph, level="all")
+    made = {name: node for node in ready.graph.node for name in node.output}
+    assert any(node.op_type == "QLinearConv" for node in made.values())
+    pooling = next(node for node in made.values() if "MaxPool" in node.op_type)
+    assert made[pooling.input[0]].op_type == "Conv"
+    x = random.standard_normal((2, 3, 8, 8)).astype(np.float32)
+    right = run(graph, x, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    found = run(ready, x, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    np.testing.assert_allclose(found, right, atol=0.2)
+
+
 def test_the_model_given_is_not_modified() -> None:
     model = encoder_block()
     before = model.SerializeToString(deterministic=True)

@@ -258,7 +258,7 @@ def test_what_one_engine_finds_of_a_model_serves_the_next(
     given = replace(given, sample=sample, folder=tmp_path / "forms")
     both = (OnnxRuntimeForms(find_engine("onnxruntime")), FORMS)
     found = {one.form for builder in both for one in builder.build(given, lambda *_: None)}
-    share = {"smooth": 30, "static": 50}[kind]
+    share = {"smooth": 30, "static": 25}[kind]
     assert {f"int8-{kind}-{share}", f"openvino-int8-{kind}-50"} <= found
     assert calls[f"{kind} harms"] == 1
     assert set(calls.values()) == {1}

@@ -218,6 +218,40 @@ def test_the_more_harm_is_kept_out_the_closer_the_form_is() -> None:
         forms.build(proto, share=0.85)
 
 
+def test_the_first_convolutions_of_few_channels_may_stay_in_float32() -> None:
+    proto = network()
+    random = np.random.default_rng(4)
+    weights = random.standard_normal((3, 1, 3, 3)).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(weights, "deep"))
+    by_channel = helper.make_node("Conv", ["x", "deep"], ["x0"], "conv0", group=3, pads=[1] * 4)
+    proto.graph.node.insert(0, by_channel)
+    proto.graph.node[1].input[0] = "x0"
+    forms, x = StaticForms(sample(), 1), images(40, 2)
+    made, report = forms.build(proto, share=0, inner=True)
+    slow = [line.node for line in report if line.why == "int8 is no faster here"]
+    assert slow == ["conv0", "conv1"]
+    assert [line.bits for line in report] == [32, 32, 8, 8]
+    whole, _ = forms.build(proto, share=0)
+    right = run(proto, x)
+    assert distance(run(made, x), right) < distance(run(whole, x), right)
+    assert sum(line.harm for line in report) == pytest.approx(1), "of all, as if all were in int8"
+    _, report = forms.build(proto, share=0.3, inner=True)
+    assert [line.bits for line in report] == [32, 32, 8, 32], "and what does most for its work"
+    with pytest.raises(NothingToQuantize, match="a form that was made before"):
+        forms.build(proto, share=0.01, inner=True)
+
+
+def test_where_the_first_operator_reads_many_channels_nothing_stays_for_being_slow() -> None:
+    proto = network()
+    proto.graph.node.remove(proto.graph.node[0])
+    proto.graph.input[0].CopyFrom(value("c1", ["batch", 16, 16, 16]))
+    rows = np.random.default_rng(1).standard_normal((20, 1, 16, 16, 16)).astype(np.float32)
+    forms = StaticForms(Sample([[row] for row in rows], (OUTPUT,)), 1)
+    with pytest.raises(NothingToQuantize, match="a form that was made before"):
+        forms.build(proto, share=0, inner=True)
+    assert any(line.bits == 32 for line in forms.build(proto, share=0.5, inner=True)[1])
+
+
 def test_operators_of_one_name_are_told_apart() -> None:
     proto = network()
     proto.graph.node[2].name = proto.graph.node[0].name
