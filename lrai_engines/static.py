@@ -32,6 +32,7 @@ from lrai_core.engine.engine import isa_class
 from lrai_core.engine.onnxruntime import REFUSALS, open_session, reason, session_options
 from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_core.protocol import Array, TensorSpec
+from lrai_engines.fusion import curves
 from lrai_engines.mixed import worst
 from lrai_engines.quantize import (
     SATURATING,
@@ -212,6 +213,8 @@ def static_int8(
     rows = numbers(sample, _MOST)
     if not rows:
         raise CompileError("no row to see activations of: none is there, or none is finite")
+    exact = _float32(marked, keep)
+    _part(marked, exact)
     with tempfile.TemporaryDirectory(prefix="lrai-static-") as folder:
         target, known = Path(folder, "static.onnx"), Path(folder, "ranges.json")
         if ranges:
@@ -226,7 +229,7 @@ def static_int8(
                 reduce_range=isa_class() in SATURATING,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=_float32(marked, keep),
+                nodes_to_exclude=exact,
                 **({"calibration_cache_path": known} if _REMEMBERS else {}),
             )
             quantised = onnx.load(target)
@@ -557,6 +560,26 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     return named
 
 
+def _part(model: onnx.ModelProto, exact: Collection[str]) -> None:
+    """Have operators with weights that stay in float32 constants of their own.
+
+    What int8 reads, too, as biases of nought in networks that nobody has trained, is computed from
+    integers then: not as close, and convolutions do not run in blocks of channels (six times as
+    slow).
+    """
+    kept = [node for node in model.graph.node if node.name in exact and node.op_type in WEIGHTED]
+    others = (node for node in model.graph.node if node.name not in exact)
+    shared = {name for node in others for name in read(node)}
+    for node in kept:
+        for place, name in enumerate(node.input):
+            known = next((t for t in model.graph.initializer if t.name == name in shared), None)
+            if known is not None:
+                node.input[place] = own = f"{name}:float32"
+                if all(tensor.name != own for tensor in model.graph.initializer):
+                    model.graph.initializer.add().CopyFrom(known)
+                    model.graph.initializer[-1].name = own
+
+
 def _is_quantised(model: onnx.ModelProto) -> bool:
     """Return whether more than weights is: for the range of such a value the quantiser waits."""
     others = [node for node in model.graph.node if node.op_type not in WEIGHTED]
@@ -570,8 +593,9 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
     Rounding what is in float32 on both sides would cost closeness and time. Nor is what comes
     before the first weights (pixels are made floats there), or behind the last: a softmax in steps
     of 1/256 says little. A bound other than 0 is no end of a range, so such a Clip stays; and for
-    norms integers have no kernel. The quantiser leaves a Relu or Clip out by who reads it in the
-    graph: where a body of If, Loop or Scan reads what is on either side of it, it stays.
+    norms integers have no kernel. For a number times a curve of it (SiLU, HardSwish) they have two,
+    which take longer than float32 does. The quantiser leaves a Relu or Clip out by who reads it in
+    the graph: where a body of If, Loop or Scan reads what is on either side of it, it stays.
     """
     known = constants(model)
     inner = {v for n in model.graph.node for v in itertools.islice(read(n), len(n.input), None)}
@@ -580,6 +604,7 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
         if node.op_type in WEIGHTED or not wanted.isdisjoint(node.output):
             wanted.update(node.input)
     exact, found = set[str](), list[str]()
+    curved = {node.name for pair in curves(model) for node in pair}
     for node in model.graph.node:
         before = given.isdisjoint(node.input) and node.op_type != "Gather"  # of a table
         behind = wanted.isdisjoint(node.output) and node.op_type not in _JOINED
@@ -590,6 +615,8 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
         kept |= node.op_type in ABSORBED and not inner.isdisjoint([*node.input, *node.output])
         if kept or (node.op_type not in WEIGHTED and (before or follows)):
             exact.update(node.output if kept or not before else ())
+            found.append(node.name)
+        elif node.name in curved:  # what reads it may be int8
             found.append(node.name)
     return found
 

@@ -241,6 +241,58 @@ def test_the_first_convolutions_of_few_channels_may_stay_in_float32() -> None:
         forms.build(proto, share=0.01, inner=True)
 
 
+def silu() -> onnx.ModelProto:
+    """Return the network with SiLU in place of its first Relu."""
+    proto = network()
+    proto.graph.node[1].op_type, proto.graph.node[1].output[0] = "Sigmoid", "curve"
+    proto.graph.node.insert(2, helper.make_node("Mul", ["curve", "c1"], ["r1"], "silu"))
+    return proto
+
+
+def test_a_number_times_a_curve_of_it_is_one_operator_of_float32() -> None:
+    proto, x = silu(), images(40, 2)
+    made, _ = static_int8(proto, sample())
+    kinds = Counter(node.op_type for node in optimise(made, level="all").graph.node)
+    assert kinds["QLinearConv"] == 2
+    assert kinds["QuickGelu"] == 1
+    assert not {"Sigmoid", "QLinearSigmoid", "Mul", "QLinearMul"} & kinds.keys()
+    assert 0 < distance(run(made, x), run(proto, x)) < 0.1
+
+
+def test_a_curve_that_others_read_too_stays_one() -> None:
+    proto, x = silu(), images(40, 2)
+    proto.graph.node.insert(3, helper.make_node("Add", ["r1", "curve"], ["both"], "again"))
+    proto.graph.node[4].input[0] = "both"
+    made, _ = static_int8(proto, sample())
+    kinds = Counter(node.op_type for node in optimise(made, level="all").graph.node)
+    assert not kinds["QuickGelu"]
+    assert 0 < distance(run(made, x), run(proto, x)) < 0.1
+
+
+def test_what_stays_in_float32_shares_no_constant_with_what_does_not() -> None:
+    proto = network()
+    nought = numpy_helper.from_array(np.zeros(16, np.float32), "nought")
+    proto.graph.initializer.append(nought)
+    proto.graph.initializer[1].CopyFrom(
+        numpy_helper.from_array(
+            np.random.default_rng(5).standard_normal((16, 16, 3, 3)).astype(np.float32) / 9,
+            "second",
+        )
+    )
+    proto.graph.initializer[2].CopyFrom(
+        numpy_helper.from_array(np.ones((16, 10), np.float32), "last")
+    )
+    for node in proto.graph.node:
+        if node.op_type == "Conv":
+            node.input.append("nought")
+    made, _ = static_int8(proto, sample(), keep={"conv1"})
+    known = {tensor.name for tensor in made.graph.initializer}
+    own = next(node for node in made.graph.node if node.name == "conv1")
+    assert known.issuperset(own.input[1:]), "and none is computed from integers"
+    assert [node.op_type for node in optimise(made, level="all").graph.node].count("Conv") == 1
+    assert 0 < distance(run(made, images(9, 2)), run(proto, images(9, 2))) < 0.1
+
+
 def test_where_the_first_operator_reads_many_channels_nothing_stays_for_being_slow() -> None:
     proto = network()
     proto.graph.node.remove(proto.graph.node[0])
