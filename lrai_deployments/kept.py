@@ -162,13 +162,14 @@ class Kept(Running):
         self.submit(self._take_back, version, why, waits=True)
 
     def _take_back(self, version: Version, why: str) -> None:
-        name = version.name
+        name, label = version.name, version.version
         with suppress(lrai.LraiError), self.changing(name, wait=True):
             record = self._records.get(name, Record())
-            share = record.shares.get(version.version)
-            if name in self._routes or not share or record.stable == version.version:
+            if name in self._routes or label not in record.sharing or record.stable == label:
                 return  # what was under way has changed who serves
-            by, back = "canary guard", record.shared_out({record.stable: 1.0})
+            by, left = "canary guard", record.without(label)
+            # Another version gets copies, or relieves, as before.
+            back = record.shared_out({record.stable: 1.0}, left.shadow, left.relief)
             back = replace(back, frozen=record.frozen or freeze_of(by, why))
             _log.warning("%s: %s", name, why)
             try:

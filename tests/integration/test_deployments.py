@@ -1507,6 +1507,26 @@ def test_a_canary_of_a_frozen_name_is_taken_back_and_a_late_verdict_does_nothing
         assert found.frozen.by == "ann"
 
 
+def test_a_canary_that_is_taken_back_leaves_the_shadow_and_the_relief_of_another_version(
+    small: dict[float, Path],
+) -> None:
+    two, three, four = (version(small[number]) for number in (2.0, 3.0, 4.0))
+    with lrai.Runtime(config()) as runtime:
+        core = deployments(runtime)
+        for name, beside in (("another", four), ("its own", three)):
+            runtime.load(small[2.0], name=name)
+            runtime.load(small[3.0], name=name, share=0.25)
+            runtime.load(small[4.0], name=name, share=0.0)
+            shares = {two: 0.75, three: 0.25}
+            runtime.route(name, shares, shadow={beside: 0.5}, relief=beside)
+            core.give_up(core._routes[name], core.find(name, three), "it failed")
+        core._changers.shutdown()
+        another, own = sorted(runtime.deployments(), key=lambda one: one.name)
+        assert another.shares == own.shares == {two: 1.0, three: 0.0, four: 0.0}
+        assert (another.shadow, another.relief) == ({four: 0.5}, four)
+        assert (own.shadow, own.relief) == ({}, "")
+
+
 def test_a_version_that_could_not_start_for_now_keeps_its_share_of_what_was_kept(
     small: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
