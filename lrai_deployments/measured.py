@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,18 @@ from lrai_deployments.traffic import replaced
 
 _MOST_BYTES: Final = 64 << 20
 _log: Final = logging.getLogger("lrai.deployments")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Artifact):
+    """An artifact with what was measured of it here.
+
+    Attributes:
+        demanded: Of it at home, and so of answers; its manifest has none, for certificates of here
+            are by no order of what was judged there.
+    """
+
+    demanded: tuple[float, float] | None = None
 
 
 def place(artifact: Artifact, config: LraiConfig) -> Path:
@@ -62,7 +74,7 @@ def measured_here(artifact: Artifact, config: LraiConfig) -> Artifact:
     made = (found.target.isa, found.target.engine_version)
     if made != (isa_class(), installed_version(found.target.engine)):
         return artifact
-    return replace(artifact, manifest=found)
+    return Measured(artifact.path, found, artifact.sha256, artifact.manifest.demanded)
 
 
 def keep(artifact: Artifact, found: Manifest, config: LraiConfig) -> Path:

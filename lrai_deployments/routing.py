@@ -183,7 +183,8 @@ class Route:
             return
         judged = self._shadow or self._stable  # after the maps that the copy's version declares
         specs = [s for s in judged.signature.outputs if s.name in original.outputs]
-        demanded = judged.artifact.manifest.demanded
+        # `Measured` says what was demanded at home.
+        demanded = getattr(judged.artifact, "demanded", judged.artifact.manifest.demanded)
         alike, epsilon = (raw_as("derived", specs), demanded[0]) if demanded else (specs, FAR)
         for pair in _rows(specs, original.outputs, copy.outputs):
             far = difference(*pair, specs)

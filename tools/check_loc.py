@@ -35,7 +35,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "report": (2571, ["lrai_report"]),
     "import": (2728, ["lrai_import"]),
     "shared": (1388, ["lrai_shared"]),
-    "deployments": (2034, ["lrai_deployments"]),
+    "deployments": (2037, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
     "codecs": (869, ["lrai_codecs"]),
     "wheel": (120, ["lrai_wheel"]),

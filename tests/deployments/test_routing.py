@@ -20,6 +20,7 @@ from lrai_core import (
     InvalidTensor,
     LraiError,
     RequestError,
+    load_config,
 )
 from lrai_core.artifact import Artifact
 from lrai_core.config import SchedulerConfig
@@ -27,6 +28,7 @@ from lrai_core.errors import Cancelled
 from lrai_core.protocol import ValidRequest
 from lrai_core.runtime.version import Ended, Version
 from lrai_core.scheduler.state import BACKGROUND
+from lrai_deployments.measured import keep, measured_here
 from lrai_deployments.routing import Route
 from tests.core import small_artifact
 
@@ -431,12 +433,22 @@ def test_a_shadow_may_have_one_output_more() -> None:
     ("demanded", "gap", "differs"),
     [(None, 0.5, True), ((1.0, 0.01), 0.5, False), ((1.0, 0.01), 1.5, True), (None, 0.001, False)],
 )
+@pytest.mark.parametrize("requalified", [False, True])
 def test_of_raw_outputs_a_demanded_closeness_decides_as_it_does_in_the_gate(
-    demanded: tuple[float, float] | None, gap: float, differs: bool
+    tmp_path: Path,
+    demanded: tuple[float, float] | None,
+    gap: float,
+    differs: bool,
+    requalified: bool,
 ) -> None:
     core, shadow = Core(0), version("shadow")
     manifest = msgspec.structs.replace(shadow.artifact.manifest, demanded=demanded)
     shadow.artifact = Artifact(Path(), manifest, "0" * 64)
+    if requalified:
+        config = load_config(call={"runtime.state_dir": str(tmp_path)})
+        keep(shadow.artifact, msgspec.structs.replace(manifest, demanded=None), config)
+        shadow.artifact = measured_here(shadow.artifact, config)
+        assert shadow.artifact.manifest.demanded is None
     made, told = Route(cast("Any", core), {STABLE: 1.0}, {shadow: 1.0}), list[str]()
     made._core.events = cast("Any", SimpleNamespace(emit=lambda kind, *_, **__: told.append(kind)))
     first, second = (
