@@ -65,7 +65,7 @@ class Held:
         self.name = name or f"{artifact.manifest.name}:{artifact.version}-{_digest(asked)[:8]}"
         self.runtime = lrai.Runtime(settings.config, address="embedded" if settings.here else "")
         self._artifact, self.settings, self._loads = artifact, settings, threading.Lock()
-        self._folders = [] if settings.here else _folders(settings.config)
+        self._folders = [] if settings.here else folders(settings.config)
         self._lock: BinaryIO | None = None
         self._closed = self._failed = False
         self._pause, self._looks_at = 1.0, -math.inf
@@ -246,7 +246,7 @@ def _held(file: Path) -> BinaryIO:
         lock.close()
 
 
-def _folders(config: lrai.LraiConfig) -> list[Path]:
+def folders(config: lrai.LraiConfig) -> list[Path]:
     """Return the folders that name what is held: that of the locks, and one beside the record.
 
     The record may outlive the folder of sockets, as on a volume, and has the next runtime serve it.

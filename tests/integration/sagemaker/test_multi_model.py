@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
+import lrai_core as lrai
 from lrai_deployments.running import memory_bytes
 from tests.integration.sagemaker.conftest import JSON, TOKENS, Container, Reply, serving, wait_until
 from tests.pause import pause
@@ -311,3 +312,39 @@ def test_endpoints_beside_one_another_do_not_meet(
         assert load(other, "a", root / "columns" / "model").status == 200
         assert one.send("DELETE", "/models/a").status == 200
         assert other.post(COLUMNS, "/models/a/invoke").status == 200
+
+
+def test_what_a_container_that_was_killed_had_loaded_the_next_one_lets_go_of(
+    root: Path, tmp_path: Path, sockets: Path
+) -> None:
+    config = lrai.load_config(call={"runtime.socket_dir": str(sockets)})
+
+    def folders() -> list[Path]:
+        return list(sockets.glob("lrai-sagemaker-*"))
+
+    def container(name: str) -> Container:
+        (tmp_path / name).mkdir()
+        return Container([str(root), "--multi-model", "--workers", "2"], tmp_path / name, sockets)
+
+    with (
+        lrai.Runtime(config, address="auto") as runtime,  # somebody else's, too
+        container("lives") as lives,
+        container("killed") as killed,
+    ):
+        lives.wait_until_ready()
+        killed.wait_until_ready()
+        for name in ("a", "b"):
+            assert load(killed, name, root / "tokens" / "model").status == 200
+        assert load(lives, "a", root / "columns" / "model").status == 200
+        (kept,) = [one.name for one in runtime.models() if "tokens" not in str(one.signature)]
+        assert len(runtime.models()) == len(runtime.deployments()) == 3
+        assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
+        with container("next") as following:
+            following.wait_until_ready()
+            wait_until(lambda: len(folders()) == 2)  # its workers go on for a moment
+            assert [one.name for one in runtime.deployments()] == [kept]
+            assert lives.post(COLUMNS, "/models/a/invoke").status == 200
+            assert load(following, "a", root / "tokens" / "model").status == 200
+            assert len(runtime.models()) == 2
+            assert following.stop() == 0
+            wait_until(lambda: [one.name for one in runtime.deployments()] == [kept])

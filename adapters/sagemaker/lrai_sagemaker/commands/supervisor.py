@@ -22,6 +22,7 @@ import msgspec
 
 from lrai_core import Artifact, EnvironmentProblem, LraiError, Runtime, UsageError
 from lrai_import.held import Held
+from lrai_sagemaker.commands import claims
 from lrai_sagemaker.commands.tars import unpacked
 from lrai_sagemaker.logs import log, one_line, set_up_log
 from lrai_sagemaker.models import artifact_in
@@ -33,6 +34,7 @@ _START_AGAIN_SECONDS: Final = 5.0  # where the machine had no process, or no mem
 _MOST_DEATHS, _WINDOW_SECONDS = 10, 60.0
 _MOST_FAILED: Final = 10  # starts in a row while no worker is there
 _SAID: Final = (2, 3, 4, 5)  # exit statuses of a worker that cannot serve, and has said why
+_SWEEP_SECONDS: Final = 10.0
 _GRACE_SECONDS: Final = 2.0  # beside draining, and for the runtime; after 30 s the platform kills
 
 Worker = subprocess.Popen[bytes] | None  # None: it could not be started yet
@@ -47,6 +49,8 @@ class Supervisor:
 
     def __init__(self, settings: Settings, runtime: Runtime | None, on: socket.socket) -> None:
         self._settings, self._runtime, self._listening = settings, runtime, on
+        self._scratch, many = Path(settings.scratch), runtime and settings.multi_model
+        self._claim = claims.claim(runtime, self._scratch.name) if runtime and many else None
         self._workers: list[Worker] = []
         self._deaths, self._start_at, self._failed = list[float](), 0.0, 0
         self._problem: LraiError | None = None
@@ -64,6 +68,8 @@ class Supervisor:
         self._workers = [self._start() for _ in range(self._settings.workers)]
         if self._runtime and not self._settings.multi_model:
             threading.Thread(target=self._keep_loaded, name="lrai-load", daemon=True).start()
+        elif self._runtime:
+            threading.Thread(target=self._sweep, name="lrai-sweep", daemon=True).start()
         try:
             while not self._is_over():
                 time.sleep(_LOOK_SECONDS)
@@ -84,8 +90,9 @@ class Supervisor:
         listening, told = self._listening.fileno(), msgspec.json.encode(self._settings).decode()
         command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told]
         command += [str(listening), str(os.getpid())]
+        passed = [listening, *([self._claim.fileno()] if self._claim else ())]
         try:  # in a group of its own: Ctrl-C comes from here alone
-            return subprocess.Popen(command, pass_fds=[listening], process_group=0)
+            return subprocess.Popen(command, pass_fds=passed, process_group=0)
         except OSError as error:
             log.warning("a worker cannot be started: %s", error.strerror)
             self._start_at = time.monotonic() + _START_AGAIN_SECONDS
@@ -131,6 +138,13 @@ class Supervisor:
                 self.held.kept_state()
             time.sleep(_LOAD_AGAIN_SECONDS)
 
+    def _sweep(self) -> None:
+        """Let go of what containers have left that were killed; of their workers as they end."""
+        while self._runtime and not self._is_over():
+            with suppress(LraiError, OSError):  # the runtime, or the disk, does not answer
+                claims.sweep(self._runtime, self._scratch)
+            time.sleep(_SWEEP_SECONDS)
+
     def _end(self) -> None:
         """Have the workers answer what they have accepted, and end them."""
         self._listening.close()  # else who comes now is accepted, and answered by nobody
@@ -157,7 +171,7 @@ def serve(given: Settings) -> int:
         raise UsageError("runtime.address is embedded; workers share a runtime: auto, or a folder")
     place = config.runtime.socket_dir or None
     try:
-        scratch = TemporaryDirectory(prefix="lrai-sagemaker-", dir=place)
+        scratch = TemporaryDirectory(prefix=claims.PREFIX, dir=place)
     except OSError as error:
         raise EnvironmentProblem(f"no temporary folder can be made: {error.strerror}") from None
     with scratch as folder, listen(given) as listening:
@@ -180,15 +194,13 @@ def serve(given: Settings) -> int:
                 last.join(_GRACE_SECONDS)
 
 
-def _let_go(held: Held | None, runtime: Runtime | None, scratch: str) -> None:
+def _let_go(held: Held | None, runtime: Runtime | None, container: str) -> None:
     """Leave nothing in a runtime that others use; of many models nobody else can find the names."""
-    with suppress(LraiError):  # it is gone, or does not answer
+    with suppress(LraiError, OSError):  # it is gone, or does not answer
         if held is not None:
             held.close()
-        for model in runtime.models() if runtime else ():
-            if model.name.endswith(f":{scratch.rpartition('-')[2]}"):  # see `Names.load`
-                with suppress(LraiError):
-                    runtime.unload(model.name)  # type: ignore[union-attr] # it has told of one
+        if runtime:
+            claims.let_go(runtime, container)
 
 
 def main(settings: Settings) -> int:
