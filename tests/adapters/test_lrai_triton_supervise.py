@@ -474,9 +474,9 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def watching(url: str) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
+def watching(url: str, *more: str) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
     """Yield a watch, and what it says of m."""
-    command = [*PROGRAM, "triton", "watch", "--url", url, "--interval", "0.05"]
+    command = [*PROGRAM, "triton", "watch", "--url", url, "--interval", "0.05", *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
         words = (line.partition(" ")[2].rstrip("\n") for line in watch.stdout or ())
         try:
@@ -503,6 +503,29 @@ def test_what_one_watch_reloads_another_leaves_alone_until_that_is_killed(
             assert next(said) == "m is watched"
             assert next(said) == "m: a watch was killed while it reloaded it; reloading it"
             assert next(said).startswith("m: reloaded in")
+    assert server.loads == 2
+
+
+def test_what_somebody_unloads_is_no_longer_watched_until_it_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRAI_RUNTIME_STATE_DIR", str(tmp_path))
+    with Dying() as server:
+        server.loads = 2  # it has a stub that is healthy
+        model = watch._Model(server.url, "m", 0.01, 30.0, tmp_path)
+        server.loaded = False
+        model.join(60)  # and with it the descriptor of its mark
+        assert not model.is_alive()
+        server.loaded = True
+        for named in ((), ("--model", "m")):
+            with watching(server.url, *named) as (process, its):
+                assert next(its) == "m is watched"
+                server.loaded, seen = False, server.looks
+                while server.looks < seen + 20:
+                    time.sleep(0.01)
+                assert process.poll() is None
+                server.loaded = True
+                assert next(its) == "m is watched"
     assert server.loads == 2
 
 

@@ -72,14 +72,14 @@ def watch(
                 if others := [api for api in asked if asked[api] == http.client.FORBIDDEN]:
                     what = f"{url} restricts {', '.join(others)} to who has another key"
                     raise EnvironmentProblem(f"{what}: set {KEY} to HEADER=VALUE, one for all")
-            ready, marked = _models(url), [path for path in marks.glob("*") if path.stat().st_size]
+            ready, marked = _models(url, model), [p for p in marks.glob("*") if p.stat().st_size]
             # A server that was started since then has not had it.
-            left = [n for path in marked if (n := unquote(path.name)) in _index(url, ready=False)]
-            alive = not watched or any(each.is_alive() for each in watched.values())
-            if not alive and (model or not _index(url)):  # what others serve is not ours to end
+            left = [n for p in marked if (n := unquote(p.name)) in _index(url, ready=False)]
+            lost = watched and all(each.lost for each in watched.values())
+            if lost and (model or not _index(url)):  # what others serve is not ours to end
                 raise ConditionNotMet(f"no model is left to watch; given up: {', '.join(watched)}")
             for name in model or [*ready, *left]:
-                known = watched.get(name)  # one that was given up may have been loaded again
+                known = watched.get(name)  # given up or unloaded, it may have been loaded again
                 if known is None or (not known.is_alive() and name in ready):
                     watched[name] = _Model(url, name, interval, silent_seconds, marks)
         except _LOST as error:
@@ -91,7 +91,13 @@ def watch(
 
 
 class _Model(threading.Thread):
-    """A model that is watched, until reloading it helps no more. A slow load delays no other's."""
+    """A model that is watched, until somebody unloads it, or reloading it helps no more.
+
+    In a thread: a slow load delays no other's.
+
+    Attributes:
+        lost: It was given up.
+    """
 
     def __init__(self, url: str, name: str, interval: float, silent: float, marks: Path) -> None:
         super().__init__(name=name, daemon=True)
@@ -100,7 +106,7 @@ class _Model(threading.Thread):
         self._counts, self._stubs, self._silent = dict[str, Any](), _stubs(name), dict[str, float]()
         self._left, self._left_until = set[int](), 0.0  # stubs of before a reload, their time
         self._silent_seconds, self._reloads = silent, list[float]()
-        self._mark, self._unloaded = marks / quote(name, safe=""), ""
+        self._mark, self._unloaded, self.lost = marks / quote(name, safe=""), "", False
         self.start()
 
     def run(self) -> None:
@@ -115,16 +121,17 @@ class _Model(threading.Thread):
                 if self._mark.stat().st_size:
                     self._unloaded = "a watch was killed while it reloaded it"
             say(f"{self.name} is watched")
-            while True:
+            while not self.lost:
                 try:
                     stubs, counts = _stubs(self.name), self._count()  # what is loaded has a stub
                     self._end_left(stubs)
                     self._note("" if counts else self._unloaded)  # whoever has loaded it
+                    if not (counts or self._unloaded or self._left):
+                        return  # somebody has unloaded it
                     deaths = [self._dead(each, counts[each], stubs[each]) for each in counts]
                     self._counts, self._stubs = self._count(), stubs  # with the probes
                     why = next(filter(None, deaths), self._unloaded)
-                    if why and not self._reload(why):
-                        return
+                    self.lost = bool(why) and not self._reload(why)
                 except _LOST:  # `watch` says so
                     self._silent.clear()  # what comes back has its time
                 time.sleep(self._interval)
@@ -151,23 +158,21 @@ class _Model(threading.Thread):
         answered, failed = (now[k]["count"] - before[k]["count"] for k in ("success", "fail"))
         if failed and 0 < len(stubs) < instances_of(_ask(self._url, f"{path}/config")[1]):
             return "one of its stubs is gone"  # of several: hardly a probe would come to that one
-        if answered > 0:  # however late
-            self._silent.pop(version, None)
-            if not failed:
-                return ""
+        since = self._silent.pop(version, 0.0) * (answered <= 0)  # an answer counts however late
+        if answered > 0 and not failed:
+            return ""
         body, headers, asked = *_zeros(model.get("inputs", [])), time.monotonic()
         try:
             _, answer = _ask(self._url, f"{path}/infer", body, headers)
         except TimeoutError:
             success = self._count().get(version, now)["success"]
             if success["count"] > now["success"]["count"]:  # it is slow, not dead
-                self._silent.pop(version, None)
                 return ""
             usual = success["ns"] / 1e9 / max(1, success["count"])
-            silent = time.monotonic() - self._silent.setdefault(version, asked)
+            self._silent[version] = since or asked
+            silent = time.monotonic() - self._silent[version]
             dead = silent > max(self._silent_seconds, _TIMES_USUAL * usual)
             return f"it has given no answer for {silent:.0f} s" if dead else ""
-        self._silent.pop(version, None)
         return "its stub is not healthy" if "Stub process" in str(answer) else ""
 
     def _reload(self, why: str) -> bool:
@@ -228,10 +233,10 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
         return reply.status, json.loads(b"{}" if tensors else reply.read() or b"{}")
 
 
-def _models(url: str) -> list[str]:
-    """Return the names of the models that are ready and LRAI's."""
+def _models(url: str, named: Any) -> list[str]:
+    """Return the names of the models that are ready and LRAI's, or whose ever if some are named."""
     paths = {name: f"/models/{quote(name)}/config" for name in _index(url)}
-    return [name for name, path in paths.items() if _ask(url, path)[1].get("backend") == "lrai"]
+    return [n for n, path in paths.items() if named or _ask(url, path)[1].get("backend") == "lrai"]
 
 
 def _index(url: str, *, ready: bool = True) -> list[str]:
