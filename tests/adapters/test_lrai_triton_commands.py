@@ -267,8 +267,9 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config('parameters { key: "require.delta" value { string_value: "0.01" } }'),
         "variant int8 has no certificate that meets the requirement .delta=0.01.",
     ),
-    "number": (config("max_batch_size: many"), "config.pbtxt is not as Triton reads it: 2:"),
-    "kind": (config("input: 3"), "config.pbtxt is not as Triton reads it: 2:"),
+    "number": (config("max_batch_size: many"), "config.pbtxt is not as tritonclient reads it: 2:"),
+    "field": (config("max_batchsize: 8"), 'no field named "max_batchsize"'),
+    "kind": (config("input: 3"), "config.pbtxt is not as tritonclient reads it: 2:"),
 }
 
 

@@ -23,17 +23,18 @@ def config_of(text: str) -> dict[str, Any]:
     """Return what the text says, in the form that Triton hands to backends.
 
     Raises:
-        ArtifactError: It is no model configuration of Triton's; says in which line.
+        ArtifactError: It is no model configuration of Triton's, or has a field that those of the
+            tritonclient here have not; says in which line.
         EnvironmentProblem: The definition of those is not installed.
     """
     try:
         from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+        config = text_format.Parse(text, ModelConfig())
     except ImportError:
         raise EnvironmentProblem("this needs tritonclient: pip install 'lrai[triton]'") from None
-    try:
-        config = text_format.Parse(text, ModelConfig(), allow_unknown_field=True)
     except text_format.ParseError as error:
-        raise ArtifactError(f"config.pbtxt is not as Triton reads it: {error}") from None
+        raise ArtifactError(f"config.pbtxt is not as tritonclient reads it: {error}") from None
     options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
     return dict(json_format.MessageToDict(config, **options))
 
