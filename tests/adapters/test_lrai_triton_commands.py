@@ -298,6 +298,29 @@ def test_the_doctor_looks_at_models_that_are_served_as_they_are(repository: Path
     assert "model.onnx cannot be used" in run("doctor", "--model-repository", repository, code=3)
 
 
+def test_the_doctor_names_what_a_command_that_was_killed_has_left(
+    repository: Path, artifact: Path, run: Run, tmp_path: Path
+) -> None:
+    code = """
+import os, sys
+from lrai_core import artifact
+artifact.sync = lambda _: os._exit(9)  # as if it was killed once all is written
+from lrai_triton.commands import main
+main(sys.argv[1:])
+"""
+    named = ("--model-repository", str(repository), "--name")
+    for more in (("new",), ("m", "--version", "7", "--switch")):
+        command = [sys.executable, "-P", "-c", code, "add", str(artifact), *named, *more]
+        assert subprocess.run(command, check=False).returncode == 9
+    left = [*repository.glob(".new.*"), *(repository / "m").glob(".7.*")]
+    said = run("doctor", "--model-repository", repository, code=3)
+    assert len(left) == 2
+    for path in left:
+        assert f"- {path} was left half made: delete it, if no add runs" in said
+        shutil.rmtree(path)
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
+
+
 HOST_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "library": (lambda b: (b / "python" / "libtriton_python.so").unlink(), "it has lrai, python"),
     "no stub": (

@@ -72,6 +72,9 @@ def doctor(
         checks += [(_check_backend, folder), (_check_file, folder), (_check_python, folder, python)]
     entries = sorted(model_repository.glob("*/")) if model_repository else []  # folders only
     checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
+    # What `add` writes, until it is whole: Triton takes it for a model, and may not start for it.
+    cut = model_repository.rglob(f".*.{'[0-9a-f]' * 8}") if model_repository else ()
+    checks += [(_demand, 0, f"{one} was left half made: delete it, if no add runs") for one in cut]
     wrong = 0
     for check, *arguments in checks:
         try:
