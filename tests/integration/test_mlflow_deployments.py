@@ -201,21 +201,41 @@ def test_copies_last_as_long_as_the_deployments_do(
         kept = [path for path in tmp_path.rglob("*.lrai") if path.is_dir()]
         assert [path.parent.parent for path in kept] == [tmp_path / "state" / "deployed"]
         assert not list(folder.rglob("*.lrai"))
-        (kept[0].parent / "0123.partial").mkdir()  # as a kill in the middle of a copy leaves it
+        left = {"0123.partial", ".0123.lrai.1a2b3c4d"}  # by kills in the middle of a copy
+        for part in left:
+            (kept[0].parent / part).mkdir()
 
-        def full(_: object, target: Path) -> None:
-            target.mkdir()
+        def full(_: object, target: Path, **__: object) -> None:
+            (target / "part").touch()
             raise shutil.Error([("from", str(target), "[Errno 28] No space left on device")])
 
         with monkeypatch.context() as patch:
             patch.setattr("lrai_mlflow.commands.deployed.shutil.copytree", full)
             with pytest.raises(MlflowException, match=r"cannot be copied: .* No space left"):
                 client.create_deployment("other", str(saved[1]))
-        assert {path.name for path in tmp_path.rglob("*.partial")} <= {"0123.partial"}
+        assert {path.name for path in kept[0].parent.glob(".*")} <= left
+        assert not list(tmp_path.rglob("part"))
         client.delete_deployment("search")
         assert not list(tmp_path.rglob("*.partial"))
-        assert not list(tmp_path.rglob("*.lrai"))
+        assert not list(tmp_path.rglob("*.lrai*"))
         assert not list(tmp_path.rglob("*.said"))
+
+
+def test_what_is_kept_of_a_deployment_is_on_the_disk_before_it_has_its_name(
+    saved: list[Path], sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = dict[str, Path](), os.fsync
+
+    def seen(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced[path.name] = path
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    mlflow.deployments.get_deploy_client("lrai").create_deployment("search", str(saved[0]))
+    (said,), (kept,) = sockets.rglob("*.said"), sockets.rglob("deployed/*/*.lrai")
+    assert synced[f"{said.stem}.new"].parent == said.parent
+    assert synced["manifest.json"].parent.match(f"{kept.parent}/.{kept.name}.*")
 
 
 @pytest.mark.usefixtures("sockets")

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
 
 import lrai_core as lrai
+from lrai_core.artifact import sync, writing
 from lrai_import.held import lock_folder
 from lrai_mlflow.commands.facts import saved_model
 
@@ -63,19 +64,16 @@ class Deployed:
             artifact, said = saved_model(model)
             kept = self.copies / f"{artifact.version}.lrai"
             self.copies.mkdir(mode=0o700, parents=True, exist_ok=True)
-            partial = kept.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
             try:
                 lrai.Artifact.open(kept)
             except lrai.ArtifactError:  # none is there; or, in a temporary folder, a part is gone
                 shutil.rmtree(kept, ignore_errors=True)
                 try:
-                    shutil.copytree(artifact.path, partial)
+                    with writing(kept) as partial:  # whole on the disk before the runtime knows it
+                        shutil.copytree(artifact.path, partial, dirs_exist_ok=True)
                 except shutil.Error as error:  # of each file that it could not copy
-                    shutil.rmtree(partial, ignore_errors=True)
                     why = f"{artifact.path} cannot be copied: {error.args[0][0][2]}"
                     raise lrai.EnvironmentProblem(why) from None
-                partial.rename(kept)
             issued = artifact.path / "certificates"  # of which there may be more by now
             if issued.is_dir():
                 shutil.copytree(issued, kept / issued.name, dirs_exist_ok=True)
@@ -130,6 +128,7 @@ class Deployed:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             written = file.with_suffix(".new")
             written.write_text(json.dumps(said), encoding="utf-8")
+            sync(written)  # else a power cut may leave an empty one
             written.replace(file)  # which others may be reading
 
     @contextlib.contextmanager
@@ -165,8 +164,9 @@ class Deployed:
         states = {Path(one.traffic).parents[1] for one in found if one.traffic}
         places = {self.copies, *map(self._place, states)} if self.copies else set[Path]()
         for kept in [path for place in places for path in place.glob("*")]:
-            # A part is of a copy that did not fit, or was cut off: this is done `alone`.
-            if kept.suffix == ".partial" or (kept.suffix == ".lrai" and kept.stem not in needed):
+            # A part is of a copy that was cut off: this is done `alone`.
+            part = kept.match(".*.lrai.*") or kept.suffix == ".partial"  # as they were once called
+            if part or (kept.suffix == ".lrai" and kept.stem not in needed):
                 shutil.rmtree(kept)
             elif kept.suffix == ".said" and kept.stem not in names:
                 kept.unlink()
