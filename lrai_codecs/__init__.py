@@ -16,6 +16,7 @@ from lrai_codecs.http import Later as Later
 from lrai_codecs.http import PayloadTooLarge as PayloadTooLarge
 from lrai_codecs.http import Reply as Reply
 from lrai_codecs.http import Room as Room
+from lrai_codecs.http import counted as counted
 from lrai_codecs.http import failure as failure
 from lrai_codecs.http import read as read
 from lrai_codecs.http import respond as respond

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -278,3 +279,16 @@ def failure(error: LraiError) -> Reply:
         headers["Retry-After"] = str(max(1, math.ceil(wait)))
     body = msgspec.json.encode({"error": str(error)})
     return Reply(status=error.http_status, headers=headers, body=body)
+
+
+def counted(seconds: float) -> Iterator[str | None]:
+    """Yield, each time that something happens, how often it has since that was last said.
+
+    In words to be put behind others, none of what has happened once; None where that was said less
+    than so many seconds ago.
+    """
+    count, due = 0, -math.inf
+    while True:
+        count, now = count + 1, time.monotonic()
+        yield f" ({count} times)" * (count > 1) if now >= due else None
+        count, due = (0, now + seconds) if now >= due else (count, due)

@@ -37,7 +37,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "shared": (1388, ["lrai_shared"]),
     "deployments": (2037, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
-    "codecs": (869, ["lrai_codecs"]),
+    "codecs": (877, ["lrai_codecs"]),
     "wheel": (120, ["lrai_wheel"]),
 }
 ADAPTER_BUDGET = 400  # what the host loads

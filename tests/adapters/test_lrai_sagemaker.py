@@ -23,8 +23,9 @@ import httpx
 import pytest
 
 import lrai_core as lrai
+from lrai_codecs import counted
 from lrai_import.hosted import zeros
-from lrai_sagemaker.app import create
+from lrai_sagemaker.app import _refused, create
 from lrai_sagemaker.commands import main, tars
 from lrai_sagemaker.commands.serve import Drain, _required
 from lrai_sagemaker.commands.supervisor import _GRACE_SECONDS, Supervisor
@@ -435,6 +436,20 @@ class Ended:
 
     def wait(self, _: float) -> int:
         return self.returncode
+
+
+def test_that_there_is_no_room_is_said_once_in_a_while_and_what_else_is_refused_each_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lrai_sagemaker.app._full", counted(3600.0))
+    asked = cast("Any", SimpleNamespace(method="POST", url=SimpleNamespace(path="/invocations")))
+    full = lrai.QueueFull("4096 rows wait", limit=4096, retry_after_seconds=1.0)
+    wrong = lrai.RequestError("no such input")
+    with caplog.at_level("INFO"):
+        for error in (full, wrong, full, wrong, full):
+            assert asyncio.run(_refused(asked, error)).status_code == error.http_status
+    lines = ["POST /invocations 429: 4096 rows wait", *["POST /invocations 400: no such input"] * 2]
+    assert caplog.messages == lines
 
 
 class Living(Ended):

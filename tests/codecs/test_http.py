@@ -8,6 +8,7 @@ import json
 import threading
 import zlib
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lrai_codecs import (
     PayloadTooLarge,
     Room,
     UnsupportedMediaType,
+    counted,
     failure,
     read,
     respond,
@@ -355,3 +357,18 @@ def test_what_a_body_may_become_takes_room_while_it_is_parsed() -> None:
     with pytest.raises(NotReady):
         asyncio.run(respond(none, [X], {"content-type": "application/json"}, body, told.append))
     assert told == [len(body) + 64 * 100_003, len(body)]
+
+
+def test_what_happens_often_is_said_once_in_a_while_with_a_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("lrai_codecs.http.time", SimpleNamespace(monotonic=lambda: now))
+    often = counted(10.0)
+    assert [next(often) for _ in range(5)] == ["", None, None, None, None]
+    now += 10
+    assert [next(often) for _ in range(3)] == [" (5 times)", None, None]
+    now += 11
+    assert next(often) == " (3 times)"
+    now += 100
+    assert next(often) == ""

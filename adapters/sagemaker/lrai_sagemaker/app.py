@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import lrai_core as lrai
-from lrai_codecs import HungUp, Reply, Room, failure, in_parts, read, respond, unless_gone
+from lrai_codecs import HungUp, Reply, Room, counted, failure, in_parts, read, respond, unless_gone
 from lrai_import.held import Questions
 from lrai_import.hosted import warm_up
 from lrai_sagemaker.logs import log, one_line
@@ -28,6 +28,7 @@ ATTRIBUTES: Final = "x-amzn-sagemaker-custom-attributes"
 _TARGET: Final = "x-amzn-sagemaker-target-model"
 _PING_SECONDS: Final = 1.5  # the platform waits for two
 _CHANGES: Final = 8  # models loaded and unloaded at a time
+_full: Final = counted(10.0)  # how often there was no room
 
 
 class _Load(msgspec.Struct):
@@ -118,8 +119,7 @@ class Endpoint:
         return _json(said | {"MaxPayloadInMB": mebibytes})
 
     def _unready(self) -> str:
-        key = self._named.key
-        model = next((one for one in self._runtime.models() if one.name == key), None)
+        model = next((m for m in self._runtime.models() if m.name == self._named.key), None)
         if model is None:
             return "the model is not loaded"
         if model.state not in ("ok", "idle"):
@@ -129,7 +129,7 @@ class Endpoint:
         if model.actor_pids != self._actors:
             self._actors, self._answered = model.actor_pids, False
         if not self._answered:  # where it is full of others, the first answer is enough
-            warm_up(self._runtime, key, self._named.signature)
+            warm_up(self._runtime, self._named.key, self._named.signature)
             self._answered = True
         return ""
 
@@ -224,10 +224,12 @@ def _wanted(attributes: str) -> tuple[tuple[str, ...], float | None]:
     return tuple(filter(None, map(str.strip, said.get("outputs", "").split(",")))), timeout_ms
 
 
-async def _refused(request: Request, error: Any) -> Response:
-    level = logging.WARNING if error.http_status >= 500 else logging.INFO
-    log.log(level, one_line(f"{request.method} {request.url.path} {error.http_status}: {error}"))
-    return _sent(failure(error))
+async def _refused(asked: Request, why: Any) -> Response:
+    often = next(_full) if why.http_status == 429 else ""  # a line each would hide all others
+    if often is not None:
+        level = logging.WARNING if why.http_status >= 500 else logging.INFO
+        log.log(level, one_line(f"{asked.method} {asked.url.path} {why.http_status}: {why}{often}"))
+    return _sent(failure(why))
 
 
 async def _no_such_route(_: Request, error: Any) -> Response:

@@ -32,13 +32,12 @@ def main(settings: Settings, listening: int, parent: int) -> None:
         if asked.here:  # else the supervisor has loaded it, or names do
             artifact = Artifact.open(settings.artifact, verify=False)  # the engine's side hashes it
             load(runtime, artifact, settings.model, **asked.how)
-        config = uvicorn.Config(
+        server = uvicorn.Server(uvicorn.Config(
             create(settings, runtime), access_log=False, log_config=None, server_header=False,
             lifespan="off", ws="none", callback_notify=look, timeout_notify=1,
             timeout_graceful_shutdown=round(settings.drain_seconds),
             timeout_keep_alive=_KEEP_SECONDS,
-        )  # fmt: skip
-        server = uvicorn.Server(config)
+        ))  # fmt: skip
         server.run([socket.socket(fileno=listening)])
 
 
