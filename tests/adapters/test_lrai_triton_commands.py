@@ -601,6 +601,24 @@ def test_a_disk_that_is_found_full_in_the_end_leaves_the_entry_as_it_was(
     assert content(repository) == before
 
 
+def test_a_configuration_is_on_the_disk_before_it_takes_the_place_of_what_was_there(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, synced, fsync = repository / "m" / "config.pbtxt", list[tuple[bytes, bytes]](), os.fsync
+
+    def seen(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name == ".config.pbtxt":
+            synced.append((path.read_bytes(), config.read_bytes()))
+        fsync(descriptor)
+
+    config.write_text(ONNX)
+    monkeypatch.setattr(os, "fsync", seen)
+    where = ("--model-repository", repository, "--name", "m", "--version", "2", "--switch")
+    run("add", artifact, *where)
+    assert synced == [(config.read_bytes(), ONNX.encode())]
+
+
 @pytest.mark.parametrize("name", ["m", "fresh"])
 def test_who_is_second_leaves_the_entry_to_who_was_first(
     repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str

@@ -20,7 +20,7 @@ from typing import Annotated, Final
 import typer
 
 from lrai_core import Artifact, ArtifactError, CompileError, EnvironmentProblem, UsageError
-from lrai_core.artifact import disk_errors, writing
+from lrai_core.artifact import disk_errors, sync, writing
 from lrai_triton.commands.app import END_SECONDS, PROGRAM, app, out
 from lrai_triton.commands.pbtxt import LRAI, backend_of, config_of, said_in, switched, switched_back
 from lrai_triton.served import onnx_of
@@ -241,12 +241,11 @@ def _switch_back(entry: Path) -> str:
         aside = next(entry / name for name in names if not (entry / name).exists())
         config.replace(aside)
         return f"was written by lrai, and is {aside.name} now"
-    if backend_of(text) != "lrai":
-        original.unlink(missing_ok=True)
-        return "had been changed back by hand"
-    _replace(config, switched_back(text, was))
+    if edited := backend_of(text) == "lrai":
+        _replace(config, switched_back(text, was))
     original.unlink(missing_ok=True)
-    return "was edited, so only its backend was changed back"
+    became = "had been changed back by hand", "was edited, so only its backend was changed back"
+    return became[edited]
 
 
 def _replace(config: Path, text: str) -> None:
@@ -258,6 +257,7 @@ def _replace(config: Path, text: str) -> None:
     temporary = config.with_name(f".{CONFIG}")
     try:
         temporary.write_bytes(text.encode(errors="surrogateescape"))
+        sync(temporary)  # else a power cut may leave nothing of either
         if config.exists():
             shutil.copymode(config, temporary)
             # The group also where not the owner.
