@@ -17,8 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -46,6 +45,7 @@ from lrai_report.replay import (
     precise_loop,
     replay,
 )
+from lrai_report.terminal import out, share_done
 from lrai_report.trace import Arrivals, part, read_trace, slices
 from lrai_report.words import FEW, check_numbers, figure
 
@@ -61,7 +61,6 @@ _WIDEST: Final = 96
 
 Kept = Sequence[Sequence[NDArray[Any]]]  # rows that the artifact was judged on
 
-out = Console(highlight=False, markup=False, emoji=False)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -156,7 +155,7 @@ def bench(
     if busy > _BUSY * cpus:
         _say("note", f"other work is going on (load {busy:.1f} on {cpus} CPUs), and will tell")
     with ExitStack() as stack:
-        bar = stack.enter_context(_progress())
+        bar = stack.enter_context(share_done())
         task = bar.add_task("load", total=None)
         servers = {}
         for name in dict.fromkeys([*names, *([_ALONE] if rate is None else [])]):
@@ -263,15 +262,6 @@ def _advance(bar: Progress, task: TaskID, before: float, seconds: float) -> None
 def _made_up(artifact: Artifact, kept: Kept, arrivals: Arrivals) -> MadeUp:
     most_bytes = load_config().limits.request_bytes
     return MadeUp(artifact.manifest.signature, arrivals, most_bytes, kept)
-
-
-def _progress() -> Progress:
-    # Drawn seldom: it takes time from what is measured.
-    return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
-        console=out, transient=True, refresh_per_second=2,
-    )  # fmt: skip
 
 
 def _say(label: str, words: str) -> None:

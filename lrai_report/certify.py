@@ -12,7 +12,7 @@ from rich.text import Text
 import lrai_core
 from lrai_core import Artifact, ConditionNotMet, Spec
 from lrai_core.errors import shorten
-from lrai_report.inspect import out
+from lrai_report.terminal import out
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 certificate_app: Final = typer.Typer(

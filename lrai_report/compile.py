@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Final
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import lrai_core
 from lrai_core import ConditionNotMet, UsageError
 from lrai_core.errors import shorten
-from lrai_report.inspect import inspect, out
+from lrai_report.inspect import inspect
+from lrai_report.terminal import out, share_done
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 Fuse = Annotated[bool, typer.Option("--fuse", help="Several ONNX files as one, see lrai fuse.")]
@@ -171,10 +171,7 @@ def _tried(artifact: lrai_core.Artifact) -> list[dict[str, Any]]:
 
 def _compiled(model: Path, output: Path, **options: Any) -> lrai_core.Artifact:
     """Compile, and show how far it is."""
-    with Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
-    ) as bar:  # fmt: skip
+    with share_done() as bar:
         task = bar.add_task("load", total=None)
 
         def show(step: lrai_core.Step) -> None:

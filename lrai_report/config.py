@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from lrai_core import explain_config
-from lrai_report.inspect import out
+from lrai_report.terminal import out
 
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lrai_core import Artifact, Variant, certificates
 from lrai_core.errors import shorten
 from lrai_report.log import fused, logged
+from lrai_report.terminal import out
 from lrai_report.words import distance, figure
 
-# What comes out of files is shown as it is: never read as markup, and without control characters.
-out: Final = Console(highlight=False, markup=False, emoji=False)
 app: Final = typer.Typer(add_completion=False, rich_markup_mode=None)
 _LINE, _CELL = 2000, 400
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 
 from lrai_core import Artifact, EnvironmentProblem, UsageError, Variant, certificates
 from lrai_report.log import Event, logged, models
 from lrai_report.template import PAGE
+from lrai_report.terminal import out
 from lrai_report.times import times
 from lrai_report.words import distance, figure
 
@@ -76,7 +76,7 @@ def report(
         target.write_text(page(artifact), encoding="utf-8")
     except OSError as error:
         raise EnvironmentProblem(f"{target}: {error.strerror}") from None
-    Console(highlight=False, markup=False).print(f"written: {target}")
+    out.print(f"written: {target}")
 
 
 def page(artifact: Artifact) -> str:

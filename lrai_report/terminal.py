@@ -1,4 +1,4 @@
-"""What `lrai tune` says, and how far it is."""
+"""What commands say, and how far they are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lrai_core.errors import shorten
 
+# What comes out of files is shown as it is: never read as markup, and without control characters.
 out = Console(highlight=False, markup=False, emoji=False)
 
 
@@ -23,6 +24,15 @@ def progress(words: str, total: int) -> Iterator[Callable[[], None]]:
     ) as bar:  # fmt: skip
         task = bar.add_task(words, total=total or None)
         yield lambda: bar.advance(task)
+
+
+def share_done() -> Progress:
+    """Return a bar with the share that is done, for who sets it; it is drawn seldom, and cheap."""
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
+        console=out, transient=True, refresh_per_second=2, disable=not out.is_terminal,
+    )  # fmt: skip
 
 
 def say(label: str, words: str, style: str = "") -> None:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +34,7 @@ from lrai_report.compare import Worst, answered, differing, measure, measure_of,
 from lrai_report.compile import closest
 from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
-from lrai_report.terminal import out, progress, say
+from lrai_report.terminal import out, progress, say, share_done
 from lrai_report.words import FEW, check_numbers, distance, figure
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
@@ -274,11 +273,7 @@ def _without_requests(found: Target, written: Path, output_map: str, address: st
 
 
 def _compile(found: Target, written: Path, output_map: str, engines: Sequence[str]) -> Artifact:
-    with Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=out, transient=True,
-        disable=not out.is_terminal,
-    ) as bar:  # fmt: skip
+    with share_done() as bar:
         task = bar.add_task("load", total=None)
 
         def show(step: Any) -> None:
