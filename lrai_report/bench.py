@@ -26,6 +26,7 @@ from lrai_core import (
     Artifact,
     ArtifactError,
     EnvironmentProblem,
+    QueueFull,
     RequestError,
     UsageError,
     __version__,
@@ -36,6 +37,7 @@ from lrai_report.chart import MARGIN, bar_line, load_line, panel
 from lrai_report.figures import Figures, figures, load_over_time, median, p95_over_time, verdict
 from lrai_report.plan import Plan, check_size, parse_range, sized, suggest_deadline
 from lrai_report.replay import (
+    CALLERS,
     POLICIES,
     MadeUp,
     Outcome,
@@ -226,14 +228,21 @@ async def _measure(
 
     Raises:
         ArtifactError: The model does not answer made-up inputs.
+        UsageError: They do not fit the queue.
     """
     made_up = _made_up(artifact, kept, sample)
     try:
         for server in servers.values():
             await capacity(server, sample, made_up, _WARM_UP_SECONDS)
+        if wanted:
+            return await capacity(servers[_ALONE], sample, made_up, _CAPACITY_SECONDS)
+    except QueueFull as error:
+        full = f"{CALLERS} requests like these at once, to warm up, are too many: {error}"
+        more = "a larger scheduler.max_queue_rows, or max_queue_bytes, lets them wait"
+        raise UsageError(f"{full}; {more}") from None
     except (RequestError, ActorError) as error:
         raise ArtifactError(f"the model does not answer made-up inputs: {error}") from None
-    return await capacity(servers[_ALONE], sample, made_up, _CAPACITY_SECONDS) if wanted else 0.0
+    return 0.0
 
 
 async def _play(

@@ -44,7 +44,7 @@ _FIFO_ROWS: Final = 8
 _JOINED: Final = dict.fromkeys(("limits.request_bytes", "scheduler.max_queue_bytes"), 1 << 40) | {
     "limits.request_rows": 1 << 20
 }
-_CALLERS: Final = 4  # enough that a request waits whenever the actor is free
+CALLERS: Final = 4  # enough that a request waits whenever the actor is free
 _WINDOWS: Final = 3
 _OTHER_EXTENT: Final = 4  # of a free dimension that is neither batch nor length
 _PATIENCE: Final = 5.0  # deadlines after which a caller is gone whom nobody has answered
@@ -175,7 +175,8 @@ class Server:
             await self._call(inputs, None if seconds is None else seconds * 1e3)
             return
         if self._waiting_rows + rows > self._room:
-            raise QueueFull("no room", limit=self._room, retry_after_seconds=1.0)
+            full = f"the queue holds {self._waiting_rows} rows, {rows} more exceed its {self._room}"
+            raise QueueFull(full, limit=self._room, retry_after_seconds=1.0)
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((inputs, rows, answered))
         self._waiting_rows += rows
@@ -258,7 +259,7 @@ async def capacity(server: Server, arrivals: Arrivals, made_up: MadeUp, seconds:
     rates = []
     for _ in range(_WINDOWS):
         start = loop.time()
-        callers = [caller(start + seconds / _WINDOWS) for _ in range(_CALLERS)]
+        callers = [caller(start + seconds / _WINDOWS) for _ in range(CALLERS)]
         rates.append(sum(await asyncio.gather(*callers)) / (loop.time() - start))
     return float(np.median(rates))
 

@@ -25,6 +25,7 @@ from lrai_core import (
     EnvironmentProblem,
     InferenceRequest,
     LraiError,
+    QueueFull,
     RequestError,
     UsageError,
 )
@@ -168,6 +169,25 @@ def test_a_model_that_takes_no_made_up_inputs_is_said_to_be_one(
     servers = {"planner": server("planner", Played(error=error))}
     measured = bench._measure(servers, one, Artifact.open(artifact), [], wanted=False)
     with pytest.raises(ArtifactError, match=f"does not answer made-up inputs: {error}"):
+        asyncio.run(measured)
+
+
+@pytest.mark.parametrize("policy", ["planner", "fifo-8"])
+def test_requests_that_fill_the_queue_are_not_said_to_be_ones_that_the_model_does_not_answer(
+    artifact: Path, policy: str
+) -> None:
+    wide = Arrivals(np.array([0.0]), np.array([4]), np.array([2000]))
+    full = QueueFull(
+        "the queue holds 4000 rows, 2000 more exceed its 4096", limit=1, retry_after_seconds=1.0
+    )
+    played = Played() if policy == "fifo-8" else Played(error=full)
+    measured = bench._measure(
+        {policy: server(policy, played)}, wide, Artifact.open(artifact), [], wanted=False
+    )
+    words = (
+        "too many: the queue holds [0-9]000 rows, 2000 more .*; a larger scheduler.max_queue_rows"
+    )
+    with pytest.raises(UsageError, match=words):
         asyncio.run(measured)
 
 
