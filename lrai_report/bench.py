@@ -80,7 +80,9 @@ The policies take turns at the same requests, round by round:
 {policies}
 
 A request without an answer at its deadline is late, whatever the reason. A difference between two
-policies counts if every round shows it.
+policies counts if every round shows it. answers/s are over --seconds, or up to the last answer if
+that comes later. rows/call are the rows of answered requests over all calls of the model, those
+that came too late for their callers included.
 
 \b
 Example: would it help this log, at 50 requests a second, with 100 ms for each?
@@ -190,7 +192,7 @@ def bench(
         one = next(iter(servers.values())).runtime
         served = one.models()[0].variant if one.stats().get("variant_refused") else ""
     found = {
-        name: [figures(outcome, plan.deadline_ms / 1e3) for outcome in outcomes]
+        name: [figures(outcome, plan.deadline_ms / 1e3, plan.seconds) for outcome in outcomes]
         for name, outcomes in results.items()
     }
     said = verdict(found, plan.rate, plan.deadline_ms)
@@ -297,7 +299,8 @@ def _show(
     for column in ("on time", "p50 ms", "p95 ms", "p99 ms", "answers/s", "refused", "rows/call"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, each in medians.items():
-        times = (_ms(value) for value in (each.p50_ms, each.p95_ms, each.p99_ms))
+        spread = (each.p50_ms, each.p95_ms, each.p99_ms)
+        times = (figure(value) if math.isfinite(value) else "never" for value in spread)
         more = figure(each.answered_per_second, 4), f"{each.refused:.1%}"
         table.add_row(name, f"{each.on_time:.1%}", *times, *more, f"{each.rows_per_call:.2f}")
     out.print(table)
@@ -324,10 +327,6 @@ def _show(
 
 def _heading(words: str) -> None:
     out.print(f"\n{words}", style="bold")
-
-
-def _ms(value: float) -> str:
-    return figure(value) if math.isfinite(value) else "never"
 
 
 def _write(

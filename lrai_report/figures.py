@@ -26,7 +26,9 @@ class Figures:
     Attributes:
         on_time: Share of the requests that were answered within the deadline.
         p50_ms: Of all requests; what was not answered took for ever. So p95 and p99.
+        answered_per_second: Of the round, which lasts until the last answer if that comes later.
         refused: Share that was refused or given up.
+        rows_per_call: Rows of answered requests; calls that came too late for anybody count too.
     """
 
     on_time: float
@@ -38,8 +40,8 @@ class Figures:
     rows_per_call: float
 
 
-def figures(outcome: Outcome, deadline_seconds: float) -> Figures:
-    """Return the figures of one round."""
+def figures(outcome: Outcome, deadline_seconds: float, seconds: float) -> Figures:
+    """Return the figures of one round of `seconds`."""
     count = len(outcome.latencies)
     answered = int(np.isfinite(outcome.latencies).sum())
     p50, p95, p99 = 1e3 * np.percentile(outcome.latencies, (50, 95, 99), method="higher")
@@ -48,7 +50,7 @@ def figures(outcome: Outcome, deadline_seconds: float) -> Figures:
         p50_ms=float(p50),
         p95_ms=float(p95),
         p99_ms=float(p99),
-        answered_per_second=answered / max(outcome.seconds, 1e-9),
+        answered_per_second=answered / max(outcome.seconds, seconds),
         refused=outcome.refused / count,
         rows_per_call=outcome.rows / max(outcome.calls, 1),
     )

@@ -61,7 +61,7 @@ class Outcome:
         latencies: Seconds from the arrival, in the trace, to the answer; infinite without one.
         refused: Requests that were refused or given up with an error; the others without an answer
             had none when their caller left.
-        seconds: From the first arrival to the last answer.
+        seconds: Up to the last answer, or the last arrival if that is later.
         rows: Of the requests that were answered.
         calls: Calls of the engine.
         lag_seconds: How late requests were sent, 99th percentile: this machine's own part.

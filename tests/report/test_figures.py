@@ -28,21 +28,30 @@ def of(on_time: float, p95_ms: float = 50.0) -> Figures:
 
 
 def test_what_is_late_refused_or_never_answered_is_not_on_time() -> None:
-    found = figures(outcome(0.01, 0.05, 0.0501, math.inf, refused=1), deadline_seconds=0.05)
+    found = figures(
+        outcome(0.01, 0.05, 0.0501, math.inf, refused=1), deadline_seconds=0.05, seconds=1
+    )
     assert found.on_time == 0.5
     assert found.answered_per_second == 1.5
     assert found.refused == 0.25
     assert found.rows_per_call == 3
 
 
+def test_answers_per_second_are_of_the_whole_round_and_of_what_of_it_lasts_longer() -> None:
+    quiet_end = outcome(0.01, 0.01, seconds=0.5)
+    assert figures(quiet_end, deadline_seconds=1, seconds=2).answered_per_second == 1
+    long_end = outcome(0.01, 0.01, seconds=4)
+    assert figures(long_end, deadline_seconds=1, seconds=2).answered_per_second == 0.5
+
+
 def test_percentiles_are_of_all_requests_and_not_of_those_that_survived() -> None:
-    found = figures(outcome(*[0.01] * 90, *[math.inf] * 10), deadline_seconds=1)
+    found = figures(outcome(*[0.01] * 90, *[math.inf] * 10), deadline_seconds=1, seconds=1)
     assert (found.p50_ms, found.p95_ms) == (10, math.inf)
 
 
 def test_no_answer_at_all_has_figures_too() -> None:
     nothing = Outcome(np.array([math.inf]), 1, 1.0, rows=0, calls=0, lag_seconds=0.0)
-    found = figures(nothing, deadline_seconds=1)
+    found = figures(nothing, deadline_seconds=1, seconds=1)
     assert (found.on_time, found.p50_ms, found.rows_per_call) == (0, math.inf, 0)
 
 
