@@ -16,14 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lrai_core import (
-    Artifact,
-    ConditionNotMet,
-    InferenceRequest,
-    InferenceResponse,
-    LraiError,
-    Runtime,
-)
+from lrai_core import Artifact, ConditionNotMet, InferenceRequest, LraiError, Runtime
 from lrai_core.errors import shorten
 from lrai_core.verifier.sample import Rows
 from lrai_core.verifier.spec import FAR, MEASURES, agreement, difference, raw_as
@@ -189,24 +182,35 @@ def differing(
     artifact: Artifact,
     tick: Callable[[], None],
 ) -> list[Worst]:
-    """Return every request with what the two say to it, the farthest apart first."""
+    """Return every request with what the two say to it, the farthest apart first.
+
+    Of several outputs it is the one that is farthest apart, or does not agree, by its name.
+    """
     specs, found = artifact.manifest.signature.outputs, list[Worst]()
     alike, epsilon = _alike(artifact)
     for request in requests:
-        first, second = (side.runtime.infer(request) for side in both)
-        f, g = ([answer.outputs[spec.name] for spec in specs] for answer in (first, second))
-        gap, agrees = difference(f, g, specs), agreement(f, g, alike)
-        found.append(Worst(gap, agrees and gap <= epsilon, _short(first), _short(second)))
+        first, second = (side.runtime.infer(request).outputs for side in both)
+        each = list[Worst]()
+        for spec, like in zip(specs, alike, strict=True):
+            f, g, name = first[spec.name], second[spec.name], spec.name if specs[1:] else ""
+            gap = difference([f], [g], [spec])
+            agrees = agreement([f], [g], [like]) and gap <= epsilon
+            each.append(Worst(gap, agrees, _short(f, name), _short(g, name)))
+        found.append(min(each, key=_order))
         tick()
-    return sorted(found, key=lambda one: (one.agrees, -one.gap))
+    return sorted(found, key=_order)
 
 
-def _short(answer: InferenceResponse) -> str:
-    """Return the start of the first output, or its best class."""
-    values: Any = next(iter(answer.outputs.values())).ravel()
+def _order(one: Worst) -> tuple[bool, float]:
+    return one.agrees, -one.gap
+
+
+def _short(answer: NDArray[Any], name: str) -> str:
+    """Return the start of an output, or its best class, behind its name."""
+    values, label = answer.ravel(), f"{shorten(name, 60)}: " if name else ""
     real = values.dtype.kind == "f"
     if real and len(values) > 1:
         best = int(values.argmax())
-        return f"[{best}] {values[best]:.4g}"
+        return f"{label}[{best}] {values[best]:.4g}"
     some = [f"{v:.4g}" if real else shorten(str(v), 60) for v in values[:_SHOWN]]
-    return ", ".join(some) + ", …" * (len(values) > _SHOWN)
+    return label + ", ".join(some) + ", …" * (len(values) > _SHOWN)

@@ -17,14 +17,14 @@ from lrai_report.compare import Side, _asked, differing, measure, measure_of, si
 from tests.core import small_artifact
 
 
-def side(gap: float) -> Side:
-    """Return one whose answers are ones, and so much more."""
+def side(*gaps: float) -> Side:
+    """Return one whose answers are ones, and so much more, one for each output."""
+    outputs = {
+        name: np.full((1, 3), 1 + gap, np.float32)
+        for name, gap in zip("yzv"[: len(gaps)], gaps, strict=True)
+    }
     answer = InferenceResponse(
-        model_name="m",
-        model_version="1",
-        id="",
-        outputs={"y": np.full((1, 3), 1 + gap, np.float32)},
-        parameters={},
+        model_name="m", model_version="1", id="", outputs=outputs, parameters={}
     )
     return Side("fp32", cast("Any", SimpleNamespace(infer=lambda _: answer)))
 
@@ -48,6 +48,29 @@ def test_of_raw_outputs_a_demanded_closeness_decides_as_it_does_in_the_gate(
     (worst,) = differing([side(0.0), side(gap)], asked, artifact, lambda: None)
     assert worst.agrees is agrees
     assert measure_of(artifact) == words
+
+
+@pytest.mark.parametrize(
+    ("gaps", "agrees", "gap", "said"),
+    [
+        ((0.0, 0.5, 0.0), False, 0.5, "z: [0] 1.5"),
+        ((0.001, 0.0, 0.002), True, 0.002, "v: [0] 1.002"),
+    ],
+)
+def test_of_several_outputs_it_is_the_one_farthest_apart_that_is_shown(
+    gaps: tuple[float, ...], agrees: bool, gap: float, said: str
+) -> None:
+    manifest = small_artifact.manifest()
+    (one,) = manifest.signature.outputs
+    outputs = tuple(msgspec.structs.replace(one, name=name) for name in "yzv")
+    signature = msgspec.structs.replace(manifest.signature, outputs=outputs)
+    several = msgspec.structs.replace(manifest, signature=signature)
+    artifact = Artifact(Path(), several, "0" * 64)
+    asked = [InferenceRequest(model_name="", inputs={})]
+    (worst,) = differing([side(0, 0, 0), side(*gaps)], asked, artifact, lambda: None)
+    assert worst.agrees is agrees
+    assert worst.gap == pytest.approx(gap, rel=1e-3)
+    assert (worst.first, worst.second) == (f"{said[0]}: [0] 1", said)
 
 
 def test_every_round_begins_at_other_requests_and_at_the_same_for_both_sides(
