@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, Context
 from typing import Final
 
 import numpy as np
@@ -112,7 +113,5 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
 
 def round_up(value: float, digits: int = 2) -> float:
     """Return `value` rounded up to `digits` significant digits."""
-    if not 0 < value < 1e300:
-        return value
-    scale = 10.0 ** (digits - 1 - math.floor(math.log10(max(value, 1e-290))))
-    return max(value, math.ceil(value * scale) / scale)
+    rounded = float(Context(digits, ROUND_CEILING).create_decimal(repr(float(value))))
+    return max(value, min(rounded, FAR))

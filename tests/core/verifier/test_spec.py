@@ -232,7 +232,12 @@ def test_rounding_up_to_two_digits(value: float, expected: float) -> None:
     assert round_up(value) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.inf])
+@pytest.mark.parametrize("value", [0.035, 0.069, 0.07, 0.085])
+def test_what_has_no_more_digits_stays_as_it_is(value: float) -> None:
+    assert round_up(value, 3) == value
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, FAR])
 def test_what_has_no_digits_is_not_rounded(value: float) -> None:
     assert round_up(value) == value
 
