@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from itertools import accumulate, takewhile
+from operator import mul
 
 
 def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
@@ -56,6 +58,17 @@ def paired_loss_bound(lost: int, won: int, n: int, confidence: float = 0.95) -> 
     return upper_bound(lost, n, each) - lower_bound(won, n, each)
 
 
+def percent(bound: float, up: int) -> str:
+    """Return a bound in per cent with two decimals, rounded to the side on which it still holds.
+
+    Args:
+        bound: As a share.
+        up: 1 of an upper bound, -1 of a lower one.
+    """
+    near = round(bound, 4)
+    return f"{near + up * 1e-4 * (up * near < up * bound):.2%}"
+
+
 def rows_needed(delta: float, confidence: float = 0.95, failure_rate: float = 0.0) -> int:
     """Return about the least n at which the bound is `delta` when `failure_rate` of rows fail.
 
@@ -84,12 +97,5 @@ def _cdf(k: int, n: int, p: float) -> float:
     log_top = log_choose + top * math.log(p) + (n - top) * math.log1p(-p)
     down = (i / ((n - i + 1) * odds) for i in range(top, 0, -1))
     up = ((n - i + 1) * odds / i for i in range(top + 1, k + 1))
-    total = 1.0
-    for ratios in (down, up):
-        term = 1.0
-        for ratio in ratios:
-            term *= ratio
-            total += term
-            if term < 1e-20:
-                break
-    return min(1.0, math.exp(log_top) * total)
+    parts = (takewhile(lambda term: term >= 1e-20, accumulate(each, mul)) for each in (down, up))
+    return min(1.0, math.exp(log_top) * (1.0 + sum(map(sum, parts))))

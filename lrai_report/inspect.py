@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrai_core import Artifact, Variant, certificates
+from lrai_core.confidence import percent
 from lrai_core.errors import shorten
 from lrai_report.log import fused, logged
 from lrai_report.terminal import out
@@ -70,17 +71,16 @@ def _column(variant: Variant, serves: str) -> dict[str, str]:
         column[label] = f"{figure(point.median_ms)} ms ± {figure(point.spread_ms / 2, 2)}"
     column["speed"] = f"{variant.speedup:.2f} x fp32"
     if gate := variant.gate:
-        if gate.accuracy_loss is not None:
-            bound = f"at most {gate.accuracy_loss_bound:.2%}"
+        if gate.accuracy_loss is not None and gate.accuracy_loss_bound is not None:
+            bound = f"at most {percent(gate.accuracy_loss_bound, 1)}"
             column["accuracy"] = f"loss {gate.accuracy_loss:.2%} ({bound}), {gate.measure}"
-        elif gate.agreement is not None:
-            bound = f"at least {gate.agreement_bound:.2%}"
+        elif gate.agreement is not None and gate.agreement_bound is not None:
+            bound = f"at least {percent(gate.agreement_bound, -1)}"
             column["agreement"] = f"{gate.agreement:.2%} ({bound}) {gate.measure}"
         for one in gate.disparities:
-            widened = one.widened_bound
             said = "insufficient data"  # then nothing was measured either
-            if widened is not None:
-                said = f"{one.variant:.2%}, wider by {widened:.2%} at most"
+            if (widened := one.widened_bound) is not None:
+                said = f"{one.variant:.2%}, wider by {percent(widened, 1)} at most"
             left = ", ".join(gate.groups.get(one.attribute, {}).keys() - set(one.groups))
             said += f"; too few rows of {left}" if left else ""
             column[f"{one.measure} by {one.attribute}"] = said

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from lrai_core import Artifact, EnvironmentProblem, UsageError, Variant, certificates
+from lrai_core.confidence import percent
 from lrai_report.log import Event, logged, models
 from lrai_report.template import PAGE
 from lrai_report.terminal import out
@@ -99,7 +100,7 @@ def page(artifact: Artifact) -> str:
     both = tuple(dict.fromkeys((manifest.variants[-1].id, chosen.id)))
     spent, unknown = times(artifact, tuple(map(manifest.variant, both)))
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    engine.filters.update(quote=shlex.quote, figure=figure, distance=distance)
+    engine.filters.update(quote=shlex.quote, figure=figure, distance=distance, percent=percent)
     return engine.from_string(PAGE).render(
         artifact=artifact,
         manifest=manifest,

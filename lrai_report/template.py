@@ -74,10 +74,10 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 <td>{{ variant.id }}</td><td>{{ gate.measure }}</td>
 {% if gate.accuracy_loss is not none and gate.accuracy_loss_bound is not none %}<td class="n">loss
  {{ "%.2f"|format(100 * gate.accuracy_loss) }} %</td>
-<td class="n">≤ {{ "%.2f"|format(100 * gate.accuracy_loss_bound) }} %</td>
+<td class="n">≤ {{ gate.accuracy_loss_bound|percent(1)|replace("%", " %") }}</td>
 {% elif gate.agreement is not none and gate.agreement_bound is not none %}
 <td class="n">{{ "%.2f"|format(100 * gate.agreement) }} %</td>
-<td class="n">≥ {{ "%.2f"|format(100 * gate.agreement_bound) }} %</td>
+<td class="n">≥ {{ gate.agreement_bound|percent(-1)|replace("%", " %") }}</td>
 {% else %}<td></td><td></td>{% endif %}
 {% for name in ("p50", "p99", "max") %}<td class="n">{% if name in gate.difference %}
 {{ gate.difference[name]|distance }}{% endif %}</td>{% endfor %}
@@ -99,7 +99,7 @@ as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %
 {% if one.widened_bound is none %}<td></td><td></td><td>insufficient data{% else %}
 <td class="n">{{ "%.2f"|format(100 * one.source) }} %</td>
 <td class="n">{{ "%.2f"|format(100 * one.variant) }} %</td><td>
-{{ "%.2f"|format(100 * one.widened_bound) }} % at most{% endif %}
+{{ one.widened_bound|percent(1)|replace("%", " %") }} at most{% endif %}
 {% for group in chosen.gate.groups.get(one.attribute, {}) if group not in one.groups %}{{
 "; too few rows of " if loop.first else ", " }}{{ group }}{% endfor %}</td></tr>
 {% endfor %}</table></div>{% endif %}

@@ -161,7 +161,7 @@ def judge(
         beyond = sum(not gap <= epsilon for gap in worst)
         bound = confidence.upper_bound(beyond, len(worst), level)
         why = f"{found.why}; {beyond} of {len(worst)} rows differ by more than epsilon {epsilon:g}"
-        why += f", at most {bound:.2%}; delta {conditions.delta:.2%} allowed"
+        why += f", at most {confidence.percent(bound, 1)}; delta {conditions.delta:.2%} allowed"
         found = replace(found, passed=bound <= conditions.delta, why=why)
     far = {name: float(np.quantile(gaps, q, method="higher")) for name, q in _QUANTILES}
     found = replace(found, difference=far)
@@ -254,7 +254,8 @@ def _label_result(
         bound = max(bound, confidence.paired_loss_bound(lost, won, n, level))
         needed = max(needed, _label_rows_needed(lost / n, won / n, allowed, level))
     measure = f"{metric} on labels{rule}"
-    why = f"{metric} loss is {loss:.2%}, at most {bound:.2%}; {allowed:.2%} allowed{rule}"
+    most = confidence.percent(bound, 1)
+    why = f"{metric} loss is {loss:.2%}, at most {most}; {allowed:.2%} allowed{rule}"
     if bound > allowed and loss < allowed and needed > n:
         why += f"; at this rate about {needed} rows of the gate would show it"
     rates: dict[str, Any] = {"accuracy_loss": loss, "accuracy_loss_bound": bound}
@@ -274,7 +275,8 @@ def _agreement_result(reference: Outputs, runs: Runs, specs: Specs, level: float
     maps = dict.fromkeys(spec.output_map for spec in specs)
     measure = ", ".join(MEASURES[one] for one in maps if one in MEASURES) or "finite"
     beside = "" if worst == share else f" ({worst:.2%} in batches)"
-    why = f"{measure} on {share:.2%} of rows{beside}, at least {bound:.2%}; {AGREEMENT:.0%} needed"
+    least = confidence.percent(bound, -1)
+    why = f"{measure} on {share:.2%} of rows{beside}, at least {least}; {AGREEMENT:.0%} needed"
     if bound < AGREEMENT:
         needed = confidence.rows_needed(1 - AGREEMENT, level, 1 - worst)
         why += f"; at this rate about {needed} rows of the gate would show it" if needed > n else ""
@@ -303,7 +305,7 @@ def _fair_enough(found: GateResult, scores: list[_Scores], rows: Rows, most: flo
         worst += [max(same, key=lambda d: d.widened_bound or 0) for same in zip(*each, strict=True)]
     reasons = [
         f"{one.measure} by {one.attribute} goes from {one.source:.2%} to {one.variant:.2%}, "
-        f"wider by {one.widened_bound:.2%} at most; {most:.2%} allowed"
+        f"wider by {confidence.percent(one.widened_bound or 0, 1)} at most; {most:.2%} allowed"
         for one in worst
         if found.passed and (one.widened_bound or 0.0) > most
     ]

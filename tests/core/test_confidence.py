@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrai_core.confidence import lower_bound, paired_loss_bound, rows_needed, upper_bound
+from lrai_core.confidence import lower_bound, paired_loss_bound, percent, rows_needed, upper_bound
 
 
 def exact_tail(failures: int, n: int, p: float) -> Fraction:
@@ -146,3 +146,29 @@ def test_rows_needed_answers_at_once_where_hundreds_of_millions_are_needed() -> 
 def test_figures_that_no_sample_has_are_refused(failures: int, n: int, confidence: float) -> None:
     with pytest.raises(ValueError, match=r"failures of|confidence is"):
         upper_bound(failures, n, confidence)
+
+
+@given(st.floats(-1, 1), st.sampled_from([1, -1]))
+def test_a_bound_that_is_printed_still_holds_and_says_as_much_as_two_decimals_can(
+    bound: float, up: int
+) -> None:
+    told, exact = Fraction(percent(bound, up).removesuffix("%")) / 100, Fraction(repr(bound))
+    assert 0 <= up * (told - exact) < Fraction(1, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("bound", "up", "told"),
+    [
+        (0.010000001, 1, "1.01%"),
+        (0.01004, 1, "1.01%"),
+        (0.07, 1, "7.00%"),  # though 100 times that is more than 7
+        (-0.00003, 1, "0.00%"),
+        (0.97996, -1, "97.99%"),
+        (0.98, -1, "98.00%"),
+        (1.0, -1, "100.00%"),
+    ],
+)
+def test_an_upper_bound_is_rounded_up_and_a_lower_one_down(
+    bound: float, up: int, told: str
+) -> None:
+    assert percent(bound, up) == told

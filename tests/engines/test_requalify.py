@@ -239,7 +239,7 @@ def test_where_rows_are_many_each_has_its_part_of_the_error_whatever_becomes_of_
     found = requalify(artifact, threads=1)
     assert "relative error" in found.verdicts["int8"]
     least = 1 - confidence.upper_bound(0, 300, 1 - 0.05 / 2)
-    assert f"at least {least:.2%}" in found.verdicts["int8-far"]
+    assert f"at least {confidence.percent(least, -1)}" in found.verdicts["int8-far"]
     assert found.manifest.chosen == "int8-far"
 
 

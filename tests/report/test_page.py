@@ -183,7 +183,7 @@ def test_groups_of_people_are_shown(artifact: lrai.Artifact) -> None:
     manifest = artifact.manifest
     chosen = manifest.variant(manifest.chosen)
     assert chosen.gate is not None
-    known = Disparity("sex", "demographic_parity", 0.1, 0.12, 0.031, ("f", "m"))
+    known = Disparity("sex", "demographic_parity", 0.1, 0.12, 0.03101, ("f", "m"))
     unknown = Disparity("race", "equalised_odds", 0.2, 0.2, None, ())
     gate = msgspec.structs.replace(
         chosen.gate, groups={"sex": {"<f>": {"selection_rate": 0.25}}}, disparities=(known, unknown)
@@ -192,13 +192,35 @@ def test_groups_of_people_are_shown(artifact: lrai.Artifact) -> None:
     variants = (msgspec.structs.replace(chosen, gate=gate), *others)
     changed_manifest = msgspec.structs.replace(manifest, variants=variants)
     text = read(page(replace(artifact, manifest=changed_manifest))).text
-    for words in ("<f>", "selection_rate 0.25", "3.10 % at most", "insufficient data"):
+    for words in ("<f>", "selection_rate 0.25", "3.11 % at most", "insufficient data"):
         assert words in text
     assert "20.00 %" not in text  # of what nobody has measured
     columns = _column(variants[0], "")
-    assert columns["demographic_parity by sex"].startswith("12.00%, wider by 3.10% at most")
+    assert columns["demographic_parity by sex"].startswith("12.00%, wider by 3.11% at most")
     assert columns["equalised_odds by race"].startswith("insufficient data")
     assert "--group sex" in text
+
+
+@pytest.mark.parametrize("by", ["labels", "agreement"])
+def test_bounds_are_rounded_to_the_side_on_which_they_hold(
+    artifact: lrai.Artifact, by: str
+) -> None:
+    chosen = artifact.manifest.variant(artifact.manifest.chosen)
+    assert chosen.gate is not None
+    names = ("agreement", "agreement_bound", "accuracy_loss", "accuracy_loss_bound")
+    told, column, given = {
+        "labels": ("1.01", "accuracy", (None, None, 0.0, 0.01004)),
+        "agreement": ("97.99", "agreement", (0.99, 0.97996, None, None)),
+    }[by]
+    rates: dict[str, Any] = dict(zip(names, given, strict=True))
+    gate = msgspec.structs.replace(chosen.gate, **rates)
+    variant = msgspec.structs.replace(chosen, gate=gate)
+    manifest = msgspec.structs.replace(
+        artifact.manifest, variants=(variant,), chosen=variant.id, together=()
+    )
+    text = read(page(replace(artifact, manifest=manifest))).text
+    assert f"{told} %" in text
+    assert f"{told}%)" in _column(variant, "")[column]
 
 
 def test_what_fp32_does_stands_beside_it_and_groups_too_small_to_tell_are_named(
@@ -206,7 +228,7 @@ def test_what_fp32_does_stands_beside_it_and_groups_too_small_to_tell_are_named(
 ) -> None:
     fp32 = artifact.manifest.variant("fp32")
     assert fp32.gate is not None
-    told = Disparity("sex", "demographic_parity", 0.1, 0.12, 0.031, ("f", "m"))
+    told = Disparity("sex", "demographic_parity", 0.1, 0.12, 0.03101, ("f", "m"))
     gates = [
         msgspec.structs.replace(
             fp32.gate,
@@ -223,7 +245,7 @@ def test_what_fp32_does_stands_beside_it_and_groups_too_small_to_tell_are_named(
     text = " ".join(read(page(replace(artifact, manifest=manifest))).text.split())
     assert "how its decisions fare in float32" in text
     assert "selection_rate 0.25 selection_rate 0.5" in text
-    assert "3.10 % at most ; too few rows of <" in text
+    assert "3.11 % at most ; too few rows of <" in text
 
 
 def test_the_command_has_what_was_asked(tmp_path: Path) -> None:

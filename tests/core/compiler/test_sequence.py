@@ -247,7 +247,7 @@ def judged(work: _Compilation) -> list[str]:
 
 
 def bound(error: float) -> str:
-    return f"at most {confidence.upper_bound(0, ENOUGH, 1 - error):.2%}; delta"
+    return f"at most {confidence.percent(confidence.upper_bound(0, ENOUGH, 1 - error), 1)}; delta"
 
 
 STRAYS = 2 * DELTA  # too often, and not enough for the search rows to show it
