@@ -141,6 +141,7 @@ def compile(
         )
     if slim:
         _run("slim", str(output))
+        artifact = lrai_core.Artifact.open(output, verify=False)  # with certificates of its own
     inspect(output)
     gate = artifact.manifest.variant(artifact.manifest.chosen).gate
     for one in lrai_core.certificates(artifact)[:1]:

@@ -79,8 +79,9 @@ def test_a_slim_artifact_is_measured_nowhere_and_a_whole_one_is_again(
     said = run("requalify", tmp_path / "c.lrai", "--threads", "1", code={0, 3}, before=state)
     assert "this is" in said
     assert list((tmp_path / "requalified").glob("*.json"))
-    said = run("compile", model, "-o", tmp_path / "s.lrai", "--slim", *options, code={0, 3})
+    said = run("compile", model, "-o", tmp_path / "s.lrai", "--slim", *options, *kept, code={0, 3})
     assert "alone" in said
+    assert "certified on 200 of the" in said
     assert not (tmp_path / "s.lrai" / "source").exists()
     said = run("requalify", tmp_path / "s.lrai", code=2)
     assert "the artifact is slim" in said
