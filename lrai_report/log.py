@@ -25,6 +25,7 @@ class Event(msgspec.Struct, frozen=True):
     why: str = ""
     speedup: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
     gap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    batch_effect: float | None = None  # of what the gate saw
     chosen: str = ""
     variant: str = ""
     node: str = ""

@@ -53,7 +53,8 @@ other form was found that is worth it and passes{% endif %}.{% else %}Served as
 as close is faster. Float32 is at the bottom, however close it is.</p>{% endif %}
 {% if tried %}<div class="scroll"><table><tr><th>form</th><th>kept</th><th>why</th></tr>
 {% for one in tried %}<tr><td class="name">{{ one.form }}</td><td>
-{{ "yes" if one.kept else "not judged" if "not judged" in one.why else "no" }}</td>
+{{ "not judged" if one.batch_effect is none else "no" if not one.kept else "yes" if
+one.form.partition(" ")[0] in kept else "no, though it passed" }}</td>
 <td class="long">{{ one.why }}</td></tr>
 {% endfor %}</table></div>{% endif %}
 {% if points %}<h2>Latency</h2>

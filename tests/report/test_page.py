@@ -104,6 +104,25 @@ def test_its_commands_name_the_artifact_as_it_is_called(
     assert "lrai inspect copy.lrai" in text
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"form": "fp32", "kept": True, "batch_effect": 0.1}, "yes"),
+        ({"form": "int8-far", "kept": True, "batch_effect": 0.1}, "no, though it passed"),
+        ({"form": "int8-far", "batch_effect": 0.1}, "no"),
+        ({"form": "int8-far"}, "not judged"),
+    ],
+)
+def test_a_form_is_said_to_be_kept_or_judged_only_where_it_was(
+    artifact: lrai.Artifact, tmp_path: Path, line: dict[str, Any], said: str
+) -> None:
+    def only(lines: list[dict[str, Any]]) -> None:
+        lines[:] = [{"event": "candidate", "why": "0.80 x fp32, and so on"} | line]
+
+    text = " ".join(read(page(changed(artifact, tmp_path, only))).text.split())
+    assert f"why {line['form']} {said} 0.80 x fp32, and so on" in text
+
+
 def test_what_stands_in_a_log_is_text(artifact: lrai.Artifact, tmp_path: Path) -> None:
     def spoil(lines: list[dict[str, Any]]) -> None:
         hostile = "<script>alert(1)</script>{{ 7 * 7 }}"
