@@ -33,7 +33,8 @@ class _Section:
         section = type(self).__name__.removesuffix("Config").lower()
         for item in dataclasses.fields(self):
             value, least = getattr(self, item.name), item.metadata.get("least")
-            name, most = f"{section}.{item.name}", 1e9 if isinstance(value, float) else 1 << 62
+            name = f"{section}.{item.name}"
+            most = 1e9 if isinstance(value, float) else item.metadata.get("most")
             if least is not None and not least <= value <= most:
                 raise ValueError(f"{name} is {value}, at least {least} is needed, at most {most:g}")
             allowed = typing.get_args(typing.get_type_hints(type(self))[item.name])
@@ -41,8 +42,8 @@ class _Section:
                 raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
 
 
-def _least(least: float, default: Any) -> Any:
-    return field(default=default, metadata={"least": least})
+def _least(least: float, default: Any, most: int = 1 << 62) -> Any:
+    return field(default=default, metadata={"least": least, "most": most})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,8 @@ class ActorConfig(_Section):
 
     isolation: Literal["process", "inline"] = "process"  # inline: none, where a process costs more
     python: str = ""  # interpreter of the actor; empty: the one that runs the runtime
-    threads: int = _least(0, 0)  # engine threads; 0: the CPUs in the affinity mask and quota
-    replicas: int = _least(1, 1)  # actors of a model; weights are shared inside each only
+    threads: int = _least(0, 0, 4096)  # engine threads; 0: the CPUs in the affinity mask and quota
+    replicas: int = _least(1, 1, 1024)  # actors of a model; weights are shared inside each only
     devices: str = ""  # GPUs, as in CUDA_VISIBLE_DEVICES: each has an actor, which sees no other
     heartbeat_ms: int = _least(1, 200)
     hang_seconds: float = _least(0.1, 5.0)  # no progress for max(this, hang_factor x predicted)

@@ -125,6 +125,8 @@ def test_text_becomes_the_type_of_the_setting() -> None:
         (ROWS, -(10**400), "at least 1 is needed"),
         ("actor.hang_seconds", 10**400, "type float is needed"),
         ("actor.hang_seconds", math.nan, "actor.hang_seconds is nan, at least 0.1 is needed"),
+        ("actor.replicas", 10**9, "is 1000000000, at least 1 is needed, at most 1024"),
+        ("actor.threads", 4097, "is 4097, at least 0 is needed, at most 4096"),
         ("actor.python", 3, "type str is needed"),
         ("limits.nan_policy", "ignore", "'ignore', allowed: pass, reject"),
         ("limits.nan_policy", ["pass"], "allowed: pass, reject"),
