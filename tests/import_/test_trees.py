@@ -14,6 +14,7 @@ import pytest
 import xgboost
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import (
     ExtraTreesRegressor,
@@ -535,6 +536,22 @@ def test_missing_numbers_beside_texts_are_compared_too() -> None:
     assert convert(StandardScaler()).graph.node
     with pytest.raises(CompileError, match="gives other answers once it is converted"):
         convert(PowerTransformer())  # whose converter has 0 for them
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", [KMeans, MiniBatchKMeans])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_k_means_is_converted_in_whichever_precision_it_was_fitted(
+    dtype: type[np.floating[Any]], kind: Any, *, scaled: bool
+) -> None:
+    """In single precision it takes no numbers in double."""
+    rows, own = ROWS.astype(dtype), kind(5, n_init=1, random_state=0)
+    model = (make_pipeline(StandardScaler(), own) if scaled else own).fit(rows)
+    made = convert_sklearn(model, [])
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    label, distances = session.run(None, {session.get_inputs()[0].name: ROWS})
+    assert np.mean(label == model.predict(rows)) > 0.98
+    assert np.allclose(distances, model.transform(rows), atol=1e-2)
 
 
 def test_a_model_of_numbers_that_cannot_be_compared_is_refused(
