@@ -132,6 +132,23 @@ def test_the_columns_of_a_table_go_by_their_names(sources: list[Path], tmp_path:
         pd.testing.assert_frame_equal(turned, right)
 
 
+@pytest.mark.usefixtures("sockets")
+def test_a_table_without_rows_has_an_answer_without_any_as_a_loaded_model_has(
+    sources: list[Path], tmp_path: Path
+) -> None:
+    table = pd.DataFrame(ROWS, columns=[f"pixel {number}" for number in range(64)])
+    artifact = lrai.compile(sources[0], out=tmp_path / "m.lrai", threads=1)
+    signature = mlflow.models.infer_signature(table, pd.DataFrame({"logits": [0.5]}))
+    lrai_mlflow.save_model(artifact, tmp_path / "m", signature=signature)
+    client = mlflow.deployments.get_deploy_client("lrai")
+    client.create_deployment("empty", str(tmp_path / "m"))
+    own = mlflow.pyfunc.load_model(str(tmp_path / "m")).predict(table[:0])
+    assert len(own) == len(client.predict("empty", table[:0]).get_predictions()) == 0
+    assert client.predict("empty", table[:1]).get_predictions().size
+    with pytest.raises(MlflowException, match="no deployment 'other'"):
+        client.predict("other", table[:0])
+
+
 @pytest.fixture
 def far(tmp_path: Path) -> Iterator[str]:
     """Yield a target as another machine has it: a runtime that listens, which asks for a key."""

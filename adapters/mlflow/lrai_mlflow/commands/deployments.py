@@ -209,6 +209,8 @@ class Client(BaseDeploymentClient):
             shares = {one: share for one, share in shares.items() if artifact_of(one) in said}
         if not shares:
             raise ModelNotFound(f"what served {name!r} has just ended or was given up")
+        if isinstance(inputs, pd.DataFrame) and not len(inputs):
+            return inputs  # no rows, of which MLflow's answer names no columns: as `ServedModel`
         version = random.choices([*shares], [*shares.values()])[0]
         # What others have put in the place of a version, as `lrai tune`, takes what that took.
         said = said.get(artifact_of(version), next(reversed(said.values()), {}))
@@ -238,8 +240,7 @@ class Client(BaseDeploymentClient):
     def _runtime(self) -> lrai.Runtime:
         """Attach, for as long as this client lives; a runtime of this machine stays from now on."""
         config = settings_of(self._where).config
-        address = config.runtime.address
-        if address == "embedded":
+        if (address := config.runtime.address) == "embedded":
             raise UsageError("deployments outlive this process: LRAI_RUNTIME is embedded")
         if "://" not in address:
             command = [sys.executable, "-P", "-c", "from lrai_core.cli import main; main()"]
