@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 condition not met, 4 bad input file, 5 envir
 from __future__ import annotations
 
 import ast
+import errno
 import signal
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
@@ -37,7 +38,7 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up like Ctrl-C, but under nohup
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    error_console = Console(stderr=True, soft_wrap=True)
+    error_console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     try:
         # Functions of the arguments.
         found = {entry.name: entry for entry in entry_points(group="lrai.commands")}
@@ -49,10 +50,12 @@ def main() -> NoReturn:
             for name in sorted(found):  # for the help alone
                 app.command(name, help=_about(found[name]))(lambda: None)
             app()
-    except LraiError as error:
-        words = shorten(f"lrai: {error}", 2000)
-        error_console.print(words, style="red", markup=False, highlight=False, emoji=False)
-        sys.exit(error.exit_code)
+    except (LraiError, OSError) as error:
+        most = "" if isinstance(error, LraiError) else "; a name has 255 bytes at most, a path 4095"
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        error_console.print(shorten(f"lrai: {error}", 2000) + most, style="red")
+        sys.exit(getattr(error, "exit_code", 5))
     except (SystemExit, KeyboardInterrupt) as end:
         code = getattr(end, "code", 130)
         if code == 130:  # Ctrl-C
@@ -72,5 +75,4 @@ def _about(command: EntryPoint) -> str:
     docs = [ast.get_docstring(node) for node in functions if node.name == command.attr]
     docs.append(ast.get_docstring(module))
     said = [(text or "").partition("\n\n")[0].partition(": ") for text in docs]
-    words = next((words for _, _, words in said if words), "")
-    return words[:1].upper() + words[1:]
+    return next((words[:1].upper() + words[1:] for _, _, words in said if words), "")

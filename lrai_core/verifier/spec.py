@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, Context
 from typing import Final
@@ -14,7 +13,7 @@ from msgspec.structs import replace
 from lrai_core.protocol import Array, OutputMap, TensorSpec
 
 _MASK: Final = 1e4  # in size, and the same on both sides, what stands for minus infinity
-FAR: Final = sys.float_info.max  # infinity, but for JSON, which has none
+FAR: Final = float(np.finfo(np.float64).max)  # infinity, but for JSON, which has none
 
 
 def mapped(output: Array, output_map: OutputMap) -> Array:
@@ -113,5 +112,4 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
 
 def round_up(value: float, digits: int = 2) -> float:
     """Return `value` rounded up to `digits` significant digits."""
-    rounded = float(Context(digits, ROUND_CEILING).create_decimal(repr(float(value))))
-    return max(value, min(rounded, FAR))
+    return max(value, min(FAR, float(Context(digits, ROUND_CEILING).create_decimal(str(value)))))

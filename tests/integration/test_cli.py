@@ -91,6 +91,13 @@ def test_a_slim_artifact_is_measured_nowhere_and_a_whole_one_is_again(
     run(*checked, code=2)
 
 
+@pytest.mark.parametrize("command", ["inspect", "report", "tune"])
+def test_a_name_that_no_file_can_have_is_said_to_be_too_long(command: str) -> None:
+    said = run(command, "a" * 256, code=5)
+    assert "File name too long: " in said
+    assert "a name has 255 bytes at most" in said
+
+
 def test_a_forged_certificate_is_refused_with_exit_3(
     classifier_artifact: tuple[Path, Path],
 ) -> None:
