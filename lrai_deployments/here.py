@@ -17,6 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -153,10 +154,7 @@ class Here:
         runtime, version = self._runtime, self._version
         try:
             priority = priority_of(request)
-            given: Any = request.timeout_ms
-            if not (given is None or _is_number(given)):
-                kind = type(given).__name__
-                raise RequestError(f"timeout_ms is {kind}, a number up to 1e300 is needed")
+            given = time_of(request)
             valid = validate_by_form(request, version.signature, runtime.config.limits)
             if not runtime.scheduler.accepting:
                 raise NotReady("the runtime is draining")
@@ -323,14 +321,18 @@ class Here:
         return version.response(one.request.id, one.valid.outputs, outcome, one.variant)
 
 
-def _is_number(given: object) -> bool:
-    if not isinstance(given, numbers.Real):
-        return False
-    try:
-        float(given)
-    except OverflowError:  # a whole one that is larger than any time
-        return False
-    return True
+def time_of(request: InferenceRequest) -> float | None:
+    """Return how long a caller waits, in ms; None where it does not say.
+
+    Raises:
+        RequestError: What it says is no number, or larger than any time.
+    """
+    given: Any = request.timeout_ms
+    with suppress(OverflowError):
+        if given is None or isinstance(given, numbers.Real):
+            return None if given is None else float(given)
+    kind = type(given).__name__
+    raise RequestError(f"timeout_ms is {kind}, a number up to 1e300 is needed")
 
 
 def choose_together(

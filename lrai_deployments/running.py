@@ -21,7 +21,7 @@ from lrai_core.config import SchedulerConfig, with_settings
 from lrai_core.runtime.embedded import Embedded
 from lrai_core.runtime.version import Ended, Started, State, Version, started
 from lrai_core.scheduler.state import Pending
-from lrai_deployments.here import Here
+from lrai_deployments.here import Here, time_of
 from lrai_deployments.inline import InlinePool
 from lrai_deployments.measured import measured_here
 from lrai_deployments.routing import Route
@@ -112,6 +112,7 @@ class Running(Embedded):
         self, request: lrai.InferenceRequest, done: Ended, version: Version | None = None
     ) -> Pending:
         """See `Embedded.accept`. Who finds that nobody answers for a name has it fall back."""
+        time_of(request)  # for its error
         try:
             return self._accept(request, done, version)
         except lrai.ActorError:

@@ -162,6 +162,7 @@ class Attached:
         """Send a request; cancelling the future takes it out of the queue if it has not begun."""
         given, usual_ms = request.timeout_ms, self._config.scheduler.default_timeout_ms
         timeout_ms: Any = usual_ms if given is None else given
+        timeout_ms = timeout_ms.item() if isinstance(timeout_ms, np.number) else timeout_ms
         # A whole number may be larger than any other, and too long to be said.
         if not isinstance(timeout_ms, int | float) or _MOST_MS < timeout_ms < np.inf:
             kind = type(given).__name__
@@ -179,8 +180,7 @@ class Attached:
             words = f"{most} requests of this process wait to be sent, the most that may"
             raise lrai.QueueFull(words, limit=most, retry_after_seconds=1.0)
         asked = _Asked(self, messages.encode_form(form), list(contents), request.id)
-        # Of numpy it may be; NaN is no time, too.
-        asked.deadline = time.monotonic() + float(max(0.0, timeout_ms)) / 1e3
+        asked.deadline = time.monotonic() + max(0.0, timeout_ms) / 1e3  # NaN is no time, too
         asked.stated = given is not None
         texts = [data for kind, data in zip(kinds, contents, strict=True) if kind == "BYTES"]
         asked.nbytes = size + sum(map(len, texts))  # in memory they take up to twice as much

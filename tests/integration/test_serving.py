@@ -368,6 +368,18 @@ def test_one_name_is_loaded_once_however_many_try(classifier_fp32: lrai.Artifact
         assert runtime.infer(classifier_request("a")).outputs["logits"].shape == (1, 10)
 
 
+@pytest.mark.parametrize("timeout_ms", ["100", 10**400], ids=["text", "too large"])
+def test_a_time_that_is_none_is_refused_before_anything_is_counted(
+    tmp_path: Path, timeout_ms: Any
+) -> None:
+    with lrai.Runtime.open(small_artifact.build(tmp_path / "small.lrai")) as runtime:
+        one = lrai.InferenceRequest(model_name="", inputs={"x": np.ones((1, 3), np.float32)})
+        with pytest.raises(lrai.RequestError, match=r"timeout_ms is .*, a number up to 1e300"):
+            runtime.infer(msgspec.structs.replace(one, timeout_ms=timeout_ms))
+        assert runtime.infer(one).outputs["y"].shape == (1, 3)
+        assert runtime.stats()["outstanding_rows"] == 0
+
+
 def test_a_closed_runtime_refuses_at_once(classifier_fp32: lrai.Artifact) -> None:
     runtime = lrai.Runtime.open(classifier_fp32)
     runtime.close()

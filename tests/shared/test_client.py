@@ -311,11 +311,13 @@ def test_what_is_no_time_is_not_waited_for(attached: Attached, none: float) -> N
 
 
 def test_a_time_of_numpy_is_a_time_and_ends_nobody(daemon: Daemon, attached: Attached) -> None:
-    futures = [attached.start(request(timeout_ms=time)) for time in (np.float64(5e3), 5e3)]
-    items = daemon.take(2)
-    assert [type(item.timeout_ms) for item in items] == [float, float]
-    daemon.answer(*items)
-    assert len({value(future) for future in futures}) == 2
+    times: list[Any] = [np.float64(5e3), 5e3, np.float32(5e3), np.int64(5000)]
+    for pair in (times[:2], times[2:]):
+        futures = [attached.start(request(timeout_ms=time)) for time in pair]
+        items = daemon.take(2)
+        assert [type(item.timeout_ms) for item in items] == [float, float]
+        daemon.answer(*items)
+        assert len({value(future) for future in futures}) == 2
 
 
 def test_no_more_requests_wait_to_be_sent_than_a_queue_takes(daemon: Daemon, parent: Path) -> None:
