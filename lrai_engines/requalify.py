@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
 @app.command()
 def command(
     path: Annotated[Path, typer.Argument(help="Artifact, a directory NAME.lrai.")],
-    threads: Annotated[int, typer.Option(help="Engine threads; 0: as served.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="Of the engine; 0: as served.")] = 0,
 ) -> None:
     """Measure and judge every variant on this machine, and have the best that is right here serve.
 

@@ -72,7 +72,9 @@ def compile(
     threads: Annotated[
         int,
         typer.Option(
-            help="Engine threads to measure with; 0: as many as this machine would serve with."
+            min=0,
+            max=4096,
+            help="Engine threads to measure with; 0: as many as this machine would serve with.",
         ),
     ] = 0,
     keep_evaluation: Annotated[

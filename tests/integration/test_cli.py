@@ -91,6 +91,15 @@ def test_a_slim_artifact_is_measured_nowhere_and_a_whole_one_is_again(
     run(*checked, code=2)
 
 
+@pytest.mark.parametrize(
+    "command", [("compile", "-o", "a.lrai"), ("requalify",), ("mlflow", "convert")]
+)
+def test_more_threads_than_any_machine_has_are_refused_at_once(command: tuple[str, ...]) -> None:
+    said = run(*command, "nothing", "--threads", "4097", code=2)
+    assert "Invalid value for '--threads'" in said
+    assert "4096" in said
+
+
 @pytest.mark.parametrize("command", ["inspect", "report", "tune"])
 def test_a_name_that_no_file_can_have_is_said_to_be_too_long(command: str) -> None:
     said = run(command, "a" * 256, code=5)

@@ -41,7 +41,7 @@ def convert(
     ] = None,
     metric: Annotated[str, typer.Option(help="What labels judge: top1 or top5.")] = "top1",
     output_map: Annotated[str, typer.Option(help="raw, softmax or l2_normalised.")] = "raw",
-    threads: Annotated[int, typer.Option(help="As of lrai compile.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="As of lrai compile.")] = 0,
     option: Annotated[
         list[str] | None, typer.Option(help="Another of lrai compile's, KEY=VALUE; repeatable.")
     ] = None,
