@@ -229,7 +229,7 @@ async def _measure(
     0 where it is not wanted.
 
     Raises:
-        ArtifactError: The model does not answer made-up inputs.
+        ArtifactError: Made-up requests are not answered, be it for the model or for a limit.
         UsageError: They do not fit the queue.
     """
     made_up = _made_up(artifact, kept, sample)
@@ -243,7 +243,7 @@ async def _measure(
         more = "a larger scheduler.max_queue_rows, or max_queue_bytes, lets them wait"
         raise UsageError(f"{full}; {more}") from None
     except (RequestError, ActorError) as error:
-        raise ArtifactError(f"the model does not answer made-up inputs: {error}") from None
+        raise ArtifactError(f"made-up requests like these are not answered: {error}") from None
     return 0.0
 
 

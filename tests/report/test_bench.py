@@ -161,14 +161,18 @@ def test_the_policies_take_turns_and_do_so_in_going_first(artifact: Path) -> Non
     assert [len(outcomes) for outcomes in results.values()] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("error", [RequestError("no token 1"), ActorError("it died")])
-def test_a_model_that_takes_no_made_up_inputs_is_said_to_be_one(
+@pytest.mark.parametrize(
+    "error", [RequestError("no token 1"), RequestError("5000 rows, at most"), ActorError("it died")]
+)
+def test_made_up_requests_are_said_not_to_be_answered_whosever_fault_that_is(
     artifact: Path, error: Exception
 ) -> None:
     one = Arrivals(np.array([0.0]), np.array([4]), np.array([1]))
     servers = {"planner": server("planner", Played(error=error))}
     measured = bench._measure(servers, one, Artifact.open(artifact), [], wanted=False)
-    with pytest.raises(ArtifactError, match=f"does not answer made-up inputs: {error}"):
+    with pytest.raises(
+        ArtifactError, match=f"^made-up requests like these are not answered: {error}"
+    ):
         asyncio.run(measured)
 
 
