@@ -146,9 +146,13 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
 def _guard(made: onnx.ModelProto) -> None:
     """Have encoders fail at a category that they do not know, as the model does.
 
-    Their converter has them say -1. Here they look it up behind the end of a table.
+    Their converter has them say -1. Here they look it up behind the end of a table. And k-means
+    has no square of a distance below 0, as rounding makes it of none: its root would be NaN.
     """
     for at, node in reversed([*enumerate(made.graph.node)]):
+        if node.op_type == "Sqrt" and any(one.op_type == "ArgMin" for one in made.graph.node):
+            square, node.input[0] = node.input[0], f"{node.input[0]}_above_0"
+            made.graph.node.insert(at, onnx.helper.make_node("Relu", [square], [node.input[0]]))
         places = [i for one in node.attribute if one.name == "values_int64s" for i in one.ints]
         if len(node.attribute) == 2 and places == [*range(len(places) or 1)]:  # without a default
             name, count = node.output[0], len(places)

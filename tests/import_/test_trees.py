@@ -554,6 +554,21 @@ def test_k_means_is_converted_in_whichever_precision_it_was_fitted(
     assert np.allclose(distances, model.transform(rows), atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_lies_on_a_centre_of_k_means_has_a_distance_that_is_a_number(
+    dtype: type[np.floating[Any]],
+) -> None:
+    """Its square is less than 0 by as much as rounding takes."""
+    rows = np.random.default_rng(0).standard_normal((60, 6)).astype(np.float32).astype(dtype)
+    model = KMeans(60, n_init=1, random_state=0).fit(rows)
+    made = convert_sklearn(model, [])
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    feeds = {session.get_inputs()[0].name: rows.astype(np.float32)}
+    label, distances = session.run(None, feeds)
+    assert (label == model.predict(rows)).all()
+    assert np.allclose(distances, model.transform(rows), atol=1e-2)
+
+
 def test_a_model_of_numbers_that_cannot_be_compared_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
