@@ -44,7 +44,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Refuse what cannot be certified, and what no certificate can say."""
         for name, holds, allowed in (
             ("epsilon", 0 < self.epsilon < FAR, "above 0 and finite"),
-            ("radius", 0 <= self.radius < 1e300, "0 or more and finite"),
+            ("radius", 0 <= self.radius < 1e300, "0 or more and below 1e300"),
             ("samples", 1 <= self.samples < 1 << 32, "1 or more and below 2^32"),
             ("seed", self.seed >= 0, "0 or more"),
             ("confidence", 1e-9 < self.confidence < 1 - 1e-9, "above 1e-9 and below 1 - 1e-9"),

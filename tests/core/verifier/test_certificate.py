@@ -126,6 +126,7 @@ def test_a_file_that_is_no_certificate_is_refused(tmp_path: Path, content: bytes
         ({"samples": 10**30}, "samples is 1"),
         ({"seed": -1}, "seed is -1"),
         ({"radius": -0.5}, "radius is -0.5"),
+        ({"radius": 1e308}, "radius is 1e+308, it must be 0 or more and below 1e300"),
     ],
 )
 def test_a_certificate_with_a_wrong_field_is_refused(
