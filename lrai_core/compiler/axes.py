@@ -47,8 +47,7 @@ def assume_axes(signature: Signature) -> Signature:
     A free dimension 0 common to all inputs, or of matrices and more that have no name for it, is
     taken for the batch axis, the one other free dimension common to all inputs for the length axis.
     """
-    shapes = (enumerate(spec.shape) for spec in signature.inputs)
-    free = [{symbol: axis for axis, symbol in one if isinstance(symbol, str)} for one in shapes]
+    free = [{d: axis for axis, d in enumerate(s.shape) if type(d) is str} for s in signature.inputs]
     common = set.intersection(*(set(symbols) for symbols in free))
     batch = {symbol for symbol in common if all(symbols[symbol] == 0 for symbols in free)}
     if not batch and any(s.shape[:-1][:1] != (f"{s.name}.0",) for s in signature.inputs):
@@ -71,7 +70,7 @@ def confirm_axes(
     """
     if assumed.inputs[0].batch_axis is None:
         return signature, "no batch axis: the inputs share no free first dimension"
-    pairs = _pairs(assumed, rows)
+    pairs = _pairs(assumed, rows, session)
     session.run(pairs[0][1])  # what does not run at all is no question of axes
     single = _with_axes(signature, [None] * len(signature.inputs))
     alike = [(stretch(a, assumed, 1, length_of(b, assumed)), b) for a, b in pairs]
@@ -146,24 +145,26 @@ def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
     return Signature(inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def _pairs(signature: Signature, rows: list[Row]) -> list[tuple[Row, Row]]:
+def _pairs(signature: Signature, rows: list[Row], session: Session) -> list[tuple[Row, Row]]:
     """Return pairs of single rows, of different lengths where there is a length axis."""
     if len(rows) < 2:
-        short, long, short_2, long_2 = (synthetic_row(signature, n) for n in (3, 8, 5, 6))
-        ones = [np.ones_like(x) if x.dtype.kind in "iub" else x for x in short_2]
-        return [(short, long), (ones, long_2)]  # in which padding is a token that was not there
+        short, long, more, last = (synthetic_row(signature, n) for n in (3, 8, 5, 6))
+        ones = [np.ones_like(x) if x.dtype.kind in "iub" else x for x in more]
+        with suppress(EngineError):  # one integer a row may be a length, which is 1 in all others
+            session.run(two := [x + x if x.size == 1 and x.dtype.kind in "iu" else x for x in last])
+            last = two
+        return [(short, long), (ones, last)]  # in which padding is a token that was not there
     ordered = sorted(rows, key=lambda row: length_of(row, signature))
     half = max(1, length_of(ordered[-1], signature) // 2)
     cut = [(row, min(length_of(row, signature), half)) for row in ordered[:: len(rows) // 2][:2]]
     return [(stretch(row, signature, 1, length), ordered[-1]) for row, length in cut]
 
 
-def _together_as_alone(signature: Signature, session: Session, pair: tuple[Row, Row]) -> bool:
-    try:
-        parts = run_together(session, pair, signature)
-        return all(_same(session.run(row), part) for row, part in zip(pair, parts, strict=True))
-    except (ValueError, EngineError):
-        return False
+def _together_as_alone(signature: Signature, session: Session, rows: tuple[Row, ...]) -> bool:
+    with suppress(ValueError, EngineError):
+        parts = run_together(session, rows, signature)
+        return all(_same(session.run(row), part) for row, part in zip(rows, parts, strict=True))
+    return False
 
 
 def _output_lengths(signature: Signature, session: Session, pair: tuple[Row, Row]) -> Signature:
@@ -195,12 +196,11 @@ def _alike(a: Array, b: Array) -> bool:
 
 def _apart(session: Session, signature: Signature, row: Row) -> bool:
     """Return whether some inputs may be longer than others, as of two texts, and it matters."""
-    both = list(zip(*(stretch(row, signature, 1, length) for length in (2, 3)), strict=True))
+    short, long = (stretch(row, signature, 1, length) for length in (2, 3))
     for longer in islice(product((0, 1), repeat=len(row) - 1), 1, _MOST_SPLITS):
         with suppress(EngineError):
-            alike = session.run([short for short, _ in both])
-            split = [pair[i] for pair, i in zip(both, (0, *longer), strict=True)]
-            if not _same(session.run(split), alike):  # else nothing reads the longer ones
+            split = [pair[i] for *pair, i in zip(short, long, (0, *longer), strict=True)]
+            if not _same(session.run(split), session.run(short)):  # else nothing reads the longer
                 return True
     return False
 

@@ -233,6 +233,31 @@ def test_rows_that_depend_on_one_another_do_so_whatever_their_size(
     assert found(alone, tmp_path)[0].coalescible
 
 
+def test_a_length_a_row_that_sizes_the_answer_to_the_longest_has_no_batch_axis(
+    tmp_path: Path,
+) -> None:
+    """As a mask made of lengths: it has as many places as the longest of a call."""
+    nodes = [
+        helper.make_node("ReduceMax", ["lengths"], ["longest"], keepdims=0),
+        helper.make_node("Range", ["none", "longest", "one"], ["places"]),
+        helper.make_node("Unsqueeze", ["lengths", "last"], ["each"]),
+        helper.make_node("Less", ["places", "each"], ["y"]),
+    ]
+    numbers = {"none": np.array(0), "one": np.array(1), "last": np.array([1])}
+    constants = [numpy_helper.from_array(v, name) for name, v in numbers.items()]
+    inputs = [value("lengths", ["batch"], TensorProto.INT64)]
+    outputs = [value("y", ["batch", "places"], TensorProto.BOOL)]
+    assert not found(model(nodes, inputs, outputs, constants), tmp_path)[0].coalescible
+
+
+def test_an_integer_a_row_that_can_be_nothing_but_one_has_a_batch_axis(tmp_path: Path) -> None:
+    """As the row of a table with two, of which none has the number two."""
+    two = numpy_helper.from_array(np.ones((2, 4), np.float32), "table")
+    inputs = [value("ids", ["batch"], TensorProto.INT64)]
+    proto = model([LOOK_UP], inputs, [value("words", ["batch", 4])], [two])
+    assert found(proto, tmp_path)[0].coalescible
+
+
 @pytest.mark.parametrize("kind", ["words", "longest"])
 def test_texts_beside_a_longer_one_are_padded(tmp_path: Path, kind: str) -> None:
     """A model that takes their padding for words answers by what it is asked beside."""
