@@ -23,6 +23,7 @@ TABLE = numpy_helper.from_array(
 IDS = value("ids", ["batch", "sequence"], TensorProto.INT64)
 MASK = value("mask", ["batch", "sequence"], TensorProto.INT64)
 LOOK_UP = helper.make_node("Gather", ["table", "ids"], ["words"])
+ONE = numpy_helper.from_array(np.ones(1, np.float32))
 
 
 def masked_sum() -> onnx.ModelProto:
@@ -231,6 +232,23 @@ def test_rows_that_depend_on_one_another_do_so_whatever_their_size(
     alone.graph.node.append(helper.make_node("Mul", ["scores", "scale"], ["y"]))
     alone.graph.initializer.append(size)
     assert found(alone, tmp_path)[0].coalescible
+
+
+def test_rows_that_only_many_others_change_have_no_batch_axis(tmp_path: Path) -> None:
+    """As where an expert of a mixture takes so many rows of a call, and no more."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("ConstantOfShape", ["shape"], ["ones"], value=ONE),
+        helper.make_node("CumSum", ["ones", "first"], ["place"]),
+        helper.make_node("LessOrEqual", ["place", "room"], ["there"]),
+        helper.make_node("Where", ["there", "x", "none"], ["y"]),
+    ]
+    numbers = {"first": np.array(0), "room": np.float32(3), "none": np.float32(0)}
+    constants = [numpy_helper.from_array(np.asarray(v), name) for name, v in numbers.items()]
+    ends = [value("x", ["batch", 3])], [value("y", ["batch", 3])]
+    proto = model(nodes, *ends, constants)
+    for rows in ([], [[np.full((1, 3), i, np.float32)] for i in range(1, 5)]):
+        assert not found(proto, tmp_path, rows)[0].coalescible
 
 
 def test_a_length_a_row_that_sizes_the_answer_to_the_longest_has_no_batch_axis(
