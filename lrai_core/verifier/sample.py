@@ -203,17 +203,17 @@ def _column(array: Array, spec: TensorSpec, what: str) -> Array:
             come first, each row would be one step of a batch of steps.
     """
     array = array[:, np.newaxis] if (array.ndim, *spec.shape[1:]) == (1, 1) else array
-    if array.ndim == len(spec.shape):
-        first, *others = spec.shape
-        unclear = isinstance(first, str) and "batch" not in first.lower()
-        if unclear and spec.batch_axis is None and any(isinstance(one, str) for one in others):
-            name, shape = shorten(spec.name, 40), shorten(", ".join(map(str, spec.shape)), 90)
-            got = f"{what}: {name!r} is {[*array.shape]}, and dimension 0 of [{shape}] is not known"
-            yes = f"to be the batch: if it is, [inputs.{name}] in --axes FILE says batch = 0"
-            no = f"if not, {len(array)} rows of [{shape}] are needed, and that table empty"
-            raise CalibrationError(f"{got} {yes}; {no}")
-        return array[:, np.newaxis]
-    return array
+    first, *others = spec.shape or (1,)
+    more, axis = array.ndim - len(spec.shape), spec.batch_axis  # 1: each row has all dimensions
+    unclear = isinstance(first, str) and "batch" not in first.lower()
+    unclear = unclear and (more == 1 and axis == 0 and array.shape[1] > 1 if more else axis is None)
+    if unclear and any(isinstance(one, str) for one in others):
+        name, shape = shorten(spec.name, 40), shorten(", ".join(map(str, spec.shape)), 90)
+        got = f"{what}: {name!r} is {[*array.shape]}, and dimension 0 of [{shape}] is not known"
+        yes = f"to be the batch: if it is, [inputs.{name}] in --axes FILE says batch = 0"
+        no = f"if not, {len(array)} rows of [{shape}] are needed, and that table empty"
+        raise CalibrationError(f"{got} {yes}; {no}")
+    return array if more else array[:, np.newaxis]
 
 
 def _fitted(row: Any, spec: TensorSpec) -> Any:

@@ -502,8 +502,9 @@ def test_a_row_that_would_be_one_step_of_a_batch_of_steps_is_refused(
         named = ", ".join(map(str, shape))
         assert f"'x' is [4, 5, 3], and dimension 0 of [{named}] is not known to be" in words
         assert f"[inputs.x] in --axes FILE says batch = 0; if not, 4 rows of [{named}]" in words
-        batched = msgspec.structs.replace(first, batch_axis=0)
-        read_rows({"x": steps}, Signature(inputs=(batched,), outputs=()), "evaluation")
+        batched = Signature(inputs=(msgspec.structs.replace(first, batch_axis=0),), outputs=())
+        read_rows({"x": steps}, batched, "evaluation")
+        assert "if not, 4 rows of" in refusal({"x": steps[:, :, None]}, batched)
         rows, _ = read_rows({"x": steps[:, :, None]}, signature, "evaluation")
         assert rows.inputs[0][0].shape == (5, 1, 3)
 
