@@ -21,7 +21,7 @@ from lrai_core.errors import EngineError, UsageError, shorten
 from lrai_core.protocol import Array, OutputMap, Signature
 
 _SAME: Final = 1e-4
-_MOST_SPLITS: Final = 256  # of inputs into shorter and longer ones
+_MOST_SPLITS, _SHORT = 256, 16  # of inputs into shorter and longer ones; elements of a short row
 Row = list[Array]
 
 _FINITE: Final = msgspec.Meta(ge=-3.41e38, le=3.41e38)  # as JSON has them, and float32
@@ -80,9 +80,11 @@ def confirm_axes(
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
     padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
-    with suppress(EngineError):  # among many elements a few of padding may not show
-        session.run(short := stretch(pairs[0][0], assumed, 1, 1))
-        pairs.append((short, pairs[0][1]))
+    # Among many elements a few of padding may not show: the shortest row that runs is asked, too.
+    for length in range(min(_SHORT, length_of(pairs[0][1], assumed) - 1), 0, -1):
+        with suppress(EngineError):
+            session.run(short := stretch(pairs[0][0], assumed, 1, length))
+            pairs[2:] = [(short, pairs[0][1])]
     if not all(_together_as_alone(padded, session, pair) for pair in pairs):
         return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
     if _apart(session, assumed, pairs[0][1]):
@@ -149,12 +151,12 @@ def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
 def _pairs(signature: Signature, rows: list[Row], session: Session) -> list[tuple[Row, Row]]:
     """Return pairs of single rows, of different lengths where there is a length axis."""
     if len(rows) < 2:
-        short, long, more, last = (synthetic_row(signature, n) for n in (3, 8, 5, 6))
-        ones = [np.ones_like(x) if x.dtype.kind in "iub" else x for x in more]
+        a, b, c, d = (synthetic_row(signature, n) for n in (3, 8, 5, 6))
         with suppress(EngineError):  # one integer a row may be a length, which is 1 in all others
-            session.run(two := [x + x if x.size == 1 and x.dtype.kind in "iu" else x for x in last])
-            last = two
-        return [(short, long), (ones, last)]  # in which padding is a token that was not there
+            session.run(two := [x + x if x.size == 1 and x.dtype.kind in "iu" else x for x in d])
+            d = two
+        # Beside ones, padding is a token that was not there.
+        return [(a, b), ([np.ones_like(x) if x.dtype.kind in "iub" else x for x in c], d)]
     ordered = sorted(rows, key=lambda row: length_of(row, signature))
     half = max(1, length_of(ordered[-1], signature) // 2)
     cut = [(row, min(length_of(row, signature), half)) for row in ordered[:: len(rows) // 2][:2]]

@@ -124,6 +124,27 @@ def test_padding_that_long_rows_hide_is_no_length_axis(tmp_path: Path) -> None:
     assert "padding with 0 changes the outputs" in why
 
 
+def test_padding_that_long_rows_hide_is_none_of_a_model_that_takes_no_single_token(
+    tmp_path: Path,
+) -> None:
+    """As the largest of what a convolution makes of three words at a time."""
+    random = np.random.default_rng(0)
+    kernel = random.standard_normal((4, 4, 3)).astype(np.float32)
+    nodes = [
+        LOOK_UP,
+        helper.make_node("Transpose", ["words"], ["columns"], perm=[0, 2, 1]),
+        helper.make_node("Conv", ["columns", "kernel"], ["triples"]),
+        helper.make_node("ReduceMax", ["triples"], ["y"], axes=[2], keepdims=0),
+    ]
+    constants = [TABLE, numpy_helper.from_array(kernel, "kernel")]
+    proto = model(nodes, [IDS], [value("y", ["batch", 4])], constants)
+    rows = [[random.integers(1, 50, (1, length))] for length in range(140, 160)]
+    signature, why = found(proto, tmp_path, rows)
+    assert signature.coalescible
+    assert signature.inputs[0].length_axis is None
+    assert "padding with 0 changes the outputs" in why
+
+
 def test_an_extent_that_an_input_has_twice_is_no_length(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Cast", ["mask"], ["weights"], to=TensorProto.FLOAT),
