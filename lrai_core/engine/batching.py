@@ -125,7 +125,7 @@ def stretch(row: Sequence[Array], signature: Signature, rows: int, length: int) 
         result = array if axis is None else array.take(np.arange(length) % array.shape[axis], axis)
         if spec.batch_axis is not None and rows != 1:
             result = np.repeat(result, rows, axis=0)
-        stretched.append(np.ascontiguousarray(result))
+        stretched.append(np.asarray(result, order="C"))  # which leaves a scalar one
     return stretched
 
 

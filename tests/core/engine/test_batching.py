@@ -214,6 +214,15 @@ def test_a_row_that_no_memory_holds_is_not_made() -> None:
         synthetic_row(Signature(inputs=(spec,), outputs=()), 1)
 
 
+def test_stretch_leaves_a_scalar_one() -> None:
+    """As a temperature for all rows: with a dimension more it would be refused."""
+    scalar = TensorSpec(name="temperature", datatype="FP32", shape=())
+    table = TensorSpec(name="x", datatype="FP32", shape=("n", 2))
+    row: list[Array] = [np.full((), 2, np.float32), np.ones((1, 2), np.float32)]
+    signature = Signature(inputs=(scalar, table), outputs=())
+    assert [array.shape for array in stretch(row, signature, 4, 0)] == [(), (1, 2)]
+
+
 def test_stretch_repeats_rows_and_cuts_or_repeats_lengths() -> None:
     row = [np.array([[1, 2, 3]]), np.array([[1, 1, 0]]), np.array([[0.5, 1.5]])]
     assert length_of(row, TOKENS) == 3
