@@ -23,10 +23,10 @@ def mapped(output: Array, output_map: OutputMap) -> Array:
     """
     values = output.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        if output_map == "softmax" and values.shape[-1:] != (1,):
+        if output_map == "softmax" and values.shape[-1:] not in ((), (1,)):
             values = np.exp(values - values.max(axis=-1, keepdims=True, initial=-np.inf))
             values /= values.sum(axis=-1, keepdims=True)
-        elif output_map == "l2_normalised" and values.shape[-1:] != (1,):
+        elif output_map == "l2_normalised" and values.shape[-1:] not in ((), (1,)):
             size = np.linalg.norm(values, axis=-1, keepdims=True)
             values /= np.where(np.isfinite(size), np.maximum(size, 1e-30), np.nan)
     return values
@@ -44,7 +44,7 @@ def difference(f: Sequence[Array], g: Sequence[Array], specs: Sequence[TensorSpe
             worst = max(worst, 0.0 if np.array_equal(a, b) else FAR)
             continue
         with np.errstate(invalid="ignore", over="ignore"):
-            x, y = (mapped(one, _to_apply(spec.output_map, a)) for one in (a, b))
+            x, y = (mapped(one, _to_apply(spec.output_map, np.atleast_1d(a))) for one in (a, b))
             if math.isfinite(most := float(np.abs(x - y).max(initial=0.0))):
                 alike = (a != b) & (x == y) if a.dtype.kind in "iu" else np.zeros(1)
                 blind = alike.any() and (not most or spec.output_map in ("raw", "derived"))
@@ -86,7 +86,7 @@ def _agrees(a: Array, b: Array, output_map: OutputMap) -> bool:
     x, y = a.astype(np.float64), b.astype(np.float64)
     if output_map == "derived":  # what it derives from is judged
         return bool((np.isfinite(y) | (x == y)).all())
-    output_map = "raw" if a.shape[-1:] == (1,) else output_map  # as `mapped`
+    output_map = "raw" if a.shape[-1:] in ((), (1,)) else output_map  # as `mapped`
     if output_map == "softmax":
         sound = np.isfinite(y) | (x == y)  # a masked class is minus infinity on both sides
         return bool((x.argmax(axis=-1) == y.argmax(axis=-1)).all() and sound.all())

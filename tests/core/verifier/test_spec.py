@@ -248,6 +248,10 @@ def test_a_single_element_is_compared_as_it_is(output_map: OutputMap) -> None:
     assert gap([[3.0]], [[-4.0]], output_map) == 7.0
     assert not agrees([[3.0]], [[-4.0]], output_map)
     assert gap([[3.0, 0.0]], [[3.0, 0.0]], output_map) == 0.0
+    scalar, other = np.array(3.0), np.array(-4.0)  # a loss, say, which has no dimension at all
+    assert difference([scalar], [other], [output(output_map)]) == 7.0
+    assert not agreement([scalar], [other], [output(output_map)])
+    assert agreement([scalar], [scalar], [output(output_map)])
 
 
 def test_integers_that_a_double_takes_for_the_same_are_told_apart() -> None:
