@@ -7,7 +7,7 @@ gives alone, and padding with 0 changes nothing. A file can state the axes inste
 from __future__ import annotations
 
 from contextlib import suppress
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -21,7 +21,8 @@ from lrai_core.errors import EngineError, UsageError, shorten
 from lrai_core.protocol import Array, OutputMap, Signature
 
 _SAME: Final = 1e-4
-_MOST_SPLITS, _SHORT = 256, 16  # of inputs into shorter and longer ones; elements of a short row
+# Splits of inputs into shorter and longer ones, elements of a short row, rows of one call: at most.
+_MOST_SPLITS, _SHORT, _TOGETHER = 256, 16, 8
 Row = list[Array]
 
 _FINITE: Final = msgspec.Meta(ge=-3.41e38, le=3.41e38)  # as JSON has them, and float32
@@ -73,19 +74,20 @@ def confirm_axes(
     pairs = _pairs(assumed, rows, session)
     session.run(pairs[0][1])  # what does not run at all is no question of axes
     single = _with_axes(signature, [None] * len(signature.inputs))
-    alike = [(stretch(a, assumed, 1, length_of(b, assumed)), b) for a, b in pairs]
-    # More than two may be too many, as of what an expert of a mixture takes.
-    if not all(_together_as_alone(single, session, pair * 4) for pair in alike):
+    longest = length_of(pairs[0][1], assumed)
+    # Two may be alike, or more than two too many, as of what an expert of a mixture takes.
+    some = [*chain(*pairs), *(rows or chain(*pairs))][:_TOGETHER]
+    if not _together_as_alone(single, session, [stretch(x, assumed, 1, longest) for x in some]):
         return signature, "no batch axis: outputs have no rows, or depend on the rows beside it"
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
     padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
     # Among many elements a few of padding may not show: the shortest row that runs is asked, too.
-    for length in range(min(_SHORT, length_of(pairs[0][1], assumed) - 1), 0, -1):
+    for length in range(min(_SHORT, longest - 1), 0, -1):
         with suppress(EngineError):
             session.run(short := stretch(pairs[0][0], assumed, 1, length))
             pairs[2:] = [(short, pairs[0][1])]
-    if not all(_together_as_alone(padded, session, pair) for pair in pairs):
+    if not all(_together_as_alone(padded, session, [*pair]) for pair in pairs):
         return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
     if _apart(session, assumed, pairs[0][1]):
         return single, "batch axis 0; no length axis: the inputs need not be of one length"
@@ -110,7 +112,6 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
     except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         problem = shorten(str(error), 200)
         raise UsageError(f"{file}: {problem}; known: tables in inputs and in outputs") from None
-    sides = []
     for side in ("inputs", "outputs"):
         specs = {spec.name: spec for spec in getattr(signature, side)}
         for name, table in getattr(tree, side).items():
@@ -123,8 +124,8 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
             except ValueError as error:
                 problem = f"axes of {shorten(name)!r}: {shorten(str(error), 200)}"
                 raise UsageError(f"{file}: {problem}; known: batch, length, pad, map") from None
-        sides.append(tuple(specs.values()))
-    return Signature(inputs=sides[0], outputs=sides[1])
+        signature = replace(signature, **{side: tuple(specs.values())})
+    return signature
 
 
 def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
@@ -163,7 +164,7 @@ def _pairs(signature: Signature, rows: list[Row], session: Session) -> list[tupl
     return [(stretch(row, signature, 1, length), ordered[-1]) for row, length in cut]
 
 
-def _together_as_alone(signature: Signature, session: Session, rows: tuple[Row, ...]) -> bool:
+def _together_as_alone(signature: Signature, session: Session, rows: list[Row]) -> bool:
     with suppress(ValueError, EngineError):
         parts = run_together(session, rows, signature)
         return all(_same(session.run(row), part) for row, part in zip(rows, parts, strict=True))

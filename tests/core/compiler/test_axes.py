@@ -289,6 +289,21 @@ def test_a_length_a_row_that_sizes_the_answer_to_the_longest_has_no_batch_axis(
     assert not found(model(nodes, inputs, outputs, constants), tmp_path)[0].coalescible
 
 
+def test_rows_of_which_few_differ_still_show_that_they_depend_on_one_another(
+    tmp_path: Path,
+) -> None:
+    """As on how many steps the slowest of a call takes, which is one of most."""
+    nodes = [
+        helper.make_node("ReduceMax", ["steps"], ["most"], keepdims=1),
+        helper.make_node("Add", ["steps", "most"], ["y"]),
+    ]
+    ends = [[value(name, ["batch"], TensorProto.INT64)] for name in ("steps", "y")]
+    rows: list[list[Array]] = [[np.array([1 + (i == 2)])] for i in range(40)]
+    signature, why = found(model(nodes, *ends), tmp_path, rows)
+    assert not signature.coalescible
+    assert "depend on the rows beside it" in why
+
+
 def test_an_integer_a_row_that_can_be_nothing_but_one_has_a_batch_axis(tmp_path: Path) -> None:
     """As the row of a table with two, of which none has the number two."""
     two = numpy_helper.from_array(np.ones((2, 4), np.float32), "table")
