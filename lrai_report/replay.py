@@ -133,7 +133,7 @@ class MadeUp:
                 window[spec.batch_axis] = slice(rows)
             if spec.length_axis is not None:
                 window[spec.length_axis] = slice(length)
-            cuts[spec.name] = array[tuple(window)]
+            cuts[spec.name] = np.asarray(array[tuple(window)], array.dtype)  # a scalar is none
         return cuts
 
 

@@ -64,6 +64,16 @@ def test_made_up_inputs_of_every_size_are_valid_requests() -> None:
         assert inputs["ids"][:, 0].all(), "the first of a mask is one"
 
 
+@pytest.mark.parametrize("datatype", ["FP32", "INT64", "BOOL", "BYTES"])
+def test_an_input_without_dimensions_is_made_up_as_an_array(datatype: str) -> None:
+    """As a temperature for all rows, or a number of steps."""
+    scalar = TensorSpec(name="t", datatype=datatype, shape=())
+    signature = Signature(inputs=(scalar,), outputs=())
+    inputs = MadeUp(signature, arrivals([0, 1]), 1 << 20).cut(1, 4)
+    valid = validate(InferenceRequest(model_name="", inputs=inputs), signature, LraiConfig().limits)
+    assert valid.arrays[0].shape == ()
+
+
 def test_texts_and_sizes_that_no_trace_tells_are_those_of_real_rows() -> None:
     def row(size: int, text: str) -> list[np.ndarray[Any, Any]]:
         noise, flag = np.full((1, 2, size), size, np.float16), np.array([True])
