@@ -38,9 +38,12 @@ class Kept(Running):
         """See `Embedded`."""
         try:
             super().__init__(*arguments, **options)
-        except BaseException:
+        except BaseException as error:
             with suppress(AttributeError):  # it did not come so far
                 self._store.close()
+                self._pool.close()  # who collects an open socket may wait for ever
+            if isinstance(error, RuntimeError):  # there may be no more threads now
+                raise lrai.OutOfResources(str(error)) from None
             raise
 
     def begin(self) -> None:

@@ -139,8 +139,12 @@ class Attached:
         self._owner = os.getpid()
         self._attached: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="lrai-client", daemon=True)
-        with unhurried():
-            self._thread.start()
+        try:
+            with unhurried():
+                self._thread.start()
+        except RuntimeError as error:  # there may be no more of them now
+            self._let_go()
+            raise lrai.OutOfResources(str(error)) from None
         patience = _ANSWER_SECONDS if self._far else self._patience  # where none is started
         try:
             self._attached.result(patience)
@@ -273,14 +277,18 @@ class Attached:
                 self._refusing = self._closed = self._awake = True  # nobody writes any more
             _settle(self._attached, lrai.NotReady("the runtime was closed"))
             self._end_all("the runtime was closed")
-            self._arena.close()
-            self._lost.close()
-            self._socket.context.destroy(linger=0)
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            self._let_go()
             if self._process is not None:
                 self._process.returncode = 0  # it lives on, as it should; Popen would warn of that
                 leave(self._process.pid)
+
+    def _let_go(self) -> None:
+        """Close what the thread has used; who collects an open socket may wait for ever."""
+        self._arena.close()
+        self._lost.close()
+        self._socket.context.destroy(linger=0)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     def _serve(self) -> None:
         poller, next_sign = zmq.Poller(), 0.0

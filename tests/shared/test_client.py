@@ -1068,3 +1068,29 @@ def test_the_socket_is_not_polled_by_a_client_at_rest(attached: Attached) -> Non
     before = time.clock_gettime(clock)
     time.sleep(1)
     assert time.clock_gettime(clock) - before < 0.2
+
+
+@pytest.mark.parametrize("address", ["auto", "embedded"])
+def test_who_gets_no_thread_for_a_runtime_is_told_and_leaves_no_socket_open(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A socket that is collected while it is open may keep the process waiting for ever."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name in ("lrai-client", "lrai-scheduler"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def sockets() -> int:  # of each there is an eventfd, too
+        links = [str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.exists()]
+        return sum("socket" in link or "eventfd" in link for link in links)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    own = lrai.load_config(call={"runtime.socket_dir": str(tmp_path)})
+    opened = []
+    for _ in range(3):
+        with pytest.raises(lrai.OutOfResources, match="can't start new thread"):
+            lrai.Runtime(own, address=address)
+        opened.append(sockets())
+    assert opened[2] == opened[0]  # which may have opened what all share
