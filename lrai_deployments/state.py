@@ -171,6 +171,8 @@ class Store:
     def write(self, deployments: dict[str, Record], *, stopped: bool = False) -> None:
         """Keep this in place of what was kept, whole or not at all."""
         if self._folder is not None:
+            if stopped and not deployments:  # no file says the same, if there is no room for one
+                (self._folder / _FILE).unlink(missing_ok=True)
             with disk_errors(self._folder), replaced(self._folder / _FILE) as stream:
                 content = msgspec.json.encode(_File(stopped, deployments))
                 try:  # what nobody could read would cost all names

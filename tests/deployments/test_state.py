@@ -169,6 +169,20 @@ def test_a_change_that_cannot_be_written_down_is_one_clear_error(
     assert sorted(tmp_path.iterdir()) == there
 
 
+def test_what_was_stopped_on_a_full_disk_is_not_served_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = Store(str(tmp_path))
+    store.write({"m": record("a")})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(EnvironmentProblem, match="the disk is full"):
+        store.write({}, stopped=True)
+    assert store.read() == ({}, True)
+
+
 def test_without_a_folder_nothing_is_kept() -> None:
     store = Store("")
     store.write({"m": record("a")})
