@@ -342,7 +342,7 @@ def is_same(expected: Any, found: Any, torn: Any = 0) -> bool:
     first, second = expected, np.asarray(found).reshape(ROWS, -1)
     first, second = (a.astype(int) if a.dtype == bool else a for a in (first, second))
     if first.shape != second.shape:
-        return True  # decisions, where the graph has probabilities
+        return False
     if first.dtype.kind == second.dtype.kind == "f":
         with np.errstate(over="ignore"):  # what is infinite in single precision is so
             first = first.astype(second.dtype)

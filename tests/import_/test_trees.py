@@ -26,11 +26,12 @@ from sklearn.ensemble import (
     VotingClassifier,
 )
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.feature_selection import SelectFromModel
+from sklearn.feature_selection import RFE, SelectFromModel
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression, PoissonRegressor
+from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor
 from sklearn.model_selection import GridSearchCV, TunedThresholdClassifierCV
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import (
     FunctionTransformer,
@@ -324,6 +325,21 @@ def test_options_that_a_converter_lacks_keep_no_model_out(model: Any) -> None:
     session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
     label, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
     assert np.mean(label == trained.predict(ROWS)) > 0.98
+
+
+@pytest.mark.parametrize("estimator", [LogisticRegression(), LinearRegression()])
+def test_columns_that_were_selected_are_no_prediction(estimator: Any) -> None:
+    """Of what selects columns and predicts by them, the converter writes the selection alone."""
+    model = RFE(estimator, n_features_to_select=2).fit(ROWS, CLASSES)
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
+        convert_sklearn(model, [])
+
+
+@pytest.mark.filterwarnings("ignore")  # of steps that were too few
+def test_chances_of_other_labels_are_refused() -> None:
+    model = MLPClassifier(max_iter=5).fit(ROWS, np.stack([CLASSES, 1 - CLASSES], axis=1))
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
+        convert_sklearn(model, [])
 
 
 def test_what_is_infinite_in_single_precision_is_no_other_answer() -> None:
