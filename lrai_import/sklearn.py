@@ -75,8 +75,10 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     own: dict[str, Any] = {"target_opset": OPSET} | (trees.scaling() if splits else {})
     plain = {id(model): {"zipmap": False}} if is_classifier(model) else None
     problems = list[Exception]()
-    # Some know no such option, and some take no whole numbers beside others.
-    for options, reals in ((plain, False), (None, False), (plain, True)):
+    # Some know no such option, which a pipeline gives its steps unless they have some of their own,
+    # and some take no whole numbers beside others.
+    none = {id(part): dict[str, bool]() for part in _parts(model)}
+    for options, reals in ((plain, False), (none, False), (plain, True)):
         types = _types(model, inputs, reals=reals)
         try:
             found = skl2onnx.convert_sklearn(model, None, types, options=options, **own)

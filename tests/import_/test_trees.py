@@ -317,8 +317,12 @@ def test_boosted_trees_of_categories_are_refused_in_a_pipeline_too() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [LinearSVC(), VotingClassifier([("a", LogisticRegression()), ("b", DecisionTreeClassifier())])],
-    ids=["LinearSVC", "VotingClassifier"],
+    [
+        LinearSVC(),
+        make_pipeline(StandardScaler(), LinearSVC()),
+        VotingClassifier([("a", LogisticRegression()), ("b", DecisionTreeClassifier())]),
+    ],
+    ids=["LinearSVC", "Pipeline", "VotingClassifier"],
 )
 def test_options_that_a_converter_lacks_keep_no_model_out(model: Any) -> None:
     trained = model.fit(ROWS, CLASSES)
