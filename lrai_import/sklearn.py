@@ -71,6 +71,8 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         trees.know(part)
         if hasattr(part, "flatten_transform"):
             part.flatten_transform = False  # of no matter for what it predicts
+        if isinstance(getattr(part, "weights", None), list | tuple):  # of voters
+            part.weights = np.array(part.weights)
     splits = any(type(part).__module__.startswith("xgboost") for part in _parts(model))
     own: dict[str, Any] = {"target_opset": OPSET} | (trees.scaling() if splits else {})
     plain = {id(model): {"zipmap": False}} if is_classifier(model) else None

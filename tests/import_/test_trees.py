@@ -354,9 +354,10 @@ def test_what_is_infinite_in_single_precision_is_no_other_answer() -> None:
     np.testing.assert_allclose(found[:, 0], model.predict(ROWS), rtol=1e-4)
 
 
-def test_weights_of_voters_are_none_of_neighbours() -> None:
+@pytest.mark.parametrize("weights", [np.array([1, 2]), [1, 2], (1, 2)], ids=repr)
+def test_weights_of_voters_are_none_of_neighbours(weights: Any) -> None:
     voters = [("a", LogisticRegression()), ("b", DecisionTreeClassifier())]
-    model = VotingClassifier(voters, weights=np.array([1, 2])).fit(ROWS, CLASSES)
+    model = VotingClassifier(voters, weights=weights).fit(ROWS, CLASSES)
     session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
     labels, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
     np.testing.assert_array_equal(labels, model.predict(ROWS))
