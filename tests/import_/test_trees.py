@@ -16,6 +16,7 @@ from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.compose import ColumnTransformer
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import (
     ExtraTreesRegressor,
     GradientBoostingClassifier,
@@ -329,6 +330,25 @@ def test_options_that_a_converter_lacks_keep_no_model_out(model: Any) -> None:
     session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
     label, *_ = session.run(None, {session.get_inputs()[0].name: ROWS})
     assert np.mean(label == trained.predict(ROWS)) > 0.98
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LinearDiscriminantAnalysis(),
+        GridSearchCV(LinearDiscriminantAnalysis(), {"tol": [1e-4]}, cv=2),
+        CalibratedClassifierCV(LinearDiscriminantAnalysis(), cv=2),
+        VotingClassifier(
+            [("a", LinearDiscriminantAnalysis()), ("b", LogisticRegression())], voting="soft"
+        ),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_discriminant_of_two_classes_is_as_sure_as_before(model: Any) -> None:
+    trained = model.fit(ROWS, CLASSES)
+    session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
+    *_, scores = session.run(None, {session.get_inputs()[0].name: ROWS})
+    np.testing.assert_allclose(scores, trained.predict_proba(ROWS), atol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", [LogisticRegression(), LinearRegression()])
