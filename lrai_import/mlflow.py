@@ -193,8 +193,10 @@ def open_and_convert(job: Job) -> list[str]:
         own = f" and {job.flavor}" * (job.flavor in ("lightgbm", "xgboost"))
         raise EnvironmentProblem(f"{needed}{own} ({error})") from None
     columns = fitted_with(model) if job.flavor in _NAMING else []
+    # A signature may have more, which nobody has to send.
+    fitted = [one for one in job.inputs if one.name in columns]
     try:
-        objects.to_onnx(model, job.inputs, job.out)
+        objects.to_onnx(model, fitted if len(fitted) == len(columns) > 0 else job.inputs, job.out)
     except UsageError as error:  # which is not carried back
         raise CompileError(str(error)) from None
     return columns
@@ -205,8 +207,7 @@ def fitted_with(model: Any) -> list[str]:
 
     Else it refuses the table, but ONNX has no names for them.
     """
-    names = getattr(model, "feature_names_in_", None)
-    names = getattr(model, "feature_names", None) if names is None else names
+    names = getattr(model, "feature_names_in_", getattr(model, "feature_names", None))
     return list(map(str, () if names is None else names))
 
 

@@ -24,8 +24,9 @@ import pytest
 import torch
 import xgboost
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, infer_signature
+from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.models.model import ModelInfo
+from mlflow.types.schema import ColSpec, Schema
 from sklearn.compose import ColumnTransformer
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -141,6 +142,19 @@ def test_columns_of_text_stay_columns() -> None:
     )
     answer = answers(made, table.head(6))
     np.testing.assert_allclose(answer.iloc[:, 0], model.predict(table.head(6)), atol=1e-4)
+
+
+def test_a_column_that_a_model_was_not_fitted_with_need_not_be_sent() -> None:
+    encoder = ColumnTransformer([("scale", StandardScaler(), ["a", "b"])])
+    model = make_pipeline(encoder, LinearRegression()).fit(TABLE[["a", "b"]], TABLE.c)
+    columns = [ColSpec("double", "b"), ColSpec("string", "note", required=False)]
+    signature = ModelSignature(Schema([*columns, ColSpec("double", "a")]))
+    kind = {"serialization_format": "skops"}
+    source = logged_by(mlflow.sklearn.log_model, model, signature=signature, **kind)
+    made = lrai_mlflow.convert(source.model_uri, threads=1)
+    for table in (TABLE[["a", "b"]], TABLE[["a", "b"]].assign(note="as before")):
+        found = answers(made, table).iloc[:, 0]
+        np.testing.assert_allclose(found, answers(source, table), atol=1e-4)
 
 
 def test_rows_to_evaluate_on_can_be_the_table_itself() -> None:
