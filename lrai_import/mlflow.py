@@ -156,12 +156,10 @@ def inputs_of(model: Model) -> tuple[TensorSpec, ...]:
     schema = model.signature.inputs if model.signature is not None else None
     if schema and "pytorch" in model.flavors and not schema.is_tensor_spec():
         # `mlflow.pytorch` gives a module all columns of a table as one tensor.
-        width = len(schema.inputs)
-        return (TensorSpec(name="features", datatype="FP32", shape=("batch", width)),)
+        return (TensorSpec(name="features", datatype="FP32", shape=("batch", len(schema.inputs))),)
     for index, spec in enumerate(schema.inputs if schema else ()):
         name = spec.name or f"input_{index}"
-        shape: list[int | str] = ["batch"]
-        kind = spec.type
+        shape, kind = list[int | str](["batch"]), spec.type
         if isinstance(spec, ColSpec):
             if not isinstance(kind, DataType) or kind in _NO_TENSORS:
                 raise CompileError(f"column {name!r} is of type {kind}, which no tensor has")

@@ -141,11 +141,9 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
         left: Any = {n: getattr(tree, "missing_go_to_left", None) for n, tree in own.items()}
         if any(one is None for one in left.values()):
             return
-        tracks = given.get("nodes_missing_value_tracks_true")
-        if tracks is None:
-            tracks = node.attribute.add(name="nodes_missing_value_tracks_true", type=_INTS)
-        pairs = zip(numbers, nodes, strict=True)
-        tracks.ints[:] = [int(left[number][at]) for number, at in pairs]
+        name = "nodes_missing_value_tracks_true"
+        tracks = given.get(name) or node.attribute.add(name=name, type=_INTS)
+        tracks.ints[:] = [int(left[n][at]) for n, at in zip(numbers, nodes, strict=True)]
 
 
 def _guard(made: onnx.ModelProto) -> None:
@@ -258,7 +256,7 @@ def _compare(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) ->
     missing = (np.random.default_rng(1).random(table.shape) < _MISSING) & reals
     # Some take no negative numbers.
     for rows in (table, np.abs(table) + 1, *[np.where(missing, np.nan, table)] * bool(reals.any())):
-        expected, feeds = list[Any](), dict[str, Any]()
+        expected, found, feeds = list[Any](), list[Any](), dict[str, Any]()
         with warnings.catch_warnings(), suppress(Exception):  # a model need not take these
             warnings.simplefilter("ignore")
             feeds = _fed(types, rows, known)
@@ -272,7 +270,6 @@ def _compare(model: Any, made: onnx.ModelProto, types: _Types, known: _Known) ->
         if not expected:
             continue
         compared = True
-        found = list[Any]()
         with suppress(Exception):
             found = session.run(None, feeds)
         # First what it predicts, where it is not torn, and at last how sure it is.
@@ -343,15 +340,14 @@ def _predicted(model: Any, feeds: Mapping[str, Any]) -> list[Any]:
         made = model.transform(table)
         return [made.toarray() if hasattr(made, "toarray") else made]
     how = (model.predict, getattr(model, "predict_proba", None))
-    return [ask(table) for ask in how if ask is not None]
+    return [np.stack(a, 1) if isinstance(a := ask(table), list) else a for ask in how if ask]
 
 
 def _torn(scores: Any) -> Any:
     """Return which rows have two best classes: which one is told is chance."""
     if scores.dtype.kind != "f" or scores.shape[1] < 2:
         return False
-    *_, second, best = np.sort(scores, axis=1).T
-    return best - second < _TORN
+    return np.diff(np.sort(scores, axis=1)[:, -2:])[:, 0] < _TORN
 
 
 def is_same(expected: Any, found: Any, torn: Any = 0) -> bool:
@@ -412,8 +408,7 @@ def _types(
     if numbers and not _asks_for_names(model):
         name = inputs[0].name if len(inputs) == 1 else FEATURES
         return [(name or FEATURES, kinds.FloatTensorType([None, width(inputs)]))]
-    wide = width(inputs)
-    of_each = wide if len(inputs) == 1 and len(inputs[0].shape) == 2 else 1
+    of_each = width(inputs) // len(inputs)
     types = dict.fromkeys(_INTEGERS, kinds.FloatTensorType if reals else kinds.Int64TensorType)
     types |= dict.fromkeys(_REALS, kinds.FloatTensorType) | {"BYTES": kinds.StringTensorType}
     return [(spec.name, types[spec.datatype]([None, of_each])) for spec in inputs]
@@ -455,11 +450,19 @@ def checked(found: Any, types: _Types) -> onnx.ModelProto:
     graph, given = found.graph, [name for name, _ in types]  # which the converter has changed
     names = {value.name: f"{value.name}_predicted" for value in graph.output if value.name in given}
     names |= {value.name: name for value, name in zip(graph.input, given, strict=True)}
+    # Chances of several labels come label by label, and are told row by row.
+    several = [value for value in graph.output if len(value.type.tensor_type.shape.dim) == 3]
+    names |= {value.name: f"{value.name}_by_label" for value in several}
     for value in (*graph.input, *graph.output):
         value.name = names.get(value.name, value.name)
     for node in graph.node:
         for ends in (node.input, node.output):
             ends[:] = [names.get(name, name) for name in ends]
+    for value in several:
+        inner, value.name = value.name, value.name.removesuffix("_by_label")
+        graph.node.append(onnx.helper.make_node("Transpose", [inner], [value.name], perm=(1, 0, 2)))
+        labels, rows, _ = value.type.tensor_type.shape.dim
+        rows.dim_value, labels.dim_param = labels.dim_value, "rows"
     return found
 
 

@@ -818,3 +818,18 @@ def test_a_model_that_names_no_operator_set_of_onnx_is_one(tmp_path: Path) -> No
     (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
     found = load(tmp_path / "m.onnx", print)
     assert {opset.domain for opset in found.model.opset_import} == {"ai.onnx.ml", ""}
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+@pytest.mark.parametrize(
+    "model", [RandomForestClassifier(n_estimators=3, random_state=0), KNeighborsClassifier()]
+)
+def test_chances_of_several_labels_come_row_by_row(model: Any) -> None:
+    """The converter has them label by label, of which hosts would make records for rows."""
+    trained = model.fit(ROWS, np.stack([CLASSES, ROWS[:, 1] > 0, ROWS[:, 2] > 0], axis=1))
+    session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
+    labels, chances = session.run(None, {session.get_inputs()[0].name: ROWS[:3]})
+    np.testing.assert_array_equal(labels, trained.predict(ROWS[:3]))
+    expected = np.stack(trained.predict_proba(ROWS[:3]), axis=1)
+    np.testing.assert_allclose(chances, expected, atol=1e-5)
+    assert [one.shape[1:] for one in session.get_outputs()] == [[3], [3, 2]]
