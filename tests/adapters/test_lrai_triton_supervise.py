@@ -529,6 +529,33 @@ def test_what_somebody_unloads_is_no_longer_watched_until_it_is_loaded_again(
     assert server.loads == 2
 
 
+# A server whose models have signs in their names
+
+
+class Literal(BaseHTTPRequestHandler):
+    """As Triton, which takes a model's name as it stands in the path."""
+
+    name = "a+b,c=d:e@f~g"
+
+    def do_POST(self) -> None:
+        listed, config = [{"name": self.name, "state": "READY"}], {"backend": "lrai"}
+        said = {"repository/index": listed, f"models/{self.name}/config": config}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(said.get(self.path.removeprefix("/v2/"), {})).encode())
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_model_with_signs_in_its_name_is_found() -> None:
+    with serving(Literal) as url:
+        assert watch._models(url, ()) == [Literal.name]
+
+
 # A server that is asked with the wrong key
 
 
@@ -556,7 +583,13 @@ class Restricting(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def restricting(api: str) -> Iterator[str]:
     """Yield the address of such a server."""
-    handler = type("Handler", (Restricting,), {"api": api})
+    with serving(type("Handler", (Restricting,), {"api": api})) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Yield the address of a server with this handler."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

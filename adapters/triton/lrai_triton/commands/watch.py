@@ -101,7 +101,7 @@ class _Model(threading.Thread):
 
     def __init__(self, url: str, name: str, interval: float, silent: float, marks: Path) -> None:
         super().__init__(name=name, daemon=True)
-        self._url, self._path, self._interval = url, f"/models/{quote(name)}", interval
+        self._url, self._path, self._interval = url, f"/models/{name}", interval
         # By version; the last: since when probes got no answer.
         self._counts, self._stubs, self._silent = dict[str, Any](), _stubs(name), dict[str, float]()
         self._left, self._left_until = set[int](), 0.0  # stubs of before a reload, their time
@@ -227,7 +227,8 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
     sent = {name: value, **(headers or {})}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     with contextlib.closing(connection):
-        connection.request("GET" if body is None else "POST", f"/v2{path}", body, sent)
+        # Triton takes a name as it stands in the path: what may stand there is not escaped.
+        connection.request("POST" if body else "GET", quote(f"/v2{path}", "/+,:=@"), body, sent)
         reply = connection.getresponse()
         tensors = "octet-stream" in str(reply.headers["Content-Type"])
         return reply.status, json.loads(b"{}" if tensors else reply.read() or b"{}")
@@ -235,7 +236,7 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
 
 def _models(url: str, named: Any) -> list[str]:
     """Return the names of the models that are ready and LRAI's, or whose ever if some are named."""
-    paths = {name: f"/models/{quote(name)}/config" for name in _index(url)}
+    paths = {name: f"/models/{name}/config" for name in _index(url)}
     return [n for n, path in paths.items() if named or _ask(url, path)[1].get("backend") == "lrai"]
 
 
