@@ -116,11 +116,12 @@ class Stub:
         region: Its shared memory.
         free_bytes: Of the machine's.
         lists: Triton makes them; else requests come one by one.
+        inputs: Of the configuration, which Triton has had filled in.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.log, self.free_bytes = folder, list[str](), 1 << 30
-        self.lists = True
+        self.lists, self.inputs = True, [{"name": "x"}]
         self.region = folder / "shm" / REGION
         self.region.parent.mkdir()
         self.grow(POOL_BYTES)
@@ -153,7 +154,7 @@ class Stub:
         """Return the model, served in this process unless the parameters say otherwise."""
         said = {"execution": "inline"} | {k.replace("__", "."): v for k, v in parameters.items()}
         config: dict[str, Any] = {
-            "name": "m", "max_batch_size": 64, "input": [], "output": [],
+            "name": "m", "max_batch_size": 64, "input": self.inputs, "output": [{"name": "y"}],
             "parameters": {key: {"string_value": value} for key, value in said.items()},
         }  # fmt: skip
         config |= {"dynamic_batching": {}} if self.lists else {}
@@ -514,6 +515,14 @@ def test_where_triton_was_told_to_fill_nothing_in_requests_come_one_by_one(
 
 
 # What is told of a model that does not load
+
+
+def test_a_model_whose_inputs_triton_was_told_not_to_fill_in_is_not_ready_for_none(
+    stub: Stub,
+) -> None:
+    stub.inputs = []
+    with pytest.raises(RuntimeError, match="input 'x' of the model is not in the configuration"):
+        stub.load()
 
 
 @pytest.mark.parametrize(

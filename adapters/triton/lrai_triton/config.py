@@ -13,7 +13,7 @@ from lrai_core import Signature, TensorSpec, UsageError
 MAX_BATCH_SIZE: Final = 64  # where the configuration names none
 
 
-def complete(given: dict[str, Any], signature: Signature) -> None:
+def complete(given: dict[str, Any], signature: Signature, *, fill: bool = True) -> None:
     """Fill in what is not written by hand: inputs, outputs, `max_batch_size`, `dynamic_batching`.
 
     Without inputs of its own and with rows that may share a call, a model gets the batch dimension
@@ -23,6 +23,7 @@ def complete(given: dict[str, Any], signature: Signature) -> None:
     Args:
         given: Model configuration as Triton hands it over. Changed in place.
         signature: Of the model.
+        fill: Whether Triton takes over inputs and outputs where none are written.
 
     Raises:
         UsageError: Something written by hand contradicts the model.
@@ -38,6 +39,7 @@ def complete(given: dict[str, Any], signature: Signature) -> None:
     if batched and signature.coalescible:
         given.setdefault("dynamic_batching", {})
     for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        given[kind] += [{"name": spec.name} for spec in specs] * (fill and not given[kind])
         _complete_tensors(kind, given[kind], specs, batched=batched)
     if given.get("model_transaction_policy", {}).get("decoupled"):
         raise UsageError("model_transaction_policy: decoupled is not served, one answer is given")
@@ -64,8 +66,6 @@ def _complete_tensors(
     kind: str, given: list[dict[str, Any]], specs: Sequence[TensorSpec], *, batched: bool
 ) -> None:
     known = {spec.name: spec for spec in specs}
-    if not given:
-        given += [{"name": name} for name in known]
     for tensor in given:
         if (spec := known.get(name := tensor["name"])) is None:
             have = ", ".join(map(repr, known))

@@ -93,7 +93,7 @@ class TritonPythonModel:
         source = source_of(folder, model_config.get("default_model_filename", ""))
         artifact = artifact_of(source, settings.asked.config)
         signature = artifact.manifest.signature
-        complete(model_config, signature)  # for its errors
+        complete(model_config, signature, fill=False)  # for its errors
         name = f"{args['model_name']}:{args['model_version']}"
         execution = execution_of(artifact, settings)
         self._held = hold(name, artifact, settings, execution)
