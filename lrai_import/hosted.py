@@ -133,7 +133,7 @@ class Asked(NamedTuple):
 
         Where a setting of the model says more, that counts, and a warning names both.
         """
-        most = int(self.own.get(_ROWS, self.config.scheduler.max_batch_rows))
+        most = int(float(self.own.get(_ROWS, self.config.scheduler.max_batch_rows)))
         if 0 < rows < most and _ROWS in self.own:
             words = "%s is %d: calls may exceed max_batch_size, which is %d"
             _log.warning(words, _ROWS, most, rows)

@@ -363,7 +363,10 @@ def test_who_loads_from_another_place_does_not_find_what_is_loaded(
 
 @pytest.mark.parametrize(
     ("parameter", "variable", "refused"),
-    [("100", "", True), (None, "100", True), ("0", "100", False), (None, "", False)],
+    [
+        *(("100", "", True), ("1e2", "", True), (None, "100", True)),
+        *(("0", "100", False), (None, "", False)),
+    ],
 )
 def test_who_has_requests_captured_is_told_that_inline_none_are(
     tmp_path: Path,
@@ -478,6 +481,7 @@ def test_no_call_has_more_rows_than_max_batch_size(
     assert rows(4) == 4
     assert rows(64) is rows(0) is None, "as everywhere"
     assert rows(4, scheduler__max_batch_rows="2") == "2"
+    assert rows(4, scheduler__max_batch_rows="2e0") == "2e0", "as settings may be written"
     assert not caplog.messages
     assert rows(4, scheduler__max_batch_rows="8") == "8"
     assert "max_batch_rows is 8: calls may exceed max_batch_size, which is 4" in caplog.text

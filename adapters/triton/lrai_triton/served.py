@@ -21,7 +21,7 @@ def hold(name: str, artifact: Artifact, settings: Settings, execution: str) -> H
         LraiError: It cannot be served as the settings demand.
     """
     asked, inline = settings.asked, execution == "inline"
-    if inline and int(asked.own.get("runtime.capture_rows", asked.config.runtime.capture_rows)):
+    if inline and float(asked.own.get("runtime.capture_rows", asked.config.runtime.capture_rows)):
         raise UsageError("execution is inline: nothing is captured; leave it auto")
     own = asked.in_process() if inline else asked
     # By its path, too, which actors are started from: it is a copy of its own for each load of a
