@@ -82,18 +82,21 @@ def confirm_axes(
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
     padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
-    # Among many elements a few of padding may not show: the shortest row that runs is asked, too.
-    for length in range(min(_SHORT, longest - 1), 0, -1):
+    # Among many elements a few of padding may not show, nor in few rows, as the largest hides 0: so
+    # of many the shortest cuts that run are asked, too.
+    many = 2 * rows[:: len(rows) // 16 + 1] or [synthetic_row(assumed, n) for n in range(1, 17)]
+    for least in range(1, min(_SHORT + 1, longest)):
         with suppress(EngineError):
-            session.run(short := stretch(pairs[0][0], assumed, 1, length))
-            pairs[2:] = [(short, pairs[0][1])]
-    if not all(_together_as_alone(padded, session, [*pair]) for pair in pairs):
+            short = [stretch(x, assumed, 1, least + i % 4) for i, x in enumerate(many)]
+            pairs.append([*short, pairs[0][1]] * all(map(session.run, short)))
+            break
+    if not all(_together_as_alone(padded, session, group) for group in pairs):
         return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
     if _apart(session, assumed, pairs[0][1]):
         return single, "batch axis 0; no length axis: the inputs need not be of one length"
-    if all(length_of(a, assumed) == length_of(b, assumed) for a, b in pairs):
+    if all(length_of(a, assumed) == length_of(b, assumed) for a, b in pairs[:2]):
         return single, "batch axis 0; no length axis: rows of one element do not tell; see --axes"
-    if len(rows) < 2 and not any(_tells(session, pair) for pair in pairs):
+    if len(rows) < 2 and not any(_tells(session, pair) for pair in pairs[:2]):
         return single, "batch axis 0; no length axis: made-up rows do not tell; give --evaluation"
     return padded, "batch axis 0, length axis found: padding with 0 changes no output"
 
@@ -149,29 +152,28 @@ def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
     return Signature(inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def _pairs(signature: Signature, rows: list[Row], session: Session) -> list[tuple[Row, Row]]:
+def _pairs(signature: Signature, rows: list[Row], session: Session) -> list[list[Row]]:
     """Return pairs of single rows, of different lengths where there is a length axis."""
     if len(rows) < 2:
         a, b, c, d = (synthetic_row(signature, n) for n in (3, 8, 5, 6))
         with suppress(EngineError):  # one integer a row may be a length, which is 1 in all others
-            session.run(two := [x + x if x.size == 1 and x.dtype.kind in "iu" else x for x in d])
-            d = two
+            two = [x + x if x.size == 1 and x.dtype.kind in "iu" else x for x in d]
+            _, d = session.run(two), two
         # Beside ones, padding is a token that was not there.
-        return [(a, b), ([np.ones_like(x) if x.dtype.kind in "iub" else x for x in c], d)]
+        return [[a, b], [[np.ones_like(x) if x.dtype.kind in "iub" else x for x in c], d]]
     ordered = sorted(rows, key=lambda row: length_of(row, signature))
     half = max(1, length_of(ordered[-1], signature) // 2)
     cut = [(row, min(length_of(row, signature), half)) for row in ordered[:: len(rows) // 2][:2]]
-    return [(stretch(row, signature, 1, length), ordered[-1]) for row, length in cut]
+    return [[stretch(row, signature, 1, length), ordered[-1]] for row, length in cut]
 
 
 def _together_as_alone(signature: Signature, session: Session, rows: list[Row]) -> bool:
     with suppress(ValueError, EngineError):
-        parts = run_together(session, rows, signature)
-        return all(_same(session.run(row), part) for row, part in zip(rows, parts, strict=True))
+        return all(map(_same, map(session.run, rows), run_together(session, rows, signature)))
     return False
 
 
-def _output_lengths(signature: Signature, session: Session, pair: tuple[Row, Row]) -> Signature:
+def _output_lengths(signature: Signature, session: Session, pair: list[Row]) -> Signature:
     """Return the signature with a length axis on each output that grows with the inputs'.
 
     Of a model that does not run on the shorter row, none does.
@@ -201,15 +203,14 @@ def _alike(a: Array, b: Array) -> bool:
 def _apart(session: Session, signature: Signature, row: Row) -> bool:
     """Return whether some inputs may be longer than others, as of two texts, and it matters."""
     short, long = (stretch(row, signature, 1, length) for length in (2, 3))
-    for longer in islice(product((0, 1), repeat=len(row) - 1), 1, _MOST_SPLITS):
+    for x in islice(product(short[:1], *zip(short[1:], long[1:], strict=True)), 1, _MOST_SPLITS):
         with suppress(EngineError):
-            split = [pair[i] for *pair, i in zip(short, long, (0, *longer), strict=True)]
-            if not _same(session.run(split), session.run(short)):  # else nothing reads the longer
+            if not _same(session.run([*x]), session.run(short)):  # else nothing reads the longer
                 return True
     return False
 
 
-def _tells(session: Session, pair: tuple[Row, Row]) -> bool:
+def _tells(session: Session, pair: list[Row]) -> bool:
     """Return whether numbers with fractions differ between rows: labels may stay, come what may."""
     both = zip(*map(session.run, pair), strict=True)
     cut = ((a, b, tuple(map(slice, map(min, a.shape, b.shape)))) for a, b in both)  # one is longer

@@ -145,6 +145,40 @@ def test_padding_that_long_rows_hide_is_none_of_a_model_that_takes_no_single_tok
     assert "padding with 0 changes the outputs" in why
 
 
+@pytest.mark.parametrize("kind", ["ReduceMax", "ReduceMin"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_padding_that_the_sign_of_one_number_hides_is_no_length_axis(
+    tmp_path: Path, kind: str, sign: int
+) -> None:
+    """The largest of numbers is that of the padding only where all of them are negative."""
+    nodes = [helper.make_node(kind, ["x"], ["y"], axes=[1], keepdims=0)]
+    proto = model(nodes, [value("x", ["batch", "length"])], [value("y", ["batch"])])
+    random = np.random.default_rng(0)
+    rows = [[sign * random.normal(size=(1, 20)).astype(np.float32)] for _ in range(9)]
+    for given in ([], rows):
+        signature, why = found(proto, tmp_path, given)
+        assert signature.inputs[0].batch_axis == 0
+        assert signature.inputs[0].length_axis is None
+        assert "padding with 0 changes the outputs" in why
+
+
+def test_padding_that_few_of_many_rows_show_is_no_length_axis(tmp_path: Path) -> None:
+    """Of one number a token, that of the padding hides behind those of most first tokens."""
+    table = np.arange(50, dtype=np.float32)[:, None]
+    table[0] = 5  # above the tokens 1 to 4 alone
+    nodes = [LOOK_UP, helper.make_node("ReduceMax", ["words"], ["y"], axes=[1], keepdims=0)]
+    weights = [numpy_helper.from_array(table, "table")]
+    proto = model(nodes, [IDS], [value("y", ["batch", 1])], weights)
+    random = np.random.default_rng(0)
+    rows = [[random.integers(9, 50, (1, 12))] for _ in range(64)]
+    for row in rows[5::10]:
+        row[0][0, :4] = 1, 3, 2, 4
+    signature, why = found(proto, tmp_path, rows)
+    assert signature.inputs[0].batch_axis == 0
+    assert signature.inputs[0].length_axis is None
+    assert "padding with 0 changes the outputs" in why
+
+
 def test_an_extent_that_an_input_has_twice_is_no_length(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Cast", ["mask"], ["weights"], to=TensorProto.FLOAT),
