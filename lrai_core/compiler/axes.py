@@ -21,8 +21,9 @@ from lrai_core.errors import EngineError, UsageError, shorten
 from lrai_core.protocol import Array, OutputMap, Signature
 
 _SAME: Final = 1e-4
-# Splits of inputs into shorter and longer ones, elements of a short row, rows of one call: at most.
-_MOST_SPLITS, _SHORT, _TOGETHER = 256, 16, 8
+# Splits of inputs into shorter and longer ones, elements of a short row, rows of a call, elements
+# of more than two: at most. (Attention takes the square of how long they are.)
+_MOST_SPLITS, _SHORT, _TOGETHER, _AREA = 256, 16, 8, 512
 Row = list[Array]
 
 _FINITE: Final = msgspec.Meta(ge=-3.41e38, le=3.41e38)  # as JSON has them, and float32
@@ -73,22 +74,22 @@ def confirm_axes(
         return signature, "no batch axis: the inputs share no free first dimension"
     pairs = _pairs(assumed, rows, session)
     session.run(pairs[0][1])  # what does not run at all is no question of axes
-    single = _with_axes(signature, [None] * len(signature.inputs))
-    longest = length_of(pairs[0][1], assumed)
+    longest, single = max(1, length_of(pairs[0][1], assumed)), _with_axes(signature)
     # Two may be alike, or more than two too many, as of what an expert of a mixture takes.
-    some = [*chain(*pairs), *(rows or chain(*pairs))][:_TOGETHER]
+    some = [*chain(*pairs), *(rows or chain(*pairs))][: max(2, min(_TOGETHER, _AREA // longest))]
     if not _together_as_alone(single, session, [stretch(x, assumed, 1, longest) for x in some]):
         return signature, "no batch axis: outputs have no rows, or depend on the rows beside it"
     if assumed.inputs[0].length_axis is None:
         return single, "batch axis 0; no length axis: the inputs share no second free dimension"
     padded = _output_lengths(replace(single, inputs=assumed.inputs), session, pairs[0])
     # Among many elements a few of padding may not show, nor in few rows, as the largest hides 0: so
-    # of many the shortest cuts that run are asked, too.
+    # of many the shortest cuts that run are asked, too, beside one that is somewhat longer.
     many = 2 * rows[:: len(rows) // 16 + 1] or [synthetic_row(assumed, n) for n in range(1, 17)]
     for least in range(1, min(_SHORT + 1, longest)):
         with suppress(EngineError):
-            short = [stretch(x, assumed, 1, least + i % 4) for i, x in enumerate(many)]
-            pairs.append([*short, pairs[0][1]] * all(map(session.run, short)))
+            cut = [stretch(x, assumed, 1, least + 4 * i // len(many)) for i, x in enumerate(many)]
+            cut.append(stretch(some[1], assumed, 1, min(longest, 2 * _SHORT)))
+            pairs.append(cut * all(map(session.run, cut)))
             break
     if not all(_together_as_alone(padded, session, group) for group in pairs):
         return single, "batch axis 0; no length axis: padding with 0 changes the outputs"
@@ -144,9 +145,9 @@ def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
     return Signature(inputs=signature.inputs, outputs=tuple(outputs))
 
 
-def _with_axes(signature: Signature, lengths: list[int | None]) -> Signature:
+def _with_axes(signature: Signature, lengths: list[int | None] | None = None) -> Signature:
     """Return the signature with batch axis 0 throughout, and these length axes on the inputs."""
-    pairs = zip(signature.inputs, lengths, strict=True)
+    pairs = zip(signature.inputs, lengths or [None] * len(signature.inputs), strict=True)
     inputs = [replace(spec, batch_axis=0, length_axis=axis) for spec, axis in pairs]
     outputs = [replace(spec, batch_axis=0 if spec.shape else None) for spec in signature.outputs]
     return Signature(inputs=tuple(inputs), outputs=tuple(outputs))

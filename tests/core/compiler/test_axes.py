@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lrai_core.compiler import axes
 from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
 from lrai_core.compiler.model import Imported, declared
+from lrai_core.engine import batching
 from lrai_core.engine.onnxruntime import OnnxRuntime
 from lrai_core.errors import UsageError
 from lrai_core.protocol import Array, OutputMap, Signature, TensorSpec
@@ -177,6 +180,27 @@ def test_padding_that_few_of_many_rows_show_is_no_length_axis(tmp_path: Path) ->
     assert signature.inputs[0].batch_axis == 0
     assert signature.inputs[0].length_axis is None
     assert "padding with 0 changes the outputs" in why
+
+
+def test_no_call_of_many_rows_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention takes the square: two rows of 2,048 tokens are asked together, not 33."""
+    shapes = list[tuple[int, int]]()
+    run = batching.run_together
+
+    def counted(session: Any, rows: list[Any], signature: Any) -> Any:
+        shapes.append((len(rows), max(row[0].shape[1] for row in rows)))
+        return run(session, rows, signature)
+
+    monkeypatch.setattr(axes, "run_together", counted)
+    nodes = [LOOK_UP, helper.make_node("Relu", ["words"], ["y"])]
+    proto = model(nodes, [IDS], [value("y", ["batch", "sequence", 4])], [TABLE])
+    random = np.random.default_rng(0)
+    rows = [[random.integers(1, 50, (1, length))] for length in (*range(20, 276), 2048)]
+    signature, _ = found(proto, tmp_path, rows)
+    assert signature.inputs[0].length_axis == 1
+    assert (2, 2048) in shapes
+    assert max(count for count, _ in shapes) > 30
+    assert all(count == 2 or length <= 64 for count, length in shapes)
 
 
 def test_an_extent_that_an_input_has_twice_is_no_length(tmp_path: Path) -> None:
