@@ -26,7 +26,7 @@ import lrai_core as lrai
 from lrai_codecs import counted
 from lrai_import.hosted import zeros
 from lrai_sagemaker.app import _refused, create
-from lrai_sagemaker.commands import main, tars
+from lrai_sagemaker.commands import claims, main, tars
 from lrai_sagemaker.commands.serve import Drain, _required
 from lrai_sagemaker.commands.supervisor import _GRACE_SECONDS, Supervisor
 from lrai_sagemaker.commands.tars import package, unpacked
@@ -621,3 +621,43 @@ def test_what_serves_imports_nothing_heavy(module: str, without: list[str]) -> N
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
     )
     assert not set(done.stdout.split()) & set(without)
+
+
+class Serving:
+    """A runtime that serves what it is told to."""
+
+    def __init__(self, config: lrai.LraiConfig) -> None:
+        self.config, self.names = config, list[str]()
+
+    def deployments(self, *, save: bool) -> list[Any]:
+        assert not save
+        return [SimpleNamespace(name=name) for name in self.names]
+
+    def unload(self, name: str) -> None:
+        self.names.remove(name)
+
+
+def test_what_a_container_was_loading_when_it_was_killed_is_let_go_of_when_it_is_there(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "runtime").mkdir(0o700)
+    config = lrai.load_config(call={"runtime.address": str(tmp_path / "runtime")})
+    runtime: Any = Serving(config)
+    scratch = tmp_path / "lrai-sagemaker-mine"
+    claim = claims.claim(runtime, "lrai-sagemaker-gone")
+    assert claim is not None
+    (file,) = tmp_path.rglob("*.models")
+    file.with_name("lrai-sagemaker-a.models").mkdir()  # what is none keeps nobody from the others
+    file.with_name("lrai-sagemaker-z.models").mkdir()
+    runtime.names = ["m:gone", "m:mine"]
+    claims.sweep(runtime, scratch)
+    assert runtime.names == ["m:gone", "m:mine"], "it lives"
+    claim.close()
+    for name in ("m:gone", "late:gone"):
+        runtime.names.append(name)
+        claims.sweep(runtime, scratch)
+        assert runtime.names == ["m:mine"]
+        assert file.is_file()
+    os.utime(file, (0, 0))
+    claims.sweep(runtime, scratch)
+    assert not file.exists()

@@ -9,7 +9,9 @@ record, too, which may outlive all else, as on a volume, and has the next runtim
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -19,6 +21,7 @@ from lrai_import.held import folders
 
 PREFIX: Final = "lrai-sagemaker-"
 _SUFFIX: Final = ".models"
+_LATE_SECONDS: Final = 3600.0
 
 
 def claim(runtime: Runtime, container: str) -> BinaryIO | None:
@@ -41,20 +44,28 @@ def claim(runtime: Runtime, container: str) -> BinaryIO | None:
 def sweep(runtime: Runtime, scratch: Path) -> None:
     """Let go of the models of containers that are gone, and remove their folders beside `scratch`.
 
+    For an hour, and not once: a load that was under way when its container ended ends later.
+
     Raises:
         LraiError: The runtime does not answer.
-        OSError: The disk does not.
     """
     places = folders(runtime.config)
     for name in {path.name for place in places for path in place.glob(f"{PREFIX}*{_SUFFIX}")}:
-        with suppress(BlockingIOError), (places[0] / name).open("ab") as lock:
+        # What is no file, or another user's, is left to him.
+        with suppress(OSError), (places[0] / name).open("ab", buffering=0) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it lives
-            let_go(runtime, container := name.removesuffix(_SUFFIX))
+            if not lock.tell():
+                lock.write(b"it has ended")  # at the time of this file
+            whole = let_go(runtime, container := name.removesuffix(_SUFFIX))
             shutil.rmtree(scratch.with_name(container), ignore_errors=True)
+            age = time.time() - os.fstat(lock.fileno()).st_mtime  # noqa: TID251 - of a file
+            if whole and age > _LATE_SECONDS:
+                for place in places:
+                    (place / name).unlink(missing_ok=True)
 
 
-def let_go(runtime: Runtime, container: str) -> None:
-    """Unload what a container has loaded, and forget that it has, unless something stays.
+def let_go(runtime: Runtime, container: str) -> bool:
+    """Unload what a container has loaded; return whether nothing of it stays.
 
     Raises:
         LraiError: The runtime does not answer.
@@ -68,5 +79,4 @@ def let_go(runtime: Runtime, container: str) -> None:
                 pass
             except LraiError:  # it is frozen, say
                 whole = False
-    for place in folders(runtime.config) if whole else ():
-        (place / f"{container}{_SUFFIX}").unlink(missing_ok=True)
+    return whole
