@@ -152,12 +152,14 @@ def test_a_file_that_cannot_be_read_is_told_of_and_kept_aside(
     assert not (tmp_path / "deployments.json").exists()
 
 
+def full(_: int) -> None:
+    """Be a disk on which nothing more can be written."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_change_that_cannot_be_written_down_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     store = Store(str(tmp_path))
     store.write({"m": record("a")})
     there = sorted(tmp_path.iterdir())
@@ -172,9 +174,6 @@ def test_a_change_that_cannot_be_written_down_is_one_clear_error(
 def test_what_was_stopped_on_a_full_disk_is_not_served_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     store = Store(str(tmp_path))
     store.write({"m": record("a")})
     monkeypatch.setattr("os.fsync", full)
