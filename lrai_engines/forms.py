@@ -24,8 +24,8 @@ from lrai_engines.smooth import ROW, STATIC, SmoothForms
 from lrai_engines.static import StaticForms, attends, goes_undefined, undefined_stays
 
 # Per cent of the harm that is kept closer:
-_BY_ROW: Final = (30, 60)  # with a scale per row, where the others have static scales
-_EXACT: Final = (75, 85, 92)  # in float32, where the others have a scale per row
+_LESS: Final = (30, 60)  # with a scale per row or in float32, where the others have static scales
+_EXACT: Final = (50, 65, 80)  # in float32, where the others have a scale per row
 _KEPT: Final = (25, 50, 80, 95)  # in float32, where the others have static scales
 _WIDER: Final = (0, 30, 50, 75, 90)  # in int8, where the others have 4 bits
 
@@ -53,7 +53,7 @@ def forms(material: Material, sample: Sample) -> dict[str, Build]:
         "int8-smooth": partial(smooth.build, scheme=STATIC),
         **{
             f"int8-smooth-{share}": partial(smooth.build, scheme=STATIC, share=share / 100)
-            for share in _BY_ROW
+            for share in _LESS
         },
         "int8-row": partial(smooth.build, scheme=ROW),
         **{
@@ -97,9 +97,10 @@ def joint(
     """
     if not attends(model):
         raise NothingToQuantize("no MatMul or Gemm has a scheme of its own without attention")
-    made, convolved = static.build(model, share=share, guarded=False, inner=inner)
+    parted = smooth.parted(model)
+    made, convolved = static.build(parted, share=share, guarded=False, inner=inner)
     made, report = smooth.build(model, scheme=scheme, convolved=made)
-    harm, other = (sum(one.values()) for one in (static.harms, smooth.known(model)))
+    harm, other = (sum(one.values()) for one in (static.harms, smooth.known(model, scheme)))
     part = harm / (harm + other or 1.0)  # of what both do
     told = [replace(line, harm=line.harm * part) for line in convolved if line.weight_elements]
     return made, told + [replace(line, harm=line.harm * (1 - part)) for line in report]

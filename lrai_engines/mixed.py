@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 import onnx
 
@@ -40,6 +40,50 @@ def mixed_int4(model: onnx.ModelProto, harms: Mapping[str, float], *, share: flo
         return nbits(graph, layer, _NARROW_BLOCK, INT8_ACTIVATIONS, bits)
 
     return rewrite(model, emit, harms)
+
+
+class Step(NamedTuple):
+    """Operators that may have another precision, all at once.
+
+    Attributes:
+        names: Of those; what is closer already stays so.
+        level: Place of their precision among the `harms`.
+        time: What it adds to a call, in any unit.
+    """
+
+    names: Sequence[str]
+    level: int
+    time: float
+
+
+def cheapest(
+    harms: Sequence[Mapping[str, float]], steps: Sequence[Step], share: float
+) -> dict[str, int]:
+    """Return the level of each operator, with which all together do this share less harm.
+
+    One after another that step is taken which saves most harm for the time that it adds.
+
+    Args:
+        harms: What each operator does to the outputs, as a mean square, by level: with the first
+            all begin, and the harm is a share of that. What one lacks does none.
+        steps: From one level to another.
+        share: 0 or more, below 1.
+    """
+    found = dict.fromkeys(harms[0], 0)
+    allowed = (1 - share) * sum(harms[0].values())
+
+    def harm(name: str, level: int) -> float:
+        return harms[level].get(name, 0.0)
+
+    def saved(step: Step) -> float:
+        lower = [name for name in step.names if found[name] < step.level]
+        return sum(harm(n, found[n]) - harm(n, step.level) for n in lower) / step.time
+
+    while sum(harm(*one) for one in found.items()) > allowed:
+        if saved(best := max(steps, key=saved)) <= 0:
+            break
+        found |= {name: max(found[name], best.level) for name in best.names}
+    return found
 
 
 def worst(harms: Mapping[str, float], work: Mapping[str, float], share: float) -> set[str]:

@@ -64,7 +64,9 @@ _SMALL: Final = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)  # at whose ends
 _ROUNDED: Final = (onnx.TensorProto.BOOL, onnx.TensorProto.DOUBLE)  # to which it goes by float32
 _EXACT: Final = 1 << 24
 _MOST: Final = (1 << 31) - 1
-_KEPT: Final = (0, 50, 80)  # per cent of what int8 does to the outputs that is undone
+# Per cent of what int8 does to the outputs that is undone: of what is static, and of smoothed.
+_KEPT: Final = (0, 50, 80)
+_LESS: Final = (0, 50, 75, 85)
 _STATIC, _SMOOTH = "openvino-int8-static", "openvino-int8-smooth"
 _BF16: Final = {"INFERENCE_PRECISION_HINT": "bf16"}
 
@@ -84,7 +86,7 @@ _FORMS: Final = {"openvino-fp32": _Form("fp32", {}), "openvino-bf16": _Form("bf1
 class OpenVinoForms:
     """Builds them; see `Builder`."""
 
-    steps = len(_FORMS) + 2 * len(_KEPT) + 2
+    steps = len(_FORMS) + len(_KEPT) + len(_LESS) + 2
 
     def __init__(self, engine: OpenVino) -> None:
         """Build for an engine."""
@@ -159,8 +161,11 @@ def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str,
     first = {f"openvino-int8-{_GROUP}": _Form("int8", groups, grouped)}
     known = {
         name + f"-{kept}" * bool(kept): _Form("int8", rest, partial(build, share=kept / 100))
-        for name, build in ((_STATIC, convolved), (_SMOOTH, partial(smooth.build, scheme=QDQ)))
-        for kept in _KEPT
+        for name, build, shares in (
+            (_STATIC, convolved, _KEPT),
+            (_SMOOTH, partial(smooth.build, scheme=QDQ), _LESS),
+        )
+        for kept in shares
     }
     known[f"{_SMOOTH}-static"] = _Form("int8", rest, partial(convolved, share=0, build=both))
     return first | known

@@ -92,6 +92,7 @@ class Linear:
     matrix: Float32  # [K, N]
     bias: str  # "" for none
     product: str  # name of the value before the bias
+    output: str  # and of that with it
 
 
 @dataclass(slots=True)
@@ -270,6 +271,7 @@ def _linear(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> 
         matrix=matrix.T if transposed else matrix,
         bias=bias,
         product=f"{node.output[0]}:product" if bias else node.output[0],
+        output=node.output[0],
     )
 
 

@@ -3,7 +3,8 @@
 Some columns of a transformer's activations are many times as large as the others, and one scale
 leaves the others few steps. Divided by a factor per column, with which the weights' rows are
 multiplied, activations are easier to round, and weights harder: how far to go is measured (Xiao et
-al. 2023, "SmoothQuant", arXiv:2211.10438).
+al. 2023, "SmoothQuant", arXiv:2211.10438). What is still much larger is computed in parts, see
+`outliers`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Any, Final
+from functools import cache, partial
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,7 +27,8 @@ from lrai_core.engine.engine import Session
 from lrai_core.errors import ArtifactError, CompileError, EngineError
 from lrai_core.protocol import Array
 from lrai_core.verifier.spec import difference
-from lrai_engines.mixed import worst
+from lrai_engines.mixed import Step, cheapest
+from lrai_engines.outliers import Columns, divisible, parts, split
 from lrai_engines.quantize import (
     FLOAT32,
     Emit,
@@ -61,11 +63,28 @@ _INPUTS: Final = 5  # of a product as `int8_static` writes it
 _ROUNDED: Final = (
     "_DequantizeLinear_Output"  # what onnxruntime's quantiser calls what it has rounded
 )
+# What float32 takes more for an element of a matrix than int8; and for a column of an activation
+# what a scale per row takes more than one that is known: six operators that run through it once.
+_FLOAT_TIME, _ROW_TIME = 0.6, 100.0
 _FAULTS: Final = (ArtifactError, CompileError, EngineError, EncodeError, MemoryError, ValueError)
 _SMALLEST, _LARGEST = 1e-20, 1e30  # of a step, and of a weight: beyond, float32 has too few
 
 Pair = tuple[list[Array], list[Array]]  # a row, and what float32 answers
 Ranges = dict[str, tuple[Float32, Float32]]  # by activation, of each column
+
+
+class Smoothings(NamedTuple):
+    """What was found of a model's activations.
+
+    Attributes:
+        by: How each becomes integers.
+        columns: Of those that are computed in parts.
+        why: None may have a static scale, "" if they may.
+    """
+
+    by: dict[str, Smoothing]
+    columns: Columns
+    why: str = ""
 
 
 class SmoothForms:
@@ -79,7 +98,7 @@ class SmoothForms:
     def __init__(self, sample: Sample, threads: int) -> None:
         self._sample, self._threads = sample, threads
         self._found: dict[str, Any] = {}
-        self._tried: dict[tuple[str, frozenset[str]], float] = {}
+        self._tried: dict[tuple[str, frozenset[tuple[str, int]]], float] = {}
 
     def build(
         self,
@@ -89,60 +108,85 @@ class SmoothForms:
         share: float = 0.0,
         convolved: onnx.ModelProto | None = None,
     ) -> Made:
-        """Return `model` in int8, but closer where this share of the harm is done.
+        """Return `model` in int8, with this share less harm where that costs least.
 
         Args:
             model: Weights inline, opset 13 or later. Not modified.
             scheme: Of the activations: `ROW` gives each row a scale of its own when it runs, and
                 leaves what harms most in float32. `STATIC` has scales that were found on the
-                sample, and gives what harms most a scale per row. `QDQ` is that in the standard's
-                operators, and leaves what harms most in float32.
+                sample, and gives what harms most a scale per row, or leaves it in float32. `QDQ` is
+                that in the standard's operators, without scales per row.
             share: Of the harm, 0 or more, below 1.
-            convolved: `model` as `static_int8` makes it beside attention: what is rewritten then.
+            convolved: What `parted` returns as `static_int8` makes it beside attention: what is
+                rewritten then.
 
         Raises:
             NothingToQuantize: No operator qualifies, all would be kept closer, or the same as
                 before would be made.
             CompileError: It cannot be told what the activations are, or what int8 does.
         """
-        emit = self._emit(model, scheme)
+        parted, emit = self.parted(model), self._emit(model, scheme)
         if not share:
-            return _with_biases(*rewrite(convolved or model, emit, self.known(model)))
-        known = self.harms(model)
-        keep = worst(known, {one.weight: one.matrix.size for one in linears(model)}, share)
-        if len(keep) in (0, len(known)):
+            return _with_biases(*rewrite(convolved or parted, emit, self.known(model, scheme)))
+        emits, does, steps = [emit], [self.harms(model, scheme)], list[Step]()
+        layers = {one.weight: one for one in linears(parted)}
+        if scheme == STATIC:
+            emits.append(self._emit(model, ROW))
+            does.append(self.harms(model))
+            for activation in {one.activation: 0 for one in layers.values()}:
+                theirs = [one for one in layers.values() if one.activation == activation]
+                names = [one.weight for one in theirs]
+                steps.append(Step(names, 1, _ROW_TIME * len(theirs[0].matrix)))
+        emits, does = [*emits, _float32], [*does, {}]
+        last = len(does) - 1
+        steps += [Step([n], last, _FLOAT_TIME * one.matrix.size) for n, one in layers.items()]
+        found = cheapest(does, steps, share)
+        if 0 not in (chosen := {*found.values()}) or len(chosen) < 2:
             raise NothingToQuantize("no matrix, or every matrix would be kept closer")
-        if self._tried.setdefault((scheme, frozenset(keep)), share) != share:
+        if self._tried.setdefault((scheme, frozenset(found.items())), share) != share:
             raise NothingToQuantize("it would be a form that was made before")
-        closer = self._emit(model, ROW) if scheme == STATIC else _float32
 
         def mixed(graph: Graph, layer: Linear) -> str:
-            return (closer if layer.weight in keep else emit)(graph, layer)
+            return emits[found[layer.weight]](graph, layer)
 
-        return _with_biases(*rewrite(model, mixed, known))
+        return _with_biases(*rewrite(parted, mixed, does[0]))
 
-    def harms(self, model: onnx.ModelProto) -> dict[str, float]:
-        """Return what int8 by row of each matrix does to the outputs, see `sensitivity.harms`.
+    def parted(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Return `model` with the columns that smoothed int8 computes in parts."""
+        with suppress(CompileError):
+            return split(model, self._smoothings(model).columns)
+        return model
 
-        With static scales the same matrices do most.
+    def harms(self, model: onnx.ModelProto, scheme: str = ROW) -> dict[str, float]:
+        """Return what int8 of each matrix does to the outputs, see `sensitivity.harms`.
+
+        Matrices are those of `parted`. With `QDQ` it is what they do with `STATIC`.
 
         Raises:
             CompileError: It cannot be told.
         """
-        find = partial(harms, model, self._sample, self._threads, self._emit(model, ROW))
-        found: dict[str, float] = self._once("what each matrix does cannot be told", find)
+        scheme = ROW if scheme == ROW else STATIC
+
+        def find() -> dict[str, float]:
+            return harms(self.parted(model), self._sample, self._threads, self._emit(model, scheme))
+
+        found: dict[str, float] = self._once("what each matrix does cannot be told", find, scheme)
         return found
 
-    def known(self, model: onnx.ModelProto) -> dict[str, float]:
+    def known(self, model: onnx.ModelProto, scheme: str = ROW) -> dict[str, float]:
         """Return what `harms` does, nothing where it cannot be told."""
         with suppress(CompileError, OSError):  # a temporary folder may be full
-            return self.harms(model)
+            return self.harms(model, scheme)
         return {}
 
-    def _emit(self, model: onnx.ModelProto, scheme: str) -> Emit:
+    def _smoothings(self, model: onnx.ModelProto) -> Smoothings:
         find = partial(smoothings, model, self._sample, self._threads)
+        found: Smoothings = self._once("the activations cannot be seen", find)
+        return found
+
+    def _emit(self, model: onnx.ModelProto, scheme: str) -> Emit:
         try:
-            by, why = self._once("the activations cannot be seen", find)
+            by, _, why = self._smoothings(model)
         except CompileError:
             if scheme != ROW:
                 raise
@@ -151,26 +195,26 @@ class SmoothForms:
             raise CompileError(why)
         return partial(_smoothed, by=by, scheme=scheme)
 
-    def _once(self, what: str, find: Callable[[], object]) -> Any:
+    def _once(self, what: str, find: Callable[[], object], scheme: str = "") -> Any:
         """Return what was found, or raise why not: it could not be found another time either."""
-        if what not in self._found:
+        key = what + scheme
+        if key not in self._found:
             try:
-                self._found[what] = find()
+                self._found[key] = find()
             except NothingToQuantize as error:
-                self._found[what] = error
+                self._found[key] = error
             except _FAULTS as error:
-                self._found[what] = CompileError(f"{what}: {error}")
-        if isinstance(found := self._found[what], CompileError):
+                self._found[key] = CompileError(f"{what}: {error}")
+        if isinstance(found := self._found[key], CompileError):
             raise found
         return found
 
 
-def smoothings(
-    model: onnx.ModelProto, sample: Sample, threads: int
-) -> tuple[dict[str, Smoothing], str]:
-    """Return how each activation becomes integers, and why none may have a static scale, or "".
+def smoothings(model: onnx.ModelProto, sample: Sample, threads: int) -> Smoothings:
+    """Return how each activation becomes integers.
 
-    The strength is the one that the outputs err least by. Ranges are those of one half of the rows
+    The strengths are those that the outputs err least by: first one for all, then another beside
+    what is computed in parts, which needs less of it. Ranges are those of one half of the rows
     while it is found on the other. What no operator gives, what was always 0, or what holds what is
     no number, has no smoothing.
 
@@ -198,24 +242,31 @@ def smoothings(
             f"of {len(sample.rows)} rows {len(rows)} are finite, {_FEWEST} are needed"
         )
     seen = [_ranges(model, list(peaks), rows[half::2], threads) for half in (0, 1)]
+    between = divisible(model)
+    tries = 2 * len(_STRENGTHS) * (2 if between else 1)
     session, pairs, began = opened(model, threads), list[Pair](), time.perf_counter()
     for row in rows[1::2][:_JUDGED]:
         pairs.append((row, session.run(row)))
-        spent = (time.perf_counter() - began) * 2 * len(_STRENGTHS)
+        spent = (time.perf_counter() - began) * tries
         if len(pairs) >= _FEWEST and spent * (len(pairs) + 1) / len(pairs) > _SECONDS:
             break
     why = _undefined(session, max(pairs, key=lambda pair: sum(map(finite, pair[1]))))
     del session  # its weights
-    errors = [
-        sum(
-            _error(model, _smoothing_of(seen[0], peaks, strength), scheme, pairs, sample, threads)
-            for scheme in (ROW, STATIC)
-        )
-        for strength in _STRENGTHS
-    ]
+
+    @cache
+    def errs(strength: float, parted: float) -> float:
+        by, columns = _smoothing_of(seen[0], peaks, strength, between, parted)
+        own = split(model, columns)
+        each = (_error(own, by, scheme, pairs, sample, threads) for scheme in (ROW, STATIC))
+        return sum(each)
+
+    best = min(_STRENGTHS, key=lambda one: errs(one, one))
+    parted = best
+    if _smoothing_of(seen[0], peaks, best, between, best)[1]:
+        best = min(_STRENGTHS, key=lambda one: errs(one, parted))
     both = {name: (*one, *seen[1][name]) for name, one in seen[0].items() if name in seen[1]}
     whole = {n: (np.minimum(a, c), np.maximum(b, d)) for n, (a, b, c, d) in both.items()}
-    return _smoothing_of(whole, peaks, _STRENGTHS[int(np.argmin(errors))]), why
+    return Smoothings(*_smoothing_of(whole, peaks, best, between, parted), why)
 
 
 def _undefined(session: Session, pair: Pair) -> str:
@@ -279,33 +330,44 @@ def _error(
 
 
 def _smoothing_of(
-    ranges: Ranges, peaks: Mapping[str, Float32], strength: float
-) -> dict[str, Smoothing]:
-    """Return the smoothing of each activation.
+    ranges: Ranges,
+    peaks: Mapping[str, Float32],
+    strength: float,
+    between: Collection[str] = (),
+    parted: float = 0.0,
+) -> tuple[dict[str, Smoothing], Columns]:
+    """Return the smoothing of each activation, and the columns of those computed in parts.
 
     Columns are divided by their range to the power of `strength`, and by the weights' to the rest.
-    A column that was never seen counts as the mean one: it may be used all the same.
+    A column that was never seen counts as the mean one: it may be used all the same. Of `between`
+    what is left of the largest is divided by the number of its parts; their strength is `parted`.
 
     Source: Xiao et al. 2023, equation 4; here at least 1, so that nothing grows too large.
     """
-    found = dict[str, Smoothing]()
+    found, columns = dict[str, Smoothing](), dict[str, Any]()
     for name, (low, high) in ranges.items():
         most, weights = np.maximum(high, -low).astype(float), peaks[name].astype(float)
         if not most.any():
             continue
-        factor = np.ones_like(weights)
-        if strength and weights.any():
+        factor, power = np.ones_like(weights), parted if name in between else strength
+        if power and weights.any():
             seen = most[most > 0].mean()
             most = np.where(most > 0, np.maximum(most, _LEAST * seen), seen)
             weights = np.maximum(weights, _LEAST * weights.mean())
-            powers = strength * np.log(most) - (1 - strength) * np.log(weights)
+            powers = power * np.log(most) - (1 - power) * np.log(weights)
             factor = np.exp(powers - powers.min())
+        if (peaks[name] * factor).max() >= _LARGEST:
+            continue
+        counts = parts(low / factor, high / factor) if name in between else None
+        if counts is not None:
+            factor, columns[name] = factor * counts, np.arange(len(counts)).repeat(counts)
         least = min((low / factor).min(), 0.0)
         step = (max((high / factor).max(), 0.0) - least) / _LEVELS
-        if step > _SMALLEST and (peaks[name] * factor).max() < _LARGEST:
-            own = factor.astype(np.float32) if strength else None
-            found[name] = Smoothing(own, float(step), round(-least / step))
-    return found
+        if step > _SMALLEST:
+            own = factor[columns.get(name, slice(None))].astype(np.float32)
+            plain = not power and counts is None
+            found[name] = Smoothing(None if plain else own, float(step), round(-least / step))
+    return found, columns
 
 
 def _smoothed(graph: Graph, layer: Linear, *, by: Mapping[str, Smoothing], scheme: str) -> str:

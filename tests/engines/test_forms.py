@@ -35,7 +35,7 @@ def test_of_convolutions_and_matrices_in_one_form_the_shares_are_of_both_togethe
     told = {line.node: line.harm for line in report if line.bits == 8}
     assert told.keys() == {"conv1", "conv2", "qkv", "proj", "classes"}
     assert sum(told.values()) == pytest.approx(1)
-    known = smooth.known(attending())
+    known = smooth.known(attending(), STATIC)
     every = sum(static.harms.values()) + sum(known.values())
     assert told["conv1"] == pytest.approx(static.harms["conv1"] / every)
     assert told["proj"] == pytest.approx(known["proj"] / every)
