@@ -21,7 +21,8 @@ from lrai_engines.kept import LATE, Kept, is_late
 from lrai_engines.mixed import mixed_int4
 from lrai_engines.quantize import Made, NothingToQuantize
 from lrai_engines.smooth import ROW, STATIC, SmoothForms
-from lrai_engines.static import StaticForms, attends, goes_undefined, undefined_stays
+from lrai_engines.static import StaticForms, attends
+from lrai_engines.undefined import goes_undefined, undefined_stays
 
 # Per cent of the harm that is kept closer:
 _LESS: Final = (30, 60)  # with a scale per row or in float32, where the others have static scales

@@ -28,7 +28,8 @@ from lrai_engines.kept import Kept
 from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
 from lrai_engines.quantize import Made, NothingToQuantize, constants, inferred, read, weights_int8
 from lrai_engines.smooth import QDQ
-from lrai_engines.static import goes_undefined, signed, undefined_stays
+from lrai_engines.static import signed
+from lrai_engines.undefined import goes_undefined, undefined_stays
 
 _GROUP: Final = 128  # columns with one scale
 _SAME: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")  # the values are

@@ -19,7 +19,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx
@@ -29,37 +29,28 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from lrai_core.compiler.search import Quantized, Sample
 from lrai_core.engine.engine import isa_class
-from lrai_core.engine.onnxruntime import REFUSALS, open_session, reason, session_options
+from lrai_core.engine.onnxruntime import reason
 from lrai_core.errors import ArtifactError, CompileError, EngineError
-from lrai_core.protocol import Array, TensorSpec
+from lrai_core.protocol import Array
 from lrai_engines.fusion import curves
 from lrai_engines.mixed import worst
 from lrai_engines.quantize import (
     SATURATING,
-    Graph,
     Made,
     NothingToQuantize,
     about_zero,
-    assemble,
     constants,
     read,
     relative_error,
 )  # fmt: skip
-from lrai_engines.sensitivity import finite, numbers
-from lrai_engines.static_harms import ABSORBED, WEIGHTED, harms, restored, work
-
-Pairs = frozenset[tuple[str, ...]]  # of an input and an output, and with a sign of infinity
+from lrai_engines.sensitivity import numbers
+from lrai_engines.static_harms import ABSORBED, WEIGHTED, harms, late, restored, work
+from lrai_engines.undefined import FAULTS, Pairs, goes_undefined, undefined_stays
 
 _MOST: Final = 128  # rows
 _LONGEST: Final = 60.0  # seconds for them: four times what ResNet-50 takes for all on two cores
 # What may come behind the last weights without a value of its own: it is part of their operator.
 _JOINED: Final = ("Relu", "Clip", "Add")
-_SECONDS: Final = 2.0  # for the columns of an input
-_MOST_COLUMNS: Final = 1 << 10  # that are tried one by one
-_MOST_FREE: Final = 1 << 6  # likewise, along a free extent, as that of a sound
-_MOST_NOUGHTS: Final = 1 << 16  # elements of what keeps a row undefined
-_FLOAT: Final = onnx.TensorProto.FLOAT
-_REAL: Final = (_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _ROUNDING: Final = ("QuantizeLinear", "DequantizeLinear")
 _PRODUCTS: Final = ("MatMul", "Gemm")
 _TURNED: Final = ":turned"  # what a weight is called that is read along its other axis, too
@@ -69,7 +60,6 @@ _SLOW: Final = "int8 is no faster here"
 _LEAST_WORK: Final = 0.05  # of convolutions beside attention, which cuts images up in a transformer
 _NORMS: Final = ("LayerNormalization", "InstanceNormalization")  # whose weights are few
 _REMEMBERS: Final = "calibration_cache_path" in inspect.signature(quantize_static).parameters
-_FAULTS: Final = (*REFUSALS, AssertionError, AttributeError, EncodeError, IndexError, KeyError)
 _UNTOLD: Final = (ArtifactError, EngineError, EncodeError, MemoryError, OSError, ValueError)
 
 
@@ -235,7 +225,7 @@ def static_int8(
             quantised = onnx.load(target)
             if ranges is not None and known.exists():
                 ranges[:] = known.read_bytes()
-        except _FAULTS as error:
+        except FAULTS as error:
             raise CompileError(f"onnxruntime cannot quantise the model: {reason(error)}") from None
     _unround(quantised, {v: node.name for node in marked.graph.node for v in node.output})
     report = list(_report(model, quantised, weighted, keep))
@@ -296,164 +286,6 @@ def signed(model: onnx.ModelProto, clipped: Collection[str] = ()) -> onnx.ModelP
             scale.CopyFrom(numpy_helper.from_array(np.array(about, step.dtype), scale.name))
             point.CopyFrom(numpy_helper.from_array(np.array(0, np.int8), point.name))
     return result
-
-
-def goes_undefined(model: onnx.ModelProto, sample: Sample) -> Pairs:
-    """Return where the model answers NaN with NaN, and not as one that looks for it.
-
-    Again with a sign where it answers infinity of that sign otherwise, in whatever columns, as one
-    that bounds what it is given first of all: no operator with weights has infinity to read there.
-
-    Raises:
-        CompileError: It answers NaN where some columns are, and a number where others are: it looks
-            for NaN, or does not read them. Or it may look for NaN, and cannot be asked.
-    """
-    inputs, outputs = ([v.name for v in side] for side in (model.graph.input, model.graph.output))
-    everything = frozenset(itertools.product(inputs, outputs))
-    if not sample.rows:
-        return everything
-    given, found = dict(zip(inputs, sample.rows[0], strict=True)), set[tuple[str, ...]]()
-    floats = {name: array for name, array in given.items() if array.dtype.kind == "f"}
-    extents = {v.name: v.type.tensor_type.shape.dim[1:] for v in model.graph.input}
-    entered = _late(model)[1] - constants(model).keys() - {""}
-    names = [*outputs, *entered.difference(inputs, outputs)]
-    more = onnx.GraphProto(output=[onnx.ValueInfoProto(name=n) for n in names[len(outputs) :]])
-    try:
-        # What is appended is merged when it is read: a copy would hold the weights once more.
-        content = model.SerializeToString() + onnx.ModelProto(graph=more).SerializeToString()
-        session = open_session(content, session_options(1, "all", None))
-        began = time.monotonic()
-        session.run(names, given)
-        seconds = max(1e-6, time.monotonic() - began)
-        for name, array in floats.items():
-            seen = set[frozenset[tuple[str, str]]]()
-            most = _MOST_COLUMNS if all(d.dim_value for d in extents[name]) else _MOST_FREE
-            most = max(1, min(most, int(_SECONDS / seconds)))
-            for probe in _no_numbers(array, most, np.nan):
-                told = zip(outputs, session.run(outputs, given | {name: probe}), strict=True)
-                nan = [y for y, a in told if a.dtype.kind == "f" and np.isnan(a).any()]
-                seen.add(frozenset((name, y) for y in nan))
-                if len(seen) > 1:
-                    why = "float32 answers NaN where some of its columns are, not where others are"
-                    raise CompileError(f"input {name!r}: {why}; int8 would not tell them apart")
-            found |= (pairs := seen.pop())
-            for sign in "+-" if name not in entered and array.dtype == np.float32 else "":
-                bounded = set(names)
-                for probe in _no_numbers(array, most, float(f"{sign}inf")):
-                    told = zip(names, session.run(names, given | {name: probe}), strict=True)
-                    bounded &= {value for value, array in told if finite(array)}
-                if bounded.issuperset(entered.difference(inputs)):
-                    found |= {(name, y, sign) for _, y in pairs if y in bounded}
-    except _FAULTS as error:  # as of 2 GB
-        if any(node.op_type == "IsNaN" for node in model.graph.node):
-            raise CompileError(f"float32 cannot be asked about NaN: {reason(error)}") from None
-        return everything
-    return frozenset(found)
-
-
-def _no_numbers(array: Array, most: int, none: float) -> Iterator[Array]:
-    """Yield the array with `none` alone and, unless of planes, with it in one column each.
-
-    Of more than `most` columns some of them, all over it.
-    """
-    columns = range(0, array.size if array.ndim < 3 else 0, -(-array.size // most) or 1)
-    for place in (slice(None), *columns):
-        probe = array.copy()
-        probe.flat[place] = none
-        yield probe
-
-
-def undefined_stays(
-    model: onnx.ModelProto,
-    outputs: Sequence[TensorSpec],
-    inputs: Sequence[TensorSpec] = (),
-    pairs: Pairs | None = None,
-) -> onnx.ModelProto:
-    """Return `model`, with NaN for what reads NaN or infinity: a row, or all without a batch axis.
-
-    That an input of integers holds neither is known. `inputs`: by default all have rows. `pairs`:
-    of input and output where that is so, see `goes_undefined`; by default in all.
-    """
-    graph = Graph(0)
-    types = {v.name: v.type.tensor_type for v in (*model.graph.input, *model.graph.output)}
-    floats = [v.name for v in model.graph.input if types[v.name].elem_type in _REAL]
-    reads = {s.name: [x for x in floats if pairs is None or (x, s.name) in pairs] for s in outputs}
-    made = {name for node in model.graph.node for name in node.output}
-    given = [s for s in outputs if s.name in made and types[s.name].elem_type in _REAL]
-    given = [s for s in given if reads[s.name]]
-    before = {spec.name: f"{spec.name}:defined" for spec in given}
-    whole = {spec.name for spec in inputs if spec.batch_axis is None}
-    for node in model.graph.node:
-        own = deepcopy(node)
-        own.input[:] = [before.get(name, name) for name in node.input]
-        own.output[:] = [before.get(name, name) for name in node.output]
-        graph.nodes.append(own)
-    for spec in given:
-        value, rank, kind = before[spec.name], len(spec.shape), types[spec.name].elem_type
-        for x in reads[spec.name]:
-            end = spec.name if x == reads[spec.name][-1] else f"{spec.name}:{x}"
-            signs = [sign for sign in "+-" if (x, spec.name, sign) in (pairs or ())]
-            own = ":".join([x, *signs])
-            if signs:  # infinity that has an answer is as good as a number
-                what: Any = {"detect_positive": "+" in signs, "detect_negative": "-" in signs}
-                where = graph.add("IsInf", [x], f"{own}:infinite", **what)
-                graph.add("Where", [where, graph.constant("float32:0", 0, np.float32), x], own)
-            first = int(spec.batch_axis == 0 and x not in whole)
-            dims = [dim.dim_value for dim in types[x].shape.dim]
-            if first and rank == 2 and isinstance(spec.shape[1], int) and len(dims) > 1:
-                plain = types[x].elem_type == kind == _FLOAT
-                sums = _sums(graph, own, dims, spec.shape[1]) if plain else None
-                if sums is not None:  # one operator for three, at half of what they cost
-                    noughts = np.zeros((sums[1], spec.shape[1]), np.float32)
-                    name = graph.constant(f"{own}:noughts:{spec.shape[1]}", noughts, np.float32)
-                    value = graph.add("Gemm", [sums[0], name, value], end)
-                    graph.nodes[-1].name = f"{end}:stays"  # what gave it may be named like it
-                    continue
-            nought = _nought(graph, own, types[x].elem_type, first, len(dims))
-            if first and rank > 1:
-                shape = graph.constant(f"rows:{rank}", [-1] + [1] * (rank - 1), np.int64)
-                nought = graph.add("Reshape", [nought, shape], f"{nought}:{rank}")
-            if kind != _FLOAT:
-                nought = graph.add("Cast", [nought], f"{nought}:as {kind}", to=kind)
-            value = graph.add("Add", [value, nought], end)
-            graph.nodes[-1].name = f"{end}:stays"
-    return assemble(model, graph)
-
-
-def _nought(graph: Graph, x: str, kind: int, first: int, rank: int) -> str:
-    """Add what is 0, or NaN where `x` holds what is none: float32, of its rows or of it all."""
-    axes = graph.constant(f"axes:{x}:{first}", list(range(first, rank)), np.int64)
-    noughts = graph.add("Sub", [x, x], f"{x}:noughts")  # before the sum, which could be too large
-    nought = f"{x}:nought:{first}"
-    graph.add("ReduceSum", [noughts, axes], nought, keepdims=0, noop_with_empty_axes=1)
-    if kind != _FLOAT:
-        nought = graph.add("Cast", [nought], f"{nought}:float", to=_FLOAT)
-    return nought
-
-
-def _sums(graph: Graph, x: str, dims: Sequence[int], columns: int) -> tuple[str, int] | None:
-    """Have noughts [rows, width] that are NaN where a row of `x` is none; None: extents are free.
-
-    Args:
-        graph: Where they are written.
-        x: A tensor of rows.
-        dims: Of it, 0 where one is free.
-        columns: Of what they are multiplied to: with many that costs more than it saves.
-    """
-    size = math.prod(dims[1:])
-    if 0 < size * columns <= _MOST_NOUGHTS:  # noughts times what is finite
-        return (graph.add("Flatten", [x], f"{x}:flat") if len(dims) > 2 else x), size
-    if dims[-2 if len(dims) > 2 else 1] <= 0:
-        return None
-    if len(dims) == 2:
-        right = graph.constant(f"noughts:{size}x1", np.zeros((size, 1)), np.float32)
-        return graph.add("MatMul", [x, right], f"{x}:sums"), 1
-    # From the left: weights on the right would be packed, and made sixteen columns of one.
-    left = graph.constant(f"noughts:1x{dims[-2]}", np.zeros((1, dims[-2])), np.float32)
-    axes = graph.constant(f"axes:{len(dims)}", list(range(1, len(dims))), np.int64)
-    noughts = graph.add("MatMul", [left, x], f"{x}:noughts")
-    sums = graph.add("ReduceSum", [noughts, axes], f"{x}:sums")
-    return graph.add("Flatten", [sums], f"{x}:sums:flat"), 1
 
 
 def _unround(model: onnx.ModelProto, makers: Mapping[str, str]) -> None:
@@ -599,7 +431,7 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
     """
     known = constants(model)
     inner = {v for n in model.graph.node for v in itertools.islice(read(n), len(n.input), None)}
-    given, wanted = _late(model)[0], set[str]()  # by operators with weights, directly or not
+    given, wanted = late(model)[0], set[str]()  # by operators with weights, directly or not
     for node in reversed(model.graph.node):
         if node.op_type in WEIGHTED or not wanted.isdisjoint(node.output):
             wanted.update(node.input)
@@ -619,13 +451,3 @@ def _float32(model: onnx.ModelProto, keep: Collection[str]) -> list[str]:
         elif node.name in curved:  # what reads it may be int8
             found.append(node.name)
     return found
-
-
-def _late(model: onnx.ModelProto) -> tuple[set[str], set[str]]:
-    """Return what operators with weights give, directly or not, and what they read beside it."""
-    given, beside = set[str](), set[str]()
-    for node in model.graph.node:
-        if node.op_type in WEIGHTED or not given.isdisjoint(node.input):
-            beside |= set(node.input) - given
-            given.update(node.output)
-    return given, beside

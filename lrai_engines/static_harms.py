@@ -150,3 +150,13 @@ def _ends(model: onnx.ModelProto, scales: Mapping[str, object]) -> dict[str, lis
             value = after[0].output[0]
         ends[node.name] = [value] if value in scales else []
     return ends
+
+
+def late(model: onnx.ModelProto) -> tuple[set[str], set[str]]:
+    """Return what operators with weights give, directly or not, and what they read beside it."""
+    given, beside = set[str](), set[str]()
+    for node in model.graph.node:
+        if node.op_type in WEIGHTED or not given.isdisjoint(node.input):
+            beside |= set(node.input) - given
+            given.update(node.output)
+    return given, beside

@@ -34,7 +34,7 @@ from lrai_engines.quantize import (
     rewrite,
     weights_int8,
 )  # fmt: skip
-from lrai_engines.static import goes_undefined, undefined_stays
+from lrai_engines.undefined import goes_undefined, undefined_stays
 from tests.core.compiler.onnx_files import sharing
 
 Array = npt.NDArray[Any]

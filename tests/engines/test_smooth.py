@@ -31,7 +31,7 @@ from lrai_engines.quantize import (
 )
 from lrai_engines.sensitivity import harms
 from lrai_engines.smooth import QDQ, ROW, STATIC, SmoothForms, smoothings
-from lrai_engines.static import undefined_stays
+from lrai_engines.undefined import undefined_stays
 from tests.core.compiler.onnx_files import linear, model, sharing, value
 from tests.engines.test_sensitivity import sample as layered_sample
 from tests.engines.test_sensitivity import three_layers

@@ -23,8 +23,9 @@ from lrai_core.errors import CompileError
 from lrai_core.protocol import Array, TensorSpec
 from lrai_engines.fusion import optimise
 from lrai_engines.quantize import SATURATING, NothingToQuantize
-from lrai_engines.static import StaticForms, goes_undefined, signed, static_int8
+from lrai_engines.static import StaticForms, signed, static_int8
 from lrai_engines.static_harms import harms, work
+from lrai_engines.undefined import goes_undefined
 from tests.core.compiler.onnx_files import model, save, value
 
 OUTPUT = TensorSpec(name="y", datatype="FP32", shape=("batch", 10), batch_axis=0)

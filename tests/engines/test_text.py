@@ -15,7 +15,7 @@ from lrai_core.compiler.search import Sample
 from lrai_core.engine.engine import find_engine
 from lrai_core.errors import ArtifactError, EnvironmentProblem
 from lrai_core.protocol import TensorSpec
-from lrai_engines.static import goes_undefined
+from lrai_engines.undefined import goes_undefined
 from lrai_import.described import load
 from tests.core.compiler.onnx_files import model, value
 from tests.tiny_models import text_model
