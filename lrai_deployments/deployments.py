@@ -276,7 +276,8 @@ class Deployments(Kept):
     def _go_back(self, name: str, record: Record, how: How, what: str) -> str:
         there = self.versions.get((name, how.version))
         if how in record.versions.values() and there and self.runs(there):
-            new = record.shared_out({how.version: 1.0})
+            left = record.without(how.version, *record.sharing)  # who loses its share goes with it
+            new = record.shared_out({how.version: 1.0}, left.shadow, left.relief)
             by_hand = what == "rollback" and how.version != record.stable
             self._commit(name, replace(new, left=by_hand or new.left), what)
             return how.version

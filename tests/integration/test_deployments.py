@@ -1239,6 +1239,32 @@ def test_what_served_before_and_still_runs_is_not_started_again(small: dict[floa
         assert after == before
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_who_gets_copies_or_relieves_does_so_after_others_go_back(
+    small: dict[float, Path], *, by_hand: bool
+) -> None:
+    two, three, four, five = (version(small[times]) for times in (2.0, 3.0, 4.0, 5.0))
+    limits = config(**{"actor.restart_limit": 1})
+    with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
+        for times in (3.0, 4.0, 5.0):
+            runtime.load(small[times], name="m", share=0)
+        runtime.route("m", {three: 1.0}, {four: 0.5}, five)
+        if by_hand:
+            assert runtime.rollback("m") == two
+        else:
+            kill_for_good(runtime, three)
+            with pytest.raises(lrai.ActorError):
+                ask(runtime)
+            wait_until(lambda: runtime.deployments()[0].frozen is not None)
+        (now,) = runtime.deployments()
+        assert (now.shares[two], now.shadow, now.relief) == (1.0, {four: 0.5}, five)
+        if by_hand:  # to whom nobody goes back for these
+            runtime.route("m", {two: 0.5, three: 0.5}, {three: 0.5}, three)
+            assert runtime.rollback("m") == two
+            (now,) = runtime.deployments()
+            assert (now.shares[two], now.shadow, now.relief) == (1.0, {}, "")
+
+
 def test_what_was_left_by_hand_does_not_come_back_by_itself(small: dict[float, Path]) -> None:
     limits = config(**{"actor.restart_limit": 1})
     with lrai.Runtime.open(small[2.0], name="m", config=limits) as runtime:
