@@ -160,6 +160,8 @@ class Store:
         if self._folder is None or not (path := self._folder / _FILE).exists():
             return {}, True
         try:
+            if not path.is_file():
+                raise OSError("it is no file")  # whoever opens a pipe waits for who writes to it
             kept = msgspec.json.decode(path.read_bytes(), type=_File)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             aside = path.replace(path.with_suffix(".corrupt"))

@@ -152,6 +152,17 @@ def test_a_file_that_cannot_be_read_is_told_of_and_kept_aside(
     assert not (tmp_path / "deployments.json").exists()
 
 
+def test_a_pipe_in_place_of_the_file_is_told_of_and_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "deployments.json")
+    store = Store(str(tmp_path))
+    assert store.read() == ({}, True)
+    store.close()
+    assert "cannot be read (it is no file)" in caplog.text
+    assert (tmp_path / "deployments.corrupt").is_fifo()
+
+
 def full(_: int) -> None:
     """Be a disk on which nothing more can be written."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
