@@ -412,7 +412,7 @@ def forget_aged(config: RuntimeConfig, names: Container[str] = (), *, halves: bo
 def _ttl_hours(folder: Path, otherwise: float) -> float:
     """Return at which age the captured rows there are forgotten, as the sketch says."""
     with contextlib.suppress(*_UNREADABLE):
-        return float(msgspec.json.decode((folder / SKETCH).read_bytes())[_TTL])
+        return msgspec.convert(msgspec.json.decode((folder / SKETCH).read_bytes())[_TTL], float)
     return otherwise
 
 

@@ -573,6 +573,7 @@ def test_threads_that_load_at_once_do_not_meet_where_a_type_is_learned(
     [
         b'{"capture_ttl_hours": "x"}', b'{"capture_ttl_hours": null}', b"\xff", b"[" * 100_000,
         b'{"a": "\xff"}', b'{"capture_ttl_hours": 1' + b"0" * 400 + b"}",
+        b'{"capture_ttl_hours": "nan"}',
     ],
 )  # fmt: skip
 def test_a_damaged_sketch_keeps_nobody_from_starting(tmp_path: Path, content: bytes) -> None:
