@@ -12,7 +12,6 @@ import sys
 from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -33,8 +32,8 @@ def lrai() -> None:
     """
 
 
-def main() -> NoReturn:
-    """Run the command line and exit."""
+def main() -> None:
+    """Run the command line; it exits where something is wrong."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # clean up like Ctrl-C, but under nohup
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
@@ -45,23 +44,24 @@ def main() -> NoReturn:
         if sys.argv[1:2] and sys.argv[1] in found:
             found[sys.argv[1]].load()(sys.argv[2:])
         elif sys.argv[1:] == ["--version"]:
-            typer.echo(f"lrai {version('lrai')}")
+            Console(highlight=False).print(f"lrai {version('lrai')}")
         else:
             for name in sorted(found):  # for the help alone
                 app.command(name, help=_about(found[name]))(lambda: None)
             app()
     except (LraiError, OSError) as error:
-        most = "" if isinstance(error, LraiError) else "; a name has 255 bytes at most, a path 4095"
-        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+        kind = getattr(error, "errno", 0)
+        if kind not in (0, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT):
             raise
+        most = "; a name has 255 bytes at most, a path 4095" * (kind == errno.ENAMETOOLONG)
         error_console.print(shorten(f"lrai: {error}", 2000) + most, style="red")
+        sys.stdout = sys.stderr  # what it could not write it would try to as Python ends
         sys.exit(getattr(error, "exit_code", 5))
     except (SystemExit, KeyboardInterrupt) as end:
         code = getattr(end, "code", 130)
         if code == 130:  # Ctrl-C
             error_console.print("lrai: interrupted")
         sys.exit(code)
-    sys.exit(0)
 
 
 def _about(command: EntryPoint) -> str:

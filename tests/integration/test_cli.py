@@ -107,6 +107,25 @@ def test_a_name_that_no_file_can_have_is_said_to_be_too_long(command: str) -> No
     assert "a name has 255 bytes at most" in said
 
 
+@pytest.mark.parametrize("arguments", ["config", "config --help", "--help", "--version"])
+def test_where_there_is_no_room_for_what_it_says_is_one_sentence(arguments: str) -> None:
+    full = ("sh", "-c", '"$@" > /dev/full', "sh")
+    said = run(*arguments.split(), code=5, before=full)
+    assert said == "lrai: [Errno 28] No space left on device\n"
+
+
+def test_nothing_is_said_where_nobody_reads_the_version() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        done = subprocess.run(
+            [LRAI, "--version"], stdout=writes, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_a_forged_certificate_is_refused_with_exit_3(
     classifier_artifact: tuple[Path, Path],
 ) -> None:
