@@ -209,6 +209,7 @@ class Deployments(Kept):
             for label in named - record.versions.keys():
                 known = ", ".join(record.versions)
                 raise lrai.ModelNotFound(f"{name!r} has versions {known}, not {label[:40]!r}")
+            copies = {label: share for label, share in copies.items() if share}  # 0 ends it
             if (total := round(sum(given.values()), 6)) != 1:
                 raise lrai.UsageError(f"the shares add up to {total}, 1 is needed")
             if len(copies) > 1:

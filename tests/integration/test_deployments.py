@@ -1239,6 +1239,20 @@ def test_what_served_before_and_still_runs_is_not_started_again(small: dict[floa
         assert after == before
 
 
+def test_a_version_that_gets_copies_of_no_request_is_no_shadow(small: dict[float, Path]) -> None:
+    two, three, four = (version(small[times]) for times in (2.0, 3.0, 4.0))
+    with lrai.Runtime.open(small[2.0], name="m", config=config()) as runtime:
+        for times in (3.0, 4.0):
+            runtime.load(small[times], name="m", share=0)
+        runtime.route("m", {two: 1.0}, {three: 0.5})
+        runtime.route("m", {two: 1.0}, {three: 0.0})
+        assert runtime.deployments()[0].shadow == {}
+        runtime.route("m", {two: 1.0}, {three: 0.0, four: 0.5})
+        assert runtime.deployments()[0].shadow == {four: 0.5}
+        with pytest.raises(lrai.ModelNotFound, match="not 'other'"):
+            runtime.route("m", {two: 1.0}, {"other": 0.0})
+
+
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_who_gets_copies_or_relieves_does_so_after_others_go_back(
     small: dict[float, Path], *, by_hand: bool
