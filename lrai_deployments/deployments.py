@@ -61,7 +61,7 @@ class Deployments(Kept):
         with self.changing(name, wait=shared):
             if shared and not self.scheduler.accepting:  # it has ended meanwhile
                 raise lrai.NotReady("the runtime is draining")
-            again = self.scheduler.accepting and self._restart_dead(name, opened)
+            again = self.scheduler.accepting and self._restart_dead(name, opened, share)
             if (shared or again) and self._is_there(name, opened, asked, share):
                 return name
             if shared and share is None and self._is_replaced(name, opened, asked):
@@ -74,8 +74,7 @@ class Deployments(Kept):
                 other = record.versions and record.stable.partition("-")[0] != opened.version
                 record = Record().follows(record) if other else fresh
             if share is not None and not served:
-                none = f"no version of {name[:120]!r} serves"
-                raise lrai.UsageError(f"{none} that it could share with: load it without a share")
+                raise _nobody(name)
             self._is_alike(name, opened)
             if served and share is None:
                 many = "swap replaces it, with a share both serve"
@@ -295,16 +294,21 @@ class Deployments(Kept):
             self.remove(gone)
         return version.version
 
-    def _restart_dead(self, name: str, artifact: lrai.Artifact) -> bool:
+    def _restart_dead(self, name: str, artifact: lrai.Artifact, share: float | None) -> bool:
         """Start what was given up again, or what is in its place: it is wanted by who loads it.
 
         Return whether something was: beside others; else it is for who loads it to start it.
+        What is refused then leaves it there: all would be told that no such model is loaded.
         """
         record, version = self._records.get(name, Record()), artifact.version
         replaced = record.was(version) and not record.serving(version)
         same = [v for v in self._served(name) if replaced or v.artifact.version == version]
         started = False
         for dead in [v for v in same if self._state(v) == "dead"]:
+            if (alone := self._served(name) == [dead]) and replaced:
+                self._free(name)
+            if alone and share is not None and record.frozen is None:
+                raise _nobody(name)
             self.remove(dead, drain=False)
             if self._served(name):  # beside the others; else it is loaded as if for the first time
                 try:
@@ -338,6 +342,11 @@ def _shares(given: Mapping[str, Any]) -> dict[str, float]:
         return msgspec.convert(dict(given), _SHARES)
     except msgspec.ValidationError as error:
         raise lrai.UsageError(f"a share is a number from 0 to 1: {error}") from None
+
+
+def _nobody(name: str) -> lrai.UsageError:
+    none = f"no version of {name[:120]!r} serves"
+    return lrai.UsageError(f"{none} that it could share with: load it without a share")
 
 
 def _form(spec: lrai.TensorSpec) -> str:

@@ -1166,6 +1166,26 @@ def test_who_loads_what_was_replaced_by_what_is_dead_has_it_back(
         assert_a_load_brings_back(runtime, small[2.0], tmp_path / "how")
 
 
+def test_a_load_that_is_refused_leaves_a_dead_version_what_it_is(small: dict[float, Path]) -> None:
+    """Callers are told to come again, and not that there is no such model."""
+    three = small[3.0]
+    with lrai.Runtime.open(
+        small[2.0], name="m", config=config(**{"actor.restart_limit": 1})
+    ) as runtime:
+        kill_for_good(runtime, runtime.swap("m", three))
+        with pytest.raises(lrai.UsageError, match="load it without a share"):
+            runtime.load(three, name="m", share=0.5)
+        runtime.freeze("m", "ann", "audit week")
+        with pytest.raises(lrai.ConditionNotMet, match="frozen by ann"):
+            runtime.load(small[2.0], name="m")
+        assert [(m.version, m.state) for m in runtime.models()] == [(version(three), "dead")]
+        assert runtime.ready() == "dead"
+        with pytest.raises(lrai.ActorError):
+            ask(runtime)
+        runtime.load(three, name="m")
+        assert ask(runtime) == 3.0
+
+
 @contextmanager
 def one_of_two_dead(
     small: dict[float, Path], strange: tuple[str, Callable[[str], None]], tmp_path: Path
