@@ -38,7 +38,7 @@ LABELS: Final = "labels.jsonl"  # of its rows: the columns, then theirs of each
 _PLAIN: Final = "an artifact holds plain files only"
 _MAX_MANIFEST_BYTES: Final = 16 << 20
 _REFUSALS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EIO}
-_REFUSALS |= {errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
+_REFUSALS |= {errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ESTALE}
 Record = TypeVar("Record", bound=msgspec.Struct)
 
 

@@ -175,7 +175,7 @@ class Store:
         if self._folder is not None:
             if stopped and not deployments:  # no file says the same, if there is no room for one
                 (self._folder / _FILE).unlink(missing_ok=True)
-            with disk_errors(self._folder), replaced(self._folder / _FILE) as stream:
+            with disk_errors(self._folder / _FILE), replaced(self._folder / _FILE) as stream:
                 content = msgspec.json.encode(_File(stopped, deployments))
                 try:  # what nobody could read would cost all names
                     msgspec.json.decode(content, type=_File)
@@ -188,7 +188,7 @@ class Store:
         if self._folder is not None:
             path = self._folder / "audit.jsonl"
             encoded = msgspec.json.encode({"when": now()} | line)
-            with disk_errors(self._folder), open(path, "a+b", opener=_opened) as log:
+            with disk_errors(path), open(path, "a+b", opener=_opened) as log:
                 log.seek(max(0, log.tell() - 1))
                 cut = log.read(1) not in (b"", b"\n")  # the last line, by a full disk or a kill
                 log.write(b"\n" * cut + encoded + b"\n")

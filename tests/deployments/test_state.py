@@ -182,6 +182,16 @@ def test_a_change_that_cannot_be_written_down_is_one_clear_error(
     assert sorted(tmp_path.iterdir()) == there
 
 
+@pytest.mark.parametrize("name", ["deployments.json", "audit.jsonl"])
+def test_a_folder_in_place_of_a_file_is_told_of(tmp_path: Path, name: str) -> None:
+    """As containers make one where what is to be mounted is not there."""
+    store = Store(str(tmp_path))
+    (tmp_path / name).mkdir()
+    with pytest.raises(EnvironmentProblem, match=f"{name}: cannot be written: Is a directory"):
+        store.write({}) if name == "deployments.json" else store.note(change="load")
+    store.close()
+
+
 def test_what_was_stopped_on_a_full_disk_is_not_served_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

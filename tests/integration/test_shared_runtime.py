@@ -1362,7 +1362,7 @@ def refused(change):
     try:
         change()
     except lrai.OutOfResources as error:
-        assert str(error) == f"{state}: the disk is full", error
+        assert str(error) == f"{state}/deployments.json: the disk is full", error
     else:
         raise AssertionError("it was done")
     (found,) = runtime.deployments()  # for which captured rows are to be written, too
