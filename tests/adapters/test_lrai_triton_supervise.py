@@ -535,7 +535,7 @@ def test_what_somebody_unloads_is_no_longer_watched_until_it_is_loaded_again(
 class Literal(BaseHTTPRequestHandler):
     """As Triton, which takes a model's name as it stands in the path."""
 
-    name = "a+b,c=d:e@f~g"
+    name = "a!#$%&'()*;<>[\\]^`{|}b+b,c=d:e@f~g"
 
     def do_POST(self) -> None:
         listed, config = [{"name": self.name, "state": "READY"}], {"backend": "lrai"}

@@ -35,6 +35,8 @@ _ASKED = {"model-config": "/config", "statistics": "/stats", "metadata": "", "in
 _MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
 _TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
+# Triton takes a name as it stands in the path: what can stand there is not escaped.
+_AS_IT_IS: Final = "/!#$%&'()*+,:;<=>@[\\]^`{|}"
 _SIZES: Final = {"BOOL": 1, "BYTES": 4}  # of a zero, in bytes; of an empty text, its length
 
 Models = Annotated[list[str] | None, typer.Option(help="Model to watch; by default all of LRAI's.")]
@@ -227,8 +229,7 @@ def _ask(url: str, path: str, body: bytes | None = None, headers: Any = None) ->
     sent = {name: value, **(headers or {})}
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=seconds)
     with contextlib.closing(connection):
-        # Triton takes a name as it stands in the path: what may stand there is not escaped.
-        connection.request("POST" if body else "GET", quote(f"/v2{path}", "/+,:=@"), body, sent)
+        connection.request("POST" if body else "GET", quote(f"/v2{path}", _AS_IT_IS), body, sent)
         reply = connection.getresponse()
         tensors = "octet-stream" in str(reply.headers["Content-Type"])
         return reply.status, json.loads(b"{}" if tensors else reply.read() or b"{}")
