@@ -269,6 +269,7 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "number": (config("max_batch_size: many"), "config.pbtxt is not as tritonclient reads it: 2:"),
     "field": (config("max_batchsize: 8"), 'no field named "max_batchsize"'),
+    "name": (config('name: "large"'), "name is 'large': Triton serves no model whose folder is"),
     "kind": (config("input: 3"), "config.pbtxt is not as tritonclient reads it: 2:"),
 }
 
@@ -313,8 +314,11 @@ main(sys.argv[1:])
         command = [sys.executable, "-P", "-c", code, "add", str(artifact), *named, *more]
         assert subprocess.run(command, check=False).returncode == 9
     left = [*repository.glob(".new.*"), *(repository / "m").glob(".7.*")]
+    (left[0] / "config.pbtxt").write_text('backend: "lrai"\n')  # as if it was killed later
+    shutil.rmtree(left[0] / "1")  # and somebody had begun to delete it
     said = run("doctor", "--model-repository", repository, code=3)
     assert len(left) == 2
+    assert "2 problem(s)" in said
     for path in left:
         assert f"- {path} was left half made: delete it, if no add runs" in said
         shutil.rmtree(path)

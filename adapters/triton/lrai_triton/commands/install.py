@@ -29,8 +29,7 @@ from lrai_triton.model import TritonPythonModel
 __all__ = ["TritonPythonModel"]
 '''
 _ASK = "import sys; print(sys.version[:4]); import lrai_triton, numpy; print(numpy.__version__)"
-_LIBRARY: Final = Path("python", "libtriton_python.so")
-_STUB: Final = Path("python", "triton_python_backend_stub")
+_LIBRARY, _STUB = (Path("python", n) for n in ("libtriton_python.so", "triton_python_backend_stub"))
 
 Backends = Annotated[Path, typer.Option(help="As tritonserver has it; it holds python/.")]
 Python = Annotated[str, typer.Option(help="What will be python3 on the PATH of the server.")]
@@ -70,10 +69,10 @@ def doctor(
     usual = Path(BACKENDS) if Path(BACKENDS).is_dir() else None
     if folder := backend_directory or usual:
         checks += [(_check_backend, folder), (_check_file, folder), (_check_python, folder, python)]
-    entries = sorted(model_repository.glob("*/")) if model_repository else []  # folders only
-    checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
     # What `add` writes, until it is whole: Triton takes it for a model, and may not start for it.
-    cut = model_repository.rglob(f".*.{'[0-9a-f]' * 8}") if model_repository else ()
+    cut = sorted(model_repository.rglob(f".*.{'[0-9a-f]' * 8}")) if model_repository else []
+    entries = sorted({*model_repository.glob("*/")} - {*cut}) if model_repository else []  # folders
+    checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
     checks += [(_demand, 0, f"{one} was left half made: delete it, if no add runs") for one in cut]
     wrong = 0
     for check, *arguments in checks:
@@ -152,6 +151,8 @@ def _check_version(folder: Path) -> None:
         return
     check_configs(folder.parent)
     config, number = config_of(text), int(folder.name)
+    other = f"name is {config['name']!r}: Triton serves no model whose folder is called otherwise"
+    _demand(config["name"] in ("", folder.parent.name), other)
     newest = number >= max(versions_of(folder.parent), default=0)
     if newest and (why := left_out(folder.parent, number)):
         out.print(f"{folder}: {why}")

@@ -59,8 +59,8 @@ def watch(
         raise UsageError(f"--url is {url!r}, http://HOST:PORT is needed")
     marks = Path(os.devnull)  # where there is no place for them
     with contextlib.suppress(OSError, EnvironmentProblem):
-        place = quote(f"{os.uname().nodename}-{urlsplit(url).netloc}")  # on a shared disk
-        marks = state_folder(load_config()) / f"watch-{place}"
+        # By this machine, too: the disk may be a shared one.
+        marks = state_folder(load_config()) / quote(f"watch-{os.uname()[1]}-{urlsplit(url).netloc}")
         marks.mkdir(mode=0o700, exist_ok=True)
     watched, said = dict[str, _Model](), ""
     while True:
