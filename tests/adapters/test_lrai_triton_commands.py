@@ -325,6 +325,27 @@ main(sys.argv[1:])
     assert "nothing is wrong" in run("doctor", "--model-repository", repository)
 
 
+def test_a_configuration_that_is_not_utf_8_is_read_as_triton_does(
+    repository: Path, run: Run
+) -> None:
+    said = b"# \xe9\nbackend: 'lrai'\nparameters { key: 'note' value { string_value: '\xe9' } }\n"
+    (repository / "m" / "config.pbtxt").write_bytes(said)
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
+
+
+def test_a_configuration_that_cannot_be_read_is_named(
+    repository: Path, artifact: Path, run: Run
+) -> None:
+    entry = repository / "m"
+    (entry / "config.pbtxt").unlink()
+    (entry / "config.pbtxt").mkdir()
+    where = ("--model-repository", repository)
+    add = ("add", artifact, *where, "--name", "m", "--version", "2")
+    for command in (add, ("compile", entry), ("remove", entry)):
+        assert f"Is a directory: '{entry / 'config.pbtxt'}'" in run(*command, code=5)
+    assert "config.pbtxt" in run("doctor", *where, code=3)
+
+
 HOST_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "library": (lambda b: (b / "python" / "libtriton_python.so").unlink(), "it has lrai, python"),
     "no stub": (

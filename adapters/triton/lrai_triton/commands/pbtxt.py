@@ -30,7 +30,8 @@ def config_of(text: str) -> dict[str, Any]:
     try:
         from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-        config = text_format.Parse(text, ModelConfig())
+        # Triton takes any bytes in comments and strings.
+        config = text_format.Parse(text.encode(errors="replace"), ModelConfig())
     except ImportError:
         raise EnvironmentProblem("this needs tritonclient: pip install 'lrai[triton]'") from None
     except text_format.ParseError as error:

@@ -26,10 +26,8 @@ from lrai_triton.commands.pbtxt import LRAI, backend_of, config_of, said_in, swi
 from lrai_triton.served import onnx_of
 from lrai_triton.settings import settings_of
 
-CONFIG: Final = "config.pbtxt"
-_ORIGINAL: Final = "config.pbtxt.lrai-original"
+CONFIG, _ORIGINAL = "config.pbtxt", "config.pbtxt.lrai-original"
 _WRITTEN: Final = "# Written by `lrai triton`; what is not here comes from the model.\n"
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SETTING: Final = re.compile(r"(\w+\.\w+|variant|execution|intra_op_thread_count)=([^\"\\\n]*)")
 _FORM: Final = "SECTION.NAME=VALUE, variant=... or execution=..."
 
@@ -56,7 +54,7 @@ def add(
     file is read first. Weights beside one are not copied: compile it, and add the artifact.
     """
     entry, settings = model_repository / name, dict[str, str]()
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         allowed = "letters, digits and . _ - are, beginning with a letter or digit"
         raise UsageError(f"{name[:80]!r} is no name for a model: {allowed}")
     for text in setting:
