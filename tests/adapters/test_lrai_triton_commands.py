@@ -452,6 +452,12 @@ def test_an_onnx_file_becomes_an_entry_with_settings(
     assert found["backend"] == "lrai"
 
 
+def test_version_0_is_one_that_can_be_added(repository: Path, artifact: Path, run: Run) -> None:
+    where = ("--model-repository", repository, "--name", "m", "--switch")
+    assert "version 0 is there" in run("add", artifact, *where, "--version", "0")
+    assert (repository / "m" / "0" / "model.lrai").is_dir()
+
+
 BAD_ADDS = {
     "entry exists": ("--name m", "--version, without"),
     "version exists": ("--name m --version 1 --switch", "1 exists"),
@@ -459,6 +465,8 @@ BAD_ADDS = {
     "served by another": ("--name m --version 2", "onnxruntime serves"),
     "leaves the repository": ("--name ../x", "no name for a model"),
     "name": ("--name _m", "beginning with a letter or digit"),
+    "version that would end Triton": (f"--name n --version {2**63}", "9223372036854775807"),
+    "version of more digits than a name": (f"--name n --version {'9' * 300}", "--version"),
     "no pair": ("--name n --setting variant", "SECTION.NAME=VALUE, variant=... or execution=..."),
     "no section": ("--name n --setting latency_slo_ms=50", "SECTION.NAME=VALUE, variant=..."),
     "ends the string": ('--name n --setting variant="}#', "SECTION.NAME=VALUE"),

@@ -33,6 +33,8 @@ _FORM: Final = "SECTION.NAME=VALUE, variant=... or execution=..."
 
 Repository = Annotated[Path, typer.Option(exists=True, help="Folder that tritonserver serves.")]
 Settings = Annotated[list[str], typer.Option(help=f"{_FORM}, see `lrai config`; repeat for more.")]
+# A larger one ends Triton.
+Version = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Needed if it has any.")]
 Entry = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a model.")]
 Compiled = Annotated[Path, typer.Argument(help="Folder of a model; all options come behind it.")]
 Switch = Annotated[bool, typer.Option("--switch", help="Take the entry over from onnxruntime.")]
@@ -43,7 +45,7 @@ def add(
     model: Annotated[Path, typer.Argument(exists=True, help="Artifact, NAME.lrai, or ONNX.")],
     model_repository: Repository,
     name: Annotated[str, typer.Option(help="Name of the model.")],
-    version: Annotated[int, typer.Option(min=0, help="Needed if the model has any.")] = 0,
+    version: Version = None,
     setting: Settings = [],  # noqa: B006 - typer's form of a list; it is not changed
     *,
     switch: Switch = False,
@@ -62,11 +64,11 @@ def add(
             raise UsageError(f"--setting is {text[:80]!r}, {_FORM} is needed, see `lrai config`")
         settings[pair[1]] = pair[2]
     settings_of({"parameters": {key: {"string_value": settings[key]} for key in settings}})
-    if entry.is_dir() and (settings or not version):
+    if entry.is_dir() and (settings or version is None):
         raise UsageError(f"{entry} exists; --version, without --setting, adds to it")
     if entry.is_dir():
         _check_backend(entry, switch=switch)
-    _publish(entry, version or 1, model, _new_config(name, settings))
+    _publish(entry, 1 if version is None else version, model, _new_config(name, settings))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -178,8 +180,7 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
 
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
-    new = not entry.is_dir()
-    was = list[tuple[Path, str | None]]()
+    new, was = not entry.is_dir(), list[tuple[Path, str | None]]()
     try:
         with writing(entry if new else entry / str(version)) as folder:
             target = folder / str(version) if new else folder
