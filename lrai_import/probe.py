@@ -121,6 +121,9 @@ def inspect(paths: tuple[bytes, bytes]) -> Probe:
         raise CompileError(f"not an ONNX model, or cut short: {error}") from None
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
         text = " ".join(str(error).split()).replace(f"{path.parent}/", "")
+        # One may lead to what is not for whoever made the model.
+        if any(words in text for words in ("symbolic link", "hard links", "outside model")):
+            text = f"{text[:200]} Name a copy without links, as cp -rL FOLDER COPY makes it"
         raise CompileError(f"not a valid ONNX model: {text[:300]}") from None
     return Probe(opset=opset, external=tuple(external))
 

@@ -108,7 +108,7 @@ def test_external_data_behind_a_symlink_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(WEIGHT)
     (folder / "w.bin").symlink_to(tmp_path / "secret.bin")
-    with pytest.raises(CompileError, match=r"symbolic link|outside model directory"):
+    with pytest.raises(CompileError, match=r"(symbolic link|outside model directory).* cp -rL "):
         probe(with_external_data(folder / "m.onnx", "w.bin"))
 
 
@@ -118,7 +118,7 @@ def test_external_data_through_a_linked_folder_is_refused(tmp_path: Path) -> Non
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "w.bin").write_bytes(WEIGHT)
     (folder / "data").symlink_to(tmp_path / "other")
-    with pytest.raises(CompileError, match=r"symbolic link|outside model directory"):
+    with pytest.raises(CompileError, match=r"(symbolic link|outside model directory).* cp -rL "):
         probe(with_external_data(folder / "m.onnx", "data/w.bin"))
 
 
@@ -127,7 +127,7 @@ def test_external_data_that_is_a_hard_link_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(WEIGHT)
     os.link(tmp_path / "secret.bin", folder / "w.bin")
-    with pytest.raises(CompileError, match="multiple hard links"):
+    with pytest.raises(CompileError, match=r"multiple hard links.* cp -rL "):
         probe(with_external_data(folder / "m.onnx", "w.bin"))
 
 
