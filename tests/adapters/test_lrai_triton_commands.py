@@ -931,6 +931,25 @@ def test_a_backend_that_is_not_onnxruntime_is_not_taken_over(repository: Path, r
     assert "does not end" in run("compile", config.parent, "--switch", code=4)
 
 
+def test_an_entry_that_is_called_by_two_dots_has_its_own_name(
+    repository: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "m" / "config.pbtxt").unlink()
+    monkeypatch.chdir(repository / "m" / "1")
+    assert "/v2/repository/models/m/load" in run("compile", "..", "--switch")
+    assert 'name: "m"' in (repository / "m" / "config.pbtxt").read_text()
+    assert lrai.Artifact.open(repository / "m" / "2" / "model.lrai").manifest.name == "m"
+
+
+def test_nothing_is_compiled_for_an_entry_that_cannot_be_written(
+    repository: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, access = repository / "m", os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("it was compiled"))
+    assert f"{entry}: cannot be written" in run("compile", entry, "--switch", code=5)
+
+
 def test_an_original_that_is_there_is_never_overwritten(repository: Path, run: Run) -> None:
     entry = repository / "m"
     (entry / "config.pbtxt.lrai-original").write_text("of old")

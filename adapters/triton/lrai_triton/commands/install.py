@@ -66,7 +66,7 @@ def doctor(
     """
     config = settings_of({}).asked.config  # as the stub of a model without parameters has it
     checks: list[tuple[Any, ...]] = [(_check_memory,), (state_folder, config), (_attach, config)]
-    usual = Path(BACKENDS) if Path(BACKENDS).is_dir() else None
+    wrong, usual = 0, Path(BACKENDS) if Path(BACKENDS).is_dir() else None
     if folder := backend_directory or usual:
         checks += [(_check_backend, folder), (_check_file, folder), (_check_python, folder, python)]
     # What `add` writes, until it is whole: Triton takes it for a model, and may not start for it.
@@ -74,7 +74,6 @@ def doctor(
     entries = sorted({*model_repository.glob("*/")} - {*cut}) if model_repository else []  # folders
     checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
     checks += [(_demand, 0, f"{one} was left half made: delete it, if no add runs") for one in cut]
-    wrong = 0
     for check, *arguments in checks:
         try:
             check(*arguments)
@@ -124,9 +123,8 @@ def _check_python(backends: Path, python: str) -> Path:
     _demand(version in ("", wanted), f"{other} name another by --python, or link another stub")
     # By this name pybind11 looks for numpy 2, ever since it knows it; before, values are wrong.
     less = "" if b"NumpyVersion" in stub else " 'numpy<2'"
-    why = done.stderr.strip().rpartition("\n")[2][:200]
+    why, mended = done.stderr.strip().rpartition("\n")[2][:200], f"{path} -m pip install"
     lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: {why};"
-    mended = f"{path} -m pip install"
     _demand(done.returncode == 0, f"{lacks} {mended} '.[triton]'{less} in lrai's checkout")
     newer = f"numpy {numpy} is newer than the stub, which gives wrong values with it;"
     _demand(not less or numpy.startswith("1."), f"{newer} {mended}{less}")

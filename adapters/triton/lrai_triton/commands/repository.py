@@ -83,6 +83,7 @@ def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) 
     """
     if not entry.is_dir():
         raise UsageError(f"{entry} is no folder of a model, which comes before all options")
+    entry = entry.resolve() if entry.name == ".." else entry  # else a link's own name counts
     versions = versions_of(entry)
     name = said_in(text_of(entry / CONFIG)).get("default_model_filename", "")
     if not (sources := [one for v in versions if (one := onnx_of(entry / str(v), name)).is_file()]):
@@ -169,6 +170,8 @@ def _new_config(name: str, settings: dict[str, str]) -> str:
 
 def _check_backend(entry: Path, *, switch: bool) -> None:
     """Refuse an entry that could not serve an artifact, before anything is done to it."""
+    if not os.access(entry, os.W_OK):
+        raise EnvironmentProblem(f"{entry}: cannot be written")
     backend = backend_of(text_of(entry / CONFIG)) or "onnxruntime"
     if backend != "lrai" and not (switch and backend.startswith("onnxruntime")):
         raise UsageError(f"{backend} serves {entry}; --switch takes it over from onnxruntime only")
