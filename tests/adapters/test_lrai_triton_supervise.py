@@ -153,14 +153,17 @@ def test_a_key_is_without_the_end_of_its_line(
     assert watch.told_key() == "lrai-key=k"
 
 
-@pytest.mark.parametrize(("mode", "option"), [("PREDICTION", ""), ("", "--allow-vertex-ai=true")])
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [("PREDICTION", ""), ("", "--allow-vertex-ai=true"), ("", "--allow-sagemaker=true")],
+)
 def test_a_port_that_would_load_models_without_a_key_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, option: str
 ) -> None:
     path, backends = planted(tmp_path, "exit 7")
     monkeypatch.setenv("PATH", path)
     monkeypatch.setenv("AIP_MODE", mode)
-    with pytest.raises(lrai.UsageError, match=r"Vertex AI would load models .* without a key"):
+    with pytest.raises(lrai.UsageError, match=r"Vertex AI or SageMaker would .* without a key"):
         serve.serve([backends, option], watched=True)
 
 

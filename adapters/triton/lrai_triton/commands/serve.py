@@ -42,11 +42,12 @@ def serve(arguments: Arguments, *, watched: Watched = True) -> None:
     if watched and _given(arguments, "allow-http", "")[-1].lower() in ("false", "0"):
         raise UsageError("--allow-http is false, but the watch asks by HTTP: see --no-watch")
     if watched and not _given(arguments, "model-control-mode"):
-        vertex = str(os.environ.get("AIP_MODE") == "PREDICTION")  # where that is the default
+        # There, that of Vertex AI is open by default.
+        ports = {"vertex-ai": str(os.environ.get("AIP_MODE") == "PREDICTION"), "sagemaker": ""}
         arguments = [*arguments, "--model-control-mode=explicit"]
         arguments += ["--load-model=*"] * (not _given(arguments, "load-model"))  # as without a mode
-        if _given(arguments, "allow-vertex-ai", vertex)[-1].lower() in ("true", "1"):
-            why = "the port of Vertex AI would load models for whoever asks, without a key"
+        if {_given(arguments, f"allow-{p}", ports[p])[-1].lower() for p in ports} & {"true", "1"}:
+            why = "the port of Vertex AI or SageMaker would load models for all, without a key"
             raise UsageError(f"{why}: see --no-watch")
         keys = _keys(arguments)
         said = next(iter(keys.values()), "") or told_key() or secrets.token_hex(16)
