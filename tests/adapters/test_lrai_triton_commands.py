@@ -270,6 +270,10 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "number": (config("max_batch_size: many"), "config.pbtxt is not as tritonclient reads it: 2:"),
     "field": (config("max_batchsize: 8"), 'no field named "max_batchsize"'),
     "name": (config('name: "large"'), "name is 'large': Triton serves no model whose folder is"),
+    "no version of its policy": (
+        config("version_policy { specific { versions: [5] } }"),
+        "version_policy in .* leaves version 1 out: name it there",
+    ),
     "kind": (config("input: 3"), "config.pbtxt is not as tritonclient reads it: 2:"),
 }
 

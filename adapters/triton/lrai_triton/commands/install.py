@@ -144,8 +144,7 @@ def _attach(config: lrai.LraiConfig) -> None:
 
 def _check_version(folder: Path) -> None:
     """Refuse a version of ours that Triton could not load, or that is not served as compiled."""
-    text = text_of(folder.parent / CONFIG)
-    if backend_of(text) != "lrai":
+    if backend_of(text := text_of(folder.parent / CONFIG)) != "lrai":
         return
     check_configs(folder.parent)
     config, number = config_of(text), int(folder.name)
@@ -153,6 +152,8 @@ def _check_version(folder: Path) -> None:
     _demand(config["name"] in ("", folder.parent.name), other)
     newest = number >= max(versions_of(folder.parent), default=0)
     if newest and (why := left_out(folder.parent, number)):
+        # Triton loads no model without a version.
+        _demand(not all(left_out(folder.parent, v) for v in versions_of(folder.parent)), why)
         out.print(f"{folder}: {why}")
     full = {one.key.rpartition(".")[2]: one.key for one in lrai.explain_config()}
     for key in config.get("parameters", {}):
