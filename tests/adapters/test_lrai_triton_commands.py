@@ -274,6 +274,10 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config("version_policy { specific { versions: [5] } }"),
         "version_policy in .* leaves version 1 out: name it there",
     ),
+    "platform": (
+        lambda entry: (entry / "config.pbtxt").write_text('platform: "lrai"\n'),
+        "platform is 'lrai', which Triton refuses",
+    ),
     "kind": (config("input: 3"), "config.pbtxt is not as tritonclient reads it: 2:"),
 }
 

@@ -79,8 +79,7 @@ def doctor(
             check(*arguments)
         except (lrai.LraiError, OSError) as problem:
             wrong += 1
-            where = f"{arguments[0]}: " if check is _check_version else ""
-            out.print(f"- {where}{problem}")
+            out.print(f"- {f'{arguments[0]}: ' if check is _check_version else ''}{problem}")
     given = {"backend-directory": folder, "model-repository": model_repository}
     left = "".join(f"; not looked at: --{what}" for what, path in given.items() if path is None)
     if wrong:
@@ -148,6 +147,7 @@ def _check_version(folder: Path) -> None:
         return
     check_configs(folder.parent)
     config, number = config_of(text), int(folder.name)
+    _demand(config["backend"], "platform is 'lrai', which Triton refuses: it is a backend")
     other = f"name is {config['name']!r}: Triton serves no model whose folder is called otherwise"
     _demand(config["name"] in ("", folder.parent.name), other)
     newest = number >= max(versions_of(folder.parent), default=0)
