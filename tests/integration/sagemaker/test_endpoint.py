@@ -506,6 +506,43 @@ def test_a_tar_is_served_and_unpacked_safely(models: Path, tmp_path: Path, socke
     assert not list(sockets.glob("lrai-sagemaker-*"))
 
 
+def test_what_a_container_that_was_killed_had_unpacked_the_next_one_removes(
+    models: Path, tmp_path: Path, sockets: Path
+) -> None:
+    package(lrai.Artifact.open(models / "tokens.lrai"), tmp_path / "model.tar.gz")
+
+    def unpacked() -> set[Path]:
+        return set(sockets.glob("lrai-sagemaker-*/model-*"))
+
+    def container(name: str) -> Container:
+        (tmp_path / name).mkdir()
+        return Container([str(tmp_path / "model.tar.gz")], tmp_path / name, sockets)
+
+    with container("lives") as lives:
+        lives.wait_until_ready()
+        kept = unpacked()
+        with container("killed") as killed:
+            killed.wait_until_ready()
+            (worker,) = killed.workers()
+            assert len(unpacked()) == 2
+            assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
+            wait_until(lambda: not _runs(worker))
+        with container("next") as following:
+            following.wait_until_ready()
+            assert len(unpacked()) == 2
+            assert kept < unpacked()
+            assert following.post({"inputs": TOKENS}).status == 200
+            assert following.stop() == 0
+            assert lives.stop() == 0
+    assert not list(sockets.glob("lrai-sagemaker-*"))
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return False
+
+
 def test_sigterm_has_what_was_accepted_answered(
     minilm_fp32: lrai.Artifact, tmp_path: Path, sockets: Path
 ) -> None:
@@ -598,11 +635,7 @@ def test_workers_do_not_outlive_their_supervisor(
         (worker,) = container.workers()
         container.process.kill()
         container.process.wait()
-        deadline = time.monotonic() + 60
-        with contextlib.suppress(OSError):  # gone
-            while Path(f"/proc/{worker}/cmdline").read_bytes():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        wait_until(lambda: not _runs(worker))
 
 
 def test_a_worker_whose_supervisor_had_died_before_it_looked_ends(

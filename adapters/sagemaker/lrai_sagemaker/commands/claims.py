@@ -1,4 +1,4 @@
-"""Whose the models of a multi-model endpoint are, in a runtime that outlives their container.
+"""Whose models are, in a runtime and on a disk that outlive their container.
 
 A lock on a file says that a container lives: its supervisor holds it, and so do its workers, which
 go on for a moment without one that was killed. What nobody holds any more, the next container lets
@@ -18,10 +18,32 @@ from typing import BinaryIO, Final
 
 from lrai_core import LraiError, ModelNotFound, Runtime
 from lrai_import.held import folders
+from lrai_sagemaker.commands.tars import UNPACKED
 
 PREFIX: Final = "lrai-sagemaker-"
 _SUFFIX: Final = ".models"
+_OWN: Final = "own"  # in the folder of a container; locked before anything is unpacked there
 _LATE_SECONDS: Final = 3600.0
+
+
+def own(scratch: Path) -> BinaryIO:
+    """Return what says that a container lives, for as long as it is open; forget those that do not.
+
+    That is the models that these have unpacked beside `scratch`, with the folders. It comes before
+    anything is unpacked: a folder without a model may be one whose lock is just being made.
+
+    Raises:
+        OSError: No file can be made.
+    """
+    mine = (scratch / _OWN).open("wb")
+    with suppress(OSError):  # no locks there, so that nobody finds it free either
+        fcntl.flock(mine, fcntl.LOCK_EX)
+    for model in scratch.parent.glob(f"{PREFIX}*/{UNPACKED}*"):
+        # Another user's is left to him.
+        with suppress(OSError), (model.parent / _OWN).open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it lives
+            shutil.rmtree(model.parent, ignore_errors=True)
+    return mine
 
 
 def claim(runtime: Runtime, container: str) -> BinaryIO | None:

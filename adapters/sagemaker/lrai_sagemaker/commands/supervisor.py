@@ -16,7 +16,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import BinaryIO, Final
 
 import msgspec
 
@@ -47,10 +47,14 @@ class Supervisor:
         held: The one model, in the runtime, once it is loaded there.
     """
 
-    def __init__(self, settings: Settings, runtime: Runtime | None, on: socket.socket) -> None:
+    def __init__(
+        self, settings: Settings, runtime: Runtime | None, on: socket.socket, *own: BinaryIO
+    ) -> None:
         self._settings, self._runtime, self._listening = settings, runtime, on
         self._scratch, many = Path(settings.scratch), runtime and settings.multi_model
-        self._claim = claims.claim(runtime, self._scratch.name) if runtime and many else None
+        self._claims = own  # which workers have too: they go on for a moment if this is killed
+        if runtime and many and (claim := claims.claim(runtime, self._scratch.name)):
+            self._claims += (claim,)
         self._workers: list[Worker] = []
         self._deaths, self._start_at, self._failed = list[float](), 0.0, 0
         self._problem: LraiError | None = None
@@ -90,7 +94,7 @@ class Supervisor:
         listening, told = self._listening.fileno(), msgspec.json.encode(self._settings).decode()
         command = [sys.executable, "-P", "-m", "lrai_sagemaker.worker", told]
         command += [str(listening), str(os.getpid())]
-        passed = [listening, *([self._claim.fileno()] if self._claim else ())]
+        passed = [listening, *(claim.fileno() for claim in self._claims)]
         try:  # in a group of its own: Ctrl-C comes from here alone
             return subprocess.Popen(command, pass_fds=passed, process_group=0)
         except OSError as error:
@@ -172,9 +176,10 @@ def serve(given: Settings) -> int:
     place = config.runtime.socket_dir or None
     try:
         scratch = TemporaryDirectory(prefix=claims.PREFIX, dir=place)
+        mine = claims.own(Path(scratch.name))
     except OSError as error:
         raise EnvironmentProblem(f"no temporary folder can be made: {error.strerror}") from None
-    with scratch as folder, listen(given) as listening:
+    with scratch as folder, mine, listen(given) as listening:
         own = {"scratch": folder}
         if not given.multi_model:
             artifact = artifact_in(unpacked(Path(given.folder).resolve(), Path(folder)))
@@ -183,7 +188,7 @@ def serve(given: Settings) -> int:
         given = msgspec.structs.replace(given, **own)
         with nullcontext() if asked_of(given).here else Runtime(config) as runtime:
             log.info("serving on %s:%d", *listening.getsockname()[:2])
-            supervisor = Supervisor(given, runtime, listening)
+            supervisor = Supervisor(given, runtime, listening, mine)
             try:
                 return supervisor.run()
             finally:  # for so long, as a runtime may hang, and the platform kills

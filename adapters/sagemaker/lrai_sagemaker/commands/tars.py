@@ -29,6 +29,7 @@ _MOST_MEMBERS: Final = 10_000
 _MOST_HEADER_BYTES: Final = 1 << 20
 _MOST_TIMES, _PLAIN_BYTES = 100, 1 << 26  # of a tar that it may hold; with so many in any case
 _FOLDER: Final = "model.lrai"
+UNPACKED: Final = "model-"  # begins the name of a folder with what was in a tar
 
 
 class _Entry(tarfile.TarInfo):
@@ -103,7 +104,7 @@ def unpacked(place: Path, scratch: Path) -> Path:
 
 def _unpack(tar: Path, scratch: Path) -> Path:
     try:
-        into = Path(tempfile.mkdtemp(prefix="model-", dir=scratch))
+        into = Path(tempfile.mkdtemp(prefix=UNPACKED, dir=scratch))
         room = min(shutil.disk_usage(into).free, _PLAIN_BYTES + _MOST_TIMES * tar.stat().st_size)
         with tarfile.open(tar, tarinfo=_Entry) as archive:
             for count, member in enumerate(archive, 1):
