@@ -39,13 +39,15 @@ def test_its_commands_run_from_the_top_in_an_empty_folder(tmp_path: Path) -> Non
         }
         folder = tmp_path / "empty"
         folder.mkdir()
+        (elsewhere,) = re.findall(r"^(bentoml import [^#\n]*)", GUIDE.read_text(), re.MULTILINE)
+        script += f"\nBENTOML_HOME={tmp_path / 'elsewhere'} {elsewhere}"
         done = subprocess.run(
             ["/bin/bash", "-c", script], cwd=folder, env={**os.environ, **variables}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=580, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "'name': 'logits'" in done.stdout
-    assert (folder / "classifier.bento").stat().st_size > 0
+    assert list((tmp_path / "elsewhere" / "bentos" / "classifier").glob("*/bento.yaml"))
 
 
 def test_the_names_in_its_python_exist() -> None:
