@@ -218,3 +218,11 @@ def test_any_name_of_an_artifact_makes_a_tag_and_a_class(name: str) -> None:
     tag = project._tag_name(name)
     assert bentoml.Tag.from_taglike(tag).name == tag
     assert project._class_name(tag).isidentifier()
+
+
+def test_help_says_what_to_do_for_a_service_of_several_models() -> None:
+    said = " ".join(run("init", "--help").stdout.split())
+    assert "It takes one." in said
+    for name in ("save_model", "runner"):
+        assert f"lrai_bentoml.{name}" in said
+        assert hasattr(lrai_bentoml, name)

@@ -68,7 +68,11 @@ def init(
     ] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes that take requests.")] = 2,
 ) -> None:
-    """Write a project around MODEL, which is saved if it is an artifact; nothing is overwritten."""
+    """Write a project around MODEL, which is saved if it is an artifact; nothing is overwritten.
+
+    It takes one. Of a service of several, the class in service.py has a runner for each: save the
+    others by lrai_bentoml.save_model, and add other = lrai_bentoml.runner("OTHER:latest") to it.
+    """
     names = ("service.py", "bentofile.yaml", "requirements.txt", ".bentoignore")
     if there := [name for name in names if (folder / name).exists()]:
         raise UsageError(f"{', '.join(there)}: there already, and nothing is overwritten")
