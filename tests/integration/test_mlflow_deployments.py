@@ -27,6 +27,8 @@ import pytest
 from click.testing import CliRunner
 from mlflow.deployments import cli
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
 from onnx import numpy_helper
 
 import lrai_core as lrai
@@ -88,6 +90,25 @@ def saved(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list
         artifact = lrai.compile(source, out=folder / f"{number}.lrai", threads=1)
         lrai_mlflow.save_model(artifact, folder / f"model-{number}")
     return [folder / f"model-{number}" for number in range(len(sources))]
+
+
+@pytest.mark.usefixtures("sockets")
+def test_columns_that_a_signature_has_as_optional_need_not_be_there(tmp_path: Path) -> None:
+    source = column_model(tmp_path / "columns.onnx")
+    artifact = lrai.compile(source, out=tmp_path / "m.lrai", threads=1)
+    columns = [ColSpec("float", "price"), ColSpec("integer", "count")]
+    signature = ModelSignature(Schema([*columns, ColSpec("string", "note", required=False)]))
+    lrai_mlflow.save_model(artifact, tmp_path / "bill", signature=signature)
+    client = mlflow.deployments.get_deploy_client("lrai")
+    client.create_deployment("bill", str(tmp_path / "bill"))
+    table = pd.DataFrame({"count": [2, 3], "price": np.array([0.5, 1.5], np.float32)})
+    right = mlflow.pyfunc.load_model(tmp_path / "bill").predict(table.astype({"count": np.int32}))
+    assert right["total"].tolist() == [1.0, 4.5]
+    for given in (table, table.assign(note="in a hurry")):
+        told = client.predict("bill", given).get_predictions()
+        assert told["total"].tolist() == [1.0, 4.5]
+    with pytest.raises(MlflowException, match="'price': missing"):
+        client.predict("bill", table.drop(columns="price"))
 
 
 @pytest.mark.usefixtures("sockets")

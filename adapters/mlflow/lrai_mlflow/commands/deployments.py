@@ -199,8 +199,7 @@ class Client(BaseDeploymentClient):
         # What could not be started keeps its share, for later; of one version none need be asked.
         known = dict.fromkeys(served, 1.0) if len(served) == 1 else self._known(name).shares
         shares = {version: share for version, share in known.items() if share and version in served}
-        alive = {one: share for one, share in shares.items() if served[one].state != "dead"}
-        shares = alive or shares
+        shares = (alive := {v: n for v, n in shares.items() if served[v].state != "dead"}) or shares
         said = self._deployed.said(name) if isinstance(inputs, pd.DataFrame) else {}
         if isinstance(inputs, pd.DataFrame) and self._deployed.copies is None:
             if not said:
@@ -214,7 +213,9 @@ class Client(BaseDeploymentClient):
         version = random.choices([*shares], [*shares.values()])[0]
         # What others have put in the place of a version, as `lrai tune`, takes what that took.
         said = said.get(artifact_of(version), next(reversed(said.values()), {}))
-        table, signature = ordered(inputs, said.get("columns", [])), served[version].signature
+        signature = served[version].signature
+        # Several inputs are found by their names; a signature's optional columns may be missing.
+        table = ordered(inputs, said.get("columns", [])) if len(signature.inputs) == 1 else inputs
         # One version answers all parts: what is in order for one is not for the others. Where none
         # lives nobody is named: only then does the runtime have the one before serve again.
         named, own = version if alive else "", self._runtime.config
