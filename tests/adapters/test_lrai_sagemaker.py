@@ -605,6 +605,41 @@ def test_what_the_platform_sets_reaches_the_supervisor(
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("LRAI_SAGEMAKER_REQUIRED", "epsilon=1", "no setting; known: LRAI_SAGEMAKER_DRAIN, "),
+        ("LRAI_SAGEMAKER_TIMEOUT", "inf", "less than or equal to"),
+    ],
+)
+def test_a_variable_of_this_host_that_means_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("it serves"))
+    monkeypatch.setenv(name, value)
+    with pytest.raises((SystemExit, lrai.UsageError)) as refused:
+        main(["serve"])
+    assert why in " ".join(capsys.readouterr().err.replace("\u2502", "").split()) + str(
+        refused.value
+    )
+
+
+def test_what_is_empty_or_what_kubernetes_says_of_a_service_is_no_variable_of_this_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = list[str]()
+    monkeypatch.setattr("os.execv", lambda _, command: told.append(command[-1]))
+    monkeypatch.setenv("LRAI_SAGEMAKER_TIMEOUTS", "")
+    monkeypatch.setenv("LRAI_SAGEMAKER_PORT_8080_TCP", "tcp://10.0.0.1:8080")
+    with pytest.raises(SystemExit):
+        main(["serve"])
+    assert json.loads(*told)["answer_seconds"] == 60
+
+
+@pytest.mark.parametrize(
     ("module", "without"),
     [
         ("lrai_sagemaker.worker", ["typer", "rich", "onnx", "onnxruntime", "boto3", "botocore"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import typer
 
-from lrai_core import Artifact, EnvironmentProblem, load_config
+from lrai_core import Artifact, EnvironmentProblem, UsageError, load_config
 from lrai_import.hosted import asked
 from lrai_sagemaker.commands.app import app, out
 from lrai_sagemaker.commands.tars import package as package_artifact
@@ -40,7 +41,7 @@ Payload = Annotated[
     typer.Option(envvar="SAGEMAKER_MAX_PAYLOAD_IN_MB", min=0, help="MiB; 0: limits.request_bytes."),
 ]
 Seconds = Annotated[
-    float, typer.Option(envvar=_TIMEOUT, min=0, help="Per answer; 0: 60, batch 3600.")
+    float, typer.Option(envvar=_TIMEOUT, min=0, max=1e6, help="Per answer; 0: 60, batch 3600.")
 ]
 Drain = Annotated[
     float,
@@ -50,6 +51,9 @@ Batch = Annotated[bool, typer.Option(envvar="SAGEMAKER_BATCH", help="For batch t
 _ADVISED: Final = "What /execution-parameters advises"
 _TRANSFORMS: Final = "SAGEMAKER_MAX_CONCURRENT_TRANSFORMS"
 _LEVEL: Final = "LRAI_SAGEMAKER_LOG_LEVEL"
+_OWN: Final = "LRAI_SAGEMAKER_"
+_LINK: Final = re.compile("_SERVICE_|_PORT")  # what Kubernetes tells of a service of that name
+_KNOWN: Final = {_LEVEL, *(_OWN + name for name in ("HOST", "REQUIRE", "TIMEOUT", "DRAIN"))}
 Concurrency = Annotated[
     int,
     typer.Option(
@@ -86,6 +90,10 @@ def serve(
     a runtime. Without --host only this machine is answered. After SIGTERM it answers what it has
     accepted, and ends.
     """
+    own = {name for name, value in os.environ.items() if value and name.startswith(_OWN)}
+    if unknown := min((name for name in own - _KNOWN if not _LINK.search(name)), default=""):
+        known = ", ".join(sorted(_KNOWN))  # else a certificate would be demanded in vain
+        raise UsageError(f"environment: {unknown[:80]} is no setting; known: {known}")
     largest_mb = max_payload_mb or min(100, load_config().limits.request_bytes // MEBIBYTE)
     settings = Settings(
         folder=str(folder or (_MODELS if multi_model else _MODEL)),
