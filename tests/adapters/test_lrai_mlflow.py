@@ -35,7 +35,7 @@ import lrai_core as lrai
 import lrai_mlflow
 from benchmarks.models import classifier
 from lrai_import.held import Held
-from lrai_mlflow.serving import ServedModel, from_lrai, mlflow_errors
+from lrai_mlflow.serving import ServedModel, from_lrai, mlflow_errors, to_lrai
 from lrai_mlflow.watch import Watch, tell_cap
 from tests.own_runtime import own_runtime
 from tests.tiny_models import column_model, text_model, token_model
@@ -240,6 +240,17 @@ def test_what_does_not_fit_the_model_is_a_clear_400(
     with pytest.raises(MlflowException, match=message) as refused:
         loaded("lrai", "columns", False)(data)
     assert refused.value.get_http_status_code() == 400
+
+
+@pytest.mark.parametrize("kind", ["Int64", "Float64", "boolean", "object"])
+def test_what_pandas_has_as_missing_is_nan_among_real_numbers(kind: Any) -> None:
+    table = pd.DataFrame({"a": pd.array([1, None], dtype=kind), "b": pd.array([0, 1], "Int64")})
+    features = lrai.TensorSpec(name="features", datatype="FP32", shape=("n", 2))
+    columns = [lrai.TensorSpec(name=name, datatype="FP32", shape=("n", 1)) for name in "ab"]
+    whole = to_lrai(table, [features], {}, "m").inputs["features"]
+    np.testing.assert_array_equal(whole, np.array([[1, 0], [np.nan, 1]], np.float32))
+    each = to_lrai(table, columns, {}, "m").inputs
+    np.testing.assert_array_equal(each["a"], np.array([[1], [np.nan]], np.float32))
 
 
 @pytest.mark.parametrize(

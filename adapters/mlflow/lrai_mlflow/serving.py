@@ -203,12 +203,20 @@ def _by_name(data: Any, inputs: Sequence[lrai.TensorSpec]) -> dict[str, Any]:
     if len(names) == 1 and list(data.columns) != names:
         mixed = inputs[0].datatype.strip("U").startswith("INT") and data.dtypes.nunique() > 1
         # Of columns of several kinds numpy makes real numbers, which not all whole ones are.
-        return {names[0]: data.to_numpy(dtype=object).tolist() if mixed else data.to_numpy()}
-    return {name: _column(data[name]) for name in names if name in data.columns}
+        whole = data.to_numpy(dtype=object).tolist() if mixed else _values(data, inputs[0])
+        return {names[0]: whole}
+    return {one.name: _column(data[one.name], one) for one in inputs if one.name in data.columns}
 
 
-def _column(column: pd.Series[Any]) -> Any:
-    return column.tolist() if _holds_lists(column) else column.to_numpy()
+def _column(column: pd.Series[Any], spec: lrai.TensorSpec) -> Any:
+    return column.tolist() if _holds_lists(column) else _values(column, spec)
+
+
+def _values(data: pd.DataFrame | pd.Series[Any], spec: lrai.TensorSpec) -> NDArray[Any]:
+    """Return the values; NaN among real numbers where pandas has a word of its own (Int64)."""
+    values = data.to_numpy()
+    missing = values.dtype.kind == "O" and spec.datatype.startswith("FP")
+    return data.to_numpy(na_value=np.nan) if missing else values
 
 
 def _holds_lists(column: pd.Series[Any] | None) -> bool:
