@@ -7,6 +7,8 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import is_dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -46,27 +48,32 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
     if texts := [spec.name for spec in inputs if spec.datatype == "BYTES"]:
         raise CompileError(f"input {texts[0]!r} is of BYTES, which torch does not have")
     inputs = _in_order(model, inputs)
-    values = tuple(torch.from_numpy(made_up(spec)) for spec in inputs)
+    given = {spec.name: made_up(spec) for spec in inputs}
     auto = torch.export.Dim.AUTO
     free = tuple(
         {i: auto for i, extent in enumerate(spec.shape) if not isinstance(extent, int)}
         for spec in inputs
     )
-    names = [spec.name for spec in inputs]
     unset = ""
     try:
         model.eval()
     except NotImplementedError:  # of what was exported as it runs, while it learnt perhaps
         model, unset = deepcopy(model), "; or it was exported in training: call eval() before that"
+
+    def answer(rows: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        with torch.no_grad():
+            return _named(model(*map(torch.from_numpy, rows.values())))
+
     with tempfile.TemporaryDirectory(prefix="lrai-torch-") as folder:
         path = Path(folder, "model.onnx")
         try:
             program = torch.onnx.export(
-                model, values, dynamo=True, dynamic_shapes=free, input_names=names,
-                opset_version=_OPSET, verbose=False,
+                model, tuple(map(torch.from_numpy, given.values())), dynamo=True,
+                dynamic_shapes=free, opset_version=_OPSET, verbose=False,
             )  # fmt: skip
             if program is None:
                 raise CompileError("torch gave no program")
+            _name(program.model.graph, [*given], [name for name, _ in answer(given)])
             program.save(path)
         except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
             cause = error.__cause__ or error
@@ -75,17 +82,14 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             why = f"{type(model).__name__} cannot be converted: {lines[0][:300]}"
             raise CompileError(why) from None
         made = onnx.load(path)
-        if _name_apart(made.graph):
-            onnx.save(made, path)
         _check_free(made, inputs)
-
-        def answer(rows: Mapping[str, Any]) -> list[Any]:
-            with torch.no_grad():
-                return _arrays(model(*map(torch.from_numpy, rows.values())))
-
         what = f"{type(model).__name__}, traced,"
         why = "it may branch on an extent; use torch.cond, or fix it in the signature" + unset
-        if not compare(answer, path, inputs, what=what, why=why):
+
+        def arrays(rows: Mapping[str, Any]) -> list[Any]:
+            return [torch.as_tensor(one).detach().numpy() for _, one in answer(rows)]
+
+        if not compare(arrays, path, inputs, what=what, why=why):
             made.metadata_props.add(key=NOTE, value=_UNLIKE)
     return made
 
@@ -105,23 +109,31 @@ def _in_order(model: Any, inputs: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
     raise CompileError(f"the signature has {given}, which is not how forward begins: {known}")
 
 
-def _arrays(answer: Any) -> list[Any]:
-    """Return the tensors in what a module gives, in order."""
+def _named(answer: Any, at: str = "") -> list[tuple[str, Any]]:
+    """Return the tensors in what a module gives, in order, by keys and fields that lead to them."""
+    if hasattr(answer, "_asdict") or (is_dataclass(answer) and not isinstance(answer, Mapping)):
+        answer = getattr(answer, "_asdict", partial(vars, answer))()
     if isinstance(answer, Mapping):
-        answer = list(answer.values())
-    if isinstance(answer, list | tuple):
-        return [array for part in answer for array in _arrays(part)]
-    return [answer.numpy()] if hasattr(answer, "numpy") else []
+        parts = [(f"{at}.{key}" if at else str(key), part) for key, part in answer.items()]
+    elif isinstance(answer, list | tuple):
+        parts = [(at and f"{at}.{place}", part) for place, part in enumerate(answer)]
+    else:  # a whole number is an extent
+        return [(at, answer)] if hasattr(answer, "numpy") or isinstance(answer, int) else []
+    return [one for name, part in parts for one in _named(part, name)]
 
 
-def _name_apart(graph: onnx.GraphProto) -> bool:
-    """Name outputs that are inputs otherwise; return whether there are any. torch 2.13 fails to."""
-    given = [node for node in graph.node if list(node.output) == list(node.input)]
-    for node in given:
-        node.output[0] += "_output"
-        for value in graph.output:
-            value.name = node.output[0] if value.name == node.input[0] else value.name
-    return bool(given)
+def _name(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give inputs and outputs their names, and what is inside no such ones: torch has two alike."""
+    own = [str(value.name) for value in graph.outputs]
+    told = [name or old for name, old in zip(outputs, own, strict=False)]
+    told = told if len({*told}) == len(outputs) == len(own) else own  # caches have no names
+    given = [f"{name}_output" if name in inputs else name for name in told]
+    names = dict(zip((*graph.outputs, *graph.inputs), (*given, *inputs), strict=True))
+    inside = {value for node in graph.all_nodes() for value in node.outputs}
+    for value in (inside | {*graph.initializers.values()}) - {*names}:
+        value.name += ":inside" * (value.name in names.values())
+    for value, name in names.items():
+        value.name = name
 
 
 def _check_free(made: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,50 @@ def test_what_answers_never_twice_alike_is_said_not_to_be_compared(tmp_path: Pat
         told = list[str]()
         load(to_onnx(learning(layer), FOUR, tmp_path / "m.onnx"), told.append)
         assert any("what was traced is not compared" in one for one in told) == says
+
+
+class Told(torch.nn.Module):
+    """Gives what it finds by names, of which some are those of inputs or of what is inside."""
+
+    def __init__(self, how: Any = dict) -> None:
+        super().__init__()
+        self.linear, self.how = torch.nn.Linear(4, 4), how
+
+    def forward(self, x: torch.Tensor) -> Any:
+        inner = self.linear(x)
+        pair = [inner + 1, self.linear.bias]
+        told = {"mul": inner, "linear": inner * 2, "x": x, "pair": pair, "rows": x.shape[0]}
+        return self.how(**told)
+
+
+@pytest.mark.parametrize(
+    ("how", "given"),
+    [(dict, "x"), (dict, "mul"), (namedtuple("Answer", "mul linear x pair rows"), "linear.weight")],
+)
+def test_outputs_have_the_names_that_a_module_gives_them(how: Any, given: str) -> None:
+    module = Told(how)
+    made = convert(module, (TensorSpec(name=given, datatype="FP32", shape=("n", 4)),))
+    onnx.checker.check_model(made, full_check=True)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    names = ["mul", "linear", "x", "pair.0", "pair.1", "rows"]
+    assert [one.name for one in session.get_outputs()] == [
+        f"{name}_output" if name == given else name for name in names
+    ]
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    mul, doubled, same, more, bias, rows = session.run(None, {given: x})
+    inner = module.linear(torch.from_numpy(x)).detach().numpy()
+    for found, expected in ((mul, inner), (doubled, inner * 2), (same, x), (more, inner + 1)):
+        np.testing.assert_allclose(found, expected, 1e-4, 1e-5)
+    assert np.array_equal(bias, module.linear.bias.detach().numpy())
+    assert rows == 3
+
+
+@pytest.mark.parametrize("given", ["linear", "linear.weight"])
+def test_an_input_may_be_named_like_what_is_inside(given: str) -> None:
+    module = torch.nn.Sequential(OrderedDict(linear=torch.nn.Linear(4, 2)))
+    spec = TensorSpec(name=given, datatype="FP32", shape=("n", 4))
+    made = convert(module, (spec,))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    [found] = session.run(None, {given: x})
+    np.testing.assert_allclose(found, module(torch.from_numpy(x)).detach().numpy(), 1e-4, 1e-5)
