@@ -98,8 +98,7 @@ class Around:
     def _label(self, name: str, dims: Any, kind: int, labels: Sequence[str], top_k: int) -> None:
         """Add the labels of an output's largest elements, and what those are."""
         if len(dims) != 2 or dims[1].dim_value not in (0, len(labels)):
-            got = [dim.dim_value or dim.dim_param for dim in dims]
-            problem = f"output {name!r} has shape {got}"
+            problem = f"output {name!r} has shape {[d.dim_value or d.dim_param for d in dims]}"
             raise CompileError(f"{len(labels)} labels are given, and {problem}")
         if top_k > len(labels):
             raise CompileError(f"postprocess.top_k is {top_k}, of {len(labels)} labels")
@@ -133,10 +132,10 @@ class Around:
             free = [dim.dim_param for dim in dims if not dim.dim_value]
             if free and (len(dims) > 1 or free[0] in ("", *self.lengths)):
                 problem = f"output {value.name[:120]!r} has an element for each token"
-                remedy = "pool it (postprocess.pool), or leave it out of the model"
-                raise CompileError(
-                    f"{problem}, and how many there are callers cannot know: {remedy}"
+                remedy = (
+                    "callers cannot know: pool it (postprocess.pool), or leave it out of the model"
                 )
+                raise CompileError(f"{problem}, and how many there are {remedy}")
         for name, value in self._open.items():
             free = [dim.dim_param for dim in value.type.tensor_type.shape.dim]
             if self.lengths.intersection(free) - {""}:
@@ -207,12 +206,8 @@ class Around:
         """Return the new name of an output inside the graph."""
         inner = self.fresh()
         for node in (*self.model.graph.node, *self._after):
-            for index, name in enumerate(node.output):
-                if name == output:
-                    node.output[index] = inner
-            for index, name in enumerate(node.input):
-                if name == output:
-                    node.input[index] = inner
+            for ends in (node.input, node.output):
+                ends[:] = [inner if name == output else name for name in ends]
         return inner
 
     def fresh(self) -> str:

@@ -82,9 +82,8 @@ def load(path: Path, notify: Callable[[str], None]) -> Imported:
             content = files.read(spec.tokenizer, f"preprocess.{name}.tokenizer")
             tokenizer = Tokenizer.of(content, spec.tokenizer)
             put_text(around, name, spec, tokenizer)
-            if tokenizer.attributes.get("do_lower_case") or tokenizer.attributes.get(
-                "strip_accents"
-            ):
+            told = tokenizer.attributes
+            if told.get("do_lower_case") or told.get("strip_accents"):
                 notify(
                     "capitals and accents become plain small letters in Latin-1, and Cyrillic but "
                     "for й and ё; in other scripts the tokens are the library's for texts that "

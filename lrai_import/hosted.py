@@ -226,12 +226,8 @@ def zeros(specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any]]:
     shapes = {one.name: [n if isinstance(n, int) else 1 for n in one.shape] for one in specs}
     if (large := max(map(math.prod, shapes.values()), default=0)) > _MOST_ELEMENTS:
         raise UsageError(f"a row of {large} elements is too large to be made up")
-    return {
-        spec.name: np.full(
-            shapes[spec.name], "" if spec.datatype == "BYTES" else 0, dtype_of(spec.datatype)
-        )
-        for spec in specs
-    }
+    fill = {spec.name: "" if spec.datatype == "BYTES" else 0 for spec in specs}
+    return {s.name: np.full(shapes[s.name], fill[s.name], dtype_of(s.datatype)) for s in specs}
 
 
 def warm_up(runtime: Runtime, name: str, signature: Signature) -> None:

@@ -214,10 +214,9 @@ def _scan(folder: Path, data: str) -> None:
     try:
         from picklescan.scanner import SafetyLevel, scan_bytes, scan_directory_path
     except ImportError:
-        raise EnvironmentProblem(
-            "picklescan is needed before a pickle is opened: pip install 'lrai[trees]', or "
-            "'lrai[torch]' for a model of PyTorch"
-        ) from None
+        how = "pip install 'lrai[trees]', or 'lrai[torch]' for a model of PyTorch"
+        why = f"picklescan is needed before a pickle is opened: {how}"
+        raise EnvironmentProblem(why) from None
     found = scan_directory_path(str(folder))
     # It passes over names that it does not know, and MLflow opens what the model names.
     inside = [path for path in own.rglob("*") if path.is_file() and path.name != _NO_PICKLE]

@@ -171,9 +171,8 @@ def upgrade(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         onnx.checker.check_model(upgraded)
     except (*_NOT_UPGRADED, onnx.checker.ValidationError) as error:
         text = " ".join(str(error).split()).rpartition("failed: ")[2][:200]
-        raise UnsupportedOperator(
-            f"the model has opset {opset} and cannot be upgraded to {MIN_OPSET}: {text}"
-        ) from None
+        why = f"the model has opset {opset} and cannot be upgraded to {MIN_OPSET}: {text}"
+        raise UnsupportedOperator(why) from None
     return upgraded
 
 

@@ -20,10 +20,6 @@ FEATURES: Final = "features"
 ROWS: Final = 256  # on which what was made is compared with the model
 _SAME: Final = 0.95  # of them: a threshold in single precision may send a few elsewhere
 _INTS, _INT64 = onnx.AttributeProto.INTS, onnx.TensorProto.INT64
-_FAULTS: Final = (
-    *(RuntimeError, ValueError, TypeError, NameError, AssertionError),
-    *(AttributeError, LookupError),
-)
 _TORN: Final = 1e-3
 _BITS: Final = 2.0**-23  # of a number: as much as several roundings in single precision do
 _NOUGHT: Final = 1e-30  # to which what LightGBM has on both sides of zero is nearer
@@ -74,7 +70,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
         if isinstance(getattr(part, "weights", None), list | tuple):  # of voters
             part.weights = np.array(part.weights)
     splits = any(type(part).__module__.startswith("xgboost") for part in _parts(model))
-    own: dict[str, Any] = {"target_opset": OPSET} | (trees.scaling() if splits else {})
+    own = {"target_opset": OPSET} | trees.converters(splits=splits)
     plain = {id(model): {"zipmap": False}} if is_classifier(model) else None
     problems = list[Exception]()
     # Some know no such option, which a pipeline gives its steps unless they have some of their own,
@@ -86,7 +82,7 @@ def convert(model: Any, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
             found = skl2onnx.convert_sklearn(model, None, types, options=options, **own)
         except (MissingConverter, MissingShapeCalculator) as error:
             raise UnsupportedOperator(f"{type(model).__name__}: {first_line(error)}") from None
-        except _FAULTS as error:
+        except Exception as error:  # noqa: BLE001 - of converters, without a base
             problems.append(error)
         else:
             made = checked(found, types)
@@ -149,13 +145,9 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
 def _guard(made: onnx.ModelProto) -> None:
     """Have encoders fail at a category that they do not know, as the model does.
 
-    Their converter has them say -1. Here they look it up behind the end of a table. And k-means
-    has no square of a distance below 0, as rounding makes it of none: its root would be NaN.
+    Their converter has them say -1. Here they look it up behind the end of a table.
     """
     for at, node in reversed([*enumerate(made.graph.node)]):
-        if node.op_type == "Sqrt" and any(one.op_type == "ArgMin" for one in made.graph.node):
-            square, node.input[0] = node.input[0], f"{node.input[0]}_above_0"
-            made.graph.node.insert(at, onnx.helper.make_node("Relu", [square], [node.input[0]]))
         places = [i for one in node.attribute if one.name == "values_int64s" for i in one.ints]
         if len(node.attribute) == 2 and places == [*range(len(places) or 1)]:  # without a default
             name, count = node.output[0], len(places)

@@ -54,16 +54,42 @@ def know(part: Any) -> None:
     update_registered_converter(type(part), alias, shape, converter, options=options)
 
 
-def scaling() -> dict[str, Any]:
-    """Return what has skl2onnx scale columns in double precision, as scikit-learn does.
+def converters(*, splits: bool) -> dict[str, Any]:
+    """Return what has skl2onnx calculate as precisely as scikit-learn does where it matters.
 
-    XGBoost splits at values that its rows have: on which side one is, the last bit says.
+    That is of k-means, and where XGBoost `splits` at values that its rows have what is scaled
+    before it: on which side one is, the last bit says.
     """
-    from skl2onnx.shape_calculators.scaler import calculate_sklearn_scaler_output_shapes as shapes
+    from skl2onnx.shape_calculators import k_means, scaler
+    from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.preprocessing import StandardScaler
 
-    own = {"custom_conversion_functions": _scale, "custom_shape_calculators": shapes}
-    return {name: {StandardScaler: how} for name, how in own.items()}
+    shapes = k_means.calculate_sklearn_kmeans_output_shapes
+    own = dict.fromkeys((KMeans, MiniBatchKMeans), (_cluster, shapes))
+    if splits:
+        own[StandardScaler] = _scale, scaler.calculate_sklearn_scaler_output_shapes
+    names = ("custom_conversion_functions", "custom_shape_calculators")
+    return {name: {kind: how[at] for kind, how in own.items()} for at, name in enumerate(names)}
+
+
+def _cluster(scope: Any, operator: Any, container: Any) -> None:
+    """Tell distances around the middle of all centres: squares of what is far from zero are rough.
+
+    Rounding may have that of no distance below 0, whose root would be NaN.
+    """
+    from skl2onnx.algebra import onnx_ops as onnx_
+
+    told, opset = operator.raw_operator.cluster_centers_, {"op_version": container.target_opset}
+    own = (told - (middle := told.mean(axis=0).astype(np.float32))).astype(np.float32)
+    moved = onnx_.OnnxCast(*operator.inputs, to=onnx.TensorProto.FLOAT, **opset)
+    moved = onnx_.OnnxSub(moved, middle, **opset)
+    size = onnx_.OnnxReduceSumSquare(moved, axes=[1], **opset)
+    size = onnx_.OnnxAdd(size, np.square(own).sum(axis=1), **opset)
+    size = onnx_.OnnxAdd(onnx_.OnnxMatMul(moved, -2 * own.T, **opset), size, **opset)
+    best, far = ([one.full_name] for one in operator.outputs)
+    onnx_.OnnxArgMin(size, axis=1, keepdims=0, output_names=best, **opset).add_to(scope, container)
+    size = onnx_.OnnxRelu(size, **opset)
+    onnx_.OnnxSqrt(size, output_names=far, **opset).add_to(scope, container)
 
 
 def _scale(scope: Any, operator: Any, container: Any) -> None:

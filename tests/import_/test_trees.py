@@ -833,3 +833,15 @@ def test_chances_of_several_labels_come_row_by_row(model: Any) -> None:
     expected = np.stack(trained.predict_proba(ROWS[:3]), axis=1)
     np.testing.assert_allclose(chances, expected, atol=1e-5)
     assert [one.shape[1:] for one in session.get_outputs()] == [[3], [3, 2]]
+
+
+@pytest.mark.parametrize("kind", [KMeans, MiniBatchKMeans])
+@pytest.mark.parametrize("far", [1e3, 1e5])
+def test_k_means_far_from_zero_tells_the_same_clusters(kind: Any, far: float) -> None:
+    """In single precision squares of such numbers say nothing of what lies between them."""
+    rows = np.random.default_rng(0).standard_normal((1000, 5)).astype(np.float32) + np.float32(far)
+    model = kind(8, n_init=1, random_state=0).fit(rows.astype(float))
+    session = onnxruntime.InferenceSession(convert_sklearn(model, []).SerializeToString())
+    label, distances = session.run(None, {session.get_inputs()[0].name: rows})
+    assert np.mean(label == model.predict(rows.astype(float))) > 0.99
+    assert np.allclose(distances, model.transform(rows.astype(float)), atol=1e-2)
