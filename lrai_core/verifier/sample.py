@@ -210,9 +210,9 @@ def _column(array: Array, spec: TensorSpec, what: str) -> Array:
     if unclear and any(isinstance(one, str) for one in others):
         name, shape = shorten(spec.name, 40), shorten(", ".join(map(str, spec.shape)), 90)
         got = f"{what}: {name!r} is {[*array.shape]}, and dimension 0 of [{shape}] is not known"
-        yes = f"to be the batch: if it is, [inputs.{name}] in --axes FILE says batch = 0"
+        yes = (f"[inputs.{name}] in --axes FILE says batch = 0", "a row has a dimension less")[more]
         no = f"if not, {len(array)} rows of [{shape}] are needed, and that table empty"
-        raise CalibrationError(f"{got} {yes}; {no}")
+        raise CalibrationError(f"{got} to be the batch: if it is, {yes}; {no}")
     return array if more else array[:, np.newaxis]
 
 

@@ -504,7 +504,8 @@ def test_a_row_that_would_be_one_step_of_a_batch_of_steps_is_refused(
         assert f"[inputs.x] in --axes FILE says batch = 0; if not, 4 rows of [{named}]" in words
         batched = Signature(inputs=(msgspec.structs.replace(first, batch_axis=0),), outputs=())
         read_rows({"x": steps}, batched, "evaluation")
-        assert "if not, 4 rows of" in refusal({"x": steps[:, :, None]}, batched)
+        said = refusal({"x": steps[:, :, None]}, batched)  # which --axes may say already
+        assert "is, a row has a dimension less; if not, 4 rows of" in said
         rows, _ = read_rows({"x": steps[:, :, None]}, signature, "evaluation")
         assert rows.inputs[0][0].shape == (5, 1, 3)
 
