@@ -447,6 +447,8 @@ def checked(found: Any, types: _Types) -> onnx.ModelProto:
     names |= {value.name: f"{value.name}_by_label" for value in several}
     for value in (*graph.input, *graph.output):
         value.name = names.get(value.name, value.name)
+        if len(dims := value.type.tensor_type.shape.dim) in (1, 2):
+            dims[0].ClearField("value")  # as many as rows, where LightGBM's says 1
     for node in graph.node:
         for ends in (node.input, node.output):
             ends[:] = [names.get(name, name) for name in ends]

@@ -845,3 +845,10 @@ def test_k_means_far_from_zero_tells_the_same_clusters(kind: Any, far: float) ->
     label, distances = session.run(None, {session.get_inputs()[0].name: rows})
     assert np.mean(label == model.predict(rows.astype(float))) > 0.99
     assert np.allclose(distances, model.transform(rows.astype(float)), atol=1e-2)
+
+
+def test_labels_are_declared_to_be_as_many_as_rows() -> None:
+    """The converter of LightGBM says that there is one."""
+    model = lightgbm.LGBMClassifier(n_estimators=2, verbose=-1).fit(ROWS, CLASSES)
+    for value in convert_lightgbm(model, []).graph.output:
+        assert not value.type.tensor_type.shape.dim[0].HasField("dim_value")
