@@ -41,7 +41,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "wheel": (120, ["lrai_wheel"]),
 }
 ADAPTER_BUDGET = 400  # what the host loads
-COMMANDS_BUDGET = 736  # an adapter's commands/ folder
+COMMANDS_BUDGET = 750  # an adapter's commands/ folder
 
 COLUMNS = "{:<22}{:>6}{:>7}{:>7}{:>8}{:>6}"
 

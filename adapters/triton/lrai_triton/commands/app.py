@@ -14,8 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PROGRAM = (sys.executable, "-P", "-c", "from lrai_core.cli import main; main()")
-# For a program of ours that is told to end; of NVIDIA's images.
-END_SECONDS, BACKENDS = 30.0, "/opt/tritonserver/backends"
+END_SECONDS = 30.0  # for a program of ours that is told to end
+BACKENDS = "/opt/tritonserver/backends"  # of NVIDIA's images
 # What comes out of files is shown as it is: never read as markup. Lines hold paths and commands to
 # copy, so they are not broken.
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -29,7 +29,8 @@ from lrai_triton.model import TritonPythonModel
 __all__ = ["TritonPythonModel"]
 '''
 _ASK = "import sys; print(sys.version[:4]); import lrai_triton, numpy; print(numpy.__version__)"
-_LIBRARY, _STUB = (Path("python", n) for n in ("libtriton_python.so", "triton_python_backend_stub"))
+_LIBRARY: Final = Path("python", "libtriton_python.so")
+_STUB: Final = Path("python", "triton_python_backend_stub")
 
 Backends = Annotated[Path, typer.Option(help="As tritonserver has it; it holds python/.")]
 Python = Annotated[str, typer.Option(help="What will be python3 on the PATH of the server.")]
@@ -66,7 +67,7 @@ def doctor(
     """
     config = settings_of({}).asked.config  # as the stub of a model without parameters has it
     checks: list[tuple[Any, ...]] = [(_check_memory,), (state_folder, config), (_attach, config)]
-    wrong, usual = 0, Path(BACKENDS) if Path(BACKENDS).is_dir() else None
+    usual = Path(BACKENDS) if Path(BACKENDS).is_dir() else None
     if folder := backend_directory or usual:
         checks += [(_check_backend, folder), (_check_file, folder), (_check_python, folder, python)]
     # What `add` writes, until it is whole: Triton takes it for a model, and may not start for it.
@@ -74,12 +75,14 @@ def doctor(
     entries = sorted({*model_repository.glob("*/")} - {*cut}) if model_repository else []  # folders
     checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
     checks += [(_demand, 0, f"{one} was left half made: delete it, if no add runs") for one in cut]
+    wrong = 0
     for check, *arguments in checks:
         try:
             check(*arguments)
         except (lrai.LraiError, OSError) as problem:
             wrong += 1
-            out.print(f"- {f'{arguments[0]}: ' if check is _check_version else ''}{problem}")
+            where = f"{arguments[0]}: " if check is _check_version else ""
+            out.print(f"- {where}{problem}")
     given = {"backend-directory": folder, "model-repository": model_repository}
     left = "".join(f"; not looked at: --{what}" for what, path in given.items() if path is None)
     if wrong:
@@ -122,8 +125,9 @@ def _check_python(backends: Path, python: str) -> Path:
     _demand(version in ("", wanted), f"{other} name another by --python, or link another stub")
     # By this name pybind11 looks for numpy 2, ever since it knows it; before, values are wrong.
     less = "" if b"NumpyVersion" in stub else " 'numpy<2'"
-    why, mended = done.stderr.strip().rpartition("\n")[2][:200], f"{path} -m pip install"
+    why = done.stderr.strip().rpartition("\n")[2][:200]
     lacks = f"{path}, whose packages the stub takes, cannot import lrai_triton: {why};"
+    mended = f"{path} -m pip install"
     _demand(done.returncode == 0, f"{lacks} {mended} '.[triton]'{less} in lrai's checkout")
     newer = f"numpy {numpy} is newer than the stub, which gives wrong values with it;"
     _demand(not less or numpy.startswith("1."), f"{newer} {mended}{less}")
@@ -143,7 +147,8 @@ def _attach(config: lrai.LraiConfig) -> None:
 
 def _check_version(folder: Path) -> None:
     """Refuse a version of ours that Triton could not load, or that is not served as compiled."""
-    if backend_of(text := text_of(folder.parent / CONFIG)) != "lrai":
+    text = text_of(folder.parent / CONFIG)
+    if backend_of(text) != "lrai":
         return
     check_configs(folder.parent)
     config, number = config_of(text), int(folder.name)

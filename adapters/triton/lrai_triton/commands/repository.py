@@ -26,7 +26,8 @@ from lrai_triton.commands.pbtxt import LRAI, backend_of, config_of, said_in, swi
 from lrai_triton.served import onnx_of
 from lrai_triton.settings import settings_of
 
-CONFIG, _ORIGINAL = "config.pbtxt", "config.pbtxt.lrai-original"
+CONFIG: Final = "config.pbtxt"
+_ORIGINAL: Final = "config.pbtxt.lrai-original"
 _WRITTEN: Final = "# Written by `lrai triton`; what is not here comes from the model.\n"
 _SETTING: Final = re.compile(r"(\w+\.\w+|variant|execution|intra_op_thread_count)=([^\"\\\n]*)")
 _FORM: Final = "SECTION.NAME=VALUE, variant=... or execution=..."
@@ -183,7 +184,8 @@ def _check_backend(entry: Path, *, switch: bool) -> None:
 
 def _publish(entry: Path, version: int, model: Path, config: str) -> None:
     """Make a version of a model, and have lrai serve its entry; on an error nothing is left."""
-    new, was = not entry.is_dir(), list[tuple[Path, str | None]]()
+    new = not entry.is_dir()
+    was = list[tuple[Path, str | None]]()
     try:
         with writing(entry if new else entry / str(version)) as folder:
             target = folder / str(version) if new else folder

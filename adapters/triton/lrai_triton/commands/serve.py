@@ -21,8 +21,8 @@ from lrai_triton.commands.app import BACKENDS, END_SECONDS, PROGRAM, app
 from lrai_triton.commands.watch import KEY, LOADING, named_key, parent_of, say, told_key
 
 _RESTRICTIONS: Final = ("http-restricted-api", "grpc-restricted-protocol")
-# Between looks, and before a watch that has ended is started again.
-_LOOK_SECONDS, _RESTART_SECONDS = 0.2, 2.0
+_LOOK_SECONDS: Final = 0.2
+_RESTART_SECONDS: Final = 2.0  # before a watch that has ended is started again
 
 Watched = Annotated[bool, typer.Option("--watch/--no-watch", help="Reload models that have died.")]
 Arguments = Annotated[list[str], typer.Argument(help="Arguments of tritonserver, after --.")]

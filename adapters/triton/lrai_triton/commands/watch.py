@@ -32,8 +32,8 @@ from lrai_triton.settings import WATCH, instances_of
 _URL: Final = "http://127.0.0.1:8000"
 KEY, LOADING = "TRITON_REPOSITORY_KEY", "model-repository"  # whoever has the one may do the other
 _ASKED = {"model-config": "/config", "statistics": "/stats", "metadata": "", "inference": "/infer"}
-# The last: what a request takes, so many times a model may be silent in any case.
-_MOST_RELOADS, _WINDOW_SECONDS, _TIMES_USUAL = 5, 60.0, 3
+_MOST_RELOADS, _WINDOW_SECONDS = 5, 60.0
+_TIMES_USUAL: Final = 3  # what a request takes: so long a model may be silent in any case
 _LOST: Final = (OSError, http.client.HTTPException, ValueError)  # the last is no Triton's
 # Triton takes a name as it stands in the path: what can stand there is not escaped.
 _AS_IT_IS: Final = "/!#$%&'()*+,:;<=>@[\\]^`{|}"
@@ -270,8 +270,9 @@ def _pids(stubs: Mapping[str, Collection[int]]) -> set[int]:
 def parent_of(pid: int) -> int:
     """Return the process that has started it, 0 if it has ended."""
     with contextlib.suppress(OSError, ValueError):
-        state, parent, *_ = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return int(parent) if state != b"Z" else 0
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        state, parent, *_ = text.rpartition(")")[2].split()
+        return int(parent) if state != "Z" else 0
     return 0
 
 
