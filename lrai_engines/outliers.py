@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Final, NamedTuple
 
@@ -33,6 +33,7 @@ _ELEMENTWISE: Final = frozenset((
     "Identity", "LeakyRelu", "Mul", "Neg", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
     "Sqrt", "Sub", "Swish", "Tanh",
 ))  # fmt: skip
+_PRODUCTS: Final = ("MatMul", "Gemm")
 _FEWEST: Final = 512  # columns: of fewer, those that come to it would take time
 _MORE: Final = 96  # columns for each that comes to it; twice or four times as many gain nothing
 _BLOCK: Final = 16  # columns that kernels compute at a time
@@ -91,7 +92,7 @@ def divisible(model: onnx.ModelProto) -> dict[str, Between]:
                 inputs = []  # where it begins
             elif node.op_type not in _ELEMENTWISE or node.domain not in ("", "ai.onnx"):
                 break
-            if not all(_fits(known[n], columns) for n in _vectors(node, layers) if n in known):
+            if not all(_fits(known[n], columns) for n in _vectors(node) if n in known):
                 break
             todo += {*inputs}.difference(nodes, todo)
         else:
@@ -112,7 +113,6 @@ def split(model: onnx.ModelProto, columns: Columns) -> onnx.ModelProto:
     if not columns:
         return model
     known, found = constants(model), divisible(model)
-    layers = {layer.output for layer in linears(model)}
     graph, others = Graph(0), dict[tuple[str, int], str]()  # inputs in place of these
     wider = set[str]()
 
@@ -128,7 +128,7 @@ def split(model: onnx.ModelProto, columns: Columns) -> onnx.ModelProto:
                 if name not in known:
                     continue
                 array = numpy_helper.to_array(known[name])
-                if place == 1 and node.output[0] in layers:
+                if place == 1 and node.op_type in _PRODUCTS:
                     own = array.take(which, 0 if _is_turned(node) else 1)
                     put(node, place, f"to {activation}", own)
                 elif array.size > 1:
@@ -154,9 +154,9 @@ def split(model: onnx.ModelProto, columns: Columns) -> onnx.ModelProto:
     return result
 
 
-def _vectors(node: onnx.NodeProto, layers: Collection[str]) -> list[str]:
+def _vectors(node: onnx.NodeProto) -> list[str]:
     """Return the inputs that may have a value per column: a matrix is none."""
-    return [n for at, n in enumerate(node.input) if at != 1 or node.output[0] not in layers]
+    return [n for at, n in enumerate(node.input) if at != 1 or node.op_type not in _PRODUCTS]
 
 
 def _fits(vector: onnx.TensorProto, columns: int) -> bool:
