@@ -290,6 +290,7 @@ def _compiled(
             output_map=model.output_map,  # type: ignore[arg-type] # one of the three
             max_accuracy_loss=model.max_accuracy_loss,
             groups=model.groups,
+            calls=model.cells,  # as peers that are compiled for fixed shapes are told
             engines=kind.engines,
             epsilon=kind.epsilon,
             delta=model.delta or 0.01,

@@ -86,12 +86,14 @@ class LatencyPoint(_Record, frozen=True, kw_only=True):
         length: Extent of the length axis, 0 where there is none.
         median_ms: Median over the interleaved rounds.
         spread_ms: Interquartile range over the same.
+        named: It is one of the signature's calls, which an engine may be compiled for.
     """
 
     rows: Annotated[int, msgspec.Meta(ge=1)]
     length: int
     median_ms: Annotated[float, msgspec.Meta(gt=0)]
     spread_ms: float
+    named: bool = False
 
 
 class GateResult(_Record, frozen=True, kw_only=True):

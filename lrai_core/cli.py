@@ -38,4 +38,3 @@ def main() -> None:
         if code == 130:  # Ctrl-C
             error_console.print("lrai: interrupted")
         sys.exit(code)
-

@@ -23,12 +23,8 @@ def upper_bound(failures: int, n: int, confidence: float = 0.95) -> float:
         n: Independent trials, fixed beforehand, at least 1.
         confidence: Inside (0, 1).
     """
-    if n < 1 or not 0 <= failures <= n:
-        raise ValueError(f"{failures} failures of {n} trials")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, it must lie between 0 and 1")
-    if failures == n:
-        return 1.0
+    if n < 1 or not 0 <= failures <= n or not 0 < confidence < 1:
+        raise ValueError(f"there is no {failures} failures of {n} trials, confidence {confidence}")
     low, high = 0.0, 1.0
     while high - low > 1e-15 * high:
         middle = (low + high) / 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -67,13 +67,25 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 Specs = Sequence[TensorSpec]
+# Of a call: its rows, and the length that they are padded to, 0 where there is none.
+_Rows = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_Length = Annotated[int, msgspec.Meta(ge=0, le=65536)]
+Shapes = Annotated[tuple[tuple[_Rows, _Length], ...], msgspec.Meta(max_length=64)]
 
 
 class Signature(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """Inputs and outputs of a model, in the graph's order."""
+    """Inputs and outputs of a model, in the graph's order.
+
+    Attributes:
+        inputs: What a request has.
+        outputs: What an answer has.
+        calls: Those that come most, if somebody has said so: forms are measured and judged in them,
+            and engines that gain by it are compiled for them.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    calls: Shapes = ()
 
     @cached_property
     def passed(self) -> dict[tuple[Any, ...], ValidRequest]:

@@ -124,7 +124,7 @@ def _size(folder: Path) -> int:
 def _digest(material: Material, engine: Engine) -> str:
     """Return what tells apart what forms are made of, and by what."""
     sample, versions = material.sample, [installed_version(name) for name in _LIBRARIES]
-    sides = (sample.inputs, sample.outputs) if sample else ()
+    sides = (sample.inputs, sample.outputs, sample.calls) if sample else ()
     able = getattr(engine, "able", ())  # which the class of the processor does not tell
     told = (versions, engine.name, engine.version, able, isa_class(), sides)
     found = hashlib.sha256(repr(told).encode())

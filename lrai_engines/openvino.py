@@ -1,13 +1,15 @@
 """OpenVINO on the CPU: `pip install 'lrai[openvino]'`.
 
 What it costs beside the engine's work: a shape that no call has had before some milliseconds once,
-and one that the call before did not have about one. So a small model whose rows are all of one
-shape is compiled twice: for calls of one row, which have no such cost, and for all others.
+and one that the call before did not have one or two. A network that is compiled for a shape has no
+such cost, and takes memory for its weights. So one is, beside the network for all others, for each
+shape that somebody has named, and for calls of one row of a small model whose rows are all alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Lock
@@ -37,8 +39,12 @@ _SETTINGS: Final = {
     "NUM_STREAMS": "1",
     "PERFORMANCE_HINT": "LATENCY",
 }
-# Where shapes are known, two small layers in int8 become one operator that computes rubbish.
+# Where shapes are known, two small layers in int8 become one operator that computes rubbish. What
+# convolutions and attention gain by such operators is much; of those the gate sees that it is right.
 _APART: Final = {"SNIPPETS_MODE": "DISABLE"}
+
+
+Shapes = tuple[tuple[int, ...], ...]  # one for each input
 
 
 class Notes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,11 +55,13 @@ class Notes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bounds: The least and the largest integer that an input may hold. Beyond a table the engine
             reads rows of zeros, where onnxruntime refuses the input; and it counts in 32 bits.
         rows: All inputs have as many rows, along their first axis.
+        shapes: Of all inputs, in each of the calls that it is compiled for.
     """
 
     settings: dict[str, str]
     bounds: dict[str, tuple[int, int]]
     rows: bool = False
+    shapes: tuple[Shapes, ...] = ()
 
 
 _notes: Final = msgspec.json.Decoder(Notes)
@@ -83,16 +91,22 @@ class OpenVino:
             settings |= {key: notes.settings[key] for key in FLOAT32}
             if "BF16" not in self.able:
                 settings |= {"INFERENCE_PRECISION_HINT": "f32"}  # it was made elsewhere
-            each = [network]
+            shapes = {*notes.shapes}
             if notes.rows and model.with_suffix(".bin").stat().st_size <= _MOST_TWICE:
-                each += _of_one_row(network)
+                shapes.update(_of_one_row(network))
             kinds = {one.get_type_name() for one in network.get_ops()}
-            apart = _APART if "FakeQuantize" in kinds and "Convolution" not in kinds else {}
-            compiled = [
-                self.core.compile_model(one, "CPU", settings | ({} if one.is_dynamic() else apart))
-                for one in each
-            ]
-            return OpenVinoSession(network, compiled, notes)
+            large = not kinds.isdisjoint(("Convolution", "Softmax"))
+            apart = _APART if "FakeQuantize" in kinds and not large else {}
+
+            def compiled_for(shapes: Shapes) -> ov.InferRequest:
+                known = network.clone()
+                known.reshape(dict(enumerate(map(list, shapes))))
+                return self.core.compile_model(
+                    known, "CPU", settings | apart
+                ).create_infer_request()
+
+            request = self.core.compile_model(network, "CPU", settings).create_infer_request()
+            return OpenVinoSession(network, request, dict.fromkeys(shapes), compiled_for, notes)
         except (*REFUSALS, KeyError, OSError, msgspec.MsgspecError) as error:
             raise ArtifactError(f"openvino cannot open {model.name}: {reason(error)}") from None
 
@@ -111,24 +125,32 @@ class OpenVino:
 
 
 class OpenVinoSession:
-    """A compiled model, perhaps another for calls of one row; each has one request, used again.
+    """A compiled model, and others for some shapes; each has one request, used again.
 
+    For a shape it is compiled at the first call that has it, in which it stays as it is where
+    memory lacks for another.
     A request takes any array: it casts other datatypes, repeats the last input where one is not
     given, and reads beyond what it has where shapes do not agree. So each is checked before.
     """
 
     def __init__(
-        self, network: ov.Model, compiled: Sequence[ov.CompiledModel], notes: Notes
+        self,
+        network: ov.Model,
+        request: ov.InferRequest,
+        fixed: dict[Shapes, ov.InferRequest | None],
+        compiled_for: Callable[[Shapes], ov.InferRequest],
+        notes: Notes,
     ) -> None:
         self._network, self._outputs = network, range(len(network.outputs))
-        self._requests = [one.create_infer_request() for one in compiled]
+        self._request = self._last = request
+        self._fixed, self._compiled_for = fixed, compiled_for
         # The network's names: what is compiled has those of operators that were left out, too.
         bounds = [[notes.bounds[n] for n in i.names if n in notes.bounds] for i in network.inputs]
         if sum(map(len, bounds)) != len(notes.bounds):
             raise ValueError("its notes speak of inputs that it does not have")
         self._inputs = [
             (i.element_type.to_dtype(), len(i.partial_shape), own[0] if own else None)
-            for i, own in zip(compiled[0].inputs, bounds, strict=True)
+            for i, own in zip(request.model_inputs, bounds, strict=True)
         ]
         self._first = int(notes.rows)
         self._fit: set[tuple[tuple[int, ...], ...]] = set()  # shapes but for rows
@@ -147,33 +169,43 @@ class OpenVinoSession:
                 raise _refused(f"an index of input {index} is outside {list(bounds)}")
         try:
             with self._one_at_a_time:
-                shapes = tuple(array.shape[self._first :] for array in arrays)
-                if shapes not in self._fit:
-                    self._network.reshape({i: list(a.shape) for i, a in enumerate(arrays)})
-                    if len(self._fit) < _MOST_SHAPES:
-                        self._fit.add(shapes)
-                alone = self._first and len(arrays) and len(arrays[0]) == 1
-                results = self._requests[-1 if alone else 0].infer(list(arrays))
+                shapes = tuple([array.shape for array in arrays])
+                self._last = self._request_for(shapes)
+                results = self._last.infer(list(arrays))
         except REFUSALS as error:
             why = reason(error)
             raise _refused(why, invalid=not any(lack in why for lack in MEMORY_LACKS)) from None
         return [results[i] for i in (self._outputs if outputs is None else outputs)]
 
+    def _request_for(self, shapes: Shapes) -> ov.InferRequest:
+        """Return what takes inputs of these shapes; refuse such that do not agree."""
+        if (known := self._fixed.get(shapes)) is not None:
+            return known
+        apart = tuple([shape[self._first :] for shape in shapes])
+        if apart not in self._fit:
+            self._network.reshape(dict(enumerate(map(list, shapes))))
+            if len(self._fit) < _MOST_SHAPES:
+                self._fit.add(apart)
+        if shapes not in self._fixed:
+            return self._request
+        self._fixed[shapes] = self._request
+        with suppress(*REFUSALS), huge_pages():
+            self._fixed[shapes] = self._compiled_for(shapes)
+        return self._fixed[shapes]
+
     def taken(self) -> Iterator[tuple[str, str, float]]:
         """Yield kind, name and milliseconds of the operators of the last call; see `profile`."""
-        for one in self._requests[-1].profiling_info:
+        for one in self._last.profiling_info:
             yield one.node_type, one.node_name, one.real_time / timedelta(milliseconds=1)
 
 
-def _of_one_row(network: ov.Model) -> list[ov.Model]:
-    """Return it for calls of one row, if all of the shapes of its inputs but rows is known."""
-    shapes = {index: [*i.partial_shape] for index, i in enumerate(network.inputs)}
-    free = {at for shape in shapes.values() for at, dim in enumerate(shape) if dim.is_dynamic}
+def _of_one_row(network: ov.Model) -> list[Shapes]:
+    """Return the shapes of a call of one row, if all of them but rows is known."""
+    shapes = [[*i.partial_shape] for i in network.inputs]
+    free = {at for shape in shapes for at, dim in enumerate(shape) if dim.is_dynamic}
     if free != {0}:
         return []
-    single = network.clone()
-    single.reshape({index: ov.PartialShape([1, *shape[1:]]) for index, shape in shapes.items()})
-    return [single]
+    return [tuple((1, *(dim.get_length() for dim in shape[1:])) for shape in shapes)]
 
 
 def _refused(why: str, *, invalid: bool = True) -> EngineError:

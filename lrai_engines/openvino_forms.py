@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 import onnx
@@ -23,9 +23,10 @@ from onnx.shape_inference import InferenceError
 
 from lrai_core.compiler.search import Built, Material, Reject, Sample
 from lrai_core.errors import CompileError
+from lrai_core.protocol import TensorSpec
 from lrai_engines.forms import Build, int8, joint, standard
 from lrai_engines.kept import Kept
-from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, reason
+from lrai_engines.openvino import FLOAT32, NOTES, REFUSALS, Notes, OpenVino, Shapes, reason
 from lrai_engines.quantize import Made, NothingToQuantize, constants, inferred, read, weights_int8
 from lrai_engines.smooth import QDQ
 from lrai_engines.static import signed
@@ -106,6 +107,7 @@ class OpenVinoForms:
         able = self.engine.able
         sides = material.sample.outputs, material.sample.inputs
         rows = {spec.batch_axis for spec in material.sample.inputs} == {0}
+        shapes = _shapes(material.sample, reject)
         forms = _FORMS | _int8(material, material.sample, _BF16 if "BF16" in able else {})
         try:
             undefined = goes_undefined(model, material.sample)
@@ -121,7 +123,7 @@ class OpenVinoForms:
                 if undefined and form.transform and _STATIC not in name:  # which looks for itself
                     proto = undefined_stays(proto, *sides, undefined)
                 network = self.engine.core.read_model(proto.SerializeToString(), b"")
-                notes = Notes(FLOAT32 | form.settings, bounds, rows)
+                notes = Notes(FLOAT32 | form.settings, bounds, rows, shapes)
                 network.set_rt_info(msgspec.json.encode(notes).decode(), NOTES)
                 ov.save_model(network, graph, compress_to_fp16=False)
                 self.engine.core.read_model(graph)  # a full disk may have cut it short
@@ -170,6 +172,20 @@ def _int8(material: Material, sample: Sample, rest: dict[str, str]) -> dict[str,
     }
     known[f"{_SMOOTH}-static"] = _Form("int8", rest, partial(convolved, share=0, build=both))
     return first | known
+
+
+def _shapes(sample: Sample, reject: Reject) -> tuple[Shapes, ...]:
+    """Return the shapes of all inputs in the calls that come most, if these tell all of them."""
+
+    def shape(spec: TensorSpec, rows: int, length: int) -> tuple[int | str, ...]:
+        told = {spec.batch_axis: rows, spec.length_axis: length}
+        return tuple(told.get(axis, extent) for axis, extent in enumerate(spec.shape))
+
+    found = tuple(tuple(shape(spec, *call) for spec in sample.inputs) for call in sample.calls)
+    if any(isinstance(extent, str) for one in found for own in one for extent in own):
+        reject("calls", "openvino is compiled for none: an input has one more free dimension")
+        return ()
+    return cast("tuple[Shapes, ...]", found)
 
 
 def _bounds(model: onnx.ModelProto, most: int = _MOST) -> dict[str, tuple[int, int]]:

@@ -167,10 +167,10 @@ def requalify(artifact: Artifact, *, threads: int = 0, report: Report = lambda *
     log = _lines(artifact, QUANTIZATION_LOG, _Event)
     conditions = _demanded(log, manifest, rows)
     try:
-        gate.check_row_count(rows, conditions, 0)
+        gate.check_row_count(rows, conditions, 0, signature)
     except CalibrationError:  # then agreement judges, for which fewer do
         rows = Rows(rows.inputs, None, rows.hashes)
-        gate.check_row_count(rows, conditions, 0)
+        gate.check_row_count(rows, conditions, 0, signature)
     engine = find_engine("onnxruntime")
     longest = search.longest(rows.inputs, signature)
     calls = search.Calls(signature, longest, search.points(signature, rows.inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import entry_points
@@ -24,6 +25,7 @@ Feed = Annotated[
     list[str] | None, typer.Option("--feed", help="With --fuse, see lrai fuse; repeatable.")
 ]
 Slim = Annotated[bool, typer.Option("--slim", help="Only what serves here, see lrai slim.")]
+_CALL: Final = re.compile(r"(\d{1,6})(?:x(\d{1,6}))?")
 # Why a form was not made that nobody could make of the model, here.
 _MOOT: Final = ("nothing to quantise", "openvino cannot read", "this CPU has no")
 
@@ -56,6 +58,14 @@ def compile(
     ] = 0.01,
     axes: Annotated[
         Path | None, typer.Option(help="TOML that states the axes; see docs/architecture.md.")
+    ] = None,
+    calls: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows and length of the calls that come most, as 1x16,8x128; rows alone, as 1,8, "
+            "where there is no length. OpenVINO is compiled for each: faster where calls are "
+            "short, for the memory of the weights once more."
+        ),
     ] = None,
     objective: Annotated[str, typer.Option(help="Choose by latency or memory.")] = "latency",
     keep: Annotated[
@@ -132,6 +142,7 @@ def compile(
             groups=group or (),
             max_disparity=max_disparity,
             axes=axes,
+            calls=_shapes(calls or ""),
             objective=objective,
             keep=keep,
             engines=engine or (),
@@ -170,6 +181,14 @@ def _tried(artifact: lrai_core.Artifact) -> list[dict[str, Any]]:
     lines = artifact.file("quantization.jsonl").read_text(encoding="utf-8").splitlines()
     events = [event for line in lines if (event := json.loads(line))["event"] == "candidate"]
     return [event for event in events if event["form"].partition(" ")[0] != "fp32"]
+
+
+def _shapes(told: str) -> list[tuple[int, int]]:
+    """Return rows and length of each call."""
+    found = [_CALL.fullmatch(one.strip()) for one in told.split(",") if one.strip()]
+    if None in found:
+        raise UsageError(f"--calls {shorten(told)!r}: rows and length are needed, as 1x16,8x128")
+    return [(int(one[1]), int(one[2] or 0)) for one in found if one]
 
 
 def _compiled(model: Path, output: Path, **options: Any) -> lrai_core.Artifact:

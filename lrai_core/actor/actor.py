@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lrai_core.artifact import FileEntry, check_files
-from lrai_core.engine.batching import coalesce, synthetic_row
+from lrai_core.engine.batching import coalesce, stretch, synthetic_row
 from lrai_core.engine.engine import Session, find_engine
 from lrai_core.errors import EngineError, EnvironmentProblem, LraiError
 from lrai_core.wire import messages
@@ -87,16 +87,16 @@ def open_sessions(load: messages.Load) -> list[Session]:
     """
     folder = Path(load.folder)
     check_files(folder, {n: FileEntry(sha256=h, size_bytes=s) for n, (h, s) in load.files.items()})
-    sessions = []
+    sessions = list[Session]()
     for engine, model, external in ((load.engine, load.model, load.weights), *load.beside):
         graph, weights = folder / model, folder / external if external else None
         start = find_engine(engine).load
-        session = start(graph, weights=weights, threads=load.threads, optimise=load.optimise)
-        # Once, so that the first caller does not pay for what engines put off until then. A made-up
-        # row may be no valid input.
-        with contextlib.suppress(EngineError):
-            session.run(synthetic_row(load.signature, length=8))
-        sessions.append(session)
+        sessions.append(start(graph, weights=weights, threads=load.threads, optimise=load.optimise))
+        # So that the first caller does not pay for what engines put off until then: once, and in
+        # the calls that come most. A made-up row may be no valid input.
+        for n, at in ((1, 8), *load.signature.calls):
+            with contextlib.suppress(EngineError):
+                sessions[-1].run(stretch(synthetic_row(load.signature, 8), load.signature, n, at))
     return sessions
 
 

@@ -18,7 +18,7 @@ from msgspec.structs import asdict, replace
 from lrai_core.engine.batching import length_of, run_together, stretch, synthetic_row
 from lrai_core.engine.engine import Session
 from lrai_core.errors import EngineError, UsageError, shorten
-from lrai_core.protocol import Array, OutputMap, Signature
+from lrai_core.protocol import Array, OutputMap, Shapes, Signature
 
 _SAME: Final = 1e-4
 # Splits of inputs into shorter and longer ones, elements of a short row, rows of a call, elements
@@ -132,17 +132,30 @@ def apply_axes(signature: Signature, file: Path) -> Signature:
     return signature
 
 
-def with_output_map(signature: Signature, output_map: OutputMap) -> Signature:
-    """Return the signature with this map on every floating-point output for which none is stated.
+def with_choices(signature: Signature, output_map: OutputMap, calls: Any) -> Signature:
+    """Return the signature with these calls, and this map where none is stated and one makes sense.
 
-    Nor on one with a single element a row, of which a map over the last axis would leave nothing.
+    That is on every floating-point output with more than a single element a row, of which a map
+    over the last axis would leave nothing.
+
+    Raises:
+        UsageError: A call is none of this model, or they are too many.
     """
     outputs = list(signature.outputs)
     for i, spec in enumerate(outputs):
         single = spec.shape[spec.batch_axis is not None :][-1:] in ((), (1,))
         if spec.datatype.startswith("FP") and spec.output_map == "raw" and not single:
             outputs[i] = replace(spec, output_map=output_map)
-    return Signature(inputs=signature.inputs, outputs=tuple(outputs))
+    has_length = any(spec.length_axis is not None for spec in signature.inputs)
+    try:
+        shapes = msgspec.convert(calls, Shapes)
+        if shapes and not signature.coalescible:
+            raise ValueError("the model has no batch axis")
+        if {bool(length) for _, length in shapes} - {has_length}:
+            raise ValueError("rows and length, as 8x16" if has_length else "rows alone, as 8")
+    except ValueError as error:  # msgspec's are
+        raise UsageError(f"calls of this model, {shorten(str(calls))}: {error}") from None
+    return replace(signature, outputs=tuple(outputs), calls=shapes)
 
 
 def _with_axes(signature: Signature, lengths: list[int | None] | None = None) -> Signature:

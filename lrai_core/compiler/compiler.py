@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count, takewhile
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -25,7 +24,7 @@ import onnx
 from lrai_core import artifact as store
 from lrai_core.artifact import Artifact, Manifest, Source, Target, Variant
 from lrai_core.compiler import gate, search
-from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
+from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_choices
 from lrai_core.compiler.gate import Conditions, Judged, Metric, Outputs, Tick
 from lrai_core.compiler.model import SharedWeights, declared, find_importer, load_model
 from lrai_core.compiler.search import Builder, Calls, Candidate, Material, Sample
@@ -69,6 +68,7 @@ def compile(
     groups: Sequence[str] = (),
     max_disparity: float = 0.01,
     axes: str | Path | None = None,
+    calls: Sequence[tuple[int, int]] = (),
     objective: str = "latency",
     keep: int | None = None,
     engines: Sequence[str] = (),
@@ -106,6 +106,9 @@ def compile(
             count once, as one that is drawn of them: let what tells people apart be an input.
         max_disparity: By how much these may widen, as a share, at 95 % confidence.
         axes: TOML file that states batch and length axes instead of finding them.
+        calls: Rows and length (0 where there is none) of the calls that come most, as (8, 128):
+            forms are measured and judged in these, too, and OpenVINO is compiled for each, which
+            takes memory for the weights once more.
         objective: Which of the forms that pass is chosen: that of least `latency`, or that of least
             `memory` among those that are not slower than fp32; then forms with 4 bits are tried,
             too.
@@ -149,9 +152,8 @@ def compile(
             raise UsageError(f"{name} is {given}, at least {least} is needed")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"minutes is {minutes}, it must be above 0")
-    for name in ("epsilon", "groups"):
-        if getattr(conditions, name) and evaluation is None:
-            raise UsageError(f"{name} needs evaluation rows to be judged on")
+    if evaluation is None and (judged := "epsilon" * bool(epsilon) or "groups" * bool(groups)):
+        raise UsageError(f"{judged} needs evaluation rows to be judged on")
     if not out.name.isprintable():
         raise UsageError(f"{shorten(repr(out.name))}: a name of an artifact is printable UTF-8")
     builders = list(map(search.find_builder, dict.fromkeys(("onnxruntime", *engines))))
@@ -167,7 +169,8 @@ def compile(
         asked |= {"axes": axes is not None, "calibration": calibration is not None, "seed": seed}
         work.log.append(asked | {"engines": [*engines], "keep": keep, "minutes": minutes})
         work.load(model)
-        work.find_axes(None if axes is None else Path(axes), evaluation, output_map)
+        work.find_axes(None if axes is None else Path(axes), evaluation)
+        work.signature = with_choices(work.signature, output_map, calls)
         work.split_rows(calibration, evaluation, seed)
         if not threads:
             work.settle_threads()
@@ -217,8 +220,8 @@ class _Compilation:
         self.signature = declared(self.proto)  # its weights are elsewhere
         self.reference = self.engine.load(graph, weights=graph.parent, threads=self.threads)
 
-    def find_axes(self, axes: Path | None, evaluation: Data | None, output_map: OutputMap) -> None:
-        """Require: reference. Ensure: signature with axes and maps, distinct rows read with it."""
+    def find_axes(self, axes: Path | None, evaluation: Data | None) -> None:
+        """Require: reference. Ensure: signature with axes, distinct rows read with it."""
         self.progress(Step("axes"))
         if axes is not None:
             self.signature = apply_axes(self.signature, axes)
@@ -236,7 +239,6 @@ class _Compilation:
             self._notify(found)
             if self.signature.inputs != assumed.inputs:
                 self._read(evaluation, self.signature)
-        self.signature = with_output_map(self.signature, output_map)
 
     def split_rows(self, calibration: Data | None, evaluation: Data | None, seed: int) -> None:
         """Require: rows. Ensure: disjoint sample, search and gate rows, enough of them."""
@@ -260,7 +262,7 @@ class _Compilation:
         self.sample = given or self.rows.take(order[:own])
         self.search, self.gate = self.rows.take(order[own:cut]), self.rows.take(order[cut:])
         disjoint(self.search, self.gate, "search and gate")
-        gate.check_row_count(self.gate, self.conditions, cut)
+        gate.check_row_count(self.gate, self.conditions, cut, self.signature)
         gate.check_labels(self.reference.run(self.gate.inputs[0]), self.gate, self.conditions)
 
     def settle_threads(self) -> None:
@@ -272,8 +274,8 @@ class _Compilation:
 
     def build(self, builders: Sequence[Builder]) -> None:
         """Require: proto. Ensure: a candidate per form and pass set, fp32 first."""
-        rows, sides = self.sample, (self.signature.outputs, self.signature.inputs)
-        sample = None if rows is None else Sample(rows.inputs, *sides)
+        rows, it = self.sample, self.signature
+        sample = None if rows is None else Sample(rows.inputs, it.outputs, it.inputs, it.calls)
         of = (self.proto, self.shared, self.scratch, sample, self.threads, self.objective)
         material = Material(*of, until=self._at(0.25))
         tick = self._begin("build", sum(builder.steps for builder in builders), "fp32")
@@ -328,7 +330,7 @@ class _Compilation:
         errors = dict(zip((one.form for one in order), parts, strict=False))
         if not parts[-1]:
             each = ((one.form, verdict(one, gate.LEVEL, partial(tick, one.form))) for one in front)
-            passed = dict(takewhile(itemgetter(1), each))
+            passed = dict(takewhile(lambda one: one[1], each))
             order = [one for one in order if one.form in passed]
             for one in front[len(passed) + 1 :]:
                 self._reject(one.name, f"{one.pace}; closer {front[len(passed)].name} did not pass")

@@ -101,19 +101,20 @@ def run_alone(session: Session, rows: Rows, threads: int, tick: Tick) -> Outputs
 def run(session: Session, rows: Rows, signature: Signature, threads: int, tick: Tick) -> Runs:
     """Return the outputs of every row alone and, where rows coalesce, among batch-mates.
 
-    Those are of other lengths and in shuffled order. The session has `threads`.
+    Those are of other lengths and in shuffled order, and some in the shapes of the signature's
+    `calls`. The session has `threads`.
     """
     runs = [run_alone(session, rows, threads, tick)]
     if signature.coalescible:
         batched: Outputs = [[]] * len(rows)
         batches = list(shuffled_batches(rows.inputs, signature))
 
-        def together(batch: list[int]) -> Outputs:
-            return run_together(session, [rows.inputs[i] for i in batch], signature)
+        def together(batch: tuple[list[int], int]) -> Outputs:
+            return run_together(session, [rows.inputs[i] for i in batch[0]], signature, batch[1])
 
-        for batch, outputs in zip(batches, on_all_cpus(together, batches, threads), strict=True):
-            for index, own in zip(batch, outputs, strict=True):
-                batched[index] = own
+        for (batch, _), own in zip(batches, on_all_cpus(together, batches, threads), strict=True):
+            for index, outputs in zip(batch, own, strict=True):
+                batched[index] = outputs
                 tick()
         runs.append(batched)
     return runs
@@ -168,15 +169,16 @@ def judge(
     return Judged(found, gaps, round_up(max(EFFECT_FLOOR, min(_EFFECT_MARGIN * effect, FAR))))
 
 
-def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
+def check_row_count(rows: Rows, asked: Conditions, split_off: int, signature: Signature) -> None:
     """Refuse an evaluation set with which nothing could ever pass.
 
     Raises:
-        CalibrationError: Too few rows; says how many are there and how many are needed.
+        CalibrationError: Too few rows; says how many are there and how many are needed. Or for
+            one of the signature's calls, which would not be judged.
     """
     if rows.groups and (rows.labels is None or set(rows.labels.tolist()) != {0, 1}):
         raise CalibrationError("evaluation: groups are judged with labels, 0 and 1")
-    least = fairness.rows_needed(conditions.max_disparity, LEVEL)
+    least = fairness.rows_needed(asked.max_disparity, LEVEL)
     for column, values in rows.groups.items():
         sizes = Counter(values.tolist()).most_common()
         if len(sizes) < 2 or sizes[1][1] < least:
@@ -184,10 +186,13 @@ def check_row_count(rows: Rows, conditions: Conditions, split_off: int) -> None:
             lacks = f"insufficient data in {column!r}: two groups need {least} rows each"
             held = f"{split_off} of all rows are the search's, the gate has {seen}"
             raise CalibrationError(f"evaluation: {lacks}, {held}")
-    if len(rows) < (needed := _rows_needed(rows, conditions)):
+    if len(rows) < (needed := _rows_needed(rows, asked)):
         there = f"evaluation: {len(rows) + split_off} distinct rows, {split_off} for the search"
         needs = f"is left with {len(rows)} and needs {needed} even for a form without a fault"
         raise CalibrationError(f"{there}; the gate {needs}")
+    batches = shuffled_batches(rows.inputs, signature) if signature.calls else ()
+    for count, length in set(signature.calls) - {(len(batch), to) for batch, to in batches}:
+        raise CalibrationError(f"calls: {count}x{length}: too few rows that judge are as short")
 
 
 def check_labels(outputs: list[Array], rows: Rows, conditions: Conditions) -> None:

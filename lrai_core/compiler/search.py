@@ -153,6 +153,7 @@ class Sample(NamedTuple):
     rows: Sequence[list[Array]]
     outputs: Sequence[TensorSpec]
     inputs: Sequence[TensorSpec] = ()
+    calls: Sequence[tuple[int, int]] = ()  # of the signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +318,8 @@ def profile(
     for i, candidate in enumerate(candidates):
         candidate.speedup = candidate.speedup if before else float(gains[i])
         own = zip(feeds, taken[..., i], strict=True)
-        candidate.latency += [_point(*at, seconds[seconds > 0]) for at, seconds in own]
+        named = calls.signature.calls
+        candidate.latency += [_point(*at, s[s > 0], at in named) for at, s in own]
 
 
 def _promising(forms: list[str], paces: dict[int, float], most: float, twin: float) -> list[int]:
@@ -344,10 +346,11 @@ def points(signature: Signature, rows: Sequence[list[Array]]) -> list[tuple[int,
     if not signature.coalescible:
         return [(1, max((length_of(row, signature) for row in rows), default=0))]
     if all(spec.length_axis is None for spec in signature.inputs):
-        return [(count, 0) for count in (1, 2, 4, 8, 16, 32)]
+        return [(n, 0) for n in sorted({1, 2, 4, 8, 16, 32, *(at[0] for at in signature.calls)})]
     seen = [length_of(row, signature) for row in rows] or [128]  # shorter ones may not run at all
     lengths = [n for n in _LENGTHS if min(seen) // 16 <= n < max(seen)] + [max(seen)]
-    return [(n, at) for at in lengths for n in (1, 4, 16) if n * at <= max(at, _POINT_ELEMENTS)]
+    each = [(n, at) for at in lengths for n in (1, 4, 16) if n * at <= max(at, _POINT_ELEMENTS)]
+    return list(dict.fromkeys((*each, *signature.calls)))
 
 
 def is_short(session: Session, calls: Calls) -> bool:
@@ -372,6 +375,6 @@ def _seconds(session: Session, feed: list[Array], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _point(rows: int, length: int, seconds: Array) -> LatencyPoint:
-    low, median, high = np.quantile(seconds * 1e3, (0.25, 0.5, 0.75), method="weibull").tolist()
-    return LatencyPoint(rows=rows, length=length, median_ms=median, spread_ms=high - low)
+def _point(rows: int, length: int, seconds: Array, named: bool) -> LatencyPoint:  # noqa: FBT001
+    low, ms, high = np.quantile(seconds * 1e3, (0.25, 0.5, 0.75), method="weibull").tolist()
+    return LatencyPoint(rows=rows, length=length, median_ms=ms, spread_ms=high - low, named=named)

@@ -22,18 +22,20 @@ from lrai_core.protocol import DATATYPES, Array, Signature, Specs, TensorSpec
 MEASURED_ELEMENTS: Final = 512
 _BATCH_ROWS: Final = (2, 3, 5, 8, 13, 64)
 _MOST_ELEMENTS: Final = 1 << 28
+Several = Sequence[Sequence[Array]]  # of each request, or row, one array per input
 
 
-def coalesce(requests: Sequence[Sequence[Array]], signature: Signature) -> list[Array]:
+def coalesce(requests: Several, signature: Signature, length: int = 0) -> list[Array]:
     """Return one array per input: the requests' rows in order, padded to the longest.
 
     Args:
         requests: Per request one array per input; shapes agree but for batch and length axis.
         signature: Of the model. A single request is passed through uncopied.
+        length: To which they are padded, if that is longer.
     """
-    if len(requests) == 1:
+    if len(requests) == 1 and not length:
         return list(requests[0])
-    return [_join(arrays, spec) for spec, *arrays in zip(signature.inputs, *requests, strict=True)]
+    return [_join(a, spec, length) for spec, *a in zip(signature.inputs, *requests, strict=True)]
 
 
 def split(
@@ -51,7 +53,7 @@ def split(
         ValueError: An output has not the rows that went in.
     """
     if len(rows) == 1:
-        return [list(outputs)]
+        return [[_cut(o, spec, lengths[0]) for o, spec in zip(outputs, specs, strict=True)]]
     total = sum(rows)
     for output, spec in zip(outputs, specs, strict=True):
         if output.shape[:1] != (total,):
@@ -65,34 +67,41 @@ def split(
 
 
 def run_together(
-    session: Session, rows: Sequence[Sequence[Array]], signature: Signature
+    session: Session, rows: Several, signature: Signature, length: int = 0
 ) -> list[list[Array]]:
-    """Return the outputs of each of these single rows, run in one call and padded.
+    """Return the outputs of each of these single rows, run in one call and padded; see `coalesce`.
 
     Raises:
         ValueError: An output has not the rows that went in.
     """
     lengths = [length_of(row, signature) for row in rows]
-    joint = session.run(coalesce(rows, signature))
+    joint = session.run(coalesce(rows, signature, length))
     return split(joint, signature.outputs, [1] * len(rows), lengths)
 
 
-def shuffled_batches(rows: Sequence[Sequence[Array]], signature: Signature) -> Iterator[list[int]]:
-    """Yield the rows' indices, shuffled, in batches of uneven sizes.
+def shuffled_batches(rows: Several, signature: Signature) -> Iterator[tuple[list[int], int]]:
+    """Yield the rows' indices, shuffled, in batches of uneven sizes, each with a length to pad to.
 
-    None but a single row has more than `MEASURED_ELEMENTS`.
+    None but a single row has more than `MEASURED_ELEMENTS`. Those before are of the shapes of the
+    signature's `calls`, each of which has as many rows, if so many are short enough.
     """
-    random = np.random.default_rng(0)
+    random, lengths = np.random.default_rng(0), [length_of(row, signature) for row in rows]
     order = random.permutation(len(rows)).tolist()
+    for count, length in sorted(signature.calls, key=lambda call: (call[1], -call[0])):
+        fit = [index for index in order if lengths[index] <= length]
+        most = max(count, len(rows) // (1 + len(signature.calls)))
+        fit = fit[: min(len(fit), most) // count * count]
+        order = random.permutation(sorted({*order} - {*fit})).tolist()
+        yield from ((fit[at : at + count], length) for at in range(0, len(fit), count))
     while order:
         longest, batch = 0, list[int]()
         for index in order[: int(random.choice(_BATCH_ROWS))]:
-            longest = max(longest, length_of(rows[index], signature))
+            longest = max(longest, lengths[index])
             if batch and longest * (len(batch) + 1) > MEASURED_ELEMENTS:
                 break
             batch.append(index)
         order = order[len(batch) :]
-        yield batch
+        yield batch, 0
 
 
 def synthetic_row(signature: Signature, length: int) -> list[Array]:
@@ -137,13 +146,13 @@ def length_of(row: Sequence[Array], signature: Signature) -> int:
     return 0
 
 
-def _join(arrays: list[Array], spec: TensorSpec) -> Array:
+def _join(arrays: list[Array], spec: TensorSpec, length: int) -> Array:
     axis = spec.length_axis
-    if axis is None or len({array.shape[axis] for array in arrays}) == 1:
+    if axis is None or {max(length, a.shape[axis]) for a in arrays} == {arrays[0].shape[axis]}:
         return np.concatenate(arrays)
     shape, dtype = list(arrays[0].shape), arrays[0].dtype
     shape[0] = sum(array.shape[0] for array in arrays)
-    shape[axis] = max(array.shape[axis] for array in arrays)
+    shape[axis] = max(length, *(array.shape[axis] for array in arrays))
     joined = np.full(shape, "" if dtype.kind == "O" else spec.pad_value, dtype)
     start = 0
     for array in arrays:

@@ -1,18 +1,19 @@
 """What a call costs: predicted seconds for rows and length, from the measured profile and online.
 
 With a length axis the profile is fitted by `a + b e + c e x length` of e = rows x length elements
-(calls, elements, attention); without one it is linear between the measured row counts. From the
-answers corrections are learned, `scale x profile + fixed`, and `grown x e^2` with a length axis:
-a machine is seldom as fast as when it was measured, lengths may be others, and large calls outgrow
-the caches that calls of one shape after the other keep warm. Apart from them it is learned what a
-call costs outside the engine, because coalescing saves that too.
+(calls, elements, attention), but for calls that somebody has named, which take what was measured;
+without one it is linear between the measured row counts. From the answers corrections are learned,
+`scale x profile + fixed`, and `grown x e^2` with a length axis: a machine is seldom as fast as when
+it was measured, lengths may be others, and large calls outgrow the caches that calls of one shape
+after the other keep warm. Apart from them it is learned what a call costs outside the engine,
+because coalescing saves that too.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from statistics import median_low
 from typing import Final
@@ -95,8 +96,9 @@ class LatencyModel:
         return shifted
 
 
-# Weights of calls, elements and attention; the most elements measured; seconds over their square.
-_Fitted = tuple[tuple[float, float, float], int, float]
+# Seconds of calls that are known; weights of calls, elements and attention; the most elements
+# measured; seconds over their square.
+_Fitted = tuple[Mapping[tuple[int, int], float], tuple[float, float, float], int, float]
 
 
 class _Curve:
@@ -104,8 +106,11 @@ class _Curve:
 
     def __init__(self, profile: Sequence[LatencyPoint]) -> None:
         if any(point.length for point in profile):
-            most, ms = max((point.rows * point.length, point.median_ms) for point in profile)
-            measured = partial(_by_length, (_fit(profile), most, ms / 1e3 / most**2))
+            # Of calls that it is compiled for others say nothing, nor they of others.
+            named = {(p.rows, p.length): p.median_ms / 1e3 for p in profile if p.named}
+            others = [point for point in profile if not point.named] or profile
+            most, ms = max((point.rows * point.length, point.median_ms) for point in others)
+            measured = partial(_by_length, (named, _fit(others), most, ms / 1e3 / most**2))
         else:
             known = {0: 0.0} | {point.rows: point.median_ms / 1e3 for point in profile}
             points = sorted((known if profile else known | {1: _UNKNOWN_SECONDS}).items())
@@ -162,8 +167,8 @@ class _Curve:
 
 def _by_length(fitted: _Fitted, rows: int, length: int) -> tuple[float, float]:
     """Return the seconds, and how they would grow: as those of the largest call at its size."""
-    ((fixed, linear, quadratic), most, growth), elements = fitted, rows * length
-    seconds = fixed + linear * elements + quadratic * elements * length
+    (named, (fixed, linear, quadratic), most, growth), elements = fitted, rows * length
+    seconds = named.get((rows, length)) or fixed + linear * elements + quadratic * elements * length
     return max(_LEAST_SECONDS, seconds), growth * elements * min(elements, most)
 
 

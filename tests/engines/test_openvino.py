@@ -602,7 +602,7 @@ def test_calls_of_one_row_have_a_model_of_their_own_where_all_rows_are_alike(
     made_of = material(model(nodes, *ends, [weight]), tmp_path)
     made_of = replace(made_of, sample=Sample([], (), (spec,)))
     session = OURS.load(next(FORMS.build(made_of, lambda *_: None)).graph)
-    assert len(session._requests) == requests
+    assert 1 + len(session._fixed) == requests
     x = np.random.default_rng(0).standard_normal((5, 3, 4)).astype(np.float32)
     right = x @ numpy_helper.to_array(weight)
     for count in (1, 5, 1, 2):
@@ -614,10 +614,55 @@ def test_calls_of_one_row_have_a_model_of_their_own_where_all_rows_are_alike(
         session.run([x[:1, :, :3]])
 
 
+def in_calls(proto: onnx.ModelProto, folder: Path, *more: str) -> tuple[Session, list[str]]:
+    """Return a session on its fp32, compiled for calls of 1x4 and 3x8, and what was refused."""
+    spec = TensorSpec(
+        name="ids", datatype="INT64", shape=("n", "l", *more), batch_axis=0, length_axis=1
+    )
+    sample, refused = Sample([], (), (spec,), ((1, 4), (3, 8))), list[str]()
+    made_of = replace(material(proto, folder), sample=sample)
+    built = FORMS.build(made_of, lambda form, why: refused.append(f"{form}: {why}"))
+    return OURS.load(next(iter(built)).graph), refused
+
+
+def test_calls_that_come_most_have_a_model_of_their_own_which_answers_the_same(
+    tmp_path: Path,
+) -> None:
+    session, refused = in_calls(table_model(), tmp_path)
+    assert not refused
+    assert session._fixed == {((1, 4),): None, ((3, 8),): None}  # type: ignore[attr-defined]
+    (tmp_path / "free").mkdir()
+    free, _ = in_calls(table_model(), tmp_path / "free")
+    free._fixed = {}  # type: ignore[attr-defined]
+    for rows, length in ((3, 8), (1, 4), (2, 4), (3, 8), (1, 8), (1, 4)):
+        ids = np.random.default_rng(0).integers(0, 5, (rows, length))
+        for a, b in zip(session.run([ids]), free.run([ids]), strict=True):
+            assert a.tolist() == b.tolist()
+    assert len({id(session._request), *map(id, session._fixed.values())}) == 3  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="an index of input 0 is outside"):
+        session.run([np.full((1, 4), 5)])
+
+
+def test_where_memory_lacks_for_a_model_of_its_own_a_call_has_the_one_of_all(
+    tmp_path: Path,
+) -> None:
+    session, _ = in_calls(table_model(), tmp_path)
+    session._compiled_for = raising(RuntimeError("std::bad_alloc"))  # type: ignore[attr-defined]
+    ids = np.zeros((1, 4), np.int64)
+    assert session.run([ids])[0].shape == session.run([ids])[0].shape == (1, 4, 2)
+    assert session._fixed[((1, 4),)] is session._request  # type: ignore[attr-defined]
+
+
+def test_calls_that_do_not_tell_all_dimensions_have_no_model_of_their_own(tmp_path: Path) -> None:
+    session, refused = in_calls(table_model(), tmp_path, "more")
+    assert refused == ["calls: openvino is compiled for none: an input has one more free dimension"]
+    assert session._fixed == {}  # type: ignore[attr-defined]
+
+
 def test_a_lack_of_memory_is_no_fault_of_the_inputs(tmp_path: Path) -> None:
     session = session_of(table_model(), tmp_path)
     lacking = SimpleNamespace(infer=raising(RuntimeError("Exception: std::bad_alloc")))
-    session._requests = [lacking]  # type: ignore[attr-defined]
+    session._request = lacking  # type: ignore[attr-defined]
     with pytest.raises(EngineError, match="bad_alloc") as caught:
         session.run([np.zeros((1, 2), np.int64)])
     assert not caught.value.invalid

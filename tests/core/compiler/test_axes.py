@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lrai_core.compiler import axes
-from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_output_map
+from lrai_core.compiler.axes import apply_axes, assume_axes, confirm_axes, with_choices
 from lrai_core.compiler.model import Imported, declared
 from lrai_core.engine import batching
 from lrai_core.engine.onnxruntime import OnnxRuntime
@@ -515,7 +515,7 @@ def test_a_wrong_axes_file_is_explained(tmp_path: Path, text: str, message: str)
 def test_output_maps_apply_to_floats_only() -> None:
     nodes = [helper.make_node("ArgMax", ["x"], ["y"], axis=1)]
     proto = model(nodes, [value("x", ["n", 3])], [value("y", ["n", 1], TensorProto.INT64)])
-    assert with_output_map(declared(proto), "softmax").outputs[0].output_map == "raw"
+    assert with_choices(declared(proto), "softmax", ()).outputs[0].output_map == "raw"
 
 
 def test_a_map_that_is_stated_stays_and_a_single_score_has_none() -> None:
@@ -526,5 +526,34 @@ def test_a_map_that_is_stated_stays_and_a_single_score_has_none() -> None:
         )
 
     outputs = (output("logits", 3), output("vector", 3, "l2_normalised"), output("score", 1))
-    asked = with_output_map(Signature(inputs=(), outputs=outputs), "softmax")
+    asked = with_choices(Signature(inputs=(), outputs=outputs), "softmax", ())
     assert [spec.output_map for spec in asked.outputs] == ["softmax", "l2_normalised", "raw"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "calls", "said"),
+    [
+        (0, 1, [(8, 0)], "rows and length, as 8x16"),
+        (0, None, [(8, 16)], "rows alone, as 8"),
+        (0, 1, [(0, 16)], "Expected `int` >= 1"),
+        (0, 1, [(1, 1 << 20)], "Expected `int` <= 65536"),
+        (0, 1, [(1, 1)] * 65, "length <= 64"),
+        (0, 1, "8x16", "Expected `array`, got `str`"),
+        (None, None, [(1, 0)], "the model has no batch axis"),
+    ],
+)
+def test_a_call_that_is_none_of_the_model_is_refused(
+    batch: int | None, length: int | None, calls: Any, said: str
+) -> None:
+    spec = TensorSpec(
+        name="x", datatype="INT64", shape=("n", "l"), batch_axis=batch, length_axis=length
+    )
+    signature = Signature(inputs=(spec,), outputs=(spec,))
+    with pytest.raises(UsageError, match=f"calls of this model, .*: .*{said}"):
+        with_choices(signature, "raw", calls)
+
+
+def test_calls_that_are_those_of_the_model_are_told_with_it() -> None:
+    spec = TensorSpec(name="x", datatype="INT64", shape=("n", "l"), batch_axis=0, length_axis=1)
+    signature = with_choices(Signature(inputs=(spec,), outputs=(spec,)), "raw", [[8, 16], (1, 16)])
+    assert signature.calls == ((8, 16), (1, 16))

@@ -95,6 +95,35 @@ def test_a_model_that_answers_nan_is_refused_with_that_as_a_reason(
         make(proto=proto, evaluation=rows)
 
 
+def test_forms_are_measured_and_judged_in_the_calls_that_come_most(
+    make: Compile, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, run = set[int](), OnnxRuntimeSession.run
+
+    def counted(session: OnnxRuntimeSession, arrays: Any, outputs: Any = None) -> Any:
+        seen.add(len(arrays[0]))
+        return run(session, arrays, outputs)
+
+    monkeypatch.setattr(OnnxRuntimeSession, "run", counted)
+    artifact = make(evaluation=rows, calls=[(7, 0), (1, 0), (61, 0)])
+    assert {7, 61} <= seen
+    assert artifact.manifest.signature.calls == ((7, 0), (1, 0), (61, 0))
+    measured = artifact.manifest.variant("fp32").latency
+    assert {one.rows for one in measured if one.named} == {1, 7, 61}
+    assert {one.rows for one in measured if not one.named} == {2, 4, 8, 16, 32}
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [([(330, 0)], "calls: 330x0: too few rows that judge are as short"), ([(8, 3)], "rows alone")],
+)
+def test_a_call_that_cannot_be_judged_is_refused(
+    make: Compile, rows: Rows, calls: list[tuple[int, int]], said: str
+) -> None:
+    with pytest.raises((CalibrationError, lrai.UsageError), match=said):
+        make(evaluation=rows, calls=calls)
+
+
 def test_when_the_minutes_are_up_the_best_so_far_is_kept(make: Compile, rows: Rows) -> None:
     """fp32 is always made, and judged."""
     artifact = make(evaluation=rows, minutes=1e-9)

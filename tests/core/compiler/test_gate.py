@@ -210,11 +210,11 @@ def test_differences_are_recorded_as_quantiles() -> None:
 
 def test_too_few_rows_are_refused_with_how_many_are_needed() -> None:
     with pytest.raises(CalibrationError, match="left with 10 and needs 149"):
-        check_row_count(rows(10), Conditions(), 2)
+        check_row_count(rows(10), Conditions(), 2, signature("raw"))
     with pytest.raises(CalibrationError, match="needs 368"):
-        check_row_count(rows(200, labelled=True), Conditions(), 50)
+        check_row_count(rows(200, labelled=True), Conditions(), 50, signature("raw"))
     with pytest.raises(CalibrationError, match="needs 2995"):
-        check_row_count(rows(600), Conditions(epsilon=0.1, delta=0.001), 150)
+        check_row_count(rows(600), Conditions(epsilon=0.1, delta=0.001), 150, signature("raw"))
 
 
 @pytest.mark.parametrize("moved", [1, -1])

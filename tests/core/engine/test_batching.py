@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrai_core.engine.batching import coalesce, length_of, split, stretch, synthetic_row
+from lrai_core.engine.batching import (
+    coalesce,
+    length_of,
+    run_together,
+    shuffled_batches,
+    split,
+    stretch,
+    synthetic_row,
+)
 from lrai_core.errors import EngineError
 from lrai_core.protocol import Array, Signature, TensorSpec
 
@@ -175,7 +183,53 @@ def test_text_of_different_lengths_is_padded_with_empty_text() -> None:
 def test_a_single_request_passes_through_uncopied_both_ways() -> None:
     ids = np.ones((1, 3), dtype=np.int64)
     assert coalesce([[ids, ids, ids]], TOKENS)[0] is ids
-    assert split([ids], TOKENS.outputs[:1], [1], [3]) == [[ids]]
+    ((own,),) = split([ids], TOKENS.outputs[:1], [1], [3])
+    assert np.shares_memory(own, ids)
+    assert own.shape == ids.shape
+
+
+def rows_of(lengths: list[int]) -> list[list[Array]]:
+    ids = [1 + np.arange(length).reshape(1, length) + 100 * i for i, length in enumerate(lengths)]
+    return [[one, np.ones_like(one), np.zeros((1, 2), np.float32)] for one in ids]
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 5, 2]])
+def test_rows_that_are_padded_further_than_to_the_longest_are_answered_at_their_own_lengths(
+    lengths: list[int],
+) -> None:
+    seen = list[tuple[int, ...]]()
+
+    class Session:
+        def run(self, arrays: Any, outputs: Any = None) -> list[Array]:
+            assert outputs is None
+            seen.extend(array.shape for array in arrays[:2])
+            assert (arrays[0][:, 6:] == -7).all()
+            return run(arrays)
+
+    rows = rows_of(lengths)
+    found = run_together(Session(), rows, TOKENS, 9)
+    assert seen == [(len(rows), 9)] * 2
+    for own, row in zip(found, rows, strict=True):
+        for a, b in zip(own, run(row), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_rows_are_shared_out_among_the_calls_that_come_most_and_each_is_in_one_batch() -> None:
+    calls = ((8, 16), (1, 16), (4, 64), (32, 512))
+    signature = Signature(inputs=TOKENS.inputs, outputs=TOKENS.outputs, calls=calls)
+    lengths = [4 + i % 40 for i in range(400)]
+    batches = list(shuffled_batches(rows_of(lengths), signature))
+    assert sorted(i for batch, _ in batches for i in batch) == list(range(400))
+    for count, length in calls:
+        own = [batch for batch, to in batches if (len(batch), to) == (count, length)]
+        assert len(own) >= 1
+        assert sum(map(len, own)) <= 80
+        assert all(lengths[i] <= length for batch in own for i in batch)
+    assert sum(len(batch) for batch, to in batches if not to) >= 80
+    first = list(shuffled_batches(rows_of(lengths), TOKENS))
+    assert {to for _, to in first} == {0}
+    few = Signature(inputs=TOKENS.inputs, outputs=TOKENS.outputs, calls=((8, 4),))
+    assert {to for _, to in shuffled_batches(rows_of([4] * 7 + [5] * 30), few)} == {0}
 
 
 def test_answers_are_views_not_copies() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lrai_core.artifact import LatencyPoint
 from lrai_core.scheduler.latency import LatencyModel
@@ -44,6 +45,23 @@ def test_no_profile_makes_more_work_cheaper(profile: list[LatencyPoint]) -> None
     assert all(map(math.isfinite, costs))
     assert costs == sorted(costs)
     assert costs[0] >= 0
+
+
+def test_calls_that_somebody_has_named_take_what_was_measured_and_tell_nothing_of_others() -> None:
+    def cost(rows: int, length: int) -> float:
+        return 1e-3 + 1e-5 * rows * length
+
+    usual = [point(r, n, cost(r, n)) for r in (1, 4, 16) for n in (8, 32, 128)]
+    named = [replace(point(1, 16, 4e-4), named=True), replace(point(8, 128, 5e-3), named=True)]
+    model = LatencyModel([*usual, *named])
+    assert model.engine_seconds(1, 16) == pytest.approx(4e-4)
+    assert model.engine_seconds(8, 128) == pytest.approx(5e-3)
+    assert model.engine_seconds(1, 17) == pytest.approx(cost(1, 17), rel=1e-5)
+    assert model.engine_seconds(8, 127) == pytest.approx(cost(8, 127), rel=1e-5)
+    other = [point(one.rows, one.length, 6e-4 + one.median_ms / 2e3) for one in (*usual, *named)]
+    assert LatencyModel([*usual, *named], other).variant(1, 16) == 0
+    assert LatencyModel(usual, other).variant(8, 128) == 1
+    assert LatencyModel(named).engine_seconds(1, 16) == pytest.approx(4e-4)
 
 
 @given(st.dictionaries(st.integers(1, 100), POSITIVE, min_size=2, max_size=6), st.floats(0, 1))
