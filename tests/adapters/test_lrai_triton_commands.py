@@ -586,6 +586,22 @@ finally:
     assert content(repository) == before
 
 
+def test_a_version_that_somebody_adds_while_it_is_compiled_takes_no_others_place(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two compilations of one entry at once, whose end takes long to come."""
+    entry = repository / "m"
+    stand_in = f"""
+import shutil, sys
+shutil.copytree({str(entry / "1")!r}, {str(entry / "2")!r})
+shutil.copytree({str(artifact)!r}, sys.argv[-1])
+"""
+    monkeypatch.setattr("lrai_triton.commands.repository.PROGRAM", (sys.executable, "-c", stand_in))
+    assert "version 3 is there" in run("compile", entry, "--switch")
+    lrai.Artifact.open(entry / "3" / "model.lrai")
+    assert content(entry / "2") == content(entry / "1")
+
+
 def test_options_before_the_entry_are_told_where_they_belong(repository: Path, run: Run) -> None:
     said = run("compile", "--threads", "1", "--switch", repository / "m", code=2)
     assert "--threads is no folder of a model, which comes before all options" in said

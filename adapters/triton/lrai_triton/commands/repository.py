@@ -106,7 +106,8 @@ def compile(context: typer.Context, entry: Compiled, *, switch: Switch = False) 
             child.kill()
         if child.returncode:
             raise typer.Exit(child.returncode)
-        _publish(entry, max(versions) + 1, made, _new_config(made.stem, {}))
+        # Now: another one may have been added meanwhile.
+        _publish(entry, max(versions_of(entry), default=0) + 1, made, _new_config(made.stem, {}))
 
 
 @app.command()
