@@ -295,6 +295,24 @@ def test_the_doctor_finds_what_is_wrong_with_a_model(
     assert "1 problem(s)" in said
 
 
+@pytest.mark.parametrize("group", ["kind: KIND_GPU", "gpus: [0]"])
+def test_the_doctor_finds_instances_on_gpus_where_there_are_none(
+    repository: Path, artifact: Path, run: Run, monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
+    run("add", artifact, "--model-repository", repository, "--name", "small")
+    config(f"instance_group [ {{ kind: KIND_CPU }}, {{ {group} }} ]")(repository / "small")
+    glob, devices = Path.glob, list[Path]()
+
+    def as_here(folder: Path, pattern: str) -> Any:
+        return devices if folder == Path("/dev") else glob(folder, pattern)
+
+    monkeypatch.setattr(Path, "glob", as_here)
+    said = run("doctor", "--model-repository", repository, code=3)
+    assert f"{repository / 'small' / '1'}: instance_group names GPUs, of which this machine" in said
+    devices.append(Path("/dev/nvidia3"))
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
+
+
 def test_the_doctor_looks_at_models_that_are_served_as_they_are(repository: Path, run: Run) -> None:
     entry = repository / "m"
     text = 'backend: "lrai"\ninput { name: "nope" data_type: TYPE_FP64 dims: [77] }\n'

@@ -155,6 +155,9 @@ def _check_version(folder: Path) -> None:
     _demand(config["backend"], "platform is 'lrai', which Triton refuses: it is a backend")
     other = f"name is {config['name']!r}: Triton serves no model whose folder is called otherwise"
     _demand(config["name"] in ("", folder.parent.name), other)
+    gpus = any(one["kind"] == "KIND_GPU" or one["gpus"] for one in config["instance_group"])
+    none = "instance_group names GPUs, of which this machine shows none: Triton does not load it"
+    _demand(not gpus or any(Path("/dev").glob("nvidia[0-9]*")), none)
     newest = number >= max(versions_of(folder.parent), default=0)
     if newest and (why := left_out(folder.parent, number)):
         # Triton loads no model without a version.
