@@ -278,6 +278,10 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda entry: (entry / "config.pbtxt").write_text('platform: "lrai"\n'),
         "platform is 'lrai', which Triton refuses",
     ),
+    "passive": (
+        config("instance_group { kind: KIND_CPU passive: true }"),
+        "instance_group: all are passive, and a request would crash Triton itself",
+    ),
     "kind": (config("input: 3"), "config.pbtxt is not as tritonclient reads it: 2:"),
 }
 

@@ -34,8 +34,7 @@ def complete(given: dict[str, Any], signature: Signature, *, fill: bool = True) 
         if spec.batch_axis is None and isinstance(next(iter(spec.shape), 0), int):
             why = f"rows of this model cannot share a call, {spec.name!r} has {[*spec.shape]}"
             raise UsageError(f"max_batch_size is {size}, but {why}: 0 has Triton see whole shapes")
-    if batched:
-        given["max_batch_size"] = size or MAX_BATCH_SIZE
+    given["max_batch_size"] = size or MAX_BATCH_SIZE * batched
     if batched and signature.coalescible:
         given.setdefault("dynamic_batching", {})
     for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
@@ -47,6 +46,8 @@ def complete(given: dict[str, Any], signature: Signature, *, fill: bool = True) 
         raise UsageError("response_cache: Triton would keep a refusal as an empty answer; not here")
     if "sequence_batching" in given:
         raise UsageError("sequence_batching: sequences are not served, each request is for itself")
+    if (groups := given.get("instance_group")) and all(group.get("passive") for group in groups):
+        raise UsageError("instance_group: all are passive, and a request would crash Triton itself")
     if missing := {s.name for s in signature.inputs} - {t["name"] for t in given["input"]}:
         raise UsageError(f"input {min(missing)!r} of the model is not in the configuration")
 

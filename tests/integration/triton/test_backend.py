@@ -267,6 +267,8 @@ def test_nan_is_the_models_business_unless_it_is_to_be_refused(
         (LRAI + 'parameters { key: "require.delta" value { string_value: "0.001" } }',
          "certificate"),
         (LRAI + 'parameters { key: "variant" value { string_value: "int3" } }', "int3"),
+        (LRAI + "instance_group { kind: KIND_CPU passive: true }",
+         "instance_group: all are passive, and a request would crash Triton itself"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_met_is_refused_by_its_field(
