@@ -150,7 +150,7 @@ def test_a_number_a_row_written_as_triton_has_it_is_no_whole_shape() -> None:
             r"max_batch_size is 4, but rows .* 'image' has \[1, .*: 0 has Triton see whole shapes",
         ),
         (ENCODER, {"response_cache": {"enable": True}}, "response_cache: Triton would keep"),
-        (ENCODER, {"output": [{"name": "y"}]}, "output 'y' is none of .*: it has 'vector'"),
+        (ENCODER, {"output": [{"name": "y"}]}, r"output 'y' is none of .*: it has \['vector'\]"),
         (
             ENCODER,
             {"output": [{"name": "vector", "data_type": "TYPE_FP64"}]},

@@ -243,6 +243,10 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config('max_batch_size: 8\ninput { name: "x" data_type: TYPE_FP32 dims: 4 }'),
         r"input 'x': dims are \[4\], the model has \[3\]",
     ),
+    "twice": (
+        config('max_batch_size: 8 input [ { name: "x" dims: 3 }, { name: "x" dims: 3 } ]'),
+        "input: one of them stands twice in the configuration",
+    ),
     "output": (
         config('max_batch_size: 8 output [ { name: "z", data_type: TYPE_FP32, dims: [ 3 ] } ]'),
         "output 'z' is none of the model's",

@@ -50,6 +50,8 @@ def complete(given: dict[str, Any], signature: Signature, *, fill: bool = True) 
         raise UsageError("instance_group: all are passive, and a request would crash Triton itself")
     if missing := {s.name for s in signature.inputs} - {t["name"] for t in given["input"]}:
         raise UsageError(f"input {min(missing)!r} of the model is not in the configuration")
+    if len(given["input"]) > len(signature.inputs):  # Triton would want it twice in a request
+        raise UsageError("input: one of them stands twice in the configuration")
 
 
 def _whole_shapes(given: Mapping[str, Any], signature: Signature) -> bool:
@@ -69,8 +71,7 @@ def _complete_tensors(
     known = {spec.name: spec for spec in specs}
     for tensor in given:
         if (spec := known.get(name := tensor["name"])) is None:
-            have = ", ".join(map(repr, known))
-            raise UsageError(f"{kind} {name!r} is none of the model's: it has {have}")
+            raise UsageError(f"{kind} {name!r} is none of the model's: it has {[*known]}")
         if tensor.get("optional"):
             raise UsageError(f"{kind} {name!r}: optional, but the model takes no request without")
         datatype = "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
@@ -96,8 +97,7 @@ def _complete_shape(kind: str, tensor: dict[str, Any], shape: list[int], *, batc
             tensor["dims"], tensor["reshape"] = [1], {"shape": []}
         return
     # Narrower than the model is a promise of the caller; wider or of another rank is an error.
-    fits = len(dims) == len(shape) and all(m in (-1, n) for n, m in zip(dims, shape, strict=True))
-    if not fits:
+    if len(dims) != len(shape) or any(m not in (-1, n) for n, m in zip(dims, shape, strict=True)):
         what = f"{kind} {tensor['name']!r}: {'reshape' if reshape else 'dims'} are {dims}"
         beside = " beside the batch dimension, which max_batch_size stands for" * batched
         raise UsageError(f"{what}, the model has {shape}{beside}")

@@ -267,6 +267,8 @@ def test_nan_is_the_models_business_unless_it_is_to_be_refused(
         (LRAI + 'parameters { key: "require.delta" value { string_value: "0.001" } }',
          "certificate"),
         (LRAI + 'parameters { key: "variant" value { string_value: "int3" } }', "int3"),
+        (LRAI + 'max_batch_size: 8 input { name: "x" dims: [3] } input { name: "x" dims: [3] }',
+         "input: one of them stands twice"),
         (LRAI + "instance_group { kind: KIND_CPU passive: true }",
          "instance_group: all are passive, and a request would crash Triton itself"),
     ],
