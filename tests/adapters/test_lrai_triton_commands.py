@@ -359,6 +359,16 @@ main(sys.argv[1:])
     assert "nothing is wrong" in run("doctor", "--model-repository", repository)
 
 
+def test_the_doctor_finds_an_entry_that_leads_nowhere(repository: Path, run: Run) -> None:
+    (repository / "README").write_text("no model")
+    (repository / "other").symlink_to(repository / "m")
+    assert "nothing is wrong" in run("doctor", "--model-repository", repository)
+    (repository / "gone").symlink_to(repository / "moved")
+    said = run("doctor", "--model-repository", repository, code=3)
+    assert f"{repository / 'gone'} is a link to nothing: Triton may not start" in said
+    assert "1 problem(s)" in said
+
+
 def test_a_configuration_that_is_not_utf_8_is_read_as_triton_does(
     repository: Path, run: Run
 ) -> None:

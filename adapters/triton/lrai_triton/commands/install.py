@@ -67,12 +67,11 @@ def doctor(
     """
     config = settings_of({}).asked.config  # as the stub of a model without parameters has it
     checks: list[tuple[Any, ...]] = [(_check_memory,), (state_folder, config), (_attach, config)]
-    usual = Path(BACKENDS) if Path(BACKENDS).is_dir() else None
-    if folder := backend_directory or usual:
+    if folder := backend_directory or (Path(BACKENDS) if Path(BACKENDS).is_dir() else None):
         checks += [(_check_backend, folder), (_check_file, folder), (_check_python, folder, python)]
     # What `add` writes, until it is whole: Triton takes it for a model, and may not start for it.
     cut = sorted(model_repository.rglob(f".*.{'[0-9a-f]' * 8}")) if model_repository else []
-    entries = sorted({*model_repository.glob("*/")} - {*cut}) if model_repository else []  # folders
+    entries = sorted({*model_repository.glob("*")} - {*cut}) if model_repository else []
     checks += [(_check_version, e / str(v)) for e in entries for v in versions_of(e) or [1]]
     checks += [(_demand, 0, f"{one} was left half made: delete it, if no add runs") for one in cut]
     wrong = 0
@@ -147,6 +146,8 @@ def _attach(config: lrai.LraiConfig) -> None:
 
 def _check_version(folder: Path) -> None:
     """Refuse a version of ours that Triton could not load, or that is not served as compiled."""
+    # Whatever it was: Triton then lists nothing of the repository, nor starts with all models.
+    _demand(folder.parent.exists(), f"{folder.parent} is a link to nothing: Triton may not start")
     text = text_of(folder.parent / CONFIG)
     if backend_of(text) != "lrai":
         return
