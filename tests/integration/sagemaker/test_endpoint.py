@@ -509,31 +509,56 @@ def test_a_tar_is_served_and_unpacked_safely(models: Path, tmp_path: Path, socke
 def test_what_a_container_that_was_killed_had_unpacked_the_next_one_removes(
     models: Path, tmp_path: Path, sockets: Path
 ) -> None:
-    package(lrai.Artifact.open(models / "tokens.lrai"), tmp_path / "model.tar.gz")
-
     def unpacked() -> set[Path]:
         return set(sockets.glob("lrai-sagemaker-*/model-*"))
 
-    def container(name: str) -> Container:
+    def container(name: str, model: str) -> Container:
         (tmp_path / name).mkdir()
-        return Container([str(tmp_path / "model.tar.gz")], tmp_path / name, sockets)
+        tar = tmp_path / name / "model.tar.gz"
+        package(lrai.Artifact.open(models / f"{model}.lrai"), tar)
+        return Container([str(tar)], tmp_path / name, sockets)
 
-    with container("lives") as lives:
+    with container("lives", "tokens") as lives:
         lives.wait_until_ready()
         kept = unpacked()
-        with container("killed") as killed:
+        with container("killed", "columns") as killed:
             killed.wait_until_ready()
             (worker,) = killed.workers()
             assert len(unpacked()) == 2
             assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
             wait_until(lambda: not _runs(worker))
-        with container("next") as following:
+        with container("next", "tokens") as following:
             following.wait_until_ready()
-            assert len(unpacked()) == 2
-            assert kept < unpacked()
+            assert unpacked() == kept  # of one tar both have the model together
             assert following.post({"inputs": TOKENS}).status == 200
             assert following.stop() == 0
+            assert unpacked() == kept
             assert lives.stop() == 0
+    assert not list(sockets.glob("lrai-sagemaker-*"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_model_outlives_the_container_that_has_unpacked_it(
+    models: Path, tmp_path: Path, sockets: Path, how: int
+) -> None:
+    package(lrai.Artifact.open(models / "tokens.lrai"), tmp_path / "model.tar.gz")
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    model = [str(tmp_path / "model.tar.gz")]
+    with Container(model, tmp_path / "second", sockets) as other:
+        other.wait_until_ready()
+        with Container(model, tmp_path / "first", sockets) as first:
+            first.wait_until_ready()
+            assert other.stop() == 0  # whose place the runtime has it from
+            with Container(model, tmp_path / "third", sockets) as second:
+                second.wait_until_ready()
+                (worker,) = first.workers()
+                assert first.stop(how) in (0, -signal.SIGKILL)
+                wait_until(lambda: not _runs(worker))
+                os.kill(second.actor(), signal.SIGKILL)
+                reply = second.post({"inputs": TOKENS})
+                assert reply.status == 200, reply.body
+                assert second.stop() == 0
     assert not list(sockets.glob("lrai-sagemaker-*"))
 
 

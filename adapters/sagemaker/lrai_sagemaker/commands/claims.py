@@ -12,38 +12,80 @@ import fcntl
 import os
 import shutil
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from lrai_core import LraiError, ModelNotFound, Runtime
+from lrai_core import Artifact, LraiError, ModelNotFound, Runtime
 from lrai_import.held import folders
-from lrai_sagemaker.commands.tars import UNPACKED
 
 PREFIX: Final = "lrai-sagemaker-"
 _SUFFIX: Final = ".models"
-_OWN: Final = "own"  # in the folder of a container; locked before anything is unpacked there
+_OWN: Final = "own"  # in a folder; its lock says that a container uses that
 _LATE_SECONDS: Final = 3600.0
 
 
 def own(scratch: Path) -> BinaryIO:
     """Return what says that a container lives, for as long as it is open; forget those that do not.
 
-    That is the models that these have unpacked beside `scratch`, with the folders. It comes before
-    anything is unpacked: a folder without a model may be one whose lock is just being made.
-
     Raises:
         OSError: No file can be made.
     """
-    mine = (scratch / _OWN).open("wb")
+    mine = (scratch / f".{_OWN}").open("wb")  # so that nobody sees it before it is locked
     with suppress(OSError):  # no locks there, so that nobody finds it free either
         fcntl.flock(mine, fcntl.LOCK_EX)
-    for model in scratch.parent.glob(f"{PREFIX}*/{UNPACKED}*"):
-        # Another user's is left to him.
-        with suppress(OSError), (model.parent / _OWN).open("rb+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it lives
-            shutil.rmtree(model.parent, ignore_errors=True)
+    Path(mine.name).rename(scratch / _OWN)
+    forget(scratch)
     return mine
+
+
+def forget(scratch: Path) -> None:
+    """Remove the folders beside `scratch` that nobody uses any more, with what was unpacked."""
+    for own in scratch.parent.glob(f"{PREFIX}*/{_OWN}"):
+        # Another user's is left to him.
+        with suppress(OSError), own.open("rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else somebody does
+            if os.path.samestat(os.fstat(lock.fileno()), own.stat()):  # else it is made anew
+                gone = own.parent.rename(scratch / own.parent.name)  # who comes now makes another
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def together(artifact: Artifact, scratch: Path) -> tuple[Artifact, list[BinaryIO]]:
+    """Return where containers of one tar have its model, and what says that this one uses it.
+
+    A runtime that they share has it from one place, which has to outlive the container that came
+    first. The folder that it was unpacked to, whose name has the tar's hash, is moved there, or
+    stays where it is, with nothing that says so, if that cannot be done.
+    """
+    if not artifact.path.is_relative_to(scratch):  # it was in no tar
+        return artifact, []
+    inside = artifact.path.relative_to(scratch)
+    mine = scratch / inside.parts[0]
+    place = scratch.parent / f"{PREFIX}{mine.name}-{os.geteuid()}"
+    with suppress(OSError, LraiError):
+        lock = _used(place)
+        try:
+            mine.rename(place / mine.name)
+        except OSError:  # it is there; not whole where who cleans up has taken old files
+            there = Artifact.open(place / inside, verify=True)
+            shutil.rmtree(mine, ignore_errors=True)
+            return there, [lock]
+        return Artifact.open(place / inside, verify=False), [lock]
+    return artifact, []
+
+
+def _used(place: Path) -> BinaryIO:
+    """Return a lock on a folder, which is made; not on one that was removed meanwhile."""
+    while True:
+        place.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as unless_used:
+            if place.is_symlink() or place.stat().st_uid != os.geteuid():
+                raise PermissionError(place)
+            lock = unless_used.enter_context((place / _OWN).open("ab"))
+            fcntl.flock(lock, fcntl.LOCK_SH)  # waits while another one removes it
+            if os.path.samestat(os.fstat(lock.fileno()), (place / _OWN).stat()):
+                unless_used.pop_all()
+                return lock
 
 
 def claim(runtime: Runtime, container: str) -> BinaryIO | None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO, Final
@@ -179,16 +179,19 @@ def serve(given: Settings) -> int:
         mine = claims.own(Path(scratch.name))
     except OSError as error:
         raise EnvironmentProblem(f"no temporary folder can be made: {error.strerror}") from None
-    with scratch as folder, mine, listen(given) as listening:
-        own = {"scratch": folder}
+    with scratch as folder, mine, listen(given) as listening, ExitStack() as at_the_end:
+        own, claimed = {"scratch": folder}, [mine]
         if not given.multi_model:
             artifact = artifact_in(unpacked(Path(given.folder).resolve(), Path(folder)))
+            artifact, locks = claims.together(artifact, Path(folder))
+            at_the_end.callback(claims.forget, Path(folder))
+            claimed += map(at_the_end.enter_context, locks)
             own["artifact"] = str(artifact.path)
             own["model"] = f"{artifact.manifest.name}:{artifact.version}"
         given = msgspec.structs.replace(given, **own)
         with nullcontext() if asked_of(given).here else Runtime(config) as runtime:
             log.info("serving on %s:%d", *listening.getsockname()[:2])
-            supervisor = Supervisor(given, runtime, listening, mine)
+            supervisor = Supervisor(given, runtime, listening, *claimed)
             try:
                 return supervisor.run()
             finally:  # for so long, as a runtime may hang, and the platform kills

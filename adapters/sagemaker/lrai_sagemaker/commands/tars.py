@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import lzma
 import os
 import shutil
 import tarfile
-import tempfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +29,7 @@ _MOST_MEMBERS: Final = 10_000
 _MOST_HEADER_BYTES: Final = 1 << 20
 _MOST_TIMES, _PLAIN_BYTES = 100, 1 << 26  # of a tar that it may hold; with so many in any case
 _FOLDER: Final = "model.lrai"
-UNPACKED: Final = "model-"  # begins the name of a folder with what was in a tar
+_UNPACKED: Final = "model-"  # begins the name of a folder with what was in a tar
 
 
 class _Entry(tarfile.TarInfo):
@@ -87,7 +87,7 @@ def unpacked(place: Path, scratch: Path) -> Path:
 
     Args:
         place: From where the model comes.
-        scratch: Where a new folder for what is unpacked is made.
+        scratch: Where a new folder for what is unpacked is made; its name has the tar's hash.
 
     Raises:
         ArtifactError: The tar is damaged, or holds anything but files in folders.
@@ -104,7 +104,9 @@ def unpacked(place: Path, scratch: Path) -> Path:
 
 def _unpack(tar: Path, scratch: Path) -> Path:
     try:
-        into = Path(tempfile.mkdtemp(prefix=UNPACKED, dir=scratch))
+        with tar.open("rb") as file:
+            into = scratch / (_UNPACKED + hashlib.file_digest(file, "sha256").hexdigest())
+        into.mkdir(mode=0o700)
         room = min(shutil.disk_usage(into).free, _PLAIN_BYTES + _MOST_TIMES * tar.stat().st_size)
         with tarfile.open(tar, tarinfo=_Entry) as archive:
             for count, member in enumerate(archive, 1):
