@@ -215,7 +215,8 @@ def test_csv_is_read_as_pandas_writes_it() -> None:
     np.testing.assert_array_equal(found, [[1, np.nan, 3], [4, 5, np.nan]])
     assert values(b"True,False\n0,1\n", "text/csv", [flags]) == [[[True, False], [False, True]]]
     assert values(b"1.0,-2\n3,4.0\n", "text/csv", [pairs]) == [[[1, -2], [3, 4]]]
-    assert values(b"a\n\nb\n\n", "text/csv", [JOB]) == [["a", "", "b"]]
+    assert values(b"a\n\nb\n\n", "text/csv", [JOB]) == [["a", "", "b", ""]]
+    assert values(b"\n", "text/csv", [JOB]) == [[""]]  # as batch transform cuts a file
     for body, spec in (
         (b"True,yes\n", flags),
         (b"True,\n", flags),
