@@ -658,6 +658,7 @@ def test_a_canary_gets_its_share_and_is_promoted(client: Client, saved: list[Pat
             400,
             "require.delta: goes with a model",
         ),
+        (lambda c, m: c.update_deployment("search"), 400, "nothing to change: give a model"),
         (lambda c, m: c.update_deployment("search", config={"rollback": "no"}), 400, "rollback is"),
         (lambda c, m: c.update_deployment("search", config={"rollback": "true"}), 400, "go back"),
         (lambda c, m: c.get_deployment("nobody"), 404, "no deployment 'nobody'"),

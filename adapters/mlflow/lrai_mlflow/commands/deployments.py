@@ -127,6 +127,8 @@ class Client(BaseDeploymentClient):
             if options and model_uri is None:
                 given = ", ".join(map(str, options))
                 raise UsageError(f"{given}: goes with a model (-m), not with what serves already")
+            if model_uri is back is share is None:
+                raise UsageError("nothing to change: give a model, canary=SHARE or rollback=true")
             if back is not None:
                 if str(back).lower() != "true" or model_uri or share is not None:
                     raise UsageError("rollback is true or absent, and goes with nothing else")
