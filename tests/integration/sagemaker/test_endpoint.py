@@ -437,6 +437,22 @@ def ended(arguments: list[str], folder: Path, sockets: Path, **variables: str) -
         return status, container.log.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("SAGEMAKER_BATCH_STRATEGY", "MultiRecord", "is not one of 'SINGLE_RECORD'"),
+        ("SAGEMAKER_MODEL_SERVER_WORKERS", "0", "greater than or equal to 1"),
+        ("LRAI_SAGEMAKER_REQUIRE", "epsilon=x", "a number is needed"),
+    ],
+)
+def test_the_last_line_says_which_variable_is_wrong(
+    models: Path, tmp_path: Path, sockets: Path, name: str, value: str, why: str
+) -> None:
+    given = [str(models / "tokens.lrai")]
+    status, line = ended(given, tmp_path, sockets, **{name: value})
+    assert (status, why in line) == (2, True), line
+
+
 def test_a_model_that_changed_is_refused(models: Path, tmp_path: Path, sockets: Path) -> None:
     shutil.copytree(models / "tokens.lrai", tmp_path / "m" / "model.lrai")
     (file,) = (tmp_path / "m" / "model.lrai" / "variants" / "fp32").glob("*.onnx")
