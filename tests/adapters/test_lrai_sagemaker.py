@@ -161,6 +161,36 @@ def test_a_tar_that_holds_much_more_than_it_takes_is_refused(
             unpacked(tmp_path, tmp_path / "scratch")
 
 
+def test_what_was_unpacked_is_used_together_for_as_long_as_it_is_whole(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    package(artifact, tmp_path / "model.tar.gz")
+    with contextlib.ExitStack() as containers:
+
+        def come(name: str) -> tuple[Path, Path]:
+            (scratch := tmp_path / f"{claims.PREFIX}{name}").mkdir()
+            containers.enter_context(claims.own(scratch))
+            found = artifact_in(unpacked(tmp_path / "model.tar.gz", scratch))
+            found, locks = claims.together(found, scratch)
+            for lock in locks:
+                containers.enter_context(lock)
+            lrai.Artifact.open(found.path, verify=True)
+            return found.path, scratch
+
+        (first, _), (second, scratch) = come("first"), come("second")
+        assert first == second
+        assert not second.is_relative_to(scratch)
+        (graph, *_) = first.glob("variants/*/*.onnx")
+        graph.write_bytes(bytes(graph.stat().st_size))
+        third, scratch = come("third")
+        assert third.is_relative_to(scratch)
+        claims.forget(scratch)
+        assert first.is_dir(), "others have it"
+    (tmp_path / "next").mkdir()
+    claims.forget(tmp_path / "next")
+    assert not list(tmp_path.glob(f"{claims.PREFIX}*"))
+
+
 def test_only_a_folder_with_nothing_but_a_tar_is_unpacked(
     artifact: lrai.Artifact, tmp_path: Path
 ) -> None:

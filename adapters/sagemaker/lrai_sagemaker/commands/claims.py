@@ -62,15 +62,16 @@ def together(artifact: Artifact, scratch: Path) -> tuple[Artifact, list[BinaryIO
     inside = artifact.path.relative_to(scratch)
     mine = scratch / inside.parts[0]
     place = scratch.parent / f"{PREFIX}{mine.name}-{os.geteuid()}"
-    with suppress(OSError, LraiError):
-        lock = _used(place)
-        try:
+    with suppress(OSError, LraiError), ExitStack() as unless_there:
+        lock, came = unless_there.enter_context(_used(place)), False
+        with suppress(OSError):  # it is there
             mine.rename(place / mine.name)
-        except OSError:  # it is there; not whole where who cleans up has taken old files
-            there = Artifact.open(place / inside, verify=True)
-            shutil.rmtree(mine, ignore_errors=True)
-            return there, [lock]
-        return Artifact.open(place / inside, verify=False), [lock]
+            came = True
+        # Not whole, perhaps, where who cleans up temporary folders has taken old files.
+        there = Artifact.open(place / inside, verify=not came)
+        shutil.rmtree(mine, ignore_errors=True)
+        unless_there.pop_all()
+        return there, [lock]
     return artifact, []
 
 
