@@ -82,7 +82,7 @@ class Deployments(Kept):
             part = part if served else 1.0
             # Beside others it is to be as good as they are, and what is not said stays as it is.
             old = record.versions[record.stable] if record.versions else How()
-            how = old.but(variant, require, settings)
+            how = old.but(artifact, variant, require, settings)
             with self._started(name, opened, how, tried=not part) as (new, loaded):
                 if served:
                     warm_up(self, new)
@@ -157,7 +157,7 @@ class Deployments(Kept):
     ) -> str:
         """See `Runtime.swap`."""
         with self._changed(name) as (name, record):
-            how = record.versions[record.stable].but(variant, require, settings)
+            how = record.versions[record.stable].but(artifact, variant, require, settings)
             swapped = self._swap(name, record, self.open(artifact), how, "swap")
             self._fell.pop(name, None)
             return swapped

@@ -209,9 +209,12 @@ class Kept(Running):
         return False  # it is at work, being changed, or frozen
 
     def _reopen(self, how: How) -> lrai.Artifact:
-        artifact = self.open(how.artifact)
+        try:
+            artifact = self.open(how.artifact)
+        except lrai.ArtifactError:  # it is gone; the same may lie where a link leads to by now
+            artifact = self.open(how.named or how.artifact)
         if artifact.version != how.version.partition("-")[0]:
-            raise lrai.ConditionNotMet(f"{how.artifact} no longer holds {how.version}")
+            raise lrai.ConditionNotMet(f"{artifact.path} no longer holds {how.version}")
         return artifact
 
     def _free(self, name: str) -> Record:

@@ -53,15 +53,18 @@ class Running(Embedded):
 
     def open(self, artifact: str) -> lrai.Artifact:
         """Return an artifact from a folder that may be loaded from, as it was measured here."""
-        path, roots = Path(artifact), self.config.runtime.model_roots
+        roots = self.config.runtime.model_roots
         if "\0" in artifact:  # which would be a bug of ours wherever it is looked for
             raise lrai.ConditionNotMet(f"{artifact[:120]!r}: no path has a NUL in it")
-        if roots:
-            path = path.resolve()  # where links and dots lead to, and what is opened then
-            if not any(path.is_relative_to(Path(one).resolve()) for one in roots.split(":") if one):
-                where = "in none of the folders to load from, see runtime.model_roots"
-                raise lrai.ConditionNotMet(f"{artifact[:120]!r} lies {where}")
-        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # cannot be told an actor
+        # Where links and dots lead to now: that is opened again by the process that comes after one
+        # that died, and gone back to, though a link may lead elsewhere by then.
+        path = Path(os.path.realpath(artifact))
+        folders = [Path(one).resolve() for one in roots.split(":") if one]
+        if roots and not any(map(path.is_relative_to, folders)):
+            where = "in none of the folders to load from, see runtime.model_roots"
+            raise lrai.ConditionNotMet(f"{artifact[:120]!r} lies {where}")
+        # Neither could be kept, or told an actor.
+        if any("\ud800" <= letter <= "\udfff" for letter in f"{artifact}{path}"):
             raise lrai.ConditionNotMet(f"{str(path)[:120]!r}: a path has to be UTF-8")
         opened = lrai.Artifact.open(path, verify=False)  # the actor hashes what it opens
         return measured_here(opened, self.config)

@@ -33,11 +33,13 @@ class How(msgspec.Struct, frozen=True):
     settings: Said = None
     version: str = ""  # once it is loaded, and where from
     artifact: str = ""
+    named: str = ""  # what was said for it, which may lead elsewhere by now
 
-    def but(self, variant: str, require: Said, settings: Said) -> How:
+    def but(self, named: str, variant: str, require: Said, settings: Said) -> How:
         """Return how another version is loaded in its place: what is not said stays as it is."""
         require = self.require if require is None else require
-        return How(variant, require, self.settings if settings is None else settings)
+        settings = self.settings if settings is None else settings
+        return How(variant, require, settings, named=str(Path(named).absolute()))
 
 
 class Record(msgspec.Struct, frozen=True):

@@ -239,6 +239,37 @@ def test_a_version_whose_artifact_was_replaced_is_not_gone_back_to(
         assert ask(runtime) == 3.0
 
 
+def test_a_link_that_leads_elsewhere_by_now_changes_nothing_of_what_was_loaded_by_it(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    """As releases do: `current` leads to the newest one."""
+    link, moved = tmp_path / "current", str(tmp_path / "moved.lrai")
+    link.symlink_to(small[2.0])
+    state = tmp_path / "state" / "deployments.json"
+    with lrai.Runtime(config(**{"runtime.state_dir": str(state.parent)})) as runtime:
+        runtime.load(link, name="m")
+        link.unlink()
+        link.symlink_to(small[3.0])
+        kill(pid_of(runtime, "m"))
+        assert ask(runtime) == 2.0
+        runtime.swap("m", link)
+        assert ask(runtime) == 3.0
+        assert runtime.rollback("m") == version(small[2.0])
+        assert runtime.deployments()[0].artifact == str(small[2.0])
+        runtime.unload("m")
+        link.unlink()
+        link.symlink_to(shutil.copytree(small[4.0], moved))
+        runtime.load(link, name="n")
+        kept = state.read_bytes()
+    state.write_bytes(kept)  # as a kill leaves it
+    link.unlink()
+    link.symlink_to(small[4.0])
+    shutil.rmtree(moved)
+    with lrai.Runtime(config(**{"runtime.state_dir": str(state.parent)})) as runtime:
+        deployments(runtime).restore()
+        assert ask(runtime, model_name="n") == 4.0
+
+
 def test_a_version_that_does_not_meet_its_requirements_is_not_switched_to(
     small: dict[float, Path], tmp_path: Path
 ) -> None:
@@ -1695,11 +1726,13 @@ def test_a_path_that_is_no_utf_8_is_refused_and_ends_nothing(
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe9l.lrai")
     shutil.copytree(small[3.0], strange)
     (tmp_path / "link.lrai").symlink_to(strange)
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/nam\xe9d.lrai"))
+    named.symlink_to(tmp_path / "small.lrai")
     settings = {"runtime.model_roots": str(tmp_path)}
     with lrai.Runtime(config(**settings)) as runtime:
         shutil.copytree(small[2.0], tmp_path / "small.lrai")
         runtime.load(tmp_path / "small.lrai", name="m")
-        for path in (strange, tmp_path / "link.lrai"):
+        for path in (strange, tmp_path / "link.lrai", named):
             with pytest.raises(lrai.ConditionNotMet, match="has to be UTF-8"):
                 runtime.load(path, name="n")
         assert ask(runtime) == 2.0
