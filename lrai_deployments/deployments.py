@@ -233,7 +233,9 @@ class Deployments(Kept):
             record = self._records.get(name, Record())
             if record.frozen is None:
                 raise lrai.UsageError(f"no model {name[:120]!r} is frozen")
-            there = replace(record, frozen=None) if self._served(name) else Record()
+            # Of a runtime that was stopped nothing is loaded; what could not be restored is kept.
+            ended = self._stopped and not self._served(name)
+            there = Record() if ended else replace(record, frozen=None)
             self._commit(name, there, "unfreeze", by, reason)
 
     def deployments(self, *, save: bool = True) -> list[Deployment]:

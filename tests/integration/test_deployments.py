@@ -1531,6 +1531,37 @@ def test_a_frozen_version_that_is_away_keeps_its_share(
         assert {ask(runtime) for _ in range(100)} == {2.0, 3.0}
 
 
+def test_a_name_that_is_away_is_kept_by_who_lets_it_be_changed(
+    small: dict[float, Path], tmp_path: Path
+) -> None:
+    settings = {"runtime.state_dir": str(tmp_path / "state")}
+    state, mount, off = tmp_path / "state" / "deployments.json", tmp_path / "m", tmp_path / "off"
+    mount.mkdir()
+    two, three = (Path(shutil.copytree(small[f], mount / f"{f:g}.lrai")) for f in (2.0, 3.0))
+    with lrai.Runtime.open(two, name="m", config=config(**settings)) as runtime:
+        runtime.swap("m", three)
+        runtime.freeze("m", "ann", "audit week")
+        kept = state.read_bytes()
+    state.write_bytes(kept)  # as after a kill
+    mount.rename(off)
+    with lrai.Runtime(config(**settings)) as runtime:
+        deployments(runtime).restore()
+        runtime.unfreeze("m", "ann", "it is over")
+        (found,) = runtime.deployments()
+        assert (found.shares, found.previous) == (
+            {version(off / "3.lrai"): 1.0},
+            version(small[2.0]),
+        )
+        assert found.frozen is None
+        kept = state.read_bytes()
+    state.write_bytes(kept)
+    off.rename(mount)
+    with lrai.Runtime(config(**settings)) as runtime:
+        deployments(runtime).restore()
+        assert ask(runtime) == 3.0
+        assert runtime.rollback("m") == version(two)
+
+
 def test_a_share_is_given_to_what_comes_beside_others_and_nothing_else(
     small: dict[float, Path],
 ) -> None:
