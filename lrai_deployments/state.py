@@ -190,6 +190,8 @@ class Store:
         if self._folder is not None:
             path = self._folder / "audit.jsonl"
             encoded = msgspec.json.encode({"when": now()} | line)
+            if path.is_fifo() or path.is_socket():  # what is full would hold up all names
+                raise EnvironmentProblem(f"{path}: cannot be written: it is no file")
             with disk_errors(path), open(path, "a+b", opener=_opened) as log:
                 log.seek(max(0, log.tell() - 1))
                 cut = log.read(1) not in (b"", b"\n")  # the last line, by a full disk or a kill

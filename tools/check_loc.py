@@ -35,7 +35,7 @@ BUDGETS = {  # paths below the root, without .py; a package or room that is not 
     "report": (2626, ["lrai_report"]),
     "import": (2759, ["lrai_import"]),
     "shared": (1395, ["lrai_shared"]),
-    "deployments": (2056, ["lrai_deployments"]),
+    "deployments": (2058, ["lrai_deployments"]),
     "journal": (400, ["lrai_journal"]),
     "codecs": (877, ["lrai_codecs"]),
     "wheel": (120, ["lrai_wheel"]),

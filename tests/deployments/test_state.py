@@ -192,6 +192,15 @@ def test_a_folder_in_place_of_a_file_is_told_of(tmp_path: Path, name: str) -> No
     store.close()
 
 
+@pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFSOCK])
+def test_what_is_no_file_in_place_of_the_log_is_told_of(kind: int, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    os.mknod(tmp_path / "audit.jsonl", kind | 0o600)
+    with pytest.raises(EnvironmentProblem, match=r"audit\.jsonl: cannot be written: it is no file"):
+        store.note(change="load")
+    store.close()
+
+
 def test_what_was_stopped_on_a_full_disk_is_not_served_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
