@@ -219,7 +219,9 @@ class Traffic:
         with self._lock:
             if self._requests == self._before:
                 return  # what lies there is of others
-        for one in (folder.parent, folder):  # what lies above one has no mode of ours
+        # What lies above one has no mode of ours, and clients refuse a daemon's folder that others
+        # may enter: it may have been deleted under it.
+        for one in (folder.parent.parent, folder.parent, folder):
             one.mkdir(mode=0o700, parents=True, exist_ok=True)
         hours = self._ttl_seconds / _HOUR
         if not self._sample:  # what lies there may be of who promised to forget it sooner

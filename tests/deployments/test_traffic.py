@@ -227,6 +227,14 @@ def test_the_folder_of_all_names_is_the_owners_alone_whatever_the_mask_is(tmp_pa
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
+def test_a_folder_that_was_deleted_is_made_again_for_its_owner_alone(tmp_path: Path) -> None:
+    """Clients refuse a daemon's folder that others may enter."""
+    traffic = Traffic(SIGNATURE)
+    traffic.see(request(10))
+    traffic.save(tmp_path / "lrai-1000" / "traffic" / "m")
+    assert stat.S_IMODE((tmp_path / "lrai-1000").stat().st_mode) == 0o700
+
+
 def test_what_is_written_is_the_owners_alone_and_judges_a_model(tmp_path: Path) -> None:
     traffic = Traffic(SIGNATURE, capture_rows=100)
     for first, length in [(10, 2), (20, 5), (30, 3)]:
