@@ -359,6 +359,12 @@ def test_who_loads_from_another_place_does_not_find_what_is_loaded(
         hold("m:1", artifact, settings_of({"parameters": {}}), "lists")
     assert held[1:] == [held[1], held[1]]
     assert held[0] != held[1]
+    for place in ("41", "42"):  # a release's, to which a link leads that is moved
+        (tmp_path / "current").unlink(missing_ok=True)
+        (tmp_path / "current").symlink_to(tmp_path / place)
+        artifact = lrai.Artifact(tmp_path / "current", small_artifact.manifest(), "0" * 64)
+        hold("m:1", artifact, settings_of({"parameters": {}}), "lists")
+    assert held[3:] == held[:2]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def hold(name: str, artifact: Artifact, settings: Settings, execution: str) -> H
     own = asked.in_process() if inline else asked
     # By its path, too, which actors are started from: it is a copy of its own for each load of a
     # repository in a cloud, and a release's for who replaces one by the next.
-    place = hashlib.sha256(bytes(artifact.path.absolute())).hexdigest()[:6]
+    place = hashlib.sha256(bytes(artifact.path.resolve())).hexdigest()[:6]
     try:
         return Held(artifact, own, f"{name}:{artifact.version[:12]}{place}{asked.mark}")
     except EnvironmentProblem as error:
