@@ -24,6 +24,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -64,7 +65,9 @@ class Held:
         asked = json.dumps([settings.own, settings.require, settings.variant], sort_keys=True)
         self.name = name or f"{artifact.manifest.name}:{artifact.version}-{_digest(asked)[:8]}"
         self.runtime = lrai.Runtime(settings.config, address="embedded" if settings.here else "")
-        self._artifact, self.settings, self._loads = artifact, settings, threading.Lock()
+        # Where links lead to now: it is loaded from there again, though they may be moved.
+        self._artifact = replace(artifact, path=artifact.path.resolve())
+        self.settings, self._loads = settings, threading.Lock()
         self._folders = [] if settings.here else folders(settings.config)
         self._lock: BinaryIO | None = None
         self._closed = self._failed = False

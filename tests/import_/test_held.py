@@ -118,6 +118,23 @@ def test_what_the_runtime_has_unloaded_is_loaded_again(artifact: lrai.Artifact) 
     held.close()
 
 
+def test_what_a_link_led_to_is_loaded_again_though_it_was_moved(
+    artifact: lrai.Artifact, tmp_path: Path
+) -> None:
+    """As releases do, whose workers are started anew later."""
+    link = tmp_path / "current"
+    link.symlink_to(tmp_path)
+    held = Held(lrai.Artifact.open(link / artifact.path.name), asked({}))
+    (newer := tmp_path / "newer").mkdir()
+    small_artifact.build(newer / artifact.path.name, factor=5.0)
+    link.unlink()
+    link.symlink_to(newer)
+    held.runtime.unload(held.name)
+    held._load()
+    assert answers(held)
+    held.close()
+
+
 def test_where_no_thread_can_be_started_who_asks_next_has_it_loaded_again(
     artifact: lrai.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
