@@ -25,7 +25,6 @@ from lrai_core import (
     ActorError,
     Artifact,
     ArtifactError,
-    EnvironmentProblem,
     QueueFull,
     RequestError,
     UsageError,
@@ -47,7 +46,7 @@ from lrai_report.replay import (
     precise_loop,
     replay,
 )
-from lrai_report.terminal import out, share_done
+from lrai_report.terminal import out, share_done, write
 from lrai_report.trace import Arrivals, part, read_trace, slices
 from lrai_report.words import FEW, check_numbers, figure
 
@@ -348,10 +347,7 @@ def _write(
         },
         "verdict": said,
     }
-    try:
-        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentProblem(f"{file} cannot be written: {error.strerror}") from None
+    write(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _plain(each: Figures) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lrai_core import Artifact, EnvironmentProblem, UsageError, Variant, certifi
 from lrai_core.confidence import percent
 from lrai_report.log import Event, logged, models
 from lrai_report.template import PAGE
-from lrai_report.terminal import out
+from lrai_report.terminal import out, write
 from lrai_report.times import times
 from lrai_report.words import distance, figure
 
@@ -73,10 +73,7 @@ def report(
     target = output or Path(f"{path.name.removesuffix('.lrai')}.html")
     if target.resolve().is_relative_to(path):
         raise UsageError(f"{target} would lie in the artifact, which holds its own files only: -o")
-    try:
-        target.write_text(page(artifact), encoding="utf-8")
-    except OSError as error:
-        raise EnvironmentProblem(f"{target}: {error.strerror}") from None
+    write(target, page(artifact))
     out.print(f"written: {target}")
 
 

@@ -1,14 +1,19 @@
-"""What commands say, and how far they are."""
+"""What commands say and write, and how far they are."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from lrai_core import EnvironmentProblem
 from lrai_core.errors import shorten
 
 # What comes out of files is shown as it is: never read as markup, and without control characters.
@@ -41,3 +46,38 @@ def say(label: str, words: str, style: str = "") -> None:
     out.print(
         Text.assemble((f"{label:<12}", "bold"), (shorten(words, 2000), style)), soft_wrap=True
     )
+
+
+def write(file: Path, text: str, *, private: bool = False) -> None:
+    """Write a text, to be this user's alone if it is `private`.
+
+    Raises:
+        EnvironmentProblem: The disk is full, read-only or not permitted.
+    """
+    try:
+        place = file.resolve()  # a link stays one
+        # A pipe, too, and so does what nothing may take the place of.
+        bound = place.is_mount() or not os.access(place.parent, os.W_OK)
+        if file.exists() and (not file.is_file() or (bound and not private)):
+            file.write_text(text, encoding="utf-8")
+            return
+        with tempfile.TemporaryDirectory(prefix=".lrai-", dir=place.parent) as folder:
+            new = Path(folder, place.name)
+            with only_mine(on=private):
+                new.write_text(text, encoding="utf-8")
+            if place.exists() and not private:  # else it may be anybody's to read
+                shutil.copymode(place, new)
+            new.replace(place)  # somebody may have it open
+    except OSError as error:
+        raise EnvironmentProblem(f"{file} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def only_mine(*, on: bool) -> Iterator[None]:
+    """Have what is written be this user's alone, as where it keeps some of the captured rows."""
+    mask = os.umask(0o077) if on else None
+    try:
+        yield
+    finally:
+        if mask is not None:
+            os.umask(mask)

@@ -20,7 +20,6 @@ from rich.text import Text
 from lrai_core import (
     Artifact,
     ConditionNotMet,
-    EnvironmentProblem,
     NotReady,
     Signature,
     UsageError,
@@ -34,7 +33,7 @@ from lrai_report.compare import Worst, answered, differing, measure, measure_of,
 from lrai_report.compile import closest
 from lrai_report.live import command, compare_live, switch
 from lrai_report.target import Target, find
-from lrai_report.terminal import out, progress, say, share_done
+from lrai_report.terminal import only_mine, out, progress, say, share_done, write
 from lrai_report.words import FEW, check_numbers, distance, figure
 
 _GAIN: Final = 1.05  # times as many requests per second, and more in every round
@@ -295,7 +294,7 @@ def _compile(found: Target, written: Path, output_map: str, engines: Sequence[st
         served = found.served.manifest if found.served else None
         signature = served.signature if served else None
         epsilon, delta = (served and served.demanded) or (None, 0.01)
-        with _axes(signature, maps=not output_map) as axes, _private(on=_is_private(found)):
+        with _axes(signature, maps=not output_map) as axes, only_mine(on=_is_private(found)):
             return compile_model(
                 found.model,
                 out=written,
@@ -319,17 +318,6 @@ def _is_private(found: Target) -> bool:
     except OSError:
         shared = True  # there are none that could be read
     return found.captured or not shared
-
-
-@contextmanager
-def _private(*, on: bool = True) -> Iterator[None]:
-    """Have what is written be this user's alone: it keeps some of the captured rows."""
-    mask = os.umask(0o077) if on else None
-    try:
-        yield
-    finally:
-        if mask is not None:
-            os.umask(mask)
 
 
 @contextmanager
@@ -384,14 +372,4 @@ def _show_changed(changed: Sequence[Worst], artifact: Artifact, before: str) -> 
 
 def _write(file: Path, figures: Mapping[str, Any], *, private: bool) -> None:
     text = json.dumps(figures, indent=1, default=float, allow_nan=False) + "\n"
-    try:
-        if not private or (file.exists() and not file.is_file()):  # a pipe stays one
-            file.write_text(text, encoding="utf-8")
-            return
-        place = file.resolve()  # a link, too
-        with tempfile.TemporaryDirectory(prefix=".lrai-", dir=place.parent) as folder, _private():
-            # What lay there may be anybody's to read, and somebody have it open.
-            (new := Path(folder, place.name)).write_text(text, encoding="utf-8")
-            new.replace(place)
-    except OSError as error:
-        raise EnvironmentProblem(f"--json {file}: {error.strerror}") from None
+    write(file, text, private=private)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -87,20 +86,6 @@ def test_figures_of_captured_requests_are_for_their_owner_alone_whatever_lay_the
     _write(file, {"gains": [3.0]}, private=True)
     assert json.loads(file.read_text()) == {"gains": [3.0]}
     assert len(list(tmp_path.iterdir())) == 2 + (place == "new.json")
-
-
-def test_what_cannot_be_written_leaves_what_lay_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (file := tmp_path / "figures.json").write_text("of old")
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(lrai.EnvironmentProblem, match=r"figures\.json: No space left"):
-        _write(file, {"gains": [2.0]}, private=True)
-    assert [one.name for one in tmp_path.iterdir()] == ["figures.json"]
-    assert file.read_text() == "of old"
 
 
 def test_figures_go_into_a_pipe_and_stay_as_public_as_the_requests_are(tmp_path: Path) -> None:
