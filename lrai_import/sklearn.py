@@ -125,9 +125,8 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
     another kind stand between them, and have the right ones.
     """
     trees = [part.tree_ for part in _parts(model) if hasattr(part, "tree_")]
-    for node in made.graph.node:
-        if not node.op_type.startswith("TreeEnsemble"):
-            continue
+    of_trees = (node for node in made.graph.node if node.op_type.startswith("TreeEnsemble"))
+    for node in sorted(of_trees, key=_isolated):
         given = {one.name: one for one in node.attribute}
         numbers, nodes = given["nodes_treeids"].ints, given["nodes_nodeids"].ints
         own = dict(zip(sizes := Counter(numbers), trees, strict=False))
@@ -140,6 +139,15 @@ def _send_missing(model: Any, made: onnx.ModelProto) -> None:
         name = "nodes_missing_value_tracks_true"
         tracks = given.get(name) or node.attribute.add(name=name, type=_INTS)
         tracks.ints[:] = [int(left[n][at]) for n, at in zip(numbers, nodes, strict=True)]
+
+
+def _isolated(node: Any) -> int:
+    """Return which of an isolation forest a tree is: these stand by name, the tenth before the 1st.
+
+    Those of another kind are 0, and stay where they are.
+    """
+    number = node.input[0].rpartition("node_sample")[2].partition("_output")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def _guard(made: onnx.ModelProto) -> None:

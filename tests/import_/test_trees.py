@@ -22,6 +22,7 @@ from sklearn.ensemble import (
     GradientBoostingClassifier,
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
+    IsolationForest,
     RandomForestClassifier,
     StackingClassifier,
     VotingClassifier,
@@ -755,6 +756,16 @@ def test_trees_of_several_kinds_send_missing_values_their_own_way() -> None:
         session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
         *_, found = session.run(None, {session.get_inputs()[0].name: HOLES})
         np.testing.assert_allclose(found, trained.predict_proba(HOLES), atol=1e-4)
+
+
+@pytest.mark.parametrize("trained_on", [ROWS, HOLES], ids=["whole", "holes"])
+def test_an_isolation_forest_sends_missing_values_its_own_way(trained_on: Any) -> None:
+    """Its converter has the tenth tree before the second."""
+    trained = IsolationForest(n_estimators=30, random_state=0).fit(trained_on)
+    session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
+    label, score = session.run(None, {session.get_inputs()[0].name: HOLES})
+    np.testing.assert_array_equal(label[:, 0], trained.predict(HOLES))
+    np.testing.assert_allclose(score[:, 0], trained.decision_function(HOLES), atol=1e-5)
 
 
 @pytest.mark.parametrize(
