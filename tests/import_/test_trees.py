@@ -46,7 +46,7 @@ from sklearn.preprocessing import (
     RobustScaler,
     StandardScaler,
 )
-from sklearn.svm import LinearSVC
+from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
 from lrai_core import CompileError, EnvironmentProblem, TensorSpec
@@ -756,6 +756,18 @@ def test_trees_of_several_kinds_send_missing_values_their_own_way() -> None:
         session = onnxruntime.InferenceSession(convert_sklearn(trained, []).SerializeToString())
         *_, found = session.run(None, {session.get_inputs()[0].name: HOLES})
         np.testing.assert_allclose(found, trained.predict_proba(HOLES), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, about one another
+def test_support_vectors_far_from_zero_are_refused_where_their_sums_cancel() -> None:
+    """In single precision; up to a third of the labels was another one."""
+    rows, model = ROWS / 4 + 1000, SVC(kernel="linear", max_iter=20_000)
+    with pytest.raises(CompileError, match="other answers"):
+        convert_sklearn(model.fit(rows, CLASSES), [])
+    scaled = make_pipeline(StandardScaler(), model).fit(rows, CLASSES)
+    session = onnxruntime.InferenceSession(convert_sklearn(scaled, []).SerializeToString())
+    found, *_ = session.run(None, {session.get_inputs()[0].name: rows.astype(np.float32)})
+    np.testing.assert_array_equal(found, scaled.predict(rows.astype(np.float32)))
 
 
 @pytest.mark.parametrize("trained_on", [ROWS, HOLES], ids=["whole", "holes"])
