@@ -329,11 +329,10 @@ def _told(part: Any, count: int) -> list[Any]:
     if count != 1 or not words:
         return []
     random = np.random.default_rng(1)
-    made = list[str]()
-    for _ in range(ROWS):  # of few, so that some come again, also with what is no word between
-        text = " ".join(" ".join(random.choice(random.choice(words, 3), 6)).split())
-        made.append(f"{text} {text.replace(' ', ' a ')}")
-    return [np.array(made, object)]
+    # Of few, so that some come again, also with what is no word between. Ends of lines stay.
+    drawn = (" ".join(random.choice(random.choice(words, 3), 6)) for _ in range(ROWS))
+    texts = [" ".join(filter(None, text.split(" "))) for text in drawn]
+    return [np.array([f"{text} {text.replace(' ', ' a ')}" for text in texts], object)]
 
 
 def _predicted(model: Any, feeds: Mapping[str, Any]) -> list[Any]:

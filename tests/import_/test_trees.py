@@ -710,6 +710,16 @@ def test_letters_are_compared_as_texts_have_them() -> None:
     np.testing.assert_array_equal(label, model.predict(TEXTS))
 
 
+@pytest.mark.filterwarnings("ignore:The conversion of CountVectorizer")  # of what has few letters
+def test_letters_of_texts_with_several_lines_are_refused() -> None:
+    """The graph passes over the ends of lines."""
+    texts = [text.replace(" ", "\n") for text in TEXTS]
+    letters = TfidfVectorizer(analyzer="char", ngram_range=(1, 2))
+    model = make_pipeline(letters, LogisticRegression()).fit(texts, LABELS)
+    with pytest.raises(CompileError, match="gives other answers once it is converted"):
+        convert_sklearn(model, TEXT)
+
+
 def test_labels_are_compared_beside_what_they_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrai_import.sklearn._not_converted", lambda _: "")  # nor its threshold
     tuned = TunedThresholdClassifierCV(LogisticRegression(), scoring="recall", cv=3)
