@@ -116,6 +116,8 @@ def _prepare_xgboost(model: Any) -> None:
     booster = model.get_booster() if hasattr(model, "get_booster") else model
     if "c" in (booster.feature_types or ()):
         raise CompileError("it was fitted on categories, whose values ONNX does not have")
+    if any(f'"name":"{kind}"' in booster.save_config() for kind in ("dart", "gblinear")):
+        raise CompileError("its booster is 'dart' or 'gblinear', which its converter does not know")
     booster.feature_names = None  # its converter knows numbered ones only
 
 

@@ -69,6 +69,18 @@ def xgb(kind: Any, labels: Any, **more: Any) -> Any:
     return kind(**(QUICK | {"random_state": 0} | more)).fit(ROWS, labels)
 
 
+@pytest.mark.parametrize("booster", ["dart", "gblinear"])
+@pytest.mark.filterwarnings("ignore")  # of gblinear, which goes
+def test_boosters_that_the_converter_does_not_know_are_named(booster: str) -> None:
+    """It says 'gbtree_model_param'."""
+    model = xgboost.XGBClassifier(n_estimators=3, booster=booster).fit(ROWS, CLASSES)
+    for one in (model, model.get_booster()):
+        with pytest.raises(CompileError, match="its booster is 'dart' or 'gblinear'"):
+            convert_xgboost(one, [])
+    with pytest.raises(CompileError, match="its booster is 'dart' or 'gblinear'"):
+        convert_sklearn(make_pipeline(StandardScaler(), model).fit(ROWS, CLASSES), [])
+
+
 def test_categories_of_a_table_are_refused() -> None:
     """ONNX would take their codes, and callers send their values."""
     column = pd.Series([10, 20, 30] * 100, dtype="category")
