@@ -40,7 +40,7 @@ _SETTINGS: Final = {
     "PERFORMANCE_HINT": "LATENCY",
 }
 # Where shapes are known, two small layers in int8 become one operator that computes rubbish. What
-# convolutions and attention gain by such operators is much; of those the gate sees that it is right.
+# convolutions and attention gain by such operators is much, and the gate sees that it is right.
 _APART: Final = {"SNIPPETS_MODE": "DISABLE"}
 
 
