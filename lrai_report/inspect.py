@@ -55,10 +55,12 @@ def inspect(path: Annotated[Path, typer.Argument(help="Artifact, a directory NAM
 
 def _column(variant: Variant, serves: str) -> dict[str, str]:
     """Return what the table says of a variant, by row."""
-    alone = [point for point in variant.latency if point.rows == 1]
+    alone = sorted((p for p in variant.latency if p.rows == 1), key=lambda p: p.length)
+    named = [point for point in variant.latency if point.named]
     largest = max(variant.latency, key=lambda p: (p.rows * max(p.length, 1), p.rows), default=None)
     points = {
-        (p.rows, p.length): p for p in (*alone[:1], *alone[-1:], *([largest] if largest else []))
+        (p.rows, p.length): p
+        for p in (*alone[:1], *alone[-1:], *named, *([largest] if largest else []))
     }
     column = {
         "": serves,

@@ -205,6 +205,8 @@ def _command(artifact: Artifact, events: Sequence[Event]) -> str:
         words += ["--output-map", maps[0]]
     if manifest.objective == "memory":
         words += ["--objective", "memory"]
+    if calls := manifest.signature.calls:
+        words += ["--calls", ",".join(f"{n}" + f"x{length}" * bool(length) for n, length in calls)]
     if manifest.demanded:
         words += ["--epsilon", f"{manifest.demanded[0]:g}", "--delta", f"{manifest.demanded[1]:g}"]
     for group in judged[0].groups if judged else ():

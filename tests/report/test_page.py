@@ -18,7 +18,7 @@ import pytest
 
 import lrai_core as lrai
 from benchmarks import models
-from lrai_core.artifact import write_manifest
+from lrai_core.artifact import LatencyPoint, write_manifest
 from lrai_core.fairness import Disparity
 from lrai_report.inspect import _column, inspect
 from lrai_report.log import Event
@@ -310,6 +310,23 @@ def test_where_the_log_does_not_say_it_the_command_has_what_was_kept(
     manifest = msgspec.structs.replace(artifact.manifest, variants=(*more, fp32))
     told = _command(replace(artifact, manifest=manifest), [])
     assert "--engine openvino --engine other --keep 4" in told
+
+
+def test_the_command_names_the_calls_that_come_most_and_so_does_what_is_shown_of_it(
+    artifact: lrai.Artifact,
+) -> None:
+    manifest = artifact.manifest
+    signature = msgspec.structs.replace(manifest.signature, calls=((1, 16), (8, 0)))
+    told = msgspec.structs.replace(manifest, signature=signature)
+    assert " --calls 1x16,8 " in _command(replace(artifact, manifest=told), [])
+    variant = manifest.variant("fp32")
+    points = [
+        LatencyPoint(rows=n, length=m, median_ms=1.5, spread_ms=0.0, named=named)
+        for n, m, named in ((1, 8, False), (1, 70, False), (32, 64, False), (1, 16, True))
+    ]
+    shown = _column(msgspec.structs.replace(variant, latency=tuple(points)), "")
+    rows = [label for label in shown if "row" in label]
+    assert rows == ["1 row x 8", "1 row x 70", "1 row x 16", "32 rows x 64"]
 
 
 @pytest.mark.parametrize(
