@@ -29,7 +29,7 @@ from lrai_core.protocol import Signature
 # msgspec 0.22 learns a type when it first reads one, and dies of two threads that do so at once.
 _reading: Final = threading.Lock()
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2  # of manifests; since 2 of calls that somebody has named
 MANIFEST: Final = "manifest.json"
 QUANTIZATION_LOG: Final = "quantization.jsonl"
 CERTIFICATES: Final = "certificates"

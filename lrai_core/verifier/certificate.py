@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from lrai_core.artifact import CERTIFICATES, SCHEMA_VERSION, Artifact, disk_errors, read_record
+from lrai_core.artifact import CERTIFICATES, Artifact, disk_errors, read_record
 from lrai_core.confidence import upper_bound
 from lrai_core.errors import ArtifactError, UsageError, VerificationError, shorten
 from lrai_core.protocol import OutputMap
@@ -83,7 +83,7 @@ class Certificate(Spec, frozen=True, kw_only=True):
         issuer: The version of lrai.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1  # of certificates, which say nothing of named calls
     tier: Literal["STATISTICAL"] = "STATISTICAL"
     failures: tuple[int, ...]
     upper_bound: float

@@ -151,8 +151,8 @@ def test_a_wrong_hash_in_the_manifest_is_refused(path: Path) -> None:
 def test_a_newer_schema_is_refused_with_the_way_out_even_if_its_fields_are_unknown(
     path: Path,
 ) -> None:
-    small_artifact.rewrite(path, {"schema_version": 2, "invented_later": [1]})
-    assert "has schema 2, this version of lrai reads up to 1; install a newer" in refusal(path)
+    small_artifact.rewrite(path, {"schema_version": 3, "invented_later": [1]})
+    assert "has schema 3, this version of lrai reads up to 2; install a newer" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,10 @@ FIELDS = {  # of a manifest, by schema
         "speedup gate batch_effect why",
     }
 }
+FIELDS[2] = FIELDS[1] | {
+    "LatencyPoint": "rows length median_ms spread_ms named",
+    "Signature": "inputs outputs calls",
+}
 
 
 def test_another_field_of_the_manifest_is_another_schema() -> None:
@@ -212,6 +216,18 @@ def test_another_field_of_the_manifest_is_another_schema() -> None:
     kinds = msgspec.json.schema(store.Manifest)["$defs"]
     fields = {name: " ".join(kind["properties"]) for name, kind in kinds.items()}
     assert fields == FIELDS[store.SCHEMA_VERSION]
+
+
+def test_what_was_written_before_calls_could_be_named_is_read(path: Path) -> None:
+    small_artifact.rewrite(path, {"schema_version": 1})
+    manifest = path / store.MANIFEST
+    tree = msgspec.json.decode(manifest.read_bytes())
+    del tree["signature"]["calls"]
+    for variant in tree["variants"]:
+        for point in variant["latency"]:
+            del point["named"]
+    manifest.write_bytes(msgspec.json.encode(tree))
+    assert Artifact.open(path).manifest.signature.calls == ()
 
 
 @pytest.mark.parametrize(

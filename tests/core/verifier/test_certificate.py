@@ -107,8 +107,8 @@ def test_a_file_that_is_no_certificate_is_refused(tmp_path: Path, content: bytes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "has schema 2, this version of lrai reads up to 1"),
-        ({"schema_version": 2, "surprise": 1}, "has schema 2"),
+        ({"schema_version": 3}, "has schema 3, this version of lrai reads up to 2"),
+        ({"schema_version": 3, "surprise": 1}, "has schema 3"),
         ({"tier": "PROVED_BOX"}, "PROVED_BOX"),
         ({"surprise": 1}, "unknown field `surprise`"),
         ({"samples": "299"}, "Expected `int`"),
