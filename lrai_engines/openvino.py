@@ -95,7 +95,11 @@ class OpenVino:
             if notes.rows and model.with_suffix(".bin").stat().st_size <= _MOST_TWICE:
                 shapes.update(_of_one_row(network))
             kinds = {one.get_type_name() for one in network.get_ops()}
-            large = not kinds.isdisjoint(("Convolution", "Softmax"))
+            attends = any(  # a classifier's, of matrices, is none
+                one.get_type_name() == "Softmax" and len(one.get_output_partial_shape(0)) > 2
+                for one in network.get_ops()
+            )
+            large = "Convolution" in kinds or attends
             apart = _APART if "FakeQuantize" in kinds and not large else {}
 
             def compiled_for(shapes: Shapes) -> ov.InferRequest:

@@ -104,9 +104,10 @@ def test_fp32_gives_what_onnxruntime_gives_for_any_number_of_rows(tmp_path: Path
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("ends", ["scores", "chances"])
 @pytest.mark.parametrize("extents", [(5, 16, 3), (13, 32, 4), (32, 16, 2), (100, 50, 5)])
 def test_int8_of_small_layers_gives_one_row_what_it_gives_many(
-    tmp_path: Path, extents: tuple[int, int, int], seed: int
+    tmp_path: Path, extents: tuple[int, int, int], ends: str, seed: int
 ) -> None:
     """Two of them in one operator of OpenVINO's gave rubbish (2026.4.1, with VNNI)."""
     random, (width, inner, classes) = np.random.default_rng(seed), extents
@@ -120,7 +121,8 @@ def test_int8_of_small_layers_gives_one_row_what_it_gives_many(
     nodes = [
         helper.make_node("Gemm", ["x", "v", "a"], ["h"]),
         helper.make_node("Relu", ["h"], ["r"]),
-        helper.make_node("Gemm", ["r", "w", "b"], ["y"]),
+        helper.make_node("Gemm", ["r", "w", "b"], ["z"]),
+        helper.make_node("Softmax" if ends == "chances" else "Identity", ["z"], ["y"]),
     ]
     proto = model(nodes, [value("x", ["batch", width])], [value("y", ["batch", classes])], weights)
     rows = random.standard_normal((40, 1, width)).astype(np.float32)
